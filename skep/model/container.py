@@ -1,0 +1,171 @@
+"""What a task's container should be: the user's wish, never touched by us."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import ConfigId, SecretId
+from skep.model.meta import Driver
+from skep.model.times import Nanoseconds
+
+
+class CredentialSpec(ApiObject):
+    config: str = always("")
+    file: str = always("")
+    registry: str = always("")
+
+
+class SELinuxContext(ApiObject):
+    disable: bool = always(False)
+    user: str = always("")
+    role: str = always("")
+    type: str = always("")
+    level: str = always("")
+
+
+class SeccompOpts(ApiObject):
+    mode: str = ""
+    profile: bytes = b""
+
+
+class AppArmorOpts(ApiObject):
+    mode: str = ""
+
+
+class Privileges(ApiObject):
+    """Security options of the container (seccomp and AppArmor since API 1.46)."""
+
+    credential_spec: CredentialSpec | None = always(None)
+    selinux_context: SELinuxContext | None = msgspec.field(
+        name="SELinuxContext", default_factory=lambda: None
+    )
+    seccomp: SeccompOpts | None = None
+    app_armor: AppArmorOpts | None = None
+    no_new_privileges: bool = always(False)
+
+
+class HealthConfig(ApiObject):
+    """How to find out whether it works.  ``test``: ``["CMD", ...]``, ``["CMD-SHELL", x]`` or ``["NONE"]``."""
+
+    test: tuple[str, ...] = ()
+    interval: Nanoseconds = 0
+    timeout: Nanoseconds = 0
+    start_period: Nanoseconds = 0
+    start_interval: Nanoseconds = 0
+    retries: int = 0
+
+
+class DNSConfig(ApiObject):
+    nameservers: tuple[str, ...] = ()
+    search: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+class FileTarget(ApiObject):
+    """Where a secret or config appears in the container.  ``mode`` is a Go file mode (octal 0444 = 292)."""
+
+    name: str = always("")
+    uid: str = always("")
+    gid: str = always("")
+    mode: int = always(0)
+
+
+class RuntimeTarget(ApiObject):
+    """A config consumed by the runtime itself (credential specs), mounted nowhere."""
+
+
+class SecretReference(ApiObject):
+    file: FileTarget | None = always(None)
+    secret_id: SecretId = always(SecretId(""))
+    secret_name: str = always("")
+
+
+class ConfigReference(ApiObject):
+    file: FileTarget | None = None
+    runtime: RuntimeTarget | None = None
+    config_id: ConfigId = always(ConfigId(""))
+    config_name: str = always("")
+
+
+class Ulimit(ApiObject):
+    name: str = always("")
+    hard: int = always(0)
+    soft: int = always(0)
+
+
+class BindOptions(ApiObject):
+    propagation: str = ""
+    non_recursive: bool = False
+    create_mountpoint: bool = False
+    read_only_non_recursive: bool = False
+    read_only_force_recursive: bool = False
+
+
+class VolumeOptions(ApiObject):
+    no_copy: bool = False
+    labels: Mapping[str, str] = {}
+    subpath: str = ""
+    driver_config: Driver | None = None
+
+
+class TmpfsOptions(ApiObject):
+    size_bytes: int = 0
+    mode: int = 0
+    options: tuple[tuple[str, ...], ...] = ()
+
+
+class ImageMountOptions(ApiObject):
+    subpath: str = ""
+
+
+class ClusterOptions(ApiObject):
+    """A cluster (CSI) volume; nothing to set."""
+
+
+class Mount(ApiObject):
+    """A file system placed into the container.  ``type``: bind, volume, tmpfs, npipe, cluster, image."""
+
+    type: str = ""
+    source: str = ""
+    target: str = ""
+    read_only: bool = False
+    consistency: str = ""
+    bind_options: BindOptions | None = None
+    volume_options: VolumeOptions | None = None
+    image_options: ImageMountOptions | None = None
+    tmpfs_options: TmpfsOptions | None = None
+    cluster_options: ClusterOptions | None = None
+
+
+class ContainerSpec(ApiObject):
+    """The container a task runs.  ``None`` differs from empty where the engine's default depends on it."""
+
+    image: str = ""
+    labels: Mapping[str, str] = {}
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    hostname: str = ""
+    env: tuple[str, ...] = ()
+    dir: str = ""
+    user: str = ""
+    groups: tuple[str, ...] = ()
+    privileges: Privileges | None = None
+    init: bool | None = None
+    stop_signal: str = ""
+    tty: bool = False
+    open_stdin: bool = False
+    read_only: bool = False
+    mounts: tuple[Mount, ...] = ()
+    stop_grace_period: Nanoseconds | None = None
+    healthcheck: HealthConfig | None = None
+    hosts: tuple[str, ...] = ()
+    dns_config: DNSConfig | None = None
+    secrets: tuple[SecretReference, ...] = ()
+    configs: tuple[ConfigReference, ...] = ()
+    isolation: str = ""
+    sysctls: Mapping[str, str] = {}
+    capability_add: tuple[str, ...] = ()
+    capability_drop: tuple[str, ...] = ()
+    ulimits: tuple[Ulimit, ...] = ()
+    oom_score_adj: int = 0

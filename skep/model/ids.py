@@ -1,0 +1,44 @@
+"""Typed ids of cluster objects, and how they are made.
+
+Object ids are 25 characters of lower-case base 36 (128 random bits), container ids 64 of hex.
+Chance is an argument: whatever makes ids is handed an ``IdSource``.
+"""
+
+import secrets
+from collections.abc import Callable
+from typing import NewType
+
+ClusterId = NewType("ClusterId", str)
+NodeId = NewType("NodeId", str)
+ServiceId = NewType("ServiceId", str)
+TaskId = NewType("TaskId", str)
+NetworkId = NewType("NetworkId", str)
+SecretId = NewType("SecretId", str)
+ConfigId = NewType("ConfigId", str)
+SessionId = NewType("SessionId", str)
+ContainerId = NewType("ContainerId", str)
+
+IdSource = Callable[[], str]
+"""Gives a fresh object id at each call."""
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+ID_LENGTH = 25
+
+
+def base36(number: int, width: int) -> str:
+    """``number`` in lower-case base 36, left-padded with zeros to ``width`` characters."""
+    digits = []
+    while number:
+        number, rest = divmod(number, 36)
+        digits.append(_DIGITS[rest])
+    return "".join(reversed(digits)).rjust(width, "0")
+
+
+def new_id() -> str:
+    """A fresh object id from the system's randomness."""
+    return base36(secrets.randbits(128), ID_LENGTH)
+
+
+def new_container_id() -> ContainerId:
+    """A fresh container id: 64 hexadecimal characters."""
+    return ContainerId(secrets.token_hex(32))

@@ -1,0 +1,45 @@
+"""Cluster networks."""
+
+from collections.abc import Mapping
+
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NetworkId
+from skep.model.meta import Driver, Version
+from skep.model.times import ZERO_TIME, Timestamp
+
+
+class IPAMConfig(ApiObject):
+    subnet: str = ""
+    range: str = ""
+    gateway: str = ""
+
+
+class IPAMOptions(ApiObject):
+    driver: Driver = always(Driver())
+    configs: tuple[IPAMConfig, ...] = ()
+
+
+class NetworkSpec(ApiObject):
+    """The user's wish for a network (the cluster's form; ``/networks`` answers a flat one)."""
+
+    name: str = ""
+    labels: Mapping[str, str] = {}
+    driver_configuration: Driver | None = None
+    ipv6_enabled: bool = False
+    internal: bool = False
+    attachable: bool = False
+    ingress: bool = False
+    ipam_options: IPAMOptions | None = None
+    scope: str = ""
+
+
+class Network(ApiObject):
+    """Writers: API: ``spec``; leader: ``driver_state``, ``ipam_options``."""
+
+    id: NetworkId
+    version: Version = always(Version())
+    created_at: Timestamp = always(ZERO_TIME)
+    updated_at: Timestamp = always(ZERO_TIME)
+    spec: NetworkSpec = always(NetworkSpec())
+    driver_state: Driver = always(Driver())
+    ipam_options: IPAMOptions | None = None

@@ -1,0 +1,116 @@
+"""Nodes: machines of the cluster."""
+
+from collections.abc import Mapping
+from enum import Enum
+
+import msgspec
+
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NodeId, SessionId
+from skep.model.meta import TLSInfo, Version
+from skep.model.service import Platform, Resources
+from skep.model.task import NetworkAttachment
+from skep.model.times import ZERO_TIME, Timestamp
+
+
+class NodeRole(Enum):
+    WORKER = "worker"
+    MANAGER = "manager"
+
+
+class Availability(Enum):
+    ACTIVE = "active"
+    PAUSE = "pause"
+    DRAIN = "drain"
+
+
+class NodeState(Enum):
+    UNKNOWN = "unknown"
+    DOWN = "down"
+    READY = "ready"
+    DISCONNECTED = "disconnected"
+
+
+class Reachability(Enum):
+    UNKNOWN = "unknown"
+    UNREACHABLE = "unreachable"
+    REACHABLE = "reachable"
+
+
+class NodeSpec(ApiObject):
+    """What the user decides about a node."""
+
+    name: str = ""
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    role: NodeRole = always(NodeRole.WORKER)
+    availability: Availability = always(Availability.ACTIVE)
+
+
+class EnginePlugin(ApiObject):
+    type: str = ""
+    name: str = ""
+
+
+class EngineDescription(ApiObject):
+    engine_version: str = ""
+    labels: Mapping[str, str] = {}
+    plugins: tuple[EnginePlugin, ...] = ()
+
+
+class NodeDescription(ApiObject):
+    """What the node says of itself when it registers."""
+
+    hostname: str = ""
+    platform: Platform = always(Platform())
+    resources: Resources = always(Resources())
+    engine: EngineDescription = always(EngineDescription())
+    tls_info: TLSInfo = always(TLSInfo())
+
+
+class NodeStatus(ApiObject):
+    state: NodeState = NodeState.UNKNOWN
+    message: str = ""
+    addr: str = ""
+
+
+class ManagerStatus(ApiObject):
+    leader: bool = False
+    reachability: Reachability = Reachability.UNKNOWN
+    addr: str = ""
+
+
+class NodeSession(ApiObject):
+    """Which manager holds the node's session.  Taken by compare-and-swap; every write made for it names it."""
+
+    manager_id: NodeId = NodeId("")
+    session_id: SessionId = SessionId("")
+
+
+class NodeCertificate(ApiObject):
+    """State of the node's certificate; the certificate itself stays with the node."""
+
+    role: NodeRole = NodeRole.WORKER
+    state: str = ""
+    """issued, or rotate: the node is asked to renew."""
+    not_after: Timestamp = Timestamp("")
+
+
+class Node(ApiObject):
+    """A machine of the cluster.
+
+    Writers: API: ``spec``; owner of the session: ``description``, ``status``; whoever takes it: ``session``;
+    CA: ``certificate``; leader: ``attachments``; that manager itself: ``manager_status``.
+    The last-but-one four are internal and left out of API answers.
+    """
+
+    id: NodeId
+    version: Version = always(Version())
+    created_at: Timestamp = always(ZERO_TIME)
+    updated_at: Timestamp = always(ZERO_TIME)
+    spec: NodeSpec = always(NodeSpec())
+    description: NodeDescription = always(NodeDescription())
+    status: NodeStatus = always(NodeStatus())
+    manager_status: ManagerStatus | None = None
+    session: NodeSession | None = None
+    certificate: NodeCertificate | None = None
+    attachments: tuple[NetworkAttachment, ...] = ()

@@ -1,0 +1,42 @@
+"""Secrets and configs: what the API shows of them.  Their data are objects of a kind of their own."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import ConfigId, SecretId
+from skep.model.meta import Driver, Version
+from skep.model.times import ZERO_TIME, Timestamp
+
+
+class SecretSpec(ApiObject):
+    """A secret without its data (see ``Payload``)."""
+
+    name: str = ""
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    driver: Driver | None = None
+    templating: Driver | None = None
+
+
+class Secret(ApiObject):
+    id: SecretId
+    version: Version = always(Version())
+    created_at: Timestamp = always(ZERO_TIME)
+    updated_at: Timestamp = always(ZERO_TIME)
+    spec: SecretSpec = always(SecretSpec())
+
+
+class ConfigSpec(ApiObject):
+    name: str = ""
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    data: bytes = b""
+    templating: Driver | None = None
+
+
+class Config(ApiObject):
+    id: ConfigId
+    version: Version = always(Version())
+    created_at: Timestamp = always(ZERO_TIME)
+    updated_at: Timestamp = always(ZERO_TIME)
+    spec: ConfigSpec = always(ConfigSpec())

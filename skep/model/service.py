@@ -1,0 +1,300 @@
+"""Services: the user's wish for a set of tasks, and what became of it."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Literal
+
+import msgspec
+
+from skep.model.container import ContainerSpec
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NetworkId, ServiceId
+from skep.model.meta import Driver, Version
+from skep.model.times import ZERO_TIME, Nanoseconds, Timestamp
+
+ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
+
+
+class NamedResource(ApiObject):
+    kind: str = ""
+    value: str = ""
+
+
+class DiscreteResource(ApiObject):
+    kind: str = ""
+    value: int = 0
+
+
+class GenericResource(ApiObject):
+    """A resource the user invented (``gpu``): one named unit, or a number of equal ones."""
+
+    named_resource_spec: NamedResource | None = None
+    discrete_resource_spec: DiscreteResource | None = None
+
+
+class Limits(ApiObject):
+    """Upper bounds of one task.  0: no bound."""
+
+    nano_cpus: int = msgspec.field(name="NanoCPUs", default=0)
+    memory_bytes: int = 0
+    pids: int = 0
+
+
+class Resources(ApiObject):
+    """What one task reserves on a node, or what a node has."""
+
+    nano_cpus: int = msgspec.field(name="NanoCPUs", default=0)
+    memory_bytes: int = 0
+    generic_resources: tuple[GenericResource, ...] = ()
+
+
+class ResourceRequirements(ApiObject):
+    limits: Limits | None = None
+    reservations: Resources | None = None
+
+
+class RestartCondition(Enum):
+    NONE = "none"
+    ON_FAILURE = "on-failure"
+    ANY = "any"
+
+
+class RestartPolicy(ApiObject):
+    """When an ended task is replaced.  ``None`` means Docker's default (any, 5 s, no maximum, no window)."""
+
+    condition: RestartCondition | None = None
+    delay: Nanoseconds | None = None
+    max_attempts: int | None = None
+    window: Nanoseconds | None = None
+
+
+class SpreadOver(ApiObject):
+    spread_descriptor: str = ""
+
+
+class PlacementPreference(ApiObject):
+    spread: SpreadOver | None = None
+
+
+class Platform(ApiObject):
+    architecture: str = ""
+    os: str = ""
+
+
+class Placement(ApiObject):
+    """Which nodes may run the tasks, and how to spread them there."""
+
+    constraints: tuple[str, ...] = ()
+    preferences: tuple[PlacementPreference, ...] = ()
+    max_replicas: int = 0
+    platforms: tuple[Platform, ...] = ()
+
+
+class NetworkAttachmentConfig(ApiObject):
+    """A wish to be attached.  ``target``: network id (control resolves names)."""
+
+    target: str = ""
+    aliases: tuple[str, ...] = ()
+    driver_opts: Mapping[str, str] = {}
+
+
+class PluginPrivilege(ApiObject):
+    name: str = ""
+    description: str = ""
+    value: tuple[str, ...] = ()
+
+
+class PluginSpec(ApiObject):
+    name: str = ""
+    remote: str = ""
+    privileges: tuple[PluginPrivilege, ...] = ()
+    disabled: bool = False
+    env: tuple[str, ...] = ()
+
+
+class NetworkAttachmentSpec(ApiObject):
+    """A task that is only the attachment of a plain container to a cluster network."""
+
+    container_id: str = msgspec.field(name="ContainerID", default="")
+
+
+class TaskSpec(ApiObject):
+    """What each task of a service should be.  ``force_update`` changes to restart equal tasks."""
+
+    plugin_spec: PluginSpec | None = None
+    container_spec: ContainerSpec | None = None
+    network_attachment_spec: NetworkAttachmentSpec | None = None
+    resources: ResourceRequirements | None = None
+    restart_policy: RestartPolicy | None = None
+    placement: Placement | None = None
+    force_update: int = always(0)
+    runtime: str = ""
+    networks: tuple[NetworkAttachmentConfig, ...] = ()
+    log_driver: Driver | None = None
+
+
+class ReplicatedService(ApiObject):
+    replicas: int | None = None
+
+
+class GlobalService(ApiObject):
+    pass
+
+
+class ReplicatedJob(ApiObject):
+    max_concurrent: int | None = None
+    total_completions: int | None = None
+
+
+class GlobalJob(ApiObject):
+    pass
+
+
+class ServiceMode(ApiObject):
+    """Exactly one of the four is set; ``name`` says which (control refuses anything else)."""
+
+    replicated: ReplicatedService | None = None
+    global_: GlobalService | None = msgspec.field(name="Global", default=None)
+    replicated_job: ReplicatedJob | None = None
+    global_job: GlobalJob | None = None
+
+    @property
+    def name(self) -> ModeName:
+        """Which alternative is set; replicated when none is, as Docker takes it."""
+        if self.global_ is not None:
+            return "global"
+        if self.replicated_job is not None:
+            return "replicated-job"
+        if self.global_job is not None:
+            return "global-job"
+        return "replicated"
+
+
+class UpdateFailureAction(Enum):
+    PAUSE = "pause"
+    CONTINUE = "continue"
+    ROLLBACK = "rollback"
+
+
+class UpdateOrder(Enum):
+    STOP_FIRST = "stop-first"
+    START_FIRST = "start-first"
+
+
+class UpdateConfig(ApiObject):
+    """How a change rolls through the tasks.  ``parallelism`` 0: all at once."""
+
+    parallelism: int = always(0)
+    delay: Nanoseconds = 0
+    failure_action: UpdateFailureAction | None = None
+    monitor: Nanoseconds = 0
+    max_failure_ratio: float = always(0.0)
+    order: UpdateOrder | None = None
+
+
+class PublishMode(Enum):
+    INGRESS = "ingress"
+    HOST = "host"
+
+
+class PortConfig(ApiObject):
+    """A port of the tasks reachable from outside.  ``published_port`` 0: the cluster (or node) picks."""
+
+    name: str = ""
+    protocol: str = "tcp"
+    target_port: int = 0
+    published_port: int = 0
+    publish_mode: PublishMode = PublishMode.INGRESS
+
+
+class EndpointSpec(ApiObject):
+    """``mode``: vip or dnsrr."""
+
+    mode: str = ""
+    ports: tuple[PortConfig, ...] = ()
+
+
+class ServiceSpec(ApiObject):
+    """The user's wish for a service."""
+
+    name: str = ""
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    task_template: TaskSpec = always(TaskSpec())
+    mode: ServiceMode = always(ServiceMode())
+    update_config: UpdateConfig | None = None
+    rollback_config: UpdateConfig | None = None
+    networks: tuple[NetworkAttachmentConfig, ...] = ()
+    endpoint_spec: EndpointSpec | None = None
+
+    @property
+    def replicas(self) -> int:
+        """Wanted number of tasks of a replicated service (1 when unsaid, as Docker takes it)."""
+        replicated = self.mode.replicated
+        if replicated is None or replicated.replicas is None:
+            return 1
+        return replicated.replicas
+
+
+class EndpointVirtualIP(ApiObject):
+    network_id: NetworkId = NetworkId("")
+    addr: str = ""
+
+
+class Endpoint(ApiObject):
+    """Where a service is reached: what the allocator gave it."""
+
+    spec: EndpointSpec = always(EndpointSpec())
+    ports: tuple[PortConfig, ...] = ()
+    virtual_ips: tuple[EndpointVirtualIP, ...] = ()
+
+
+class UpdateState(Enum):
+    UPDATING = "updating"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    ROLLBACK_STARTED = "rollback_started"
+    ROLLBACK_PAUSED = "rollback_paused"
+    ROLLBACK_COMPLETED = "rollback_completed"
+
+
+class UpdateStatus(ApiObject):
+    state: UpdateState | None = None
+    started_at: Timestamp | None = None
+    completed_at: Timestamp | None = None
+    message: str = ""
+
+
+class ServiceStatus(ApiObject):
+    """Counts for ``service ls``; computed for an answer, never stored."""
+
+    running_tasks: int = always(0)
+    desired_tasks: int = always(0)
+    completed_tasks: int = always(0)
+
+
+class JobStatus(ApiObject):
+    job_iteration: Version = always(Version())
+    last_execution: Timestamp | None = None
+
+
+class Service(ApiObject):
+    """A service.
+
+    Writers: API: ``spec``, ``previous_spec``, ``version``, ``spec_version``, ``removed_at``; leader:
+    ``update_status``, ``endpoint``, ``job_status``.  ``service_status`` exists in answers only.
+    """
+
+    id: ServiceId
+    version: Version = always(Version())
+    created_at: Timestamp = always(ZERO_TIME)
+    updated_at: Timestamp = always(ZERO_TIME)
+    spec: ServiceSpec = always(ServiceSpec())
+    previous_spec: ServiceSpec | None = None
+    spec_version: Version | None = None
+    """Version at which the spec last changed; tasks name the spec they follow by it."""
+    endpoint: Endpoint = always(Endpoint())
+    update_status: UpdateStatus | None = None
+    service_status: ServiceStatus | None = None
+    job_status: JobStatus | None = None
+    removed_at: Timestamp | None = None
+    """Set when the user removed it: hidden from the API, owner of its tasks until the last has stopped."""

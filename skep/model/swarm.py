@@ -1,0 +1,106 @@
+"""The cluster itself."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import ClusterId
+from skep.model.meta import Driver, TLSInfo, Version
+from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
+
+
+class OrchestrationConfig(ApiObject):
+    task_history_retention_limit: int | None = None
+
+
+class RaftConfig(ApiObject):
+    """Kept for clients that read it; etcd's own timers follow DESIGN, "Conventions"."""
+
+    snapshot_interval: int = 0
+    keep_old_snapshots: int | None = None
+    log_entries_for_slow_followers: int = 0
+    election_tick: int = always(0)
+    heartbeat_tick: int = always(0)
+
+
+class DispatcherConfig(ApiObject):
+    heartbeat_period: Nanoseconds = 0
+
+
+class ExternalCA(ApiObject):
+    protocol: str = ""
+    url: str = ""
+    options: Mapping[str, str] = {}
+    ca_cert: str = ""
+
+
+class CAConfig(ApiObject):
+    """``signing_ca_key`` is accepted from a client and never stored here nor shown."""
+
+    node_cert_expiry: Nanoseconds = 0
+    external_cas: tuple[ExternalCA, ...] = msgspec.field(name="ExternalCAs", default=())
+    signing_ca_cert: str = ""
+    signing_ca_key: str = ""
+    force_rotate: int = 0
+
+
+class TaskDefaults(ApiObject):
+    log_driver: Driver | None = None
+
+
+class EncryptionConfig(ApiObject):
+    auto_lock_managers: bool = always(False)
+
+
+class SwarmSpec(ApiObject):
+    """The user's settings of the cluster."""
+
+    name: str = ""
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    orchestration: OrchestrationConfig = always(OrchestrationConfig())
+    raft: RaftConfig = always(RaftConfig())
+    dispatcher: DispatcherConfig = always(DispatcherConfig())
+    ca_config: CAConfig = always(CAConfig())
+    task_defaults: TaskDefaults = always(TaskDefaults())
+    encryption_config: EncryptionConfig = always(EncryptionConfig())
+
+
+class JoinTokens(ApiObject):
+    worker: str = always("")
+    manager: str = always("")
+
+
+class Swarm(ApiObject):
+    """The cluster.
+
+    Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``; init:
+    the rest.  There is exactly one, whose id is the cluster's.
+    """
+
+    id: ClusterId
+    version: Version = always(Version())
+    created_at: Timestamp = always(ZERO_TIME)
+    updated_at: Timestamp = always(ZERO_TIME)
+    spec: SwarmSpec = always(SwarmSpec())
+    tls_info: TLSInfo = always(TLSInfo())
+    root_rotation_in_progress: bool = always(False)
+    default_addr_pool: tuple[str, ...] = always(("10.0.0.0/8",))
+    subnet_size: int = always(24)
+    data_path_port: int = always(4789)
+    join_tokens: JoinTokens = always(JoinTokens())
+
+
+DEFAULT_SWARM_SPEC = SwarmSpec(
+    name="default",
+    orchestration=OrchestrationConfig(task_history_retention_limit=5),
+    raft=RaftConfig(
+        snapshot_interval=10000,
+        keep_old_snapshots=0,
+        log_entries_for_slow_followers=500,
+        election_tick=10,
+        heartbeat_tick=1,
+    ),
+    dispatcher=DispatcherConfig(heartbeat_period=1 * SECOND_NS),
+    ca_config=CAConfig(node_cert_expiry=90 * 24 * 3600 * SECOND_NS),
+)

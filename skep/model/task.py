@@ -1,0 +1,152 @@
+"""Tasks: one container's life from the first wish to the last report."""
+
+from collections.abc import Mapping
+from enum import Enum
+from functools import total_ordering
+
+import msgspec
+
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.meta import Version
+from skep.model.network import Network
+from skep.model.service import GenericResource, PortConfig, TaskSpec
+from skep.model.times import ZERO_TIME, Timestamp
+
+
+@total_ordering
+class TaskState(Enum):
+    """How far a task has come.  States are ordered and only grow; of two reports the larger is the newer.
+
+    The value is the API's word, ``number`` is SwarmKit's, with its gaps.
+
+    Source: swarmkit, api/types.proto (TaskState).
+    """
+
+    number: int
+
+    NEW = "new"
+    PENDING = "pending"
+    ASSIGNED = "assigned"
+    ACCEPTED = "accepted"
+    PREPARING = "preparing"
+    READY = "ready"
+    STARTING = "starting"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    SHUTDOWN = "shutdown"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    REMOVE = "remove"
+    ORPHANED = "orphaned"
+
+    def __lt__(self, other: "TaskState") -> bool:
+        return self.number < other.number
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the task has ended and will never run again."""
+        return self.number > TaskState.RUNNING.number
+
+    @classmethod
+    def from_number(cls, number: int) -> "TaskState":
+        """The state with SwarmKit's ``number``.  Raises ValueError for an unknown one."""
+        try:
+            return _BY_NUMBER[number]
+        except KeyError:
+            raise ValueError(f"unknown task state {number}") from None
+
+
+_NUMBERS = (0, 64, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 800, 832)
+for _state, _number in zip(TaskState, _NUMBERS, strict=True):
+    _state.number = _number
+_BY_NUMBER = {state.number: state for state in TaskState}
+
+
+class ContainerStatus(ApiObject):
+    container_id: str = msgspec.field(name="ContainerID", default="")
+    pid: int = always(0)
+    exit_code: int = always(0)
+
+
+class PortStatus(ApiObject):
+    """Host-mode ports as the node really opened them."""
+
+    ports: tuple[PortConfig, ...] = ()
+
+
+class TaskStatus(ApiObject):
+    """What the task's node observed.  Written by the owner of its session (before that: by the leader)."""
+
+    timestamp: Timestamp = always(ZERO_TIME)
+    state: TaskState = TaskState.NEW
+    message: str = ""
+    err: str = ""
+    container_status: ContainerStatus | None = None
+    port_status: PortStatus = always(PortStatus())
+
+
+class NetworkAttachment(ApiObject):
+    """A task's (or node's) place on one network.  ``addresses``: ``ip/prefix length``."""
+
+    network: Network | None = None
+    addresses: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+class VolumeAttachment(ApiObject):
+    id: str = ""
+    source: str = ""
+    target: str = ""
+
+
+class Task(ApiObject):
+    """One task.
+
+    Writers: leader: everything but ``status``; owner of the node's session: ``status``.
+    ``spec`` is not stored with the task: the replica fills it from the service's spec at ``spec_version``.
+    """
+
+    id: TaskId
+    version: Version = always(Version())
+    created_at: Timestamp = always(ZERO_TIME)
+    updated_at: Timestamp = always(ZERO_TIME)
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    spec: TaskSpec = always(TaskSpec())
+    service_id: ServiceId = ServiceId("")
+    slot: int = 0
+    node_id: NodeId = NodeId("")
+    status: TaskStatus = always(TaskStatus())
+    desired_state: TaskState = TaskState.NEW
+    networks_attachments: tuple[NetworkAttachment, ...] = ()
+    generic_resources: tuple[GenericResource, ...] = ()
+    job_iteration: Version | None = None
+    volumes: tuple[VolumeAttachment, ...] = ()
+    spec_version: Version | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the task is still wanted and has not ended."""
+        return self.desired_state <= TaskState.RUNNING and not self.status.state.is_terminal
+
+
+class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):
+    """A task as its node sees it: the task and what it needs to know of its service.
+
+    Made by ``wire`` on the node, by the dispatcher on a manager; never stored.
+    """
+
+    task: Task
+    service_name: str = ""
+    service_labels: Mapping[str, str] = {}
+    ports: tuple[PortConfig, ...] = ()
+    """Every published port of the service, ingress and host mode."""
+
+    @property
+    def name(self) -> str:
+        """The container's name: ``service.slot.task``; a global service's tasks have the node id as slot.
+
+        Source: swarmkit, api/naming/naming.go.
+        """
+        task = self.task
+        return f"{self.service_name}.{task.slot or task.node_id}.{task.id}"

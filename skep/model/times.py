@@ -1,0 +1,48 @@
+"""Points in time and durations as the Engine API writes them.
+
+A ``Timestamp`` is RFC 3339 in UTC with up to nine decimals; a duration is an integer of nanoseconds.
+Timestamps of different machines are shown, never subtracted (DESIGN, "Failure rules").
+"""
+
+import re
+from datetime import UTC, datetime
+from typing import NewType
+
+from skep.errors import InvalidArgument
+
+Timestamp = NewType("Timestamp", str)
+Nanoseconds = int
+
+ZERO_TIME = Timestamp("0001-01-01T00:00:00Z")
+"""Go's zero time, which Docker writes where nothing has happened yet."""
+
+SECOND_NS = 1_000_000_000
+
+_PATTERN = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(?:[Zz]|([+-])(\d\d):(\d\d))$")
+
+
+def timestamp(unix_ns: int) -> Timestamp:
+    """The point ``unix_ns`` nanoseconds after the epoch, without trailing zeros (Go's RFC3339Nano)."""
+    seconds, nanoseconds = divmod(unix_ns, SECOND_NS)
+    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    fraction = f".{nanoseconds:09d}".rstrip("0").rstrip(".") if nanoseconds else ""
+    return Timestamp(f"{text}{fraction}Z")
+
+
+def unix_ns(stamp: str) -> int:
+    """Nanoseconds since the epoch of an RFC 3339 timestamp.
+
+    Raises:
+        InvalidArgument: it is not one.
+    """
+    match = _PATTERN.fullmatch(stamp)
+    if match is None:
+        raise InvalidArgument(f"invalid timestamp {stamp!r}: want RFC 3339, like 2026-01-31T12:00:00Z")
+    text, fraction, sign, hours, minutes = match.groups()
+    try:
+        moment = datetime.fromisoformat(text.upper()).replace(tzinfo=UTC)
+    except ValueError as error:
+        raise InvalidArgument(f"invalid timestamp {stamp!r}: {error}") from error
+    offset_s = (int(hours) * 60 + int(minutes)) * 60 * (1 if sign == "+" else -1) if sign else 0
+    whole = round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds())
+    return (whole - offset_s) * SECOND_NS + int((fraction or "").ljust(9, "0") or 0)

@@ -1,0 +1,200 @@
+"""The store as the control plane sees it: an in-memory replica, transactions, watches, leadership.
+
+Two implementations pass one contract suite (``tests/contract/test_store.py``): ``store.memory`` and ``store.etcd``.
+
+Reads are synchronous and local.  A transaction is a plain function that is run against the replica and
+proposed; on a conflict it is simply run again on newer state, so it must be free of side effects.  It is
+serializable by itself: the proposal compares every key it wrote and every object it read with ``get``.  What
+``find`` listed is not compared: "nobody uses it" and "it is free" are keys of their own (references and claims,
+see ``schema``), so removal of a used secret and a second service on one port cannot slip through.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+
+import msgspec
+
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import NodeId
+
+Object: TypeAlias = msgspec.Struct
+"""An instance of one of the kinds in ``store.schema``."""
+
+T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class View(Protocol):
+    """One consistent state of the cluster.  Valid until the next ``await``; nothing is copied."""
+
+    @property
+    def revision(self) -> int:
+        """Grows with every commit anywhere in the cluster."""
+
+    def get(self, kind: type[T], id: str) -> T:
+        """The object with exactly this id.  Raises: NotFound."""
+
+    def lookup(self, kind: type[T], id: str) -> T | None:
+        """The object with exactly this id, or None."""
+
+    def find(self, kind: type[T], **by: str) -> Sequence[T]:
+        """All objects of a kind, in order of id; ``by`` names at most one index of the schema.
+
+        ``view.find(Task, service_id=...)`` costs what it returns.  An unknown index is a bug (KeyError).
+        """
+
+    def resolve(self, kind: type[T], word: str) -> T:
+        """What a user means by ``word``: full id, else name, else unique prefix of an id (Docker's order).
+
+        Raises: NotFound: nothing, or several by prefix ("service web not found", "... is ambiguous (2 matches found)").
+        """
+
+
+class Transaction(View, Protocol):
+    """A view that can be written to.  Lives inside one call of a transaction function."""
+
+    def put(self, object: T) -> T:
+        """Create or replace ``object``; gives it back as stored (version, updated_at set by the store).
+
+        Only the parts that changed are written.  A change of the wish bumps ``version``.
+        Raises: AlreadyExists: a claim (name, port) belongs to another object, with Docker's words;
+        NotFound: a reference names no object.
+        """
+
+    def delete(self, kind: type[T], id: str) -> None:
+        """Remove the object with all its parts.
+
+        Raises: NotFound; FailedPrecondition: other objects refer to it (the ids are in the error's ``users``).
+        """
+
+    def rely_on(self, kind: type[T], id: str) -> T | None:
+        """Like ``lookup``, and the commit fails if the object changed in between (``get`` does the same)."""
+
+
+class InUse(SkepError):
+    """A removal met references.  ``users``: (kind name, id) of those who refer to it, sorted."""
+
+    def __init__(self, message: str, users: Sequence[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.users = users
+
+
+class Created(msgspec.Struct, frozen=True):
+    object: Object
+
+
+class Updated(msgspec.Struct, frozen=True):
+    old: Object
+    new: Object
+
+
+class Deleted(msgspec.Struct, frozen=True):
+    object: Object
+
+
+Event: TypeAlias = Created | Updated | Deleted
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """Everything that one revision changed, merged per object."""
+
+    revision: int
+    events: tuple[Event, ...]
+
+
+class WatchLagged(SkepError):
+    """The reader of a watch fell behind its bound: start again from a fresh snapshot."""
+
+
+class Watch(Protocol):
+    """Commits after ``snapshot``, each once, in order, without a gap."""
+
+    @property
+    def snapshot(self) -> View: ...
+
+    def __aiter__(self) -> AsyncIterator[Commit]:
+        """Raises: WatchLagged."""
+
+
+class NotLeader(Unavailable):
+    """A write of a leader's loop met a newer leader: nothing was written, and nothing ever will be in this term."""
+
+
+class Updates(Protocol):
+    """What both the store and a term can do: run transactions."""
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Run ``body(tx, ...)`` until it commits; return its result once the local replica shows the write.
+
+        A body that writes nothing commits nothing.  What the body raises is raised here, nothing is written.
+        Raises: Unavailable: no quorum, or no answer within the store's deadline (5 s) and the outcome could not
+        be found out.
+        """
+
+    async def update_each(
+        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
+    ) -> Sequence[R | SkepError]:
+        """``update`` once per item, each a proposal of its own, committed in as few raft entries as possible.
+
+        One item's conflict or error does not touch the others; the result has one entry per item, in order.
+        """
+
+
+class Store(Updates, Protocol):
+    """The replica of one manager, and its way to write."""
+
+    def view(self) -> View:
+        """The present local state."""
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        """Follow commits that touch one of ``kinds``, from a snapshot on.  Bounded (10,000 commits)."""
+
+    async def barrier(self) -> None:
+        """Return once the replica shows everything acknowledged anywhere before this call.
+
+        Concurrent callers share one round trip.  Raises: Unavailable after 5 s.
+        """
+
+    def terms(self, node_id: NodeId, addr: str) -> AsyncIterator["Term"]:
+        """Terms of leadership of this manager, one after another: yields when this manager has become leader."""
+
+    @property
+    def leader(self) -> NodeId | None:
+        """Who leads, as far as this replica knows."""
+
+
+class Term(Updates, Protocol):
+    """One term of leadership.  Its updates are fenced: they fail with NotLeader once it is over."""
+
+    @property
+    def number(self) -> int: ...
+
+    def view(self) -> View: ...
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]: ...
+
+    async def wait_lost(self) -> None:
+        """Return when the term is over (another leader, or no word from the member for too long)."""
+
+
+class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """How one kind of object is stored (``schema.py`` lists them).
+
+    ``parts``: part name -> field names; every other field is the head ("wish"), whose change bumps the version.
+    ``answers``: parts that are dropped by the merge when they answer an older ``spec_version``.
+    ``claims``: keys (``n/service/web``, ``p/tcp/8080``) that only one object may hold.
+    ``references``: (kind name, id) of the objects it needs; these cannot be deleted meanwhile.
+    ``indexes``: index name -> value of an object (``None``: not in this index).
+    """
+
+    name: str
+    type: type[Object]
+    parts: Mapping[str, tuple[str, ...]] = {}
+    answers: frozenset[str] = frozenset()
+    claims: Callable[[Object], Iterable[str]] = lambda _: ()
+    references: Callable[[Object], Iterable[tuple[str, str]]] = lambda _: ()
+    indexes: Mapping[str, Callable[[Object], str | None]] = {}
