@@ -1,0 +1,1 @@
+"""Skep measured beside real Docker Swarm; see README.md."""

@@ -1,0 +1,149 @@
+"""A real Docker Engine in swarm mode, in namespaces of its own: the one Skep is measured beside.
+
+The engine is the distribution's, with its default configuration (overlay2, json-file logs, seccomp); only paths and the
+cgroup parent are set.  Everything it makes lies below its directory and is removed by ``down``.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.engine import Engine
+
+NAMESPACE = "skep-bench-docker"
+CGROUP = "skep-bench-docker"
+ADDRESS = "192.168.77.11"
+
+# dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
+_START = """
+mkdir -p /etc/docker /run/docker {dir}/cgroups
+mount --rbind /sys/fs/cgroup {dir}/cgroups && mount -t sysfs none /sys && mount --rbind {dir}/cgroups /sys/fs/cgroup
+mount --bind {dir}/etc /etc/docker && mount -t tmpfs none /run/docker
+exec {dockerd} --data-root {dir}/root --exec-root {dir}/run --pidfile {dir}/docker.pid -H unix://{dir}/docker.sock \
+  --cgroup-parent /{cgroup}
+"""
+
+
+class DockerLab:
+    """One manager.  ``up`` returns when the swarm is initialised and the image loaded."""
+
+    system = "docker"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.netns = Path("/run/netns") / NAMESPACE
+        self.image = ""
+        self.engine = Engine(directory / "docker.sock")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def root_pids(self) -> list[int]:
+        return [self._process.pid] if self._process else []
+
+    def up(self, archive: bytes, image: str) -> None:
+        """Start dockerd, load ``archive`` and initialise the swarm.  Raises TimeoutError after 60 s."""
+        self.down()
+        dockerd = shutil.which("dockerd", path="/usr/sbin:/usr/bin:/sbin:/bin")
+        if dockerd is None:
+            raise SystemExit("no dockerd found: apt-get install docker.io, then run the benchmark again")
+        for part in ("etc", "root", "run"):
+            (self.directory / part).mkdir(parents=True)
+        _run("ip", "netns", "add", NAMESPACE)
+        _run("ip", "-n", NAMESPACE, "link", "set", "lo", "up")
+        _run("ip", "-n", NAMESPACE, "link", "add", "eth0", "type", "veth", "peer", "name", "cable")
+        _run("ip", "-n", NAMESPACE, "addr", "add", f"{ADDRESS}/24", "dev", "eth0")
+        _run("ip", "-n", NAMESPACE, "link", "set", "eth0", "up")
+        script = _START.format(dir=self.directory, dockerd=dockerd, cgroup=CGROUP)
+        with (self.directory / "dockerd.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*f"nsenter --net={self.netns} unshare -m -u --propagation private sh -c".split(), script],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._wait_api()
+        self.engine.raw("POST", "/images/load", archive, "application/x-tar")
+        self.image = image
+        listen = f"{ADDRESS}:2377"
+        self.engine.post("/swarm/init", {"ListenAddr": listen, "AdvertiseAddr": ADDRESS})
+
+    def version(self) -> str:
+        answer: dict[str, Any] = self.engine.get("/version")
+        return f"dockerd {answer['Version']}"
+
+    def down(self) -> None:
+        """End dockerd and its containers, and remove every trace."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        for pid in _cgroup_pids(CGROUP) | _namespace_pids(self.netns):
+            _kill(pid)
+        _wait_for(lambda: not (_cgroup_pids(CGROUP) | _namespace_pids(self.netns)), 10)
+        if self.netns.exists():
+            _run("ip", "netns", "del", NAMESPACE)
+        for top in Path("/sys/fs/cgroup").glob(f"*/{CGROUP}"):
+            for root, _, _ in os.walk(top, topdown=False):
+                Path(root).rmdir()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _wait_api(self) -> None:
+        def answers() -> bool:
+            if self._process is not None and self._process.poll() is not None:
+                raise SystemExit(f"dockerd ended: see {self.directory}/dockerd.log")
+            try:
+                self.engine.get("/info")
+            except OSError:
+                return False
+            return True
+
+        _wait_for(answers, 60)
+
+
+def _wait_for(condition: Any, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not so after {timeout_s} s: {condition}")
+        time.sleep(0.02)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _cgroup_pids(cgroup: str) -> set[int]:
+    found: set[int] = set()
+    for listing in Path("/sys/fs/cgroup").glob(f"*/{cgroup}/**/cgroup.procs"):
+        found |= {int(word) for word in listing.read_text().split()}
+    return found
+
+
+def _namespace_pids(netns: Path) -> set[int]:
+    if not netns.exists():
+        return set()
+    inode = f"net:[{netns.stat().st_ino}]"
+    found = set()
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and os.readlink(f"/proc/{entry}/ns/net") == inode:
+                found.add(int(entry))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,80 @@
+"""A small Engine API client for measuring: standard library, one kept-alive connection, nothing system-specific."""
+
+import http.client
+import json
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+API_VERSION = "v1.41"
+
+
+class EngineError(Exception):
+    """The engine answered with an error status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"HTTP {status}: {message}")
+        self.status = status
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class Engine:
+    """One endpoint (a unix socket).  Not for several threads."""
+
+    def __init__(self, path: Path, timeout_s: float = 120.0) -> None:
+        self._path, self._timeout_s = path, timeout_s
+        self._connection: _UnixConnection | None = None
+
+    def raw(
+        self, method: str, path: str, body: bytes | None = None, type_: str = "application/json"
+    ) -> bytes:
+        """One request; gives the body.  A kept connection that the server has closed is opened again once."""
+        for attempt in (1, 2):
+            connection = self._connection or _UnixConnection(self._path, self._timeout_s)
+            self._connection = connection
+            try:
+                headers = {"Content-Type": type_} if body is not None else {}
+                connection.request(method, f"/{API_VERSION}{path}", body=body, headers=headers)
+                response = connection.getresponse()
+                data = response.read()
+            except (ConnectionError, http.client.HTTPException):
+                self._connection = None
+                connection.close()
+                if attempt == 2 or method != "GET":
+                    raise
+                continue
+            if response.will_close:
+                self._connection = None
+                connection.close()
+            if response.status >= 400:
+                raise EngineError(response.status, data.decode("utf-8", "replace"))
+            return data
+        raise AssertionError("unreachable")
+
+    def call(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        """JSON in, JSON out.  ``query`` values that are dicts are encoded as JSON (``filters``)."""
+        if query:
+            words = {key: json.dumps(v) if isinstance(v, dict) else v for key, v in query.items()}
+            path = f"{path}?{urlencode(words)}"
+        data = self.raw(method, path, None if body is None else json.dumps(body).encode())
+        return json.loads(data) if data.strip() else None
+
+    def get(self, path: str, **query: Any) -> Any:
+        return self.call("GET", path, **query)
+
+    def post(self, path: str, body: Any = None, **query: Any) -> Any:
+        return self.call("POST", path, body, **query)
+
+    def delete(self, path: str) -> Any:
+        return self.call("DELETE", path)

@@ -1,0 +1,63 @@
+"""What the machine and a node's daemons consume.
+
+Memory is PSS: pages shared by several processes are divided among them, so that sums are honest both for a forked
+Python and for a Go daemon.  A node's daemons are all processes in its namespaces that do not belong to a container
+(a process in another PID namespace does).
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+MONITORS = ("conmon", "containerd-shim")
+
+
+def busy_s() -> float:
+    """Processor seconds this machine has spent on anything since boot."""
+    fields = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / _TICKS_PER_S
+
+
+def noise(window_s: float = 0.5) -> float:
+    """Share of the machine (0 to 1) that is busy while this process waits."""
+    before, began = busy_s(), time.monotonic()
+    time.sleep(window_s)
+    return (busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
+
+
+def _namespace(pid: str, kind: str) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{kind}")
+    except OSError:
+        return None
+
+
+def daemons(netns: Path, root_pids: list[int]) -> Iterator[int]:
+    """Processes of the node that are no container's: in its network namespace, in the host's PID namespace."""
+    inode = f"net:[{netns.stat().st_ino}]"
+    host_pids = _namespace("self", "pid")
+    roots = {str(pid) for pid in root_pids}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        inside = _namespace(entry, "net") == inode or entry in roots
+        if inside and _namespace(entry, "pid") == host_pids:
+            yield int(entry)
+
+
+def memory_mib(netns: Path, root_pids: list[int]) -> dict[str, float]:
+    """PSS in MiB by kind of process: ``daemons``, ``monitors`` (conmon, shims), and each command name."""
+    sums: dict[str, float] = {"daemons": 0.0, "monitors": 0.0}
+    for pid in daemons(netns, root_pids):
+        try:
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        pss_kib = next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+        kind = "monitors" if name.startswith(MONITORS) else "daemons"
+        sums[kind] += pss_kib / 1024
+        sums[f"process {name}"] = sums.get(f"process {name}", 0.0) + pss_kib / 1024
+    return sums

@@ -1,0 +1,71 @@
+"""Results as a Markdown table: medians with smallest and largest, ratios, and the limit each ratio has to keep."""
+
+from statistics import median
+from typing import Any
+
+LIMITS = {
+    "create 1 to running, s": 0.5,
+    "create 20 to running, s": 0.4,
+    "create 50 to running, s": 0.4,
+    "remove 1 to containers gone, s": 0.4,
+    "remove 20 to containers gone, s": 0.4,
+    "remove 50 to containers gone, s": 0.4,
+    "crash to replacement, s": 0.5,
+    "memory idle, MiB": 1.5,
+    "memory per task, MiB": 0.4,
+    "list 1000 tasks, ms p50": 1.0,
+    "list 3000 tasks, ms p50": 1.0,
+}
+"""Largest ratio skep / docker that the project promises."""
+
+ABSOLUTE = {"GET /services, ms p50": 2.0, "GET /nodes, ms p50": 2.0, "growth by churn": 1.2}
+"""Largest value of skep's own figure."""
+
+
+def table(pairs: dict[str, dict[str, list[float]]]) -> str:
+    """``{metric: {"docker": [...], "skep": [...]}}`` -> Markdown."""
+    rows = ["| what | Docker Swarm | Skep | ratio | limit | |", "|---|---|---|---|---|---|"]
+    for metric, values in pairs.items():
+        docker, skep = values.get("docker", []), values.get("skep", [])
+        ratio = median(skep) / median(docker) if docker and skep and median(docker) else None
+        rows.append(
+            f"| {metric} | {_spread(docker)} | {_spread(skep)} | {'–' if ratio is None else f'{ratio:.2f}'} "
+            f"| {_limit(metric)} | {_verdict(metric, ratio, skep)} |"
+        )
+    return "\n".join(rows)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{median(values):.3g} ({min(values):.3g} .. {max(values):.3g}, n={len(values)})"
+
+
+def _limit(metric: str) -> str:
+    if metric in LIMITS:
+        return f"ratio {LIMITS[metric]}"
+    return f"{ABSOLUTE[metric]}" if metric in ABSOLUTE else ""
+
+
+def _verdict(metric: str, ratio: float | None, skep: list[float]) -> str:
+    if metric in LIMITS and ratio is not None:
+        return "kept" if ratio <= LIMITS[metric] else "**missed**"
+    if metric in ABSOLUTE and skep:
+        return "kept" if median(skep) <= ABSOLUTE[metric] else "**missed**"
+    return ""
+
+
+def document(result: dict[str, Any]) -> str:
+    """The whole result file for people."""
+    lines = [f"# Skep beside Docker Swarm, {result['date']}, commit {result['commit']}", ""]
+    lines += [
+        f"{result['machine']}. {result['pairs']} pairs, alternating; medians (smallest .. largest, number).",
+        f"Share of the machine busy before a timed part: median {median(result['noise'] or [0.0]):.0%}.",
+        "",
+        "| | Docker Swarm | Skep |",
+        "|---|---|---|",
+    ]
+    docker, skep = result["facts"]["docker"], result["facts"]["skep"]
+    lines += [f"| {fact} | {docker[fact]} | {skep[fact]} |" for fact in docker]
+    lines += ["", table(result["values"]), ""]
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""Runs the scenarios on Docker Swarm and on Skep in alternating pairs and keeps the results."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.docker_lab import DockerLab
+from bench.facts import facts
+from bench.machine import noise
+from bench.report import document
+from bench.scenarios import ONCE, SCENARIOS, clear
+from bench.skep_lab import SkepLab
+from skep.playground.image import busybox_archive
+
+RESULTS = Path(__file__).parent / "results"
+BUSY = 0.25
+"""A pair that began while more than this share of the machine was busy is run again."""
+
+
+def main() -> None:
+    options = _options()
+    image_id, archive = busybox_archive()
+    with tempfile.TemporaryDirectory(prefix="skep-bench-", dir=options.dir) as directory:
+        docker, skep = DockerLab(Path(directory) / "docker"), SkepLab(Path(directory) / "skep")
+        labs: list[DockerLab | SkepLab] = [docker, skep]
+        try:
+            for lab in labs:
+                _say(f"starting {lab.system} ...")
+                lab.up(archive, image_id)
+            result = _measure(labs, options)
+        finally:
+            for lab in labs:
+                lab.down()
+    _keep(result)
+
+
+def _measure(labs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+    known = {lab.system: facts(lab) for lab in labs}
+    for system, about in known.items():
+        _say(f"{system}: " + ", ".join(f"{fact} {value}" for fact, value in about.items()))
+    for lab in labs:
+        clear(lab)
+    values: dict[str, dict[str, list[float]]] = {}
+    busy_before: list[float] = []
+    for name in options.scenarios:
+        wanted = 1 if name in ONCE else options.pairs
+        kept = tried = 0
+        while kept < wanted:
+            tried += 1
+            before = noise()
+            pair = {}
+            for lab in labs if tried % 2 else reversed(labs):
+                pair[lab.system] = SCENARIOS[name](lab)
+            if before > BUSY and tried < 2 * wanted:
+                _say(f"{name}: the machine was {before:.0%} busy, once more")
+                continue
+            kept += 1
+            busy_before.append(before)
+            for system, metrics in pair.items():
+                for metric, value in metrics.items():
+                    values.setdefault(metric, {}).setdefault(system, []).append(value)
+            _say(f"{name} {kept}/{wanted}: {_pair_text(pair)}")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.release()}",
+        "pairs": options.pairs,
+        "noise": busy_before,
+        "facts": known,
+        "values": values,
+    }
+
+
+def _pair_text(pair: dict[str, dict[str, float]]) -> str:
+    docker, skep = pair["docker"], pair["skep"]
+    return "; ".join(f"{metric}: {docker[metric]:.3g} / {skep[metric]:.3g}" for metric in docker)
+
+
+def _keep(result: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    name = f"{result['date'][:10]}-{result['commit']}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = document(result)
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
+
+
+def _commit() -> str:
+    top = Path(__file__).parent
+    answer = subprocess.run(
+        ["git", "-C", str(top), "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
+    )
+    return answer.stdout.strip() or "unknown"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=7, help="pairs per scenario (default 7)")
+    parser.add_argument(
+        "--dir", default="/var/tmp", help="where both nodes keep their state; not on overlayfs"
+    )
+    parser.add_argument(
+        "--scenarios",
+        type=lambda text: text.split(","),
+        default=list(SCENARIOS),
+        help=f"comma-separated: {', '.join(SCENARIOS)}",
+    )
+    options = parser.parse_args()
+    unknown = sorted(set(options.scenarios) - set(SCENARIOS))
+    if unknown:
+        parser.error(f"unknown scenario {', '.join(unknown)}; known: {', '.join(SCENARIOS)}")
+    return options
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

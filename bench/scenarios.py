@@ -1,0 +1,180 @@
+"""What is timed.  Each scenario takes one lab and gives ``{metric: value}``; the unit ends the metric's name.
+
+A scenario starts from a node without services and leaves it so.  Tasks run a shell that leaves at once on SIGTERM,
+so that removal measures the orchestrator and not a grace period.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from bench.machine import busy_s, memory_mib
+
+WORKLOAD = ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done"]
+NOWHERE = "node.labels.bench==nowhere"
+POLL_S = 0.01
+Metrics = dict[str, float]
+
+
+def service(lab: Any, name: str, replicas: int, **template: Any) -> str:
+    """Create a service; gives its id."""
+    spec = {
+        "Name": name,
+        "TaskTemplate": {"ContainerSpec": {"Image": lab.image, "Command": WORKLOAD}, **template},
+        "Mode": {"Replicated": {"Replicas": replicas}},
+    }
+    answer: dict[str, str] = lab.engine.post("/services/create", spec)
+    return answer["ID"]
+
+
+def running(lab: Any, service_id: str) -> list[dict[str, Any]]:
+    tasks = lab.engine.get("/tasks", filters={"service": [service_id]})
+    return [t for t in tasks if t["Status"]["State"] == "running" and t["DesiredState"] == "running"]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 180) -> float:
+    """Seconds until ``condition`` was seen to hold.  Raises TimeoutError."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > timeout_s:
+            raise TimeoutError(f"not so within {timeout_s} s")
+        time.sleep(POLL_S)
+    return time.monotonic() - began
+
+
+def _is_bare(lab: Any) -> bool:
+    labelled = {"label": ["com.docker.swarm.service.name"]}
+    return not lab.engine.get("/containers/json", all="1", filters=labelled)
+
+
+def clear(lab: Any) -> None:
+    """Remove every service and wait until no container and no task is left."""
+    for existing in lab.engine.get("/services"):
+        lab.engine.delete(f"/services/{existing['ID']}")
+    wait_for(lambda: _is_bare(lab) and not lab.engine.get("/tasks"))
+
+
+def start(replicas: int) -> Callable[[Any], Metrics]:
+    """Create -> all RUNNING; then removal -> containers gone."""
+
+    def scenario(lab: Any) -> Metrics:
+        busy, began = busy_s(), time.monotonic()
+        id = service(lab, f"start{replicas}", replicas)
+        wait_for(lambda: len(running(lab, id)) >= replicas)
+        took, spent = time.monotonic() - began, busy_s() - busy
+        began = time.monotonic()
+        lab.engine.delete(f"/services/{id}")
+        wait_for(lambda: _is_bare(lab))
+        gone = time.monotonic() - began
+        clear(lab)
+        return {
+            f"create {replicas} to running, s": took,
+            f"create {replicas}, processor s per task": spent / replicas,
+            f"remove {replicas} to containers gone, s": gone,
+        }
+
+    return scenario
+
+
+def crash(lab: Any) -> Metrics:
+    """SIGKILL of one task's process -> a replacement is RUNNING (restart delay 0)."""
+    id = service(lab, "crash", 3, RestartPolicy={"Condition": "any", "Delay": 0})
+    wait_for(lambda: len(running(lab, id)) >= 3)
+    victim = running(lab, id)[0]
+    known = {task["ID"] for task in running(lab, id)}
+    container = victim["Status"]["ContainerStatus"]["ContainerID"]
+    pid = lab.engine.get(f"/containers/{container}/json")["State"]["Pid"]
+    os.kill(pid, signal.SIGKILL)
+    took = wait_for(lambda: any(task["ID"] not in known for task in running(lab, id)))
+    clear(lab)
+    return {"crash to replacement, s": took}
+
+
+def memory(lab: Any) -> Metrics:
+    """PSS of the daemons without tasks, and what 50 idle tasks add (their monitors included)."""
+    empty = memory_mib(lab.netns, lab.root_pids)
+    id = service(lab, "memory", 50)
+    wait_for(lambda: len(running(lab, id)) >= 50)
+    full = memory_mib(lab.netns, lab.root_pids)
+    clear(lab)
+    added = sum(full[kind] - empty[kind] for kind in ("daemons", "monitors"))
+    return {"memory idle, MiB": empty["daemons"], "memory per task, MiB": added / 50}
+
+
+def churn(lab: Any) -> Metrics:
+    """1,000 services come and go (no tasks placed); memory after over before."""
+    before = memory_mib(lab.netns, lab.root_pids)["daemons"]
+    for batch in range(20):
+        ids = [service(lab, f"churn-{batch}-{n}", 1, Placement={"Constraints": [NOWHERE]}) for n in range(50)]
+        for id in ids:
+            lab.engine.delete(f"/services/{id}")
+    clear(lab)
+    after = memory_mib(lab.netns, lab.root_pids)["daemons"]
+    return {
+        "memory before churn, MiB": before,
+        "memory after 1,000 services, MiB": after,
+        "growth by churn": after / before,
+    }
+
+
+def listing(tasks: int) -> Callable[[Any], Metrics]:
+    """Latency of ``GET /tasks`` with ``tasks`` pending tasks, and of small requests beside them."""
+
+    def scenario(lab: Any) -> Metrics:
+        ids = [service(lab, f"list{n}", 10, Placement={"Constraints": [NOWHERE]}) for n in range(tasks // 10)]
+        wait_for(lambda: len(lab.engine.get("/tasks")) >= tasks)
+        paths = {
+            f"list {tasks} tasks": "/tasks",
+            f"list services of {tasks} tasks": "/services",
+            f"inspect a service beside {tasks} tasks": f"/services/{ids[0]}",
+            f"list nodes beside {tasks} tasks": "/nodes",
+        }
+        result = {f"{what}, ms p50": _latency_ms(lab, path) for what, path in paths.items()}
+        clear(lab)
+        return result
+
+    return scenario
+
+
+def latency(lab: Any) -> Metrics:
+    """p50 of small requests on an empty node."""
+    result = {
+        "GET /_ping, ms p50": _latency_ms(lab, "/_ping"),
+        "GET /services, ms p50": _latency_ms(lab, "/services"),
+        "GET /nodes, ms p50": _latency_ms(lab, "/nodes"),
+    }
+    created = []
+    for n in range(50):
+        began = time.perf_counter()
+        service(lab, f"latency{n}", 0)
+        created.append((time.perf_counter() - began) * 1e3)
+    clear(lab)
+    return result | {"POST /services/create, ms p50": median(created)}
+
+
+def _latency_ms(lab: Any, path: str, times: int = 30) -> float:
+    lab.engine.raw("GET", path)
+    values = []
+    for _ in range(times):
+        began = time.perf_counter()
+        lab.engine.raw("GET", path)
+        values.append((time.perf_counter() - began) * 1e3)
+    return median(values)
+
+
+SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
+    "start1": start(1),
+    "start20": start(20),
+    "start50": start(50),
+    "crash": crash,
+    "memory": memory,
+    "latency": latency,
+    "listing1000": listing(1000),
+    "listing3000": listing(3000),
+    "churn": churn,
+}
+ONCE = frozenset({"churn"})
+"""Scenarios that take long and vary little: one pair at the end, after everything else."""

@@ -1,0 +1,46 @@
+"""A Skep playground of one manager, behind the same few attributes as ``docker_lab.DockerLab``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.engine import Engine
+
+
+class SkepLab:
+    """One manager in a playground.  Started and removed by the ``skep`` command, as a user would."""
+
+    system = "skep"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.image = ""
+        self._skep = str(Path(sys.executable).with_name("skep"))
+
+    def up(self, archive: bytes, image: str) -> None:
+        """Start the playground and load ``archive``, so that both systems run the same image."""
+        self.down()
+        options = ["--managers", "1", "--workers", "0", "--dir", str(self.directory), "--name", "bench"]
+        subprocess.run([self._skep, "playground", "up", *options], check=True, stdout=subprocess.DEVNULL)
+        self.node: dict[str, Any] = json.loads((self.directory / "cluster.json").read_text())["nodes"][0]
+        self.engine = Engine(Path(self.node["endpoint"].removeprefix("unix://")))
+        self.engine.raw("POST", "/images/load", archive, "application/x-tar")
+        self.image = image
+
+    @property
+    def netns(self) -> Path:
+        return Path(self.node["netns"])
+
+    @property
+    def root_pids(self) -> list[int]:
+        return list(self.node["pids"])
+
+    def version(self) -> str:
+        answer: dict[str, Any] = self.engine.get("/version")
+        return f"skep {answer['Version']}"
+
+    def down(self) -> None:
+        command = [self._skep, "playground", "down", "--dir", str(self.directory), "--name", "bench"]
+        subprocess.run(command, check=False, capture_output=True)
