@@ -1,0 +1,143 @@
+"""Where a node keeps what it has on disk: one property per path (DESIGN, "Conventions").
+
+The data directory outlives a reboot, the run directory lies on tmpfs and does not.  Sockets are never below the
+data directory: a socket's path has at most 107 bytes.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+DEFAULT_DATA = Path("/var/lib/skep")
+DEFAULT_RUN = Path("/run/skep")
+SOCKET_PATH_BYTES_MAX = 107
+
+
+class Paths(msgspec.Struct, frozen=True):
+    """The two directories of one node.  Nothing is created by asking."""
+
+    data: Path
+    run: Path
+
+    # --- data directory ---------------------------------------------------------------------------------------
+
+    @property
+    def data_lock(self) -> Path:
+        """Held by the node process that uses this data directory."""
+        return self.data / "lock"
+
+    @property
+    def format(self) -> Path:
+        """The number of the layout of the data directory."""
+        return self.data / "format"
+
+    @property
+    def node_json(self) -> Path:
+        """Which node of which cluster this is; absent outside a swarm."""
+        return self.data / "node.json"
+
+    @property
+    def certificates(self) -> Path:
+        return self.data / "certificates"
+
+    @property
+    def root_ca_certificate(self) -> Path:
+        return self.certificates / "swarm-root-ca.crt"
+
+    @property
+    def node_certificate(self) -> Path:
+        return self.certificates / "swarm-node.crt"
+
+    @property
+    def node_key(self) -> Path:
+        return self.certificates / "swarm-node.key"
+
+    @property
+    def tasks(self) -> Path:
+        return self.data / "tasks"
+
+    @property
+    def networks(self) -> Path:
+        return self.data / "networks"
+
+    @property
+    def images(self) -> Path:
+        return self.data / "images"
+
+    @property
+    def containers(self) -> Path:
+        return self.data / "containers"
+
+    @property
+    def volumes(self) -> Path:
+        return self.data / "volumes"
+
+    @property
+    def manager(self) -> Path:
+        """State of the manager on this node; absent on a worker."""
+        return self.data / "manager"
+
+    @property
+    def manager_config(self) -> Path:
+        return self.manager / "config.json"
+
+    @property
+    def manager_keys(self) -> Path:
+        return self.manager / "keys"
+
+    @property
+    def root_ca_key(self) -> Path:
+        """Only between init and the first transaction; afterwards the key lies wrapped in the store."""
+        return self.manager_keys / "root-ca.key"
+
+    @property
+    def etcd(self) -> Path:
+        return self.manager / "etcd"
+
+    # --- run directory ----------------------------------------------------------------------------------------
+
+    @property
+    def api_socket(self) -> Path:
+        return self.run / "skep.sock"
+
+    @property
+    def manager_socket(self) -> Path:
+        return self.run / "manager.sock"
+
+    @property
+    def etcd_socket(self) -> Path:
+        return self.run / "etcd.sock"
+
+    @property
+    def net_socket(self) -> Path:
+        return self.run / "net.sock"
+
+    @property
+    def net_ports(self) -> Path:
+        """The ports that the net process holds, for the one that follows it after a crash."""
+        return self.run / "net-ports.json"
+
+    @property
+    def netns(self) -> Path:
+        return self.run / "netns"
+
+    @property
+    def runc(self) -> Path:
+        return self.run / "runc"
+
+    @property
+    def secrets(self) -> Path:
+        """Secrets of running tasks: on tmpfs, so that no reboot finds them."""
+        return self.run / "secrets"
+
+    @property
+    def tls(self) -> Path:
+        return self.run / "tls"
+
+    def pid_file(self, process: str) -> Path:
+        """Pid and start time of a detached process: ``manager`` or ``net``."""
+        return self.run / f"{process}.pid"
+
+    def lock_file(self, process: str) -> Path:
+        """Held by a detached process as long as it lives."""
+        return self.run / f"{process}.lock"
