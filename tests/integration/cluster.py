@@ -1,0 +1,162 @@
+"""A playground for tests, and what a test may do to it: run docker, look at processes, kill, wait."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docker
+
+T = TypeVar("T")
+
+SKEP = str(Path(sys.executable).with_name("skep"))
+CLIS = tuple(path for path in ("/usr/bin/docker", "/usr/local/bin/docker") if Path(path).exists())
+"""The docker commands of this machine: the distribution's and, where there is one, a newer one."""
+
+IMAGE = "busybox:1"
+IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
+"""A command that stays idle and leaves at once on SIGTERM."""
+
+
+def wait_until(condition: Callable[[], T], what: str, within_s: float = 30) -> T:
+    """Poll until ``condition`` gives something true; give that back.  Fails the test after ``within_s``."""
+    deadline = time.monotonic() + within_s
+    while True:
+        if result := condition():
+            return result
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        time.sleep(0.02)
+
+
+class TestNode:
+    """One node of the playground, seen from outside."""
+
+    __test__ = False
+
+    def __init__(self, cluster: "TestCluster", name: str) -> None:
+        self.cluster, self.name = cluster, name
+
+    @property
+    def description(self) -> dict[str, Any]:
+        nodes = self.cluster.description["nodes"]
+        return next(node for node in nodes if node["name"] == self.name)
+
+    @property
+    def socket(self) -> str:
+        return str(self.description["endpoint"])
+
+    def client(self) -> docker.DockerClient:
+        """docker-py on this node's socket."""
+        return docker.DockerClient(base_url=self.socket, timeout=60)
+
+    def docker(
+        self, *words: str, cli: str = CLIS[-1], check: bool = True, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the docker command against this node."""
+        environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "DOCKER_HOST": self.socket}
+        done = subprocess.run(
+            [cli, *words],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=60,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{cli} {' '.join(words)}: {done.stderr}{done.stdout}"
+        return done
+
+    def pids(self, comm: str) -> list[int]:
+        """Processes of this node's network namespace with this command name (``/proc/PID/comm``), oldest first."""
+        return sorted(pid for pid, name in self.processes() if name == comm)
+
+    def processes(self) -> Iterator[tuple[int, str]]:
+        """(pid, comm) of everything in this node's network namespace that is no zombie."""
+        inode = f"net:[{os.stat(self.description['netns']).st_ino}]"
+        for entry in os.listdir("/proc"):
+            try:
+                if not entry.isdigit() or os.readlink(f"/proc/{entry}/ns/net") != inode:
+                    continue
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                if stat.rsplit(")", 1)[1].split()[0] != "Z":
+                    yield int(entry), Path(f"/proc/{entry}/comm").read_text().strip()
+            except OSError:
+                continue
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL one process of this node."""
+        os.kill(pid, signal.SIGKILL)
+
+
+class TestCluster:
+    """A playground that tests share or own."""
+
+    __test__ = False
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory, self.name = directory, name
+
+    def up(self, managers: int = 1, workers: int = 0) -> None:
+        self.skep("up", "--managers", str(managers), "--workers", str(workers))
+
+    def down(self) -> None:
+        self.skep("down")
+
+    def skep(self, verb: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """``skep playground VERB ...`` on this playground."""
+        where = ["--dir", str(self.directory), "--name", self.name]
+        command = [SKEP, "playground", verb, *where, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}"
+        return done
+
+    @property
+    def description(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads((self.directory / "cluster.json").read_text())
+        return answer
+
+    def node(self, name: str) -> TestNode:
+        return TestNode(self, name)
+
+
+def running(node: TestNode, service: str) -> list[dict[str, Any]]:
+    """Tasks of ``service`` that run and are wanted."""
+    tasks: list[dict[str, Any]] = node.client().api.tasks(filters={"service": service})
+    return [t for t in tasks if t["Status"]["State"] == "running" and t["DesiredState"] == "running"]
+
+
+def wait_running(node: TestNode, service: str, count: int, within_s: float = 30) -> list[dict[str, Any]]:
+    """Wait until exactly ``count`` tasks of ``service`` run."""
+
+    def exactly() -> list[dict[str, Any]] | bool:
+        tasks = running(node, service)
+        return (tasks or True) if len(tasks) == count else False
+
+    tasks = wait_until(exactly, f"{count} running tasks of {service}", within_s)
+    return tasks if isinstance(tasks, list) else []
+
+
+def containers(node: TestNode, service: str) -> list[dict[str, Any]]:
+    """Running containers of ``service`` on this node."""
+    label = f"com.docker.swarm.service.name={service}"
+    answer: list[dict[str, Any]] = node.client().api.containers(filters={"label": label})
+    return answer
+
+
+def container_pids(node: TestNode, service: str) -> dict[str, int]:
+    """Container id -> pid of its first process."""
+    api = node.client().api
+    return {c["Id"]: api.inspect_container(c["Id"])["State"]["Pid"] for c in containers(node, service)}
+
+
+def create(
+    node: TestNode, name: str, replicas: int = 1, *options: str, command: Sequence[str] = IDLE
+) -> None:
+    """``docker service create`` in the background."""
+    words = ["--detach", "--name", name, "--replicas", str(replicas), *options, IMAGE, *command]
+    node.docker("service", "create", *words)
