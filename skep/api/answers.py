@@ -1,0 +1,131 @@
+"""Answers: JSON objects, long lists in pieces, streams of JSON lines, multiplexed output.
+
+The event loop is never held longer than it takes to encode one piece.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from enum import IntEnum
+from itertools import islice
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+_PIECE = 128
+"""List items encoded at once: about a millisecond of tasks."""
+
+_encoder = msgspec.json.Encoder()
+
+
+def json_answer(value: Any, status: int = 200) -> web.Response:
+    """``value`` as Docker's JSON, with the newline that ends it."""
+    return web.Response(body=_encoder.encode(value) + b"\n", status=status, content_type="application/json")
+
+
+def json_list_answer(items: Sequence[Any]) -> web.Response:
+    """A list of objects; a long one goes out in pieces while it is being encoded."""
+    if len(items) <= _PIECE:
+        return json_answer(items)
+    return web.Response(body=_list_pieces(items), content_type="application/json")
+
+
+def json_object_answer(name: str, items: Sequence[Any], **others: Any) -> web.Response:
+    """An object with one long list in the field ``name``, sent in pieces like ``json_list_answer``."""
+    return web.Response(body=_object_pieces(name, items, others), content_type="application/json")
+
+
+async def _list_pieces(items: Iterable[Any]) -> AsyncIterator[bytes]:
+    async for piece in _pieces(items):
+        yield piece
+    yield b"\n"
+
+
+async def _object_pieces(name: str, items: Iterable[Any], others: dict[str, Any]) -> AsyncIterator[bytes]:
+    yield _encoder.encode(others)[:-1] + (b"," if others else b"") + _encoder.encode(name) + b":"
+    async for piece in _pieces(items):
+        yield piece
+    yield b"}\n"
+
+
+async def _pieces(items: Iterable[Any]) -> AsyncIterator[bytes]:
+    """The JSON list of ``items``, cut between items."""
+    iterator = iter(items)
+    lead = b"["
+    while batch := list(islice(iterator, _PIECE)):
+        yield lead + _encoder.encode(batch)[1:-1]
+        lead = b","
+        await asyncio.sleep(0)  # others' turn
+    yield b"]" if lead == b"," else b"[]"
+
+
+class JsonLines:
+    """A chunked answer of one JSON object per line, each sent at once.
+
+    ``await lines.send(value)`` raises ``ConnectionResetError`` when the client has gone.
+    """
+
+    def __init__(self, request: web.Request, status: int = 200) -> None:
+        self._request = request
+        self._response = web.StreamResponse(status=status, headers={"Content-Type": "application/json"})
+
+    async def __aenter__(self) -> "JsonLines":
+        self._response.enable_chunked_encoding()
+        await self._response.prepare(self._request)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def response(self) -> web.StreamResponse:
+        """What the handler returns once the stream has ended."""
+        return self._response
+
+    async def send(self, value: Any) -> None:
+        """Send ``value`` as one line (dockerd ends each with CR LF or LF; readers take both)."""
+        await self._response.write(_encoder.encode(value) + b"\n")
+
+
+class OutputStream(IntEnum):
+    """Which of its outputs a process wrote to; the number stands in the frame's head."""
+
+    STDIN = 0
+    STDOUT = 1
+    STDERR = 2
+
+
+def frame(stream: OutputStream, data: bytes) -> bytes:
+    """``data`` in the engine's multiplexed format: stream, three zero bytes, length (big-endian), data."""
+    return bytes((stream, 0, 0, 0)) + len(data).to_bytes(4, "big") + data
+
+
+class OutputFrames:
+    """A chunked answer of a process's output: framed, or raw where it had a terminal.
+
+    Up to API 1.41 it has no content type (clients know from the container); from 1.42 on it says which it is.
+    """
+
+    def __init__(self, request: web.Request, *, tty: bool, content_type: str | None) -> None:
+        self._request = request
+        self._tty = tty
+        self._response = web.StreamResponse()
+        if content_type is not None:
+            self._response.headers["Content-Type"] = content_type
+
+    async def __aenter__(self) -> "OutputFrames":
+        self._response.enable_chunked_encoding()
+        await self._response.prepare(self._request)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def response(self) -> web.StreamResponse:
+        """What the handler returns once the stream has ended."""
+        return self._response
+
+    async def send(self, stream: OutputStream, data: bytes) -> None:
+        """Send one message.  Raises ConnectionResetError when the client has gone."""
+        await self._response.write(data if self._tty else frame(stream, data))

@@ -1,0 +1,366 @@
+"""JSON from clients -> Structs, by Go's rules and with Go's words.
+
+What differs from msgspec's own decoding, because clients rely on it or see it:
+
+* ``null`` means *missing*, unknown fields are ignored, field names match without regard to case;
+* what follows the first value of a body is not looked at;
+* an error reads as Go's: ``json: cannot unmarshal string into Go struct field ServiceSpec.Name of type string``;
+  a syntax error anywhere wins over a type error before it;
+* words outside an enumeration are refused with the engine's sentence for it (``Unrecognized``).
+
+Source: Go 1.19, src/encoding/json/decode.go; moby 20.10, api/server/router/swarm/cluster_routes.go.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable, Mapping
+from enum import Enum
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from skep.api import gosyntax
+from skep.errors import InvalidArgument, SkepError
+
+T = TypeVar("T")
+
+Unrecognized = Mapping[type[Enum], Callable[[str], SkepError]]
+"""For each enumeration, the error for a word that is not in it."""
+
+EMPTY_BODY = "got EOF while reading request body"
+
+_INTEGER_BITS = {
+    "int": 64,
+    "int64": 64,
+    "uint64": 64,
+    "uint32": 32,
+    "int32": 32,
+    "time.Duration": 64,
+    "fs.FileMode": 32,
+}
+_UNSIGNED = frozenset({"uint64", "uint32", "fs.FileMode"})
+
+
+class _Fraction(str):
+    """A number with a point or an exponent, as it was written."""
+
+    __slots__ = ()
+
+
+_decoder = msgspec.json.Decoder(float_hook=_Fraction)
+
+
+def decode_body(body: bytes, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
+    """The value of ``type_`` that ``body`` holds.
+
+    Raises:
+        InvalidArgument: with Go's or the engine's words; ``unrecognized`` may bring other classes.
+    """
+    return from_builtins(parse(body), type_, unrecognized=unrecognized)
+
+
+def parse(body: bytes) -> Any:
+    """The first JSON value in ``body`` as dicts, lists and scalars.
+
+    Raises:
+        InvalidArgument: empty, or not JSON.
+    """
+    try:
+        return _decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return _parse_leniently(body)
+
+
+def _parse_leniently(body: bytes) -> Any:
+    """Parse what Go takes and msgspec does not: trailing bytes, invalid UTF-8, lone surrogates."""
+    if not body.strip(b" \t\r\n"):
+        raise InvalidArgument(EMPTY_BODY)
+    problem = gosyntax.first_error(body)
+    if problem is not None:
+        raise InvalidArgument(problem)
+    text = body[: gosyntax.end_of_first_value(body)].decode(errors="replace")
+    try:
+        value = json.loads(text, parse_float=_Fraction, parse_int=_integer)
+    except (ValueError, RecursionError):
+        raise InvalidArgument("exceeded max depth") from None
+    return _without_surrogates(value)
+
+
+def _integer(digits: str) -> int | _Fraction:
+    return int(digits) if len(digits) <= 20 else _Fraction(digits)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _without_surrogates(value: Any) -> Any:
+    match value:
+        case _Fraction():
+            return value
+        case str():
+            return _SURROGATE.sub("�", value)
+        case list():
+            return [_without_surrogates(item) for item in value]
+        case dict():
+            return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+        case _:
+            return value
+
+
+def from_builtins(value: Any, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
+    """``value`` (from ``parse``) as ``type_``.  Raises: InvalidArgument."""
+    walk = _Walk(unrecognized or {})
+    shape: inspect.Type = _shape_of(type_)  # type: ignore[arg-type]  # every class is hashable
+    clean = walk.value(value, shape)
+    if clean is _MISSING:
+        clean = _zero(shape)
+    if walk.problem is not None:
+        raise walk.problem
+    try:
+        return msgspec.convert(clean, type_)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise InvalidArgument(f"json: {error}") from error
+
+
+@lru_cache(maxsize=256)
+def _shape_of(type_: Any) -> inspect.Type:
+    return inspect.type_info(type_)
+
+
+_MISSING = object()
+
+
+class _Walk:
+    """One pass over a value: keeps what fits its shape, remembers the first thing that does not."""
+
+    def __init__(self, unrecognized: Unrecognized) -> None:
+        self.problem: SkepError | None = None
+        self._unrecognized = unrecognized
+        self._struct = ""
+        self._path: list[str] = []
+
+    def value(self, value: Any, shape: inspect.Type) -> Any:
+        """``value`` cut to ``shape``; ``_MISSING`` where there is nothing to keep."""
+        if value is None:
+            return _MISSING
+        core = _core(shape)
+        match core:
+            case inspect.StructType():
+                if isinstance(value, dict):
+                    return self._object(value, core)
+            case inspect.DictType():
+                if isinstance(value, dict):
+                    return self._mapping(value, core)
+            case inspect.VarTupleType() | inspect.ListType() | inspect.FrozenSetType():
+                if isinstance(value, list):
+                    return self._items(value, core.item_type)
+            case inspect.BytesType():
+                if isinstance(value, str) and not isinstance(value, _Fraction):
+                    return self._binary(value)
+            case inspect.EnumType():
+                if isinstance(value, str) and not isinstance(value, _Fraction):
+                    return self._word(value, core.cls)
+            case inspect.BoolType():
+                if isinstance(value, bool):
+                    return value
+            case inspect.IntType():
+                if isinstance(value, (int, _Fraction)) and not isinstance(value, bool):
+                    return self._integer(value, shape)
+            case inspect.FloatType():
+                if isinstance(value, (int, _Fraction)) and not isinstance(value, bool):
+                    return self._float(value)
+            case inspect.AnyType():
+                return value
+            case _:
+                if isinstance(value, str) and not isinstance(value, _Fraction):
+                    return value
+        return self._mismatch(_json_kind(value), shape)
+
+    def _object(self, value: dict[str, Any], shape: inspect.StructType) -> dict[str, Any]:
+        fields, folded = _fields_of(shape.cls)
+        clean: dict[str, Any] = {}
+        outer, self._struct = self._struct, _struct_name(shape.cls)
+        for key, item in value.items():
+            field = fields.get(key) or folded.get(key.casefold())
+            if field is None:
+                continue
+            self._path.append(field.encode_name)
+            kept = self.value(item, field.type)
+            self._path.pop()
+            if kept is not _MISSING:
+                clean[field.encode_name] = kept
+        self._struct = outer
+        return clean
+
+    def _mapping(self, value: dict[str, Any], shape: inspect.DictType) -> dict[str, Any]:
+        clean = {}
+        for key, item in value.items():
+            kept = self.value(item, shape.value_type)
+            clean[key] = _zero(shape.value_type) if kept is _MISSING else kept
+        return clean
+
+    def _items(self, value: list[Any], shape: inspect.Type) -> list[Any]:
+        clean = []
+        for item in value:
+            kept = self.value(item, shape)
+            clean.append(_zero(shape) if kept is _MISSING else kept)
+        return clean
+
+    def _binary(self, value: str) -> str | object:
+        text = value.replace("\r", "").replace("\n", "")
+        try:
+            return base64.b64encode(base64.b64decode(text, validate=True)).decode()
+        except (binascii.Error, ValueError):
+            return self._refuse(
+                InvalidArgument(f"illegal base64 data at input byte {_first_bad_base64(value)}")
+            )
+
+    def _word(self, value: str, cls: type[Enum]) -> str | object:
+        if not value:
+            return _MISSING
+        if value in cls._value2member_map_:
+            return value
+        error = self._unrecognized.get(cls)
+        if error is None:
+            return self._refuse(InvalidArgument(f"invalid {cls.__name__}: {value!r}"))
+        return self._refuse(error(value))
+
+    def _integer(self, value: int | _Fraction, shape: inspect.Type) -> int | object:
+        name = _go_type(shape)
+        bits = _INTEGER_BITS.get(name, 64)
+        low, high = (0, 2**bits - 1) if name in _UNSIGNED else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        if isinstance(value, int) and low <= value <= high:
+            return min(
+                value, 2**63 - 1
+            )  # nothing that large is accepted anywhere; msgspec's bounds end there
+        return self._mismatch(f"number {value}", shape)
+
+    def _float(self, value: int | _Fraction) -> float | object:
+        number = float(value) if isinstance(value, _Fraction) or abs(value) < 2**1023 else float("inf")
+        if abs(number) == float("inf"):
+            return self._refuse(
+                InvalidArgument(f"json: cannot unmarshal number {value} into Go value of type float64")
+            )
+        return number
+
+    def _mismatch(self, found: str, shape: inspect.Type) -> object:
+        where = f"Go struct field {self._struct}.{'.'.join(self._path)}" if self._path else "Go value"
+        return self._refuse(
+            InvalidArgument(f"json: cannot unmarshal {found} into {where} of type {_go_type(shape)}")
+        )
+
+    def _refuse(self, error: SkepError) -> object:
+        if self.problem is None:
+            self.problem = error
+        return _MISSING
+
+
+@lru_cache(maxsize=256)
+def _fields_of(cls: type) -> tuple[Mapping[str, inspect.Field], Mapping[str, inspect.Field]]:
+    """The fields of a Struct by their JSON name, and by that name without regard to case."""
+    shape = _core(_shape_of(cls))
+    assert isinstance(shape, inspect.StructType)
+    by_name = {field.encode_name: field for field in shape.fields}
+    folded: dict[str, inspect.Field] = {}
+    for name, field in by_name.items():
+        folded.setdefault(name.casefold(), field)
+    return by_name, folded
+
+
+def _core(shape: inspect.Type) -> inspect.Type:
+    """``shape`` without metadata and without ``| None``."""
+    while True:
+        if isinstance(shape, inspect.Metadata):
+            shape = shape.type
+        elif isinstance(shape, inspect.UnionType):
+            shape = next(part for part in shape.types if not isinstance(_bare(part), inspect.NoneType))
+        else:
+            return shape
+
+
+def _bare(shape: inspect.Type) -> inspect.Type:
+    return shape.type if isinstance(shape, inspect.Metadata) else shape
+
+
+def _zero(shape: inspect.Type) -> Any:
+    """What Go has where JSON says null inside a list or map."""
+    match _core(shape):
+        case inspect.StructType() | inspect.DictType():
+            return {}
+        case inspect.VarTupleType() | inspect.ListType():
+            return []
+        case inspect.BoolType():
+            return False
+        case inspect.IntType() | inspect.FloatType():
+            return 0
+        case inspect.AnyType():
+            return None
+        case _:
+            return ""
+
+
+def _json_kind(value: Any) -> str:
+    match value:
+        case bool():
+            return "bool"
+        case int() | _Fraction():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"
+
+
+def _struct_name(cls: type) -> str:
+    return _go_name(cls).rpartition(".")[2]
+
+
+def _go_name(cls: type) -> str:
+    """Go's name of the type that ``cls`` models: ``__go_name__`` if it has one, else the same in ``swarm``."""
+    return getattr(cls, "__go_name__", None) or f"swarm.{cls.__name__}"
+
+
+def _go_type(shape: inspect.Type) -> str:
+    """How Go prints the type that ``shape`` models."""
+    while True:
+        if isinstance(shape, inspect.Metadata):
+            if shape.extra and "go" in shape.extra:
+                return str(shape.extra["go"])
+            shape = shape.type
+        elif isinstance(shape, inspect.UnionType):
+            shape = next(part for part in shape.types if not isinstance(_bare(part), inspect.NoneType))
+        else:
+            break
+    match shape:
+        case inspect.StructType() | inspect.EnumType():
+            return _go_name(shape.cls)
+        case inspect.DictType():
+            return f"map[{_go_type(shape.key_type)}]{_go_type(shape.value_type)}"
+        case inspect.VarTupleType() | inspect.ListType():
+            return f"[]{_go_type(shape.item_type)}"
+        case inspect.BytesType():
+            return "[]uint8"
+        case inspect.BoolType():
+            return "bool"
+        case inspect.IntType():
+            return "int64"
+        case inspect.FloatType():
+            return "float64"
+        case _:
+            return "string"
+
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]*")
+
+
+def _first_bad_base64(text: str) -> int:
+    """Where Go's decoder stops: the first character that cannot stand there."""
+    match = _BASE64.match(text)
+    assert match is not None
+    return match.end()

@@ -1,0 +1,109 @@
+"""Errors at the HTTP edge: which status each means, and how the engine words those of its swarm half.
+
+Docker shows errors of SwarmKit's control API as gRPC prints them (``rpc error: code = InvalidArgument desc = ...``)
+and its own as they are.  ``rpc_errors`` gives errors that wording where they enter from ``manager.control``.
+
+Source: moby 20.10, errdefs/http_helpers.go (statusCodeFromGRPCError).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from skep.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfSequence,
+    PermissionDenied,
+    ResourceExhausted,
+    SkepError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+
+
+class Untranslated(SkepError):
+    """Docker lets this error out without a class of its own: a 500 with the sentence in it.
+
+    For the engine's oddities only; what goes wrong inside us is no ``SkepError``.
+    """
+
+
+class Forbidden(SkepError):
+    """The engine refuses this operation on a predefined object (403, where gRPC would say PermissionDenied)."""
+
+
+class NotModified(SkepError):
+    """It is already as asked (304, no body): a container that is started twice."""
+
+
+STATUSES: tuple[tuple[type[SkepError], int], ...] = (
+    (InvalidArgument, 400),
+    (FailedPrecondition, 400),
+    (Unauthenticated, 401),
+    (PermissionDenied, 403),
+    (Forbidden, 403),
+    (NotFound, 404),
+    (AlreadyExists, 409),
+    (OutOfSequence, 500),  # an untranslated gRPC error in the engine; clients retry on the message
+    (Untranslated, 500),
+    (ResourceExhausted, 500),  # gRPC's code has no HTTP translation in the engine
+    (NotModified, 304),
+    (Unimplemented, 501),
+    (Unavailable, 503),
+)
+"""Error class to status, first match wins; any other ``SkepError`` is a 500."""
+
+RPC_CODES: tuple[tuple[type[SkepError], str], ...] = (
+    (InvalidArgument, "InvalidArgument"),
+    (FailedPrecondition, "FailedPrecondition"),
+    (Unauthenticated, "Unauthenticated"),
+    (PermissionDenied, "PermissionDenied"),
+    (AlreadyExists, "AlreadyExists"),
+    (OutOfSequence, "Unknown"),
+    (ResourceExhausted, "ResourceExhausted"),
+    (Unimplemented, "Unimplemented"),
+)
+"""Error class to gRPC's name of its code.  ``NotFound`` is missing: the engine words that one itself."""
+
+_CLASSES: dict[int, type[SkepError]] = {
+    304: NotModified,
+    400: InvalidArgument,
+    401: Unauthenticated,
+    403: PermissionDenied,
+    404: NotFound,
+    409: AlreadyExists,
+    413: ResourceExhausted,
+    501: Unimplemented,
+    503: Unavailable,
+}
+
+
+def status_of(error: SkepError) -> int:
+    """The HTTP status that ``error`` means."""
+    return next((status for class_, status in STATUSES if isinstance(error, class_)), 500)
+
+
+def error_of(status: int, message: str) -> SkepError:
+    """The error that an answer with ``status`` means to a client.
+
+    A version conflict has no status of its own; clients know it by its text, and so does this.
+    """
+    if status == 500 and message.endswith("update out of sequence"):
+        return OutOfSequence(message)
+    return _CLASSES.get(status, Untranslated)(message)
+
+
+@contextmanager
+def rpc_errors() -> Iterator[None]:
+    """Word errors raised inside as the engine words those of SwarmKit's control API."""
+    try:
+        yield
+    except SkepError as error:
+        code = next((code for class_, code in RPC_CODES if isinstance(error, class_)), None)
+        if code is None:
+            raise
+        class_ = next(class_ for class_, _ in RPC_CODES if isinstance(error, class_))
+        raise class_(f"rpc error: code = {code} desc = {error}") from error

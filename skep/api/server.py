@@ -1,0 +1,202 @@
+"""An application that speaks the Engine API's dialect; whoever has routes builds one.
+
+    table = Routes()
+
+    @table.get("/services/{id}")
+    async def inspect_service(request: web.Request) -> web.StreamResponse:
+        return json_answer(...)
+
+    app = application(table)
+
+What every request gets here: the version prefix (``/v1.41/...`` or none), the engine's headers, a bound on its
+body, and errors translated to status and ``{"message": ...}`` in one place.  A handler is three lines: decode,
+call, encode.
+
+Source: moby 20.10, api/server/server.go and middleware/*.go.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+import structlog
+from aiohttp import web
+
+from skep.api.answers import (
+    JsonLines,
+    OutputFrames,
+    OutputStream,
+    frame,
+    json_answer,
+    json_list_answer,
+    json_object_answer,
+)
+from skep.api.bodies import Unrecognized, decode_body
+from skep.api.errors import NotModified, status_of
+from skep.api.filters import Filters
+from skep.api.versions import NEWEST, ApiVersion, requested
+from skep.errors import ResourceExhausted, SkepError
+
+__all__ = [
+    "MAX_BODY_BYTES",
+    "ApiVersion",
+    "BodyTooLarge",
+    "Filters",
+    "JsonLines",
+    "OutputFrames",
+    "OutputStream",
+    "Routes",
+    "api_version",
+    "application",
+    "flag",
+    "frame",
+    "json_answer",
+    "json_list_answer",
+    "json_object_answer",
+    "read_body",
+    "read_json",
+    "runner",
+]
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+"""Bound of a request that is read as a whole (DESIGN, "Conventions"); streams are read by ``request.content``."""
+
+_LARGE_BODY = 64 * 1024
+"""Bodies above this are decoded in a thread, so that they never hold the loop."""
+
+_NEWEST = web.AppKey("newest", ApiVersion)
+_SERVER = web.AppKey("server", str)
+_VERSION = web.RequestKey("api_version", ApiVersion)
+
+Routes = web.RouteTableDef
+
+
+def application(
+    *tables: Iterable[web.AbstractRouteDef],
+    newest: ApiVersion = NEWEST,
+    server: str = "Skep/0.1.0 (linux)",
+) -> web.Application:
+    """An application with the routes of ``tables``, each under ``/v<version>`` and without it.
+
+    Args:
+        newest: the highest API version that is spoken and announced (``Api-Version``).
+        server: the ``Server`` header.
+    """
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _settle_version])
+    app[_NEWEST] = newest
+    app[_SERVER] = server
+    app.on_response_prepare.append(_add_headers)
+    routes = [route for table in tables for route in table]
+    for prefix in ("", "/v{version:[0-9.]+}"):
+        for route in routes:
+            assert isinstance(route, web.RouteDef), "only plain routes can have a version before them"
+            # not route.register(): it would answer HEAD wherever there is GET, which the engine does not
+            app.router.add_route(route.method, prefix + route.path, route.handler)
+    return app
+
+
+def runner(app: web.Application) -> web.AppRunner:
+    """What serves ``app``; sites are added by the caller.
+
+    A handler is cancelled when its client has gone, so that a stream nobody reads ends at once.
+    """
+    return web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
+
+
+def api_version(request: web.Request) -> ApiVersion:
+    """The API version that ``request`` is served in."""
+    return request[_VERSION]
+
+
+async def read_json(request: web.Request, type_: type[T], *, unrecognized: Unrecognized | None = None) -> T:
+    """The body of ``request`` as ``type_``, decoded by Go's rules (see ``bodies``).
+
+    ``unrecognized`` gives the engine's words for values outside of an enumeration.
+
+    Raises:
+        InvalidArgument: it is not JSON of that type.
+        ResourceExhausted: it is longer than ``MAX_BODY_BYTES``.
+    """
+    body = await read_body(request)
+    if len(body) < _LARGE_BODY:
+        return decode_body(body, type_, unrecognized=unrecognized)
+    return await asyncio.to_thread(decode_body, body, type_, unrecognized=unrecognized)
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The whole body of ``request``.  Raises: BodyTooLarge."""
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise BodyTooLarge from None
+
+
+class BodyTooLarge(ResourceExhausted):
+    """A body over the bound.  The engine has none and runs into gRPC's, after reading everything."""
+
+    def __init__(self) -> None:
+        super().__init__(f"request body is larger than {MAX_BODY_BYTES} bytes")
+
+
+_FALSE = frozenset({"", "0", "no", "false", "none"})
+
+
+def flag(request: web.Request, name: str) -> bool:
+    """The query parameter ``name`` as the engine's loose truth: anything but 0, no, false, none, nothing."""
+    return request.query.get(name, "").strip().lower() not in _FALSE
+
+
+@web.middleware
+async def _translate_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Errors become answers here and nowhere else."""
+    try:
+        return await handler(request)
+    except NotModified:
+        return web.Response(status=304)
+    except SkepError as error:
+        return _error_answer(request, status_of(error), str(error))
+    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+        return _error_answer(request, 404, "page not found")
+    except web.HTTPRequestEntityTooLarge:
+        return _error_answer(request, status_of(BodyTooLarge()), str(BodyTooLarge()))
+    except web.HTTPException:
+        raise
+    except ConnectionResetError:
+        raise  # the client went away in the middle of a stream
+    except Exception:
+        log.exception("request failed", method=request.method, path=request.path)
+        return _error_answer(request, 500, "internal error (the daemon's log has the details)")
+
+
+@web.middleware
+async def _settle_version(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Find out which version is asked for, and refuse those not spoken."""
+    if request.match_info.http_exception is None:
+        request[_VERSION] = requested(request.match_info.get("version"), request.app[_NEWEST])
+    return await handler(request)
+
+
+_LAST_WITH_PLAIN_ERRORS = ApiVersion("1.23")
+
+
+def _error_answer(request: web.Request, status: int, message: str) -> web.Response:
+    prefix = request.match_info.get("version")
+    if prefix is not None and ApiVersion(prefix) <= _LAST_WITH_PLAIN_ERRORS:
+        return web.Response(text=message + "\n", status=status, headers={"X-Content-Type-Options": "nosniff"})
+    return json_answer({"message": message}, status)
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """The headers that every answer of a known path carries."""
+    if request.match_info.http_exception is not None:
+        response.headers.popall("Server", None)
+        return
+    response.headers["Api-Version"] = str(request.app[_NEWEST])
+    response.headers["Docker-Experimental"] = "false"
+    response.headers["Ostype"] = "linux"
+    response.headers["Server"] = request.app[_SERVER]

@@ -1,0 +1,118 @@
+"""The dialect every application speaks: versions, headers, errors."""
+
+from io import BytesIO
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from skep.api.server import ApiVersion, Routes, application, json_answer, json_list_answer, read_json
+from skep.errors import AlreadyExists, FailedPrecondition, NotFound, OutOfSequence, Unavailable
+from skep.model.service import ServiceSpec
+
+ERRORS = {
+    "missing": (NotFound("service web not found"), 404),
+    "taken": (AlreadyExists("taken"), 409),
+    "stale": (OutOfSequence(), 500),
+    "unfit": (FailedPrecondition("no"), 400),
+    "away": (Unavailable("later"), 503),
+}
+
+
+@pytest.fixture
+async def client():
+    table = Routes()
+
+    @table.get("/errors/{name}")
+    async def fail(request: web.Request) -> web.StreamResponse:
+        if request.match_info["name"] not in ERRORS:
+            raise RuntimeError("a bug")
+        raise ERRORS[request.match_info["name"]][0]
+
+    @table.post("/services/create")
+    async def create(request: web.Request) -> web.StreamResponse:
+        return json_answer({"ID": (await read_json(request, ServiceSpec)).name}, 201)
+
+    @table.get("/numbers/{count}")
+    async def numbers(request: web.Request) -> web.StreamResponse:
+        return json_list_answer(list(range(int(request.match_info["count"]))))
+
+    app = application(table, newest=ApiVersion("1.47"), server="Skep/test (linux)")
+    async with TestClient(TestServer(app)) as client:
+        yield client
+
+
+async def test_answers_carry_the_engines_headers_and_end_in_a_newline(client):
+    answer = await client.post("/v1.41/services/create", data=b'{"Name": "web"}')
+    assert answer.status == 201
+    assert await answer.text() == '{"ID":"web"}\n'
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Api-Version"] == "1.47"
+    assert answer.headers["Ostype"] == "linux"
+    assert answer.headers["Docker-Experimental"] == "false"
+    assert answer.headers["Server"] == "Skep/test (linux)"
+
+
+@pytest.mark.parametrize("path", ["/nosuch", "/v1.41/nosuch", "/", "/v1.41/numbers/1/2"])
+async def test_an_unknown_path_is_a_page_not_found_without_our_headers(client, path):
+    answer = await client.get(path)
+    assert (answer.status, await answer.json()) == (404, {"message": "page not found"})
+    assert "Api-Version" not in answer.headers
+    assert "Server" not in answer.headers
+
+
+async def test_another_method_of_a_known_path_is_a_page_not_found(client):
+    for method in ("HEAD", "DELETE"):
+        assert (await client.request(method, "/v1.41/numbers/1")).status == 404
+
+
+@pytest.mark.parametrize("version", ["1.24", "1.41", "1.47"])
+async def test_every_version_from_1_24_to_1_47_is_served(client, version):
+    assert await (await client.get(f"/v{version}/numbers/2")).json() == [0, 1]
+
+
+async def test_a_path_without_a_version_is_served(client):
+    assert await (await client.get("/numbers/2")).json() == [0, 1]
+
+
+async def test_a_newer_version_is_refused(client):
+    answer = await client.get("/v1.48/numbers/2")
+    assert answer.status == 400
+    message = "client version 1.48 is too new. Maximum supported API version is 1.47"
+    assert await answer.json() == {"message": message}
+
+
+async def test_a_version_from_before_json_errors_is_refused_in_plain_text(client):
+    answer = await client.get("/v1.11/numbers/2")
+    assert answer.status == 400
+    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert (await answer.text()).startswith(
+        "client version 1.11 is too old. Minimum supported API version is 1.24"
+    )
+
+
+@pytest.mark.parametrize("name", ERRORS)
+async def test_an_error_becomes_its_status_and_message(client, name):
+    error, status = ERRORS[name]
+    answer = await client.get(f"/errors/{name}")
+    assert (answer.status, await answer.json()) == (status, {"message": str(error)})
+
+
+async def test_a_bug_is_a_500_that_tells_nothing(client):
+    answer = await client.get("/errors/bug")
+    assert answer.status == 500
+    assert "RuntimeError" not in await answer.text()
+    assert "a bug" not in await answer.text()
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 1000])
+async def test_lists_of_any_length_are_whole(client, count):
+    answer = await client.get(f"/numbers/{count}")
+    assert await answer.json() == list(range(count))
+    assert (await answer.text()).endswith("]\n")
+
+
+async def test_a_body_over_the_bound_is_refused(client):
+    answer = await client.post("/services/create", data=BytesIO(b'{"Name": "' + b"x" * 5_000_000 + b'"}'))
+    assert answer.status == 500
+    assert (await answer.json())["message"] == "request body is larger than 4194304 bytes"
