@@ -1,0 +1,1 @@
+"""Asyncio building blocks that know nothing of the domain."""
