@@ -1,0 +1,58 @@
+# Every target does its own set-up first; the second time that takes a moment.
+# `make` alone lists the targets.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest -q
+DEMO_DIR ?= /var/tmp/skep-demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench lock
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: ## make or repair the environment: packages, etcd, .venv (then: .venv/bin/skep)
+	@setup/setup.sh dev
+
+setup-run:
+	@setup/setup.sh run
+
+demo: setup-run ## a cluster on this machine with a service to play with
+	@$(BIN)/skep playground demo --dir $(DEMO_DIR)
+
+demo-down: setup-run ## remove everything that the demo made
+	@$(BIN)/skep playground down --dir $(DEMO_DIR)
+
+check: setup ## format, lint, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: check ## check, then all tests that are not slow (what the continuous integration runs)
+	@$(PYTEST) --whole -m 'not slow'
+
+unit: setup ## pure tests, seconds
+	@$(PYTEST) tests/unit tests/test_*.py
+
+contract: setup ## one suite per interface, on the fake and on the real thing
+	@$(PYTEST) tests/contract
+
+sim: setup ## whole clusters on simulated time; SEED=7 runs that seed alone
+	@SKEP_SIM_SEED=$(SEED) $(PYTEST) tests/sim
+
+conformance: setup ## the API as docker, docker-py and a recorded engine see it
+	@$(PYTEST) tests/conformance
+
+integration: setup ## every test, the slow ones too (real runc, etcd, nftables)
+	@$(PYTEST) --whole
+
+soak: setup ## hours of load and faults; log kept in bench/results/
+	@$(BIN)/python -m bench.soak
+
+bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/
+	@$(BIN)/python -m bench.run
+
+lock: setup ## renew the lock files from pyproject.toml
+	@setup/lock.sh

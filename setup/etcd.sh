@@ -1,0 +1,100 @@
+#!/bin/bash
+# Places etcd, etcdctl and etcdutl, 3.5.16 or newer, in a directory: etcd.sh DIRECTORY
+#
+# They are unpacked from the distribution's packages and not installed, since installing them
+# would start an etcd of the machine's own.  apt checks their signatures with the distribution's
+# keyring; its state lives in a private directory, and the machine's mirror is asked.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./say.sh
+
+oldest=3.5.16
+target=$1
+packages="etcd-server etcd-client"
+
+# acceptable BINARY: 3.6.0 to 3.6.4 lose members when they start on data of 3.5.
+acceptable() {
+    local version
+    version=$("$1" --version 2>/dev/null | sed -n 's/^etcd Version: //p') || return 1
+    [ -n "$version" ] && at_least "$version" "$oldest" || return 1
+    ! at_least "$version" 3.6.0 || at_least "$version" 3.6.5
+}
+
+# Set-up may run at every make: asking the three files is all that it costs then.
+if [ -x "$target/etcdctl" ] && [ -x "$target/etcdutl" ] && acceptable "$target/etcd"; then
+    exit 0
+fi
+
+command -v apt-get >/dev/null || fail "etcd $oldest or newer is needed, and there is no apt-get to fetch it with" \
+    "put etcd, etcdctl and etcdutl into $target"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$work"/{lists/partial,cache/archives/partial,unpacked}
+
+# unpack [APT OPTION...]: fetches the packages and leaves their binaries in $work/unpacked.
+unpack() {
+    rm -rf "$work"/*.deb "$work/unpacked"
+    mkdir "$work/unpacked"
+    (cd "$work" && apt-get "$@" -q download $packages) >"$work/log" 2>&1 || return 1
+    local package
+    for package in "$work"/*.deb; do
+        dpkg-deb -x "$package" "$work/unpacked"
+    done
+    acceptable "$work/unpacked/usr/bin/etcd" && [ -x "$work/unpacked/usr/bin/etcdutl" ]
+}
+
+# place: from here on the directory has all three, each replaced in one step.
+place() {
+    mkdir -p "$target"
+    local name
+    for name in etcdctl etcdutl etcd; do
+        install -m 0755 "$work/unpacked/usr/bin/$name" "$target/.$name.new"
+        mv "$target/.$name.new" "$target/$name"
+    done
+    say "etcd $("$target/etcd" --version | sed -n 's/^etcd Version: //p') is in $target"
+}
+
+# _apt may not read a private directory of root's; the signatures are checked all the same.
+private="-o APT::Sandbox::User=root"
+
+candidate=$(apt-cache policy etcd-server 2>/dev/null | sed -n 's/^ *Candidate: //p')
+if [ -n "$candidate" ] && [ "$candidate" != "(none)" ] && at_least "${candidate%%-*}" "$oldest"; then
+    if unpack $private; then
+        place
+        exit 0
+    fi
+fi
+
+name=$(distribution)
+read -r _ component keyring suites < <(grep "^$name " etcd-suites.txt) ||
+    fail "etcd $oldest or newer is needed, and $name is not a distribution whose suites are known here" \
+        "put etcd, etcdctl and etcdutl into $target"
+keyring=/usr/share/keyrings/$keyring
+[ -r "$keyring" ] || fail "the keyring of $name is missing: $keyring" "apt-get install ${keyring##*/} (its package)"
+
+# The archive this machine already uses: its main suite, no updates or security suite.
+mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+    awk -v component="$component" '$3 == component && $2 !~ /[-\/]/ { print $1; exit }')
+[ -n "$mirror" ] || fail "apt has no archive with the component $component" \
+    "add it to the machine's sources, or put etcd, etcdctl and etcdutl into $target"
+
+for suite in $suites; do
+    say "fetching etcd from the suite $suite"
+    echo "deb [signed-by=$keyring] $mirror $suite $component" >"$work/sources.list"
+    options="$private
+        -o Dir::Etc::SourceList=$work/sources.list -o Dir::Etc::SourceParts=/dev/null
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null
+        -o Dir::State::Lists=$work/lists -o Dir::State::Status=/dev/null
+        -o Dir::Cache=$work/cache -o Acquire::Languages=none -o APT::Update::Error-Mode=any"
+    # The options are words without blanks, meant to be split.
+    # shellcheck disable=SC2086
+    if apt-get $options -q update >"$work/log" 2>&1 && unpack $options; then
+        place
+        exit 0
+    fi
+done
+cat "$work/log" >&2
+fail "no suite of $name has an etcd of $oldest or newer that runs here (tried: $suites)" \
+    "check the machine's way to its package mirror (above: what apt said)," \
+    "or put etcd, etcdctl and etcdutl into $target"

@@ -1,0 +1,101 @@
+#!/bin/bash
+# Brings the packages of packages.txt that are missing: packages.sh PYTHON DIRECTORY
+# (the interpreter whose modules are asked for, the directory for commands that are only unpacked)
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./say.sh
+
+python=$1
+target=$2
+export DEBIAN_FRONTEND=noninteractive
+PATH=$PATH:/usr/sbin:/sbin
+
+present() {
+    case $1 in
+    module:*) "$python" -c "import ${1#module:}" 2>/dev/null ;;
+    # Unquoted: the pattern is expanded here; the first match has to exist.
+    */*) set -- $1 && [ -e "$1" ] ;;
+    *) command -v "$1" >/dev/null || [ -x "$target/$1" ] ;;
+    esac
+}
+
+# first_known PACKAGE...: the first that the archive has, or the first of all (for the message).
+first_known() {
+    local package
+    for package in "$@"; do
+        if apt-cache show --no-all-versions "$package" >/dev/null 2>&1; then
+            echo "$package"
+            return
+        fi
+    done
+    echo "$1"
+}
+
+# take_out COMMAND PACKAGE: the command alone, without installing its package.
+take_out() {
+    local work
+    work=$(mktemp -d)
+    (cd "$work" && apt-get -q -o APT::Sandbox::User=root download "$2" && dpkg-deb -x ./*.deb unpacked) >&2
+    mkdir -p "$target"
+    install -m 0755 "$work/unpacked/usr/bin/$1" "$target/.$1.new"
+    mv "$target/.$1.new" "$target/$1"
+    rm -rf "$work"
+}
+
+missing=()
+while IFS='|' read -r what packages how; do
+    what=${what// /}
+    present "$what" || missing+=("$what|$packages|${how// /}")
+done < <(grep -v -e '^#' -e '^$' packages.txt)
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+names=$(printf '%s\n' "${missing[@]}" | cut -d '|' -f 1 | tr '\n' ' ')
+command -v apt-get >/dev/null || fail "missing: $names" \
+    "there is no apt-get here: install them in this system's way, then run make again"
+if [ "$(id -u)" != 0 ]; then
+    fail "missing: $names" "run it once as root (sudo make setup), or install the packages:" \
+        "sudo apt-get install $(printf '%s\n' "${missing[@]}" | cut -d '|' -f 2 | awk '{ print $1 }' | tr '\n' ' ')"
+fi
+
+say "missing: $names- asking apt"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+apt-get -q update </dev/null >"$log" 2>&1 || {
+    cat "$log" >&2
+    fail "apt-get update failed (above)" "check the machine's way to its package mirror, then run make again"
+}
+
+install=()
+unpack=()
+for line in "${missing[@]}"; do
+    IFS='|' read -r what packages how <<<"$line"
+    # The packages are words, meant to be split.
+    # shellcheck disable=SC2086
+    package=$(first_known $packages)
+    if [ "$how" = unpack ]; then
+        unpack+=("$what $package")
+    else
+        install+=("$package")
+    fi
+done
+
+if [ ${#install[@]} -gt 0 ]; then
+    say "installing ${install[*]}"
+    apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-install-recommends "${install[@]}" </dev/null >"$log" 2>&1 || {
+        cat "$log" >&2
+        fail "apt-get install failed (above): ${install[*]}" "repair what apt complains about, then run make again"
+    }
+fi
+for line in "${unpack[@]}"; do
+    read -r what package <<<"$line"
+    say "taking $what out of the package $package"
+    take_out "$what" "$package" 2>"$log" || {
+        cat "$log" >&2
+        fail "$what could not be taken out of $package (above)" "install a $what command yourself, then run make again"
+    }
+done
+
+for line in "${missing[@]}"; do
+    what=${line%%|*}
+    present "$what" || fail "still missing after the installation: $what" "expected in the package(s)$(cut -d '|' -f 2 <<<"$line")"
+done
