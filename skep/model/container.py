@@ -1,10 +1,11 @@
 """What a task's container should be: the user's wish, never touched by us."""
 
 from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import msgspec
 
-from skep.model.encoding import ApiObject, always
+from skep.model.encoding import ApiObject, FileMode, GoInt, always
 from skep.model.ids import ConfigId, SecretId
 from skep.model.meta import Driver
 from skep.model.times import Nanoseconds
@@ -48,12 +49,14 @@ class Privileges(ApiObject):
 class HealthConfig(ApiObject):
     """How to find out whether it works.  ``test``: ``["CMD", ...]``, ``["CMD-SHELL", x]`` or ``["NONE"]``."""
 
+    __go_name__: ClassVar[str | None] = "container.HealthConfig"
+
     test: tuple[str, ...] = ()
     interval: Nanoseconds = 0
     timeout: Nanoseconds = 0
     start_period: Nanoseconds = 0
     start_interval: Nanoseconds = 0
-    retries: int = 0
+    retries: GoInt = 0
 
 
 class DNSConfig(ApiObject):
@@ -68,7 +71,7 @@ class FileTarget(ApiObject):
     name: str = always("")
     uid: str = always("")
     gid: str = always("")
-    mode: int = always(0)
+    mode: FileMode = always(0)
 
 
 class RuntimeTarget(ApiObject):
@@ -89,13 +92,21 @@ class ConfigReference(ApiObject):
 
 
 class Ulimit(ApiObject):
+    __go_name__: ClassVar[str | None] = "units.Ulimit"
+
     name: str = always("")
     hard: int = always(0)
     soft: int = always(0)
 
 
+MountType = Annotated[str, msgspec.Meta(extra={"go": "mount.Type"})]
+Propagation = Annotated[str, msgspec.Meta(extra={"go": "mount.Propagation"})]
+
+
 class BindOptions(ApiObject):
-    propagation: str = ""
+    __go_name__: ClassVar[str | None] = "mount.BindOptions"
+
+    propagation: Propagation = ""
     non_recursive: bool = False
     create_mountpoint: bool = False
     read_only_non_recursive: bool = False
@@ -103,6 +114,8 @@ class BindOptions(ApiObject):
 
 
 class VolumeOptions(ApiObject):
+    __go_name__: ClassVar[str | None] = "mount.VolumeOptions"
+
     no_copy: bool = False
     labels: Mapping[str, str] = {}
     subpath: str = ""
@@ -110,23 +123,31 @@ class VolumeOptions(ApiObject):
 
 
 class TmpfsOptions(ApiObject):
+    __go_name__: ClassVar[str | None] = "mount.TmpfsOptions"
+
     size_bytes: int = 0
-    mode: int = 0
+    mode: FileMode = 0
     options: tuple[tuple[str, ...], ...] = ()
 
 
 class ImageMountOptions(ApiObject):
+    __go_name__: ClassVar[str | None] = "mount.ImageOptions"
+
     subpath: str = ""
 
 
 class ClusterOptions(ApiObject):
     """A cluster (CSI) volume; nothing to set."""
 
+    __go_name__: ClassVar[str | None] = "mount.ClusterOptions"
+
 
 class Mount(ApiObject):
     """A file system placed into the container.  ``type``: bind, volume, tmpfs, npipe, cluster, image."""
 
-    type: str = ""
+    __go_name__: ClassVar[str | None] = "mount.Mount"
+
+    type: MountType = ""
     source: str = ""
     target: str = ""
     read_only: bool = False
@@ -163,7 +184,7 @@ class ContainerSpec(ApiObject):
     dns_config: DNSConfig | None = None
     secrets: tuple[SecretReference, ...] = ()
     configs: tuple[ConfigReference, ...] = ()
-    isolation: str = ""
+    isolation: Annotated[str, msgspec.Meta(extra={"go": "container.Isolation"})] = ""
     sysctls: Mapping[str, str] = {}
     capability_add: tuple[str, ...] = ()
     capability_drop: tuple[str, ...] = ()

@@ -3,16 +3,23 @@
 The model *is* the Engine API: Python names inside, Docker's spelling outside, one definition for the API,
 the store and the tests.  Go's ``omitempty`` decides per field whether an empty value is written:
 
-* an ordinary default is left out when the value equals it (``omitempty``);
+* an ordinary default is left out when the value equals it (``omitempty``), an empty list or map too;
 * ``always(default)`` is written even when it is the default.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 import msgspec
 
 T = TypeVar("T")
+
+Uint64 = Annotated[int, msgspec.Meta(ge=0, extra={"go": "uint64"})]
+Uint32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "uint32"})]
+GoInt = Annotated[int, msgspec.Meta(extra={"go": "int"})]
+Float32 = Annotated[float, msgspec.Meta(extra={"go": "float32"})]
+FileMode = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1, extra={"go": "fs.FileMode"})]
+"""Numbers of a size; ``go`` is how Go names the type where a client sends something else (see ``api.bodies``)."""
 
 _INITIALISMS = {
     word.lower(): word
@@ -49,6 +56,9 @@ class ApiObject(
 
     ``gc=False`` is safe because an immutable tree cannot hold a cycle; it halves the time to decode.
     """
+
+    __go_name__: ClassVar[str | None] = None
+    """Go's name of the type, where it is not that of the class in package ``swarm``."""
 
 
 def always(default: T) -> T:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from skep.model.encoding import ApiObject, always
+from skep.model.encoding import ApiObject, Uint64
 
 
 class Version(ApiObject, order=True):
@@ -12,7 +12,7 @@ class Version(ApiObject, order=True):
     the store when the wish of an object changes; it is no revision of etcd.
     """
 
-    index: int = always(0)
+    index: Uint64 = 0
 
 
 class Driver(ApiObject):

@@ -23,7 +23,7 @@ class NetworkSpec(ApiObject):
     """The user's wish for a network (the cluster's form; ``/networks`` answers a flat one)."""
 
     name: str = ""
-    labels: Mapping[str, str] = {}
+    labels: Mapping[str, str] = always({})
     driver_configuration: Driver | None = None
     ipv6_enabled: bool = False
     internal: bool = False

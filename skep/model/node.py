@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from enum import Enum
 
-import msgspec
-
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, SessionId
 from skep.model.meta import TLSInfo, Version
@@ -14,11 +12,15 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class NodeRole(Enum):
+    __go_name__ = "swarm.NodeRole"
+
     WORKER = "worker"
     MANAGER = "manager"
 
 
 class Availability(Enum):
+    __go_name__ = "swarm.NodeAvailability"
+
     ACTIVE = "active"
     PAUSE = "pause"
     DRAIN = "drain"
@@ -41,9 +43,22 @@ class NodeSpec(ApiObject):
     """What the user decides about a node."""
 
     name: str = ""
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = always({})
     role: NodeRole = always(NodeRole.WORKER)
     availability: Availability = always(Availability.ACTIVE)
+
+
+class Topology(ApiObject):
+    segments: Mapping[str, str] = {}
+
+
+class CSIInfo(ApiObject):
+    """What a storage plugin says of itself on this node."""
+
+    plugin_name: str = ""
+    node_id: str = ""
+    max_volumes_per_node: int = 0
+    accessible_topology: Topology | None = None
 
 
 class EnginePlugin(ApiObject):
@@ -65,17 +80,18 @@ class NodeDescription(ApiObject):
     resources: Resources = always(Resources())
     engine: EngineDescription = always(EngineDescription())
     tls_info: TLSInfo = always(TLSInfo())
+    csi_info: tuple[CSIInfo, ...] = ()
 
 
 class NodeStatus(ApiObject):
-    state: NodeState = NodeState.UNKNOWN
+    state: NodeState = always(NodeState.UNKNOWN)
     message: str = ""
     addr: str = ""
 
 
 class ManagerStatus(ApiObject):
     leader: bool = False
-    reachability: Reachability = Reachability.UNKNOWN
+    reachability: Reachability = always(Reachability.UNKNOWN)
     addr: str = ""
 
 

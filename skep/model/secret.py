@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import msgspec
-
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ConfigId, SecretId
 from skep.model.meta import Driver, Version
@@ -14,7 +12,7 @@ class SecretSpec(ApiObject):
     """A secret without its data (see ``Payload``)."""
 
     name: str = ""
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = always({})
     driver: Driver | None = None
     templating: Driver | None = None
 
@@ -29,7 +27,7 @@ class Secret(ApiObject):
 
 class ConfigSpec(ApiObject):
     name: str = ""
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = always({})
     data: bytes = b""
     templating: Driver | None = None
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
 from skep.model.container import ContainerSpec
-from skep.model.encoding import ApiObject, always
+from skep.model.encoding import ApiObject, Float32, Uint32, Uint64, always
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Driver, Version
 from skep.model.times import ZERO_TIME, Nanoseconds, Timestamp
@@ -16,11 +16,15 @@ ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
 
 
 class NamedResource(ApiObject):
+    __go_name__: ClassVar[str | None] = "swarm.NamedGenericResource"
+
     kind: str = ""
     value: str = ""
 
 
 class DiscreteResource(ApiObject):
+    __go_name__: ClassVar[str | None] = "swarm.DiscreteGenericResource"
+
     kind: str = ""
     value: int = 0
 
@@ -34,6 +38,8 @@ class GenericResource(ApiObject):
 
 class Limits(ApiObject):
     """Upper bounds of one task.  0: no bound."""
+
+    __go_name__: ClassVar[str | None] = "swarm.Limit"
 
     nano_cpus: int = msgspec.field(name="NanoCPUs", default=0)
     memory_bytes: int = 0
@@ -54,6 +60,8 @@ class ResourceRequirements(ApiObject):
 
 
 class RestartCondition(Enum):
+    __go_name__ = "swarm.RestartPolicyCondition"
+
     NONE = "none"
     ON_FAILURE = "on-failure"
     ANY = "any"
@@ -64,16 +72,16 @@ class RestartPolicy(ApiObject):
 
     condition: RestartCondition | None = None
     delay: Nanoseconds | None = None
-    max_attempts: int | None = None
+    max_attempts: Uint64 | None = None
     window: Nanoseconds | None = None
 
 
 class SpreadOver(ApiObject):
-    spread_descriptor: str = ""
+    spread_descriptor: str = always("")
 
 
 class PlacementPreference(ApiObject):
-    spread: SpreadOver | None = None
+    spread: SpreadOver | None = always(None)
 
 
 class Platform(ApiObject):
@@ -86,7 +94,7 @@ class Placement(ApiObject):
 
     constraints: tuple[str, ...] = ()
     preferences: tuple[PlacementPreference, ...] = ()
-    max_replicas: int = 0
+    max_replicas: Uint64 = 0
     platforms: tuple[Platform, ...] = ()
 
 
@@ -99,12 +107,16 @@ class NetworkAttachmentConfig(ApiObject):
 
 
 class PluginPrivilege(ApiObject):
+    __go_name__: ClassVar[str | None] = "runtime.PluginPrivilege"
+
     name: str = ""
     description: str = ""
     value: tuple[str, ...] = ()
 
 
 class PluginSpec(ApiObject):
+    __go_name__: ClassVar[str | None] = "runtime.PluginSpec"
+
     name: str = ""
     remote: str = ""
     privileges: tuple[PluginPrivilege, ...] = ()
@@ -127,14 +139,14 @@ class TaskSpec(ApiObject):
     resources: ResourceRequirements | None = None
     restart_policy: RestartPolicy | None = None
     placement: Placement | None = None
-    force_update: int = always(0)
-    runtime: str = ""
+    force_update: Uint64 = always(0)
+    runtime: Annotated[str, msgspec.Meta(extra={"go": "swarm.RuntimeType"})] = ""
     networks: tuple[NetworkAttachmentConfig, ...] = ()
     log_driver: Driver | None = None
 
 
 class ReplicatedService(ApiObject):
-    replicas: int | None = None
+    replicas: Uint64 | None = None
 
 
 class GlobalService(ApiObject):
@@ -142,8 +154,8 @@ class GlobalService(ApiObject):
 
 
 class ReplicatedJob(ApiObject):
-    max_concurrent: int | None = None
-    total_completions: int | None = None
+    max_concurrent: Uint64 | None = None
+    total_completions: Uint64 | None = None
 
 
 class GlobalJob(ApiObject):
@@ -171,12 +183,16 @@ class ServiceMode(ApiObject):
 
 
 class UpdateFailureAction(Enum):
+    __go_name__ = "string"
+
     PAUSE = "pause"
     CONTINUE = "continue"
     ROLLBACK = "rollback"
 
 
 class UpdateOrder(Enum):
+    __go_name__ = "string"
+
     STOP_FIRST = "stop-first"
     START_FIRST = "start-first"
 
@@ -184,15 +200,17 @@ class UpdateOrder(Enum):
 class UpdateConfig(ApiObject):
     """How a change rolls through the tasks.  ``parallelism`` 0: all at once."""
 
-    parallelism: int = always(0)
+    parallelism: Uint64 = always(0)
     delay: Nanoseconds = 0
     failure_action: UpdateFailureAction | None = None
     monitor: Nanoseconds = 0
-    max_failure_ratio: float = always(0.0)
+    max_failure_ratio: Float32 = always(0.0)
     order: UpdateOrder | None = None
 
 
 class PublishMode(Enum):
+    __go_name__ = "swarm.PortConfigPublishMode"
+
     INGRESS = "ingress"
     HOST = "host"
 
@@ -201,16 +219,16 @@ class PortConfig(ApiObject):
     """A port of the tasks reachable from outside.  ``published_port`` 0: the cluster (or node) picks."""
 
     name: str = ""
-    protocol: str = "tcp"
-    target_port: int = 0
-    published_port: int = 0
-    publish_mode: PublishMode = PublishMode.INGRESS
+    protocol: Annotated[str, msgspec.Meta(extra={"go": "swarm.PortConfigProtocol"})] = always("tcp")
+    target_port: Uint32 = 0
+    published_port: Uint32 = 0
+    publish_mode: PublishMode = always(PublishMode.INGRESS)
 
 
 class EndpointSpec(ApiObject):
     """``mode``: vip or dnsrr."""
 
-    mode: str = ""
+    mode: Annotated[str, msgspec.Meta(extra={"go": "swarm.ResolutionMode"})] = ""
     ports: tuple[PortConfig, ...] = ()
 
 
@@ -218,7 +236,7 @@ class ServiceSpec(ApiObject):
     """The user's wish for a service."""
 
     name: str = ""
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = always({})
     task_template: TaskSpec = always(TaskSpec())
     mode: ServiceMode = always(ServiceMode())
     update_config: UpdateConfig | None = None
@@ -290,6 +308,7 @@ class Service(ApiObject):
     updated_at: Timestamp = always(ZERO_TIME)
     spec: ServiceSpec = always(ServiceSpec())
     previous_spec: ServiceSpec | None = None
+    previous_spec_version: Version | None = None
     spec_version: Version | None = None
     """Version at which the spec last changed; tasks name the spec they follow by it."""
     endpoint: Endpoint = always(Endpoint())

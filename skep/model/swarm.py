@@ -1,10 +1,11 @@
 """The cluster itself."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import msgspec
 
-from skep.model.encoding import ApiObject, always
+from skep.model.encoding import ApiObject, GoInt, Uint32, Uint64, always
 from skep.model.ids import ClusterId
 from skep.model.meta import Driver, TLSInfo, Version
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
@@ -17,11 +18,11 @@ class OrchestrationConfig(ApiObject):
 class RaftConfig(ApiObject):
     """Kept for clients that read it; etcd's own timers follow DESIGN, "Conventions"."""
 
-    snapshot_interval: int = 0
-    keep_old_snapshots: int | None = None
-    log_entries_for_slow_followers: int = 0
-    election_tick: int = always(0)
-    heartbeat_tick: int = always(0)
+    snapshot_interval: Uint64 = 0
+    keep_old_snapshots: Uint64 | None = None
+    log_entries_for_slow_followers: Uint64 = 0
+    election_tick: GoInt = always(0)
+    heartbeat_tick: GoInt = always(0)
 
 
 class DispatcherConfig(ApiObject):
@@ -29,10 +30,10 @@ class DispatcherConfig(ApiObject):
 
 
 class ExternalCA(ApiObject):
-    protocol: str = ""
-    url: str = ""
+    protocol: str = always("")
+    url: str = always("")
     options: Mapping[str, str] = {}
-    ca_cert: str = ""
+    ca_cert: str = always("")
 
 
 class CAConfig(ApiObject):
@@ -42,7 +43,7 @@ class CAConfig(ApiObject):
     external_cas: tuple[ExternalCA, ...] = msgspec.field(name="ExternalCAs", default=())
     signing_ca_cert: str = ""
     signing_ca_key: str = ""
-    force_rotate: int = 0
+    force_rotate: Uint64 = 0
 
 
 class TaskDefaults(ApiObject):
@@ -56,14 +57,48 @@ class EncryptionConfig(ApiObject):
 class SwarmSpec(ApiObject):
     """The user's settings of the cluster."""
 
+    __go_name__: ClassVar[str | None] = "swarm.Spec"
+
     name: str = ""
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = always({})
     orchestration: OrchestrationConfig = always(OrchestrationConfig())
     raft: RaftConfig = always(RaftConfig())
     dispatcher: DispatcherConfig = always(DispatcherConfig())
     ca_config: CAConfig = always(CAConfig())
     task_defaults: TaskDefaults = always(TaskDefaults())
     encryption_config: EncryptionConfig = always(EncryptionConfig())
+
+
+class InitRequest(ApiObject):
+    """Body of ``POST /swarm/init``.  ``availability`` stays a word until it is checked (case does not count)."""
+
+    listen_addr: str = ""
+    advertise_addr: str = ""
+    data_path_addr: str = ""
+    data_path_port: Uint32 = 0
+    force_new_cluster: bool = False
+    spec: SwarmSpec = always(SwarmSpec())
+    auto_lock_managers: bool = False
+    availability: str = ""
+    default_addr_pool: tuple[str, ...] = ()
+    subnet_size: Uint32 = 0
+
+
+class JoinRequest(ApiObject):
+    """Body of ``POST /swarm/join``."""
+
+    listen_addr: str = ""
+    advertise_addr: str = ""
+    data_path_addr: str = ""
+    remote_addrs: tuple[str, ...] = ()
+    join_token: str = ""
+    availability: str = ""
+
+
+class UnlockRequest(ApiObject):
+    """Body of ``POST /swarm/unlock``, and answer of ``GET /swarm/unlockkey``."""
+
+    unlock_key: str = always("")
 
 
 class JoinTokens(ApiObject):
@@ -86,8 +121,8 @@ class Swarm(ApiObject):
     tls_info: TLSInfo = always(TLSInfo())
     root_rotation_in_progress: bool = always(False)
     default_addr_pool: tuple[str, ...] = always(("10.0.0.0/8",))
-    subnet_size: int = always(24)
-    data_path_port: int = always(4789)
+    subnet_size: Uint32 = always(24)
+    data_path_port: Uint32 = always(4789)
     join_tokens: JoinTokens = always(JoinTokens())
 
 

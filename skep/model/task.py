@@ -79,7 +79,7 @@ class TaskStatus(ApiObject):
     """What the task's node observed.  Written by the owner of its session (before that: by the leader)."""
 
     timestamp: Timestamp = always(ZERO_TIME)
-    state: TaskState = TaskState.NEW
+    state: TaskState = always(TaskState.NEW)
     message: str = ""
     err: str = ""
     container_status: ContainerStatus | None = None
@@ -111,17 +111,17 @@ class Task(ApiObject):
     version: Version = always(Version())
     created_at: Timestamp = always(ZERO_TIME)
     updated_at: Timestamp = always(ZERO_TIME)
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = always({})
     spec: TaskSpec = always(TaskSpec())
     service_id: ServiceId = ServiceId("")
     slot: int = 0
     node_id: NodeId = NodeId("")
     status: TaskStatus = always(TaskStatus())
-    desired_state: TaskState = TaskState.NEW
+    desired_state: TaskState = always(TaskState.NEW)
     networks_attachments: tuple[NetworkAttachment, ...] = ()
     generic_resources: tuple[GenericResource, ...] = ()
     job_iteration: Version | None = None
-    volumes: tuple[VolumeAttachment, ...] = ()
+    volumes: tuple[VolumeAttachment, ...] = always(())
     spec_version: Version | None = None
 
     @property

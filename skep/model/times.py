@@ -6,12 +6,14 @@ Timestamps of different machines are shown, never subtracted (DESIGN, "Failure r
 
 import re
 from datetime import UTC, datetime
-from typing import NewType
+from typing import Annotated, NewType
+
+import msgspec
 
 from skep.errors import InvalidArgument
 
 Timestamp = NewType("Timestamp", str)
-Nanoseconds = int
+Nanoseconds = Annotated[int, msgspec.Meta(extra={"go": "time.Duration"})]
 
 ZERO_TIME = Timestamp("0001-01-01T00:00:00Z")
 """Go's zero time, which Docker writes where nothing has happened yet."""
