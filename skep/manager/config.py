@@ -1,0 +1,57 @@
+"""What a manager process is told: written by the node process at init or join, read at each start."""
+
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import FailedPrecondition
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import Availability
+from skep.model.swarm import SwarmSpec
+
+
+class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """The wish with which a new cluster begins (``POST /swarm/init``)."""
+
+    spec: SwarmSpec
+    default_addr_pool: tuple[str, ...] = ("10.0.0.0/8",)
+    subnet_size: int = 24
+    data_path_port: int = 4789
+    availability: Availability = Availability.ACTIVE
+
+
+class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One manager's settings, kept as JSON below its data directory.
+
+    ``listen_addr`` and ``advertise_addr`` are ``ip:port`` of the gRPC server; etcd's peers use the port after it.
+    ``bootstrap`` stays in the file; it is used only while the store is still empty.
+    """
+
+    data_dir: Path
+    run_dir: Path
+    node_id: NodeId
+    cluster_id: ClusterId
+    listen_addr: str
+    advertise_addr: str
+    hostname: str
+    bootstrap: Bootstrap | None = None
+    debug: bool = False
+    log_format: str = "text"
+    etcd_binary: Path | None = None
+
+
+def load(path: Path) -> ManagerConfig:
+    """Read a manager's settings.  Raises: FailedPrecondition: missing or damaged, with what to do."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ManagerConfig)
+    except FileNotFoundError:
+        raise FailedPrecondition(f"{path} is missing: this node was not set up as a manager") from None
+    except msgspec.DecodeError as error:
+        raise FailedPrecondition(
+            f"{path} is damaged ({error}): restore it from a backup, or leave the swarm and join again"
+        ) from error
+
+
+def encode(config: ManagerConfig) -> bytes:
+    """The file's content for ``config``."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
