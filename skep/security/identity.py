@@ -1,0 +1,58 @@
+"""Who a certificate says its owner is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from skep.errors import Unauthenticated
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+
+ROOT_NAME = "swarm-ca"
+"""Common name of the root, and the name under which a manager answers a node that has no certificate yet."""
+
+ROLE_NAMES = {NodeRole.WORKER: "swarm-worker", NodeRole.MANAGER: "swarm-manager"}
+"""Organizational unit of each role; ``swarm-manager`` is also the name nodes verify their manager for."""
+
+_ROLES = {name: role for role, name in ROLE_NAMES.items()}
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of a cluster in a role, as its certificate's subject says (CN, O, OU).
+
+    Source: swarmkit, ca/certificates.go (the subject), design/tls.md.
+    """
+
+    node_id: NodeId
+    cluster_id: ClusterId
+    role: NodeRole
+
+
+def identity_of(certificate: x509.Certificate) -> Identity:
+    """The identity in a certificate's subject.  Raises: Unauthenticated: it is no node's certificate."""
+    subject = {attribute.oid: str(attribute.value) for attribute in certificate.subject}
+    return _identity(
+        subject.get(NameOID.COMMON_NAME, ""),
+        subject.get(NameOID.ORGANIZATION_NAME, ""),
+        subject.get(NameOID.ORGANIZATIONAL_UNIT_NAME, ""),
+    )
+
+
+def peer_identity(certificate: Mapping[str, Any]) -> Identity:
+    """The identity in a verified certificate as ``SSLSocket.getpeercert()`` shows it.  Raises: Unauthenticated."""
+    subject = {key: value for names in certificate.get("subject", ()) for key, value in names}
+    return _identity(
+        subject.get("commonName", ""),
+        subject.get("organizationName", ""),
+        subject.get("organizationalUnitName", ""),
+    )
+
+
+def _identity(common_name: str, organization: str, unit: str) -> Identity:
+    role = _ROLES.get(unit)
+    if role is None or not common_name or not organization:
+        raise Unauthenticated("the certificate names no node of a cluster")
+    return Identity(node_id=NodeId(common_name), cluster_id=ClusterId(organization), role=role)

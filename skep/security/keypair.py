@@ -1,0 +1,122 @@
+"""A node's key pair with the root it trusts, and its three files.
+
+``<data>/certificates`` holds ``swarm-root-ca.crt``, ``swarm-node.crt`` and ``swarm-node.key`` (Docker's names).
+Each file is written beside, synced and renamed.  Key and certificate are two renames; a crash between them
+leaves the new key with the old certificate and the new certificate still beside, which ``load`` completes.
+"""
+
+import os
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from cryptography import x509
+
+from skep.errors import FailedPrecondition, NotFound
+from skep.security.identity import Identity, identity_of
+from skep.security.keys import load_private_key
+
+ROOT_FILE = "swarm-root-ca.crt"
+CERTIFICATE_FILE = "swarm-node.crt"
+KEY_FILE = "swarm-node.key"
+_BESIDE = ".new"
+
+
+class KeyPair:
+    """Immutable: a certificate chain (PEM), its private key (PEM), and the root bundle (PEM) it was issued under."""
+
+    def __init__(self, *, certificate_pem: bytes, key_pem: bytes, root_pem: bytes) -> None:
+        """Raises: FailedPrecondition: unreadable, or key and certificate do not belong together."""
+        self.certificate_pem = certificate_pem
+        self.key_pem = key_pem
+        self.root_pem = root_pem
+        if load_private_key(key_pem).public_key() != self.certificate.public_key():
+            raise FailedPrecondition("the node's certificate does not belong to its private key")
+
+    @cached_property
+    def certificate(self) -> x509.Certificate:
+        """The node's own certificate, first of the chain.  Raises: FailedPrecondition."""
+        try:
+            return x509.load_pem_x509_certificate(self.certificate_pem)
+        except ValueError as error:
+            raise FailedPrecondition(f"the node's certificate cannot be read: {error}") from error
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Who this node is."""
+        return identity_of(self.certificate)
+
+    @property
+    def not_before(self) -> datetime:
+        return self.certificate.not_valid_before_utc
+
+    @property
+    def not_after(self) -> datetime:
+        return self.certificate.not_valid_after_utc
+
+    def with_root(self, root_pem: bytes) -> "KeyPair":
+        """The same key pair under another root bundle (the cluster rotates its root)."""
+        return KeyPair(certificate_pem=self.certificate_pem, key_pem=self.key_pem, root_pem=root_pem)
+
+    def __repr__(self) -> str:
+        return f"KeyPair({self.identity!r}, until {self.not_after.isoformat()})"
+
+
+def save(pair: KeyPair, directory: Path) -> None:
+    """Write the three files so that at any moment ``load`` finds the old pair or the new one."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    beside = directory / (CERTIFICATE_FILE + _BESIDE)
+    write_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
+    _write_synced(beside, pair.certificate_pem, mode=0o644)
+    write_file(directory / KEY_FILE, pair.key_pem, mode=0o600)
+    os.replace(beside, directory / CERTIFICATE_FILE)
+    _sync_directory(directory)
+
+
+def load(directory: Path) -> KeyPair:
+    """The saved key pair.
+
+    Raises: NotFound: there is none; FailedPrecondition: the files are damaged.
+    """
+    try:
+        root_pem = (directory / ROOT_FILE).read_bytes()
+        key_pem = (directory / KEY_FILE).read_bytes()
+        certificate_pem = (directory / CERTIFICATE_FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise NotFound(f"this node has no certificate ({error.filename} is missing)") from error
+    try:
+        return KeyPair(certificate_pem=certificate_pem, key_pem=key_pem, root_pem=root_pem)
+    except FailedPrecondition:
+        beside = directory / (CERTIFICATE_FILE + _BESIDE)
+        if not beside.exists():
+            raise
+    pair = KeyPair(certificate_pem=beside.read_bytes(), key_pem=key_pem, root_pem=root_pem)
+    os.replace(beside, directory / CERTIFICATE_FILE)
+    _sync_directory(directory)
+    return pair
+
+
+def write_file(path: Path, content: bytes, *, mode: int) -> None:
+    """Replace ``path`` in one step: written beside, synced, renamed."""
+    beside = path.with_name(path.name + _BESIDE)
+    _write_synced(beside, content, mode=mode)
+    os.replace(beside, path)
+    _sync_directory(path.parent)
+
+
+def _write_synced(path: Path, content: bytes, *, mode: int) -> None:
+    path.unlink(missing_ok=True)  # an old file would keep its mode
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

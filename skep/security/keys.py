@@ -1,0 +1,37 @@
+"""Private keys and certificate requests."""
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from skep.errors import FailedPrecondition
+
+
+def new_private_key() -> ec.EllipticCurvePrivateKey:
+    """A fresh key on P-256, the curve that SwarmKit uses throughout."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The key in clear (PKCS #8): keep it in memory, or in a file of mode 0600."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def load_private_key(key_pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """Read a key that ``private_pem`` wrote.  Raises: FailedPrecondition."""
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise FailedPrecondition(f"the private key cannot be read: {error}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise FailedPrecondition("the private key is not an elliptic curve key")
+    return key
+
+
+def signing_request(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A request (PEM) for a certificate; its subject is empty because the authority decides who we are."""
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return csr.public_bytes(serialization.Encoding.PEM)

@@ -1,0 +1,98 @@
+"""TLS contexts of both sides.
+
+One port serves nodes with a certificate and machines that have none yet, so the server asks for a certificate and
+takes none for an answer; what a caller may do then is decided per call (``wire/access.py``).
+
+An ``SSLContext`` cannot forget a root or a certificate it has loaded.  The server therefore listens with a *front*
+context that, at each handshake, hands over to the current one: renewal and root rotation need no restart.
+"""
+
+import os
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from skep.errors import FailedPrecondition
+from skep.security.keypair import KeyPair
+
+MANAGER_NAME = "swarm-manager"
+"""Name for which a node verifies its manager's certificate; addresses are never looked at."""
+
+
+class ServerTls:
+    """What a manager listens with: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
+
+    def __init__(self, pair: KeyPair) -> None:
+        self._current = _server_context(pair)
+        self.front = _server_context(pair)
+        self.front.sni_callback = self._hand_over  # is called without a server name too
+
+    def replace(self, pair: KeyPair) -> None:
+        """Use ``pair`` and its roots from the next handshake on; open connections stay."""
+        self._current = _server_context(pair)
+
+    def _hand_over(self, connection: ssl.SSLObject, _name: str | None, _front: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+
+def client_context(pair: KeyPair) -> ssl.SSLContext:
+    """For calls of a node to a manager of its cluster: both sides prove who they are."""
+    context = _context(ssl.PROTOCOL_TLS_CLIENT)
+    _load_pair(context, pair)
+    return context
+
+
+def joining_context(root_pem: bytes) -> ssl.SSLContext:
+    """For the call that asks for a certificate: the manager is verified, we have nothing to show."""
+    context = _context(ssl.PROTOCOL_TLS_CLIENT)
+    _load_roots(context, root_pem)
+    return context
+
+
+def unverified_context() -> ssl.SSLContext:
+    """For the very first call, which fetches the root; the join token's digest proves what comes back."""
+    context = _context(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _server_context(pair: KeyPair) -> ssl.SSLContext:
+    context = _context(ssl.PROTOCOL_TLS_SERVER)
+    _load_pair(context, pair)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    # A resumed session would bring back a client verified under roots that may be gone.
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    return context
+
+
+def _context(protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def _load_pair(context: ssl.SSLContext, pair: KeyPair) -> None:
+    _load_roots(context, pair.root_pem)
+    with _in_memory(pair.certificate_pem) as certificate, _in_memory(pair.key_pem) as key:
+        context.load_cert_chain(certificate, key)
+
+
+def _load_roots(context: ssl.SSLContext, root_pem: bytes) -> None:
+    try:
+        context.load_verify_locations(cadata=root_pem.decode("ascii"))
+    except (ssl.SSLError, UnicodeDecodeError) as error:
+        raise FailedPrecondition(f"the root certificate cannot be read: {error}") from error
+
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """A path under which OpenSSL finds ``content``, though no disk ever holds it."""
+    descriptor = os.memfd_create("skep-tls")
+    try:
+        os.write(descriptor, content)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,54 @@
+"""Who calls, and whether they may."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from skep.errors import PermissionDenied
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.security.identity import Identity
+from skep.wire.methods import Access
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """The other end of a connection."""
+
+    identity: Identity | None
+    """Who its verified certificate says it is; None without a certificate."""
+    address: str
+    """IP address it connects from."""
+    disconnect: Callable[[], None]
+    """Close the connection; its calls end as lost.  For peers that have gone silent."""
+
+    @property
+    def node_id(self) -> NodeId:
+        """Raises: PermissionDenied: the caller has no certificate."""
+        if self.identity is None:
+            raise _denied()
+        return self.identity.node_id
+
+
+def authorize(caller: Caller, access: Access, cluster_id: ClusterId) -> None:
+    """Raises: PermissionDenied: ``caller`` may not make a call of this ``access`` in this cluster."""
+    identity = caller.identity
+    match access:
+        case Access.OPEN:
+            return
+        case Access.NODE:
+            allowed = identity is not None and identity.cluster_id == cluster_id
+        case Access.MANAGER:
+            allowed = (
+                identity is not None
+                and identity.cluster_id == cluster_id
+                and identity.role is NodeRole.MANAGER
+            )
+    if not allowed:
+        raise _denied()
+
+
+def _denied() -> PermissionDenied:
+    # SwarmKit's words (ca/auth.go); engines look at the code only.
+    return PermissionDenied(
+        "Permission denied: unauthorized peer role: remote certificate not valid for this call"
+    )

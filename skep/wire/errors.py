@@ -1,0 +1,65 @@
+"""The one table between our errors and gRPC's status codes, used by servers and clients."""
+
+import asyncio
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
+
+from skep import errors
+from skep.errors import SkepError
+
+STATUS_OF: tuple[tuple[type[SkepError], Status], ...] = (
+    (errors.InvalidArgument, Status.INVALID_ARGUMENT),
+    (errors.FailedPrecondition, Status.FAILED_PRECONDITION),
+    (errors.Unauthenticated, Status.UNAUTHENTICATED),
+    (errors.PermissionDenied, Status.PERMISSION_DENIED),
+    (errors.NotFound, Status.NOT_FOUND),
+    (errors.AlreadyExists, Status.ALREADY_EXISTS),
+    (errors.OutOfSequence, Status.UNKNOWN),
+    (errors.Unavailable, Status.UNAVAILABLE),
+    (errors.ResourceExhausted, Status.RESOURCE_EXHAUSTED),
+    (errors.Unimplemented, Status.UNIMPLEMENTED),
+)
+"""First match wins.  What is not listed is a bug of ours: INTERNAL, with nothing of it told to the peer."""
+
+_ERROR_OF: dict[Status, type[SkepError]] = {
+    **{status: error for error, status in STATUS_OF if status is not Status.UNKNOWN},
+    Status.DEADLINE_EXCEEDED: errors.Unavailable,
+    Status.ABORTED: errors.Unavailable,
+    Status.CANCELLED: errors.Unavailable,
+}
+
+_MESSAGE_CHARACTERS_MAX = 2048
+"""A status message travels as a header; many peers refuse headers over 8 KiB."""
+
+
+def to_status(error: SkepError) -> GRPCError:
+    """What a peer is told of ``error``."""
+    for kind, status in STATUS_OF:
+        if isinstance(error, kind):
+            return GRPCError(status, str(error)[:_MESSAGE_CHARACTERS_MAX])
+    return GRPCError(Status.UNKNOWN, str(error)[:_MESSAGE_CHARACTERS_MAX])
+
+
+def from_status(error: GRPCError) -> SkepError:
+    """The error that a peer told us."""
+    kind = _ERROR_OF.get(error.status, SkepError)
+    return kind(error.message or f"the peer answered {error.status.name}")
+
+
+@contextmanager
+def peer_errors(address: str) -> Iterator[None]:
+    """Turn whatever a call to ``address`` can raise into our errors; a lost peer is ``Unavailable``."""
+    try:
+        yield
+    except GRPCError as error:
+        raise from_status(error) from error
+    except TimeoutError as error:
+        raise errors.Unavailable(f"{address} did not answer in time") from error
+    except ssl.SSLCertVerificationError as error:
+        raise errors.Unavailable(f"{address} is not trusted: {error.verify_message}") from error
+    except (StreamTerminatedError, ProtocolError, OSError, asyncio.IncompleteReadError) as error:
+        raise errors.Unavailable(f"{address}: {error}") from error

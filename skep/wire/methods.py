@@ -1,0 +1,96 @@
+"""Every call of the protocol: its path, its messages, and who may make it.
+
+Servers and clients use the same entries, so both sides are checked against the same types.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Generic, TypeAlias, TypeVar
+
+from google.protobuf.message import Message
+
+from skep.wire import skep_pb2 as skep
+from skep.wire import swarm_pb2 as swarm
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A", bound=Message)
+
+
+class Access(Enum):
+    """Who may make a call, judged by the certificate of the connection."""
+
+    OPEN = auto()
+    """Anybody, with or without a certificate: that is how a machine becomes a node."""
+    NODE = auto()
+    """Every node of this cluster."""
+    MANAGER = auto()
+    """Managers of this cluster."""
+
+
+@dataclass(frozen=True)
+class _Method(Generic[Q, A]):
+    path: str
+    request: type[Q]
+    reply: type[A]
+    access: Access = Access.NODE
+
+
+class Unary(_Method[Q, A]):
+    """One request, one reply."""
+
+
+class ServerStream(_Method[Q, A]):
+    """One request, any number of replies."""
+
+
+class ClientStream(_Method[Q, A]):
+    """Any number of requests, one reply."""
+
+
+class BothStream(_Method[Q, A]):
+    """Any number of requests and replies, independent of each other."""
+
+
+Method: TypeAlias = Unary[Q, A] | ServerStream[Q, A] | ClientStream[Q, A] | BothStream[Q, A]
+
+_SWARM = "/docker.swarmkit.v1."
+
+GET_ROOT_CA_CERTIFICATE = Unary(
+    f"{_SWARM}CA/GetRootCACertificate",
+    swarm.GetRootCACertificateRequest,
+    swarm.GetRootCACertificateResponse,
+    Access.OPEN,
+)
+GET_UNLOCK_KEY = Unary(
+    f"{_SWARM}CA/GetUnlockKey", swarm.GetUnlockKeyRequest, swarm.GetUnlockKeyResponse, Access.MANAGER
+)
+ISSUE_NODE_CERTIFICATE = Unary(
+    f"{_SWARM}NodeCA/IssueNodeCertificate",
+    swarm.IssueNodeCertificateRequest,
+    swarm.IssueNodeCertificateResponse,
+    Access.OPEN,
+)
+NODE_CERTIFICATE_STATUS = Unary(
+    f"{_SWARM}NodeCA/NodeCertificateStatus",
+    swarm.NodeCertificateStatusRequest,
+    swarm.NodeCertificateStatusResponse,
+    Access.OPEN,
+)
+SESSION = ServerStream(f"{_SWARM}Dispatcher/Session", swarm.SessionRequest, swarm.SessionMessage)
+HEARTBEAT = Unary(f"{_SWARM}Dispatcher/Heartbeat", swarm.HeartbeatRequest, swarm.HeartbeatResponse)
+ASSIGNMENTS = ServerStream(
+    f"{_SWARM}Dispatcher/Assignments", swarm.AssignmentsRequest, swarm.AssignmentsMessage
+)
+UPDATE_TASK_STATUS = Unary(
+    f"{_SWARM}Dispatcher/UpdateTaskStatus", swarm.UpdateTaskStatusRequest, swarm.UpdateTaskStatusResponse
+)
+LISTEN_SUBSCRIPTIONS = ServerStream(
+    f"{_SWARM}LogBroker/ListenSubscriptions", swarm.ListenSubscriptionsRequest, swarm.SubscriptionMessage
+)
+PUBLISH_LOGS = ClientStream(
+    f"{_SWARM}LogBroker/PublishLogs", swarm.PublishLogsMessage, swarm.PublishLogsResponse
+)
+HEARTBEATS = BothStream("/skep.v1.NodeLink/Heartbeats", skep.Heartbeat, skep.HeartbeatPeriod)
+REVISED_ASSIGNMENTS = ServerStream(
+    "/skep.v1.NodeLink/Assignments", swarm.AssignmentsRequest, skep.RevisedAssignments
+)

@@ -1,0 +1,144 @@
+"""Binding functions to methods: what a component hands to ``server.serve``.
+
+A handler sees messages and a ``Caller``; streams are async iterators.  It raises our errors, and ends a stream by
+returning: a handler that is cancelled leaves a peer without the last word (grpc-go then believes in a dead
+stream for ever).
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from google.protobuf.message import DecodeError, Message
+from grpclib.const import Cardinality, Status
+from grpclib.exceptions import GRPCError
+from grpclib.server import Stream
+
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.wire.access import Caller
+from skep.wire.errors import to_status
+from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
+
+log = structlog.get_logger(__name__)
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A", bound=Message)
+
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+"""Largest request of a node; SwarmKit's managers have the same limit."""
+
+STRANGER_MESSAGE_BYTES_MAX = 64 * 1024
+"""Largest request without a certificate; a certificate request has 500 bytes."""
+
+UNARY_SECONDS_MAX = 60.0
+"""A unary call ends after this even if the peer set no deadline."""
+
+
+class Handler(msgspec.Struct, frozen=True):
+    """One method with the function that answers it."""
+
+    method: Method[Any, Any]
+    cardinality: Cardinality
+    answer: Callable[[Stream[Any, Any], Caller], Awaitable[None]]
+
+
+def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
+    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
+        async with asyncio.timeout(UNARY_SECONDS_MAX):
+            request = await _only_request(stream, method.request, caller)
+            reply = await function(request, caller)
+        await stream.send_message(reply)
+
+    return Handler(method, Cardinality.UNARY_UNARY, answer)
+
+
+def server_stream(method: ServerStream[Q, A], function: Callable[[Q, Caller], AsyncIterator[A]]) -> Handler:
+    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
+        request = await _only_request(stream, method.request, caller)
+        await _send_all(stream, function(request, caller))
+
+    return Handler(method, Cardinality.UNARY_STREAM, answer)
+
+
+def client_stream(
+    method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
+) -> Handler:
+    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
+        async with aclosing(_requests(stream, method.request, caller)) as requests:
+            reply = await function(requests, caller)
+        await stream.send_message(reply)
+
+    return Handler(method, Cardinality.STREAM_UNARY, answer)
+
+
+def both_stream(
+    method: BothStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], AsyncIterator[A]]
+) -> Handler:
+    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
+        async with aclosing(_requests(stream, method.request, caller)) as requests:
+            await _send_all(stream, function(requests, caller))
+
+    return Handler(method, Cardinality.STREAM_STREAM, answer)
+
+
+async def run_handler(handler: Handler, stream: Stream[Any, Any], caller: Caller) -> None:
+    """Answer one call; whatever goes wrong becomes a status.  Raises: GRPCError."""
+    try:
+        await handler.answer(stream, caller)
+    except SkepError as error:
+        raise to_status(error) from error
+    except GRPCError:
+        raise
+    except TimeoutError as error:
+        raise GRPCError(Status.DEADLINE_EXCEEDED, "the call took too long") from error
+    except Exception as error:
+        log.exception("call failed", method=handler.method.path, peer=caller.address)
+        raise GRPCError(Status.INTERNAL, "internal error") from error
+
+
+async def _send_all(stream: Stream[Any, A], replies: AsyncIterator[A]) -> None:
+    # Headers first: a peer that waits for them would otherwise wait for the first reply.
+    await stream.send_initial_metadata()
+    try:
+        async for reply in replies:
+            await stream.send_message(reply)
+    finally:
+        close = getattr(replies, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def _only_request(stream: Stream[Q, Any], kind: type[Q], caller: Caller) -> Q:
+    request = await _receive(stream, kind, caller)
+    if request is None:
+        raise InvalidArgument("the request is missing")
+    return request
+
+
+async def _requests(stream: Stream[Q, Any], kind: type[Q], caller: Caller) -> AsyncGenerator[Q, None]:
+    while (request := await _receive(stream, kind, caller)) is not None:
+        yield request
+
+
+async def _receive(stream: Stream[Q, Any], kind: type[Q], caller: Caller) -> Q | None:
+    """The next request, or None after the last.
+
+    Reads below grpclib's own ``recv_message``, which takes messages of any length: one stranger with one
+    certificate request made a manager hold 384 MiB.
+    """
+    limit = MESSAGE_BYTES_MAX if caller.identity else STRANGER_MESSAGE_BYTES_MAX
+    try:
+        prefix = await stream._stream.recv_data(5)
+        if not prefix:
+            return None
+        if prefix[0]:
+            raise Unimplemented("compressed messages are not supported")
+        length = int.from_bytes(prefix[1:], "big")
+        if length > limit:
+            raise ResourceExhausted(f"grpc: received message larger than max ({length} vs. {limit})")
+        return kind.FromString(await stream._stream.recv_data(length))
+    except (DecodeError, AssertionError) as error:  # grpclib asserts that the stream did not end early
+        raise InvalidArgument("the message cannot be decoded") from error
