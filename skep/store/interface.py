@@ -11,7 +11,7 @@ see ``schema``), so removal of a used secret and a second service on one port ca
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -48,7 +48,8 @@ class View(Protocol):
     def resolve(self, kind: type[T], word: str) -> T:
         """What a user means by ``word``: full id, else name, else unique prefix of an id (Docker's order).
 
-        Raises: NotFound: nothing, or several by prefix ("service web not found", "... is ambiguous (2 matches found)").
+        Removed services, still there as owners of their tasks, are not meant.
+        Raises: NotFound: "service web not found"; InvalidArgument: "... is ambiguous (2 matches found)".
         """
 
 
@@ -59,8 +60,9 @@ class Transaction(View, Protocol):
         """Create or replace ``object``; gives it back as stored (version, updated_at set by the store).
 
         Only the parts that changed are written.  A change of the wish bumps ``version``.
-        Raises: AlreadyExists: a claim (name, port) belongs to another object, with Docker's words;
-        NotFound: a reference names no object.
+        A new service spec is stored a second time as a ``SpecVersion``, and ``spec_version`` names it.
+        Raises: AlreadyExists: the name belongs to another object; InvalidArgument: a published port does; both with
+        Docker's words.  NotFound: a reference names no object.
         """
 
     def delete(self, kind: type[T], id: str) -> None:
@@ -69,8 +71,11 @@ class Transaction(View, Protocol):
         Raises: NotFound; FailedPrecondition: other objects refer to it (the ids are in the error's ``users``).
         """
 
-    def rely_on(self, kind: type[T], id: str) -> T | None:
-        """Like ``lookup``, and the commit fails if the object changed in between (``get`` does the same)."""
+    def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
+        """Like ``lookup``, and the commit fails if the object changed in between (``get`` does the same).
+
+        ``parts``: only these count (``"session"`` of a node), and that the object still exists; default all.
+        """
 
 
 class InUse(SkepError):
@@ -182,19 +187,34 @@ class Term(Updates, Protocol):
 
 
 class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """How one kind of object is stored (``schema.py`` lists them).
-
-    ``parts``: part name -> field names; every other field is the head ("wish"), whose change bumps the version.
-    ``answers``: parts that are dropped by the merge when they answer an older ``spec_version``.
-    ``claims``: keys (``n/service/web``, ``p/tcp/8080``) that only one object may hold.
-    ``references``: (kind name, id) of the objects it needs; these cannot be deleted meanwhile.
-    ``indexes``: index name -> value of an object (``None``: not in this index).
-    """
+    """How one kind of object is stored (``schema.py`` lists them)."""
 
     name: str
     type: type[Object]
+
     parts: Mapping[str, tuple[str, ...]] = {}
+    """Part name -> field names.  Every other field is the head ("wish"), whose change bumps the version."""
+
     answers: frozenset[str] = frozenset()
-    claims: Callable[[Object], Iterable[str]] = lambda _: ()
-    references: Callable[[Object], Iterable[tuple[str, str]]] = lambda _: ()
-    indexes: Mapping[str, Callable[[Object], str | None]] = {}
+    """Parts that answer a spec: stored with its version, dropped by the merge when they answer an older one."""
+
+    claims: Callable[[Any], Iterable[str]] = lambda _: ()
+    """Keys (``n/service/web``, ``p/tcp/8080``) that only one object may hold."""
+
+    shared_claims: Callable[[Any], Iterable[str]] = lambda _: ()
+    """Claims that many may hold together while nobody holds them alone (host-mode ports)."""
+
+    taken: Callable[[str, Any, Any], SkepError]
+    """``(claim, wanting object, holder) -> error``: the refusal in Docker's words."""
+
+    references: Callable[[Any], Iterable[tuple[str, str]]] = lambda _: ()
+    """(kind name, id) of the objects it needs; these cannot be deleted meanwhile."""
+
+    is_referable: bool = False
+    """Whether objects of other kinds may refer to this one, so that its removal has to ask."""
+
+    indexes: Mapping[str, Callable[[Any], str | None]] = {}
+    """Index name -> value of an object (None: not in this index).  ``name`` is without regard to case."""
+
+    is_hidden: Callable[[Any], bool] = lambda _: False
+    """Whether users no longer see it (a removed service)."""

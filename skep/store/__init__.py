@@ -1,0 +1,1 @@
+"""The replicated object store: parts, views, transactions, watches, leadership."""

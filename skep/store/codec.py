@@ -1,0 +1,88 @@
+"""Parts of objects as bytes: JSON with Docker's field names, so that a store can be read with etcdctl.
+
+Each part has a Struct of its own, made from the fields of the kind; missing fields take the kind's defaults, so
+a field added later reads well from older data.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from skep.store.interface import KindSchema, Object
+from skep.store.keys import HEAD
+from skep.store.schema import head_fields
+
+_ANSWERS = "answers_version"
+
+_encode = msgspec.json.Encoder().encode
+
+
+class PartCodec:
+    """Takes one part out of objects of a kind, and reads it back.  ``fields``: what it consists of."""
+
+    def __init__(self, schema: KindSchema, part: str) -> None:
+        self.part = part
+        self.fields = schema.parts[part] if part else head_fields(schema)
+        self.is_answer = part in schema.answers
+        known = {field.name: field for field in msgspec.structs.fields(schema.type)}
+        definition: list[Any] = [(name, known[name].type, _field_like(known[name])) for name in self.fields]
+        if self.is_answer:
+            definition.append((_ANSWERS, int, msgspec.field(name="AnswersVersion", default=0)))
+        self._struct = msgspec.defstruct(
+            f"{schema.type.__name__}{part.capitalize() or 'Head'}",
+            definition,
+            frozen=True,
+            kw_only=True,
+            gc=False,
+            omit_defaults=True,
+        )
+        self._decoder = msgspec.json.Decoder(self._struct)
+        self._defaults = (
+            None if part == HEAD else {name: getattr(self._struct(), name) for name in self.fields}
+        )
+
+    def encode(self, object: Object) -> bytes | None:
+        """This part of ``object``; None when it holds nothing but defaults, and so needs no key."""
+        values = {name: getattr(object, name) for name in self.fields}
+        if self._defaults is not None and values == self._defaults:
+            return None
+        if self.is_answer:
+            values[_ANSWERS] = _answered(object)
+        return _encode(self._struct(**values))
+
+    def decode(self, data: bytes) -> tuple[dict[str, Any], int]:
+        """The fields of this part, and the spec version it answers (0: none).
+
+        Raises: msgspec.ValidationError.
+        """
+        values = msgspec.structs.asdict(self._decoder.decode(data))
+        return values, values.pop(_ANSWERS, 0)
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What the fields are while the part does not exist.  The head has none."""
+        assert self._defaults is not None, "an object exists by its head"
+        return self._defaults
+
+    def is_same(self, one: Object, other: Object) -> bool:
+        """Whether two objects agree in this part."""
+        for name in self.fields:
+            first, second = getattr(one, name), getattr(other, name)
+            if first is not second and first != second:
+                return False
+        return True
+
+
+def _field_like(known: msgspec.structs.FieldInfo) -> Any:
+    """A field with the name and default that ``known`` has."""
+    if known.default is not msgspec.NODEFAULT:
+        return msgspec.field(name=known.encode_name, default=known.default)
+    if known.default_factory is not msgspec.NODEFAULT:
+        return msgspec.field(name=known.encode_name, default_factory=known.default_factory)
+    return msgspec.field(name=known.encode_name)
+
+
+def _answered(object: Any) -> int:
+    """The spec version that an answer written with ``object`` is about."""
+    return object.spec_version.index if object.spec_version is not None else 0

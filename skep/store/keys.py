@@ -1,0 +1,93 @@
+"""How keys are spelled in the store.  The etcd side puts its prefix before them; nothing else knows another form.
+
+::
+
+    o/<kind>/<id>                  the head of an object: the wish, and what only changes with it
+    o/<kind>/<id>.<part>           another part, with a writer of its own
+    n/<kind>/<name>                a unique name, p/<protocol>/<port> a published port: the value names the owner
+    s/<claim>/<kind>/<id>          a shared hold on a claim (host-mode ports): bars the exclusive claim
+    r/<kind>/<id>/<kind>/<id>      a reference: the second object uses the first
+    meta/format, meta/level        what this data is, and the lowest version among the managers
+    leader                         the fence of the leader's writes
+    w/<node id>                    a manager's ticket: moving it voids that manager's writes in flight
+"""
+
+from typing import Final
+from urllib.parse import quote
+
+LEADER: Final = "leader"
+FORMAT: Final = "meta/format"
+LEVEL: Final = "meta/level"
+KEY_RING: Final = "meta/keys"
+
+HEAD: Final = ""
+"""The part that holds everything which no other part holds."""
+
+
+def object_key(kind: str, id: str, part: str = HEAD) -> str:
+    """The key of one part of an object."""
+    return f"o/{kind}/{id}.{part}" if part else f"o/{kind}/{id}"
+
+
+def parsed_object_key(key: str) -> tuple[str, str, str]:
+    """``(kind, id, part)`` of an ``o/`` key.  Object ids hold no full stop, so the first one ends the id."""
+    _, kind, rest = key.split("/", 2)
+    id, _, part = rest.partition(".")
+    return kind, id, part
+
+
+def name_claim(kind: str, name: str) -> str:
+    """The claim on a name; names are unique without regard to case, as in SwarmKit's store."""
+    return f"n/{kind}/{quote(name.lower(), safe='')}"
+
+
+def port_claim(protocol: str, port: int) -> str:
+    """The claim on a published port of the whole cluster."""
+    return f"p/{quote(protocol, safe='')}/{port}"
+
+
+def shared_key(claim: str, kind: str, id: str) -> str:
+    """The key by which an object shares ``claim`` with others."""
+    return f"s/{claim}/{kind}/{id}"
+
+
+def shared_prefix(claim: str) -> str:
+    """What all shared holds on ``claim`` begin with."""
+    return f"s/{claim}/"
+
+
+def parsed_shared_key(key: str) -> tuple[str, tuple[str, str]]:
+    """``(claim, (kind, id))`` of an ``s/`` key."""
+    _, first, second, third, kind, id = key.split("/", 5)
+    return f"{first}/{second}/{third}", (kind, id)
+
+
+def reference_key(used: tuple[str, str], user: tuple[str, str]) -> str:
+    """The key that says ``user`` needs ``used``; both are (kind, id)."""
+    return f"r/{used[0]}/{used[1]}/{user[0]}/{user[1]}"
+
+
+def reference_prefix(kind: str, id: str) -> str:
+    """What all references to one object begin with."""
+    return f"r/{kind}/{id}/"
+
+
+def parsed_reference_key(key: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """``(used, user)`` of an ``r/`` key."""
+    _, used_kind, used_id, kind, id = key.split("/", 4)
+    return (used_kind, used_id), (kind, id)
+
+
+def ticket_key(node_id: str) -> str:
+    """The key whose revision every write of this manager compares."""
+    return f"w/{node_id}"
+
+
+def covering_prefix(key: str) -> str | None:
+    """The prefix whose emptiness a writer of ``key`` disturbs, or None: no range over such keys is ever compared."""
+    if key.startswith("r/"):
+        _, kind, id, _ = key.split("/", 3)
+        return reference_prefix(kind, id)
+    if key.startswith("s/"):
+        return shared_prefix(parsed_shared_key(key)[0])
+    return None

@@ -1,0 +1,40 @@
+"""Kinds of objects that only the store's users inside a manager see: no API shows them."""
+
+import msgspec
+
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import ServiceId
+from skep.model.meta import Version
+from skep.model.service import ServiceSpec
+
+
+class SpecVersion(ApiObject):
+    """A service's spec as it was at one version; tasks are filled from it (DESIGN, "Objects, parts, versions").
+
+    Written by the store beside every new spec; removed with the service, or by the leader when no task follows
+    it any more.
+    """
+
+    id: str
+    service_id: ServiceId
+    index: int
+    spec: ServiceSpec = always(ServiceSpec())
+
+
+class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Bytes that must never be shown: a secret's data, the root CA's key, registry credentials.
+
+    Ids say what it belongs to: ``secret/<id>``, ``root-ca``, ``registry/<service id>``.  Read by id, by the
+    dispatcher and the CA alone.
+    """
+
+    id: str
+    data: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"Payload(id={self.id!r}, data=<{len(self.data)} bytes>)"
+
+
+def spec_version_id(service_id: str, version: Version) -> str:
+    """The id of the spec that ``service_id`` had at ``version``."""
+    return f"{service_id}/{version.index}"

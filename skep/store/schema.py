@@ -1,0 +1,194 @@
+"""How each kind of object is stored: its parts and their writers, its claims, references and indexes.
+
+One writer per part keeps managers, leader and sessions from disturbing each other (DESIGN, "Objects, parts,
+versions").  The words of refusals are Docker's.
+
+Source: swarmkit, manager/controlapi/{service,network,secret,config}.go (conflicts), api/storeobject.go (names).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from skep.errors import AlreadyExists, InvalidArgument, SkepError
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.secret import Config, Secret
+from skep.model.service import PortConfig, PublishMode, Service
+from skep.model.swarm import Swarm
+from skep.model.task import Task
+from skep.store.interface import KindSchema, Object
+from skep.store.keys import name_claim, port_claim
+from skep.store.kinds import Payload, SpecVersion
+
+
+def is_removed(service: Service) -> bool:
+    """Whether the user has removed it: hidden, its name and ports free, still the owner of its tasks."""
+    return service.removed_at is not None
+
+
+def _published_ports(service: Service) -> Iterator[PortConfig]:
+    """Ports with a number: what the user asked for, and what the allocator gave."""
+    wanted = service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
+    for port in (*wanted, *service.endpoint.ports):
+        if port.published_port:
+            yield port
+
+
+def _service_claims(service: Service) -> Iterator[str]:
+    if is_removed(service):
+        return
+    yield name_claim("service", service.spec.name)
+    for port in _published_ports(service):
+        if port.publish_mode is PublishMode.INGRESS:
+            yield port_claim(port.protocol, port.published_port)
+
+
+def _service_shared_claims(service: Service) -> Iterator[str]:
+    if is_removed(service):
+        return
+    for port in _published_ports(service):
+        if port.publish_mode is PublishMode.HOST:
+            yield port_claim(port.protocol, port.published_port)
+
+
+def _service_taken(claim: str, wanting: Service, holder: Service) -> SkepError:
+    if claim.startswith("n/"):
+        name = wanting.spec.name
+        return AlreadyExists(f"name conflicts with an existing object: service {name} already exists")
+    mode = "an ingress" if claim in set(_service_claims(holder)) else "a host-published"
+    port = claim.rpartition("/")[2]
+    return InvalidArgument(
+        f"port '{port}' is already in use by service '{holder.spec.name}' ({holder.id}) as {mode} port"
+    )
+
+
+def _service_references(service: Service) -> Iterator[tuple[str, str]]:
+    if is_removed(service):
+        return
+    template = service.spec.task_template
+    container = template.container_spec
+    if container is not None:
+        yield from (("secret", reference.secret_id) for reference in container.secrets)
+        yield from (("config", reference.config_id) for reference in container.configs)
+    for attachment in (*template.networks, *service.spec.networks):
+        yield "network", attachment.target
+
+
+def _task_slot(task: Task) -> str:
+    """``<service>/<slot>``; a global service's tasks have their node as slot."""
+    return f"{task.service_id}/{task.slot or task.node_id}"
+
+
+def _name_claims(kind: str) -> Callable[[Any], Iterable[str]]:
+    return lambda named: (name_claim(kind, named.spec.name),)
+
+
+def _name_taken(kind: str) -> Callable[[str, Any, Any], SkepError]:
+    return lambda _, wanting, __: AlreadyExists(f"{kind} {wanting.spec.name} already exists")
+
+
+def _nothing_taken(claim: str, wanting: Object, holder: Object) -> SkepError:
+    return AlreadyExists(f"{claim} belongs to another object")
+
+
+def _spec_name(object: Any) -> str:
+    name: str = object.spec.name
+    return name.lower()
+
+
+SCHEMAS: Final[tuple[KindSchema, ...]] = (
+    # Before tasks: the merge fills a task's spec from the version stored in the same revision.
+    KindSchema(
+        name="spec",
+        type=SpecVersion,
+        taken=_nothing_taken,
+        indexes={"service_id": lambda version: version.service_id},
+    ),
+    KindSchema(
+        name="service",
+        type=Service,
+        parts={
+            "update": ("update_status",),
+            "endpoint": ("endpoint",),
+            "job": ("job_status",),
+        },
+        answers=frozenset({"update", "job"}),
+        claims=_service_claims,
+        shared_claims=_service_shared_claims,
+        taken=_service_taken,
+        references=_service_references,
+        indexes={"name": lambda service: None if is_removed(service) else _spec_name(service)},
+        is_hidden=is_removed,
+    ),
+    KindSchema(
+        name="task",
+        type=Task,
+        parts={
+            "spec": ("spec",),
+            "networks": ("networks_attachments",),
+            "status": ("status",),
+        },
+        taken=_nothing_taken,
+        indexes={
+            "service_id": lambda task: task.service_id or None,
+            "node_id": lambda task: task.node_id or None,
+            "slot": _task_slot,
+        },
+    ),
+    KindSchema(
+        name="node",
+        type=Node,
+        parts={
+            "status": ("description", "status"),
+            "session": ("session",),
+            "certificate": ("certificate",),
+            "attachments": ("attachments",),
+            "manager": ("manager_status",),
+        },
+        taken=_nothing_taken,
+        indexes={"name": lambda node: node.description.hostname.lower() or None},
+    ),
+    KindSchema(
+        name="swarm",
+        type=Swarm,
+        parts={"ca": ("join_tokens", "tls_info", "root_rotation_in_progress")},
+        taken=_nothing_taken,
+        indexes={"name": _spec_name},
+    ),
+    KindSchema(
+        name="network",
+        type=Network,
+        parts={"allocation": ("driver_state", "ipam_options")},
+        claims=_name_claims("network"),
+        taken=_name_taken("network"),
+        is_referable=True,
+        indexes={"name": _spec_name},
+    ),
+    KindSchema(
+        name="secret",
+        type=Secret,
+        claims=_name_claims("secret"),
+        taken=_name_taken("secret"),
+        is_referable=True,
+        indexes={"name": _spec_name},
+    ),
+    KindSchema(
+        name="config",
+        type=Config,
+        claims=_name_claims("config"),
+        taken=_name_taken("config"),
+        is_referable=True,
+        indexes={"name": _spec_name},
+    ),
+    KindSchema(name="payload", type=Payload, taken=_nothing_taken),
+)
+
+SCHEMA_BY_TYPE: Final = {schema.type: schema for schema in SCHEMAS}
+
+
+def head_fields(schema: KindSchema) -> tuple[str, ...]:
+    """The fields of a kind that no other part holds; ``service_status`` exists in answers only."""
+    elsewhere = {field for fields in schema.parts.values() for field in fields} | {"service_status"}
+    return tuple(field.name for field in msgspec.structs.fields(schema.type) if field.name not in elsewhere)

@@ -1,0 +1,246 @@
+"""The whole replicated state: one table per kind, who holds which claim, who refers to what.
+
+``State.apply`` takes one revision's keys and gives the events it means.  It is pure bookkeeping without a clock
+or a network; ``replica`` publishes what it returns.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from skep.errors import InvalidArgument, NotFound
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.store import keys
+from skep.store.interface import Created, Deleted, Event, Updated
+from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.schema import SCHEMAS
+from skep.store.tables import PartChange, Table
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+Owner = tuple[str, str]
+"""(kind name, id) of an object."""
+
+
+class KeyChange(msgspec.Struct, frozen=True):
+    """One key as the store now has it, its value in clear.  ``value`` None: deleted."""
+
+    key: str
+    value: bytes | None
+    revision: int
+    create_revision: int = 0
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Who holds a unique name or port, and since which revision."""
+
+    owner: Owner
+    revision: int
+
+
+class State:
+    """All objects at one revision.  Implements ``interface.View``."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.tables = [Table(schema) for schema in SCHEMAS]
+        self.table_by_name: Final = {table.schema.name: table for table in self.tables}
+        self.table_by_type: Final = {table.schema.type: table for table in self.tables}
+        self.claims: dict[str, Claim] = {}
+        self.sharers: dict[str, list[Owner]] = {}
+        """Claim -> those who share it, sorted."""
+        self.users: dict[Owner, list[Owner]] = {}
+        """Object -> those who refer to it, sorted."""
+
+    # -- View ------------------------------------------------------------------------------------------------
+
+    def lookup(self, kind: type[T], id: str) -> T | None:
+        found: T | None = self.table_by_type[kind].objects.get(id)
+        return found
+
+    def get(self, kind: type[T], id: str) -> T:
+        found = self.lookup(kind, id)
+        if found is None:
+            raise NotFound(f"{self.table_by_type[kind].schema.name} {id} not found")
+        return found
+
+    def find(self, kind: type[T], **by: str) -> Sequence[T]:
+        return self.table_by_type[kind].find(by)
+
+    def resolve(self, kind: type[T], word: str) -> T:
+        found: T = resolved(self, self.table_by_type[kind], word)
+        return found
+
+    def ids_with_prefix(self, kind: type[msgspec.Struct], prefix: str) -> Sequence[str]:
+        """Ids of ``kind`` that begin with ``prefix``, in order."""
+        return self.table_by_type[kind].with_prefix(prefix)
+
+    # -- what transactions need to know ------------------------------------------------------------------------
+
+    def holder(self, claim: str) -> Claim | None:
+        """Who holds ``claim`` alone."""
+        return self.claims.get(claim)
+
+    def object_of(self, owner: Owner) -> Any:
+        """The object that ``owner`` names, or None."""
+        return self.table_by_name[owner[0]].objects.get(owner[1])
+
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    def apply(self, revision: int, changes: Iterable[KeyChange]) -> tuple[Event, ...]:
+        """Take in everything that ``revision`` changed, and say what happened to which object."""
+        by_object: dict[Owner, list[PartChange]] = {}
+        for change in changes:
+            match change.key[:2]:
+                case "o/":
+                    kind, id, part = keys.parsed_object_key(change.key)
+                    by_object.setdefault((kind, id), []).append(
+                        PartChange(part, change.value, change.revision, change.create_revision)
+                    )
+                case "n/" | "p/":
+                    self._apply_claim(change)
+                case "s/":
+                    claim, owner = keys.parsed_shared_key(change.key)
+                    _set_member(self.sharers, claim, owner, present=change.value is not None)
+                case "r/":
+                    used, user = keys.parsed_reference_key(change.key)
+                    _set_member(self.users, used, user, present=change.value is not None)
+        self.revision = max(self.revision, revision)
+        return tuple(self._merged(by_object))
+
+    def _apply_claim(self, change: KeyChange) -> None:
+        if change.value is None:
+            self.claims.pop(change.key, None)
+        else:
+            kind, _, id = change.value.decode().partition("/")
+            self.claims[change.key] = Claim((kind, id), change.revision)
+
+    def _merged(self, by_object: dict[Owner, list[PartChange]]) -> Iterable[Event]:
+        specs: set[str] = set()
+        for (kind, id), changes in sorted(by_object.items(), key=lambda item: _rank(item[0][0])):
+            table = self.table_by_name.get(kind)
+            if table is None:
+                continue  # a kind that only newer versions of Skep know
+            event = table.apply(id, changes)
+            if event is None:
+                continue
+            match event:
+                case Created(SpecVersion() as version) | Deleted(SpecVersion() as version):
+                    specs.add(version.id)
+                case Created(Task() as task):
+                    event = Created(self._filled(task))
+                case Updated(Task() as old, Task() as task):
+                    event = Updated(old, self._filled(task))
+                case _:
+                    pass
+            yield event
+        if specs:
+            yield from self._refilled(specs, {id for kind, id in by_object if kind == "task"})
+
+    def _filled(self, task: Task) -> Task:
+        """``task`` with the spec of the version it follows; kept in the table in place of the bare one."""
+        version = self.spec_of(task)
+        if version is None or version.spec.task_template is task.spec:
+            return task
+        filled = msgspec.structs.replace(task, spec=version.spec.task_template)
+        self.table_by_type[Task].objects[task.id] = filled
+        return filled
+
+    def spec_of(self, task: Task) -> SpecVersion | None:
+        """The stored spec that ``task`` follows, if it follows one."""
+        if task.spec_version is None:
+            return None
+        return self.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
+
+    def _refilled(self, spec_ids: set[str], done: set[str]) -> Iterable[Event]:
+        """Tasks that were there before the spec they follow, or have lost it."""
+        tasks = self.table_by_type[Task]
+        for service_id in sorted({id.rpartition("/")[0] for id in spec_ids}):
+            for task in tasks.find({"service_id": service_id}):
+                if task.id in done or task.spec_version is None:
+                    continue
+                if spec_version_id(service_id, task.spec_version) not in spec_ids:
+                    continue
+                version = self.spec_of(task)
+                spec = version.spec.task_template if version else tasks.codecs["spec"].defaults["spec"]
+                event = tasks.store(task.id, task, msgspec.structs.replace(task, spec=spec))
+                if event is not None:
+                    yield event
+
+
+def difference(old: State, new: State) -> tuple[Event, ...]:
+    """What an observer of ``old`` must hear to know ``new``: removals first, then the rest in order of kind and id."""
+    events: list[Event] = []
+    for before, after in zip(old.tables, new.tables, strict=True):
+        events += [Deleted(before.objects[id]) for id in before.ids if id not in after.objects]
+    for before, after in zip(old.tables, new.tables, strict=True):
+        for id in after.ids:
+            one, other = before.objects.get(id), after.objects[id]
+            if one is None:
+                events.append(Created(other))
+            elif one != other:
+                events.append(Updated(one, other))
+    return tuple(events)
+
+
+_RANKS: Final = {schema.name: rank for rank, schema in enumerate(SCHEMAS)}
+
+
+def _rank(kind: str) -> int:
+    return _RANKS.get(kind, len(_RANKS))
+
+
+def _set_member(lists: dict[Any, list[Owner]], key: Any, member: Owner, *, present: bool) -> None:
+    members = lists.get(key, [])
+    place = bisect_left(members, member)
+    is_there = place < len(members) and members[place] == member
+    if present and not is_there:
+        insort(lists.setdefault(key, members), member)
+    elif is_there and not present:
+        del members[place]
+        if not members:
+            del lists[key]
+
+
+def resolved(view: Any, table: Table, word: str) -> Any:
+    """The one object that a user means by ``word``: id, else name, else unique prefix of an id.
+
+    ``view`` gives ``lookup``, ``find`` and ``ids_with_prefix``: the state, or a transaction over it.
+    Raises: NotFound; InvalidArgument: several objects fit.
+
+    Source: moby, daemon/cluster/helpers.go.
+    """
+    schema = table.schema
+    kind: type[Any] = schema.type
+    exact = view.lookup(kind, word)
+    if exact is not None and not schema.is_hidden(exact):
+        return exact
+    found: list[Any] = []
+    if kind is Task:
+        found = _tasks_named(view, word)
+    elif "name" in schema.indexes:
+        found = list(view.find(kind, name=word))
+    if not found and word:
+        candidates = (view.lookup(kind, id) for id in view.ids_with_prefix(kind, word))
+        found = [one for one in candidates if one is not None and not schema.is_hidden(one)]
+    match found:
+        case []:
+            raise NotFound(f"{schema.name} {word} not found")
+        case [one]:
+            return one
+    raise InvalidArgument(f"{schema.name} {word} is ambiguous ({len(found)} matches found)")
+
+
+def _tasks_named(view: Any, word: str) -> list[Task]:
+    """The task called ``service.slot.id``.  Source: swarmkit, api/naming/naming.go."""
+    task: Task | None = view.lookup(Task, word.rpartition(".")[2])
+    if task is None:
+        return []
+    service: Service | None = view.lookup(Service, task.service_id)
+    if service is None:
+        return []
+    name = f"{service.spec.name}.{task.slot or task.node_id}.{task.id}"
+    return [task] if name.lower() == word.lower() else []

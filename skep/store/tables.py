@@ -1,0 +1,171 @@
+"""The merged objects of one kind in memory, with their indexes.
+
+An object is several keys, one writer each; ``Table`` puts them together and remembers at which revision each
+key was last written, which is what transactions compare.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from skep.store.codec import PartCodec
+from skep.store.interface import Created, Deleted, Event, KindSchema, Object, Updated
+from skep.store.keys import HEAD
+
+log = structlog.get_logger()
+
+NAME = "name"
+
+
+class PartChange(msgspec.Struct, frozen=True):
+    """One key of an object as the store now has it.  ``value`` None: deleted."""
+
+    part: str
+    value: bytes | None
+    revision: int
+    create_revision: int = 0
+
+
+class Marks(msgspec.Struct, frozen=True):
+    """Where the keys of one object stand.  ``revisions``: part -> modification revision, existing keys only.
+
+    ``answers``: part -> spec version it answers, for parts that answer one.
+    """
+
+    create_revision: int
+    revisions: Mapping[str, int]
+    answers: Mapping[str, int] = {}
+
+
+class Table:
+    """All objects of one kind.  ``objects`` by id, ``ids`` sorted, ``indexes`` name -> value -> sorted ids."""
+
+    def __init__(self, schema: KindSchema) -> None:
+        self.schema = schema
+        self.codecs = {part: PartCodec(schema, part) for part in (HEAD, *schema.parts)}
+        self.objects: dict[str, Any] = {}
+        self.ids: list[str] = []
+        self.marks: dict[str, Marks] = {}
+        self.indexes: dict[str, dict[str, list[str]]] = {name: {} for name in schema.indexes}
+
+    def find(self, by: Mapping[str, str]) -> list[Any]:
+        """Objects in order of id, all or those with one value of one index."""
+        return [self.objects[id] for id in self.found_ids(by)]
+
+    def found_ids(self, by: Mapping[str, str]) -> Sequence[str]:
+        """Their ids.  Raises: KeyError: there is no such index."""
+        if not by:
+            return self.ids
+        ((index, value),) = by.items()
+        return self.indexes[index].get(value.lower() if index == NAME else value, ())
+
+    def with_prefix(self, prefix: str) -> Sequence[str]:
+        """Ids that begin with ``prefix``, in order."""
+        first = bisect_left(self.ids, prefix)
+        last = first
+        while last < len(self.ids) and self.ids[last].startswith(prefix):
+            last += 1
+        return self.ids[first:last]
+
+    def apply(self, id: str, changes: Iterable[PartChange]) -> Event | None:
+        """Merge what one revision changed in one object; None when nothing that can be seen did.
+
+        A value that cannot be read leaves its part as it was: one bad key must not stop a manager.
+        """
+        old = self.objects.get(id)
+        marks = self.marks.get(id)
+        by_part = {change.part: change for change in changes}
+        head = by_part.get(HEAD)
+        if head is not None and head.value is None:
+            return self._removed(id, old)
+        if head is None and old is None:
+            return None  # a part that outlived its object, or came from a newer version of Skep
+        fields, answers = self._read(id, by_part.values(), marks)
+        if old is None and not set(self.codecs[HEAD].fields) <= fields.keys():
+            return None  # the head could not be read
+        revisions = dict(marks.revisions) if marks else {}
+        for change in by_part.values():
+            if change.value is None:
+                revisions.pop(change.part, None)
+            else:
+                revisions[change.part] = change.revision
+        created = head.create_revision if head is not None else marks.create_revision if marks else 0
+        self.marks[id] = Marks(created, revisions, answers)
+        merged = self.schema.type(**fields) if old is None else msgspec.structs.replace(old, **fields)
+        return self.store(id, old, self.without_stale_answers(merged, answers))
+
+    def without_stale_answers(self, merged: Any, answers: Mapping[str, int]) -> Any:
+        """``merged`` without the parts that answer another version of its spec."""
+        if not self.schema.answers or merged.spec_version is None:
+            return merged
+        stale: dict[str, Any] = {}
+        for part in self.schema.answers:
+            if answers.get(part, merged.spec_version.index) != merged.spec_version.index:
+                stale |= self.codecs[part].defaults
+        return msgspec.structs.replace(merged, **stale) if stale else merged
+
+    def store(self, id: str, old: Any, new: Any) -> Event | None:
+        """Keep ``new`` in place of ``old`` and say what that means to an observer."""
+        if old is None:
+            insort(self.ids, id)
+        elif old == new:
+            return None
+        self.objects[id] = new
+        self._index(id, old, new)
+        return Created(new) if old is None else Updated(old, new)
+
+    def _removed(self, id: str, old: Any) -> Event | None:
+        self.marks.pop(id, None)
+        if old is None:
+            return None
+        del self.objects[id]
+        del self.ids[bisect_left(self.ids, id)]
+        self._index(id, old, None)
+        return Deleted(old)
+
+    def _read(
+        self, id: str, changes: Iterable[PartChange], marks: Marks | None
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        fields: dict[str, Any] = {}
+        answers = dict(marks.answers) if marks else {}
+        for change in changes:
+            codec = self.codecs.get(change.part)
+            if codec is None:
+                continue  # a part that only newer versions of Skep know
+            if change.value is None:
+                fields |= codec.defaults
+                answers.pop(change.part, None)
+                continue
+            try:
+                values, answered = codec.decode(change.value)
+            except msgspec.MsgspecError as error:
+                log.error(
+                    "stored value cannot be read",
+                    kind=self.schema.name,
+                    id=id,
+                    part=change.part,
+                    error=str(error),
+                )
+                continue
+            fields |= values
+            if codec.is_answer:
+                answers[change.part] = answered
+        return fields, answers
+
+    def _index(self, id: str, old: Object | None, new: Object | None) -> None:
+        for name, value_of in self.schema.indexes.items():
+            before = value_of(old) if old is not None else None
+            after = value_of(new) if new is not None else None
+            if before == after:
+                continue
+            index = self.indexes[name]
+            if before is not None:
+                ids = index[before]
+                del ids[bisect_left(ids, id)]
+                if not ids:
+                    del index[before]
+            if after is not None:
+                insort(index.setdefault(after, []), id)

@@ -1,0 +1,309 @@
+"""Run a transaction function against a state, and turn what it did into a proposal.
+
+The transaction sees its own writes.  Nothing is copied: what it put lies in a small overlay beside the state,
+and only the touched objects are compared with what they were.
+"""
+
+from bisect import insort
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from skep.errors import NotFound
+from skep.model.meta import Version
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.times import ZERO_TIME, Timestamp
+from skep.store.draft import Draft
+from skep.store.interface import InUse, Object
+from skep.store.keys import HEAD
+from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.proposal import Proposal
+from skep.store.state import Owner, State, resolved
+from skep.store.tables import NAME, Table
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_META = ("version", "created_at", "updated_at")
+
+
+class Writing:
+    """One run of a transaction function.  Implements ``interface.Transaction``.
+
+    ``now``: stamped on what is created and changed.
+    """
+
+    def __init__(self, state: State, now: Timestamp) -> None:
+        self._state = state
+        self._now = now
+        self._written: dict[Owner, Any] = {}
+        """What this transaction put (None: deleted), by kind name and id, in the order of the first write."""
+        self._relied: dict[Owner, set[str] | None] = {}
+        """Objects whose change in between fails the commit; the parts that count, None: all."""
+        self._claimed: dict[str, Owner | None] = {}
+        self._existing: set[Owner] = set()
+
+    # -- View ------------------------------------------------------------------------------------------------
+
+    @property
+    def revision(self) -> int:
+        return self._state.revision
+
+    def lookup(self, kind: type[T], id: str) -> T | None:
+        table = self._state.table_by_type[kind]
+        found: T | None = self._current(table, id)
+        return found
+
+    def get(self, kind: type[T], id: str) -> T:
+        found = self.rely_on(kind, id)
+        if found is None:
+            raise NotFound(f"{self._state.table_by_type[kind].schema.name} {id} not found")
+        return found
+
+    def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
+        table = self._state.table_by_type[kind]
+        owner = (table.schema.name, id)
+        if not parts:
+            self._relied[owner] = None
+        elif owner not in self._relied:
+            self._relied[owner] = set(parts)
+        elif (counted := self._relied[owner]) is not None:
+            counted |= set(parts)
+        found: T | None = self._current(table, id)
+        return found
+
+    def find(self, kind: type[T], **by: str) -> Sequence[T]:
+        table = self._state.table_by_type[kind]
+        ids = table.found_ids(by)
+        written = {id: object for (name, id), object in self._written.items() if name == table.schema.name}
+        if not written:
+            return [table.objects[id] for id in ids]
+        found = [id for id in ids if id not in written]
+        for id, object in written.items():
+            if object is not None and _is_found(table, object, by):
+                insort(found, id)
+        return [written[id] if id in written else table.objects[id] for id in found]
+
+    def resolve(self, kind: type[T], word: str) -> T:
+        found: T = resolved(self, self._state.table_by_type[kind], word)
+        return found
+
+    def ids_with_prefix(self, kind: type[msgspec.Struct], prefix: str) -> Sequence[str]:
+        """Ids of ``kind`` that begin with ``prefix``, in order; deleted ones may be among them."""
+        table = self._state.table_by_type[kind]
+        added = {id for name, id in self._written if name == table.schema.name and id.startswith(prefix)}
+        return sorted(added.union(table.with_prefix(prefix)))
+
+    # -- Transaction -------------------------------------------------------------------------------------------
+
+    def put(self, object: T) -> T:
+        table = self._state.table_by_type[type(object)]
+        id: str = object.id  # type: ignore[attr-defined]
+        current = self._current(table, id)
+        stored: Any = self._stamped(table, table.objects.get(id), current, object)
+        if isinstance(stored, Task):
+            stored = self._filled(stored)
+        owner = (table.schema.name, id)
+        self._claim(table, owner, current, stored)
+        self._refer(table, current, stored)
+        self._written[owner] = stored
+        if isinstance(stored, Service) and (current is None or current.spec != stored.spec):
+            self._keep_spec(stored)
+        result: T = stored
+        return result
+
+    def delete(self, kind: type[T], id: str) -> None:
+        table = self._state.table_by_type[kind]
+        current = self._current(table, id)
+        owner = (table.schema.name, id)
+        if current is None:
+            raise NotFound(f"{table.schema.name} {id} not found")
+        users = [user for user in self._users(owner) if user != owner]
+        if users:
+            raise InUse(f"{table.schema.name} {id} is in use", users)
+        for claim in table.schema.claims(current):
+            self._claimed[claim] = None
+        self._written[owner] = None
+        if kind is Service:
+            for version in self.find(SpecVersion, service_id=id):
+                self.delete(SpecVersion, version.id)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _current(self, table: Table, id: str) -> Any:
+        owner = (table.schema.name, id)
+        return self._written[owner] if owner in self._written else table.objects.get(id)
+
+    def _stamped(self, table: Table, base: Any, current: Any, object: Any) -> Any:
+        """``object`` with version and stamps as the store sets them.
+
+        The version moves once per transaction and only with the head, so that a status report never makes a
+        user's update "out of sequence".
+        """
+        head = table.codecs[HEAD]
+        if "version" not in head.fields:
+            return object
+        if current is None:
+            meta = {
+                "version": Version(index=max(1, self.revision)),
+                "created_at": self._now if object.created_at == ZERO_TIME else object.created_at,
+                "updated_at": self._now,
+            }
+        elif base is not None and _is_same_wish(head.fields, base, object):
+            meta = {name: getattr(base, name) for name in _META}
+        else:
+            previous = (base or current).version.index
+            meta = {
+                "version": current.version
+                if base is None
+                else Version(index=max(previous + 1, self.revision)),
+                "created_at": current.created_at,
+                "updated_at": self._now,
+            }
+        if not isinstance(object, Service):
+            return msgspec.structs.replace(object, **meta)
+        if base is None or base.spec != object.spec:
+            meta["spec_version"] = meta["version"]
+        else:
+            meta["spec_version"] = base.spec_version
+        stamped = msgspec.structs.replace(object, service_status=None, **meta)
+        return self._without_old_answers(table, base, stamped)
+
+    def _without_old_answers(self, table: Table, base: Any, stamped: Any) -> Any:
+        """Answers that nobody touched speak of the spec before: the merge will drop them, so drop them here."""
+        if base is None or base.spec_version == stamped.spec_version:
+            return stamped
+        stale: dict[str, Any] = {}
+        for part in table.schema.answers:
+            if table.codecs[part].is_same(base, stamped):
+                stale |= table.codecs[part].defaults
+        return msgspec.structs.replace(stamped, **stale) if stale else stamped
+
+    def _filled(self, task: Task) -> Task:
+        """``task`` with the spec of the version it follows, if that is stored."""
+        version = self._spec_of(task)
+        if version is None or version.spec.task_template is task.spec:
+            return task
+        return msgspec.structs.replace(task, spec=version.spec.task_template)
+
+    def _spec_of(self, task: Task) -> SpecVersion | None:
+        if task.spec_version is None:
+            return None
+        return self.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
+
+    def _keep_spec(self, service: Service) -> None:
+        assert service.spec_version is not None, "stamped with the spec"
+        id = spec_version_id(service.id, service.spec_version)
+        self.put(
+            SpecVersion(id=id, service_id=service.id, index=service.spec_version.index, spec=service.spec)
+        )
+
+    def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
+        """Take what ``new`` claims and ``current`` did not, release the rest.  Raises: what ``taken`` says."""
+        schema = table.schema
+        wanted = set(schema.claims(new))
+        shared = set(schema.shared_claims(new))
+        for claim in sorted(wanted):
+            holder = self._holder(claim)
+            if holder is not None and holder != owner:
+                raise schema.taken(claim, new, self._object(holder))
+            others = [sharer for sharer in self._sharers(claim) if sharer != owner]
+            if others:
+                raise schema.taken(claim, new, self._object(others[0]))
+        for claim in sorted(shared):
+            holder = self._holder(claim)
+            if holder is not None and holder != owner:
+                raise schema.taken(claim, new, self._object(holder))
+        for claim in set(schema.claims(current)) - wanted if current is not None else ():
+            self._claimed[claim] = None
+        for claim in wanted:
+            self._claimed[claim] = owner
+
+    def _refer(self, table: Table, current: Any, new: Any) -> None:
+        """Check that what ``new`` refers to, and ``current`` did not, exists.  Raises: NotFound."""
+        before = set(table.schema.references(current)) if current is not None else set()
+        for used in sorted(set(table.schema.references(new)) - before):
+            if self._object(used) is None:
+                raise NotFound(f"{used[0]} {used[1]} not found")
+            self._existing.add(used)
+
+    def _object(self, owner: Owner) -> Any:
+        return self._current(self._state.table_by_name[owner[0]], owner[1])
+
+    def _holder(self, claim: str) -> Owner | None:
+        if claim in self._claimed:
+            return self._claimed[claim]
+        held = self._state.holder(claim)
+        return held.owner if held is not None else None
+
+    def _sharers(self, claim: str) -> list[Owner]:
+        return self._members(
+            self._state.sharers.get(claim, ()),
+            lambda table, other: claim in set(table.schema.shared_claims(other)),
+        )
+
+    def _users(self, used: Owner) -> list[Owner]:
+        return self._members(
+            self._state.users.get(used, ()),
+            lambda table, other: used in set(table.schema.references(other)),
+        )
+
+    def _members(self, stored: Iterable[Owner], belongs: Callable[[Table, Any], bool]) -> list[Owner]:
+        """``stored`` owners as this transaction leaves them: without the changed ones, with those that belong."""
+        members = {owner for owner in stored if owner not in self._written}
+        for owner, object in self._written.items():
+            if object is not None and belongs(self._state.table_by_name[owner[0]], object):
+                members.add(owner)
+        return sorted(members)
+
+    # -- the result --------------------------------------------------------------------------------------------
+
+    def proposal(self) -> Proposal:
+        """What to ask of the store.
+
+        Raises: ResourceExhausted: more operations than one transaction may have, or an object too large.
+        """
+        draft = Draft(self._state)
+        for owner, object in self._written.items():
+            table = self._state.table_by_name[owner[0]]
+            base = table.objects.get(owner[1])
+            if object is None:
+                draft.remove(table, owner, base)
+            else:
+                draft.write(table, owner, base, object)
+                if base is None and isinstance(object, Task):
+                    self._rely_on_spec(draft, object)
+        for claim, claimant in self._claimed.items():
+            draft.claim(claim, claimant)
+        if not draft.writes:
+            return Proposal()
+        for owner, parts in self._relied.items():
+            draft.rely_on(self._state.table_by_name[owner[0]], owner[1], parts)
+        for used in self._existing:
+            draft.expect(used)
+        return draft.proposal()
+
+    def _rely_on_spec(self, draft: Draft, task: Task) -> None:
+        """A new task needs its spec: it may not be cleared away in the same moment."""
+        version = self._spec_of(task)
+        if version is not None:
+            draft.expect(("spec", version.id))
+
+
+def _is_same_wish(fields: Iterable[str], one: Any, other: Any) -> bool:
+    """Whether two objects' heads say the same, apart from what the store itself writes into them."""
+    for name in fields:
+        if name in _META or (name == "spec_version" and isinstance(one, Service)):
+            continue
+        first, second = getattr(one, name), getattr(other, name)
+        if first is not second and first != second:
+            return False
+    return True
+
+
+def _is_found(table: Table, object: Object, by: dict[str, str]) -> bool:
+    if not by:
+        return True
+    ((index, value),) = by.items()
+    return table.schema.indexes[index](object) == (value.lower() if index == NAME else value)

@@ -1,0 +1,190 @@
+"""Running transaction functions until they commit: the loop that both stores share.
+
+A function runs against the replica; what it wrote is proposed; a conflict means that the replica was behind, so
+it catches up and the function runs again.  An error that the function raises is only believed on a state no
+older than the call, so that a lagging replica cannot say "not found" of what was just created elsewhere.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.model.times import timestamp
+from skep.store.interface import Transaction
+from skep.store.proposal import Proposal
+from skep.store.replica import Replica
+from skep.store.transaction import Writing
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+DEADLINE_S = 5.0
+"""For a whole update with all its attempts."""
+
+SHOWN_S = 2.0
+"""How long an acknowledged write may take to show in the replica before it is answered anyway."""
+
+CHUNK = 500
+"""Proposals of one ``update_each`` that are under way together."""
+
+BREATH = 50
+"""Bodies run between two returns to the event loop."""
+
+NO_LEADER = (
+    "The swarm does not have a leader. It's possible that too few managers are online. "
+    "Make sure more than half of the managers are online."
+)
+"""Docker's sentence for a cluster without quorum."""
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """The proposal is in, at this revision."""
+
+    revision: int
+
+
+class Conflict(msgspec.Struct, frozen=True):
+    """A compare failed.  The reason is visible at this revision at the latest."""
+
+    revision: int
+
+
+Outcome = Committed | Conflict
+
+
+class Proposer(Protocol):
+    """The way to the store: a lane of API writes, or one fenced by a term."""
+
+    async def propose(self, proposal: Proposal) -> Outcome:
+        """Raises: NotLeader: the fence fell; Unavailable: not now, or the outcome could not be found out."""
+
+
+class Updater:
+    """Implements ``interface.Updates`` over a replica and a proposer."""
+
+    def __init__(
+        self, replica: Replica, proposer: Proposer, barrier: Callable[[], Awaitable[None]], clock: Clock
+    ) -> None:
+        self._replica = replica
+        self._proposer = proposer
+        self._barrier = barrier
+        self._clock = clock
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """See ``interface.Updates.update``."""
+        is_confirmed = False
+        async with within_deadline():
+            while True:
+                try:
+                    result, proposal = self._run(lambda tx: body(tx, *args, **kwargs))
+                except SkepError:
+                    if is_confirmed:
+                        raise
+                    before = self._replica.revision
+                    await self._barrier()
+                    is_confirmed = True
+                    if self._replica.revision == before:
+                        raise
+                    continue
+                if proposal.is_empty:
+                    return result
+                match await self._proposer.propose(proposal):
+                    case Committed(revision):
+                        await self._shown(revision)
+                        return result
+                    case Conflict(revision):
+                        await self._replica.reached(revision)
+                        is_confirmed = False
+
+    async def update_each(
+        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
+    ) -> Sequence[R | SkepError]:
+        """See ``interface.Updates.update_each``."""
+        pending = list(enumerate(items))
+        results: list[Any] = [None] * len(pending)
+        for start in range(0, len(pending), CHUNK):
+            chunk = pending[start : start + CHUNK]
+            try:
+                async with within_deadline():
+                    while chunk:
+                        chunk = await self._attempt(body, chunk, results)
+            except Unavailable as error:
+                for index, _ in chunk:
+                    results[index] = error
+        return results
+
+    async def _attempt(
+        self, body: Callable[[Transaction, T], R], chunk: list[tuple[int, T]], results: list[Any]
+    ) -> list[tuple[int, T]]:
+        """Run and propose each item once; gives back those that met a conflict."""
+        proposed: list[tuple[int, T]] = []
+        async with asyncio.TaskGroup() as group:
+            outcomes: list[asyncio.Task[Outcome | SkepError]] = []
+            for number, (index, item) in enumerate(chunk, start=1):
+                try:
+                    results[index], proposal = self._run(partial(_swapped, body, item))
+                except SkepError as error:
+                    results[index] = error
+                else:
+                    if not proposal.is_empty:
+                        proposed.append((index, item))
+                        outcomes.append(group.create_task(self._outcome(proposal), name="propose"))
+                if number % BREATH == 0:
+                    await asyncio.sleep(0)
+        conflicts: list[tuple[int, T]] = []
+        revision = 0
+        for (index, item), task in zip(proposed, outcomes, strict=True):
+            match task.result():
+                case Committed(reached):
+                    revision = max(revision, reached)
+                case Conflict(reached):
+                    revision = max(revision, reached)
+                    conflicts.append((index, item))
+                case SkepError() as failure:
+                    results[index] = failure
+        await self._shown(revision)
+        return conflicts
+
+    async def _outcome(self, proposal: Proposal) -> Outcome | SkepError:
+        try:
+            return await self._proposer.propose(proposal)
+        except SkepError as error:
+            return error
+
+    def _run(self, body: Callable[[Transaction], R]) -> tuple[R, Proposal]:
+        tx = Writing(self._replica.state, timestamp(self._clock.now_ns()))
+        result = body(tx)
+        return result, tx.proposal()
+
+    async def _shown(self, revision: int) -> None:
+        try:
+            async with asyncio.timeout(SHOWN_S):
+                await self._replica.reached(revision)
+        except TimeoutError:
+            log.warning("replica does not show an acknowledged write", revision=revision)
+
+
+def _swapped(body: Callable[[Transaction, T], R], item: T, tx: Transaction) -> R:
+    return body(tx, item)
+
+
+@asynccontextmanager
+async def within_deadline(seconds: float = DEADLINE_S) -> AsyncIterator[None]:
+    """Raises: Unavailable: the block took longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise Unavailable(NO_LEADER) from error
