@@ -1,0 +1,22 @@
+"""``skep daemon``: runs one node.  Its flags are the configuration's, see ``skep daemon --help``."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+
+@click.command(
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": [],
+    },
+    short_help="Run this machine's node (what the systemd unit starts).",
+)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def daemon(flags: Sequence[str]) -> None:
+    """Run this machine's node."""
+    # By name: the daemon stands above the commands, and none of them should pay for its imports.
+    sys.exit(importlib.import_module("skep.daemon").main(list(flags)))

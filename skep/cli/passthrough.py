@@ -1,0 +1,56 @@
+"""Docker's nouns: ``skep service ls`` runs ``docker service ls`` against Skep's socket."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+_OBJECTS = (
+    "builder compose config container context image manifest network node plugin secret service "
+    "stack swarm system trust volume"
+)
+_ACTIONS = (
+    "attach build commit cp create diff events exec export history images import info inspect "
+    "kill load login logout logs pause port ps pull push rename restart rm rmi run save search "
+    "start stats stop tag top unpause update version wait"
+)
+NOUNS = frozenset(f"{_OBJECTS} {_ACTIONS}".split())
+"""First words that docker understands.  Those of Skep's own commands win."""
+
+
+def command(noun: str) -> click.Command:
+    """A command that becomes docker, with every word behind ``noun`` as it is, ``--help`` too."""
+
+    @click.command(
+        noun,
+        context_settings={
+            "ignore_unknown_options": True,
+            "allow_interspersed_args": False,
+            "help_option_names": [],
+        },
+    )
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    @click.pass_obj
+    def run(host: str, words: Sequence[str]) -> None:
+        docker = find_docker()
+        os.execv(docker, [docker, "--host", host, noun, *words])
+
+    return run
+
+
+def find_docker() -> str:
+    """The docker command: of the machine, or the one that set-up unpacked into our environment.
+
+    Raises: click.ClickException: there is none.
+    """
+    own = Path(sys.prefix) / "libexec" / "skep" / "docker"
+    if path := shutil.which("docker"):
+        return path
+    if own.exists():
+        return str(own)
+    raise click.ClickException(
+        "no docker command found: run `make setup`, or install docker-cli (Debian 13) or docker.io"
+    )

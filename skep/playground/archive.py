@@ -1,0 +1,139 @@
+"""Image archives for ``docker load``, written without an image tool and without a registry.
+
+The same files give the same bytes and so the same image id, on every machine and in every run: entries are
+sorted, owners are root, times are fixed.
+"""
+
+import hashlib
+import io
+import platform
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import Unimplemented
+
+_ARCHITECTURES = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "armv7l": "arm",
+    "ppc64le": "ppc64le",
+    "s390x": "s390x",
+}
+
+
+class File(msgspec.Struct, frozen=True):
+    """A regular file of an image."""
+
+    content: bytes
+    mode: int = 0o644
+
+
+class Link(msgspec.Struct, frozen=True):
+    """A symbolic link of an image."""
+
+    target: str
+
+
+class Directory(msgspec.Struct, frozen=True):
+    """A directory of an image; those above files need not be named."""
+
+    mode: int = 0o755
+
+
+Entry = File | Link | Directory
+
+
+class Archive(msgspec.Struct, frozen=True):
+    """A finished archive and the id its image will have."""
+
+    image_id: str
+    data: bytes
+
+
+def image_archive(
+    entries: Mapping[str, Entry], *, tags: Sequence[str], created: str, config: Mapping[str, object]
+) -> Archive:
+    """An image of one layer.
+
+    Args:
+        entries: by path below the root, without a leading slash.
+        created: RFC 3339; part of the image id.
+        config: Docker's container configuration: Cmd, Env, StopSignal, ...
+    """
+    layer = _tar(_with_parents(entries))
+    diff_id = f"sha256:{hashlib.sha256(layer).hexdigest()}"
+    history = [{"created": created, "created_by": "skep playground"}]
+    description = {
+        "architecture": architecture(),
+        "config": config,
+        "created": created,
+        "history": history,
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [diff_id]},
+    }
+    encoded = msgspec.json.encode(description, order="sorted")
+    digest = hashlib.sha256(encoded).hexdigest()
+    layer_name = f"{diff_id.removeprefix('sha256:')}/layer.tar"
+    manifest = [{"Config": f"{digest}.json", "RepoTags": list(tags), "Layers": [layer_name]}]
+    outer = {
+        f"{digest}.json": File(encoded),
+        layer_name: File(layer),
+        "manifest.json": File(msgspec.json.encode(manifest)),
+    }
+    return Archive(f"sha256:{digest}", _tar(outer))
+
+
+def architecture() -> str:
+    """This machine's architecture as images spell it.  Raises: Unimplemented."""
+    machine = platform.machine()
+    if machine not in _ARCHITECTURES:
+        raise Unimplemented(f"images cannot be built for the architecture {machine}")
+    return _ARCHITECTURES[machine]
+
+
+def image_id_of(archive: Path) -> str:
+    """The id of the first image in an archive: its configuration file is named after it.
+
+    Raises: OSError, KeyError, tarfile.TarError: it is not an archive of images.
+    """
+    with tarfile.open(archive) as tar:
+        file = tar.extractfile("manifest.json")
+        if file is None:
+            raise KeyError("manifest.json")
+        config: str = msgspec.json.decode(file.read())[0]["Config"]
+        content = tar.extractfile(config)
+        if content is None:
+            raise KeyError(config)
+        return f"sha256:{hashlib.sha256(content.read()).hexdigest()}"
+
+
+def _with_parents(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """``entries`` and every directory above them."""
+    complete = dict(entries)
+    for name in entries:
+        for parent in Path(name).parents:
+            if parent != Path():
+                complete.setdefault(str(parent), Directory())
+    return complete
+
+
+def _tar(entries: Mapping[str, Entry]) -> bytes:
+    """Entries sorted by path, so that a directory stands before what is in it."""
+    output = io.BytesIO()
+    with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in sorted(entries):
+            information = tarfile.TarInfo(name)
+            match entries[name]:
+                case File(content, mode):
+                    information.mode, information.size = mode, len(content)
+                    tar.addfile(information, io.BytesIO(content))
+                case Link(target):
+                    information.type, information.linkname, information.mode = tarfile.SYMTYPE, target, 0o777
+                    tar.addfile(information)
+                case Directory(mode):
+                    information.type, information.mode = tarfile.DIRTYPE, mode
+                    tar.addfile(information)
+    return output.getvalue()

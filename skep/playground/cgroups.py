@@ -1,0 +1,113 @@
+"""The cgroups of a playground's nodes, in every hierarchy: v1, hybrid and v2.
+
+cgroups are not namespaced here; each node has a parent of its own, made before its daemon starts and removed
+bottom-up after its last process is gone.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from skep.errors import FailedPrecondition
+from skep.playground import names
+
+ROOT = Path("/sys/fs/cgroup")
+
+
+def hierarchies() -> list[Path]:
+    """Mounted hierarchies: /sys/fs/cgroup itself on v2, its directories on v1 and hybrid."""
+    if (ROOT / "cgroup.controllers").exists():
+        return [ROOT]
+    return sorted(
+        path for path in ROOT.iterdir() if path.is_dir() and not path.is_symlink() and _is_cgroup(path)
+    )
+
+
+def make(playground: str, node: str) -> list[Path]:
+    """Make the node's cgroup and its ``agent`` in each hierarchy; gives the ``agent`` directories."""
+    made = []
+    for hierarchy in hierarchies():
+        parent = hierarchy / names.cgroup(playground, node)
+        agent = parent / "agent"
+        agent.mkdir(parents=True, exist_ok=True)
+        for directory in (hierarchy, parent.parent, parent):
+            _delegate(directory)
+        made.append(agent)
+        _inherit_cpus(hierarchy, agent)
+    return made
+
+
+def members(playground: str, node: str) -> set[int]:
+    """Every process in the node's cgroups, its containers' included."""
+    pids: set[int] = set()
+    for hierarchy in hierarchies():
+        for directory, _, files in os.walk(hierarchy / names.cgroup(playground, node)):
+            if "cgroup.procs" in files:
+                pids |= set(_pids(Path(directory) / "cgroup.procs"))
+    return pids
+
+
+def nodes(playground: str) -> list[str]:
+    """Nodes of ``playground`` that have a cgroup somewhere."""
+    found = set()
+    for hierarchy in hierarchies():
+        top = hierarchy / names.CGROUP_TOP
+        for directory in os.listdir(top) if top.exists() else ():
+            if node := names.node_of_cgroup(playground, directory):
+                found.add(node)
+    return sorted(found)
+
+
+def remove(playground: str, node: str) -> None:
+    """Remove the node's cgroups bottom-up, and the common parent with the last playground.
+
+    Raises: FailedPrecondition: a process still lives in one.
+    """
+    for hierarchy in hierarchies():
+        top = hierarchy / names.cgroup(playground, node)
+        for directory, _, _ in os.walk(top, topdown=False):
+            try:
+                os.rmdir(directory)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise FailedPrecondition(f"cgroup {directory} cannot be removed: {error.strerror}") from error
+        try:
+            (hierarchy / names.CGROUP_TOP).rmdir()
+        except OSError:
+            continue  # another playground lives in it, or it was never made here
+
+
+def _is_cgroup(path: Path) -> bool:
+    return (path / "cgroup.procs").exists()
+
+
+def _pids(path: Path) -> Iterator[int]:
+    try:
+        text = path.read_text()
+    except OSError:
+        return
+    yield from (int(word) for word in text.split())
+
+
+def _delegate(directory: Path) -> None:
+    """v2: let the children of ``directory`` be limited by every controller that it has itself."""
+    try:
+        controllers = (directory / "cgroup.controllers").read_text().split()
+    except FileNotFoundError:
+        return
+    for controller in controllers:
+        try:
+            (directory / "cgroup.subtree_control").write_text(f"+{controller}")
+        except OSError:
+            continue  # the kernel refuses some (realtime scheduling); the executor says what it misses
+
+
+def _inherit_cpus(hierarchy: Path, leaf: Path) -> None:
+    """v1: a fresh cpuset is empty and takes no process; copy the parent's, level by level."""
+    if not (hierarchy / "cpuset.cpus").exists() or (hierarchy / "cgroup.controllers").exists():
+        return
+    for directory in reversed([leaf, *leaf.parents][: len(leaf.relative_to(hierarchy).parts)]):
+        for file in ("cpuset.cpus", "cpuset.mems"):
+            if not (directory / file).read_text().strip():
+                (directory / file).write_text((directory.parent / file).read_text())

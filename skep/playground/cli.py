@@ -1,0 +1,227 @@
+"""``skep playground ...``: one command per verb."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from skep.errors import SkepError
+from skep.playground import names
+from skep.playground.commands import find
+from skep.playground.playground import Playground
+
+T = TypeVar("T")
+Command = Callable[..., Any]
+
+_DIRECTORY = click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("/var/tmp/skep-playground"),
+    show_default=True,
+    help="Where the playground keeps everything.",
+)
+_NAME = click.option("--name", help=f"Its name, for several at once.  [default: {names.DEFAULT}]")
+
+
+def _verb(command: Command) -> Command:
+    """Options that every verb has."""
+    return _DIRECTORY(_NAME(command))
+
+
+def _open(directory: Path, name: str | None) -> Playground:
+    return Playground(directory, name, lambda line: click.echo(line, err=True))
+
+
+def _finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end; an expected failure becomes its sentence and exit code 1."""
+    try:
+        return asyncio.run(work)
+    except SkepError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.group()
+def playground() -> None:
+    """A cluster on this machine: each node in namespaces of its own.
+
+    \b
+    Examples:
+      skep playground up --managers 1 --workers 2
+      eval "$(skep playground env m1)"; docker node ls
+      skep playground cut w1; skep playground mend w1
+      skep playground down
+    """
+
+
+@playground.command()
+@click.option("--managers", default=1, show_default=True, help="How many managers.")
+@click.option("--workers", default=0, show_default=True, help="How many workers.")
+@click.option(
+    "--subnets", default=1, show_default=True, help="Spread the nodes over so many routed networks."
+)
+@_verb
+def up(directory: Path, name: str | None, managers: int, workers: int, subnets: int) -> None:
+    """Start a playground: nodes m1, m2, ... and w1, w2, ..., one swarm, a busybox image on each.
+
+    \b
+    Example:
+      skep playground up --managers 1 --workers 2 --dir /var/tmp/bees
+    """
+    ground = _open(directory, name)
+    cluster = _finish(ground.up(managers=managers, workers=workers, subnets=subnets))
+    click.echo(f"{len(cluster.nodes)} nodes: {' '.join(node.name for node in cluster.nodes)}")
+    click.echo(f"description: {directory.resolve() / 'cluster.json'}")
+
+
+@playground.command()
+@_verb
+def down(directory: Path, name: str | None) -> None:
+    """Remove a playground and everything it made.  Also after a crash half-way, and twice.
+
+    \b
+    Example:
+      skep playground down --dir /var/tmp/bees
+    """
+    something = _finish(_open(directory, name).down())
+    click.echo("down" if something else "there was nothing to remove", err=True)
+
+
+@playground.command()
+@_verb
+def ps(directory: Path, name: str | None) -> None:
+    """List the nodes: what they are, where they are, how they are.
+
+    \b
+    Example:
+      skep playground ps
+    """
+    rows = [("NODE", "ROLE", "STATE", "ADDRESS", "PID", "ENDPOINT")]
+    for node, state in _finish(_open(directory, name).states()):
+        pid = " ".join(map(str, node.pids)) or "-"
+        rows.append((node.name, node.role, state, node.addr, pid, node.endpoint))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+@playground.command()
+@click.argument("node")
+@_verb
+def kill(directory: Path, name: str | None, node: str) -> None:
+    """Take the power from NODE: daemon, monitors and containers end at once.
+
+    \b
+    Example:
+      skep playground kill w1; skep playground start w1
+    """
+    _finish(_open(directory, name).kill(node))
+
+
+@playground.command()
+@click.argument("node")
+@_verb
+def start(directory: Path, name: str | None, node: str) -> None:
+    """Switch a killed NODE on again, with its disk as it was; returns when its API answers.
+
+    \b
+    Example:
+      skep playground start w1
+    """
+    _finish(_open(directory, name).start(node))
+
+
+@playground.command()
+@click.argument("node")
+@_verb
+def cut(directory: Path, name: str | None, node: str) -> None:
+    """Take the cable of NODE out: it runs on, alone.
+
+    \b
+    Example:
+      skep playground cut w1; sleep 10; docker node ls
+    """
+    _finish(_open(directory, name).set_cable(node, connected=False))
+
+
+@playground.command()
+@click.argument("node")
+@_verb
+def mend(directory: Path, name: str | None, node: str) -> None:
+    """Put the cable of NODE back in.
+
+    \b
+    Example:
+      skep playground mend w1
+    """
+    _finish(_open(directory, name).set_cable(node, connected=True))
+
+
+@playground.command(
+    "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@_verb
+@click.argument("node")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def execute(directory: Path, name: str | None, node: str, command: Sequence[str]) -> None:
+    """Run a command on NODE: in its network, its mounts, under its host name.
+
+    \b
+    Examples:
+      skep playground exec m1 -- ip route
+      skep playground exec m1                # a shell
+    """
+    words = [word for index, word in enumerate(command) if index or word != "--"]
+    try:
+        argv = _open(directory, name).command_inside(node, words or [os.environ.get("SHELL", "/bin/sh")])
+        os.execv(find(argv[0]), argv)
+    except SkepError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@playground.command()
+@click.argument("role", type=click.Choice(["manager", "worker"]))
+@click.argument("node", required=False)
+@_verb
+def add(directory: Path, name: str | None, role: names.Role, node: str | None) -> None:
+    """Plug a fresh machine into the playground's network.  It is in no swarm yet.
+
+    \b
+    Example:
+      skep playground add worker w9
+    """
+    new = _finish(_open(directory, name).add(role, node))
+    click.echo(f"{new.name} {new.addr} {new.endpoint}")
+
+
+@playground.command()
+@click.argument("node")
+@_verb
+def env(directory: Path, name: str | None, node: str) -> None:
+    """Print the line that points docker at NODE.
+
+    \b
+    Example:
+      eval "$(skep playground env m1)"; docker service ls
+    """
+    try:
+        endpoint = _open(directory, name).cluster().node(node).endpoint
+    except SkepError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"export DOCKER_HOST={endpoint}")
+
+
+@playground.command()
+@click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_verb
+def load(directory: Path, name: str | None, archive: Path) -> None:
+    """Load an image archive (docker save) into every node.
+
+    \b
+    Example:
+      docker save nginx:latest > nginx.tar; skep playground load nginx.tar
+    """
+    _finish(_open(directory, name).load(archive))

@@ -1,0 +1,76 @@
+"""Running the system's commands (ip, mount, nsenter) with a deadline, and waiting for conditions."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from skep.errors import FailedPrecondition, SkepError, Unavailable
+
+_PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
+_POLL_S = 0.02
+
+
+def find(command: str) -> str:
+    """Path of a command, /usr/sbin included.  Raises: FailedPrecondition: it is not installed."""
+    if path := shutil.which(command, path=_PATH):
+        return path
+    raise FailedPrecondition(f"the command {command} is missing: run `make setup`, or install its package")
+
+
+async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
+    """Run a command, give its standard output.
+
+    Raises: FailedPrecondition: it failed, with its own words.  Unavailable: not done after ``deadline_s``.
+    """
+    process = await asyncio.create_subprocess_exec(
+        find(argv[0]),
+        *argv[1:],
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(deadline_s):
+            output, errors = await process.communicate(stdin)
+    except TimeoutError as error:
+        raise Unavailable(f"not done after {deadline_s:g} s: {' '.join(argv)}") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        message = errors.decode(errors="replace").strip()
+        raise FailedPrecondition(f"{' '.join(argv)}: {message or f'exit code {process.returncode}'}")
+    return output
+
+
+async def ip(*words: str, batch: Sequence[str] = ()) -> bytes:
+    """``ip`` with words, or with several lines at once (one process, in order, stops at the first failure)."""
+    if batch:
+        return await run("ip", *words, "-batch", "-", stdin=("\n".join(batch) + "\n").encode())
+    return await run("ip", *words)
+
+
+async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within_s: float) -> None:
+    """Poll until ``condition`` holds.  Raises: Unavailable: ``what``, after ``within_s``."""
+    try:
+        async with asyncio.timeout(within_s):
+            while not await condition():  # noqa: ASYNC110 - what is waited for lies in other processes
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError as error:
+        raise Unavailable(f"{what}: not within {within_s:g} s") from error
+
+
+async def together(*steps: Coroutine[Any, Any, object]) -> None:
+    """Run steps at the same time; the first expected failure ends the others and is raised alone."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for step in steps:
+                group.create_task(step)
+    except* SkepError as failures:
+        first: BaseException = failures
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None

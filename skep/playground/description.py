@@ -1,0 +1,121 @@
+"""``DIR/cluster.json``: what the playground consists of, for its own verbs and for measuring tools.
+
+The verbs run as separate commands, possibly at the same time; whoever changes the file holds ``DIR/lock``.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import NotFound
+from skep.playground.names import Role
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine of the playground."""
+
+    name: str
+    role: Role
+    endpoint: str
+    """Engine API of this node, reachable from the machine itself: ``unix:///...``."""
+    addr: str
+    """Its address on the underlay."""
+    pids: tuple[int, ...] = ()
+    """The holder, whose descendants are the node's daemons; empty while the node is down."""
+    started: int = 0
+    """Start time of the holder in clock ticks since boot (``/proc/PID/stat``), against reused pids."""
+    netns: str
+    """Path of the pinned network namespace."""
+    cgroup: str
+    state_dir: str
+    link: tuple[str, str]
+    """Namespace and name of the cable's other end: taking that down cuts the node off."""
+    start: tuple[str, ...]
+    """Command that starts the node again after a kill; it returns when the API answers."""
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file."""
+
+    system: str = "skep"
+    name: str
+    image: str = ""
+    """Id of the image that every node has: busybox."""
+    subnets: int = 1
+    directory_made: bool = False
+    """DIR did not exist before ``up``, so ``down`` removes it."""
+    netns_root_made: bool = False
+    """/run/netns was no mount before ``up``, so ``down`` takes it away again when it is empty."""
+    nodes: tuple[Node, ...] = ()
+
+    def node(self, name: str) -> Node:
+        """Raises: NotFound."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        names = " ".join(node.name for node in self.nodes) or "none"
+        raise NotFound(f"no node {name} in the playground {self.name} (there are: {names})")
+
+    def with_node(self, node: Node) -> "Cluster":
+        """With ``node`` in the place of the one with its name, or behind the others."""
+        if any(other.name == node.name for other in self.nodes):
+            nodes = tuple(node if other.name == node.name else other for other in self.nodes)
+        else:
+            nodes = (*self.nodes, node)
+        return msgspec.structs.replace(self, nodes=nodes)
+
+
+class DescriptionFile:
+    """The file in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / "cluster.json"
+        self._lock = directory / "lock"
+
+    def read(self) -> Cluster | None:
+        """None: no playground is described here."""
+        try:
+            return msgspec.json.decode(self.path.read_bytes(), type=Cluster)
+        except FileNotFoundError:
+            return None
+
+    def require(self) -> Cluster:
+        """Raises: NotFound."""
+        if (cluster := self.read()) is None:
+            raise NotFound(
+                f"no playground in {self.directory}: start one with `skep playground up --dir {self.directory}`"
+            )
+        return cluster
+
+    def write(self, cluster: Cluster) -> None:
+        """Atomic: readers see the old or the new file.  Call it inside ``locked``."""
+        temporary = self.path.with_suffix(".json.new")
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=1) + b"\n")
+        temporary.replace(self.path)
+
+    def put(self, node: Node) -> Cluster:
+        """Add or replace one node, under the lock."""
+        with self.locked():
+            cluster = self.require().with_node(node)
+            self.write(cluster)
+        return cluster
+
+    def remove(self) -> None:
+        """Forget the playground."""
+        for path in (self.path, self.path.with_suffix(".json.new"), self._lock):
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held only while the file is read and written, never while something is awaited."""
+        descriptor = os.open(self._lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,106 @@
+"""How what a playground makes is called, and which addresses its nodes have.  No I/O.
+
+Names of playgrounds and nodes are single words without ``-``, so ``skep-<playground>-<node>`` can be read back
+without doubt: ``down`` of the playground ``a`` never touches one called ``ab``.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from skep.errors import FailedPrecondition, InvalidArgument
+
+Role = Literal["manager", "worker"]
+
+DEFAULT = "playground"
+
+SWITCH = "net"
+"""The namespace with the bridges; it routes between the subnets.  No node can have its name."""
+
+CGROUP_TOP = "skep-playground"
+_WORD = re.compile(r"[a-z][a-z0-9]{0,15}")
+_FIRST_HOST = 11
+_LAST_HOST = 250
+SUBNETS_MAX = 50
+
+
+def check_name(name: str) -> str:
+    """``name``, if it can be a playground's or a node's.  Raises: InvalidArgument."""
+    if not _WORD.fullmatch(name) or name == SWITCH:
+        raise InvalidArgument(
+            f"{name!r} cannot be a name here: a letter, then at most 15 letters and digits, all lower case"
+        )
+    return name
+
+
+def namespace(playground: str, node: str) -> str:
+    """The network namespace of one node, as ``ip netns`` shows it."""
+    return f"skep-{playground}-{node}"
+
+
+def node_of_namespace(playground: str, namespace: str) -> str | None:
+    """Which node of ``playground`` the namespace belongs to, if any (``SWITCH`` counts as one)."""
+    match = re.fullmatch(rf"skep-{re.escape(playground)}-([a-z0-9]+)", namespace)
+    return match[1] if match else None
+
+
+def cgroup(playground: str, node: str) -> str:
+    """Below ``/sys/fs/cgroup[/controller]``: the daemon is in ``agent``, containers are in ``ctr`` inside it."""
+    return f"{CGROUP_TOP}/{playground}-{node}"
+
+
+def node_of_cgroup(playground: str, directory: str) -> str | None:
+    """Which node of ``playground`` a directory below ``CGROUP_TOP`` belongs to, if any."""
+    prefix, _, node = directory.partition("-")
+    return node if prefix == playground and node else None
+
+
+def port(node: str) -> str:
+    """The node's end of its cable at the switch; 15 characters at most, as the kernel wants it."""
+    return f"v{node}"[:15]
+
+
+class Address(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's place on the underlay."""
+
+    subnet: int
+    host: int
+
+    @property
+    def ip(self) -> str:
+        return f"192.168.{100 + self.subnet}.{self.host}"
+
+    @property
+    def gateway(self) -> str:
+        """The switch, which routes between the subnets."""
+        return f"192.168.{100 + self.subnet}.1"
+
+
+def address_of(ip: str) -> Address:
+    """The place of an address made here."""
+    _, _, subnet, host = ip.split(".")
+    return Address(subnet=int(subnet) - 100, host=int(host))
+
+
+def free_address(taken: Iterable[str], subnets: int) -> Address:
+    """The next address: nodes are spread over the subnets in turn, and no address is given twice.
+
+    Raises: FailedPrecondition: every subnet is full.
+    """
+    used = set(taken)
+    for index in range(subnets * (_LAST_HOST - _FIRST_HOST + 1)):
+        address = Address(subnet=index % subnets, host=_FIRST_HOST + index // subnets)
+        if address.ip not in used:
+            return address
+    raise FailedPrecondition("the playground's networks are full")
+
+
+def free_name(role: Role, taken: Iterable[str]) -> str:
+    """m1, m2, ... for managers, w1, w2, ... for workers: the lowest number that is free."""
+    used = set(taken)
+    number = 1
+    while (name := f"{role[0]}{number}") in used:
+        number += 1
+    return name

@@ -1,0 +1,263 @@
+"""The verbs: a whole cluster comes up, is broken, mended, and goes without a trace."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from skep.paths import SOCKET_PATH_BYTES_MAX
+from skep.playground import cgroups, names, node, processes, underlay
+from skep.playground.busybox import busybox_archive
+from skep.playground.commands import run, together, wait_until
+from skep.playground.description import Cluster, DescriptionFile, Node
+from skep.playground.engine import Engine
+
+_READY_WITHIN_S = 60
+_PORT = 2377
+_NAME_BYTES_MAX = 16
+Progress = Callable[[str], None]
+"""Called with one line whenever a step that a person waits for is done."""
+
+
+class Playground:
+    """The playground in one directory.  Every verb needs root."""
+
+    def __init__(self, directory: Path, name: str | None, progress: Progress) -> None:
+        """``name`` None: as the description says, or ``playground``."""
+        self._directory = directory.resolve()
+        self._file = DescriptionFile(self._directory)
+        self._wanted_name = name
+        self._progress = progress
+
+    @property
+    def images(self) -> Path:
+        """Where image archives lie that were built for this playground; ``down`` removes it."""
+        return self._directory / "images"
+
+    @property
+    def _busybox(self) -> Path:
+        return self.images / "busybox.tar"
+
+    def cluster(self) -> Cluster:
+        """What is described.  Raises: NotFound: nothing, or a playground of another name."""
+        cluster = self._file.require()
+        if self._wanted_name not in (None, cluster.name):
+            raise NotFound(
+                f"the playground in {self._directory} is called {cluster.name}, not {self._wanted_name}"
+            )
+        return cluster
+
+    async def up(self, *, managers: int, workers: int, subnets: int = 1) -> Cluster:
+        """Start the nodes, load busybox into each, make a swarm of them.
+
+        Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is made.  After a later failure
+        what is there stays for a look, until ``down``.
+        """
+        cluster = await self._describe(managers, workers, subnets)
+        await underlay.make_switch(cluster.name, subnets)
+        manager: names.Role = "manager"
+        worker: names.Role = "worker"
+        roles = (manager,) * managers + (worker,) * workers
+        for role in roles:
+            cluster = cluster.with_node(self._next(cluster, names.free_name(role, _names(cluster)), role))
+        archive = await busybox_archive()
+        cluster = msgspec.structs.replace(cluster, image=archive.image_id)
+        self.images.mkdir(exist_ok=True)
+        self._busybox.write_bytes(archive.data)
+        with self._file.locked():
+            self._file.write(cluster)
+        await together(*(self._make(new) for new in cluster.nodes))
+        await self._form_swarm(self.cluster())
+        return self.cluster()
+
+    async def down(self) -> bool:
+        """Remove everything of this playground, however far ``up`` came; True if there was anything."""
+        cluster = self._file.read()
+        if cluster is not None:
+            cluster = self.cluster()
+        name = names.check_name(self._wanted_name or (cluster.name if cluster else names.DEFAULT))
+        left = {names.node_of_namespace(name, found) or "" for found in underlay.namespaces(name)}
+        left |= set(cgroups.nodes(name)) | set(_names(cluster) if cluster else ())
+        await together(*(self._destroy(name, found, cluster) for found in sorted(left)))
+        await underlay.remove(name)
+        if cluster is None:
+            return bool(left)
+        if cluster.netns_root_made:
+            await underlay.remove_root()
+        await asyncio.to_thread(shutil.rmtree, self.images, ignore_errors=True)
+        self._file.remove()
+        if cluster.directory_made and not os.listdir(self._directory):
+            self._directory.rmdir()
+        return True
+
+    async def add(self, role: names.Role, name: str | None = None) -> Node:
+        """A fresh machine on the playground's network, with busybox, in no swarm."""
+        with self._file.locked():
+            cluster = self.cluster()
+            name = names.check_name(name) if name else names.free_name(role, _names(cluster))
+            if name in _names(cluster):
+                raise AlreadyExists(f"there is a node {name} already")
+            new = self._next(cluster, name, role)
+            self._file.write(cluster.with_node(new))
+        return await self._make(new)
+
+    async def kill(self, name: str) -> None:
+        """Power loss: daemons, monitors and containers end at once."""
+        cluster = self.cluster()
+        self._file.put(await node.kill(cluster.name, cluster.node(name)))
+
+    async def start(self, name: str) -> Node:
+        """Switch a killed node on again, with its disk as it was.  Nothing happens to one that is up."""
+        cluster = self.cluster()
+        known = cluster.node(name)
+        if node.is_up(known):
+            return known
+        # A measuring tool may have killed the node with its own hands, and may have left somebody.
+        dead = await node.kill(cluster.name, known)
+        started = await node.start(self._directory, cluster.name, dead)
+        self._file.put(started)
+        return started
+
+    async def set_cable(self, name: str, *, connected: bool) -> None:
+        """Take the node's cable out, or put it back."""
+        cluster = self.cluster()
+        await underlay.set_cable(cluster.name, cluster.node(name).name, connected=connected)
+
+    async def load(self, archive: Path, only: Sequence[Node] | None = None) -> None:
+        """Load an image archive into every node."""
+        targets = self.cluster().nodes if only is None else only
+        await together(*(Engine(target.endpoint).load(archive) for target in targets))
+
+    async def states(self) -> list[tuple[Node, str]]:
+        """Each node with one word about it."""
+        cluster = self.cluster()
+        words = await asyncio.gather(*(node.state(cluster.name, known) for known in cluster.nodes))
+        return list(zip(cluster.nodes, words, strict=True))
+
+    def command_inside(self, name: str, command: Sequence[str]) -> list[str]:
+        """The command line that runs ``command`` in the node's network, mounts and host name.
+
+        Raises: NotFound.  FailedPrecondition: the node is down.
+        """
+        known = self.cluster().node(name)
+        if not node.is_up(known):
+            raise FailedPrecondition(f"{name} is down: skep playground start --dir {self._directory} {name}")
+        return ["nsenter", f"--target={known.pids[0]}", "--net", "--mount", "--uts", "--", *command]
+
+    # --- the steps ----------------------------------------------------------------------------------------------
+
+    async def _describe(self, managers: int, workers: int, subnets: int) -> Cluster:
+        """Refuse what cannot work; then write down the intent, so that ``down`` knows the name."""
+        if os.geteuid() != 0:
+            raise FailedPrecondition("a playground makes namespaces and cgroups: run it as root")
+        if managers < 1 or workers < 0:
+            raise InvalidArgument("a playground has at least one manager, and no negative number of workers")
+        if managers > 1:
+            raise Unimplemented(
+                "several managers in one swarm are not there yet: use --managers 1 (with any number of --workers)"
+            )
+        if not 1 <= subnets <= names.SUBNETS_MAX:
+            raise InvalidArgument(f"--subnets is between 1 and {names.SUBNETS_MAX}")
+        name = names.check_name(self._wanted_name or names.DEFAULT)
+        await _check_directory(self._directory)
+        if self._file.read() is not None:
+            raise AlreadyExists(
+                f"a playground is described in {self._directory} already: run its `down` first"
+            )
+        if underlay.namespaces(name):
+            raise AlreadyExists(f"a playground called {name} is up: choose another --name")
+        made = not self._directory.exists()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        cluster = Cluster(
+            name=name,
+            subnets=subnets,
+            directory_made=made,
+            netns_root_made=not underlay.root_is_mounted(),
+        )
+        with self._file.locked():
+            self._file.write(cluster)
+        return cluster
+
+    def _next(self, cluster: Cluster, name: str, role: names.Role) -> Node:
+        address = names.free_address((known.addr for known in cluster.nodes), cluster.subnets)
+        return node.described(self._directory, cluster.name, name, role, address.ip)
+
+    async def _make(self, new: Node) -> Node:
+        """Cable, daemon, image."""
+        cluster = self.cluster()
+        await underlay.attach(cluster.name, new.name, names.address_of(new.addr))
+        started = await node.start(self._directory, cluster.name, new)
+        self._file.put(started)
+        await self.load(self._busybox, [started])
+        self._progress(f"{new.name} is up ({new.addr})")
+        return started
+
+    async def _form_swarm(self, cluster: Cluster) -> None:
+        """init on the first manager, join on all others at once, wait until all are ready."""
+        first, *others = cluster.nodes
+        manager = Engine(first.endpoint)
+        await manager.post("/swarm/init", {"ListenAddr": f"0.0.0.0:{_PORT}", "AdvertiseAddr": first.addr})
+        self._progress(f"{first.name} leads a swarm")
+        tokens = (await manager.get("/swarm"))["JoinTokens"]
+
+        async def join(other: Node) -> None:
+            wish = {
+                "ListenAddr": f"0.0.0.0:{_PORT}",
+                "AdvertiseAddr": other.addr,
+                "RemoteAddrs": [f"{first.addr}:{_PORT}"],
+                "JoinToken": tokens[other.role.capitalize()],
+            }
+            await Engine(other.endpoint).post("/swarm/join", wish)
+
+        await together(*(join(other) for other in others))
+
+        async def all_ready() -> bool:
+            nodes = await manager.get("/nodes")
+            ready = [known for known in nodes if known["Status"]["State"] == "ready"]
+            return len(ready) == len(cluster.nodes)
+
+        await wait_until(all_ready, "every node is ready", _READY_WITHIN_S)
+        self._progress(f"all {len(cluster.nodes)} nodes are ready" if others else f"{first.name} is ready")
+
+    async def _destroy(self, playground: str, name: str, cluster: Cluster | None) -> None:
+        """End the node's processes, then remove what they left."""
+        if cluster is not None and name in _names(cluster):
+            known = cluster.node(name)
+            for pid in known.pids:
+                processes.kill_exactly(pid, known.started)
+        await processes.kill_all(playground, name)
+        cgroups.remove(playground, name)
+        if cluster is not None:
+            await node.remove_files(self._directory / name)
+
+
+def _names(cluster: Cluster) -> list[str]:
+    return [known.name for known in cluster.nodes]
+
+
+async def _check_directory(directory: Path) -> None:
+    """Refuse a directory in which nodes could not keep their state.
+
+    Raises: InvalidArgument: its name.  FailedPrecondition: the file system below it.
+    """
+    if any(character in str(directory) for character in ' :,"\\\n'):
+        raise InvalidArgument(
+            f"{directory}: blanks, colons, commas and quotes cannot be part of overlay mounts"
+        )
+    if len(str(directory / "x" / "skep.sock")) + _NAME_BYTES_MAX > SOCKET_PATH_BYTES_MAX:
+        raise InvalidArgument(
+            f"{directory} is too long: the path of a socket has {SOCKET_PATH_BYTES_MAX} bytes"
+        )
+    if directory.is_relative_to("/run"):
+        raise InvalidArgument(f"{directory}: every node has a /run of its own, choose a directory elsewhere")
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    kind = (await run("stat", "--file-system", "--format=%T", str(existing))).decode().strip()
+    if kind == "overlayfs":
+        raise FailedPrecondition(
+            f"{directory} lies on an overlay file system, on which no other can be mounted: "
+            "name a directory on a disk, a volume or a tmpfs with --dir"
+        )

@@ -1,0 +1,108 @@
+"""The playground's own network: one bridge per subnet in a namespace of its own, which routes between them.
+
+Nothing is set up in the machine's own network namespace: no interface, no address, no rule.
+"""
+
+import asyncio
+import os
+from pathlib import Path
+
+from skep.errors import AlreadyExists
+from skep.playground import names
+from skep.playground.commands import ip, run
+
+NETNS_ROOT = Path("/run/netns")
+"""Where ``ip netns`` pins namespaces: only there does ``ip -n NAME`` find them."""
+
+
+def namespaces(playground: str) -> list[str]:
+    """Pinned namespaces that belong to ``playground``, sorted."""
+    try:
+        found = os.listdir(NETNS_ROOT)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in found if names.node_of_namespace(playground, name))
+
+
+async def make_switch(playground: str, subnets: int) -> None:
+    """The namespace with one bridge per subnet.  Raises: AlreadyExists: a playground of this name is up."""
+    if namespaces(playground):
+        raise AlreadyExists(
+            f"a playground called {playground} is up (or was left half-way): choose another --name, or run its `down`"
+        )
+    switch = names.namespace(playground, names.SWITCH)
+    await ip("netns", "add", switch)
+    lines = ["link set lo up"]
+    for subnet in range(subnets):
+        gateway = names.Address(subnet=subnet, host=1).ip
+        lines += [
+            f"link add br{subnet} type bridge",
+            f"addr add {gateway}/24 dev br{subnet}",
+            f"link set br{subnet} up",
+        ]
+    await ip("-n", switch, batch=lines)
+    await _forward(switch)
+
+
+async def attach(playground: str, node: str, address: names.Address) -> None:
+    """The node's namespace, with a cable (``eth0``) to the bridge of its subnet."""
+    switch, own = names.namespace(playground, names.SWITCH), names.namespace(playground, node)
+    port = names.port(node)
+    await ip("netns", "add", own)
+    await ip(
+        "-n",
+        switch,
+        batch=[
+            f"link add {port} type veth peer name eth0 netns {own}",
+            f"link set {port} master br{address.subnet} up",
+        ],
+    )
+    await ip(
+        "-n",
+        own,
+        batch=[
+            "link set lo up",
+            f"addr add {address.ip}/24 dev eth0",
+            "link set eth0 up",
+            f"route add default via {address.gateway}",
+        ],
+    )
+
+
+async def set_cable(playground: str, node: str, *, connected: bool) -> None:
+    """Take the node's cable out at the switch, or put it back: its peers hear no TCP reset."""
+    switch = names.namespace(playground, names.SWITCH)
+    await ip("-n", switch, "link", "set", names.port(node), "up" if connected else "down")
+
+
+async def is_connected(playground: str, node: str) -> bool:
+    """Whether the cable is in."""
+    switch = names.namespace(playground, names.SWITCH)
+    return b"state UP" in await ip("-n", switch, "link", "show", names.port(node))
+
+
+async def remove(playground: str) -> None:
+    """Unpin every namespace of the playground; its interfaces go with it once nobody lives there."""
+    async with asyncio.TaskGroup() as group:
+        for name in namespaces(playground):
+            group.create_task(ip("netns", "del", name))
+
+
+def root_is_mounted() -> bool:
+    """Whether ``ip netns`` has been at work on this machine already (it makes its directory a mount)."""
+    # Not os.path.ismount: it cannot see a directory that is mounted on itself.
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split()[4] == str(NETNS_ROOT) for line in mounts)
+
+
+async def remove_root() -> None:
+    """Take away the mount that ``ip netns`` made for us, unless somebody else's namespaces are in it."""
+    if root_is_mounted() and not os.listdir(NETNS_ROOT):
+        await run("umount", str(NETNS_ROOT))
+        NETNS_ROOT.rmdir()
+
+
+async def _forward(namespace: str) -> None:
+    """Let the namespace route.  /proc/sys/net shows the network namespace of who opens it."""
+    path = NETNS_ROOT / namespace
+    await run("nsenter", f"--net={path}", "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
