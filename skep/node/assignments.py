@@ -5,57 +5,24 @@ executor's logs).  Nothing here knows of connections, protobuf or containers.
 """
 
 from collections.abc import AsyncIterator, Mapping
-from enum import Enum
 from typing import Protocol
 
-import msgspec
+from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
+from skep.model.ids import TaskId
+from skep.model.logs import LogLine, LogQuery, LogStream
+from skep.model.task import TaskStatus
 
-from skep.model.ids import ConfigId, NodeId, SecretId, ServiceId, TaskId
-from skep.model.meta import Driver
-from skep.model.task import AssignedTask, TaskStatus
-
-
-class SecretFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret with its data, for the tasks that refer to it.  Never written to a disk."""
-
-    id: SecretId
-    name: str = ""
-    data: bytes = b""
-    templating: Driver | None = None
-
-    def __repr__(self) -> str:
-        return f"SecretFile(id={self.id!r}, name={self.name!r}, {len(self.data)} bytes)"
-
-
-class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A config with its data, for the tasks that refer to it."""
-
-    id: ConfigId
-    name: str = ""
-    data: bytes = b""
-    templating: Driver | None = None
-
-
-class AssignmentSet(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of assignments.
-
-    ``complete``: this is everything; what is not named here is no longer assigned (the ``removed_*`` are
-    empty then).  Otherwise it is a difference to what was assigned before: named objects are new or replace
-    those with the same id.  What a task refers to comes in the same set as the task, or came before.
-    """
-
-    complete: bool
-    revision: int = 0
-    """Revision of the manager's store that this set shows; 0 from managers that do not say (Docker's).  The
-    agent never hands over a set whose revision lies before that of an earlier one."""
-    tasks: tuple[AssignedTask, ...] = ()
-    removed_tasks: tuple[TaskId, ...] = ()
-    secrets: tuple[SecretFile, ...] = ()
-    removed_secrets: tuple[SecretId, ...] = ()
-    configs: tuple[ConfigFile, ...] = ()
-    removed_configs: tuple[ConfigId, ...] = ()
-    registry_auths: Mapping[TaskId, str] = {}
-    """Registry credentials (``X-Registry-Auth``: base64 of JSON) of tasks in ``tasks`` that have some."""
+__all__ = [
+    "AssignmentSet",
+    "AssignmentSink",
+    "ConfigFile",
+    "LogLine",
+    "LogQuery",
+    "LogSource",
+    "LogStream",
+    "SecretFile",
+    "StatusReports",
+]
 
 
 class AssignmentSink(Protocol):
@@ -76,45 +43,6 @@ class StatusReports(Protocol):
 
         Returns at once and may be called without a connection: per task only the latest status is kept.
         """
-
-
-class LogStream(Enum):
-    """Where a line came from; the values are SwarmKit's."""
-
-    STDOUT = 1
-    STDERR = 2
-
-
-class LogQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """Which lines are wanted.
-
-    A task is meant when it is named by any of ``services``, ``tasks`` and ``nodes``.
-    """
-
-    services: tuple[ServiceId, ...] = ()
-    tasks: tuple[TaskId, ...] = ()
-    nodes: tuple[NodeId, ...] = ()
-    follow: bool = False
-    """Go on with new lines (and new tasks) until the reader stops."""
-    tail: int | None = None
-    """Start with the last ``tail`` lines of each task; None: with the first line."""
-    since_ns: int = 0
-    """Leave out lines before this point (Unix time)."""
-    streams: tuple[LogStream, ...] = ()
-    """Empty: both."""
-
-
-class LogLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of a task's output.  ``data`` keeps its newline."""
-
-    task_id: TaskId
-    service_id: ServiceId = ServiceId("")
-    node_id: NodeId = NodeId("")
-    stream: LogStream = LogStream.STDOUT
-    timestamp_ns: int = 0
-    data: bytes = b""
-    attrs: Mapping[str, str] = {}
-    """What the container's log driver was told to add (``--log-opt labels=...``)."""
 
 
 class LogSource(Protocol):

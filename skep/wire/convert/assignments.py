@@ -1,0 +1,106 @@
+"""Assignments: what a node is told to run, with the secrets and configs for it."""
+
+from collections.abc import Iterable, Sequence
+
+from skep.errors import InvalidArgument
+from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
+from skep.model.ids import ConfigId, SecretId, TaskId
+from skep.wire import swarm_pb2 as pb
+from skep.wire.convert.task import registry_auth_of, task_from_pb, task_to_pb
+from skep.wire.convert.values import driver_from_pb, driver_to_pb
+
+
+def changes_to_pb(change: AssignmentSet) -> list[pb.AssignmentChange]:
+    """One entry per object; ``complete`` and ``revision`` belong to the message around them."""
+    return [
+        *(_put(secret=_secret_to_pb(secret)) for secret in change.secrets),
+        *(_put(config=_config_to_pb(config)) for config in change.configs),
+        *(_put(task=task_to_pb(task, change.registry_auths.get(task.task.id, ""))) for task in change.tasks),
+        *(_remove(task=pb.Task(id=id)) for id in change.removed_tasks),
+        *(_remove(secret=pb.Secret(id=id)) for id in change.removed_secrets),
+        *(_remove(config=pb.Config(id=id)) for id in change.removed_configs),
+    ]
+
+
+def assignments_from_pb(message: pb.AssignmentsMessage, revision: int = 0) -> AssignmentSet:
+    """Raises: InvalidArgument: numbers that mean nothing."""
+    updated = [change.assignment for change in message.changes if change.action == _UPDATE]
+    removed = [change.assignment for change in message.changes if change.action == _REMOVE]
+    if len(updated) + len(removed) != len(message.changes):
+        raise InvalidArgument("unknown assignment action")
+    tasks = _items(updated, "task")
+    auths = {TaskId(item.task.id): registry_auth_of(item.task) for item in tasks}
+    return AssignmentSet(
+        complete=message.type == pb.AssignmentsMessage.COMPLETE,
+        revision=revision,
+        tasks=tuple(task_from_pb(item.task) for item in tasks),
+        removed_tasks=tuple(TaskId(item.task.id) for item in _items(removed, "task")),
+        secrets=tuple(_secret_from_pb(item.secret) for item in _items(updated, "secret")),
+        removed_secrets=tuple(SecretId(item.secret.id) for item in _items(removed, "secret")),
+        configs=tuple(_config_from_pb(item.config) for item in _items(updated, "config")),
+        removed_configs=tuple(ConfigId(item.config.id) for item in _items(removed, "config")),
+        registry_auths={id: auth for id, auth in auths.items() if auth},
+    )
+
+
+_UPDATE = pb.AssignmentChange.UPDATE
+_REMOVE = pb.AssignmentChange.REMOVE
+
+
+def _items(assignments: Iterable[pb.Assignment], kind: str) -> Sequence[pb.Assignment]:
+    # Other kinds (cluster volumes) are for engines only and are passed over.
+    return [assignment for assignment in assignments if assignment.WhichOneof("item") == kind]
+
+
+def _put(
+    *, task: pb.Task | None = None, secret: pb.Secret | None = None, config: pb.Config | None = None
+) -> pb.AssignmentChange:
+    return pb.AssignmentChange(
+        assignment=pb.Assignment(task=task, secret=secret, config=config), action=_UPDATE
+    )
+
+
+def _remove(
+    *, task: pb.Task | None = None, secret: pb.Secret | None = None, config: pb.Config | None = None
+) -> pb.AssignmentChange:
+    return pb.AssignmentChange(
+        assignment=pb.Assignment(task=task, secret=secret, config=config), action=_REMOVE
+    )
+
+
+def _secret_to_pb(secret: SecretFile) -> pb.Secret:
+    message = pb.Secret(
+        id=secret.id, spec=pb.SecretSpec(annotations=pb.Annotations(name=secret.name), data=secret.data)
+    )
+    if secret.templating is not None:
+        message.spec.templating.CopyFrom(driver_to_pb(secret.templating))
+    return message
+
+
+def _secret_from_pb(message: pb.Secret) -> SecretFile:
+    spec = message.spec
+    return SecretFile(
+        id=SecretId(message.id),
+        name=spec.annotations.name,
+        data=spec.data,
+        templating=driver_from_pb(spec.templating) if spec.HasField("templating") else None,
+    )
+
+
+def _config_to_pb(config: ConfigFile) -> pb.Config:
+    message = pb.Config(
+        id=config.id, spec=pb.ConfigSpec(annotations=pb.Annotations(name=config.name), data=config.data)
+    )
+    if config.templating is not None:
+        message.spec.templating.CopyFrom(driver_to_pb(config.templating))
+    return message
+
+
+def _config_from_pb(message: pb.Config) -> ConfigFile:
+    spec = message.spec
+    return ConfigFile(
+        id=ConfigId(message.id),
+        name=spec.annotations.name,
+        data=spec.data,
+        templating=driver_from_pb(spec.templating) if spec.HasField("templating") else None,
+    )

@@ -1,0 +1,171 @@
+"""Nodes and what they say of themselves."""
+
+from skep.model.ids import NodeId
+from skep.model.meta import TLSInfo
+from skep.model.node import (
+    Availability,
+    EngineDescription,
+    EnginePlugin,
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
+from skep.wire import swarm_pb2 as pb
+from skep.wire.convert.network import attachment_from_pb, attachment_to_pb
+from skep.wire.convert.resources import (
+    platform_from_pb,
+    platform_to_pb,
+    resources_from_pb,
+    resources_to_pb,
+)
+from skep.wire.convert.values import EnumTable, meta_to_pb, stamp_of, version_from_pb
+
+ROLES = EnumTable("node role", {"worker": 0, "manager": 1})
+AVAILABILITIES = EnumTable("availability", {"active": 0, "pause": 1, "drain": 2})
+NODE_STATES = EnumTable("node state", {"unknown": 0, "down": 1, "ready": 2, "disconnected": 3})
+REACHABILITIES = EnumTable("reachability", {"unknown": 0, "unreachable": 1, "reachable": 2})
+CERTIFICATE_STATES = EnumTable(
+    "certificate state", {"": 0, "renew": 1, "pending": 2, "issued": 3, "failed": 4, "rotate": 5}
+)
+
+
+def role_to_pb(role: NodeRole) -> pb.NodeRole.ValueType:
+    return pb.NodeRole.ValueType(ROLES.number(role.value))
+
+
+def role_from_pb(number: int) -> NodeRole:
+    return NodeRole(ROLES.word(number))
+
+
+def availability_to_pb(availability: Availability) -> pb.NodeSpec.Availability.ValueType:
+    return pb.NodeSpec.Availability.ValueType(AVAILABILITIES.number(availability.value))
+
+
+def availability_from_pb(number: int) -> Availability:
+    return Availability(AVAILABILITIES.word(number))
+
+
+def node_to_pb(node: Node, data_path_port: int = 0) -> pb.Node:
+    """``data_path_port``: the cluster's UDP port for VXLAN; 0: not said.
+
+    The session does not travel: it is between the managers.
+    """
+    certificate = node.certificate or NodeCertificate(role=node.spec.role)
+    message = pb.Node(
+        id=node.id,
+        meta=meta_to_pb(node.version, node.created_at, node.updated_at),
+        spec=pb.NodeSpec(
+            annotations=pb.Annotations(name=node.spec.name, labels=node.spec.labels),
+            desired_role=role_to_pb(node.spec.role),
+            membership=pb.NodeSpec.ACCEPTED,
+            availability=availability_to_pb(node.spec.availability),
+        ),
+        description=description_to_pb(node.description),
+        status=pb.NodeStatus(
+            state=pb.NodeStatus.State.ValueType(NODE_STATES.number(node.status.state.value)),
+            message=node.status.message,
+            addr=node.status.addr,
+        ),
+        certificate=pb.Certificate(
+            role=role_to_pb(certificate.role),
+            cn=node.id,
+            status=pb.IssuanceStatus(
+                state=pb.IssuanceStatus.State.ValueType(CERTIFICATE_STATES.number(certificate.state))
+            ),
+        ),
+        role=role_to_pb(certificate.role),
+        attachments=[attachment_to_pb(attachment) for attachment in node.attachments],
+        VXLANUDPPort=data_path_port,
+    )
+    if (status := node.manager_status) is not None:
+        message.manager_status.CopyFrom(
+            pb.ManagerStatus(
+                addr=status.addr,
+                leader=status.leader,
+                reachability=pb.RaftMemberStatus.Reachability.ValueType(
+                    REACHABILITIES.number(status.reachability.value)
+                ),
+            )
+        )
+    return message
+
+
+def node_from_pb(message: pb.Node) -> Node:
+    status = message.manager_status
+    return Node(
+        id=NodeId(message.id),
+        version=version_from_pb(message.meta.version),
+        created_at=stamp_of(message.meta, "created_at"),
+        updated_at=stamp_of(message.meta, "updated_at"),
+        spec=NodeSpec(
+            name=message.spec.annotations.name,
+            labels=dict(message.spec.annotations.labels),
+            role=role_from_pb(message.spec.desired_role),
+            availability=availability_from_pb(message.spec.availability),
+        ),
+        description=description_from_pb(message.description),
+        status=NodeStatus(
+            state=NodeState(NODE_STATES.word(message.status.state)),
+            message=message.status.message,
+            addr=message.status.addr,
+        ),
+        manager_status=(
+            ManagerStatus(
+                leader=status.leader,
+                reachability=Reachability(REACHABILITIES.word(status.reachability)),
+                addr=status.addr,
+            )
+            if message.HasField("manager_status")
+            else None
+        ),
+        certificate=NodeCertificate(
+            role=role_from_pb(message.certificate.role),
+            state=CERTIFICATE_STATES.word(message.certificate.status.state),
+        ),
+        attachments=tuple(attachment_from_pb(attachment) for attachment in message.attachments),
+    )
+
+
+def description_to_pb(description: NodeDescription) -> pb.NodeDescription:
+    engine, tls = description.engine, description.tls_info
+    return pb.NodeDescription(
+        hostname=description.hostname,
+        platform=platform_to_pb(description.platform),
+        resources=resources_to_pb(description.resources),
+        engine=pb.EngineDescription(
+            engine_version=engine.engine_version,
+            labels=engine.labels,
+            plugins=[pb.PluginDescription(type=plugin.type, name=plugin.name) for plugin in engine.plugins],
+        ),
+        tls_info=pb.NodeTLSInfo(
+            trust_root=tls.trust_root.encode(),
+            cert_issuer_subject=tls.cert_issuer_subject,
+            cert_issuer_public_key=tls.cert_issuer_public_key,
+        ),
+    )
+
+
+def description_from_pb(message: pb.NodeDescription) -> NodeDescription:
+    """What a node says of itself.  Architecture names are kept as the node spells them."""
+    engine, tls = message.engine, message.tls_info
+    return NodeDescription(
+        hostname=message.hostname,
+        platform=platform_from_pb(message.platform),
+        resources=resources_from_pb(message.resources),
+        engine=EngineDescription(
+            engine_version=engine.engine_version,
+            labels=dict(engine.labels),
+            plugins=tuple(EnginePlugin(type=plugin.type, name=plugin.name) for plugin in engine.plugins),
+        ),
+        tls_info=TLSInfo(
+            trust_root=tls.trust_root.decode(errors="replace"),
+            cert_issuer_subject=tls.cert_issuer_subject,
+            cert_issuer_public_key=tls.cert_issuer_public_key,
+        ),
+    )

@@ -1,0 +1,155 @@
+"""Tasks and their statuses."""
+
+from skep.errors import InvalidArgument
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.task import (
+    AssignedTask,
+    ContainerStatus,
+    PortStatus,
+    Task,
+    TaskState,
+    TaskStatus,
+    VolumeAttachment,
+)
+from skep.model.times import ZERO_TIME
+from skep.wire import swarm_pb2 as pb
+from skep.wire.convert.network import attachment_from_pb, attachment_to_pb, port_from_pb, port_to_pb
+from skep.wire.convert.resources import generic_from_pb, generic_to_pb
+from skep.wire.convert.task_spec import task_spec_from_pb, task_spec_to_pb
+from skep.wire.convert.values import (
+    meta_to_pb,
+    stamp_of,
+    timestamp_from_pb,
+    timestamp_to_pb,
+    version_from_pb,
+    version_to_pb,
+)
+
+_TEXT_CHARACTERS_MAX = 4096
+_PORTS_MAX = 1024
+
+
+def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
+    """``registry_auth``: credentials for pulling the image (base64 of JSON), of no object of ours.
+
+    Raises: InvalidArgument: SwarmKit has no word for something in it.
+    """
+    task = assigned.task
+    message = pb.Task(
+        id=task.id,
+        meta=meta_to_pb(task.version, task.created_at, task.updated_at),
+        spec=task_spec_to_pb(task.spec),
+        service_id=task.service_id,
+        slot=task.slot,
+        node_id=task.node_id,
+        annotations=pb.Annotations(labels=task.labels),
+        service_annotations=pb.Annotations(name=assigned.service_name, labels=assigned.service_labels),
+        status=status_to_pb(task.status),
+        desired_state=_state_to_pb(task.desired_state),
+        networks=[attachment_to_pb(attachment) for attachment in task.networks_attachments],
+        assigned_generic_resources=[generic_to_pb(generic) for generic in task.generic_resources],
+        volumes=[
+            pb.VolumeAttachment(id=volume.id, source=volume.source, target=volume.target)
+            for volume in task.volumes
+        ],
+    )
+    if assigned.ports:
+        message.endpoint.ports.extend(port_to_pb(port) for port in assigned.ports)
+    if task.spec_version is not None:
+        message.spec_version.CopyFrom(version_to_pb(task.spec_version))
+    if task.job_iteration is not None:
+        message.job_iteration.CopyFrom(version_to_pb(task.job_iteration))
+    if registry_auth and message.spec.HasField("container"):
+        message.spec.container.pull_options.registry_auth = registry_auth
+    return message
+
+
+def task_from_pb(message: pb.Task) -> AssignedTask:
+    """Raises: InvalidArgument: numbers that mean nothing."""
+    task = Task(
+        id=TaskId(message.id),
+        version=version_from_pb(message.meta.version),
+        created_at=stamp_of(message.meta, "created_at"),
+        updated_at=stamp_of(message.meta, "updated_at"),
+        labels=dict(message.annotations.labels),
+        spec=task_spec_from_pb(message.spec),
+        service_id=ServiceId(message.service_id),
+        slot=message.slot,
+        node_id=NodeId(message.node_id),
+        status=status_from_pb(message.status),
+        desired_state=_state_from_pb(message.desired_state),
+        networks_attachments=tuple(attachment_from_pb(network) for network in message.networks),
+        generic_resources=tuple(generic_from_pb(generic) for generic in message.assigned_generic_resources),
+        job_iteration=version_from_pb(message.job_iteration) if message.HasField("job_iteration") else None,
+        volumes=tuple(
+            VolumeAttachment(id=volume.id, source=volume.source, target=volume.target)
+            for volume in message.volumes
+        ),
+        spec_version=version_from_pb(message.spec_version) if message.HasField("spec_version") else None,
+    )
+    return AssignedTask(
+        task=task,
+        service_name=message.service_annotations.name,
+        service_labels=dict(message.service_annotations.labels),
+        ports=tuple(port_from_pb(port) for port in message.endpoint.ports),
+    )
+
+
+def registry_auth_of(message: pb.Task) -> str:
+    """Credentials for pulling the task's image, empty if there are none."""
+    return message.spec.container.pull_options.registry_auth
+
+
+def status_to_pb(status: TaskStatus) -> pb.TaskStatus:
+    message = pb.TaskStatus(
+        timestamp=timestamp_to_pb(status.timestamp),
+        state=_state_to_pb(status.state),
+        message=status.message,
+        err=status.err,
+    )
+    if (container := status.container_status) is not None:
+        message.container.CopyFrom(
+            pb.ContainerStatus(
+                container_id=container.container_id, pid=container.pid, exit_code=container.exit_code
+            )
+        )
+    if status.port_status.ports:
+        message.port_status.ports.extend(port_to_pb(port) for port in status.port_status.ports)
+    return message
+
+
+def status_from_pb(message: pb.TaskStatus) -> TaskStatus:
+    """What a node says of a task; texts are cut to a length that a store can keep for every task.
+
+    Raises: InvalidArgument: numbers that mean nothing.
+    """
+    container = message.container
+    return TaskStatus(
+        timestamp=timestamp_from_pb(message.timestamp) if message.HasField("timestamp") else ZERO_TIME,
+        state=_state_from_pb(message.state),
+        message=message.message[:_TEXT_CHARACTERS_MAX],
+        err=message.err[:_TEXT_CHARACTERS_MAX],
+        container_status=(
+            ContainerStatus(
+                container_id=container.container_id[:_TEXT_CHARACTERS_MAX],
+                pid=container.pid,
+                exit_code=container.exit_code,
+            )
+            if message.HasField("container")
+            else None
+        ),
+        port_status=PortStatus(
+            ports=tuple(port_from_pb(port) for port in message.port_status.ports[:_PORTS_MAX])
+        ),
+    )
+
+
+def _state_to_pb(state: TaskState) -> pb.TaskState.ValueType:
+    return pb.TaskState.ValueType(state.number)
+
+
+def _state_from_pb(number: int) -> TaskState:
+    try:
+        return TaskState.from_number(number)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
