@@ -1,0 +1,69 @@
+"""Content addresses: ``sha256:`` and 64 hexadecimal digits."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import NewType
+
+from skep.errors import InvalidArgument
+
+Digest = NewType("Digest", str)
+
+_FORMAT = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[a-zA-Z0-9=_-]+", re.ASCII)
+_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}
+_SHORT_LENGTH = 12
+
+
+def parse_digest(text: str) -> Digest:
+    """``text`` as a digest.
+
+    Raises:
+        InvalidArgument: it is none, with the texts of Docker's digest library.
+
+    Source: opencontainers/go-digest, digest.go (Validate).
+    """
+    algorithm, colon, digits = text.partition(":")
+    if not colon or not digits or not _FORMAT.fullmatch(text):
+        raise InvalidArgument("invalid checksum digest format")
+    if algorithm not in _LENGTHS:
+        raise InvalidArgument("unsupported digest algorithm")
+    if len(digits) != _LENGTHS[algorithm]:
+        raise InvalidArgument("invalid checksum digest length")
+    if not re.fullmatch(r"[a-f0-9]+", digits):
+        raise InvalidArgument("invalid checksum digest format")
+    return Digest(text)
+
+
+def is_digest(text: str) -> bool:
+    """Whether ``text`` is a well-formed digest."""
+    try:
+        parse_digest(text)
+    except InvalidArgument:
+        return False
+    return True
+
+
+def digest_of(content: bytes) -> Digest:
+    """The SHA-256 address of ``content``."""
+    return Digest("sha256:" + hashlib.sha256(content).hexdigest())
+
+
+def hex_of(digest: str) -> str:
+    """The digits without the algorithm: how the store names files."""
+    return digest.partition(":")[2]
+
+
+def short(digest: str) -> str:
+    """The first twelve digits, as Docker shows ids and progress."""
+    return digest.rpartition(":")[2][:_SHORT_LENGTH]
+
+
+def chain_ids(diff_ids: Iterable[str]) -> tuple[Digest, ...]:
+    """One id per layer that names it together with everything below it, bottom first.
+
+    Source: OCI image-spec, config.md (Layer ChainID).
+    """
+    chain: list[Digest] = []
+    for diff_id in diff_ids:
+        chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else Digest(diff_id))
+    return tuple(chain)

@@ -1,0 +1,453 @@
+"""The worker that unpacks a tar stream: a process of its own, chrooted into the directory it fills.
+
+Archives are hostile input, so whatever they say happens inside the chroot: an absolute name, ``..``, a symbolic
+link to ``/etc`` or a hard link can reach no further than the layer itself, however they are combined, and there is
+no check that could race.  This is also how Docker confines them, hence what Docker accepts is accepted here.
+
+Nothing is imported after the chroot, or the archive could bring modules of its own; for the same reason this
+file stands alone (standard library and zstandard) and is run as a script: one JSON object of settings as argument,
+the stream on stdin, one JSON object of results on stdout.
+
+Source: moby, pkg/archive/archive.go (Unpack, createTarFile), archive_linux.go (whiteouts in overlay form).
+"""
+
+import bz2
+import ctypes
+import errno
+import hashlib
+import json
+import lzma
+import os
+import resource
+import shutil
+import signal
+import stat
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, BinaryIO, Protocol
+
+_CHUNK_BYTES = 1 << 20
+_SPACE_CHECK_BYTES = 64 << 20
+_MEMORY_BYTES_MAX = 2 << 30
+_XZ_MEMORY_BYTES_MAX = 256 << 20
+_ZSTD_WINDOW_BYTES_MAX = 128 << 20
+_PR_SET_PDEATHSIG = 1
+
+_WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
+_XATTR_RECORD = "SCHILY.xattr."
+_OVERLAY_XATTRS = "trusted.overlay."
+"""What overlayfs itself reads: an archive may not forge it (a redirect shows another layer's directory)."""
+
+
+class Malformed(Exception):
+    """The stream is no archive that can be unpacked; the text is the one Docker would give."""
+
+
+class LimitExceeded(Exception):
+    """The archive is larger than this node takes."""
+
+
+@dataclass
+class Settings:
+    """``root``: directory to fill.  ``is_layer``: whiteouts, devices and owners count; else plain files only.
+
+    ``bytes_max`` bounds both the plain tar and what is written; ``spare_bytes`` stay free on the file system.
+    ``copy_to``: a file that receives the plain tar, zstd-compressed (empty: none).
+    """
+
+    root: str
+    is_layer: bool
+    bytes_max: int
+    entries_max: int
+    spare_bytes: int
+    copy_to: str = ""
+
+
+class Decompressor(Protocol):
+    """What zlib, bz2 and lzma share, one member or stream at a time."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class PlainStream:
+    """The plain tar: decompressed whatever it came in, counted, hashed, and copied on the way."""
+
+    def __init__(self, source: BinaryIO, settings: Settings) -> None:
+        self._hash = hashlib.sha256()
+        self._settings = settings
+        self._chunks = plain_chunks(source)
+        self._pending = b""
+        self._copy = _compressed_copy(settings.copy_to) if settings.copy_to else None
+        self.bytes_read = 0
+
+    def read(self, size: int) -> bytes:
+        """Up to ``size`` bytes; empty at the end."""
+        while not self._pending:
+            chunk = next(self._chunks, b"")
+            if not chunk:
+                return b""
+            self.bytes_read += len(chunk)
+            if self.bytes_read > self._settings.bytes_max:
+                raise LimitExceeded(f"unpacks to more than {self._settings.bytes_max} bytes")
+            self._hash.update(chunk)
+            if self._copy is not None:
+                self._copy.write(chunk)
+            self._pending = chunk
+        data, self._pending = self._pending[:size], self._pending[size:]
+        return data
+
+    def finish(self) -> str:
+        """Read what follows the archive's end marker (it belongs to the digest); the digest of it all."""
+        while self.read(_CHUNK_BYTES):
+            pass
+        if self._copy is not None:
+            self._copy.close()
+        return "sha256:" + self._hash.hexdigest()
+
+
+class Header(tarfile.TarInfo):
+    """A header that is right or an error: the standard reader takes a broken one for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
+            raise Malformed("unexpected EOF") from error
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise Malformed("archive/tar: invalid tar header") from error
+
+
+class Unpacker:
+    """Writes the members of one archive below ``/`` (of the chroot)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._written_bytes = 0
+        self._checked_bytes = 0
+        self._entries = 0
+        self._directories: list[tuple[str, tarfile.TarInfo]] = []
+
+    def unpack(self, stream: PlainStream) -> None:
+        """Everything in ``stream``.  Raises: Malformed, LimitExceeded, OSError."""
+        try:
+            with tarfile.open(
+                fileobj=stream,  # type: ignore[call-overload]
+                mode="r|",
+                bufsize=_CHUNK_BYTES,
+                tarinfo=Header,
+                encoding="utf-8",
+                errors="surrogateescape",
+            ) as archive:
+                for member in archive:
+                    self._member(archive, member)
+                    archive.members.clear()  # else a million headers stay in memory
+        except tarfile.ReadError as error:
+            if not self._entries and str(error) == "empty file":
+                return
+            raise Malformed("unexpected EOF") from error
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            raise Malformed(f"archive/tar: invalid tar header ({error})") from error
+        for path, member in reversed(self._directories):
+            _set_times(path, member)  # last, since writing into a directory moves its time
+
+    def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        self._entries += 1
+        if self._entries > self._settings.entries_max:
+            raise LimitExceeded(f"holds more than {self._settings.entries_max} entries")
+        path = os.path.normpath("/" + member.name.lstrip("/"))
+        if "\0" in member.name or "\0" in member.linkname:
+            raise Malformed("archive/tar: invalid tar header")
+        if path == "/":
+            return  # Docker leaves the layer's own directory as it is
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        if self._settings.is_layer and self._whiteout(path, member):
+            return
+        _make_way(path, member)
+        self._create(archive, member, path)
+
+    def _whiteout(self, path: str, member: tarfile.TarInfo) -> bool:
+        """``.wh.x`` becomes what overlayfs reads as "x is not here"; ``.wh..wh..opq`` hides all below."""
+        directory, name = os.path.split(path)
+        if name == _OPAQUE:
+            os.setxattr(directory, _OVERLAY_XATTRS + "opaque", b"y")
+            return True
+        if not name.startswith(_WHITEOUT):
+            return False
+        hidden = name.removeprefix(_WHITEOUT)
+        if hidden in ("", ".", ".."):
+            raise Malformed(f"invalid whiteout {name!r}")
+        target = os.path.join(directory, hidden)
+        if not os.path.lexists(target):
+            os.mknod(target, stat.S_IFCHR, os.makedev(0, 0))
+            os.chown(target, member.uid, member.gid, follow_symlinks=False)
+        return True
+
+    def _create(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
+        mode = member.mode & 0o7777
+        if member.isdir():
+            if not os.path.isdir(path):
+                os.mkdir(path, 0o700)
+            self._directories.append((path, member))
+        elif member.isreg():
+            self._write_file(archive, member, path)
+        elif member.islnk():
+            os.link(os.path.normpath("/" + member.linkname), path, follow_symlinks=False)
+            return  # the other name carries owner, mode and times
+        elif member.issym():
+            os.symlink(member.linkname, path)
+        elif not self._settings.is_layer:
+            raise Malformed(f"{member.name!r} is neither a file, a directory nor a link")
+        elif member.isfifo():
+            os.mkfifo(path)
+        elif member.ischr() or member.isblk():
+            # As in Docker, the node exists in the image; the container's device rules decide on its use.
+            kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+            os.mknod(path, kind | 0o600, os.makedev(member.devmajor, member.devminor))
+        else:
+            raise Malformed(f"unhandled tar header type {ord(member.type)}")
+        if not self._settings.is_layer:
+            return
+        os.chown(path, member.uid, member.gid, follow_symlinks=False)
+        _set_xattrs(path, member)
+        if not member.issym():
+            os.chmod(path, mode)  # after chown, which clears set-user-id
+        if not member.isdir():
+            _set_times(path, member)
+
+    def _write_file(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
+        content = archive.extractfile(member)
+        assert content is not None, "a regular member has content"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        target = os.open(path, flags, 0o600)
+        try:
+            while chunk := content.read(_CHUNK_BYTES):
+                self._account(len(chunk))
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(target, view) :]
+        finally:
+            os.close(target)
+
+    def _account(self, size: int) -> None:
+        """Count what is about to be written (a sparse member is small in the tar and large here)."""
+        self._written_bytes += size
+        if self._written_bytes > self._settings.bytes_max:
+            raise LimitExceeded(f"unpacks to more than {self._settings.bytes_max} bytes")
+        if self._written_bytes - self._checked_bytes >= _SPACE_CHECK_BYTES:
+            self._checked_bytes = self._written_bytes
+            space = os.statvfs("/")
+            if space.f_bavail * space.f_frsize < self._settings.spare_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def plain_chunks(source: BinaryIO) -> Iterator[bytes]:
+    """The decompressed stream in bounded pieces; members and frames that follow each other are one stream."""
+    head = source.read(6)
+    if head.startswith(b"\x1f\x8b\x08"):
+        return _decompressed(source, head, _Gzip)
+    if head.startswith(b"BZh"):
+        return _decompressed(source, head, bz2.BZ2Decompressor)
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return _decompressed(source, head, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES_MAX))
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return _zstd_chunks(source, head)
+    return _verbatim(source, head)
+
+
+def _verbatim(source: BinaryIO, head: bytes) -> Iterator[bytes]:
+    if head:
+        yield head
+    while chunk := source.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _decompressed(source: BinaryIO, head: bytes, new: Callable[[], Decompressor]) -> Iterator[bytes]:
+    decompressor = new()
+    data = head
+    try:
+        while True:
+            if decompressor.eof:
+                data = decompressor.unused_data or source.read(_CHUNK_BYTES)
+                if not data.strip(b"\0"):  # nothing, or padding after the last member
+                    return
+                decompressor = new()
+            has_ended = False
+            if decompressor.needs_input and not data:
+                data = source.read(_CHUNK_BYTES)
+                has_ended = not data
+            plain = decompressor.decompress(data, _CHUNK_BYTES)
+            data = b""
+            if plain:
+                yield plain
+            elif has_ended and not decompressor.eof:
+                raise Malformed("unexpected EOF")
+    except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise Malformed(f"invalid compressed data: {error}") from error
+
+
+class _Gzip:
+    """zlib with the interface of its siblings (``needs_input`` instead of a tail that one feeds again)."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._zlib.unconsumed_tail
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
+
+
+def _zstd_chunks(source: BinaryIO, head: bytes) -> Iterator[bytes]:
+    import zstandard  # only here: loading it costs every other layer 10 ms
+
+    class Rejoined:
+        """The source with the bytes that were looked at put back."""
+
+        def __init__(self) -> None:
+            self._head = head
+
+        def read(self, size: int) -> bytes:
+            data, self._head = self._head, b""
+            return data or source.read(size)
+
+    def chunks() -> Iterator[bytes]:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES_MAX)
+        reader = decompressor.stream_reader(Rejoined(), read_across_frames=True)  # type: ignore[arg-type]
+        try:
+            while chunk := reader.read(_CHUNK_BYTES):
+                yield chunk
+        except zstandard.ZstdError as error:
+            raise Malformed(f"invalid compressed data: {error}") from error
+
+    return chunks()
+
+
+def _compressed_copy(path: str) -> Any:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=1).stream_writer(open(path, "wb"))
+
+
+def _make_way(path: str, member: tarfile.TarInfo) -> None:
+    """Remove what ``member`` replaces; a directory that meets a directory is kept and gets its metadata."""
+    try:
+        present = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(present.st_mode):
+        os.unlink(path)
+    elif not member.isdir():
+        shutil.rmtree(path)
+
+
+def _set_xattrs(path: str, member: tarfile.TarInfo) -> None:
+    for record, value in member.pax_headers.items():
+        if not record.startswith(_XATTR_RECORD):
+            continue
+        name = record.removeprefix(_XATTR_RECORD)
+        if name.startswith(_OVERLAY_XATTRS):
+            continue
+        try:
+            os.setxattr(path, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
+        except OSError as error:
+            # The file system does not know this kind: Docker goes on without it, too.
+            if error.errno not in (errno.ENOTSUP, errno.EPERM):
+                raise
+
+
+def _set_times(path: str, member: tarfile.TarInfo) -> None:
+    modified_ns = _time_ns(member.pax_headers.get("mtime"), member.mtime)
+    accessed_ns = _time_ns(member.pax_headers.get("atime"), modified_ns / 1e9)
+    os.utime(path, ns=(accessed_ns, modified_ns), follow_symlinks=False)
+
+
+def _time_ns(exact: str | None, seconds: float) -> int:
+    """Nanoseconds of a PAX record, else of the plain header; what is before the epoch becomes the epoch."""
+    try:
+        nanoseconds = int(Decimal(exact if exact is not None else str(seconds)) * 1_000_000_000)
+    except (InvalidOperation, OverflowError, ValueError):
+        return 0
+    return min(max(nanoseconds, 0), (1 << 63) - 1)
+
+
+def _tree_bytes(root: str) -> int:
+    """Size as Docker counts a layer: every inode that is no directory, once.
+
+    Source: moby, pkg/directory/directory_unix.go.
+    """
+    total, seen, directories = 0, set(), [root]
+    while directories:
+        with os.scandir(directories.pop()) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    directories.append(entry.path)
+                elif status.st_nlink == 1 or status.st_ino not in seen:
+                    seen.add(status.st_ino)
+                    total += status.st_size
+    return total
+
+
+def _confine(root: str) -> None:
+    """Enter ``root`` for good, able to import nothing more."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES_MAX, _MEMORY_BYTES_MAX))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0)
+    os.chroot(root)
+    os.chdir("/")
+    sys.path.clear()
+    sys.path_importer_cache.clear()
+    sys.path_hooks.clear()
+
+
+def main() -> None:
+    """Unpack stdin as the settings in the first argument say; print the result."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no writer outlives the node process
+    settings = Settings(**json.loads(sys.argv[1]))
+    stream = PlainStream(sys.stdin.buffer, settings)
+    result: dict[str, object]
+    try:
+        _confine(settings.root)
+        Unpacker(settings).unpack(stream)
+        digest = stream.finish()
+        result = {"digest": digest, "plain_bytes": stream.bytes_read, "size_bytes": _tree_bytes("/")}
+    except Malformed as error:
+        result = {"error": str(error), "kind": "malformed"}
+    except LimitExceeded as error:
+        result = {"error": str(error), "kind": "limit"}
+    except MemoryError:
+        result = {"error": "takes more memory to unpack than is allowed", "kind": "limit"}
+    except OSError as error:
+        name = os.fsdecode(error.filename) if error.filename else ""
+        text = (error.strerror or str(error)).lower()
+        result = {"error": f"{name}: {text}" if name else text, "kind": "io"}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
