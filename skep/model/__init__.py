@@ -1,0 +1,1 @@
+"""The Engine API's objects, ids and states; no I/O."""
