@@ -4,7 +4,8 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
-DEMO_DIR ?= /var/tmp/skep-demo
+# Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
+DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench lock

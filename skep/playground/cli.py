@@ -225,3 +225,17 @@ def load(directory: Path, name: str | None, archive: Path) -> None:
       docker save nginx:latest > nginx.tar; skep playground load nginx.tar
     """
     _finish(_open(directory, name).load(archive))
+
+
+@playground.command("demo")
+@_verb
+def show(directory: Path, name: str | None) -> None:
+    """A playground with a service of nginx containers, and the next commands to try.
+
+    \b
+    Example:
+      skep playground demo --dir /var/tmp/skep-demo
+    """
+    from skep.playground.demo import demo
+
+    _finish(demo(_open(directory, name)))

@@ -30,6 +30,7 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "LC_ALL": "C"},  # what they print is read here, whatever language people use
     )
     try:
         async with asyncio.timeout(deadline_s):

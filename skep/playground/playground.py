@@ -51,6 +51,10 @@ class Playground:
             )
         return cluster
 
+    def described(self) -> Cluster | None:
+        """What is described; None: nothing.  Raises: NotFound: a playground of another name."""
+        return None if self._file.read() is None else self.cluster()
+
     async def up(self, *, managers: int, workers: int, subnets: int = 1) -> Cluster:
         """Start the nodes, load busybox into each, make a swarm of them.
 
@@ -76,9 +80,7 @@ class Playground:
 
     async def down(self) -> bool:
         """Remove everything of this playground, however far ``up`` came; True if there was anything."""
-        cluster = self._file.read()
-        if cluster is not None:
-            cluster = self.cluster()
+        cluster = self.described()
         name = names.check_name(self._wanted_name or (cluster.name if cluster else names.DEFAULT))
         left = {names.node_of_namespace(name, found) or "" for found in underlay.namespaces(name)}
         left |= set(cgroups.nodes(name)) | set(_names(cluster) if cluster else ())

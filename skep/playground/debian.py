@@ -1,0 +1,88 @@
+"""Programs for images, taken out of the distribution's packages with the libraries they need.
+
+apt downloads and checks the packages, nothing is installed, and no image registry is asked.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from skep.errors import FailedPrecondition, SkepError
+from skep.playground import elf
+from skep.playground.archive import Entry, File
+from skep.playground.commands import run
+
+_DOWNLOAD_WITHIN_S = 300
+_LIBRARY_FOLDERS = ("lib", "usr/lib", "lib64", "usr/lib64")
+
+
+async def unpack_with_libraries(package: str, directory: Path) -> None:
+    """Unpack ``package`` and the library packages that it names directly into ``directory``.
+
+    Raises: FailedPrecondition, Unavailable: apt cannot fetch them, with its words.
+    """
+    try:
+        packages = [package, *await _libraries_of(package)]
+        await _download(packages, directory)
+    except SkepError:
+        # A fresh machine has no package lists yet, or old ones.
+        await run("apt-get", "-q", "update", deadline_s=_DOWNLOAD_WITHIN_S)
+        packages = [package, *await _libraries_of(package)]
+        await _download(packages, directory)
+    root = directory / "root"
+    for archive in sorted(directory.glob("*.deb")):
+        await run("dpkg-deb", "--extract", str(archive), str(root))
+
+
+def program(path: str, directory: Path) -> dict[str, Entry]:
+    """The program at ``path`` (no leading slash), its loader and all its libraries, as entries of an image.
+
+    Raises: FailedPrecondition: a library is in none of the unpacked packages.
+    """
+    root = directory / "root"
+    available = _libraries(root)
+    content = (root / path).read_bytes()
+    entries: dict[str, Entry] = {path: File(content, 0o755)}
+    waiting = [content]
+    seen: set[str] = set()
+    while waiting:
+        binary = elf.read(waiting.pop())
+        if binary is None:
+            continue
+        for name in binary.needed:
+            if name in seen:
+                continue
+            seen.add(name)
+            if name not in available:
+                raise FailedPrecondition(f"{path} needs {name}, which none of its packages brings")
+            library = (root / available[name]).read_bytes()
+            entries[available[name]] = File(library, 0o755)
+            waiting.append(library)
+        if loader := binary.interpreter.lstrip("/"):
+            entries[loader] = File((root / available[Path(loader).name]).read_bytes(), 0o755)
+    return entries
+
+
+async def _libraries_of(package: str) -> list[str]:
+    """Packages that ``package`` depends on and that are libraries by their name."""
+    shown = (await run("apt-cache", "depends", "--important", package)).decode()
+    return sorted(set(re.findall(r"^ *\|?Depends: ((?:lib|zlib)[a-z0-9.+-]+)$", shown, re.MULTILINE)))
+
+
+async def _download(packages: list[str], directory: Path) -> None:
+    """``apt-get download`` writes into the directory it is started in."""
+    # _apt may not write into a directory of root's; signatures are checked all the same.
+    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages]
+    await run("env", "--chdir", str(directory), *command, deadline_s=_DOWNLOAD_WITHIN_S)
+
+
+def _libraries(root: Path) -> Mapping[str, str]:
+    """Shared libraries below ``root``: file name -> path without a leading slash, symbolic links included."""
+    found: dict[str, str] = {}
+    for folder in _LIBRARY_FOLDERS:
+        for directory, _, files in os.walk(root / folder):
+            for name in sorted(files):
+                if ".so" in name:
+                    found.setdefault(name, str((Path(directory) / name).relative_to(root)))
+    return found

@@ -1,0 +1,67 @@
+"""The demo's image: nginx as the distribution packages it, with busybox for a look around inside."""
+
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from skep.playground.archive import Archive, Directory, Entry, File, image_archive
+from skep.playground.busybox import GROUP, PASSWD, PATH, applets
+from skep.playground.commands import find
+from skep.playground.debian import program, unpack_with_libraries
+
+TAG = "demo/nginx:1"
+PROGRAM = "usr/sbin/nginx"
+
+_CONFIGURATION = b"""\
+# Every answer names the container that gave it.
+user nobody nogroup;
+worker_processes 1;
+daemon off;
+pid /run/nginx.pid;
+events { worker_connections 512; }
+http {
+    access_log /dev/stdout;
+    default_type text/plain;
+    server {
+        listen 80;
+        location / { return 200 "nginx in container $hostname\\n"; }
+    }
+}
+"""
+
+
+async def nginx_archive() -> Archive:
+    """Fetch the packages and build the image; a few seconds, 12 MB.
+
+    Raises: FailedPrecondition, Unavailable: apt cannot fetch the packages.
+    """
+    with tempfile.TemporaryDirectory(prefix="skep-image-") as temporary:
+        directory = Path(temporary)
+        await unpack_with_libraries("nginx", directory)
+        packaged_at = datetime.fromtimestamp(int((directory / "root" / PROGRAM).stat().st_mtime), UTC)
+        entries: dict[str, Entry] = {
+            **await applets(Path(find("busybox"))),
+            **program(PROGRAM, directory),
+            "dev": Directory(),
+            "etc/group": GROUP,
+            "etc/nginx/nginx.conf": File(_CONFIGURATION),
+            "etc/passwd": PASSWD,
+            "proc": Directory(),
+            "root": Directory(0o700),
+            "run": Directory(),
+            "sys": Directory(),
+            "tmp": Directory(0o1777),
+            "usr/share/nginx": Directory(),
+            "var/lib/nginx": Directory(),
+            "var/log/nginx": Directory(),
+        }
+    config = {
+        "Cmd": ["nginx", "-e", "stderr"],
+        "Env": [f"PATH={PATH}"],
+        "ExposedPorts": {"80/tcp": {}},
+        # As in the official image: SIGTERM would cut the requests that are under way.
+        "StopSignal": "SIGQUIT",
+    }
+    return image_archive(
+        entries, tags=[TAG], created=packaged_at.strftime("%Y-%m-%dT%H:%M:%SZ"), config=config
+    )
