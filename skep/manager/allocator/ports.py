@@ -1,0 +1,111 @@
+"""Published ports: which numbers a service's ports get.
+
+Ingress ports are unique in the cluster, per protocol.  One without a number gets the lowest free one of the dynamic
+range and keeps it as long as the service asks for the same target port.  Host ports are the node's affair and
+are only repeated here.
+
+Source: swarmkit, manager/allocator/portallocator.go.
+"""
+
+from collections.abc import Callable, Sequence
+
+from msgspec.structs import replace
+
+from skep.errors import SkepError
+from skep.model.ids import ServiceId
+from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, Service
+
+FIRST_DYNAMIC = 30000
+LAST_DYNAMIC = 32767
+
+
+class PortBook:
+    """Which service holds which published port, by the services' wishes and endpoints."""
+
+    def __init__(self) -> None:
+        self._holders: dict[tuple[str, int], set[ServiceId]] = {}
+        self._held: dict[ServiceId, frozenset[tuple[str, int]]] = {}
+
+    def enter(self, service: Service) -> None:
+        """A service as it is now; one that was removed holds nothing."""
+        self.leave(service.id)
+        if service.removed_at is not None:
+            return
+        wanted = service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
+        ports = frozenset(_key(port) for port in (*wanted, *service.endpoint.ports) if port.published_port)
+        if ports:
+            self._held[service.id] = ports
+        for port in ports:
+            self._holders.setdefault(port, set()).add(service.id)
+
+    def leave(self, service_id: ServiceId) -> None:
+        """The service holds nothing any more."""
+        for port in self._held.pop(service_id, ()):
+            self._holders[port].discard(service_id)
+            if not self._holders[port]:
+                del self._holders[port]
+
+    def is_free_for(self, service_id: ServiceId) -> Callable[[str, int], bool]:
+        """Says of (protocol, port) whether no other service holds it."""
+        return lambda protocol, port: self._holders.get((protocol, port), set()) <= {service_id}
+
+
+class PortsExhausted(SkepError):
+    """No number of the dynamic range is free for this protocol."""
+
+    def __init__(self, protocol: str) -> None:
+        super().__init__(f"no free {protocol} port between {FIRST_DYNAMIC} and {LAST_DYNAMIC}")
+
+
+def endpoint_for(service: Service, is_free: Callable[[str, int], bool]) -> Endpoint:
+    """The endpoint that ``service`` should have; equal to its present one when nothing is to be done.
+
+    ``is_free``: whether no other service holds (protocol, port).  Virtual IPs stay as they are.
+    Raises: PortsExhausted.
+    """
+    spec = service.spec.endpoint_spec or EndpointSpec()
+    ports = _ports(spec.ports, service.endpoint.ports, is_free)
+    return replace(service.endpoint, spec=spec, ports=ports)
+
+
+def _ports(
+    wanted: Sequence[PortConfig], given: Sequence[PortConfig], is_free: Callable[[str, int], bool]
+) -> tuple[PortConfig, ...]:
+    taken = {
+        (port.protocol, port.published_port) for port in wanted if _is_ingress(port) and port.published_port
+    }
+    kept = [port for port in given if _is_ingress(port) and _key(port) not in taken]
+    ports = []
+    for port in wanted:
+        if _is_ingress(port) and not port.published_port:
+            before = next((one for one in kept if _asks_the_same(one, port)), None)
+            if before is not None:
+                kept.remove(before)
+                number = before.published_port
+            else:
+                number = _lowest_free(port.protocol, taken | set(map(_key, kept)), is_free)
+            taken.add((port.protocol, number))
+            port = replace(port, published_port=number)
+        ports.append(port)
+    return tuple(ports)
+
+
+def _lowest_free(protocol: str, taken: set[tuple[str, int]], is_free: Callable[[str, int], bool]) -> int:
+    for number in range(FIRST_DYNAMIC, LAST_DYNAMIC + 1):
+        if (protocol, number) not in taken and is_free(protocol, number):
+            return number
+    raise PortsExhausted(protocol)
+
+
+def _asks_the_same(given: PortConfig, wanted: PortConfig) -> bool:
+    """Whether ``given`` was a number of ours for a port like ``wanted``."""
+    is_dynamic = FIRST_DYNAMIC <= given.published_port <= LAST_DYNAMIC
+    return is_dynamic and replace(given, published_port=0) == wanted
+
+
+def _is_ingress(port: PortConfig) -> bool:
+    return port.publish_mode is PublishMode.INGRESS
+
+
+def _key(port: PortConfig) -> tuple[str, int]:
+    return port.protocol, port.published_port

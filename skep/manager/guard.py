@@ -1,0 +1,93 @@
+"""The manager's only broad ``except Exception``: a bad object never stops a loop.
+
+A loop runs each object's decision inside ``guarded``.  When it raises, the traceback is logged once, the object's
+key backs off, and the loop goes on with the next object; what went wrong is kept to be written on the object.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.store.interface import NotLeader, Transaction
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+FIRST_DELAY_S = 0.5
+LONGEST_DELAY_S = 60.0
+
+
+class BadObject(SkepError):
+    """Something nobody foresaw happened while a change of one object was made."""
+
+
+class Trouble(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong with one object."""
+
+    error: str
+    failures: int
+    """How often in a row."""
+    retry_at: float
+    """On the clock's monotonic time."""
+
+
+class Guard:
+    """Remembers which objects of one loop are in trouble."""
+
+    def __init__(self, clock: Clock, random: Random) -> None:
+        self._clock = clock
+        self._random = random
+        self._troubles: dict[str, Trouble] = {}
+
+    @contextmanager
+    def guarded(self, key: str) -> Iterator[None]:
+        """Run one object's decision; what it raises ends here, except that the term is over."""
+        try:
+            yield
+        except NotLeader:
+            raise
+        except Exception as error:
+            self._note(key, error)
+        else:
+            self._troubles.pop(key, None)
+
+    def trouble(self, key: str) -> Trouble | None:
+        """What went wrong the last time, if it did."""
+        return self._troubles.get(key)
+
+    def forget(self, key: str) -> None:
+        """The object is gone."""
+        self._troubles.pop(key, None)
+
+    def _note(self, key: str, error: Exception) -> None:
+        before = self._troubles.get(key)
+        failures = before.failures + 1 if before else 1
+        text = f"{type(error).__name__}: {error}"
+        if before is None or before.error != text:
+            log.error("decision failed", object=key, error=text, exc_info=error)
+        delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), LONGEST_DELAY_S)
+        retry_at = self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0)
+        self._troubles[key] = Trouble(error=text, failures=failures, retry_at=retry_at)
+
+
+def contained(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T], R]:
+    """``body`` for ``update_each``, in which a bad object fails alone instead of failing all items with it."""
+
+    def run(tx: Transaction, item: T) -> R:
+        try:
+            return body(tx, item)
+        except SkepError:
+            raise
+        except Exception as error:
+            log.error("change failed", change=type(item).__name__, exc_info=error)
+            raise BadObject(f"{type(error).__name__}: {error}") from error
+
+    return run

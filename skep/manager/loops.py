@@ -1,0 +1,24 @@
+"""The control loops that one leader runs: they meet in the store and nowhere else."""
+
+from random import Random
+from typing import Protocol
+
+from skep.aio.clock import Clock
+from skep.manager.allocator.loop import Allocator
+from skep.manager.follow import State
+from skep.manager.orchestrator.loop import Orchestrator
+from skep.manager.orchestrator.reaper import Reaper
+from skep.manager.scheduler.loop import Scheduler
+from skep.model.ids import IdSource
+
+
+class Loop(Protocol):
+    """Works until cancelled.  Raises ``NotLeader`` (in an ExceptionGroup) once its term is over."""
+
+    async def run(self) -> None: ...
+
+
+def loops(term: State, clock: Clock, new_id: IdSource, random: Random) -> list[Loop]:
+    """The loops of one term, each to be run as a task of its own."""
+    kinds = (Orchestrator, Allocator, Scheduler, Reaper)
+    return [kind(term, clock, new_id, random) for kind in kinds]

@@ -1,0 +1,1 @@
+"""Services -> tasks: replicated and global services, restarts, rolling updates, task history."""

@@ -1,0 +1,163 @@
+"""What the orchestrator may do: each change is data first, and one small transaction when it is applied.
+
+A change is decided on one state and applied on a possibly newer one, so ``apply`` checks again what it needs:
+applied twice, or too late, it does nothing.  The watch then shows the newer state and a fresh decision follows.
+"""
+
+from typing import TypeAlias, assert_never
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.model.ids import IdSource, NodeId, TaskId
+from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import Timestamp
+from skep.store.interface import Transaction
+
+
+class FillSlot(msgspec.Struct, frozen=True):
+    """Create a task in a free slot: ``slot`` of a replicated service, ``node_id`` of a global one.
+
+    ``desired`` READY: prepare it, but start it only when ``starts`` says so.
+    """
+
+    service: Service
+    slot: int = 0
+    node_id: NodeId = NodeId("")
+    desired: TaskState = TaskState.RUNNING
+
+
+class RetireTask(msgspec.Struct, frozen=True):
+    """Have a task stopped.  SHUTDOWN keeps it as history of its slot, REMOVE deletes it once stopped."""
+
+    task: Task
+    desired: TaskState = TaskState.SHUTDOWN
+
+
+class ReplaceTask(msgspec.Struct, frozen=True):
+    """Retire ``task`` and fill its slot again, both or neither."""
+
+    task: Task
+    successor: FillSlot
+
+
+class StartTask(msgspec.Struct, frozen=True):
+    """Let a prepared task start: its desired state goes from READY to RUNNING."""
+
+    task: Task
+
+
+class SetUpdateStatus(msgspec.Struct, frozen=True):
+    """Say how the update to ``service.spec_version`` stands."""
+
+    service: Service
+    state: UpdateState
+    message: str
+
+
+class RollBack(msgspec.Struct, frozen=True):
+    """Return to the previous spec because the update to ``service.spec_version`` failed."""
+
+    service: Service
+    message: str
+
+
+class Recheck(msgspec.Struct, frozen=True):
+    """Nothing to do before ``at`` (seconds on the leader's monotonic clock); then decide again."""
+
+    at: float
+
+
+Change: TypeAlias = FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack
+Step: TypeAlias = Change | Recheck
+
+
+def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> None:
+    """Write ``change``, unless what it was decided on is no longer so.  ``now``: stamp for people to read."""
+    match change:
+        case FillSlot():
+            _fill(tx, change, new_id, now)
+        case RetireTask(task, desired):
+            _retire(tx, task.id, desired, now)
+        case ReplaceTask(task, successor):
+            if _retire(tx, task.id, TaskState.SHUTDOWN, now):
+                _fill(tx, successor, new_id, now)
+        case StartTask(task):
+            current = tx.lookup(Task, task.id)
+            if current is not None and current.desired_state < TaskState.RUNNING:
+                tx.put(replace(current, desired_state=TaskState.RUNNING))
+        case SetUpdateStatus(service, state, message):
+            _set_update_status(tx, service, state, message, now)
+        case RollBack(service, message):
+            _roll_back(tx, service, message, now)
+        case _:
+            assert_never(change)
+
+
+def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -> None:
+    wanted = change.service
+    service = tx.lookup(Service, wanted.id)
+    if service is None or service.removed_at is not None or service.spec_version != wanted.spec_version:
+        return
+    rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
+    if any(task.is_active and task.spec_version == service.spec_version for task in rivals):
+        return
+    tx.put(
+        Task(
+            id=TaskId(new_id()),
+            created_at=now,
+            spec=service.spec.task_template,
+            service_id=service.id,
+            slot=change.slot,
+            node_id=change.node_id,
+            status=TaskStatus(timestamp=now, state=TaskState.NEW, message="created"),
+            desired_state=change.desired,
+            spec_version=service.spec_version,
+        )
+    )
+
+
+def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp) -> bool:
+    """Whether the task was still to be retired (and now is)."""
+    task = tx.lookup(Task, id)
+    if task is None or task.desired_state >= desired:
+        return False
+    task = replace(task, desired_state=desired)
+    if task.status.state < TaskState.ASSIGNED:
+        # No agent ever heard of it, so nobody else could report its end.
+        status = TaskStatus(timestamp=now, state=TaskState.SHUTDOWN, message="shutdown before assignment")
+        task = replace(task, status=status)
+    tx.put(task)
+    return True
+
+
+def _set_update_status(
+    tx: Transaction, wanted: Service, state: UpdateState, message: str, now: Timestamp
+) -> None:
+    service = tx.lookup(Service, wanted.id)
+    if service is None or service.spec_version != wanted.spec_version:
+        return
+    before = service.update_status or UpdateStatus()
+    if before.state == state and before.message == message:
+        return
+    is_final = state in (UpdateState.COMPLETED, UpdateState.ROLLBACK_COMPLETED)
+    status = UpdateStatus(
+        state=state,
+        started_at=before.started_at or now,
+        completed_at=now if is_final else None,
+        message=message,
+    )
+    tx.put(replace(service, update_status=status))
+
+
+def _roll_back(tx: Transaction, wanted: Service, message: str, now: Timestamp) -> None:
+    """The one wish that the leader writes: a newer wish of the user wins, because the version is compared."""
+    service = tx.get(Service, wanted.id)
+    if service.spec_version != wanted.spec_version or service.previous_spec is None:
+        return
+    before = service.update_status or UpdateStatus()
+    status = UpdateStatus(
+        state=UpdateState.ROLLBACK_STARTED, started_at=before.started_at or now, message=message
+    )
+    tx.put(replace(service, spec=service.previous_spec, previous_spec=None, update_status=status))

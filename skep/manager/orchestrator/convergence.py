@@ -1,0 +1,74 @@
+"""One service's next steps: scale, restarts, update and starts, each on the slots the earlier ones left alone.
+
+The order is a table of precedence.  A removed service is only ended.  A slot that comes or goes is nothing for the
+rules below.  A slot whose task ended is restarted before it is updated: the successor is made from the present spec
+anyway.  Starts come last because all others decide which task of a slot is meant to start.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from skep.manager.orchestrator import global_services, replicated
+from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.restart import restart_steps, start_steps
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
+from skep.manager.orchestrator.update import update_steps
+from skep.model.ids import NodeId
+from skep.model.node import Availability
+
+
+def next_steps(situation: Situation) -> list[Step]:
+    """What to do for the service now, and when to look again.
+
+    Applying the changes and asking again, nothing else having happened, gives no further change.
+    """
+    service, tasks = situation.service, situation.tasks
+    if service.removed_at is not None:
+        return list(replicated.retire_all(tasks))
+    slots: Mapping[Any, Slot]
+    match service.spec.mode.name:
+        case "replicated":
+            slots = group_by_slot(tasks)
+            steps: list[Step] = [*replicated.reconcile(service, tasks, situation.seen)]
+        case "global":
+            slots = _on_active_nodes(group_by_node(tasks), situation)
+            steps = [*global_services.reconcile(service, tasks, situation.nodes(), situation.seen)]
+        case _:
+            # Jobs are refused by control until there is a decision for them.
+            return []
+    changed = set(map(_slot_of, steps))
+    kept = {key: slot for key, slot in slots.items() if key not in changed}
+    for slot in kept.values():
+        steps += restart_steps(slot, situation)
+    changed.update(map(_slot_of, steps))
+    steps += [
+        step
+        for step in update_steps(kept.values(), situation)
+        if _slot_of(step) is None or _slot_of(step) not in changed
+    ]
+    changed.update(map(_slot_of, steps))
+    for key, slot in kept.items():
+        if key not in changed:
+            steps += start_steps(slot, situation)
+    return steps
+
+
+def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:
+    """A paused node keeps what it has: nothing there is restarted or updated."""
+    active = {}
+    for node_id, slot in slots.items():
+        node = situation.node(node_id)
+        if node is not None and node.spec.availability is Availability.ACTIVE:
+            active[node_id] = slot
+    return active
+
+
+def _slot_of(step: Step) -> int | NodeId | None:
+    """The slot that a change touches: its number, or the node of a global service; None: not one slot."""
+    match step:
+        case FillSlot(_, slot, node_id):
+            return slot or node_id
+        case RetireTask(task) | ReplaceTask(task) | StartTask(task):
+            return task.slot or task.node_id
+    return None

@@ -1,0 +1,40 @@
+"""Whether a task still is what its service asks for."""
+
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.situation import Situation
+from skep.model.constraints import is_satisfied
+from skep.model.service import EndpointSpec, Placement, TaskSpec
+from skep.model.task import Task
+
+
+def is_dirty(task: Task, situation: Situation) -> bool:
+    """Whether ``task`` must be replaced to follow its service's present spec.
+
+    Only the task template and the endpoint count: labels, replicas and update settings start no task.  A change of
+    placement alone leaves a task where it is while its node satisfies the new constraints.
+
+    Source: swarmkit, manager/orchestrator/task.go (IsTaskDirty).
+    """
+    service = situation.service
+    if task.spec_version == service.spec_version:
+        return False
+    spec = service.spec
+    made_from = situation.spec_of(task)
+    if made_from is not None and _ports(made_from.endpoint_spec) != _ports(spec.endpoint_spec):
+        return True
+    if task.spec == spec.task_template:
+        return False
+    if _without_placement(task.spec) != _without_placement(spec.task_template):
+        return True
+    node = situation.node_of(task)
+    constraints = (spec.task_template.placement or Placement()).constraints
+    return node is None or not is_satisfied(constraints, node)
+
+
+def _without_placement(spec: TaskSpec) -> TaskSpec:
+    return replace(spec, placement=None)
+
+
+def _ports(spec: EndpointSpec | None) -> EndpointSpec:
+    return spec or EndpointSpec()

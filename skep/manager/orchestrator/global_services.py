@@ -1,0 +1,55 @@
+"""Global services: one task on every node that may run one."""
+
+from collections.abc import Iterable
+
+from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
+from skep.manager.orchestrator.restart import should_restart
+from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, history, is_unusable, wanted
+from skep.model.constraints import is_satisfied
+from skep.model.node import Availability, Node
+from skep.model.service import Placement, Service, UpdateState
+from skep.model.task import Task
+
+
+def reconcile(
+    service: Service, tasks: Iterable[Task], nodes: Iterable[Node], seen: Sightings | None = None
+) -> list[Change]:
+    """Changes that give each eligible node one task of ``service``, and take it from the others.
+
+    A paused node keeps what it has and gets nothing new.  Applying the result and asking again gives ``[]``.
+
+    Source: swarmkit, manager/orchestrator/global/global.go (reconcileServices).
+    """
+    slots = group_by_node(tasks)
+    eligible = {node.id: node for node in nodes if is_eligible(node, service)}
+    changes: list[Change] = []
+    for node_id, slot in slots.items():
+        node = eligible.get(node_id)
+        if node is None:
+            changes += [RetireTask(task) for task in wanted(slot)]
+        elif node.spec.availability is Availability.PAUSE:
+            changes += [RetireTask(task) for task in wanted(slot) if task.status.state.is_terminal]
+    for node_id, node in eligible.items():
+        slot = slots.get(node_id, ())
+        if node.spec.availability is Availability.ACTIVE and not _is_held(slot, service, seen):
+            changes.append(FillSlot(service, 0, node_id, first_state(slot)))
+    return changes
+
+
+def is_eligible(node: Node, service: Service) -> bool:
+    """Whether ``node`` may hold a task of the service: up, not drained, and within the constraints."""
+    constraints = (service.spec.task_template.placement or Placement()).constraints
+    return not is_unusable(node) and is_satisfied(constraints, node)
+
+
+def _is_held(slot: Slot, service: Service, seen: Sightings | None) -> bool:
+    """Whether the node has its task: wanted, or ended for good (a rollback brings that back, too)."""
+    if wanted(slot):
+        return True
+    past = history(slot)
+    status = service.update_status
+    is_rollback = status is not None and status.state is UpdateState.ROLLBACK_STARTED
+    if not past or is_rollback:
+        return False
+    return not should_restart(past[-1], past, seen or Sightings(0.0))

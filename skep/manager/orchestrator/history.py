@@ -1,0 +1,70 @@
+"""Task history: how many ended tasks a slot keeps, and when what was removed is really gone.
+
+A task that is to be removed goes as soon as it has stopped (or never had started).  Of each slot's ended tasks as many
+stay as the cluster's history limit says; with ``max_attempts`` at least one more than that, because restarts
+are counted in them.  A removed service goes with its last task; a version of a spec goes when no task follows it.
+
+Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from skep.manager.orchestrator.slots import Slot, age
+from skep.model.node import Node
+from skep.model.service import RestartPolicy, Service
+from skep.model.task import Task, TaskState
+from skep.store.kinds import SpecVersion
+
+DEFAULT_LIMIT = 5
+
+
+def is_disposable(task: Task) -> bool:
+    """Whether a task that is to be removed can be deleted: no agent holds anything for it."""
+    is_idle = task.status.state < TaskState.ASSIGNED or task.status.state.is_terminal
+    return task.desired_state >= TaskState.REMOVE and is_idle
+
+
+def is_orphaned(task: Task, node: Node | None) -> bool:
+    """Whether nobody will ever report the task's end, because its node left the cluster."""
+    return (
+        node is None and bool(task.node_id) and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+    )
+
+
+def surplus_history(slot: Sequence[Task], limit: int) -> Slot:
+    """Tasks of one slot that its history no longer keeps, oldest first.
+
+    ``limit`` counts all tasks of the slot, the running one included; negative: keep everything.  While a task waits
+    for its restart delay, the one before it stays: the delay is read from it.
+    """
+    if limit < 0 or len(slot) <= limit:
+        return ()
+    past = [task for task in sorted(slot, key=age) if _is_past(task)]
+    surplus = past[: len(slot) - limit]
+    if any(task.desired_state is TaskState.READY for task in slot) and surplus == past:
+        del surplus[-1:]
+    return tuple(surplus)
+
+
+def history_limit(service: Service, cluster_limit: int | None) -> int:
+    """Tasks that each slot of ``service`` keeps."""
+    policy = service.spec.task_template.restart_policy or RestartPolicy()
+    if policy.max_attempts:
+        return policy.max_attempts + 1
+    return DEFAULT_LIMIT if cluster_limit is None else cluster_limit
+
+
+def unused_versions(
+    service: Service, versions: Iterable[SpecVersion], tasks: Iterable[Task]
+) -> list[SpecVersion]:
+    """Versions of the service's spec that no task follows; the present one always stays."""
+    used = {task.spec_version.index for task in tasks if task.spec_version is not None}
+    if service.spec_version is not None:
+        used.add(service.spec_version.index)
+    return [version for version in versions if version.index not in used]
+
+
+def _is_past(task: Task) -> bool:
+    """Whether the task has ended, or will never run."""
+    is_stillborn = task.status.state < TaskState.ASSIGNED and task.desired_state > TaskState.RUNNING
+    return task.status.state.is_terminal or is_stillborn

@@ -1,0 +1,202 @@
+"""The orchestrator's loop: watches services, tasks and nodes, and applies ``convergence.next_steps``."""
+
+import asyncio
+from collections.abc import Iterable
+from random import Random
+
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.manager.agenda import Agenda
+from skep.manager.follow import State, follow
+from skep.manager.guard import Guard, contained
+from skep.manager.orchestrator.changes import Change, Recheck, apply
+from skep.manager.orchestrator.convergence import next_steps
+from skep.manager.orchestrator.replicated import retire_all
+from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import is_lost, is_unusable
+from skep.model.ids import IdSource, ServiceId
+from skep.model.node import Node
+from skep.model.service import Service, ServiceSpec, UpdateStatus
+from skep.model.task import Task, TaskState
+from skep.model.times import timestamp
+from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
+from skep.store.kinds import SpecVersion, spec_version_id
+
+log = structlog.get_logger()
+
+BATCH = 100
+"""Services looked at before their changes are committed together."""
+SLICE_S = 0.01
+"""Deciding gives way to everything else after this long."""
+RETRY_S = 0.5
+"""Until the next attempt when the store did not take a change (jittered)."""
+
+
+class Orchestrator:
+    """Keeps every service at its wanted tasks: replicated and global, restarts, rolling updates."""
+
+    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+        self._term = term
+        self._clock = clock
+        self._new_id = new_id
+        self._random = random
+        self._agenda: Agenda[ServiceId] = Agenda(clock)
+        self._guard = Guard(clock, random)
+        self._seen = Sightings(clock.monotonic())
+        self._global: set[ServiceId] = set()
+
+    async def run(self) -> None:
+        """Converge until cancelled.  Runs on the leader only."""
+        kinds = (Service, Task, Node)
+        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work)
+
+    def _start(self, snapshot: View) -> None:
+        self._seen = Sightings(self._clock.monotonic())
+        services = snapshot.find(Service)
+        self._global = {service.id for service in services if _is_global(service)}
+        self._agenda.add(service.id for service in services)
+        known = {service.id for service in services}
+        self._agenda.add(sorted({task.service_id for task in snapshot.find(Task) if task.service_id} - known))
+
+    def _note(self, commit: Commit) -> None:
+        self._seen.note(commit, self._clock.monotonic())
+        self._agenda.add(self._touched(commit))
+
+    def _touched(self, commit: Commit) -> Iterable[ServiceId]:
+        """Services whose decision may come out differently after ``commit``."""
+        for event in commit.events:
+            match event:
+                case Created(Service() as service) | Updated(_, Service() as service):
+                    if _is_global(service):
+                        self._global.add(service.id)
+                    yield service.id
+                case Deleted(Service() as service):
+                    self._global.discard(service.id)
+                    self._guard.forget(service.id)
+                    yield service.id
+                case Created(Task() as task) | Deleted(Task() as task):
+                    if task.service_id:
+                        yield task.service_id
+                case Updated(Task() as old, Task() as new):
+                    if new.service_id and (_is_relevant(old, new) or self._is_assigned_in_vain(old, new)):
+                        yield new.service_id
+                case Created(Node()):
+                    yield from self._global
+                case Deleted(Node() as node):
+                    yield from self._of_node(node)
+                case Updated(Node() as before, Node() as after):
+                    if before.spec != after.spec or before.description != after.description:
+                        yield from self._global
+                    if is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after):
+                        yield from self._of_node(after)
+
+    def _is_assigned_in_vain(self, old: Task, new: Task) -> bool:
+        """Whether the task got a node that went away at the same moment."""
+        return old.node_id != new.node_id and is_unusable(self._term.view().lookup(Node, new.node_id))
+
+    def _of_node(self, node: Node) -> Iterable[ServiceId]:
+        yield from self._global
+        for task in self._term.view().find(Task, node_id=node.id):
+            if task.service_id:
+                yield task.service_id
+
+    async def _work(self) -> None:
+        while True:
+            changes: list[tuple[ServiceId, Change]] = []
+            began = self._clock.monotonic()
+            for service_id in await self._agenda.take(BATCH):
+                changes += await self._decided(service_id)
+                if self._clock.monotonic() - began > SLICE_S:
+                    await asyncio.sleep(0)
+                    began = self._clock.monotonic()
+            await self._commit(changes)
+
+    async def _decided(self, service_id: ServiceId) -> list[tuple[ServiceId, Change]]:
+        """The changes for one service; a decision that raises is written on the service and tried again later."""
+        changes = []
+        with self._guard.guarded(service_id):
+            for step in self._steps(service_id):
+                if isinstance(step, Recheck):
+                    self._agenda.add_at(service_id, step.at)
+                else:
+                    changes.append((service_id, step))
+        if (trouble := self._guard.trouble(service_id)) is not None:
+            self._agenda.add_at(service_id, trouble.retry_at)
+            with self._guard.guarded(f"{service_id} (its error)"):
+                await self._term.update(_write_error, service_id, trouble.error)
+            return []
+        return changes
+
+    def _steps(self, service_id: ServiceId) -> Iterable[Change | Recheck]:
+        view = self._term.view()
+        tasks = tuple(view.find(Task, service_id=service_id))
+        service = view.lookup(Service, service_id)
+        if service is None:
+            return retire_all(tasks)
+
+        def spec_of(task: Task) -> ServiceSpec | None:
+            if task.spec_version is None:
+                return None
+            version = view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
+            return version.spec if version is not None else None
+
+        return next_steps(
+            Situation(
+                service=service,
+                tasks=tasks,
+                nodes=lambda: tuple(view.find(Node)),
+                node=lambda node_id: view.lookup(Node, node_id),
+                spec_of=spec_of,
+                seen=self._seen,
+                now=self._clock.monotonic(),
+            )
+        )
+
+    async def _commit(self, changes: list[tuple[ServiceId, Change]]) -> None:
+        """Write the changes, each a transaction of its own, in as few raft entries as possible."""
+        if not changes:
+            return
+        now = timestamp(self._clock.now_ns())
+
+        def write(tx: Transaction, change: Change) -> None:
+            apply(tx, change, self._new_id, now)
+
+        try:
+            results = await self._term.update_each(contained(write), [change for _, change in changes])
+        except NotLeader:
+            raise
+        except Unavailable as error:
+            log.warning("changes not written, trying again", changes=len(changes), reason=str(error))
+            results = [error] * len(changes)
+        for (service_id, _), result in zip(changes, results, strict=True):
+            if isinstance(result, NotLeader):
+                raise result
+            if isinstance(result, SkepError):
+                delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
+                self._agenda.add_at(service_id, self._clock.monotonic() + delay_s)
+
+
+def _is_global(service: Service) -> bool:
+    return service.spec.mode.name == "global"
+
+
+def _is_relevant(old: Task, new: Task) -> bool:
+    """Whether a change of a task can change a decision: what its agent does between ASSIGNED and RUNNING cannot."""
+    return old.desired_state != new.desired_state or (
+        old.status.state != new.status.state and new.status.state >= TaskState.RUNNING
+    )
+
+
+def _write_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
+    """Show on the service that its decision failed.  The next change of its update status replaces it."""
+    service = tx.lookup(Service, service_id)
+    if service is None:
+        return
+    status = service.update_status or UpdateStatus()
+    message = f"orchestration failed: {error}"
+    if status.message != message:
+        tx.put(replace(service, update_status=replace(status, message=message)))

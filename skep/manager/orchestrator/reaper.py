@@ -1,0 +1,202 @@
+"""The reaper's loop: deletes what ``history`` says is no longer needed."""
+
+from collections.abc import Iterable
+from random import Random
+from typing import NewType, TypeAlias
+
+import msgspec
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.manager.agenda import Agenda
+from skep.manager.follow import State, follow
+from skep.manager.guard import Guard, contained
+from skep.manager.orchestrator.history import (
+    history_limit,
+    is_disposable,
+    is_orphaned,
+    surplus_history,
+    unused_versions,
+)
+from skep.model.ids import IdSource, ServiceId
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.swarm import Swarm
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import Timestamp, timestamp
+from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
+from skep.store.kinds import SpecVersion
+
+log = structlog.get_logger()
+
+BATCH = 500
+"""Slots and services looked at before their changes are committed together."""
+RETRY_S = 0.5
+"""Until the next attempt when the store did not take a change (jittered)."""
+
+Key = NewType("Key", str)
+"""A slot (``<service>/<slot or node>``) or a service (its id)."""
+
+
+class Orphan(msgspec.Struct, frozen=True):
+    """The task's node is gone: the leader says how it ended, because nobody else will."""
+
+    task: Task
+
+
+class DeleteTask(msgspec.Struct, frozen=True):
+    """The task is history that nobody keeps."""
+
+    task: Task
+
+
+class DeleteService(msgspec.Struct, frozen=True):
+    """The service was removed and its last task is gone."""
+
+    service: Service
+
+
+class DeleteVersion(msgspec.Struct, frozen=True):
+    """No task follows this version of the spec any more."""
+
+    version: SpecVersion
+
+
+Removal: TypeAlias = Orphan | DeleteTask | DeleteService | DeleteVersion
+
+
+class Reaper:
+    """Keeps task history within its limit, and finishes what users have removed."""
+
+    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+        self._term = term
+        self._clock = clock
+        self._random = random
+        self._agenda: Agenda[Key] = Agenda(clock)
+        self._guard = Guard(clock, random)
+
+    async def run(self) -> None:
+        """Delete until cancelled.  Runs on the leader only."""
+        kinds = (Service, Task, Node, Swarm)
+        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work)
+
+    def _start(self, snapshot: View) -> None:
+        self._agenda.add(Key(service.id) for service in snapshot.find(Service))
+        self._agenda.add(_slot_key(task) for task in snapshot.find(Task))
+
+    def _note(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Task() as task):
+                    self._agenda.add((_slot_key(task),))
+                case Updated(Task() as old, Task() as new):
+                    if old.desired_state != new.desired_state or new.status.state.is_terminal:
+                        self._agenda.add((_slot_key(new),))
+                case Deleted(Task() as task) if task.service_id:
+                    self._agenda.add((Key(task.service_id),))
+                case Updated(Service() as before, Service() as after):
+                    if before.removed_at != after.removed_at or before.spec_version != after.spec_version:
+                        self._agenda.add((Key(after.id),))
+                case Deleted(Node() as node):
+                    tasks = self._term.view().find(Task, node_id=node.id)
+                    self._agenda.add(_slot_key(task) for task in tasks)
+                case Updated(Swarm(), Swarm()):
+                    self._agenda.add(_slot_key(task) for task in self._term.view().find(Task))
+
+    async def _work(self) -> None:
+        while True:
+            removals: list[tuple[Key, Removal]] = []
+            for key in await self._agenda.take(BATCH):
+                with self._guard.guarded(key):
+                    removals += [(key, removal) for removal in self._removals(key)]
+                if (trouble := self._guard.trouble(key)) is not None:
+                    self._agenda.add_at(key, trouble.retry_at)
+            await self._commit(removals)
+
+    def _removals(self, key: Key) -> list[Removal]:
+        view = self._term.view()
+        return list(self._of_slot(view, key) if "/" in key else self._of_service(view, ServiceId(key)))
+
+    def _of_slot(self, view: View, key: Key) -> Iterable[Removal]:
+        tasks = view.find(Task, slot=key)
+        for task in tasks:
+            if is_orphaned(task, view.lookup(Node, task.node_id)):
+                yield Orphan(task)
+        disposable = [task for task in tasks if is_disposable(task)]
+        yield from map(DeleteTask, disposable)
+        service = view.lookup(Service, key.partition("/")[0])
+        if service is not None:
+            limit = history_limit(service, _cluster_limit(view))
+            kept = [task for task in tasks if task not in disposable]
+            yield from map(DeleteTask, surplus_history(kept, limit))
+
+    def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:
+        service = view.lookup(Service, service_id)
+        if service is None:
+            return
+        tasks = view.find(Task, service_id=service_id)
+        if service.removed_at is not None and not tasks:
+            yield DeleteService(service)
+            return
+        versions = view.find(SpecVersion, service_id=service_id)
+        if len(versions) > 1:
+            yield from map(DeleteVersion, unused_versions(service, versions, tasks))
+
+    async def _commit(self, removals: list[tuple[Key, Removal]]) -> None:
+        """Write the removals, each a transaction of its own, in as few raft entries as possible."""
+        if not removals:
+            return
+        now = timestamp(self._clock.now_ns())
+
+        def write(tx: Transaction, removal: Removal) -> None:
+            _write(tx, removal, now)
+
+        try:
+            results = await self._term.update_each(contained(write), [removal for _, removal in removals])
+        except NotLeader:
+            raise
+        except Unavailable as error:
+            results = [error] * len(removals)
+        for (key, _), result in zip(removals, results, strict=True):
+            if isinstance(result, NotLeader):
+                raise result
+            if isinstance(result, SkepError):
+                log.warning("removal not written, trying again", key=key, reason=str(result))
+                delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
+                self._agenda.add_at(key, self._clock.monotonic() + delay_s)
+
+
+def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
+    """Write a removal, unless what it was decided on is no longer so."""
+    match removal:
+        case Orphan(wanted):
+            task = tx.lookup(Task, wanted.id)
+            if task is not None and is_orphaned(task, tx.lookup(Node, task.node_id)):
+                message = "Task belonged to a node that has been deleted"
+                status = TaskStatus(timestamp=now, state=TaskState.ORPHANED, message=message)
+                tx.put(replace(task, status=status))
+        case DeleteTask(wanted):
+            if tx.lookup(Task, wanted.id) is not None:
+                tx.delete(Task, wanted.id)
+        case DeleteService(service):
+            current = tx.rely_on(Service, service.id)
+            has_tasks = bool(tx.find(Task, service_id=service.id))
+            if current is not None and current.removed_at is not None and not has_tasks:
+                tx.delete(Service, service.id)
+        case DeleteVersion(version):
+            owner = tx.lookup(Service, version.service_id)
+            tasks = tx.find(Task, service_id=version.service_id)
+            if owner is not None and version in unused_versions(owner, (version,), tasks):
+                tx.delete(SpecVersion, version.id)
+
+
+def _slot_key(task: Task) -> Key:
+    """The schema's index "slot"."""
+    return Key(f"{task.service_id}/{task.slot or task.node_id}")
+
+
+def _cluster_limit(view: View) -> int | None:
+    swarms = view.find(Swarm)
+    return swarms[0].spec.orchestration.task_history_retention_limit if swarms else None

@@ -1,0 +1,94 @@
+"""Replicated services: as many filled slots as the user wants."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import count, islice
+
+from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
+from skep.manager.orchestrator.restart import should_restart
+from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.slots import Slot, first_state, group_by_slot, history, wanted
+from skep.model.ids import NodeId
+from skep.model.service import Service, UpdateState
+from skep.model.task import Task, TaskState
+
+
+def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = None) -> list[Change]:
+    """Changes that bring ``service`` to its wanted number of slots.
+
+    Free slots are filled from the lowest number up.  Surplus slots are taken from the nodes that hold most of the
+    service, so what stays is spread evenly.  A slot whose last task ended and is not to be restarted stays taken.
+    Applying the result and asking again gives ``[]``.
+
+    Source: swarmkit, manager/orchestrator/replicated/services.go.
+    """
+    slots = group_by_slot(tasks)
+    held = {number: slot for number, slot in slots.items() if is_held(slot, service, seen or Sightings(0.0))}
+    missing = service.spec.replicas - len(held)
+    kept = set(held)
+    changes: list[Change] = []
+    if missing >= 0:
+        free = (number for number in count(1) if number not in held)
+        filled = list(islice(free, missing))
+        kept.update(filled)
+        changes += [FillSlot(service, n, desired=first_state(slots.get(n, ()))) for n in filled]
+    else:
+        kept -= set(in_eviction_order(held)[missing:])
+    # The history of a slot goes with it.
+    changes += [
+        RetireTask(task, TaskState.REMOVE)
+        for number, slot in slots.items()
+        if number not in kept
+        for task in history(slot)
+    ]
+    return changes
+
+
+def retire_all(tasks: Iterable[Task]) -> list[Change]:
+    """Changes that end every task of a service that was removed."""
+    return [RetireTask(task, TaskState.REMOVE) for task in tasks if task.desired_state < TaskState.REMOVE]
+
+
+def in_eviction_order(slots: Mapping[int, Slot]) -> list[int]:
+    """Slot numbers, those to keep longest first.
+
+    Each slot counts as the n-th copy of the service on its node; higher copies go first, so that no node keeps more
+    than its share.  Among equals what does not run goes before what runs, then high numbers before low ones (the
+    first replica of a stateful service often is its master).  Slots without a node, or in the middle of an
+    update, go before all others.
+
+    Source: swarmkit, manager/orchestrator/replicated/slot.go.
+    """
+    copies: Counter[NodeId] = Counter()
+
+    def rank(number: int) -> tuple[bool, int]:
+        slot = wanted(slots[number]) or history(slots[number])[-1:]
+        node_id = slot[0].node_id
+        if len(slot) > 1 or not node_id:
+            return True, 0
+        copies[node_id] += 1
+        return False, copies[node_id]
+
+    by_state = sorted(slots, key=lambda number: (not _is_running(slots[number]), number))
+    ranks = {number: rank(number) for number in by_state}
+    return sorted(by_state, key=ranks.__getitem__)
+
+
+def is_held(slot: Slot, service: Service, seen: Sightings) -> bool:
+    """Whether the slot counts as filled: a task is wanted in it, or its last one ended for good.
+
+    A rollback refills what ended for good, so that it always arrives at the state it returns to.
+    """
+    if wanted(slot):
+        return True
+    past = history(slot)
+    if not past:
+        return False
+    status = service.update_status
+    if status is not None and status.state is UpdateState.ROLLBACK_STARTED:
+        return False
+    return not should_restart(past[-1], slot, seen)
+
+
+def _is_running(slot: Slot) -> bool:
+    return any(task.status.state is TaskState.RUNNING for task in slot)

@@ -1,0 +1,144 @@
+"""Restarts: whether an ended task gets a successor, and when that one may start.
+
+A task that ended, or whose node is gone, down or drained, is *replaced*: it is retired, and a successor takes its
+slot with desired state READY.  The successor is placed and prepared at once, so that preparing overlaps with the
+restart delay; it is started when the delay is over and nothing of the slot is still stopping.
+
+How often a slot was restarted is not counted anywhere: it is the number of tasks that the slot has had with the
+same version of the spec, less the first (the task history keeps as many as the policy needs).
+
+Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrator/taskinit/init.go.
+"""
+
+from collections.abc import Iterator
+
+from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
+from skep.model.ids import NodeId
+from skep.model.node import Availability
+from skep.model.service import RestartCondition, RestartPolicy
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
+
+DEFAULT_DELAY_S = 5.0
+STOP_TIMEOUT_S = 60.0
+"""A successor waits no longer than this for what it replaces to stop (swarmkit's defaultOldTaskTimeout)."""
+
+
+def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
+    """What to do about the tasks of one slot that ended or lost their node."""
+    steps: list[Step] = []
+    current = wanted(slot)
+    for task in current:
+        if not (task.status.state.is_terminal or situation.is_misplaced(task)):
+            continue
+        if task is not current[-1]:
+            # An update has already put a newer task into the slot.
+            steps.append(RetireTask(task))
+        elif not should_restart(task, slot, situation.seen):
+            steps.append(RetireTask(task))
+        elif (starts_at := start_time(task, slot, situation)) > situation.now:
+            # It could not even be prepared: its own delay holds for the next attempt too, or a missing
+            # image would be asked for in a tight loop.
+            steps.append(Recheck(starts_at))
+        else:
+            steps.append(ReplaceTask(task, _successor(task, slot, situation)))
+    return steps
+
+
+def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
+    """Starts of prepared tasks whose time has come; when to look again for the others."""
+    for task in wanted(slot):
+        if task.desired_state is not TaskState.READY or task.status.state.is_terminal:
+            continue
+        starts_at = start_time(task, slot, situation)
+        yield StartTask(task) if starts_at <= situation.now else Recheck(starts_at)
+
+
+def should_restart(task: Task, slot: Slot, seen: Sightings) -> bool:
+    """Whether the restart policy gives ``task``, which ended or lost its node, a successor."""
+    policy = task.spec.restart_policy or RestartPolicy()
+    match policy.condition or RestartCondition.ANY:
+        case RestartCondition.NONE:
+            return False
+        case RestartCondition.ON_FAILURE if task.status.state is TaskState.COMPLETE:
+            return False
+    if not policy.max_attempts:
+        return True
+    successors = [other for other in history(slot) if other.spec_version == task.spec_version][1:]
+    if not policy.window:
+        return len(successors) < policy.max_attempts
+    ended_at = seen.ended(task)
+    if ended_at is None:
+        return True
+    window_opens_at = ended_at - policy.window / SECOND_NS
+    attempts = [other for other in successors if window_opens_at < seen.created(other) <= ended_at]
+    return len(attempts) < policy.max_attempts
+
+
+def delay_s(task: Task) -> float:
+    """The restart delay that ``task`` asks for."""
+    policy = task.spec.restart_policy
+    if policy is None or policy.delay is None:
+        return DEFAULT_DELAY_S
+    return policy.delay / SECOND_NS
+
+
+def start_time(task: Task, slot: Slot, situation: Situation) -> float:
+    """When a task with desired state READY may start, on the clock of ``situation.seen``.
+
+    Anything up to now means: at once.  A later moment may come forward when something changes meanwhile.
+    """
+    if task.desired_state is not TaskState.READY:
+        return situation.now
+    created_at = situation.seen.created(task)
+    starts_at = created_at
+    predecessor = _predecessor(task, slot)
+    if predecessor is not None and _is_delayed(predecessor, task, situation):
+        starts_at += delay_s(predecessor)
+    if _is_waited_for(slot, situation):
+        starts_at = max(starts_at, created_at + STOP_TIMEOUT_S)
+    return starts_at
+
+
+def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
+    """The task that takes the slot over; started at once where nothing has to be waited for."""
+    starts_now = delay_s(task) == 0 and not _is_waited_for(slot, situation)
+    starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
+    return FillSlot(
+        situation.service,
+        task.slot,
+        NodeId("") if task.slot else task.node_id,
+        TaskState.RUNNING if starts_now else TaskState.READY,
+    )
+
+
+def _predecessor(task: Task, slot: Slot) -> Task | None:
+    before = None
+    for other in history(slot):
+        if other.id == task.id:
+            break
+        before = other
+    return before
+
+
+def _is_delayed(predecessor: Task, task: Task, situation: Situation) -> bool:
+    """Whether ``task`` restarts ``predecessor`` under the restart delay.
+
+    Not when the spec has changed (an update is paced by its own settings), nor when the predecessor was stopped on
+    purpose or had to leave a drained node.
+    """
+    if predecessor.spec_version != task.spec_version:
+        return False
+    if predecessor.status.state.is_terminal:
+        return predecessor.status.state is not TaskState.SHUTDOWN
+    node = situation.node_of(predecessor)
+    is_drained = node is not None and node.spec.availability is Availability.DRAIN
+    return is_lost(node) and bool(predecessor.node_id) and not is_drained
+
+
+def _is_waited_for(slot: Slot, situation: Situation) -> bool:
+    """Whether something of the slot is still stopping, on a node that can be expected to say so."""
+    return any(is_stopping(task) and not is_lost(situation.node_of(task)) for task in slot)

@@ -1,0 +1,57 @@
+"""When this leader first saw what: the only stamps that restart delays, windows and monitors are measured with.
+
+Stamps in the objects come from other machines' clocks and are for people.  What happened before the term began
+counts as seen at its begin, so a new leader starts every delay again, bounded by its full length.
+"""
+
+from skep.model.ids import TaskId
+from skep.model.task import Task, TaskState
+from skep.store.interface import Commit, Created, Deleted, Updated
+
+
+class Sightings:
+    """First sightings of tasks' stages, in seconds on the leader's monotonic clock."""
+
+    def __init__(self, began: float) -> None:
+        """``began``: when the watch's snapshot was taken."""
+        self._began = began
+        self._created: dict[TaskId, float] = {}
+        self._running: dict[TaskId, float] = {}
+        self._ended: dict[TaskId, float] = {}
+
+    def created(self, task: Task) -> float:
+        """When the task appeared."""
+        return self._created.get(task.id, self._began)
+
+    def running(self, task: Task) -> float | None:
+        """When it was first seen running; None if it never was, as far as this leader knows."""
+        if task.id in self._running:
+            return self._running[task.id]
+        return self._began if task.status.state is TaskState.RUNNING else None
+
+    def ended(self, task: Task) -> float | None:
+        """When it was first seen to have ended; None while it has not."""
+        if not task.status.state.is_terminal:
+            return None
+        return self._ended.get(task.id, self._began)
+
+    def note(self, commit: Commit, now: float) -> None:
+        """Remember what ``commit`` shows for the first time."""
+        for event in commit.events:
+            match event:
+                case Created(Task() as task):
+                    self._created[task.id] = now
+                    self._note_state(task, now)
+                case Updated(Task() as old, Task() as task):
+                    if old.status.state is TaskState.RUNNING:
+                        self._running.setdefault(task.id, self._began)
+                    self._note_state(task, now)
+                case Deleted(Task() as task):
+                    for stamps in (self._created, self._running, self._ended):
+                        stamps.pop(task.id, None)
+
+    def _note_state(self, task: Task, now: float) -> None:
+        if task.status.state is TaskState.RUNNING:
+            self._running.setdefault(task.id, now)
+        elif task.status.state.is_terminal:
+            self._ended.setdefault(task.id, now)

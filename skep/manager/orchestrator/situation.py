@@ -1,0 +1,34 @@
+"""All that a decision about one service may look at."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.slots import is_unusable
+from skep.model.ids import NodeId
+from skep.model.node import Node
+from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task
+
+
+class Situation(msgspec.Struct, frozen=True, kw_only=True):
+    """A service, its tasks, the nodes, and what this leader has seen of them when."""
+
+    service: Service
+    tasks: tuple[Task, ...]
+    nodes: Callable[[], tuple[Node, ...]]
+    """Every node of the cluster, in order of id (only global services ask for it)."""
+    node: Callable[[NodeId], Node | None]
+    spec_of: Callable[[Task], ServiceSpec | None]
+    """The service's spec that a task was made from; None when it is no longer kept."""
+    seen: Sightings
+    now: float
+    """Seconds on the clock of ``seen``."""
+
+    def node_of(self, task: Task) -> Node | None:
+        return self.node(task.node_id) if task.node_id else None
+
+    def is_misplaced(self, task: Task) -> bool:
+        """Whether the task has a node and must leave it."""
+        return bool(task.node_id) and is_unusable(self.node(task.node_id))

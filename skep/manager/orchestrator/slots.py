@@ -1,0 +1,74 @@
+"""Slots: the places of a service, each taken by one task after another.
+
+A replicated service has numbered slots, a global one has a slot per node.  A slot's tasks are its history: the
+retired and ended ones, and at most one that is wanted (two for a moment while an update starts the new one first).
+"""
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from skep.model.ids import NodeId
+from skep.model.node import Availability, Node, NodeState
+from skep.model.task import Task, TaskState
+
+Slot: TypeAlias = tuple[Task, ...]
+"""The tasks of one slot, oldest first."""
+
+
+def group_by_slot(tasks: Iterable[Task]) -> dict[int, Slot]:
+    """Tasks by slot number, in order of number."""
+    slots: dict[int, list[Task]] = {}
+    for task in tasks:
+        slots.setdefault(task.slot, []).append(task)
+    return {number: tuple(sorted(slots[number], key=age)) for number in sorted(slots)}
+
+
+def group_by_node(tasks: Iterable[Task]) -> dict[NodeId, Slot]:
+    """Tasks of a global service by node, in order of node id."""
+    slots: dict[NodeId, list[Task]] = {}
+    for task in tasks:
+        slots.setdefault(task.node_id, []).append(task)
+    return {node_id: tuple(sorted(slots[node_id], key=age)) for node_id in sorted(slots)}
+
+
+def age(task: Task) -> tuple[str, str]:
+    """Sorts tasks by creation, oldest first.  RFC 3339 compares as text once the trailing Z is gone."""
+    return task.created_at.rstrip("Z"), task.id
+
+
+def is_wanted(task: Task) -> bool:
+    """Whether the task is meant to run (it may have ended all the same, and then waits to be replaced)."""
+    return task.desired_state <= TaskState.RUNNING
+
+
+def wanted(slot: Iterable[Task]) -> Slot:
+    """The tasks of a slot that are meant to run."""
+    return tuple(task for task in slot if is_wanted(task))
+
+
+def history(slot: Iterable[Task]) -> Slot:
+    """The tasks of a slot without those on their way to removal, which no longer count for anything."""
+    return tuple(task for task in slot if task.desired_state < TaskState.REMOVE)
+
+
+def is_stopping(task: Task) -> bool:
+    """Whether the task is retired and its agent has not reported its end yet."""
+    return not is_wanted(task) and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+
+
+def first_state(slot: Slot) -> TaskState:
+    """Desired state of a new task: a slot used again waits for what is still stopping in it."""
+    return TaskState.READY if any(map(is_stopping, slot)) else TaskState.RUNNING
+
+
+def is_unusable(node: Node | None) -> bool:
+    """Whether tasks must leave this node: it is gone, down or drained.
+
+    Source: swarmkit, manager/orchestrator/task.go (InvalidNode).
+    """
+    return node is None or node.status.state is NodeState.DOWN or node.spec.availability is Availability.DRAIN
+
+
+def is_lost(node: Node | None) -> bool:
+    """Whether nothing can be expected to be reported from this node."""
+    return node is None or node.status.state is NodeState.DOWN

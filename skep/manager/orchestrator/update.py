@@ -1,0 +1,195 @@
+"""Rolling updates: tasks made from an old spec give way to tasks of the present one, a few slots at a time.
+
+An update has no memory of its own: how far it is can be seen in the slots.
+
+* A slot is *outdated* when a wanted task in it (or its last task, which ended for good) was made from a spec that
+  differs in what a task is.  ``dirty`` says when.
+* An updated slot has a *lead*: the first task made from the present version.  The lead is *settled* when it was seen
+  running or ended.  Until then, and for the update delay after it, the slot occupies one of ``parallelism`` places.
+* A lead that ends by itself before it ran for the monitor time is a failure.  More failures than the ratio allows
+  pause the update, roll it back, or are ignored.
+* The update is complete when no slot is outdated and the monitor time has passed since the last lead settled.
+
+stop-first retires the old task and creates the new one in one step; the new one is prepared meanwhile and starts when
+the old one has stopped.  start-first retires the old task when the new one runs; if that fails it is retried by the
+restart policy while the old one runs on.
+
+Differences from swarmkit: nothing waits for the update delay after the last slot; a lead that we stop
+ourselves (a drained node, a scale down) is no failure; failures of tasks that a scale-up adds to the update count.
+
+Source: swarmkit, manager/orchestrator/update/updater.go.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from skep.manager.orchestrator.changes import (
+    FillSlot,
+    Recheck,
+    ReplaceTask,
+    RetireTask,
+    RollBack,
+    SetUpdateStatus,
+    Step,
+)
+from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import Slot, history, wanted
+from skep.model.ids import NodeId
+from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateOrder, UpdateState
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
+
+DEFAULT_MONITOR_S = 5.0
+DEFAULTS = UpdateConfig(parallelism=1)
+
+_PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
+_ROLLING = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
+
+
+class _SlotView(msgspec.Struct, frozen=True):
+    """One slot as the update sees it."""
+
+    current: Slot
+    """Wanted tasks made from the present spec."""
+    outdated: Slot
+    """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
+    lead: Task | None
+    """The first task of the present version."""
+
+
+def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
+    """The next steps of the update of a service's ``slots`` (those that stay), if there is anything to update.
+
+    Asking again after the steps were applied gives ``[]`` or a ``Recheck`` until something else happens.
+    """
+    service = situation.service
+    views = [_view(slot, situation) for slot in slots]
+    rollout = _Rollout(service, views, situation)
+    steps: list[Step] = [step for view in views for step in rollout.finish(view)]
+    state = rollout.state
+    if state in _PAUSED:
+        return steps
+    outdated = [view for view in views if view.outdated]
+    if not outdated and state not in _ROLLING:
+        return steps
+    if state is None:
+        steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
+    if (verdict := rollout.verdict()) is not None:
+        return [*steps, verdict]
+    if outdated:
+        return [*steps, *rollout.begin(outdated)]
+    return [*steps, *rollout.complete()]
+
+
+class _Rollout:
+    """How the update to one version stands, and its settings."""
+
+    def __init__(self, service: Service, views: list[_SlotView], situation: Situation) -> None:
+        self._service = service
+        self._views = views
+        self._seen = situation.seen
+        self._now = situation.now
+        self.state = service.update_status.state if service.update_status else None
+        self._is_rollback = self.state in (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
+        spec = service.spec
+        config = (spec.rollback_config if self._is_rollback else spec.update_config) or DEFAULTS
+        self._config = config
+        self._starts_first = config.order is UpdateOrder.START_FIRST
+        self._delay_s = config.delay / SECOND_NS
+        self._monitor_s = config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
+
+    def finish(self, view: _SlotView) -> Iterator[Step]:
+        """Retire what a current task of the same slot makes superfluous."""
+        if not view.current:
+            return
+        is_up = any(task.status.state is TaskState.RUNNING for task in view.current)
+        if is_up or not self._starts_first:
+            yield from (RetireTask(task) for task in view.outdated if task.desired_state <= TaskState.RUNNING)
+        if len(view.current) > 1:
+            best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
+            yield from (RetireTask(task) for task in view.current if task is not best)
+
+    def begin(self, outdated: list[_SlotView]) -> Iterator[Step]:
+        """Take as many further slots as there is room for; say when a delay makes room again."""
+        waiting = [view for view in outdated if not view.current]
+        busy, room_at = 0, []
+        for view in self._views:
+            if view.lead is None:
+                continue
+            settled_at = self._settled_at(view.lead)
+            if settled_at is None:
+                busy += 1
+            elif settled_at + self._delay_s > self._now:
+                busy += 1
+                room_at.append(settled_at + self._delay_s)
+        room = (self._config.parallelism or len(waiting)) - busy
+        for view in waiting[: max(room, 0)]:
+            yield from self._replace(view.outdated)
+        if len(waiting) > room and room_at:
+            yield Recheck(min(room_at))
+
+    def verdict(self) -> Step | None:
+        """What too many failures lead to."""
+        action = self._config.failure_action or UpdateFailureAction.PAUSE
+        if action is UpdateFailureAction.CONTINUE:
+            return None
+        failed = [view.lead for view in self._views if view.lead is not None and self._has_failed(view.lead)]
+        total = sum(1 for view in self._views if view.lead is not None or view.outdated)
+        if not failed or len(failed) / total <= self._config.max_failure_ratio:
+            return None
+        newest = max(failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id))
+        reason = f"due to failure or early termination of task {newest.id}"
+        if self._is_rollback:
+            # Never roll back a rollback.
+            return SetUpdateStatus(self._service, UpdateState.ROLLBACK_PAUSED, f"rollback paused {reason}")
+        if action is UpdateFailureAction.PAUSE:
+            return SetUpdateStatus(self._service, UpdateState.PAUSED, f"update paused {reason}")
+        if self._service.previous_spec is None:
+            message = f"update paused {reason}: there is no previous spec to roll back to"
+            return SetUpdateStatus(self._service, UpdateState.PAUSED, message)
+        return RollBack(self._service, f"update rolled back {reason}")
+
+    def complete(self) -> Iterator[Step]:
+        """Nothing is outdated: the update is over once every lead was watched for the monitor time."""
+        settled = [self._settled_at(view.lead) for view in self._views if view.lead is not None]
+        if any(at is None for at in settled):
+            return
+        over_at = max((at for at in settled if at is not None), default=self._now) + self._monitor_s
+        if settled and over_at > self._now:
+            yield Recheck(over_at)
+        elif self._is_rollback:
+            yield SetUpdateStatus(self._service, UpdateState.ROLLBACK_COMPLETED, "rollback completed")
+        else:
+            yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
+
+    def _replace(self, outdated: Slot) -> Iterator[Step]:
+        *others, last = outdated
+        yield from (RetireTask(task) for task in others if task.desired_state <= TaskState.RUNNING)
+        node_id = NodeId("") if last.slot else last.node_id
+        if self._starts_first or last.desired_state > TaskState.RUNNING:
+            yield FillSlot(self._service, last.slot, node_id)
+        else:
+            yield ReplaceTask(last, FillSlot(self._service, last.slot, node_id, TaskState.READY))
+
+    def _settled_at(self, lead: Task) -> float | None:
+        moments = (self._seen.running(lead), self._seen.ended(lead))
+        return min((at for at in moments if at is not None), default=None)
+
+    def _has_failed(self, lead: Task) -> bool:
+        """Whether the task ended by itself, before it ran for as long as it is monitored."""
+        if lead.status.state not in (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED):
+            return False
+        ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
+        return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
+
+
+def _view(slot: Slot, situation: Situation) -> _SlotView:
+    past = history(slot)
+    tasks = wanted(past) or past[-1:]
+    outdated = tuple(task for task in tasks if is_dirty(task, situation))
+    current = tuple(task for task in wanted(tasks) if task not in outdated)
+    version = situation.service.spec_version
+    lead = next((task for task in past if task.spec_version == version), None)
+    return _SlotView(current, outdated, lead)

@@ -1,0 +1,1 @@
+"""Pending tasks -> nodes: filters, preferences, node accounting."""

@@ -1,0 +1,66 @@
+"""Generic resources: what a user counts (``gpu=2``) or names (``gpu=uuid1,uuid2``) on a node.
+
+A task always asks for a number; it gets that many names where the node names them.
+
+Source: swarmkit, api/genericresource/resource_management.go.
+"""
+
+from collections.abc import Iterable
+
+from skep.model.service import DiscreteResource, GenericResource, NamedResource
+
+
+class GenericStock:
+    """What is free of the generic resources of one node."""
+
+    def __init__(self, resources: Iterable[GenericResource] = ()) -> None:
+        self._counts: dict[str, int] = {}
+        self._names: dict[str, dict[str, None]] = {}
+        self.give_back(resources)
+
+    def has(self, wanted: GenericResource) -> bool:
+        """Whether as much as ``wanted`` is free."""
+        kind, amount = kind_and_amount(wanted)
+        return max(self._counts.get(kind, 0), len(self._names.get(kind, ()))) >= amount
+
+    def chosen(self, wanted: Iterable[GenericResource]) -> tuple[GenericResource, ...]:
+        """The very resources a task would get; names in the node's order.  They stay free until ``take``."""
+        chosen: list[GenericResource] = []
+        for resource in wanted:
+            kind, amount = kind_and_amount(resource)
+            names = list(self._names.get(kind, ()))[:amount]
+            if names:
+                chosen += [
+                    GenericResource(named_resource_spec=NamedResource(kind=kind, value=name))
+                    for name in names
+                ]
+            else:
+                spec = DiscreteResource(kind=kind, value=amount)
+                chosen.append(GenericResource(discrete_resource_spec=spec))
+        return tuple(chosen)
+
+    def take(self, resources: Iterable[GenericResource]) -> None:
+        """Resources that a task has.  What the node no longer has is ignored."""
+        for resource in resources:
+            if (named := resource.named_resource_spec) is not None:
+                self._names.get(named.kind, {}).pop(named.value, None)
+            elif (discrete := resource.discrete_resource_spec) is not None:
+                # May go below zero when the node shrank under its tasks: then nothing is free.
+                self._counts[discrete.kind] = self._counts.get(discrete.kind, 0) - discrete.value
+
+    def give_back(self, resources: Iterable[GenericResource]) -> None:
+        """Resources become free."""
+        for resource in resources:
+            if (named := resource.named_resource_spec) is not None:
+                self._names.setdefault(named.kind, {})[named.value] = None
+            elif (discrete := resource.discrete_resource_spec) is not None:
+                self._counts[discrete.kind] = self._counts.get(discrete.kind, 0) + discrete.value
+
+
+def kind_and_amount(resource: GenericResource) -> tuple[str, int]:
+    """What is asked for, and how much of it."""
+    if (discrete := resource.discrete_resource_spec) is not None:
+        return discrete.kind, discrete.value
+    if (named := resource.named_resource_spec) is not None:
+        return named.kind, 1
+    return "", 0

@@ -1,0 +1,100 @@
+"""The scheduler's decision: nodes for a group of equal tasks, or the reason why there is none."""
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.manager.scheduler.accounting import Account, Accounting
+from skep.manager.scheduler.filters import explanation, filters_for
+from skep.manager.scheduler.requirements import Requirements
+from skep.manager.scheduler.spread import Spread
+from skep.model.ids import NodeId
+from skep.model.service import GenericResource
+from skep.model.task import Task, TaskState
+
+ASSIGNED = "scheduler assigned task to node"
+CONFIRMED = "scheduler confirmed task can run on preassigned node"
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """A task gets a node, and the generic resources it asked for."""
+
+    task: Task
+    node_id: NodeId
+    generic_resources: tuple[GenericResource, ...] = ()
+    message: str = ASSIGNED
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """No node will do for now; ``reason`` is what the user reads on the task."""
+
+    task: Task
+    reason: str
+
+
+class Placed(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one batch."""
+
+    assignments: tuple[Assignment, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    remaining: tuple[Task, ...] = ()
+    """Tasks beyond the limit: ask again."""
+
+
+def place(
+    tasks: Sequence[Task], wish: Requirements, accounting: Accounting, *, now: float, limit: int
+) -> Placed:
+    """Nodes for up to ``limit`` of ``tasks``, which all ask for ``wish``.
+
+    Each assignment is entered into ``accounting`` as it is made, so the next one counts with it; who cannot
+    commit it takes it out again.  ``now``: on the clock that failures were noted with.
+    """
+    batch = tasks[:limit]
+    choice = Spread(wish, accounting, now)
+    assignments: list[Assignment] = []
+    for task in batch:
+        account = choice.next()
+        if account is None:
+            break
+        assignments.append(_assigned(task, account, wish, accounting))
+    refused = batch[len(assignments) :]
+    refusals: list[Refusal] = []
+    if refused:
+        # What holds for one of them holds for all that ask for the same.
+        reason = _reason(wish, accounting)
+        refusals = [Refusal(task, reason) for task in (*refused, *tasks[limit:])]
+    return Placed(
+        assignments=tuple(assignments),
+        refusals=tuple(refusals),
+        remaining=() if refused else tuple(tasks[limit:]),
+    )
+
+
+def confirm(task: Task, wish: Requirements, accounting: Accounting) -> Assignment | Refusal:
+    """Whether the node that a global service's task was made for can take it.  Entered into ``accounting``."""
+    account = accounting.accounts.get(task.node_id)
+    if account is None:
+        return Refusal(task, f"node {task.node_id} is not part of the cluster")
+    copies = accounting.copies(task.service_id)
+    if all(filter.passes(wish, account, copies[task.node_id]) for filter in filters_for(wish)):
+        return replace(_assigned(task, account, wish, accounting), message=CONFIRMED)
+    return Refusal(task, explanation(wish, [account], copies))
+
+
+def _assigned(task: Task, account: Account, wish: Requirements, accounting: Accounting) -> Assignment:
+    generic = account.generic.chosen(wish.generic) if wish.generic else ()
+    placed = replace(
+        task,
+        node_id=account.node.id,
+        generic_resources=generic,
+        status=replace(task.status, state=TaskState.ASSIGNED),
+    )
+    accounting.add(placed, wish.host_ports)
+    return Assignment(task=task, node_id=account.node.id, generic_resources=generic)
+
+
+def _reason(wish: Requirements, accounting: Accounting) -> str:
+    copies = accounting.copies(wish.service_id)
+    refused = explanation(wish, accounting.accounts.values(), copies)
+    return f"no suitable node ({refused})" if refused else "no suitable node"

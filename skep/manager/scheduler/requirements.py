@@ -1,0 +1,97 @@
+"""What a task asks of a node.  Tasks of one service and version ask for the same, so it is derived once for all."""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import msgspec
+
+from skep.model.constraints import Constraint, parsed
+from skep.model.ids import ServiceId
+from skep.model.meta import Version
+from skep.model.service import (
+    GenericResource,
+    Placement,
+    Platform,
+    PublishMode,
+    Resources,
+    ServiceSpec,
+    TaskSpec,
+)
+from skep.model.task import Task
+
+HostPort: TypeAlias = tuple[str, int]
+"""Protocol and port number on a node."""
+
+Plugin: TypeAlias = tuple[str, str]
+"""Type (Volume, Network, Log) and name."""
+
+
+class Requirements(msgspec.Struct, frozen=True, kw_only=True):
+    """All that filters and preferences look at."""
+
+    service_id: ServiceId
+    version: int
+    nano_cpus: int = 0
+    memory_bytes: int = 0
+    generic: tuple[GenericResource, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    spread_over: tuple[str, ...] = ()
+    platforms: tuple[Platform, ...] = ()
+    plugins: tuple[Plugin, ...] = ()
+    host_ports: tuple[HostPort, ...] = ()
+    max_replicas: int = 0
+
+
+def requirements_of(task: Task, service_spec: ServiceSpec | None) -> Requirements:
+    """What ``task`` asks for.  ``service_spec``: the spec that it was made from (for its host-mode ports).
+
+    Raises:
+        InvalidArgument: a constraint cannot be parsed (control refuses such).
+    """
+    spec = task.spec
+    placement = spec.placement or Placement()
+    reservations = reservations_of(spec)
+    return Requirements(
+        service_id=task.service_id,
+        version=(task.spec_version or Version()).index,
+        nano_cpus=reservations.nano_cpus,
+        memory_bytes=reservations.memory_bytes,
+        generic=reservations.generic_resources,
+        constraints=parsed(placement.constraints),
+        spread_over=tuple(over.spread.spread_descriptor for over in placement.preferences if over.spread),
+        platforms=placement.platforms,
+        plugins=tuple(_plugins(task)),
+        host_ports=host_ports(service_spec),
+        max_replicas=placement.max_replicas,
+    )
+
+
+def reservations_of(spec: TaskSpec) -> Resources:
+    """What a task with this spec keeps for itself on its node."""
+    resources = spec.resources
+    return (resources.reservations if resources else None) or Resources()
+
+
+def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
+    """Ports that each task of the service opens on its node under a number of the user's choice."""
+    if spec is None or spec.endpoint_spec is None:
+        return ()
+    return tuple(
+        (port.protocol, port.published_port)
+        for port in spec.endpoint_spec.ports
+        if port.publish_mode is PublishMode.HOST and port.published_port
+    )
+
+
+def _plugins(task: Task) -> Iterator[Plugin]:
+    container = task.spec.container_spec
+    for mount in container.mounts if container else ():
+        driver = mount.volume_options.driver_config if mount.volume_options else None
+        if mount.type == "volume" and driver is not None and driver.name not in ("", "local"):
+            yield "Volume", driver.name
+    for attachment in task.networks_attachments:
+        if attachment.network is not None and attachment.network.driver_state.name:
+            yield "Network", attachment.network.driver_state.name
+    log_driver = task.spec.log_driver
+    if log_driver is not None and log_driver.name not in ("", "none"):
+        yield "Log", log_driver.name

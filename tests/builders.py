@@ -1,0 +1,133 @@
+"""Objects for tests: say only what matters."""
+
+from itertools import count
+
+from skep.model.container import ContainerSpec
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.meta import Version
+from skep.model.node import Availability, Node, NodeDescription, NodeRole, NodeSpec, NodeState, NodeStatus
+from skep.model.service import (
+    EndpointSpec,
+    GlobalService,
+    Placement,
+    PlacementPreference,
+    PortConfig,
+    ReplicatedService,
+    ResourceRequirements,
+    Resources,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    SpreadOver,
+    TaskSpec,
+    UpdateConfig,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import timestamp
+
+_numbers = count(1)
+
+
+def a_service_spec(
+    name: str = "web",
+    *,
+    replicas: int | None = 1,
+    image: str = "busybox:1",
+    restart: RestartPolicy | None = None,
+    update: UpdateConfig | None = None,
+    rollback: UpdateConfig | None = None,
+    constraints: tuple[str, ...] = (),
+    spread: tuple[str, ...] = (),
+    max_replicas: int = 0,
+    reserve: Resources | None = None,
+    ports: tuple[PortConfig, ...] = (),
+    is_global: bool = False,
+) -> ServiceSpec:
+    """A spec; ``reserve``: what each task keeps for itself; ``spread``: preferences' descriptors."""
+    preferences = tuple(
+        PlacementPreference(spread=SpreadOver(spread_descriptor=descriptor)) for descriptor in spread
+    )
+    return ServiceSpec(
+        name=name,
+        task_template=TaskSpec(
+            container_spec=ContainerSpec(image=image),
+            restart_policy=restart,
+            resources=ResourceRequirements(reservations=reserve) if reserve else None,
+            placement=Placement(constraints=constraints, preferences=preferences, max_replicas=max_replicas),
+        ),
+        mode=ServiceMode(global_=GlobalService())
+        if is_global
+        else ServiceMode(replicated=ReplicatedService(replicas=replicas)),
+        update_config=update,
+        rollback_config=rollback,
+        endpoint_spec=EndpointSpec(ports=ports) if ports else None,
+    )
+
+
+def a_service(
+    name: str = "web",
+    *,
+    id: str = "",
+    version: int = 1,
+    spec: ServiceSpec | None = None,
+    previous: ServiceSpec | None = None,
+    state: UpdateState | None = None,
+    **wish: object,
+) -> Service:
+    """A service at spec ``version``; ``wish``: see ``a_service_spec``; ``state``: of its update."""
+    return Service(
+        id=ServiceId(id or name),
+        version=Version(index=version),
+        spec_version=Version(index=version),
+        spec=spec or a_service_spec(name, **wish),  # type: ignore[arg-type]
+        previous_spec=previous,
+        update_status=UpdateStatus(state=state) if state else None,
+    )
+
+
+def a_task(
+    id: str = "",
+    *,
+    slot: int = 1,
+    node: str = "",
+    state: TaskState = TaskState.RUNNING,
+    desired: TaskState = TaskState.RUNNING,
+    service: Service | str = "web",
+    version: int = 1,
+) -> Task:
+    """A task; later calls make younger tasks.  ``service``: whose present spec it follows, or just an id."""
+    number = next(_numbers)
+    owner = service if isinstance(service, Service) else None
+    return Task(
+        id=TaskId(id or f"t{number:06}"),
+        created_at=timestamp(number * 1_000_000_000),
+        spec=owner.spec.task_template if owner else a_service_spec().task_template,
+        service_id=owner.id if owner else ServiceId(str(service)),
+        slot=slot,
+        node_id=NodeId(node),
+        status=TaskStatus(state=state),
+        desired_state=desired,
+        spec_version=owner.spec_version if owner else Version(index=version),
+    )
+
+
+def a_node(
+    id: str = "n1",
+    *,
+    state: NodeState = NodeState.READY,
+    availability: Availability = Availability.ACTIVE,
+    labels: dict[str, str] | None = None,
+    role: NodeRole = NodeRole.WORKER,
+    has: Resources | None = None,
+) -> Node:
+    """A ready node; its hostname is its id."""
+    resources = has or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
+    return Node(
+        id=NodeId(id),
+        spec=NodeSpec(labels=labels or {}, availability=availability, role=role),
+        description=NodeDescription(hostname=id, resources=resources),
+        status=NodeStatus(state=state, addr="127.0.0.1"),
+    )
