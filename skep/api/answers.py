@@ -15,6 +15,9 @@ from aiohttp import web
 _PIECE = 128
 """List items encoded at once: about a millisecond of tasks."""
 
+RAW_STREAM = "application/vnd.docker.raw-stream"
+MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
+
 _encoder = msgspec.json.Encoder()
 
 

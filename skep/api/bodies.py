@@ -28,8 +28,8 @@ from skep.errors import InvalidArgument, SkepError
 
 T = TypeVar("T")
 
-Unrecognized = Mapping[type[Enum], Callable[[str], SkepError]]
-"""For each enumeration, the error for a word that is not in it."""
+Unrecognized = Mapping[type[Enum], Callable[[str], SkepError | Enum]]
+"""For each enumeration, the error for a word that is not in it, or what the engine takes it for."""
 
 EMPTY_BODY = "got EOF while reading request body"
 
@@ -224,10 +224,11 @@ class _Walk:
             return _MISSING
         if value in cls._value2member_map_:
             return value
-        error = self._unrecognized.get(cls)
-        if error is None:
+        meaning = self._unrecognized.get(cls)
+        if meaning is None:
             return self._refuse(InvalidArgument(f"invalid {cls.__name__}: {value!r}"))
-        return self._refuse(error(value))
+        outcome = meaning(value)
+        return outcome.value if isinstance(outcome, Enum) else self._refuse(outcome)
 
     def _integer(self, value: int | _Fraction, shape: inspect.Type) -> int | object:
         name = _go_type(shape)

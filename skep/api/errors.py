@@ -63,6 +63,7 @@ RPC_CODES: tuple[tuple[type[SkepError], str], ...] = (
     (PermissionDenied, "PermissionDenied"),
     (AlreadyExists, "AlreadyExists"),
     (OutOfSequence, "Unknown"),
+    (Untranslated, "Unknown"),
     (ResourceExhausted, "ResourceExhausted"),
     (Unimplemented, "Unimplemented"),
 )

@@ -308,7 +308,6 @@ class Service(ApiObject):
     updated_at: Timestamp = always(ZERO_TIME)
     spec: ServiceSpec = always(ServiceSpec())
     previous_spec: ServiceSpec | None = None
-    previous_spec_version: Version | None = None
     spec_version: Version | None = None
     """Version at which the spec last changed; tasks name the spec they follow by it."""
     endpoint: Endpoint = always(Endpoint())

@@ -1,0 +1,355 @@
+"""What ``POST /swarm/init`` and ``/swarm/join`` ask for, checked before anything is made.
+
+Pure: the machine's interfaces come in as an argument.  The words are the engine's.
+
+Source: moby 20.10, daemon/cluster/listen_addr.go and swarm.go, opts/hosts.go (ParseTCPAddr).
+"""
+
+import ipaddress
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address
+from typing import TypeAlias
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.api.errors import Untranslated
+from skep.errors import InvalidArgument
+from skep.model.node import Availability
+from skep.model.swarm import DEFAULT_SWARM_SPEC, InitRequest, JoinRequest, SwarmSpec
+
+Address: TypeAlias = IPv4Address | IPv6Address
+
+DEFAULT_PORT = "2377"
+DEFAULT_POOL = ("10.0.0.0/8",)
+DEFAULT_SUBNET_SIZE = 24
+DEFAULT_DATA_PATH_PORT = 4789
+
+_BAD_NETWORK = "must specify a valid IP address or interface name"
+_BAD_LISTEN = "listen address must be an IP address or network interface (with optional port number)"
+_BAD_ADVERTISE = (
+    "advertise address must be a non-zero IP address or network interface (with optional port number)"
+)
+_BAD_DATA_PATH = (
+    "data path address must be a non-zero IP address or network interface (without a port number)"
+)
+_NO_ADDRESS = "could not find the system's IP address"
+_SAY_LISTEN = (
+    "must specify a listening address because the address to advertise is not recognized as a system address, "
+    "and a system's IP address to use could not be uniquely identified"
+)
+
+
+class Interface(msgspec.Struct, frozen=True, kw_only=True):
+    """A network interface of this machine."""
+
+    addresses: tuple[Address, ...] = ()
+    is_up: bool = True
+    is_loopback: bool = False
+    is_ours: bool = False
+    """A bridge or gateway of containers: never the machine's own address."""
+
+
+Interfaces = Mapping[str, Interface]
+
+
+class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a node listens and how others reach it.  Addresses as ``host:port``, IPv6 in brackets.
+
+    ``local_addr``: an address of this machine.  ``advertise_addr``: "" at a join, where the manager finds it out.
+    """
+
+    listen_addr: str
+    advertise_addr: str
+    local_addr: str
+    data_path_addr: str = ""
+
+
+class Founding(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked init request."""
+
+    endpoints: Endpoints
+    spec: SwarmSpec
+    availability: Availability
+    default_addr_pool: tuple[str, ...]
+    subnet_size: int
+    data_path_port: int
+    force_new_cluster: bool
+
+
+class Joining(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked join request.  ``remote_addrs``: managers to ask, ``host:port``."""
+
+    endpoints: Endpoints
+    remote_addrs: tuple[str, ...]
+    token: str
+    availability: Availability
+
+
+def founding(request: InitRequest, interfaces: Interfaces) -> Founding:
+    """What ``request`` asks for, with everything left out filled in.  Raises: InvalidArgument, Untranslated."""
+    listen_addr = _with_port("ListenAddr", request.listen_addr)
+    check_swarm_name(request.spec)
+    host, port = _listen(listen_addr, interfaces)
+    advertise_host, advertise_port = _advertise(request.advertise_addr, port, interfaces)
+    data_path_addr = _data_path(request.data_path_addr, interfaces)
+    local_addr = _local(host, advertise_host, interfaces)
+    pools = checked_pools(request.default_addr_pool, request.subnet_size)
+    data_path_port = checked_data_path_port(request.data_path_port)
+    spec = merged_spec(request.spec)
+    if request.auto_lock_managers:
+        spec = replace(spec, encryption_config=replace(spec.encryption_config, auto_lock_managers=True))
+    return Founding(
+        endpoints=Endpoints(
+            listen_addr=_joined(host, port),
+            advertise_addr=_joined(advertise_host, advertise_port),
+            local_addr=str(local_addr),
+            data_path_addr=data_path_addr,
+        ),
+        spec=spec,
+        availability=availability(request.availability),
+        default_addr_pool=pools or DEFAULT_POOL,
+        subnet_size=request.subnet_size or DEFAULT_SUBNET_SIZE,
+        data_path_port=data_path_port,
+        force_new_cluster=request.force_new_cluster,
+    )
+
+
+def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
+    """What ``request`` asks for, with everything left out filled in.  Raises: InvalidArgument, Untranslated."""
+    listen_addr = _with_port("ListenAddr", request.listen_addr)
+    if not request.remote_addrs:
+        raise InvalidArgument("at least 1 RemoteAddr is required to join")
+    remotes = tuple(_with_port("remoteAddr", remote) for remote in request.remote_addrs)
+    host, port = _listen(listen_addr, interfaces)
+    advertise_addr = ""
+    if request.advertise_addr:
+        try:
+            advertise_addr = _joined(*_advertise(request.advertise_addr, port, interfaces))
+        except InvalidArgument:
+            pass  # the manager sees where the node comes from
+    local = advertise_addr.rpartition(":")[0].strip("[]") or str(host)
+    return Joining(
+        endpoints=Endpoints(
+            listen_addr=_joined(host, port),
+            advertise_addr=advertise_addr,
+            local_addr=local,
+            data_path_addr=_data_path(request.data_path_addr, interfaces),
+        ),
+        remote_addrs=remotes,
+        token=request.join_token,
+        availability=availability(request.availability),
+    )
+
+
+def availability(word: str) -> Availability:
+    """The availability a node asks for when it comes; none means active.  Raises: Untranslated."""
+    if not word:
+        return Availability.ACTIVE
+    try:
+        return Availability(word.lower())
+    except ValueError:
+        raise Untranslated(f'invalid Availability: "{word}"') from None
+
+
+def check_swarm_name(spec: SwarmSpec) -> None:
+    """The cluster has one name only.  Raises: InvalidArgument."""
+    if spec.name not in {"", "default"}:
+        raise InvalidArgument('swarm spec must be named "default"')
+
+
+def merged_spec(wish: SwarmSpec, base: SwarmSpec = DEFAULT_SWARM_SPEC) -> SwarmSpec:
+    """``base`` with everything that ``wish`` says; nothing, zero and "" say nothing.
+
+    Source: moby 20.10, daemon/cluster/convert/swarm.go (MergeSwarmSpecToGRPC).
+    """
+    raft, orchestration = wish.raft, wish.orchestration
+    kept, history = raft.keep_old_snapshots, orchestration.task_history_retention_limit
+    ca = wish.ca_config
+    return replace(
+        base,
+        name=wish.name or base.name,
+        labels=wish.labels or base.labels,
+        orchestration=replace(
+            base.orchestration,
+            task_history_retention_limit=(
+                base.orchestration.task_history_retention_limit if history is None else history
+            ),
+        ),
+        raft=replace(
+            base.raft,
+            snapshot_interval=raft.snapshot_interval or base.raft.snapshot_interval,
+            keep_old_snapshots=base.raft.keep_old_snapshots if kept is None else kept,
+            log_entries_for_slow_followers=(
+                raft.log_entries_for_slow_followers or base.raft.log_entries_for_slow_followers
+            ),
+            heartbeat_tick=raft.heartbeat_tick or base.raft.heartbeat_tick,
+            election_tick=raft.election_tick or base.raft.election_tick,
+        ),
+        dispatcher=replace(
+            base.dispatcher,
+            heartbeat_period=wish.dispatcher.heartbeat_period or base.dispatcher.heartbeat_period,
+        ),
+        ca_config=replace(
+            base.ca_config,
+            node_cert_expiry=ca.node_cert_expiry or base.ca_config.node_cert_expiry,
+            external_cas=ca.external_cas,
+            force_rotate=ca.force_rotate,
+        ),
+        task_defaults=wish.task_defaults,
+        encryption_config=wish.encryption_config,
+    )
+
+
+def checked_pools(pools: Sequence[str], subnet_size: int) -> tuple[str, ...]:
+    """The address pools that networks get their subnets from.  Raises: Untranslated (the engine answers 500)."""
+    if not pools:
+        return ()
+    size = subnet_size or DEFAULT_SUBNET_SIZE
+    if size > 29:
+        raise Untranslated(f"subnet size is out of range: {size}")
+    checked = []
+    for pool in (pool.strip() for pool in pools):
+        length = pool.partition("/")[2]
+        try:
+            network = ipaddress.ip_network(pool, strict=False) if length.isdigit() else None
+        except ValueError:
+            network = None
+        if network is None:
+            raise Untranslated(f"invalid base pool {pool}: invalid CIDR address: {pool}")
+        if size < network.prefixlen:
+            raise Untranslated(f'invalid CIDR: "{pool}". Subnet size is too small for pool: {size}')
+        checked.append(pool)
+    return tuple(checked)
+
+
+def checked_data_path_port(port: int) -> int:
+    """The UDP port of the overlay networks.  Raises: Untranslated: outside of 1024 to 49151."""
+    if not port:
+        return DEFAULT_DATA_PATH_PORT
+    if not 1024 <= port <= 49151:
+        raise Untranslated(f"Datapath port number is not in valid range (1024-49151) : {port}")
+    return port
+
+
+def _with_port(noun: str, addr: str) -> str:
+    """``addr`` with the default port if it names none, without ``tcp://``."""
+    if not addr:
+        raise InvalidArgument(f'invalid {noun} "": invalid empty address')
+    bare = addr.removeprefix("tcp://")
+    if "://" in bare:
+        return addr  # the engine lets it pass, and fails at the next step
+    host, port = _split(bare) or (bare.strip("[]"), DEFAULT_PORT)
+    if not (port or DEFAULT_PORT).isdigit():
+        return addr
+    return _joined(host or "0.0.0.0", port or DEFAULT_PORT)
+
+
+def _split(addr: str) -> tuple[str, str] | None:
+    """``host:port`` or ``[host]:port`` in two, None if it is neither."""
+    if addr.startswith("["):
+        host, bracket, rest = addr[1:].partition("]")
+        return (host, rest[1:]) if bracket and rest.startswith(":") else None
+    host, colon, port = addr.rpartition(":")
+    return (host, port) if colon and ":" not in host else None
+
+
+def _joined(host: Address | str, port: str) -> str:
+    text = str(host)
+    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
+
+
+def _listen(addr: str, interfaces: Interfaces) -> tuple[Address, str]:
+    parts = _split(addr)
+    if parts is None:
+        raise Untranslated(f"could not parse listen address {addr}")
+    return _address(parts[0], interfaces, _BAD_LISTEN, is_unspecified_valid=True), parts[1]
+
+
+def _advertise(addr: str, listen_port: str, interfaces: Interfaces) -> tuple[Address, str]:
+    if not addr:
+        return _system_address(interfaces), listen_port
+    host, port = _split(addr) or (addr, listen_port)
+    return _address(host, interfaces, _BAD_ADVERTISE), port
+
+
+def _data_path(addr: str, interfaces: Interfaces) -> str:
+    return str(_address(addr, interfaces, _BAD_DATA_PATH)) if addr else ""
+
+
+def _address(
+    word: str, interfaces: Interfaces, problem: str, *, is_unspecified_valid: bool = False
+) -> Address:
+    """The address that ``word``, an interface's name or an address, means."""
+    interface = interfaces.get(word)
+    if interface is not None:
+        return _interface_address(word, interface)
+    try:
+        address = ipaddress.ip_address(word)
+    except ValueError:
+        raise InvalidArgument(problem) from None
+    if address.is_unspecified and not is_unspecified_valid:
+        raise InvalidArgument(problem)
+    return address
+
+
+def _interface_address(name: str, interface: Interface) -> Address:
+    """The interface's one IPv4 address, else its one IPv6 address."""
+    for version in (4, 6):
+        found = [address for address in interface.addresses if address.version == version]
+        if len(found) > 1:
+            raise InvalidArgument(
+                f"interface {name} has more than one IPv{version} address ({found[0]} and {found[1]})"
+            )
+    if not interface.addresses:
+        raise InvalidArgument(f"interface {name} has no usable IPv4 or IPv6 address")
+    return min(interface.addresses, key=lambda address: address.version)
+
+
+def _system_address(interfaces: Interfaces) -> Address:
+    """The machine's only address.  Raises: InvalidArgument: it has none, or several."""
+    chosen: tuple[str, Address] | None = None
+    for name, address in _candidates(interfaces):
+        if chosen is None:
+            chosen = (name, address)
+            continue
+        if chosen[0] == name:
+            raise InvalidArgument(
+                "could not choose an IP address to advertise since this system has multiple addresses on "
+                f"interface {name} ({chosen[1]} and {address})"
+            )
+        raise InvalidArgument(
+            "could not choose an IP address to advertise since this system has multiple addresses on different "
+            f"interfaces ({chosen[1]} on {chosen[0]} and {address} on {name})"
+        )
+    if chosen is None:
+        raise InvalidArgument(_NO_ADDRESS)
+    return chosen[1]
+
+
+def _candidates(interfaces: Interfaces) -> Iterator[tuple[str, Address]]:
+    """Addresses that could be the machine's: of each interface those of one IP version, IPv4 first."""
+    for name, interface in interfaces.items():
+        if not interface.is_up or interface.is_loopback or interface.is_ours:
+            continue
+        usable = [
+            address
+            for address in interface.addresses
+            if not (
+                address.is_link_local or address.is_loopback or address.is_multicast or address.is_unspecified
+            )
+        ]
+        preferred = [address for address in usable if address.version == 4] or usable
+        yield from ((name, address) for address in preferred)
+
+
+def _local(listen: Address, advertise: Address, interfaces: Interfaces) -> Address:
+    """An address of this machine: where it listens, else what it advertises, else its only one."""
+    if not listen.is_unspecified:
+        return listen
+    if any(advertise in interface.addresses for interface in interfaces.values()):
+        return advertise
+    try:
+        return _system_address(interfaces)
+    except InvalidArgument:
+        raise InvalidArgument(_SAY_LISTEN) from None

@@ -1,0 +1,113 @@
+"""Operations on secrets and configs, which differ in little but in who may read them.
+
+Source: swarmkit, manager/controlapi/{secret,config}.go.
+"""
+
+import hmac
+
+from msgspec.structs import replace
+
+from skep.errors import InvalidArgument, OutOfSequence
+from skep.manager.control.names import check_file_name
+from skep.model.ids import ConfigId, IdSource, SecretId
+from skep.model.meta import Version
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Service
+from skep.model.times import Timestamp
+from skep.store.interface import InUse, Transaction
+from skep.store.kinds import Payload
+
+SECRET_BYTES_MAX = 500 * 1024
+CONFIG_BYTES_MAX = 1000 * 1024
+
+
+def create_secret(
+    tx: Transaction, spec: SecretSpec, data: bytes, *, new_id: IdSource, now: Timestamp
+) -> Secret:
+    """Create a secret; its data become a ``Payload`` that no API shows.
+
+    Raises:
+        InvalidArgument: name or data can never work; AlreadyExists: the name is taken.
+    """
+    check_file_name(spec.name)
+    if spec.driver is not None:
+        if not spec.driver.name:
+            raise InvalidArgument("secret driver must have a name")
+    elif not 0 < len(data) < SECRET_BYTES_MAX:
+        raise InvalidArgument(f"secret data must be larger than 0 and less than {SECRET_BYTES_MAX} bytes")
+    secret = tx.put(Secret(id=SecretId(new_id()), created_at=now, spec=spec))
+    if data:
+        tx.put(Payload(id=_payload_id(secret.id), data=data))
+    return secret
+
+
+def update_secret(
+    tx: Transaction, id: SecretId, spec: SecretSpec, data: bytes | None, version: int
+) -> Secret:
+    """Change the labels of a secret that is still at ``version``; nothing else of it can change.
+
+    Raises:
+        NotFound; InvalidArgument: more than labels would change; OutOfSequence.
+    """
+    secret = tx.get(Secret, id)
+    if secret.spec.name != spec.name or not _is_same_data(tx, id, data):
+        raise InvalidArgument("only updates to Labels are allowed")
+    if secret.version != Version(index=version):
+        raise OutOfSequence
+    return tx.put(replace(secret, spec=replace(secret.spec, labels=spec.labels)))
+
+
+def remove_secret(tx: Transaction, id: SecretId) -> None:
+    """Remove a secret that no service uses, with its data.  Raises: NotFound; InvalidArgument: it is used."""
+    secret = tx.get(Secret, id)
+    try:
+        tx.delete(Secret, id)
+    except InUse as error:
+        raise _in_use(tx, "secret", secret.spec.name, error) from error
+    if tx.lookup(Payload, _payload_id(id)) is not None:
+        tx.delete(Payload, _payload_id(id))
+
+
+def create_config(tx: Transaction, spec: ConfigSpec, *, new_id: IdSource, now: Timestamp) -> Config:
+    """Create a config.  Raises: InvalidArgument: name or data can never work; AlreadyExists."""
+    check_file_name(spec.name)
+    if not 0 < len(spec.data) < CONFIG_BYTES_MAX:
+        raise InvalidArgument(f"config data must be larger than 0 and less than {CONFIG_BYTES_MAX} bytes")
+    return tx.put(Config(id=ConfigId(new_id()), created_at=now, spec=spec))
+
+
+def update_config(tx: Transaction, id: ConfigId, spec: ConfigSpec, version: int) -> Config:
+    """Change the labels of a config that is still at ``version``.  Raises: as ``update_secret``."""
+    config = tx.get(Config, id)
+    if config.spec.name != spec.name or (spec.data and spec.data != config.spec.data):
+        raise InvalidArgument("only updates to Labels are allowed")
+    if config.version != Version(index=version):
+        raise OutOfSequence
+    return tx.put(replace(config, spec=replace(config.spec, labels=spec.labels)))
+
+
+def remove_config(tx: Transaction, id: ConfigId) -> None:
+    """Remove a config that no service uses.  Raises: NotFound; InvalidArgument: it is used."""
+    config = tx.get(Config, id)
+    try:
+        tx.delete(Config, id)
+    except InUse as error:
+        raise _in_use(tx, "config", config.spec.name, error) from error
+
+
+def _payload_id(id: SecretId) -> str:
+    return f"secret/{id}"
+
+
+def _is_same_data(tx: Transaction, id: SecretId, data: bytes | None) -> bool:
+    if not data:
+        return True
+    payload = tx.rely_on(Payload, _payload_id(id))
+    return payload is not None and hmac.compare_digest(payload.data, data)
+
+
+def _in_use(tx: Transaction, noun: str, name: str, error: InUse) -> InvalidArgument:
+    users = [tx.lookup(Service, id) for kind, id in error.users if kind == "service"]
+    names = [user.spec.name for user in users if user is not None]
+    services = "service" if len(names) == 1 else "services"
+    return InvalidArgument(f"{noun} '{name}' is in use by the following {services}: {', '.join(names)}")

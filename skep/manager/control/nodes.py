@@ -1,0 +1,105 @@
+"""Operations on nodes.
+
+Source: swarmkit, manager/controlapi/node.go; moby 20.10, daemon/cluster/convert/node.go.
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import TypeVar
+
+from msgspec.structs import replace
+
+from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NodeId
+from skep.model.meta import Version
+from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState, Reachability
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import Timestamp
+from skep.store.interface import Transaction
+
+E = TypeVar("E", bound=Enum)
+
+
+class NodeWish(ApiObject):
+    """Body of ``POST /nodes/{id}/update``: words that are not checked yet."""
+
+    __go_name__ = "swarm.NodeSpec"
+
+    name: str = ""
+    labels: Mapping[str, str] = always({})
+    role: str = ""
+    availability: str = ""
+
+
+def node_spec(wish: NodeWish) -> NodeSpec:
+    """What ``wish`` says, once its words are known.  Raises: InvalidArgument, in the engine's words."""
+    return NodeSpec(
+        name=wish.name,
+        labels=wish.labels,
+        role=_member(NodeRole, "Role", wish.role),
+        availability=_member(Availability, "Availability", wish.availability),
+    )
+
+
+def _member(cls: type[E], noun: str, word: str) -> E:
+    try:
+        return cls(word.lower())
+    except ValueError:
+        raise InvalidArgument(f'invalid {noun}: "{word}"') from None
+
+
+def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> Node:
+    """Replace the spec of a node that is still at ``version``.
+
+    Raises:
+        NotFound; OutOfSequence.
+        FailedPrecondition: it is the last manager, or the managers that stay have no quorum.
+    """
+    node = tx.get(Node, id)
+    if node.spec.role is NodeRole.MANAGER and spec.role is NodeRole.WORKER:
+        _check_demotion(tx, node)
+    if node.version != Version(index=version):
+        raise OutOfSequence
+    return tx.put(replace(node, spec=spec))
+
+
+def remove_node(tx: Transaction, id: NodeId, *, force: bool, now: Timestamp) -> None:
+    """Forget a node.  Its tasks are orphaned: nobody will ever report on them again.
+
+    Raises:
+        NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.
+    """
+    node = tx.get(Node, id)
+    if node.spec.role is NodeRole.MANAGER and node.manager_status is not None:
+        raise FailedPrecondition(
+            f"node {id} is a cluster manager and is a member of the raft cluster. "
+            "It must be demoted to worker before removal"
+        )
+    if not force and node.status.state is NodeState.READY:
+        raise FailedPrecondition(f"node {id} is not down and can't be removed")
+    for task in tx.find(Task, node_id=id):
+        if task.status.state < TaskState.COMPLETE:
+            tx.put(replace(task, status=_orphaned(now)))
+    tx.delete(Node, id)
+
+
+def _orphaned(now: Timestamp) -> TaskStatus:
+    return TaskStatus(
+        timestamp=now, state=TaskState.ORPHANED, message="Task belonged to a node that has been deleted"
+    )
+
+
+def _check_demotion(tx: Transaction, node: Node) -> None:
+    managers = [other for other in tx.find(Node) if other.spec.role is NodeRole.MANAGER]
+    if len(managers) == 1:
+        raise FailedPrecondition("attempting to demote the last manager of the swarm")
+    staying = [other for other in managers if other.id != node.id]
+    reachable = [other for other in staying if _is_reachable(other)]
+    if len(reachable) <= len(staying) // 2:
+        raise FailedPrecondition("can't remove member from the raft: this would result in a loss of quorum")
+
+
+def _is_reachable(node: Node) -> bool:
+    status = node.manager_status
+    return status is not None and status.reachability is Reachability.REACHABLE

@@ -1,0 +1,256 @@
+"""What a service's spec must fulfil.  All in SwarmKit's words and order.
+
+Source: swarmkit, manager/controlapi/service.go (validateServiceSpec and what it calls).
+"""
+
+from collections.abc import Iterable
+
+from skep.api.errors import Untranslated
+from skep.errors import InvalidArgument
+from skep.manager.control.images import is_image_reference
+from skep.manager.control.names import check_dns_name
+from skep.model import constraints
+from skep.model.container import (
+    ConfigReference,
+    ContainerSpec,
+    HealthConfig,
+    Mount,
+    SecretReference,
+)
+from skep.model.service import (
+    EndpointSpec,
+    Limits,
+    PublishMode,
+    ResourceRequirements,
+    Resources,
+    RestartPolicy,
+    ServiceMode,
+    ServiceSpec,
+    TaskSpec,
+    UpdateConfig,
+)
+from skep.model.times import Nanoseconds
+
+REPLICAS_MAX = 100_000
+"""Tasks of one service (DESIGN, "Conventions": cluster policy)."""
+
+_SHORTEST_NS = 1_000_000
+_NANO_CPUS_MIN = 1_000_000
+_MEMORY_BYTES_MIN = 4 * 1024 * 1024
+_SIGN_BIT = 2**63 - 1
+"""Decoding cuts larger numbers to this; SwarmKit sees them as negative."""
+
+
+def check_service_spec(spec: ServiceSpec) -> None:
+    """Refuse what can never work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
+    check_dns_name(spec.name)
+    _check_template(spec.task_template)
+    _check_mode(spec.mode)
+    if spec.mode.name in {"replicated-job", "global-job"}:
+        if spec.update_config is not None:
+            raise InvalidArgument("Jobs may not have an update config")
+    else:
+        _check_update(spec.update_config)
+    _check_endpoint(spec.endpoint_spec)
+
+
+def _check_template(template: TaskSpec) -> None:
+    _check_resources(template.resources)
+    _check_restart(template.restart_policy)
+    if template.placement is not None:
+        _check_constraints(template.placement.constraints)
+    container = template.container_spec
+    if container is None:
+        raise InvalidArgument("TaskSpec: missing runtime")
+    _check_secrets(container.secrets)
+    _check_configs(container)
+    _check_container(container)
+
+
+def _check_resources(requirements: ResourceRequirements | None) -> None:
+    if requirements is None:
+        return
+    for resources in (requirements.limits, requirements.reservations):
+        if resources is not None:
+            _check_amounts(resources)
+
+
+def _check_amounts(resources: Limits | Resources) -> None:
+    cpus, memory = resources.nano_cpus, resources.memory_bytes
+    if cpus and cpus < _NANO_CPUS_MIN:
+        raise InvalidArgument(f"invalid cpu value {_go_float(cpus / 1e9)}: Must be at least 0.001")
+    if memory and memory < _MEMORY_BYTES_MIN:
+        raise InvalidArgument(f"invalid memory value {memory}: Must be at least 4MiB")
+
+
+def _go_float(value: float) -> str:
+    """``value`` as Go's ``%g`` prints it: shortest form, exponents of at least two digits."""
+    text = repr(value)
+    if text.endswith(".0"):
+        text = text[:-2]
+    if value and (abs(value) < 1e-4 or abs(value) >= 1e21):
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        digits = repr(value).partition("e")[0] if "e" in repr(value) else mantissa.rstrip("0").rstrip(".")
+        return f"{digits}e{exponent}"
+    return text
+
+
+def _check_restart(policy: RestartPolicy | None) -> None:
+    if policy is None:
+        return
+    if policy.delay is not None and policy.delay < 0:
+        raise InvalidArgument("TaskSpec: restart-delay cannot be negative")
+    if policy.window is not None and policy.window < 0:
+        raise InvalidArgument("TaskSpec: restart-window cannot be negative")
+
+
+def _check_constraints(expressions: Iterable[str]) -> None:
+    """SwarmKit gives these errors no code."""
+    try:
+        for expression in expressions:
+            constraints.parse(expression)
+    except InvalidArgument as error:
+        raise Untranslated(str(error)) from error
+
+
+def _check_secrets(references: Iterable[SecretReference]) -> None:
+    taken: dict[str, str] = {}
+    for reference in references:
+        if not reference.secret_id or not reference.secret_name:
+            raise InvalidArgument("malformed secret reference")
+        if reference.file is None:
+            raise InvalidArgument("malformed secret reference, no target provided")
+        target = reference.file.name
+        if not target:
+            raise InvalidArgument("malformed file secret reference, invalid target file name provided")
+        if target in taken:
+            raise InvalidArgument(
+                f"secret references '{taken[target]}' and '{reference.secret_name}' "
+                f"have a conflicting target: '{target}'"
+            )
+        taken[target] = reference.secret_name
+
+
+def _check_configs(container: ContainerSpec) -> None:
+    taken: dict[str, str] = {}
+    for reference in container.configs:
+        if not reference.config_id or not reference.config_name:
+            raise InvalidArgument("malformed config reference")
+        if reference.file is None:
+            continue
+        target = reference.file.name
+        if not target:
+            raise InvalidArgument("malformed file config reference, invalid target file name provided")
+        if target in taken:
+            raise InvalidArgument(
+                f"config references '{taken[target]}' and '{reference.config_name}' "
+                f"have a conflicting target: '{target}'"
+            )
+        taken[target] = reference.config_name
+    wanted = _credential_config(container)
+    if wanted and not any(_is_runtime(reference, wanted) for reference in container.configs):
+        raise InvalidArgument(
+            f"CredentialSpec references config '{wanted}', "
+            "but that config isn't in config references with RuntimeTarget"
+        )
+
+
+def _credential_config(container: ContainerSpec) -> str:
+    if container.privileges is None or container.privileges.credential_spec is None:
+        return ""
+    return container.privileges.credential_spec.config
+
+
+def _is_runtime(reference: ConfigReference, config_id: str) -> bool:
+    return reference.runtime is not None and reference.config_id == config_id
+
+
+def _check_container(container: ContainerSpec) -> None:
+    if not container.image:
+        raise InvalidArgument("ContainerSpec: image reference must be provided")
+    if not is_image_reference(container.image):
+        raise InvalidArgument(f"ContainerSpec: {_go_quoted(container.image)} is not a valid repository/tag")
+    _check_mounts(container.mounts)
+    _check_health(container.healthcheck)
+
+
+def _go_quoted(text: str) -> str:
+    """``text`` as Go's ``%q`` prints it."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    for char, escape in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
+        escaped = escaped.replace(char, escape)
+    return '"' + "".join(c if c.isprintable() else _go_escape(c) for c in escaped) + '"'
+
+
+def _go_escape(char: str) -> str:
+    code = ord(char)
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _check_mounts(mounts: Iterable[Mount]) -> None:
+    targets = set()
+    for mount in mounts:
+        if mount.target in targets:
+            raise InvalidArgument(f"ContainerSpec: duplicate mount point: {mount.target}")
+        targets.add(mount.target)
+
+
+def _check_health(health: HealthConfig | None) -> None:
+    if health is None:
+        return
+    _check_health_time("Interval", health.interval)
+    _check_health_time("Timeout", health.timeout)
+    _check_health_time("StartPeriod", health.start_period)
+    _check_health_time("StartInterval", health.start_interval)
+    if health.retries < 0:
+        raise InvalidArgument("ContainerSpec: Retries in HealthConfig cannot be negative")
+
+
+def _check_health_time(name: str, duration: Nanoseconds) -> None:
+    if duration and duration < _SHORTEST_NS:
+        raise InvalidArgument(f"ContainerSpec: {name} in HealthConfig cannot be less than 1ms")
+
+
+def _check_mode(mode: ServiceMode) -> None:
+    if mode.replicated is not None and mode.replicated.replicas is not None:
+        _check_count(mode.replicated.replicas, "Number of replicas must be non-negative")
+    if mode.replicated_job is not None:
+        _check_count(mode.replicated_job.max_concurrent or 0, "Maximum concurrent jobs must not be negative")
+        _check_count(mode.replicated_job.total_completions or 0, "Total completed jobs must not be negative")
+
+
+def _check_count(count: int, negative: str) -> None:
+    if count >= _SIGN_BIT:
+        raise InvalidArgument(negative)
+    if count > REPLICAS_MAX:
+        raise InvalidArgument(f"a service can have at most {REPLICAS_MAX} tasks")
+
+
+def _check_update(config: UpdateConfig | None) -> None:
+    if config is None:
+        return
+    if config.delay < 0:
+        raise InvalidArgument("TaskSpec: update-delay cannot be negative")
+    if config.monitor < 0:
+        raise InvalidArgument("TaskSpec: update-monitor cannot be negative")
+    if not 0 <= config.max_failure_ratio <= 1:
+        raise InvalidArgument("TaskSpec: update-maxfailureratio cannot be less than 0 or bigger than 1")
+
+
+def _check_endpoint(endpoint: EndpointSpec | None) -> None:
+    if endpoint is None:
+        return
+    taken = set()
+    for port in endpoint.ports:
+        if endpoint.mode == "dnsrr" and port.publish_mode is PublishMode.INGRESS:
+            raise InvalidArgument(
+                "EndpointSpec: port published with ingress mode can't be used with dnsrr mode"
+            )
+        if not port.published_port:
+            continue
+        place = (port.protocol, port.published_port)
+        if place in taken:
+            raise InvalidArgument("EndpointSpec: duplicate published ports provided")
+        taken.add(place)

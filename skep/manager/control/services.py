@@ -1,0 +1,306 @@
+"""Operations on services.
+
+Creating, updating and removing a service write its wish; the leader's loops do the rest.  The specs that come in
+are ``settled`` (see ``service_form``) and name networks by id.
+
+Source: swarmkit, manager/controlapi/service.go; moby 20.10, daemon/cluster/services.go.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from msgspec.structs import replace
+
+from skep.api.errors import Untranslated
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence, Unimplemented
+from skep.manager.control.names import NameSource
+from skep.manager.control.networks import ingress_network, is_ingress
+from skep.manager.control.service_rules import check_service_spec
+from skep.model.ids import IdSource, NetworkId, ServiceId
+from skep.model.meta import Version
+from skep.model.network import Network
+from skep.model.secret import Config, Secret
+from skep.model.service import (
+    JobStatus,
+    NetworkAttachmentConfig,
+    PublishMode,
+    Service,
+    ServiceSpec,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.times import Timestamp
+from skep.store.interface import Transaction, View
+from skep.store.kinds import Payload
+
+AuthSource = Literal["spec", "previous-spec"]
+"""Whose registry credentials an update goes on with when it brings none."""
+
+
+def create_service(
+    tx: Transaction,
+    spec: ServiceSpec,
+    *,
+    new_id: IdSource,
+    new_name: NameSource,
+    now: Timestamp,
+    registry_auth: str = "",
+) -> Service:
+    """Create a service; one without a name gets a readable one that is free.
+
+    Args:
+        registry_auth: the ``X-Registry-Auth`` that nodes pull the image with; kept apart, never shown.
+
+    Raises:
+        InvalidArgument: the spec can never work, a port is taken, a secret or config is missing.
+        AlreadyExists: the name is taken.
+        FailedPrecondition: it publishes ports on the ingress network and there is none.
+    """
+    if not spec.name:
+        spec = replace(spec, name=_free_name(tx, new_name))
+    check_service_spec(spec)
+    _check_attachments(tx, spec)
+    _check_ingress(tx, spec)
+    _check_files(tx, spec)
+    service = tx.put(
+        Service(
+            id=ServiceId(new_id()),
+            created_at=now,
+            spec=spec,
+            job_status=JobStatus(last_execution=now) if _is_job(spec) else None,
+        )
+    )
+    _keep_auth(tx, _auth_id(service.id), registry_auth)
+    return service
+
+
+def update_service(
+    tx: Transaction,
+    id: ServiceId,
+    spec: ServiceSpec,
+    version: int,
+    *,
+    now: Timestamp,
+    registry_auth: str = "",
+    registry_auth_from: AuthSource = "spec",
+) -> Service:
+    """Replace the spec of a service that is still at ``version``; the spec before it stays as ``previous_spec``.
+
+    Raises:
+        InvalidArgument, FailedPrecondition: as for ``create_service``.
+        NotFound: it is gone.
+        Unimplemented: the update changes the mode, the name, or networks in the old place.
+        OutOfSequence: the service is at another version.
+    """
+    service = _changeable(tx, id, spec, version)
+    current_auth, previous_auth = _auth(tx, _auth_id(id)), _auth(tx, _previous_auth_id(id))
+    if not registry_auth:
+        registry_auth = previous_auth if registry_auth_from == "previous-spec" else current_auth
+    _keep_auth(tx, _auth_id(id), registry_auth)
+    _keep_auth(tx, _previous_auth_id(id), current_auth)
+    return tx.put(
+        replace(
+            service,
+            spec=spec,
+            previous_spec=service.spec,
+            update_status=None,
+            job_status=_next_job(service, now),
+        )
+    )
+
+
+def rollback_service(
+    tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int, *, now: Timestamp
+) -> Service:
+    """Swap the present and the previous spec.  ``spec``, sent along by the client, is checked and not used.
+
+    Raises:
+        FailedPrecondition: there is no previous spec; the rest as for ``update_service``.
+    """
+    service = _changeable(tx, id, spec, version)
+    if service.previous_spec is None:
+        raise FailedPrecondition(f"service {id} does not have a previous spec")
+    current_auth, previous_auth = _auth(tx, _auth_id(id)), _auth(tx, _previous_auth_id(id))
+    _keep_auth(tx, _auth_id(id), previous_auth)
+    _keep_auth(tx, _previous_auth_id(id), current_auth)
+    return tx.put(
+        replace(
+            service,
+            spec=service.previous_spec,
+            previous_spec=service.spec,
+            update_status=UpdateStatus(
+                state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback", started_at=now
+            ),
+            job_status=_next_job(service, now),
+        )
+    )
+
+
+def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> None:
+    """Remove a service: its name, ports and references are free at once, its tasks stop by and by.
+
+    The record stays, hidden, as owner of its tasks; the leader deletes it after the last of them.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    service = _present(tx, id)
+    _keep_auth(tx, _auth_id(id), "")
+    _keep_auth(tx, _previous_auth_id(id), "")
+    tx.put(replace(service, removed_at=now))
+
+
+def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
+    """``spec`` with networks by id, which clients may name by name or by the beginning of an id.
+
+    Raises:
+        NotFound: no such network; InvalidArgument: several.
+    """
+    template = spec.task_template
+    if template.networks:
+        networks = _resolved(view, template.networks)
+        return replace(spec, task_template=replace(template, networks=networks))
+    return replace(spec, networks=_resolved(view, spec.networks)) if spec.networks else spec
+
+
+def _resolved(
+    view: View, attachments: Iterable[NetworkAttachmentConfig]
+) -> tuple[NetworkAttachmentConfig, ...]:
+    return tuple(
+        replace(attachment, target=view.resolve(Network, attachment.target).id) for attachment in attachments
+    )
+
+
+def _free_name(tx: Transaction, new_name: NameSource) -> str:
+    """A name nobody has; after a few attempts with a number behind it."""
+    for attempt in range(1_000):
+        name = new_name() if attempt < 10 else f"{new_name()}{attempt}"
+        if not tx.find(Service, name=name):
+            return name
+    raise InvalidArgument("no readable name is free: give the service one")
+
+
+def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
+    """The service ``id``, to which ``spec`` may be applied.  The order of the checks is SwarmKit's."""
+    check_service_spec(spec)
+    _check_attachments(tx, spec)
+    service = _present(tx, id)
+    if (
+        service.spec.networks != spec.networks
+        and service.spec.task_template.networks == spec.task_template.networks
+    ):
+        raise Unimplemented("networks must be migrated to TaskSpec before being changed")
+    _check_files(tx, spec)
+    if service.spec.mode.name != spec.mode.name:
+        raise Unimplemented("service mode change is not allowed")
+    if service.spec.name != spec.name:
+        raise Unimplemented("renaming services is not supported")
+    _check_ingress(tx, spec)
+    if service.version != Version(index=version):
+        raise OutOfSequence
+    return service
+
+
+def _present(tx: Transaction, id: ServiceId) -> Service:
+    service = tx.get(Service, id)
+    if service.removed_at is not None:
+        raise NotFound(f"service {id} not found")
+    return service
+
+
+def _check_attachments(view: View, spec: ServiceSpec) -> None:
+    for attachment in spec.task_template.networks:
+        network = view.lookup(Network, attachment.target)
+        if network is not None and is_ingress(network):
+            raise InvalidArgument(
+                f'Service cannot be explicitly attached to the ingress network "{network.spec.name}"'
+            )
+
+
+def _check_ingress(view: View, spec: ServiceSpec) -> None:
+    if needs_ingress(spec) and ingress_network(view) is None:
+        raise FailedPrecondition("service needs ingress network, but no ingress network is present")
+
+
+def needs_ingress(spec: ServiceSpec) -> bool:
+    """Whether the service publishes a port on every node of the cluster."""
+    endpoint = spec.endpoint_spec
+    return endpoint is not None and any(port.publish_mode is PublishMode.INGRESS for port in endpoint.ports)
+
+
+def _check_files(tx: Transaction, spec: ServiceSpec) -> None:
+    """The secrets and configs of ``spec`` exist under the names it gives them."""
+    container = spec.task_template.container_spec
+    if container is None:
+        return
+    secrets = [(ref.secret_id, ref.secret_name) for ref in container.secrets]
+    configs = [(ref.config_id, ref.config_name) for ref in container.configs]
+    _check_known("secret", secrets, lambda secret_id: tx.rely_on(Secret, secret_id))
+    _check_known("config", configs, lambda config_id: tx.rely_on(Config, config_id))
+
+
+def _check_known(
+    noun: str, references: Sequence[tuple[str, str]], lookup: Callable[[str], Secret | Config | None]
+) -> None:
+    missing = []
+    for id, name in references:
+        found = lookup(id)
+        if found is None or found.spec.name != name:
+            missing.append(name)
+    if missing:
+        raise InvalidArgument(f"{noun}{'s' if len(missing) > 1 else ''} not found: {', '.join(missing)}")
+
+
+def _is_job(spec: ServiceSpec) -> bool:
+    return spec.mode.name in {"replicated-job", "global-job"}
+
+
+def _next_job(service: Service, now: Timestamp) -> JobStatus | None:
+    """An update of a job runs it again."""
+    if service.job_status is None:
+        return None
+    index = service.job_status.job_iteration.index + 1
+    return JobStatus(job_iteration=Version(index=index), last_execution=now)
+
+
+def _auth_id(id: ServiceId) -> str:
+    return f"registry/{id}"
+
+
+def _previous_auth_id(id: ServiceId) -> str:
+    return f"registry-previous/{id}"
+
+
+def _auth(tx: Transaction, payload_id: str) -> str:
+    payload = tx.rely_on(Payload, payload_id)
+    return payload.data.decode() if payload is not None else ""
+
+
+def _keep_auth(tx: Transaction, payload_id: str, auth: str) -> None:
+    if auth:
+        tx.put(Payload(id=payload_id, data=auth.encode()))
+    elif tx.lookup(Payload, payload_id) is not None:
+        tx.delete(Payload, payload_id)
+
+
+def auth_source(word: str, service: Service) -> AuthSource:
+    """What ``registryAuthFrom`` of an update asks for.
+
+    Raises:
+        Untranslated: it is no such word, or there is no previous spec.
+    """
+    match word:
+        case "" | "spec":
+            return "spec"
+        case "previous-spec":
+            if service.previous_spec is None:
+                raise Untranslated("service does not have a previous spec")
+            return "previous-spec"
+        case _:
+            raise Untranslated("unsupported registryAuthFrom value")
+
+
+def networks_of(spec: ServiceSpec) -> tuple[NetworkId, ...]:
+    """The networks that a service's tasks are attached to at its own wish."""
+    attachments = spec.task_template.networks or spec.networks
+    return tuple(NetworkId(attachment.target) for attachment in attachments)

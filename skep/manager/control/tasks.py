@@ -1,0 +1,36 @@
+"""What the API says about tasks; nobody but the leader's loops and the nodes writes them.
+
+Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTaskDirty).
+"""
+
+from msgspec.structs import replace
+
+from skep.model.service import EndpointSpec, Service, TaskSpec
+from skep.model.task import Task
+from skep.store.interface import View
+from skep.store.kinds import SpecVersion, spec_version_id
+
+
+def is_up_to_date(view: View, task: Task) -> bool:
+    """Whether ``task`` is what its service asks for now; clients show the progress of an update by it."""
+    service = view.lookup(Service, task.service_id)
+    if service is None:
+        return False
+    if task.spec_version == service.spec_version:
+        return True
+    if _without_placement(task.spec) != _without_placement(service.spec.task_template):
+        return False
+    if task.spec_version is None:
+        return True
+    made_from = view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
+    return made_from is None or _endpoint(made_from.spec.endpoint_spec) == _endpoint(
+        service.spec.endpoint_spec
+    )
+
+
+def _without_placement(spec: TaskSpec) -> TaskSpec:
+    return replace(spec, placement=None)
+
+
+def _endpoint(spec: EndpointSpec | None) -> EndpointSpec:
+    return spec or EndpointSpec()

@@ -1,0 +1,33 @@
+"""The swarm half of the Engine API, one module per resource.
+
+``application(api)`` is what a manager serves on its socket.  Handlers decode, call ``manager.control`` in a
+transaction, and encode.
+"""
+
+from aiohttp import web
+
+from skep.api.server import ApiVersion
+from skep.api.server import application as engine_application
+from skep.api.versions import NEWEST
+from skep.manager.routes import configs, events, logs, networks, nodes, secrets, services, swarm, tasks
+from skep.manager.routes.access import MANAGER, ManagerApi
+
+__all__ = ["ManagerApi", "application"]
+
+
+def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Application:
+    """An application that answers from ``api``.  ``newest``: the API version it announces."""
+    app = engine_application(
+        swarm.routes,
+        nodes.routes,
+        services.routes,
+        tasks.routes,
+        logs.routes,
+        secrets.routes,
+        configs.routes,
+        networks.routes,
+        events.routes,
+        newest=newest,
+    )
+    app[MANAGER] = api
+    return app

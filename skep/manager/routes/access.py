@@ -1,0 +1,119 @@
+"""What the handlers work with: the store, and the few things that must not come from thin air."""
+
+import re
+from collections.abc import AsyncGenerator, Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.api.errors import rpc_errors
+from skep.errors import InvalidArgument
+from skep.manager.control.names import NameSource
+from skep.manager.events import ClusterEvents
+from skep.manager.logs import LogEntry, LogWish
+from skep.model.ids import IdSource
+from skep.model.times import Timestamp, timestamp
+from skep.store.interface import Store, Transaction, View
+
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class Logs(Protocol):
+    """Where the output of tasks comes from (``manager.logbroker``)."""
+
+    def subscribe(self, wish: LogWish) -> AsyncGenerator[LogEntry, None]:
+        """Lines of all tasks that ``wish`` means, as they come.  Ends by itself unless ``wish.follow``.
+
+        Closing the iterator ends the subscription on all nodes.
+        """
+
+
+class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
+    """A manager as its API sees it."""
+
+    store: Store
+    logs: Logs
+    events: ClusterEvents
+    clock: Clock
+    new_id: IdSource
+    new_name: NameSource
+
+    def now(self) -> Timestamp:
+        """The present, as it is written into objects."""
+        return timestamp(self.clock.now_ns())
+
+    async def update(
+        self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Run an operation of ``manager.control``; its errors get the wording of SwarmKit's API."""
+        with rpc_errors():
+            return await self.store.update(operation, *args, **kwargs)
+
+
+MANAGER = web.AppKey("manager", ManagerApi)
+
+
+def manager_of(request: web.Request) -> ManagerApi:
+    """The manager that answers ``request``."""
+    return request.app[MANAGER]
+
+
+async def current_view(request: web.Request) -> View:
+    """A state that shows everything acknowledged before ``request``; any state for ``X-Skep-Stale: 1``.
+
+    Raises:
+        Unavailable: there is no quorum.
+    """
+    store = manager_of(request).store
+    if request.headers.get("X-Skep-Stale") != "1":
+        await store.barrier()
+    return store.view()
+
+
+_DIGITS = re.compile(r"[0-9]+")
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
+
+
+def strict_flag(request: web.Request, name: str) -> bool | None:
+    """The query parameter ``name`` by Go's ``strconv.ParseBool``; None if it is not given or empty.
+
+    Raises:
+        ValueError: it is no boolean; the callers' errors differ in their words.
+    """
+    word = request.query.get(name, "")
+    if not word:
+        return None
+    if word not in _BOOLEANS:
+        raise ValueError(word)
+    return _BOOLEANS[word]
+
+
+def wrapped_flag(request: web.Request, name: str) -> bool:
+    """``strict_flag`` with the words of the service and network routes.  Raises: InvalidArgument."""
+    try:
+        return bool(strict_flag(request, name))
+    except ValueError as error:
+        word = str(error)
+        raise InvalidArgument(
+            f'invalid value for {name}: {word}: strconv.ParseBool: parsing "{word}": invalid syntax'
+        ) from error
+
+
+def version_parameter(request: web.Request, noun: str) -> int:
+    """The ``version`` of an update.  Raises: InvalidArgument with Go's words."""
+    word = request.query.get("version", "")
+    if not _DIGITS.fullmatch(word):
+        problem = "invalid syntax"
+    elif len(word.lstrip("0")) > 20 or int(word) >= 2**64:
+        problem = "value out of range"
+    else:
+        return int(word)
+    raise InvalidArgument(
+        f"invalid {noun} version '{word}': strconv.ParseUint: parsing \"{word}\": {problem}"
+    )

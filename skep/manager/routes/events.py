@@ -1,0 +1,52 @@
+"""``/events``: those of the cluster.  The front adds a node's own.
+
+Source: moby 20.10, api/server/router/system/system_routes.go, daemon/events/filter.go.
+"""
+
+from contextlib import aclosing
+
+from aiohttp import web
+
+from skep.api.server import Filters, JsonLines, Routes
+from skep.api.timestamps import parse_unix_time
+from skep.errors import InvalidArgument
+from skep.manager.events import Message
+from skep.manager.routes.access import manager_of
+
+routes = Routes()
+
+
+@routes.get("/events")
+async def stream_events(request: web.Request) -> web.StreamResponse:
+    """Events as they come, one JSON object per line, each sent at once."""
+    since = parse_unix_time(request.query.get("since", ""))
+    until = parse_unix_time(request.query.get("until", ""))
+    if until is not None and until < (since or 0):
+        raise InvalidArgument(
+            f"`since` time ({request.query.get('since', '')}) cannot be after "
+            f"`until` time ({request.query['until']})"
+        )
+    filters = Filters.of(request)
+    messages = manager_of(request).events.subscribe(since, until, lambda message: fits(message, filters))
+    async with JsonLines(request) as lines, aclosing(messages):
+        async for message in messages:
+            await lines.send(message)
+    return lines.response
+
+
+def fits(message: Message, filters: Filters) -> bool:
+    """Whether ``filters`` take ``message``: its type, action, scope, labels, and name or id by its type."""
+    name = message.actor.attributes.get("name", "")
+    return (
+        filters.matches("event", message.action)
+        and filters.matches("type", message.type)
+        and filters.matches("scope", message.scope)
+        and filters.matches_labels("label", message.actor.attributes)
+        and filters.matches_prefix(message.type, message.actor.id, name)
+        and not any(kind in filters for kind in _OTHER_TYPES)
+        and all(kind == message.type or kind not in filters for kind in _TYPES)
+    )
+
+
+_TYPES = ("service", "node", "secret", "config", "network")
+_OTHER_TYPES = ("container", "image", "plugin", "volume", "daemon")

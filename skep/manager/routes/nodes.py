@@ -1,0 +1,88 @@
+"""``/nodes``: the machines.
+
+Source: moby 20.10, daemon/cluster/{nodes,filters}.go; swarmkit, manager/controlapi/node.go.
+"""
+
+from enum import Enum
+from typing import TypeVar
+
+from aiohttp import web
+
+from skep.api.errors import Untranslated
+from skep.api.server import Filters, Routes, flag, json_answer, json_list_answer, read_json
+from skep.manager.control import nodes as control
+from skep.manager.routes.access import current_view, manager_of, version_parameter
+from skep.manager.routes.shown import has_labels, shown_node
+from skep.model.node import Node, NodeRole
+from skep.store.interface import View
+
+E = TypeVar("E", bound=Enum)
+
+routes = Routes()
+
+
+class _Membership(Enum):
+    """Nodes that are here have been accepted; nobody has to approve them."""
+
+    ACCEPTED = "accepted"
+    PENDING = "pending"
+
+
+@routes.get("/nodes")
+async def list_nodes(request: web.Request) -> web.StreamResponse:
+    """All nodes that fit the filters, in order of id."""
+    filters = Filters.of(request)
+    filters.refuse_unknown("name", "id", "label", "role", "membership", "node.label")
+    return json_list_answer(list(map(shown_node, _fitting(await current_view(request), filters))))
+
+
+def _fitting(view: View, filters: Filters) -> list[Node]:
+    roles = _members(NodeRole, filters, "role")
+    memberships = _members(_Membership, filters, "membership")
+    return [
+        node
+        for node in view.find(Node)
+        if filters.matches_prefix("name", node.description.hostname)
+        and filters.matches_prefix("id", node.id)
+        and has_labels(node.description.engine.labels, filters["label"])
+        and has_labels(node.spec.labels, filters["node.label"])
+        and (not roles or node.spec.role in roles)
+        and (not memberships or _Membership.ACCEPTED in memberships)
+    ]
+
+
+def _members(cls: type[E], filters: Filters, key: str) -> set[E]:
+    members = set()
+    for word in filter(None, filters[key]):
+        try:
+            members.add(cls(word.lower()))
+        except ValueError:
+            raise Untranslated(f"Invalid {key} filter: '{word}'") from None
+    return members
+
+
+@routes.get("/nodes/{id}")
+async def inspect_node(request: web.Request) -> web.StreamResponse:
+    """One node."""
+    view = await current_view(request)
+    return json_answer(shown_node(view.resolve(Node, request.match_info["id"])))
+
+
+@routes.post("/nodes/{id}/update")
+async def update_node(request: web.Request) -> web.StreamResponse:
+    """Change labels, role and availability of a node."""
+    wish = await read_json(request, control.NodeWish)
+    version = version_parameter(request, "node")
+    spec = control.node_spec(wish)
+    node = (await current_view(request)).resolve(Node, request.match_info["id"])
+    await manager_of(request).update(control.update_node, node.id, spec, version)
+    return web.Response()
+
+
+@routes.delete("/nodes/{id}")
+async def remove_node(request: web.Request) -> web.StreamResponse:
+    """Forget a node that is down (or, with ``force``, any worker)."""
+    manager = manager_of(request)
+    node = (await current_view(request)).resolve(Node, request.match_info["id"])
+    await manager.update(control.remove_node, node.id, force=flag(request, "force"), now=manager.now())
+    return web.Response()

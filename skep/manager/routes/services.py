@@ -1,0 +1,168 @@
+"""``/services``: the wish for tasks.
+
+Source: moby 20.10, api/server/router/swarm/cluster_routes.go and daemon/cluster/services.go.
+"""
+
+from collections.abc import Iterator
+
+from aiohttp import web
+from msgspec.structs import replace
+
+from skep.api.server import (
+    ApiVersion,
+    Filters,
+    Routes,
+    api_version,
+    json_answer,
+    json_list_answer,
+    read_json,
+)
+from skep.errors import InvalidArgument
+from skep.manager.control import services as control
+from skep.manager.control.service_form import UNRECOGNIZED, settled
+from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
+from skep.manager.routes.shown import has_labels, service_status, shown_service
+from skep.model.container import ContainerSpec
+from skep.model.service import Service, ServiceSpec
+from skep.store.interface import View
+
+routes = Routes()
+
+_V1_40, _V1_41 = ApiVersion("1.40"), ApiVersion("1.41")
+_V1_44, _V1_46 = ApiVersion("1.44"), ApiVersion("1.46")
+
+
+@routes.get("/services")
+async def list_services(request: web.Request) -> web.StreamResponse:
+    """All services that fit the filters, in order of id; with ``status`` also how many tasks they have."""
+    filters = Filters.of(request)
+    filters.refuse_unknown("name", "id", "label", "mode", "runtime")
+    status = wrapped_flag(request, "status") if api_version(request) >= _V1_41 else False
+    view = await current_view(request)
+    return json_list_answer(
+        [
+            shown_service(service, status=service_status(view, service) if status else None)
+            for service in _fitting(view, filters)
+        ]
+    )
+
+
+def _fitting(view: View, filters: Filters) -> Iterator[Service]:
+    for service in view.find(Service):
+        if (
+            service.removed_at is None
+            and filters.matches_prefix("name", service.spec.name)
+            and filters.matches_prefix("id", service.id)
+            and has_labels(service.spec.labels, filters["label"])
+            and filters.matches("mode", service.spec.mode.name)
+            and filters.matches("runtime", service.spec.task_template.runtime)
+        ):
+            yield service
+
+
+@routes.post("/services/create")
+async def create_service(request: web.Request) -> web.StreamResponse:
+    """Create a service; it answers with the id before any task exists."""
+    manager = manager_of(request)
+    spec = await _read_spec(request)
+    service = await manager.update(
+        control.create_service,
+        settled(control.with_network_ids(await current_view(request), spec)),
+        new_id=manager.new_id,
+        new_name=manager.new_name,
+        now=manager.now(),
+        registry_auth=request.headers.get("X-Registry-Auth", ""),
+    )
+    return json_answer({"ID": service.id}, 201)
+
+
+@routes.get("/services/{id}")
+async def inspect_service(request: web.Request) -> web.StreamResponse:
+    """One service; with ``insertDefaults`` also what its spec leaves out."""
+    insert_defaults = wrapped_flag(request, "insertDefaults")
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    return json_answer(shown_service(service, insert_defaults=insert_defaults))
+
+
+@routes.post("/services/{id}/update")
+async def update_service(request: web.Request) -> web.StreamResponse:
+    """Replace the spec of a service, or swap it with the previous one (``rollback=previous``)."""
+    manager = manager_of(request)
+    spec = await _read_spec(request)
+    version = version_parameter(request, "service")
+    view = await current_view(request)
+    spec = settled(control.with_network_ids(view, spec))
+    service = view.resolve(Service, request.match_info["id"])
+    auth_from = control.auth_source(request.query.get("registryAuthFrom", ""), service)
+    match request.query.get("rollback", ""):
+        case "" | "none":
+            await manager.update(
+                control.update_service,
+                service.id,
+                spec,
+                version,
+                now=manager.now(),
+                registry_auth=request.headers.get("X-Registry-Auth", ""),
+                registry_auth_from=auth_from,
+            )
+        case "previous":
+            await manager.update(control.rollback_service, service.id, spec, version, now=manager.now())
+        case word:
+            raise InvalidArgument(f"unrecognized rollback option {word}")
+    return json_answer({"Warnings": None})
+
+
+@routes.delete("/services/{id}")
+async def remove_service(request: web.Request) -> web.StreamResponse:
+    """Remove a service; its tasks are stopped afterwards."""
+    manager = manager_of(request)
+    service = (await current_view(request)).resolve(Service, request.match_info["id"])
+    await manager.update(control.remove_service, service.id, now=manager.now())
+    return web.Response()
+
+
+async def _read_spec(request: web.Request) -> ServiceSpec:
+    spec = await read_json(request, ServiceSpec, unrecognized=UNRECOGNIZED)
+    return known_to(api_version(request), spec)
+
+
+def known_to(version: ApiVersion, spec: ServiceSpec) -> ServiceSpec:
+    """``spec`` without what an API ``version`` does not have yet.
+
+    Source: moby 20.10 and 27, api/server/router/swarm/helpers.go (adjustForAPIVersion).
+    """
+    template = spec.task_template
+    container, placement, resources = template.container_spec, template.placement, template.resources
+    if container is not None:
+        container = _container_known_to(version, container)
+    if version < _V1_40 and placement is not None:
+        placement = replace(placement, max_replicas=0)
+    mode = spec.mode
+    if version < _V1_41:
+        if resources is not None and resources.limits is not None:
+            resources = replace(resources, limits=replace(resources.limits, pids=0))
+        mode = replace(mode, replicated_job=None, global_job=None)
+    return replace(
+        spec,
+        mode=mode,
+        task_template=replace(template, container_spec=container, placement=placement, resources=resources),
+    )
+
+
+def _container_known_to(version: ApiVersion, container: ContainerSpec) -> ContainerSpec:
+    privileges = container.privileges
+    if version < _V1_40:
+        if privileges is not None and privileges.credential_spec is not None:
+            credential = replace(privileges.credential_spec, config="")
+            privileges = replace(privileges, credential_spec=credential)
+        configs = tuple(replace(config, runtime=None) for config in container.configs)
+        container = replace(container, sysctls={}, configs=configs)
+    if version < _V1_41:
+        container = replace(container, capability_add=(), capability_drop=(), ulimits=())
+    if version < _V1_44 and container.healthcheck is not None:
+        container = replace(container, healthcheck=replace(container.healthcheck, start_interval=0))
+    if version < _V1_46:
+        container = replace(container, oom_score_adj=0)
+        if privileges is not None:
+            privileges = replace(privileges, seccomp=None, app_armor=None, no_new_privileges=False)
+    return replace(container, privileges=privileges)

@@ -1,0 +1,86 @@
+"""Objects as the API shows them: without what is only ours."""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+from msgspec.structs import replace
+
+from skep.manager.control.service_form import with_defaults
+from skep.model.node import Node
+from skep.model.service import Service, ServiceStatus
+from skep.model.task import Task, TaskState
+from skep.store.interface import View
+
+
+def shown_service(
+    service: Service, *, insert_defaults: bool = False, status: ServiceStatus | None = None
+) -> Service:
+    """``service`` for an answer."""
+    return replace(
+        service,
+        spec=with_defaults(service.spec) if insert_defaults else service.spec,
+        spec_version=None,
+        service_status=status,
+    )
+
+
+def shown_node(node: Node) -> Node:
+    """``node`` for an answer."""
+    return replace(node, session=None, certificate=None, attachments=())
+
+
+def shown_task(task: Task) -> Task:
+    """``task`` for an answer."""
+    return replace(task, spec_version=None)
+
+
+def service_status(view: View, service: Service) -> ServiceStatus:
+    """How many tasks of ``service`` run, are wanted, and are done.
+
+    Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).
+    """
+    tasks: Iterable[Task] = view.find(Task, service_id=service.id)
+    iteration = service.job_status.job_iteration if service.job_status is not None else None
+    if iteration is not None:
+        tasks = [task for task in tasks if task.job_iteration == iteration]
+    tasks = list(tasks)
+    completed = sum(task.status.state is TaskState.COMPLETE for task in tasks) if iteration is not None else 0
+    return ServiceStatus(
+        running_tasks=sum(task.status.state is TaskState.RUNNING for task in tasks),
+        desired_tasks=_desired_tasks(service, tasks),
+        completed_tasks=completed,
+    )
+
+
+def _desired_tasks(service: Service, tasks: Iterable[Task]) -> int:
+    mode = service.spec.mode
+    if mode.replicated is not None:
+        return service.spec.replicas
+    if mode.replicated_job is not None:
+        return mode.replicated_job.max_concurrent or 0
+    return sum(_is_wanted(task) for task in tasks)
+
+
+def _is_wanted(task: Task) -> bool:
+    """Whether a global service still counts on ``task``."""
+    if task.desired_state is TaskState.COMPLETE:
+        return task.status.state is not TaskState.COMPLETE
+    return task.desired_state is TaskState.RUNNING
+
+
+def has_labels(labels: Mapping[str, str], wanted: Iterable[str]) -> bool:
+    """Whether ``labels`` have all of ``wanted``, each ``name`` or ``name=value``; no value means any.
+
+    Source: swarmkit, manager/controlapi/common.go (filterMatchLabels).
+    """
+    for word in wanted:
+        name, _, value = word.partition("=")
+        if name not in labels or (value and labels[name] != value):
+            return False
+    return True
+
+
+def any_begins(names: Iterable[str], prefixes: Iterable[str]) -> bool:
+    """Whether one of ``names`` begins with one of ``prefixes``."""
+    wanted = tuple(prefixes)
+    return any(name.startswith(wanted) for name in chain(names))

@@ -1,0 +1,60 @@
+"""``/swarm``: the cluster as a whole.  Joining and leaving are the node's own business.
+
+Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
+"""
+
+from aiohttp import web
+
+from skep.api.server import Routes, json_answer, read_json
+from skep.api.swarm_requests import check_swarm_name
+from skep.errors import AlreadyExists, InvalidArgument, Unimplemented
+from skep.manager.control import swarm as control
+from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
+from skep.model.swarm import SwarmSpec, UnlockRequest
+
+routes = Routes()
+
+
+@routes.get("/swarm")
+async def inspect_swarm(request: web.Request) -> web.StreamResponse:
+    """The cluster with its join tokens."""
+    return json_answer(control.the_swarm(await current_view(request)))
+
+
+@routes.post("/swarm/update")
+async def update_swarm(request: web.Request) -> web.StreamResponse:
+    """Replace the cluster's settings, and the tokens asked for."""
+    manager = manager_of(request)
+    spec = await read_json(request, SwarmSpec)
+    version = version_parameter(request, "swarm")
+    rotations = control.Rotations(
+        worker_token=_rotation(request, "rotateWorkerToken"),
+        manager_token=_rotation(request, "rotateManagerToken"),
+        unlock_key=_rotation(request, "rotateManagerUnlockKey"),
+    )
+    check_swarm_name(spec)
+    await manager.update(control.update_swarm, spec, version, rotations, new_id=manager.new_id)
+    return web.Response()
+
+
+def _rotation(request: web.Request, name: str) -> bool:
+    try:
+        return bool(strict_flag(request, name))
+    except ValueError as error:
+        raise InvalidArgument(f"invalid value for {name}: {error}") from error
+
+
+@routes.get("/swarm/unlockkey")
+async def show_unlock_key(request: web.Request) -> web.StreamResponse:
+    """The key that unlocks managers after a restart; none while they are not locked."""
+    swarm = control.the_swarm(await current_view(request))
+    if swarm.spec.encryption_config.auto_lock_managers:
+        raise Unimplemented("locking managers is not supported yet")
+    return json_answer(UnlockRequest())
+
+
+@routes.post("/swarm/unlock")
+async def unlock_swarm(request: web.Request) -> web.StreamResponse:
+    """A manager that answers is not locked."""
+    await read_json(request, UnlockRequest)
+    raise AlreadyExists("swarm is not locked")

@@ -1,0 +1,92 @@
+"""``/tasks``: what became of services.
+
+Source: moby 20.10, daemon/cluster/{tasks,filters}.go; swarmkit, manager/controlapi/task.go.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from aiohttp import web
+
+from skep.api.errors import Untranslated
+from skep.api.server import Filters, Routes, json_answer, json_list_answer
+from skep.manager.control.tasks import is_up_to_date
+from skep.manager.routes.access import current_view
+from skep.manager.routes.shown import has_labels, shown_task
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import View
+
+routes = Routes()
+
+
+@routes.get("/tasks")
+async def list_tasks(request: web.Request) -> web.StreamResponse:
+    """All tasks that fit the filters, in order of id."""
+    filters = Filters.of(request)
+    filters.refuse_unknown(
+        "name", "id", "label", "service", "node", "desired-state", "_up-to-date", "runtime"
+    )
+    view = await current_view(request)
+    return json_list_answer(list(map(shown_task, _fitting(view, filters))))
+
+
+@routes.get("/tasks/{id}")
+async def inspect_task(request: web.Request) -> web.StreamResponse:
+    """One task."""
+    view = await current_view(request)
+    return json_answer(shown_task(view.resolve(Task, request.match_info["id"])))
+
+
+def _fitting(view: View, filters: Filters) -> Iterable[Task]:
+    """Raises: NotFound, InvalidArgument: a filter names no service or node; Untranslated: no such state."""
+    services = {view.resolve(Service, word).id for word in filters["service"]}
+    nodes = {view.resolve(Node, word).id for word in filters["node"]}
+    states = {_state(word) for word in filters["desired-state"] if word}
+    if services:
+        found: Iterable[Task] = [task for id in sorted(services) for task in view.find(Task, service_id=id)]
+    elif nodes:
+        found = [task for id in sorted(nodes) for task in view.find(Task, node_id=id)]
+    else:
+        found = view.find(Task)
+    conditions: Sequence[tuple[object, Callable[[Task], bool]]] = (
+        (services, lambda task: task.service_id in services),
+        (nodes, lambda task: task.node_id in nodes),
+        (states, lambda task: task.desired_state in states),
+        (filters["id"], lambda task: filters.matches_prefix("id", task.id)),
+        (filters["name"], lambda task: filters.matches_prefix("name", _name(view, task))),
+        (filters["label"], lambda task: has_labels(_service_labels(view, task), filters["label"])),
+        (filters["runtime"], lambda task: filters.matches("runtime", _runtime(task))),
+        (filters["_up-to-date"], lambda task: is_up_to_date(view, task)),
+    )
+    asked = [condition for wanted, condition in conditions if wanted]
+    if not filters["runtime"]:
+        asked.append(lambda task: task.spec.network_attachment_spec is None)
+    return [task for task in found if all(condition(task) for condition in asked)]
+
+
+def _state(word: str) -> TaskState:
+    try:
+        return TaskState(word.lower())
+    except ValueError:
+        raise Untranslated(f"Invalid desired-state filter: '{word}'") from None
+
+
+def _name(view: View, task: Task) -> str:
+    """``web.1.<id>``; a task of a global service has its node's id in the middle.
+
+    Source: swarmkit, api/naming/naming.go.
+    """
+    service = view.lookup(Service, task.service_id)
+    return f"{service.spec.name if service is not None else ''}.{task.slot or task.node_id}.{task.id}"
+
+
+def _service_labels(view: View, task: Task) -> dict[str, str]:
+    service = view.lookup(Service, task.service_id)
+    return dict(service.spec.labels) if service is not None else {}
+
+
+def _runtime(task: Task) -> str:
+    if task.spec.plugin_spec is not None:
+        return "plugin"
+    return "attachment" if task.spec.network_attachment_spec is not None else "container"
