@@ -1,0 +1,114 @@
+"""CA and NodeCA: gives out the root, and certificates to machines with a token and nodes that renew.
+
+Source: swarmkit, ca/server.go.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import structlog
+from cryptography import x509
+
+from skep.errors import NotFound
+from skep.manager.ca.admission import (
+    Issued,
+    joining_identity,
+    lifetime_of,
+    record_issue,
+    renewing_identity,
+)
+from skep.manager.ca.authority import authority_of, cluster_of, root_bundle_of
+from skep.model.ids import IdSource, NodeId
+from skep.security.authority import requested_key
+from skep.store.interface import Store
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.convert.node import availability_from_pb, role_to_pb
+from skep.wire.service import Handler, unary
+
+log = structlog.get_logger(__name__)
+
+ISSUED_MAX = 1000
+"""Certificates kept for being fetched; a node fetches its own at once."""
+
+
+class CertificateService:
+    """Certificates are signed at once, by any manager: there is no queue and no pending state.
+
+    A signed certificate is kept in memory until it is fetched from this manager; a node that asks another one, or
+    after a restart, is told NOT_FOUND and asks for a new certificate.
+    """
+
+    def __init__(self, store: Store, new_id: IdSource) -> None:
+        self._store = store
+        self._new_id = new_id
+        self._issued: OrderedDict[NodeId, Issued] = OrderedDict()
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (
+            unary(methods.GET_ROOT_CA_CERTIFICATE, self._root_certificate),
+            unary(methods.ISSUE_NODE_CERTIFICATE, self._issue),
+            unary(methods.NODE_CERTIFICATE_STATUS, self._status),
+        )
+
+    async def _root_certificate(
+        self, _request: pb.GetRootCACertificateRequest, _caller: Caller
+    ) -> pb.GetRootCACertificateResponse:
+        bundle = root_bundle_of(cluster_of(self._store.view()))
+        return pb.GetRootCACertificateResponse(certificate=bundle)
+
+    async def _issue(
+        self, request: pb.IssueNodeCertificateRequest, caller: Caller
+    ) -> pb.IssueNodeCertificateResponse:
+        view = self._store.view()
+        swarm = cluster_of(view)
+        is_renewal = caller.identity is not None and not request.token
+        if caller.identity is not None and is_renewal:
+            identity = renewing_identity(view, swarm, caller.identity)
+        else:
+            identity = joining_identity(swarm, request.token, self._new_id())
+        key = requested_key(request.csr)
+        certificate_pem = authority_of(view).issue(key, identity, lifetime_of(swarm))
+        issued = Issued(
+            identity=identity,
+            availability=availability_from_pb(request.availability),
+            csr_pem=request.csr,
+            certificate_pem=certificate_pem,
+            not_after=x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc,
+        )
+        await self._store.update(record_issue, issued, is_renewal=is_renewal)
+        self._keep(issued)
+        log.info(
+            "certificate issued",
+            node=identity.node_id,
+            role=identity.role.value,
+            renewal=is_renewal,
+            peer=caller.address,
+        )
+        return pb.IssueNodeCertificateResponse(node_id=identity.node_id, node_membership=pb.NodeSpec.ACCEPTED)
+
+    async def _status(
+        self, request: pb.NodeCertificateStatusRequest, _caller: Caller
+    ) -> pb.NodeCertificateStatusResponse:
+        issued = self._issued.get(NodeId(request.node_id))
+        if issued is None:
+            raise NotFound(f"no certificate was issued to node {request.node_id} here")
+        status = pb.IssuanceStatus(state=pb.IssuanceStatus.ISSUED)
+        return pb.NodeCertificateStatusResponse(
+            status=status,
+            certificate=pb.Certificate(
+                role=role_to_pb(issued.identity.role),
+                csr=issued.csr_pem,  # an engine polls on until this is what it sent
+                status=status,
+                certificate=issued.certificate_pem,
+                cn=issued.identity.node_id,
+            ),
+        )
+
+    def _keep(self, issued: Issued) -> None:
+        self._issued[issued.identity.node_id] = issued
+        self._issued.move_to_end(issued.identity.node_id)
+        while len(self._issued) > ISSUED_MAX:
+            self._issued.popitem(last=False)

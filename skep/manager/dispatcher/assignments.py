@@ -1,0 +1,187 @@
+"""What a node is told: its tasks, with the secrets and configs they need.
+
+A node is told everything once per stream (``everything``), then only what differs (``difference``).  Both give
+the message and a ``Told`` to compare with the next time.
+
+* A task is told from ASSIGNED on, until its record is gone.  An ended task stays told, with its stored status: a
+  node that lost its memory would otherwise run it again.
+* What the node itself reports (the status) is never sent back, except in ``everything``.
+* Secrets and configs go with the first task that needs them, and are taken back with the last that still runs.
+
+Source: swarmkit, manager/dispatcher/assignments.go.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
+from skep.model.ids import ConfigId, NodeId, SecretId, TaskId
+from skep.model.secret import Config, Secret
+from skep.model.service import PortConfig, Service
+from skep.model.task import AssignedTask, Task, TaskState
+from skep.store.interface import View
+from skep.store.kinds import Payload
+
+
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """What one node was told on one stream."""
+
+    tasks: Mapping[TaskId, Task] = {}
+    secrets: frozenset[SecretId] = frozenset()
+    configs: frozenset[ConfigId] = frozenset()
+
+
+def everything(view: View, node_id: NodeId) -> tuple[AssignmentSet, Told]:
+    """All assignments of a node, as the first message of a stream."""
+    tasks = {task.id: task for task in view.find(Task, node_id=node_id) if _is_told(task)}
+    told = Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
+    return _message(view, Told(), told, tasks.values(), complete=True), told
+
+
+def difference(
+    view: View, node_id: NodeId, told: Told, changed: Iterable[TaskId]
+) -> tuple[AssignmentSet | None, Told]:
+    """What to tell a node after ``changed`` tasks changed; None: nothing it has to know."""
+    tasks = dict(told.tasks)
+    updated: list[Task] = []
+    for id in sorted(set(changed)):
+        task = view.lookup(Task, id)
+        if task is None or task.node_id != node_id or not _is_told(task):
+            tasks.pop(id, None)
+            continue
+        before = tasks.get(id)
+        tasks[id] = task
+        if before is None or wish_of(before) != wish_of(task):
+            updated.append(task)
+    now = Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
+    message = _message(view, told, now, updated, complete=False)
+    is_empty = not (
+        message.tasks
+        or message.removed_tasks
+        or message.secrets
+        or message.removed_secrets
+        or message.configs
+        or message.removed_configs
+    )
+    return (None if is_empty else message), now
+
+
+def wish_of(task: Task) -> tuple[Any, ...]:
+    """What the node has to know of a task: everything but what it reports itself and the stamps of writing."""
+    return (
+        task.desired_state,
+        task.spec_version,
+        task.spec,
+        task.networks_attachments,
+        task.generic_resources,
+        task.volumes,
+        task.labels,
+        task.service_id,
+        task.slot,
+        task.job_iteration,
+    )
+
+
+def matters(old: Task, new: Task) -> bool:
+    """Whether a change of a task can be news for its node; cheap, asked for every commit."""
+    return (
+        wish_of(old) != wish_of(new)
+        or old.node_id != new.node_id
+        or _is_told(old) != _is_told(new)
+        or old.status.state.is_terminal != new.status.state.is_terminal
+    )
+
+
+def _is_told(task: Task) -> bool:
+    return bool(task.status.state >= TaskState.ASSIGNED)
+
+
+def _message(
+    view: View, before: Told, now: Told, updated: Iterable[Task], *, complete: bool
+) -> AssignmentSet:
+    tasks = tuple(_assigned(view, task) for task in updated)
+    return AssignmentSet(
+        complete=complete,
+        revision=view.revision,
+        tasks=tasks,
+        removed_tasks=tuple(sorted(before.tasks.keys() - now.tasks.keys())),
+        secrets=tuple(_secret_files(view, sorted(now.secrets - before.secrets))),
+        removed_secrets=tuple(sorted(before.secrets - now.secrets)),
+        configs=tuple(_config_files(view, sorted(now.configs - before.configs))),
+        removed_configs=tuple(sorted(before.configs - now.configs)),
+        registry_auths=_registry_auths(view, tasks),
+    )
+
+
+def _assigned(view: View, task: Task) -> AssignedTask:
+    service = view.lookup(Service, task.service_id)
+    if service is None:
+        return AssignedTask(task=task)
+    return AssignedTask(
+        task=task,
+        service_name=service.spec.name,
+        service_labels=service.spec.labels,
+        ports=_ports_of(service),
+    )
+
+
+def _ports_of(service: Service) -> tuple[PortConfig, ...]:
+    """Published ports: as allocated, else as wished (ports of host mode need no allocation)."""
+    if service.endpoint.ports:
+        return service.endpoint.ports
+    return service.spec.endpoint_spec.ports if service.spec.endpoint_spec else ()
+
+
+def _needs(task: Task) -> bool:
+    return bool(task.status.state <= TaskState.RUNNING)
+
+
+def _secrets_of(tasks: Iterable[Task]) -> frozenset[SecretId]:
+    return frozenset(
+        reference.secret_id
+        for task in tasks
+        if task.spec.container_spec is not None and _needs(task)
+        for reference in task.spec.container_spec.secrets
+    )
+
+
+def _configs_of(tasks: Iterable[Task]) -> frozenset[ConfigId]:
+    return frozenset(
+        reference.config_id
+        for task in tasks
+        if task.spec.container_spec is not None and _needs(task)
+        for reference in task.spec.container_spec.configs
+    )
+
+
+def _secret_files(view: View, ids: Iterable[SecretId]) -> Iterator[SecretFile]:
+    """A secret that does not exist is left out: its task fails at start with a message that names it."""
+    for id in ids:
+        secret, payload = view.lookup(Secret, id), view.lookup(Payload, f"secret/{id}")
+        if secret is not None:
+            yield SecretFile(
+                id=id,
+                name=secret.spec.name,
+                data=payload.data if payload is not None else b"",
+                templating=secret.spec.templating,
+            )
+
+
+def _config_files(view: View, ids: Iterable[ConfigId]) -> Iterator[ConfigFile]:
+    for id in ids:
+        config = view.lookup(Config, id)
+        if config is not None:
+            spec = config.spec
+            yield ConfigFile(id=id, name=spec.name, data=spec.data, templating=spec.templating)
+
+
+def _registry_auths(view: View, tasks: Iterable[AssignedTask]) -> dict[TaskId, str]:
+    auths = {}
+    for assigned in tasks:
+        task = assigned.task
+        payload = view.lookup(Payload, f"registry/{task.service_id}") if task.service_id else None
+        if payload is not None and _needs(task):
+            auths[task.id] = payload.data.decode("ascii", errors="ignore")
+    return auths

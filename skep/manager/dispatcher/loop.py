@@ -1,0 +1,371 @@
+"""The dispatcher: sessions with nodes, assignments to them, statuses from them.  Active on every manager.
+
+What it decides is in the modules beside this one; here is what waits: streams to nodes, the store's watch, and the
+clock.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from random import Random
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.manager.dispatcher.assignments import difference, everything, matters
+from skep.manager.dispatcher.liveness import OwnTime, grace_period, heartbeat_period
+from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
+from skep.manager.dispatcher.registration import (
+    NotRegistered,
+    Registration,
+    SessionInvalid,
+    mark_down,
+    take_session,
+)
+from skep.manager.dispatcher.sessions import LiveSession, Sessions
+from skep.manager.dispatcher.statuses import Report, record_status
+from skep.manager.follow import follow
+from skep.model.assignment import AssignmentSet
+from skep.model.ids import IdSource, NodeId, SessionId, TaskId
+from skep.model.node import Node
+from skep.model.swarm import Swarm
+from skep.model.task import Task
+from skep.model.times import SECOND_NS
+from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.convert.assignments import changes_to_pb
+from skep.wire.convert.node import description_from_pb
+from skep.wire.convert.task import status_from_pb
+from skep.wire.convert.values import duration_to_pb
+from skep.wire.service import Handler, both_stream, server_stream, unary
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.2
+"""How often silent nodes are looked for."""
+CURRENT_CHECK_S = 0.5
+CURRENT_WITHIN_S = 2.0
+"""A manager that cannot reach a quorum for this long ends its sessions, so that its nodes move on."""
+PERIOD_JITTER = 0.1
+DEFAULT_PERIOD_S = 5.0
+TASKS_AT_ONCE = 50
+"""Tasks encoded before the loop gets its turn: about 5 ms."""
+INCARNATION = 1
+"""Raised by restores and forced new clusters, neither of which exists yet."""
+
+
+class Dispatcher:
+    """Gives nodes their tasks and takes what they report."""
+
+    def __init__(
+        self, store: Store, own: ManagerPeer, clock: Clock, new_id: IdSource, random: Random
+    ) -> None:
+        """``own``: this manager, as nodes reach it."""
+        self._store = store
+        self._own = own
+        self._clock = clock
+        self._new_id = new_id
+        self._random = random
+        self._sessions = Sessions()
+        self._managers: tuple[ManagerPeer, ...] = (own,)
+        self._time = OwnTime(seen_at=clock.monotonic())
+        self._is_current = True
+        self._period_told_s = 0.0
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (
+            server_stream(methods.SESSION, self._session),
+            unary(methods.HEARTBEAT, self._heartbeat),
+            both_stream(methods.HEARTBEATS, self._heartbeats),
+            server_stream(methods.ASSIGNMENTS, self._assignments),
+            server_stream(methods.REVISED_ASSIGNMENTS, self._revised_assignments),
+            unary(methods.UPDATE_TASK_STATUS, self._update_task_status),
+        )
+
+    async def run(self) -> None:
+        """Follow the store and judge silent nodes, until cancelled."""
+        await follow(
+            self._store,
+            (Node, Task, Swarm),
+            start=self._start,
+            note=self._note,
+            work=self._watch_over,
+        )
+
+    async def _watch_over(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._find_silent(), name="find silent nodes")
+            group.create_task(self._stay_current(), name="stay current")
+
+    # -- what changed in the store ------------------------------------------------------------------------------
+
+    def _start(self, view: View) -> None:
+        """Begin from a snapshot: expect the nodes of an earlier run, have every stream look at everything."""
+        nodes = view.find(Node)
+        self._managers = managers_of(nodes, self._own)
+        deadline = self._time.seconds + grace_period(self._wished_period_s(view), recovering=True)
+        for node in nodes:
+            self._note_node(node)
+            if node.session is not None and node.session.manager_id == self._own.node_id:
+                self._sessions.expect(node.id, node.session.session_id, deadline)
+        for session in self._sessions.all():
+            session.messages.wake()
+            session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))
+
+    def _note(self, commit: Commit) -> None:
+        has_new_managers = False
+        for event in commit.events:
+            match event:
+                case Created(Task() as task) | Deleted(Task() as task):
+                    self._wake(task.node_id, task.id)
+                case Updated(Task() as old, Task() as new) if matters(old, new):
+                    self._wake(new.node_id, new.id)
+                case Created(Node() as node):
+                    has_new_managers |= node.manager_status is not None
+                case Updated(Node() as old, Node() as node):
+                    has_new_managers |= old.manager_status != node.manager_status
+                    self._note_node(node)
+                case Deleted(Node() as node):
+                    has_new_managers |= node.manager_status is not None
+                    self._sessions.lose(node.id, None, NotRegistered())
+                case Updated(Swarm(), Swarm()):
+                    has_new_managers = True  # or new roots: what every session message says
+        if has_new_managers:
+            self._managers = managers_of(self._store.view().find(Node), self._own)
+            for session in self._sessions.all():
+                session.messages.wake()
+
+    def _note_node(self, node: Node) -> None:
+        if node.session is not None:
+            self._sessions.lose(node.id, node.session.session_id, SessionInvalid())
+        session = self._sessions.live(node.id)
+        if session is not None:
+            session.messages.wake()
+
+    def _wake(self, node_id: NodeId, task_id: TaskId) -> None:
+        session = self._sessions.live(node_id)
+        if session is not None:
+            session.wake_assignments((task_id,))
+
+    # -- sessions -----------------------------------------------------------------------------------------------
+
+    async def _session(self, request: pb.SessionRequest, caller: Caller) -> AsyncIterator[pb.SessionMessage]:
+        session = await self._register(request, caller)
+        sent = b""
+        while True:
+            session.require_open()
+            view = self._store.view()
+            node, swarms = view.lookup(Node, session.node_id), view.find(Swarm)
+            if node is None or not swarms:
+                raise NotRegistered
+            message = session_message(session.id, node, swarms[0], self._managers)
+            encoded = message.SerializeToString(deterministic=True)
+            if encoded != sent:
+                sent = encoded
+                yield message
+            await session.messages.wait()
+
+    async def _register(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
+        """Write the session, and return when this replica shows it."""
+        node_id, session_id = caller.node_id, SessionId(self._new_id())
+        if not self._is_current:
+            raise Unavailable("this manager has lost contact with the others")
+        if self._store.view().lookup(Node, node_id) is None:
+            await self._store.barrier()  # its certificate may come from another manager a moment ago
+        await self._store.update(
+            take_session,
+            Registration(
+                node_id=node_id,
+                manager_id=self._own.node_id,
+                session_id=session_id,
+                description=description_from_pb(request.description),
+                address=caller.address,
+            ),
+        )
+        node = self._store.view().lookup(Node, node_id)
+        if node is None or node.session is None or node.session.session_id != session_id:
+            raise SessionInvalid  # it registered once more while this was written
+        deadline = self._time.seconds + grace_period(self._period_s())
+        session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline)
+        self._sessions.add(session)
+        log.info("node registered", node=node_id, session=session_id, peer=caller.address)
+        return session
+
+    # -- heartbeats ---------------------------------------------------------------------------------------------
+
+    async def _heartbeat(self, request: pb.HeartbeatRequest, caller: Caller) -> pb.HeartbeatResponse:
+        session = self._sessions.require(caller.node_id, request.session_id)
+        return pb.HeartbeatResponse(period=duration_to_pb(self._beat(session)))
+
+    async def _heartbeats(
+        self, requests: AsyncIterator[skep.Heartbeat], caller: Caller
+    ) -> AsyncIterator[skep.HeartbeatPeriod]:
+        async for request in requests:
+            session = self._sessions.require(caller.node_id, request.session_id)
+            session.is_skep = True
+            yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session)))
+
+    def _beat(self, session: LiveSession) -> int:
+        """Note a heartbeat; gives nanoseconds until the next one."""
+        period_s = self._period_s() * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
+        session.deadline = self._time.seconds + grace_period(period_s)
+        return int(period_s * SECOND_NS)
+
+    def _period_s(self) -> float:
+        skep_nodes, docker_nodes = self._sessions.count()
+        wished_s = self._wished_period_s(self._store.view())
+        period_s = heartbeat_period(wished_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
+        if period_s > wished_s and period_s > 1.1 * self._period_told_s:
+            log.info("heartbeats stretched", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)
+            self._period_told_s = period_s
+        return period_s
+
+    def _wished_period_s(self, view: View) -> float:
+        swarms = view.find(Swarm)
+        wished_ns = swarms[0].spec.dispatcher.heartbeat_period if swarms else 0
+        return wished_ns / SECOND_NS if wished_ns > 0 else DEFAULT_PERIOD_S
+
+    async def _find_silent(self) -> None:
+        """Write down as down who was silent for its grace."""
+        while True:
+            await self._clock.sleep(TICK_S)
+            self._time = self._time.after(self._clock.monotonic(), TICK_S, is_current=self._is_current)
+            silent = self._sessions.silent(self._time.seconds)
+            if not silent:
+                continue
+            try:
+                results = await self._store.update_each(mark_down, silent)
+            except Unavailable as error:
+                log.warning("silent nodes not written yet", nodes=len(silent), error=str(error))
+                continue
+            for silence, result in zip(silent, results, strict=True):
+                if isinstance(result, SkepError):
+                    log.warning("silent node not written yet", node=silence.node_id, error=str(result))
+                    continue
+                self._sessions.forget(silence, NotRegistered())
+                if result:
+                    log.info("node is down", node=silence.node_id)
+
+    async def _stay_current(self) -> None:
+        """End all sessions while this manager has lost contact with the others."""
+        while True:
+            await self._clock.sleep(CURRENT_CHECK_S)
+            try:
+                async with asyncio.timeout(CURRENT_WITHIN_S):
+                    await self._store.barrier()
+            except (TimeoutError, Unavailable):
+                if self._is_current:
+                    self._is_current = False
+                    deadline = self._time.seconds + grace_period(DEFAULT_PERIOD_S, recovering=True)
+                    lost = self._sessions.release_all(
+                        Unavailable("this manager has lost contact with the others"), deadline
+                    )
+                    log.warning("sessions ended: not current", nodes=lost)
+            else:
+                if not self._is_current:
+                    log.info("current again")
+                self._is_current = True
+
+    # -- assignments --------------------------------------------------------------------------------------------
+
+    async def _assignments(
+        self, request: pb.AssignmentsRequest, caller: Caller
+    ) -> AsyncIterator[pb.AssignmentsMessage]:
+        async for _, message in self._assignment_messages(request, caller):
+            yield message
+
+    async def _revised_assignments(
+        self, request: pb.AssignmentsRequest, caller: Caller
+    ) -> AsyncIterator[skep.RevisedAssignments]:
+        async for revision, message in self._assignment_messages(request, caller):
+            yield skep.RevisedAssignments(incarnation=INCARNATION, revision=revision, message=message)
+
+    async def _assignment_messages(
+        self, request: pb.AssignmentsRequest, caller: Caller
+    ) -> AsyncIterator[tuple[int, pb.AssignmentsMessage]]:
+        """The chain of one stream: everything, then differences, each applying to the one before."""
+        session = self._sessions.require(caller.node_id, request.session_id)
+        with session.line() as line:
+            change, told = everything(self._store.view(), session.node_id)
+            number = 1
+            yield change.revision, await self._encoded(change, "", str(number))
+            while True:
+                changed = await line.wait()
+                session.require_open()
+                news, told = difference(self._store.view(), session.node_id, told, changed)
+                if news is None:
+                    continue
+                applies_to, number = str(number), number + 1
+                yield news.revision, await self._encoded(news, applies_to, str(number))
+
+    async def _encoded(
+        self, change: AssignmentSet, applies_to: str, results_in: str
+    ) -> pb.AssignmentsMessage:
+        """Encode in pieces, so that a node with a thousand tasks does not hold up all others."""
+        kind = pb.AssignmentsMessage.COMPLETE if change.complete else pb.AssignmentsMessage.INCREMENTAL
+        message = pb.AssignmentsMessage(type=kind, applies_to=applies_to, results_in=results_in)
+        for piece in _pieces(change):
+            if message.changes:
+                await asyncio.sleep(0)
+            message.changes.extend(_changes(piece))
+        return message
+
+    # -- statuses -----------------------------------------------------------------------------------------------
+
+    async def _update_task_status(
+        self, request: pb.UpdateTaskStatusRequest, caller: Caller
+    ) -> pb.UpdateTaskStatusResponse:
+        """Answers when the statuses are written: a node keeps what was not answered and says it again."""
+        session = self._sessions.require(caller.node_id, request.session_id)
+        reports = {
+            update.task_id: Report(
+                node_id=session.node_id,
+                session_id=session.id,
+                task_id=TaskId(update.task_id),
+                status=status_from_pb(update.status),
+            )
+            for update in request.updates
+        }
+        for result in await self._store.update_each(record_status, list(reports.values())):
+            if isinstance(result, SkepError):
+                raise result
+        return pb.UpdateTaskStatusResponse()
+
+
+def _changes(piece: AssignmentSet) -> list[pb.AssignmentChange]:
+    """Encoded; a task that cannot be is left out, so that it does not keep the others from their node."""
+    try:
+        return changes_to_pb(piece)
+    except SkepError:
+        changes = changes_to_pb(msgspec.structs.replace(piece, tasks=()))
+    for task in piece.tasks:
+        try:
+            changes += changes_to_pb(
+                AssignmentSet(complete=False, tasks=(task,), registry_auths=piece.registry_auths)
+            )
+        except SkepError as error:
+            log.error("task cannot be assigned", task=task.task.id, error=str(error))
+    return changes
+
+
+def _pieces(change: AssignmentSet) -> list[AssignmentSet]:
+    """The same change in several, with at most ``TASKS_AT_ONCE`` tasks each."""
+    if len(change.tasks) <= TASKS_AT_ONCE:
+        return [change]
+    rest = msgspec.structs.replace(change, tasks=())
+    return [
+        rest,
+        *(
+            AssignmentSet(
+                complete=change.complete,
+                tasks=change.tasks[first : first + TASKS_AT_ONCE],
+                registry_auths=change.registry_auths,
+            )
+            for first in range(0, len(change.tasks), TASKS_AT_ONCE)
+        ),
+    ]

@@ -1,0 +1,45 @@
+"""The messages a node gets in its session: who it is, which managers there are, which roots to trust."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from skep.model.ids import NodeId, SessionId
+from skep.model.node import Node
+from skep.model.swarm import Swarm
+from skep.wire import swarm_pb2 as pb
+from skep.wire.convert.node import node_to_pb
+
+MANAGER_WEIGHT = 10
+"""All managers are equal; SwarmKit's number."""
+
+
+class ManagerPeer(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """A manager that nodes can register with.  ``addr``: ``ip:port``."""
+
+    node_id: NodeId
+    addr: str
+
+
+def managers_of(nodes: Iterable[Node], own: ManagerPeer) -> tuple[ManagerPeer, ...]:
+    """All managers, always this one too: an engine forgets every manager that a message leaves out."""
+    known = {own.node_id: own}
+    for node in nodes:
+        if node.manager_status is not None and node.manager_status.addr:
+            known[node.id] = ManagerPeer(node_id=node.id, addr=node.manager_status.addr)
+    return tuple(sorted(known.values()))
+
+
+def session_message(
+    session_id: SessionId, node: Node, swarm: Swarm, managers: Sequence[ManagerPeer]
+) -> pb.SessionMessage:
+    """What a node has to know of its cluster; the whole of it each time."""
+    return pb.SessionMessage(
+        session_id=session_id,
+        node=node_to_pb(node, swarm.data_path_port),
+        managers=[
+            pb.WeightedPeer(peer=pb.Peer(node_id=manager.node_id, addr=manager.addr), weight=MANAGER_WEIGHT)
+            for manager in managers
+        ],
+        RootCA=swarm.tls_info.trust_root.encode(),
+    )

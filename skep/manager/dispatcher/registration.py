@@ -1,0 +1,100 @@
+"""What the dispatcher writes of a node: who holds its session, what it said of itself, whether it is up.
+
+Registering is a write by compare-and-swap: a manager without a quorum cannot take a session, and what the new
+owner sends is at least as new as what any manager sent before.
+"""
+
+import msgspec
+
+from skep.errors import InvalidArgument, NotFound, PermissionDenied
+from skep.model.encoding import to_json
+from skep.model.ids import NodeId, SessionId
+from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
+from skep.store.interface import Transaction
+
+DESCRIPTION_BYTES_MAX = 64 * 1024
+
+HEARTBEAT_FAILURE = "heartbeat failure"
+"""Message of a node that is down; SwarmKit's word."""
+
+
+class SessionInvalid(InvalidArgument):
+    """The node has registered again since; an engine registers anew when it hears this."""
+
+    def __init__(self) -> None:
+        super().__init__("session invalid")
+
+
+class NotRegistered(NotFound):
+    """This manager knows no session of the node; an engine registers anew when it hears this."""
+
+    def __init__(self) -> None:
+        super().__init__("node not registered")
+
+
+class Registration(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that wants a session with this manager."""
+
+    node_id: NodeId
+    manager_id: NodeId
+    session_id: SessionId
+    description: NodeDescription
+    address: str
+    """IP address the node connects from."""
+
+
+def take_session(tx: Transaction, registration: Registration) -> Node:
+    """Make this manager the owner of the node's session; the node counts as ready from now on.
+
+    Raises: PermissionDenied: the node was removed; InvalidArgument: an absurd description.
+    """
+    if len(to_json(registration.description)) > DESCRIPTION_BYTES_MAX:
+        raise InvalidArgument("the node's description is too large")
+    node = tx.rely_on(Node, registration.node_id, "session")
+    if node is None:
+        raise PermissionDenied(f"Permission denied: node {registration.node_id} was removed from the swarm")
+    return tx.put(
+        msgspec.structs.replace(
+            node,
+            description=registration.description,
+            status=NodeStatus(state=NodeState.READY, addr=_reachable(node, registration.address)),
+            session=NodeSession(manager_id=registration.manager_id, session_id=registration.session_id),
+        )
+    )
+
+
+class Silence(msgspec.Struct, frozen=True, kw_only=True):
+    """A node whose grace has passed without a heartbeat."""
+
+    node_id: NodeId
+    session_id: SessionId
+
+
+def mark_down(tx: Transaction, silence: Silence) -> bool:
+    """Write that the node is down; gives False when another session speaks for it meanwhile."""
+    node = tx.rely_on(Node, silence.node_id, "session")
+    if node is None or node.session is None or node.session.session_id != silence.session_id:
+        return False
+    if node.status.state is not NodeState.DOWN:
+        status = NodeStatus(state=NodeState.DOWN, message=HEARTBEAT_FAILURE, addr=node.status.addr)
+        tx.put(msgspec.structs.replace(node, status=status))
+    return True
+
+
+def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:
+    """The node, if ``session_id`` still speaks for it when the transaction commits.
+
+    Raises: SessionInvalid: another manager, or a later session, speaks for the node now.
+    """
+    node = tx.rely_on(Node, node_id, "session")
+    if node is None or node.session is None or node.session.session_id != session_id:
+        raise SessionInvalid
+    return node
+
+
+def _reachable(node: Node, address: str) -> str:
+    """The address others know the node by; a manager's own agent comes over loopback."""
+    if address.startswith("127.") or address == "::1":
+        manager = node.manager_status.addr.rpartition(":")[0] if node.manager_status else ""
+        return manager.strip("[]") or address
+    return address

@@ -1,0 +1,173 @@
+"""The sessions this manager holds, in memory: who is there, until when, and what its streams have to look at.
+
+Nothing here waits or writes; ``loop.py`` does.  What a stream has to look at is a set of task ids, so it is bounded
+by the node's tasks however slowly the node reads.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+
+from skep.errors import SkepError
+from skep.manager.dispatcher.registration import NotRegistered, SessionInvalid, Silence
+from skep.model.ids import NodeId, SessionId, TaskId
+
+
+class Line:
+    """What one open stream has to look at."""
+
+    def __init__(self) -> None:
+        self._changed: set[TaskId] = set()
+        self._event = asyncio.Event()
+
+    def wake(self, task_ids: Iterable[TaskId] = ()) -> None:
+        """Something changed; ``task_ids`` among it."""
+        self._changed.update(task_ids)
+        self._event.set()
+
+    async def wait(self) -> set[TaskId]:
+        """Wait until something changed; gives the tasks that did, which may be none."""
+        await self._event.wait()
+        self._event.clear()
+        changed, self._changed = self._changed, set()
+        return changed
+
+
+class LiveSession:
+    """One node's session with this manager."""
+
+    def __init__(
+        self, node_id: NodeId, id: SessionId, disconnect: Callable[[], None], *, deadline: float
+    ) -> None:
+        self.node_id = node_id
+        self.id = id
+        self.deadline = deadline
+        """In the owner's own time: the node is down when no heartbeat came until then."""
+        self.is_skep = False
+        """Whether it heartbeats on a stream; Docker's engines cannot."""
+        self.messages = Line()
+        """Wakes the stream of session messages."""
+        self._disconnect = disconnect
+        self._lines: set[Line] = {self.messages}
+        self._error: SkepError | None = None
+
+    @contextmanager
+    def line(self) -> Iterator[Line]:
+        """A line for one stream of assignments, for as long as the stream is open."""
+        line = Line()
+        self._lines.add(line)
+        try:
+            yield line
+        finally:
+            self._lines.discard(line)
+
+    def wake_assignments(self, task_ids: Iterable[TaskId]) -> None:
+        ids = tuple(task_ids)
+        for line in self._lines:
+            if line is not self.messages:
+                line.wake(ids)
+
+    def require_open(self) -> None:
+        """Raises: what ended the session."""
+        if self._error is not None:
+            raise self._error
+
+    def end(self, error: SkepError) -> None:
+        """End all streams of the session with ``error``."""
+        self._error = error
+        for line in self._lines:
+            line.wake()
+
+    def cut(self, error: SkepError) -> None:
+        """End the session and its connection: the peer may not be reading any more."""
+        self.end(error)
+        self._disconnect()
+
+
+class Absence(msgspec.Struct, frozen=True, kw_only=True):
+    """A node whose session this manager still owns by the store, though it is not connected."""
+
+    session_id: SessionId
+    deadline: float
+
+
+class Sessions:
+    """All sessions of this manager, one per node at most."""
+
+    def __init__(self) -> None:
+        self._live: dict[NodeId, LiveSession] = {}
+        self._absent: dict[NodeId, Absence] = {}
+
+    def add(self, session: LiveSession) -> None:
+        """A node has registered; an earlier session of it ends."""
+        self._absent.pop(session.node_id, None)
+        earlier = self._live.get(session.node_id)
+        self._live[session.node_id] = session
+        if earlier is not None:
+            earlier.end(SessionInvalid())
+
+    def require(self, node_id: NodeId, session_id: str) -> LiveSession:
+        """The node's session.  Raises: NotRegistered; SessionInvalid: it has a later one."""
+        session = self._live.get(node_id)
+        if session is None:
+            raise NotRegistered
+        if session.id != session_id:
+            raise SessionInvalid
+        return session
+
+    def live(self, node_id: NodeId) -> LiveSession | None:
+        return self._live.get(node_id)
+
+    def all(self) -> Iterator[LiveSession]:
+        yield from self._live.values()
+
+    def lose(self, node_id: NodeId, session_id: SessionId | None, error: SkepError) -> None:
+        """Another manager has the node's session (``session_id``), or the node is gone (None)."""
+        absence = self._absent.get(node_id)
+        if absence is not None and absence.session_id != session_id:
+            del self._absent[node_id]
+        session = self._live.get(node_id)
+        if session is not None and session.id != session_id:
+            del self._live[node_id]
+            session.end(error)
+
+    def expect(self, node_id: NodeId, session_id: SessionId, deadline: float) -> None:
+        """Wait for a node that is not connected until ``deadline`` (own time) before it counts as down."""
+        if node_id not in self._live:
+            self._absent[node_id] = Absence(session_id=session_id, deadline=deadline)
+
+    def release_all(self, error: SkepError, deadline: float) -> int:
+        """End all sessions so that the nodes look for another manager; gives how many."""
+        released = list(self._live.values())
+        self._live.clear()
+        for session in released:
+            self.expect(session.node_id, session.id, deadline)
+            session.cut(error)
+        return len(released)
+
+    def silent(self, now: float) -> list[Silence]:
+        """Nodes whose grace has passed at ``now`` (own time), in order of their ids."""
+        live = ((id, session.id, session.deadline) for id, session in self._live.items())
+        absent = ((id, absence.session_id, absence.deadline) for id, absence in self._absent.items())
+        return [
+            Silence(node_id=node_id, session_id=session_id)
+            for node_id, session_id, deadline in sorted([*live, *absent])
+            if deadline <= now
+        ]
+
+    def forget(self, silence: Silence, error: SkepError) -> None:
+        """The node was written down as down: its session is over, and its connection with it."""
+        absence = self._absent.get(silence.node_id)
+        if absence is not None and absence.session_id == silence.session_id:
+            del self._absent[silence.node_id]
+        session = self._live.get(silence.node_id)
+        if session is not None and session.id == silence.session_id:
+            del self._live[silence.node_id]
+            session.cut(error)
+
+    def count(self) -> tuple[int, int]:
+        """How many Skep nodes and how many others are connected."""
+        skep_nodes = sum(session.is_skep for session in self._live.values())
+        return skep_nodes, len(self._live) - skep_nodes

@@ -1,0 +1,217 @@
+"""The log broker: asks nodes for the logs of their tasks and brings the lines to whoever reads them.
+
+Source: swarmkit, manager/logbroker/broker.go.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+
+import msgspec
+import structlog
+
+from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
+from skep.manager.logbroker.selection import means, selected, shortfall
+from skep.manager.logbroker.subscription import Subscription
+from skep.model.ids import IdSource, NodeId
+from skep.model.logs import LogLine, LogQuery
+from skep.model.node import Node
+from skep.model.task import Task
+from skep.store.interface import Created, Store, Updated, WatchLagged
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.convert.logs import line_from_pb, query_to_pb
+from skep.wire.service import Handler, client_stream, server_stream
+
+log = structlog.get_logger(__name__)
+
+ANSWER_SECONDS_MAX = 10.0
+"""A node that sends nothing for so long, while everything it sent was read, is named as missing."""
+SUBSCRIPTIONS_MAX = 1000
+"""Readers at one time on this manager."""
+
+
+class IncompleteLogs(SkepError):
+    """All lines that could be had were given; the text names what is missing."""
+
+
+class LogBroker:
+    """Streams of log lines from nodes connected to this manager."""
+
+    def __init__(self, store: Store, new_id: IdSource) -> None:
+        self._store = store
+        self._new_id = new_id
+        self._subscriptions: dict[str, Subscription] = {}
+        self._listeners: dict[NodeId, asyncio.Queue[pb.SubscriptionMessage]] = {}
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (
+            server_stream(methods.LISTEN_SUBSCRIPTIONS, self._listen),
+            client_stream(methods.PUBLISH_LOGS, self._publish),
+        )
+
+    async def subscribe(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        """Lines of all tasks that ``query`` means, each node's in the order it sent them.
+
+        Ends when every node has sent everything; with ``follow`` only when the iterator is closed.
+
+        Raises:
+            IncompleteLogs: at the end, naming nodes that did not answer and tasks without a node.
+            Unavailable: too many readers at one time.
+        """
+        if len(self._subscriptions) >= SUBSCRIPTIONS_MAX:
+            raise Unavailable("too many log streams are open")
+        subscription = Subscription(self._new_id(), query)
+        self._subscriptions[subscription.id] = subscription
+        try:
+            for node_id in sorted(selected(self._store.view(), query).nodes):
+                self._ask(subscription, node_id)
+            if query.follow:
+                async for line in self._followed(subscription):
+                    yield line
+            else:
+                async for line in self._read_to_end(subscription):
+                    yield line
+                missing = shortfall(selected(self._store.view(), query), subscription.reasons)
+                if missing:
+                    raise IncompleteLogs(missing)
+        finally:
+            self._close(subscription)
+
+    # -- readers --------------------------------------------------------------------------------------------------
+
+    async def _read_to_end(self, subscription: Subscription) -> AsyncIterator[LogLine]:
+        while True:
+            while (line := subscription.take()) is not None:
+                yield line
+            if subscription.is_complete:
+                return
+            try:
+                async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                    await subscription.wait_news()
+            except TimeoutError:
+                for node_id in sorted(subscription.pending):
+                    subscription.finish(node_id, f"node {node_id} did not answer in time")
+
+    async def _followed(self, subscription: Subscription) -> AsyncIterator[LogLine]:
+        async with asyncio.TaskGroup() as group:
+            finder = group.create_task(self._find_nodes(subscription), name="find nodes with logs")
+            try:
+                while True:
+                    while (line := subscription.take()) is not None:
+                        yield line
+                    await subscription.wait_news()
+            finally:
+                finder.cancel()
+
+    async def _find_nodes(self, subscription: Subscription) -> None:
+        """Ask nodes that get a task of the query later."""
+        while True:
+            with suppress(WatchLagged):
+                async with self._store.watch(Task) as watch:
+                    for node_id in sorted(selected(watch.snapshot, subscription.query).nodes):
+                        self._ask(subscription, node_id)
+                    async for commit in watch:
+                        for event in commit.events:
+                            match event:
+                                case Created(Task() as task) | Updated(_, Task() as task):
+                                    if task.node_id and means(subscription.query, task):
+                                        self._ask(subscription, task.node_id)
+
+    def _ask(self, subscription: Subscription, node_id: NodeId) -> None:
+        if node_id in subscription.asked:
+            return
+        subscription.asked.add(node_id)
+        queue = self._listeners.get(node_id)
+        if queue is None:
+            subscription.finish(node_id, f"node {node_id} is not available")
+            return
+        subscription.pending.add(node_id)
+        queue.put_nowait(_message(subscription, node_id))
+
+    def _close(self, subscription: Subscription) -> None:
+        """Tell the nodes that nobody reads any more."""
+        del self._subscriptions[subscription.id]
+        subscription.close()
+        for node_id in sorted(subscription.pending):
+            queue = self._listeners.get(node_id)
+            if queue is not None:
+                queue.put_nowait(pb.SubscriptionMessage(id=subscription.id, close=True))
+
+    # -- nodes ----------------------------------------------------------------------------------------------------
+
+    async def _listen(
+        self, _request: pb.ListenSubscriptionsRequest, caller: Caller
+    ) -> AsyncIterator[pb.SubscriptionMessage]:
+        node_id = caller.node_id
+        if self._store.view().lookup(Node, node_id) is None:
+            raise PermissionDenied(f"Permission denied: node {node_id} is not part of this swarm")
+        # Bounded by the readers: each puts at most a question and its end.
+        queue: asyncio.Queue[pb.SubscriptionMessage] = asyncio.Queue()
+        self._listeners[node_id] = queue
+        for subscription in self._subscriptions.values():
+            self._ask_again(subscription, node_id)
+        try:
+            while self._listeners.get(node_id) is queue:
+                yield await queue.get()
+        finally:
+            if self._listeners.get(node_id) is queue:
+                del self._listeners[node_id]
+                for subscription in self._subscriptions.values():
+                    if node_id in subscription.pending and not subscription.query.follow:
+                        subscription.finish(node_id, f"node {node_id} disconnected unexpectedly")
+
+    def _ask_again(self, subscription: Subscription, node_id: NodeId) -> None:
+        """A node is back that a follower reads from: go on where its lines broke off."""
+        if subscription.query.follow and node_id in subscription.asked:
+            subscription.asked.discard(node_id)
+            self._ask(subscription, node_id)
+
+    async def _publish(
+        self, messages: AsyncIterator[pb.PublishLogsMessage], caller: Caller
+    ) -> pb.PublishLogsResponse:
+        """One node's lines for one subscription; the first message says which."""
+        node_id = caller.node_id
+        subscription: Subscription | None = None
+        reason = f"node {node_id} disconnected unexpectedly"
+        try:
+            async for message in messages:
+                if subscription is None:
+                    subscription = self._require(message.subscription_id, node_id)
+                for entry in message.messages:
+                    line = self._checked(line_from_pb(entry), node_id)
+                    if line is not None and not await subscription.put(line):
+                        return pb.PublishLogsResponse()
+                if message.close:
+                    reason = ""
+                    break
+        finally:
+            if subscription is not None and not (subscription.query.follow and reason):
+                subscription.finish(node_id, reason)
+        return pb.PublishLogsResponse()
+
+    def _require(self, subscription_id: str, node_id: NodeId) -> Subscription:
+        subscription = self._subscriptions.get(subscription_id)
+        if subscription is None or node_id not in subscription.asked:
+            raise NotFound("no such subscription")
+        return subscription
+
+    def _checked(self, line: LogLine, node_id: NodeId) -> LogLine | None:
+        """A line as the node may send it: of a task of its own."""
+        if line.node_id not in ("", node_id):
+            raise PermissionDenied("a node may only send its own logs")
+        task = self._store.view().lookup(Task, line.task_id)
+        if task is None or task.node_id != node_id:
+            return None
+        return msgspec.structs.replace(line, node_id=node_id, service_id=task.service_id)
+
+
+def _message(subscription: Subscription, node_id: NodeId) -> pb.SubscriptionMessage:
+    query = subscription.query
+    seen_ns = subscription.seen_ns.get(node_id)
+    if seen_ns is not None:
+        query = msgspec.structs.replace(query, since_ns=seen_ns + 1, tail=None)
+    selector, options = query_to_pb(query)
+    return pb.SubscriptionMessage(id=subscription.id, selector=selector, options=options)
