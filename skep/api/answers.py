@@ -96,6 +96,8 @@ class OutputStream(IntEnum):
     STDIN = 0
     STDOUT = 1
     STDERR = 2
+    SYSTEM = 3
+    """What the engine itself has to say once a stream has begun: clients print it as an error."""
 
 
 def frame(stream: OutputStream, data: bytes) -> bytes:

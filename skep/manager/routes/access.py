@@ -1,7 +1,7 @@
 """What the handlers work with: the store, and the few things that must not come from thin air."""
 
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -12,8 +12,8 @@ from skep.api.errors import rpc_errors
 from skep.errors import InvalidArgument
 from skep.manager.control.names import NameSource
 from skep.manager.events import ClusterEvents
-from skep.manager.logs import LogEntry, LogWish
 from skep.model.ids import IdSource
+from skep.model.logs import LogLine, LogQuery
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Store, Transaction, View
 
@@ -24,10 +24,13 @@ P = ParamSpec("P")
 class Logs(Protocol):
     """Where the output of tasks comes from (``manager.logbroker``)."""
 
-    def subscribe(self, wish: LogWish) -> AsyncGenerator[LogEntry, None]:
-        """Lines of all tasks that ``wish`` means, as they come.  Ends by itself unless ``wish.follow``.
+    def subscribe(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        """Lines of all tasks that ``query`` means, as they come.  Ends by itself unless ``query.follow``.
 
         Closing the iterator ends the subscription on all nodes.
+
+        Raises:
+            SkepError: at the end, naming what did not answer.
         """
 
 

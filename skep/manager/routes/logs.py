@@ -5,8 +5,8 @@ api/server/httputils/write_log_stream.go.
 """
 
 import re
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from urllib.parse import quote_plus
 
 from aiohttp import web
@@ -16,47 +16,49 @@ from skep.api.answers import MULTIPLEXED_STREAM, RAW_STREAM
 from skep.api.errors import Untranslated
 from skep.api.server import ApiVersion, OutputFrames, OutputStream, Routes, api_version, flag
 from skep.api.timestamps import parse_unix_time
-from skep.manager.logs import LogEntry, LogWish, StreamName
+from skep.errors import SkepError
 from skep.manager.routes.access import current_view, manager_of
 from skep.model.container import ContainerSpec
+from skep.model.logs import LogLine, LogQuery, LogStream
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.times import SECOND_NS, timestamp
 
 routes = Routes()
 
-_STREAMS: Mapping[StreamName, OutputStream] = {"stdout": OutputStream.STDOUT, "stderr": OutputStream.STDERR}
+_STREAMS = {"stdout": LogStream.STDOUT, "stderr": LogStream.STDERR}
+_FRAMES = {LogStream.STDOUT: OutputStream.STDOUT, LogStream.STDERR: OutputStream.STDERR}
 _TYPED_FROM = ApiVersion("1.42")
 
 
 @routes.get("/services/{id}/logs")
 async def stream_service_logs(request: web.Request) -> web.StreamResponse:
     """The output of all tasks of a service."""
-    wish = _wish(request)
+    query = _query(request)
     service = (await current_view(request)).resolve(Service, request.match_info["id"])
     container = _container(service.spec.task_template.container_spec)
-    return await _stream(request, replace(wish, services=(service.id,)), tty=container.tty)
+    return await _stream(request, replace(query, services=(service.id,)), tty=container.tty)
 
 
 @routes.get("/tasks/{id}/logs")
 async def stream_task_logs(request: web.Request) -> web.StreamResponse:
     """The output of one task."""
-    wish = _wish(request)
+    query = _query(request)
     task = (await current_view(request)).resolve(Task, request.match_info["id"])
     container = _container(task.spec.container_spec)
-    return await _stream(request, replace(wish, tasks=(task.id,)), tty=container.tty)
+    return await _stream(request, replace(query, tasks=(task.id,)), tty=container.tty)
 
 
-def _wish(request: web.Request) -> LogWish:
+def _query(request: web.Request) -> LogQuery:
     """What the query asks for.  Raises: Untranslated: it makes no sense (the engine answers 500)."""
-    streams = tuple(name for name in _STREAMS if flag(request, name))
+    streams = tuple(stream for name, stream in _STREAMS.items() if flag(request, name))
     if not streams:
         raise Untranslated("Bad parameters: you must choose at least one stream")
     try:
         since_ns = parse_unix_time(request.query.get("since", ""))
     except Untranslated as error:
         raise Untranslated(f"could not parse since timestamp: {error}") from error
-    return LogWish(
+    return LogQuery(
         streams=streams,
         follow=flag(request, "follow"),
         tail=_tail(request.query.get("tail", "")),
@@ -80,15 +82,28 @@ def _container(spec: ContainerSpec | None) -> ContainerSpec:
     return spec
 
 
-async def _stream(request: web.Request, wish: LogWish, *, tty: bool) -> web.StreamResponse:
+async def _stream(request: web.Request, query: LogQuery, *, tty: bool) -> web.StreamResponse:
     details, timestamps = flag(request, "details"), flag(request, "timestamps")
     frames = OutputFrames(request, tty=tty, content_type=_content_type(request, tty))
-    entries = manager_of(request).logs.subscribe(wish)
-    async with frames, aclosing(entries):
-        async for entry in entries:
-            line = _line(entry, details=details, timestamps=timestamps)
-            await frames.send(_STREAMS[entry.stream], line)
+    async with frames, closing(manager_of(request).logs.subscribe(query)) as entries:
+        try:
+            async for entry in entries:
+                line = _line(entry, details=details, timestamps=timestamps)
+                await frames.send(_FRAMES[entry.stream], line)
+        except SkepError as error:
+            # The answer has begun, so this is the only place left to say it; clients print it and fail.
+            await frames.send(OutputStream.SYSTEM, f"Error grabbing logs: {error}\n".encode())
     return frames.response
+
+
+@asynccontextmanager
+async def closing(lines: AsyncIterator[LogLine]) -> AsyncIterator[AsyncIterator[LogLine]]:
+    """``lines``, whose source is told at the end that nobody reads any more."""
+    try:
+        yield lines
+    finally:
+        if isinstance(lines, AsyncGenerator):
+            await lines.aclose()
 
 
 def _content_type(request: web.Request, tty: bool) -> str | None:
@@ -97,7 +112,7 @@ def _content_type(request: web.Request, tty: bool) -> str | None:
     return RAW_STREAM if tty else MULTIPLEXED_STREAM
 
 
-def _line(entry: LogEntry, *, details: bool, timestamps: bool) -> bytes:
+def _line(entry: LogLine, *, details: bool, timestamps: bool) -> bytes:
     line = entry.data
     if details:
         line = _context(entry) + b" " + line
@@ -106,7 +121,7 @@ def _line(entry: LogEntry, *, details: bool, timestamps: bool) -> bytes:
     return line
 
 
-def _context(entry: LogEntry) -> bytes:
+def _context(entry: LogLine) -> bytes:
     """Where a line comes from, in order of the keys; what a user's own label says of that does not count."""
     attributes = {
         **entry.attrs,

@@ -1,0 +1,267 @@
+"""An async client of the Engine API: over a unix socket or TLS, errors back as our classes.
+
+    async with Client.at("unix:///run/skep/skep.sock") as client:
+        services = await client.get("/services", filters={"name": ["web"]})
+
+Requests carry the version that both ends speak, found out by ``/_ping`` before the first one.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import urlencode, urlsplit
+
+import aiohttp
+import msgspec
+
+from skep.api.answers import OutputStream
+from skep.api.errors import error_of
+from skep.api.versions import NEWEST, ApiVersion
+from skep.errors import InvalidArgument, SkepError, Unavailable
+
+T = TypeVar("T")
+
+TIMEOUT_S = 60.0
+"""Deadline of a request whose answer is read as a whole."""
+_CONNECT_S = 10.0
+_LINE_BYTES_MAX = 4 * 1024 * 1024
+
+Filters = Mapping[str, Sequence[str]]
+
+
+class Client:
+    """A connection pool to one API endpoint.  Use as an async context manager."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        socket: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        version: str | None = None,
+    ) -> None:
+        self._url = url
+        self._socket = socket
+        self._tls = tls
+        self._version = version
+        self._session: aiohttp.ClientSession | None = None
+        self._negotiating = asyncio.Lock()
+
+    @classmethod
+    def at(cls, host: str, *, tls: ssl.SSLContext | None = None, version: str | None = None) -> "Client":
+        """A client of ``unix:///path`` or, with ``tls``, ``tcp://host:port``.
+
+        Args:
+            version: speak this API version instead of asking for one.
+
+        Raises:
+            InvalidArgument: ``host`` is neither.
+        """
+        parts = urlsplit(host)
+        if parts.scheme == "unix" and parts.path:
+            return cls("http://engine", socket=parts.path, version=version)
+        if parts.scheme in {"tcp", "http", "https"} and parts.netloc:
+            scheme = "https" if tls is not None or parts.scheme == "https" else "http"
+            return cls(f"{scheme}://{parts.netloc}", tls=tls, version=version)
+        raise InvalidArgument(f"unable to parse docker host `{host}`")
+
+    async def __aenter__(self) -> Self:
+        connector: aiohttp.BaseConnector
+        if self._socket is not None:
+            connector = aiohttp.UnixConnector(self._socket)
+        else:
+            connector = aiohttp.TCPConnector(ssl=self._tls or True)
+        self._session = aiohttp.ClientSession(
+            self._url,
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_S),
+            read_bufsize=_LINE_BYTES_MAX,
+            auto_decompress=False,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def get(
+        self, path: str, *, filters: Filters | None = None, timeout_s: float = TIMEOUT_S, **query: str
+    ) -> Any:
+        """The decoded answer to ``GET path``.  Raises: what the answer means; Unavailable: none came."""
+        return await self.request("GET", path, filters=filters, query=query, timeout_s=timeout_s)
+
+    async def post(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = TIMEOUT_S,
+        **query: str,
+    ) -> Any:
+        """The decoded answer to ``POST path`` with ``body`` as JSON.  Raises: as ``get``."""
+        return await self.request("POST", path, body=body, query=query, headers=headers, timeout_s=timeout_s)
+
+    async def delete(self, path: str, *, timeout_s: float = TIMEOUT_S, **query: str) -> Any:
+        """The decoded answer to ``DELETE path``.  Raises: as ``get``."""
+        return await self.request("DELETE", path, query=query, timeout_s=timeout_s)
+
+    async def read(self, type_: type[T], path: str, *, filters: Filters | None = None, **query: str) -> T:
+        """The answer to ``GET path`` as ``type_``.  Raises: as ``get``."""
+        return msgspec.convert(await self.request("GET", path, filters=filters, query=query), type_)
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        filters: Filters | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Any:
+        """One request and its whole answer: decoded JSON, None if it is empty.
+
+        Raises:
+            SkepError: of the class that the status means, with the server's sentence.
+            Unavailable: no answer within ``timeout_s``.
+        """
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._exchange(method, path, body, query, filters, headers) as response,
+            ):
+                content = await response.read()
+        except TimeoutError:
+            raise Unavailable(f"no answer from {self._place} within {timeout_s:g} s") from None
+        return _decoded(content)
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        *,
+        method: str = "GET",
+        body: Any = None,
+        filters: Filters | None = None,
+        headers: Mapping[str, str] | None = None,
+        **query: str,
+    ) -> AsyncGenerator["Stream", None]:
+        """An answer that is read while it comes.  Raises: as ``get``, before the first byte."""
+        async with self._exchange(method, path, body, query, filters, headers) as response:
+            yield Stream(response)
+
+    @asynccontextmanager
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        query: Mapping[str, str] | None,
+        filters: Filters | None,
+        headers: Mapping[str, str] | None,
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        session = self._open_session
+        version = await self._agreed_version()
+        parameters = dict(query or {})
+        if filters:
+            wanted = {key: dict.fromkeys(values, True) for key, values in filters.items()}
+            parameters["filters"] = msgspec.json.encode(wanted).decode()
+        target = f"/v{version}{path}" + (f"?{urlencode(parameters)}" if parameters else "")
+        sent = dict(headers or {})
+        if body is not None and not isinstance(body, bytes):
+            body = msgspec.json.encode(body)
+            sent.setdefault("Content-Type", "application/json")
+        try:
+            async with session.request(method, target, data=body, headers=sent) as response:
+                if response.status >= 300:
+                    raise error_of(response.status, _message(await response.read(), response.reason))
+                yield response
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unavailable(f"{self._place} does not answer: {error}") from error
+
+    async def _agreed_version(self) -> str:
+        """The highest version that both ends speak; asked for once."""
+        async with self._negotiating:
+            if self._version is None:
+                self._version = await self._ask_version()
+            return self._version
+
+    async def _ask_version(self) -> str:
+        try:
+            async with asyncio.timeout(_CONNECT_S), self._open_session.get("/_ping") as response:
+                theirs = ApiVersion(response.headers.get("Api-Version", str(NEWEST)))
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"{self._place} does not answer: {error}") from error
+        return str(min(theirs, NEWEST))
+
+    @property
+    def _open_session(self) -> aiohttp.ClientSession:
+        assert self._session is not None, "used outside of its async with"
+        return self._session
+
+    @property
+    def _place(self) -> str:
+        return f"unix://{self._socket}" if self._socket is not None else self._url
+
+
+class Stream:
+    """An answer while it comes."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    async def objects(self) -> AsyncGenerator[Any, None]:
+        """The objects of a stream of JSON lines."""
+        async for line in self._response.content:
+            if line.strip():
+                yield msgspec.json.decode(line)
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """The bytes as they come."""
+        async for piece in self._response.content.iter_any():
+            yield piece
+
+    async def frames(self) -> AsyncGenerator[tuple[OutputStream, bytes], None]:
+        """The messages of a multiplexed stream.  Raises: Unavailable: it broke off in the middle of one."""
+        content = self._response.content
+        while True:
+            try:
+                head = await content.readexactly(8)
+            except asyncio.IncompleteReadError as error:
+                if error.partial:
+                    raise Unavailable("the stream broke off") from error
+                return
+            try:
+                data = await content.readexactly(int.from_bytes(head[4:], "big"))
+            except asyncio.IncompleteReadError as error:
+                raise Unavailable("the stream broke off") from error
+            yield OutputStream(head[0]), data
+
+
+def _decoded(content: bytes) -> Any:
+    if not content.strip():
+        return None
+    try:
+        return msgspec.json.decode(content)
+    except msgspec.DecodeError as error:
+        raise SkepError(f"the answer is no JSON: {error}") from error
+
+
+def _message(content: bytes, reason: str | None) -> str:
+    """The sentence in an error's body, JSON or not."""
+    try:
+        message = msgspec.json.decode(content, type=dict[str, Any])["message"]
+    except (msgspec.DecodeError, KeyError):
+        message = content.decode(errors="replace").strip()
+    return str(message or reason or "unknown error")
