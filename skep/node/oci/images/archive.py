@@ -18,7 +18,8 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from skep.errors import InvalidArgument
+from skep.api.bodies import decode_body
+from skep.errors import InvalidArgument, NotFound
 from skep.node.oci.images import untar
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest, parse_digest, short
 from skep.node.oci.images.image import Image, parse_config
@@ -43,6 +44,8 @@ _TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
     """One image of an archive: an entry of ``manifest.json``.  Layers bottom first; paths within the archive."""
+
+    __go_name__ = "tarexport.manifestItem"
 
     config: str = ""
     repo_tags: tuple[str, ...] | None = None
@@ -90,7 +93,7 @@ async def _load_item(images: LocalImages, directory: Path, item: Item, report: R
     layers = item.layers or ()
     if len(layers) != len(config.diff_ids):
         raise InvalidArgument(
-            f"invalid manifest, layers length mismatch: expected {len(config.diff_ids)}, got {len(layers)}"
+            f"invalid manifest, layers length mismatch: expected {len(layers)}, got {len(config.diff_ids)}"
         )
     references = [_tagged(name) for name in item.repo_tags or ()]
     chain = chain_ids(config.diff_ids)
@@ -144,12 +147,10 @@ def _items(directory: Path) -> Sequence[Item]:
         content = _document(directory, "manifest.json")
         if content.strip() == b"null":
             raise InvalidArgument("invalid manifest, manifest cannot be null (but can be [])")
-        return _decoded(content, list[Item], "manifest.json")
+        return decode_body(content, list[Item])
     if "index.json" in names:
         return list(_oci_items(directory, "index.json", names=()))
-    if "repositories" in names:
-        return [Item(**found) for found in legacy_items(directory, _inside)]
-    raise InvalidArgument("invalid archive: neither manifest.json, index.json nor repositories is in it")
+    return [Item(**found) for found in legacy_items(directory, _inside)]
 
 
 class _Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -237,12 +238,13 @@ def _inside(directory: Path, path: str, *, must_exist: bool = True) -> Path:
             continue
         followed += 1
         if followed > 255:
-            raise InvalidArgument(f"invalid archive: {path}: too many links")
+            raise InvalidArgument(f"evalSymlinksInScope: too many links in {path}")
         target = os.readlink(step)
         rest = target.split("/") + rest
         current = base if target.startswith("/") else current
     if must_exist and not os.path.isfile(current):
-        raise InvalidArgument(f"open {path}: no such file or directory")
+        found = os.path.relpath(current, base)
+        raise InvalidArgument(f"open {found}: no such file or directory")
     return Path(current)
 
 
@@ -359,7 +361,9 @@ def _meant(images: LocalImages, word: str) -> Sequence[tuple[Image, Reference | 
         tags = [(image, tag) for image in images.images() for tag in image.tags if tag.repository == named]
         if tags:
             return tags
-    image = images.get(word)
+    image = images.resolve(word)
+    if image is None:
+        raise NotFound(f"No such image: {word}")
     return [(image, named if named.tag and named in image.references else None)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from skep.api.bodies import decode_body
 from skep.errors import InvalidArgument
 from skep.model.container import HealthConfig
 from skep.model.encoding import ApiObject
@@ -72,7 +73,7 @@ class ImageConfig(msgspec.Struct, frozen=True):
     container: str = ""
     docker_version: str = ""
     config: ContainerDefaults | None = None
-    container_config: msgspec.Raw = msgspec.Raw(b"null")
+    container_config: ContainerDefaults | None = None
     rootfs: RootFS | None = None
     history: tuple[HistoryEntry, ...] | None = None
 
@@ -97,7 +98,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     """All its layers together, unpacked."""
     parent: str = ""
     tagged_at: Timestamp = ZERO_TIME
-    """When a tag was last given to it here."""
+    """When a user last tagged it here."""
 
     @property
     def tags(self) -> Sequence[Reference]:
@@ -125,10 +126,7 @@ def parse_config(content: bytes) -> ImageConfig:
 
     Source: moby, image/image.go (NewFromJSON), layer/layer_store.go (ErrMaxDepthExceeded).
     """
-    try:
-        config = msgspec.json.decode(content, type=ImageConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"invalid image JSON: {error}") from error
+    config = decode_body(content, ImageConfig)
     if config.rootfs is None:
         raise InvalidArgument("invalid image JSON, no RootFS key")
     if len(config.diff_ids) > LAYERS_MAX:

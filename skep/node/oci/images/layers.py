@@ -261,11 +261,11 @@ def _judged(answer: bytes) -> Unpacked:
         case None:
             return msgspec.convert(result, Unpacked)
         case "malformed":
-            raise InvalidArgument(message)
+            raise InvalidArgument(f"Error processing tar file({message}")
         case "limit":
             raise ResourceExhausted(f"the archive {message}, the limit of this node")
         case _:
-            raise UnpackFailed(message)
+            raise UnpackFailed(f"Error processing tar file({message}")
 
 
 def _is_compressed(path: Path) -> bool:

@@ -156,7 +156,7 @@ class LocalImages:
         async with self._writing:
             if id not in self._configs:
                 await asyncio.to_thread(_write, self._root / "configs" / hex_of(id), content)
-            catalog = _with_references(self._catalog, references, id, timestamp(self._clock.now_ns()))
+            catalog = _with_references(self._catalog, references, id)
             catalog = msgspec.structs.replace(catalog, retired=catalog.retired - {id})
             if parent:
                 catalog = msgspec.structs.replace(catalog, parents={**catalog.parents, id: parent})
@@ -165,14 +165,15 @@ class LocalImages:
         return self._images[id]
 
     async def tag(self, word: str, reference: Reference) -> None:
-        """Let ``reference`` (with a tag) name the image ``word``.  Raises: NotFound, InvalidArgument."""
+        """Let ``reference`` name the image ``word``.  Raises: NotFound, InvalidArgument."""
         image = self.get(word)
         reference = reference.with_default_tag()
         async with self._writing:
             if image.id not in self._images:
                 raise NotFound(f"No such image: {word}")
-            stamp = timestamp(self._clock.now_ns())
-            await self._put(_with_references(self._catalog, (reference,), image.id, stamp))
+            catalog = _with_references(self._catalog, (reference,), image.id)
+            stamps = {**catalog.tagged_at, image.id: timestamp(self._clock.now_ns())}
+            await self._put(msgspec.structs.replace(catalog, tagged_at=stamps))
         self.announce("tag", image.id, reference.familiar)
 
     async def discard(
@@ -320,18 +321,10 @@ class LocalImages:
         return chain
 
 
-def _with_references(
-    catalog: Catalog, references: Iterable[Reference], id: Digest, now: Timestamp
-) -> Catalog:
+def _with_references(catalog: Catalog, references: Iterable[Reference], id: Digest) -> Catalog:
     """The catalog after ``references`` were given to the image ``id``."""
     named = {str(reference): id for reference in references}
-    if not named:
-        return catalog
-    return msgspec.structs.replace(
-        catalog,
-        references={**catalog.references, **named},
-        tagged_at={**catalog.tagged_at, id: now},
-    )
+    return msgspec.structs.replace(catalog, references={**catalog.references, **named})
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -12,16 +12,17 @@ import hashlib
 import os
 import platform as machine
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from skep.errors import InvalidArgument, NotFound, SkepError
-from skep.node.oci.images.digest import Digest, chain_ids, parse_digest, short
+from skep.node.oci.images.digest import Digest, chain_ids, digest_of, parse_digest, short
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
+from skep.node.oci.images.layers import Limits
 from skep.node.oci.images.local import LocalImages
 from skep.node.oci.images.progress import Message, Report, step, transfer
 from skep.node.oci.images.reference import Reference
@@ -37,6 +38,8 @@ from skep.node.oci.images.registry import (
     Repository,
     connected,
 )
+
+T = TypeVar("T")
 
 _ATTEMPTS = 5
 _BACKOFF_S = 0.5
@@ -85,7 +88,9 @@ def parse_platform(text: str) -> Platform:
     if not text:
         return this_platform()
     parts = text.lower().split("/")
-    if len(parts) > 3 or not all(parts):
+    if len(parts) > 3:
+        raise InvalidArgument(f'"{text}": cannot parse platform specifier: invalid argument')
+    if not all(parts):
         raise InvalidArgument(f'"{text}": unknown operating system or architecture: invalid argument')
     if len(parts) == 1:
         here = this_platform()
@@ -142,6 +147,52 @@ async def pull(
     report(Message(status=f"Status: {state} for {reference.familiar}"))
     images.announce("pull", reference.familiar, reference.familiar_name)
     return image
+
+
+async def tags(
+    policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
+) -> Sequence[str]:
+    """All tags of a repository.  Raises: NotFound, RegistryError."""
+    async with connected(policy, reference, credentials) as repository:
+        return await repository.tags(limits.manifest_bytes_max)
+
+
+async def inspect(
+    policy: Policy, reference: Reference, credentials: Credentials, limits: Limits
+) -> Mapping[str, Any]:
+    """What the registry says of ``reference``: digest and platforms, as ``GET /distribution`` answers.
+
+    Raises: NotFound, PermissionDenied, RegistryError.
+    """
+    async with connected(policy, reference, credentials) as repository:
+        target = reference.digest or reference.tag
+        document = await repository.manifest(target, limits.manifest_bytes_max)
+        manifest = _decoded(document)
+        platforms = [one.platform for one in manifest.manifests or () if one.platform]
+        if manifest.config is not None:
+            async with repository.blob(manifest.config.digest) as (_, pieces):
+                content = await _whole(pieces, _CONFIG_BYTES_MAX)
+            if digest_of(content) != manifest.config.digest:
+                raise InvalidArgument(f"image verification failed for digest {manifest.config.digest}")
+            config = parse_config(content)
+            platforms = [{"architecture": config.architecture, "os": config.os}]
+    return {
+        "Descriptor": {
+            "mediaType": manifest.media_type or document.media_type,
+            "digest": document.digest,
+            "size": len(document.content),
+        },
+        "Platforms": platforms,
+    }
+
+
+async def _whole(pieces: AsyncIterator[bytes], bytes_max: int) -> bytes:
+    content = bytearray()
+    async for piece in pieces:
+        content += piece
+        if len(content) > bytes_max:
+            raise InvalidArgument(f"the image's configuration is larger than {bytes_max} bytes")
+    return bytes(content)
 
 
 _pulls: WeakValueDictionary[tuple[LocalImages, Reference], asyncio.Lock] = WeakValueDictionary()
@@ -293,7 +344,7 @@ async def _transfer(repository: Repository, descriptor: Descriptor, file: Binary
         raise RegistryError(f"blob {descriptor.digest} ended after {written} of {descriptor.size} bytes")
 
 
-async def _attempted(action: Any) -> Any:
+async def _attempted(action: Callable[[], Awaitable[T]]) -> T:
     """``action``'s result; a failure of the network is tried again, each time after a longer, jittered wait."""
     for attempt in range(_ATTEMPTS):
         try:

@@ -10,6 +10,7 @@ Source: OCI distribution-spec; moby 20.10, registry/{config,endpoint_v1,service_
 import base64
 import binascii
 import ipaddress
+import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -100,6 +101,10 @@ class Credentials(msgspec.Struct, frozen=True, rename="lower"):
         return f"Credentials(username={self.username!r})"
 
 
+class _Tags(msgspec.Struct, frozen=True):
+    tags: tuple[str, ...] | None = None
+
+
 class Document(msgspec.Struct, frozen=True):
     """A manifest or index as the registry sent it."""
 
@@ -162,6 +167,16 @@ class Repository:
         if ":" in target and digest_of(content) != target:
             raise InvalidArgument(f"manifest verification failed for digest {target}")
         return Document(content, media_type)
+
+    async def tags(self, bytes_max: int) -> Sequence[str]:
+        """The repository's tags.  Raises: NotFound, PermissionDenied, RegistryError."""
+        async with self._get(f"/v2/{self._reference.path}/tags/list", timeout=_SHORT_TIMEOUT) as response:
+            await self._check(response)
+            content = await _read(response, bytes_max)
+        try:
+            return msgspec.json.decode(content, type=_Tags).tags or ()
+        except msgspec.DecodeError as error:
+            raise RegistryError(f"{response.url}: {error}") from error
 
     @asynccontextmanager
     async def blob(self, digest: str, start: int = 0) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
@@ -313,10 +328,10 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
         if isinstance(error, aiohttp.ClientConnectorDNSError):
             raise RegistryError(f'Get "{self._url}": dial tcp: lookup {error.host}: no such host') from error
         if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, ssl.SSLError):
-            reason = (error.os_error.strerror or str(error.os_error)).lower()
+            code = error.os_error.errno
+            reason = (os.strerror(code) if code and code > 0 else str(error.os_error)).lower()
             if isinstance(error, aiohttp.ClientConnectorSSLError | aiohttp.ClientConnectorCertificateError):
                 raise RegistryError(f'Get "{self._url}": tls: {reason}') from error
-            reason = reason.partition("(")[0].rpartition("] ")[2].strip() or "connection refused"
             where = f"{error.host}:{error.port}"
             raise RegistryError(f'Get "{self._url}": dial tcp {where}: connect: {reason}') from error
         if isinstance(error, aiohttp.ClientError | OSError):

@@ -69,6 +69,20 @@ class ImageStore(LocalImages):
         credentials = decode_credentials(auth)
         return await pulling.pull(self, self.policy, reference, credentials, report, platform=platform)
 
+    async def pull_all(
+        self, reference: Reference, auth: str, report: Report = quiet, *, platform: str = ""
+    ) -> Sequence[Image]:
+        """Like ``pull``; a reference without tag and digest means every tag of its repository."""
+        credentials = decode_credentials(auth)
+        wanted = [reference]
+        if reference.is_name_only:
+            tags = await pulling.tags(self.policy, reference, credentials, self.limits)
+            wanted = [reference.with_tag(tag) for tag in tags]
+        return [
+            await pulling.pull(self, self.policy, one, credentials, report, platform=platform)
+            for one in wanted
+        ]
+
     async def remove(
         self, word: str, *, force: bool = False, prune: bool = True, users: Collection[ImageUser]
     ) -> Removed:

@@ -48,6 +48,10 @@ class Malformed(Exception):
     """The stream is no archive that can be unpacked; the text is the one Docker would give."""
 
 
+class Duplicate(Malformed):
+    """Two members have one name: Docker refuses what it could not put together again byte for byte."""
+
+
 class LimitExceeded(Exception):
     """The archive is larger than this node takes."""
 
@@ -139,7 +143,7 @@ class Unpacker:
         self._settings = settings
         self._written_bytes = 0
         self._checked_bytes = 0
-        self._entries = 0
+        self._names: set[str] = set()
         self._directories: list[tuple[str, tarfile.TarInfo]] = []
 
     def unpack(self, stream: PlainStream) -> None:
@@ -157,7 +161,7 @@ class Unpacker:
                     self._member(archive, member)
                     archive.members.clear()  # else a million headers stay in memory
         except tarfile.ReadError as error:
-            if not self._entries and str(error) == "empty file":
+            if not self._names and str(error) == "empty file":
                 return
             raise Malformed("unexpected EOF") from error
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
@@ -166,15 +170,19 @@ class Unpacker:
             _set_times(path, member)  # last, since writing into a directory moves its time
 
     def _member(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        self._entries += 1
-        if self._entries > self._settings.entries_max:
-            raise LimitExceeded(f"holds more than {self._settings.entries_max} entries")
-        path = os.path.normpath("/" + member.name.lstrip("/"))
         if "\0" in member.name or "\0" in member.linkname:
             raise Malformed("archive/tar: invalid tar header")
+        name = os.path.normpath(member.name)
+        if name in self._names:
+            raise Duplicate
+        self._names.add(name)
+        if len(self._names) > self._settings.entries_max:
+            raise LimitExceeded(f"holds more than {self._settings.entries_max} entries")
+        path = os.path.normpath("/" + member.name.lstrip("/"))
         if path == "/":
             return  # Docker leaves the layer's own directory as it is
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        if not os.path.lexists(os.path.dirname(path)):
+            os.makedirs(os.path.dirname(path), mode=0o755)
         if self._settings.is_layer and self._whiteout(path, member):
             return
         _make_way(path, member)
@@ -190,7 +198,8 @@ class Unpacker:
             return False
         hidden = name.removeprefix(_WHITEOUT)
         if hidden in ("", ".", ".."):
-            raise Malformed(f"invalid whiteout {name!r}")
+            place = os.path.normpath(os.path.join(directory, hidden))
+            raise Malformed(f'failed to mknod("{place}", S_IFCHR, 0): file exists')
         target = os.path.join(directory, hidden)
         if not os.path.lexists(target):
             os.mknod(target, stat.S_IFCHR, os.makedev(0, 0))
@@ -211,7 +220,7 @@ class Unpacker:
         elif member.issym():
             os.symlink(member.linkname, path)
         elif not self._settings.is_layer:
-            raise Malformed(f"{member.name!r} is neither a file, a directory nor a link")
+            return  # whatever needs it will not find it
         elif member.isfifo():
             os.mkfifo(path)
         elif member.ischr() or member.isblk():
@@ -425,6 +434,14 @@ def _confine(root: str) -> None:
     sys.path_hooks.clear()
 
 
+def _in_words(error: OSError) -> str:
+    """A failed call as Go would print it, as far as it is known which one failed."""
+    reason = (error.strerror or str(error)).lower()
+    if error.filename2:
+        return f"link {os.fsdecode(error.filename)} {os.fsdecode(error.filename2)}: {reason}"
+    return f"open {os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+
+
 def main() -> None:
     """Unpack stdin as the settings in the first argument say; print the result."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no writer outlives the node process
@@ -436,16 +453,16 @@ def main() -> None:
         Unpacker(settings).unpack(stream)
         digest = stream.finish()
         result = {"digest": digest, "plain_bytes": stream.bytes_read, "size_bytes": _tree_bytes("/")}
+    except Duplicate:
+        result = {"error": "duplicates of file paths not supported): ", "kind": "malformed"}
     except Malformed as error:
-        result = {"error": str(error), "kind": "malformed"}
+        result = {"error": f"exit status 1): {error}", "kind": "malformed"}
     except LimitExceeded as error:
         result = {"error": str(error), "kind": "limit"}
     except MemoryError:
         result = {"error": "takes more memory to unpack than is allowed", "kind": "limit"}
     except OSError as error:
-        name = os.fsdecode(error.filename) if error.filename else ""
-        text = (error.strerror or str(error)).lower()
-        result = {"error": f"{name}: {text}" if name else text, "kind": "io"}
+        result = {"error": f"exit status 1): {_in_words(error)}", "kind": "io"}
     print(json.dumps(result))
 
 

@@ -1,0 +1,249 @@
+"""Images of this node in the Engine API.
+
+Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/distribution/distribution_routes.go.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from skep.aio.clock import Clock, SystemClock
+from skep.api.errors import Untranslated
+from skep.api.server import Filters, Routes, api_version, flag, json_answer, json_list_answer
+from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
+from skep.node.oci.images import pulling
+from skep.node.oci.images.digest import is_digest
+from skep.node.oci.images.image import Image
+from skep.node.oci.images.listing import Listed, Wish, prunable, select
+from skep.node.oci.images.progress import Message, Report
+from skep.node.oci.images.reference import Reference, parse_reference
+from skep.node.oci.images.registry import decode_credentials
+from skep.node.oci.images.removal import ImageUser
+from skep.node.oci.images.store import ImageStore, Removed
+from skep.node.routes import image_answers
+from skep.node.routes.moments import parse_moment
+from skep.node.routes.progress import answer_with_progress
+
+_PIECE_BYTES = 1 << 18
+_UPLOAD_REST_BYTES_MAX = 64 << 20
+"""How much of a refused upload is still read, so that its sender sees the answer and not a broken pipe."""
+
+Users = Callable[[], Collection[ImageUser]]
+"""Gives every container of this node, as what keeps its image from being removed."""
+
+
+def image_routes(images: ImageStore, users: Users, *, clock: Clock | None = None) -> Routes:
+    """``/images/...`` and ``/distribution/...``."""
+    table = Routes()
+    clock = clock or SystemClock()
+
+    @table.get("/images/json")
+    async def list_images(request: web.Request) -> web.StreamResponse:
+        filters = Filters.of(request)
+        filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
+        wish = _wish(images, filters, clock)
+        listed = select(images.images(), _replaced(wish, all=flag(request, "all")))
+        version = api_version(request)
+        shared = _shared_bytes(images, listed) if flag(request, "shared-size") else {}
+        return json_list_answer(
+            [image_answers.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
+        )
+
+    @table.post("/images/create")
+    async def create_image(request: web.Request) -> web.StreamResponse:
+        if "fromImage" not in request.query:
+            raise Unimplemented(
+                'This node imports no file systems: use "docker load", or an engine beside it.'
+            )
+        reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
+        auth = request.headers.get("X-Registry-Auth", "")
+        platform = request.query.get("platform", "")
+
+        async def pull(report: Report) -> None:
+            await images.pull_all(reference, auth, report, platform=platform)
+
+        return await answer_with_progress(request, pull, early_errors=True)
+
+    @table.post("/images/load")
+    async def load_images(request: web.Request) -> web.StreamResponse:
+        is_quiet = flag(request, "quiet") if "quiet" in request.query else True
+
+        async def load(report: Report) -> None:
+            def told(message: Message) -> None:
+                if not is_quiet or message.stream:
+                    report(message)
+
+            try:
+                await images.load(_pieces(request), told)
+            except SkepError:
+                await _drain(request)
+                raise
+
+        return await answer_with_progress(request, load, early_errors=False)
+
+    @table.get("/images/get")
+    async def save_images(request: web.Request) -> web.StreamResponse:
+        return await _saved(request, request.query.getall("names", []))
+
+    @table.get("/images/{name:.+}/get")
+    async def save_image(request: web.Request) -> web.StreamResponse:
+        return await _saved(request, [request.match_info["name"]])
+
+    async def _saved(request: web.Request, names: list[str]) -> web.StreamResponse:
+        pieces = images.save(names)
+        first = await anext(pieces, b"")  # an unknown image is still a status
+        response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
+        await response.prepare(request)
+        await response.write(first)
+        async for piece in pieces:
+            await response.write(piece)
+        return response
+
+    @table.post("/images/prune")
+    async def prune_images(request: web.Request) -> web.StreamResponse:
+        filters = Filters.of(request)
+        filters.refuse_unknown("dangling", "label", "label!", "until")
+        removed, freed_bytes = await images.prune(prunable(_wish(images, filters, clock)), users=users())
+        answer = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
+        return json_answer(answer)
+
+    @table.get("/images/{name:.+}/json")
+    async def inspect_image(request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        try:
+            image = images.get(name)
+        except (NotFound, InvalidArgument) as error:
+            raise type(error)(f"no such image: {name}: {error}") from error
+        return json_answer(image_answers.inspected(image, images, api_version(request)))
+
+    @table.get("/images/{name:.+}/history")
+    async def image_history(request: web.Request) -> web.StreamResponse:
+        return json_list_answer(image_answers.history(images.get(request.match_info["name"]), images))
+
+    @table.post("/images/{name:.+}/tag")
+    async def tag_image(request: web.Request) -> web.StreamResponse:
+        images.get(request.match_info["name"])
+        try:
+            reference = parse_reference(request.query.get("repo", ""))
+            tag = request.query.get("tag", "")
+            reference = reference.with_tag(tag) if tag else reference.with_default_tag()
+        except InvalidArgument as error:
+            raise Untranslated(str(error)) from error
+        if reference.digest:
+            raise Untranslated("refusing to create a tag with a digest reference")
+        await images.tag(request.match_info["name"], reference)
+        return web.Response(status=201)
+
+    @table.post("/images/{name:.+}/push")
+    async def push_image(request: web.Request) -> web.StreamResponse:
+        raise Unimplemented("This node does not push images: push from where they are built.")
+
+    @table.delete("/images/{name:.+}")
+    async def remove_image(request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        if not name.strip():
+            raise InvalidArgument("image name cannot be blank")
+        removed = await images.remove(
+            name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=users()
+        )
+        return json_answer(_removed(removed))
+
+    @table.get("/distribution/{name:.+}/json")
+    async def inspect_distribution(request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        if is_digest(name):
+            raise InvalidArgument(f"unknown image reference format: {name}")
+        reference = parse_reference(name).with_default_tag()
+        credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
+        found = await pulling.inspect(images.policy, reference, credentials, images.limits)
+        return json_answer(found)
+
+    return table
+
+
+def _wanted(name: str, tag: str) -> Reference:
+    """What ``docker pull`` names; ``tag`` may be a digest.  Without either, all tags are meant."""
+    reference = parse_reference(name.removesuffix(":"))
+    if not tag:
+        return reference
+    return reference.with_digest(tag) if is_digest(tag) else reference.repository.with_tag(tag)
+
+
+def _wish(images: ImageStore, filters: Filters, clock: Clock) -> Wish:
+    """The filters as a wish.  Raises: InvalidArgument, NotFound."""
+    return Wish(
+        dangling=_dangling(filters),
+        labels=filters["label"],
+        without_labels=filters["label!"],
+        before=_only(images, filters["before"]),
+        since=_only(images, filters["since"]),
+        until_ns=_until(filters, clock),
+        patterns=filters["reference"],
+    )
+
+
+def _dangling(filters: Filters) -> bool | None:
+    match filters["dangling"]:
+        case ():
+            return None
+        case ("true" | "1",):
+            return True
+        case ("false" | "0",):
+            return False
+        case values:
+            raise InvalidArgument(f"Invalid filter 'dangling=[{' '.join(values)}]'")
+
+
+def _only(images: ImageStore, words: tuple[str, ...]) -> Image | None:
+    return images.get(words[-1]) if words else None
+
+
+def _until(filters: Filters, clock: Clock) -> int | None:
+    match filters["until"]:
+        case ():
+            return None
+        case (moment,):
+            return parse_moment(moment, clock.now_ns())
+        case _:
+            raise InvalidArgument("more than one until filter specified")
+
+
+def _replaced(wish: Wish, **fields: Any) -> Wish:
+    return msgspec.structs.replace(wish, **fields)
+
+
+def _shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:
+    """Per image: the size of its layers that other images have, too."""
+    counts: dict[str, int] = {}
+    for image in images.images():
+        for chain_id in image.chain:
+            counts[chain_id] = counts.get(chain_id, 0) + 1
+    layers = images.layer_store.all()
+    return {
+        one.image.id: sum(layers[id].size_bytes for id in one.image.chain if counts[id] > 1) for one in listed
+    }
+
+
+def _removed(removed: Removed) -> list[dict[str, str]]:
+    return [{"Untagged": name} for name in removed.untagged] + [{"Deleted": id} for id in removed.deleted]
+
+
+async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
+    async for piece in request.content.iter_chunked(_PIECE_BYTES):
+        yield piece
+
+
+async def _drain(request: web.Request) -> None:
+    """Read what is left of an upload, within bounds of size and time."""
+    read = 0
+    try:
+        async with asyncio.timeout(10):
+            async for piece in request.content.iter_chunked(_PIECE_BYTES):
+                read += len(piece)
+                if read > _UPLOAD_REST_BYTES_MAX:
+                    return
+    except (TimeoutError, ConnectionError):
+        return

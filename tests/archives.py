@@ -1,0 +1,173 @@
+"""Image archives for tests, built in memory: good ones, and every way of being bad that we know.
+
+``HOSTILE`` gives each bad one a name; what a real engine says to it is recorded beside the tests.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Member = tarfile.TarInfo | tuple[tarfile.TarInfo, bytes]
+
+
+def a_file(name: str, content: bytes = b"", mode: int = 0o644, **fields: Any) -> Member:
+    """A regular member; ``fields`` are those of ``tarfile.TarInfo``."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), mode
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member, content
+
+
+def an_entry(name: str, type: bytes, linkname: str = "", mode: int = 0o755, **fields: Any) -> tarfile.TarInfo:
+    """A member without content: a directory, link or device (``type`` is tarfile's)."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.mode = type, linkname, mode
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member
+
+
+def a_tar(*members: Member, format: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar of ``members``, as they are: nothing is cleaned."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for member in members:
+            info, content = member if isinstance(member, tuple) else (member, b"")
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def sha256(content: bytes) -> str:
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def a_config(*layers: bytes, **fields: Any) -> bytes:
+    """The configuration of an image with these plain layers."""
+    document = {
+        "architecture": "amd64",
+        "os": "linux",
+        "created": "2026-01-01T00:00:00Z",
+        "config": {"Cmd": ["sh"], "Env": ["PATH=/bin"], "Labels": {"test": "yes"}},
+        "rootfs": {"type": "layers", "diff_ids": [sha256(layer) for layer in layers]},
+        "history": [{"created": "2026-01-01T00:00:00Z", "created_by": "a test"} for _ in layers],
+    }
+    return json.dumps(document | fields).encode()
+
+
+def a_docker_archive(
+    *layers: bytes,
+    tags: Sequence[str] = ("hostile:1",),
+    config: bytes | None = None,
+    manifest: Any = None,
+    extra: Sequence[Member] = (),
+    stored: Mapping[int, bytes] | None = None,
+) -> bytes:
+    """What ``docker save`` wrote up to 24.  ``stored`` replaces a layer's bytes without changing the digests."""
+    config = a_config(*layers) if config is None else config
+    names = [f"{number}/layer.tar" for number in range(len(layers))]
+    if manifest is None:
+        manifest = [{"Config": "config.json", "RepoTags": list(tags), "Layers": names}]
+    bodies = [(stored or {}).get(number, layer) for number, layer in enumerate(layers)]
+    return a_tar(
+        *extra,
+        *(a_file(name, body) for name, body in zip(names, bodies, strict=True)),
+        a_file("config.json", config),
+        a_file("manifest.json", json.dumps(manifest).encode()),
+    )
+
+
+def a_layer(*members: Member) -> bytes:
+    """A small harmless layer, with ``members`` behind it."""
+    return a_tar(an_entry("etc", tarfile.DIRTYPE), a_file("etc/hostname", b"box\n"), *members)
+
+
+_GOOD = a_layer()
+
+
+def _headless() -> bytes:
+    """A layer whose second header is garbage."""
+    return _GOOD[:512] + b"\xff" * 512 + _GOOD[1024:]
+
+
+HOSTILE: Mapping[str, Callable[[], bytes]] = {
+    "truncated": lambda: a_docker_archive(a_layer(a_file("big", b"x" * 100_000)))[:50_000],
+    "truncated inside a layer": lambda: a_docker_archive(
+        a_layer(a_file("big", b"x" * 100_000)), stored={0: a_layer(a_file("big", b"x" * 100_000))[:40_000]}
+    ),
+    "truncated gzip layer": lambda: a_docker_archive(_GOOD, stored={0: gzip.compress(_GOOD)[:-30]}),
+    "no archive at all": lambda: b"this is not a tar archive, whatever its sender says" * 100,
+    "empty": lambda: b"",
+    "empty tar": lambda: a_tar(),
+    "wrong digest of a layer": lambda: a_docker_archive(_GOOD, stored={0: a_layer(a_file("evil", b"1"))}),
+    "garbage in a layer": lambda: a_docker_archive(_GOOD, stored={0: _headless()}),
+    "fewer layers than digests": lambda: a_docker_archive(
+        _GOOD, manifest=[{"Config": "config.json", "RepoTags": None, "Layers": []}]
+    ),
+    "manifest is no JSON": lambda: a_tar(a_file("manifest.json", b"{")),
+    "manifest is null": lambda: a_tar(a_file("manifest.json", b"null")),
+    "manifest is an object": lambda: a_tar(a_file("manifest.json", b"{}")),
+    "configuration missing": lambda: a_docker_archive(
+        _GOOD, manifest=[{"Config": "nowhere.json", "RepoTags": None, "Layers": ["0/layer.tar"]}]
+    ),
+    "configuration is no JSON": lambda: a_docker_archive(_GOOD, config=b"nonsense"),
+    "configuration without rootfs": lambda: a_docker_archive(_GOOD, config=b'{"os":"linux"}'),
+    "image of another system": lambda: a_docker_archive(_GOOD, config=a_config(_GOOD, os="windows")),
+    "layer missing": lambda: a_docker_archive(
+        _GOOD, manifest=[{"Config": "config.json", "RepoTags": None, "Layers": ["gone/layer.tar"]}]
+    ),
+    "configuration outside": lambda: a_docker_archive(
+        _GOOD, manifest=[{"Config": "../../../../etc/passwd", "RepoTags": None, "Layers": ["0/layer.tar"]}]
+    ),
+    "layer is a link outside": lambda: a_docker_archive(
+        _GOOD,
+        manifest=[{"Config": "config.json", "RepoTags": None, "Layers": ["link"]}],
+        extra=[an_entry("link", tarfile.SYMTYPE, "/etc/passwd")],
+    ),
+    "layer is a link loop": lambda: a_docker_archive(
+        _GOOD,
+        manifest=[{"Config": "config.json", "RepoTags": None, "Layers": ["a"]}],
+        extra=[an_entry("a", tarfile.SYMTYPE, "b"), an_entry("b", tarfile.SYMTYPE, "a")],
+    ),
+    "layer is a named pipe": lambda: a_docker_archive(
+        _GOOD,
+        manifest=[{"Config": "config.json", "RepoTags": None, "Layers": ["pipe"]}],
+        extra=[an_entry("pipe", tarfile.FIFOTYPE)],
+    ),
+    "tag that cannot be parsed": lambda: a_docker_archive(_GOOD, tags=["Bad:Name:x"]),
+    "tag without a tag": lambda: a_docker_archive(_GOOD, tags=["hostile"]),
+    "name outside in a layer": lambda: a_docker_archive(a_layer(a_file("../../escaped", b"x"))),
+    "absolute name in a layer": lambda: a_docker_archive(a_layer(a_file("/absolute", b"x"))),
+    "write through a link outside": lambda: a_docker_archive(
+        a_layer(an_entry("out", tarfile.SYMTYPE, "/tmp"), a_file("out/escaped", b"x"))
+    ),
+    "write through a link upwards": lambda: a_docker_archive(
+        a_layer(an_entry("out", tarfile.SYMTYPE, "../../../../../../tmp"), a_file("out/escaped", b"x"))
+    ),
+    "hard link outside": lambda: a_docker_archive(
+        a_layer(an_entry("shadow", tarfile.LNKTYPE, "../../../../../../etc/shadow"))
+    ),
+    "hard link to nothing": lambda: a_docker_archive(a_layer(an_entry("x", tarfile.LNKTYPE, "nowhere"))),
+    "device nodes": lambda: a_docker_archive(
+        a_layer(
+            an_entry("sda", tarfile.BLKTYPE, mode=0o666, devmajor=8, devminor=0),
+            an_entry("mem", tarfile.CHRTYPE, mode=0o666, devmajor=1, devminor=1),
+        )
+    ),
+    "unknown member type": lambda: a_docker_archive(a_layer(an_entry("odd", b"Y"))),
+    "file in place of a directory": lambda: a_docker_archive(
+        a_layer(a_file("etc", b"now a file"), a_file("etc/below", b"x"))
+    ),
+    "whiteout of nothing": lambda: a_docker_archive(a_layer(a_file(".wh.", b""))),
+    "whiteout of the parent": lambda: a_docker_archive(a_layer(a_file("etc/.wh...", b""))),
+    "outer name outside": lambda: a_docker_archive(_GOOD, extra=[a_file("../../outside", b"x")]),
+    "outer device node": lambda: a_docker_archive(
+        _GOOD, extra=[an_entry("sda", tarfile.BLKTYPE, devmajor=8, devminor=0)]
+    ),
+    "too many layers": lambda: a_docker_archive(*(a_tar(a_file(f"f{n}", b"")) for n in range(130))),
+}
+"""By name: what makes the archive bad -> its bytes."""
