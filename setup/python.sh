@@ -29,13 +29,17 @@ fi
 
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     say "making the virtual environment $venv"
-    "$python" -m venv --clear "$venv" || fail "the virtual environment could not be made (above)" \
+    # Not `venv --clear`, which would take the unpacked programs in libexec away as well.
+    rm -rf "$venv"/{bin,include,lib,lib64,pyvenv.cfg}
+    "$python" -m venv "$venv" || fail "the virtual environment could not be made (above)" \
         "remove $venv and run make again"
 fi
 say "installing the locked Python packages ($lock)"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" install --require-hashes --no-deps --requirement "$lock" </dev/null || fail "pip failed (above)" \
     "check the machine's way to its Python package index, then run make again"
-"${pip[@]}" install --no-index --no-build-isolation --no-deps --editable .. </dev/null
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+"${pip[@]}" install --no-index --no-build-isolation --no-deps --editable .. </dev/null >"$log" 2>&1 || cat "$log" >&2
 works || fail "the virtual environment does not work after its installation" "remove $venv and run make again"
 printf '%s' "$key" >"$stamp"
