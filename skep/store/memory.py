@@ -24,7 +24,7 @@ from skep.store.keys import LEADER
 from skep.store.leadership import FencedTerm, LeaderRecord, TermState, leader_named
 from skep.store.proposal import Exists, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
-from skep.store.state import KeyChange, State
+from skep.store.state import KeyChange, State, differences
 from skep.store.updates import NO_LEADER, Committed, Conflict, Outcome, Updater, within_deadline
 
 T = TypeVar("T")
@@ -226,7 +226,7 @@ class MemoryStore:
         self._replica = Replica(watch_capacity)
         self._replica.reset(*self.cluster.load())
         self._elected: asyncio.Queue[TermState] = asyncio.Queue()
-        self._updater = Updater(self._replica, MemoryLane(self, None), self.barrier, clock)
+        self._updater = self._updater_behind(None)
         self.cluster.stores.append(self)
 
     # -- interface.Store ---------------------------------------------------------------------------------------
@@ -266,8 +266,7 @@ class MemoryStore:
                 if state.is_lost:
                     continue
                 await self._replica.reached(state.fence)
-                updater = Updater(self._replica, MemoryLane(self, state), self.barrier, self._clock)
-                yield FencedTerm(self._replica, state, updater)
+                yield FencedTerm(self._replica, state, self._updater_behind(state))
         finally:
             self.cluster.withdraw(node_id)
 
@@ -297,9 +296,14 @@ class MemoryStore:
         self.faults.is_cut = False
         self.hear()
 
+    def _updater_behind(self, term: TermState | None) -> Updater:
+        lane = MemoryLane(self, term)
+        return Updater(self._replica, lane, self.barrier, self._clock, self._replica.reached)
+
     def _show(self, until: int) -> None:
         if self._replica.revision < self.cluster.compacted:
-            self._replica.reset(*self.cluster.load())
+            state, leader = self.cluster.load()
+            self._replica.reset(state, leader, tuple(differences(self._replica.state, state)))
             return
         for revision, changes in self.cluster.since(self._replica.revision):
             if revision > until:

@@ -9,22 +9,24 @@ from contextlib import asynccontextmanager
 from heapq import heappop, heappush
 from itertools import count
 
-from skep.store.interface import Commit, Object, Watch
+from skep.store.interface import Commit, Event, Object, Watch
 from skep.store.keys import LEADER
 from skep.store.schema import SCHEMA_BY_TYPE
-from skep.store.state import KeyChange, State, difference
+from skep.store.state import KeyChange, State
 from skep.store.watches import CAPACITY, Watches
 
 _EVERY_KIND = frozenset(SCHEMA_BY_TYPE)
 
 
 class Replica:
-    """The state as this manager knows it.  ``state`` is a view; it is replaced only by ``reset``."""
+    """The state as this manager knows it.  ``state`` is a view; ``reset`` replaces it."""
 
     def __init__(self, watch_capacity: int = CAPACITY) -> None:
         self.state = State()
         self.leader_record: bytes | None = None
         """What the leader key says, undecoded."""
+        self.resets = 0
+        """How often everything was loaded anew."""
         self._watches = Watches(watch_capacity)
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
@@ -49,11 +51,11 @@ class Replica:
             self.state.revision = revision
             self._wake()
 
-    def reset(self, state: State, leader_record: bytes | None) -> None:
-        """Replace everything by a freshly loaded state; observers get exactly the difference."""
-        events = difference(self.state, state)
+    def reset(self, state: State, leader_record: bytes | None, events: Iterable[Event] = ()) -> None:
+        """Replace everything by a freshly loaded state; observers get exactly the difference, ``events``."""
         self.state, self.leader_record = state, leader_record
-        self._arrived(Commit(state.revision, events))
+        self.resets += 1
+        self._arrived(Commit(state.revision, tuple(events)))
 
     async def reached(self, revision: int) -> None:
         """Return once the state shows everything up to ``revision``."""

@@ -5,7 +5,7 @@ or a network; ``replica`` publishes what it returns.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -171,19 +171,22 @@ class State:
                     yield event
 
 
-def difference(old: State, new: State) -> tuple[Event, ...]:
-    """What an observer of ``old`` must hear to know ``new``: removals first, then the rest in order of kind and id."""
-    events: list[Event] = []
+def differences(old: State, new: State) -> Iterator[Event]:
+    """What an observer of ``old`` must hear to know ``new``: removals first, then the rest by kind and id.
+
+    Lazily, so that a loop can take it in slices; neither state may change meanwhile.
+    """
     for before, after in zip(old.tables, new.tables, strict=True):
-        events += [Deleted(before.objects[id]) for id in before.ids if id not in after.objects]
+        for id in before.ids:
+            if id not in after.objects:
+                yield Deleted(before.objects[id])
     for before, after in zip(old.tables, new.tables, strict=True):
         for id in after.ids:
             one, other = before.objects.get(id), after.objects[id]
             if one is None:
-                events.append(Created(other))
+                yield Created(other)
             elif one != other:
-                events.append(Updated(one, other))
-    return tuple(events)
+                yield Updated(one, other)
 
 
 _RANKS: Final = {schema.name: rank for rank, schema in enumerate(SCHEMAS)}

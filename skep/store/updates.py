@@ -73,12 +73,19 @@ class Updater:
     """Implements ``interface.Updates`` over a replica and a proposer."""
 
     def __init__(
-        self, replica: Replica, proposer: Proposer, barrier: Callable[[], Awaitable[None]], clock: Clock
+        self,
+        replica: Replica,
+        proposer: Proposer,
+        barrier: Callable[[], Awaitable[None]],
+        clock: Clock,
+        reached: Callable[[int], Awaitable[None]],
     ) -> None:
+        """``reached``: returns once the replica shows a revision; ``barrier``: once it shows the present."""
         self._replica = replica
         self._proposer = proposer
         self._barrier = barrier
         self._clock = clock
+        self._reached = reached
 
     async def update(
         self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
@@ -105,7 +112,7 @@ class Updater:
                         await self._shown(revision)
                         return result
                     case Conflict(revision):
-                        await self._replica.reached(revision)
+                        await self._reached(revision)
                         is_confirmed = False
 
     async def update_each(
@@ -171,7 +178,7 @@ class Updater:
     async def _shown(self, revision: int) -> None:
         try:
             async with asyncio.timeout(SHOWN_S):
-                await self._replica.reached(revision)
+                await self._reached(revision)
         except TimeoutError:
             log.warning("replica does not show an acknowledged write", revision=revision)
 

@@ -1,0 +1,264 @@
+"""Group commit: the proposals that queued up while a raft entry was on its way go together in the next one.
+
+Each proposal is a nested transaction with compares of its own, so one that lost a race fails alone.  Two entries
+are on their way at a time; there is no timer.  etcd judges all compares of an entry on the state before it, so
+proposals share an entry only if neither reads what the other writes (``Footprint``), and one that touches what is
+on its way waits.
+
+**Unknown outcomes.**  Every entry compares this manager's *ticket*, a key that only it writes.  When an answer
+does not come, the ticket is moved: from then on the lost entry can never take effect.  What the replica has seen
+by that revision is the truth: a proposal whose first write appeared is in; any other is simply sent again.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import ResourceExhausted, SkepError, Unavailable
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.client import Client
+from skep.store.etcd.errors import Busy, Uncertain
+from skep.store.etcd.requests import Witness, batch_txn, etcd_key, is_fence_fallen, nested_txn
+from skep.store.interface import NotLeader
+from skep.store.proposal import Footprint, Proposal
+from skep.store.replica import Replica
+from skep.store.updates import Committed, Conflict, Outcome
+
+log = structlog.get_logger()
+
+QUEUE_MAX = 10_000
+"""Proposals waiting; further ones are refused, so that a stalled store does not eat the memory."""
+
+ENTRY_PROPOSALS_MAX = 100
+ENTRY_BYTES_MAX = 1024 * 1024
+ETCD_OPERATIONS_MAX = 128
+"""etcd's --max-txn-ops: proposals of an entry and operations of its largest proposal, together."""
+
+IN_FLIGHT = 2
+
+
+class Pending:
+    """A proposal on its way, and who waits for its outcome."""
+
+    def __init__(self, proposal: Proposal, fence: int | None) -> None:
+        self.proposal = proposal
+        self.fence = fence
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    @property
+    def operations(self) -> int:
+        """What etcd counts for it; the fence is one compare more."""
+        return self.proposal.operations + (self.fence is not None)
+
+    def resolve(self, outcome: Outcome) -> None:
+        """Tell the waiter, if it still waits."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    def fail(self, error: SkepError) -> None:
+        """Raise ``error`` at the waiter, if it still waits."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+
+class Entry:
+    """Proposals that go in one raft entry, in order."""
+
+    def __init__(self) -> None:
+        self.pending: list[Pending] = []
+        self.footprint = Footprint()
+        self._size_bytes = 0
+        self._operations_max = 0
+
+    def has_room(self, pending: Pending) -> bool:
+        """Whether etcd's limits leave room; a proposal alone always has it."""
+        if not self.pending:
+            return True
+        count = len(self.pending) + 1
+        largest = max(self._operations_max, pending.operations)
+        return (
+            count <= ENTRY_PROPOSALS_MAX
+            and count + largest <= ETCD_OPERATIONS_MAX
+            and self._size_bytes + pending.proposal.size_bytes <= ENTRY_BYTES_MAX
+        )
+
+    def add(self, pending: Pending) -> None:
+        """Take ``pending`` along."""
+        self.pending.append(pending)
+        self.footprint.add(pending.proposal)
+        self._size_bytes += pending.proposal.size_bytes
+        self._operations_max = max(self._operations_max, pending.operations)
+
+
+def next_entry(queue: deque[Pending], away: list[Footprint]) -> Entry:
+    """Take from ``queue`` what can go together now, in order; the rest stays, in order.
+
+    Left behind: what touches anything on its way (``away``), in this entry, or ahead of it in the queue.
+    """
+    entry = Entry()
+    waiting: list[Pending] = []
+    ahead = Footprint()
+    while queue:
+        pending = queue.popleft()
+        if pending.outcome.done():
+            continue  # nobody waits for it any more
+        held = (entry.footprint, ahead, *away)
+        if not all(footprint.admits(pending.proposal) for footprint in held):
+            waiting.append(pending)
+            ahead.add(pending.proposal)
+        elif entry.has_room(pending):
+            entry.add(pending)
+        else:
+            queue.appendleft(pending)
+            break
+    queue.extendleft(reversed(waiting))
+    return entry
+
+
+class Batcher:
+    """Sends proposals.  ``run`` must be running."""
+
+    def __init__(
+        self,
+        client: Client,
+        cipher: Cipher,
+        replica: Replica,
+        ticket: str,
+        clock: Clock,
+        backoff: Callable[[], Backoff],
+    ) -> None:
+        self._client = client
+        self._cipher = cipher
+        self._replica = replica
+        self._ticket = ticket
+        self._ticket_revision = 0
+        self._clock = clock
+        self._backoff = backoff
+        self._queue: deque[Pending] = deque()
+        self._away: list[Footprint] = []
+        self._changed = asyncio.Event()
+        self._witnesses: dict[bytes, tuple[Witness, Pending]] = {}
+        self._seen: dict[Pending, int] = {}
+
+    async def propose(self, proposal: Proposal, fence: int | None) -> Outcome:
+        """Raises: NotLeader: ``fence`` has fallen; ResourceExhausted: too many wait; Unavailable."""
+        if len(self._queue) >= QUEUE_MAX:
+            raise ResourceExhausted("too many writes are waiting for the store")
+        pending = Pending(proposal, fence)
+        self._queue.append(pending)
+        self._changed.set()
+        try:
+            return await pending.outcome
+        finally:
+            pending.outcome.cancel()
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        await self._move_ticket()
+        async with asyncio.TaskGroup() as group:
+            for number in range(IN_FLIGHT):
+                group.create_task(self._send_entries(), name=f"batcher-{number}")
+
+    def observe(self, key: bytes, value: bytes | None, revision: int) -> None:
+        """The replica has met this write.  Called before it shows in the replica."""
+        found = self._witnesses.get(key)
+        if found is not None and found[0].value == value:
+            self._seen[found[1]] = revision
+
+    async def _send_entries(self) -> None:
+        while True:
+            entry = next_entry(self._queue, self._away)
+            if not entry.pending:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            self._away.append(entry.footprint)
+            try:
+                await self._send(entry)
+            finally:
+                self._away.remove(entry.footprint)
+                self._changed.set()
+
+    async def _send(self, entry: Entry) -> None:
+        nested: list[pb.TxnRequest] = []
+        witnesses: list[Witness] = []
+        for pending in entry.pending:
+            txn, witness = nested_txn(pending.proposal, pending.fence, self._cipher)
+            nested.append(txn)
+            witnesses.append(witness)
+            self._witnesses[witness.key] = (witness, pending)
+        loads = self._replica.resets
+        try:
+            request = batch_txn(nested, self._ticket, self._ticket_revision)
+            reply = await self._client.txn(request)
+        except Uncertain as error:
+            log.warning("outcome of writes unknown", proposals=len(entry.pending), error=str(error))
+            await self._settle(entry, loads)
+        except Busy:
+            await self._backoff().sleep(self._clock)
+            self._requeue(entry.pending)
+        except SkepError as error:
+            for pending in entry.pending:
+                pending.fail(error)
+        else:
+            self._answer(entry, reply)
+        finally:
+            for pending, witness in zip(entry.pending, witnesses, strict=True):
+                self._seen.pop(pending, None)
+                del self._witnesses[witness.key]
+
+    def _answer(self, entry: Entry, reply: pb.TxnResponse) -> None:
+        if not reply.succeeded:
+            # The ticket moved, by ourselves: nothing of this was written.
+            (read,) = reply.responses
+            if read.response_range.kvs:
+                self._ticket_revision = read.response_range.kvs[0].mod_revision
+            self._requeue(entry.pending)
+            return
+        revision = reply.header.revision
+        for pending, response in zip(entry.pending, reply.responses, strict=True):
+            nested = response.response_txn
+            if nested.succeeded:
+                pending.resolve(Committed(revision))
+            elif pending.fence is not None and is_fence_fallen(nested, pending.fence):
+                pending.fail(NotLeader("another manager leads"))
+            else:
+                pending.resolve(Conflict(revision))
+
+    async def _settle(self, entry: Entry, loads: int) -> None:
+        """Find out what became of an entry without an answer, and send again what did not happen."""
+        revision = await self._move_ticket()
+        await self._replica.reached(revision)
+        if self._replica.resets != loads:
+            # The replica was loaded anew and may have missed the write and what came after it.
+            for pending in entry.pending:
+                pending.fail(Unavailable("the outcome of a write could not be found out"))
+            return
+        lost: list[Pending] = []
+        for pending in entry.pending:
+            if pending in self._seen:
+                pending.resolve(Committed(self._seen[pending]))
+            else:
+                lost.append(pending)
+        self._requeue(lost)
+
+    async def _move_ticket(self) -> int:
+        """Void all entries on their way; the revision from which on that holds."""
+        backoff = self._backoff()
+        while True:
+            try:
+                reply = await self._client.put(etcd_key(self._ticket), b"")
+            except Unavailable:
+                await backoff.sleep(self._clock)
+            else:
+                self._ticket_revision = max(self._ticket_revision, reply.header.revision)
+                return reply.header.revision
+
+    def _requeue(self, pending: list[Pending]) -> None:
+        self._queue.extendleft(reversed(pending))
+        self._changed.set()

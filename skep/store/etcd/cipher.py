@@ -1,0 +1,155 @@
+"""Values are stored encrypted: AES-256-GCM with the cluster's data key.
+
+Layout of a value: one byte of layout version, four bytes of key id, twelve of nonce, the ciphertext with its
+tag.  The name of the key is the associated data, so a value cannot be moved to another key.  Names stay in clear.
+
+The data keys lie in the store themselves, wrapped (RFC 3394) by a key that does not: it stays in the manager's
+key directory.  ``meta/...`` is in clear: it is read before any key is known.
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
+
+from skep.errors import FailedPrecondition, SkepError
+
+_LAYOUT = b"\x01"
+_NONCE_BYTES = 12
+_HEADER_BYTES = 1 + 4 + _NONCE_BYTES
+KEY_BYTES = 32
+
+
+class Unreadable(SkepError):
+    """A stored value is not what was written there: damaged, moved, or of an unknown key."""
+
+
+class WrappedKey(msgspec.Struct, frozen=True, kw_only=True):
+    """One data key, wrapped.  ``id``: 1 and up."""
+
+    id: int
+    wrapped: bytes
+
+
+class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
+    """All data keys that values may be encrypted with; ``current`` is for new ones."""
+
+    current: int
+    keys: tuple[WrappedKey, ...]
+
+    def with_new_key(self, wrapping_key: bytes) -> "KeyRing":
+        """The ring with one more data key, from now on the current one."""
+        id = self.current + 1
+        return KeyRing(current=id, keys=(*self.keys, _fresh_key(id, wrapping_key)))
+
+    def rewrapped(self, old: bytes, new: bytes) -> "KeyRing":
+        """The same data keys under another wrapping key.  Raises: FailedPrecondition."""
+        return KeyRing(
+            current=self.current,
+            keys=tuple(
+                WrappedKey(id=key.id, wrapped=aes_key_wrap(new, _unwrapped(key, old))) for key in self.keys
+            ),
+        )
+
+
+def decoded_ring(stored: bytes) -> KeyRing:
+    """The ring that was stored.  Raises: FailedPrecondition: it is damaged."""
+    try:
+        return msgspec.json.decode(stored, type=KeyRing)
+    except msgspec.DecodeError as error:
+        raise FailedPrecondition(f"the cluster's key ring is damaged: {error}") from error
+
+
+def new_key_ring(wrapping_key: bytes) -> KeyRing:
+    """A ring with one fresh data key."""
+    return KeyRing(current=1, keys=(_fresh_key(1, wrapping_key),))
+
+
+def new_wrapping_key() -> bytes:
+    """A fresh key to wrap data keys with."""
+    return secrets.token_bytes(KEY_BYTES)
+
+
+class Cipher:
+    """Encrypts and decrypts values with the keys of a ring."""
+
+    def __init__(self, ring: KeyRing, wrapping_key: bytes) -> None:
+        """Raises: FailedPrecondition: ``wrapping_key`` does not open the ring."""
+        self._wrapping_key = wrapping_key
+        self._keys: dict[bytes, AESGCM] = {}
+        self._current = b""
+        self.use(ring)
+
+    def use(self, ring: KeyRing) -> None:
+        """Take over a changed ring.  Raises: FailedPrecondition."""
+        keys = {key.id.to_bytes(4, "big"): AESGCM(_unwrapped(key, self._wrapping_key)) for key in ring.keys}
+        current = ring.current.to_bytes(4, "big")
+        if current not in keys:
+            raise FailedPrecondition(f"the key ring lacks its current key {ring.current}")
+        self._keys, self._current = keys, current
+
+    def encrypt(self, key: bytes, value: bytes) -> bytes:
+        """``value`` as it is stored under ``key``.  Never the same twice."""
+        # Random nonces are good for 2**32 values per data key; `KeyRing.with_new_key` starts another.
+        nonce = os.urandom(_NONCE_BYTES)
+        return b"".join((_LAYOUT, self._current, nonce, self._keys[self._current].encrypt(nonce, value, key)))
+
+    def decrypt(self, key: bytes, stored: bytes) -> bytes:
+        """What was encrypted for ``key``.  Raises: Unreadable."""
+        if stored[:1] != _LAYOUT:
+            raise Unreadable("unknown layout of an encrypted value")
+        opener = self._keys.get(stored[1:5])
+        if opener is None:
+            raise Unreadable(f"unknown data key {int.from_bytes(stored[1:5], 'big')}")
+        try:
+            return opener.decrypt(stored[5:_HEADER_BYTES], stored[_HEADER_BYTES:], key)
+        except (InvalidTag, ValueError) as error:
+            raise Unreadable("a stored value is damaged, or was moved from another key") from error
+
+
+def load_wrapping_key(directory: Path) -> bytes:
+    """The wrapping key of this manager.  Raises: FailedPrecondition: it is missing or damaged."""
+    path = directory / "wrapping.key"
+    try:
+        key = path.read_bytes()
+    except FileNotFoundError as error:
+        raise FailedPrecondition(
+            f"{path} is missing: without it the cluster's data cannot be read"
+        ) from error
+    if len(key) != KEY_BYTES:
+        raise FailedPrecondition(f"{path} is damaged: {len(key)} bytes instead of {KEY_BYTES}")
+    return key
+
+
+def save_wrapping_key(directory: Path, key: bytes) -> None:
+    """Keep ``key`` in ``directory`` (0700), readable for root only, safely on disk."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path, beside = directory / "wrapping.key", directory / "wrapping.key.new"
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _fresh_key(id: int, wrapping_key: bytes) -> WrappedKey:
+    return WrappedKey(id=id, wrapped=aes_key_wrap(wrapping_key, secrets.token_bytes(KEY_BYTES)))
+
+
+def _unwrapped(key: WrappedKey, wrapping_key: bytes) -> bytes:
+    try:
+        return aes_key_unwrap(wrapping_key, key.wrapped)
+    except (InvalidUnwrap, ValueError) as error:
+        raise FailedPrecondition(
+            "this manager's wrapping key does not open the cluster's keys: is it from another cluster?"
+        ) from error

@@ -1,0 +1,117 @@
+"""Who leads: the manager beside raft's leader, as soon as it has written the leader key.
+
+The revision of that write is the fence of its term.  Raft's term in the record keeps a manager whose member has
+been asleep from taking the key back.  A status that does not come proves nothing (a defragmentation blocks it for
+seconds): only another raft leader, or a failed fence, ends a term.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import Unavailable
+from skep.model.ids import NodeId
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.client import Client
+from skep.store.etcd.requests import change_of, etcd_key
+from skep.store.leadership import LeaderRecord, TermState
+
+log = structlog.get_logger()
+
+POLL_S = 0.05
+"""How often a manager among several asks its own member who leads; 0.3 ms each."""
+
+SOLO_POLL_S = 1.0
+"""How often the only manager does, while it leads: nobody else can."""
+
+
+class Election:
+    """One manager's candidacy.  ``elected`` gives its terms, one after another."""
+
+    def __init__(self, client: Client, cipher: Cipher, node_id: NodeId, addr: str, clock: Clock) -> None:
+        self._client = client
+        self._cipher = cipher
+        self._node_id = node_id
+        self._addr = addr
+        self._clock = clock
+
+    async def elected(self, backoff: Backoff) -> AsyncIterator[TermState]:
+        """Yields when this manager has become leader; keeps the term's state true until it is lost.
+
+        Ask for the next one at once: it is asking that watches over the term.
+        """
+        term: TermState | None = None
+        while True:
+            try:
+                status = await self._client.status()
+                is_ours = status.leader == status.header.member_id and status.leader != 0
+                if term is not None and (not is_ours or term.is_lost):
+                    log.info("leadership lost", term=term.number)
+                    term.lose()
+                    term = None
+                if is_ours and term is None:
+                    term = await self._claim(status.raft_term)
+                    if term is not None:
+                        log.info("leadership won", term=term.number)
+                        yield term
+                backoff.reset()
+            except Unavailable as error:
+                log.debug("election waits", reason=str(error))
+                await backoff.sleep(self._clock)
+                continue
+            await self._pause(term)
+
+    async def _pause(self, term: TermState | None) -> None:
+        """Until it is time to ask again; a term that a failed fence has ended is replaced at once."""
+        if term is None:
+            await self._clock.sleep(POLL_S)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(await self._period_s()):
+                await term.wait_lost()
+
+    async def _period_s(self) -> float:
+        try:
+            members = await self._client.members()
+        except Unavailable:
+            return POLL_S
+        voters = sum(not member.is_learner for member in members.members)
+        return SOLO_POLL_S if voters == 1 else POLL_S
+
+    async def _claim(self, raft_term: int) -> TermState | None:
+        """Write the leader key, unless somebody of a later raft term has."""
+        name = etcd_key(keys.LEADER)
+        read = await self._client.range(pb.RangeRequest(key=name))
+        seen = 0
+        if read.kvs:
+            seen = read.kvs[0].mod_revision
+            change = change_of(read.kvs[0], self._cipher)
+            if change is not None and change.value is not None:
+                record = msgspec.json.decode(change.value, type=LeaderRecord)
+                if record.term > raft_term:
+                    return None
+        record = LeaderRecord(node=self._node_id, addr=self._addr, term=raft_term)
+        reply = await self._client.txn(
+            pb.TxnRequest(
+                compare=[
+                    pb.Compare(key=name, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=seen)
+                ],
+                success=[
+                    pb.RequestOp(
+                        request_put=pb.PutRequest(
+                            key=name, value=self._cipher.encrypt(name, msgspec.json.encode(record))
+                        )
+                    )
+                ],
+            )
+        )
+        if not reply.succeeded:
+            return None
+        return TermState(number=reply.header.revision, fence=reply.header.revision)

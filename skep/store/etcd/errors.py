@@ -1,0 +1,77 @@
+"""What etcd's refusals mean, told apart by their text: the same gRPC status stands for several of them.
+
+Source: etcd 3.5, api/v3rpc/rpctypes/error.go; each meaning was provoked (etcd note, section 10).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
+
+from skep.errors import SkepError, Unavailable
+from skep.store.updates import NO_LEADER
+
+
+class Uncertain(Unavailable):
+    """No answer: what was asked for may have happened, or may yet."""
+
+
+class Busy(Unavailable):
+    """Too much at once; nothing happened."""
+
+
+class OutOfSpace(Unavailable):
+    """The database has reached its quota: only removals work until an operator has made room."""
+
+
+class NotServing(Unavailable):
+    """This member only learns; it serves after its promotion."""
+
+
+class Compacted(Unavailable):
+    """The history asked for is gone: load again."""
+
+
+class Refused(SkepError):
+    """etcd found the request itself wrong, which is our mistake."""
+
+
+_MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
+    ("leader changed", Uncertain, NO_LEADER),
+    ("no leader", Uncertain, NO_LEADER),
+    ("request timed out", Uncertain, NO_LEADER),
+    ("previous leader failure", Uncertain, NO_LEADER),
+    ("context deadline exceeded", Uncertain, NO_LEADER),
+    ("server stopped", Uncertain, "the store is stopping"),
+    ("too many requests", Busy, "the store is busy: try again"),
+    ("database space exceeded", OutOfSpace, "the store's disk quota is used up; see `skep status`"),
+    ("rpc not supported for learner", NotServing, "this manager is still joining the cluster"),
+    ("unhealthy cluster", Busy, "the cluster of managers is not healthy: try again"),
+    ("required revision has been compacted", Compacted, "the history asked for is gone"),
+    ("required revision is a future revision", Compacted, "the store was restored to an older state"),
+)
+"""Text in the message -> meaning -> what a user reads.  First match wins."""
+
+
+@contextmanager
+def answers_of_etcd() -> Iterator[None]:
+    """Raise our errors instead of grpclib's.
+
+    Raises: Uncertain, Busy, OutOfSpace, NotServing, Compacted, Refused.
+    """
+    try:
+        yield
+    except GRPCError as error:
+        raise meaning_of(error.message or "") from error
+    except (ProtocolError, StreamTerminatedError, OSError) as error:
+        raise Uncertain(f"the store does not answer: {error}") from error
+    except TimeoutError as error:
+        raise Uncertain(NO_LEADER) from error
+
+
+def meaning_of(message: str) -> SkepError:
+    """Our error for etcd's ``message``."""
+    for text, meaning, sentence in _MEANINGS:
+        if text in message:
+            return meaning(sentence)
+    return Refused(f"etcd refused: {message}")

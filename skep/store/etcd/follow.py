@@ -1,0 +1,189 @@
+"""Keeps the replica equal to etcd: load everything once, then follow the watch.
+
+All events of one etcd transaction have one revision and are shown at once.  When the history needed to go on is
+gone (compaction, a restore), everything is loaded again and observers hear exactly the difference.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, Unavailable
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher, decoded_ring
+from skep.store.etcd.client import LOAD_S, Client, Watching, prefix_end
+from skep.store.etcd.errors import Compacted, Uncertain
+from skep.store.etcd.requests import PREFIX, by_revision, change_of
+from skep.store.interface import Event
+from skep.store.replica import Replica
+from skep.store.state import KeyChange, State, differences
+
+log = structlog.get_logger()
+
+PAGE = 500
+"""Keys of one page of a load: a few milliseconds of work."""
+
+SLICE = 200
+"""Events taken in, or objects compared, between two returns to the event loop."""
+
+NUDGE_S = 0.02
+"""How long a waiter waits for the watch to move by itself before progress is asked for."""
+
+
+class Follower:
+    """Feeds one replica.  ``observe`` hears of every write before it shows: (etcd key, stored value, revision)."""
+
+    def __init__(
+        self,
+        client: Client,
+        replica: Replica,
+        cipher: Cipher,
+        observe: Callable[[bytes, bytes | None, int], None],
+        clock: Clock,
+        backoff: Backoff,
+    ) -> None:
+        self._client = client
+        self._replica = replica
+        self._cipher = cipher
+        self._observe = observe
+        self._clock = clock
+        self._backoff = backoff
+        self._watching: Watching | None = None
+        self._cluster_id = 0
+        self._loaded = asyncio.Event()
+        self._needs_load = True
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the watch stands, so that silence means that nothing happened."""
+        return self._watching is not None
+
+    async def wait_loaded(self) -> None:
+        """Return when the replica has shown the whole store once."""
+        await self._loaded.wait()
+
+    async def run(self) -> None:
+        """Follow until cancelled, through every loss of the connection."""
+        while True:
+            try:
+                if self._needs_load:
+                    await self._load()
+                await self._follow()
+            except Compacted as error:
+                log.info("store must be loaded again", reason=str(error))
+                self._needs_load = True
+            except Unavailable as error:
+                log.debug("watch interrupted", reason=str(error))
+                await self._backoff.sleep(self._clock)
+
+    async def reached(self, revision: int) -> None:
+        """Return once the replica shows everything up to ``revision``, asking for progress if nothing moves."""
+        while self._replica.revision < revision:
+            try:
+                async with asyncio.timeout(NUDGE_S):
+                    await self._replica.reached(revision)
+            except TimeoutError:
+                if self._watching is not None:
+                    with suppress(Unavailable):
+                        await self._watching.request_progress()
+
+    async def _load(self) -> None:
+        """Read every key at one revision and put it in place of what the replica had.
+
+        Raises: Compacted: history was cut meanwhile; the next attempt begins anew.
+        """
+        state = State()
+        leader: bytes | None = None
+        first, revision = PREFIX, 0
+        while True:
+            page = await self._client.range(
+                pb.RangeRequest(key=first, range_end=prefix_end(PREFIX), limit=PAGE, revision=revision),
+                timeout_s=LOAD_S,
+            )
+            revision = revision or page.header.revision
+            changes = [change for kv in page.kvs if (change := change_of(kv, self._cipher)) is not None]
+            leader = next((change.value for change in changes if change.key == keys.LEADER), leader)
+            state.apply(revision, changes)
+            if not page.more:
+                break
+            first = page.kvs[-1].key + b"\0"
+            await asyncio.sleep(0)
+        events = await self._difference(state) if self._loaded.is_set() else []
+        self._replica.reset(state, leader, events)
+        self._cluster_id = page.header.cluster_id
+        self._needs_load = False
+        self._loaded.set()
+
+    async def _difference(self, state: State) -> list[Event]:
+        events: list[Event] = []
+        pending = differences(self._replica.state, state)
+        while some := list(islice(pending, SLICE)):
+            events += some
+            await asyncio.sleep(0)
+        return events
+
+    async def _follow(self) -> None:
+        async with self._client.watch(PREFIX, self._replica.revision) as watching:
+            held: list[pb.Event] = []
+            try:
+                while True:
+                    response = await watching.receive()
+                    self._check(response)
+                    if response.created:
+                        self._watching = watching
+                        self._backoff.reset()
+                    held.extend(response.events)
+                    if response.fragment:
+                        continue
+                    await self._take_in(held)
+                    if not held and not response.created:
+                        self._replica.advance(response.header.revision)
+                    held = []
+            finally:
+                self._watching = None
+
+    def _check(self, response: pb.WatchResponse) -> None:
+        """Raises: Compacted: what comes is no continuation of what we have; Uncertain: the watch ended."""
+        if response.canceled:
+            if response.compact_revision:
+                raise Compacted(f"history before revision {response.compact_revision} is gone")
+            raise Uncertain(f"the store ended the watch: {response.cancel_reason}")
+        if response.header.cluster_id != self._cluster_id:
+            raise Compacted("this is another cluster's store")
+        if response.header.revision < self._replica.revision:
+            # A watch from a future revision is accepted, and then silent for ever.
+            raise Compacted("the store was restored to an older state")
+
+    async def _take_in(self, events: list[pb.Event]) -> None:
+        taken = 0
+        for revision, group in by_revision(events):
+            changes: list[KeyChange] = []
+            for event in group:
+                is_delete = event.type == pb.Event.DELETE
+                if event.kv.key == _KEY_RING and not is_delete:
+                    self._use_key_ring(event.kv.value)
+                self._observe(event.kv.key, None if is_delete else event.kv.value, revision)
+                change = change_of(event.kv, self._cipher, is_delete=is_delete)
+                if change is not None:
+                    changes.append(change)
+            self._replica.apply(revision, changes)
+            taken += len(group)
+            if taken >= SLICE:
+                taken = 0
+                await asyncio.sleep(0)
+
+    def _use_key_ring(self, encoded: bytes) -> None:
+        """Values encrypted with a new data key come after the ring that holds it."""
+        try:
+            self._cipher.use(decoded_ring(encoded))
+        except FailedPrecondition as error:
+            log.error("new key ring cannot be used", error=str(error))
+
+
+_KEY_RING = PREFIX + keys.KEY_RING.encode()

@@ -1,0 +1,109 @@
+"""The first transaction of a cluster, and what every start checks before it trusts what it finds.
+
+``meta/format`` says how the data are laid out, ``meta/level`` the lowest version among the managers: nothing that
+this level does not know is written.  A store without ``meta/format`` is an unfinished init.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import AlreadyExists, FailedPrecondition
+from skep.model.times import timestamp
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher, KeyRing, decoded_ring, new_key_ring
+from skep.store.etcd.client import LOAD_S, Client
+from skep.store.etcd.errors import Uncertain
+from skep.store.etcd.requests import etcd_key, nested_txn
+from skep.store.interface import Object
+from skep.store.proposal import Proposal, Unchanged
+from skep.store.state import State
+from skep.store.transaction import Writing
+
+log = structlog.get_logger()
+
+FORMAT = 1
+"""The layout of keys and values that this version reads and writes."""
+
+LEVEL = 1
+"""The newest level that this version knows."""
+
+
+class Unfinished(FailedPrecondition):
+    """The store holds no cluster: init was interrupted, or has not run."""
+
+
+async def initialize(client: Client, wrapping_key: bytes, objects: Iterable[Object], clock: Clock) -> KeyRing:
+    """Write format, level, keys and the first ``objects`` of a new cluster, in one transaction.
+
+    Raises: AlreadyExists: the store holds a cluster already; Unavailable.
+    """
+    ring = new_key_ring(wrapping_key)
+    tx = Writing(State(), timestamp(clock.now_ns()))
+    for object in objects:
+        tx.put(object)
+    first = tx.proposal()
+    founding = Proposal(
+        compares=(Unchanged(keys.FORMAT, 0), *first.compares),
+        puts=(
+            (keys.FORMAT, str(FORMAT).encode()),
+            (keys.LEVEL, str(LEVEL).encode()),
+            (keys.KEY_RING, msgspec.json.encode(ring)),
+            *first.puts,
+        ),
+    )
+    request, _ = nested_txn(founding, None, Cipher(ring, wrapping_key))
+    try:
+        reply = await client.txn(request, timeout_s=LOAD_S)
+    except Uncertain:
+        if await _stored_ring(client) == ring:
+            return ring
+        raise
+    if not reply.succeeded and await _stored_ring(client) != ring:
+        raise AlreadyExists("this store holds a cluster already")
+    return ring
+
+
+async def founded_ring(client: Client) -> KeyRing:
+    """The key ring of the cluster in this store, if this version can serve it.
+
+    Raises: Unfinished: there is none; FailedPrecondition: of a format or level unknown here; Unavailable.
+    """
+    format = await _read(client, keys.FORMAT)
+    if format is None:
+        raise Unfinished("the store holds no cluster: its init was not finished")
+    if format != str(FORMAT).encode():
+        raise FailedPrecondition(
+            f"the cluster's data have format {format.decode(errors='replace')}; this version of Skep knows "
+            f"format {FORMAT} only: install the version that wrote them"
+        )
+    check_level(await _read(client, keys.LEVEL))
+    stored = await _read(client, keys.KEY_RING)
+    if stored is None:
+        raise FailedPrecondition("the cluster's key ring is missing: restore the store from a backup")
+    return decoded_ring(stored)
+
+
+def check_level(stored: bytes | None) -> None:
+    """Raises: FailedPrecondition: other managers already write what this version does not know."""
+    try:
+        level = int(stored or b"")
+    except ValueError as error:
+        raise FailedPrecondition(f"the cluster's level is damaged: {stored!r}") from error
+    if level > LEVEL:
+        raise FailedPrecondition(
+            f"the cluster is at level {level}; this version of Skep knows level {LEVEL} only: upgrade this manager"
+        )
+
+
+async def _stored_ring(client: Client) -> KeyRing | None:
+    stored = await _read(client, keys.KEY_RING)
+    return decoded_ring(stored) if stored is not None else None
+
+
+async def _read(client: Client, key: str) -> bytes | None:
+    reply = await client.range(pb.RangeRequest(key=etcd_key(key)))
+    return reply.kvs[0].value if reply.kvs else None

@@ -1,0 +1,262 @@
+"""The etcd process of this manager: started, watched, started again, and never left behind.
+
+etcd dies with its manager (``setpriv --pdeathsig``): an orphan would keep raft's leadership, and no manager would
+lead.  A member is ready when it knows a leader and has finished a write; reads prove nothing, since a member whose
+log is gone serves every read and finishes no write.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.groups import errors_as_they_are
+from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.store.etcd import orphans
+from skep.store.etcd.binary import Binary, check_upgrade
+from skep.store.etcd.client import Client
+from skep.store.etcd.flags import MemberSettings, arguments, environment
+from skep.store.etcd.output import Output
+from skep.store.etcd.requests import PREFIX
+
+log = structlog.get_logger()
+
+SOCKET_PATH_BYTES_MAX = 107
+FRESH_BYTES = 200 * 1024 * 1024
+"""A fresh member preallocates 123 MB of log at once."""
+
+KNOWN_BYTES = 80 * 1024 * 1024
+"""One that has data needs room for the next file of its log."""
+
+POLL_S = 0.01
+READY_S = 30.0
+"""A single member that is not ready by then never will be."""
+
+PROBE_S = 5.0
+STOP_S = 5.0
+CRASHES_MAX = 5
+CRASHES_WITHIN_S = 60.0
+
+_LOG_DAMAGED = (
+    "{directory}: the store's log is damaged or gone while its database is there; "
+    "with several managers remove this one and join it again, otherwise restore the store from its database file"
+)
+
+
+class MemberFailed(SkepError):
+    """The store's process does not stay up, or does not get ready; the message says why."""
+
+
+class MemberRemoved(SkepError):
+    """The other managers removed this member: this node is no longer a manager."""
+
+
+class Member:
+    """One supervised etcd.  ``running`` starts and ends it."""
+
+    def __init__(self, settings: MemberSettings, binary: Binary, clock: Clock, backoff: Backoff) -> None:
+        self.settings = settings
+        self.starts = 0
+        """How often the process was started."""
+        self._binary = binary
+        self._clock = clock
+        self._backoff = backoff
+        self._process: asyncio.subprocess.Process | None = None
+        self._ready = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running process."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Member"]:
+        """The member, ready; it is kept up until the block ends.
+
+        Raises: FailedPrecondition: what is found on this machine rules a start out; MemberFailed; MemberRemoved:
+        now, or later out of the block.
+        """
+        self._prepare()
+        with orphans.locked(self.settings.directory):
+            await orphans.end_orphan(self.settings.directory, self._clock)
+            async with errors_as_they_are(), asyncio.TaskGroup() as group:
+                keeping = group.create_task(self._keep_up(), name="etcd-member")
+                try:
+                    await self._ready.wait()
+                    yield self
+                finally:
+                    keeping.cancel()
+
+    async def wait_ready(self) -> None:
+        """Return when the member serves, after a restart of it too."""
+        await self._ready.wait()
+
+    # -- before the start --------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        settings = self.settings
+        if len(os.fsencode(settings.socket)) > SOCKET_PATH_BYTES_MAX:
+            raise FailedPrecondition(
+                f"the path of a socket may have {SOCKET_PATH_BYTES_MAX} bytes, and {settings.socket} has more: "
+                "choose a shorter run directory"
+            )
+        if shutil.which("setpriv") is None:
+            raise FailedPrecondition("setpriv is missing: install util-linux")
+        settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        settings.directory.chmod(0o700)
+        settings.socket.parent.mkdir(parents=True, exist_ok=True)
+        check_upgrade(read_version(settings.directory), self._binary.version)
+        check_log(settings.data)
+        missing = missing_bytes(settings.data)
+        if missing:
+            raise FailedPrecondition(
+                f"{settings.directory}: {missing // 1024**2 + 1} MB of disk space are missing for the store"
+            )
+
+    # -- while it runs -----------------------------------------------------------------------------------------
+
+    async def _keep_up(self) -> None:
+        crashes: deque[float] = deque()
+        while True:
+            await self._wait_for_space()
+            check_log(self.settings.data)
+            started = self._clock.monotonic()
+            output = Output()
+            return_code = await self._run_once(output)
+            if return_code == 0:
+                raise MemberRemoved("this node is no longer a manager: the other managers removed its store")
+            now = self._clock.monotonic()
+            log.error("etcd ended", return_code=return_code, reason=output.reason)
+            if missing_bytes(self.settings.data):
+                continue
+            crashes.append(now)
+            while now - crashes[0] > CRASHES_WITHIN_S:
+                crashes.popleft()
+            if len(crashes) >= CRASHES_MAX:
+                raise MemberFailed(f"etcd ended {CRASHES_MAX} times in a minute: {output.reason}")
+            if now - started > CRASHES_WITHIN_S:
+                self._backoff.reset()
+            await self._backoff.sleep(self._clock)
+
+    async def _run_once(self, output: Output) -> int:
+        """Start the process, announce when it is ready, and return how it ended."""
+        settings = self.settings
+        settings.socket.unlink(missing_ok=True)
+        # The signal follows the thread that forks, so this must run in the main thread, as event loops do.
+        process = await asyncio.create_subprocess_exec(
+            "setpriv",
+            "--pdeathsig",
+            "TERM",
+            str(self._binary.path),
+            *arguments(settings, self._binary.version),
+            env={"PATH": os.environ.get("PATH", os.defpath), **environment(settings)},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            limit=1024 * 1024,
+            process_group=0,
+        )
+        assert process.stderr is not None, "asked for above"
+        self._process = process
+        self.starts += 1
+        try:
+            orphans.write_pid(settings.directory, process.pid)
+            async with errors_as_they_are(), asyncio.TaskGroup() as group:
+                group.create_task(output.read(process.stderr), name="etcd-output")
+                probing = group.create_task(self._announce_ready(), name="etcd-probe")
+                return_code = await process.wait()
+                probing.cancel()
+            return return_code
+        finally:
+            self._ready.clear()
+            await self._end(process)
+            orphans.remove_pid(settings.directory)
+
+    async def _announce_ready(self) -> None:
+        started = self._clock.monotonic()
+        async with Client(self.settings.socket) as client:
+            while not await self._knows_leader(client):
+                if self.settings.is_solo and self._clock.monotonic() - started > READY_S:
+                    raise MemberFailed(f"etcd was not ready after {READY_S:.0f} s")
+                await self._clock.sleep(POLL_S)
+            try:
+                await client.put(PREFIX + b"probe/" + self.settings.name.encode(), b"", timeout_s=PROBE_S)
+            except Unavailable as error:
+                if self.settings.is_solo:
+                    raise MemberFailed(_LOG_DAMAGED.format(directory=self.settings.directory)) from error
+                raise
+        write_version(self.settings.directory, self._binary.version)
+        log.info("etcd ready", seconds=round(self._clock.monotonic() - started, 3))
+        self._ready.set()
+
+    async def _knows_leader(self, client: Client) -> bool:
+        try:
+            status = await client.status(timeout_s=1.0)
+        except Unavailable:
+            return False
+        return status.leader != 0
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """SIGTERM: etcd hands leadership over by itself and ends within milliseconds."""
+        for ask in (signal.SIGTERM, signal.SIGKILL):
+            if process.returncode is not None:
+                return
+            process.send_signal(ask)
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
+            except TimeoutError:
+                log.warning("etcd does not end", signal=ask.name)
+
+    async def _wait_for_space(self) -> None:
+        is_told = False
+        while missing := missing_bytes(self.settings.data):
+            if not is_told:
+                log.error("no space for the store", path=str(self.settings.directory), missing_bytes=missing)
+                is_told = True
+            await self._clock.sleep(1.0)
+
+
+def check_log(data: Path) -> None:
+    """Refuse a member directory with a database but no log: it would serve reads and finish no write.
+
+    Raises: FailedPrecondition.
+    """
+    database = data / "member" / "snap" / "db"
+    if database.exists() and not any((data / "member" / "wal").glob("*.wal")):
+        raise FailedPrecondition(_LOG_DAMAGED.format(directory=data))
+
+
+def missing_bytes(data: Path) -> int:
+    """Disk space that the store lacks for a start; 0: there is enough."""
+    there = data
+    while not there.exists():
+        there = there.parent
+    disk = os.statvfs(there)
+    needed = KNOWN_BYTES if (data / "member").exists() else FRESH_BYTES
+    return max(0, needed - disk.f_bavail * disk.f_frsize)
+
+
+def read_version(directory: Path) -> tuple[int, int, int] | None:
+    """The etcd that served this directory last."""
+    try:
+        major, minor, patch = map(int, (directory / "etcd-version").read_text().strip().split("."))
+    except (FileNotFoundError, ValueError):
+        return None
+    return major, minor, patch
+
+
+def write_version(directory: Path, version: tuple[int, int, int]) -> None:
+    """Remember which etcd serves this directory."""
+    beside = directory / "etcd-version.new"
+    beside.write_text(".".join(map(str, version)) + "\n")
+    beside.rename(directory / "etcd-version")

@@ -1,0 +1,132 @@
+"""Proposals as etcd's requests, etcd's keys as ours.  Pure but for the nonces of encryption."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import structlog
+
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher, Unreadable
+from skep.store.etcd.client import prefix_end
+from skep.store.proposal import Compare, Exists, NothingSince, Proposal, Unchanged
+from skep.store.state import KeyChange
+
+log = structlog.get_logger()
+
+PREFIX = b"/skep/v1/"
+
+_CLEAR = ("meta/", "w/", "probe/")
+"""Keys whose values are not encrypted: read before any data key is known, or empty."""
+
+
+def etcd_key(key: str) -> bytes:
+    """One of our keys as etcd stores it."""
+    return PREFIX + key.encode()
+
+
+class Witness(msgspec.Struct, frozen=True):
+    """By this write a lost proposal is recognized: an encrypted value is never the same twice.
+
+    ``value`` None: the proposal only deletes.
+    """
+
+    key: bytes
+    value: bytes | None
+
+
+def nested_txn(proposal: Proposal, fence: int | None, cipher: Cipher) -> tuple[pb.TxnRequest, Witness]:
+    """One proposal as a transaction within a batch.  With a ``fence``, the failure branch reads the leader key."""
+    compare = [_compare(one) for one in proposal.compares]
+    failure: list[pb.RequestOp] = []
+    if fence is not None:
+        compare.append(_compare(Unchanged(keys.LEADER, fence)))
+        failure.append(_read(keys.LEADER))
+    success: list[pb.RequestOp] = []
+    witness: Witness | None = None
+    for key, value in proposal.puts:
+        name = etcd_key(key)
+        stored = value if key.startswith(_CLEAR) else cipher.encrypt(name, value)
+        success.append(pb.RequestOp(request_put=pb.PutRequest(key=name, value=stored)))
+        witness = witness or Witness(name, stored)
+    for key in proposal.deletes:
+        name = etcd_key(key)
+        success.append(pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=name)))
+        witness = witness or Witness(name, None)
+    assert witness is not None, "an empty proposal is never sent"
+    return pb.TxnRequest(compare=compare, success=success, failure=failure), witness
+
+
+def batch_txn(nested: Iterable[pb.TxnRequest], ticket: str, ticket_revision: int) -> pb.TxnRequest:
+    """Many proposals in one raft entry, void as soon as this manager has moved its ticket."""
+    return pb.TxnRequest(
+        compare=[_compare(Unchanged(ticket, ticket_revision))],
+        success=[pb.RequestOp(request_txn=txn) for txn in nested],
+        failure=[_read(ticket)],
+    )
+
+
+def is_fence_fallen(reply: pb.TxnResponse, fence: int) -> bool:
+    """Whether a failed fenced transaction failed because another term has begun."""
+    (read,) = reply.responses
+    found = read.response_range.kvs
+    return not found or found[0].mod_revision != fence
+
+
+def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> KeyChange | None:
+    """One of etcd's keys as ours, decrypted.  None, and a line in the log, if it cannot be read."""
+    key = kv.key[len(PREFIX) :].decode(errors="replace")
+    if is_delete:
+        return KeyChange(key, None, kv.mod_revision)
+    value = kv.value
+    if not key.startswith(_CLEAR):
+        try:
+            value = cipher.decrypt(kv.key, value)
+        except Unreadable as error:
+            log.error("stored value cannot be read", key=key, error=str(error))
+            return None
+    return KeyChange(key, value, kv.mod_revision, kv.create_revision)
+
+
+def by_revision(events: Sequence[pb.Event]) -> Iterable[tuple[int, list[pb.Event]]]:
+    """Watch events in groups of one revision each, in order."""
+    group: list[pb.Event] = []
+    for event in events:
+        if group and event.kv.mod_revision != group[0].kv.mod_revision:
+            yield group[0].kv.mod_revision, group
+            group = []
+        group.append(event)
+    if group:
+        yield group[0].kv.mod_revision, group
+
+
+def _read(key: str) -> pb.RequestOp:
+    return pb.RequestOp(request_range=pb.RangeRequest(key=etcd_key(key), keys_only=True))
+
+
+def _compare(compare: Compare) -> pb.Compare:
+    match compare:
+        case Unchanged(key, revision):
+            return pb.Compare(
+                key=etcd_key(key),
+                target=pb.Compare.MOD,
+                result=pb.Compare.EQUAL,
+                mod_revision=revision,
+            )
+        case Exists(key, create_revision):
+            return pb.Compare(
+                key=etcd_key(key),
+                target=pb.Compare.CREATE,
+                result=pb.Compare.EQUAL,
+                create_revision=create_revision,
+            )
+        case NothingSince(prefix, revision):
+            first = etcd_key(prefix)
+            # Of an empty range etcd compares a key of revision 0, which is older than any.
+            return pb.Compare(
+                key=first,
+                range_end=prefix_end(first),
+                target=pb.Compare.MOD,
+                result=pb.Compare.LESS,
+                mod_revision=revision + 1,
+            )

@@ -1,0 +1,212 @@
+"""The store of one manager on its own etcd member: replica, group commit, barrier and terms in one object."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.groups import errors_as_they_are
+from skep.errors import SkepError
+from skep.model.ids import NodeId
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.batcher import Batcher
+from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.client import Client
+from skep.store.etcd.election import Election
+from skep.store.etcd.follow import Follower
+from skep.store.etcd.founding import founded_ring
+from skep.store.etcd.requests import etcd_key
+from skep.store.interface import NotLeader, Object, Term, Transaction, View, Watch
+from skep.store.leadership import FencedTerm, TermState, leader_named
+from skep.store.proposal import Proposal
+from skep.store.replica import Replica
+from skep.store.updates import Outcome, Updater, within_deadline
+from skep.store.watches import CAPACITY
+
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class EtcdStore:
+    """Implements ``interface.Store``.  Made by ``open_store``."""
+
+    def __init__(
+        self,
+        client: Client,
+        replica: Replica,
+        follower: Follower,
+        batcher: Batcher,
+        cipher: Cipher,
+        clock: Clock,
+        group: asyncio.TaskGroup,
+        chance: Callable[[], float],
+    ) -> None:
+        self._client = client
+        self._replica = replica
+        self._follower = follower
+        self._batcher = batcher
+        self._cipher = cipher
+        self._clock = clock
+        self._group = group
+        self._chance = chance
+        self._elections: set[asyncio.Task[None]] = set()
+        self._barrier = SharedBarrier(self._reach_present)
+        self._updater = self._updater_behind(None)
+
+    def view(self) -> View:
+        return self._replica.state
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        return self._replica.watch(*kinds)
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return await self._updater.update(body, *args, **kwargs)
+
+    async def update_each(
+        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
+    ) -> Sequence[R | SkepError]:
+        return await self._updater.update_each(body, items)
+
+    async def barrier(self) -> None:
+        async with within_deadline():
+            await self._barrier.passed()
+
+    async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
+        election = Election(self._client, self._cipher, node_id, addr, self._clock)
+        terms: asyncio.Queue[TermState] = asyncio.Queue()
+
+        async def hold_elections() -> None:
+            async for state in election.elected(Backoff(longest_s=1.0, chance=self._chance)):
+                terms.put_nowait(state)
+
+        holding = self._group.create_task(hold_elections(), name="store-election")
+        self._elections.add(holding)
+        try:
+            while True:
+                state = await terms.get()
+                await self._follower.reached(state.fence)
+                if not state.is_lost:
+                    yield FencedTerm(self._replica, state, self._updater_behind(state))
+        finally:
+            self._elections.discard(holding)
+            holding.cancel()
+
+    @property
+    def leader(self) -> NodeId | None:
+        return leader_named(self._replica.leader_record)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the replica follows: false while the member is away or has no leader."""
+        return self._follower.is_current
+
+    def end_elections(self) -> None:
+        """Stand for no further term; for the end of ``open_store``."""
+        for holding in self._elections:
+            holding.cancel()
+
+    def _updater_behind(self, term: TermState | None) -> Updater:
+        return Updater(
+            self._replica, Lane(self._batcher, term), self.barrier, self._clock, self._follower.reached
+        )
+
+    async def _reach_present(self) -> None:
+        """One linearizable read, and the replica at its revision."""
+        reply = await self._client.range(pb.RangeRequest(key=etcd_key(keys.LEADER), count_only=True))
+        await self._follower.reached(reply.header.revision)
+
+
+class Lane:
+    """Proposals of one manager, or of one term of it.  Implements ``updates.Proposer``."""
+
+    def __init__(self, batcher: Batcher, term: TermState | None) -> None:
+        self._batcher = batcher
+        self._term = term
+
+    async def propose(self, proposal: Proposal) -> Outcome:
+        if self._term is None:
+            return await self._batcher.propose(proposal, None)
+        if self._term.is_lost:
+            raise NotLeader("this term of leadership is over")
+        try:
+            return await self._batcher.propose(proposal, self._term.fence)
+        except NotLeader:
+            self._term.lose()
+            raise
+
+
+class SharedBarrier:
+    """Lets all who wait share round trips: one that began before a caller came does not count for it.
+
+    Whoever finds no round trip on its way makes the next one, for all who wait by then.
+    """
+
+    def __init__(self, round_trip: Callable[[], Awaitable[None]]) -> None:
+        self._round_trip = round_trip
+        self._turn = asyncio.Lock()
+        self._begun = 0
+        self._passed = 0
+
+    async def passed(self) -> None:
+        """Return when a round trip that began after this call has ended.  Raises: what it raises."""
+        needed = self._begun + 1
+        while self._passed < needed:
+            async with self._turn:
+                if self._passed >= needed:
+                    return
+                self._begun += 1
+                mine = self._begun
+                await self._round_trip()
+                self._passed = max(self._passed, mine)
+
+
+@asynccontextmanager
+async def open_store(
+    socket: Path,
+    node_id: NodeId,
+    wrapping_key: bytes,
+    clock: Clock,
+    *,
+    chance: Callable[[], float] = random.random,
+    watch_capacity: int = CAPACITY,
+) -> AsyncIterator[EtcdStore]:
+    """The store behind a ready member's ``socket``, with everything loaded.
+
+    Raises: founding.Unfinished: there is no cluster in it; FailedPrecondition: it is not for this version, or
+    not for this key; Unavailable.  Whatever fails later in the background ends the block.
+    """
+    async with Client(socket) as client:
+        cipher = Cipher(await founded_ring(client), wrapping_key)
+        replica = Replica(watch_capacity)
+        batcher = Batcher(
+            client,
+            cipher,
+            replica,
+            keys.ticket_key(node_id),
+            clock,
+            lambda: Backoff(longest_s=1.0, chance=chance),
+        )
+        follower = Follower(
+            client, replica, cipher, batcher.observe, clock, Backoff(longest_s=1.0, chance=chance)
+        )
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(follower.run(), name="store-follower"),
+                group.create_task(batcher.run(), name="store-batcher"),
+            ]
+            await follower.wait_loaded()
+            store = EtcdStore(client, replica, follower, batcher, cipher, clock, group, chance)
+            try:
+                yield store
+            finally:
+                for task in tasks:
+                    task.cancel()
+                store.end_elections()

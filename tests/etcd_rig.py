@@ -1,0 +1,152 @@
+"""A real etcd member for tests, its certificates, and a relay by which its connection can be disturbed."""
+
+import asyncio
+import datetime
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import SystemClock
+from skep.store.etcd.binary import find_binary
+from skep.store.etcd.flags import MANAGER_NAME, MemberSettings, PeerFiles
+from skep.store.etcd.member import Member
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def peer_files(directory: Path, name: str = "m1", role: str = MANAGER_NAME) -> PeerFiles:
+    """A CA and a node certificate with ``role`` among its names, written below ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-ca")])
+    now = datetime.datetime.now(datetime.UTC)
+    base = x509.CertificateBuilder().not_valid_before(now - datetime.timedelta(hours=1))
+    base = base.not_valid_after(now + datetime.timedelta(days=1))
+    ca = (
+        base.subject_name(ca_name)
+        .issuer_name(ca_name)
+        .public_key(ca_key.public_key())
+        .serial_number(1)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    leaf = (
+        base.subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(ca_name)
+        .public_key(key.public_key())
+        .serial_number(2)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name), x509.DNSName(role)]), critical=False)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+            critical=False,
+        )
+        .sign(ca_key, hashes.SHA256())
+    )
+    files = PeerFiles(
+        certificate=directory / "node.crt", key=directory / "node.key", roots=directory / "ca.crt"
+    )
+    files.certificate.write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
+    files.roots.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    files.key.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return files
+
+
+def member_settings(root: Path, *, name: str = "m1") -> MemberSettings:
+    """A member alone in its cluster, without fsync, below ``root``."""
+    return MemberSettings(
+        name=name,
+        directory=root / name / "etcd",
+        socket=root / name / "etcd.sock",
+        peer_listen=f"127.0.0.1:{free_port()}",
+        peer_files=peer_files(root / name / "certificates", name),
+        cluster_token="cluster",
+        is_fsync_off=True,
+    )
+
+
+def a_member(settings: MemberSettings) -> Member:
+    """Not yet running: ``async with a_member(settings).running():``."""
+    return Member(settings, find_binary(), SystemClock(), Backoff(0.02, 0.2))
+
+
+class Relay:
+    """Stands between a client and etcd's socket: cuts, and loses requests or replies."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.is_cut = False
+        self.loses_replies = False
+        self.loses_requests = False
+
+    @asynccontextmanager
+    async def listening(self, path: Path) -> AsyncIterator["Relay"]:
+        """Serve on ``path`` until the block ends."""
+        server = await asyncio.start_unix_server(self._serve, path)
+        try:
+            yield self
+        finally:
+            server.close()
+            self.drop()
+
+    def drop(self) -> None:
+        """Break all connections; new ones are accepted unless ``is_cut``."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    def cut(self) -> None:
+        """Break all connections and accept no new one until ``mend``."""
+        self.is_cut = True
+        self.drop()
+
+    def mend(self) -> None:
+        """Undo whatever disturbs."""
+        self.is_cut = self.loses_replies = self.loses_requests = False
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_cut:
+            writer.transport.abort()
+            return
+        async with AsyncExitStack() as stack:
+            there, here = await asyncio.open_unix_connection(self._target)
+            for one in (writer, here):
+                self._writers.add(one)
+                stack.callback(self._writers.discard, one)
+                stack.callback(one.close)
+            async with asyncio.TaskGroup() as group:
+                pumps = (
+                    group.create_task(self._pump(reader, here, "loses_requests")),
+                    group.create_task(self._pump(there, writer, "loses_replies")),
+                )
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                for pump in pumps:
+                    pump.cancel()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: str) -> None:
+        try:
+            while data := await reader.read(65536):
+                if getattr(self, fault):
+                    continue  # swallowed: the connection is of no use after that
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            return
