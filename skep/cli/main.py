@@ -5,19 +5,29 @@ fast as docker does and the commands of other parts (the daemon, the playground)
 """
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from skep import __version__
 from skep.cli import passthrough
 
+
+class Place(NamedTuple):
+    """Where a command is found, and its line in the help (so that the help imports none of them)."""
+
+    location: str
+    summary: str
+
+
 COMMANDS = {
-    "daemon": "skep.cli.daemon:daemon",
-    "playground": "skep.playground.cli:playground",
-    "status": "skep.cli.status:status",
+    "daemon": Place("skep.cli.daemon:daemon", "Run this machine's node (what the systemd unit starts)."),
+    "playground": Place(
+        "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
+    ),
+    "status": Place("skep.cli.status:status", "How this node and its cluster are."),
 }
-"""Command -> ``module:attribute``, in the order of the help."""
+"""In the order of the help; ``location`` is ``module:attribute``."""
 
 
 class Commands(click.Group):
@@ -27,14 +37,18 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if location := COMMANDS.get(cmd_name):
-            module, _, attribute = location.partition(":")
+        if place := COMMANDS.get(cmd_name):
+            module, _, attribute = place.location.partition(":")
             command = getattr(importlib.import_module(module), attribute)
             assert isinstance(command, click.Command)
             return command
         if cmd_name in passthrough.NOUNS:
             return passthrough.command(cmd_name)
         return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, place.summary) for name, place in COMMANDS.items()])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
+from skep.api.client import Client
 from skep.cli.passthrough import find_docker
 from skep.errors import FailedPrecondition, Unavailable
 from skep.playground import nginx, node
 from skep.playground.commands import run
 from skep.playground.description import Cluster
-from skep.playground.engine import Engine
 from skep.playground.playground import Playground
 
 SERVICE = "web"
@@ -94,11 +94,10 @@ async def _an_address(cluster: Cluster) -> str:
 
     Raises: Unavailable: none says where it is.
     """
-    manager = Engine(cluster.nodes[0].endpoint)
-    names: dict[str, str] = {}
-    for known in await manager.get("/nodes"):
-        names[known["ID"]] = known["Description"]["Hostname"]
-    tasks: list[dict[str, Any]] = await manager.get("/tasks")
+    async with Client.at(cluster.nodes[0].endpoint) as manager:
+        nodes: list[dict[str, Any]] = await manager.get("/nodes")
+        tasks: list[dict[str, Any]] = await manager.get("/tasks", filters={"service": [SERVICE]})
+    names = {known["ID"]: known["Description"]["Hostname"] for known in nodes}
     for task in tasks:
         for port in (task["Status"].get("PortStatus") or {}).get("Ports") or ():
             if task["Status"]["State"] == "running" and task["DesiredState"] == "running":

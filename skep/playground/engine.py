@@ -1,63 +1,32 @@
-"""The few requests that the playground makes to its nodes' Engine API."""
+"""What the playground asks of its nodes' Engine API."""
 
-from pathlib import Path
-from typing import Any
+from skep.api.client import Client
+from skep.errors import FailedPrecondition, SkepError
 
-import aiohttp
-
-from skep.errors import FailedPrecondition, Unavailable
-
-_PING_WITHIN_S = 2
-_REQUEST_WITHIN_S = 60
+_ANSWERS_WITHIN_S = 2.0
 
 
-class Engine:
-    """One node's API on its unix socket."""
+async def is_up(endpoint: str) -> bool:
+    """Whether the node at ``endpoint`` answers."""
+    try:
+        async with Client.at(endpoint) as client:
+            await client.get("/version", timeout_s=_ANSWERS_WITHIN_S)
+    except SkepError:
+        return False
+    return True
 
-    def __init__(self, endpoint: str) -> None:
-        self._path = endpoint.removeprefix("unix://")
 
-    async def is_up(self) -> bool:
-        """Whether ``/_ping`` answers."""
-        try:
-            await self._ask("GET", "/_ping", deadline_s=_PING_WITHIN_S)
-        except (FailedPrecondition, Unavailable):
-            return False
-        return True
+async def load(endpoint: str, archive: bytes) -> None:
+    """Load an image archive into the node.
 
-    async def get(self, path: str) -> Any:
-        return await self._ask("GET", path)
-
-    async def post(self, path: str, body: object = None) -> Any:
-        return await self._ask("POST", path, json=body)
-
-    async def load(self, archive: Path) -> None:
-        """POST /images/load."""
-        with archive.open("rb") as file:
-            await self._ask("POST", "/images/load", data=file, headers={"Content-Type": "application/x-tar"})
-
-    async def _ask(
-        self, method: str, path: str, *, deadline_s: float = _REQUEST_WITHIN_S, **content: Any
-    ) -> Any:
-        """The decoded answer, or its text when it is no single JSON value.
-
-        Raises: FailedPrecondition: refused, with the node's message.  Unavailable: no answer in time.
-        """
-        timeout = aiohttp.ClientTimeout(total=deadline_s)
-        connector = aiohttp.UnixConnector(self._path)
-        try:
-            async with (
-                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-                session.request(method, f"http://skep{path}", **content) as response,
-            ):
-                if response.status < 400 and response.content_type != "application/json":
-                    return await response.text()
-                answer = await response.json(content_type=None) if await response.read() else None
-                if response.status >= 400:
-                    message = answer.get("message") if isinstance(answer, dict) else None
-                    raise FailedPrecondition(message or f"{method} {path}: status {response.status}")
-                return answer
-        except TimeoutError as error:
-            raise Unavailable(f"{method} {path}: no answer within {deadline_s:g} s") from error
-        except aiohttp.ClientError as error:
-            raise Unavailable(f"{method} {path}: {error}") from error
+    Raises: FailedPrecondition: it was refused, with the node's words.  Other SkepErrors: no answer.
+    """
+    headers = {"Content-Type": "application/x-tar"}
+    async with (
+        Client.at(endpoint) as client,
+        client.stream("/images/load", method="POST", body=archive, headers=headers) as answer,
+    ):
+        # The status is 200 before the archive was read; what went wrong comes as a line.
+        async for line in answer.objects():
+            if message := line.get("error"):
+                raise FailedPrecondition(message)

@@ -9,10 +9,9 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import SkepError, Unavailable
-from skep.playground import cgroups, names, processes, underlay
+from skep.playground import cgroups, engine, names, processes, underlay
 from skep.playground.commands import find, wait_until
 from skep.playground.description import Node
-from skep.playground.engine import Engine
 
 HOLDER = Path(__file__).with_name("holder.sh")
 SKEP = Path(sys.executable).with_name("skep")
@@ -67,12 +66,11 @@ async def start(directory: Path, playground: str, node: Node) -> Node:
     started = processes.start_time(holder.pid)
     if started is None:
         raise Unavailable(f"{node.name} did not start:\n{_tail(home)}")
-    engine = Engine(node.endpoint)
 
     async def answers() -> bool:
         if holder.poll() is not None:
             raise Unavailable(f"{node.name} ended at once:\n{_tail(home)}")
-        return await engine.is_up()
+        return await engine.is_up(node.endpoint)
 
     try:
         await wait_until(answers, f"{node.name} serves its API", _API_WITHIN_S)
@@ -119,7 +117,7 @@ async def state(playground: str, node: Node) -> str:
             return "cut"
     except SkepError:
         return "down"
-    return "up" if await Engine(node.endpoint).is_up() else "starting"
+    return "up" if await engine.is_up(node.endpoint) else "starting"
 
 
 def _tail(home: Path) -> str:

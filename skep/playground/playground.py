@@ -8,16 +8,17 @@ from pathlib import Path
 
 import msgspec
 
+from skep.api.client import Client
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from skep.paths import SOCKET_PATH_BYTES_MAX
-from skep.playground import cgroups, names, node, processes, underlay
+from skep.playground import cgroups, engine, names, node, processes, underlay
 from skep.playground.busybox import busybox_archive
 from skep.playground.commands import run, together, wait_until
 from skep.playground.description import Cluster, DescriptionFile, Node
-from skep.playground.engine import Engine
 
 _READY_WITHIN_S = 60
 _PORT = 2377
+_LISTEN = f"0.0.0.0:{_PORT}"
 _NAME_BYTES_MAX = 16
 Progress = Callable[[str], None]
 """Called with one line whenever a step that a person waits for is done."""
@@ -129,10 +130,10 @@ class Playground:
         cluster = self.cluster()
         await underlay.set_cable(cluster.name, cluster.node(name).name, connected=connected)
 
-    async def load(self, archive: Path, only: Sequence[Node] | None = None) -> None:
+    async def load(self, archive: Path) -> None:
         """Load an image archive into every node."""
-        targets = self.cluster().nodes if only is None else only
-        await together(*(Engine(target.endpoint).load(archive) for target in targets))
+        content = await asyncio.to_thread(archive.read_bytes)
+        await together(*(engine.load(target.endpoint, content) for target in self.cluster().nodes))
 
     async def states(self) -> list[tuple[Node, str]]:
         """Each node with one word about it."""
@@ -194,35 +195,25 @@ class Playground:
         await underlay.attach(cluster.name, new.name, names.address_of(new.addr))
         started = await node.start(self._directory, cluster.name, new)
         self._file.put(started)
-        await self.load(self._busybox, [started])
+        await engine.load(started.endpoint, await asyncio.to_thread(self._busybox.read_bytes))
         self._progress(f"{new.name} is up ({new.addr})")
         return started
 
     async def _form_swarm(self, cluster: Cluster) -> None:
         """init on the first manager, join on all others at once, wait until all are ready."""
         first, *others = cluster.nodes
-        manager = Engine(first.endpoint)
-        await manager.post("/swarm/init", {"ListenAddr": f"0.0.0.0:{_PORT}", "AdvertiseAddr": first.addr})
-        self._progress(f"{first.name} leads a swarm")
-        tokens = (await manager.get("/swarm"))["JoinTokens"]
+        async with Client.at(first.endpoint) as manager:
+            await manager.post("/swarm/init", {"ListenAddr": _LISTEN, "AdvertiseAddr": first.addr})
+            self._progress(f"{first.name} leads a swarm")
+            tokens = (await manager.get("/swarm"))["JoinTokens"]
+            await together(*(_join(other, first, tokens[other.role.capitalize()]) for other in others))
 
-        async def join(other: Node) -> None:
-            wish = {
-                "ListenAddr": f"0.0.0.0:{_PORT}",
-                "AdvertiseAddr": other.addr,
-                "RemoteAddrs": [f"{first.addr}:{_PORT}"],
-                "JoinToken": tokens[other.role.capitalize()],
-            }
-            await Engine(other.endpoint).post("/swarm/join", wish)
+            async def all_ready() -> bool:
+                nodes = await manager.get("/nodes")
+                ready = [known for known in nodes if known["Status"]["State"] == "ready"]
+                return len(ready) == len(cluster.nodes)
 
-        await together(*(join(other) for other in others))
-
-        async def all_ready() -> bool:
-            nodes = await manager.get("/nodes")
-            ready = [known for known in nodes if known["Status"]["State"] == "ready"]
-            return len(ready) == len(cluster.nodes)
-
-        await wait_until(all_ready, "every node is ready", _READY_WITHIN_S)
+            await wait_until(all_ready, "every node is ready", _READY_WITHIN_S)
         self._progress(f"all {len(cluster.nodes)} nodes are ready" if others else f"{first.name} is ready")
 
     async def _destroy(self, playground: str, name: str, cluster: Cluster | None) -> None:
@@ -235,6 +226,17 @@ class Playground:
         cgroups.remove(playground, name)
         if cluster is not None:
             await node.remove_files(self._directory / name)
+
+
+async def _join(node: Node, manager: Node, token: str) -> None:
+    wish = {
+        "ListenAddr": _LISTEN,
+        "AdvertiseAddr": node.addr,
+        "RemoteAddrs": [f"{manager.addr}:{_PORT}"],
+        "JoinToken": token,
+    }
+    async with Client.at(node.endpoint) as client:
+        await client.post("/swarm/join", wish)
 
 
 def _names(cluster: Cluster) -> list[str]:

@@ -1,0 +1,1 @@
+"""What runs one task, behind seven verbs: oci, process, simulated."""

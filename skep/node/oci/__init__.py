@@ -1,0 +1,1 @@
+"""Containers under runc and conmon: bundles, cgroups, logs, exec, images."""

@@ -1,0 +1,1 @@
+"""SwarmKit's protocol: messages, connections, and the only conversions between them and the model."""
