@@ -8,6 +8,7 @@ import asyncio
 import heapq
 import random
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Generic, TypeVar
 
 from skep.aio.backoff import Backoff
@@ -36,7 +37,7 @@ class KeyedQueue(Generic[K]):
         """``first_s``, ``longest_s``: seconds that a key waits after its first and after many failures."""
         self._clock = clock
         self._size_max = size_max
-        self._new_backoff = lambda: Backoff(first_s, longest_s, chance=chance)
+        self._new_backoff = partial(Backoff, first_s, longest_s, chance=chance)
         self._due: dict[K, None] = {}
         self._delayed: dict[K, float] = {}
         self._times: list[tuple[float, int, K]] = []

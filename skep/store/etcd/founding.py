@@ -4,10 +4,11 @@
 this level does not know is written.  A store without ``meta/format`` is an unfinished init.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
-import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import AlreadyExists, FailedPrecondition
@@ -18,12 +19,13 @@ from skep.store.etcd.cipher import Cipher, KeyRing, decoded_ring, new_key_ring
 from skep.store.etcd.client import LOAD_S, Client
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key, nested_txn
-from skep.store.interface import Object
+from skep.store.interface import Transaction
 from skep.store.proposal import Proposal, Unchanged
 from skep.store.state import State
 from skep.store.transaction import Writing
 
-log = structlog.get_logger()
+R = TypeVar("R")
+P = ParamSpec("P")
 
 FORMAT = 1
 """The layout of keys and values that this version reads and writes."""
@@ -36,15 +38,22 @@ class Unfinished(FailedPrecondition):
     """The store holds no cluster: init was interrupted, or has not run."""
 
 
-async def initialize(client: Client, wrapping_key: bytes, objects: Iterable[Object], clock: Clock) -> KeyRing:
-    """Write format, level, keys and the first ``objects`` of a new cluster, in one transaction.
+async def initialize(
+    socket: Path,
+    wrapping_key: bytes,
+    clock: Clock,
+    body: Callable[Concatenate[Transaction, P], R],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> R:
+    """Write format, level, keys and what ``body(tx, ...)`` puts, in one transaction: a new cluster.
 
-    Raises: AlreadyExists: the store holds a cluster already; Unavailable.
+    Raises: AlreadyExists: the store holds a cluster already; Unavailable; what ``body`` raises.
     """
     ring = new_key_ring(wrapping_key)
     tx = Writing(State(), timestamp(clock.now_ns()))
-    for object in objects:
-        tx.put(object)
+    result = body(tx, *args, **kwargs)
     first = tx.proposal()
     founding = Proposal(
         compares=(Unchanged(keys.FORMAT, 0), *first.compares),
@@ -56,15 +65,18 @@ async def initialize(client: Client, wrapping_key: bytes, objects: Iterable[Obje
         ),
     )
     request, _ = nested_txn(founding, None, Cipher(ring, wrapping_key))
-    try:
-        reply = await client.txn(request, timeout_s=LOAD_S)
-    except Uncertain:
-        if await _stored_ring(client) == ring:
-            return ring
-        raise
-    if not reply.succeeded and await _stored_ring(client) != ring:
+    async with Client(socket) as client:
+        try:
+            reply = await client.txn(request, timeout_s=LOAD_S)
+            is_in = reply.succeeded
+        except Uncertain:
+            # The keys in the ring are chance: if they are there, so is everything else.
+            is_in = await _stored_ring(client) == ring
+            if not is_in:
+                raise
+    if not is_in:
         raise AlreadyExists("this store holds a cluster already")
-    return ring
+    return result
 
 
 async def founded_ring(client: Client) -> KeyRing:
