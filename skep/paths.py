@@ -91,6 +91,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.manager_keys / "root-ca.key"
 
     @property
+    def wrapping_key(self) -> Path:
+        """Opens the data keys that lie wrapped in the store."""
+        return self.manager_keys / "wrapping.key"
+
+    @property
     def etcd(self) -> Path:
         return self.manager / "etcd"
 

@@ -61,6 +61,7 @@ class Allocator:
                 case Deleted(Service() as service):
                     self._ports.leave(service.id)
                     self._guard.forget(service.id)
+                    self._guard.forget(f"tasks of {service.id}")
                 case Created(Task() as task) if task.status.state is TaskState.NEW:
                     self._agenda.add((task.service_id,))
                 case Created(Network()) | Updated(_, Network()):
@@ -95,20 +96,19 @@ class Allocator:
 
     def _releases(self, service_id: ServiceId) -> list[Grant]:
         """What becomes of the service's new tasks: on to the scheduler, or a reason to wait."""
-        view = self._term.view()
-        tasks = [task for task in view.find(Task, service_id=service_id) if _is_new(task)]
-        if not tasks:
-            return []
-        if (trouble := self._guard.trouble(service_id)) is not None:
-            self._agenda.add_at(service_id, trouble.retry_at)
-            return [Explain(task, f"allocation failed: {trouble.error}") for task in tasks]
         grants: list[Grant] = []
-        for task in tasks:
-            with self._guard.guarded(task.id):
-                grants.append(self._release(view, task))
-            if (trouble := self._guard.trouble(task.id)) is not None:
+        key = f"tasks of {service_id}"
+        with self._guard.guarded(key):
+            view = self._term.view()
+            tasks = [task for task in view.find(Task, service_id=service_id) if _is_new(task)]
+            if (trouble := self._guard.trouble(service_id)) is not None:
+                reason = f"allocation failed: {trouble.error}"
+                grants = [Explain(task, reason) for task in tasks]
+            else:
+                grants = [self._release(view, task) for task in tasks]
+        for trouble in (self._guard.trouble(service_id), self._guard.trouble(key)):
+            if trouble is not None:
                 self._agenda.add_at(service_id, trouble.retry_at)
-                grants.append(Explain(task, f"allocation failed: {trouble.error}"))
         return grants
 
     def _release(self, view: View, task: Task) -> Grant:

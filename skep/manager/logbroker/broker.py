@@ -5,19 +5,19 @@ Source: swarmkit, manager/logbroker/broker.go.
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 
 import msgspec
 import structlog
 
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
+from skep.manager.follow import follow
 from skep.manager.logbroker.selection import means, selected, shortfall
 from skep.manager.logbroker.subscription import Subscription
 from skep.model.ids import IdSource, NodeId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import Node
 from skep.model.task import Task
-from skep.store.interface import Created, Store, Updated, WatchLagged
+from skep.store.interface import Commit, Created, Store, Updated, View
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
@@ -43,7 +43,7 @@ class LogBroker:
         self._store = store
         self._new_id = new_id
         self._subscriptions: dict[str, Subscription] = {}
-        self._listeners: dict[NodeId, asyncio.Queue[pb.SubscriptionMessage]] = {}
+        self._listeners: dict[NodeId, _Listener] = {}
 
     def services(self) -> Sequence[Handler]:
         """What to hand to ``wire.server.serve``."""
@@ -68,77 +68,77 @@ class LogBroker:
         try:
             for node_id in sorted(selected(self._store.view(), query).nodes):
                 self._ask(subscription, node_id)
-            if query.follow:
-                async for line in self._followed(subscription):
+            while True:
+                while (line := subscription.take()) is not None:
                     yield line
-            else:
-                async for line in self._read_to_end(subscription):
-                    yield line
-                missing = shortfall(selected(self._store.view(), query), subscription.reasons)
-                if missing:
-                    raise IncompleteLogs(missing)
+                if subscription.is_complete:
+                    break
+                await self._wait_news(subscription)
+            missing = shortfall(selected(self._store.view(), query), subscription.reasons)
+            if missing:
+                raise IncompleteLogs(missing)
         finally:
             self._close(subscription)
 
+    async def run(self) -> None:
+        """Ask nodes that get a task of a followed query later, until cancelled."""
+        await follow(
+            self._store,
+            (Task,),
+            start=self._start,
+            note=self._note,
+            work=_nothing,
+        )
+
     # -- readers --------------------------------------------------------------------------------------------------
 
-    async def _read_to_end(self, subscription: Subscription) -> AsyncIterator[LogLine]:
-        while True:
-            while (line := subscription.take()) is not None:
-                yield line
-            if subscription.is_complete:
-                return
-            try:
-                async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                    await subscription.wait_news()
-            except TimeoutError:
-                for node_id in sorted(subscription.pending):
-                    subscription.finish(node_id, f"node {node_id} did not answer in time")
+    async def _wait_news(self, subscription: Subscription) -> None:
+        """Wait for lines or ends; give up nodes from which nothing comes, unless the reader follows."""
+        if subscription.query.follow:
+            await subscription.wait_news()
+            return
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                await subscription.wait_news()
+        except TimeoutError:
+            for node_id in sorted(subscription.pending):
+                subscription.finish(node_id, f"node {node_id} did not answer in time")
 
-    async def _followed(self, subscription: Subscription) -> AsyncIterator[LogLine]:
-        async with asyncio.TaskGroup() as group:
-            finder = group.create_task(self._find_nodes(subscription), name="find nodes with logs")
-            try:
-                while True:
-                    while (line := subscription.take()) is not None:
-                        yield line
-                    await subscription.wait_news()
-            finally:
-                finder.cancel()
+    def _start(self, view: View) -> None:
+        for subscription in self._subscriptions.values():
+            if subscription.query.follow:
+                for node_id in sorted(selected(view, subscription.query).nodes):
+                    self._ask(subscription, node_id)
 
-    async def _find_nodes(self, subscription: Subscription) -> None:
-        """Ask nodes that get a task of the query later."""
-        while True:
-            with suppress(WatchLagged):
-                async with self._store.watch(Task) as watch:
-                    for node_id in sorted(selected(watch.snapshot, subscription.query).nodes):
-                        self._ask(subscription, node_id)
-                    async for commit in watch:
-                        for event in commit.events:
-                            match event:
-                                case Created(Task() as task) | Updated(_, Task() as task):
-                                    if task.node_id and means(subscription.query, task):
-                                        self._ask(subscription, task.node_id)
+    def _note(self, commit: Commit) -> None:
+        for subscription in self._subscriptions.values():
+            if not subscription.query.follow:
+                continue
+            for event in commit.events:
+                match event:
+                    case Created(Task() as task) | Updated(_, Task() as task):
+                        if task.node_id and means(subscription.query, task):
+                            self._ask(subscription, task.node_id)
 
     def _ask(self, subscription: Subscription, node_id: NodeId) -> None:
         if node_id in subscription.asked:
             return
         subscription.asked.add(node_id)
-        queue = self._listeners.get(node_id)
-        if queue is None:
+        listener = self._listeners.get(node_id)
+        if listener is None:
             subscription.finish(node_id, f"node {node_id} is not available")
             return
         subscription.pending.add(node_id)
-        queue.put_nowait(_message(subscription, node_id))
+        listener.tell(_message(subscription, node_id))
 
     def _close(self, subscription: Subscription) -> None:
         """Tell the nodes that nobody reads any more."""
         del self._subscriptions[subscription.id]
         subscription.close()
         for node_id in sorted(subscription.pending):
-            queue = self._listeners.get(node_id)
-            if queue is not None:
-                queue.put_nowait(pb.SubscriptionMessage(id=subscription.id, close=True))
+            listener = self._listeners.get(node_id)
+            if listener is not None:
+                listener.tell(pb.SubscriptionMessage(id=subscription.id, close=True))
 
     # -- nodes ----------------------------------------------------------------------------------------------------
 
@@ -148,16 +148,18 @@ class LogBroker:
         node_id = caller.node_id
         if self._store.view().lookup(Node, node_id) is None:
             raise PermissionDenied(f"Permission denied: node {node_id} is not part of this swarm")
-        # Bounded by the readers: each puts at most a question and its end.
-        queue: asyncio.Queue[pb.SubscriptionMessage] = asyncio.Queue()
-        self._listeners[node_id] = queue
+        listener = _Listener(caller)
+        earlier = self._listeners.get(node_id)
+        self._listeners[node_id] = listener
+        if earlier is not None:
+            earlier.end()
         for subscription in self._subscriptions.values():
             self._ask_again(subscription, node_id)
         try:
-            while self._listeners.get(node_id) is queue:
-                yield await queue.get()
+            while (message := await listener.next()) is not None:
+                yield message
         finally:
-            if self._listeners.get(node_id) is queue:
+            if self._listeners.get(node_id) is listener:
                 del self._listeners[node_id]
                 for subscription in self._subscriptions.values():
                     if node_id in subscription.pending and not subscription.query.follow:
@@ -206,6 +208,36 @@ class LogBroker:
         if task is None or task.node_id != node_id:
             return None
         return msgspec.structs.replace(line, node_id=node_id, service_id=task.service_id)
+
+
+async def _nothing() -> None:
+    """The watch is all there is to do here."""
+    await asyncio.get_running_loop().create_future()
+
+
+class _Listener:
+    """A node that waits for subscriptions.  One that does not read them is disconnected."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        # A reader puts a question and its end.
+        self._messages: asyncio.Queue[pb.SubscriptionMessage | None] = asyncio.Queue(2 * SUBSCRIPTIONS_MAX)
+
+    def tell(self, message: pb.SubscriptionMessage) -> None:
+        try:
+            self._messages.put_nowait(message)
+        except asyncio.QueueFull:
+            log.warning("node disconnected: it does not read log subscriptions", peer=self._caller.address)
+            self._caller.disconnect()
+
+    async def next(self) -> pb.SubscriptionMessage | None:
+        """The next message, or None when the node listens on another stream now."""
+        return await self._messages.get()
+
+    def end(self) -> None:
+        while not self._messages.empty():
+            self._messages.get_nowait()
+        self._messages.put_nowait(None)
 
 
 def _message(subscription: Subscription, node_id: NodeId) -> pb.SubscriptionMessage:

@@ -85,12 +85,12 @@ class Orchestrator:
                     if new.service_id and (_is_relevant(old, new) or self._is_assigned_in_vain(old, new)):
                         yield new.service_id
                 case Created(Node()):
-                    yield from self._global
+                    yield from sorted(self._global)
                 case Deleted(Node() as node):
                     yield from self._of_node(node)
                 case Updated(Node() as before, Node() as after):
                     if before.spec != after.spec or before.description != after.description:
-                        yield from self._global
+                        yield from sorted(self._global)
                     if is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after):
                         yield from self._of_node(after)
 
@@ -99,7 +99,7 @@ class Orchestrator:
         return old.node_id != new.node_id and is_unusable(self._term.view().lookup(Node, new.node_id))
 
     def _of_node(self, node: Node) -> Iterable[ServiceId]:
-        yield from self._global
+        yield from sorted(self._global)
         for task in self._term.view().find(Task, node_id=node.id):
             if task.service_id:
                 yield task.service_id

@@ -56,6 +56,7 @@ class Scheduler:
     def _reset(self) -> None:
         self._agenda: Agenda[Group] = Agenda(self._clock)
         self._guard = Guard(self._clock, self._random)
+        self._books_guard = Guard(self._clock, self._random)
         self._accounting = Accounting()
         self._pending: dict[Group, dict[TaskId, None]] = {}
         self._group_of: dict[TaskId, Group] = {}
@@ -100,8 +101,13 @@ class Scheduler:
 
     def _look_at(self, id: TaskId) -> bool:
         """Take the present state of a task into the books; whether it gave something back."""
-        if id in self._deciding:
-            return False
+        has_room = False
+        if id not in self._deciding:
+            with self._books_guard.guarded(id):
+                has_room = self._booked(id)
+        return has_room
+
+    def _booked(self, id: TaskId) -> bool:
         task = self._term.view().lookup(Task, id)
         if task is not None and holds_resources(task):
             self._leave(id)

@@ -1,0 +1,73 @@
+"""The first transaction of a cluster: everything it begins with, or nothing."""
+
+from datetime import UTC
+
+from cryptography import x509
+
+from skep.errors import FailedPrecondition
+from skep.manager.ca.authority import ROOT_KEY_ID
+from skep.manager.config import ManagerConfig
+from skep.manager.control.swarm import found_swarm
+from skep.model.ids import IdSource
+from skep.model.node import (
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+    Reachability,
+)
+from skep.model.swarm import Swarm
+from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.security.authority import Authority
+from skep.security.tokens import new_join_tokens
+from skep.security.trust import tls_info
+from skep.store.interface import Transaction
+from skep.store.kinds import Payload
+
+
+def found_cluster(
+    tx: Transaction,
+    config: ManagerConfig,
+    authority: Authority,
+    certificate: x509.Certificate,
+    *,
+    new_id: IdSource,
+    now: Timestamp,
+) -> Swarm:
+    """Write the cluster, its first node, its networks and its root's key.
+
+    Args:
+        certificate: the first node's own.
+
+    Raises:
+        FailedPrecondition: the manager was not told what cluster to found.
+    """
+    wish = config.bootstrap
+    if wish is None:
+        raise FailedPrecondition(
+            "this manager has no cluster and was not told to found one: init or join again"
+        )
+    not_after = int(certificate.not_valid_after_utc.astimezone(UTC).timestamp()) * SECOND_NS
+    first = Node(
+        id=config.node_id,
+        spec=NodeSpec(role=NodeRole.MANAGER, availability=wish.availability),
+        description=NodeDescription(hostname=config.hostname),
+        manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=config.advertise_addr),
+        certificate=NodeCertificate(role=NodeRole.MANAGER, state="issued", not_after=timestamp(not_after)),
+    )
+    tx.put(Payload(id=ROOT_KEY_ID, data=authority.key_pem))
+    return found_swarm(
+        tx,
+        config.cluster_id,
+        wish.spec,
+        first,
+        tls_info=tls_info(authority.root_pem),
+        join_tokens=new_join_tokens(authority.root_pem),
+        new_id=new_id,
+        now=now,
+        default_addr_pool=wish.default_addr_pool,
+        subnet_size=wish.subnet_size,
+        data_path_port=wish.data_path_port,
+    )

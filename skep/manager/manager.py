@@ -1,0 +1,150 @@
+"""One manager: what always runs, and what runs while it leads.
+
+Every manager serves the API and the agents from its own replica of the store; none forwards to the leader.  Only the
+control loops are the leader's, and each of their writes is fenced by its term.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import structlog
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.api.server import runner
+from skep.errors import SkepError, Unavailable
+from skep.manager.ca.service import CertificateService
+from skep.manager.config import ManagerConfig
+from skep.manager.control.names import names_from
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.events import ClusterEvents
+from skep.manager.logbroker.broker import LogBroker
+from skep.manager.loops import loops
+from skep.manager.presence import show_presence
+from skep.manager.routes import ManagerApi, application
+from skep.model.ids import IdSource
+from skep.security.keypair import KeyPair
+from skep.security.tls import ServerTls
+from skep.store.interface import NotLeader, Store, Term
+from skep.wire.server import serve
+
+log = structlog.get_logger(__name__)
+
+
+class Manager:
+    """Serves the API always, leads the cluster while elected."""
+
+    def __init__(
+        self,
+        config: ManagerConfig,
+        store: Store,
+        pair: KeyPair,
+        *,
+        socket: Path,
+        clock: Clock,
+        new_id: IdSource,
+        random: Random,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._socket = socket
+        self._clock = clock
+        self._new_id = new_id
+        self._random = random
+        self._tls = ServerTls(pair)
+        self._certificates = CertificateService(store, new_id)
+        own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
+        self._dispatcher = Dispatcher(store, own, clock, new_id, random)
+        self._logs = LogBroker(store, new_id)
+
+    async def run(self) -> None:
+        """Run until cancelled.  Any part that fails takes the manager down; its supervisor starts it again."""
+        events = ClusterEvents(self._store, self._clock)
+        api = ManagerApi(
+            store=self._store,
+            logs=self._logs,
+            events=events,
+            clock=self._clock,
+            new_id=self._new_id,
+            new_name=names_from(self._random),
+        )
+        host, _, port = self._config.listen_addr.rpartition(":")
+        handlers = (
+            *self._certificates.services(),
+            *self._dispatcher.services(),
+            *self._logs.services(),
+        )
+        async with (
+            serve(
+                handlers,
+                host=host.strip("[]"),
+                port=int(port),
+                tls=self._tls.front,
+                cluster_id=self._config.cluster_id,
+            ),
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(self._dispatcher.run(), name="dispatcher")
+            group.create_task(events.run(), name="events")
+            group.create_task(self._lead_when_elected(), name="election")
+            async with serving(application(api), self._socket):
+                log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
+                await asyncio.Event().wait()
+
+    async def _lead_when_elected(self) -> None:
+        terms = self._store.terms(self._config.node_id, self._config.advertise_addr)
+        async for term in terms:
+            log.info("leading", term=term.number)
+            async with asyncio.TaskGroup() as group:
+                leading = group.create_task(self._lead(term), name=f"lead-{term.number}")
+                await term.wait_lost()
+                leading.cancel()
+            # The old term has ended before a new one begins.
+            log.info("no longer leading", term=term.number)
+
+    async def _lead(self, term: Term) -> None:
+        """Run the control loops for one term; returns early when a write found the term to be over."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._show_leading(term), name="presence")
+                for loop in loops(term, self._clock, self._new_id, self._random):
+                    group.create_task(loop.run(), name=type(loop).__name__)
+        except* NotLeader:
+            log.info("a write met a newer leader", term=term.number)
+
+    async def _show_leading(self, term: Term) -> None:
+        """Write that this manager leads, however often that takes."""
+        while True:
+            try:
+                await term.update(
+                    show_presence, self._config.node_id, self._config.advertise_addr, leads=True
+                )
+            except NotLeader:
+                raise
+            except SkepError as error:
+                log.warning("leadership not shown yet", reason=str(error))
+                await self._clock.sleep(0.5 + self._random.random() / 2)
+            else:
+                return
+
+
+@asynccontextmanager
+async def serving(app: web.Application, socket: Path) -> AsyncIterator[None]:
+    """Answer HTTP on a unix socket that only root may open.  Raises: Unavailable: it cannot be bound."""
+    serves = runner(app)
+    await serves.setup()
+    try:
+        socket.unlink(missing_ok=True)
+        try:
+            await web.UnixSite(serves, str(socket)).start()
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {socket}: {error}") from error
+        socket.chmod(0o600)
+        yield
+    finally:
+        await serves.cleanup()
+        socket.unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+"""The manager process: its etcd, its store, and the manager on top, until SIGTERM.
+
+Started by the node process, which it outlives.  The order is that of trust: what the disk says, the member, a cluster
+(founded if the node was told to), then everything that serves it.
+"""
+
+import asyncio
+import gc
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+from random import Random, SystemRandom
+
+import structlog
+
+from skep import logs
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock, SystemClock
+from skep.errors import SkepError
+from skep.manager.config import ManagerConfig, load
+from skep.manager.founding import found_cluster
+from skep.manager.manager import Manager
+from skep.model.ids import new_id
+from skep.model.times import timestamp
+from skep.paths import Paths
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.keypair import KeyPair
+from skep.store.etcd import (
+    EtcdStore,
+    Member,
+    MemberSettings,
+    PeerFiles,
+    Unfinished,
+    find_binary,
+    initialize,
+    load_wrapping_key,
+    new_wrapping_key,
+    open_store,
+    save_wrapping_key,
+)
+
+log = structlog.get_logger(__name__)
+
+PEER_PORT_OFFSET = 1
+"""etcd's peers meet at the port after the manager's own (2377, 2378)."""
+
+
+def run(config_file: Path) -> None:
+    """Run the manager that ``config_file`` describes until SIGTERM.  Raises: SkepError: it cannot go on."""
+    config = load(config_file)
+    logs.configure(debug=config.debug, log_format=config.log_format, process="manager")
+    asyncio.run(_until_stopped(config))
+
+
+async def _until_stopped(config: ManagerConfig) -> None:
+    loop = asyncio.get_running_loop()
+    living = asyncio.ensure_future(_live(config, SystemClock()))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, living.cancel)
+    try:
+        await living
+    except asyncio.CancelledError:
+        log.info("manager stopped")
+    except SkepError as error:
+        log.error("manager cannot go on", reason=str(error))
+        raise SystemExit(1) from error
+
+
+async def _live(config: ManagerConfig, clock: Clock) -> None:
+    paths = Paths(config.data_dir, config.run_dir)
+    random = SystemRandom()
+    pair = await asyncio.to_thread(keypair.load, paths.certificates)
+    async with AsyncExitStack() as stack:
+        binary = await asyncio.to_thread(find_binary, config.etcd_binary)
+        settings = _member_settings(config, paths, _write_peer_files(paths, pair))
+        member = Member(settings, binary, clock, Backoff(longest_s=5.0, chance=random.random))
+        await stack.enter_async_context(member.running())
+        store = await _open(config, paths, pair, clock, random, stack)
+        gc.collect()
+        gc.freeze()  # the loaded replica is looked at by no collection; it halves the time of one
+        manager = Manager(
+            config, store, pair, socket=paths.manager_socket, clock=clock, new_id=new_id, random=random
+        )
+        await manager.run()
+
+
+def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> MemberSettings:
+    host, _, port = config.listen_addr.rpartition(":")
+    return MemberSettings(
+        name=config.node_id,
+        directory=paths.etcd,
+        socket=paths.etcd_socket,
+        peer_listen=f"{host}:{int(port) + PEER_PORT_OFFSET}",
+        peer_files=files,
+        cluster_token=config.cluster_id,
+        is_debug=config.debug,
+    )
+
+
+def _write_peer_files(paths: Paths, pair: KeyPair) -> PeerFiles:
+    """The node's key pair where etcd reads it: on tmpfs, gone with the next reboot."""
+    keypair.save(pair, paths.tls)
+    return PeerFiles(
+        certificate=paths.tls / keypair.CERTIFICATE_FILE,
+        key=paths.tls / keypair.KEY_FILE,
+        roots=paths.tls / keypair.ROOT_FILE,
+    )
+
+
+async def _open(
+    config: ManagerConfig, paths: Paths, pair: KeyPair, clock: Clock, random: Random, stack: AsyncExitStack
+) -> EtcdStore:
+    """The cluster's store; founded first if there is none and this node was told to.
+
+    Raises: FailedPrecondition: there is no cluster, and this manager was not told to found one.
+    """
+    wrapping_key = await asyncio.to_thread(_wrapping_key, paths)
+    opening = open_store(paths.etcd_socket, config.node_id, wrapping_key, clock, chance=random.random)
+    try:
+        store = await stack.enter_async_context(opening)
+    except Unfinished:
+        root_key = await asyncio.to_thread(paths.root_ca_key.read_bytes)
+        authority = Authority.load(root_key, pair.root_pem)
+        now = timestamp(clock.now_ns())
+        await initialize(
+            paths.etcd_socket,
+            wrapping_key,
+            clock,
+            found_cluster,
+            config,
+            authority,
+            pair.certificate,
+            new_id=new_id,
+            now=now,
+        )
+        log.info("cluster founded", cluster=config.cluster_id)
+        opening = open_store(paths.etcd_socket, config.node_id, wrapping_key, clock, chance=random.random)
+        store = await stack.enter_async_context(opening)
+    # From here on the root's key lies encrypted in the store, and nowhere else.
+    paths.root_ca_key.unlink(missing_ok=True)
+    return store
+
+
+def _wrapping_key(paths: Paths) -> bytes:
+    """The key that opens the cluster's data keys; made at the first start of the first manager.
+
+    Raises: FailedPrecondition: it is lost or damaged.
+    """
+    is_founding = paths.root_ca_key.exists()
+    if is_founding and not paths.wrapping_key.exists():
+        save_wrapping_key(paths.manager_keys, new_wrapping_key())
+    return load_wrapping_key(paths.manager_keys)
