@@ -1,0 +1,70 @@
+"""Faults that are not of machines: objects that make whoever decides about them raise."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Concatenate, ParamSpec, TypeVar
+
+import msgspec
+
+from skep.errors import SkepError
+from skep.manager.follow import State
+from skep.store.interface import Object, Transaction, View, Watch
+
+T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class Poison(Exception):
+    """What nobody foresaw."""
+
+
+class PoisonedState:
+    """A term whose view raises whenever the tasks of certain services are looked up."""
+
+    def __init__(self, term: State, poisoned: set[str]) -> None:
+        """``poisoned``: ids of services; may change at any time."""
+        self._term = term
+        self._poisoned = poisoned
+
+    def view(self) -> View:
+        return _PoisonedView(self._term.view(), self._poisoned)
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        return self._term.watch(*kinds)
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return await self._term.update(body, *args, **kwargs)
+
+    async def update_each(
+        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
+    ) -> Sequence[R | SkepError]:
+        return await self._term.update_each(body, items)
+
+
+class _PoisonedView:
+    """Implements ``store.interface.View``."""
+
+    def __init__(self, view: View, poisoned: set[str]) -> None:
+        self._view = view
+        self._poisoned = poisoned
+
+    @property
+    def revision(self) -> int:
+        return self._view.revision
+
+    def get(self, kind: type[T], id: str) -> T:
+        return self._view.get(kind, id)
+
+    def lookup(self, kind: type[T], id: str) -> T | None:
+        return self._view.lookup(kind, id)
+
+    def find(self, kind: type[T], **by: str) -> Sequence[T]:
+        if self._poisoned.intersection(by.values()):
+            raise Poison(f"{kind.__name__} by {by}")
+        return self._view.find(kind, **by)
+
+    def resolve(self, kind: type[T], word: str) -> T:
+        return self._view.resolve(kind, word)

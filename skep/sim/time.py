@@ -1,0 +1,65 @@
+"""Virtual time: an event loop that jumps to the next timer instead of waiting for it.
+
+Everything in a simulation that waits does so by a timer of its loop, so nothing else passes time; a run of an hour
+takes as long as its computation.
+"""
+
+import asyncio
+import selectors
+
+from skep.model.times import SECOND_NS
+
+EPOCH_NS = 1_700_000_000 * SECOND_NS
+"""Where the simulated wall clock starts (November 2023)."""
+
+
+class Deadlock(Exception):
+    """Somebody waits, and nothing will ever happen."""
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on virtual time, beginning at 0."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self) -> float:
+        return self._now
+
+    def jump(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += seconds
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Waits for files no longer than not at all; the time it was told to wait passes on the loop's clock."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or timeout == 0:
+            return ready
+        if timeout is None:
+            raise Deadlock("nothing is left that could happen")
+        self._loop.jump(max(timeout, 0.0))
+        return ready
+
+
+class VirtualClock:
+    """The clocks of a simulated machine.  Implements ``aio.clock.Clock``."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self._loop = loop
+
+    def now_ns(self) -> int:
+        return EPOCH_NS + round(self._loop.time() * SECOND_NS)
+
+    def monotonic(self) -> float:
+        return self._loop.time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(max(seconds, 0.0))

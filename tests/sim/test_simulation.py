@@ -1,0 +1,52 @@
+"""The simulation itself: virtual time, and that a seed gives the same run each time."""
+
+import asyncio
+
+import pytest
+
+from skep.model.node import Availability
+from skep.sim.cluster import SimulatedCluster
+from skep.sim.time import Deadlock, VirtualLoop
+from tests.builders import a_service_spec
+
+
+def test_an_hour_takes_no_time() -> None:
+    loop = VirtualLoop()
+    loop.run_until_complete(asyncio.sleep(3600))
+    assert 3600 <= loop.time() < 3600.001
+    loop.close()
+
+
+def test_waiting_for_nothing_is_an_error() -> None:
+    loop = VirtualLoop()
+    waiting = loop.create_task(asyncio.Event().wait())
+    with pytest.raises(Deadlock):
+        loop.run_until_complete(waiting)
+    waiting.cancel()
+    loop.run_until_complete(asyncio.gather(waiting, return_exceptions=True))
+    loop.close()
+
+
+def a_run(seed: int) -> list[tuple[str, ...]]:
+    """Everything that can be seen at the end of an eventful run."""
+    with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=12))
+        cluster.create(a_service_spec("agent", is_global=True))
+        cluster.run_for(0.5)
+        cluster.crash(cluster.leader)
+        cluster.set_availability(cluster.workers[0], Availability.DRAIN)
+        cluster.run_for(30)
+        tasks = [*cluster.tasks("web"), *cluster.tasks("agent")]
+        return [
+            (task.id, task.node_id, task.status.state.value, task.status.timestamp, str(task.version.index))
+            for task in tasks
+        ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_seed_gives_the_same_run(seed: int) -> None:
+    assert a_run(seed) == a_run(seed)
+
+
+def test_another_seed_gives_another_run() -> None:
+    assert a_run(1) != a_run(2)
