@@ -8,6 +8,7 @@ from skep.errors import FailedPrecondition
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
 from skep.model.swarm import SwarmSpec
+from skep.paths import Paths
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,8 +28,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ``bootstrap`` stays in the file; it is used only while the store is still empty.
     """
 
-    data_dir: Path
-    run_dir: Path
+    data_dir: str
+    run_dir: str
     node_id: NodeId
     cluster_id: ClusterId
     listen_addr: str
@@ -37,7 +38,13 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     bootstrap: Bootstrap | None = None
     debug: bool = False
     log_format: str = "text"
-    etcd_binary: Path | None = None
+    etcd_binary: str = ""
+    """Empty: the one that set-up placed, or the one on the path."""
+
+    @property
+    def paths(self) -> Paths:
+        """Where everything lies."""
+        return Paths(Path(self.data_dir), Path(self.run_dir))
 
 
 def load(path: Path) -> ManagerConfig:

@@ -68,11 +68,13 @@ async def _until_stopped(config: ManagerConfig) -> None:
 
 
 async def _live(config: ManagerConfig, clock: Clock) -> None:
-    paths = Paths(config.data_dir, config.run_dir)
+    paths = config.paths
     random = SystemRandom()
     pair = await asyncio.to_thread(keypair.load, paths.certificates)
     async with AsyncExitStack() as stack:
-        binary = await asyncio.to_thread(find_binary, config.etcd_binary)
+        binary = await asyncio.to_thread(
+            find_binary, Path(config.etcd_binary) if config.etcd_binary else None
+        )
         settings = _member_settings(config, paths, _write_peer_files(paths, pair))
         member = Member(settings, binary, clock, Backoff(longest_s=5.0, chance=random.random))
         await stack.enter_async_context(member.running())
