@@ -1,6 +1,7 @@
 """Runs the scenarios on Docker Swarm and on Skep in alternating pairs and keeps the results."""
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from bench.machine import noise
 from bench.report import document
 from bench.scenarios import ONCE, SCENARIOS, clear
 from bench.skep_lab import SkepLab
-from skep.playground.image import busybox_archive
+from skep.playground.busybox import busybox_archive
 
 RESULTS = Path(__file__).parent / "results"
 BUSY = 0.25
@@ -26,14 +27,14 @@ BUSY = 0.25
 
 def main() -> None:
     options = _options()
-    image_id, archive = busybox_archive()
+    archive = asyncio.run(busybox_archive())
     with tempfile.TemporaryDirectory(prefix="skep-bench-", dir=options.dir) as directory:
         docker, skep = DockerLab(Path(directory) / "docker"), SkepLab(Path(directory) / "skep")
         labs: list[DockerLab | SkepLab] = [docker, skep]
         try:
             for lab in labs:
                 _say(f"starting {lab.system} ...")
-                lab.up(archive, image_id)
+                lab.up(archive.data, archive.image_id)
             result = _measure(labs, options)
         finally:
             for lab in labs:
@@ -69,7 +70,7 @@ def _measure(labs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
             _say(f"{name} {kept}/{wanted}: {_pair_text(pair)}")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.release()}",
         "pairs": options.pairs,
         "noise": busy_before,
@@ -92,7 +93,8 @@ def _keep(result: dict[str, Any]) -> None:
     print(text)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The short name of the commit that is checked out."""
     top = Path(__file__).parent
     answer = subprocess.run(
         ["git", "-C", str(top), "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True

@@ -21,13 +21,19 @@ class SkepLab:
 
     def up(self, archive: bytes, image: str) -> None:
         """Start the playground and load ``archive``, so that both systems run the same image."""
+        self.up_alone()
+        self.engine.raw("POST", "/images/load", archive, "application/x-tar")
+        self.image = image
+
+    def up_alone(self) -> None:
+        """Start the playground with the image it brings along."""
         self.down()
         options = ["--managers", "1", "--workers", "0", "--dir", str(self.directory), "--name", "bench"]
         subprocess.run([self._skep, "playground", "up", *options], check=True, stdout=subprocess.DEVNULL)
-        self.node: dict[str, Any] = json.loads((self.directory / "cluster.json").read_text())["nodes"][0]
+        description = json.loads((self.directory / "cluster.json").read_text())
+        self.node: dict[str, Any] = description["nodes"][0]
         self.engine = Engine(Path(self.node["endpoint"].removeprefix("unix://")))
-        self.engine.raw("POST", "/images/load", archive, "application/x-tar")
-        self.image = image
+        self.image = description["image"]
 
     @property
     def netns(self) -> Path:

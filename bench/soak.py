@@ -1,0 +1,277 @@
+"""Hours of load and faults on one node, with its invariants checked all along.
+
+Each round does something a user does (create, scale, update, remove) and, now and then, something nobody wants: SIGKILL
+of the node process, the manager, etcd, the net process, a conmon, a container.  After each round the cluster has to
+reach the wanted state within its deadline: as many running tasks and containers as asked for, none doubled, none left
+over.  Every ten minutes the daemons' memory and open files are written down; at the end they may not have grown beyond
+their bounds.
+
+    .venv/bin/python -m bench.soak --minutes 120 --seed 7
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.engine import EngineError
+from bench.machine import daemons, memory_mib
+from bench.run import RESULTS, commit
+from bench.scenarios import WORKLOAD
+from bench.skep_lab import SkepLab
+
+DEADLINE_S = 60.0
+MEASURE_EVERY_S = 600.0
+MEMORY_GROWTH_MAX = 1.3
+FILES_GROWTH_MAX = 1.5
+SERVICES_MAX = 6
+REPLICAS_MAX = 8
+DAEMONS = ("skep-node", "skep-manager", "etcd", "skep-net", "conmon")
+
+
+class Soak:
+    """One run; ``wanted`` is what the cluster was asked for: service name -> replicas."""
+
+    def __init__(self, lab: SkepLab, seed: int, log: Path) -> None:
+        self.lab, self.random, self._log = lab, random.Random(seed), log
+        self.wanted: dict[str, int] = {}
+        self.rounds = self.faults = 0
+
+    def run(self, minutes: float) -> None:
+        """Do rounds for ``minutes``.  Raises: AssertionError: an invariant does not hold."""
+        self.say(f"soak of {minutes:g} minutes, commit {commit()}")
+        end, measured = time.monotonic() + minutes * 60, -MEASURE_EVERY_S
+        first: dict[str, float] = {}
+        while time.monotonic() < end:
+            self._round()
+            if time.monotonic() - measured >= MEASURE_EVERY_S and self.rounds >= 20:
+                measured = time.monotonic()
+                now = self._measure()
+                first = first or now
+        for name in list(self.wanted):
+            self._remove(name)
+        self._settle("after the last removal")
+        last = self._measure()
+        for what, limit in (("memory_mib", MEMORY_GROWTH_MAX), ("open_files", FILES_GROWTH_MAX)):
+            assert not first or last[what] <= first[what] * limit, (
+                f"{what} grew from {first[what]} to {last[what]}"
+            )
+        self.say(f"{self.rounds} rounds, {self.faults} faults: all invariants held")
+
+    def _round(self) -> None:
+        self.rounds += 1
+        steps = (
+            [self._create]
+            if len(self.wanted) < 2
+            else [self._create, self._scale, self._update, self._remove_one]
+        )
+        step = self.random.choice(steps)
+        what = step()
+        if self.random.random() < 0.3:
+            what += f", {self._fault()}"
+        self._settle(what)
+
+    # -- what users do ---------------------------------------------------------------------------------------------
+
+    def _create(self) -> str:
+        if len(self.wanted) >= SERVICES_MAX:
+            return self._remove_one()
+        name, replicas = f"s{self.rounds}", self.random.randint(0, REPLICAS_MAX)
+        spec = self._spec(name, replicas)
+        self._patiently("POST", "/services/create", spec)
+        self.wanted[name] = replicas
+        return f"create {name} x {replicas}"
+
+    def _scale(self) -> str:
+        name, replicas = self._any(), self.random.randint(0, REPLICAS_MAX)
+        self._change(name, lambda spec: spec["Mode"]["Replicated"].update(Replicas=replicas))
+        self.wanted[name] = replicas
+        return f"scale {name} to {replicas}"
+
+    def _update(self) -> str:
+        name, number = self._any(), self.rounds
+        self._change(name, lambda spec: spec["TaskTemplate"]["ContainerSpec"].update(Env=[f"ROUND={number}"]))
+        return f"update {name}"
+
+    def _remove_one(self) -> str:
+        name = self._any()
+        self._remove(name)
+        return f"remove {name}"
+
+    def _remove(self, name: str) -> None:
+        self._patiently("DELETE", f"/services/{name}", gone_is_fine=True)
+        del self.wanted[name]
+
+    def _change(self, name: str, edit: Any) -> None:
+        def attempt() -> None:
+            service = self.lab.engine.get(f"/services/{name}")
+            edit(service["Spec"])
+            self.lab.engine.post(
+                f"/services/{name}/update", service["Spec"], version=service["Version"]["Index"]
+            )
+
+        self._until_answered(attempt)
+
+    # -- what nobody wants -----------------------------------------------------------------------------------------
+
+    def _fault(self) -> str:
+        self.faults += 1
+        victims = [*DAEMONS, "a container"]
+        victim = self.random.choice(victims)
+        pids = self._container_pids() if victim == "a container" else self._pids(victim)
+        if not pids:
+            return f"no {victim} to kill"
+        os.kill(self.random.choice(pids), signal.SIGKILL)
+        return f"kill -9 {victim}"
+
+    def _pids(self, comm: str) -> list[int]:
+        found = []
+        for pid in daemons(self.lab.netns, self.lab.root_pids):
+            try:
+                if Path(f"/proc/{pid}/comm").read_text().strip() == comm:
+                    found.append(pid)
+            except OSError:
+                continue
+        return sorted(found)
+
+    def _container_pids(self) -> list[int]:
+        containers = self._until_answered(lambda: self.lab.engine.get("/containers/json"))
+        pids = []
+        for container in containers:
+            try:
+                pids.append(self.lab.engine.get(f"/containers/{container['Id']}/json")["State"]["Pid"])
+            except EngineError:
+                continue  # it ended in between
+        return [pid for pid in pids if pid]
+
+    # -- what must hold --------------------------------------------------------------------------------------------
+
+    def _settle(self, what: str) -> None:
+        """Wait until the cluster is as it was wanted; say how long that took."""
+        began = time.monotonic()
+        while difference := self._until_answered(self._difference):
+            assert time.monotonic() - began < DEADLINE_S, f"after {what}: {difference} for {DEADLINE_S} s"
+            time.sleep(0.05)
+        self.say(f"round {self.rounds}: {what}: settled in {time.monotonic() - began:.2f} s")
+
+    def _difference(self) -> str:
+        tasks = self.lab.engine.get("/tasks")
+        names = {service["ID"]: service["Spec"]["Name"] for service in self.lab.engine.get("/services")}
+        if sorted(names.values()) != sorted(self.wanted):
+            return f"services {sorted(names.values())} instead of {sorted(self.wanted)}"
+        running = _counted(
+            names.get(task["ServiceID"], "?")
+            for task in tasks
+            if task["Status"]["State"] == "running" and task["DesiredState"] == "running"
+        )
+        containers = _counted(
+            container["Labels"]["com.docker.swarm.service.name"]
+            for container in self.lab.engine.get("/containers/json")
+        )
+        wanted = {name: replicas for name, replicas in self.wanted.items() if replicas}
+        if running != wanted:
+            return f"running tasks {running} instead of {wanted}"
+        return "" if containers == wanted else f"containers {containers} instead of {wanted}"
+
+    def _measure(self) -> dict[str, float]:
+        files = 0
+        for pid in daemons(self.lab.netns, self.lab.root_pids):
+            try:
+                files += len(os.listdir(f"/proc/{pid}/fd"))
+            except OSError:
+                continue
+        result = {
+            "memory_mib": memory_mib(self.lab.netns, self.lab.root_pids)["daemons"],
+            "open_files": float(files),
+        }
+        self.say(f"daemons: {result['memory_mib']:.0f} MiB, {files} open files")
+        return result
+
+    # -- talking to a node whose daemons are being killed ----------------------------------------------------------
+
+    def _patiently(self, method: str, path: str, body: Any = None, *, gone_is_fine: bool = False) -> None:
+        """A request that is repeated until it was taken; one whose answer was lost may have been taken before."""
+        tries = 0
+
+        def attempt() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                self.lab.engine.call(method, path, body)
+            except EngineError as error:
+                was_taken_before = tries > 1 and error.status == 409
+                if not was_taken_before and not (gone_is_fine and error.status == 404):
+                    raise
+
+        self._until_answered(attempt)
+
+    def _until_answered(self, attempt: Any) -> Any:
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                return attempt()
+            except (OSError, EngineError) as error:
+                will_pass = not isinstance(error, EngineError) or error.status in (500, 503)
+                if not will_pass or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def _any(self) -> str:
+        return self.random.choice(sorted(self.wanted))
+
+    def _spec(self, name: str, replicas: int) -> dict[str, Any]:
+        return {
+            "Name": name,
+            "TaskTemplate": {
+                "ContainerSpec": {"Image": self.lab.image, "Command": WORKLOAD},
+                "RestartPolicy": {"Condition": "any", "Delay": 0},
+            },
+            "UpdateConfig": {"Parallelism": 0, "Monitor": 1},
+            "Mode": {"Replicated": {"Replicas": replicas}},
+        }
+
+    def say(self, text: str) -> None:
+        line = f"{datetime.now(UTC):%H:%M:%S} {text}"
+        print(line, file=sys.stderr, flush=True)
+        with self._log.open("a") as file:
+            file.write(line + "\n")
+
+
+def _counted(words: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for word in words:
+        counts[word] = counts.get(word, 0) + 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.soak", description="Load and faults, with invariants checked."
+    )
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
+    parser.add_argument("--dir", default="/var/tmp", help="where the node keeps its state; not on overlayfs")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
+    RESULTS.mkdir(exist_ok=True)
+    log = RESULTS / f"soak-{datetime.now(UTC):%Y-%m-%d-%H%M}-{commit()}.log"
+    with tempfile.TemporaryDirectory(prefix="skep-soak-", dir=options.dir) as directory:
+        lab = SkepLab(Path(directory) / "skep")
+        try:
+            lab.up_alone()
+            soak = Soak(lab, seed, log)
+            soak.say(f"seed {seed}")
+            soak.run(options.minutes)
+        finally:
+            lab.down()
+
+
+if __name__ == "__main__":
+    main()
