@@ -1,0 +1,1 @@
+"""The services of the cluster's certificate authority: who becomes a node."""

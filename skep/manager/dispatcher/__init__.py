@@ -1,0 +1,1 @@
+"""Tasks to agents: sessions, heartbeats, assignments, status reports."""

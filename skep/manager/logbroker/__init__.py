@@ -1,0 +1,1 @@
+"""Log subscriptions to agents, log messages to subscribers."""

@@ -1,0 +1,213 @@
+"""The agent: this node's connection to the managers.
+
+It keeps a session with one of them, moves on to the next when it breaks, and keeps the node's certificate young.
+What it receives goes to the ``AssignmentSink``, what it is told by the worker (``Reports``) goes to the manager.
+Containers do not depend on it: without any manager they run on.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import NodeId
+from skep.model.node import NodeDescription
+from skep.model.times import SECOND_NS
+from skep.node.assignments import AssignmentSink, LogSource
+from skep.node.joining import renew
+from skep.node.local import Peer
+from skep.node.managers import ManagerList
+from skep.node.renewal import seconds_until_renewal
+from skep.node.reports import Reports
+from skep.node.revisions import Revision, advanced
+from skep.node.session import Session
+from skep.security import keypair
+from skep.security.keypair import KeyPair
+from skep.security.tls import MANAGER_NAME, client_context
+from skep.security.trust import tls_info
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import connected
+
+log = structlog.get_logger(__name__)
+
+FIRST_RETRY_S = 0.1
+LONGEST_RETRY_S = 5.0
+RENEWAL_RETRY_LONGEST_S = 300.0
+LASTED_S = 10.0
+"""A session that held for so long was a good one: the next attempt is made at once."""
+
+
+class Agent:
+    """Speaks for one node.  ``registered`` is set while there is a session."""
+
+    def __init__(
+        self,
+        *,
+        certificates: Path,
+        managers: ManagerList,
+        describe: Callable[[], NodeDescription],
+        sink: AssignmentSink,
+        reports: Reports,
+        logs: LogSource,
+        clock: Clock,
+        random: Random,
+        certificate_changed: Callable[[KeyPair], None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+            certificates: directory with the node's key pair; renewed ones are written there.
+            describe: what the node says of itself; asked at the start of each session (the trust is added here).
+            certificate_changed: called after a new certificate, or new roots, were written.
+        """
+        self._certificates = certificates
+        self._managers = managers
+        self._describe = describe
+        self._sink = sink
+        self._reports = reports
+        self._logs = logs
+        self._clock = clock
+        self._random = random
+        self._certificate_changed = certificate_changed
+        self._pair = keypair.load(certificates)
+        self._seen = Revision()
+        self._renewal_wanted = asyncio.Event()
+        self.registered = asyncio.Event()
+
+    @property
+    def node_id(self) -> NodeId:
+        return self._pair.identity.node_id
+
+    @property
+    def managers(self) -> tuple[Peer, ...]:
+        """The managers as the last session named them."""
+        return self._managers.peers
+
+    async def run(self) -> None:
+        """Keep a session and a valid certificate until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_session(), name="keep a session")
+            group.create_task(self._keep_certificate(), name="keep a certificate")
+
+    # -- sessions -------------------------------------------------------------------------------------------------
+
+    async def _keep_session(self) -> None:
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        while True:
+            started = self._clock.monotonic()
+            # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
+            async with asyncio.TaskGroup() as group:
+                attempt = group.create_task(self._attempt(), name="session attempt")
+            self.registered.clear()
+            if attempt.result() and self._clock.monotonic() - started >= LASTED_S:
+                backoff.reset()
+            await backoff.sleep(self._clock)
+
+    async def _attempt(self) -> bool:
+        """Hold one session until it breaks; gives whether there was one."""
+        peer = self._managers.choose(self.node_id, self._random)
+        if peer is None:
+            log.error("no manager is known")
+            return False
+        had_session = False
+        try:
+            async with connected(peer.addr, client_context(self._pair), MANAGER_NAME) as channel:
+                session = Session(
+                    channel,
+                    _Host(self, peer),
+                    self._sink,
+                    self._reports,
+                    self._logs,
+                    self._clock,
+                    self._description,
+                )
+                await session.run()
+        except SkepError as error:
+            had_session = self.registered.is_set()
+            event = "session lost" if had_session else "no session"
+            log.warning(event, manager=peer.addr, error=str(error))
+        self._managers.failed(peer)
+        return had_session
+
+    def _description(self) -> NodeDescription:
+        return msgspec.structs.replace(self._describe(), tls_info=tls_info(self._pair.root_pem))
+
+    def take_message(self, message: pb.SessionMessage, peer: Peer) -> None:
+        """Act on what a manager says of this node and its cluster."""
+        if not self.registered.is_set():
+            log.info("registered", manager=peer.addr, session=message.session_id)
+            self._managers.worked(peer)
+            self.registered.set()
+        peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
+        self._managers.replace(peers)
+        if message.RootCA and message.RootCA != self._pair.root_pem:
+            self._adopt(self._pair.with_root(message.RootCA))
+            log.info("the cluster's root certificates changed")
+        if message.node.certificate.status.state == pb.IssuanceStatus.ROTATE:
+            self._renewal_wanted.set()
+
+    def accept_revision(self, revision: Revision) -> None:
+        """Raises: FailedPrecondition: the manager is behind what this node has seen."""
+        self._seen = advanced(self._seen, revision)
+
+    # -- certificate ----------------------------------------------------------------------------------------------
+
+    async def _keep_certificate(self) -> None:
+        backoff = Backoff(1.0, RENEWAL_RETRY_LONGEST_S, chance=self._random.random)
+        while True:
+            await self._wait_renewal()
+            self._renewal_wanted.clear()
+            async with asyncio.TaskGroup() as group:
+                attempt = group.create_task(self._renew(), name="certificate renewal")
+            if attempt.result():
+                backoff.reset()
+            else:
+                await backoff.sleep(self._clock)
+
+    async def _wait_renewal(self) -> None:
+        """Until the certificate's time has come, or a manager asks for it."""
+        now = datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
+        wait_s = seconds_until_renewal(self._pair.not_before, self._pair.not_after, now, self._random)
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._renewal_wanted.wait()
+        except TimeoutError:
+            return
+
+    async def _renew(self) -> bool:
+        try:
+            peer = self._managers.choose(self.node_id, self._random)
+            if peer is None:
+                raise Unavailable("no manager is known")
+            pair = await renew(peer.addr, self._pair, self._clock)
+            self._adopt(pair)
+        except SkepError as error:
+            log.warning("certificate not renewed", error=str(error), until=self._pair.not_after.isoformat())
+            return False
+        log.info("certificate renewed", until=pair.not_after.isoformat())
+        return True
+
+    def _adopt(self, pair: KeyPair) -> None:
+        """Use ``pair`` from the next connection on; open ones stay."""
+        keypair.save(pair, self._certificates)
+        self._pair = pair
+        self._certificate_changed(pair)
+
+
+class _Host(msgspec.Struct, frozen=True):
+    """What a session with ``peer`` may tell the agent."""
+
+    agent: Agent
+    peer: Peer
+
+    def session_message(self, message: pb.SessionMessage) -> None:
+        self.agent.take_message(message, self.peer)
+
+    def accept_revision(self, revision: Revision) -> None:
+        self.agent.accept_revision(revision)

@@ -1,0 +1,102 @@
+"""Becoming a node, and staying one: certificates from a manager.
+
+Source: swarmkit, ca/certificates.go (GetRemoteCA, RequestAndSaveNewCertificates).
+"""
+
+import asyncio
+import ssl
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, NotFound, Unavailable
+from skep.model.node import Availability
+from skep.security.identity import ROOT_NAME
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.tls import MANAGER_NAME, client_context, joining_context, unverified_context
+from skep.security.tokens import check_root, parse_token
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import Channel, connected
+from skep.wire.convert.node import availability_to_pb
+
+ISSUE_SECONDS_MAX = 20.0
+"""A certificate that has not come by then will not; Docker's limit for joining."""
+
+
+async def join(
+    address: str, token: str, clock: Clock, availability: Availability = Availability.ACTIVE
+) -> KeyPair:
+    """Ask the manager at ``address`` to take this machine into its cluster; the role is the token's.
+
+    Raises:
+        InvalidArgument: no join token, or not one of this cluster (Docker's words).
+        FailedPrecondition: the manager's root is not the one the token was made for.
+        Unavailable: no manager answers there.
+    """
+    root_pem = await fetch_root(address, token)
+    context = joining_context(root_pem)
+    return await _request(address, context, ROOT_NAME, root_pem, clock, token, availability)
+
+
+async def fetch_root(address: str, token: str) -> bytes:
+    """The root bundle of the cluster that ``token`` belongs to, from a manager nobody vouches for yet.
+
+    Raises: InvalidArgument; FailedPrecondition; Unavailable (see ``join``).
+    """
+    expected = parse_token(token)
+    async with connected(address, unverified_context(), ROOT_NAME) as channel:
+        reply = await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
+    check_root(expected, reply.certificate)
+    return reply.certificate
+
+
+async def renew(address: str, pair: KeyPair, clock: Clock) -> KeyPair:
+    """A new certificate with a new key, for the node that ``pair`` names.
+
+    Raises: PermissionDenied: the node was removed; Unavailable; FailedPrecondition: an answer that cannot be used.
+    """
+    return await _request(address, client_context(pair), MANAGER_NAME, pair.root_pem, clock)
+
+
+async def _request(
+    address: str,
+    context: ssl.SSLContext,
+    name: str,
+    root_pem: bytes,
+    clock: Clock,
+    token: str = "",
+    availability: Availability = Availability.ACTIVE,
+) -> KeyPair:
+    key = await asyncio.to_thread(new_private_key)
+    csr = signing_request(key)
+    async with connected(address, context, name) as channel:
+        reply = await channel.call(
+            methods.ISSUE_NODE_CERTIFICATE,
+            pb.IssueNodeCertificateRequest(
+                csr=csr, token=token, availability=availability_to_pb(availability)
+            ),
+        )
+        try:
+            async with asyncio.timeout(ISSUE_SECONDS_MAX):
+                certificate_pem = await _wait_issued(channel, reply.node_id, csr, clock)
+        except TimeoutError as error:
+            raise Unavailable(f"{address} did not issue a certificate in time") from error
+    pair = KeyPair(certificate_pem=certificate_pem, key_pem=private_pem(key), root_pem=root_pem)
+    if pair.identity.node_id != reply.node_id:
+        raise FailedPrecondition(f"{address} issued a certificate for another node")
+    return pair
+
+
+async def _wait_issued(channel: Channel, node_id: str, csr: bytes, clock: Clock) -> bytes:
+    backoff = Backoff()
+    while True:
+        try:
+            reply = await channel.call(
+                methods.NODE_CERTIFICATE_STATUS, pb.NodeCertificateStatusRequest(node_id=node_id)
+            )
+        except NotFound as error:
+            raise Unavailable(f"{channel.address} has lost the certificate: ask again") from error
+        if reply.status.state == pb.IssuanceStatus.ISSUED and reply.certificate.csr == csr:
+            return reply.certificate.certificate
+        await backoff.sleep(clock)

@@ -1,0 +1,51 @@
+"""Statuses on their way to a manager: per task only the latest, however long there is no connection."""
+
+import asyncio
+from collections.abc import Mapping
+
+from skep.model.ids import TaskId
+from skep.model.task import TaskStatus
+
+BATCH_MAX = 200
+"""Statuses per call: below 1 MiB even if each is as long as it may be."""
+
+
+class Reports:
+    """Implements ``assignments.StatusReports``; the agent's session takes from it.  Bounded by the node's tasks."""
+
+    def __init__(self) -> None:
+        self._pending: dict[TaskId, TaskStatus] = {}
+        self._news = asyncio.Event()
+
+    def report(self, task_id: TaskId, status: TaskStatus) -> None:
+        """Replace what was not sent yet of this task."""
+        self._pending.pop(
+            task_id, None
+        )  # a task that reports often does not keep its place before the others
+        self._pending[task_id] = status
+        self._news.set()
+
+    def forget(self, task_id: TaskId) -> None:
+        """The task was removed: nobody wants to know any more."""
+        self._pending.pop(task_id, None)
+
+    def report_again(self, statuses: Mapping[TaskId, TaskStatus]) -> None:
+        """Send ``statuses`` too, where nothing newer waits: a new session starts."""
+        for task_id, status in statuses.items():
+            self._pending.setdefault(task_id, status)
+        if self._pending:
+            self._news.set()
+
+    async def take(self) -> dict[TaskId, TaskStatus]:
+        """Wait for statuses; gives up to ``BATCH_MAX``, the longest waiting first."""
+        while not self._pending:
+            self._news.clear()
+            await self._news.wait()
+        batch = dict(list(self._pending.items())[:BATCH_MAX])
+        for task_id in batch:
+            del self._pending[task_id]
+        return batch
+
+    def put_back(self, batch: Mapping[TaskId, TaskStatus]) -> None:
+        """``batch`` was not delivered."""
+        self.report_again(batch)

@@ -1,0 +1,208 @@
+"""One session with one manager: register, heartbeat, receive assignments, report, answer for logs.
+
+A session ends when any part of it does; the agent then begins another one, with this manager or the next.  What
+lies between sessions (statuses not delivered, the revision seen) is kept by the agent.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
+from skep.model.node import NodeDescription
+from skep.model.times import SECOND_NS
+from skep.node.assignments import AssignmentSink, LogSource
+from skep.node.publishing import LogPublisher
+from skep.node.reports import Reports
+from skep.node.revisions import Revision
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import Channel
+from skep.wire.convert.assignments import assignments_from_pb
+from skep.wire.convert.node import description_to_pb
+from skep.wire.convert.task import status_to_pb
+from skep.wire.convert.values import duration_from_pb
+
+log = structlog.get_logger(__name__)
+
+FIRST_MESSAGE_SECONDS_MAX = 5.0
+REPLY_SECONDS_MAX = 5.0
+PERIOD_SECONDS_MIN = 0.05
+STATUS_SECONDS_MAX = 15.0
+"""A manager answers when a status is written, which takes until its store has a leader again."""
+
+
+class SessionHost(Protocol):
+    """What a session tells the agent around it."""
+
+    def session_message(self, message: pb.SessionMessage) -> None:
+        """The manager said who this node is, who the managers are, whom to trust."""
+
+    def accept_revision(self, revision: Revision) -> None:
+        """Raises: FailedPrecondition: older than what this node has seen."""
+
+
+class Session:
+    """Runs once."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        host: SessionHost,
+        sink: AssignmentSink,
+        reports: Reports,
+        logs: LogSource,
+        clock: Clock,
+        describe: Callable[[], NodeDescription],
+    ) -> None:
+        self._channel = channel
+        self._host = host
+        self._sink = sink
+        self._reports = reports
+        self._clock = clock
+        self._describe = describe
+        self._publisher = LogPublisher(channel, logs)
+        self._id = ""
+
+    async def run(self) -> None:
+        """Hold the session until it breaks.  Raises: SkepError: why."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._hold(group), name="session")
+        except BaseExceptionGroup as failures:
+            expected, bugs = failures.split(SkepError)
+            if bugs is not None or expected is None:
+                raise
+            raise _first(expected) from failures
+
+    async def _hold(self, group: asyncio.TaskGroup) -> None:
+        async with self._channel.stream(methods.SESSION) as call:
+            description = description_to_pb(self._describe())
+            await call.send(pb.SessionRequest(description=description), end=True)
+            try:
+                async with asyncio.timeout(FIRST_MESSAGE_SECONDS_MAX):
+                    message = await call.receive()
+            except TimeoutError as error:
+                raise Unavailable(f"{self._channel.address} gave no session in time") from error
+            if message is not None:
+                self._id = message.session_id
+                self._host.session_message(message)
+                self._reports.report_again(self._sink.statuses())
+                parts = {
+                    "heartbeats": self._heartbeats,
+                    "assignments": self._assignments,
+                    "reports": self._report,
+                    "logs": self._publisher.run,
+                }
+                for name, part in parts.items():
+                    group.create_task(part(), name=f"session {name}")
+                async for message in call:
+                    self._host.session_message(message)
+        raise Unavailable(f"{self._channel.address} ended the session")
+
+    # -- heartbeats -----------------------------------------------------------------------------------------------
+
+    async def _heartbeats(self) -> None:
+        try:
+            await self._stream_heartbeats()
+        except Unimplemented:  # a Docker manager
+            await self._call_heartbeats()
+
+    async def _stream_heartbeats(self) -> None:
+        async with self._channel.stream(methods.HEARTBEATS) as call:
+            while True:
+                try:
+                    async with asyncio.timeout(REPLY_SECONDS_MAX):
+                        await call.send(skep.Heartbeat(session_id=self._id))
+                        reply = await call.receive()
+                except TimeoutError as error:
+                    raise Unavailable(f"{self._channel.address} is silent") from error
+                if reply is None:
+                    raise Unavailable(f"{self._channel.address} ended the heartbeats")
+                await self._wait(duration_from_pb(reply.period))
+
+    async def _call_heartbeats(self) -> None:
+        while True:
+            reply = await self._channel.call(
+                methods.HEARTBEAT, pb.HeartbeatRequest(session_id=self._id), timeout_s=REPLY_SECONDS_MAX
+            )
+            await self._wait(duration_from_pb(reply.period))
+
+    async def _wait(self, period_ns: int) -> None:
+        await self._clock.sleep(max(period_ns / SECOND_NS, PERIOD_SECONDS_MIN))
+
+    # -- assignments ----------------------------------------------------------------------------------------------
+
+    async def _assignments(self) -> None:
+        try:
+            while True:
+                await self._read_revised_assignments()
+        except Unimplemented:  # a Docker manager
+            while True:
+                await self._read_assignments()
+
+    async def _read_revised_assignments(self) -> None:
+        applied = ""
+        async with self._channel.stream(methods.REVISED_ASSIGNMENTS) as call:
+            await call.send(pb.AssignmentsRequest(session_id=self._id), end=True)
+            async for revised in call:
+                if not _follows(revised.message, applied):
+                    return
+                self._host.accept_revision(Revision(revised.incarnation, revised.revision))
+                await self._sink.assign(assignments_from_pb(revised.message, revised.revision))
+                applied = revised.message.results_in
+        raise Unavailable(f"{self._channel.address} ended the assignments")
+
+    async def _read_assignments(self) -> None:
+        applied = ""
+        async with self._channel.stream(methods.ASSIGNMENTS) as call:
+            await call.send(pb.AssignmentsRequest(session_id=self._id), end=True)
+            async for message in call:
+                if not _follows(message, applied):
+                    return
+                await self._sink.assign(assignments_from_pb(message))
+                applied = message.results_in
+        raise Unavailable(f"{self._channel.address} ended the assignments")
+
+    # -- statuses -------------------------------------------------------------------------------------------------
+
+    async def _report(self) -> None:
+        """One call at a time; meanwhile later statuses replace earlier ones."""
+        while True:
+            batch = await self._reports.take()
+            request = pb.UpdateTaskStatusRequest(
+                session_id=self._id,
+                updates=[
+                    pb.UpdateTaskStatusRequest.TaskStatusUpdate(task_id=task_id, status=status_to_pb(status))
+                    for task_id, status in batch.items()
+                ],
+            )
+            try:
+                await self._channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=STATUS_SECONDS_MAX)
+            except PermissionDenied as error:
+                # Kept, it would be refused again in every session.
+                log.warning("statuses refused", tasks=sorted(batch), error=str(error))
+            except BaseException:
+                self._reports.put_back(batch)
+                raise
+
+
+def _follows(message: pb.AssignmentsMessage, applied: str) -> bool:
+    """Whether ``message`` continues the chain that ``applied`` ended; if not, the stream is opened again."""
+    if message.type == pb.AssignmentsMessage.COMPLETE or message.applies_to == applied:
+        return True
+    log.warning("assignments lost", expected=applied, got=message.applies_to)
+    return False
+
+
+def _first(failures: BaseExceptionGroup[SkepError]) -> SkepError:
+    """What to say about several failures at once: the first one."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    assert isinstance(failure, SkepError)
+    return failure

@@ -1,0 +1,227 @@
+"""A manager's gRPC half on loopback, with a store in memory, and nodes that talk to it over real mTLS."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import msgspec
+
+from skep.aio.clock import SystemClock
+from skep.manager.ca.authority import ROOT_KEY_ID
+from skep.manager.ca.service import CertificateService
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.logbroker.broker import LogBroker
+from skep.model.assignment import AssignmentSet
+from skep.model.ids import ClusterId, NodeId, TaskId, new_id
+from skep.model.logs import LogLine, LogQuery
+from skep.model.node import ManagerStatus, Node, NodeDescription, NodeRole, NodeSpec
+from skep.model.service import Platform, Resources
+from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
+from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, timestamp
+from skep.node.agent import Agent
+from skep.node.local import Peer
+from skep.node.managers import ManagerList
+from skep.node.reports import Reports
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.tls import ServerTls
+from skep.security.tokens import new_join_tokens
+from skep.security.trust import tls_info
+from skep.store.interface import Transaction, View
+from skep.store.kinds import Payload
+from skep.store.memory import MemoryStore
+from skep.wire.server import serve
+
+MANAGER_ID = NodeId("manager0000000000000000m1")
+
+
+class Cluster:
+    """One manager with its store.  ``serving`` runs it; the store outlives it, as etcd does."""
+
+    def __init__(self, *, heartbeat_s: float = 0.2, host: str = "127.0.0.1") -> None:
+        self.id = ClusterId(new_id())
+        self.host = host
+        self.port = 0
+        self.authority = Authority.create()
+        self.store = MemoryStore(SystemClock())
+        self.heartbeat_s = heartbeat_s
+        self.logs: LogBroker
+        self.dispatcher: Dispatcher
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def view(self) -> View:
+        return self.store.view()
+
+    @property
+    def swarm(self) -> Swarm:
+        return self.view.get(Swarm, self.id)
+
+    def node(self, id: NodeId) -> Node:
+        return self.view.get(Node, id)
+
+    def pair(self, node_id: str, role: NodeRole = NodeRole.WORKER, cluster: str = "") -> KeyPair:
+        """A key pair signed by this cluster's root, whatever the store knows."""
+        key = new_private_key()
+        identity = Identity(node_id=NodeId(node_id), cluster_id=ClusterId(cluster or self.id), role=role)
+        return KeyPair(
+            certificate_pem=self.authority.sign(signing_request(key), identity),
+            key_pem=private_pem(key),
+            root_pem=self.authority.root_pem,
+        )
+
+    @asynccontextmanager
+    async def serving(self, port: int = 0) -> AsyncIterator["Cluster"]:
+        """Run store, CA, dispatcher and log broker behind a server."""
+        async with AsyncExitStack() as stack:
+            if not self.view.find(Swarm):
+                await self.store.update(self._found)
+            clock = SystemClock()
+            own = ManagerPeer(node_id=MANAGER_ID, addr=f"{self.host}:{port or self.port}")
+            self.dispatcher = Dispatcher(self.store, own, clock, new_id, Random(1))
+            self.logs = LogBroker(self.store, new_id)
+            certificates = CertificateService(self.store, new_id)
+            bound = await stack.enter_async_context(
+                serve(
+                    (*certificates.services(), *self.dispatcher.services(), *self.logs.services()),
+                    host=self.host,
+                    port=port,
+                    tls=ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER)).front,
+                    cluster_id=self.id,
+                )
+            )
+            self.port = bound.port
+            await self.store.update(self._set_address)
+            for loop in (self.dispatcher.run(), self.logs.run()):
+                stack.push_async_callback(_ended, asyncio.create_task(loop))
+            yield self
+
+    def _found(self, tx: Transaction) -> None:
+        root_pem = self.authority.root_pem
+        dispatcher = msgspec.structs.replace(
+            DEFAULT_SWARM_SPEC.dispatcher, heartbeat_period=int(self.heartbeat_s * SECOND_NS)
+        )
+        tx.put(
+            Swarm(
+                id=self.id,
+                spec=msgspec.structs.replace(DEFAULT_SWARM_SPEC, dispatcher=dispatcher),
+                tls_info=tls_info(root_pem),
+                join_tokens=new_join_tokens(root_pem),
+            )
+        )
+        tx.put(Payload(id=ROOT_KEY_ID, data=self.authority.key_pem))
+        tx.put(Node(id=MANAGER_ID, spec=NodeSpec(role=NodeRole.MANAGER)))
+
+    def _set_address(self, tx: Transaction) -> None:
+        node = tx.get(Node, MANAGER_ID)
+        tx.put(msgspec.structs.replace(node, manager_status=ManagerStatus(leader=True, addr=self.address)))
+
+    async def until(self, condition: Callable[[View], object], within_s: float = 10.0) -> None:
+        """Wait for the store to show something."""
+        await until(lambda: condition(self.view), within_s)
+
+
+async def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
+    """Wait for a condition that nothing announces."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 -- the store's view announces nothing to a test
+            await asyncio.sleep(0.005)
+
+
+class FakeWorker:
+    """Remembers what it is assigned; reports what it is told to.  Sink and log source in one."""
+
+    def __init__(self) -> None:
+        self.reports = Reports()
+        self.sets: list[AssignmentSet] = []
+        self.tasks: dict[TaskId, AssignedTask] = {}
+        self.known: dict[TaskId, TaskStatus] = {}
+        self.lines: list[LogLine] = []
+        self.queries: list[LogQuery] = []
+        self.more_lines = asyncio.Event()
+        self.closed_logs = 0
+
+    async def assign(self, change: AssignmentSet) -> None:
+        self.sets.append(change)
+        if change.complete:
+            self.tasks.clear()
+        self.tasks.update((task.task.id, task) for task in change.tasks)
+        for id in change.removed_tasks:
+            self.tasks.pop(id, None)
+            self.known.pop(id, None)
+
+    def statuses(self) -> Mapping[TaskId, TaskStatus]:
+        return dict(self.known)
+
+    def report(self, id: TaskId, state: TaskState, message: str = "") -> None:
+        status = TaskStatus(timestamp=timestamp(1_700_000_000 * SECOND_NS), state=state, message=message)
+        self.known[id] = status
+        self.reports.report(id, status)
+
+    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        self.queries.append(query)
+        sent = 0
+        try:
+            while True:
+                while sent < len(self.lines):
+                    sent += 1
+                    yield self.lines[sent - 1]
+                if not query.follow:
+                    return
+                self.more_lines.clear()
+                await self.more_lines.wait()
+        finally:
+            self.closed_logs += 1
+
+
+def describe(hostname: str = "worker") -> NodeDescription:
+    return NodeDescription(
+        hostname=hostname,
+        platform=Platform(architecture="x86_64", os="linux"),
+        resources=Resources(nano_cpus=2_000_000_000, memory_bytes=1 << 30),
+    )
+
+
+@asynccontextmanager
+async def an_agent(
+    cluster: Cluster, pair: KeyPair, directory: Path, worker: FakeWorker | None = None
+) -> AsyncIterator[tuple[Agent, FakeWorker]]:
+    """An agent with a fake worker, registered."""
+    keypair.save(pair, directory)
+    worker = worker or FakeWorker()
+    agent = Agent(
+        certificates=directory,
+        managers=ManagerList([Peer(MANAGER_ID, cluster.address)]),
+        describe=describe,
+        sink=worker,
+        reports=worker.reports,
+        logs=worker,
+        clock=SystemClock(),
+        random=Random(1),
+    )
+    running = asyncio.create_task(agent.run())
+    try:
+        async with asyncio.timeout(10):
+            await agent.registered.wait()
+        yield agent, worker
+    finally:
+        await _ended(running)
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    """Cancel ``task``; a failure of its own comes out."""
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass
