@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from skep.errors import NotFound
+from skep.errors import FailedPrecondition, NotFound
 from skep.playground.names import Role
 
 
@@ -78,11 +78,15 @@ class DescriptionFile:
         self._lock = directory / "lock"
 
     def read(self) -> Cluster | None:
-        """None: no playground is described here."""
+        """None: no playground is described here.  Raises: FailedPrecondition: the file is damaged."""
         try:
             return msgspec.json.decode(self.path.read_bytes(), type=Cluster)
         except FileNotFoundError:
             return None
+        except msgspec.DecodeError as error:
+            raise FailedPrecondition(
+                f"{self.path} is damaged ({error}): remove it, then run `skep playground down` with its --name"
+            ) from error
 
     def require(self) -> Cluster:
         """Raises: NotFound."""

@@ -5,6 +5,7 @@
 # Runs under `tini -s` in fresh network, mount and UTS namespaces.  It is a shell script so that a node at
 # rest costs a few hundred kilobytes for it and not a second Python.  All of /run is the node's own: it vanishes
 # with the node's last process, as a reboot empties it, and shows none of the machine's sockets.
+# DIRECTORY/ends gets the exit code of each daemon that ended, one per line.
 set -eu
 
 name=$1
@@ -40,9 +41,11 @@ trap 'stopping=yes; kill -TERM "$daemon" 2>/dev/null || true' TERM INT
 while [ -z "$stopping" ]; do
     "$@" >>"$directory/skep.log" 2>&1 </dev/null &
     daemon=$!
-    wait "$daemon" || true
+    code=0
+    wait "$daemon" || code=$?
     # The trap interrupts `wait`: see the daemon off before leaving.
     wait "$daemon" || true
+    echo "$code" >>"$directory/ends"
     # As RestartSec of the systemd unit: a daemon that cannot start does not keep a core busy.
     [ -n "$stopping" ] || sleep 0.2
 done

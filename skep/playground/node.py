@@ -16,6 +16,12 @@ from skep.playground.description import Node
 HOLDER = Path(__file__).with_name("holder.sh")
 SKEP = Path(sys.executable).with_name("skep")
 _API_WITHIN_S = 60
+_ENDS_MAX = 3
+"""A daemon that refuses its configuration or its machine does so every time."""
+_CONFIGURATION = """\
+# Configuration of this node alone; the machine's own /etc/skep/skep.toml is not read here.
+# After a change: send SIGHUP to the node process, or kill and start the node.
+"""
 _TAIL_LINES = 15
 
 
@@ -35,48 +41,63 @@ def described(directory: Path, playground: str, name: str, role: names.Role, ip:
     )
 
 
-async def start(directory: Path, playground: str, node: Node) -> Node:
-    """Start the node's holder and wait until its API answers.  The namespace must exist.
+class Holder:
+    """A node's holder while this command waits for it."""
 
-    Raises: Unavailable: the API does not answer, with the end of the node's log.
+    def __init__(self, node: Node, home: Path, process: "subprocess.Popen[bytes]") -> None:
+        self.node, self._home, self._process = node, home, process
+
+    async def wait_for_api(self) -> None:
+        """Raises: Unavailable: the node does not answer, with the end of its log."""
+        try:
+            await wait_until(self._answers, f"{self.node.name} serves its API", _API_WITHIN_S)
+        except Unavailable as error:
+            raise Unavailable(f"{error}\n{_tail(self._home)}") from error
+
+    async def _answers(self) -> bool:
+        if self._process.poll() is not None:
+            raise Unavailable(f"{self.node.name} ended at once")
+        if _ends(self._home) >= _ENDS_MAX:
+            raise Unavailable(f"the daemon of {self.node.name} ends again and again")
+        return await engine.is_up(self.node.endpoint)
+
+
+def switch_on(directory: Path, playground: str, node: Node) -> Holder:
+    """Start the node's holder, which starts its daemon.  The network namespace must exist.
+
+    Raises: Unavailable: it ended at once.
     """
     home = directory / node.name
-    data = home / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    (home / "data").mkdir(parents=True, exist_ok=True)
+    (home / "ends").unlink(missing_ok=True)
+    configuration = home / "skep.toml"
+    if not configuration.exists():
+        configuration.write_text(_CONFIGURATION)
     agents = cgroups.make(playground, node.name)
     daemon = (
-        *(str(SKEP), "daemon", "--config", "none", "--log-format", "json"),
-        *("--data-dir", str(data), "--run-dir", "/run/skep"),
+        *(str(SKEP), "daemon", "--config", str(configuration), "--daemon-json", ""),
+        *("--log-format", "json", "--advertise-addr", node.addr, "--cgroup-parent", node.cgroup),
+        *("--data-dir", node.state_dir, "--run-dir", "/run/skep"),
         *("--host", "unix:///run/skep/skep.sock", "--host", node.endpoint),
-        *("--cgroup-parent", node.cgroup, "--advertise-addr", node.addr),
     )
-    holder = subprocess.Popen(  # noqa: ASYNC220 - it outlives this command, and its loop
-        (
-            *(find("nsenter"), f"--net={node.netns}"),
-            *(find("unshare"), "--mount", "--uts", "--propagation", "private"),
-            *(find("tini-static"), "-s", "--"),
-            *("/bin/sh", str(HOLDER), node.name, str(home), " ".join(map(str, agents)), "--"),
-            *daemon,
-        ),
-        stdin=subprocess.DEVNULL,
-        stdout=(home / "holder.log").open("ab"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    started = processes.start_time(holder.pid)
+    with (home / "holder.log").open("ab") as output:
+        process = subprocess.Popen(
+            (
+                *(find("nsenter"), f"--net={node.netns}"),
+                *(find("unshare"), "--mount", "--uts", "--propagation", "private"),
+                *(find("tini-static"), "-s", "--"),
+                *("/bin/sh", str(HOLDER), node.name, str(home), " ".join(map(str, agents)), "--"),
+                *daemon,
+            ),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    started = processes.start_time(process.pid)
     if started is None:
         raise Unavailable(f"{node.name} did not start:\n{_tail(home)}")
-
-    async def answers() -> bool:
-        if holder.poll() is not None:
-            raise Unavailable(f"{node.name} ended at once:\n{_tail(home)}")
-        return await engine.is_up(node.endpoint)
-
-    try:
-        await wait_until(answers, f"{node.name} serves its API", _API_WITHIN_S)
-    except Unavailable as error:
-        raise Unavailable(f"{error}\n{_tail(home)}") from error
-    return msgspec.structs.replace(node, pids=(holder.pid,), started=started)
+    return Holder(msgspec.structs.replace(node, pids=(process.pid,), started=started), home, process)
 
 
 async def kill(playground: str, node: Node) -> Node:
@@ -118,6 +139,14 @@ async def state(playground: str, node: Node) -> str:
     except SkepError:
         return "down"
     return "up" if await engine.is_up(node.endpoint) else "starting"
+
+
+def _ends(home: Path) -> int:
+    """How often the daemon has ended since the node was switched on."""
+    try:
+        return len((home / "ends").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
 
 
 def _tail(home: Path) -> str:

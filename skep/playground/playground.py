@@ -121,9 +121,7 @@ class Playground:
             return known
         # A measuring tool may have killed the node with its own hands, and may have left somebody.
         dead = await node.kill(cluster.name, known)
-        started = await node.start(self._directory, cluster.name, dead)
-        self._file.put(started)
-        return started
+        return await self._switch_on(cluster, dead)
 
     async def set_cable(self, name: str, *, connected: bool) -> None:
         """Take the node's cable out, or put it back."""
@@ -193,11 +191,17 @@ class Playground:
         """Cable, daemon, image."""
         cluster = self.cluster()
         await underlay.attach(cluster.name, new.name, names.address_of(new.addr))
-        started = await node.start(self._directory, cluster.name, new)
-        self._file.put(started)
+        started = await self._switch_on(cluster, new)
         await engine.load(started.endpoint, await asyncio.to_thread(self._busybox.read_bytes))
         self._progress(f"{new.name} is up ({new.addr})")
         return started
+
+    async def _switch_on(self, cluster: Cluster, off: Node) -> Node:
+        """Start the node, write down who it is, wait for its API."""
+        holder = node.switch_on(self._directory, cluster.name, off)
+        self._file.put(holder.node)
+        await holder.wait_for_api()
+        return holder.node
 
     async def _form_swarm(self, cluster: Cluster) -> None:
         """init on the first manager, join on all others at once, wait until all are ready."""
