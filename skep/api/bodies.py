@@ -151,7 +151,7 @@ class _Walk:
         match core:
             case inspect.StructType():
                 if isinstance(value, dict):
-                    return self._object(value, core)
+                    return self._object(value, core, _go_type(shape))
             case inspect.DictType():
                 if isinstance(value, dict):
                     return self._mapping(value, core)
@@ -180,10 +180,10 @@ class _Walk:
                     return value
         return self._mismatch(_json_kind(value), shape)
 
-    def _object(self, value: dict[str, Any], shape: inspect.StructType) -> dict[str, Any]:
+    def _object(self, value: dict[str, Any], shape: inspect.StructType, name: str) -> dict[str, Any]:
         fields, folded = _fields_of(shape.cls)
         clean: dict[str, Any] = {}
-        outer, self._struct = self._struct, _struct_name(shape.cls)
+        outer, self._struct = self._struct, name.rpartition(".")[2]
         for key, item in value.items():
             field = fields.get(key) or folded.get(key.casefold())
             if field is None:
@@ -316,10 +316,6 @@ def _json_kind(value: Any) -> str:
             return "array"
         case _:
             return "object"
-
-
-def _struct_name(cls: type) -> str:
-    return _go_name(cls).rpartition(".")[2]
 
 
 def _go_name(cls: type) -> str:

@@ -53,7 +53,7 @@ def _scan(text: bytes) -> tuple[str | None, int]:
                 elif char in b"{[":
                     open_brackets.append(char)
                     if len(open_brackets) > _MAX_DEPTH:
-                        return "exceeded max depth", position
+                        return _invalid(char, "exceeded max depth"), position
                     position += 1
                     wanted = "key or }" if char == ord("{") else "value or ]"
                     continue

@@ -40,7 +40,6 @@ from skep.errors import ResourceExhausted, SkepError
 __all__ = [
     "MAX_BODY_BYTES",
     "ApiVersion",
-    "BodyTooLarge",
     "Filters",
     "JsonLines",
     "OutputFrames",
@@ -129,18 +128,20 @@ async def read_json(request: web.Request, type_: type[T], *, unrecognized: Unrec
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body of ``request``.  Raises: BodyTooLarge."""
+    """The whole body of ``request``.  Raises: ResourceExhausted."""
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise BodyTooLarge from None
+        raise _too_large(request) from None
 
 
-class BodyTooLarge(ResourceExhausted):
-    """A body over the bound.  The engine has none and runs into gRPC's, after reading everything."""
-
-    def __init__(self) -> None:
-        super().__init__(f"request body is larger than {MAX_BODY_BYTES} bytes")
+def _too_large(request: web.Request) -> ResourceExhausted:
+    """A body over the bound.  The engine has none of its own and runs into gRPC's, which is the same."""
+    size = request.content_length or MAX_BODY_BYTES + 1
+    return ResourceExhausted(
+        "rpc error: code = ResourceExhausted desc = grpc: received message larger than max "
+        f"({size} vs. {MAX_BODY_BYTES})"
+    )
 
 
 _FALSE = frozenset({"", "0", "no", "false", "none"})
@@ -163,7 +164,8 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
         return _error_answer(request, 404, "page not found")
     except web.HTTPRequestEntityTooLarge:
-        return _error_answer(request, status_of(BodyTooLarge()), str(BodyTooLarge()))
+        refusal = _too_large(request)
+        return _error_answer(request, status_of(refusal), str(refusal))
     except web.HTTPException:
         raise
     except ConnectionResetError:

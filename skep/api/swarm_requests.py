@@ -6,6 +6,7 @@ Source: moby 20.10, daemon/cluster/listen_addr.go and swarm.go, opts/hosts.go (P
 """
 
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeAlias
@@ -232,12 +233,15 @@ def checked_data_path_port(port: int) -> int:
     return port
 
 
+_HOST = re.compile(r"[\w.:%\[\]-]+")
+
+
 def _with_port(noun: str, addr: str) -> str:
     """``addr`` with the default port if it names none, without ``tcp://``."""
     if not addr:
         raise InvalidArgument(f'invalid {noun} "": invalid empty address')
     bare = addr.removeprefix("tcp://")
-    if "://" in bare:
+    if not _HOST.fullmatch(bare):
         return addr  # the engine lets it pass, and fails at the next step
     host, port = _split(bare) or (bare.strip("[]"), DEFAULT_PORT)
     if not (port or DEFAULT_PORT).isdigit():

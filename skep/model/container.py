@@ -74,18 +74,24 @@ class FileTarget(ApiObject):
     mode: FileMode = always(0)
 
 
+SecretFileTarget = Annotated[FileTarget, msgspec.Meta(extra={"go": "swarm.SecretReferenceFileTarget"})]
+ConfigFileTarget = Annotated[FileTarget, msgspec.Meta(extra={"go": "swarm.ConfigReferenceFileTarget"})]
+
+
 class RuntimeTarget(ApiObject):
+    __go_name__: ClassVar[str | None] = "swarm.ConfigReferenceRuntimeTarget"
+
     """A config consumed by the runtime itself (credential specs), mounted nowhere."""
 
 
 class SecretReference(ApiObject):
-    file: FileTarget | None = always(None)
+    file: SecretFileTarget | None = always(None)
     secret_id: SecretId = always(SecretId(""))
     secret_name: str = always("")
 
 
 class ConfigReference(ApiObject):
-    file: FileTarget | None = None
+    file: ConfigFileTarget | None = None
     runtime: RuntimeTarget | None = None
     config_id: ConfigId = always(ConfigId(""))
     config_name: str = always("")

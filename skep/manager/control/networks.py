@@ -135,13 +135,20 @@ def _check_addresses(driver: Driver, configs: Iterable[IPAMConfig]) -> None:
         _check_subnet(config)
 
 
-def _check_subnet(config: IPAMConfig) -> None:
+def is_subnet(text: str) -> bool:
+    """Whether ``text`` is an address with the length of a prefix (``10.0.9.0/24``)."""
+    address, slash, length = text.partition("/")
     try:
-        subnet = ipaddress.ip_interface(config.subnet).network if "/" in config.subnet else None
+        ipaddress.ip_interface(text)
     except ValueError:
-        subnet = None
-    if subnet is None:
+        return False
+    return bool(address and slash) and length.isdigit()
+
+
+def _check_subnet(config: IPAMConfig) -> None:
+    if not is_subnet(config.subnet):
         raise InvalidArgument(f"ipam configuration: invalid subnet {config.subnet}")
+    subnet = ipaddress.ip_interface(config.subnet).network
     if config.range:
         try:
             inner = ipaddress.ip_interface(config.range).ip

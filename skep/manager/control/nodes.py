@@ -5,8 +5,9 @@ Source: swarmkit, manager/controlapi/node.go; moby 20.10, daemon/cluster/convert
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
@@ -28,8 +29,8 @@ class NodeWish(ApiObject):
 
     name: str = ""
     labels: Mapping[str, str] = always({})
-    role: str = ""
-    availability: str = ""
+    role: Annotated[str, msgspec.Meta(extra={"go": "swarm.NodeRole"})] = ""
+    availability: Annotated[str, msgspec.Meta(extra={"go": "swarm.NodeAvailability"})] = ""
 
 
 def node_spec(wish: NodeWish) -> NodeSpec:

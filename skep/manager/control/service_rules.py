@@ -9,6 +9,7 @@ from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.manager.control.images import is_image_reference
 from skep.manager.control.names import check_dns_name
+from skep.manager.control.templates import check_templates
 from skep.model import constraints
 from skep.model.container import (
     ConfigReference,
@@ -166,6 +167,7 @@ def _is_runtime(reference: ConfigReference, config_id: str) -> bool:
 
 
 def _check_container(container: ContainerSpec) -> None:
+    check_templates(container)
     if not container.image:
         raise InvalidArgument("ContainerSpec: image reference must be provided")
     if not is_image_reference(container.image):

@@ -154,7 +154,7 @@ def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
     """``spec`` with networks by id, which clients may name by name or by the beginning of an id.
 
     Raises:
-        NotFound: no such network; InvalidArgument: several.
+        Untranslated: no such network; InvalidArgument: several.
     """
     template = spec.task_template
     if template.networks:
@@ -166,9 +166,13 @@ def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
 def _resolved(
     view: View, attachments: Iterable[NetworkAttachmentConfig]
 ) -> tuple[NetworkAttachmentConfig, ...]:
-    return tuple(
-        replace(attachment, target=view.resolve(Network, attachment.target).id) for attachment in attachments
-    )
+    try:
+        return tuple(
+            replace(attachment, target=view.resolve(Network, attachment.target).id)
+            for attachment in attachments
+        )
+    except NotFound as error:
+        raise Untranslated(str(error)) from error  # the engine gives this one no class
 
 
 def _free_name(tx: Transaction, new_name: NameSource) -> str:

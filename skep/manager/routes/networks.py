@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from skep.api.errors import Untranslated
 from skep.api.server import Filters, Routes, json_answer, json_list_answer, read_json
 from skep.errors import AlreadyExists, InvalidArgument, NotFound
 from skep.manager.control import networks as control
@@ -89,6 +90,7 @@ async def create_network(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     body = await read_json(request, _NetworkBody)
     _check_free(await current_view(request), body.name)
+    _check_subnets(body)
     control.check_name(body.name)
     network = await manager.update(
         control.create_network, _spec(body), new_id=manager.new_id, now=manager.now()
@@ -125,6 +127,13 @@ def _check_free(view: View, name: str) -> None:
     """The engine refuses a taken name before it looks at anything else.  Raises: AlreadyExists."""
     if name and view.find(Network, name=name):
         raise AlreadyExists(f"network with name {name} already exists")
+
+
+def _check_subnets(body: _NetworkBody) -> None:
+    """The engine reads subnets before it asks the cluster, and gives that error no class.  Raises: Untranslated."""
+    for config in body.ipam.config if body.ipam is not None else ():
+        if config.subnet and not control.is_subnet(config.subnet):
+            raise Untranslated(f"Invalid subnet {config.subnet} : invalid CIDR address: {config.subnet}")
 
 
 def _spec(body: _NetworkBody) -> NetworkSpec:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from aiohttp import web
 from msgspec.structs import replace
 
+from skep.api.errors import Untranslated
 from skep.api.server import (
     ApiVersion,
     Filters,
@@ -17,7 +18,6 @@ from skep.api.server import (
     json_list_answer,
     read_json,
 )
-from skep.errors import InvalidArgument
 from skep.manager.control import services as control
 from skep.manager.control.service_form import UNRECOGNIZED, settled
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
@@ -108,7 +108,7 @@ async def update_service(request: web.Request) -> web.StreamResponse:
         case "previous":
             await manager.update(control.rollback_service, service.id, spec, version, now=manager.now())
         case word:
-            raise InvalidArgument(f"unrecognized rollback option {word}")
+            raise Untranslated(f"unrecognized rollback option {word}")
     return json_answer({"Warnings": None})
 
 

@@ -1,0 +1,162 @@
+"""Skep answers the script as the recorded engine did; every known difference has its reason beside it."""
+
+from collections.abc import AsyncIterator
+from io import BytesIO
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from skep.api.bodies import decode_body
+from skep.api.errors import status_of
+from skep.api.swarm_requests import Interface, founding, joining
+from skep.errors import SkepError
+from skep.model.swarm import InitRequest, JoinRequest
+from tests.conformance.exchange import Memory, Recorded, recorded, request_of
+from tests.conformance.manager import a_manager
+from tests.conformance.script import IN_SWARM, INITS, Step
+
+FOLDER = Path(__file__).parent
+
+DIFFERENCES = {
+    "a version too new": "we speak up to 1.47",
+    "a version too old": "we speak from 1.24 on, which still answers errors in JSON",
+    "the service by its name in another case": "names are unique without regard to case, and found so",
+    "the swarm": "agents of skep nodes report once a second by default, not every five",
+    "the swarm before an update": "as `the swarm`",
+    "a body of 3 MB": "our bound on one object is 1 MiB, and says so",
+    "init listening on a port that is none": "refused before anything is started",
+    "join with a token that is none": "the token is checked by the node process",
+}
+"""Step name -> why the answer differs.  ``docs/conformance.md`` lists the same names."""
+
+OF_LOOPS = frozenset({"tasks that should run"})
+"""Needs the leader's loops, which do not run here."""
+
+OF_THE_NODE = frozenset({"another init", "a join of what has joined", "a leave of the last manager"})
+"""Asked of the node process, not of the manager."""
+
+
+def recording(name: str) -> dict[str, Recorded]:
+    answers = msgspec.json.decode((FOLDER / "recorded" / f"{name}.json").read_bytes(), type=list[Recorded])
+    return {answer.name: answer for answer in answers}
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[TestClient[Any, Any]]:
+    async with a_manager() as app, TestClient(TestServer(app)) as client:
+        yield client
+
+
+async def ask(client: TestClient[Any, Any], step: Step, memory: Memory) -> Recorded:
+    path, body = request_of(step, memory)
+    headers = dict(step.headers)
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    data = BytesIO(body) if body is not None else None
+    async with client.request(step.method, path, data=data, headers=headers) as answer:
+        content = await answer.read()
+        return recorded(step, answer.status, answer.headers, content, memory)
+
+
+async def test_a_manager_answers_as_the_engine_does(client: TestClient[Any, Any]) -> None:
+    expected = recording("in_swarm")
+    memory = Memory()
+    memory.keep("node", (await (await client.get("/nodes")).json())[0])
+    problems = []
+    for step in IN_SWARM:
+        if step.name in OF_THE_NODE | OF_LOOPS:
+            continue
+        answer = await ask(client, step, memory)
+        if step.name not in DIFFERENCES:
+            problems += [f"{step.name}: {problem}" for problem in differences(answer, expected[step.name])]
+    assert not problems, "\n".join(problems)
+
+
+def differences(answer: Recorded, expected: Recorded) -> list[str]:
+    """What ``answer`` does otherwise: its status, its message, its content type, the fields and specs of objects."""
+    problems = []
+    if answer.status != expected.status:
+        problems.append(f"status {answer.status}, the engine has {expected.status} ({answer.message})")
+    elif answer.message != expected.message:
+        problems.append(f"says {answer.message!r}, the engine {expected.message!r}")
+    if expected.body is not None and answer.headers.get("Content-Type") != expected.headers.get(
+        "Content-Type"
+    ):
+        problems.append(f"content type {answer.headers.get('Content-Type')}")
+    problems += list(unlike(answer.body, expected.body))
+    return problems
+
+
+_OTHERWISE = frozenset(
+    {
+        "Description",
+        "Status",
+        "ManagerStatus",
+        "TLSInfo",
+        "Endpoint",
+        "Warnings",
+        "JoinTokens",
+        "IPAM",
+        "Options",
+    }
+)
+"""Fields whose contents depend on the machine, or on loops that do not run here; only that they exist counts."""
+
+
+_LEADERS = frozenset({"UpdateStatus"})
+"""Written by the leader's loops, which do not run here."""
+_LATER = frozenset({"NoNewPrivileges", "Volumes"})
+"""Always written since API 1.42 (Volumes) and 1.46; the recorded engine is older."""
+
+
+def unlike(answer: Any, expected: Any, place: str = "") -> list[str]:
+    """Where two JSON values differ, apart from what depends on the machine."""
+    if isinstance(expected, dict) and isinstance(answer, dict):
+        found = [f"{place} lacks {key}" for key in sorted(expected.keys() - answer.keys() - _LEADERS)]
+        found += [f"{place} has {key} besides" for key in sorted(answer.keys() - expected.keys() - _LATER)]
+        for key in sorted((expected.keys() & answer.keys()) - _OTHERWISE):
+            found += unlike(answer[key], expected[key], f"{place}.{key}")
+        return found
+    if isinstance(expected, list) and isinstance(answer, list):
+        if len(expected) != len(answer):
+            return [f"{place} has {len(answer)} items, not {len(expected)}"]
+        return [
+            problem
+            for index, (mine, theirs) in enumerate(zip(answer, expected, strict=True))
+            for problem in unlike(mine, theirs, f"{place}[{index}]")
+        ]
+    return [] if answer == expected else [f"{place} is {answer!r}, not {expected!r}"]
+
+
+INTERFACES = {
+    "lo": Interface(addresses=(ip_address("127.0.0.1"),), is_loopback=True),
+    "eth0": Interface(addresses=(ip_address("10.77.0.1"),)),
+}
+
+
+@pytest.mark.parametrize(
+    "step", [step for step in INITS if step.name not in DIFFERENCES], ids=lambda step: step.name
+)
+def test_an_init_or_join_is_refused_as_the_engine_does(step: Step) -> None:
+    expected = recording("inits")[step.name]
+    with pytest.raises(SkepError) as refusal:
+        checked(step)
+    assert (status_of(refusal.value), str(refusal.value)) == (expected.status, expected.message)
+
+
+def checked(step: Step) -> object:
+    """What the node process makes of the request."""
+    body = request_of(step, Memory())[1] or b""
+    if step.path.endswith("/init"):
+        return founding(decode_body(body, InitRequest), INTERFACES)
+    return joining(decode_body(body, JoinRequest), INTERFACES)
+
+
+def test_the_documents_name_every_difference() -> None:
+    text = (FOLDER.parents[1] / "docs" / "conformance.md").read_text()
+    missing = [name for name in DIFFERENCES if f"`{name}`" not in text]
+    assert not missing
