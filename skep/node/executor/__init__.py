@@ -1,1 +1,1 @@
-"""What runs one task, behind seven verbs: oci, process, simulated."""
+"""What runs tasks: containers, plain commands, pretence."""

@@ -4,13 +4,15 @@
 (``tests/contract/test_executor.py``).  A controller is made for a task whose assignment is known to the
 node; it is asked by ``node/task.py``, which alone decides the order of the verbs.
 
-A controller can be made again for the same task after a restart of the node process: what runs goes on, and the verbs
-find it (*adoption*).  Every verb may therefore be called on work already done, and then returns at once.
+A controller can be made again for the same task after a restart of the node process: what runs goes on, and
+the verbs find it (*adoption*).  Every verb may therefore be called on work already done, and then returns
+at once.
 
 Source: swarmkit, agent/exec/controller.go (the verbs and their order).
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
@@ -29,7 +31,7 @@ class TaskExit(msgspec.Struct, frozen=True, kw_only=True):
     """How a task's process ended.
 
     ``message`` is what Docker would write into ``Status.Err``: ``task: non-zero exit (7)``, with the engine's
-    text behind it if there is one.  ``oom_killed`` as the kernel reported it.
+    text behind it if there is one; empty for exit code 0.  ``oom_killed`` as the kernel reported it.
     """
 
     exit_code: int
@@ -45,16 +47,12 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     """Host-mode ports as opened, with the published port the node picked where the wish said 0."""
 
 
-class Resources(msgspec.Struct, frozen=True, kw_only=True):
-    """What an update of a running task may change without a restart.  0: no limit."""
-
-    nano_cpus: int = 0
-    memory_bytes: int = 0
-    pids: int = 0
-
-
 class Controller(Protocol):
     """Runs one task."""
+
+    def observed(self) -> Running | None:
+        """What is known of the task's process at this moment, its exit code included; None before there is
+        one."""
 
     async def prepare(self) -> None:
         """Make everything ready to start: image, file system, network namespace, reserved host ports.
@@ -65,7 +63,7 @@ class Controller(Protocol):
     async def start(self) -> Running:
         """Start the process; return after it runs (``runc start`` returned), never before.
 
-        Raises: SkepError with the runtime's words (FAILED with exit code 127/126 as Docker has them).
+        Raises: SkepError with the runtime's words; ``observed`` has the exit code then (127/126 as in Docker).
         """
 
     async def wait(self) -> TaskExit:
@@ -78,22 +76,39 @@ class Controller(Protocol):
         """Kill now; return when the process is gone."""
 
     async def update(self, task: AssignedTask) -> None:
-        """Take over what changed in the assignment (limits, labels) without a restart."""
+        """Take over what changed in the assignment (limits) without a restart."""
 
     async def remove(self) -> None:
-        """Free everything the task holds: file system, namespace, ports, cgroup, logs.  Nothing may be left."""
+        """Free everything the task holds: file system, namespace, ports, cgroup, logs.  Nothing may be left.
+
+        What still runs is killed.
+        """
 
 
 class Executor(Protocol):
     """Makes controllers, and says what this node is."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """``oci``, ``process`` or ``simulated``."""
 
-    def controller(self, task: AssignedTask) -> Controller:
-        """A controller for ``task``; adopts what already runs for it."""
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Find again what an earlier process of this node left; the verbs work inside the block.
+
+        What runs goes on when the block ends.
+        """
+
+    def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        """A controller for ``task``; adopts what already runs for it.
+
+        ``registry_auth``: credentials for the image (``X-Registry-Auth``); kept in memory only.
+        """
 
     async def leftovers(self) -> Sequence[TaskId]:
         """Tasks of which this executor still holds something; the worker removes those it does not know."""
+
+    async def discard(self, task_id: TaskId) -> None:
+        """Free everything held for a task nobody knows any more, as ``remove`` does."""
 
     def identify(self, node_id: NodeId) -> None:
         """Tell the executor under which node id tasks run (it becomes a label)."""

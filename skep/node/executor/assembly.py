@@ -1,0 +1,122 @@
+"""Puts the ``oci`` executor together from its pieces."""
+
+import os
+import resource
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.model.ids import new_container_id
+from skep.model.meta import Driver
+from skep.node.executor.oci import OciExecutor
+from skep.node.executor.pulling import Images
+from skep.node.mounts.payloads import Payloads
+from skep.node.mounts.volumes import Volumes
+from skep.node.network.gateway import Gateway
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.ports import OwnReservations, PortReservations
+from skep.node.oci import capabilities
+from skep.node.oci.bundle import Bundles
+from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.containers import Containers
+from skep.node.oci.runtime import Runtime
+from skep.node.oci.spec import Capacity
+from skep.paths import Paths
+
+_CAP_SYS_RESOURCE = "CAP_SYS_RESOURCE"
+_INITS = ("/usr/bin/tini-static", "/usr/bin/catatonit")
+"""Static ones only: a dynamic init finds no loader in most images."""
+
+
+class Programs(msgspec.Struct, frozen=True, kw_only=True):
+    """The programs of the machine that containers need."""
+
+    runc: Path = Path("/usr/sbin/runc")
+    conmon: Path = Path("/usr/bin/conmon")
+    init: str = ""
+
+
+def find_programs() -> Programs:
+    """What this machine has."""
+    return Programs(init=next((path for path in _INITS if os.access(path, os.X_OK)), ""))
+
+
+def oci_executor(
+    paths: Paths,
+    images: Images,
+    *,
+    clock: Clock,
+    hostname: str,
+    cgroup_parent: str = "skep",
+    ports: PortReservations | None = None,
+    namespaces: Namespaces | None = None,
+    log_default: Driver | None = None,
+    programs: Programs | None = None,
+    resolver: Path = Path("/etc/resolv.conf"),
+) -> OciExecutor:
+    """The executor of one node.
+
+    Args:
+        cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
+        ports: holds published ports; None: this process does, for as long as it lives.
+        namespaces: None: containers' in ``paths.netns``, the node's own being this process's.
+        log_default: log driver and options of tasks that name none.
+        resolver: name servers for containers that name none.
+    """
+    programs = programs or find_programs()
+    namespaces = namespaces or Namespaces(paths.netns)
+    cgroups = Cgroups(cgroup_parent)
+    capacity = capacity_of(cgroups, programs)
+    bundles = Bundles(paths.containers, cgroups, capacity, resolver)
+    runtime = Runtime(
+        runc=programs.runc,
+        conmon=programs.conmon,
+        root=paths.runc,
+        bundles=bundles,
+        cgroups=cgroups,
+        capacity=capacity,
+    )
+    containers = Containers(
+        bundles=bundles,
+        runtime=runtime,
+        cgroups=cgroups,
+        network=Gateway(
+            namespaces=namespaces,
+            ports=ports or OwnReservations(namespaces),
+            state=paths.networks / "gateway",
+        ),
+        clock=clock,
+        new_id=new_container_id,
+        starts_max=2 * (os.cpu_count() or 1),
+    )
+    return OciExecutor(
+        containers=containers,
+        bundles=bundles,
+        images=images,
+        payloads=Payloads(paths.secrets),
+        volumes=Volumes(paths.volumes),
+        clock=clock,
+        hostname=hostname,
+        log_default=log_default,
+    )
+
+
+def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
+    """What this process can give to containers; found out once."""
+    bounding = capabilities.bounding_set()
+    may_raise = _CAP_SYS_RESOURCE in bounding
+    limits = {
+        name: resource.getrlimit(getattr(resource, name))[1]
+        for name in dir(resource)
+        if name.startswith("RLIMIT_")
+    }
+    return Capacity(
+        capabilities=bounding,
+        hard_limits={} if may_raise else {name: hard for name, hard in limits.items() if hard >= 0},
+        controllers=cgroups.controllers,
+        has_swap_accounting=cgroups.has_swap_accounting,
+        may_lower_oom_score=may_raise,
+        is_cgroup_v2=cgroups.is_v2,
+        init_binary=programs.init,
+    )

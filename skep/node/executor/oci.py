@@ -1,0 +1,250 @@
+"""Tasks as containers under runc: the executor skep nodes have by default.
+
+A controller is thin: what a task wants becomes a ``ContainerWish``, and ``Containers`` does the rest.  The
+container of a task is found by its label, so nothing about tasks has to be remembered here.
+"""
+
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.model.container import ContainerSpec, Mount
+from skep.model.ids import NodeId, TaskId
+from skep.model.meta import Driver
+from skep.model.task import AssignedTask, ContainerStatus
+from skep.node.executor import wish
+from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.node.executor.pulling import Images, Pulling
+from skep.node.executor.template import expand
+from skep.node.executor.wish import LABEL_TASK_ID, NodeFacts
+from skep.node.mounts.payloads import Payloads
+from skep.node.mounts.volumes import Volumes, copy_up
+from skep.node.oci.bundle import Bundles
+from skep.node.oci.container import Container, MountPoint, NotRunning
+from skep.node.oci.containers import Containers, ContainerWish
+
+log = structlog.get_logger()
+
+
+class OciExecutor:
+    """Runs tasks as containers."""
+
+    name = "oci"
+
+    def __init__(
+        self,
+        *,
+        containers: Containers,
+        bundles: Bundles,
+        images: Images,
+        payloads: Payloads,
+        volumes: Volumes,
+        clock: Clock,
+        hostname: str,
+        log_default: Driver | None = None,
+    ) -> None:
+        """``log_default``: the node's log driver with its options, for tasks that name none."""
+        self.containers = containers
+        self.bundles = bundles
+        self.images = images
+        self.payloads = payloads
+        self.volumes = volumes
+        self.pulling = Pulling(images, clock)
+        self.log_default = log_default or Driver(name="json-file")
+        self.node = NodeFacts(id=NodeId(""), hostname=hostname, architecture=os.uname().machine)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Find the containers of earlier processes again; they go on when the block ends."""
+        self.payloads.open()
+        async with self.containers.running():
+            yield
+
+    def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
+        """Raises nothing: what is wrong with the task is said by ``prepare``."""
+        return OciController(self, task, registry_auth)
+
+    async def leftovers(self) -> Sequence[TaskId]:
+        found = {one.labels[LABEL_TASK_ID] for one in self.containers.list() if LABEL_TASK_ID in one.labels}
+        return [TaskId(id) for id in sorted(found)]
+
+    async def discard(self, task_id: TaskId) -> None:
+        for container in self.containers.list():
+            if container.labels.get(LABEL_TASK_ID) == task_id:
+                await self.remove_container(container)
+
+    def identify(self, node_id: NodeId) -> None:
+        self.node = msgspec.structs.replace(self.node, id=node_id)
+
+    async def remove_container(self, container: Container) -> None:
+        """Remove a task's container with its secrets and its nameless volumes."""
+        try:
+            await self.containers.remove(container.id, force=True)
+        except NotFound:
+            pass  # somebody was faster
+        self.payloads.forget(container.labels.get(LABEL_TASK_ID, ""))
+        for point in container.config.mounts:
+            if point.type == "volume" and point.anonymous:
+                await self.volumes.remove(point.name)
+
+
+class OciController:
+    """One task's container."""
+
+    def __init__(self, executor: OciExecutor, task: AssignedTask, registry_auth: str) -> None:
+        self._executor = executor
+        self._containers = executor.containers
+        self._task = task
+        self._registry_auth = registry_auth
+
+    def observed(self) -> Running | None:
+        container = self._container()
+        return None if container is None else _running(container)
+
+    async def prepare(self) -> None:
+        if self._container() is not None:
+            return
+        spec = wish.container_spec(self._task)
+        image = await self._executor.pulling.image(spec.image, self._registry_auth)
+        defaults = image.config.defaults
+        try:
+            mounts = self._mounts(spec, defaults.volumes or {})
+            async with self._executor.images.pinned(image.chain):
+                container = await self._containers.create(
+                    ContainerWish(
+                        name=self._task.name,
+                        image=spec.image,
+                        image_id=image.id,
+                        layers=tuple(map(str, self._executor.images.layers(image))),
+                        config=wish.config(
+                            self._task, self._executor.node, defaults, mounts, self._executor.log_default
+                        ),
+                        labels=wish.labels(self._task, self._executor.node, defaults),
+                    )
+                )
+        except InvalidArgument as error:
+            raise Rejected(str(error)) from error
+        await self._fill_volumes(container, spec)
+
+    async def start(self) -> Running:
+        container = self._require()
+        if container.was_started:
+            return _running(container)
+        spec = wish.container_spec(self._task)
+        self._executor.payloads.materialize(self._task.task.id, spec.secrets, spec.configs)
+        try:
+            return _running(await self._containers.start(container.id))
+        except SkepError as error:
+            raise type(error)(f"starting container failed: {error}") from error
+
+    async def wait(self) -> TaskExit:
+        container = await self._containers.wait(self._require().id)
+        code = container.exit_code
+        message = f"task: non-zero exit ({code})" if code else ""
+        if code and container.error:
+            message += f": {container.error}"
+        return TaskExit(exit_code=code, message=message, oom_killed=container.oom_killed)
+
+    async def shutdown(self) -> None:
+        container = self._container()
+        if container is not None:
+            await self._containers.stop(container.id)
+
+    async def terminate(self) -> None:
+        container = self._container()
+        if container is not None and container.is_running:
+            try:
+                await self._containers.kill(container.id)
+            except NotRunning:
+                return
+            await self._containers.wait(container.id)
+
+    async def update(self, task: AssignedTask) -> None:
+        self._task = task
+        container = self._container()
+        if container is None or not container.is_running:
+            return
+        resources = task.task.spec.resources
+        limits = resources.limits if resources else None
+        await self._containers.update(
+            container.id,
+            nano_cpus=limits.nano_cpus if limits else 0,
+            memory_bytes=limits.memory_bytes if limits else 0,
+            pids=limits.pids if limits else 0,
+        )
+
+    async def remove(self) -> None:
+        container = self._container()
+        if container is not None:
+            await self._executor.remove_container(container)
+        self._executor.payloads.forget(self._task.task.id)
+
+    def _container(self) -> Container | None:
+        return self._containers.find_by_label(LABEL_TASK_ID, self._task.task.id)
+
+    def _require(self) -> Container:
+        container = self._container()
+        if container is None:
+            raise NotFound(f"No such container: {self._task.name}")
+        return container
+
+    # --- mounts -----------------------------------------------------------------------------------------------
+
+    def _mounts(self, spec: ContainerSpec, image_volumes: Iterable[str]) -> list[MountPoint]:
+        points = [self._mount(mount) for mount in spec.mounts]
+        taken = {point.destination for point in points}
+        nameless = sorted(set(image_volumes) - taken)
+        points += [self._mount(Mount(type="volume", target=destination)) for destination in nameless]
+        return [*points, *self._executor.payloads.mounts(self._task.task.id, spec.secrets, spec.configs)]
+
+    def _mount(self, mount: Mount) -> MountPoint:
+        source = expand(mount.source, wish.context_of(self._task, self._executor.node))
+        match mount.type:
+            case "bind":
+                if not os.path.exists(source):
+                    options = mount.bind_options
+                    if options is None or not options.create_mountpoint:
+                        raise Rejected(
+                            f'invalid mount config for type "bind": bind source path does not exist: {source}'
+                        )
+                    os.makedirs(source)
+                return wish.mount_point(mount, source, "")
+            case "volume" | "":
+                driver = mount.volume_options.driver_config if mount.volume_options else None
+                if driver is not None and driver.name not in ("", "local"):
+                    raise Rejected(
+                        f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
+                    )
+                name = source or self._executor.volumes.new_name()
+                path = self._executor.volumes.ensure(name)
+                point = wish.mount_point(mount, str(path), name)
+                return msgspec.structs.replace(point, anonymous=not source)
+            case _:
+                return wish.mount_point(mount, source, "")
+
+    async def _fill_volumes(self, container: Container, spec: ContainerSpec) -> None:
+        """New volumes begin with what the image has at their place, unless the wish says ``nocopy``."""
+        unfilled = {
+            mount.target for mount in spec.mounts if mount.volume_options and mount.volume_options.no_copy
+        }
+        for point in container.config.mounts:
+            if point.type == "volume" and point.destination not in unfilled:
+                await copy_up(
+                    self._executor.bundles.rootfs(container.id),
+                    point.destination,
+                    self._executor.volumes.path(point.name),
+                )
+
+
+def _running(container: Container) -> Running:
+    return Running(
+        container=ContainerStatus(
+            container_id=container.id, pid=container.pid, exit_code=container.exit_code
+        ),
+        ports=container.endpoint.ports if container.endpoint is not None else (),
+    )

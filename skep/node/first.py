@@ -1,0 +1,46 @@
+"""Several waits at once, until the first has ended."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Overtaken(Exception):
+    """Something else happened first, and the work has been cancelled."""
+
+
+async def unless(work: Coroutine[Any, Any, T], overtaking: Coroutine[Any, Any, object]) -> T:
+    """The result of ``work``, or what it raised.  When this returns or raises, both have ended.
+
+    Raises: Overtaken: ``overtaking`` returned first.
+    """
+    async with asyncio.TaskGroup() as group:
+        working = group.create_task(_outcome(work))
+        other = group.create_task(overtaking)
+        await asyncio.wait((working, other), return_when=asyncio.FIRST_COMPLETED)
+        working.cancel()
+        other.cancel()
+    if working.cancelled():
+        raise Overtaken
+    result, error = working.result()
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]  # there is a result where there is no error
+
+
+async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any, object]) -> None:
+    """Return when either has returned; the other one is cancelled and awaited."""
+    try:
+        await unless(one, other)
+    except Overtaken:
+        return
+
+
+async def _outcome(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | None]:
+    """What came of ``work``, as a value: a task group would turn an error into a group."""
+    try:
+        return await work, None
+    except Exception as error:
+        return None, error

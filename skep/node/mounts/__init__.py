@@ -1,0 +1,1 @@
+"""Files and directories that tasks get from outside their image."""

@@ -1,0 +1,81 @@
+"""Local volumes: directories of the node that outlive the containers which use them."""
+
+import asyncio
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from skep.errors import InvalidArgument, Unavailable
+from skep.node.oci.syscalls import open_in_root
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+_COPY_DEADLINE_S = 600.0
+
+
+class Volumes:
+    """The volumes of one node, each at ``<data>/volumes/<name>/_data``."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def path(self, name: str) -> Path:
+        """Where a volume's files are.  Raises: InvalidArgument, with Docker's words: no name for a volume."""
+        if not _NAME.fullmatch(name):
+            raise InvalidArgument(
+                f'create {name}: "{name}" includes invalid characters for a local volume name,'
+                ' only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory,'
+                " use absolute path"
+            )
+        return self._directory / name / "_data"
+
+    def ensure(self, name: str) -> Path:
+        """The volume's directory, made if there is none."""
+        path = self.path(name)
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        return path
+
+    async def remove(self, name: str) -> None:
+        """Remove a volume with everything in it."""
+        await asyncio.to_thread(shutil.rmtree, self.path(name).parent, ignore_errors=True)
+
+    @staticmethod
+    def new_name() -> str:
+        """A name for a volume without one: 64 hexadecimal characters, as Docker's."""
+        return secrets.token_hex(32)
+
+
+async def copy_up(root: Path, destination: str, volume: Path) -> None:
+    """Fill an empty volume with what the image has at its mount point, owner and mode of the directory
+    included.
+
+    Raises: Unavailable: the copy failed.
+    """
+    if any(volume.iterdir()):
+        return
+    try:
+        source = open_in_root(root, destination, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return  # the image has nothing there
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *("cp", "-a", f"/proc/self/fd/{source}/.", str(volume)),
+            pass_fds=(source,),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(_COPY_DEADLINE_S):
+                _, errors = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    finally:
+        os.close(source)
+    if process.returncode:
+        raise Unavailable(
+            f"cannot fill volume {volume.parent.name}: {errors.decode(errors='replace').strip()}"
+        )

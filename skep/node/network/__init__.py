@@ -1,0 +1,1 @@
+"""The node's networking: namespaces, the gateway bridge, published ports."""

@@ -1,0 +1,68 @@
+"""Which addresses the node's own networks use: pure choices."""
+
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network
+from itertools import chain
+
+from skep.errors import ResourceExhausted
+
+POOL = (
+    *(IPv4Network(f"172.{second}.0.0/16") for second in range(18, 32)),
+    *IPv4Network("192.168.0.0/16").subnets(new_prefix=20),
+)
+"""Docker's own pool for local networks, from which it takes the gateway network of a swarm node, in its order."""
+
+
+def free_subnet(taken: Iterable[IPv4Network]) -> IPv4Network:
+    """The first subnet of the pool that overlaps nothing in ``taken`` (the node's routes and addresses).
+
+    Raises: ResourceExhausted: there is none.
+    """
+    used = [network for network in taken if network.prefixlen > 0]  # the default route is everywhere
+    for subnet in POOL:
+        if not any(subnet.overlaps(network) for network in used):
+            return subnet
+    raise ResourceExhausted(
+        "every subnet for the node's gateway network collides with a route of this machine"
+    )
+
+
+class Addresses:
+    """The addresses of one subnet.  The first is the gateway's.
+
+    The next free one after the last given is taken, so that an address is not reused at once (its
+    neighbours may still remember the old owner).
+    """
+
+    def __init__(self, subnet: IPv4Network) -> None:
+        self.subnet = subnet
+        self.gateway = subnet[1]
+        self._used: dict[IPv4Address, str] = {}
+        self._last = int(self.gateway)
+
+    def take(self, owner: str) -> IPv4Address:
+        """A free address.  Raises: ResourceExhausted: none is left."""
+        first, last = int(self.subnet[2]), int(self.subnet[-2])
+        for number in chain(range(self._last + 1, last + 1), range(first, self._last + 1)):
+            address = IPv4Address(number)
+            if number >= first and address not in self._used:
+                self._used[address] = owner
+                self._last = number
+                return address
+        raise ResourceExhausted(f"no address is left in {self.subnet}")
+
+    def claim(self, address: IPv4Address, owner: str) -> None:
+        """Note that ``owner`` has ``address`` already."""
+        self._used[address] = owner
+        if address in self.subnet:
+            self._last = max(self._last, int(address))
+
+    def release(self, address: IPv4Address, owner: str) -> None:
+        """Give it back; ignored when it is not ``owner``'s."""
+        if self._used.get(address) == owner:
+            del self._used[address]
+
+
+def mac_of(address: IPv4Address) -> str:
+    """Docker's MAC address of a container: 02:42 and its IPv4 address."""
+    return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed))

@@ -1,0 +1,198 @@
+"""What a container has on disk: one directory each below ``<data>/containers``.
+
+```
+<id>/container.json    the record            config.json    what runc reads
+     upper/ work/      its changes            rootfs/        where its file system is mounted
+     hosts hostname resolv.conf               log/           its output (k8s-file), rotated
+     exits/<id>        exit code, by conmon   oom            dropped by conmon when the kernel killed for memory
+     attach ctl        conmon's socket and pipe               exec/<exec id>/  the same for an exec
+```
+
+Records are replaced by rename but not synced: after a loss of power no container runs, and a directory
+whose record did not survive is removed like any other leftover.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.model.ids import ContainerId
+from skep.node.oci import overlay, spec
+from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.container import Container, ExecConfig, MountPoint
+from skep.node.oci.hosts import hosts_file, resolver_file
+from skep.node.oci.users import identity
+
+log = structlog.get_logger()
+
+_RECORD = "container.json"
+
+
+class Bundles:
+    """The directories of all containers of this node."""
+
+    def __init__(self, directory: Path, cgroups: Cgroups, capacity: spec.Capacity, resolver: Path) -> None:
+        """``resolver``: the node's /etc/resolv.conf, copied to containers that name no name servers."""
+        self._directory = directory
+        self._cgroups = cgroups
+        self._capacity = capacity
+        self._resolver = resolver
+
+    def path(self, id: ContainerId) -> Path:
+        """The directory of a container; runc's and conmon's bundle."""
+        return self._directory / id
+
+    def rootfs(self, id: ContainerId) -> Path:
+        return self.path(id) / "rootfs"
+
+    def log(self, id: ContainerId) -> Path:
+        """The file conmon writes to at present; older ones have ``.1``, ``.2``, ... behind."""
+        return self.path(id) / "log" / "current"
+
+    def exec_path(self, id: ContainerId, exec_id: str) -> Path:
+        return self.path(id) / "exec" / exec_id
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    def load(self) -> list[Container]:
+        """All records; directories without a readable one are leftovers and removed."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        containers = []
+        for directory in sorted(self._directory.iterdir()):
+            try:
+                containers.append(_decode((directory / _RECORD).read_bytes()))
+            except (OSError, msgspec.DecodeError) as error:
+                log.warning(
+                    "container without a readable record removed", id=directory.name, error=str(error)
+                )
+                self.discard(ContainerId(directory.name))
+        return containers
+
+    def save(self, container: Container) -> None:
+        """Replace the record on disk."""
+        path = self.path(container.id)
+        beside = path / f".{_RECORD}"
+        beside.write_bytes(msgspec.json.encode(container))
+        beside.rename(path / _RECORD)
+
+    # --- making and unmaking ----------------------------------------------------------------------------------
+
+    def make(self, container: Container) -> None:
+        """The directories and the record."""
+        path = self.path(container.id)
+        path.mkdir(mode=0o710, parents=True)
+        for name in ("upper", "work", "rootfs", "log", "exits", "exec"):
+            (path / name).mkdir(mode=0o755)
+        self.save(container)
+
+    def prepare(self, container: Container) -> tuple[str, ...]:
+        """Mount the root file system and write what runc reads; may be called again after a restart.
+
+        Gives warnings: what of the wish this node could not grant.
+        Raises: OSError; InvalidArgument: unknown user, invalid capability, ...
+        """
+        path, config = self.path(container.id), container.config
+        self._mount(container)
+        user = identity(self.rootfs(container.id), config.user, config.groups)
+        built = spec.build(
+            container,
+            user,
+            self._capacity,
+            rootfs=str(self.rootfs(container.id)),
+            cgroup=self._cgroups.path_of(container.id),
+            files=self._write_files(container),
+        )
+        (path / "config.json").write_bytes(msgspec.json.encode(built.specification))
+        for warning in built.warnings:
+            log.warning("limit of this node", container=container.name, warning=warning)
+        return built.warnings
+
+    def prepare_exec(self, container: Container, exec_id: str, wish: ExecConfig) -> Path:
+        """Directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
+        path = self.exec_path(container.id, exec_id)
+        path.mkdir(parents=True)
+        user = identity(
+            self.rootfs(container.id), wish.user or container.config.user, container.config.groups
+        )
+        process = spec.exec_process(container, wish, user, self._capacity)
+        (path / "process.json").write_bytes(msgspec.json.encode(process))
+        return path
+
+    def release(self, id: ContainerId) -> None:
+        """Unmount the root file system of a container that has ended; its changes and its output stay."""
+        overlay.unmount_if_mounted(self.rootfs(id))
+
+    def discard(self, id: ContainerId) -> None:
+        """Remove the directory with everything in it."""
+        self.release(id)
+        # The record goes first: what an interrupted removal leaves is known as a leftover.
+        with suppress(OSError):
+            (self.path(id) / _RECORD).unlink()
+        shutil.rmtree(self.path(id), onerror=_tolerate_missing)
+
+    def changes(self, container: Container) -> Sequence[tuple[int, str]]:
+        """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted."""
+        upper = self.path(container.id) / "upper"
+        lower = [Path(layer) for layer in container.layers]
+        found = []
+        for directory, names, files in os.walk(upper):
+            for name in sorted([*names, *files]):
+                path = Path(directory, name)
+                inside = path.relative_to(upper)
+                status = path.lstat()
+                if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+                    found.append((2, f"/{inside}"))
+                elif any(os.path.lexists(layer / inside) for layer in lower):
+                    found.append((0, f"/{inside}"))
+                else:
+                    found.append((1, f"/{inside}"))
+        return sorted(found, key=lambda one: one[1])
+
+    def _mount(self, container: Container) -> None:
+        path = self.path(container.id)
+        target = self.rootfs(container.id)
+        if not os.path.ismount(target):
+            layers = [Path(layer) for layer in container.layers]
+            overlay.mount_layers(layers, path / "upper", path / "work", target)
+
+    def _write_files(self, container: Container) -> Sequence[MountPoint]:
+        """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user mounts his own there."""
+        config, path = container.config, self.path(container.id)
+        address = container.endpoint.address if container.endpoint is not None else ""
+        node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
+        contents: Mapping[str, str] = {
+            "hosts": hosts_file(config.hostname, address, config.hosts),
+            "hostname": f"{config.hostname}\n",
+            "resolv.conf": resolver_file(
+                node_resolver, config.nameservers, config.search_domains, config.dns_options
+            ),
+        }
+        taken = {point.destination for point in config.mounts}
+        points = []
+        for name, content in contents.items():
+            file = path / name
+            if not file.exists():  # the container may have changed it
+                file.write_text(content)
+                file.chmod(0o644)
+            if f"/etc/{name}" not in taken:
+                points.append(
+                    MountPoint(type="bind", source=str(file), destination=f"/etc/{name}", internal=True)
+                )
+        return points
+
+
+def _tolerate_missing(function: object, path: str, info: tuple[type, BaseException, object]) -> None:
+    error = info[1]
+    if isinstance(error, OSError) and error.errno == errno.ENOENT:
+        return
+    raise error
+
+
+_decode = msgspec.json.Decoder(Container).decode

@@ -1,0 +1,138 @@
+"""Control groups of this node's containers, on v1 (or hybrid) hierarchies and on v2.
+
+Everything lies below one parent (``skep`` by default): containers at ``<parent>/ctr/<id>``, made by runc; their
+monitors at ``<parent>/monitors``, so that nothing that happens to the node process reaches them.
+
+The version is found as runc finds it: cgroup2 mounted at /sys/fs/cgroup is v2, all else v1.
+"""
+
+import ctypes
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from skep.model.ids import ContainerId
+
+log = structlog.get_logger()
+
+MOUNT_POINT = Path("/sys/fs/cgroup")
+_CGROUP2_SUPER_MAGIC = 0x63677270
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Cgroups:
+    """The groups of one node.  ``parent``: path below each hierarchy, without a slash at its ends."""
+
+    def __init__(self, parent: str, mount_point: Path = MOUNT_POINT) -> None:
+        self.parent = parent.strip("/")
+        self.is_v2 = file_system_type(mount_point) == _CGROUP2_SUPER_MAGIC
+        self._roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
+
+    def path_of(self, container_id: ContainerId) -> str:
+        """``cgroupsPath`` of the runtime specification."""
+        return f"/{self.parent}/ctr/{container_id}"
+
+    @property
+    def controllers(self) -> frozenset[str]:
+        """What can be limited here: ``memory``, ``cpu``, ``pids``, ..."""
+        if not self.is_v2:
+            return frozenset(self._roots)
+        return frozenset((self._roots[""] / "cgroup.controllers").read_text().split())
+
+    @property
+    def has_swap_accounting(self) -> bool:
+        """Whether memory and swap together can be limited."""
+        if self.is_v2:
+            return "memory" in self.controllers and Path("/proc/swaps").exists()
+        root = self._roots.get("memory")
+        return root is not None and (root / "memory.memsw.limit_in_bytes").exists()
+
+    def directory(self, container_id: ContainerId, controller: str) -> Path | None:
+        """Where files of ``controller`` are for this container, None where it is not mounted."""
+        root = self._roots.get("" if self.is_v2 else controller)
+        return None if root is None else root / self.path_of(container_id).lstrip("/")
+
+    def pids(self, container_id: ContainerId) -> frozenset[int]:
+        """The processes of a container, nested groups included.  Empty when it has none."""
+        directory = self.directory(container_id, "pids") or self.directory(container_id, "memory")
+        found: set[int] = set()
+        if directory is not None:
+            for procs in (directory / "cgroup.procs", *directory.rglob("*/cgroup.procs")):
+                with suppress(OSError):
+                    found.update(map(int, procs.read_text().split()))
+        return frozenset(found)
+
+    def join_monitors(self, pid: int) -> None:
+        """Move a process into the group of monitors, in every hierarchy.
+
+        A hierarchy that refuses is left alone and logged: the process then stays where its starter is.
+        """
+        for controller, root in self._roots.items():
+            directory = root / self.parent / "monitors"
+            try:
+                if not directory.is_dir():
+                    directory.mkdir(parents=True, exist_ok=True)
+                    if controller == "cpuset":
+                        _inherit_cpuset(root, directory)
+                (directory / "cgroup.procs").write_text(str(pid))
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    return  # it has ended already
+                log.warning("cgroup of monitors refused", controller=controller or "v2", error=str(error))
+
+    def remove(self, container_id: ContainerId) -> None:
+        """Remove what is left of a container's groups (runc removes them itself in the normal case)."""
+        for controller in self._roots:
+            directory = self.directory(container_id, controller)
+            if directory is not None:
+                _remove_tree(directory)
+
+    def remove_parent(self) -> None:
+        """Remove the node's own groups, when no container and no monitor is left in them."""
+        for root in self._roots.values():
+            _remove_tree(root / self.parent)
+
+
+def file_system_type(path: Path) -> int:
+    """``f_type`` of statfs(2) (Python's statvfs leaves it out).  0 when it cannot be found out."""
+    buffer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type comes first
+    if _libc.statfs(os.fsencode(path), buffer):
+        return 0
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], "little") & 0xFFFFFFFF
+
+
+def _v1_hierarchies(mount_point: Path) -> dict[str, Path]:
+    """Mounted v1 hierarchies by controller; one mounted for several controllers appears under each."""
+    roots: dict[str, Path] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        type, _, super_options = after.split(" ", 2)
+        target = Path(before.split(" ")[4])
+        if type != "cgroup" or not target.is_relative_to(mount_point):
+            continue
+        names = [option for option in super_options.split(",") if option not in ("rw", "ro", "xattr")]
+        for name in names:
+            if "=" not in name or name.startswith("name="):
+                roots[name.removeprefix("name=")] = target
+    return roots
+
+
+def _inherit_cpuset(root: Path, directory: Path) -> None:
+    """A new v1 cpuset takes no process before it has processors and memory nodes: its parent's."""
+    chain = [path for path in (directory, *directory.parents) if path != root and path.is_relative_to(root)]
+    for path in reversed(chain):
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            if not (path / name).read_text().strip():
+                (path / name).write_text((path.parent / name).read_text())
+
+
+def _remove_tree(directory: Path) -> None:
+    """Remove a group with its nested ones, from below."""
+    for nested in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
+        with suppress(OSError):
+            nested.rmdir()
+    with suppress(OSError):
+        directory.rmdir()

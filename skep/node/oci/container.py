@@ -1,0 +1,262 @@
+"""What is known of a container: the wish it was made from, where it stands, and its place on the network.
+
+A ``Container`` is one immutable record, written to ``<data>/containers/<id>/container.json`` at every
+change; the Engine API's ``docker ps`` and ``docker inspect`` are renderings of it.  Nothing secret is in it
+but what the user put into the environment.
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import NamedTuple
+
+import msgspec
+
+from skep.errors import AlreadyExists
+from skep.model.container import HealthConfig, Ulimit
+from skep.model.ids import ContainerId
+from skep.model.service import PortConfig
+from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
+
+
+class ContainerState(Enum):
+    """Docker's words for where a container stands (``State.Status``)."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    EXITED = "exited"
+    REMOVING = "removing"
+
+
+class ProcessName(msgspec.Struct, frozen=True):
+    """A process that cannot be mistaken for a later one with the same pid.
+
+    ``start_ticks``: field 22 of /proc/PID/stat; ``boot_id``: the kernel's, since ticks count from the boot.
+    """
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A file system placed into the container.
+
+    ``source``: absolute path on the node (empty for tmpfs); ``name``: of a volume.  ``options``: of the
+    mount, as runc takes them.  ``internal``: made by the node itself (secrets), not shown by ``docker
+    inspect``.
+    """
+
+    type: str
+    destination: str
+    source: str = ""
+    name: str = ""
+    driver: str = ""
+    read_only: bool = False
+    propagation: str = ""
+    options: tuple[str, ...] = ()
+    internal: bool = False
+    anonymous: bool = False
+    """A volume made for this container alone; it goes with it."""
+
+
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the output is kept.  ``max_size_bytes`` 0: one file without an end; ``type`` none: not at all."""
+
+    type: str = "json-file"
+    options: Mapping[str, str] = {}
+    max_size_bytes: int = 0
+    max_files: int = 1
+
+
+class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The wish, with the image's defaults already merged in.  Limits: 0 means none."""
+
+    path: str
+    """What is executed; with ``args`` it is entrypoint and command together."""
+    args: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    """``entrypoint`` and ``command`` are kept apart only to be shown."""
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+    groups: tuple[str, ...] = ()
+    hostname: str = ""
+    tty: bool = False
+    open_stdin: bool = False
+    stdin_once: bool = False
+    stop_signal: str = ""
+    stop_grace_ns: Nanoseconds = 10 * SECOND_NS
+    init: bool = False
+    read_only: bool = False
+    mounts: tuple[MountPoint, ...] = ()
+    nano_cpus: int = 0
+    memory_bytes: int = 0
+    memory_reservation_bytes: int = 0
+    pids: int = 0
+    shm_bytes: int = 64 << 20
+    ulimits: tuple[Ulimit, ...] = ()
+    sysctls: Mapping[str, str] = {}
+    capability_add: tuple[str, ...] = ()
+    capability_drop: tuple[str, ...] = ()
+    seccomp: str = "default"
+    """``default``, ``unconfined``, or a profile in Docker's JSON."""
+    no_new_privileges: bool = False
+    oom_score_adj: int = 0
+    hosts: tuple[str, ...] = ()
+    """Extra lines of /etc/hosts, as in a service: ``address name...``."""
+    nameservers: tuple[str, ...] = ()
+    search_domains: tuple[str, ...] = ()
+    dns_options: tuple[str, ...] = ()
+    ports: tuple[PortConfig, ...] = ()
+    """Host-mode ports to publish on the node."""
+    exposed_ports: tuple[str, ...] = ()
+    healthcheck: HealthConfig | None = None
+    log: LogConfig = LogConfig()
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """The container's place on the node's gateway bridge.
+
+    ``netns``: path of its network namespace; ``ports``: host-mode ports as opened.
+    """
+
+    netns: str
+    address: str
+    prefix_length: int
+    gateway: str
+    mac_address: str
+    network: str = ""
+    """Name of the bridge network."""
+    ports: tuple[PortConfig, ...] = ()
+
+
+class Container(msgspec.Struct, frozen=True, kw_only=True):
+    """One container.  Times are Docker's; ``ZERO_TIME`` where it has not happened yet."""
+
+    id: ContainerId
+    name: str
+    image: str
+    """The reference as the user wrote it."""
+    image_id: str
+    """``sha256:...`` of the image's configuration."""
+    config: ContainerConfig
+    labels: Mapping[str, str] = {}
+    layers: tuple[str, ...] = ()
+    """Lower directories of the root file system, top first."""
+    created_at: Timestamp = ZERO_TIME
+    endpoint: Endpoint | None = None
+    state: ContainerState = ContainerState.CREATED
+    process: ProcessName | None = None
+    monitor: ProcessName | None = None
+    """The conmon that watches it."""
+    exit_code: int = 0
+    error: str = ""
+    """Why it could not start or what became of its monitor, in the runtime's words."""
+    oom_killed: bool = False
+    started_at: Timestamp = ZERO_TIME
+    finished_at: Timestamp = ZERO_TIME
+
+    @property
+    def pid(self) -> int:
+        """Pid of its first process on the node; 0 when none runs."""
+        return self.process.pid if self.process is not None and self.is_running else 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has a process (a paused one does)."""
+        return self.state in (ContainerState.RUNNING, ContainerState.PAUSED)
+
+    @property
+    def was_started(self) -> bool:
+        """Whether it ever ran."""
+        return self.started_at != ZERO_TIME
+
+
+class Stream(Enum):
+    """Where output came from; the values are those of Docker's framing."""
+
+    STDOUT = 1
+    STDERR = 2
+
+
+class LogEntry(NamedTuple):
+    """A piece of a container's output: one line with its newline, or up to 16 KiB of a longer one without."""
+
+    timestamp_ns: int
+    stream: Stream
+    data: bytes
+
+
+class LogWish(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of a log is wanted.  ``tail`` None: all; ``since_ns``/``until_ns`` 0: no bound (Unix time)."""
+
+    streams: frozenset[Stream] = frozenset(Stream)
+    follow: bool = False
+    tail: int | None = None
+    since_ns: int = 0
+    until_ns: int = 0
+
+
+class ExecConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A further process in a running container (``POST /containers/{id}/exec``)."""
+
+    command: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+    tty: bool = False
+    attach_stdin: bool = False
+    attach_stdout: bool = True
+    attach_stderr: bool = True
+    privileged: bool = False
+    detach_keys: str = ""
+
+
+class Exec(msgspec.Struct, frozen=True, kw_only=True):
+    """State of an exec.  ``exit_code`` None: it has not ended."""
+
+    id: str
+    container_id: ContainerId
+    config: ExecConfig
+    running: bool = False
+    pid: int = 0
+    exit_code: int | None = None
+
+
+class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Something happened to a container (``docker events``).
+
+    ``action``: create, start, die, oom, kill, stop, pause, unpause, attach, resize, ``exec_create: <command>``,
+    ``exec_start: <command>``, exec_die, update, destroy.  ``attributes``: Docker's (image, name, labels,
+    exitCode, ...).
+    """
+
+    action: str
+    container_id: ContainerId
+    time_ns: int
+    attributes: Mapping[str, str] = {}
+
+
+class Top(NamedTuple):
+    """The processes of a container as ``ps`` prints them."""
+
+    titles: tuple[str, ...]
+    processes: tuple[tuple[str, ...], ...]
+
+
+class WaitCondition(Enum):
+    """What ``docker wait`` waits for."""
+
+    NOT_RUNNING = "not-running"
+    NEXT_EXIT = "next-exit"
+    REMOVED = "removed"
+
+
+class NotRunning(AlreadyExists):
+    """The operation needs a running container.  The Engine API answers 409, as where a name is taken."""
+
+
+class StillRunning(AlreadyExists):
+    """The operation needs a container that does not run.  The Engine API answers 409 here, too."""

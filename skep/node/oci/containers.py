@@ -1,0 +1,505 @@
+"""The containers of this node: from a wish to a process under runc, and back to nothing.
+
+One ``Containers`` owns everything below ``<data>/containers``.  A container is named by its id, its name or
+a unique prefix of the id, as docker does (``word``).  What a caller gets is an immutable ``Container``; ask
+again to see changes.
+
+Containers outlive this process: ``running()`` finds those of an earlier process again, takes over the ones
+that still run and settles the ones that ended meanwhile.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.model.ids import ContainerId
+from skep.model.service import PortConfig
+from skep.model.times import ZERO_TIME, timestamp
+from skep.node.oci import logs, top
+from skep.node.oci.attachment import Attachment, attach
+from skep.node.oci.bundle import Bundles
+from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    Endpoint,
+    LogEntry,
+    LogWish,
+    NotRunning,
+    StillRunning,
+    Top,
+    WaitCondition,
+)
+from skep.node.oci.events import Events
+from skep.node.oci.execs import Execs
+from skep.node.oci.processes import is_alive, send_signal
+from skep.node.oci.registry import Registry
+from skep.node.oci.runtime import Runtime, StartError
+from skep.node.oci.stats import Stats, sample
+
+log = structlog.get_logger()
+
+LOG_SIZE_CHECK_S = 1.0
+"""How often the sizes of logs with a bound are looked at; a log may grow past it for so long."""
+
+
+class Networking(Protocol):
+    """Gives containers their place on the network (``node/network/gateway.py``)."""
+
+    async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+        """Make the node ready, keep what belongs to the ``live`` containers, free everything else."""
+
+    async def attach(self, container_id: ContainerId, ports: Sequence[PortConfig]) -> Endpoint:
+        """A network namespace with a way out, its host-mode ``ports`` published.  Raises: SkepError."""
+
+    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Free all of it.  Harmless when nothing is left."""
+
+
+class ContainerWish(msgspec.Struct, frozen=True, kw_only=True):
+    """What a container is made from.  ``layers``: lower directories of its file system, top first."""
+
+    name: str
+    image: str
+    image_id: str
+    layers: tuple[str, ...]
+    config: ContainerConfig
+    labels: Mapping[str, str] = {}
+
+
+class Containers:
+    """All containers of this node."""
+
+    def __init__(
+        self,
+        *,
+        bundles: Bundles,
+        runtime: Runtime,
+        cgroups: Cgroups,
+        network: Networking,
+        clock: Clock,
+        new_id: Callable[[], ContainerId],
+        starts_max: int,
+    ) -> None:
+        """``starts_max``: containers that are created and started at the same moment, at most.
+
+        Twice the number of cores keeps a single start short under load at no loss of rate.
+        """
+        self._bundles = bundles
+        self._runtime = runtime
+        self._cgroups = cgroups
+        self._network = network
+        self._clock = clock
+        self._new_id = new_id
+        self._starting = asyncio.Semaphore(starts_max)
+        self._registry = Registry(bundles)
+        self._watches: dict[ContainerId, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._group: asyncio.TaskGroup | None = None
+        self.events = Events(clock)
+        self.execs = Execs(bundles, runtime, self.events, container=self.get, spawn=self._spawn)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Take over what earlier processes left, then watch all containers until the block ends.
+
+        The containers go on when the block ends.
+        """
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            for container in await asyncio.to_thread(self._bundles.load):
+                self._registry.add(container)
+            await self._network.restore(self._live_endpoints())
+            for container in self._registry.list():
+                await self._adopt(container)
+            self._spawn(self._keep_logs_small(), name="log-rotation")
+            try:
+                yield
+            finally:
+                for task in tuple(self._tasks):
+                    task.cancel()
+
+    # --- looking ----------------------------------------------------------------------------------------------
+
+    def list(self) -> Sequence[Container]:
+        """All containers, running or not, the newest first (docker's order)."""
+        return self._registry.list()
+
+    def get(self, word: str) -> Container:
+        """Raises: NotFound: ``No such container: <word>``, or the prefix fits several."""
+        return self._registry.get(word)
+
+    def find_by_label(self, label: str, value: str) -> Container | None:
+        """The newest container with this label, or None."""
+        return next((one for one in self.list() if one.labels.get(label) == value), None)
+
+    async def top(self, word: str, ps_args: str = "") -> Top:
+        """The processes of a running container as ``ps`` on the node shows them (``ps_args`` empty: ``-ef``).
+
+        Raises: NotFound; NotRunning; InvalidArgument: ps does not take the arguments.
+        """
+        container = self._require_running(word)
+        return await top.processes(self._cgroups.pids(container.id), ps_args or "-ef")
+
+    async def stats(self, word: str) -> Stats:
+        """One sample of what the container uses; zeros when it does not run.  Raises: NotFound."""
+        container = self.get(word)
+        return await asyncio.to_thread(sample, container, self._cgroups, self._clock.now_ns())
+
+    def logs(self, word: str, wish: LogWish) -> AsyncIterator[LogEntry]:
+        """Its output, oldest first; with ``follow`` until it has ended.  Raises: NotFound, at once."""
+        id = self.get(word).id
+
+        def has_ended() -> bool:
+            present = self._registry.lookup(id)
+            return present is None or (present.was_started and not present.is_running)
+
+        return logs.read(
+            self._bundles.log(id),
+            wish,
+            has_ended=has_ended,
+            wait_ended=lambda: self._registry.wait_changed(id),
+        )
+
+    def changes(self, word: str) -> Sequence[tuple[int, str]]:
+        """Paths that differ from the image, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""
+        return self._bundles.changes(self.get(word))
+
+    async def wait(self, word: str, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
+        """Return the container once ``condition`` holds; exit code and error are in it.  Raises: NotFound."""
+        container = first = self.get(word)
+        while True:
+            match condition:
+                case WaitCondition.NOT_RUNNING if not container.is_running:
+                    return container
+                case WaitCondition.NEXT_EXIT if container.finished_at not in (first.finished_at, ZERO_TIME):
+                    return container
+                case _:
+                    await self._registry.wait_changed(container.id)
+            present = self._registry.lookup(container.id)
+            if present is None:  # removed: as it was last seen
+                return container
+            container = present
+
+    # --- the life of one container ----------------------------------------------------------------------------
+
+    async def create(self, wish: ContainerWish) -> Container:
+        """Make everything ready to start: directories, root file system, network, published ports.
+
+        Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of the wish cannot be had.
+        """
+        container = Container(
+            id=self._new_id(),
+            name=wish.name,
+            image=wish.image,
+            image_id=wish.image_id,
+            config=wish.config,
+            labels=wish.labels,
+            layers=wish.layers,
+            created_at=timestamp(self._clock.now_ns()),
+        )
+        if not wish.config.hostname:  # Docker's: the short id
+            config = msgspec.structs.replace(wish.config, hostname=container.id[:12])
+            container = msgspec.structs.replace(container, config=config)
+        self._registry.add(container)
+        try:
+            self._bundles.make(container)
+            endpoint = await self._network.attach(container.id, wish.config.ports)
+            container = self._registry.change(container.id, endpoint=endpoint)
+            await asyncio.to_thread(self._bundles.prepare, container)
+        except BaseException as error:
+            await asyncio.shield(self._discard(container.id))
+            if isinstance(error, OSError):
+                raise StartError(f"cannot prepare the container: {error}") from error
+            raise
+        self.events.publish("create", container)
+        return container
+
+    async def start(self, word: str) -> Container:
+        """Start it; return after ``runc start`` returned.  Nothing happens when it runs already.
+
+        Raises: NotFound; StartError: the runtime refused, with its words; the exit code is in the record too.
+        """
+        id = self.get(word).id
+        async with self._starting:
+            container = self.get(id)
+            if container.is_running:
+                return container
+            try:
+                if container.was_started:  # again: its network was given back when it ended
+                    container = await self._ready_again(container)
+                started = await self._runtime.create(container)
+                self._registry.change(id, process=started.process, monitor=started.monitor)
+                await self._runtime.start(id)
+            except BaseException as error:
+                await asyncio.shield(self._give_up(id, error))
+                raise
+        container = self._registry.change(
+            id,
+            state=ContainerState.RUNNING,
+            started_at=timestamp(self._clock.now_ns()),
+            finished_at=ZERO_TIME,
+            exit_code=0,
+            error="",
+            oom_killed=False,
+        )
+        self._watch(container)
+        self.events.publish("start", container)
+        return container
+
+    async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
+        """Send a signal to its first process (``SIGTERM``, ``TERM`` or ``15``).
+
+        Raises: NotFound; NotRunning; InvalidArgument: no such signal.
+        """
+        number = signal_number(signal_name)
+        container = self.get(word)
+        if not container.is_running:
+            raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
+        await self._signal(container, number)
+
+    async def stop(self, word: str, grace_s: float | None = None) -> Container:
+        """Its stop signal, then SIGKILL after ``grace_s`` seconds (None: its own grace); return when it ended.
+
+        Raises: NotFound.
+        """
+        container = self.get(word)
+        if not container.is_running:
+            return container
+        if grace_s is None:
+            grace_s = container.config.stop_grace_ns / 1e9
+        await self._signal(container, signal_number(container.config.stop_signal or "SIGTERM"))
+        try:
+            async with asyncio.timeout(grace_s):
+                ended = await self.wait(container.id)
+        except TimeoutError:
+            with suppress(NotFound):
+                await self._signal(self.get(container.id), signal.SIGKILL)
+            ended = await self.wait(container.id)
+        self.events.publish("stop", ended)
+        return ended
+
+    async def attach(self, word: str) -> Attachment:
+        """Its standard streams.  Raises: NotFound; NotRunning."""
+        container = self._require_running(word)
+        attachment = await attach(self._bundles.path(container.id))
+        self.events.publish("attach", container)
+        return attachment
+
+    async def resize(self, word: str, height: int, width: int) -> None:
+        """Tell the size of its terminal, in characters.  Raises: NotFound; NotRunning."""
+        container = self._require_running(word)
+        self._runtime.resize(self._bundles.path(container.id), height, width)
+        self.events.publish("resize", container, height=str(height), width=str(width))
+
+    async def pause(self, word: str) -> None:
+        """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        container = self._require_running(word)
+        await self._runtime.pause(container.id)
+        self.events.publish("pause", self._registry.change(container.id, state=ContainerState.PAUSED))
+
+    async def unpause(self, word: str) -> None:
+        """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
+        container = self._require_running(word)
+        await self._runtime.resume(container.id)
+        self.events.publish("unpause", self._registry.change(container.id, state=ContainerState.RUNNING))
+
+    async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:
+        """Change its limits without a restart; 0 lifts one.  Raises: NotFound; RuntimeFailed."""
+        container = self.get(word)
+        config = msgspec.structs.replace(
+            container.config, nano_cpus=nano_cpus, memory_bytes=memory_bytes, pids=pids
+        )
+        if config == container.config:
+            return container
+        if container.is_running:
+            await self._runtime.update(container.id, config)
+        container = self._registry.change(container.id, config=config)
+        self.events.publish("update", container)
+        return container
+
+    async def remove(self, word: str, *, force: bool = False) -> None:
+        """Free everything it holds; ``force`` kills it first.
+
+        Raises: NotFound; StillRunning: it runs and ``force`` was not given.
+        """
+        container = self.get(word)
+        if container.is_running:
+            if not force:
+                raise StillRunning(
+                    f"You cannot remove a running container {container.id}."
+                    " Stop the container before attempting removal or force remove"
+                )
+            await self._signal(container, signal.SIGKILL)
+            await self.wait(container.id)
+        watch = self._watches.get(container.id)
+        if watch is not None:
+            await asyncio.wait([watch])
+        await self._discard(container.id)
+        self.events.publish("destroy", container)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _require_running(self, word: str) -> Container:
+        container = self.get(word)
+        if not container.is_running:
+            raise NotRunning(f"Container {container.id} is not running")
+        return container
+
+    async def _signal(self, container: Container, number: int) -> None:
+        if container.process is not None:
+            send_signal(container.process, number)
+        self.events.publish("kill", container, signal=str(int(number)))
+        if number == signal.SIGKILL and container.state is ContainerState.PAUSED:
+            with suppress(SkepError):
+                await self._runtime.resume(container.id)  # a frozen process does not even die
+
+    def _watch(self, container: Container) -> None:
+        task = self._spawn(self._wait_and_settle(container), name=f"container-{container.id[:12]}")
+        self._watches[container.id] = task
+        task.add_done_callback(lambda _: self._watches.pop(container.id, None))
+
+    async def _wait_and_settle(self, container: Container) -> None:
+        """Wait for its end, free what only a running container needs, then say that it ended."""
+        id = container.id
+        ended = await self._runtime.wait(container)
+        if container.endpoint is not None:
+            await self._free(self._network.detach(id, container.endpoint), id)
+        container = self._registry.change(
+            id,
+            state=ContainerState.EXITED,
+            process=None,
+            monitor=None,
+            exit_code=ended.exit_code,
+            error=ended.error,
+            oom_killed=ended.oom_killed,
+            finished_at=timestamp(self._clock.now_ns()),
+        )
+        if ended.oom_killed:
+            self.events.publish("oom", container)
+        self.events.publish("die", container, exitCode=str(ended.exit_code))
+        await self._runtime.delete(id)
+        await self._free(asyncio.to_thread(self._bundles.release, id), id)
+
+    async def _free(self, work: Coroutine[Any, Any, None], id: ContainerId) -> None:
+        """Free one thing; a failure is logged and the next start of the node process finds the rest."""
+        try:
+            await work
+        except (SkepError, OSError) as error:
+            log.warning("not freed", container=id, error=str(error))
+
+    async def _give_up(self, id: ContainerId, error: BaseException) -> None:
+        """A start failed: nothing of it stays but the record, which says why."""
+        container = self.get(id)
+        await self._runtime.delete(id)
+        if container.endpoint is not None:
+            await self._free(self._network.detach(id, container.endpoint), id)
+        await self._free(asyncio.to_thread(self._bundles.release, id), id)
+        code = error.exit_code if isinstance(error, StartError) else 128
+        self._registry.change(id, process=None, monitor=None, exit_code=code, error=str(error))
+
+    async def _ready_again(self, container: Container) -> Container:
+        endpoint = await self._network.attach(container.id, container.config.ports)
+        container = self._registry.change(container.id, endpoint=endpoint)
+        await asyncio.to_thread(self._bundles.prepare, container)
+        return container
+
+    async def _discard(self, id: ContainerId) -> None:
+        container = self.get(id)
+        self.execs.forget(id)
+        if container.state is ContainerState.CREATED:
+            await self._runtime.delete(id)
+            if container.endpoint is not None:
+                await self._free(self._network.detach(id, container.endpoint), id)
+        await asyncio.to_thread(self._bundles.discard, id)
+        self._registry.forget(id)
+
+    # --- after a restart --------------------------------------------------------------------------------------
+
+    def _live_endpoints(self) -> Mapping[ContainerId, Endpoint]:
+        """Network places of the containers whose process is alive."""
+        return {
+            one.id: one.endpoint
+            for one in self.list()
+            if one.endpoint is not None and one.process is not None and is_alive(one.process)
+        }
+
+    async def _adopt(self, container: Container) -> None:
+        """Go on where the process before this one stopped."""
+        if container.is_running:
+            self._watch(container)  # settles at once what ended meanwhile
+            return
+        if container.state is not ContainerState.CREATED or container.was_started:
+            return
+        # Created, perhaps started a moment before the process ended: runc knows.
+        if container.process is not None and await self._runtime.status(container.id) in (
+            "running",
+            "stopped",
+        ):
+            started_at = timestamp(self._clock.now_ns())
+            self._watch(
+                self._registry.change(container.id, state=ContainerState.RUNNING, started_at=started_at)
+            )
+            return
+        await self._runtime.delete(container.id)
+        if container.endpoint is not None or container.process is not None:
+            await self._ready_or_failed(container)
+
+    async def _ready_or_failed(self, container: Container) -> None:
+        """A container that was made but never started gets its network anew; ``start`` may still come."""
+        container = self._registry.change(container.id, process=None, monitor=None, endpoint=None)
+        try:
+            await self._ready_again(container)
+        except (SkepError, OSError) as error:
+            log.warning("container not ready again", container=container.id, error=str(error))
+            self._registry.change(container.id, error=str(error), exit_code=128)
+
+    # --- tasks ------------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        if self._group is None:
+            work.close()
+            raise RuntimeError("containers are used outside of running()")
+        task = self._group.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _keep_logs_small(self) -> None:
+        """Rotate the logs that have reached their size, for as long as the process lives."""
+        while True:
+            await self._clock.sleep(LOG_SIZE_CHECK_S)
+            for container in self.list():
+                if container.is_running and container.config.log.max_size_bytes:
+                    self._rotate(container)
+
+    def _rotate(self, container: Container) -> None:
+        try:
+            logs.rotate(
+                self._bundles.log(container.id),
+                container.config.log,
+                lambda: self._runtime.reopen_log(container.id),
+            )
+        except OSError as error:
+            log.warning("log not rotated", container=container.id, error=str(error))
+
+
+def signal_number(name: str) -> int:
+    """The number of ``SIGTERM``, ``TERM`` or ``15``.  Raises: InvalidArgument, with Docker's words."""
+    upper = name.strip().upper()
+    try:
+        if upper.isascii() and upper.isdigit():
+            return signal.Signals(int(upper)).value
+        if upper.startswith(("RTMIN+", "SIGRTMIN+")):
+            return signal.Signals(signal.SIGRTMIN + int(upper.partition("+")[2])).value
+        return signal.Signals[upper if upper.startswith("SIG") else f"SIG{upper}"].value
+    except (KeyError, ValueError) as error:
+        raise InvalidArgument(f"Invalid signal: {name}") from error

@@ -1,0 +1,96 @@
+"""Processes that are not our children: found again after a restart, signalled and waited for without a race.
+
+A pid alone may by now belong to another process, so a process is named by pid, start time and boot, and is
+handled through a pidfd, which stays with the process it was opened for.
+"""
+
+import asyncio
+import os
+import signal
+from functools import cache
+from pathlib import Path
+
+from skep.node.oci.container import ProcessName
+
+_START_TICKS_FIELD = 22  # of /proc/PID/stat, counted from 1
+
+
+def find(pid: int) -> ProcessName | None:
+    """The process that has ``pid`` now, None when there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the command in parentheses, which may hold blanks and parentheses itself.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return ProcessName(pid, int(fields[_START_TICKS_FIELD - 3]), _boot_id())
+
+
+def open_pidfd(process: ProcessName) -> int | None:
+    """A descriptor of exactly this process, None when it is gone."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+    if find(process.pid) == process:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def is_alive(process: ProcessName) -> bool:
+    """Whether it still runs (a zombie does not)."""
+    descriptor = open_pidfd(process)
+    if descriptor is None:
+        return False
+    try:
+        signal.pidfd_send_signal(descriptor, 0)
+        return _state(process.pid) != b"Z"
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def send_signal(process: ProcessName, number: int) -> bool:
+    """Send a signal to exactly this process.  False when it is gone."""
+    descriptor = open_pidfd(process)
+    if descriptor is None:
+        return False
+    try:
+        signal.pidfd_send_signal(descriptor, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+async def wait_gone(process: ProcessName) -> None:
+    """Return when the process has ended."""
+    descriptor = open_pidfd(process)
+    if descriptor is None:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    try:
+        loop.add_reader(descriptor, ended.set)  # a pidfd becomes readable when its process ends
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _state(pid: int) -> bytes:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b"Z"
+    return stat[stat.rindex(b")") + 2 :][:1]
+
+
+@cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

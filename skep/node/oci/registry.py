@@ -1,0 +1,83 @@
+"""The records of all containers of a node: in memory for reading, on disk for the next process."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from skep.errors import AlreadyExists, NotFound
+from skep.model.ids import ContainerId
+from skep.node.oci.bundle import Bundles
+from skep.node.oci.container import Container
+
+
+class Registry:
+    """Containers by id, name and prefix.  Every change is written before it is seen."""
+
+    def __init__(self, bundles: Bundles) -> None:
+        self._bundles = bundles
+        self._containers: dict[ContainerId, Container] = {}
+        self._ids_by_name: dict[str, ContainerId] = {}
+        self._changed: dict[ContainerId, asyncio.Event] = {}
+
+    def list(self) -> Sequence[Container]:
+        """All of them, the newest first."""
+        return sorted(self._containers.values(), key=lambda one: (one.created_at, one.id), reverse=True)
+
+    def lookup(self, id: ContainerId) -> Container | None:
+        """The container with exactly this id."""
+        return self._containers.get(id)
+
+    def get(self, word: str) -> Container:
+        """What a user means by ``word``: full id, else name, else unique prefix of an id.
+
+        Raises: NotFound: ``No such container: <word>``, or the prefix fits several.
+        """
+        exact = self._containers.get(ContainerId(word))
+        if exact is not None:
+            return exact
+        by_name = self._ids_by_name.get(word.removeprefix("/"))
+        if by_name is not None:
+            return self._containers[by_name]
+        matches = [id for id in self._containers if word and id.startswith(word)]
+        if len(matches) > 1:
+            raise NotFound(f"multiple IDs found with provided prefix: {word}")
+        if not matches:
+            raise NotFound(f"No such container: {word}")
+        return self._containers[matches[0]]
+
+    def add(self, container: Container) -> None:
+        """A new container, or one of an earlier process.  Raises: AlreadyExists: the name is taken."""
+        taken = self._ids_by_name.get(container.name)
+        if taken is not None:
+            raise AlreadyExists(
+                f'Conflict. The container name "/{container.name}" is already in use by container "{taken}".'
+                " You have to remove (or rename) that container to be able to reuse that name."
+            )
+        self._containers[container.id] = container
+        self._ids_by_name[container.name] = container.id
+
+    def change(self, id: ContainerId, **fields: Any) -> Container:
+        """Replace fields of a record, on disk and here, and wake who waits for it."""
+        container = msgspec.structs.replace(self._containers[id], **fields)
+        self._bundles.save(container)
+        self._containers[id] = container
+        self._notify(id)
+        return container
+
+    def forget(self, id: ContainerId) -> None:
+        """Drop a container whose directory is gone."""
+        container = self._containers.pop(id, None)
+        if container is not None:
+            del self._ids_by_name[container.name]
+        self._notify(id)
+
+    async def wait_changed(self, id: ContainerId) -> None:
+        """Return when the container next changes or goes."""
+        await self._changed.setdefault(id, asyncio.Event()).wait()
+
+    def _notify(self, id: ContainerId) -> None:
+        changed = self._changed.pop(id, None)
+        if changed is not None:
+            changed.set()

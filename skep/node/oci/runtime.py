@@ -1,0 +1,405 @@
+"""runc under conmon, driven from asyncio.
+
+conmon is started per container, forks itself away from us (its parent becomes pid 1) and runs ``runc
+create``.  It keeps the container's terminal or pipes, writes its output to the log, and when the container
+ends writes the exit code to a file and ends.  So three questions have plain answers, also after a restart
+of this process:
+
+* has it ended?  conmon's pidfd is readable (it ends last);
+* how?  the exit file, written before conmon ends;
+* and if conmon was killed?  there is no exit file: the container runs on unwatched until its own pidfd is
+  readable, and its exit code is unknown: 255.
+
+Talking to conmon: ``_OCI_SYNCPIPE`` (it answers with a line of JSON: the pid, or a negative number and
+runc's words) and ``_OCI_STARTPIPE`` (it waits for a byte there, until it sits in its own cgroup).
+
+Source: conmon 2.1, src/conmon.c; podman, libpod/oci_conmon_linux.go.
+"""
+
+import asyncio
+import errno
+import os
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import ContainerId
+from skep.node.oci.attachment import Attachment, attach
+from skep.node.oci.bundle import Bundles
+from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.container import Container, ContainerConfig, ProcessName
+from skep.node.oci.processes import find, wait_gone
+from skep.node.oci.spec import Capacity, resources
+
+log = structlog.get_logger()
+
+CREATE_DEADLINE_S = 60.0
+"""For ``runc create`` and its like on an overloaded machine; a healthy one needs 0.05 s."""
+_CONMON_ENDS_S = 10.0
+_LINE_BYTES_MAX = 64 << 10
+EXIT_CODE_UNKNOWN = 255
+
+
+class RuntimeFailed(SkepError):
+    """runc or conmon refused; the message is what they said."""
+
+
+class StartError(RuntimeFailed):
+    """A process could not be started.  ``exit_code`` is what Docker reports: 127 not found, 126 not
+    executable."""
+
+    def __init__(self, message: str, verb: str = "create") -> None:
+        super().__init__(f"OCI runtime {verb} failed: {message}: unknown")
+        self.exit_code = _exit_code_of(message)
+
+
+class Started(msgspec.Struct, frozen=True):
+    """A created container: its first process waits for ``start``."""
+
+    process: ProcessName
+    monitor: ProcessName
+
+
+class StartedExec(msgspec.Struct, frozen=True):
+    """A running exec.  ``monitor`` None: it has ended already."""
+
+    pid: int
+    monitor: ProcessName | None
+    attachment: Attachment
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """How a container ended.  ``error`` is set when nobody saw it."""
+
+    exit_code: int
+    oom_killed: bool = False
+    error: str = ""
+
+
+class Pipes(msgspec.Struct, frozen=True):
+    """Our ends of the pipes to one conmon."""
+
+    answers: asyncio.StreamReader
+    attach_ready: asyncio.StreamReader
+    start: int
+
+
+class Runtime:
+    """runc and conmon of one node.  ``root``: runc's state, on a file system that a reboot empties."""
+
+    def __init__(
+        self, *, runc: Path, conmon: Path, root: Path, bundles: Bundles, cgroups: Cgroups, capacity: Capacity
+    ) -> None:
+        self._runc = runc
+        self._conmon = conmon
+        self._root = root
+        self._bundles = bundles
+        self._cgroups = cgroups
+        self._capacity = capacity
+
+    async def create(self, container: Container) -> Started:
+        """``runc create`` under a conmon of its own.
+
+        Raises: StartError: runc refused; Unavailable: no answer in time.
+        """
+        id, path = container.id, self._bundles.path(container.id)
+        for stale in (path / "exits" / id, path / "oom", path / "attach", path / "ctl", path / "pidfile"):
+            stale.unlink(missing_ok=True)  # of an earlier start
+        arguments = self._conmon_arguments(id, id, path, path / "exits", terminal=container.config.tty)
+        arguments += ["--persist-dir", str(path), "-P", str(path / "conmon.pid")]
+        arguments += ["-l", _log_driver(container, self._bundles.log(id))]
+        if container.config.open_stdin:
+            arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
+        async with self._conmon_started(arguments, attach=False) as pipes:
+            os.write(pipes.start, b"\0")
+            pid = await _read_pid(pipes.answers)
+        process = find(pid)
+        monitor = find(int((path / "conmon.pid").read_text()))
+        if process is None or monitor is None:
+            raise StartError("the container's first process ended before it was started")
+        return Started(process, monitor)
+
+    async def start(self, id: ContainerId) -> None:
+        """``runc start``: the created process becomes the container's command.  Raises: StartError."""
+        try:
+            await self.run("start", id)
+        except RuntimeFailed as error:
+            raise StartError(str(error)) from error
+
+    async def wait(self, container: Container) -> Ended:
+        """Return when the container has ended; works for containers of an earlier process too."""
+        if container.monitor is not None:
+            await wait_gone(container.monitor)
+        ended = self._read_exit(container)
+        if ended is not None:
+            return ended
+        if container.process is not None:
+            await wait_gone(container.process)
+        return Ended(
+            EXIT_CODE_UNKNOWN, error="the container's monitor was lost, so its exit code is not known"
+        )
+
+    async def delete(self, id: ContainerId) -> None:
+        """Remove runc's state and the container's cgroups; kills what is left of it.  Harmless on nothing."""
+        with suppress(RuntimeFailed):
+            await self.run("delete", "--force", id)
+        self._cgroups.remove(id)
+
+    async def pause(self, id: ContainerId) -> None:
+        """Raises: RuntimeFailed."""
+        await self.run("pause", id)
+
+    async def resume(self, id: ContainerId) -> None:
+        """Raises: RuntimeFailed."""
+        await self.run("resume", id)
+
+    async def status(self, id: ContainerId) -> str:
+        """``created``, ``running``, ``paused``, ``stopped``; empty for a container runc does not know."""
+        try:
+            answer = await self.run("state", id)
+        except RuntimeFailed:
+            return ""
+        status: str = msgspec.json.decode(answer).get("status", "")
+        return status
+
+    async def update(self, id: ContainerId, config: ContainerConfig) -> None:
+        """Change the limits of a running container.  Raises: RuntimeFailed."""
+        limits = resources(config, self._capacity, [])
+        # What is absent would stay as it is: lifting a limit has to be said.
+        if "memory" in self._capacity.controllers and not config.memory_bytes:
+            limits.setdefault("memory", {})["limit"] = -1
+            if self._capacity.has_swap_accounting:
+                limits["memory"]["swap"] = -1
+        if "cpu" in self._capacity.controllers and not config.nano_cpus:
+            limits["cpu"] = {"quota": -1}
+        if "pids" in self._capacity.controllers and not config.pids:
+            limits["pids"] = {"limit": -1}
+        await self.run("update", "--resources", "-", id, stdin=msgspec.json.encode(limits))
+
+    def resize(self, path: Path, height: int, width: int) -> None:
+        """Size of the terminal of the process whose conmon has its directory at ``path``."""
+        _control(path, b"1 %d %d\n" % (height, width))
+
+    def reopen_log(self, id: ContainerId) -> None:
+        """Make conmon open its log file anew, after a rename; nothing is lost."""
+        _control(self._bundles.path(id), b"2 0 0\n")
+
+    async def run(self, *arguments: str, stdin: bytes | None = None) -> bytes:
+        """One runc command; gives what it printed.  Raises: RuntimeFailed; Unavailable: the deadline passed."""
+        process = await asyncio.create_subprocess_exec(
+            str(self._runc),
+            "--root",
+            str(self._root),
+            *arguments,
+            stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(CREATE_DEADLINE_S):
+                output, errors = await process.communicate(stdin)
+        except TimeoutError as error:
+            raise Unavailable(f"runc {arguments[0]} did not end in {CREATE_DEADLINE_S:g} s") from error
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            raise RuntimeFailed(_plain(errors))
+        return output
+
+    async def exec(
+        self, container: Container, exec_id: str, path: Path, *, terminal: bool, stdin: bool
+    ) -> "StartedExec":
+        """Start a further process in a container, under a conmon of its own with its directory at ``path``.
+
+        Raises: StartError: runc refused; Unavailable: no answer in time.
+        """
+        arguments = self._conmon_arguments(container.id, exec_id, path, path, terminal=terminal)
+        arguments += ["-l", "none", "-e", "--exec-attach", "--exec-process-spec", str(path / "process.json")]
+        arguments += ["-P", str(path / "conmon.pid")]
+        if stdin:
+            arguments.append("-i")
+        attachment: Attachment | None = None
+        try:
+            async with self._conmon_started(arguments, attach=True) as pipes:
+                os.write(pipes.start, b"\0")
+                await pipes.attach_ready.readline()
+                attachment = await attach(path)  # before the process starts, so that no output is missed
+                os.write(pipes.start, b"\0")
+                pid = await _read_pid(pipes.answers, "exec")
+            monitor = find(int((path / "conmon.pid").read_text()))
+        except BaseException:
+            if attachment is not None:
+                attachment.close()
+            raise
+        return StartedExec(pid, monitor, attachment)
+
+    async def wait_exec(self, container: Container, path: Path, monitor: ProcessName | None) -> int:
+        """Return the exit code of an exec once it has ended."""
+        if monitor is not None:
+            await wait_gone(monitor)
+        try:
+            return int((path / container.id).read_text())
+        except (FileNotFoundError, ValueError):
+            return EXIT_CODE_UNKNOWN
+
+    # --- conmon -----------------------------------------------------------------------------------------------
+
+    def _conmon_arguments(
+        self, id: ContainerId, name: str, path: Path, exits: Path, *, terminal: bool
+    ) -> list[str]:
+        arguments = [str(self._conmon), "--api-version", "1", "-c", id, "-u", name, "-n", name]
+        arguments += [
+            "-r",
+            str(self._runc),
+            "-b",
+            str(path),
+            "-p",
+            str(path / "pidfile"),
+            "--exit-dir",
+            str(exits),
+        ]
+        arguments += ["--full-attach", "--no-sync-log", "--no-new-keyring", "--log-level", "error"]
+        arguments += ["--runtime-arg", "--root", "--runtime-arg", str(self._root)]
+        if terminal:
+            arguments.append("-t")
+        return arguments
+
+    @asynccontextmanager
+    async def _conmon_started(self, arguments: Sequence[str], *, attach: bool) -> AsyncIterator[Pipes]:
+        """A conmon waiting for its start byte, in the cgroup of monitors."""
+        answers, conmon_answers = os.pipe()
+        conmon_start, start = os.pipe()
+        ready, conmon_ready = os.pipe()
+        theirs = [conmon_answers, conmon_start, conmon_ready]
+        transports: list[asyncio.BaseTransport] = []
+        process: asyncio.subprocess.Process | None = None
+        try:
+            environment = {
+                "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+                "TZ": "UTC",  # conmon stamps its log lines in local time
+                "_OCI_SYNCPIPE": str(conmon_answers),
+                "_OCI_STARTPIPE": str(conmon_start),
+            }
+            if attach:
+                environment["_OCI_ATTACHPIPE"] = str(conmon_ready)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *arguments,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    pass_fds=theirs,
+                    start_new_session=True,
+                    env=environment,
+                )
+            finally:
+                for descriptor in theirs:
+                    os.close(descriptor)
+            self._cgroups.join_monitors(process.pid)
+            reader = await _reader(answers, transports)
+            attach_ready = await _reader(ready, transports)
+            async with asyncio.timeout(CREATE_DEADLINE_S):
+                yield Pipes(reader, attach_ready, start)
+        except TimeoutError as error:
+            raise Unavailable(f"conmon did not answer in {CREATE_DEADLINE_S:g} s") from error
+        finally:
+            os.close(start)
+            for transport in transports:
+                transport.close()
+            if process is not None:
+                # What we started ends as soon as it has forked the conmon that stays.
+                async with asyncio.timeout(_CONMON_ENDS_S):
+                    await process.wait()
+
+    def _read_exit(self, container: Container) -> Ended | None:
+        path = self._bundles.path(container.id)
+        try:
+            code = int((path / "exits" / container.id).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return Ended(code, oom_killed=(path / "oom").exists())
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """One line from conmon; a negative number comes with the runtime's words."""
+
+    data: int = 0
+    pid: int = 0
+    exit_code: int = 0
+    message: str = ""
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+
+
+async def _read_pid(answers: asyncio.StreamReader, verb: str = "create") -> int:
+    line = await answers.readline()
+    if not line:
+        raise StartError("conmon ended without an answer", verb)
+    try:
+        answer = _decode(line)
+    except msgspec.DecodeError as error:
+        raise StartError(f"conmon answered {line[:200]!r}", verb) from error
+    pid = answer.data or answer.pid
+    if pid <= 0:
+        raise StartError(_plain(answer.message.encode()), verb)
+    return pid
+
+
+async def _reader(descriptor: int, transports: list[asyncio.BaseTransport]) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit=_LINE_BYTES_MAX)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
+    )
+    transports.append(transport)
+    return reader
+
+
+def _control(path: Path, command: bytes) -> None:
+    """Write a command to the pipe of the conmon at ``path``; one that has ended needs none."""
+    try:
+        descriptor = os.open(path / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO):
+            return
+        raise
+    try:
+        os.write(descriptor, command)
+    finally:
+        os.close(descriptor)
+
+
+def _log_driver(container: Container, path: Path) -> str:
+    return "none" if container.config.log.type == "none" else f"k8s-file:{path}"
+
+
+def _plain(errors: bytes) -> str:
+    """runc's words without its logging dress (``time="..." level=error msg="..."``)."""
+    text = errors.decode(errors="replace").strip()
+    match = _LOGGED.search(text)
+    if match is not None:
+        text = match.group(1).replace('\\"', '"').replace("\\n", "\n")
+    return text.removeprefix("runc: ").strip() or "no reason given"
+
+
+_LOGGED = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
+
+
+def _exit_code_of(message: str) -> int:
+    """The exit code Docker gives a container that could not be started.
+
+    Source: moby, daemon/start.go (setExitCodeFromError).
+    """
+    lower = message.lower()
+    if "executable file not found" in lower or "no such file or directory" in lower:
+        return 127
+    if "permission denied" in lower or "is a directory" in lower or "not a directory" in lower:
+        return 126
+    return 128

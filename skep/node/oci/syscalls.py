@@ -1,0 +1,109 @@
+"""The few Linux calls that Python 3.11 does not offer: mounts, namespaces, opening below a root.
+
+Every function raises OSError with the kernel's error number.
+"""
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+from skep.errors import Unimplemented
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_SHARED = 1 << 20
+MNT_DETACH = 2
+CLONE_NEWNET = 0x40000000
+
+# Numbers above 423 are the same on every architecture.
+_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2 = 429, 430, 431, 432, 437
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 1, 6
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_AT_FDCWD = -100
+_RESOLVE_IN_ROOT = 0x10
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def mount(
+    source: str, target: Path, type: str | None = None, flags: int = 0, data: str | None = None
+) -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        None if type is None else type.encode(),
+        ctypes.c_ulong(flags),
+        None if data is None else os.fsencode(data),
+    )
+    _checked(result, f"mount {source} on {target}")
+
+
+def unmount(target: Path, flags: int = MNT_DETACH) -> None:
+    """umount2(2); by default the mount vanishes at once and is freed when its last user is gone."""
+    _checked(_libc.umount2(os.fsencode(target), flags), f"unmount {target}")
+
+
+def mount_new(type: str, target: Path, options: list[tuple[str, str]]) -> None:
+    """Mount by fsopen(2) and its relatives: each option is handed over by itself, so their sum has no limit."""
+    context = _syscall(_FSOPEN, type.encode(), _FSOPEN_CLOEXEC)
+    try:
+        for key, value in options:
+            _syscall(_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+        _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        mounted = _syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
+    finally:
+        os.close(context)
+    try:
+        _syscall(_MOVE_MOUNT, mounted, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(mounted)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2), for the calling thread."""
+    _checked(_libc.unshare(flags), "unshare")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """setns(2), for the calling thread."""
+    _checked(_libc.setns(descriptor, kind), "setns")
+
+
+def open_in_root(root: Path, path: str, flags: int = os.O_RDONLY) -> int:
+    """Open ``path`` as a process with ``root`` as its root directory would.
+
+    Symbolic links, absolute ones too, are followed inside ``root`` and never lead out of it.
+    """
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=_RESOLVE_IN_ROOT)
+        return _syscall(_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    finally:
+        os.close(directory)
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    if platform.machine() not in ("x86_64", "aarch64", "riscv64", "ppc64le", "s390x", "armv7l"):
+        raise Unimplemented(f"system calls of {platform.machine()} are not known here")
+    converted = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    return _checked(_libc.syscall(ctypes.c_long(number), *converted), f"system call {number}")

@@ -1,0 +1,188 @@
+"""One task on its node: from what is observed and what is desired follows the next step.
+
+``next_step`` is the whole state machine; ``TaskDriver`` carries its steps out, one at a time, and reports
+each state it reaches.  States only move forward.  A change of what is desired interrupts the verb that is
+under way; every verb may be interrupted, and asked again.
+
+Source: swarmkit, agent/exec/controller.go (Do); messages and the choice between REJECTED and FAILED are its
+own.
+"""
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum
+from typing import TypeAlias
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.model.ids import TaskId
+from skep.model.task import AssignedTask, ContainerStatus, PortStatus, TaskState, TaskStatus
+from skep.model.times import timestamp
+from skep.node.executor.interface import Controller
+from skep.node.first import Overtaken, unless
+
+log = structlog.get_logger()
+
+
+class Verb(Enum):
+    """What a controller is asked to do."""
+
+    PREPARE = "prepare"
+    START = "start"
+    WAIT = "wait"
+    SHUTDOWN = "shutdown"
+
+
+class Move(msgspec.Struct, frozen=True):
+    """Go on to ``state``; nothing has to be done for it."""
+
+    state: TaskState
+    message: str
+
+
+class Do(msgspec.Struct, frozen=True):
+    """Carry out ``verb``; when it has worked, the task is in ``state``."""
+
+    verb: Verb
+    state: TaskState
+    message: str
+
+
+class Rest(msgspec.Struct, frozen=True):
+    """Nothing to do until something else is desired."""
+
+
+Step: TypeAlias = Move | Do | Rest
+
+
+def next_step(observed: TaskState, desired: TaskState) -> Step:
+    """What brings a task from ``observed`` nearer to ``desired``.
+
+    A verb that was begun may end beyond what is desired; between verbs the task waits for the desired
+    state: READY holds a prepared task back until its start is wanted.
+    """
+    if desired >= TaskState.SHUTDOWN:
+        if observed.is_terminal:
+            return Rest()
+        return Do(Verb.SHUTDOWN, TaskState.SHUTDOWN, "shutdown")
+    if observed > desired:
+        return Rest()
+    match observed:
+        case TaskState.PREPARING:
+            return Do(Verb.PREPARE, TaskState.READY, "prepared")
+        case TaskState.STARTING:
+            return Do(Verb.START, TaskState.RUNNING, "started")
+        case TaskState.RUNNING:
+            return Do(Verb.WAIT, TaskState.COMPLETE, "finished")
+    if observed >= desired:
+        return Rest()
+    match observed:
+        case TaskState.NEW | TaskState.PENDING | TaskState.ASSIGNED:
+            return Move(TaskState.ACCEPTED, "accepted")
+        case TaskState.ACCEPTED:
+            return Move(TaskState.PREPARING, "preparing")
+        case TaskState.READY:
+            return Move(TaskState.STARTING, "starting")
+        case _:
+            return Rest()
+
+
+def failed_state(observed: TaskState) -> TaskState:
+    """What a task becomes whose verb failed: before its start it was never accepted by this node."""
+    return TaskState.REJECTED if observed < TaskState.STARTING else TaskState.FAILED
+
+
+class TaskDriver:
+    """Drives one task through its states."""
+
+    def __init__(
+        self,
+        task: AssignedTask,
+        status: TaskStatus,
+        controller: Controller,
+        *,
+        clock: Clock,
+        on_status: Callable[[TaskId, TaskStatus], None],
+    ) -> None:
+        """``status``: the furthest that is known of the task; ``on_status`` hears every state reached from
+        there."""
+        self.task = task
+        self.status = status
+        self.controller = controller
+        self._clock = clock
+        self._on_status = on_status
+        self._desired_changed = asyncio.Event()
+
+    def assign(self, task: AssignedTask) -> bool:
+        """Take over a newer assignment; whether its limits differ, so that the container needs an update."""
+        before, self.task = self.task, task
+        if before.task.desired_state is not task.task.desired_state:
+            self._desired_changed.set()
+        return before.task.spec.resources != task.task.spec.resources
+
+    async def run(self) -> None:
+        """Take one step after the other until cancelled."""
+        while True:
+            self._desired_changed.clear()
+            match next_step(self.status.state, self.task.task.desired_state):
+                case Rest():
+                    await self._desired_changed.wait()
+                case Move(state, message):
+                    self._reach(state, message)
+                case Do() as step:
+                    await self._carry_out(step)
+
+    async def _carry_out(self, step: Do) -> None:
+        """Do it, unless something else is desired meanwhile.
+
+        The one broad ``except`` of a task: a bug met by one task ends that task, never its neighbours.
+        """
+        try:
+            error = await unless(self._ask(step.verb), self._desired_changed.wait())
+        except Overtaken:
+            return
+        except SkepError as failure:
+            error = str(failure)
+        except Exception as failure:
+            log.exception("task failed by a bug", task=self.task.task.id, verb=step.verb.value)
+            error = f"{type(failure).__name__}: {failure}"
+        if error:
+            self._reach(failed_state(self.status.state), self.status.message, error)
+        else:
+            self._reach(step.state, step.message)
+
+    async def _ask(self, verb: Verb) -> str:
+        """Carry out ``verb``; gives what went wrong with the task's process, empty if nothing."""
+        match verb:
+            case Verb.PREPARE:
+                await self.controller.prepare()
+            case Verb.START:
+                await self.controller.start()
+            case Verb.WAIT:
+                return (await self.controller.wait()).message
+            case Verb.SHUTDOWN:
+                await self.controller.shutdown()
+        return ""
+
+    def _reach(self, state: TaskState, message: str, error: str = "") -> None:
+        assert state >= self.status.state, f"{self.task.task.id} would go back to {state}"
+        container, ports = self._container(state)
+        self.status = TaskStatus(
+            timestamp=timestamp(self._clock.now_ns()),
+            state=state,
+            message=message,
+            err=error,
+            container_status=container,
+            port_status=ports,
+        )
+        self._on_status(self.task.task.id, self.status)
+
+    def _container(self, state: TaskState) -> tuple[ContainerStatus | None, PortStatus]:
+        """The container as it is, from STARTING on; once it was seen it is not forgotten."""
+        observed = self.controller.observed() if state >= TaskState.STARTING else None
+        if observed is None:
+            return self.status.container_status, self.status.port_status
+        return observed.container, PortStatus(ports=observed.ports)

@@ -1,0 +1,95 @@
+"""What a node remembers of its tasks over a restart: each assignment and the last status that matters.
+
+One file per task below ``<data>/tasks``, replaced by rename and synced.  No credentials and no secrets are
+in it.  Writing lags behind a little and only the latest is written: while a manager can be reached, it
+sends every assignment anew, and what a container really does stands in the container's own record.  A task
+that is not here is merely assigned again.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.model.ids import TaskId
+from skep.model.task import AssignedTask, TaskStatus
+
+log = structlog.get_logger()
+
+_SUFFIX = ".json"
+
+
+class RememberedTask(msgspec.Struct, frozen=True):
+    """One task as it was assigned, and how far it had come."""
+
+    assigned: AssignedTask
+    status: TaskStatus
+
+
+class TaskFiles:
+    """The tasks of this node on disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._dirty: dict[TaskId, RememberedTask | None] = {}
+        self._something = asyncio.Event()
+
+    def load(self) -> list[RememberedTask]:
+        """All of them, by id.  A file that cannot be read is left out: its task will be assigned anew."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tasks = []
+        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
+            try:
+                tasks.append(_decode(path.read_bytes()))
+            except (OSError, msgspec.DecodeError) as error:
+                log.warning("task file left out", path=str(path), error=str(error))
+        return tasks
+
+    def remember(self, task: RememberedTask) -> None:
+        """Write it soon; an earlier version that was not written yet is skipped."""
+        self._dirty[task.assigned.task.id] = task
+        self._something.set()
+
+    def forget(self, id: TaskId) -> None:
+        """Remove its file soon."""
+        self._dirty[id] = None
+        self._something.set()
+
+    async def run(self) -> None:
+        """Write what changed until cancelled, and the rest then."""
+        try:
+            while True:
+                await self._something.wait()
+                await self._flush()
+        finally:
+            await asyncio.shield(self._flush())
+
+    async def _flush(self) -> None:
+        self._something.clear()
+        batch, self._dirty = self._dirty, {}
+        if batch:
+            await asyncio.to_thread(self._write, batch)
+
+    def _write(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
+        for id, task in batch.items():
+            path = self._directory / f"{id}{_SUFFIX}"
+            if task is None:
+                path.unlink(missing_ok=True)
+                continue
+            beside = path.with_suffix(".new")
+            with beside.open("wb") as file:
+                file.write(msgspec.json.encode(task))
+                file.flush()
+                os.fsync(file.fileno())
+            beside.rename(path)
+        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+_decode = msgspec.json.Decoder(RememberedTask).decode

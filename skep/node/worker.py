@@ -1,0 +1,190 @@
+"""The tasks assigned to this node: one driver each, remembered over restarts, removed when no longer assigned.
+
+A complete set of assignments is the truth: what it does not name goes, also what an earlier process left
+and nobody remembers.  A difference adds and removes.  Until the first complete set nothing unknown is
+touched: without a manager the node goes on with what it remembers.
+
+Source: swarmkit, agent/worker.go.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Any, Protocol
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.model.ids import ConfigId, SecretId, TaskId
+from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.node.assignments import AssignmentSet, ConfigFile, SecretFile, StatusReports
+from skep.node.executor.interface import Executor
+from skep.node.task import TaskDriver
+from skep.node.task_files import RememberedTask, TaskFiles
+
+log = structlog.get_logger()
+
+
+class PayloadSink(Protocol):
+    """Keeps the data of secrets and configs (``node/mounts/payloads.py``)."""
+
+    def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None: ...
+
+    def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None: ...
+
+    def keep_only(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None: ...
+
+
+class Worker:
+    """Runs the tasks assigned to this node; the agent's ``AssignmentSink``."""
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        files: TaskFiles,
+        reports: StatusReports,
+        clock: Clock,
+        payloads: PayloadSink | None = None,
+    ) -> None:
+        """``payloads``: None for an executor that mounts nothing."""
+        self._executor = executor
+        self._files = files
+        self._reports = reports
+        self._clock = clock
+        self._payloads = payloads
+        self._drivers: dict[TaskId, TaskDriver] = {}
+        self._running: dict[TaskId, asyncio.Task[None]] = {}
+        self._removing: dict[TaskId, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Take up the remembered tasks, then work until cancelled.  Containers go on afterwards."""
+        async with self._executor.running(), asyncio.TaskGroup() as group:
+            self._group = group
+            for remembered in await asyncio.to_thread(self._files.load):
+                self._add(remembered.assigned, remembered.status)
+            group.create_task(self._files.run(), name="task-files")
+            self._ready.set()
+
+    async def assign(self, change: AssignmentSet) -> None:
+        """Take over ``change``; return when it is accepted, not when its tasks run."""
+        await self._ready.wait()
+        if self._payloads is not None:
+            self._payloads.put(change.secrets, change.configs)
+        named = {assigned.task.id for assigned in change.tasks}
+        if change.complete:
+            unknown = set(await self._executor.leftovers()) - set(self._drivers) - named
+            for id in sorted(unknown - set(self._removing)):
+                log.info("leftover removed", task=id)
+                self._spawn_removal(id, None)
+            gone: Iterable[TaskId] = sorted(set(self._drivers) - named)
+        else:
+            gone = change.removed_tasks
+        for id in gone:
+            self._remove(id)
+        for assigned in change.tasks:
+            self._assign_one(assigned, change.registry_auths.get(assigned.task.id, ""))
+        self._drop_payloads(change)
+
+    def statuses(self) -> Mapping[TaskId, TaskStatus]:
+        """The present status of every task here."""
+        return {id: driver.status for id, driver in self._drivers.items()}
+
+    def tasks(self) -> Mapping[TaskId, AssignedTask]:
+        """Every task here, as it is assigned now."""
+        return {id: driver.task for id, driver in self._drivers.items()}
+
+    # --- single tasks -----------------------------------------------------------------------------------------
+
+    def _assign_one(self, assigned: AssignedTask, registry_auth: str) -> None:
+        id = assigned.task.id
+        driver = self._drivers.get(id)
+        if driver is None:
+            self._add(assigned, assigned.task.status, registry_auth)
+            self._remember(id)
+            return
+        if driver.task == assigned:
+            return
+        if driver.assign(assigned) and driver.status.state is TaskState.RUNNING:
+            self._spawn(self._update(driver), f"update-{id}")
+        self._remember(id)
+
+    def _add(self, assigned: AssignedTask, status: TaskStatus, registry_auth: str = "") -> None:
+        id = assigned.task.id
+        controller = self._executor.controller(assigned, registry_auth)
+        driver = TaskDriver(assigned, status, controller, clock=self._clock, on_status=self._on_status)
+        self._drivers[id] = driver
+        self._running[id] = self._spawn(self._drive(driver), f"task-{id}")
+
+    async def _drive(self, driver: TaskDriver) -> None:
+        removal = self._removing.get(driver.task.task.id)
+        if removal is not None:  # assigned again while its remains are being removed
+            await asyncio.wait([removal])
+        await driver.run()
+
+    async def _update(self, driver: TaskDriver) -> None:
+        """New limits for a running container; a refusal leaves the old ones."""
+        try:
+            await driver.controller.update(driver.task)
+        except SkepError as error:
+            log.warning("task not updated", task=driver.task.task.id, error=str(error))
+
+    def _remove(self, id: TaskId) -> None:
+        """No longer assigned: stop it in its own way and free what it holds."""
+        driver = self._drivers.pop(id, None)
+        if driver is not None:
+            self._running.pop(id).cancel()
+            self._spawn_removal(id, driver)
+        self._files.forget(id)
+
+    def _spawn_removal(self, id: TaskId, driver: TaskDriver | None) -> None:
+        task = self._spawn(self._free(id, driver), f"remove-{id}")
+        self._removing[id] = task
+        task.add_done_callback(lambda _: self._removing.pop(id, None))
+
+    async def _free(self, id: TaskId, driver: TaskDriver | None) -> None:
+        """Free what a task holds; again after a while if that fails."""
+        backoff = Backoff(first_s=0.1, longest_s=60.0)
+        while True:
+            try:
+                if driver is None:
+                    await self._executor.discard(id)
+                else:
+                    await driver.controller.shutdown()
+                    await driver.controller.remove()
+            except (SkepError, OSError) as error:
+                log.warning("task not removed", task=id, error=str(error))
+                await backoff.sleep(self._clock)
+            else:
+                return
+
+    # --- around them ------------------------------------------------------------------------------------------
+
+    def _on_status(self, id: TaskId, status: TaskStatus) -> None:
+        log.info("task", task=id, state=status.state.value, error=status.err)
+        self._reports.report(id, status)
+        # What lies before the start is found again in the container's own record.
+        if status.state >= TaskState.RUNNING:
+            self._remember(id)
+
+    def _remember(self, id: TaskId) -> None:
+        driver = self._drivers.get(id)
+        if driver is not None:
+            self._files.remember(RememberedTask(driver.task, driver.status))
+
+    def _drop_payloads(self, change: AssignmentSet) -> None:
+        if self._payloads is None:
+            return
+        if change.complete:
+            self._payloads.keep_only(
+                [secret.id for secret in change.secrets], [config.id for config in change.configs]
+            )
+        else:
+            self._payloads.drop(change.removed_secrets, change.removed_configs)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        assert self._group is not None, "the worker is used before it runs"
+        return self._group.create_task(work, name=name)

@@ -1,0 +1,202 @@
+"""What every executor does, whatever it runs tasks with."""
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.model.container import ContainerSpec
+from skep.model.ids import ServiceId, TaskId, new_id
+from skep.model.service import TaskSpec
+from skep.model.task import AssignedTask, Task
+from skep.model.times import SECOND_NS
+from skep.node.executor.interface import Controller, Executor, Rejected
+from skep.node.executor.process import ProcessExecutor
+from skep.node.executor.simulated import Behaviour, Machine, SimulatedExecutor
+from tests.runc_lab import IMAGE, Lab
+
+FOREVER = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done")
+DEAF = ("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
+
+
+def a_task(*command: str, grace_s: float = 5) -> AssignedTask:
+    """A task as its node gets it."""
+    spec = ContainerSpec(image=IMAGE, command=command, stop_grace_period=round(grace_s * SECOND_NS))
+    task = Task(id=TaskId(new_id()), slot=1, service_id=ServiceId("s1"), spec=TaskSpec(container_spec=spec))
+    return AssignedTask(task=task, service_name="web")
+
+
+class Machines:
+    """A machine of one kind, and the executors that one after the other work on it."""
+
+    def __init__(self, make: Callable[[Behaviour], Executor], stack: AsyncExitStack) -> None:
+        self._make = make
+        self._stack = stack
+
+    async def executor(self, behaviour: Behaviour | None = None) -> Executor:
+        """A new executor on the same machine.  ``behaviour`` tells a simulated one what the commands would do."""
+        executor = self._make(behaviour or Behaviour())
+        await self._stack.enter_async_context(executor.running())
+        return executor
+
+
+@pytest.fixture(params=["oci", "process", "simulated"])
+async def machines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Machines]:
+    async with AsyncExitStack() as outer, AsyncExitStack() as stack:
+        match request.param:
+            case "oci":
+                if os.geteuid() != 0 and os.environ.get("SKEP_SKIP"):
+                    pytest.skip("needs root")
+                lab = await outer.enter_async_context(Lab(tmp_path).running())
+                yield Machines(lambda _: lab.executor(), stack)
+            case "process":
+                yield Machines(lambda _: ProcessExecutor(tmp_path / "processes"), stack)
+            case _:
+                machine = Machine()
+                yield Machines(
+                    lambda behaviour: SimulatedExecutor(SystemClock(), random.Random(1), machine, behaviour),
+                    stack,
+                )
+
+
+async def started(executor: Executor, task: AssignedTask) -> Controller:
+    controller = executor.controller(task)
+    await controller.prepare()
+    await controller.start()
+    return controller
+
+
+async def test_a_task_runs_and_ends_with_its_exit_code(machines: Machines) -> None:
+    executor = await machines.executor(Behaviour(run_s=0.1, exit_code=7))
+    controller = await started(executor, a_task("sh", "-c", "sleep 0.1; exit 7"))
+    ended = await controller.wait()
+    assert (ended.exit_code, ended.message) == (7, "task: non-zero exit (7)")
+    await controller.remove()
+
+
+async def test_success_has_no_message(machines: Machines) -> None:
+    executor = await machines.executor(Behaviour(run_s=0.05))
+    controller = await started(executor, a_task("true"))
+    ended = await controller.wait()
+    assert (ended.exit_code, ended.message) == (0, "")
+    await controller.remove()
+
+
+async def test_start_gives_the_process_and_the_exit_code_is_observed_later(machines: Machines) -> None:
+    executor = await machines.executor()
+    task = a_task(*FOREVER)
+    controller = executor.controller(task)
+    assert controller.observed() is None
+    await controller.prepare()
+    running = await controller.start()
+    assert running.container.pid > 1
+    assert running.container.container_id
+    await controller.terminate()
+    observed = controller.observed()
+    assert observed is not None
+    assert (observed.container.pid, observed.container.exit_code) == (0, 137)
+    await controller.remove()
+
+
+async def test_every_verb_may_be_repeated(machines: Machines) -> None:
+    executor = await machines.executor()
+    controller = await started(executor, a_task(*FOREVER))
+    first = controller.observed()
+    await controller.prepare()
+    assert await controller.start() == first
+    await controller.shutdown()
+    await controller.shutdown()
+    assert await controller.wait() == await controller.wait()
+    await controller.terminate()
+    await controller.remove()
+    await controller.remove()
+
+
+async def test_shutdown_of_what_never_started_is_nothing(machines: Machines) -> None:
+    executor = await machines.executor()
+    controller = executor.controller(a_task(*FOREVER))
+    await controller.shutdown()
+    await controller.prepare()
+    await controller.shutdown()
+    await controller.remove()
+    assert await executor.leftovers() == []
+
+
+async def test_shutdown_ends_a_process_within_its_grace(machines: Machines) -> None:
+    executor = await machines.executor()
+    controller = await started(executor, a_task(*FOREVER, grace_s=20))
+    async with asyncio.timeout(10):
+        await controller.shutdown()
+    await controller.wait()
+    await controller.remove()
+
+
+async def test_shutdown_kills_a_process_that_does_not_listen(machines: Machines) -> None:
+    executor = await machines.executor()
+    controller = await started(executor, a_task(*DEAF, grace_s=0.2))
+    async with asyncio.timeout(10):
+        await controller.shutdown()
+    assert (await controller.wait()).exit_code in (137, 143)
+    await controller.remove()
+
+
+async def test_a_new_executor_adopts_what_runs(machines: Machines) -> None:
+    task = a_task(*FOREVER)
+    first = await started(await machines.executor(), task)
+    before = first.observed()
+    assert before is not None
+    second = (await machines.executor()).controller(task)
+    await second.prepare()
+    assert await second.start() == before
+    await second.terminate()
+    assert (await second.wait()).exit_code == 137
+    await second.remove()
+
+
+async def test_an_end_that_nobody_watched_is_known_afterwards(machines: Machines) -> None:
+    task = a_task("sh", "-c", "exit 5")
+    first = await started(await machines.executor(Behaviour(run_s=0.05, exit_code=5)), task)
+    await first.wait()
+    second = (await machines.executor()).controller(task)
+    await second.prepare()
+    await second.start()
+    assert (await second.wait()).exit_code == 5
+    await second.remove()
+
+
+async def test_leftovers_are_named_and_can_be_discarded(machines: Machines) -> None:
+    task, other = a_task(*FOREVER), a_task(*FOREVER)
+    executor = await machines.executor()
+    await started(executor, task)
+    await executor.controller(other).prepare()
+    later = await machines.executor()
+    assert list(await later.leftovers()) == sorted([task.task.id, other.task.id])
+    await later.discard(task.task.id)
+    await later.discard(other.task.id)
+    await later.discard(TaskId("nobody"))
+    assert await later.leftovers() == []
+
+
+async def test_many_tasks_at_once_stay_apart(machines: Machines) -> None:
+    executor = await machines.executor()
+    controllers = await asyncio.gather(*(started(executor, a_task(*FOREVER)) for _ in range(6)))
+    observed = [controller.observed() for controller in controllers]
+    assert len({one.container.pid for one in observed if one is not None}) == 6
+    await controllers[0].terminate()
+    assert all(one.observed() == before for one, before in zip(controllers[1:], observed[1:], strict=True))
+    await asyncio.gather(*(controller.remove() for controller in controllers))
+    assert await executor.leftovers() == []
+
+
+async def test_a_task_without_a_container_spec_is_rejected(machines: Machines) -> None:
+    executor = await machines.executor(Behaviour(rejected=1.0))
+    task = a_task("true")
+    bare = msgspec.structs.replace(task, task=msgspec.structs.replace(task.task, spec=TaskSpec()))
+    with pytest.raises(Rejected):
+        await executor.controller(bare).prepare()

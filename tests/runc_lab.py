@@ -1,0 +1,185 @@
+"""A node's executor for tests: real runc and conmon, in a network namespace and a cgroup of its own."""
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import SystemClock
+from skep.errors import NotFound, Unavailable
+from skep.model.ids import NodeId
+from skep.node.executor.assembly import oci_executor
+from skep.node.executor.oci import OciExecutor
+from skep.node.network.namespaces import Namespaces
+from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.images.digest import Digest
+from skep.node.oci.images.image import ContainerDefaults, Image, ImageConfig
+from skep.node.oci.overlay import unmount_if_mounted
+from skep.paths import Paths
+
+IMAGE = "busybox:1"
+IMAGE_ID = Digest("sha256:" + "b" * 64)
+_APPLETS = (
+    *(
+        "sh",
+        "sleep",
+        "cat",
+        "echo",
+        "id",
+        "ls",
+        "env",
+        "wget",
+        "httpd",
+        "ip",
+        "nc",
+        "grep",
+        "head",
+        "seq",
+        "kill",
+    ),
+    *(
+        "mount",
+        "touch",
+        "pwd",
+        "hostname",
+        "ulimit",
+        "stty",
+        "printf",
+        "dd",
+        "tail",
+        "tr",
+        "true",
+        "false",
+        "ping",
+    ),
+    *("chmod", "mkdir", "ps", "stat", "unshare", "yes"),
+)
+
+
+def busybox_tree(directory: Path) -> Path:
+    """A root file system of busybox with a few users."""
+    (directory / "bin").mkdir(parents=True)
+    (directory / "etc").mkdir()
+    (directory / "tmp").mkdir()
+    shutil.copy(shutil.which("busybox") or "/bin/busybox", directory / "bin/busybox")
+    for applet in _APPLETS:
+        (directory / "bin" / applet).symlink_to("busybox")
+    (directory / "etc/passwd").write_text(
+        "root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1001:Alice:/home/alice:/bin/sh\n"
+    )
+    (directory / "etc/group").write_text("root:x:0:\nalice:x:1001:\nstaff:x:50:alice\nvideo:x:44:\n")
+    return directory
+
+
+class TreeImages:
+    """An image store with one image: an unpacked tree.  There is no registry."""
+
+    def __init__(self, tree: Path, defaults: ContainerDefaults | None = None) -> None:
+        self._tree = tree
+        self.image = Image(id=IMAGE_ID, config=ImageConfig(config=defaults or ContainerDefaults(cmd=("sh",))))
+        self.pulls = 0
+
+    def resolve(self, word: str) -> Image | None:
+        return self.image if word in (IMAGE, "busybox", IMAGE_ID) else None
+
+    def layers(self, image: Image) -> Sequence[Path]:
+        return (self._tree,)
+
+    @asynccontextmanager
+    async def pinned(self, chain: Sequence[str]) -> AsyncIterator[None]:
+        yield
+
+    async def pull(self, word: str, auth: str = "") -> Image:
+        self.pulls += 1
+        raise Unavailable(f"cannot reach the registry of {word}")
+
+
+class Lab:
+    """One machine: directories, a network namespace and cgroups of its own, on which executors come and go."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = Paths(root / "data", root / "run")
+        self.cgroup_parent = f"skep-test-{secrets.token_hex(4)}"
+        self._homes = Namespaces(root / "home")
+        self.home = self._homes.path("node")
+        self.tree = busybox_tree(root / "tree")
+        self.images = TreeImages(self.tree)
+
+    def executor(self) -> OciExecutor:
+        """A new executor, as a restarted node process makes one."""
+        executor = oci_executor(
+            self.paths,
+            self.images,
+            clock=SystemClock(),
+            hostname="lab",
+            cgroup_parent=self.cgroup_parent,
+            namespaces=Namespaces(self.paths.netns, self.home),
+        )
+        executor.identify(NodeId("node1"))
+        return executor
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Lab"]:
+        """The machine from its first moment to the last; whatever still runs is removed then."""
+        await self._homes.create("node", {})
+        async with self._homes.netlink(self.home) as home:
+            await home.link("set", index=1, state="up")
+        try:
+            yield self
+        finally:
+            executor = self.executor()
+            async with asyncio.timeout(30), executor.running():
+                for container in executor.containers.list():
+                    with suppress(NotFound):
+                        await executor.containers.remove(container.id, force=True)
+            unmount_if_mounted(self.paths.secrets)
+            Cgroups(self.cgroup_parent).remove_parent()
+            await self._homes.destroy("node")
+            self._homes.close()
+
+    def remains(self) -> list[str]:
+        """What is left of containers: directories, mounts, namespaces, cgroups, links, rules."""
+        found = [str(path) for path in (*_entries(self.paths.containers), *_entries(self.paths.netns))]
+        found += [str(path) for path in _entries(self.paths.runc)]
+        found += [
+            line
+            for line in Path("/proc/self/mounts").read_text().splitlines()
+            if self._is_container_mount(line)
+        ]
+        found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{self.cgroup_parent}/ctr/*/")]
+        return found
+
+    def _is_container_mount(self, line: str) -> bool:
+        target = line.split()[1]
+        return target.startswith((str(self.paths.containers), str(self.paths.netns)))
+
+    async def in_home(self, *command: str) -> str:
+        """Output of a command in the node's network namespace."""
+        process = await asyncio.create_subprocess_exec(
+            "nsenter",
+            f"--net={self.home}",
+            *command,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await process.communicate()
+        return output.decode(errors="replace")
+
+
+def with_defaults(images: TreeImages, defaults: ContainerDefaults) -> None:
+    """Give the lab's image other defaults."""
+    images.image = msgspec.structs.replace(images.image, config=ImageConfig(config=defaults))
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def is_root() -> bool:
+    """Whether runc can work at all."""
+    return os.geteuid() == 0
