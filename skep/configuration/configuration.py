@@ -1,0 +1,97 @@
+"""The configuration of one node, complete and valid."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import SkepError
+from skep.model.service import GenericResource
+from skep.paths import DEFAULT_DATA, DEFAULT_RUN, Paths
+
+DEFAULT_DATA_PATH_PORT = 4789
+
+
+class ConfigurationError(SkepError):
+    """What was written cannot work.  ``problems``: one sentence each, naming the place and what to do."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class UnixHost(msgspec.Struct, frozen=True):
+    """Serve the API on a unix socket."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}"
+
+
+class TcpHost(msgspec.Struct, frozen=True):
+    """Serve the API over TLS to clients whose certificate the configured authority signed."""
+
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"tcp://{address}:{self.port}"
+
+
+Host = UnixHost | TcpHost
+
+
+class AddressPool(msgspec.Struct, frozen=True):
+    """Subnets of ``size`` bits out of ``base`` for the networks of this node."""
+
+    base: str
+    size: int
+
+
+class Configuration(msgspec.Struct, frozen=True, kw_only=True):
+    """Every setting of ``settings.SETTINGS``, with its default."""
+
+    data_dir: Path = DEFAULT_DATA
+    run_dir: Path = DEFAULT_RUN
+    hosts: tuple[Host, ...] = ()
+    """Empty: ``skep.sock`` in the run directory."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_ca: Path | None = None
+    engine_socket: Path | None = None
+    """The Docker Engine that gets what is not ours; None: such requests are refused."""
+
+    listen_addr: str = ""
+    advertise_addr: str = ""
+    data_path_addr: str = ""
+    """Address or interface; these four are what ``docker swarm init`` and ``join`` fall back to."""
+    data_path_port: int = DEFAULT_DATA_PATH_PORT
+
+    debug: bool = False
+    log_format: str = "text"
+    labels: Mapping[str, str] = {}
+    generic_resources: tuple[GenericResource, ...] = ()
+
+    executor: str = "oci"
+    cgroup_parent: str = "skep"
+    runc: str = "runc"
+    conmon: str = "conmon"
+    nft: str = "nft"
+    etcd_binary: Path | None = None
+    """None: looked for beside the Python environment, then on the path."""
+
+    insecure_registries: tuple[str, ...] = ()
+    registry_mirrors: tuple[str, ...] = ()
+    log_driver: str = "json-file"
+    log_opts: Mapping[str, str] = {}
+    default_address_pools: tuple[AddressPool, ...] = ()
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(self.data_dir, self.run_dir)
+
+    @property
+    def api_hosts(self) -> tuple[Host, ...]:
+        return self.hosts or (UnixHost(self.paths.api_socket),)

@@ -1,0 +1,176 @@
+"""Reads flags, TOML file and Docker's ``daemon.json``: the first of them that has a setting decides it."""
+
+import argparse
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skep.configuration.configuration import Configuration, ConfigurationError, TcpHost
+from skep.configuration.settings import SETTINGS
+from skep.paths import SOCKET_PATH_BYTES_MAX
+
+DEFAULT_TOML = Path("/etc/skep/skep.toml")
+DEFAULT_DAEMON_JSON = Path("/etc/docker/daemon.json")
+
+_THE_ENGINES_OWN = frozenset({"hosts", "data_dir"})
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A configuration, and what its author should know (one sentence each)."""
+
+    configuration: Configuration
+    warnings: tuple[str, ...] = ()
+
+
+class Arguments(msgspec.Struct, frozen=True, kw_only=True):
+    """The command line: which files to read, and the settings it gives (by flag name, as written)."""
+
+    toml: Path = DEFAULT_TOML
+    toml_required: bool = False
+    daemon_json: Path | None = DEFAULT_DAEMON_JSON
+    daemon_json_required: bool = False
+    flags: Mapping[str, Any] = {}
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Take the command line of ``skep daemon`` apart.  Exits with usage on an unknown flag, as argparse does."""
+    parser = argparse.ArgumentParser(prog="skep daemon", description="Run this machine as a skep node.")
+    parser.allow_abbrev = False
+    parser.add_argument("--config", metavar="FILE", help=f"TOML file ({DEFAULT_TOML})")
+    parser.add_argument(
+        "--daemon-json", metavar="FILE", help=f"Docker's configuration ({DEFAULT_DAEMON_JSON}); '' reads none"
+    )
+    for setting in SETTINGS:
+        names = [*filter(None, [setting.short]), f"--{setting.name}"]
+        if setting.repeats:
+            parser.add_argument(*names, dest=setting.name, action="append", help=setting.help)
+        elif setting.name == "debug":
+            parser.add_argument(*names, dest=setting.name, nargs="?", const="true", help=setting.help)
+        else:
+            parser.add_argument(*names, dest=setting.name, help=setting.help)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    toml, daemon_json = given.pop("config", None), given.pop("daemon_json", None)
+    return Arguments(
+        toml=Path(toml) if toml else DEFAULT_TOML,
+        toml_required=bool(toml),
+        daemon_json=DEFAULT_DAEMON_JSON
+        if daemon_json is None
+        else Path(daemon_json)
+        if daemon_json
+        else None,
+        daemon_json_required=bool(daemon_json),
+        flags=given,
+    )
+
+
+def load(arguments: Arguments) -> Loaded:
+    """The configuration that flags, TOML and ``daemon.json`` give together.
+
+    Raises: ConfigurationError: with a sentence for each bad value.
+    """
+    toml = _toml(arguments.toml, required=arguments.toml_required)
+    docker = _json(arguments.daemon_json, required=arguments.daemon_json_required)
+    return combine(arguments, toml, docker)
+
+
+def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, Any]) -> Loaded:
+    """Lay the three over each other: flags, then TOML, then ``daemon.json``, then defaults.
+
+    With an engine socket, ``daemon.json`` is that engine's: where it listens and keeps its data is not for us.
+    """
+    warnings: list[str] = []
+    problems: list[str] = []
+    by_toml_key = {setting.toml_key: setting for setting in SETTINGS}
+    by_docker_key = {setting.docker_key: setting for setting in SETTINGS if setting.docker_key}
+    problems += [
+        f"{arguments.toml}: there is no setting {key!r}: correct or remove it"
+        for key in toml
+        if key not in by_toml_key
+    ]
+    if unknown := sorted(key for key in docker if key not in by_docker_key):
+        warnings.append(f"{arguments.daemon_json}: skep does not use {', '.join(unknown)}")
+    has_engine = "engine-socket" in arguments.flags or "engine-socket" in toml
+
+    fields: dict[str, Any] = {}
+    for setting in SETTINGS:
+        if setting.name in arguments.flags:
+            place, written = f"--{setting.name}", arguments.flags[setting.name]
+        elif setting.toml_key in toml:
+            place, written = f"{arguments.toml}: {setting.toml_key}", toml[setting.toml_key]
+        elif setting.docker_key in docker and not (has_engine and setting.attribute in _THE_ENGINES_OWN):
+            place, written = f"{arguments.daemon_json}: {setting.docker_key}", docker[setting.docker_key]
+        else:
+            continue
+        try:
+            fields[setting.attribute] = setting.read(written)
+        except ValueError as error:
+            problems.append(f"{place} {error}")
+    if problems:
+        raise ConfigurationError(*problems)
+    configuration = Configuration(**fields)
+    if together := _problems_together(configuration):
+        raise ConfigurationError(*together)
+    if configuration.log_driver != "json-file":
+        warnings.append(
+            f"log driver {configuration.log_driver} is not supported: containers log as json-file, "
+            f"set log-driver to json-file to be without this warning"
+        )
+    return Loaded(configuration, tuple(warnings))
+
+
+def _problems_together(configuration: Configuration) -> list[str]:
+    """What is wrong only in combination."""
+    problems = []
+    over_tcp = [host for host in configuration.api_hosts if isinstance(host, TcpHost)]
+    tls = (configuration.tls_cert, configuration.tls_key, configuration.tls_ca)
+    if over_tcp and None in tls:
+        problems.append(
+            f"{over_tcp[0]} gives whoever reaches it root on this machine: "
+            f"set --tls-cert, --tls-key and --tls-ca so that clients must prove who they are, or use unix://"
+        )
+    elif any(tls) and None in tls:
+        problems.append("--tls-cert, --tls-key and --tls-ca belong together: set all three or none")
+    longest = configuration.paths.manager_socket
+    if len(str(longest).encode()) > SOCKET_PATH_BYTES_MAX:
+        problems.append(
+            f"run-dir is too long: {longest} has more than {SOCKET_PATH_BYTES_MAX} bytes, choose a shorter one"
+        )
+    if configuration.data_dir == configuration.run_dir:
+        problems.append(
+            f"data-dir and run-dir are both {configuration.data_dir}: choose a run-dir on tmpfs, like /run/skep"
+        )
+    return problems
+
+
+def _toml(path: Path, *, required: bool) -> Mapping[str, Any]:
+    text = _text(path, required=required)
+    if text is None:
+        return {}
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from error
+
+
+def _json(path: Path | None, *, required: bool) -> Mapping[str, Any]:
+    text = _text(path, required=required) if path is not None else None
+    if not text or not text.strip():
+        return {}
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{path} is not a JSON object: {error}") from error
+
+
+def _text(path: Path, *, required: bool) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        if required:
+            raise ConfigurationError(f"{path} does not exist: create it or correct the flag") from error
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,278 @@
+"""What was written (a flag's text, a value of TOML or JSON) -> the typed value of a setting.
+
+Every function raises ``ValueError`` with the second half of a sentence: what is wrong, and what to write instead.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from skep.configuration.configuration import AddressPool, Host, TcpHost, UnixHost
+from skep.model.service import DiscreteResource, GenericResource, NamedResource
+from skep.paths import SOCKET_PATH_BYTES_MAX
+
+_HOST_AND_PORT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?")
+_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
+_RESOURCE_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_CGROUP_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+_LOG_DRIVERS_OF_DOCKER = (
+    *("json-file", "local", "none", "journald", "syslog", "fluentd", "gelf", "awslogs"),
+    *("gcplogs", "splunk", "logentries", "etwlogs"),
+)
+
+
+def text(value: Any) -> str:
+    """Any text but the empty one."""
+    if not isinstance(value, str):
+        raise ValueError(f"is {value!r}: write a text in quotes")
+    if not value or "\0" in value:
+        raise ValueError("is empty: write a value, or leave the setting out")
+    return value
+
+
+def boolean(value: Any) -> bool:
+    """true or false, as a word too."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "1"):
+        return True
+    if isinstance(value, str) and value.lower() in ("false", "0"):
+        return False
+    raise ValueError(f"is {value!r}: write true or false")
+
+
+def absolute_path(value: Any) -> Path:
+    """A path from the root on."""
+    path = Path(text(value))
+    if not path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"is {str(path)!r}: write an absolute path without '..'")
+    return path
+
+
+def existing_file(value: Any) -> Path:
+    path = absolute_path(value)
+    if not path.is_file():
+        raise ValueError(f"is {str(path)!r}, and there is no such file: create it or correct the path")
+    return path
+
+
+def socket_path(value: Any) -> Path:
+    """A unix socket, as a path or as ``unix://`` with one."""
+    path = absolute_path(text(value).removeprefix("unix://"))
+    if len(str(path).encode()) > SOCKET_PATH_BYTES_MAX:
+        raise ValueError(
+            f"is {str(path)!r}: a socket's path has at most {SOCKET_PATH_BYTES_MAX} bytes, choose a shorter one"
+        )
+    return path
+
+
+def host(value: Any) -> Host:
+    """``unix:///path`` or ``tcp://address:port``.  Raises: ValueError."""
+    written = text(value)
+    if written.startswith("unix://"):
+        return UnixHost(socket_path(written))
+    if not written.startswith("tcp://"):
+        raise ValueError(f"is {written!r}: write unix:///path/of.sock or tcp://address:port")
+    parts = urlsplit(written)
+    try:
+        address = str(ipaddress.ip_address(parts.hostname or ""))
+        number = port(parts.port)
+    except ValueError as error:
+        raise ValueError(
+            f"is {written!r}: write tcp:// with an IP address and a port, like tcp://192.0.2.1:2376"
+        ) from error
+    if parts.path or parts.query or parts.username:
+        raise ValueError(f"is {written!r}: nothing may follow the port")
+    return TcpHost(address, number)
+
+
+def port(value: Any) -> int:
+    number = _integer(value)
+    if not 1 <= number <= 65535:
+        raise ValueError(f"is {number}: choose a port from 1 to 65535")
+    return number
+
+
+def data_path_port(value: Any) -> int:
+    """The UDP port of the overlay.  Source: moby, daemon/cluster/listen_addr.go (getDataPathPort)."""
+    number = _integer(value)
+    if not 1024 <= number <= 49151:
+        raise ValueError(f"is {number}: choose a port from 1024 to 49151")
+    return number
+
+
+def address(value: Any) -> str:
+    """An IP address or the name of an interface."""
+    written = text(value)
+    try:
+        return str(ipaddress.ip_address(written))
+    except ValueError:
+        if _INTERFACE.fullmatch(written) and not re.fullmatch(r"[\d.]+", written):
+            return written
+    raise ValueError(f"is {written!r}: write an IP address or the name of an interface")
+
+
+def address_and_port(value: Any) -> str:
+    """An IP address or interface, and perhaps a port behind it."""
+    written = text(value)
+    name, separator, digits = written.rpartition(":")
+    if not separator or (":" in name and not name.startswith("[")):
+        return address(written)
+    try:
+        plain = address(name.removeprefix("[").removesuffix("]"))
+        number = port(digits)
+    except ValueError as error:
+        raise ValueError(
+            f"is {written!r}: write an IP address or interface, and a port if you like: 192.0.2.1:2377"
+        ) from error
+    return f"[{plain}]:{number}" if ":" in plain else f"{plain}:{number}"
+
+
+def one_of(*choices: str) -> Any:
+    """A function that takes exactly these words."""
+
+    def choice(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"is {value!r}: choose {' or '.join(choices)}")
+        return str(value)
+
+    return choice
+
+
+def cgroup_parent(value: Any) -> str:
+    """A path below every controller's root, without a leading slash."""
+    written = text(value).strip("/")
+    if not all(_CGROUP_PART.fullmatch(part) for part in written.split("/")):
+        raise ValueError(f"is {value!r}: write names separated by '/', like skep or machine/skep")
+    return written
+
+
+def labels(values: Any) -> Mapping[str, str]:
+    """``key=value`` each; the value may hold blanks and further equals signs."""
+    result: dict[str, str] = {}
+    for written in _texts(values):
+        key, separator, value = written.partition("=")
+        if not separator or not key.strip() or key != key.strip():
+            raise ValueError(f"is {written!r}: write key=value")
+        if result.setdefault(key, value) != value:
+            raise ValueError(f"gives {key!r} two values, {result[key]!r} and {value!r}: keep one")
+    return result
+
+
+def generic_resources(values: Any) -> tuple[GenericResource, ...]:
+    """``gpu=4`` (a number) or ``gpu=UUID1`` (one named unit); several may be joined with commas.
+
+    Source: swarmkit, api/genericresource/parse.go.
+    """
+    numbers: dict[str, int] = {}
+    names: dict[str, list[str]] = {}
+    for written in (part.strip() for value in _texts(values) for part in value.split(",")):
+        kind, separator, amount = written.partition("=")
+        if not separator or not _RESOURCE_KIND.fullmatch(kind) or not amount:
+            raise ValueError(f"is {written!r}: write kind=number or kind=name, like gpu=4 or gpu=UUID1")
+        if amount.lstrip("-").isdigit():
+            if int(amount) < 0 or int(amount) >= 1 << 63:
+                raise ValueError(f"is {written!r}: the number must not be negative, nor above 2^63-1")
+            if kind in numbers:
+                raise ValueError(f"names {kind!r} twice with a number: add them up")
+            numbers[kind] = int(amount)
+        elif amount in names.setdefault(kind, []):
+            raise ValueError(f"names {written!r} twice: keep one")
+        else:
+            names[kind].append(amount)
+    if mixed := sorted(numbers.keys() & names.keys()):
+        raise ValueError(f"gives {mixed[0]!r} both a number and names: use one of them")
+    return (
+        *(
+            GenericResource(discrete_resource_spec=DiscreteResource(kind=k, value=n))
+            for k, n in numbers.items()
+        ),
+        *(
+            GenericResource(named_resource_spec=NamedResource(kind=kind, value=name))
+            for kind, named in names.items()
+            for name in named
+        ),
+    )
+
+
+def hosts(values: Any) -> tuple[Host, ...]:
+    return tuple(dict.fromkeys(host(value) for value in _texts(values)))
+
+
+def registries(values: Any) -> tuple[str, ...]:
+    """``host[:port]`` or a network in CIDR form."""
+    for written in _texts(values):
+        try:
+            ipaddress.ip_network(written, strict=False)
+        except ValueError as error:
+            if not _HOST_AND_PORT.fullmatch(written):
+                raise ValueError(
+                    f"is {written!r}: write host:port without http://, or a network like 10.0.0.0/8"
+                ) from error
+    return tuple(dict.fromkeys(_texts(values)))
+
+
+def mirrors(values: Any) -> tuple[str, ...]:
+    """URLs of registries that hold copies of Docker Hub."""
+    for written in _texts(values):
+        parts = urlsplit(written)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"is {written!r}: write a URL like https://mirror.example.com")
+    return tuple(dict.fromkeys(written.rstrip("/") + "/" for written in _texts(values)))
+
+
+def log_driver(value: Any) -> str:
+    if value not in _LOG_DRIVERS_OF_DOCKER:
+        raise ValueError(f"is {value!r}: write json-file")
+    return str(value)
+
+
+def log_options(values: Any) -> Mapping[str, str]:
+    """``key=value`` each from flags, an object of texts from a file."""
+    if not isinstance(values, Mapping):
+        return labels(values)
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(f"has {key!r} = {value!r}: write the value as a text, in quotes")
+    return dict(values)
+
+
+def address_pools(values: Any) -> tuple[AddressPool, ...]:
+    """``{"base": "10.10.0.0/16", "size": 24}`` each, or ``base=10.10.0.0/16,size=24``."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
+        raise ValueError(f"is {values!r}: write a list")
+    pools = []
+    for written in values:
+        fields = dict(written) if isinstance(written, Mapping) else _fields(written)
+        try:
+            network = ipaddress.ip_network(fields.pop("base"))
+            size = _integer(fields.pop("size"))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"is {written!r}: write base=10.10.0.0/16,size=24") from error
+        if fields or not network.prefixlen <= size <= network.max_prefixlen:
+            raise ValueError(
+                f"is {written!r}: the size is a prefix length from {network.prefixlen} to {network.max_prefixlen}"
+            )
+        pools.append(AddressPool(str(network), size))
+    return tuple(pools)
+
+
+def _fields(written: Any) -> dict[str, str]:
+    return dict(part.partition("=")[::2] for part in text(written).split(","))
+
+
+def _texts(values: Any) -> list[str]:
+    if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
+        raise ValueError(f"is {values!r}: write a list of texts")
+    return [text(value) for value in values]
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"is {value!r}: write a number")
+    return value

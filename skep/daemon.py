@@ -1,0 +1,267 @@
+"""``skep daemon``: builds one node from its configuration and runs it.  The only module that knows all others.
+
+The process forks its zygote before anything else (see ``node.supervision.zygote``), then looks at the machine, holds
+the lock of the data directory, and runs the node until SIGTERM.
+"""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from random import SystemRandom
+
+import structlog
+
+from skep import logs
+from skep.aio.clock import SystemClock
+from skep.api.swarm_requests import Founding
+from skep.configuration.configuration import ConfigurationError
+from skep.configuration.reload import reload
+from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
+from skep.errors import FailedPrecondition, SkepError
+from skep.manager.config import Bootstrap, ManagerConfig, encode
+from skep.node import requirements
+from skep.node.assembly import Node, Surroundings
+from skep.node.features import detect
+from skep.node.local import LocalNode
+from skep.node.machine import this_machine
+from skep.node.netprocess import process as net_process
+from skep.node.notify import notify
+from skep.node.orphans import adopt_orphans
+from skep.node.supervision import zygote
+from skep.node.supervision.detached import detached, held_lock, set_title
+from skep.node.supervision.supervisor import Supervisor
+from skep.node.supervision.zygote import Zygote
+from skep.paths import Paths
+from skep.security.keypair import write_file
+from skep.store.etcd.binary import find_binary
+
+log = structlog.get_logger()
+
+FORMAT = "1"
+"""Layout of the data directory."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the node that ``argv`` and the configuration files describe, until SIGTERM; the exit code."""
+    arguments = parse_arguments(argv)
+    try:
+        loaded = load(arguments)
+    except ConfigurationError as error:
+        return _refuse(error)
+    configuration = loaded.configuration
+    logs.configure(debug=configuration.debug, log_format=configuration.log_format, process="node")
+    parent = zygote.start({"net": _net, "manager": _manager})
+    set_title("skep-node")
+    if sys.version_info < (3, 12):
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    try:
+        asyncio.run(Daemon(arguments, loaded, parent).run())
+    except SkepError as error:
+        return _refuse(error)
+    except ExceptionGroup as errors:
+        expected, others = errors.split(SkepError)
+        if others is not None or expected is None:
+            raise
+        return _refuse(_first(expected))
+    finally:
+        parent.end()
+    return 0
+
+
+def _refuse(error: BaseException) -> int:
+    for sentence in str(error).splitlines():
+        sys.stderr.write(f"skep daemon: {sentence}\n")
+    return 1
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+# --- what the zygote forks ------------------------------------------------------------------------------------------
+
+
+def _net(arguments: Sequence[str]) -> None:
+    """The net process; ``arguments``: data and run directory."""
+    logs.name_process("net")
+    net_process.run(_paths(arguments))
+
+
+def _manager(arguments: Sequence[str]) -> None:
+    """The manager process; ``arguments``: data and run directory."""
+    logs.name_process("manager")
+    paths = _paths(arguments)
+    with detached(paths, "manager"):
+        from skep.manager.process import run  # a worker never pays for a manager's imports
+
+        run(paths.manager_config)
+
+
+def _paths(arguments: Sequence[str]) -> Paths:
+    data, run = map(Path, arguments)
+    return Paths(data, run)
+
+
+# --- the node process -----------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """One node process, from its checks to its end."""
+
+    def __init__(self, arguments: Arguments, loaded: Loaded, parent: Zygote) -> None:
+        self._arguments = arguments
+        self._configuration = loaded.configuration
+        self._warnings = loaded.warnings
+        self._zygote = parent
+        self._clock = SystemClock()
+        self._random = SystemRandom()
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT.  Raises: SkepError: this machine or this configuration will not do."""
+        stop, hangup = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, hangup.set)
+        for sentence in self._warnings:
+            log.warning("configuration", warning=sentence)
+        versions = await asyncio.to_thread(self._check_machine)
+        paths = self._configuration.paths
+        with _sole_user(paths):
+            _prepare(paths)
+            adopt_orphans()
+            features = await asyncio.to_thread(detect, paths.data, self._configuration.nft)
+            node = Node(
+                self._configuration,
+                Surroundings(
+                    machine=this_machine(),
+                    features=features,
+                    versions=versions,
+                    warnings=self._warnings,
+                    clock=self._clock,
+                    random=self._random,
+                    net=self._supervisor("net", hands_over=True, gives_up=False),
+                    manager=lambda: self._supervisor("manager"),
+                    write_manager_files=self._write_manager_files,
+                ),
+            )
+            async with asyncio.TaskGroup() as group:
+                running = group.create_task(node.run(self._ready), name="node")
+                reloading = group.create_task(self._reload_on(hangup, node), name="reload")
+                await stop.wait()
+                log.info("stopping")
+                notify("STOPPING=1")
+                reloading.cancel()
+                running.cancel()
+
+    def _ready(self) -> None:
+        log.info("ready")
+        notify("READY=1")
+
+    def _check_machine(self) -> Mapping[str, str]:
+        """Versions of what this node starts.  Raises: Unfit."""
+        configuration = self._configuration
+        tools = {
+            requirements.RUNC: configuration.runc,
+            requirements.CONMON: configuration.conmon,
+            requirements.NFT: configuration.nft,
+        }
+        return requirements.check(
+            configuration.data_dir,
+            tools if configuration.executor == "oci" else {},
+            lambda: find_binary(configuration.etcd_binary).version,
+        )
+
+    def _supervisor(self, name: str, *, hands_over: bool = False, gives_up: bool = True) -> Supervisor:
+        paths = self._configuration.paths
+        return Supervisor(
+            name,
+            (str(paths.data), str(paths.run)),
+            paths=paths,
+            zygote=self._zygote,
+            clock=self._clock,
+            chance=self._random.random,
+            hands_over=hands_over,
+            gives_up=gives_up,
+        )
+
+    def _write_manager_files(self, node: LocalNode, plan: Founding, root_key_pem: bytes) -> None:
+        """Everything the manager process reads at its first start."""
+        configuration, paths = self._configuration, self._configuration.paths
+        paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_file(paths.root_ca_key, root_key_pem, mode=0o600)
+        config = ManagerConfig(
+            data_dir=str(paths.data),
+            run_dir=str(paths.run),
+            node_id=node.node_id,
+            cluster_id=node.cluster_id,
+            listen_addr=node.listen_addr,
+            advertise_addr=node.advertise_addr,
+            hostname=this_machine().hostname,
+            bootstrap=Bootstrap(
+                spec=plan.spec,
+                default_addr_pool=plan.default_addr_pool,
+                subnet_size=plan.subnet_size,
+                data_path_port=plan.data_path_port,
+                availability=plan.availability,
+            ),
+            debug=configuration.debug,
+            log_format=configuration.log_format,
+            etcd_binary=str(configuration.etcd_binary or ""),
+        )
+        write_file(paths.manager_config, encode(config), mode=0o600)
+
+    async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
+        """Read the configuration again at every SIGHUP; what cannot be read changes nothing."""
+        while True:
+            await hangup.wait()
+            hangup.clear()
+            try:
+                written = await asyncio.to_thread(load, self._arguments)
+            except ConfigurationError as error:
+                for problem in error.problems:
+                    log.error("configuration not reloaded", problem=problem)
+                continue
+            taken = reload(self._configuration, written.configuration)
+            self._configuration = taken.configuration
+            logs.configure(debug=taken.configuration.debug, log_format=taken.configuration.log_format)
+            node.reload(taken.configuration)
+            log.info(
+                "configuration reloaded",
+                reloaded=", ".join(taken.reloaded) or "nothing changed",
+                needs_restart=", ".join(taken.needs_restart) or "nothing",
+            )
+
+
+@contextmanager
+def _sole_user(paths: Paths) -> Iterator[None]:
+    """Hold the lock of the data directory.  Raises: FailedPrecondition: another daemon uses it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held_lock(paths.data_lock))
+        except FailedPrecondition as error:
+            raise FailedPrecondition(
+                f"another skep daemon uses the data dir {paths.data}: "
+                "stop it, or name another one with --data-dir"
+            ) from error
+        yield
+
+
+def _prepare(paths: Paths) -> None:
+    """Make the directories.  Raises: FailedPrecondition: the data directory has a layout from the future."""
+    for directory in (paths.run, paths.netns, paths.runc):
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    for directory in (paths.tasks, paths.networks, paths.images, paths.containers, paths.volumes):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not paths.format.exists():
+        write_file(paths.format, f"{FORMAT}\n".encode(), mode=0o644)
+    elif (found := paths.format.read_text().strip()) != FORMAT:
+        raise FailedPrecondition(
+            f"the data dir {paths.data} has layout {found!r} and this version of skep knows {FORMAT!r}: "
+            "run the version that wrote it, or name another one with --data-dir"
+        )

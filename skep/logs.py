@@ -1,0 +1,102 @@
+"""Structured logs on standard error: one event per line, as text or as JSON.
+
+A line that cannot be written is lost, never an error: processes that outlive the one whose output they inherited
+must not fail because nobody reads them any more.
+"""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+# structlog draws tracebacks with ``rich`` where that is installed; a daemon's log is no terminal and the import
+# costs 4 MB in every process.
+if "rich" not in sys.modules:
+    sys.modules["rich"] = None  # type: ignore[assignment]
+
+import structlog
+
+
+def name_process(name: str) -> None:
+    """Say ``process=<name>`` in every line from now on: node, manager, net."""
+    _Process.name = name
+
+
+def configure(*, debug: bool = False, log_format: str = "text", process: str = "") -> None:
+    """Set up logging of this process; may be called again to change it."""
+    if process:
+        name_process(process)
+    level = logging.DEBUG if debug else logging.INFO
+    structlog.configure(
+        processors=[
+            _add_process,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            _as_json if log_format == "json" else _as_text,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=_Lines,
+    )
+    logging.basicConfig(handlers=[_FromLibraries()], level=logging.WARNING, force=True)
+
+
+class _Process:
+    """Which process this is; threads log as well, so it is no context variable."""
+
+    name = ""
+
+
+def _add_process(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if _Process.name:
+        event["process"] = _Process.name
+    return event
+
+
+class _Lines:
+    """Writes lines to standard error, whatever that is at the moment."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def msg(self, line: str) -> None:
+        try:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+    debug = info = warning = error = critical = exception = log = msg
+
+
+class _FromLibraries(logging.Handler):
+    """Hands what libraries log by the standard module to structlog."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            event = record.getMessage()
+        except (TypeError, ValueError):
+            event = str(record.msg)
+        structlog.get_logger().log(
+            record.levelno,
+            event,
+            logger=record.name,
+            **({"exc_info": record.exc_info} if record.exc_info else {}),
+        )
+
+
+_as_json = structlog.processors.JSONRenderer(default=str)
+
+
+def _as_text(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+    """``2026-01-31T12:00:00Z info    task rejected task=abc reason='no image'``, tracebacks below."""
+    traceback = event.pop("exception", "") or event.pop("stack", "")
+    head = f"{event.pop('timestamp')} {event.pop('level'):<8} {event.pop('event')}"
+    line = " ".join([head, *(f"{key}={_shown(value)}" for key, value in event.items())])
+    return f"{line}\n{traceback}" if traceback else line
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if text and text.isprintable() and " " not in text else repr(text)

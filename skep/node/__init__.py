@@ -1,0 +1,1 @@
+"""One machine of the cluster: runs its tasks, serves its part of the Engine API, supervises its processes."""

@@ -1,0 +1,215 @@
+"""Puts one node together and runs it: executor, worker, agent, API, supervised processes."""
+
+import asyncio
+import gc
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from random import Random
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.api.server import application, runner
+from skep.api.swarm_requests import Founding
+from skep.api.versions import NEWEST
+from skep.configuration.configuration import Configuration
+from skep.model.ids import new_id
+from skep.node import info
+from skep.node.events import NodeEvents
+from skep.node.features import Features
+from skep.node.front.server import Front, tls_context
+from skep.node.local import LocalNode
+from skep.node.machine import Machine
+from skep.node.manager_api import ManagerApi
+from skep.node.membership import ManagerProcess, Membership
+from skep.node.netprocess.client import NetClient
+from skep.node.orphans import reap_orphans
+from skep.node.parts import NodeParts
+from skep.node.reports import Reports
+from skep.node.routes import swarm as swarm_routes
+from skep.node.routes import system as system_routes
+from skep.node.system import NodeSystem, engine_id
+from skep.node.task_files import TaskFiles
+from skep.node.worker import Worker
+from skep.node.workload import Workload, forward_container_events, oci_workload, policy
+
+log = structlog.get_logger()
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the node finds outside of itself, and what only the daemon knows how to make.
+
+    ``net``: the supervised net process.  ``manager``: makes the supervisor of the manager process;
+    ``write_manager_files``: what a new manager reads (node, plan, root key).
+    """
+
+    machine: Machine
+    features: Features
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...]
+    clock: Clock
+    random: Random
+    net: ManagerProcess
+    manager: Callable[[], ManagerProcess]
+    write_manager_files: Callable[[LocalNode, Founding, bytes], None]
+
+
+class Node:
+    """One running node."""
+
+    def __init__(self, configuration: Configuration, around: Surroundings) -> None:
+        self._configuration = configuration
+        self._around = around
+        self._system: NodeSystem | None = None
+        self._workload: Workload | None = None
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Run until cancelled; calls ``ready`` once the API is served.
+
+        Raises: SkepError: a host cannot be listened on, the data directory is damaged.
+        """
+        around, paths = self._around, self._configuration.paths
+        clock, chance = around.clock, around.random.random
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+            group.create_task(around.net.run(), name="net process")
+            manager_api = ManagerApi(paths.manager_socket)
+            await stack.enter_async_context(manager_api.open())
+            events = NodeEvents(clock)
+            workload = await oci_workload(
+                self._configuration,
+                around.machine,
+                ports=NetClient(paths.net_socket, clock, chance),
+                events=events,
+                clock=clock,
+            )
+            self._workload = workload
+            reports = Reports()
+            worker = Worker(
+                executor=workload.executor,
+                files=TaskFiles(paths.tasks),
+                reports=reports,
+                clock=clock,
+                payloads=workload.payloads,
+            )
+            parts = NodeParts(
+                certificates=paths.certificates,
+                machine=around.machine,
+                features=around.features,
+                configuration=lambda: self._configuration,
+                executor=workload.executor,
+                worker=worker,
+                reports=reports,
+                logs=workload.logs,
+                clock=clock,
+                random=around.random,
+                manager=around.manager,
+                write_manager_files=around.write_manager_files,
+            )
+            membership = Membership(
+                paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
+            )
+            self._system = self._system_of(membership, manager_api, events, workload)
+            here = await stack.enter_async_context(serving(self._application(workload, membership)))
+            front = Front(
+                here,
+                knowledge=Knowledge(self._configuration, membership, workload),
+                membership=membership,
+                manager_socket=paths.manager_socket,
+                engine_socket=self._configuration.engine_socket,
+                clock=clock,
+                chance=chance,
+            )
+            group.create_task(reap_orphans(clock), name="orphans")
+            group.create_task(worker.run(), name="worker")
+            if workload.containers is not None:
+                group.create_task(forward_container_events(workload.containers, events), name="events")
+            group.create_task(membership.run(), name="membership")
+            async with front.listening(self._configuration.api_hosts, tls_of(self._configuration)):
+                gc.collect()
+                gc.freeze()
+                ready()
+                await asyncio.Event().wait()
+
+    def reload(self, configuration: Configuration) -> None:
+        """Use the parts of ``configuration`` that need no restart."""
+        self._configuration = configuration
+        if self._system is not None:
+            self._system.configure(configuration)
+        if self._workload is not None and self._workload.images is not None:
+            self._workload.images.policy = policy(configuration)
+
+    def _system_of(
+        self, membership: Membership, manager_api: ManagerApi, events: NodeEvents, workload: Workload
+    ) -> NodeSystem:
+        around = self._around
+        return NodeSystem(
+            info.Node(
+                id=engine_id(self._configuration.data_dir),
+                machine=around.machine,
+                features=around.features,
+                configuration=self._configuration,
+                versions=around.versions,
+            ),
+            api_version=str(NEWEST),
+            membership=membership,
+            manager_api=manager_api,
+            events=events,
+            clock=around.clock,
+            count=workload.counts,
+            warnings=around.warnings,
+        )
+
+    def _application(self, workload: Workload, membership: Membership) -> web.Application:
+        assert self._system is not None, "made before"
+        app = application(
+            system_routes.routes, swarm_routes.routes, *workload.routes, system_routes.last_routes
+        )
+        app[system_routes.SYSTEM] = self._system
+        app[swarm_routes.MEMBER] = membership
+        app.on_response_prepare.append(_close_after_answer)
+        return app
+
+
+class Knowledge:
+    """What the front's routing asks about this node."""
+
+    def __init__(self, configuration: Configuration, membership: Membership, workload: Workload) -> None:
+        self._membership = membership
+        self.has_engine = configuration.engine_socket is not None
+        self.knows_container = workload.knows_container
+        self.knows_image = workload.knows_image
+        self.knows_exec = workload.knows_exec
+
+    @property
+    def is_manager(self) -> bool:
+        return self._membership.is_manager
+
+
+@asynccontextmanager
+async def serving(app: web.Application) -> AsyncIterator[web.Server]:
+    """The protocol factory of ``app`` while the context is open."""
+    here = runner(app)
+    await here.setup()
+    try:
+        assert here.server is not None, "set up just now"
+        yield here.server
+    finally:
+        await here.cleanup()
+
+
+async def _close_after_answer(_request: web.Request, response: web.StreamResponse) -> None:
+    """The next request on a connection may not be ours: the client opens another one for it."""
+    if response.status != 101:
+        response.force_close()
+        response.headers["Connection"] = "close"
+
+
+def tls_of(configuration: Configuration) -> ssl.SSLContext | None:
+    """TLS for tcp:// hosts.  Raises: FailedPrecondition."""
+    certificate, key, authority = configuration.tls_cert, configuration.tls_key, configuration.tls_ca
+    if certificate is None or key is None or authority is None:
+        return None
+    return tls_context(certificate, key, authority)

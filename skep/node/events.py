@@ -1,0 +1,228 @@
+"""``/events``: what happens to this node's containers and images, merged with the manager's stream.
+
+Source: moby, daemon/events/{events,filter}.go.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.api.filters import Filters
+from skep.errors import ResourceExhausted, SkepError
+from skep.model.times import SECOND_NS
+
+log = structlog.get_logger()
+
+KEPT = 1024
+"""Past events that can be asked for (the engine keeps 256)."""
+BEHIND_MAX = 1024
+READERS_MAX = 256
+
+LOCAL_TYPES = frozenset({"container", "image", "daemon", "volume", "plugin"})
+
+Message = Mapping[str, Any]
+"""One event as it is sent."""
+
+
+class ClusterLines(Protocol):
+    """Where the cluster's events come from (``ManagerApi``)."""
+
+    def lines(
+        self, path: str, query: Mapping[str, str]
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """What a client asked for.  Unix time in nanoseconds; None: not said."""
+
+    since_ns: int | None
+    until_ns: int | None
+    filters: Filters
+    query: Mapping[str, str]
+    """The same as it was written, for the manager."""
+
+
+class Reader:
+    """One client's place in the stream."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Queue[Message | None] = asyncio.Queue(BEHIND_MAX)
+
+    def offer(self, message: Message | None) -> None:
+        """Hand over a message; None ends the stream.  One that is too far behind ends too: no stream with holes."""
+        if self._waiting.full():
+            while not self._waiting.empty():
+                self._waiting.get_nowait()
+            message = None
+        self._waiting.put_nowait(message)
+
+    async def next(self) -> Message | None:
+        return await self._waiting.get()
+
+
+class NodeEvents:
+    """The events of this node, past and coming."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._past: deque[Message] = deque(maxlen=KEPT)
+        self._readers: set[Reader] = set()
+
+    def publish(
+        self, type: str, action: str, id: str, attributes: Mapping[str, str], at_ns: int | None = None
+    ) -> None:
+        """Tell every client that ``action`` happened."""
+        message = message_of(type, action, id, attributes, self._clock.now_ns() if at_ns is None else at_ns)
+        self._past.append(message)
+        for reader in self._readers:
+            reader.offer(message)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Reader]:
+        if len(self._readers) >= READERS_MAX:
+            raise ResourceExhausted(f"{READERS_MAX} clients follow the events of this node already")
+        reader = Reader()
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+
+    async def stream(
+        self, wish: Wish, cluster: ClusterLines | None, send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        """Send past events the client asked for, then those that come, until its time is over.
+
+        Args:
+            cluster: the manager of this node; None where there is none.
+
+        Raises: what ``send`` raises; ResourceExhausted: too many clients listen.
+        """
+        with self._reading() as reader:
+            past = [message for message in self._past if _is_wanted_past(message, wish)]
+            if wish.until_ns is not None and wish.until_ns <= self._clock.now_ns():
+                if cluster is not None:
+                    past += await _past_of_cluster(cluster, wish)
+                for message in sorted(past, key=lambda one: int(one["timeNano"])):
+                    await send(message)
+                return
+            try:
+                async with asyncio.TaskGroup() as group:
+                    helpers = []
+                    if cluster is not None:
+                        helpers.append(
+                            group.create_task(_follow(cluster, wish, reader), name="cluster events")
+                        )
+                    if wish.until_ns is not None:
+                        helpers.append(
+                            group.create_task(self._end_at(wish.until_ns, reader), name="end of events")
+                        )
+                    for message in past:
+                        await send(message)
+                    while (coming := await reader.next()) is not None:
+                        if coming["scope"] == "swarm" or fits(coming, wish.filters):
+                            await send(coming)
+                    for task in helpers:
+                        task.cancel()
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+
+    async def _end_at(self, until_ns: int, reader: Reader) -> None:
+        await self._clock.sleep((until_ns - self._clock.now_ns()) / SECOND_NS)
+        reader.offer(None)
+
+
+def message_of(type: str, action: str, id: str, attributes: Mapping[str, str], at_ns: int) -> Message:
+    """An event in Docker's form, with the fields that older clients read (status, id, from)."""
+    legacy = {"status": action, "id": id} if type in ("container", "image") else {}
+    if type == "container":
+        legacy["from"] = attributes.get("image", "")
+    return {
+        **legacy,
+        "Type": type,
+        "Action": action,
+        "Actor": {"ID": id, "Attributes": dict(attributes)},
+        "scope": "local",
+        "time": at_ns // SECOND_NS,
+        "timeNano": at_ns,
+    }
+
+
+def fits(message: Message, filters: Filters) -> bool:
+    """Whether ``filters`` take this local event."""
+    type, action, actor = message["Type"], message["Action"], message["Actor"]
+    name = actor["Attributes"].get("name", "")
+    of_image = (
+        actor["ID"],
+        name if type == "image" else actor["Attributes"].get("image", ""),
+    )
+    return (
+        _fits_action(action, filters)
+        and filters.matches("type", type)
+        and filters.matches("scope", message["scope"])
+        and filters.matches_labels("label", actor["Attributes"])
+        and filters.matches("image", *of_image, *(without_tag(word) for word in of_image))
+        and all(
+            kind not in filters or (kind == type and filters.matches_prefix(kind, actor["ID"], name))
+            for kind in (
+                "container",
+                "daemon",
+                "volume",
+                "plugin",
+                "network",
+                "service",
+                "node",
+                "secret",
+                "config",
+            )
+        )
+    )
+
+
+def _fits_action(action: str, filters: Filters) -> bool:
+    """``exec_create``, ``exec_start`` and ``health_status`` are wanted by their beginning (moby issue 25798)."""
+    if {"health_status", "exec_create", "exec_start"} & set(filters["event"]):
+        return filters.matches_prefix("event", action)
+    return filters.matches("event", action)
+
+
+def without_tag(reference: str) -> str:
+    """``registry:5000/app:1`` -> ``registry:5000/app``."""
+    bare = reference.partition("@")[0]
+    name, colon, tag = bare.rpartition(":")
+    return name if colon and "/" not in tag else bare
+
+
+def _is_wanted_past(message: Message, wish: Wish) -> bool:
+    return (
+        wish.since_ns is not None
+        and message["timeNano"] >= wish.since_ns
+        and (wish.until_ns is None or message["timeNano"] <= wish.until_ns)
+        and fits(message, wish.filters)
+    )
+
+
+async def _past_of_cluster(cluster: ClusterLines, wish: Wish) -> list[Message]:
+    found: list[Message] = []
+    try:
+        async with cluster.lines("/events", wish.query) as lines:
+            found = [msgspec.json.decode(line) async for line in lines]
+    except SkepError as error:
+        log.info("events of the cluster are missing", reason=str(error))
+    return found
+
+
+async def _follow(cluster: ClusterLines, wish: Wish, reader: Reader) -> None:
+    """Hand the cluster's events over as they come; a manager that goes away ends only its own share."""
+    try:
+        async with cluster.lines("/events", wish.query) as lines:
+            async for line in lines:
+                reader.offer(msgspec.json.decode(line))
+    except SkepError as error:
+        log.info("events of the cluster ended", reason=str(error))

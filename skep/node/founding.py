@@ -1,0 +1,95 @@
+"""Making a new cluster's first node: what is checked before, and what is made.
+
+Source: moby, daemon/cluster/swarm.go (Init), noderunner.go (the words of a failed start).
+"""
+
+import errno
+import shutil
+import socket
+from pathlib import Path
+
+from skep.api.errors import Untranslated
+from skep.api.swarm_requests import Founding
+from skep.errors import Unavailable, Unimplemented
+from skep.model.ids import ClusterId, IdSource, NodeId
+from skep.model.node import NodeRole
+from skep.node.local import LocalNode, Peer
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem
+
+_FREE_BYTES_MIN = 256 * 1024 * 1024
+_PEER_PORT_OFFSET = 1
+"""etcd's peers use the port after the manager's."""
+
+_LISTEN_FAILED = "manager stopped: failed to listen on remote API address: listen tcp"
+_REASONS = {
+    errno.EADDRINUSE: "address already in use",
+    errno.EADDRNOTAVAIL: "cannot assign requested address",
+}
+
+
+def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:
+    """A new cluster's first node, its certificate, and the key (PEM) of the cluster's new authority."""
+    node_id, cluster_id = NodeId(new_id()), ClusterId(new_id())
+    authority, key = Authority.create(), new_private_key()
+    identity = Identity(node_id=node_id, cluster_id=cluster_id, role=NodeRole.MANAGER)
+    pair = KeyPair(
+        certificate_pem=authority.issue(key.public_key(), identity),
+        key_pem=private_pem(key),
+        root_pem=authority.root_pem,
+    )
+    node = LocalNode(
+        node_id=node_id,
+        cluster_id=cluster_id,
+        is_manager=True,
+        listen_addr=plan.endpoints.listen_addr,
+        advertise_addr=plan.endpoints.advertise_addr,
+        local_addr=plan.endpoints.local_addr,
+        data_path_addr=plan.endpoints.data_path_addr,
+        managers=(Peer(node_id, plan.endpoints.advertise_addr),),
+    )
+    return node, pair, authority.key_pem
+
+
+def refuse_unsupported(plan: Founding) -> None:
+    """Raises: Unimplemented: asked for something that must not be ignored."""
+    if plan.force_new_cluster:
+        raise Unimplemented(
+            "--force-new-cluster is not supported by this version: this node is in no cluster it could force"
+        )
+    if plan.spec.encryption_config.auto_lock_managers:
+        raise Unimplemented("--autolock is not supported by this version: run docker swarm init without it")
+
+
+def check_space(data_dir: Path) -> None:
+    """Raises: Unavailable: a manager's store would soon be full."""
+    free = shutil.disk_usage(data_dir).free
+    if free < _FREE_BYTES_MIN:
+        raise Unavailable(
+            f"{data_dir} has {free // 1024**2} MiB left and a manager needs {_FREE_BYTES_MIN // 1024**2}: "
+            "free some space and try again"
+        )
+
+
+def check_listening(listen_addr: str) -> None:
+    """Find out before anything is made whether the manager's ports are free.
+
+    Raises: Untranslated: they are not, in Docker's words.
+    """
+    host, _, digits = listen_addr.rpartition(":")
+    host = host.strip("[]")
+    if not digits.isdigit() or int(digits) > 65535 - _PEER_PORT_OFFSET:
+        raise Untranslated(f"{_LISTEN_FAILED}: address {digits}: invalid port")
+    for port in (int(digits), int(digits) + _PEER_PORT_OFFSET):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                probe.listen(1)
+            except OSError as error:
+                reason = _REASONS.get(error.errno or 0, error.strerror)
+                shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                raise Untranslated(f"{_LISTEN_FAILED} {shown}: bind: {reason}") from error

@@ -1,0 +1,180 @@
+"""Relays one request to the manager process and its answer back, over connections that are kept.
+
+Bodies are streamed both ways as they come, whatever their length: a log that is followed for days, an upload.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from skep.aio.clock import Clock
+from skep.errors import Unavailable
+from skep.node.front.framing import (
+    Body,
+    Request,
+    UntilClose,
+    body_of_request,
+    body_of_response,
+    parse_response,
+)
+from skep.node.front.side import Gone, Side
+
+_KEPT_MAX = 16
+_KEPT_S = 30.0
+"""Less than the manager itself keeps an idle connection, so that it rarely closes one that is being used."""
+_CONNECT_WAIT_S = 5.0
+_WAITING_MAX = 256
+_FIRST_RETRY_S = 0.02
+_RETRY_S_MAX = 0.5
+_REPEATABLE = frozenset({"GET", "HEAD"})
+
+
+class Connections:
+    """Connections to the manager process: lent to one request at a time, kept for the next.
+
+    While the manager is not there (it restarts), up to 256 requests wait for it, each for up to 5 s.
+    """
+
+    def __init__(self, path: Path, clock: Clock, chance: Callable[[], float]) -> None:
+        self._path = path
+        self._clock = clock
+        self._chance = chance
+        self._kept: deque[tuple[float, Side]] = deque()
+        self._waiting = 0
+
+    def kept(self) -> Side | None:
+        """A connection used before that is still open."""
+        while self._kept:
+            since, side = self._kept.pop()
+            if not side.has_ended and self._clock.monotonic() - since < _KEPT_S:
+                return side
+            side.abort()
+        return None
+
+    async def fresh(self) -> Side:
+        """A new connection.  Raises: Unavailable: no manager for 5 s."""
+        if self._waiting >= _WAITING_MAX:
+            raise Unavailable("too many requests wait for the manager of this node")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(_CONNECT_WAIT_S):
+                return await self._connect()
+        except TimeoutError as error:
+            raise Unavailable(
+                "This node is not a swarm manager. "
+                "Manager is being prepared or has trouble connecting to the cluster."
+            ) from error
+        finally:
+            self._waiting -= 1
+
+    async def _connect(self) -> Side:
+        loop = asyncio.get_running_loop()
+        pause_s = _FIRST_RETRY_S
+        while True:
+            try:
+                return (await loop.create_unix_connection(Side, str(self._path)))[1]
+            except OSError:
+                await self._clock.sleep(pause_s * (0.5 + self._chance() / 2))
+                pause_s = min(pause_s * 2, _RETRY_S_MAX)
+
+    def keep(self, side: Side) -> None:
+        """Take back a connection whose exchange is complete."""
+        if len(self._kept) < _KEPT_MAX:
+            self._kept.append((self._clock.monotonic(), side))
+        else:
+            side.close()
+
+    def close(self) -> None:
+        """Drop all kept connections."""
+        while self._kept:
+            self._kept.pop()[1].abort()
+
+
+async def relay(client: Side, request: Request, connections: Connections) -> bool:
+    """Send ``request`` and its body to the manager and the answer back; whether ``client`` may send another.
+
+    Raises:
+        Unavailable: there is no manager to answer; nothing was sent to the client.
+        Gone: the client went away, or the manager did in the middle of its answer.
+        Malformed: the request's framing; nothing was sent to the client.
+    """
+    body = body_of_request(request)
+    head = request.head.with_headers(without=(b"connection", b"keep-alive"))
+    repeatable = request.method in _REPEATABLE and body.is_complete
+    manager = connections.kept()
+    if manager is not None and repeatable:
+        try:
+            return await _exchange(client, request, head, body, manager, connections)
+        except Unavailable:
+            manager = None  # it was closed just when we used it
+    if manager is None:
+        manager = await connections.fresh()
+    return await _exchange(client, request, head, body, manager, connections)
+
+
+async def _exchange(
+    client: Side, request: Request, head: bytes, body: Body, manager: Side, connections: Connections
+) -> bool:
+    finished = False
+    try:
+        async with asyncio.TaskGroup() as group:
+            sending = group.create_task(_send_request(client, head, body, manager), name="request body")
+            is_last = await _send_response(manager, request.method, client)
+            sending.cancel()  # it watches for a client that goes away; a body nobody read any more is dropped
+        finished = body.is_complete and not is_last
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    finally:
+        if finished:
+            connections.keep(manager)
+        else:
+            manager.abort()
+    return finished and not request.head.is_last
+
+
+async def _send_request(client: Side, head: bytes, body: Body, manager: Side) -> None:
+    """Pass the request on, then watch the client until cancelled.  Raises: Gone: the client has gone."""
+    try:
+        await manager.send(head)
+        while not body.is_complete:
+            data = await client.read()
+            if not data:
+                raise Gone("closed in the middle of a request")
+            mine, rest = body.take(data)
+            client.put_back(rest)
+            if mine:
+                await manager.send(mine)
+    except Gone:
+        if client.has_ended:
+            raise
+        return  # the manager closed its end: its answer, if any, is read by the other direction
+    await client.wait_gone()
+    raise Gone("closed while waiting for the answer")
+
+
+async def _send_response(manager: Side, method: str, client: Side) -> bool:
+    """Pass the answer on; whether the manager's connection ends with it."""
+    while True:
+        try:
+            raw = await manager.read_head()
+        except Gone:
+            raw = b""
+        if not raw:
+            raise Unavailable("the manager of this node ended before it answered: ask again")
+        response = parse_response(raw)
+        body = body_of_response(response, method)
+        await client.send(raw)
+        if response.status >= 200 or response.status == 101:
+            break
+    if response.status == 101:
+        body = UntilClose()
+    while not body.is_complete:
+        data = await manager.read()
+        if not data and isinstance(body, UntilClose):
+            break
+        if not data:
+            raise Gone("the manager ended in the middle of its answer")
+        mine, _ = body.take(data)
+        await client.send(mine)
+    return response.head.is_last or isinstance(body, UntilClose)

@@ -1,0 +1,254 @@
+"""Listens on the API hosts and gives each request to whom it belongs."""
+
+import asyncio
+import grp
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.api.errors import status_of
+from skep.configuration.configuration import Host, TcpHost, UnixHost
+from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.node.front.framing import Malformed, Request, parse_request
+from skep.node.front.relay import Connections, relay
+from skep.node.front.routing import Destination, Knowledge, route
+from skep.node.front.side import Gone, Side
+from skep.node.front.splice import splice
+
+log = structlog.get_logger()
+
+_BACKLOG = 1024
+_CONNECTIONS_MAX = 4096
+"""Of those whose requests are relayed or about to be routed; further ones are dropped."""
+_HEAD_TIMEOUT_S = 60.0
+_GROUP = "docker"
+
+
+class Membership(Protocol):
+    """What the front asks about this node's part in a swarm."""
+
+    def manager_refusal(self) -> str | None:
+        """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
+
+
+class Front:
+    """The API sockets of one node.
+
+    Args:
+        here: the application for what the node answers itself; it closes the connection after each answer, since
+            the next request on it may not be its own.
+    """
+
+    def __init__(
+        self,
+        here: web.Server,
+        *,
+        knowledge: Knowledge,
+        membership: Membership,
+        manager_socket: Path,
+        engine_socket: Path | None,
+        clock: Clock,
+        chance: Callable[[], float],
+    ) -> None:
+        self._here = here
+        self._knowledge = knowledge
+        self._membership = membership
+        self._engine_socket = engine_socket
+        self._connections = Connections(manager_socket, clock, chance)
+
+    @asynccontextmanager
+    async def listening(
+        self, hosts: Sequence[Host], tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[None]:
+        """Serve on ``hosts`` while the context is open.
+
+        Raises: FailedPrecondition: one of them cannot be listened on.
+        """
+        loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as stack:
+            group = await stack.enter_async_context(asyncio.TaskGroup())
+            open_sides: set[asyncio.Task[None]] = set()
+
+            def opened(side: Side) -> None:
+                if len(open_sides) >= _CONNECTIONS_MAX:
+                    side.abort()
+                    return
+                task = group.create_task(self._serve(side), name="api connection")
+                open_sides.add(task)
+                task.add_done_callback(open_sides.discard)
+
+            servers = []
+            try:
+                for host in hosts:
+                    sock = _listener(host)
+                    if isinstance(host, UnixHost):
+                        server = await loop.create_unix_server(
+                            lambda: Side(opened), sock=sock, backlog=_BACKLOG
+                        )
+                    else:
+                        server = await loop.create_server(
+                            lambda: Side(opened), sock=sock, ssl=tls, backlog=_BACKLOG
+                        )
+                    servers.append(server)
+                    log.info("api served", host=str(host))
+                yield
+            finally:
+                for server in servers:
+                    server.close()
+                for host in hosts:
+                    if isinstance(host, UnixHost):
+                        host.path.unlink(missing_ok=True)
+                self._connections.close()
+                for task in open_sides:
+                    task.cancel()
+
+    async def _serve(self, client: Side) -> None:
+        """Answer the requests of one connection, one after another."""
+        try:
+            while True:
+                await client.wait_begun()
+                try:
+                    async with asyncio.timeout(_HEAD_TIMEOUT_S):
+                        raw = await client.read_head()
+                except TimeoutError:
+                    raw = b""
+                if not raw:
+                    client.close()
+                    return
+                if not await self._answer(client, raw):
+                    return
+        except Gone:
+            client.abort()
+        except Exception:
+            log.exception("api connection failed")
+            client.abort()
+        except BaseException:
+            client.abort()
+            raise
+
+    async def _answer(self, client: Side, raw: bytes) -> bool:
+        """Have one request answered; whether this loop reads the next one of this connection."""
+        try:
+            request = parse_request(raw)
+            match route(request.method, request.target, self._knowledge):
+                case Destination.MANAGER:
+                    return await self._ask_manager(client, request)
+                case Destination.ENGINE if self._engine_socket is not None:
+                    await splice(client, request, self._engine_socket)
+                    return False
+                case _:
+                    self._hand_over(client, raw)
+                    return False
+        except SkepError as error:
+            await client.send(refusal(error))
+            client.close()
+            return False
+
+    async def _ask_manager(self, client: Side, request: Request) -> bool:
+        if (reason := self._membership.manager_refusal()) is not None:
+            raise Unavailable(reason)
+        if await relay(client, request, self._connections):
+            return True
+        client.close()
+        return False
+
+    def _hand_over(self, client: Side, raw: bytes) -> None:
+        """Give the connection, with what was read of it, to the application."""
+        handler = self._here()
+        transport, waiting, ended = client.transport, client.take(), client.has_ended
+        transport.set_protocol(handler)
+        handler.connection_made(transport)
+        handler.data_received(raw + waiting)
+        if ended:
+            handler.eof_received()
+
+
+def refusal(error: SkepError) -> bytes:
+    """A whole answer that says why, after which the connection is closed."""
+    status = 431 if isinstance(error, Malformed) and "too large" in str(error) else status_of(error)
+    body = msgspec.json.encode({"message": str(error)}) + b"\n"
+    reason = web.Response(status=status).reason
+    return (
+        f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    ).encode() + body
+
+
+def _listener(host: Host) -> socket.socket:
+    """A bound socket.  Raises: FailedPrecondition."""
+    try:
+        return _unix_listener(host.path) if isinstance(host, UnixHost) else _tcp_listener(host)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"the API cannot be served on {host}: {error.strerror or error}; choose another --host"
+        ) from error
+
+
+def _unix_listener(path: Path) -> socket.socket:
+    """A socket that root and the group ``docker``, if there is one, may use."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if _is_served(path):
+        raise FailedPrecondition(
+            f"another process serves the API on unix://{path}: stop it, or choose another --host"
+        )
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)  # nobody else may connect before the group is set
+    try:
+        sock.bind(str(path))
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(mask)
+    try:
+        os.chown(path, 0, grp.getgrnam(_GROUP).gr_gid)
+        path.chmod(0o660)
+    except KeyError:
+        pass  # no such group: root only
+    return sock
+
+
+def _is_served(path: Path) -> bool:
+    if not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _tcp_listener(host: TcpHost) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host.address else socket.AF_INET
+    return socket.create_server((host.address, host.port), family=family, backlog=_BACKLOG)
+
+
+def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+    """TLS for the API: clients prove with a certificate of ``authority`` who they are.
+
+    Raises: FailedPrecondition: a file is not what it should be.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(authority)
+    except (OSError, ssl.SSLError) as error:
+        raise FailedPrecondition(
+            f"TLS cannot be served with {certificate}, {key} and {authority}: {error}; "
+            "they must be PEM files, the key that of the certificate"
+        ) from error
+    return context

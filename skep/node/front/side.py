@@ -1,0 +1,154 @@
+"""One end of a connection: bytes in and out with back-pressure, half-closes passed on."""
+
+import asyncio
+from collections.abc import Callable
+
+from skep.node.front.framing import HEAD_BYTES_MAX, Malformed
+
+_BUFFER_BYTES_MAX = 256 * 1024
+
+
+class Gone(ConnectionError):
+    """The other end has closed or broken the connection."""
+
+
+class Side(asyncio.Protocol):
+    """A connection read and written by one coroutine each.
+
+    What arrives waits in a buffer of at most 256 KiB (and what one read of the socket brings); beyond that the
+    sender has to wait.
+
+    Args:
+        on_open: called once the connection stands.
+    """
+
+    def __init__(self, on_open: "Callable[[Side], None] | None" = None) -> None:
+        self._on_open = on_open
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._ended = False
+        self._lost = False
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._readable = asyncio.Event()
+
+    # --- called by the event loop -----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if self._on_open is not None:
+            self._on_open(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) >= _BUFFER_BYTES_MAX:
+            self.transport.pause_reading()
+        self._readable.set()
+
+    def eof_received(self) -> bool:
+        self._ended = True
+        self._readable.set()
+        # the other direction stays open; TLS has no half-close in asyncio
+        return self.transport.get_extra_info("sslcontext") is None
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._ended = self._lost = True
+        self._readable.set()
+        self._writable.set()
+
+    # --- called by coroutines ---------------------------------------------------------------------------------
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        assert self._transport is not None, "used before the connection stood"
+        return self._transport
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more will arrive (what has arrived may still wait)."""
+        return self._ended
+
+    def take(self) -> bytes:
+        """Everything that has arrived."""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        if not self._ended:
+            self._readable.clear()
+            self.transport.resume_reading()
+        return data
+
+    def put_back(self, data: bytes) -> None:
+        """Make ``data`` the next thing to read."""
+        if data:
+            self._buffer[:0] = data
+            self._readable.set()
+
+    async def read(self) -> bytes:
+        """What has arrived, at least one byte; ``b""`` once the other end has closed."""
+        while not self._buffer and not self._ended:
+            self._readable.clear()
+            await self._readable.wait()
+        return self.take()
+
+    async def read_head(self) -> bytes:
+        """Everything up to and with the next empty line; ``b""`` if the other end closed before a first byte.
+
+        Raises: Malformed: it is longer than 64 KiB; Gone: the other end closed in the middle.
+        """
+        searched = 0
+        while (end := self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))) < 0:
+            searched = len(self._buffer)
+            if searched > HEAD_BYTES_MAX:
+                raise Malformed("request header fields too large")
+            if self._ended and searched:
+                raise Gone("closed in the middle of a head")
+            if self._ended:
+                return b""
+            self._readable.clear()
+            await self._readable.wait()
+        head = bytes(self._buffer[: end + 4])
+        del self._buffer[: end + 4]
+        if not self._ended:
+            self.transport.resume_reading()
+        return head
+
+    async def wait_begun(self) -> None:
+        """Return when something waits to be read, or nothing ever will."""
+        while not self._buffer and not self._ended:
+            self._readable.clear()
+            await self._readable.wait()
+
+    async def wait_gone(self) -> None:
+        """Return when nothing more will arrive; what has arrived stays."""
+        while not self._ended:
+            self._readable.clear()
+            await self._readable.wait()
+
+    async def send(self, data: bytes) -> None:
+        """Send ``data``; return when there is room for more.  Raises: Gone."""
+        if self._lost or self.transport.is_closing():
+            raise Gone("closed by the other end")
+        self.transport.write(data)
+        await self._writable.wait()
+        if self._lost:
+            raise Gone("closed by the other end")
+
+    def end(self) -> None:
+        """Close our direction; the other end may go on sending."""
+        if not self._lost and not self.transport.is_closing() and self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def close(self) -> None:
+        """Close both directions once what was sent has left."""
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Drop the connection with whatever is under way."""
+        self.transport.abort()

@@ -1,0 +1,171 @@
+"""``/info`` and ``/version``: what this node says of itself, in Docker's full shape.
+
+What Docker has and we do not (plugins, build, live restore as an option) is given as it is true for us; clients
+print these fields without asking whether they are there.
+
+Source: moby 20.10, daemon/info.go; recorded answers of a real engine.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from skep import __version__
+from skep.configuration.configuration import Configuration
+from skep.model.times import Timestamp
+from skep.node.features import Features
+from skep.node.machine import Machine
+
+API_VERSION_MIN = "1.24"
+_INDEX = "https://index.docker.io/v1/"
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Containers by state, and images."""
+
+    running: int = 0
+    paused: int = 0
+    stopped: int = 0
+    images: int = 0
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about this node that does not change while it runs, but the configuration's reloaded parts."""
+
+    id: str
+    machine: Machine
+    features: Features
+    configuration: Configuration
+    versions: Mapping[str, str]
+    """Versions of the programs it starts: runc, conmon, nft, etcd."""
+    engine: Mapping[str, str] = {}
+    """``Version`` and ``ApiVersion`` of the machine's Docker Engine; empty without one."""
+
+
+def version(node: Node, api_version: str) -> dict[str, Any]:
+    """The answer to ``GET /version``."""
+    machine = node.machine
+    ours = {
+        "ApiVersion": api_version,
+        "Arch": machine.go_architecture,
+        "KernelVersion": machine.kernel,
+        "MinAPIVersion": API_VERSION_MIN,
+        "Os": "linux",
+    }
+    components = [{"Name": "Engine", "Version": __version__, "Details": {**ours, "Experimental": "false"}}]
+    components += [
+        {"Name": name, "Version": found, "Details": {}} for name, found in sorted(node.versions.items())
+    ]
+    if node.engine:
+        details = {"ApiVersion": node.engine.get("ApiVersion", "")}
+        components.append(
+            {"Name": "Docker Engine", "Version": node.engine.get("Version", ""), "Details": details}
+        )
+    return {
+        "Platform": {"Name": "Skep"},
+        "Components": components,
+        "Version": __version__,
+        "ApiVersion": api_version,
+        "MinAPIVersion": API_VERSION_MIN,
+        "GitCommit": "",
+        "GoVersion": "",
+        "Os": "linux",
+        "Arch": machine.go_architecture,
+        "KernelVersion": machine.kernel,
+        "BuildTime": "",
+    }
+
+
+def info(
+    node: Node, *, counts: Counts, swarm: Mapping[str, Any], warnings: Sequence[str], now: Timestamp
+) -> dict[str, Any]:
+    """The answer to ``GET /info``."""
+    machine, features, configuration = node.machine, node.features, node.configuration
+    controllers = features.controllers
+    has_cpu, has_memory = "cpu" in controllers, "memory" in controllers
+    runc = {"ID": node.versions.get("runc", ""), "Expected": node.versions.get("runc", "")}
+    nothing = {"ID": "", "Expected": ""}
+    return {
+        "ID": node.id,
+        "Containers": counts.running + counts.paused + counts.stopped,
+        "ContainersRunning": counts.running,
+        "ContainersPaused": counts.paused,
+        "ContainersStopped": counts.stopped,
+        "Images": counts.images,
+        "Driver": "overlay2",
+        "DriverStatus": [["Native Overlay Diff", "true"]],
+        "Plugins": {
+            "Volume": ["local"],
+            "Network": ["bridge", "host", "null", "overlay"],
+            "Authorization": None,
+            "Log": ["json-file"],
+        },
+        "MemoryLimit": has_memory,
+        "SwapLimit": has_memory,
+        "KernelMemory": False,
+        "KernelMemoryTCP": False,
+        "CpuCfsPeriod": has_cpu,
+        "CpuCfsQuota": has_cpu,
+        "CPUShares": has_cpu,
+        "CPUSet": "cpuset" in controllers,
+        "PidsLimit": "pids" in controllers,
+        "IPv4Forwarding": True,
+        "BridgeNfIptables": False,
+        "BridgeNfIp6tables": False,
+        "Debug": configuration.debug,
+        "NFd": 0,
+        "OomKillDisable": has_memory and features.cgroup_version == 1,
+        "NGoroutines": 0,
+        "SystemTime": now,
+        "LoggingDriver": "json-file",
+        "CgroupDriver": "cgroupfs",
+        "CgroupVersion": str(features.cgroup_version),
+        "NEventsListener": 0,
+        "KernelVersion": machine.kernel,
+        "OperatingSystem": machine.os_name,
+        "OSVersion": machine.os_version,
+        "OSType": "linux",
+        "Architecture": machine.architecture,
+        "IndexServerAddress": _INDEX,
+        "RegistryConfig": registry_config(configuration),
+        "NCPU": machine.cpus,
+        "MemTotal": machine.memory_bytes,
+        "GenericResources": list(configuration.generic_resources) or None,
+        "DockerRootDir": str(configuration.data_dir),
+        "HttpProxy": "",
+        "HttpsProxy": "",
+        "NoProxy": "",
+        "Name": machine.hostname,
+        "Labels": [f"{key}={value}" for key, value in sorted(configuration.labels.items())],
+        "ExperimentalBuild": False,
+        "ServerVersion": __version__,
+        "Runtimes": {"runc": {"path": configuration.runc}},
+        "DefaultRuntime": "runc",
+        "Swarm": swarm,
+        "LiveRestoreEnabled": True,
+        "Isolation": "",
+        "InitBinary": "tini-static",
+        "ContainerdCommit": nothing,
+        "RuncCommit": runc,
+        "InitCommit": nothing,
+        "SecurityOptions": ["name=seccomp,profile=default"] if features.has("seccomp") else [],
+        "Warnings": list(warnings) or None,
+    }
+
+
+def registry_config(configuration: Configuration) -> dict[str, Any]:
+    """Which registries are reached how.  The loopback network is insecure for everybody, as in Docker."""
+    networks = [registry for registry in configuration.insecure_registries if "/" in registry]
+    hosts = [registry for registry in configuration.insecure_registries if "/" not in registry]
+    mirrors = list(configuration.registry_mirrors)
+    return {
+        "AllowNondistributableArtifactsCIDRs": [],
+        "AllowNondistributableArtifactsHostnames": [],
+        "InsecureRegistryCIDRs": ["127.0.0.0/8", *networks],
+        "IndexConfigs": {
+            "docker.io": {"Name": "docker.io", "Mirrors": mirrors, "Secure": True, "Official": True},
+            **{host: {"Name": host, "Mirrors": [], "Secure": False, "Official": False} for host in hosts},
+        },
+        "Mirrors": mirrors,
+    }

@@ -1,0 +1,48 @@
+"""What a node remembers of its swarm: ``node.json``, written last when it has come in, removed first when it leaves."""
+
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import FailedPrecondition
+from skep.model.ids import ClusterId, NodeId
+from skep.security.keypair import write_file
+
+
+class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Addr"}):
+    """A manager as ``/info`` lists it."""
+
+    node_id: NodeId
+    addr: str
+
+
+class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
+    """This node's place in its cluster.  Addresses as ``host:port``."""
+
+    node_id: NodeId
+    cluster_id: ClusterId
+    is_manager: bool
+    listen_addr: str = ""
+    advertise_addr: str = ""
+    local_addr: str = ""
+    """An address of this machine, without a port."""
+    data_path_addr: str = ""
+    managers: tuple[Peer, ...] = ()
+    """Those to ask for a session after a restart, as last heard of."""
+
+
+def read_local_node(path: Path) -> LocalNode | None:
+    """What ``node.json`` says; None outside of a swarm.  Raises: FailedPrecondition: it is damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=LocalNode)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise FailedPrecondition(
+            f"{path} cannot be read ({error}): restore it, or remove it and join the swarm again"
+        ) from error
+
+
+def write_local_node(path: Path, node: LocalNode) -> None:
+    """Replace ``node.json``, whole or not at all."""
+    write_file(path, msgspec.json.format(msgspec.json.encode(node), indent=2) + b"\n", mode=0o644)

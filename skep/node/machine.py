@@ -1,0 +1,60 @@
+"""What this machine is: read once at start, told to the cluster and shown by ``/info`` and ``/version``."""
+
+import os
+import platform
+import socket
+from pathlib import Path
+
+import msgspec
+
+_SECOND_TO_NANO = 1_000_000_000
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Plain facts, in Docker's words where it has any."""
+
+    hostname: str
+    architecture: str
+    """As the kernel says it: x86_64, aarch64."""
+    kernel: str
+    os_name: str
+    """``Debian GNU/Linux 12 (bookworm)``."""
+    os_version: str
+    cpus: int
+    memory_bytes: int
+
+    @property
+    def go_architecture(self) -> str:
+        """The same in Go's words, as ``/version`` and platforms of images have it: amd64, arm64."""
+        return _GO_ARCHITECTURES.get(self.architecture, self.architecture)
+
+    @property
+    def nano_cpus(self) -> int:
+        return self.cpus * _SECOND_TO_NANO
+
+
+_GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+
+
+def this_machine() -> Machine:
+    """Look at the machine this process runs on."""
+    release = _os_release()
+    return Machine(
+        hostname=socket.gethostname(),
+        architecture=platform.machine(),
+        kernel=platform.release(),
+        os_name=release.get("PRETTY_NAME", "Linux"),
+        os_version=release.get("VERSION_ID", ""),
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )
+
+
+def _os_release() -> dict[str, str]:
+    for path in (Path("/etc/os-release"), Path("/usr/lib/os-release")):
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        return {key: value.strip("\"'") for key, _, value in (line.partition("=") for line in lines) if value}
+    return {}

@@ -1,0 +1,78 @@
+"""Questions of the node process to the manager process beside it, over ``manager.sock``."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+import msgspec
+
+from skep.api.errors import error_of
+from skep.errors import SkepError, Unavailable
+
+_TIMEOUT_S = 5.0
+
+
+class ManagerApi:
+    """The swarm half of the Engine API.  Used inside ``open()``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._session: aiohttp.ClientSession | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        connector = aiohttp.UnixConnector(str(self._path), limit=16)
+        async with aiohttp.ClientSession("http://manager", connector=connector) as session:
+            self._session = session
+            try:
+                yield
+            finally:
+                self._session = None
+
+    async def get(
+        self, path: str, query: Mapping[str, str] | None = None, timeout_s: float = _TIMEOUT_S
+    ) -> Any:
+        """The decoded answer to ``GET path``.  Raises: Unavailable: no manager; else the error it answers."""
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._required().get(_with(path, query)) as response,
+            ):
+                body = await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"the manager of this node does not answer: {error}") from error
+        if response.status >= 300:
+            raise _error(response.status, body)
+        return msgspec.json.decode(body)
+
+    @asynccontextmanager
+    async def lines(self, path: str, query: Mapping[str, str]) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The lines of an endless answer, as they come.  Raises: Unavailable."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT_S)
+        try:
+            async with self._required().get(_with(path, query), timeout=timeout) as response:
+                if response.status >= 300:
+                    raise _error(response.status, await response.read())
+                yield aiter(response.content)
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unavailable(f"the manager of this node does not answer: {error}") from error
+
+    def _required(self) -> aiohttp.ClientSession:
+        assert self._session is not None, "used outside of open()"
+        return self._session
+
+
+def _with(path: str, query: Mapping[str, str] | None) -> str:
+    return f"{path}?{urlencode(query)}" if query else path
+
+
+def _error(status: int, body: bytes) -> SkepError:
+    try:
+        message = str(msgspec.json.decode(body)["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        message = body.decode(errors="replace").strip()
+    return error_of(status, message)

@@ -1,0 +1,390 @@
+"""This node's part in a swarm: coming in (init, join), taking part, going out (leave), and telling about it.
+
+A node is in a swarm when ``node.json`` says so.  It is the last thing written on the way in and the first removed on
+the way out, so whatever else is found without it belongs to an unfinished init or leave and is removed at the next
+start.
+
+Source: moby, daemon/cluster/{swarm,cluster,noderunner}.go (the order of the checks, the words).
+"""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.swarm_requests import Founding, Joining, founding, joining
+from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.model.ids import IdSource, NodeId
+from skep.model.node import NodeRole
+from skep.model.swarm import InitRequest, JoinRequest
+from skep.node.founding import check_listening, check_space, found, refuse_unsupported
+from skep.node.interfaces import read_interfaces
+from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
+from skep.node.manager_api import ManagerApi
+from skep.node.supervision.identity import read_pid_file
+from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
+from skep.paths import Paths
+from skep.security import keypair
+from skep.security.keypair import KeyPair
+
+log = structlog.get_logger()
+
+NO_SWARM = "This node is not part of a swarm"
+IN_A_SWARM = (
+    'This node is already part of a swarm. Use "docker swarm leave" to leave this swarm and join another one.'
+)
+NOT_IN_A_SWARM = (
+    'This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" '
+    "to connect this node to swarm and try again."
+)
+NOT_A_MANAGER = (
+    "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. "
+    "Please run this command on a manager node or promote the current node to a manager."
+)
+_TIMED_OUT = (
+    "Timeout was reached before node joined. The log of skep says what it waited for; "
+    "nothing of the attempt was kept."
+)
+_LEAVING = "You are attempting to leave the swarm on a node that is participating as a manager. "
+_LAST_MANAGER = (
+    "Removing the last manager erases all current state of the swarm. Use `--force` to ignore this message. "
+)
+_LEAVING_END = (
+    "The only way to restore a swarm that has lost consensus is to reinitialize it with `--force-new-cluster`. "
+    "Use `--force` to suppress this message."
+)
+_TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
+         no fault tolerance, and poses a high risk to lose control over the cluster.
+         Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
+         Swarm for fault-tolerance."""
+
+_FOUNDING_TIMEOUT_S = 60.0
+_JOIN_TIMEOUT_S = 20.0
+"""Docker's swarmConnectTimeout."""
+
+
+class ManagerProcess(Protocol):
+    """The manager process of this node, as its supervisor shows it."""
+
+    trouble: str
+
+    async def run(self) -> None: ...
+
+
+class AgentConnection(Protocol):
+    """The node's session with the managers (``node.agent.Agent``)."""
+
+    registered: asyncio.Event
+
+    @property
+    def managers(self) -> tuple[Peer, ...]: ...
+
+    async def run(self) -> None: ...
+
+
+class Parts(Protocol):
+    """What a node in a swarm is made of; the daemon composes it."""
+
+    def manager(self, node: LocalNode) -> ManagerProcess:
+        """The supervised manager process, not yet running."""
+
+    def write_manager_files(self, node: LocalNode, plan: Founding, root_key_pem: bytes) -> None:
+        """Everything a new manager reads at its first start."""
+
+    def agent(self, node: LocalNode, remember: Callable[[tuple[Peer, ...]], None]) -> AgentConnection:
+        """The agent, not yet running; it tells ``remember`` about every new list of managers."""
+
+    async def request_certificate(self, plan: Joining) -> KeyPair:
+        """Use the join token.  Raises: SkepError in Docker's words."""
+
+    async def remove_tasks(self) -> None:
+        """Stop and remove everything that runs for the cluster."""
+
+
+class Membership:
+    """This node's place in a swarm, or outside of any."""
+
+    def __init__(
+        self, *, paths: Paths, parts: Parts, manager_api: ManagerApi, clock: Clock, new_id: IdSource
+    ) -> None:
+        self._paths = paths
+        self._parts = parts
+        self._manager_api = manager_api
+        self._clock = clock
+        self._new_id = new_id
+        self._control = asyncio.Lock()
+        self._group: asyncio.TaskGroup | None = None
+        self._taking_part: asyncio.Task[None] | None = None
+        self._manager: ManagerProcess | None = None
+        self._agent: AgentConnection | None = None
+        self._error = ""
+        self._was_active = False
+        self.node: LocalNode | None = None
+
+    async def run(self) -> None:
+        """Take part in the swarm that the data directory says, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            async with self._control:
+                node = read_local_node(self._paths.node_json)
+                if node is not None:
+                    self._begin(node)
+                else:
+                    await self._clear_unfinished()
+            await asyncio.Event().wait()
+
+    # --- the swarm routes -------------------------------------------------------------------------------------
+
+    async def init(self, request: InitRequest) -> NodeId:
+        """Found a cluster; returns when its manager serves and this node is ready in it.
+
+        Raises: Unavailable: this node is in a swarm already; what ``founding`` raises; SkepError.
+        """
+        async with self._control:
+            if self.node is not None:
+                raise Unavailable(IN_A_SWARM)
+            plan = founding(request, await read_interfaces())
+            refuse_unsupported(plan)
+            check_listening(plan.endpoints.listen_addr)
+            await asyncio.to_thread(check_space, self._paths.data)
+            node, pair, root_key_pem = await asyncio.to_thread(found, plan, self._new_id)
+            try:
+                await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
+                await asyncio.to_thread(self._parts.write_manager_files, node, plan, root_key_pem)
+                await self._come_in(node, _FOUNDING_TIMEOUT_S)
+                await self._wait_ready(node)
+                await asyncio.to_thread(write_local_node, self._paths.node_json, node)
+            except BaseException:
+                await self._end()
+                raise
+            log.info("swarm founded", node=node.node_id, cluster=node.cluster_id)
+            return node.node_id
+
+    async def join(self, request: JoinRequest) -> None:
+        """Come into a cluster as the token says; returns when a manager took this node's session.
+
+        Raises: Unavailable, InvalidArgument, Unimplemented: in Docker's words.
+        """
+        async with self._control:
+            if self.node is not None:
+                raise Unavailable(IN_A_SWARM)
+            plan = joining(request, await read_interfaces())
+            pair = await self._parts.request_certificate(plan)
+            if pair.identity.role is NodeRole.MANAGER:
+                raise Unimplemented(
+                    "this version of skep runs one manager per cluster: join with the worker's token"
+                )
+            node = LocalNode(
+                node_id=pair.identity.node_id,
+                cluster_id=pair.identity.cluster_id,
+                is_manager=False,
+                listen_addr=plan.endpoints.listen_addr,
+                advertise_addr=plan.endpoints.advertise_addr,
+                local_addr=plan.endpoints.local_addr,
+                data_path_addr=plan.endpoints.data_path_addr,
+                managers=tuple(Peer(NodeId(""), remote) for remote in plan.remote_addrs),
+            )
+            try:
+                await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
+                await self._come_in(node, _JOIN_TIMEOUT_S)
+                await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
+            except BaseException:
+                await self._end()
+                raise
+            log.info("swarm joined", node=node.node_id, cluster=node.cluster_id)
+
+    async def leave(self, *, force: bool) -> None:
+        """Go out of the swarm: stop its tasks, its agent, its manager; forget everything about it.
+
+        Raises: Unavailable: not in a swarm, or a manager without ``force``.
+        """
+        async with self._control:
+            if self.node is None:
+                raise Unavailable(NO_SWARM)
+            if self.node.is_manager and not force:
+                raise Unavailable(await self._objection_to_leaving())
+            self._paths.node_json.unlink(missing_ok=True)
+            await self._end()
+            log.info("swarm left")
+
+    def manager_refusal(self) -> str | None:
+        """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
+        if self.node is None:
+            return NOT_IN_A_SWARM
+        if not self.node.is_manager:
+            return NOT_A_MANAGER
+        if self._manager is not None and self._manager.trouble:
+            return f"This node is not a swarm manager. {self._manager.trouble}"
+        return None
+
+    @property
+    def is_manager(self) -> bool:
+        return self.node is not None and self.node.is_manager
+
+    @property
+    def status(self) -> str:
+        """``inactive``, ``pending``, ``active`` or ``error``, as ``LocalNodeState`` of ``/info``."""
+        if self.node is None:
+            return "inactive"
+        if self._trouble:
+            return "error"
+        # once in, a node stays active while its manager is away, as in Docker
+        if self._agent is not None and self._agent.registered.is_set():
+            self._was_active = True
+        return "active" if self._was_active else "pending"
+
+    @property
+    def header(self) -> str:
+        """The ``Swarm`` header of ``/_ping``: ``active/manager``, ``inactive``."""
+        role = "manager" if self.is_manager else "worker"
+        return f"active/{role}" if self.status == "active" else self.status
+
+    async def info(self) -> dict[str, Any]:
+        """The ``Swarm`` section of ``/info``."""
+        node = self.node
+        section: dict[str, Any] = {
+            "NodeID": "",
+            "NodeAddr": "",
+            "LocalNodeState": self.status,
+            "ControlAvailable": False,
+            "Error": self._trouble,
+            "RemoteManagers": None,
+        }
+        if node is None:
+            return section
+        section["NodeID"] = node.node_id
+        section["NodeAddr"] = node.advertise_addr.rpartition(":")[0].strip("[]") or node.local_addr
+        managers = (self._agent.managers if self._agent is not None else ()) or node.managers
+        section["RemoteManagers"] = managers or None
+        if node.is_manager and not self._trouble:
+            try:
+                section |= await self._cluster_info()
+            except SkepError as error:
+                section["Error"] = str(error)
+        return section
+
+    # --- within -----------------------------------------------------------------------------------------------
+
+    @property
+    def _trouble(self) -> str:
+        return (self._manager.trouble if self._manager is not None else "") or self._error
+
+    async def _cluster_info(self) -> dict[str, Any]:
+        swarm = await self._manager_api.get("/swarm")
+        nodes = await self._manager_api.get("/nodes")
+        managers = sum("ManagerStatus" in node for node in nodes)
+        swarm.pop("JoinTokens", None)
+        info = {"ControlAvailable": True, "Nodes": len(nodes), "Managers": managers, "Cluster": swarm}
+        return info | ({"Warnings": [_TWO_MANAGERS]} if managers == 2 else {})
+
+    async def _come_in(self, node: LocalNode, timeout_s: float) -> None:
+        """Begin to take part; returns with the first session.  Raises: SkepError: it does not come to one."""
+        taking_part = self._begin(node)
+        try:
+            async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
+                registered = group.create_task(self._wait_registered(), name="wait for a session")
+                await asyncio.wait({registered, taking_part}, return_when=asyncio.FIRST_COMPLETED)
+                registered.cancel()
+        except TimeoutError as error:
+            raise Unavailable(self._trouble or _TIMED_OUT) from error
+        if self._trouble:
+            raise Unavailable(self._trouble)
+
+    async def _wait_registered(self) -> None:
+        assert self._agent is not None, "begun before"
+        await self._agent.registered.wait()
+
+    async def _wait_ready(self, node: LocalNode) -> None:
+        """Return when the manager shows this node as ready."""
+        backoff = Backoff(0.01, 0.2)
+        try:
+            async with asyncio.timeout(_FOUNDING_TIMEOUT_S):
+                while True:
+                    try:
+                        shown = await self._manager_api.get(f"/nodes/{node.node_id}")
+                        if shown["Status"]["State"] == "ready":
+                            return
+                    except SkepError as error:
+                        log.debug("manager not ready yet", reason=str(error))
+                    await backoff.sleep(self._clock)
+        except TimeoutError as error:
+            raise Unavailable(self._trouble or _TIMED_OUT) from error
+
+    def _begin(self, node: LocalNode) -> asyncio.Task[None]:
+        assert self._group is not None, "used outside of run()"
+        self.node = node
+        self._error = ""
+        self._was_active = False
+        self._agent = self._parts.agent(node, self._remember_managers)
+        self._manager = self._parts.manager(node) if node.is_manager else None
+        self._taking_part = self._group.create_task(self._take_part(), name="swarm")
+        return self._taking_part
+
+    async def _take_part(self) -> None:
+        """Run manager and agent until cancelled, or until the cluster does not want this node any more."""
+        assert self._agent is not None, "begun before"
+        try:
+            async with asyncio.TaskGroup() as group:
+                if self._manager is not None:
+                    group.create_task(self._manager.run(), name="manager process")
+                group.create_task(self._agent.run(), name="agent")
+        except ExceptionGroup as errors:
+            expected, others = errors.split(SkepError)
+            if others is not None or expected is None:
+                raise
+            self._error = str(expected.exceptions[0])
+            log.error("not taking part in the swarm", reason=self._error)
+
+    def _remember_managers(self, managers: tuple[Peer, ...]) -> None:
+        """Keep the list for the next start; during init and join it is written with the rest, at their end."""
+        if self.node is None:
+            return
+        self.node = msgspec.structs.replace(self.node, managers=managers)
+        if self._paths.node_json.exists():
+            write_local_node(self._paths.node_json, self.node)
+
+    async def _end(self) -> None:
+        """Stop taking part and remove every trace of the swarm."""
+        if self._taking_part is not None:
+            self._taking_part.cancel()
+            await asyncio.wait([self._taking_part])
+        self._taking_part = self._manager = self._agent = self.node = None
+        self._error = ""
+        await self._parts.remove_tasks()
+        await asyncio.to_thread(self._wipe)
+
+    async def _clear_unfinished(self) -> None:
+        """Remove what an init or a leave that did not come to its end left behind."""
+        stray = read_pid_file(self._paths.pid_file("manager"))
+        if stray is not None:
+            await terminate(stray, STOP_GRACE_S)
+        if self._paths.manager.exists() or self._paths.certificates.exists():
+            log.warning("traces of an unfinished init or leave are removed")
+            await self._parts.remove_tasks()
+            await asyncio.to_thread(self._wipe)
+
+    def _wipe(self) -> None:
+        self._paths.node_json.unlink(missing_ok=True)
+        for directory in (self._paths.certificates, self._paths.manager):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    async def _objection_to_leaving(self) -> str:
+        try:
+            nodes = await self._manager_api.get("/nodes")
+        except SkepError:
+            return f"{_LEAVING}Doing so may lose the consensus of your cluster. {_LEAVING_END}"
+        statuses = [node["ManagerStatus"] for node in nodes if "ManagerStatus" in node]
+        reachable = sum(status.get("Reachability") == "reachable" for status in statuses)
+        if len(statuses) <= 1:
+            return _LEAVING + _LAST_MANAGER
+        if reachable - 1 <= len(statuses) // 2:
+            return (
+                f"{_LEAVING}Removing this node leaves {reachable - 1} managers out of {len(statuses)}. "
+                f"Without a Raft quorum your swarm will be inaccessible. {_LEAVING_END}"
+            )
+        return _LEAVING + _LEAVING_END

@@ -1,0 +1,107 @@
+"""Asks the net process: one kept connection, opened again when the process was replaced."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from skep.aio.clock import Clock
+from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
+from skep.node.netprocess.protocol import (
+    Answer,
+    Done,
+    List,
+    Listing,
+    Refused,
+    Release,
+    Request,
+    Reserve,
+    Reserved,
+    decode_answer,
+    frame,
+    read_frame,
+)
+
+_DEADLINE_S = 10.0
+_FIRST_RETRY_S = 0.02
+_RETRY_S_MAX = 0.5
+
+
+class NetClient:
+    """The node process's end: ``PortReservations`` of ``node/network/ports.py`` that outlive the node process.
+
+    While the net process restarts a call waits; after 10 s it raises ``Unavailable``.
+    """
+
+    def __init__(self, path: Path, clock: Clock, chance: Callable[[], float]) -> None:
+        self._path = path
+        self._clock = clock
+        self._chance = chance
+        self._turn = asyncio.Lock()
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def reserve(self, protocol: str, port: int) -> int:
+        """Hold ``port`` (0: any free one) and give it.
+
+        Raises: AlreadyExists: somebody has it; FailedPrecondition: it cannot be had here; Unavailable.
+        """
+        match await self._ask(Reserve(protocol, port, secrets.token_hex(8))):
+            case Reserved(held):
+                return held
+            case Refused(message, is_taken):
+                raise AlreadyExists(message) if is_taken else FailedPrecondition(message)
+            case other:
+                raise _unexpected(other)
+
+    async def release(self, protocol: str, port: int) -> None:
+        """Let ``port`` go; ignored when it is not held.  Raises: Unavailable."""
+        answer = await self._ask(Release(protocol, port))
+        if not isinstance(answer, Done):
+            raise _unexpected(answer)
+
+    async def held(self) -> Iterable[tuple[str, int]]:
+        """What is held: (protocol, port).  Raises: Unavailable."""
+        answer = await self._ask(List())
+        if not isinstance(answer, Listing):
+            raise _unexpected(answer)
+        return tuple((held.protocol, held.port) for held in answer.reservations)
+
+    def close(self) -> None:
+        """Drop the connection; the next call opens another."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+    async def _ask(self, request: Request) -> Answer:
+        """The answer to ``request``, which is sent again over a new connection when one breaks."""
+        message = frame(request)
+        pause_s = _FIRST_RETRY_S
+        try:
+            async with asyncio.timeout(_DEADLINE_S), self._turn:
+                while True:
+                    try:
+                        return await self._exchange(message)
+                    except OSError:
+                        self.close()
+                        await self._clock.sleep(pause_s * (0.5 + self._chance() / 2))
+                        pause_s = min(pause_s * 2, _RETRY_S_MAX)
+                    except BaseException:
+                        self.close()  # an answer may still be under way: this connection is of no more use
+                        raise
+        except TimeoutError as error:
+            raise Unavailable(f"the net process does not answer on {self._path}") from error
+
+    async def _exchange(self, message: bytes) -> Answer:
+        if self._streams is None:
+            self._streams = await asyncio.open_unix_connection(self._path)
+        reader, writer = self._streams
+        writer.write(message)
+        await writer.drain()
+        body = await read_frame(reader)
+        if body is None:
+            raise ConnectionResetError("closed before it answered")
+        return decode_answer(body)
+
+
+def _unexpected(answer: Answer) -> Unavailable:
+    return Unavailable(f"the net process answered {type(answer).__name__}, which was not asked for")

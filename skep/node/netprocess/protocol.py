@@ -1,0 +1,99 @@
+"""What is said over ``net.sock``: one request, one answer, each with its length (4 bytes, big-endian) before it.
+
+Hand-over is the exception: ``HandedOver`` is followed by single bytes that carry the sockets in ancillary data
+(``SCM_RIGHTS``); which reservation a socket is says its own name.  A process speaks this with the one of the version
+before: fields are only ever added.
+"""
+
+import asyncio
+from typing import cast
+
+import msgspec
+
+from skep.errors import Unavailable
+
+FRAME_BYTES_MAX = 4 * 1024 * 1024
+LENGTH_BYTES = 4
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    """A host port that is held.  ``token``: whose call it came from, so that the call may be repeated."""
+
+    protocol: str
+    port: int
+    token: str = ""
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Hold a port (0: any free one); answered with ``Reserved`` or ``Refused``."""
+
+    protocol: str
+    port: int
+    token: str
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Let a port go, if it is held; answered with ``Done``."""
+
+    protocol: str
+    port: int
+
+
+class List(msgspec.Struct, frozen=True, tag=True):
+    """Answered with ``Listing``."""
+
+
+class HandOver(msgspec.Struct, frozen=True, tag=True):
+    """Give everything to the process that asks, and end; answered with ``HandedOver``."""
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    port: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """``message`` is a sentence for the task's status; ``is_taken``: because somebody else has the port."""
+
+    message: str
+    is_taken: bool
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Listing(msgspec.Struct, frozen=True, tag=True):
+    reservations: tuple[Reservation, ...]
+
+
+class HandedOver(msgspec.Struct, frozen=True, tag=True):
+    reservations: tuple[Reservation, ...]
+
+
+Request = Reserve | Release | List | HandOver
+Answer = Reserved | Refused | Done | Listing | HandedOver
+
+
+def frame(message: Request | Answer) -> bytes:
+    """``message`` with its length before it."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
+    """The next message; None: the other end has closed.  Raises: Unavailable: it speaks something else."""
+    try:
+        length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
+        if length > FRAME_BYTES_MAX:
+            raise Unavailable(f"a message of {length} bytes on net.sock")
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
+def decode_request(body: bytes) -> Request:
+    return cast("Request", msgspec.msgpack.decode(body, type=Request))
+
+
+def decode_answer(body: bytes) -> Answer:
+    return cast("Answer", msgspec.msgpack.decode(body, type=Answer))

@@ -1,0 +1,55 @@
+"""Reaps processes that were left to us.
+
+A conmon forks itself away from its parent and is adopted by the nearest subreaper.  Pid 1 of a container or of a
+playground's node often does not reap, so the node process takes that on.  Its own children are reaped by asyncio at
+once; a zombie that is seen twice, seconds apart, is nobody else's.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from skep.aio.clock import Clock
+
+_PR_SET_CHILD_SUBREAPER = 36
+_LOOK_EVERY_S = 5.0
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+async def reap_orphans(clock: Clock) -> None:
+    """Reap them, every 5 s, until cancelled."""
+    seen: frozenset[int] = frozenset()
+    while True:
+        await clock.sleep(_LOOK_EVERY_S)
+        zombies = frozenset(pid for pid in _children() if _is_zombie(pid))
+        _reap(zombies & seen)
+        seen = zombies - seen
+
+
+def _reap(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def _children() -> list[int]:
+    """Pids of this process's children; none where the kernel does not list them."""
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat[stat.rindex(b")") + 2 :].startswith(b"Z")

@@ -1,0 +1,132 @@
+"""What a node in a swarm runs: its agent, its manager process; and what it says of itself when it registers."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import structlog
+
+from skep import __version__
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.api.errors import Untranslated
+from skep.api.swarm_requests import Founding, Joining
+from skep.configuration.configuration import Configuration
+from skep.errors import InvalidArgument
+from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
+from skep.model.service import Platform, Resources
+from skep.node.agent import Agent
+from skep.node.assignments import AssignmentSet, LogSource
+from skep.node.executor.interface import Executor
+from skep.node.features import Features, labels
+from skep.node.joining import join
+from skep.node.local import LocalNode, Peer
+from skep.node.machine import Machine
+from skep.node.managers import ManagerList
+from skep.node.membership import AgentConnection, ManagerProcess
+from skep.node.reports import Reports
+from skep.node.worker import Worker
+from skep.security.keypair import KeyPair
+
+log = structlog.get_logger()
+
+_REMOVAL_TIMEOUT_S = 60.0
+_PLUGINS = (
+    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null", "overlay")),
+    EnginePlugin(type="Log", name="json-file"),
+    EnginePlugin(type="Volume", name="local"),
+)
+
+
+class NodeParts:
+    """Composes the parts that ``Membership`` runs.
+
+    Args:
+        configuration: the present one; asked at each use, since it may be reloaded.
+        manager: makes the supervisor of this node's manager process.
+        write_manager_files: writes what a new manager reads (node, plan, root key).
+    """
+
+    def __init__(
+        self,
+        *,
+        certificates: Path,
+        machine: Machine,
+        features: Features,
+        configuration: Callable[[], Configuration],
+        executor: Executor,
+        worker: Worker,
+        reports: Reports,
+        logs: LogSource,
+        clock: Clock,
+        random: Random,
+        manager: Callable[[], ManagerProcess],
+        write_manager_files: Callable[[LocalNode, Founding, bytes], None],
+    ) -> None:
+        self._certificates = certificates
+        self._machine = machine
+        self._features = features
+        self._configuration = configuration
+        self._executor = executor
+        self._worker = worker
+        self._reports = reports
+        self._logs = logs
+        self._clock = clock
+        self._random = random
+        self._manager = manager
+        self._write_manager_files = write_manager_files
+
+    def manager(self, node: LocalNode) -> ManagerProcess:
+        return self._manager()
+
+    def write_manager_files(self, node: LocalNode, plan: Founding, root_key_pem: bytes) -> None:
+        self._write_manager_files(node, plan, root_key_pem)
+
+    def agent(self, node: LocalNode, remember: Callable[[tuple[Peer, ...]], None]) -> AgentConnection:
+        self._executor.identify(node.node_id)
+        return Agent(
+            certificates=self._certificates,
+            managers=ManagerList(node.managers, remember),
+            describe=self.description,
+            sink=self._worker,
+            reports=self._reports,
+            logs=self._logs,
+            clock=self._clock,
+            random=self._random,
+        )
+
+    async def request_certificate(self, plan: Joining) -> KeyPair:
+        try:
+            return await join(plan.remote_addrs[0], plan.token, self._clock, plan.availability)
+        except InvalidArgument as error:
+            raise Untranslated(str(error)) from error  # the engine answers 500 to a bad token
+
+    async def remove_tasks(self) -> None:
+        """Have every task stopped and removed; waits for up to a minute, what is left then is logged."""
+        await self._worker.assign(AssignmentSet(complete=True))
+        backoff = Backoff(0.02, 0.5, chance=self._random.random)
+        try:
+            async with asyncio.timeout(_REMOVAL_TIMEOUT_S):
+                while await self._executor.leftovers():
+                    await backoff.sleep(self._clock)
+        except TimeoutError:
+            log.error("tasks left behind", tasks=await self._executor.leftovers())
+
+    def description(self) -> NodeDescription:
+        """What the managers know of this machine."""
+        configuration = self._configuration()
+        return NodeDescription(
+            hostname=self._machine.hostname,
+            platform=Platform(architecture=self._machine.architecture, os="linux"),
+            resources=Resources(
+                nano_cpus=self._machine.nano_cpus,
+                memory_bytes=self._machine.memory_bytes,
+                generic_resources=configuration.generic_resources,
+            ),
+            engine=EngineDescription(
+                engine_version=__version__,
+                labels={**labels(self._features), **configuration.labels},
+                plugins=_PLUGINS,
+            ),
+        )

@@ -1,0 +1,131 @@
+"""What must be true before a node starts.  Each refusal is a sentence that says what to do."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import FailedPrecondition
+from skep.node.features import file_system_type
+
+OVERLAYFS_MAGIC = 0x794C7630
+_TIMEOUT_S = 10.0
+_DOCKERS_OWN = ("engine-id", "overlay2", "containerd")
+
+Version = tuple[int, ...]
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A program we start, the oldest version that will do, and where to get it."""
+
+    name: str
+    oldest: Version
+    remedy: str
+    flag: str
+
+
+RUNC = Tool(name="runc", oldest=(1, 1, 0), remedy="apt-get install runc", flag="--runc")
+CONMON = Tool(name="conmon", oldest=(2, 1, 0), remedy="apt-get install conmon", flag="--conmon")
+NFT = Tool(name="nft", oldest=(1, 0, 0), remedy="apt-get install nftables", flag="--nft")
+
+
+class Unfit(FailedPrecondition):
+    """This machine cannot be a node as it is; ``str`` has one sentence per line."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def check(data_dir: Path, tools: Mapping[Tool, str], find_etcd: Callable[[], Version]) -> Mapping[str, str]:
+    """Versions of ``tools`` (tool -> program) and of etcd, by name.
+
+    Args:
+        find_etcd: its version, or FailedPrecondition with what to do.
+
+    Raises: Unfit: with everything that is wrong at once.
+    """
+    if os.geteuid() != 0:
+        raise Unfit(("skep daemon must run as root: start it with sudo, or by its systemd unit",))
+    problems = list(_data_dir_problems(data_dir))
+    versions: dict[str, str] = {}
+    with ThreadPoolExecutor(max_workers=len(tools) + 1) as pool:
+        etcd = pool.submit(find_etcd)
+        outputs = pool.map(_version_output, tools.values())
+        for tool, output in zip(tools, outputs, strict=True):
+            problem = tool_problem(tool, tools[tool], output)
+            if problem:
+                problems.append(problem)
+            else:
+                versions[tool.name] = _dotted(version_in(output or "") or ())
+    try:
+        versions["etcd"] = _dotted(etcd.result())
+    except FailedPrecondition as error:
+        problems.append(f"{error}, or name another one with --etcd-binary")
+    if problems:
+        raise Unfit(tuple(problems))
+    return versions
+
+
+def tool_problem(tool: Tool, program: str | None, output: str | None) -> str:
+    """Why ``program``, which said ``output`` about its version (None: could not be run), will not do; "" if it will."""
+    if program is None or output is None:
+        return (
+            f"{program or tool.name} is missing or cannot be run: {tool.remedy}, or name it with {tool.flag}"
+        )
+    found = version_in(output)
+    if found is None:
+        return f"{program} does not say its version: name another {tool.name} with {tool.flag}"
+    if found < tool.oldest:
+        return (
+            f"{tool.name} {_dotted(found)} is too old, skep needs {_dotted(tool.oldest)} or newer: "
+            f"{tool.remedy} from a newer release, or name another one with {tool.flag}"
+        )
+    return ""
+
+
+def version_in(output: str) -> Version | None:
+    """The first thing that looks like a version: ``runc version 1.1.5+ds1`` -> (1, 1, 5)."""
+    match = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", output)
+    return tuple(int(number) for number in match.groups() if number is not None) if match else None
+
+
+def _data_dir_problems(data_dir: Path) -> Iterator[str]:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o711)
+        magic = file_system_type(data_dir)
+    except OSError as error:
+        yield f"the data dir {data_dir} cannot be used ({error.strerror}): name another one with --data-dir"
+        return
+    if magic == OVERLAYFS_MAGIC:
+        yield (
+            f"the data dir {data_dir} lies on an overlay file system, on which containers cannot have theirs: "
+            "put it on ext4 or xfs (in a container: on a volume) with --data-dir"
+        )
+    if any((data_dir / name).exists() for name in _DOCKERS_OWN):
+        yield (
+            f"the data dir {data_dir} belongs to a Docker Engine: name another one with --data-dir, "
+            "or name that engine with --engine-socket"
+        )
+
+
+def _version_output(program: str | None) -> str | None:
+    path = shutil.which(program) if program else None
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            (path, "--version"), capture_output=True, text=True, check=True, timeout=_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,97 @@
+"""What a node says of itself: ``/_ping``, ``/version``, ``/info``, ``/events``; and what it does not do.
+
+Source: moby 20.10, api/server/router/system/system_routes.go.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from skep.api.server import Filters, JsonLines, Routes, json_answer
+from skep.api.timestamps import parse_unix_time
+from skep.errors import InvalidArgument, NotFound, Unimplemented
+from skep.node.events import Message, Wish
+
+
+class System(Protocol):
+    """The node, as these routes ask it."""
+
+    @property
+    def swarm_header(self) -> str: ...
+
+    def version(self) -> Mapping[str, Any]: ...
+
+    async def info(self) -> Mapping[str, Any]: ...
+
+    async def stream_events(self, wish: Wish, send: Callable[[Message], Awaitable[None]]) -> None: ...
+
+
+SYSTEM: web.AppKey[System] = web.AppKey("system", System)
+
+routes = Routes()
+last_routes = Routes()
+"""To be given to the application last: they take whatever nobody else takes."""
+
+
+@routes.head("/_ping")
+@routes.get("/_ping")
+async def ping(request: web.Request) -> web.StreamResponse:
+    """Alive; the headers say which API is spoken."""
+    headers = {
+        "Cache-Control": "no-cache, no-store, must-revalidate",
+        "Pragma": "no-cache",
+        "Swarm": request.app[SYSTEM].swarm_header,
+    }
+    body = "" if request.method == "HEAD" else "OK"
+    return web.Response(text=body, headers=headers, content_type="text/plain", charset="utf-8")
+
+
+@routes.get("/version")
+async def show_version(request: web.Request) -> web.StreamResponse:
+    return json_answer(request.app[SYSTEM].version())
+
+
+@routes.get("/info")
+async def show_info(request: web.Request) -> web.StreamResponse:
+    return json_answer(await request.app[SYSTEM].info())
+
+
+@routes.get("/events")
+async def stream_events(request: web.Request) -> web.StreamResponse:
+    """Events of this node and of the cluster, one JSON object per line, each sent at once."""
+    since = parse_unix_time(request.query.get("since", ""))
+    until = parse_unix_time(request.query.get("until", ""))
+    if until is not None and until < (since or 0):
+        raise InvalidArgument(
+            f"`since` time ({request.query.get('since', '')}) cannot be after "
+            f"`until` time ({request.query['until']})"
+        )
+    wish = Wish(since, until, Filters.of(request), dict(request.query))
+    async with JsonLines(request) as lines:
+        await request.app[SYSTEM].stream_events(wish, lines.send)
+    return lines.response
+
+
+_OURS = ("_ping", "version", "info", "events", "swarm", "containers", "exec", "images", "distribution")
+_SENTENCES = {
+    "POST /containers/create": "this node runs containers of services only: create a service",
+    "POST /build": "images are not built here: build with docker or buildah and load the archive with docker load",
+}
+
+
+@last_routes.route("*", "/{tail:(?!v[0-9]).*}")  # what follows a version comes here as well
+async def refuse(request: web.Request) -> web.StreamResponse:
+    """Known to Docker's API, but nobody on this node answers it."""
+    path = "/" + request.match_info["tail"]
+    family = path.split("/")[1]
+    asked = f"{request.method} {path}"
+    if family in _OURS and asked not in _SENTENCES:
+        raise NotFound("page not found")
+    reason = _SENTENCES.get(
+        asked, "it is no part of the swarm API, nor about containers or images of services"
+    )
+    raise Unimplemented(
+        f"{asked} is not answered by this node: {reason}; "
+        "or give skep a Docker Engine to pass such requests on to (--engine-socket)"
+    )

@@ -1,0 +1,176 @@
+"""Keeps one detached process running: adopts what runs, replaces what is of another version, restarts what ended."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import structlog
+
+from skep import __version__
+from skep.aio.clock import Clock
+from skep.errors import Unavailable
+from skep.node.supervision.identity import ProcessIdentity, identify, open_pidfd, read_pid_file
+from skep.node.supervision.restart import CRASH_WINDOW_S, GiveUp, after_end, recent
+from skep.paths import Paths
+
+log = structlog.get_logger()
+
+STOP_GRACE_S = 15.0
+
+
+class Forks(Protocol):
+    """Who starts processes (``Zygote``)."""
+
+    async def fork(self, entry: str, arguments: Sequence[str]) -> int: ...
+
+    async def reap(self, pid: int) -> int | None: ...
+
+
+class Supervisor:
+    """One detached process.  ``run`` keeps it alive; cancelling ``run`` stops it.
+
+    Args:
+        hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
+        gives_up: five ends within a minute are enough; otherwise it is tried for ever.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        paths: Paths,
+        zygote: Forks,
+        clock: Clock,
+        chance: Callable[[], float],
+        hands_over: bool = False,
+        gives_up: bool = True,
+    ) -> None:
+        self._name = name
+        self._arguments = arguments
+        self._paths = paths
+        self._zygote = zygote
+        self._clock = clock
+        self._chance = chance
+        self._hands_over = hands_over
+        self._gives_up = gives_up
+        self._ends: tuple[float, ...] = ()
+        self._last_end = ""
+        self.process: ProcessIdentity | None = None
+        self.trouble = ""
+        """A sentence for ``/info`` when the process is not going to be started again."""
+
+    async def run(self) -> None:
+        """Run until cancelled, then stop the process.  Returns by itself never: a lost cause just waits."""
+        try:
+            while True:
+                await self._live_once()
+                self._ends = recent((*self._ends, self._clock.monotonic()), self._clock.monotonic())
+                match after_end(self._ends, self._clock.monotonic(), self._chance(), gives_up=self._gives_up):
+                    case GiveUp(crashes):
+                        self.trouble = (
+                            f"the {self._name} process ended {crashes} times within {CRASH_WINDOW_S:.0f} s "
+                            f"({self._last_end}) and is not started again: see the log, then restart skep"
+                        )
+                        log.error("process given up", name=self._name, crashes=crashes, last=self._last_end)
+                        await asyncio.Event().wait()
+                    case again:
+                        log.warning(
+                            "process ended",
+                            name=self._name,
+                            how=self._last_end,
+                            again_in_s=round(again.after_s, 2),
+                        )
+                        await self._clock.sleep(again.after_s)
+        finally:
+            # the pid file knows of a process whose start was cancelled before its pid arrived here
+            last = self.process or read_pid_file(self._paths.pid_file(self._name))
+            if last is not None:
+                await terminate(last, STOP_GRACE_S)
+                await self._zygote.reap(last.pid)
+                self.process = None
+
+    async def _live_once(self) -> None:
+        """Adopt or start the process and return when it has ended."""
+        running = read_pid_file(self._paths.pid_file(self._name))
+        if running is not None and running.version == __version__:
+            log.info("process adopted", name=self._name, pid=running.pid)
+            self.process = running
+        else:
+            if running is not None and not self._hands_over:
+                log.info("process of another version is replaced", name=self._name, version=running.version)
+                await terminate(running, STOP_GRACE_S)
+            self.process = await self._start()
+        if self.process is not None:
+            await wait_end(self.process)
+            code = await self._zygote.reap(self.process.pid)
+            self._last_end = _how(code)
+            self.process = None
+
+    async def _start(self) -> ProcessIdentity | None:
+        try:
+            pid = await self._zygote.fork(self._name, self._arguments)
+        except Unavailable as error:
+            self._last_end = str(error)
+            return None
+        log.info("process started", name=self._name, pid=pid)
+        process = identify(pid, __version__)
+        if process is None:
+            self._last_end = _how(await self._zygote.reap(pid))
+        return process
+
+
+async def wait_end(process: ProcessIdentity) -> None:
+    """Return when ``process`` has ended, whoever's child it is."""
+    descriptor = open_pidfd(process)
+    if descriptor is None:
+        return
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(descriptor, _resolve, ended)
+    try:
+        await ended
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def _resolve(ended: "asyncio.Future[None]") -> None:
+    if not ended.done():
+        ended.set_result(None)
+
+
+async def terminate(process: ProcessIdentity, grace_s: float) -> None:
+    """Stop ``process``: SIGTERM, and SIGKILL when ``grace_s`` have passed.  Returns when it has ended."""
+    _send(process, signal.SIGTERM)
+    try:
+        async with asyncio.timeout(grace_s):
+            await wait_end(process)
+    except TimeoutError:
+        log.warning("process killed", pid=process.pid, after_s=grace_s)
+        _send(process, signal.SIGKILL)
+        await wait_end(process)
+
+
+def _send(process: ProcessIdentity, number: signal.Signals) -> None:
+    descriptor = open_pidfd(process)
+    if descriptor is None:
+        return
+    try:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, number)
+    finally:
+        os.close(descriptor)
+
+
+def _how(code: int | None) -> str:
+    match code:
+        case None:
+            return "for an unknown reason"
+        case _ if code < 0:
+            return f"signal {-code}"
+        case _:
+            return f"exit code {code}"

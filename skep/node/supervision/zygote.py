@@ -1,0 +1,158 @@
+"""A process that has the imports done and nothing else, from which manager and net are forked.
+
+Forking shares the pages of the interpreter and all libraries: three processes cost 56 MB instead of 141.  It has to
+happen from a process with one thread and no event loop, so the node process forks the zygote before it does
+anything, and asks it over a socket.  What the zygote forks lives in sessions of its own and outlives both.
+
+One request, one answer: ``Fork`` -> pid, ``Reap`` -> how that child ended.  The zygote ends when the node process
+does.
+"""
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+import msgspec
+
+from skep.errors import Unavailable
+from skep.node.supervision.detached import set_title
+
+Entry = Callable[[Sequence[str]], None]
+"""What a forked process runs: blocks until its work is over.  An exception ends it with exit code 1."""
+
+_MESSAGE_BYTES_MAX = 64 * 1024
+_ANSWER_TIMEOUT_S = 10.0
+
+
+class Fork(msgspec.Struct, frozen=True, tag=True):
+    entry: str
+    arguments: tuple[str, ...]
+
+
+class Reap(msgspec.Struct, frozen=True, tag=True):
+    pid: int
+
+
+class Zygote:
+    """The node process's end."""
+
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        self._connection = connection
+        self._pid = pid
+        self._turn = asyncio.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    async def fork(self, entry: str, arguments: Sequence[str]) -> int:
+        """Start ``entry`` in a process of its own; its pid.  Raises: Unavailable: the zygote is gone."""
+        return await self._ask(Fork(entry, tuple(arguments)))
+
+    async def reap(self, pid: int) -> int | None:
+        """How a child ended: its exit code, or minus the signal; None: not known.  It must have ended."""
+        try:
+            status = await self._ask(Reap(pid))
+        except Unavailable:
+            return None
+        return None if status < 0 else os.waitstatus_to_exitcode(status)
+
+    def end(self) -> None:
+        """Let it go and wait for its end; what it forked goes on."""
+        self._connection.close()
+        with suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+    async def _ask(self, request: Fork | Reap) -> int:
+        loop = asyncio.get_running_loop()
+        try:
+            async with self._turn, asyncio.timeout(_ANSWER_TIMEOUT_S):
+                await loop.sock_sendall(self._connection, msgspec.msgpack.encode(request))
+                answer = await loop.sock_recv(self._connection, _MESSAGE_BYTES_MAX)
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"the process that starts others does not answer: {error!r}") from error
+        if not answer:
+            raise Unavailable("the process that starts others has ended: restart skep")
+        return msgspec.msgpack.decode(answer, type=int)
+
+
+def start(entries: Mapping[str, Entry]) -> Zygote:
+    """Fork the zygote.  To be called once, early: with a single thread and no event loop."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    gc.collect()
+    gc.freeze()  # what was imported is never looked at again, so its pages stay shared
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        _live(theirs, entries)
+    theirs.close()
+    ours.setblocking(False)
+    return Zygote(ours, pid)
+
+
+def _live(connection: socket.socket, entries: Mapping[str, Entry]) -> NoReturn:
+    """The zygote: answer requests until the node process has gone."""
+    os.setsid()
+    set_title("skep-zygote")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it goes with its node process, not before
+    while request := _received(connection):
+        match request:
+            case Fork(entry, arguments):
+                pid = os.fork()
+                if pid == 0:
+                    _become(entries[entry], arguments)
+                answer = pid
+            case Reap(pid):
+                answer = _status_of(pid)
+        connection.send(msgspec.msgpack.encode(answer))
+    os._exit(0)
+
+
+def _received(connection: socket.socket) -> Fork | Reap | None:
+    try:
+        message = connection.recv(_MESSAGE_BYTES_MAX)
+    except ConnectionError:
+        return None
+    return msgspec.msgpack.decode(message, type=Fork | Reap) if message else None
+
+
+def _status_of(pid: int) -> int:
+    try:
+        return os.waitpid(pid, 0)[1]
+    except ChildProcessError:
+        return -1
+
+
+def _become(entry: Entry, arguments: Sequence[str]) -> NoReturn:
+    """Run ``entry`` as a process that shares nothing with its origin but the imports and standard error."""
+    status = 1
+    try:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        entry(arguments)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)

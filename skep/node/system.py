@@ -1,0 +1,86 @@
+"""The node as ``/_ping``, ``/version``, ``/info`` and ``/events`` show it."""
+
+import hashlib
+from base64 import b32encode
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.configuration.configuration import Configuration
+from skep.model.times import timestamp
+from skep.node import features, info
+from skep.node.events import Message, NodeEvents, Wish
+from skep.node.manager_api import ManagerApi
+from skep.node.membership import Membership
+
+
+class NodeSystem:
+    """Answers for ``routes.system``.
+
+    Args:
+        count: counts containers and images at the moment of asking.
+        warnings: what the configuration has to say for itself.
+    """
+
+    def __init__(
+        self,
+        node: info.Node,
+        *,
+        api_version: str,
+        membership: Membership,
+        manager_api: ManagerApi,
+        events: NodeEvents,
+        clock: Clock,
+        count: Callable[[], info.Counts],
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        self._node = node
+        self._api_version = api_version
+        self._membership = membership
+        self._manager_api = manager_api
+        self._events = events
+        self._clock = clock
+        self._count = count
+        self._warnings = warnings
+
+    def configure(self, configuration: Configuration) -> None:
+        """Show ``configuration`` from now on (it was reloaded)."""
+        self._node = msgspec.structs.replace(self._node, configuration=configuration)
+
+    @property
+    def swarm_header(self) -> str:
+        return self._membership.header
+
+    def version(self) -> Mapping[str, Any]:
+        return info.version(self._node, self._api_version)
+
+    async def info(self) -> Mapping[str, Any]:
+        swarm = await self._membership.info()
+        return info.info(
+            self._node,
+            counts=self._count(),
+            swarm=swarm,
+            warnings=(
+                *swarm.get("Warnings", ()),
+                *features.warnings(self._node.features),
+                *(f"WARNING: {sentence}" for sentence in self._warnings),
+            ),
+            now=timestamp(self._clock.now_ns()),
+        )
+
+    async def stream_events(self, wish: Wish, send: Callable[[Message], Awaitable[None]]) -> None:
+        cluster = self._manager_api if self._membership.is_manager else None
+        await self._events.stream(wish, cluster, send)
+
+
+def engine_id(data_dir: Path) -> str:
+    """The ``ID`` of ``/info``: the same for as long as this data directory stays on this machine."""
+    try:
+        machine = Path("/etc/machine-id").read_bytes()
+    except OSError:
+        machine = b""
+    text = b32encode(hashlib.sha256(machine + bytes(data_dir)).digest()).decode()[:48]
+    return ":".join(text[start : start + 4] for start in range(0, 48, 4))

@@ -1,0 +1,155 @@
+"""What runs tasks on this node: the executor that is configured, with its containers and images if it has any."""
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from skep.aio.clock import Clock
+from skep.api.server import Routes
+from skep.configuration.configuration import Configuration
+from skep.errors import NotFound, SkepError
+from skep.model.meta import Driver
+from skep.node.assignments import LogLine, LogQuery, LogSource
+from skep.node.events import NodeEvents
+from skep.node.executor.assembly import Programs, find_programs, oci_executor
+from skep.node.executor.interface import Executor
+from skep.node.info import Counts
+from skep.node.machine import Machine
+from skep.node.network.ports import PortReservations
+from skep.node.oci.container import ContainerState
+from skep.node.oci.containers import Containers
+from skep.node.oci.images.local import ImageEvent
+from skep.node.oci.images.registry import Policy
+from skep.node.oci.images.removal import ImageUser
+from skep.node.oci.images.store import ImageStore
+from skep.node.routes.images import image_routes
+from skep.node.worker import PayloadSink
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """An executor, and what the Engine API shows of it."""
+
+    executor: Executor
+    logs: LogSource
+    payloads: PayloadSink | None = None
+    containers: Containers | None = None
+    images: ImageStore | None = None
+    routes: tuple[Routes, ...] = ()
+
+    def counts(self) -> Counts:
+        """Containers by state and images, for ``/info``."""
+        states = [one.state for one in self.containers.list()] if self.containers is not None else []
+        running, paused = states.count(ContainerState.RUNNING), states.count(ContainerState.PAUSED)
+        return Counts(
+            running=running,
+            paused=paused,
+            stopped=len(states) - running - paused,
+            images=len(self.images.images()) if self.images is not None else 0,
+        )
+
+    def image_users(self) -> tuple[ImageUser, ...]:
+        """Every container, as what keeps its image from being removed."""
+        listed = self.containers.list() if self.containers is not None else ()
+        return tuple(ImageUser(one.id, one.image_id, one.is_running) for one in listed)
+
+    def knows_container(self, word: str) -> bool:
+        """Whether ``word`` means a container of ours."""
+        if self.containers is None:
+            return False
+        try:
+            self.containers.get(word)
+        except NotFound:
+            return False
+        return True
+
+    def knows_image(self, reference: str) -> bool:
+        """Whether ``reference`` means an image of ours."""
+        if self.images is None:
+            return False
+        try:
+            return self.images.resolve(reference) is not None
+        except SkepError:
+            return False
+
+    def knows_exec(self, id: str) -> bool:
+        """Whether ``id`` is an exec in a container of ours."""
+        if self.containers is None:
+            return False
+        try:
+            self.containers.execs.get(id)
+        except NotFound:
+            return False
+        return True
+
+
+class _NoLogs:
+    """A source without lines."""
+
+    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        none: tuple[LogLine, ...] = ()
+        for line in none:
+            yield line
+
+
+async def oci_workload(
+    configuration: Configuration,
+    machine: Machine,
+    *,
+    ports: PortReservations,
+    events: NodeEvents,
+    clock: Clock,
+) -> Workload:
+    """Containers under runc, images in a store of our own."""
+    paths = configuration.paths
+
+    def announce(event: ImageEvent) -> None:
+        events.publish("image", event.action, event.id, event.attributes, event.time_ns)
+
+    images = ImageStore(paths.images, policy=policy(configuration), clock=clock, on_event=announce)
+    await images.open()
+    executor = oci_executor(
+        paths,
+        images,
+        clock=clock,
+        hostname=machine.hostname,
+        cgroup_parent=configuration.cgroup_parent,
+        ports=ports,
+        log_default=Driver(name="json-file", options=configuration.log_opts),
+        programs=programs(configuration),
+    )
+    workload = Workload(
+        executor=executor,
+        logs=_NoLogs(),
+        payloads=executor.payloads,
+        containers=executor.containers,
+        images=images,
+    )
+    return msgspec.structs.replace(
+        workload, routes=(image_routes(images, workload.image_users, clock=clock),)
+    )
+
+
+def policy(configuration: Configuration) -> Policy:
+    """How registries are reached."""
+    return Policy(
+        insecure=frozenset(configuration.insecure_registries), mirrors=configuration.registry_mirrors
+    )
+
+
+def programs(configuration: Configuration) -> Programs:
+    """The programs that the configuration names, by their full paths."""
+    found = find_programs()
+    return msgspec.structs.replace(
+        found,
+        runc=Path(shutil.which(configuration.runc) or found.runc),
+        conmon=Path(shutil.which(configuration.conmon) or found.conmon),
+    )
+
+
+async def forward_container_events(containers: Containers, events: NodeEvents) -> None:
+    """Show the containers' events in the node's stream until cancelled."""
+    with containers.events.subscribed() as subscription:
+        async for event in subscription:
+            events.publish("container", event.action, event.container_id, event.attributes, event.time_ns)
