@@ -120,6 +120,13 @@ class LocalImages:
             raise NotFound(f"No such image: {text}")
         return image
 
+    def lookup(self, word: str) -> Image | None:
+        """Like ``resolve``; what can be no reference names nothing."""
+        try:
+            return self.resolve(word)
+        except InvalidArgument:
+            return None
+
     def layers(self, image: Image) -> tuple[Path, ...]:
         """The lower directories of a container of ``image``, top first.
 

@@ -31,6 +31,7 @@ from skep.node.oci.images.registry import (
     DOCKER_MANIFEST,
     OCI_INDEX,
     OCI_MANIFEST,
+    Absent,
     Credentials,
     Document,
     Policy,
@@ -128,10 +129,10 @@ async def pull(
     if lock is None:
         lock = _pulls[images, reference] = asyncio.Lock()
     async with lock, connected(policy, reference, credentials) as repository:
-        report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
         document = await _attempted(
             lambda: repository.manifest(reference.digest or reference.tag, images.limits.manifest_bytes_max)
         )
+        report(Message(id=reference.tag or reference.digest, status=f"Pulling from {reference.path}"))
         manifest = await _for_platform(repository, document, wanted, images.limits.manifest_bytes_max)
         before = images.resolve(str(reference))
         image = await _pull_image(images, repository, manifest, _names(reference, document.digest), report)
@@ -166,7 +167,10 @@ async def inspect(
     """
     async with connected(policy, reference, credentials) as repository:
         target = reference.digest or reference.tag
-        document = await repository.manifest(target, limits.manifest_bytes_max)
+        try:
+            document = await repository.manifest(target, limits.manifest_bytes_max)
+        except Absent as error:
+            raise NotFound(error.cause) from error
         manifest = _decoded(document)
         platforms = [one.platform for one in manifest.manifests or () if one.platform]
         if manifest.config is not None:
@@ -247,8 +251,6 @@ async def _pull_image(
     config_digest = parse_digest(manifest.config.digest)
     present = images.resolve(config_digest)
     if present is not None:
-        for layer in manifest.layers:
-            report(step(short(layer.digest), "Already exists"))
         content = await asyncio.to_thread(images.config_file(present).read_bytes)
         return await images.add(content, names)
     async with images.workspace("pull") as directory:

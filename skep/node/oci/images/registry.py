@@ -43,6 +43,14 @@ class RegistryError(SkepError):
     """The registry could not be reached, or answered what it should not.  Worth another attempt."""
 
 
+class Absent(NotFound):
+    """The registry has no such image for us.  ``cause``: its own words, without ours around them."""
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How registries are reached.
 
@@ -263,13 +271,12 @@ class Repository:
         cause = f"{code.lower().replace('_', ' ')}: {message}"
         name, familiar = self._reference.familiar_name, self._reference.familiar
         if code == "MANIFEST_UNKNOWN" or (response.status == 404 and "/manifests/" in response.url.path):
-            raise NotFound(f"manifest for {familiar} not found: {cause}")
+            raise Absent(f"manifest for {familiar} not found: {cause}", cause)
         if code == "NAME_UNKNOWN":
-            raise NotFound(f"repository {name} not found: {cause}")
+            raise Absent(f"repository {name} not found: {cause}", cause)
         if code == "DENIED" or response.status in (401, 403):
-            raise NotFound(
-                f"pull access denied for {name}, repository does not exist or may require 'docker login': {cause}"
-            )
+            reason = "repository does not exist or may require 'docker login'"
+            raise Absent(f"pull access denied for {name}, {reason}: {cause}", cause)
         if code == "TOOMANYREQUESTS" or response.status >= 500 or response.status == 429:
             raise RegistryError(cause)
         raise NotFound(cause)

@@ -404,7 +404,7 @@ def _time_ns(exact: str | None, seconds: float) -> int:
     return min(max(nanoseconds, 0), (1 << 63) - 1)
 
 
-def _tree_bytes(root: str) -> int:
+def tree_bytes(root: str) -> int:
     """Size as Docker counts a layer: every inode that is no directory, once.
 
     Source: moby, pkg/directory/directory_unix.go.
@@ -452,7 +452,7 @@ def main() -> None:
         _confine(settings.root)
         Unpacker(settings).unpack(stream)
         digest = stream.finish()
-        result = {"digest": digest, "plain_bytes": stream.bytes_read, "size_bytes": _tree_bytes("/")}
+        result = {"digest": digest, "plain_bytes": stream.bytes_read, "size_bytes": tree_bytes("/")}
     except Duplicate:
         result = {"error": "duplicates of file paths not supported): ", "kind": "malformed"}
     except Malformed as error:

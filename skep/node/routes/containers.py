@@ -1,0 +1,276 @@
+"""Containers of this node in the Engine API: look at them, and what Docker lets one do to a task's container.
+
+Making containers is not here: tasks do that.  A task whose container is stopped or removed by hand fails, and the
+cluster replaces it.
+
+Source: moby 20.10, api/server/router/container/container_routes.go.
+"""
+
+import asyncio
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from aiohttp import web
+
+from skep.aio.clock import Clock, SystemClock
+from skep.api.errors import NotModified, Untranslated
+from skep.api.server import (
+    Filters,
+    JsonLines,
+    Routes,
+    api_version,
+    flag,
+    json_answer,
+    json_list_answer,
+    read_json,
+)
+from skep.api.versions import ApiVersion
+from skep.errors import InvalidArgument, NotFound, Unimplemented
+from skep.model.encoding import ApiObject
+from skep.model.times import unix_ns
+from skep.node.oci.bundle import Bundles
+from skep.node.oci.container import Container, ContainerState, NotRunning, WaitCondition
+from skep.node.oci.containers import Containers
+from skep.node.oci.images.removal import ImageUser
+from skep.node.oci.images.store import ImageStore
+from skep.node.oci.images.untar import tree_bytes
+from skep.node.routes import container_answers
+from skep.node.routes.container_listing import Wish, ancestors, select
+from skep.node.routes.container_output import output_routes
+from skep.node.routes.exec import exec_routes
+from skep.node.routes.moments import parse_moment
+from skep.node.routes.queries import integer
+
+_WITHOUT_NULL_ERROR = ApiVersion("1.42")
+
+
+class Limits(ApiObject):
+    """The body of ``POST /containers/{id}/update``, as far as a running container can follow."""
+
+    __go_name__ = "container.UpdateConfig"
+
+    memory: int | None = None
+    nano_cpus: int | None = None
+    cpu_period: int | None = None
+    cpu_quota: int | None = None
+    pids_limit: int | None = None
+
+
+def image_users(containers: Containers) -> Collection[ImageUser]:
+    """Every container, as what keeps its image."""
+    return [ImageUser(one.id, one.image_id, one.is_running) for one in containers.list()]
+
+
+def container_routes(
+    containers: Containers, images: ImageStore, bundles: Bundles, *, clock: Clock | None = None
+) -> Iterable[web.AbstractRouteDef]:
+    """``/containers/...`` and ``/exec/...``."""
+    table = Routes()
+    clock = clock or SystemClock()
+
+    @table.get("/containers/json")
+    async def list_containers(request: web.Request) -> web.StreamResponse:
+        filters = Filters.of(request)
+        wish = Wish(
+            filters=filters,
+            all=flag(request, "all"),
+            limit=_limit(request),
+            ancestors=ancestors(filters["ancestor"], images.lookup),
+        )
+        found = select(containers.list(), wish)
+        now_ns = clock.now_ns()
+        lines = [container_answers.summary(one, images, now_ns) for one in found]
+        if flag(request, "size"):
+            for line, container in zip(lines, found, strict=True):
+                line |= await _sizes(container)
+        return json_list_answer(lines)
+
+    @table.get("/containers/{id}/json")
+    async def inspect_container(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        exec_ids = [exec.id for exec in containers.execs.of(container.id)]
+        answer = container_answers.inspected(container, bundles, exec_ids)
+        if flag(request, "size"):
+            answer |= await _sizes(container)
+        return json_answer(answer)
+
+    async def _sizes(container: Container) -> dict[str, int]:
+        image = images.lookup(container.image_id)
+        changed = await asyncio.to_thread(tree_bytes, str(bundles.path(container.id) / "upper"))
+        total = changed + (image.size_bytes if image is not None else 0)
+        return {"SizeRw": changed, "SizeRootFs": total} if changed else {"SizeRootFs": total}
+
+    @table.get("/containers/{id}/top")
+    async def show_processes(request: web.Request) -> web.StreamResponse:
+        top = await containers.top(request.match_info["id"], request.query.get("ps_args", ""))
+        return json_answer({"Processes": top.processes, "Titles": top.titles})
+
+    @table.get("/containers/{id}/changes")
+    async def show_changes(request: web.Request) -> web.StreamResponse:
+        changes = await asyncio.to_thread(containers.changes, request.match_info["id"])
+        return json_answer([{"Path": path, "Kind": kind} for kind, path in changes] or None)
+
+    @table.post("/containers/{id}/wait")
+    async def wait(request: web.Request) -> web.StreamResponse:
+        condition = _condition(request)
+        container = containers.get(request.match_info["id"])
+        async with JsonLines(request) as lines:  # the header goes out before there is anything to say
+            ended = await containers.wait(container.id, condition)
+            answer: dict[str, Any] = {"StatusCode": ended.exit_code}
+            if ended.error:
+                answer["Error"] = {"Message": ended.error}
+            elif api_version(request) < _WITHOUT_NULL_ERROR:
+                answer["Error"] = None
+            await lines.send(answer)
+        return lines.response
+
+    @table.post("/containers/{id}/kill")
+    async def kill(request: web.Request) -> web.StreamResponse:
+        word = request.match_info["id"]
+        try:
+            await containers.kill(word, request.query.get("signal") or "SIGKILL")
+        except NotFound as error:
+            raise NotFound(f"Cannot kill container: {word}: {error}") from error
+        return web.Response(status=204)
+
+    @table.post("/containers/{id}/stop")
+    async def stop(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        grace_s = _grace(request)
+        if not container.is_running:
+            raise NotModified
+        await containers.stop(container.id, grace_s)
+        return web.Response(status=204)
+
+    @table.post("/containers/{id}/start")
+    async def start(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        if container.is_running:
+            raise NotModified
+        await containers.start(container.id)
+        return web.Response(status=204)
+
+    @table.post("/containers/{id}/restart")
+    async def restart(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        await containers.stop(container.id, _grace(request))
+        await containers.start(container.id)
+        return web.Response(status=204)
+
+    @table.post("/containers/{id}/pause")
+    async def pause(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        if container.state is ContainerState.PAUSED:
+            raise NotRunning(f"Container {container.id} is already paused")
+        await containers.pause(container.id)
+        return web.Response(status=204)
+
+    @table.post("/containers/{id}/unpause")
+    async def unpause(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        if container.state is not ContainerState.PAUSED:
+            raise Untranslated(f"Container {container.id} is not paused")
+        await containers.unpause(container.id)
+        return web.Response(status=204)
+
+    @table.post("/containers/{id}/resize")
+    async def resize(request: web.Request) -> web.StreamResponse:
+        height, width = integer(request, "h"), integer(request, "w")
+        await containers.resize(request.match_info["id"], height, width)
+        return web.Response()
+
+    @table.post("/containers/{id}/update")
+    async def update(request: web.Request) -> web.StreamResponse:
+        container = containers.get(request.match_info["id"])
+        await containers.update(container.id, **_limits(container, await read_json(request, Limits)))
+        return json_answer({"Warnings": None})
+
+    @table.post("/containers/prune")
+    async def prune(request: web.Request) -> web.StreamResponse:
+        filters = Filters.of(request)
+        filters.refuse_unknown("label", "label!", "until")
+        freed_bytes, removed = 0, []
+        for container in containers.list():
+            if not container.is_running and container.was_started and _is_prunable(container, filters, clock):
+                freed_bytes += (await _sizes(container)).get("SizeRw", 0)
+                await containers.remove(container.id)
+                removed.append(container.id)
+        await images.sweep({user.image_id for user in image_users(containers)})
+        return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
+
+    @table.delete("/containers/{id}")
+    async def remove(request: web.Request) -> web.StreamResponse:
+        await containers.remove(request.match_info["id"], force=flag(request, "force"))
+        await images.sweep({user.image_id for user in image_users(containers)})
+        return web.Response(status=204)
+
+    @table.post("/containers/{id}/rename")
+    async def rename(request: web.Request) -> web.StreamResponse:
+        containers.get(request.match_info["id"])
+        raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
+
+    @table.get("/containers/{id}/export")
+    async def export(request: web.Request) -> web.StreamResponse:
+        containers.get(request.match_info["id"])
+        raise Unimplemented('This node does not export containers: use "docker exec" and tar.')
+
+    @table.head("/containers/{id}/archive")
+    @table.get("/containers/{id}/archive")
+    @table.put("/containers/{id}/archive")
+    async def copy(request: web.Request) -> web.StreamResponse:
+        containers.get(request.match_info["id"])
+        raise Unimplemented('This node does not copy files of containers: use "docker exec" and tar.')
+
+    return (*table, *exec_routes(containers), *output_routes(containers, clock=clock))
+
+
+def _limit(request: web.Request) -> int:
+    try:
+        return integer(request, "limit", 0)
+    except InvalidArgument as error:
+        raise Untranslated(str(error)) from error
+
+
+def _grace(request: web.Request) -> float | None:
+    """Seconds between the stop signal and the kill; None: the container's own, negative: for ever."""
+    if "t" not in request.query:
+        return None
+    try:
+        grace_s = integer(request, "t")
+    except InvalidArgument as error:
+        raise Untranslated(str(error)) from error
+    return float(grace_s) if grace_s >= 0 else float("inf")
+
+
+def _condition(request: web.Request) -> WaitCondition:
+    text = request.query.get("condition", "") or WaitCondition.NOT_RUNNING.value
+    try:
+        return WaitCondition(text)
+    except ValueError as error:
+        raise InvalidArgument(f'invalid condition: "{text}"') from error
+
+
+def _limits(container: Container, wish: Limits) -> dict[str, int]:
+    """The container's limits after ``wish``; what it leaves out stays."""
+    config = container.config
+    nano_cpus = wish.nano_cpus
+    if wish.cpu_quota and wish.cpu_quota > 0:
+        nano_cpus = wish.cpu_quota * 1_000_000_000 // (wish.cpu_period or 100_000)
+    found = {
+        "nano_cpus": nano_cpus or config.nano_cpus,
+        "memory_bytes": wish.memory or config.memory_bytes,
+        "pids": config.pids if wish.pids_limit is None else max(wish.pids_limit, 0),
+    }
+    if any(value < 0 for value in found.values()):
+        raise InvalidArgument("invalid limit: it must not be negative")
+    return found
+
+
+def _is_prunable(container: Container, filters: Filters, clock: Clock) -> bool:
+    created_ns = unix_ns(container.created_at)
+    unwanted = [Filters({"label": (label,)}) for label in filters["label!"]]
+    return (
+        all(created_ns < parse_moment(moment, clock.now_ns()) for moment in filters["until"])
+        and filters.matches_labels("label", container.labels)
+        and not any(one.matches_labels("label", container.labels) for one in unwanted)
+    )

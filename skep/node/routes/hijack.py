@@ -1,0 +1,133 @@
+"""Taking a connection over from HTTP: ``attach`` and ``exec start`` talk raw bytes in both directions.
+
+The client asks with ``Upgrade: tcp`` and gets 101 (old clients ask without and get a 200 that never ends).  From
+then on each direction closes by itself: the end of the client's input is a half-close, and output goes on after it.
+aiohttp cannot half-close, so the transport gets another protocol.
+
+Source: moby 20.10, api/server/httputils/httputils_write_json.go, api/server/router/container/exec.go.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.web_protocol import RequestHandler
+
+from skep.api.server import ApiVersion, OutputStream, api_version, frame
+
+RAW = "application/vnd.docker.raw-stream"
+MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
+
+_NAMES_ITS_FORM = ApiVersion("1.42")
+_BUFFER_BYTES = 64 << 10
+_DRAIN_S = 60.0
+"""A client that takes nothing for this long has gone."""
+
+
+class Duplex:
+    """The raw connection: input that ends, output in frames or, with a terminal, as it is."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, tty: bool) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._tty = tty
+
+    async def read(self) -> bytes:
+        """The client's next input; empty after its end.  Raises: ConnectionError."""
+        return await self._reader.read(_BUFFER_BYTES)
+
+    async def send(self, stream: OutputStream, data: bytes) -> None:
+        """Raises: ConnectionError: the client has gone, or takes nothing."""
+        self._writer.write(data if self._tty else frame(stream, data))
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                await self._writer.drain()
+        except TimeoutError as error:
+            raise ConnectionResetError("the client takes no output") from error
+
+
+@asynccontextmanager
+async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
+    """Answer ``request`` with a raw connection, which closes with the block.
+
+    The handler then returns ``Hijacked()``.  Read the request's body before.
+    """
+    handler = cast("RequestHandler", request.protocol)
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client has gone")
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=_BUFFER_BYTES, loop=loop)
+    reader.feed_data(_sent_ahead(handler))
+    protocol = _Raw(reader, loop, handler)
+    transport.set_protocol(protocol)
+    protocol.connection_made(transport)
+    transport.resume_reading()
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+    writer.write(_head(request, tty=tty))
+    try:
+        yield Duplex(reader, writer, tty=tty)
+    finally:
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(1):
+                await writer.drain()
+        writer.close()
+
+
+class Hijacked(web.StreamResponse):
+    """What a handler returns for a connection that is no longer HTTP: nothing is written for it."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        self.force_close()
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
+class _Raw(asyncio.StreamReaderProtocol):
+    """A stream's protocol that tells aiohttp when the connection is gone: it counts them."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        loop: asyncio.AbstractEventLoop,
+        handler: RequestHandler,
+    ) -> None:
+        super().__init__(reader, loop=loop)
+        self._handler = handler
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._handler.connection_lost(exc)
+
+
+class _Tap:
+    """Takes what the client sent right behind its request."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        self.data += data
+        return False, b""
+
+    def feed_eof(self) -> None:
+        pass
+
+
+def _sent_ahead(handler: RequestHandler) -> bytes:
+    tap = _Tap()
+    handler.set_parser(tap)  # type: ignore[arg-type]  # the documented way in for whoever is no WebSocket, too
+    return tap.data
+
+
+def _head(request: web.Request, *, tty: bool) -> bytes:
+    lines = ["HTTP/1.1 200 OK"]
+    if "upgrade" in request.headers:
+        lines = ["HTTP/1.1 101 UPGRADED", "Connection: Upgrade", "Upgrade: tcp"]
+    names_form = api_version(request) >= _NAMES_ITS_FORM and not tty
+    lines.append(f"Content-Type: {MULTIPLEXED if names_form else RAW}")
+    return "\r\n".join((*lines, "", "")).encode()

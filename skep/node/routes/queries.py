@@ -1,0 +1,18 @@
+"""Query parameters, with the engine's words for those that cannot be read."""
+
+from aiohttp import web
+
+from skep.errors import InvalidArgument
+
+_DIGITS_MAX = 18
+
+
+def integer(request: web.Request, name: str, default: int | None = None) -> int:
+    """A whole number.  Raises: InvalidArgument: it is none, or missing without a ``default``."""
+    text = request.query.get(name, "")
+    if not text and default is not None:
+        return default
+    digits = text.removeprefix("-").removeprefix("+")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > _DIGITS_MAX:
+        raise InvalidArgument(f'strconv.Atoi: parsing "{text}": invalid syntax')
+    return int(text)
