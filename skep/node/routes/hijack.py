@@ -54,7 +54,7 @@ async def hijacked(request: web.Request, *, tty: bool) -> AsyncIterator[Duplex]:
 
     The handler then returns ``Hijacked()``.  Read the request's body before.
     """
-    handler = cast("RequestHandler", request.protocol)
+    handler = request.protocol
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client has gone")
