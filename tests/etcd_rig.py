@@ -4,7 +4,7 @@ import asyncio
 import datetime
 import socket
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from cryptography import x509
@@ -89,14 +89,14 @@ def a_member(settings: MemberSettings) -> Member:
 
 
 class Relay:
-    """Stands between a client and etcd's socket: cuts, and loses requests or replies."""
+    """Stands between a client and etcd's socket: cuts, and loses a request or replies."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
         self._writers: set[asyncio.StreamWriter] = set()
-        self.is_cut = False
-        self.loses_replies = False
-        self.loses_requests = False
+        self._is_cut = False
+        self._swallows_replies = False
+        self._request_to_lose: bytes | None = None
 
     @asynccontextmanager
     async def listening(self, path: Path) -> AsyncIterator["Relay"]:
@@ -106,47 +106,67 @@ class Relay:
             yield self
         finally:
             server.close()
-            self.drop()
-
-    def drop(self) -> None:
-        """Break all connections; new ones are accepted unless ``is_cut``."""
-        for writer in list(self._writers):
-            writer.transport.abort()
+            self._drop()
 
     def cut(self) -> None:
         """Break all connections and accept no new one until ``mend``."""
-        self.is_cut = True
-        self.drop()
+        self._is_cut = True
+        self._drop()
+
+    def lose_request_with(self, content: bytes) -> None:
+        """Break the connection instead of passing on the next request that has ``content``."""
+        self._request_to_lose = content
+
+    def swallow_replies(self) -> None:
+        """Pass requests on, but nothing back, until ``mend``."""
+        self._swallows_replies = True
 
     def mend(self) -> None:
-        """Undo whatever disturbs."""
-        self.is_cut = self.loses_replies = self.loses_requests = False
+        """Undo whatever disturbs.  A connection with holes in it is broken for good."""
+        if self._swallows_replies:
+            self._drop()
+        self._is_cut = self._swallows_replies = False
+        self._request_to_lose = None
+
+    def _drop(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.is_cut:
-            writer.transport.abort()
-            return
-        async with AsyncExitStack() as stack:
-            there, here = await asyncio.open_unix_connection(self._target)
-            for one in (writer, here):
-                self._writers.add(one)
-                stack.callback(self._writers.discard, one)
-                stack.callback(one.close)
-            async with asyncio.TaskGroup() as group:
-                pumps = (
-                    group.create_task(self._pump(reader, here, "loses_requests")),
-                    group.create_task(self._pump(there, writer, "loses_replies")),
-                )
-                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-                for pump in pumps:
-                    pump.cancel()
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: str) -> None:
+        self._writers.add(writer)
         try:
-            while data := await reader.read(65536):
-                if getattr(self, fault):
-                    continue  # swallowed: the connection is of no use after that
+            if self._is_cut:
+                return
+            there, here = await asyncio.open_unix_connection(self._target)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    pumps = (
+                        group.create_task(self._pass_requests(reader, here)),
+                        group.create_task(self._pass_replies(there, writer)),
+                    )
+                    await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                    for pump in pumps:
+                        pump.cancel()
+            finally:
+                here.transport.abort()
+        except (ConnectionError, FileNotFoundError):
+            return  # etcd is not there at the moment
+        finally:
+            self._writers.discard(writer)
+            writer.transport.abort()
+
+    async def _pass_requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 20):
+                if self._request_to_lose is not None and self._request_to_lose in data:
+                    self._request_to_lose = None
+                    return
                 writer.write(data)
                 await writer.drain()
-        except ConnectionError:
-            return
+
+    async def _pass_replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 20):
+                if not self._swallows_replies:
+                    writer.write(data)
+                    await writer.drain()

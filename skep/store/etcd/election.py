@@ -86,7 +86,7 @@ class Election:
         return SOLO_POLL_S if voters == 1 else POLL_S
 
     async def _claim(self, raft_term: int) -> TermState | None:
-        """Write the leader key, unless somebody of a later raft term has."""
+        """Write the leader key, unless somebody of a later raft term has, or another of this one."""
         name = etcd_key(keys.LEADER)
         read = await self._client.range(pb.RangeRequest(key=name))
         seen = 0
@@ -95,7 +95,7 @@ class Election:
             change = change_of(read.kvs[0], self._cipher)
             if change is not None and change.value is not None:
                 record = msgspec.json.decode(change.value, type=LeaderRecord)
-                if record.term > raft_term:
+                if record.term > raft_term or (record.term == raft_term and record.node != self._node_id):
                     return None
         record = LeaderRecord(node=self._node_id, addr=self._addr, term=raft_term)
         reply = await self._client.txn(

@@ -3,6 +3,7 @@
 Source: etcd 3.5, api/v3rpc/rpctypes/error.go; each meaning was provoked (etcd note, section 10).
 """
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -59,14 +60,20 @@ def answers_of_etcd() -> Iterator[None]:
 
     Raises: Uncertain, Busy, OutOfSpace, NotServing, Compacted, Refused.
     """
+    task = asyncio.current_task()
+    cancelled_before = task.cancelling() if task is not None else 0
     try:
         yield
     except GRPCError as error:
         raise meaning_of(error.message or "") from error
-    except (ProtocolError, StreamTerminatedError, OSError) as error:
+    except (ProtocolError, StreamTerminatedError, OSError, TimeoutError) as error:
+        # grpclib interrupts a call by cancelling its task and forgets to take that back; left so, every later
+        # timeout of the task would end as a cancellation.
+        while task is not None and task.cancelling() > cancelled_before:
+            task.uncancel()
+        if isinstance(error, TimeoutError):
+            raise Uncertain(NO_LEADER) from error
         raise Uncertain(f"the store does not answer: {error}") from error
-    except TimeoutError as error:
-        raise Uncertain(NO_LEADER) from error
 
 
 def meaning_of(message: str) -> SkepError:

@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.groups import errors_as_they_are
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.model.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
@@ -119,9 +119,16 @@ class EtcdStore:
         )
 
     async def _reach_present(self) -> None:
-        """One linearizable read, and the replica at its revision."""
-        reply = await self._client.range(pb.RangeRequest(key=etcd_key(keys.LEADER), count_only=True))
-        await self._follower.reached(reply.header.revision)
+        """One linearizable read, and the replica at its revision; tried again until the caller gives up."""
+        backoff = Backoff(longest_s=1.0, chance=self._chance)
+        request = pb.RangeRequest(key=etcd_key(keys.LEADER), count_only=True)
+        while True:
+            try:
+                reply = await self._client.range(request)
+            except Unavailable:
+                await backoff.sleep(self._clock)
+            else:
+                return await self._follower.reached(reply.header.revision)
 
 
 class Lane:

@@ -1,0 +1,155 @@
+"""A cluster of two managers' stores, in memory and on a real etcd, with the same handles to disturb it."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from skep.aio.clock import SystemClock
+from skep.model.ids import ClusterId, NodeId
+from skep.model.swarm import Swarm
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd import initialize, new_wrapping_key, open_store
+from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.client import Client
+from skep.store.etcd.founding import founded_ring
+from skep.store.etcd.requests import PREFIX, etcd_key
+from skep.store.interface import Store, Transaction
+from skep.store.leadership import LeaderRecord
+from skep.store.memory import Loss, MemoryCluster, MemoryStore
+from tests.etcd_rig import Relay, a_member, member_settings
+
+FIRST, SECOND = NodeId("m1"), NodeId("m2")
+
+
+class Rig(Protocol):
+    """``store`` is the manager under test; ``other`` is another manager's replica of the same cluster."""
+
+    store: Store
+    other: Store
+
+    async def depose(self) -> None:
+        """Another manager becomes leader, and nobody tells ``store``."""
+
+    def lose_request(self) -> None:
+        """The next write of ``store`` gets lost before it is stored."""
+
+    def lose_reply(self) -> None:
+        """The next write of ``store`` is stored, and its answer gets lost; then ``mend``."""
+
+    def cut_store(self) -> None:
+        """``store`` reaches no quorum any more."""
+
+    def cut_other(self) -> None:
+        """``other`` hears nothing any more."""
+
+    def mend(self) -> None:
+        """Connections work again."""
+
+    async def compact(self) -> None:
+        """Forget all history."""
+
+
+def found(tx: Transaction) -> None:
+    """What every rig's cluster begins with."""
+    tx.put(Swarm(id=ClusterId("cluster")))
+
+
+class MemoryRig:
+    def __init__(self) -> None:
+        self.cluster = MemoryCluster()
+        self.store = MemoryStore(SystemClock(), self.cluster)
+        self.other = MemoryStore(SystemClock(), self.cluster)
+
+    async def depose(self) -> None:
+        self.cluster.stand(self.other, SECOND)
+        self.cluster.elect(SECOND, quietly=True)
+
+    def lose_request(self) -> None:
+        self._lose_once(Loss.REQUEST)
+
+    def lose_reply(self) -> None:
+        self._lose_once(Loss.REPLY)
+
+    def _lose_once(self, loss: Loss) -> None:
+        losses = [loss]
+        self.store.faults.loss = lambda _: losses.pop() if losses else None
+
+    def cut_store(self) -> None:
+        self.store.cut()
+
+    def cut_other(self) -> None:
+        self.other.cut()
+
+    def mend(self) -> None:
+        for store in (self.store, self.other):
+            if store.faults.is_cut:
+                store.mend()
+
+    async def compact(self) -> None:
+        self.cluster.compact()
+
+
+class EtcdRig:
+    def __init__(
+        self, store: Store, other: Store, relay: Relay, other_relay: Relay, client: Client, key: bytes
+    ) -> None:
+        self.store = store
+        self.other = other
+        self.client = client
+        self._relay = relay
+        self._other_relay = other_relay
+        self._key = key
+
+    async def depose(self) -> None:
+        name = etcd_key(keys.LEADER)
+        cipher = Cipher(await founded_ring(self.client), self._key)
+        record = msgspec.json.encode(LeaderRecord(node=SECOND, term=1_000_000))
+        await self.client.put(name, cipher.encrypt(name, record))
+
+    def lose_request(self) -> None:
+        self._relay.lose_request_with(PREFIX + b"o/")
+
+    def lose_reply(self) -> None:
+        self._relay.swallow_replies()
+
+    def cut_store(self) -> None:
+        self._relay.cut()
+
+    def cut_other(self) -> None:
+        self._other_relay.cut()
+
+    def mend(self) -> None:
+        self._relay.mend()
+        self._other_relay.mend()
+
+    async def compact(self) -> None:
+        reply = await self.client.range(pb.RangeRequest(key=etcd_key(keys.FORMAT)))
+        await self.client.compact(reply.header.revision)
+
+
+@asynccontextmanager
+async def memory_rig() -> AsyncIterator[Rig]:
+    rig = MemoryRig()
+    await rig.store.update(found)
+    yield rig
+
+
+@asynccontextmanager
+async def etcd_rig(root: Path) -> AsyncIterator[Rig]:
+    settings = member_settings(root)
+    key, clock = new_wrapping_key(), SystemClock()
+    relay, other_relay = Relay(settings.socket), Relay(settings.socket)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(a_member(settings).running())
+        await initialize(settings.socket, key, clock, found)
+        stores: list[Store] = []
+        for node, one in ((FIRST, relay), (SECOND, other_relay)):
+            path = root / f"{node}.sock"
+            await stack.enter_async_context(one.listening(path))
+            stores.append(await stack.enter_async_context(open_store(path, node, key, clock)))
+        client = await stack.enter_async_context(Client(settings.socket))
+        yield EtcdRig(stores[0], stores[1], relay, other_relay, client, key)
