@@ -1,0 +1,79 @@
+"""On which nodes a global service has a task."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.manager.orchestrator.changes import FillSlot, RetireTask
+from skep.manager.orchestrator.global_services import reconcile
+from skep.model.node import Availability, Node, NodeState
+from skep.model.task import Task, TaskState
+from tests.builders import a_node, a_service, a_task
+from tests.worlds import World
+
+AGENT = a_service("agent", is_global=True)
+
+
+def test_every_ready_node_gets_one_task() -> None:
+    nodes = [a_node("n1"), a_node("n2")]
+    assert reconcile(AGENT, [], nodes) == [FillSlot(AGENT, 0, node.id) for node in nodes]
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        a_node("n1", state=NodeState.DOWN),
+        a_node("n1", availability=Availability.DRAIN),
+        a_node("n1", availability=Availability.PAUSE),
+    ],
+)
+def test_a_node_that_takes_no_tasks_gets_none(node: Node) -> None:
+    assert reconcile(AGENT, [], [node]) == []
+
+
+def test_constraints_choose_the_nodes() -> None:
+    service = a_service("agent", is_global=True, constraints=("node.labels.zone == north",))
+    nodes = [a_node("n1", labels={"zone": "north"}), a_node("n2")]
+    assert reconcile(service, [], nodes) == [FillSlot(service, 0, nodes[0].id)]
+
+
+def test_a_drained_node_loses_its_task_and_a_paused_one_keeps_it() -> None:
+    tasks = [a_task(slot=0, node="n1", service=AGENT), a_task(slot=0, node="n2", service=AGENT)]
+    nodes = [a_node("n1", availability=Availability.DRAIN), a_node("n2", availability=Availability.PAUSE)]
+    assert reconcile(AGENT, tasks, nodes) == [RetireTask(tasks[0])]
+
+
+def test_what_ends_on_a_paused_node_is_not_replaced_there() -> None:
+    task = a_task(slot=0, node="n1", service=AGENT, state=TaskState.FAILED)
+    world = World(AGENT, [task], [a_node("n1", availability=Availability.PAUSE)])
+    assert world.steps() == [RetireTask(task)]
+    world.settle()
+    world.nodes[a_node("n1").id] = a_node("n1")
+    assert world.steps() == [FillSlot(AGENT, 0, a_node("n1").id)]
+
+
+nodes_of_any_kind = st.lists(
+    st.builds(
+        a_node,
+        st.sampled_from(["n1", "n2", "n3", "n4"]),
+        state=st.sampled_from([NodeState.READY, NodeState.DOWN]),
+        availability=st.sampled_from(list(Availability)),
+    ),
+    unique_by=lambda node: node.id,
+)
+tasks_of_any_kind = st.lists(
+    st.builds(
+        lambda node, state, desired: a_task(slot=0, node=node, service=AGENT, state=state, desired=desired),
+        st.sampled_from(["n1", "n2", "n3", "gone"]),
+        st.sampled_from([TaskState.NEW, TaskState.RUNNING, TaskState.FAILED, TaskState.SHUTDOWN]),
+        st.sampled_from([TaskState.RUNNING, TaskState.SHUTDOWN, TaskState.REMOVE]),
+    ),
+    max_size=6,
+)
+
+
+@given(nodes_of_any_kind, tasks_of_any_kind)
+def test_one_application_is_enough(nodes: list[Node], tasks: list[Task]) -> None:
+    world = World(AGENT, tasks, nodes)
+    world.apply(reconcile(AGENT, tasks, nodes))
+    assert reconcile(AGENT, world.tasks.values(), nodes) == []

@@ -1,0 +1,214 @@
+"""Whether and when an ended task gets a successor."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask
+from skep.model.node import Availability, NodeState
+from skep.model.service import RestartCondition, RestartPolicy
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
+from tests.builders import a_node, a_service, a_task
+from tests.worlds import World
+
+READY, RUNNING, SHUTDOWN = TaskState.READY, TaskState.RUNNING, TaskState.SHUTDOWN
+AT_ONCE = RestartPolicy(delay=0)
+
+
+def a_world(policy: RestartPolicy | None = None, *, replicas: int = 1) -> World:
+    """Everything runs, on n1."""
+    world = World(a_service(replicas=replicas, restart=policy), nodes=[a_node("n1"), a_node("n2")])
+    for slot in range(1, replicas + 1):
+        world.put(a_task(slot=slot, node="n1", service=world.service))
+    return world
+
+
+def only(world: World) -> Task:
+    return next(iter(world.tasks.values()))
+
+
+def wanted(world: World) -> list[Task]:
+    return [task for task in world.tasks.values() if task.desired_state <= RUNNING]
+
+
+def test_without_a_delay_the_successor_starts_at_once() -> None:
+    world = a_world(AT_ONCE)
+    world.report(only(world).id, TaskState.FAILED)
+    failed = only(world)
+    assert world.steps() == [ReplaceTask(failed, FillSlot(world.service, 1, desired=RUNNING))]
+
+
+def test_with_a_delay_the_successor_is_prepared_first_and_started_after_it() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.now = 10.0
+    world.report(only(world).id, TaskState.FAILED)
+    assert world.steps() == [ReplaceTask(only(world), FillSlot(world.service, 1, desired=READY))]
+    world.apply(world.changes())
+    (successor,) = wanted(world)
+    assert world.steps() == [Recheck(13.0)]
+    world.now = 13.0
+    assert world.steps() == [StartTask(successor)]
+
+
+def test_the_default_is_five_seconds() -> None:
+    world = a_world()
+    world.report(only(world).id, TaskState.COMPLETE)
+    world.apply(world.changes())
+    assert world.steps() == [Recheck(5.0)]
+
+
+def test_a_new_leader_starts_the_delay_again() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.report(only(world).id, TaskState.FAILED)
+    world.apply(world.changes())
+    world.seen = type(world.seen)(100.0)
+    world.now = 101.0
+    assert world.steps() == [Recheck(103.0)]
+
+
+@pytest.mark.parametrize(
+    ("condition", "state", "is_replaced"),
+    [
+        (RestartCondition.ANY, TaskState.COMPLETE, True),
+        (RestartCondition.ANY, TaskState.FAILED, True),
+        (RestartCondition.ANY, TaskState.REJECTED, True),
+        (RestartCondition.ON_FAILURE, TaskState.COMPLETE, False),
+        (RestartCondition.ON_FAILURE, TaskState.FAILED, True),
+        (RestartCondition.ON_FAILURE, TaskState.REJECTED, True),
+        (RestartCondition.NONE, TaskState.FAILED, False),
+        (RestartCondition.NONE, TaskState.COMPLETE, False),
+    ],
+)
+def test_the_condition_decides(condition: RestartCondition, state: TaskState, is_replaced: bool) -> None:
+    world = a_world(RestartPolicy(condition=condition, delay=0))
+    world.report(only(world).id, state)
+    world.settle()
+    assert bool(wanted(world)) is is_replaced
+    assert only(world).desired_state is SHUTDOWN
+
+
+def test_attempts_are_counted_per_slot_and_end_at_the_maximum() -> None:
+    world = a_world(RestartPolicy(delay=0, max_attempts=2), replicas=2)
+    for _ in range(10):
+        for task in [task for task in wanted(world) if task.slot == 1]:
+            world.report(task.id, TaskState.FAILED)
+        world.settle()
+    assert len(world.tasks) == 2 + 2
+    assert [task.slot for task in wanted(world)] == [2]
+
+
+def test_a_new_spec_starts_with_a_full_number_of_attempts() -> None:
+    world = a_world(RestartPolicy(delay=0, max_attempts=1))
+    world.report(only(world).id, TaskState.FAILED)
+    world.settle()
+    world.report(wanted(world)[0].id, TaskState.FAILED)
+    world.settle()
+    assert wanted(world) == []
+    world.update(a_service("web", image="app:2", restart=RestartPolicy(delay=0, max_attempts=1)).spec)
+    world.settle()
+    world.report(wanted(world)[0].id, TaskState.FAILED)
+    world.settle()
+    assert len(wanted(world)) == 1
+
+
+def test_only_attempts_within_the_window_count() -> None:
+    policy = RestartPolicy(delay=0, max_attempts=2, window=10 * SECOND_NS)
+    world = a_world(policy)
+    for moment in (0.0, 20.0, 40.0, 60.0):
+        world.now = moment
+        world.report(wanted(world)[0].id, TaskState.FAILED)
+        world.settle()
+    assert len(wanted(world)) == 1
+    for moment in (61.0, 62.0, 63.0):
+        world.now = moment
+        for task in wanted(world):
+            world.report(task.id, TaskState.FAILED)
+        world.settle()
+    assert wanted(world) == []
+
+
+def test_what_could_not_be_prepared_is_tried_again_only_after_its_delay() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.report(only(world).id, TaskState.FAILED)
+    world.apply(world.changes())
+    world.now = 1.0
+    world.report(wanted(world)[0].id, TaskState.REJECTED)
+    assert world.steps() == [Recheck(3.0)]
+    world.now = 3.0
+    world.settle()
+    assert world.steps() == [Recheck(6.0)]
+
+
+def test_a_lost_node_is_not_waited_for_but_the_delay_holds() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.nodes[a_node("n1").id] = a_node("n1", state=NodeState.DOWN)
+    world.apply(world.changes())
+    assert world.steps() == [Recheck(3.0)]
+    world.now = 3.0
+    assert isinstance(world.steps()[0], StartTask)
+
+
+def test_a_drained_node_gives_its_task_away_without_delay_once_it_has_stopped() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    first = only(world)
+    world.nodes[a_node("n1").id] = a_node("n1", availability=Availability.DRAIN)
+    world.apply(world.changes())
+    assert world.steps() == [Recheck(60.0)]
+    world.report(first.id, SHUTDOWN)
+    assert isinstance(world.steps()[0], StartTask)
+
+
+def test_a_task_that_never_reports_its_end_is_waited_for_a_minute() -> None:
+    world = a_world(AT_ONCE)
+    world.nodes[a_node("n1").id] = a_node("n1", availability=Availability.DRAIN)
+    world.apply(world.changes())
+    world.now = 60.0
+    assert isinstance(world.steps()[0], StartTask)
+
+
+def test_a_task_on_a_removed_node_is_replaced() -> None:
+    world = a_world(AT_ONCE)
+    del world.nodes[a_node("n1").id]
+    assert world.steps() == [ReplaceTask(only(world), FillSlot(world.service, 1, desired=RUNNING))]
+
+
+def test_a_task_that_no_node_ever_got_is_closed_at_once() -> None:
+    world = World(a_service(replicas=1))
+    world.settle()
+    world.put(a_service(replicas=0))
+    world.settle()
+    assert only(world).status.state is SHUTDOWN
+
+
+policies = st.builds(
+    RestartPolicy,
+    condition=st.sampled_from(list(RestartCondition)),
+    delay=st.sampled_from([None, 0, SECOND_NS]),
+    max_attempts=st.sampled_from([None, 0, 1, 3]),
+    window=st.sampled_from([None, 0, 5 * SECOND_NS]),
+)
+events = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from([TaskState.RUNNING, TaskState.FAILED, TaskState.COMPLETE, SHUTDOWN]),
+        st.sampled_from([0.0, 0.5, 2.0, 70.0]),
+    ),
+    max_size=12,
+)
+
+
+@given(policies, events)
+def test_whatever_happens_decisions_settle_and_no_slot_is_filled_twice(
+    policy: RestartPolicy, happenings: list[tuple[int, TaskState, float]]
+) -> None:
+    world = a_world(policy, replicas=2)
+    for number, state, pause in happenings:
+        world.now += pause
+        task = list(world.tasks.values())[number % len(world.tasks)]
+        if state > task.status.state and (state is not SHUTDOWN or task.desired_state > RUNNING):
+            world.report(task.id, state)
+        assert world.settle() <= 3
+        slots = [task.slot for task in wanted(world)]
+        assert len(slots) == len(set(slots))
+        assert not any(isinstance(step, RetireTask) for step in world.steps())

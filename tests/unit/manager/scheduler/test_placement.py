@@ -1,0 +1,309 @@
+"""Which node a task gets, or why none."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.placement import Placed, Refusal, confirm, place
+from skep.manager.scheduler.requirements import requirements_of
+from skep.manager.scheduler.spread import MAX_FAILURES
+from skep.model.ids import NodeId
+from skep.model.node import Availability, EngineDescription, EnginePlugin, Node, NodeRole, NodeState
+from skep.model.service import (
+    DiscreteResource,
+    GenericResource,
+    NamedResource,
+    Platform,
+    PortConfig,
+    PublishMode,
+    Resources,
+    Service,
+)
+from skep.model.task import Task, TaskState
+from tests.builders import a_node, a_service, a_task
+
+PENDING = TaskState.PENDING
+ALL = 10_000
+
+
+def accounting_of(nodes: Iterable[Node], tasks: Iterable[Task] = ()) -> Accounting:
+    accounting = Accounting()
+    for node in nodes:
+        accounting.set_node(node)
+    for task in tasks:
+        accounting.add(task, ())
+    return accounting
+
+
+def placed(service: Service, accounting: Accounting, *, count: int | None = None, limit: int = ALL) -> Placed:
+    tasks = [
+        a_task(slot=slot + 1, service=service, state=PENDING)
+        for slot in range(service.spec.replicas if count is None else count)
+    ]
+    return place(tasks, requirements_of(tasks[0], service.spec), accounting, now=0.0, limit=limit)
+
+
+def nodes_of(result: Placed) -> Counter[str]:
+    return Counter(assignment.node_id for assignment in result.assignments)
+
+
+def reason(result: Placed) -> str:
+    (only,) = {refusal.reason for refusal in result.refusals}
+    return only
+
+
+def test_tasks_spread_evenly() -> None:
+    result = placed(a_service(replicas=7), accounting_of([a_node("n1"), a_node("n2"), a_node("n3")]))
+    assert sorted(nodes_of(result).values()) == [2, 2, 3]
+
+
+def test_nodes_with_fewer_tasks_of_the_service_come_before_nodes_with_fewer_tasks() -> None:
+    busy = [a_task(node="n2", service="other") for _ in range(5)]
+    accounting = accounting_of([a_node("n1"), a_node("n2")], [a_task(node="n1"), *busy])
+    assert nodes_of(placed(a_service(replicas=1), accounting)) == {"n2": 1}
+
+
+def test_among_equals_the_node_with_fewer_tasks_is_taken() -> None:
+    accounting = accounting_of([a_node("n1"), a_node("n2")], [a_task(node="n1", service="other")])
+    assert nodes_of(placed(a_service(replicas=1), accounting)) == {"n2": 1}
+
+
+def test_a_node_where_the_service_failed_repeatedly_is_taken_last() -> None:
+    accounting = accounting_of([a_node("n1"), a_node("n2")])
+    for _ in range(MAX_FAILURES):
+        accounting.note_failure(a_task(node="n1"), 0.0)
+    assert nodes_of(placed(a_service(replicas=4), accounting)) == {"n2": 4}
+
+
+def test_failures_are_forgotten_after_five_minutes() -> None:
+    accounting = accounting_of([a_node("n1"), a_node("n2")])
+    for _ in range(MAX_FAILURES):
+        accounting.note_failure(a_task(node="n1"), -301.0)
+    assert nodes_of(placed(a_service(replicas=2), accounting)) == {"n1": 1, "n2": 1}
+
+
+def test_preferences_spread_over_labels_before_nodes() -> None:
+    nodes = [
+        a_node("n1", labels={"zone": "north"}),
+        a_node("n2", labels={"zone": "south"}),
+        a_node("n3", labels={"zone": "south"}),
+    ]
+    result = placed(a_service(replicas=8, spread=("node.labels.zone",)), accounting_of(nodes))
+    assert nodes_of(result) == {"n1": 4, "n2": 2, "n3": 2}
+
+
+def test_a_full_branch_leaves_its_share_to_the_others() -> None:
+    nodes = [
+        a_node("n1", labels={"zone": "north"}, has=Resources(memory_bytes=100)),
+        a_node("n2", labels={"zone": "south"}, has=Resources(memory_bytes=1000)),
+    ]
+    service = a_service(replicas=6, spread=("node.labels.zone",), reserve=Resources(memory_bytes=100))
+    assert nodes_of(placed(service, accounting_of(nodes))) == {"n1": 1, "n2": 5}
+
+
+def test_several_levels_of_preferences() -> None:
+    nodes = [
+        a_node(f"{zone}{rack}{n}", labels={"zone": zone, "rack": f"{zone}{rack}"})
+        for zone, racks in (("a", 1), ("b", 3))
+        for rack in range(racks)
+        for n in range(2)
+    ]
+    service = a_service(replicas=12, spread=("node.labels.zone", "node.labels.rack"))
+    result = nodes_of(placed(service, accounting_of(nodes)))
+    assert sum(count for id, count in result.items() if id.startswith("a")) == 6
+    assert {sum(count for id, count in result.items() if id[:2] == f"b{rack}") for rack in range(3)} == {2}
+
+
+def test_without_nodes_there_is_no_suitable_node() -> None:
+    assert reason(placed(a_service(), accounting_of([]))) == "no suitable node"
+
+
+@pytest.mark.parametrize(
+    ("node", "service", "words"),
+    [
+        (a_node(state=NodeState.DOWN), a_service(), "1 node not available for new tasks"),
+        (a_node(availability=Availability.PAUSE), a_service(), "1 node not available for new tasks"),
+        (a_node(availability=Availability.DRAIN), a_service(), "1 node not available for new tasks"),
+        (
+            a_node(has=Resources(memory_bytes=10)),
+            a_service(reserve=Resources(memory_bytes=11)),
+            "insufficient resources on 1 node",
+        ),
+        (
+            a_node(has=Resources(nano_cpus=10)),
+            a_service(reserve=Resources(nano_cpus=11)),
+            "insufficient resources on 1 node",
+        ),
+        (
+            a_node(),
+            a_service(constraints=("node.role == manager",)),
+            "scheduling constraints not satisfied on 1 node",
+        ),
+    ],
+)
+def test_the_reason_is_dockers(node: Node, service: Service, words: str) -> None:
+    assert reason(placed(service, accounting_of([node]))) == f"no suitable node ({words})"
+
+
+def test_reasons_are_counted_most_nodes_first() -> None:
+    nodes = [a_node("n1", state=NodeState.DOWN), a_node("n2"), a_node("n3")]
+    result = placed(a_service(constraints=("node.labels.disk==ssd",)), accounting_of(nodes))
+    assert reason(result) == (
+        "no suitable node (scheduling constraints not satisfied on 2 nodes; 1 node not available for new tasks)"
+    )
+
+
+def test_max_replicas_per_node_limits_each_node() -> None:
+    result = placed(a_service(replicas=5, max_replicas=2), accounting_of([a_node("n1"), a_node("n2")]))
+    assert nodes_of(result) == {"n1": 2, "n2": 2}
+    assert reason(result) == "no suitable node (max replicas per node limit exceed)"
+
+
+def test_a_host_port_is_taken_once_per_node() -> None:
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    result = placed(a_service(replicas=3, ports=(port,)), accounting_of([a_node("n1"), a_node("n2")]))
+    assert nodes_of(result) == {"n1": 1, "n2": 1}
+    assert reason(result) == "no suitable node (host-mode port already in use on 2 nodes)"
+
+
+def test_a_retired_task_holds_its_memory_until_it_has_stopped() -> None:
+    service = a_service(reserve=Resources(memory_bytes=60))
+    stopping = a_task(node="n1", service=service, desired=TaskState.SHUTDOWN)
+    accounting = accounting_of([a_node("n1", has=Resources(memory_bytes=100))], [stopping])
+    assert reason(placed(service, accounting)) == "no suitable node (insufficient resources on 1 node)"
+    accounting.remove(stopping.id)
+    assert nodes_of(placed(service, accounting)) == {"n1": 1}
+
+
+def gpus(count: int) -> tuple[GenericResource, ...]:
+    return (GenericResource(discrete_resource_spec=DiscreteResource(kind="gpu", value=count)),)
+
+
+def test_counted_generic_resources_run_out() -> None:
+    node = a_node("n1", has=Resources(generic_resources=gpus(3)))
+    result = placed(
+        a_service(replicas=2, reserve=Resources(generic_resources=gpus(2))), accounting_of([node])
+    )
+    assert nodes_of(result) == {"n1": 1}
+    assert result.assignments[0].generic_resources == gpus(2)
+
+
+def test_named_generic_resources_go_to_one_task_each() -> None:
+    names = tuple(
+        GenericResource(named_resource_spec=NamedResource(kind="gpu", value=name)) for name in ("a", "b")
+    )
+    accounting = accounting_of([a_node("n1", has=Resources(generic_resources=names))])
+    result = placed(a_service(replicas=3, reserve=Resources(generic_resources=gpus(1))), accounting)
+    assert [assignment.generic_resources for assignment in result.assignments] == [(names[0],), (names[1],)]
+
+
+def test_platforms_accept_either_spelling_of_an_architecture() -> None:
+    node = a_node("n1")
+    node = replace(
+        node, description=replace(node.description, platform=Platform(architecture="x86_64", os="linux"))
+    )
+    web = a_service()
+    wish = requirements_of(a_task(service=web, state=PENDING), web.spec)
+    amd, arm = Platform(architecture="amd64", os="linux"), Platform(architecture="arm64", os="linux")
+    task = [a_task(service=web, state=PENDING)]
+    fits = place(task, replace(wish, platforms=(arm, amd)), accounting_of([node]), now=0.0, limit=ALL)
+    assert nodes_of(fits) == {"n1": 1}
+    refused = place(task, replace(wish, platforms=(arm,)), accounting_of([node]), now=0.0, limit=ALL)
+    assert reason(refused) == "no suitable node (unsupported platform on 1 node)"
+
+
+def test_plugins_are_looked_for_with_and_without_latest() -> None:
+    node = a_node("n1")
+    engine = EngineDescription(plugins=(EnginePlugin(type="Volume", name="nfs:latest"),))
+    node = replace(node, description=replace(node.description, engine=engine))
+    web = a_service()
+    task = [a_task(service=web, state=PENDING)]
+    wish = requirements_of(task[0], web.spec)
+    volume = replace(wish, plugins=(("Volume", "nfs"), ("Log", "json-file")))
+    assert nodes_of(place(task, volume, accounting_of([node]), now=0.0, limit=ALL)) == {"n1": 1}
+    network = replace(wish, plugins=(("Network", "weave"),))
+    refused = place(task, network, accounting_of([node]), now=0.0, limit=ALL)
+    assert reason(refused) == "no suitable node (missing plugin on 1 node)"
+
+
+def test_a_global_services_task_is_confirmed_on_its_node_or_told_why_not() -> None:
+    service = a_service(is_global=True, reserve=Resources(memory_bytes=60))
+    accounting = accounting_of([a_node("n1", has=Resources(memory_bytes=100))])
+    tasks = [a_task(slot=0, node="n1", service=service, state=PENDING) for _ in range(2)]
+    wish = requirements_of(tasks[0], service.spec)
+    assert not isinstance(confirm(tasks[0], wish, accounting), Refusal)
+    assert confirm(tasks[1], wish, accounting) == Refusal(tasks[1], "insufficient resources on 1 node")
+
+
+def test_a_batch_is_bounded_and_says_what_is_left() -> None:
+    result = placed(a_service(replicas=10), accounting_of([a_node("n1")]), limit=4)
+    assert len(result.assignments) == 4
+    assert len(result.remaining) == 6
+
+
+def test_figures_do_not_depend_on_what_arrived_first() -> None:
+    service = a_service(reserve=Resources(memory_bytes=30))
+    task = a_task(node="n1", service=service)
+    early, late = Accounting(), Accounting()
+    early.add(task, ())
+    early.set_node(a_node("n1"))
+    late.set_node(a_node("n1"))
+    late.add(task, ())
+    accounts = [books.accounts[NodeId("n1")] for books in (early, late)]
+    assert accounts[0].free_memory_bytes == accounts[1].free_memory_bytes
+    assert accounts[0].active == accounts[1].active == 1
+
+
+clusters = st.lists(
+    st.builds(
+        lambda state, availability, memory, role: {
+            "state": state,
+            "availability": availability,
+            "has": Resources(memory_bytes=memory),
+            "role": role,
+        },
+        st.sampled_from([NodeState.READY, NodeState.READY, NodeState.DOWN]),
+        st.sampled_from([Availability.ACTIVE, Availability.ACTIVE, Availability.DRAIN]),
+        st.integers(0, 500),
+        st.sampled_from(list(NodeRole)),
+    ),
+    max_size=6,
+)
+
+
+@given(clusters, st.integers(0, 20), st.integers(0, 100), st.integers(0, 3), st.booleans())
+@settings(max_examples=200)
+def test_no_node_is_ever_over_committed_and_nobody_waits_without_need(
+    shapes: list[dict[str, object]], replicas: int, memory: int, max_replicas: int, is_preferring: bool
+) -> None:
+    nodes = [a_node(f"n{number}", **shape) for number, shape in enumerate(shapes)]  # type: ignore[arg-type]
+    service = a_service(
+        replicas=replicas,
+        reserve=Resources(memory_bytes=memory),
+        max_replicas=max_replicas,
+        spread=("node.labels.zone",) if is_preferring else (),
+    )
+    if not replicas:
+        return
+    result = placed(service, accounting_of(nodes))
+    usable = {
+        n.id: n
+        for n in nodes
+        if n.status.state is NodeState.READY and n.spec.availability is Availability.ACTIVE
+    }
+    counts = nodes_of(result)
+    assert set(counts) <= set(usable)
+    rooms = []
+    for id, node in usable.items():
+        has = node.description.resources.memory_bytes
+        assert counts[id] * memory <= has
+        room = has // memory if memory else replicas
+        rooms.append(min(room, max_replicas) if max_replicas else room)
+        assert counts[id] <= rooms[-1]
+    assert len(result.assignments) == min(replicas, sum(rooms))
+    assert len(result.assignments) + len(result.refusals) == replicas

@@ -1,0 +1,64 @@
+"""When a control loop looks at what."""
+
+import asyncio
+
+from skep.manager.agenda import Agenda
+from skep.sim.time import VirtualClock, VirtualLoop
+
+
+def run(work: "asyncio.Future[object] | object", loop: VirtualLoop) -> object:
+    try:
+        return loop.run_until_complete(work)  # type: ignore[arg-type]
+    finally:
+        loop.close()
+
+
+def test_a_key_stands_on_it_once_and_keeps_its_place() -> None:
+    loop = VirtualLoop()
+    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+
+    async def work() -> list[str]:
+        agenda.add(["b", "a", "b"])
+        return await agenda.take(10)
+
+    assert run(work(), loop) == ["b", "a"]
+
+
+def test_what_exceeds_the_limit_stays() -> None:
+    loop = VirtualLoop()
+    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+
+    async def work() -> list[list[str]]:
+        agenda.add(["a", "b", "c"])
+        return [await agenda.take(2), await agenda.take(2)]
+
+    assert run(work(), loop) == [["a", "b"], ["c"]]
+
+
+def test_a_later_key_comes_at_its_time_and_the_earlier_time_counts() -> None:
+    loop = VirtualLoop()
+    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+
+    async def work() -> tuple[list[str], float]:
+        agenda.add_at("a", 30.0)
+        agenda.add_at("a", 10.0)
+        agenda.add_at("a", 20.0)
+        return await agenda.take(1), loop.time()
+
+    keys, at = run(work(), loop)  # type: ignore[misc]
+    assert keys == ["a"]
+    assert 10.0 <= at < 10.01
+
+
+def test_a_key_that_becomes_due_wakes_who_waits_for_a_later_one() -> None:
+    loop = VirtualLoop()
+    agenda: Agenda[str] = Agenda(VirtualClock(loop))
+
+    async def work() -> tuple[list[str], float]:
+        agenda.add_at("late", 100.0)
+        loop.call_later(5.0, agenda.add, ["now"])
+        return await agenda.take(1), loop.time()
+
+    keys, at = run(work(), loop)  # type: ignore[misc]
+    assert keys == ["now"]
+    assert 5.0 <= at < 5.01

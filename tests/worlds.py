@@ -1,0 +1,129 @@
+"""A service with its tasks and nodes on which orchestration decisions are applied: no store, no loop, no clock."""
+
+from collections.abc import Iterable, Sequence
+from itertools import count
+from typing import Any
+
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.changes import Change, Recheck, Step, apply
+from skep.manager.orchestrator.convergence import next_steps
+from skep.manager.orchestrator.sightings import Sightings
+from skep.manager.orchestrator.situation import Situation
+from skep.model.ids import NodeId, TaskId
+from skep.model.meta import Version
+from skep.model.node import Node
+from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task, TaskState
+from skep.model.times import timestamp
+from skep.store.interface import Commit, Created, Event, Updated
+
+
+class World:
+    """Holds one service; time stands still unless ``now`` is moved."""
+
+    def __init__(self, service: Service, tasks: Iterable[Task] = (), nodes: Iterable[Node] = ()) -> None:
+        self.service = service
+        self.tasks = {task.id: task for task in tasks}
+        self.nodes = {node.id: node for node in nodes}
+        self.specs = {service.spec_version: service.spec}
+        self.seen = Sightings(0.0)
+        self.now = 0.0
+        self._numbers = count(1)
+
+    # -- decisions ---------------------------------------------------------------------------------------------
+
+    @property
+    def situation(self) -> Situation:
+        return Situation(
+            service=self.service,
+            tasks=tuple(self.tasks.values()),
+            nodes=lambda: tuple(self.nodes[id] for id in sorted(self.nodes)),
+            node=self.nodes.get,
+            spec_of=self._spec_of,
+            seen=self.seen,
+            now=self.now,
+        )
+
+    def steps(self) -> list[Step]:
+        return next_steps(self.situation)
+
+    def changes(self) -> list[Change]:
+        return [step for step in self.steps() if not isinstance(step, Recheck)]
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        """Apply with the orchestrator's own transactions."""
+        for change in changes:
+            apply(
+                self,
+                change,
+                lambda: f"new{next(self._numbers):04}",
+                timestamp(2 * 10**18 + next(self._numbers)),
+            )  # type: ignore[arg-type]
+
+    def settle(self) -> int:
+        """Decide and apply until nothing changes; how many rounds that took."""
+        for rounds in range(50):
+            changes = self.changes()
+            if not changes:
+                return rounds
+            self.apply(changes)
+        raise AssertionError("it never settles")
+
+    # -- what happens ------------------------------------------------------------------------------------------
+
+    def report(self, task_id: str, state: TaskState) -> None:
+        """The task's agent reports a state."""
+        task = self.tasks[TaskId(task_id)]
+        self.put(replace(task, status=replace(task.status, state=state)))
+
+    def run_all(self) -> None:
+        """Every wanted task that is allowed to comes to run."""
+        for task in list(self.tasks.values()):
+            if task.desired_state is TaskState.RUNNING and not task.status.state.is_terminal:
+                self.report(task.id, TaskState.RUNNING)
+
+    def stop_all(self) -> None:
+        """Every retired task has stopped."""
+        for task in list(self.tasks.values()):
+            if task.desired_state > TaskState.RUNNING and not task.status.state.is_terminal:
+                self.report(task.id, TaskState.SHUTDOWN)
+
+    def update(self, spec: ServiceSpec) -> None:
+        """The user updates the service."""
+        self.put(replace(self.service, previous_spec=self.service.spec, spec=spec, update_status=None))
+
+    # -- the part of a transaction that changes need -------------------------------------------------------------
+
+    def lookup(self, kind: type[Any], id: str) -> Any:
+        match kind.__name__:
+            case "Service":
+                return self.service if self.service.id == id else None
+            case "Task":
+                return self.tasks.get(TaskId(id))
+            case _:
+                return self.nodes.get(NodeId(id))
+
+    get = lookup
+
+    def find(self, kind: type[Task], slot: str) -> list[Task]:
+        assert kind is Task
+        return [t for t in self.tasks.values() if f"{t.service_id}/{t.slot or t.node_id}" == slot]
+
+    def put(self, object: Any) -> Any:
+        if isinstance(object, Service):
+            if object.spec != self.service.spec:
+                assert self.service.spec_version is not None
+                version = Version(index=self.service.spec_version.index + 1)
+                object = replace(object, spec_version=version)
+                self.specs[version] = object.spec
+            self.service = object
+        else:
+            old = self.tasks.get(object.id)
+            event: Event = Created(object) if old is None else Updated(old, object)
+            self.tasks[object.id] = object
+            self.seen.note(Commit(1, (event,)), self.now)
+        return object
+
+    def _spec_of(self, task: Task) -> ServiceSpec | None:
+        return self.specs.get(task.spec_version)
