@@ -1,6 +1,7 @@
 """Steps of the script turned into requests, and answers into what can be compared."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +31,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._words: dict[str, str] = {}
+        self._beginnings: Counter[str] = Counter()
 
     def keep(self, name: str, answer: Any) -> None:
         """Remember the object in ``answer``: its id, the beginning of that, and its version."""
@@ -41,6 +43,9 @@ class Memory:
         if id:
             self._words[f"{{{name}}}"] = id
             self._words[f"{{{name}.prefix}}"] = id[:18]
+            if name.startswith("twin"):
+                self._beginnings[id[0]] += 1
+                self._words["{twins}"] = self._beginnings.most_common(1)[0][0]
         if "Version" in answer:
             self._words[f"{{{name}.version}}"] = str(answer["Version"]["Index"])
 
@@ -52,7 +57,7 @@ class Memory:
 
     def hide(self, text: str) -> str:
         """``text`` with ids as the script names them."""
-        ids = ((word, value) for word, value in self._words.items() if "." not in word)
+        ids = ((word, value) for word, value in self._words.items() if "." not in word and word != "{twins}")
         for word, value in ids:
             text = text.replace(value, f"<{word[1:-1]}>")
         return text
@@ -73,6 +78,7 @@ _ID = re.compile(r"\b[0-9a-z]{25}\b")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 _SIZE = re.compile(r"\(\d+ vs\.")
 """The engine counts its own encoding of a body, not the body."""
+_AMBIGUOUS = re.compile(r"service \w is ambiguous \(\d+ matches found\)")
 _TOKEN = re.compile(r"SWMTKN-1-[0-9a-z-]+")
 
 
@@ -106,6 +112,7 @@ def _neutral(text: str, memory: Memory) -> str:
     text = _ID.sub("<id>", text)
     text = _TIME.sub("<time>", text)
     text = _SIZE.sub("(<size> vs.", text)
+    text = _AMBIGUOUS.sub("service <beginning> is ambiguous (<several> matches found)", text)
     return text if len(text) < 2000 else text[:200] + "..."
 
 

@@ -890,6 +890,23 @@ def _large(size: int) -> bytes:
     )
 
 
+TWINS = 17
+"""So many ids, that begin with one of 16 characters, have two that begin alike."""
+
+AMBIGUOUS = (
+    *(
+        create(
+            f"twin {number}",
+            service(f"twin{number}", Mode={"Replicated": {"Replicas": 0}}),
+            keep=f"twin{number}",
+        )
+        for number in range(TWINS)
+    ),
+    get("a service by a beginning that several have", "/v1.41/services/{twins}"),
+    delete("a removal by a beginning that several have", "/v1.41/services/{twins}"),
+    get("a node by no word", "/v1.41/nodes/%20"),
+)
+
 LARGE = (
     create("a body of 3 MB", _large(3_000_000)),
     create("a body of 5 MB", _large(5_000_000)),
@@ -908,6 +925,7 @@ IN_SWARM = (
     *NODES,
     *SWARM,
     *REMOVALS,
+    *AMBIGUOUS,
     *LARGE,
 )
 """What a manager is asked, with the node it runs on kept as ``node``."""

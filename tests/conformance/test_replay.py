@@ -1,6 +1,8 @@
 """Skep answers the script as the recorded engine did; every known difference has its reason beside it."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import Sequence
+from functools import cache
 from io import BytesIO
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,6 +17,7 @@ from skep.api.errors import status_of
 from skep.api.swarm_requests import Interface, founding, joining
 from skep.errors import SkepError
 from skep.model.swarm import InitRequest, JoinRequest
+from tests.conformance import script
 from tests.conformance.exchange import Memory, Recorded, recorded, request_of
 from tests.conformance.manager import a_manager
 from tests.conformance.script import IN_SWARM, INITS, Step
@@ -40,15 +43,25 @@ OF_THE_NODE = frozenset({"another init", "a join of what has joined", "a leave o
 """Asked of the node process, not of the manager."""
 
 
+@cache
 def recording(name: str) -> dict[str, Recorded]:
     answers = msgspec.json.decode((FOLDER / "recorded" / f"{name}.json").read_bytes(), type=list[Recorded])
     return {answer.name: answer for answer in answers}
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[TestClient[Any, Any]]:
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Recorded]:
+    """What a manager answers to the whole script, in order."""
+    return asyncio.run(ask_everything())
+
+
+async def ask_everything() -> dict[str, Recorded]:
+    memory = Memory()
     async with a_manager() as app, TestClient(TestServer(app)) as client:
-        yield client
+        memory.keep("node", (await (await client.get("/nodes")).json())[0])
+        return {
+            step.name: await ask(client, step, memory) for step in IN_SWARM if step.name not in OF_THE_NODE
+        }
 
 
 async def ask(client: TestClient[Any, Any], step: Step, memory: Memory) -> Recorded:
@@ -62,18 +75,81 @@ async def ask(client: TestClient[Any, Any], step: Step, memory: Memory) -> Recor
         return recorded(step, answer.status, answer.headers, content, memory)
 
 
-async def test_a_manager_answers_as_the_engine_does(client: TestClient[Any, Any]) -> None:
-    expected = recording("in_swarm")
-    memory = Memory()
-    memory.keep("node", (await (await client.get("/nodes")).json())[0])
-    problems = []
-    for step in IN_SWARM:
-        if step.name in OF_THE_NODE | OF_LOOPS:
-            continue
-        answer = await ask(client, step, memory)
-        if step.name not in DIFFERENCES:
-            problems += [f"{step.name}: {problem}" for problem in differences(answer, expected[step.name])]
-    assert not problems, "\n".join(problems)
+def each(steps: Sequence[Step]) -> pytest.MarkDecorator:
+    """Run a test for each step that a manager should answer as the engine did."""
+    others = OF_THE_NODE | OF_LOOPS | DIFFERENCES.keys()
+    return pytest.mark.parametrize("name", [step.name for step in steps if step.name not in others])
+
+
+@pytest.fixture
+def problems(answers: dict[str, Recorded], name: str) -> list[str]:
+    """What Skep does otherwise in the step ``name``."""
+    return differences(answers[name], recording("in_swarm")[name])
+
+
+@each(script.DIALECT)
+def test_paths_versions_and_filters_are_read_as_the_engine_reads_them(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.BAD_JSON)
+def test_malformed_json_is_refused_in_the_engines_words(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.WRONG_TYPES)
+def test_wrong_types_are_refused_in_the_engines_words(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.BAD_SPECS)
+def test_services_that_can_never_work_are_refused_in_the_engines_words(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.FILES)
+def test_secrets_and_configs_answer_as_the_engines_do(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.NETWORKS)
+def test_networks_answer_as_the_engines_do(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.SERVICES)
+def test_services_are_kept_and_shown_as_the_engine_does(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.UPDATES)
+def test_updates_and_stale_versions_answer_as_the_engines_do(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.NODES)
+def test_nodes_answer_as_the_engines_do(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.SWARM)
+def test_the_swarm_answers_as_the_engines_does(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.REMOVALS)
+def test_removals_and_what_is_in_use_answer_as_the_engines_do(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.AMBIGUOUS)
+def test_an_ambiguous_beginning_of_an_id_is_refused_as_the_engine_does(problems: list[str]) -> None:
+    assert problems == []
+
+
+@each(script.LARGE)
+def test_bodies_too_large_are_refused_as_the_engine_does(problems: list[str]) -> None:
+    assert problems == []
 
 
 def differences(answer: Recorded, expected: Recorded) -> list[str]:
