@@ -26,7 +26,7 @@ _PATTERN = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(
 def timestamp(unix_ns: int) -> Timestamp:
     """The point ``unix_ns`` nanoseconds after the epoch, without trailing zeros (Go's RFC3339Nano)."""
     seconds, nanoseconds = divmod(unix_ns, SECOND_NS)
-    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    text = datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat(timespec="seconds")
     fraction = f".{nanoseconds:09d}".rstrip("0").rstrip(".") if nanoseconds else ""
     return Timestamp(f"{text}{fraction}Z")
 

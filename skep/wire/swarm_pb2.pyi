@@ -2281,6 +2281,7 @@ class NodeDescription(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     TLS_INFO_FIELD_NUMBER: _builtins.int
     FIPS_FIELD_NUMBER: _builtins.int
+    CSI_INFO_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     fips: _builtins.bool
     @_builtins.property
@@ -2291,6 +2292,8 @@ class NodeDescription(_message.Message):
     def engine(self) -> Global___EngineDescription: ...
     @_builtins.property
     def tls_info(self) -> Global___NodeTLSInfo: ...
+    @_builtins.property
+    def csi_info(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeCSIInfo]: ...
     def __init__(
         self,
         *,
@@ -2300,14 +2303,84 @@ class NodeDescription(_message.Message):
         engine: Global___EngineDescription | None = ...,
         tls_info: Global___NodeTLSInfo | None = ...,
         fips: _builtins.bool = ...,
+        csi_info: _abc.Iterable[Global___NodeCSIInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "platform", b"platform", "resources", b"resources", "tls_info", b"tls_info"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "fips", b"fips", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "tls_info", b"tls_info"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csi_info", b"csi_info", "engine", b"engine", "fips", b"fips", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "tls_info", b"tls_info"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeDescription: _TypeAlias = NodeDescription
+
+@_typing.final
+class NodeCSIInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLUGIN_NAME_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    MAX_VOLUMES_PER_NODE_FIELD_NUMBER: _builtins.int
+    ACCESSIBLE_TOPOLOGY_FIELD_NUMBER: _builtins.int
+    plugin_name: _builtins.str
+    node_id: _builtins.str
+    max_volumes_per_node: _builtins.int
+    @_builtins.property
+    def accessible_topology(self) -> Global___Topology: ...
+    def __init__(
+        self,
+        *,
+        plugin_name: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        max_volumes_per_node: _builtins.int = ...,
+        accessible_topology: Global___Topology | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accessible_topology", b"accessible_topology"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accessible_topology", b"accessible_topology", "max_volumes_per_node", b"max_volumes_per_node", "node_id", b"node_id", "plugin_name", b"plugin_name"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeCSIInfo: _TypeAlias = NodeCSIInfo
+
+@_typing.final
+class Topology(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SegmentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def segments(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        segments: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["segments", b"segments"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Topology: _TypeAlias = Topology
 
 @_typing.final
 class NodeStatus(_message.Message):

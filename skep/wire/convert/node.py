@@ -4,6 +4,7 @@ from skep.model.ids import NodeId
 from skep.model.meta import TLSInfo
 from skep.model.node import (
     Availability,
+    CSIInfo,
     EngineDescription,
     EnginePlugin,
     ManagerStatus,
@@ -15,6 +16,7 @@ from skep.model.node import (
     NodeState,
     NodeStatus,
     Reachability,
+    Topology,
 )
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.network import attachment_from_pb, attachment_to_pb
@@ -148,6 +150,7 @@ def description_to_pb(description: NodeDescription) -> pb.NodeDescription:
             cert_issuer_subject=tls.cert_issuer_subject,
             cert_issuer_public_key=tls.cert_issuer_public_key,
         ),
+        csi_info=[_csi_to_pb(info) for info in description.csi_info],
     )
 
 
@@ -167,5 +170,29 @@ def description_from_pb(message: pb.NodeDescription) -> NodeDescription:
             trust_root=tls.trust_root.decode(errors="replace"),
             cert_issuer_subject=tls.cert_issuer_subject,
             cert_issuer_public_key=tls.cert_issuer_public_key,
+        ),
+        csi_info=tuple(_csi_from_pb(info) for info in message.csi_info),
+    )
+
+
+def _csi_to_pb(info: CSIInfo) -> pb.NodeCSIInfo:
+    message = pb.NodeCSIInfo(
+        plugin_name=info.plugin_name,
+        node_id=info.node_id,
+        max_volumes_per_node=info.max_volumes_per_node,
+    )
+    if info.accessible_topology is not None:
+        message.accessible_topology.CopyFrom(pb.Topology(segments=info.accessible_topology.segments))
+    return message
+
+
+def _csi_from_pb(message: pb.NodeCSIInfo) -> CSIInfo:
+    topology = message.accessible_topology
+    return CSIInfo(
+        plugin_name=message.plugin_name,
+        node_id=message.node_id,
+        max_volumes_per_node=message.max_volumes_per_node,
+        accessible_topology=(
+            Topology(segments=dict(topology.segments)) if message.HasField("accessible_topology") else None
         ),
     )

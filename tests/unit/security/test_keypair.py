@@ -1,0 +1,89 @@
+"""The node's key pair on disk."""
+
+import os
+import stat
+
+import pytest
+
+from skep.errors import FailedPrecondition, NotFound
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+
+AUTHORITY = Authority.create()
+IDENTITY = Identity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.WORKER)
+
+
+def a_pair() -> KeyPair:
+    key = new_private_key()
+    return KeyPair(
+        certificate_pem=AUTHORITY.sign(signing_request(key), IDENTITY),
+        key_pem=private_pem(key),
+        root_pem=AUTHORITY.root_pem,
+    )
+
+
+def test_a_saved_pair_comes_back(tmp_path):
+    pair = a_pair()
+    keypair.save(pair, tmp_path / "certificates")
+    loaded = keypair.load(tmp_path / "certificates")
+    assert (loaded.certificate_pem, loaded.key_pem, loaded.root_pem) == (
+        pair.certificate_pem,
+        pair.key_pem,
+        pair.root_pem,
+    )
+    assert loaded.identity == IDENTITY
+
+
+def test_the_key_is_for_root_alone_even_where_it_was_not(tmp_path):
+    (tmp_path / "swarm-node.key").write_text("old")
+    os.chmod(tmp_path / "swarm-node.key", 0o644)
+    keypair.save(a_pair(), tmp_path)
+    assert stat.S_IMODE((tmp_path / "swarm-node.key").stat().st_mode) == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "swarm-node.crt",
+        "swarm-node.key",
+        "swarm-root-ca.crt",
+    ]
+
+
+@pytest.mark.parametrize("crash_at", range(1, 4))
+def test_a_crash_while_saving_leaves_a_whole_pair(tmp_path, monkeypatch, crash_at):
+    old, new = a_pair(), a_pair()
+    keypair.save(old, tmp_path)
+    calls = 0
+    replace = os.replace
+
+    def crashing(source, target):
+        nonlocal calls
+        calls += 1
+        if calls == crash_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        keypair.save(new, tmp_path)
+    monkeypatch.undo()
+    assert keypair.load(tmp_path).key_pem == (old.key_pem if crash_at < 3 else new.key_pem)
+    assert keypair.load(tmp_path).key_pem == (old.key_pem if crash_at < 3 else new.key_pem)
+
+
+def test_a_missing_pair_is_not_found(tmp_path):
+    with pytest.raises(NotFound, match="no certificate"):
+        keypair.load(tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    keypair.save(a_pair(), tmp_path)
+    (tmp_path / "swarm-node.key").write_bytes(a_pair().key_pem)
+    with pytest.raises(FailedPrecondition, match="does not belong"):
+        keypair.load(tmp_path)
+
+
+def test_a_pair_shows_no_key_when_printed():
+    assert "PRIVATE" not in repr(a_pair())

@@ -1,0 +1,68 @@
+"""The committed descriptors are those of the ``.proto`` files, and every call is in the table."""
+
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2
+
+import skep.wire
+from skep.wire import methods
+from skep.wire.compile import DESCRIPTORS, PROTO_FILES, compile_into
+from skep.wire.descriptors import POOL
+from skep.wire.methods import Access
+
+HERE = Path(skep.wire.compile.__file__).parent
+
+TABLE = {
+    entry.path: entry
+    for entry in vars(methods).values()
+    if isinstance(entry, methods.Unary | methods.ServerStream | methods.ClientStream | methods.BothStream)
+}
+
+
+def test_the_committed_descriptors_and_stubs_are_up_to_date(tmp_path):
+    compile_into(tmp_path)
+    for name in (DESCRIPTORS, "swarm_pb2.pyi", "skep_pb2.pyi"):
+        assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes(), f"{name}: run skep.wire.compile"
+
+
+def rpcs():
+    for file in PROTO_FILES:
+        for service in POOL.FindFileByName(file).services_by_name.values():
+            for rpc in service.methods:
+                yield f"/{service.full_name}/{rpc.name}", rpc
+
+
+@pytest.mark.parametrize(("path", "rpc"), list(rpcs()), ids=lambda value: str(getattr(value, "name", value)))
+def test_every_call_of_the_proto_files_is_in_the_table_with_its_types(path, rpc):
+    entry = TABLE[path]
+    kinds = {
+        (False, False): methods.Unary,
+        (False, True): methods.ServerStream,
+        (True, False): methods.ClientStream,
+        (True, True): methods.BothStream,
+    }
+    assert type(entry) is kinds[rpc.client_streaming, rpc.server_streaming]
+    assert entry.request.DESCRIPTOR.full_name == rpc.input_type.full_name
+    assert entry.reply.DESCRIPTOR.full_name == rpc.output_type.full_name
+
+
+def test_only_joining_is_open_to_strangers():
+    assert {path.rpartition("/")[2] for path, entry in TABLE.items() if entry.access is Access.OPEN} == {
+        "GetRootCACertificate",
+        "IssueNodeCertificate",
+        "NodeCertificateStatus",
+    }
+
+
+def test_the_pool_is_our_own():
+    files = descriptor_pb2.FileDescriptorSet.FromString((HERE / DESCRIPTORS).read_bytes()).file
+    assert {file.name for file in files} >= set(PROTO_FILES)
+    with pytest.raises(KeyError):
+        descriptor_pool_default().FindMessageTypeByName("docker.swarmkit.v1.Task")
+
+
+def descriptor_pool_default():
+    from google.protobuf import descriptor_pool
+
+    return descriptor_pool.Default()
