@@ -40,7 +40,8 @@ class Machines:
         self._stack = stack
 
     async def executor(self, behaviour: Behaviour | None = None) -> Executor:
-        """A new executor on the same machine.  ``behaviour`` tells a simulated one what the commands would do."""
+        """A new executor on the same machine.  ``behaviour`` tells a simulated one what the commands would
+        do."""
         executor = self._make(behaviour or Behaviour())
         await self._stack.enter_async_context(executor.running())
         return executor

@@ -25,8 +25,8 @@ from skep.node.executor.wish import LABEL_TASK_ID, NodeFacts
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.oci.bundle import Bundles
-from skep.node.oci.container import Container, MountPoint, NotRunning
-from skep.node.oci.containers import Containers, ContainerWish
+from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
+from skep.node.oci.containers import Containers
 
 log = structlog.get_logger()
 

@@ -1,7 +1,8 @@
 """Tasks as plain commands of the node: no image, no runc, no network of their own.
 
-A small shell waits for the command and writes its exit code to a file, so that a task outlives the node process and is found
-again, as a container is.  Each task has a directory: ``pid`` and ``exit`` (written by that shell), ``started`` (by us), ``output``.
+A small shell waits for the command and writes its exit code to a file, so that a task outlives the node
+process and is found again, as a container is.  Each task has a directory: ``pid`` and ``exit`` (written by
+that shell), ``started`` (by us), ``output``.
 """
 
 import asyncio
@@ -20,8 +21,8 @@ from skep.model.ids import NodeId, TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.node.oci.container import ProcessName
-from skep.node.oci.containers import signal_number
 from skep.node.oci.processes import find, is_alive, send_signal, wait_gone
+from skep.node.oci.signals import signal_number
 
 _DEFAULT_GRACE_S = 10.0
 _START_DEADLINE_S = 10.0

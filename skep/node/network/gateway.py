@@ -148,6 +148,8 @@ class Gateway:
                 await self._reservations.reserve(protocol, number)
             except SkepError as error:  # the container has it by the rules all the same
                 log.warning("host port not reserved again", protocol=protocol, port=number, error=str(error))
+        for protocol, number in sorted(held - wanted):  # of containers that are gone
+            await self._reservations.release(protocol, number)
 
     # --- links ------------------------------------------------------------------------------------------------
 

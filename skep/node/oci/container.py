@@ -174,6 +174,17 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
         return self.started_at != ZERO_TIME
 
 
+class ContainerWish(msgspec.Struct, frozen=True, kw_only=True):
+    """What a container is made from.  ``layers``: lower directories of its file system, top first."""
+
+    name: str
+    image: str
+    image_id: str
+    layers: tuple[str, ...]
+    config: ContainerConfig
+    labels: Mapping[str, str] = {}
+
+
 class Stream(Enum):
     """Where output came from; the values are those of Docker's framing."""
 

@@ -10,40 +10,38 @@ that still run and settles the ones that ended meanwhile.
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.errors import NotFound, SkepError
 from skep.model.ids import ContainerId
-from skep.model.service import PortConfig
 from skep.model.times import ZERO_TIME, timestamp
-from skep.node.oci import logs, top
+from skep.node.oci import logs
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.conmon import StartError
 from skep.node.oci.container import (
     Container,
-    ContainerConfig,
     ContainerState,
+    ContainerWish,
     Endpoint,
-    LogEntry,
-    LogWish,
     NotRunning,
     StillRunning,
-    Top,
-    WaitCondition,
 )
 from skep.node.oci.events import Events
 from skep.node.oci.execs import Execs
+from skep.node.oci.networking import Networking
 from skep.node.oci.processes import is_alive, send_signal
+from skep.node.oci.reading import ContainerReader
 from skep.node.oci.registry import Registry
-from skep.node.oci.runtime import Runtime, StartError
-from skep.node.oci.stats import Stats, sample
+from skep.node.oci.runtime import Runtime
+from skep.node.oci.signals import signal_number
 
 log = structlog.get_logger()
 
@@ -51,31 +49,7 @@ LOG_SIZE_CHECK_S = 1.0
 """How often the sizes of logs with a bound are looked at; a log may grow past it for so long."""
 
 
-class Networking(Protocol):
-    """Gives containers their place on the network (``node/network/gateway.py``)."""
-
-    async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
-        """Make the node ready, keep what belongs to the ``live`` containers, free everything else."""
-
-    async def attach(self, container_id: ContainerId, ports: Sequence[PortConfig]) -> Endpoint:
-        """A network namespace with a way out, its host-mode ``ports`` published.  Raises: SkepError."""
-
-    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
-        """Free all of it.  Harmless when nothing is left."""
-
-
-class ContainerWish(msgspec.Struct, frozen=True, kw_only=True):
-    """What a container is made from.  ``layers``: lower directories of its file system, top first."""
-
-    name: str
-    image: str
-    image_id: str
-    layers: tuple[str, ...]
-    config: ContainerConfig
-    labels: Mapping[str, str] = {}
-
-
-class Containers:
+class Containers(ContainerReader):
     """All containers of this node."""
 
     def __init__(
@@ -93,14 +67,11 @@ class Containers:
 
         Twice the number of cores keeps a single start short under load at no loss of rate.
         """
-        self._bundles = bundles
+        super().__init__(registry=Registry(bundles), bundles=bundles, cgroups=cgroups, clock=clock)
         self._runtime = runtime
-        self._cgroups = cgroups
         self._network = network
-        self._clock = clock
         self._new_id = new_id
         self._starting = asyncio.Semaphore(starts_max)
-        self._registry = Registry(bundles)
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
@@ -126,68 +97,6 @@ class Containers:
             finally:
                 for task in tuple(self._tasks):
                     task.cancel()
-
-    # --- looking ----------------------------------------------------------------------------------------------
-
-    def list(self) -> Sequence[Container]:
-        """All containers, running or not, the newest first (docker's order)."""
-        return self._registry.list()
-
-    def get(self, word: str) -> Container:
-        """Raises: NotFound: ``No such container: <word>``, or the prefix fits several."""
-        return self._registry.get(word)
-
-    def find_by_label(self, label: str, value: str) -> Container | None:
-        """The newest container with this label, or None."""
-        return next((one for one in self.list() if one.labels.get(label) == value), None)
-
-    async def top(self, word: str, ps_args: str = "") -> Top:
-        """The processes of a running container as ``ps`` on the node shows them (``ps_args`` empty: ``-ef``).
-
-        Raises: NotFound; NotRunning; InvalidArgument: ps does not take the arguments.
-        """
-        container = self._require_running(word)
-        return await top.processes(self._cgroups.pids(container.id), ps_args or "-ef")
-
-    async def stats(self, word: str) -> Stats:
-        """One sample of what the container uses; zeros when it does not run.  Raises: NotFound."""
-        container = self.get(word)
-        return await asyncio.to_thread(sample, container, self._cgroups, self._clock.now_ns())
-
-    def logs(self, word: str, wish: LogWish) -> AsyncIterator[LogEntry]:
-        """Its output, oldest first; with ``follow`` until it has ended.  Raises: NotFound, at once."""
-        id = self.get(word).id
-
-        def has_ended() -> bool:
-            present = self._registry.lookup(id)
-            return present is None or (present.was_started and not present.is_running)
-
-        return logs.read(
-            self._bundles.log(id),
-            wish,
-            has_ended=has_ended,
-            wait_ended=lambda: self._registry.wait_changed(id),
-        )
-
-    def changes(self, word: str) -> Sequence[tuple[int, str]]:
-        """Paths that differ from the image, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""
-        return self._bundles.changes(self.get(word))
-
-    async def wait(self, word: str, condition: WaitCondition = WaitCondition.NOT_RUNNING) -> Container:
-        """Return the container once ``condition`` holds; exit code and error are in it.  Raises: NotFound."""
-        container = first = self.get(word)
-        while True:
-            match condition:
-                case WaitCondition.NOT_RUNNING if not container.is_running:
-                    return container
-                case WaitCondition.NEXT_EXIT if container.finished_at not in (first.finished_at, ZERO_TIME):
-                    return container
-                case _:
-                    await self._registry.wait_changed(container.id)
-            present = self._registry.lookup(container.id)
-            if present is None:  # removed: as it was last seen
-                return container
-            container = present
 
     # --- the life of one container ----------------------------------------------------------------------------
 
@@ -289,26 +198,26 @@ class Containers:
 
     async def attach(self, word: str) -> Attachment:
         """Its standard streams.  Raises: NotFound; NotRunning."""
-        container = self._require_running(word)
+        container = self.require_running(word)
         attachment = await attach(self._bundles.path(container.id))
         self.events.publish("attach", container)
         return attachment
 
     async def resize(self, word: str, height: int, width: int) -> None:
         """Tell the size of its terminal, in characters.  Raises: NotFound; NotRunning."""
-        container = self._require_running(word)
+        container = self.require_running(word)
         self._runtime.resize(self._bundles.path(container.id), height, width)
         self.events.publish("resize", container, height=str(height), width=str(width))
 
     async def pause(self, word: str) -> None:
         """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        container = self._require_running(word)
+        container = self.require_running(word)
         await self._runtime.pause(container.id)
         self.events.publish("pause", self._registry.change(container.id, state=ContainerState.PAUSED))
 
     async def unpause(self, word: str) -> None:
         """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        container = self._require_running(word)
+        container = self.require_running(word)
         await self._runtime.resume(container.id)
         self.events.publish("unpause", self._registry.change(container.id, state=ContainerState.RUNNING))
 
@@ -347,12 +256,6 @@ class Containers:
         self.events.publish("destroy", container)
 
     # --- inside -----------------------------------------------------------------------------------------------
-
-    def _require_running(self, word: str) -> Container:
-        container = self.get(word)
-        if not container.is_running:
-            raise NotRunning(f"Container {container.id} is not running")
-        return container
 
     async def _signal(self, container: Container, number: int) -> None:
         if container.process is not None:
@@ -490,16 +393,3 @@ class Containers:
             )
         except OSError as error:
             log.warning("log not rotated", container=container.id, error=str(error))
-
-
-def signal_number(name: str) -> int:
-    """The number of ``SIGTERM``, ``TERM`` or ``15``.  Raises: InvalidArgument, with Docker's words."""
-    upper = name.strip().upper()
-    try:
-        if upper.isascii() and upper.isdigit():
-            return signal.Signals(int(upper)).value
-        if upper.startswith(("RTMIN+", "SIGRTMIN+")):
-            return signal.Signals(signal.SIGRTMIN + int(upper.partition("+")[2])).value
-        return signal.Signals[upper if upper.startswith("SIG") else f"SIG{upper}"].value
-    except (KeyError, ValueError) as error:
-        raise InvalidArgument(f"Invalid signal: {name}") from error

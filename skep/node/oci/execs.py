@@ -17,9 +17,10 @@ from skep.errors import FailedPrecondition, NotFound, ResourceExhausted
 from skep.model.ids import ContainerId
 from skep.node.oci.attachment import Attachment
 from skep.node.oci.bundle import Bundles
+from skep.node.oci.conmon import StartError
 from skep.node.oci.container import Container, ContainerState, Exec, ExecConfig, NotRunning, ProcessName
 from skep.node.oci.events import Events
-from skep.node.oci.runtime import Runtime, StartError
+from skep.node.oci.runtime import Runtime
 
 log = structlog.get_logger()
 

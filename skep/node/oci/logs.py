@@ -13,7 +13,7 @@ import asyncio
 import os
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,7 +144,7 @@ async def read(
     *,
     has_ended: Callable[[], bool],
     wait_ended: Callable[[], Coroutine[Any, Any, object]],
-) -> AsyncIterator[LogEntry]:
+) -> AsyncGenerator[LogEntry, None]:
     """Entries of the log whose newest file is ``current``.
 
     Args:

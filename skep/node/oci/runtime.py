@@ -9,53 +9,28 @@ of this process:
 * how?  the exit file, written before conmon ends;
 * and if conmon was killed?  there is no exit file: the container runs on unwatched until its own pidfd is
   readable, and its exit code is unknown: 255.
-
-Talking to conmon: ``_OCI_SYNCPIPE`` (it answers with a line of JSON: the pid, or a negative number and
-runc's words) and ``_OCI_STARTPIPE`` (it waits for a byte there, until it sits in its own cgroup).
-
-Source: conmon 2.1, src/conmon.c; podman, libpod/oci_conmon_linux.go.
 """
 
 import asyncio
-import errno
 import os
-import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import structlog
 
-from skep.errors import SkepError, Unavailable
+from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.conmon import RuntimeFailed, StartError, conmon_started, control, plain, read_pid
 from skep.node.oci.container import Container, ContainerConfig, ProcessName
 from skep.node.oci.processes import find, wait_gone
 from skep.node.oci.spec import Capacity, resources
 
-log = structlog.get_logger()
-
-CREATE_DEADLINE_S = 60.0
-"""For ``runc create`` and its like on an overloaded machine; a healthy one needs 0.05 s."""
-_CONMON_ENDS_S = 10.0
-_LINE_BYTES_MAX = 64 << 10
+COMMAND_DEADLINE_S = 60.0
+"""For one runc command on an overloaded machine; a healthy one needs 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
-
-
-class RuntimeFailed(SkepError):
-    """runc or conmon refused; the message is what they said."""
-
-
-class StartError(RuntimeFailed):
-    """A process could not be started.  ``exit_code`` is what Docker reports: 127 not found, 126 not
-    executable."""
-
-    def __init__(self, message: str, verb: str = "create") -> None:
-        super().__init__(f"OCI runtime {verb} failed: {message}: unknown")
-        self.exit_code = _exit_code_of(message)
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -79,14 +54,6 @@ class Ended(msgspec.Struct, frozen=True):
     exit_code: int
     oom_killed: bool = False
     error: str = ""
-
-
-class Pipes(msgspec.Struct, frozen=True):
-    """Our ends of the pipes to one conmon."""
-
-    answers: asyncio.StreamReader
-    attach_ready: asyncio.StreamReader
-    start: int
 
 
 class Runtime:
@@ -115,9 +82,9 @@ class Runtime:
         arguments += ["-l", _log_driver(container, self._bundles.log(id))]
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
-        async with self._conmon_started(arguments, attach=False) as pipes:
+        async with conmon_started(arguments, attach=False, cgroups=self._cgroups) as pipes:
             os.write(pipes.start, b"\0")
-            pid = await _read_pid(pipes.answers)
+            pid = await read_pid(pipes.answers)
         process = find(pid)
         monitor = find(int((path / "conmon.pid").read_text()))
         if process is None or monitor is None:
@@ -183,11 +150,11 @@ class Runtime:
 
     def resize(self, path: Path, height: int, width: int) -> None:
         """Size of the terminal of the process whose conmon has its directory at ``path``."""
-        _control(path, b"1 %d %d\n" % (height, width))
+        control(path, b"1 %d %d\n" % (height, width))
 
     def reopen_log(self, id: ContainerId) -> None:
         """Make conmon open its log file anew, after a rename; nothing is lost."""
-        _control(self._bundles.path(id), b"2 0 0\n")
+        control(self._bundles.path(id), b"2 0 0\n")
 
     async def run(self, *arguments: str, stdin: bytes | None = None) -> bytes:
         """One runc command; gives what it printed.  Raises: RuntimeFailed; Unavailable: the deadline passed."""
@@ -201,16 +168,16 @@ class Runtime:
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            async with asyncio.timeout(CREATE_DEADLINE_S):
+            async with asyncio.timeout(COMMAND_DEADLINE_S):
                 output, errors = await process.communicate(stdin)
         except TimeoutError as error:
-            raise Unavailable(f"runc {arguments[0]} did not end in {CREATE_DEADLINE_S:g} s") from error
+            raise Unavailable(f"runc {arguments[0]} did not end in {COMMAND_DEADLINE_S:g} s") from error
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
         if process.returncode:
-            raise RuntimeFailed(_plain(errors))
+            raise RuntimeFailed(plain(errors))
         return output
 
     async def exec(
@@ -227,12 +194,12 @@ class Runtime:
             arguments.append("-i")
         attachment: Attachment | None = None
         try:
-            async with self._conmon_started(arguments, attach=True) as pipes:
+            async with conmon_started(arguments, attach=True, cgroups=self._cgroups) as pipes:
                 os.write(pipes.start, b"\0")
                 await pipes.attach_ready.readline()
                 attachment = await attach(path)  # before the process starts, so that no output is missed
                 os.write(pipes.start, b"\0")
-                pid = await _read_pid(pipes.answers, "exec")
+                pid = await read_pid(pipes.answers, "exec")
             monitor = find(int((path / "conmon.pid").read_text()))
         except BaseException:
             if attachment is not None:
@@ -271,53 +238,6 @@ class Runtime:
             arguments.append("-t")
         return arguments
 
-    @asynccontextmanager
-    async def _conmon_started(self, arguments: Sequence[str], *, attach: bool) -> AsyncIterator[Pipes]:
-        """A conmon waiting for its start byte, in the cgroup of monitors."""
-        answers, conmon_answers = os.pipe()
-        conmon_start, start = os.pipe()
-        ready, conmon_ready = os.pipe()
-        theirs = [conmon_answers, conmon_start, conmon_ready]
-        transports: list[asyncio.BaseTransport] = []
-        process: asyncio.subprocess.Process | None = None
-        try:
-            environment = {
-                "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
-                "TZ": "UTC",  # conmon stamps its log lines in local time
-                "_OCI_SYNCPIPE": str(conmon_answers),
-                "_OCI_STARTPIPE": str(conmon_start),
-            }
-            if attach:
-                environment["_OCI_ATTACHPIPE"] = str(conmon_ready)
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *arguments,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.DEVNULL,
-                    pass_fds=theirs,
-                    start_new_session=True,
-                    env=environment,
-                )
-            finally:
-                for descriptor in theirs:
-                    os.close(descriptor)
-            self._cgroups.join_monitors(process.pid)
-            reader = await _reader(answers, transports)
-            attach_ready = await _reader(ready, transports)
-            async with asyncio.timeout(CREATE_DEADLINE_S):
-                yield Pipes(reader, attach_ready, start)
-        except TimeoutError as error:
-            raise Unavailable(f"conmon did not answer in {CREATE_DEADLINE_S:g} s") from error
-        finally:
-            os.close(start)
-            for transport in transports:
-                transport.close()
-            if process is not None:
-                # What we started ends as soon as it has forked the conmon that stays.
-                async with asyncio.timeout(_CONMON_ENDS_S):
-                    await process.wait()
-
     def _read_exit(self, container: Container) -> Ended | None:
         path = self._bundles.path(container.id)
         try:
@@ -327,79 +247,5 @@ class Runtime:
         return Ended(code, oom_killed=(path / "oom").exists())
 
 
-class _Answer(msgspec.Struct, frozen=True):
-    """One line from conmon; a negative number comes with the runtime's words."""
-
-    data: int = 0
-    pid: int = 0
-    exit_code: int = 0
-    message: str = ""
-
-
-_decode = msgspec.json.Decoder(_Answer).decode
-
-
-async def _read_pid(answers: asyncio.StreamReader, verb: str = "create") -> int:
-    line = await answers.readline()
-    if not line:
-        raise StartError("conmon ended without an answer", verb)
-    try:
-        answer = _decode(line)
-    except msgspec.DecodeError as error:
-        raise StartError(f"conmon answered {line[:200]!r}", verb) from error
-    pid = answer.data or answer.pid
-    if pid <= 0:
-        raise StartError(_plain(answer.message.encode()), verb)
-    return pid
-
-
-async def _reader(descriptor: int, transports: list[asyncio.BaseTransport]) -> asyncio.StreamReader:
-    reader = asyncio.StreamReader(limit=_LINE_BYTES_MAX)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", 0)
-    )
-    transports.append(transport)
-    return reader
-
-
-def _control(path: Path, command: bytes) -> None:
-    """Write a command to the pipe of the conmon at ``path``; one that has ended needs none."""
-    try:
-        descriptor = os.open(path / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENXIO):
-            return
-        raise
-    try:
-        os.write(descriptor, command)
-    finally:
-        os.close(descriptor)
-
-
 def _log_driver(container: Container, path: Path) -> str:
     return "none" if container.config.log.type == "none" else f"k8s-file:{path}"
-
-
-def _plain(errors: bytes) -> str:
-    """runc's words without its logging dress (``time="..." level=error msg="..."``)."""
-    text = errors.decode(errors="replace").strip()
-    match = _LOGGED.search(text)
-    if match is not None:
-        text = match.group(1).replace('\\"', '"').replace("\\n", "\n")
-    return text.removeprefix("runc: ").strip() or "no reason given"
-
-
-_LOGGED = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
-
-
-def _exit_code_of(message: str) -> int:
-    """The exit code Docker gives a container that could not be started.
-
-    Source: moby, daemon/start.go (setExitCodeFromError).
-    """
-    lower = message.lower()
-    if "executable file not found" in lower or "no such file or directory" in lower:
-        return 127
-    if "permission denied" in lower or "is a directory" in lower or "not a directory" in lower:
-        return 126
-    return 128
