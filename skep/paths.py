@@ -69,6 +69,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "containers"
 
     @property
+    def processes(self) -> Path:
+        """State of tasks that are plain commands (executor process)."""
+        return self.data / "processes"
+
+    @property
     def volumes(self) -> Path:
         return self.data / "volumes"
 

@@ -34,7 +34,7 @@ from skep.node.routes import system as system_routes
 from skep.node.system import NodeSystem, engine_id
 from skep.node.task_files import TaskFiles
 from skep.node.worker import Worker
-from skep.node.workload import Workload, forward_container_events, oci_workload, policy
+from skep.node.workload import Workload, forward_container_events, oci_workload, policy, process_workload
 
 log = structlog.get_logger()
 
@@ -78,14 +78,7 @@ class Node:
             manager_api = ManagerApi(paths.manager_socket)
             await stack.enter_async_context(manager_api.open())
             events = NodeEvents(clock)
-            workload = await oci_workload(
-                self._configuration,
-                around.machine,
-                ports=NetClient(paths.net_socket, clock, chance),
-                events=events,
-                clock=clock,
-            )
-            self._workload = workload
+            workload = self._workload = await self._workload_of(events)
             reports = Reports()
             worker = Worker(
                 executor=workload.executor,
@@ -133,6 +126,15 @@ class Node:
                 ready()
                 await asyncio.Event().wait()
 
+    async def _workload_of(self, events: NodeEvents) -> Workload:
+        if self._configuration.executor == "process":
+            return process_workload(self._configuration)
+        around = self._around
+        net = NetClient(self._configuration.paths.net_socket, around.clock, around.random.random)
+        return await oci_workload(
+            self._configuration, around.machine, ports=net, events=events, clock=around.clock
+        )
+
     def reload(self, configuration: Configuration) -> None:
         """Use the parts of ``configuration`` that need no restart."""
         self._configuration = configuration
@@ -165,7 +167,7 @@ class Node:
     def _application(self, workload: Workload, membership: Membership) -> web.Application:
         assert self._system is not None, "made before"
         app = application(
-            system_routes.routes, swarm_routes.routes, *workload.routes, system_routes.last_routes
+            system_routes.routes, swarm_routes.routes, workload.routes, system_routes.last_routes
         )
         app[system_routes.SYSTEM] = self._system
         app[swarm_routes.MEMBER] = membership

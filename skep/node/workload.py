@@ -5,16 +5,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
+from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.api.server import Routes
 from skep.configuration.configuration import Configuration
-from skep.errors import NotFound, SkepError
+from skep.errors import NotFound, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.node.assignments import LogLine, LogQuery, LogSource
 from skep.node.events import NodeEvents
 from skep.node.executor.assembly import Programs, find_programs, oci_executor
 from skep.node.executor.interface import Executor
+from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.network.ports import PortReservations
@@ -22,9 +23,10 @@ from skep.node.oci.container import ContainerState
 from skep.node.oci.containers import Containers
 from skep.node.oci.images.local import ImageEvent
 from skep.node.oci.images.registry import Policy
-from skep.node.oci.images.removal import ImageUser
 from skep.node.oci.images.store import ImageStore
+from skep.node.routes.containers import container_routes, image_users
 from skep.node.routes.images import image_routes
+from skep.node.task_logs import TaskLogs
 from skep.node.worker import PayloadSink
 
 
@@ -36,7 +38,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     payloads: PayloadSink | None = None
     containers: Containers | None = None
     images: ImageStore | None = None
-    routes: tuple[Routes, ...] = ()
+    routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def counts(self) -> Counts:
         """Containers by state and images, for ``/info``."""
@@ -48,11 +50,6 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
             stopped=len(states) - running - paused,
             images=len(self.images.images()) if self.images is not None else 0,
         )
-
-    def image_users(self) -> tuple[ImageUser, ...]:
-        """Every container, as what keeps its image from being removed."""
-        listed = self.containers.list() if self.containers is not None else ()
-        return tuple(ImageUser(one.id, one.image_id, one.is_running) for one in listed)
 
     def knows_container(self, word: str) -> bool:
         """Whether ``word`` means a container of ours."""
@@ -84,15 +81,6 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         return True
 
 
-class _NoLogs:
-    """A source without lines."""
-
-    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        none: tuple[LogLine, ...] = ()
-        for line in none:
-            yield line
-
-
 async def oci_workload(
     configuration: Configuration,
     machine: Machine,
@@ -119,16 +107,31 @@ async def oci_workload(
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
     )
-    workload = Workload(
+    routes = (
+        *image_routes(images, lambda: image_users(executor.containers), clock=clock),
+        *container_routes(executor.containers, images, executor.bundles, clock=clock),
+    )
+    return Workload(
         executor=executor,
-        logs=_NoLogs(),
+        logs=TaskLogs(executor.containers),
         payloads=executor.payloads,
         containers=executor.containers,
         images=images,
+        routes=routes,
     )
-    return msgspec.structs.replace(
-        workload, routes=(image_routes(images, workload.image_users, clock=clock),)
-    )
+
+
+class UnkeptLogs:
+    """The logs of plain commands: their output is a file on their node, which nobody asks for from far away."""
+
+    def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        """Raises: Unimplemented."""
+        raise Unimplemented("tasks of the process executor have no logs: their output lies on their node")
+
+
+def process_workload(configuration: Configuration) -> Workload:
+    """Plain commands: no images, no containers."""
+    return Workload(executor=ProcessExecutor(configuration.paths.processes), logs=UnkeptLogs())
 
 
 def policy(configuration: Configuration) -> Policy:
