@@ -4,13 +4,15 @@ The event loop is never held longer than it takes to encode one piece.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import IntEnum
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
+
+T = TypeVar("T")
 
 _PIECE = 128
 """List items encoded at once: about a millisecond of tasks."""
@@ -26,11 +28,12 @@ def json_answer(value: Any, status: int = 200) -> web.Response:
     return web.Response(body=_encoder.encode(value) + b"\n", status=status, content_type="application/json")
 
 
-def json_list_answer(items: Sequence[Any]) -> web.Response:
-    """A list of objects; a long one goes out in pieces while it is being encoded."""
+def json_list_answer(items: Sequence[T], show: Callable[[T], Any] = lambda item: item) -> web.Response:
+    """A list of objects, each as ``show`` makes it; a long one goes out in pieces while it is being encoded."""
+    shown = map(show, items)
     if len(items) <= _PIECE:
-        return json_answer(items)
-    return web.Response(body=_list_pieces(items), content_type="application/json")
+        return json_answer(list(shown))
+    return web.Response(body=_list_pieces(shown), content_type="application/json")
 
 
 def json_object_answer(name: str, items: Sequence[Any], **others: Any) -> web.Response:

@@ -73,7 +73,7 @@ async def list_networks(request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "id", "label", "name", "scope", "type")
     view = await current_view(request)
-    return json_list_answer([_shown(network) for network in _visible(view) if _fits(network, filters)])
+    return json_list_answer([network for network in _visible(view) if _fits(network, filters)], _shown)
 
 
 @routes.get("/networks/{id}")

@@ -33,7 +33,7 @@ async def list_nodes(request: web.Request) -> web.StreamResponse:
     """All nodes that fit the filters, in order of id."""
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "role", "membership", "node.label")
-    return json_list_answer(list(map(shown_node, _fitting(await current_view(request), filters))))
+    return json_list_answer(_fitting(await current_view(request), filters), shown_node)
 
 
 def _fitting(view: View, filters: Filters) -> list[Node]:

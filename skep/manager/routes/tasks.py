@@ -3,14 +3,16 @@
 Source: moby 20.10, daemon/cluster/{tasks,filters}.go; swarmkit, manager/controlapi/task.go.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from aiohttp import web
 
 from skep.api.errors import Untranslated
 from skep.api.server import Filters, Routes, json_answer, json_list_answer
 from skep.manager.control.tasks import is_up_to_date
-from skep.manager.routes.access import current_view
+from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.shown import has_labels, shown_task
 from skep.model.node import Node
 from skep.model.service import Service
@@ -18,6 +20,11 @@ from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
 routes = Routes()
+
+Condition: TypeAlias = Callable[[View, Task], bool]
+
+_PIECE = 2_000
+"""Tasks looked at before others get their turn."""
 
 
 @routes.get("/tasks")
@@ -28,7 +35,14 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
         "name", "id", "label", "service", "node", "desired-state", "_up-to-date", "runtime"
     )
     view = await current_view(request)
-    return json_list_answer(list(map(shown_task, _fitting(view, filters))))
+    found, conditions = _search(view, filters)
+    tasks: list[Task] = []
+    for start in range(0, len(found), _PIECE):
+        piece = found[start : start + _PIECE]
+        tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
+        await asyncio.sleep(0)  # others' turn
+        view = manager_of(request).store.view()
+    return json_list_answer(tasks, shown_task)
 
 
 @routes.get("/tasks/{id}")
@@ -38,31 +52,33 @@ async def inspect_task(request: web.Request) -> web.StreamResponse:
     return json_answer(shown_task(view.resolve(Task, request.match_info["id"])))
 
 
-def _fitting(view: View, filters: Filters) -> Iterable[Task]:
-    """Raises: NotFound, InvalidArgument: a filter names no service or node; Untranslated: no such state."""
+def _search(view: View, filters: Filters) -> tuple[Sequence[Task], Sequence[Condition]]:
+    """Where to look for tasks, and what must hold for each.
+
+    Raises:
+        NotFound, InvalidArgument: a filter names no service or node; Untranslated: no such state.
+    """
     services = {view.resolve(Service, word).id for word in filters["service"]}
     nodes = {view.resolve(Node, word).id for word in filters["node"]}
     states = {_state(word) for word in filters["desired-state"] if word}
     if services:
-        found: Iterable[Task] = [task for id in sorted(services) for task in view.find(Task, service_id=id)]
+        found: Sequence[Task] = [task for id in sorted(services) for task in view.find(Task, service_id=id)]
     elif nodes:
         found = [task for id in sorted(nodes) for task in view.find(Task, node_id=id)]
     else:
         found = view.find(Task)
-    conditions: Sequence[tuple[object, Callable[[Task], bool]]] = (
-        (services, lambda task: task.service_id in services),
-        (nodes, lambda task: task.node_id in nodes),
-        (states, lambda task: task.desired_state in states),
-        (filters["id"], lambda task: filters.matches_prefix("id", task.id)),
-        (filters["name"], lambda task: filters.matches_prefix("name", _name(view, task))),
-        (filters["label"], lambda task: has_labels(_service_labels(view, task), filters["label"])),
-        (filters["runtime"], lambda task: filters.matches("runtime", _runtime(task))),
-        (filters["_up-to-date"], lambda task: is_up_to_date(view, task)),
+    conditions: Sequence[tuple[object, Condition]] = (
+        (services, lambda _, task: task.service_id in services),
+        (nodes, lambda _, task: task.node_id in nodes),
+        (states, lambda _, task: task.desired_state in states),
+        (filters["id"], lambda _, task: filters.matches_prefix("id", task.id)),
+        (filters["name"], lambda view, task: filters.matches_prefix("name", _name(view, task))),
+        (filters["label"], lambda view, task: has_labels(_service_labels(view, task), filters["label"])),
+        (filters["runtime"], lambda _, task: filters.matches("runtime", _runtime(task))),
+        (not filters["runtime"], lambda _, task: task.spec.network_attachment_spec is None),
+        (filters["_up-to-date"], is_up_to_date),
     )
-    asked = [condition for wanted, condition in conditions if wanted]
-    if not filters["runtime"]:
-        asked.append(lambda task: task.spec.network_attachment_spec is None)
-    return [task for task in found if all(condition(task) for condition in asked)]
+    return found, [condition for wanted, condition in conditions if wanted]
 
 
 def _state(word: str) -> TaskState:
