@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import sys
 from typing import Any
 
 import click
@@ -107,6 +108,13 @@ async def _an_address(cluster: Cluster) -> str:
 
 async def _ask(playground: Playground, cluster: Cluster, address: str) -> str:
     """What the service answers to another machine of the playground."""
-    command = ["busybox", "wget", "-q", "-O", "-", "-T", "5", f"http://{address}/"]
-    answer = await run(*playground.command_inside(cluster.nodes[0].name, command), deadline_s=10)
-    return answer.decode(errors="replace").strip()
+    command = playground.command_inside(cluster.nodes[0].name, [sys.executable, "-c", _GET, address])
+    return (await run(*command, deadline_s=10)).decode(errors="replace").strip()
+
+
+_GET = """
+import http.client, sys
+connection = http.client.HTTPConnection(sys.argv[1], timeout=5)
+connection.request("GET", "/")
+sys.stdout.write(connection.getresponse().read().decode())
+"""

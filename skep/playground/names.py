@@ -20,6 +20,8 @@ SWITCH = "net"
 """The namespace with the bridges; it routes between the subnets.  No node can have its name."""
 
 CGROUP_TOP = "skep-playground"
+UNDERLAY = "192.168.0.0/16"
+"""What all subnets of a playground lie in."""
 _WORD = re.compile(r"[a-z][a-z0-9]{0,15}")
 _FIRST_HOST = 11
 _LAST_HOST = 250

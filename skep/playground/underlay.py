@@ -64,7 +64,8 @@ async def attach(playground: str, node: str, address: names.Address) -> None:
             "link set lo up",
             f"addr add {address.ip}/24 dev eth0",
             "link set eth0 up",
-            f"route add default via {address.gateway}",
+            # No default route: what lies outside is unreachable at once, instead of after a resolver's patience.
+            f"route add {names.UNDERLAY} via {address.gateway}",
         ],
     )
 

@@ -1,0 +1,115 @@
+"""What of a playground can be seen on the machine: before, while it is up, and after."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Machine(NamedTuple):
+    """What a playground could leave on a machine.  Entries of other playgrounds are left out."""
+
+    interfaces: frozenset[str]
+    namespaces: frozenset[str]
+    mounts: frozenset[str]
+    cgroups: frozenset[str]
+    rules: str
+    files: frozenset[str]
+
+    def more_than(self, other: "Machine") -> dict[str, object]:
+        """What is here and not in ``other``, by kind; empty if nothing is."""
+        more: dict[str, object] = {
+            kind: sorted(getattr(self, kind) - getattr(other, kind))
+            for kind in ("interfaces", "namespaces", "mounts", "cgroups", "files")
+        }
+        more["rules"] = self.rules if self.rules != other.rules else ""
+        return {kind: found for kind, found in more.items() if found}
+
+
+def machine(playground: str, *directories: Path) -> Machine:
+    """The machine now.  ``directories``: where files are looked for."""
+    return Machine(
+        interfaces=frozenset(line.split(": ")[1] for line in _output("ip", "-o", "link").splitlines()),
+        namespaces=frozenset(
+            _ours(os.listdir("/run/netns"), playground) if Path("/run/netns").exists() else ()
+        ),
+        mounts=frozenset(_ours(_mounts(), playground)),
+        cgroups=frozenset(_ours(_cgroups(), playground)),
+        rules=_output("nft", "list", "ruleset"),
+        files=frozenset(
+            str(path) for directory in directories if directory.exists() for path in directory.rglob("*")
+        ),
+    )
+
+
+def _ours(names: "list[str]", playground: str) -> list[str]:
+    """Without what other playgrounds made, which may come and go meanwhile."""
+    return [name for name in names if "skep-" not in name or playground in name]
+
+
+def _mounts() -> list[str]:
+    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+
+
+def _cgroups() -> list[str]:
+    return [directory for directory, _, _ in os.walk(CGROUPS) if "skep-playground/" in directory]
+
+
+def _output(*command: str) -> str:
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=30, env={**os.environ, "PATH": path}
+    )
+    return done.stdout
+
+
+class Inhabitants(NamedTuple):
+    """Processes by pid and start time, and the namespaces that they live in."""
+
+    processes: frozenset[tuple[int, str]]
+    namespaces: frozenset[str]
+
+
+def inhabitants(playground: str) -> Inhabitants:
+    """Everything that lives on the nodes of a playground: in their namespaces, their cgroups, and holders."""
+    own = {os.readlink(link) for link in Path("/proc/self/ns").iterdir()}
+    netns = {
+        f"net:[{(Path('/run/netns') / name).stat().st_ino}]"
+        for name in (os.listdir("/run/netns") if Path("/run/netns").exists() else ())
+        if name.startswith(f"skep-{playground}-")
+    }
+    processes, namespaces = set(), set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            links = {os.readlink(link) for link in Path(f"/proc/{pid}/ns").iterdir()}
+            cgroup = Path(f"/proc/{pid}/cgroup").read_text()
+        except OSError:
+            continue
+        if links & netns or f"/skep-playground/{playground}-" in cgroup:
+            if started := start_time(int(pid)):
+                processes.add((int(pid), started))
+            namespaces |= links - own
+    return Inhabitants(frozenset(processes), frozenset(namespaces))
+
+
+def survivors(before: Inhabitants) -> Inhabitants:
+    """Which of those processes and namespaces are still there."""
+    processes = {(pid, started) for pid, started in before.processes if start_time(pid) == started}
+    alive = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            alive |= {os.readlink(link) for link in Path(f"/proc/{pid}/ns").iterdir()}
+        except OSError:
+            continue
+    return Inhabitants(frozenset(processes), before.namespaces & alive)
+
+
+def start_time(pid: int) -> str | None:
+    """Field 22 of /proc/PID/stat; None for a process that is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,83 @@
+"""`make demo` and `make demo-down`, as a newcomer types them."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import TestCluster, wait_running, wait_until
+from tests.integration.footprint import inhabitants, machine, survivors
+
+pytestmark = [pytest.mark.point("10"), pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).parents[2]
+NAME = "playground"
+"""What the demo's playground is called: the default."""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory for the demo; what the test leaves in it is removed."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    try:
+        yield directory / "demo"
+    finally:
+        make("demo-down", directory / "demo", check=False)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def make(target: str, directory: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run make in the checkout, without a terminal."""
+    command = ["make", "--no-print-directory", target, f"DEMO_DIR={directory}"]
+    environment = {key: value for key, value in os.environ.items() if key != "DOCKER_HOST"}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_trace(place: Path) -> None:
+    before = machine(NAME, place.parent)
+    shown = make("demo", place).stdout
+    assert "converged" in shown
+    assert "answers: nginx in container " in shown
+    assert shown.count("\n  docker ") + shown.count("/docker ") >= 3
+    assert f"export DOCKER_HOST=unix://{place}/m1/skep.sock" in shown
+
+    node = TestCluster(place, NAME).node("m1")
+    image = next(image for image in node.client().images.list("demo/nginx"))
+    assert image.attrs["Size"] < 30_000_000
+
+    node.docker("service", "scale", "--detach", "web=9")
+    wait_running(node, "web", 9)
+    victim = node.docker("ps", "--quiet").stdout.split()[0]
+    node.docker("kill", victim)
+    wait_until(lambda: victim not in node.docker("ps", "--quiet").stdout, "the container is gone")
+    wait_running(node, "web", 9)
+    assert "GET / " in node.docker("service", "logs", "web").stdout
+
+    living = inhabitants(NAME)
+    make("demo-down", place)
+    left = survivors(living)
+    assert sorted(left.processes) == []
+    assert sorted(left.namespaces) == []
+    assert machine(NAME, place.parent).more_than(before) == {}
+
+
+def test_the_demo_can_be_asked_for_twice(place: Path) -> None:
+    make("demo", place)
+    again = make("demo", place).stdout
+    assert "Try next" in again
+    assert "a cluster: one manager" not in again

@@ -1,0 +1,222 @@
+"""The playground's verbs, on real nodes; and that nothing of it stays."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import IMAGE, SKEP, TestCluster, create, wait_running, wait_until
+from tests.integration.footprint import inhabitants, machine, survivors
+
+pytestmark = pytest.mark.point("9")
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[TestCluster]:
+    """One manager and two workers on two routed networks."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"trio{os.getpid()}")
+    try:
+        cluster.skep("up", "--managers", "1", "--workers", "2", "--subnets", "2")
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def nowhere() -> Iterator[TestCluster]:
+    """A playground that is not up; whatever the test makes of it is removed."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory / "playground", f"lone{os.getpid()}")
+    try:
+        yield cluster
+    finally:
+        cluster.skep("down", check=False)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def states(cluster: TestCluster) -> dict[str, str]:
+    """Node -> the word that ``ps`` has for it."""
+    lines = cluster.skep("ps").stdout.splitlines()[1:]
+    return {line.split()[0]: line.split()[2] for line in lines}
+
+
+def reaches(cluster: TestCluster, source: str, target: str) -> bool:
+    """Whether one node gets an answer to a ping of another's address."""
+    address = cluster.node(target).description["addr"]
+    done = cluster.skep("exec", source, "--", "busybox", "ping", "-c", "1", "-W", "1", address, check=False)
+    return done.returncode == 0
+
+
+def test_all_nodes_come_up_as_one_swarm(trio: TestCluster) -> None:
+    assert states(trio) == {"m1": "up", "w1": "up", "w2": "up"}
+    listed = trio.node("m1").docker("node", "ls", "--format", "{{.Hostname}} {{.Status}} {{.ManagerStatus}}")
+    assert sorted(listed.stdout.splitlines()) == ["m1 Ready Leader", "w1 Ready ", "w2 Ready "]
+
+
+def test_every_node_has_the_same_small_image(trio: TestCluster) -> None:
+    for node in ("m1", "w1", "w2"):
+        shown = (
+            trio.node(node).docker("image", "inspect", "--format", "{{.Id}} {{.Size}}", IMAGE).stdout.split()
+        )
+        assert shown[0] == trio.description["image"]
+        assert int(shown[1]) < 5_000_000
+
+
+def test_nodes_are_spread_over_routed_networks(trio: TestCluster) -> None:
+    networks = {node["addr"].rsplit(".", 1)[0] for node in trio.description["nodes"]}
+    assert len(networks) == 2
+    assert reaches(trio, "w1", "m1")
+    assert reaches(trio, "m1", "w2")
+
+
+def test_the_description_is_what_measuring_tools_read(trio: TestCluster) -> None:
+    for node in trio.description["nodes"]:
+        assert Path(node["netns"]).exists()
+        assert Path(node["state_dir"]).is_dir()
+        assert all(Path(f"/proc/{pid}").exists() for pid in node["pids"])
+        namespace, interface = node["link"]
+        subprocess.run(["ip", "-n", namespace, "link", "show", interface], check=True, capture_output=True)
+
+
+def test_a_command_runs_on_the_node(trio: TestCluster) -> None:
+    assert trio.skep("exec", "w1", "--", "cat", "/proc/sys/kernel/hostname").stdout == "w1\n"
+    assert trio.skep("exec", "w1", "--", "sh", "-c", "exit 7", check=False).returncode == 7
+    assert os.uname().nodename != "w1"
+
+
+def test_env_points_docker_at_a_node(trio: TestCluster) -> None:
+    line = trio.skep("env", "w2").stdout
+    script = f"{line} docker info --format '{{{{.Name}}}}'"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout == "w2\n"
+
+
+def test_a_cut_node_is_alone_until_it_is_mended(trio: TestCluster) -> None:
+    trio.skep("cut", "w1")
+    try:
+        assert states(trio)["w1"] == "cut"
+        assert not reaches(trio, "m1", "w1")
+    finally:
+        trio.skep("mend", "w1")
+    wait_until(lambda: reaches(trio, "m1", "w1"), "the mended node answers")
+
+
+def test_a_killed_node_is_dead_and_starts_again_with_its_disk(trio: TestCluster) -> None:
+    before = trio.node("w2").description
+    trio.skep("kill", "w2")
+    assert states(trio)["w2"] == "down"
+    assert list(trio.node("w2").processes()) == []
+    subprocess.run(before["start"], check=True, capture_output=True, timeout=60)
+    assert trio.node("w2").description["pids"] != before["pids"]
+    trio.node("w2").docker("image", "inspect", IMAGE)
+
+
+def test_a_node_that_a_tool_killed_by_its_pids_starts_again(trio: TestCluster) -> None:
+    """As measuring tools do it: SIGKILL for the named processes, then for all that live in the namespace."""
+    node = trio.node("w2")
+    for pid in [*node.description["pids"], *(pid for pid, _ in node.processes())]:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not list(node.processes()), "the node is dead")
+    assert states(trio)["w2"] == "down"
+    trio.skep("start", "w2")
+    assert states(trio)["w2"] == "up"
+
+
+def test_an_image_archive_is_loaded_into_every_node(trio: TestCluster, tmp_path: Path) -> None:
+    archive = trio.directory / "images" / "busybox.tar"
+    copy = tmp_path / "image.tar"
+    copy.write_bytes(archive.read_bytes())
+    trio.node("w1").docker("image", "rm", "--force", "busybox:latest")
+    trio.skep("load", str(copy))
+    trio.node("w1").docker("image", "inspect", "busybox:latest")
+
+
+def test_a_fresh_machine_is_plugged_in_and_belongs_to_no_swarm(trio: TestCluster) -> None:
+    assert trio.skep("add", "worker").stdout.split()[0] == "w3"
+    state = trio.node("w3").docker("info", "--format", "{{.Swarm.LocalNodeState}}").stdout.strip()
+    assert state == "inactive"
+    assert reaches(trio, "w3", "m1")
+    trio.skep("add", "worker", "w3", check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--managers", "3"], "several managers in one swarm are not there yet"),
+        (["--managers", "0"], "at least one manager"),
+        (["--subnets", "0"], "--subnets is between 1 and"),
+        (["--workers", "-1"], "no negative number"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    nowhere: TestCluster, words: list[str], sentence: str
+) -> None:
+    done = nowhere.skep("up", *words, check=False)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert not nowhere.directory.exists()
+
+
+def test_a_name_is_taken_while_its_playground_is_up(trio: TestCluster, tmp_path: Path) -> None:
+    words = ["--dir", str(Path("/var/tmp") / f"skep-other-{os.getpid()}"), "--name", trio.name]
+    done = subprocess.run(
+        [SKEP, "playground", "up", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert f"a playground called {trio.name} is up" in done.stderr
+
+
+def test_down_leaves_nothing_of_a_playground_with_running_containers(nowhere: TestCluster) -> None:
+    before = machine(nowhere.name, nowhere.directory.parent)
+    nowhere.up(managers=1, workers=1)
+    create(nowhere.node("m1"), "web", 3)
+    wait_running(nowhere.node("m1"), "web", 3)
+    living = inhabitants(nowhere.name)
+    assert len(living.processes) > 10
+    nowhere.down()
+    left = survivors(living)
+    assert sorted(left.processes) == []
+    assert sorted(left.namespaces) == []
+    assert machine(nowhere.name, nowhere.directory.parent).more_than(before) == {}
+
+
+def test_down_twice_and_of_nothing_is_fine(nowhere: TestCluster) -> None:
+    assert "there was nothing to remove" in nowhere.skep("down").stderr
+
+
+@pytest.mark.parametrize("reached", ["cluster.json", "m1/skep.log", "m1/data/images"])
+def test_down_removes_what_a_crash_half_way_left(nowhere: TestCluster, reached: str) -> None:
+    before = machine(nowhere.name, nowhere.directory.parent)
+    where = ["--dir", str(nowhere.directory), "--name", nowhere.name]
+    with subprocess.Popen(
+        [SKEP, "playground", "up", *where], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as starting:
+        wait_until(lambda: (nowhere.directory / reached).exists(), f"{reached} is there")
+        starting.kill()
+    living = inhabitants(nowhere.name)
+    nowhere.down()
+    assert sorted(survivors(living).processes) == []
+    assert machine(nowhere.name, nowhere.directory.parent).more_than(before) == {}
+
+
+def test_a_damaged_description_is_said_to_be_damaged(nowhere: TestCluster) -> None:
+    nowhere.directory.mkdir()
+    (nowhere.directory / "cluster.json").write_text('{"nodes": 7}')
+    done = nowhere.skep("ps", check=False)
+    assert done.returncode == 1
+    assert "cluster.json" in done.stderr
+    assert "Traceback" not in done.stderr
+    (nowhere.directory / "cluster.json").unlink()
+
+
+def test_the_description_is_json_that_any_tool_reads(trio: TestCluster) -> None:
+    text = (trio.directory / "cluster.json").read_text()
+    assert json.loads(text)["system"] == "skep"

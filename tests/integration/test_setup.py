@@ -1,0 +1,124 @@
+"""Set-up: quick the second time, and clear about what is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.point("1")
+
+ROOT = Path(__file__).parents[2]
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """A copy of the set-up scripts that anybody may read."""
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.is_relative_to("/tmp") and directory != Path("/tmp"):
+            directory.chmod(0o755)
+    shutil.copytree(ROOT / "setup", tmp_path / "setup")
+    return tmp_path / "setup"
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+
+
+def a_path_without(directory: Path, *hidden: str) -> str:
+    """A directory for $PATH with every command of the machine but ``hidden``."""
+    directory.mkdir()
+    for folder in ("/usr/bin", "/bin", "/usr/sbin", "/sbin"):
+        for name in os.listdir(folder):
+            link = directory / name
+            if not any(name.startswith(word) for word in hidden) and not link.is_symlink():
+                link.symlink_to(Path(folder) / name)
+    return str(directory)
+
+
+def test_the_second_time_is_quick_and_silent() -> None:
+    run("make", "-C", ROOT, "--no-print-directory", "setup")
+    started = time.monotonic()
+    again = run("make", "-C", ROOT, "--no-print-directory", "setup")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert time.monotonic() - started < 5
+
+
+def test_the_etcd_that_was_placed_is_new_enough() -> None:
+    binary = Path(sys.prefix) / "libexec" / "skep" / "etcd"
+    version = re.search(r"etcd Version: (\d+)\.(\d+)\.(\d+)", run(binary, "--version").stdout)
+    assert version is not None
+    assert tuple(map(int, version.groups())) >= (3, 5, 16)
+    for tool in ("etcdctl", "etcdutl"):
+        assert os.access(binary.with_name(tool), os.X_OK)
+
+
+def test_an_old_python_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\necho Python 3.9.2\nexit 1\n")
+    old.chmod(0o755)
+    done = run(ROOT / "setup" / "setup.sh", "dev", PYTHON=str(old))
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed; found: Python 3.9.2" in done.stderr
+    assert "apt-get install python3" in done.stderr
+
+
+def test_without_root_it_says_which_packages_to_install(scripts: Path, tmp_path: Path) -> None:
+    with (scripts / "packages.txt").open("a") as file:
+        file.write("no-such-command | no-such-package | install\n")
+    done = run(*NOBODY, scripts / "packages.sh", "python3", tmp_path / "libexec")
+    assert done.returncode != 0
+    assert "missing: no-such-command" in done.stderr
+    assert "sudo apt-get install no-such-package" in done.stderr
+
+
+def test_without_apt_it_says_what_is_missing(scripts: Path, tmp_path: Path) -> None:
+    path = a_path_without(tmp_path / "path", "apt")
+    with (scripts / "packages.txt").open("a") as file:
+        file.write("no-such-command | no-such-package | install\n")
+    done = run(scripts / "packages.sh", "python3", tmp_path / "libexec", PATH=path)
+    assert done.returncode != 0
+    assert "there is no apt-get here" in done.stderr
+
+
+def test_without_the_venv_module_its_package_is_named(scripts: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = run(*NOBODY, scripts / "packages.sh", python, tmp_path / "libexec")
+    assert "missing: module:ensurepip" in done.stderr
+    assert "apt-get install python3-venv" in done.stderr
+
+
+def test_every_locked_package_has_hashes_and_no_index_is_named() -> None:
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        text = (ROOT / "setup" / name).read_text()
+        assert "://" not in text
+        assert "--index" not in text
+        entries = re.split(r"\n(?=[a-z])", text)
+        assert [entry.split("\n")[0] for entry in entries if "--hash=sha256:" not in entry] == []
+
+
+def test_the_lock_has_every_dependency_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, wanted in (
+        ("requirements.lock", project["dependencies"]),
+        ("requirements-dev.lock", [*project["dependencies"], *project["optional-dependencies"]["dev"]]),
+    ):
+        locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "setup" / name).read_text(), re.MULTILINE))
+        names = {re.split(r"[<>=!~ \[]", requirement)[0].lower() for requirement in wanted}
+        assert names - locked == set()
