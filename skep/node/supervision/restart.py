@@ -9,6 +9,7 @@ CRASH_WINDOW_S = 60.0
 _FIRST_DELAY_S = 0.1
 _GROWTH = 3.0
 _DELAY_S_MAX = 10.0
+_STEPS_MAX = 10
 
 
 class StartAgain(msgspec.Struct, frozen=True):
@@ -39,5 +40,6 @@ def after_end(ends: Sequence[float], now: float, chance: float, *, gives_up: boo
     count = len(recent(ends, now))
     if gives_up and count >= CRASHES_MAX:
         return GiveUp(count)
-    pause_s = min(_FIRST_DELAY_S * _GROWTH ** max(count - 1, 0), _DELAY_S_MAX)
+    steps = min(max(count - 1, 0), _STEPS_MAX)
+    pause_s = min(_FIRST_DELAY_S * _GROWTH**steps, _DELAY_S_MAX)
     return StartAgain(pause_s * (0.5 + chance / 2))

@@ -1,0 +1,293 @@
+"""Flags, TOML and daemon.json: which wins, what each bad value is told, what a running node takes over."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.configuration.configuration import AddressPool, Configuration, ConfigurationError, TcpHost, UnixHost
+from skep.configuration.reload import reload
+from skep.configuration.settings import SETTINGS
+from skep.configuration.sources import Arguments, Loaded, combine, load, parse_arguments
+from skep.model.service import DiscreteResource, GenericResource, NamedResource
+from skep.paths import DEFAULT_DATA
+
+
+def combined(*argv: str, toml: dict[str, Any] | None = None, docker: dict[str, Any] | None = None) -> Loaded:
+    return combine(parse_arguments(argv), toml or {}, docker or {})
+
+
+def configured(*argv: str, **files: Any) -> Configuration:
+    return combined(*argv, **files).configuration
+
+
+def refused(*argv: str, **files: Any) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        combined(*argv, **files)
+    return str(caught.value)
+
+
+# --- precedence -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_written_gives_the_defaults() -> None:
+    configuration = configured()
+    assert configuration == Configuration()
+    assert configuration.api_hosts == (UnixHost(Path("/run/skep/skep.sock")),)
+
+
+def test_a_flag_wins_over_toml_and_toml_over_daemon_json() -> None:
+    toml, docker = {"data-dir": "/toml"}, {"data-root": "/docker"}
+    assert configured("--data-dir", "/flag", toml=toml, docker=docker).data_dir == Path("/flag")
+    assert configured(toml=toml, docker=docker).data_dir == Path("/toml")
+    assert configured(docker=docker).data_dir == Path("/docker")
+    assert configured().data_dir == DEFAULT_DATA
+
+
+def test_a_flag_can_take_back_what_a_file_says() -> None:
+    assert configured("--debug=false", toml={"debug": True}).debug is False
+    assert configured("--debug").debug is True
+
+
+def test_daemon_json_is_understood_by_its_own_names() -> None:
+    configuration = configured(
+        docker={
+            "debug": True,
+            "hosts": ["unix:///run/other.sock"],
+            "labels": ["zone=a b"],
+            "node-generic-resources": ["GPU=UUID1", "GPU=UUID2", "FPGA=3"],
+            "insecure-registries": ["registry:5000", "10.0.0.0/8"],
+            "registry-mirrors": ["https://mirror.example.com"],
+            "log-driver": "json-file",
+            "log-opts": {"max-size": "10m"},
+            "default-address-pools": [{"base": "10.10.0.0/16", "size": 24}],
+            "data-root": "/srv/skep",
+        }
+    )
+    assert configuration == Configuration(
+        debug=True,
+        hosts=(UnixHost(Path("/run/other.sock")),),
+        labels={"zone": "a b"},
+        generic_resources=(
+            GenericResource(discrete_resource_spec=DiscreteResource(kind="FPGA", value=3)),
+            GenericResource(named_resource_spec=NamedResource(kind="GPU", value="UUID1")),
+            GenericResource(named_resource_spec=NamedResource(kind="GPU", value="UUID2")),
+        ),
+        insecure_registries=("registry:5000", "10.0.0.0/8"),
+        registry_mirrors=("https://mirror.example.com/",),
+        log_opts={"max-size": "10m"},
+        default_address_pools=(AddressPool("10.10.0.0/16", 24),),
+        data_dir=Path("/srv/skep"),
+    )
+
+
+def test_what_daemon_json_has_and_skep_does_not_use_is_named() -> None:
+    (warning,) = combined(docker={"storage-driver": "btrfs", "debug": True, "bip": "10.0.0.1/24"}).warnings
+    assert warning == "/etc/docker/daemon.json: skep does not use bip, storage-driver"
+
+
+def test_beside_an_engine_its_sockets_and_data_stay_its_own() -> None:
+    docker = {"hosts": ["unix:///var/run/docker.sock"], "data-root": "/var/lib/docker", "debug": True}
+    configuration = configured("--engine-socket", "/var/run/docker.sock", docker=docker)
+    assert configuration.hosts == ()
+    assert configuration.data_dir == DEFAULT_DATA
+    assert configuration.debug
+
+
+def test_a_log_driver_of_docker_that_is_not_supported_is_a_warning() -> None:
+    loaded = combined(docker={"log-driver": "journald"})
+    assert "log driver journald is not supported" in loaded.warnings[0]
+
+
+def test_labels_may_hold_blanks_and_equals_signs() -> None:
+    configuration = configured("--label", "note=two words", "--label", "formula=a=b")
+    assert configuration.labels == {"note": "two words", "formula": "a=b"}
+
+
+def test_several_hosts_are_served_once_each() -> None:
+    hosts = ("-H", "unix:///run/a.sock", "--host", "unix:///run/b.sock", "-H", "unix:///run/a.sock")
+    assert configured(*hosts).hosts == (UnixHost(Path("/run/a.sock")), UnixHost(Path("/run/b.sock")))
+
+
+def test_tcp_is_served_with_a_certificate_and_an_authority(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("cert", "key", "ca")]
+    for file in files:
+        file.touch()
+    flags = [
+        word
+        for name, file in zip(("cert", "key", "ca"), files, strict=True)
+        for word in (f"--tls-{name}", str(file))
+    ]
+    assert configured("-H", "tcp://[::1]:2376", *flags).hosts == (TcpHost("::1", 2376),)
+
+
+def test_every_setting_has_a_field_of_the_configuration() -> None:
+    fields = set(Configuration.__struct_fields__)
+    assert {setting.attribute for setting in SETTINGS} == fields
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_there_by_default_may_be_missing(tmp_path: Path) -> None:
+    arguments = Arguments(toml=tmp_path / "skep.toml", daemon_json=tmp_path / "daemon.json")
+    assert load(arguments) == Loaded(Configuration())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("toml", None, "does not exist"),
+        ("toml", "debug = yes", "is not TOML"),
+        ("toml", b"\xff\xfe", "cannot be read"),
+        ("json", None, "does not exist"),
+        ("json", "{", "is not a JSON object"),
+        ("json", "[]", "is not a JSON object"),
+    ],
+)
+def test_a_named_file_that_cannot_be_used_is_refused(
+    tmp_path: Path, name: str, content: str | bytes | None, sentence: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    arguments = (
+        Arguments(toml=path, toml_required=True, daemon_json=None)
+        if name == "toml"
+        else Arguments(toml=tmp_path / "none", daemon_json=path, daemon_json_required=True)
+    )
+    with pytest.raises(ConfigurationError, match=sentence) as caught:
+        load(arguments)
+    assert str(path) in str(caught.value)
+
+
+def test_an_empty_daemon_json_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "daemon.json").write_text("\n")
+    assert load(Arguments(toml=tmp_path / "none", daemon_json=tmp_path / "daemon.json")) == Loaded(
+        Configuration()
+    )
+
+
+# --- bad values -----------------------------------------------------------------------------------------------------
+
+BAD = [
+    ("data-dir", "relative", "write an absolute path"),
+    ("data-dir", "/a/../b", "write an absolute path"),
+    ("data-dir", "", "is empty"),
+    ("run-dir", "run", "write an absolute path"),
+    ("host", "/run/skep.sock", "write unix:///path/of.sock or tcp://address:port"),
+    ("host", "fd://", "write unix:///path/of.sock or tcp://address:port"),
+    ("host", "unix://relative", "write an absolute path"),
+    ("host", "unix:///" + "x" * 120, "at most 107 bytes"),
+    ("host", "tcp://0.0.0.0", "an IP address and a port"),
+    ("host", "tcp://somewhere:2376", "an IP address and a port"),
+    ("host", "tcp://127.0.0.1:99999", "an IP address and a port"),
+    ("host", "tcp://127.0.0.1:2376/path", "nothing may follow the port"),
+    ("tls-cert", "/nonexistent/file", "there is no such file"),
+    ("engine-socket", "tcp://1.2.3.4:2375", "write an absolute path"),
+    ("listen-addr", "1.2.3.4:0", "an IP address or interface, and a port if you like"),
+    ("listen-addr", "300.1.1.1", "an IP address or the name of an interface"),
+    ("advertise-addr", "a name", "an IP address or the name of an interface"),
+    ("data-path-addr", "1.2.3.4:5", "an IP address or the name of an interface"),
+    ("data-path-port", "80", "choose a port from 1024 to 49151"),
+    ("data-path-port", "-1", "choose a port from 1024 to 49151"),
+    ("data-path-port", "many", "write a number"),
+    ("debug", "maybe", "write true or false"),
+    ("log-format", "xml", "choose text or json"),
+    ("label", "no-value", "write key=value"),
+    ("label", "=v", "write key=value"),
+    ("generic-resource", "gpu", "write kind=number or kind=name"),
+    ("generic-resource", "gpu=-1", "must not be negative"),
+    ("generic-resource", "gpu=9223372036854775808", "must not be negative, nor above"),
+    ("executor", "docker", "choose oci or process"),
+    ("cgroup-parent", "a/../b", "names separated by '/'"),
+    ("runc", "", "is empty"),
+    ("etcd-binary", "/nonexistent/etcd", "there is no such file"),
+    ("insecure-registry", "http://x", "without http://"),
+    ("registry-mirror", "mirror.example.com", "write a URL"),
+    ("log-driver", "printer", "write json-file"),
+    ("log-opt", "max-size", "write key=value"),
+    ("default-address-pool", "10.0.0.0/8", "write base="),
+    ("default-address-pool", "base=10.0.0.0/16,size=8", "a prefix length from 16 to 32"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), BAD)
+def test_a_bad_value_is_told_what_to_do(name: str, value: str, sentence: str) -> None:
+    problem = refused(f"--{name}={value}")
+    assert problem.startswith(f"--{name} ")
+    assert sentence in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("data-dir", 5, "write a text in quotes"),
+        ("debug", "perhaps", "write true or false"),
+        ("data-path-port", True, "write a number"),
+        ("hosts", "unix:///run/a.sock", "write a list of texts"),
+        ("labels", {"a": "b"}, "write a list of texts"),
+        ("log-opts", {"max-file": 3}, "write the value as a text"),
+        ("default-address-pools", {"base": "x"}, "write a list"),
+        ("colour", "blue", "there is no setting 'colour'"),
+    ],
+)
+def test_a_bad_value_in_the_file_names_the_file(key: str, value: Any, sentence: str) -> None:
+    problem = refused(toml={key: value})
+    assert problem.startswith("/etc/skep/skep.toml: ")
+    assert sentence in problem
+
+
+def test_a_label_with_two_values_is_refused() -> None:
+    assert "gives 'a' two values, '1' and '2': keep one" in refused("--label", "a=1", "--label", "a=2")
+
+
+@pytest.mark.parametrize(
+    ("resources", "sentence"),
+    [
+        (("gpu=1", "gpu=2"), "twice with a number"),
+        (("gpu=A", "gpu=A"), "twice: keep one"),
+        (("gpu=1", "gpu=A"), "both a number and names"),
+    ],
+)
+def test_a_generic_resource_is_a_number_or_names(resources: tuple[str, ...], sentence: str) -> None:
+    assert sentence in refused(*(f"--generic-resource={resource}" for resource in resources))
+
+
+def test_tcp_without_client_verification_is_refused() -> None:
+    assert "set --tls-cert, --tls-key and --tls-ca" in refused("-H", "tcp://127.0.0.1:2376")
+
+
+def test_half_of_tls_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cert").touch()
+    assert "belong together" in refused("--tls-cert", str(tmp_path / "cert"))
+
+
+def test_a_run_dir_whose_sockets_would_be_too_long_is_refused() -> None:
+    assert "run-dir is too long" in refused("--run-dir", "/" + "x" * 100)
+
+
+def test_one_directory_for_state_and_sockets_is_refused() -> None:
+    assert "choose a run-dir on tmpfs" in refused("--data-dir", "/x", "--run-dir", "/x")
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert len(refused("--data-path-port=1", "--executor=x", toml={"nonsense": 1}).splitlines()) == 3
+
+
+# --- reload ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_reload_takes_over_what_needs_no_restart_and_names_the_rest() -> None:
+    running = Configuration()
+    written = replace(running, debug=True, labels={"a": "b"}, data_dir=Path("/other"), log_format="json")
+    taken = reload(running, written)
+    assert taken.configuration == replace(running, debug=True, labels={"a": "b"})
+    assert taken.reloaded == ("debug", "labels")
+    assert taken.needs_restart == ("data-dir", "log-format")
+
+
+def test_reloading_the_same_changes_nothing() -> None:
+    taken = reload(Configuration(), Configuration())
+    assert (taken.reloaded, taken.needs_restart) == ((), ())

@@ -1,0 +1,96 @@
+"""Which request goes where."""
+
+import pytest
+
+from skep.node.front.routing import Destination, route
+
+HERE, MANAGER, ENGINE = Destination.HERE, Destination.MANAGER, Destination.ENGINE
+
+
+class Known:
+    """A node that knows the container ``ours``, the image ``ours:1`` and the exec ``e1``."""
+
+    def __init__(self, *, is_manager: bool = True, has_engine: bool = False) -> None:
+        self.is_manager = is_manager
+        self.has_engine = has_engine
+
+    def knows_container(self, word: str) -> bool:
+        return word in ("ours", "our name")
+
+    def knows_image(self, reference: str) -> bool:
+        return reference in ("ours:1", "registry:5000/team/ours:1")
+
+    def knows_exec(self, id: str) -> bool:
+        return id == "e1"
+
+
+ALWAYS = [
+    ("HEAD", "/_ping", HERE),
+    ("GET", "/v1.41/version", HERE),
+    ("GET", "/v1.41/info?x=1", HERE),
+    ("GET", "/events", HERE),
+    ("POST", "/v1.41/swarm/init", HERE),
+    ("POST", "/v1.41/swarm/join", HERE),
+    ("POST", "/swarm/leave?force=1", HERE),
+    ("POST", "/swarm/unlock", HERE),
+    ("GET", "/v1.41/swarm", MANAGER),
+    ("POST", "/swarm/update?version=3", MANAGER),
+    ("GET", "/swarm/unlockkey", MANAGER),
+    ("POST", "/v1.24/services/create", MANAGER),
+    ("GET", "/services/web/logs?follow=1", MANAGER),
+    ("GET", "/tasks", MANAGER),
+    ("DELETE", "/nodes/w1?force=1", MANAGER),
+    ("GET", "/secrets", MANAGER),
+    ("POST", "/configs/create", MANAGER),
+    ("GET", "/containers/json?all=1", HERE),
+    ("GET", "/containers/ours/json", HERE),
+    ("POST", "/containers/our%20name/exec", HERE),
+    ("POST", "/v1.41/exec/e1/start", HERE),
+    ("GET", "/images/json", HERE),
+    ("POST", "/images/create?fromImage=x", HERE),
+    ("POST", "/images/load", HERE),
+    ("GET", "/images/ours:1/json", HERE),
+    ("GET", "/images/registry:5000/team/ours:1/history", HERE),
+    ("DELETE", "/images/ours:1", HERE),
+    ("GET", "/distribution/library/busybox/json", HERE),
+]
+
+OTHERS = [
+    ("POST", "/containers/create?name=x"),
+    ("POST", "/containers/prune"),
+    ("GET", "/containers/theirs/json"),
+    ("POST", "/exec/e2/start"),
+    ("GET", "/images/theirs:1/json"),
+    ("GET", "/images/search?term=x"),
+    ("POST", "/images/theirs:1/push"),
+    ("GET", "/volumes"),
+    ("POST", "/v1.41/build?version=1"),
+    ("POST", "/session"),
+    ("POST", "/grpc"),
+    ("GET", "/system/df"),
+    ("POST", "/auth"),
+    ("GET", "/plugins"),
+    ("GET", "/"),
+    ("GET", "/servicesque"),
+    ("GET", "/v1.41"),
+]
+
+
+@pytest.mark.parametrize("has_engine", [False, True])
+@pytest.mark.parametrize(("method", "target", "expected"), ALWAYS)
+def test_what_is_ours_stays_ours_beside_an_engine(
+    method: str, target: str, expected: Destination, has_engine: bool
+) -> None:
+    assert route(method, target, Known(has_engine=has_engine)) is expected
+
+
+@pytest.mark.parametrize(("method", "target"), OTHERS)
+def test_everything_else_is_the_engines_if_there_is_one(method: str, target: str) -> None:
+    assert route(method, target, Known(has_engine=True)) is ENGINE
+    assert route(method, target, Known(has_engine=False)) is HERE
+
+
+def test_networks_are_the_clusters_on_a_manager_only() -> None:
+    assert route("GET", "/v1.41/networks", Known(has_engine=True)) is MANAGER
+    assert route("GET", "/networks/x", Known(is_manager=False, has_engine=True)) is ENGINE
+    assert route("GET", "/networks/x", Known(is_manager=False)) is HERE

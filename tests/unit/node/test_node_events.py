@@ -1,0 +1,69 @@
+"""Which events of the node a client's filters take."""
+
+import pytest
+
+from skep.api.filters import Filters
+from skep.node.events import fits, message_of, without_tag
+
+ATTRIBUTES = {"name": "web.1.abc", "image": "busybox:1", "zone": "a"}
+STARTED = message_of("container", "start", "c0ffee", ATTRIBUTES, 1_500_000_000)
+PULLED = message_of("image", "pull", "busybox:1", {"name": "busybox"}, 0)
+
+
+def test_an_event_carries_the_fields_of_older_clients() -> None:
+    assert STARTED == {
+        "status": "start",
+        "id": "c0ffee",
+        "from": "busybox:1",
+        "Type": "container",
+        "Action": "start",
+        "Actor": {"ID": "c0ffee", "Attributes": ATTRIBUTES},
+        "scope": "local",
+        "time": 1,
+        "timeNano": 1_500_000_000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("filters", "is_taken"),
+    [
+        ({}, True),
+        ({"type": ["container"]}, True),
+        ({"type": ["image"]}, False),
+        ({"event": ["start", "die"]}, True),
+        ({"event": ["die"]}, False),
+        ({"container": ["c0f"]}, True),
+        ({"container": ["web.1"]}, True),
+        ({"container": ["other"]}, False),
+        ({"image": ["busybox"]}, True),
+        ({"image": ["busybox:1"]}, True),
+        ({"image": ["nginx"]}, False),
+        ({"label": ["zone"]}, True),
+        ({"label": ["zone=b"]}, False),
+        ({"scope": ["local"]}, True),
+        ({"scope": ["swarm"]}, False),
+        ({"service": ["web"]}, False),
+        ({"volume": ["v"]}, False),
+    ],
+)
+def test_filters_take_what_docker_would_show(filters: dict[str, list[str]], is_taken: bool) -> None:
+    assert fits(STARTED, Filters(filters)) is is_taken
+
+
+def test_an_image_is_found_by_its_name() -> None:
+    assert fits(PULLED, Filters({"image": ["busybox"]}))
+    assert not fits(PULLED, Filters({"container": ["busybox"]}))
+
+
+def test_actions_with_details_are_taken_by_their_beginning() -> None:
+    execution = message_of("container", "exec_create: sh", "c", {}, 0)
+    assert fits(execution, Filters({"event": ["exec_create"]}))
+    assert not fits(execution, Filters({"event": ["die"]}))
+
+
+@pytest.mark.parametrize(
+    ("reference", "bare"),
+    [("busybox:1", "busybox"), ("r:5000/a", "r:5000/a"), ("r:5000/a:2@sha256:ab", "r:5000/a"), ("x", "x")],
+)
+def test_a_reference_without_its_tag(reference: str, bare: str) -> None:
+    assert without_tag(reference) == bare
