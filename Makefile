@@ -2,10 +2,13 @@
 # `make` alone lists the targets.
 
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
 # Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
 DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
+
+STAMP = $(shell date -u +%Y-%m-%d-%H%M)-$(shell git rev-parse --short HEAD)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench lock
@@ -41,13 +44,14 @@ contract: setup ## one suite per interface, on the fake and on the real thing
 	@$(PYTEST) tests/contract
 
 sim: setup ## whole clusters on simulated time; SEED=7 runs that seed alone
-	@SKEP_SIM_SEED=$(SEED) $(PYTEST) tests/sim
+	@$(PYTEST) tests/sim $(if $(SEED),--seed $(SEED))
 
 conformance: setup ## the API as docker, docker-py and a recorded engine see it
 	@$(PYTEST) tests/conformance
 
-integration: setup ## every test, the slow ones too (real runc, etcd, nftables)
-	@$(PYTEST) --whole
+integration: setup ## every test, the slow ones too (real runc, etcd, nftables); log kept in bench/results/
+	@mkdir -p bench/results
+	@$(PYTEST) --whole --durations 20 2>&1 | tee bench/results/integration-$(STAMP).log
 
 soak: setup ## hours of load and faults; log kept in bench/results/
 	@$(BIN)/python -m bench.soak

@@ -56,6 +56,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="this is a whole run: every test that docs/status.md names has to have passed in it",
     )
+    parser.addoption("--seed", type=int, help="run simulations with this seed alone")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With ``--seed``, a test over many seeds runs once, with that one."""
+    seed = metafunc.config.getoption("--seed")
+    markers = metafunc.definition.own_markers
+    for index, marker in enumerate(markers):
+        if seed is not None and marker.name == "parametrize" and marker.args[0] == "seed":
+            markers[index] = pytest.mark.parametrize("seed", [seed]).mark
 
 
 def pytest_configure(config: pytest.Config) -> None:
