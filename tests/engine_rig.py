@@ -74,6 +74,7 @@ class Engine:
         command = (
             f"mount --make-rprivate /; exec dockerd --data-root {self.directory}/data"
             f" --exec-root {self.directory}/exec -H {self.host} --pidfile {self.directory}/d.pid"
+            f" --cgroup-parent /{self.directory.name}"
         )
         with (self.directory / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -127,6 +128,8 @@ async def an_engine() -> AsyncIterator[Engine]:
     finally:
         await engine.stop()
         shutil.rmtree(directory, ignore_errors=True)
+        for group in Path("/sys/fs/cgroup").glob(f"**/{directory.name}"):
+            group.rmdir()
 
 
 def _set_namespace(descriptor: int) -> None:

@@ -1,0 +1,188 @@
+"""What a node is told, and when."""
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.aio.clock import SystemClock
+from skep.manager.dispatcher.assignments import Told, difference, everything, matters
+from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
+from skep.model.ids import ConfigId, NodeId, SecretId
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, TaskSpec
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.store.kinds import Payload
+from skep.store.memory import MemoryStore
+from tests.builders import a_service, a_service_spec, a_task
+
+N1 = NodeId("n1")
+replace = msgspec.structs.replace
+
+
+async def store_with(*objects: msgspec.Struct) -> MemoryStore:
+    store = MemoryStore(SystemClock())
+    await put(store, *objects)
+    return store
+
+
+async def put(store: MemoryStore, *objects: msgspec.Struct) -> None:
+    await store.update(lambda tx: [tx.put(object) for object in objects])
+
+
+def with_state(task: Task, state: TaskState) -> Task:
+    return replace(task, status=TaskStatus(state=state))
+
+
+def needy_service(name: str = "web"):
+    """A service whose tasks need secret s1 and config c1, and both."""
+    container = ContainerSpec(
+        image="busybox:1",
+        secrets=(SecretReference(file=FileTarget(name="s"), secret_id=SecretId("s1"), secret_name="key"),),
+        configs=(ConfigReference(file=FileTarget(name="c"), config_id=ConfigId("c1"), config_name="conf"),),
+    )
+    spec = replace(a_service_spec(name), task_template=TaskSpec(container_spec=container))
+    return (
+        Secret(id=SecretId("s1"), spec=SecretSpec(name="key")),
+        Payload(id="secret/s1", data=b"hidden"),
+        Config(id=ConfigId("c1"), spec=ConfigSpec(name="conf", data=b"plain")),
+        a_service(name, spec=spec),
+    )
+
+
+async def test_a_node_is_told_its_own_tasks_from_assigned_on_ended_ones_too():
+    service = a_service()
+    tasks = [
+        a_task("pending", node="n1", service=service, state=TaskState.PENDING),
+        a_task("assigned", node="n1", service=service, state=TaskState.ASSIGNED),
+        a_task("failed", node="n1", service=service, state=TaskState.FAILED),
+        a_task("elsewhere", node="n2", service=service, state=TaskState.RUNNING),
+    ]
+    store = await store_with(service, *tasks)
+    change, told = everything(store.view(), N1)
+    assert change.complete
+    assert change.revision == store.view().revision
+    assert [assigned.task.id for assigned in change.tasks] == ["assigned", "failed"]
+    assert change.tasks[1].task.status.state is TaskState.FAILED
+    assert sorted(told.tasks) == ["assigned", "failed"]
+
+
+async def test_a_task_comes_with_what_its_node_needs_to_know_of_the_service():
+    port = PortConfig(target_port=80, published_port=30000)
+    service = replace(a_service("web", ports=(PortConfig(target_port=80),)), endpoint=Endpoint(ports=(port,)))
+    store = await store_with(service, a_task("t1", node="n1", service=service))
+    (assigned,) = everything(store.view(), N1)[0].tasks
+    assert assigned.name.startswith("web.1.")
+    assert assigned.ports == (port,)
+
+
+async def test_ports_that_need_no_allocation_are_told_as_wished():
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    service = a_service("web", ports=(port,))
+    assert service.spec.endpoint_spec == EndpointSpec(ports=(port,))
+    store = await store_with(service, a_task("t1", node="n1", service=service))
+    (assigned,) = everything(store.view(), N1)[0].tasks
+    assert assigned.ports == (port,)
+
+
+async def test_secrets_and_configs_come_once_and_go_with_the_last_task_that_runs():
+    *needs, service = needy_service()
+    first = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
+    second = a_task("t2", node="n1", slot=2, service=service, state=TaskState.ASSIGNED)
+    store = await store_with(*needs, service, first)
+    change, told = everything(store.view(), N1)
+    assert [(secret.id, secret.name, secret.data) for secret in change.secrets] == [("s1", "key", b"hidden")]
+    assert [(config.id, config.name, config.data) for config in change.configs] == [("c1", "conf", b"plain")]
+
+    await put(store, second)
+    change, told = difference(store.view(), N1, told, ["t2"])
+    assert (change.secrets, change.configs) == ((), ())
+
+    await put(store, with_state(first, TaskState.FAILED))
+    change, told = difference(store.view(), N1, told, ["t1"])
+    assert change is None
+
+    await put(store, with_state(second, TaskState.COMPLETE))
+    change, told = difference(store.view(), N1, told, ["t2"])
+    assert (change.tasks, change.removed_tasks) == ((), ())
+    assert (change.removed_secrets, change.removed_configs) == (("s1",), ("c1",))
+
+
+async def test_registry_credentials_go_to_tasks_that_may_still_pull():
+    service = a_service()
+    running = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
+    ended = a_task("t2", node="n1", service=service, state=TaskState.FAILED)
+    store = await store_with(service, running, ended, Payload(id=f"registry/{service.id}", data=b"e30="))
+    assert everything(store.view(), N1)[0].registry_auths == {"t1": "e30="}
+
+
+async def test_a_changed_wish_is_told_and_a_report_is_not():
+    service = a_service()
+    task = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
+    store = await store_with(service, task)
+    _, told = everything(store.view(), N1)
+    await put(store, with_state(task, TaskState.RUNNING))
+    nothing, told = difference(store.view(), N1, told, ["t1"])
+    assert nothing is None
+    await put(store, replace(with_state(task, TaskState.RUNNING), desired_state=TaskState.SHUTDOWN))
+    change, told = difference(store.view(), N1, told, ["t1"])
+    assert [assigned.task.desired_state for assigned in change.tasks] == [TaskState.SHUTDOWN]
+    assert not change.complete
+
+
+async def test_a_deleted_task_is_taken_back():
+    service = a_service()
+    store = await store_with(service, a_task("t1", node="n1", service=service))
+    _, told = everything(store.view(), N1)
+    await store.update(lambda tx: tx.delete(Task, "t1"))
+    change, told = difference(store.view(), N1, told, ["t1", "t1", "never-was"])
+    assert change.removed_tasks == ("t1",)
+    assert told.tasks == {}
+
+
+def test_only_what_can_be_news_for_the_node_matters():
+    task = a_task("t1", node="n1", state=TaskState.ASSIGNED)
+    assert not matters(task, with_state(task, TaskState.PREPARING))
+    assert not matters(task, replace(task, updated_at=a_task("t2").created_at))
+    assert matters(task, with_state(task, TaskState.FAILED))  # its secrets may go
+    assert matters(with_state(task, TaskState.PENDING), task)
+    assert matters(task, replace(task, desired_state=TaskState.SHUTDOWN))
+
+
+STATES = st.sampled_from([TaskState.PENDING, TaskState.ASSIGNED, TaskState.RUNNING, TaskState.FAILED, None])
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["t1", "t2", "t3"]), STATES, st.sampled_from(["n1", "n2"])), max_size=12
+)
+
+
+@given(STEPS)
+def test_differences_add_up_to_everything(steps):
+    """Whatever happens, a node that applied all messages knows what a fresh stream would tell it."""
+    import asyncio
+
+    async def play() -> None:
+        *needs, service = needy_service()
+        store = await store_with(*needs, service)
+        change, told = everything(store.view(), N1)
+        tasks: set[str] = set()
+        secrets: set[str] = set()
+        for id, state, node in steps:
+            exists = store.view().lookup(Task, id) is not None
+            if state is not None:
+                await put(store, a_task(id, node=node, service=service, state=state))
+            elif exists:
+                await store.update(lambda tx, gone=id: tx.delete(Task, gone))
+            change, told = difference(store.view(), N1, told, [id])
+            if change is None:
+                continue
+            tasks |= {assigned.task.id for assigned in change.tasks}
+            tasks -= set(change.removed_tasks)
+            secrets |= {secret.id for secret in change.secrets}
+            secrets -= set(change.removed_secrets)
+        fresh, known = everything(store.view(), N1)
+        assert (
+            tasks == {assigned.task.id for assigned in fresh.tasks} == known.tasks.keys() == told.tasks.keys()
+        )
+        assert secrets == {secret.id for secret in fresh.secrets}
+        assert told == Told(tasks=known.tasks, secrets=known.secrets, configs=known.configs)
+
+    asyncio.run(play())

@@ -1,0 +1,146 @@
+"""Which of two statuses of a task counts."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.aio.clock import SystemClock
+from skep.errors import InvalidArgument, PermissionDenied
+from skep.manager.dispatcher.registration import (
+    Registration,
+    SessionInvalid,
+    Silence,
+    mark_down,
+    take_session,
+)
+from skep.manager.dispatcher.statuses import Report, newer_status, record_status
+from skep.model.ids import NodeId, SessionId, TaskId
+from skep.model.node import ManagerStatus, Node, NodeDescription, NodeState
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.store.memory import MemoryStore
+from tests.builders import a_node, a_service, a_task
+
+STATUSES = st.builds(TaskStatus, state=st.sampled_from(TaskState), message=st.sampled_from(["", "x"]))
+
+
+def test_a_later_state_is_news():
+    running, failed = TaskStatus(state=TaskState.RUNNING), TaskStatus(state=TaskState.FAILED)
+    assert newer_status(running, failed) == failed
+    assert newer_status(failed, running) is None
+
+
+def test_the_same_state_with_more_to_say_is_news_until_the_task_has_ended():
+    starting = TaskStatus(state=TaskState.STARTING)
+    assert newer_status(starting, TaskStatus(state=TaskState.STARTING, message="pulling")) is not None
+    assert newer_status(starting, starting) is None
+    failed = TaskStatus(state=TaskState.FAILED, err="exit 1")
+    assert newer_status(failed, TaskStatus(state=TaskState.FAILED, err="No such container")) is None
+
+
+@pytest.mark.parametrize("state", [TaskState.NEW, TaskState.ASSIGNED, TaskState.REMOVE, TaskState.ORPHANED])
+def test_states_that_are_not_the_nodes_to_say_are_passed_over(state):
+    assert newer_status(TaskStatus(state=TaskState.NEW), TaskStatus(state=state)) is None
+
+
+@given(st.lists(STATUSES))
+def test_states_never_go_back_whatever_is_reported(reports):
+    stored = TaskStatus(state=TaskState.ASSIGNED)
+    for report in reports:
+        after = newer_status(stored, report) or stored
+        assert after.state >= stored.state
+        stored = after
+
+
+@given(st.permutations([TaskState.ACCEPTED, TaskState.PREPARING, TaskState.RUNNING, TaskState.FAILED]))
+def test_the_order_of_reports_does_not_matter_for_where_a_task_ends(order):
+    stored = TaskStatus(state=TaskState.ASSIGNED)
+    for state in order:
+        stored = newer_status(stored, TaskStatus(state=state)) or stored
+    assert stored.state is TaskState.FAILED
+
+
+def registration(session: str, address: str = "10.0.0.2", **description: str) -> Registration:
+    return Registration(
+        node_id=NodeId("n1"),
+        manager_id=NodeId("m1"),
+        session_id=SessionId(session),
+        description=NodeDescription(**description),
+        address=address,
+    )
+
+
+@pytest.fixture
+async def store():
+    store = MemoryStore(SystemClock())
+    service = a_service()
+    task = a_task("t1", node="n1", service=service, state=TaskState.ASSIGNED)
+    await store.update(lambda tx: [tx.put(object) for object in (a_node("n1"), a_node("n2"), service, task)])
+    return store
+
+
+def report(session: str, node: str = "n1", task: str = "t1") -> Report:
+    return Report(
+        node_id=NodeId(node),
+        session_id=SessionId(session),
+        task_id=TaskId(task),
+        status=TaskStatus(state=TaskState.RUNNING),
+    )
+
+
+async def test_only_the_present_session_speaks_for_a_node(store):
+    await store.update(take_session, registration("a"))
+    await store.update(take_session, registration("b"))
+    with pytest.raises(SessionInvalid, match="session invalid"):
+        await store.update(record_status, report("a"))
+    assert await store.update(record_status, report("b"))
+    assert store.view().get(Task, "t1").status.state is TaskState.RUNNING
+
+
+async def test_a_node_speaks_only_for_its_own_tasks(store):
+    await store.update(take_session, msgspec.structs.replace(registration("a"), node_id=NodeId("n2")))
+    with pytest.raises(PermissionDenied, match="not assigned this node: t1"):
+        await store.update(record_status, report("a", node="n2"))
+
+
+async def test_a_task_that_is_gone_is_passed_over_in_silence(store):
+    await store.update(take_session, registration("a"))
+    assert not await store.update(record_status, report("a", task="gone"))
+
+
+async def test_registering_describes_the_node_and_makes_it_ready(store):
+    node = await store.update(take_session, registration("a", hostname="worker"))
+    assert node.status.state is NodeState.READY
+    assert node.status.addr == "10.0.0.2"
+    assert node.description.hostname == "worker"
+    assert node.session.manager_id == "m1"
+
+
+async def test_a_managers_own_agent_is_known_by_the_managers_address(store):
+    await store.update(
+        lambda tx: tx.put(
+            msgspec.structs.replace(tx.get(Node, "n1"), manager_status=ManagerStatus(addr="10.0.0.9:2377"))
+        )
+    )
+    node = await store.update(take_session, registration("a", address="127.0.0.1"))
+    assert node.status.addr == "10.0.0.9"
+
+
+async def test_a_node_without_an_object_gets_no_session(store):
+    gone = msgspec.structs.replace(registration("a"), node_id=NodeId("n9"))
+    with pytest.raises(PermissionDenied, match="was removed from the swarm"):
+        await store.update(take_session, gone)
+
+
+async def test_an_absurd_description_is_refused(store):
+    with pytest.raises(InvalidArgument, match="too large"):
+        await store.update(take_session, registration("a", hostname="x" * 100_000))
+
+
+async def test_a_silent_node_is_down_unless_it_has_registered_again(store):
+    await store.update(take_session, registration("a"))
+    assert await store.update(mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a")))
+    assert store.view().get(Node, "n1").status.state is NodeState.DOWN
+    await store.update(take_session, registration("b"))
+    assert not await store.update(mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a")))
+    assert store.view().get(Node, "n1").status.state is NodeState.READY

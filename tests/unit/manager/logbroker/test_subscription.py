@@ -1,0 +1,75 @@
+"""Readers of logs: whom they ask, how much waits for them, what they miss."""
+
+import asyncio
+
+from skep.aio.clock import SystemClock
+from skep.manager.logbroker.selection import Selection, means, selected, shortfall
+from skep.manager.logbroker.subscription import LINES_MAX, Subscription
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.logs import LogLine, LogQuery
+from skep.model.task import TaskState
+from skep.store.memory import MemoryStore
+from tests.builders import a_service, a_task
+
+N1 = NodeId("n1")
+
+
+async def test_a_query_means_tasks_by_service_by_id_and_by_node():
+    web, db = a_service("web"), a_service("db")
+    tasks = [
+        a_task("t1", node="n1", service=web),
+        a_task("t2", node="", slot=2, service=web, state=TaskState.PENDING),
+        a_task("t3", node="n2", service=db),
+        a_task("t4", node="n3", slot=2, service=db),
+    ]
+    store = MemoryStore(SystemClock())
+    await store.update(lambda tx: [tx.put(object) for object in (web, db, *tasks)])
+    view = store.view()
+    assert selected(view, LogQuery(services=(ServiceId("web"),))) == Selection(
+        nodes=frozenset({"n1"}), unscheduled=frozenset({"t2"})
+    )
+    assert selected(view, LogQuery(tasks=(TaskId("t3"), TaskId("gone")))).nodes == {"n2"}
+    assert selected(view, LogQuery(nodes=(NodeId("n3"),), tasks=(TaskId("t1"),))).nodes == {"n1", "n3"}
+    assert means(LogQuery(services=(ServiceId("db"),)), view.find(type(tasks[0]), node_id="n2")[0])
+
+
+def test_what_is_missing_is_said_in_swarmkits_words():
+    assert shortfall(Selection(), []) == ""
+    assert shortfall(Selection(unscheduled=frozenset({TaskId("t1")})), ["node n1 is not available"]) == (
+        "warning: incomplete log stream. some logs could not be retrieved for the following reasons: "
+        "node n1 is not available, task t1 has not been scheduled"
+    )
+
+
+async def test_a_node_waits_while_the_reader_is_behind():
+    subscription = Subscription("s", LogQuery())
+    line = LogLine(task_id=TaskId("t1"), node_id=N1)
+    for _ in range(LINES_MAX):
+        assert await subscription.put(line)
+    waiting = asyncio.ensure_future(subscription.put(line))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    assert subscription.take() == line
+    assert await waiting
+
+
+async def test_a_node_is_not_kept_waiting_by_a_reader_who_has_gone():
+    subscription = Subscription("s", LogQuery())
+    line = LogLine(task_id=TaskId("t1"), node_id=N1)
+    for _ in range(LINES_MAX):
+        await subscription.put(line)
+    waiting = asyncio.ensure_future(subscription.put(line))
+    await asyncio.sleep(0)
+    subscription.close()
+    assert not await waiting
+    assert subscription.take() is None
+
+
+async def test_a_subscription_is_complete_when_every_node_has_finished_and_never_while_following():
+    subscription = Subscription("s", LogQuery())
+    subscription.pending = {N1}
+    assert not subscription.is_complete
+    subscription.finish(N1)
+    await subscription.wait_news()
+    assert subscription.is_complete
+    assert not Subscription("s", LogQuery(follow=True)).is_complete
