@@ -19,30 +19,45 @@ from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
-from skep.errors import SkepError
-from skep.manager.loops import loops
-from skep.model.ids import NodeId, ServiceId, base36
-from skep.model.node import Availability, Node, NodeDescription, NodeSpec, NodeState, NodeStatus
+from skep.model.ids import ClusterId, NodeId, ServiceId, base36
+from skep.model.node import (
+    Availability,
+    ManagerStatus,
+    Node,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
 from skep.model.service import Resources, Service, ServiceSpec
+from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.sim.faults import PoisonedState
+from skep.node.executor.simulated import Behaviour
+from skep.node.local import Peer
+from skep.security.identity import Identity
 from skep.sim.invariants import Observer, rest_violations
-from skep.sim.node import Durations, SimulatedNode, write_node_state
+from skep.sim.manager import SimulatedManager
+from skep.sim.network import Network
+from skep.sim.node import SimulatedNode, image_of
 from skep.sim.time import VirtualClock, VirtualLoop
-from skep.store.interface import NotLeader, Term, Transaction
+from skep.store.interface import Transaction
 from skep.store.memory import MemoryCluster, MemoryStore
 
 T = TypeVar("T")
 
-DOWN_AFTER_S = 3.0
-"""How long a silent node is believed alive."""
+CLUSTER = ClusterId("sim")
 STEP_S = 0.05
 """How often ``run_until`` looks."""
 
 
 class SimulatedCluster:
-    """Managers m1, m2, ... and workers w1, w2, ...; to be used as a context manager."""
+    """Managers m1, m2, ... and workers w1, w2, ...; to be used as a context manager.
+
+    Managers are drained: tasks run on workers only.
+    """
 
     def __init__(
         self,
@@ -50,7 +65,7 @@ class SimulatedCluster:
         managers: int = 1,
         workers: int = 3,
         seed: int = 0,
-        durations: Durations | None = None,
+        behaviour: Behaviour | None = None,
         capacity: Resources | None = None,
         latency_s: float = 0.002,
     ) -> None:
@@ -60,27 +75,39 @@ class SimulatedCluster:
         self.clock = VirtualClock(self.loop)
         self.poisoned: set[str] = set()
         """Services whose decisions raise."""
-        self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
         self._latency_s = latency_s
-        self._durations = durations or Durations()
+        self._network = Network()
         self._keys = MemoryCluster(choose=lambda ready: self.random.choice(sorted(ready)))
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
-        self.nodes = {id: SimulatedNode(id, self.clock, self.random, self._durations) for id in self.workers}
+        peers = tuple(Peer(id, _address(id)) for id in self.managers)
+        resources = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
+        self.nodes = {
+            id: SimulatedNode(
+                Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
+                NodeDescription(hostname=id, resources=resources),
+                self._network,
+                peers,
+                clock=self.clock,
+                random=self.random,
+                behaviour=behaviour or Behaviour(),
+            )
+            for id in self.workers
+        }
         self._stores: dict[NodeId, MemoryStore] = {}
-        self._tasks: dict[NodeId, asyncio.Task[None]] = {}
-        self._sessions: dict[NodeId, NodeId] = {}
+        self._processes: dict[NodeId, asyncio.Task[None]] = {}
 
     def __enter__(self) -> Self:
         asyncio.set_event_loop(self.loop)
         self._client = MemoryStore(self.clock, self._keys)
         self._observer = Observer(MemoryStore(self.clock, self._keys), self.loop.time)
         self._observing = self.loop.create_task(self._observer.run(), name="observer")
+        self._do(self._client.update(self._found))
         for id in self.managers:
             self.start_manager(id)
         for id in self.workers:
-            self._do(self._client.update(self._register, id))
             self.start_node(id)
+        self.run_until(lambda: all(map(self.is_ready, self.workers)), within_s=5)
         return self
 
     def __exit__(
@@ -89,7 +116,7 @@ class SimulatedCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        tasks = [*self._tasks.values(), self._observing]
+        tasks = [*self._processes.values(), self._observing]
         for task in tasks:
             task.cancel()
         self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
@@ -152,40 +179,46 @@ class SimulatedCluster:
 
     def start_manager(self, id: NodeId) -> None:
         """Start a manager that does not run."""
-        store = MemoryStore(self.clock, self._keys)
+        store = self._stores[id] = MemoryStore(self.clock, self._keys)
         store.faults.delay_s = lambda: self.random.uniform(0.5, 1.5) * self._latency_s
-        self._stores[id] = store
-        self._tasks[id] = self.loop.create_task(self._manager(id, store), name=id)
+        manager = SimulatedManager(
+            id,
+            _address(id),
+            store,
+            self._network,
+            clock=self.clock,
+            new_id=self._new_id,
+            random=self.random,
+            poisoned=self.poisoned,
+        )
+        self._processes[id] = self.loop.create_task(manager.run(), name=id)
 
     def crash(self, id: NodeId) -> None:
         """kill -9 of a manager: its nodes find another one, and another one leads."""
         self._stop(id)
-        store = self._stores.pop(id)
         self._keys.withdraw(id)
-        self._keys.stores.remove(store)
-        for node_id in [node_id for node_id, owner in self._sessions.items() if owner == id]:
-            self._stop(node_id)
-            if self._stores:
-                self.start_node(node_id)
+        self._keys.stores.remove(self._stores.pop(id))
 
     def start_node(self, id: NodeId) -> None:
-        """Start a node's agent, with a session at some manager."""
-        owner = self._sessions[id] = self.random.choice(sorted(self._stores))
-        self._tasks[id] = self.loop.create_task(self._agent(id, self._stores[owner]), name=id)
+        """Start a worker's node process."""
+        self._processes[id] = self.loop.create_task(self.nodes[id].run(), name=id)
 
     def kill_node(self, id: NodeId, *, keeps_containers: bool = False) -> None:
-        """Power loss, or (``keeps_containers``) only the loss of its agent; the managers notice after the grace."""
+        """Power loss of a worker, or (``keeps_containers``) only the end of its node process."""
         self._stop(id)
-        self._sessions.pop(id, None)
         if not keeps_containers:
             self.nodes[id].lose_power()
-        self.loop.call_later(DOWN_AFTER_S, self._mark_down, id)
 
     def kill_container(self, task: Task, exit_code: int = 137) -> None:
         """The process of a running task ends."""
-        self.nodes[task.node_id].containers[task.id].exit(exit_code)
+        self.nodes[task.node_id].machine.crash(task.id, exit_code)
 
     # -- looking -----------------------------------------------------------------------------------------------
+
+    def is_ready(self, id: NodeId) -> bool:
+        """Whether the managers believe the node to be there."""
+        node = self._client.view().lookup(Node, id)
+        return node is not None and node.status.state is NodeState.READY
 
     def service(self, name: str) -> Service | None:
         """The service, or None when even its hidden record is gone."""
@@ -214,10 +247,7 @@ class SimulatedCluster:
     def containers(self, name: str) -> int:
         """How many containers of a service run anywhere."""
         return sum(
-            1
-            for node in self.nodes.values()
-            for container in node.containers.values()
-            if container.task.service_id == name
+            1 for node in self.nodes.values() for task in node.containers.values() if task.service_id == name
         )
 
     def check_invariants(self, *, at_rest: bool = True) -> None:
@@ -225,9 +255,7 @@ class SimulatedCluster:
         violations = list(self._observer.violations)
         if at_rest:
             containers = [
-                (node.id, container.task)
-                for node in self.nodes.values()
-                for container in node.containers.values()
+                (node.id, task) for node in self.nodes.values() for task in node.containers.values()
             ]
             violations += rest_violations(self._client.view(), containers)
         assert not violations, "\n".join(violations)
@@ -251,62 +279,36 @@ class SimulatedCluster:
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         result = self.loop.run_until_complete(work)
-        for task in (*self._tasks.values(), self._observing):
+        for task in (*self._processes.values(), self._observing):
             if task.done() and not task.cancelled():
                 task.result()  # a part that failed fails the run
         return result
 
-    def _register(self, tx: Transaction, id: NodeId) -> None:
-        description = NodeDescription(hostname=id, resources=self._capacity)
-        status = NodeStatus(state=NodeState.READY, addr="127.0.0.1")
-        tx.put(Node(id=id, spec=NodeSpec(), description=description, status=status))
-
-    async def _manager(self, id: NodeId, store: MemoryStore) -> None:
-        """Stand for election; run the loops for each term won."""
-        async for term in store.terms(id, addr=f"{id}:2377"):
-            try:
-                await self._lead(term)
-            except* NotLeader:
-                pass  # the next term, if there is one
-
-    async def _lead(self, term: Term) -> None:
-        state = PoisonedState(term, self.poisoned)
-        async with asyncio.TaskGroup() as group:
-            running = [
-                group.create_task(loop.run(), name=type(loop).__name__)
-                for loop in loops(state, self.clock, self._new_id, self.random)
-            ]
-            await term.wait_lost()
-            for task in running:
-                task.cancel()
-
-    async def _agent(self, id: NodeId, store: MemoryStore) -> None:
-        await self.nodes[id].run(store)
-
-    def _mark_down(self, id: NodeId) -> None:
-        if id in self._sessions:
-            return  # it came back meanwhile
-        store = self._client
-
-        async def write() -> None:
-            try:
-                await store.update(write_node_state, id, NodeState.DOWN)
-            except SkepError:
-                self.loop.call_later(1.0, self._mark_down, id)
-
-        self._tasks[id] = self.loop.create_task(write(), name=f"down-{id}")
+    def _found(self, tx: Transaction) -> None:
+        """What an init and the joins leave in the store."""
+        tx.put(Swarm(id=CLUSTER, spec=DEFAULT_SWARM_SPEC))
+        for id in self.managers:
+            tx.put(
+                Node(
+                    id=id,
+                    spec=NodeSpec(role=NodeRole.MANAGER, availability=Availability.DRAIN),
+                    description=NodeDescription(hostname=id),
+                    status=NodeStatus(state=NodeState.READY),
+                    manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=_address(id)),
+                )
+            )
+        for id in self.workers:
+            tx.put(Node(id=id))
 
     def _stop(self, id: NodeId) -> None:
-        task = self._tasks.pop(id, None)
-        if task is not None:
-            task.cancel()
-            self.loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+        process = self._processes.pop(id, None)
+        if process is not None:
+            process.cancel()
+            self.loop.run_until_complete(asyncio.gather(process, return_exceptions=True))
 
     def _new_id(self) -> str:
         return base36(self.random.getrandbits(128), 25)
 
 
-def image_of(task: Task) -> str:
-    """The image a task runs."""
-    container = task.spec.container_spec
-    return container.image if container else ""
+def _address(id: NodeId) -> str:
+    return f"{id}:2377"

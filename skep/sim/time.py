@@ -6,8 +6,13 @@ takes as long as its computation.
 
 import asyncio
 import selectors
+from collections.abc import Callable
+from itertools import count
+from typing import Any, TypeVar
 
 from skep.model.times import SECOND_NS
+
+T = TypeVar("T")
 
 EPOCH_NS = 1_700_000_000 * SECOND_NS
 """Where the simulated wall clock starts (November 2023)."""
@@ -23,13 +28,39 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         super().__init__(_JumpingSelector(self))
+        numbers = count()
+        self.set_task_factory(
+            lambda loop, work, **rest: _NumberedTask(next(numbers), work, loop=loop, **rest)
+        )
 
     def time(self) -> float:
         return self._now
 
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> "asyncio.Future[T]":
+        """Threads would run in real time: the work is done at once instead."""
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
     def jump(self, seconds: float) -> None:
         """Let time pass."""
         self._now += seconds
+
+
+class _NumberedTask(asyncio.Task[Any]):
+    """A task that lies in sets by its number, not by its address: groups then cancel in the same order each time."""
+
+    def __init__(self, number: int, work: Any, **rest: Any) -> None:
+        self._number = number
+        super().__init__(work, **rest)
+
+    def __hash__(self) -> int:
+        return self._number
 
 
 class _JumpingSelector(selectors.SelectSelector):

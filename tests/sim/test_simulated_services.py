@@ -318,7 +318,9 @@ def test_no_node_gets_more_than_it_has_and_the_rest_waits_with_the_reason() -> N
         cluster.run_until(lambda: cluster.running("web") == 6, within_s=5)
         cluster.run_for(1)
         waiting = next(task for task in cluster.wanted("web") if task.status.state is TaskState.PENDING)
-        assert waiting.status.err == "no suitable node (insufficient resources on 2 nodes)"
+        assert waiting.status.err == (
+            "no suitable node (insufficient resources on 2 nodes; 1 node not available for new tasks)"
+        )
         cluster.update("web", lambda spec: with_replicas(spec, 2))
         cluster.create(a_service_spec("next", reserve=Resources(memory_bytes=900 << 20)))
         cluster.run_until(lambda: cluster.running("web") == 2 and cluster.containers("web") == 2, within_s=5)
@@ -330,7 +332,10 @@ def test_a_pending_task_starts_when_a_label_makes_a_node_fit() -> None:
         cluster.create(a_service_spec("web", replicas=2, constraints=("node.labels.disk == ssd",)))
         cluster.run_for(2)
         assert {task.status.err for task in cluster.wanted("web")} == {
-            "no suitable node (scheduling constraints not satisfied on 3 nodes)"
+            (
+                "no suitable node (scheduling constraints not satisfied on 3 nodes; "
+                "1 node not available for new tasks)"
+            )
         }
         cluster.label(NodeId("w3"), disk="ssd")
         cluster.run_until(lambda: cluster.running("web") == 2, within_s=5)
