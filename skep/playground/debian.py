@@ -18,18 +18,16 @@ _LIBRARY_FOLDERS = ("lib", "usr/lib", "lib64", "usr/lib64")
 
 
 async def unpack_with_libraries(package: str, directory: Path) -> None:
-    """Unpack ``package`` and the library packages that it names directly into ``directory``.
+    """Unpack ``package`` and every library package that it depends on into ``directory``.
 
     Raises: FailedPrecondition, Unavailable: apt cannot fetch them, with its words.
     """
     try:
-        packages = [package, *await _libraries_of(package)]
-        await _download(packages, directory)
+        await _download(await _with_libraries(package), directory)
     except SkepError:
         # A fresh machine has no package lists yet, or old ones.
         await run("apt-get", "-q", "update", deadline_s=_DOWNLOAD_WITHIN_S)
-        packages = [package, *await _libraries_of(package)]
-        await _download(packages, directory)
+        await _download(await _with_libraries(package), directory)
     root = directory / "root"
     for archive in sorted(directory.glob("*.deb")):
         await run("dpkg-deb", "--extract", str(archive), str(root))
@@ -64,10 +62,16 @@ def program(path: str, directory: Path) -> dict[str, Entry]:
     return entries
 
 
-async def _libraries_of(package: str) -> list[str]:
-    """Packages that ``package`` depends on and that are libraries by their name."""
-    shown = (await run("apt-cache", "depends", "--important", package)).decode()
-    return sorted(set(re.findall(r"^ *\|?Depends: ((?:lib|zlib)[a-z0-9.+-]+)$", shown, re.MULTILINE)))
+async def _with_libraries(package: str) -> list[str]:
+    """``package`` and the packages that it depends on, directly or not, and that are libraries by their name."""
+    found = {package}
+    waiting = [package]
+    while waiting:
+        shown = (await run("apt-cache", "depends", "--important", *waiting)).decode()
+        named = set(re.findall(r"^ *\|?Depends: ((?:lib|zlib)[a-z0-9.+-]+)$", shown, re.MULTILINE))
+        waiting = sorted(named - found)
+        found |= named
+    return sorted(found)
 
 
 async def _download(packages: list[str], directory: Path) -> None:

@@ -34,7 +34,7 @@ async def demo(playground: Playground) -> None:
         raise FailedPrecondition(
             "the demo was left half-way, or a node of it is down: run `make demo-down` first"
         )
-    await _show(playground, cluster)
+    await _show(cluster)
 
 
 async def _build(playground: Playground) -> Cluster:
@@ -52,12 +52,12 @@ async def _build(playground: Playground) -> Cluster:
     return cluster
 
 
-async def _show(playground: Playground, cluster: Cluster) -> None:
+async def _show(cluster: Cluster) -> None:
     """Prove that it answers, and name the next commands."""
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
     address = await _an_address(cluster)
-    click.echo(f"\nhttp://{address} answers: {await _ask(playground, cluster, address)}\n")
+    click.echo(f"\nhttp://{address} answers: {await _ask(cluster, address)}\n")
     docker = "docker" if shutil.which("docker") else find_docker()
     click.secho("Try next:", bold=True)
     click.echo(f"  export DOCKER_HOST={first.endpoint}")
@@ -106,10 +106,11 @@ async def _an_address(cluster: Cluster) -> str:
     raise Unavailable(f"no replica of {SERVICE} has published its port")
 
 
-async def _ask(playground: Playground, cluster: Cluster, address: str) -> str:
+async def _ask(cluster: Cluster, address: str) -> str:
     """What the service answers to another machine of the playground."""
-    command = playground.command_inside(cluster.nodes[0].name, [sys.executable, "-c", _GET, address])
-    return (await run(*command, deadline_s=10)).decode(errors="replace").strip()
+    inside = f"--net={cluster.nodes[0].netns}"
+    answer = await run("nsenter", inside, sys.executable, "-c", _GET, address, deadline_s=10)
+    return answer.decode(errors="replace").strip()
 
 
 _GET = """
