@@ -40,7 +40,7 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``name``: the node's id, by which other members know it; ``directory``: 0700, its data and our files beside
     them; ``peer_listen``: ``ip:port``; ``cluster_token``: the cluster's id; ``is_solo``: it is the only voter.
-    ``is_fsync_off``: for tests.
+    ``ready_s``: a single member that is not ready by then never will be.  ``is_fsync_off``: for tests.
     """
 
     name: str
@@ -50,6 +50,7 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     peer_files: PeerFiles
     cluster_token: str
     is_solo: bool = True
+    ready_s: float = 30.0
     is_fsync_off: bool = False
     is_debug: bool = False
 

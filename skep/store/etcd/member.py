@@ -37,9 +37,6 @@ KNOWN_BYTES = 80 * 1024 * 1024
 """One that has data needs room for the next file of its log."""
 
 POLL_S = 0.01
-READY_S = 30.0
-"""A single member that is not ready by then never will be."""
-
 PROBE_S = 5.0
 STOP_S = 5.0
 CRASHES_MAX = 5
@@ -70,6 +67,7 @@ class Member:
         self._clock = clock
         self._backoff = backoff
         self._process: asyncio.subprocess.Process | None = None
+        self._had_data = False
         self._ready = asyncio.Event()
 
     @property
@@ -183,20 +181,27 @@ class Member:
 
     async def _announce_ready(self) -> None:
         started = self._clock.monotonic()
+        self._had_data = (self.settings.directory / "etcd-version").exists()
         async with Client(self.settings.socket) as client:
             while not await self._knows_leader(client):
-                if self.settings.is_solo and self._clock.monotonic() - started > READY_S:
-                    raise MemberFailed(f"etcd was not ready after {READY_S:.0f} s")
+                if self.settings.is_solo and self._clock.monotonic() - started > self.settings.ready_s:
+                    raise MemberFailed(self._not_ready())
                 await self._clock.sleep(POLL_S)
             try:
                 await client.put(PREFIX + b"probe/" + self.settings.name.encode(), b"", timeout_s=PROBE_S)
             except Unavailable as error:
                 if self.settings.is_solo:
-                    raise MemberFailed(_LOG_DAMAGED.format(directory=self.settings.directory)) from error
+                    raise MemberFailed(self._not_ready()) from error
                 raise
         write_version(self.settings.directory, self._binary.version)
         log.info("etcd ready", seconds=round(self._clock.monotonic() - started, 3))
         self._ready.set()
+
+    def _not_ready(self) -> str:
+        """A single member with data that finds no leader, or finishes no write, lacks a part of its log."""
+        if self._had_data:
+            return _LOG_DAMAGED.format(directory=self.settings.directory)
+        return f"etcd was not ready after {self.settings.ready_s:.0f} s"
 
     async def _knows_leader(self, client: Client) -> bool:
         try:
