@@ -1,0 +1,78 @@
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.errors import FailedPrecondition
+from skep.store.etcd.cipher import (
+    Cipher,
+    Unreadable,
+    decoded_ring,
+    load_wrapping_key,
+    new_key_ring,
+    new_wrapping_key,
+    save_wrapping_key,
+)
+
+KEY = new_wrapping_key()
+
+
+@given(st.binary(max_size=200), st.binary(min_size=1, max_size=50))
+def test_a_value_is_read_back_under_its_own_key_only(value, key):
+    cipher = Cipher(new_key_ring(KEY), KEY)
+    stored = cipher.encrypt(key, value)
+    assert cipher.decrypt(key, stored) == value
+    assert cipher.encrypt(key, value) != stored
+    with pytest.raises(Unreadable):
+        cipher.decrypt(key + b"x", stored)
+
+
+@given(st.integers(0, 60), st.integers(1, 255))
+def test_any_changed_byte_is_noticed(position, flip):
+    cipher = Cipher(new_key_ring(KEY), KEY)
+    stored = bytearray(cipher.encrypt(b"key", b"a value of some length here"))
+    stored[position % len(stored)] ^= flip
+    with pytest.raises(Unreadable):
+        cipher.decrypt(b"key", bytes(stored))
+
+
+@pytest.mark.parametrize("stored", [b"", b"\x01", b"\x01\x00\x00\x00\x01short", b"{}"])
+def test_what_is_no_encrypted_value_is_refused(stored):
+    with pytest.raises(Unreadable):
+        Cipher(new_key_ring(KEY), KEY).decrypt(b"key", stored)
+
+
+def test_values_of_an_older_data_key_stay_readable():
+    ring = new_key_ring(KEY)
+    old = Cipher(ring, KEY).encrypt(b"key", b"value")
+    cipher = Cipher(ring.with_new_key(KEY), KEY)
+    assert cipher.decrypt(b"key", old) == b"value"
+    assert cipher.encrypt(b"key", b"value")[:5] != old[:5]
+
+
+def test_rewrapping_changes_the_wrapping_key_and_no_data():
+    ring, other = new_key_ring(KEY), new_wrapping_key()
+    stored = Cipher(ring, KEY).encrypt(b"key", b"value")
+    rewrapped = ring.rewrapped(KEY, other)
+    assert Cipher(rewrapped, other).decrypt(b"key", stored) == b"value"
+    with pytest.raises(FailedPrecondition, match="another cluster"):
+        Cipher(rewrapped, KEY)
+
+
+def test_a_damaged_ring_is_refused():
+    for stored in (b"", b"{}", b'{"current":1,"keys":5}'):
+        with pytest.raises(FailedPrecondition, match="damaged"):
+            decoded_ring(stored)
+
+
+def test_the_wrapping_key_is_kept_for_root_alone(tmp_path: Path):
+    save_wrapping_key(tmp_path / "keys", KEY)
+    assert load_wrapping_key(tmp_path / "keys") == KEY
+    assert stat.S_IMODE((tmp_path / "keys" / "wrapping.key").stat().st_mode) == 0o600
+    (tmp_path / "keys" / "wrapping.key").write_bytes(b"short")
+    with pytest.raises(FailedPrecondition, match="damaged"):
+        load_wrapping_key(tmp_path / "keys")
+    with pytest.raises(FailedPrecondition, match="missing"):
+        load_wrapping_key(tmp_path)

@@ -1,0 +1,147 @@
+"""What the etcd process is told, and what is made of what it says: pure parts of its supervision."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from skep.errors import FailedPrecondition, SkepError
+from skep.store.etcd.binary import check_upgrade, check_version
+from skep.store.etcd.compile import DESCRIPTORS, HERE, STUB, compile_into
+from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, meaning_of
+from skep.store.etcd.flags import MemberSettings, PeerFiles, arguments, environment
+from skep.store.etcd.output import Output
+
+
+def settings(*, is_solo: bool = True) -> MemberSettings:
+    files = PeerFiles(certificate=Path("/c/crt"), key=Path("/c/key"), roots=Path("/c/ca"))
+    return MemberSettings(
+        name="n1",
+        directory=Path("/d"),
+        socket=Path("/run/e.sock"),
+        peer_listen="10.0.0.1:2378",
+        peer_files=files,
+        cluster_token="c1",
+        is_solo=is_solo,
+    )
+
+
+def flags(version: tuple[int, int, int] = (3, 5, 30), *, is_solo: bool = True) -> dict[str, str]:
+    given = (argument.removeprefix("--") for argument in arguments(settings(is_solo=is_solo), version))
+    return dict(argument.split("=", 1) for argument in given)
+
+
+def test_peers_speak_tls_with_certificates_of_managers_only():
+    told = flags()
+    assert told["listen-peer-urls"] == "https://10.0.0.1:2378"
+    assert told["initial-advertise-peer-urls"] == "https://n1:2378"
+    assert told["peer-client-cert-auth"] == "true"
+    assert told["peer-cert-allowed-hostname"] == "swarm-manager"
+    assert not any(value.startswith("http://") for value in told.values())
+    assert told["listen-client-urls"] == "unix:///run/e.sock"
+
+
+def test_a_single_member_elects_itself_fast_and_keeps_little_in_memory():
+    assert (flags()["heartbeat-interval"], flags()["election-timeout"]) == ("20", "100")
+    assert environment(settings()) == {"GOMEMLIMIT": "64MiB"}
+    several = flags(is_solo=False)
+    assert (several["heartbeat-interval"], several["election-timeout"]) == ("100", "500")
+    assert environment(settings(is_solo=False)) == {}
+
+
+def test_flags_are_those_of_the_minor_version():
+    assert not [name for name in flags((3, 6, 14)) if name.startswith("experimental")]
+    assert "experimental-initial-corrupt-check" in flags((3, 5, 16))
+
+
+def test_fsync_is_on():
+    assert "unsafe-no-fsync" not in flags()
+
+
+@given(st.tuples(st.integers(3, 4), st.integers(0, 8), st.integers(0, 40)))
+def test_only_versions_that_keep_data_are_accepted(version):
+    is_good = version >= (3, 5, 16) and not (3, 6, 0) <= version < (3, 6, 5)
+    try:
+        check_version(Path("etcd"), version)
+    except FailedPrecondition:
+        assert not is_good
+    else:
+        assert is_good
+
+
+@pytest.mark.parametrize(
+    ("served_by", "version", "is_allowed"),
+    [
+        (None, (3, 6, 9), True),
+        ((3, 5, 16), (3, 5, 30), True),
+        ((3, 5, 30), (3, 5, 16), True),
+        ((3, 5, 16), (3, 6, 9), False),
+        ((3, 5, 24), (3, 6, 9), True),
+        ((3, 6, 9), (3, 5, 30), False),
+        ((3, 5, 30), (3, 7, 0), False),
+    ],
+)
+def test_minor_versions_change_one_step_at_a_time_and_upwards(served_by, version, is_allowed):
+    if is_allowed:
+        check_upgrade(served_by, version)
+    else:
+        with pytest.raises(FailedPrecondition):
+            check_upgrade(served_by, version)
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("etcdserver: leader changed", Uncertain),
+        ("etcdserver: no leader", Uncertain),
+        ("etcdserver: request timed out", Uncertain),
+        ("etcdserver: request timed out, possibly due to previous leader failure", Uncertain),
+        ("etcdserver: too many requests", Busy),
+        ("etcdserver: mvcc: database space exceeded", OutOfSpace),
+        ("etcdserver: rpc not supported for learner", NotServing),
+        ("etcdserver: mvcc: required revision has been compacted", Compacted),
+        ("etcdserver: mvcc: required revision is a future revision", Compacted),
+        ("etcdserver: duplicate key given in txn request", Refused),
+        ("etcdserver: request is too large", Refused),
+        ("", Refused),
+    ],
+)
+def test_the_text_of_a_refusal_tells_its_meaning(text: str, meaning: type[SkepError]):
+    assert type(meaning_of(text)) is meaning
+
+
+def test_lines_are_logged_with_their_level_and_details():
+    with capture_logs() as logs:
+        Output().take(b'{"level":"warn","ts":"t","caller":"c","msg":"slow fdatasync","took":"1.2s"}\n')
+        Output().take(b"plain words\n")
+        Output().take(b'{"level":"warn","msg":"Running http and grpc server on single port"}\n')
+    assert logs == [
+        {"log_level": "warning", "event": "slow fdatasync", "etcd_took": "1.2s"},
+        {"log_level": "warning", "event": "etcd says", "line": "plain words"},
+    ]
+
+
+def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():
+    output = Output()
+    assert output.reason == "it said nothing"
+    output.take(b'{"level":"warn","msg":"something"}')
+    assert output.reason == "something"
+    output.take(b"panic: index out of range\n")
+    output.take(b"goroutine 1 [running]:\n")
+    assert output.reason == "panic: index out of range"
+    output.take(b'{"level":"fatal","msg":"discovery failed","error":"crc mismatch"}')
+    assert output.reason == "discovery failed: crc mismatch"
+
+
+@given(st.binary(max_size=100))
+def test_no_output_confuses_the_reader(line):
+    with capture_logs():
+        Output().take(line)
+
+
+def test_the_committed_messages_are_those_of_the_proto_file(tmp_path: Path):
+    compile_into(tmp_path)
+    for name in (DESCRIPTORS, STUB):
+        assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes()

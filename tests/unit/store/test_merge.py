@@ -1,0 +1,175 @@
+"""Parts put together: any order of arrival, damaged values, answers to older specs."""
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.model.meta import Version
+from skep.model.node import Node, NodeSession
+from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.store.codec import PartCodec
+from skep.store.interface import Created, Deleted, Updated
+from skep.store.schema import SCHEMA_BY_TYPE
+from skep.store.state import KeyChange, State, differences
+from skep.store.tables import PartChange, Table
+from tests.builders import a_node, a_service, a_task
+
+
+def parts_of(object: msgspec.Struct) -> dict[str, bytes | None]:
+    schema = SCHEMA_BY_TYPE[type(object)]
+    return {part: PartCodec(schema, part).encode(object) for part in ("", *schema.parts)}
+
+
+def a_table(kind: type[msgspec.Struct]) -> Table:
+    return Table(SCHEMA_BY_TYPE[kind])
+
+
+def whole(object: msgspec.Struct, revision: int = 1) -> list[PartChange]:
+    return [PartChange(part, value, revision, revision) for part, value in parts_of(object).items() if value]
+
+
+def changes_of(*objects: msgspec.Struct, revision: int = 1) -> list[KeyChange]:
+    changes = []
+    for object in objects:
+        kind = SCHEMA_BY_TYPE[type(object)].name
+        for part, value in parts_of(object).items():
+            if value is not None:
+                key = f"o/{kind}/{object.id}" + (f".{part}" if part else "")  # type: ignore[attr-defined]
+                changes.append(KeyChange(key, value, revision, revision))
+    return changes
+
+
+tasks = st.builds(
+    lambda task, networks, state, message: replace(
+        task, networks_attachments=networks, status=TaskStatus(state=state, message=message)
+    ),
+    st.builds(a_task, st.just("t1"), slot=st.integers(0, 5), node=st.sampled_from(["", "n1"])),
+    st.lists(
+        st.builds(NetworkAttachment, addresses=st.tuples(st.sampled_from(["10.0.0.1/24", "10.0.0.2/24"]))),
+        max_size=2,
+    ).map(tuple),
+    st.sampled_from(list(TaskState)),
+    st.text(max_size=5),
+)
+
+
+@given(tasks, st.permutations(["", "spec", "networks", "status"]))
+def test_a_new_object_is_the_same_in_whatever_order_its_parts_are_listed(task, order):
+    parts = parts_of(task)
+    table = a_table(Task)
+    table.apply("t1", [PartChange(part, parts[part], 1, 1) for part in order if parts[part] is not None])
+    assert table.objects["t1"] == task
+
+
+@given(tasks, tasks, st.permutations(["", "spec", "networks", "status"]))
+def test_parts_changed_one_after_another_end_in_the_new_object(old, new, order):
+    table = a_table(Task)
+    table.apply("t1", whole(old))
+    parts = parts_of(new)
+    for revision, part in enumerate(order, start=2):
+        table.apply("t1", [PartChange(part, parts[part], revision, 1)])
+    assert table.objects["t1"] == new
+    assert table.find({"slot": f"web/{new.slot or new.node_id}"}) == [new]
+    assert {part for part in order if parts[part] is not None} == set(table.marks["t1"].revisions)
+
+
+def test_a_part_without_a_head_is_no_object():
+    table = a_table(Task)
+    assert table.apply("t1", [PartChange("status", parts_of(a_task("t1"))["status"], 1, 1)]) is None
+    assert table.objects == {}
+
+
+def test_a_value_that_cannot_be_read_leaves_its_part_as_it_was():
+    table = a_table(Task)
+    task = a_task("t1", state=TaskState.RUNNING)
+    table.apply("t1", whole(task))
+    for damaged in (b"", b"[", b'{"Status": 5}', b'{"Status": {"State": "confused"}}'):
+        assert table.apply("t1", [PartChange("status", damaged, 2, 1)]) is None
+    assert table.objects["t1"] == task
+    assert table.apply("t2", [PartChange("", b"{}", 2, 2)]) is None
+    assert list(table.objects) == ["t1"]
+
+
+def test_parts_and_kinds_of_a_newer_version_are_passed_over():
+    state = State()
+    events = state.apply(
+        2,
+        [
+            *changes_of(a_node("n1")),
+            KeyChange("o/node/n1.future", b"1", 2, 2),
+            KeyChange("o/comet/c1", b"1", 2, 2),
+            KeyChange("x/y", b"1", 2, 2),
+        ],
+    )
+    assert [type(event) for event in events] == [Created]
+
+
+def test_a_removed_part_takes_its_defaults():
+    table = a_table(Node)
+    node = replace(a_node("n1"), session=NodeSession(manager_id="m1"))  # type: ignore[arg-type]
+    table.apply("n1", whole(node))
+    event = table.apply("n1", [PartChange("session", None, 2)])
+    assert event == Updated(node, replace(node, session=None))
+
+
+def answered(spec_version: int, answers: int) -> Service:
+    """A service at one spec version, with an update status that answers another."""
+    table = a_table(Service)
+    status = UpdateStatus(state=UpdateState.UPDATING)
+    table.apply("web", whole(replace(a_service("web", version=answers), update_status=status)))
+    table.apply("web", [PartChange("", parts_of(a_service("web", version=spec_version))[""], 2, 1)])
+    service = table.objects["web"]
+    assert isinstance(service, Service)
+    return service
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_an_answer_counts_only_for_the_spec_it_answers(spec_version, answers):
+    service = answered(spec_version, answers)
+    assert (service.update_status is not None) is (spec_version == answers)
+
+
+def test_tasks_are_filled_when_their_spec_comes_later_and_emptied_when_it_goes():
+    from skep.store.kinds import SpecVersion
+
+    service = a_service("web", version=4)
+    bare = replace(a_task("t1", service=service), spec=a_task().spec)
+    spec = SpecVersion(id="web/4", service_id=service.id, index=4, spec=service.spec)
+    bare = msgspec.structs.replace(bare, spec=type(bare.spec)())
+    state = State()
+    state.apply(1, changes_of(bare))
+    (created, filled) = state.apply(2, changes_of(spec, revision=2))
+    assert created == Created(spec)
+    assert filled == Updated(bare, replace(bare, spec=service.spec.task_template))
+    (deleted, emptied) = state.apply(3, [KeyChange("o/spec/web/4", None, 3)])
+    assert deleted == Deleted(spec)
+    assert emptied == Updated(replace(bare, spec=service.spec.task_template), bare)
+
+
+@given(st.lists(tasks, max_size=3), st.lists(tasks, max_size=3))
+def test_the_difference_of_two_states_leads_from_one_to_the_other(before, after):
+    old, new = State(), State()
+    old.apply(1, changes_of(*(replace(task, id=f"t{n}") for n, task in enumerate(before))))
+    new.apply(2, changes_of(*(replace(task, id=f"t{n}") for n, task in enumerate(after)), revision=2))
+    seen = {task.id: task for task in old.find(Task)}
+    for event in differences(old, new):
+        match event:
+            case Created(object):
+                assert object.id not in seen  # type: ignore[attr-defined]
+                seen[object.id] = object  # type: ignore[attr-defined]
+            case Updated(one, other):
+                assert seen[one.id] == one != other  # type: ignore[attr-defined]
+                seen[one.id] = other  # type: ignore[attr-defined]
+            case Deleted(object):
+                assert seen.pop(object.id) == object  # type: ignore[attr-defined]
+    assert seen == {task.id: task for task in new.find(Task)}
+
+
+@given(st.integers(0, 10**12))
+def test_versions_survive_the_store(index):
+    task = replace(a_task("t1"), version=Version(index=index))
+    table = a_table(Task)
+    table.apply("t1", whole(task))
+    assert table.objects["t1"] == task

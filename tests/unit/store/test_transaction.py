@@ -1,0 +1,291 @@
+"""Transactions against a plain model: whatever a body does, the store ends as the body saw it."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import SkepError
+from skep.model.ids import SecretId, ServiceId
+from skep.model.network import Network, NetworkSpec
+from skep.model.secret import Secret, SecretSpec
+from skep.model.service import (
+    EndpointSpec,
+    NetworkAttachmentConfig,
+    PortConfig,
+    PublishMode,
+    Service,
+    ServiceSpec,
+    TaskSpec,
+    UpdateState,
+    UpdateStatus,
+)
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import ZERO_TIME, Timestamp
+from skep.store.keys import covering_prefix, parsed_object_key, reference_key, shared_key
+from skep.store.kinds import SpecVersion
+from skep.store.memory import MemoryCluster, MemoryStore
+from skep.store.proposal import Exists, NothingSince, Unchanged
+from skep.store.state import State, differences
+from skep.store.transaction import Writing
+from tests.builders import a_service, a_task
+
+NOW = Timestamp("2026-01-01T00:00:00Z")
+IDS = st.sampled_from(["a", "b", "c"])
+PORTS = st.sampled_from([0, 80, 81])
+
+
+def service_of(id: str, name: str, networks: tuple[str, ...], port: int, mode: PublishMode) -> Service:
+    return Service(
+        id=ServiceId(id),
+        spec=ServiceSpec(
+            name=name,
+            task_template=TaskSpec(networks=tuple(NetworkAttachmentConfig(target=one) for one in networks)),
+            endpoint_spec=EndpointSpec(
+                ports=(PortConfig(published_port=port, target_port=1, publish_mode=mode),)
+            ),
+        ),
+    )
+
+
+SERVICES = st.builds(
+    service_of,
+    IDS,
+    st.sampled_from(["web", "WEB", "db"]),
+    st.lists(IDS, max_size=2).map(tuple),
+    PORTS,
+    st.sampled_from(list(PublishMode)),
+)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Random transactions of several steps on two replicas; after each, all that must hold is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.loop.run_until_complete(self._begin())
+        self.replicas = [self.first, self.second]
+        self.versions: dict[tuple[str, str], int] = {}
+
+    async def _begin(self) -> None:
+        self.cluster = MemoryCluster()
+        self.first = MemoryStore(SystemClock(), self.cluster)
+        self.second = MemoryStore(SystemClock(), self.cluster)
+
+    def teardown(self) -> None:
+        self.loop.close()
+
+    @rule(
+        steps=st.lists(
+            st.one_of(
+                st.tuples(st.just("service"), SERVICES),
+                st.tuples(st.just("network"), IDS),
+                st.tuples(st.just("task"), IDS),
+                st.tuples(st.just("hide"), IDS),
+                st.tuples(st.just("answer"), IDS),
+                st.tuples(st.just("drop"), st.tuples(st.sampled_from([Service, Network, Task]), IDS)),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        second=st.booleans(),
+        cut=st.booleans(),
+    )
+    def transact(self, steps: list[tuple[str, Any]], second: bool, cut: bool) -> None:
+        store = self.second if second else self.first
+        other = self.first if second else self.second
+
+        def body(tx: Any) -> dict[tuple[type[Any], str], Any]:
+            for what, value in steps:
+                match what:
+                    case "service":
+                        present = tx.lookup(Service, value.id)
+                        tx.put(replace(present, spec=value.spec) if present else value)
+                    case "network":
+                        tx.put(Network(id=value, spec=NetworkSpec(name=f"net-{value}")))
+                    case "task":
+                        owner = tx.lookup(Service, value)
+                        if owner is not None:
+                            tx.put(replace(a_task(f"t{value}", service=owner), created_at=ZERO_TIME))
+                    case "hide":
+                        owner = tx.lookup(Service, value)
+                        if owner is not None:
+                            tx.put(replace(owner, removed_at=NOW))
+                    case "answer":
+                        owner = tx.lookup(Service, value)
+                        if owner is not None:
+                            tx.put(replace(owner, update_status=UpdateStatus(state=UpdateState.UPDATING)))
+                    case "drop":
+                        kind, id = value
+                        tx.delete(kind, f"t{id}" if kind is Task else id)
+            return {
+                (kind, object.id): object
+                for kind in (Service, Network, Task, SpecVersion)
+                for object in tx.find(kind)
+            }
+
+        async def run() -> None:
+            before = {
+                (kind, object.id): object
+                for kind in (Service, Network, Task, SpecVersion)
+                for object in store.view().find(kind)
+            }
+            if cut:
+                other.cut()
+            try:
+                expected = await store.update(body)
+            except SkepError:
+                expected = before
+            seen = {
+                (kind, object.id): object
+                for kind in (Service, Network, Task, SpecVersion)
+                for object in store.view().find(kind)
+            }
+            assert seen == expected, "what the body saw last is what the store shows"
+            if cut:
+                other.mend()
+
+        self.loop.run_until_complete(run())
+
+    @invariant()
+    def replicas_are_equal_and_equal_to_a_fresh_load(self) -> None:
+        fresh, _ = self.cluster.load()
+        for store in self.replicas:
+            state = store.view()
+            assert isinstance(state, State)
+            assert list(differences(state, fresh)) == []
+            assert (state.claims, state.sharers, state.users) == (fresh.claims, fresh.sharers, fresh.users)
+            for table, other in zip(state.tables, fresh.tables, strict=True):
+                assert table.indexes == other.indexes
+                assert table.marks == other.marks
+
+    @invariant()
+    def names_and_ports_have_one_owner_and_references_their_objects(self) -> None:
+        view = self.first.view()
+        shown = [service for service in view.find(Service) if service.removed_at is None]
+        names = [service.spec.name.lower() for service in shown]
+        assert len(set(names)) == len(names)
+        owners: dict[int, list[PublishMode]] = {}
+        for service in shown:
+            for attachment in service.spec.task_template.networks:
+                assert view.lookup(Network, attachment.target) is not None
+            assert service.spec.endpoint_spec is not None
+            for port in service.spec.endpoint_spec.ports:
+                owners.setdefault(port.published_port, []).append(port.publish_mode)
+        for number, modes in owners.items():
+            assert number == 0 or len(modes) == 1 or PublishMode.INGRESS not in modes
+
+    @invariant()
+    def versions_only_grow(self) -> None:
+        now = {
+            (type(object).__name__, object.id): object.version.index
+            for kind in (Service, Network, Task)
+            for object in self.first.view().find(kind)
+        }
+        for key, version in now.items():
+            assert version >= self.versions.get(key, 0)
+        self.versions = now
+
+    @invariant()
+    def tasks_follow_a_stored_spec(self) -> None:
+        view = self.first.view()
+        for task in view.find(Task):
+            if view.lookup(Service, task.service_id) is not None:
+                assert task.spec_version is not None
+                version = view.get(SpecVersion, f"{task.service_id}/{task.spec_version.index}")
+                assert task.spec == version.spec.task_template
+
+
+StoreMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+TestTransactions = StoreMachine.TestCase
+
+
+def written(state: State, *objects: Any) -> State:
+    """``state`` after a transaction that puts ``objects``."""
+    from skep.store.state import KeyChange
+
+    tx = Writing(state, NOW)
+    for object in objects:
+        tx.put(object)
+    proposal = tx.proposal()
+    revision = state.revision + 1
+    state.apply(
+        revision,
+        [KeyChange(key, None, revision) for key in proposal.deletes]
+        + [KeyChange(key, value, revision, revision) for key, value in proposal.puts],
+    )
+    return state
+
+
+def test_only_changed_parts_are_written():
+    state = written(State(), a_task("t1"))
+    tx = Writing(state, NOW)
+    task = tx.lookup(Task, "t1")
+    assert task is not None
+    tx.put(replace(task, status=TaskStatus(state=TaskState.FAILED)))
+    proposal = tx.proposal()
+    assert [key for key, _ in proposal.puts] == ["o/task/t1.status"]
+    assert set(proposal.compares) == {Unchanged("o/task/t1.status", 1), Exists("o/task/t1", 1)}
+
+
+def test_putting_an_object_unchanged_writes_nothing():
+    state = written(State(), a_service("web"))
+    tx = Writing(state, NOW)
+    tx.put(tx.get(Service, "web"))
+    assert tx.proposal().is_empty
+
+
+def test_what_was_read_with_get_is_compared_and_what_was_looked_up_is_not():
+    state = written(State(), a_task("t1"), Secret(id=SecretId("s"), spec=SecretSpec(name="s")))
+    for read, expected in (("get", True), ("lookup", False)):
+        tx = Writing(state, NOW)
+        getattr(tx, read)(Secret, "s")
+        tx.put(a_task("t2"))
+        assert (Unchanged("o/secret/s", 1) in tx.proposal().compares) is expected
+
+
+def test_an_object_that_was_missing_must_still_be_missing():
+    tx = Writing(State(), NOW)
+    assert tx.rely_on(Secret, "s") is None
+    tx.put(a_task("t1"))
+    assert Unchanged("o/secret/s", 0) in tx.proposal().compares
+
+
+def test_removing_something_compares_that_nobody_began_to_use_it():
+    state = written(State(), Secret(id=SecretId("s"), spec=SecretSpec(name="s")))
+    tx = Writing(state, NOW)
+    tx.delete(Secret, "s")
+    assert NothingSince("r/secret/s/", state.revision) in tx.proposal().compares
+
+
+def test_what_is_created_and_removed_in_one_transaction_leaves_nothing():
+    tx = Writing(State(), NOW)
+    tx.put(a_service("web"))
+    tx.delete(Service, "web")
+    assert tx.proposal().is_empty
+
+
+@given(st.from_regex(r"[a-z0-9/-]{1,30}", fullmatch=True), st.sampled_from(["", "status", "update"]))
+def test_object_keys_are_read_back(id, part):
+    from skep.store.keys import object_key
+
+    assert parsed_object_key(object_key("task", id, part)) == ("task", id, part)
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [
+        (reference_key(("secret", "s1"), ("service", "w")), "r/secret/s1/"),
+        (shared_key("p/tcp/80", "service", "w"), "s/p/tcp/80/"),
+        ("o/service/w", None),
+        ("n/service/w", None),
+    ],
+)
+def test_a_write_disturbs_whoever_compares_the_prefix_over_it(key, prefix):
+    assert covering_prefix(key) == prefix
