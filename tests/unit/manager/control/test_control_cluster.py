@@ -1,0 +1,163 @@
+"""Operations on nodes and on the cluster, on a store in memory."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unimplemented
+from skep.manager.control.nodes import NodeWish, node_spec, remove_node, update_node
+from skep.manager.control.swarm import Rotations, found_swarm, update_swarm
+from skep.model.ids import ClusterId, NodeId, new_id
+from skep.model.meta import TLSInfo
+from skep.model.network import Network
+from skep.model.node import (
+    Availability,
+    ManagerStatus,
+    Node,
+    NodeRole,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
+from skep.model.swarm import DEFAULT_SWARM_SPEC, CAConfig, EncryptionConfig, JoinTokens, Swarm, SwarmSpec
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp
+from skep.security.tokens import check_root, parse_token
+from skep.store.memory import MemoryStore
+from tests.builders import a_task
+
+NOW = Timestamp("2026-01-02T03:04:05Z")
+ROOT = "-----BEGIN CERTIFICATE-----\n"
+
+
+def a_manager_node(id: str, *, reachable: bool = True) -> Node:
+    state = Reachability.REACHABLE if reachable else Reachability.UNREACHABLE
+    return Node(
+        id=NodeId(id),
+        spec=NodeSpec(role=NodeRole.MANAGER),
+        status=NodeStatus(state=NodeState.READY),
+        manager_status=ManagerStatus(reachability=state),
+    )
+
+
+@pytest.fixture
+async def store():
+    store = MemoryStore(SystemClock())
+    await store.update(found, SwarmSpec(), a_manager_node("m1"))
+    return store
+
+
+def found(tx, spec: SwarmSpec, node: Node) -> Swarm:
+    return found_swarm(
+        tx,
+        ClusterId("c"),
+        replace(DEFAULT_SWARM_SPEC, encryption_config=spec.encryption_config),
+        node,
+        tls_info=TLSInfo(trust_root=ROOT),
+        join_tokens=JoinTokens(worker="w", manager="m"),
+        new_id=new_id,
+        now=NOW,
+    )
+
+
+def the_swarm(store) -> Swarm:
+    (swarm,) = store.view().find(Swarm)
+    return swarm
+
+
+async def test_a_cluster_begins_with_its_node_and_its_networks(store):
+    view = store.view()
+    assert [node.id for node in view.find(Node)] == ["m1"]
+    assert sorted(network.spec.name for network in view.find(Network)) == ["bridge", "host", "ingress"]
+
+
+async def test_there_is_one_cluster_only(store):
+    with pytest.raises(FailedPrecondition):
+        await store.update(found, SwarmSpec(), a_manager_node("m2"))
+
+
+async def test_new_tokens_are_for_the_same_root(store):
+    swarm = the_swarm(store)
+    changed = await store.update(
+        update_swarm, swarm.spec, swarm.version.index, Rotations(worker_token=True), new_id=new_id
+    )
+    assert changed.join_tokens.manager == "m"
+    check_root(parse_token(changed.join_tokens.worker), ROOT.encode())
+
+
+async def test_a_lock_that_would_not_lock_is_refused(store):
+    swarm = the_swarm(store)
+    locked = replace(swarm.spec, encryption_config=EncryptionConfig(auto_lock_managers=True))
+    with pytest.raises(Unimplemented):
+        await store.update(update_swarm, locked, swarm.version.index, Rotations(), new_id=new_id)
+
+
+@pytest.mark.parametrize(
+    "wish", [CAConfig(force_rotate=1), CAConfig(signing_ca_cert="x"), CAConfig(signing_ca_key="x")]
+)
+async def test_a_new_root_is_refused(store, wish):
+    swarm = the_swarm(store)
+    with pytest.raises(Unimplemented):
+        await store.update(
+            update_swarm, replace(swarm.spec, ca_config=wish), swarm.version.index, Rotations(), new_id=new_id
+        )
+
+
+async def test_a_stale_update_of_the_cluster_is_refused(store):
+    with pytest.raises(OutOfSequence):
+        await store.update(update_swarm, the_swarm(store).spec, 999, Rotations(), new_id=new_id)
+
+
+@pytest.mark.parametrize(
+    ("role", "availability", "message"),
+    [("king", "active", 'invalid Role: "king"'), ("worker", "", 'invalid Availability: ""')],
+)
+def test_strange_words_for_a_node_are_refused(role, availability, message):
+    with pytest.raises(InvalidArgument, match=message):
+        node_spec(NodeWish(role=role, availability=availability))
+
+
+def test_words_for_a_node_are_read_without_regard_to_case():
+    spec = node_spec(NodeWish(role="Manager", availability="DRAIN"))
+    assert (spec.role, spec.availability) == (NodeRole.MANAGER, Availability.DRAIN)
+
+
+async def test_the_last_manager_stays_one(store):
+    node = store.view().get(Node, "m1")
+    with pytest.raises(FailedPrecondition, match="attempting to demote the last manager"):
+        await store.update(update_node, node.id, NodeSpec(), node.version.index)
+
+
+async def test_a_demotion_that_leaves_no_quorum_is_refused(store):
+    await store.update(lambda tx: tx.put(a_manager_node("m2")))
+    await store.update(lambda tx: tx.put(a_manager_node("m3", reachable=False)))
+    node = store.view().get(Node, "m2")
+    with pytest.raises(FailedPrecondition, match="loss of quorum"):
+        await store.update(update_node, node.id, NodeSpec(), node.version.index)
+
+
+async def test_a_manager_among_three_can_be_demoted(store):
+    await store.update(lambda tx: tx.put(a_manager_node("m2")))
+    await store.update(lambda tx: tx.put(a_manager_node("m3")))
+    node = store.view().get(Node, "m3")
+    changed = await store.update(update_node, node.id, NodeSpec(), node.version.index)
+    assert changed.spec.role is NodeRole.WORKER
+
+
+async def test_a_node_that_is_up_is_removed_by_force_only(store):
+    await store.update(lambda tx: tx.put(Node(id=NodeId("w1"), status=NodeStatus(state=NodeState.READY))))
+    with pytest.raises(FailedPrecondition, match="node w1 is not down and can't be removed"):
+        await store.update(remove_node, NodeId("w1"), force=False, now=NOW)
+    await store.update(remove_node, NodeId("w1"), force=True, now=NOW)
+    assert store.view().lookup(Node, "w1") is None
+
+
+async def test_tasks_of_a_removed_node_are_orphaned(store):
+    task = a_task(node="w1", state=TaskState.RUNNING)
+    done = a_task(node="w1", state=TaskState.FAILED)
+    node = Node(id=NodeId("w1"), status=NodeStatus(state=NodeState.DOWN))
+    await store.update(lambda tx: [tx.put(node), tx.put(task), tx.put(done)])
+    await store.update(remove_node, NodeId("w1"), force=False, now=NOW)
+    assert store.view().get(Task, task.id).status.state is TaskState.ORPHANED
+    assert store.view().get(Task, done.id).status.state is TaskState.FAILED

@@ -1,0 +1,144 @@
+"""Operations on secrets, configs and networks, on a store in memory."""
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfSequence
+from skep.manager.control.files import (
+    create_config,
+    create_secret,
+    remove_config,
+    remove_secret,
+    update_config,
+    update_secret,
+)
+from skep.manager.control.networks import create_network, first_networks, ingress_network, remove_network
+from skep.manager.control.service_form import settled
+from skep.manager.control.services import create_service, remove_service
+from skep.model.container import ContainerSpec, FileTarget, SecretReference
+from skep.model.ids import SecretId, new_id
+from skep.model.meta import Driver
+from skep.model.network import Network, NetworkSpec
+from skep.model.secret import ConfigSpec, Secret, SecretSpec
+from skep.model.service import NetworkAttachmentConfig, PortConfig, ServiceSpec, TaskSpec
+from skep.model.times import Timestamp
+from skep.store.kinds import Payload
+from skep.store.memory import MemoryStore
+from tests.builders import a_service_spec
+
+NOW = Timestamp("2026-01-02T03:04:05Z")
+
+
+@pytest.fixture
+def store():
+    return MemoryStore(SystemClock())
+
+
+async def a_secret(store, name: str = "s1", data: bytes = b"hidden") -> Secret:
+    return await store.update(create_secret, SecretSpec(name=name), data, new_id=new_id, now=NOW)
+
+
+async def a_network(store, name: str = "ov1") -> Network:
+    spec = NetworkSpec(name=name, driver_configuration=Driver(name="overlay"))
+    return await store.update(create_network, spec, new_id=new_id, now=NOW)
+
+
+async def a_service(store, **template) -> str:
+    container = ContainerSpec(image="busybox", secrets=template.pop("secrets", ()))
+    spec = ServiceSpec(name="web", task_template=TaskSpec(container_spec=container, **template))
+    service = await store.update(create_service, settled(spec), new_id=new_id, new_name=str, now=NOW)
+    return service.id
+
+
+def reference(secret: Secret) -> SecretReference:
+    return SecretReference(secret_id=secret.id, secret_name=secret.spec.name, file=FileTarget(name="s"))
+
+
+async def test_the_data_of_a_secret_are_a_payload_of_their_own(store):
+    secret = await a_secret(store)
+    assert store.view().get(Payload, f"secret/{secret.id}").data == b"hidden"
+    assert "hidden" not in repr(secret)
+
+
+@pytest.mark.parametrize("size", [0, 500 * 1024])
+async def test_a_secret_is_neither_empty_nor_large(store, size):
+    with pytest.raises(InvalidArgument, match="less than 512000 bytes"):
+        await a_secret(store, data=b"x" * size)
+
+
+async def test_only_labels_of_a_secret_change(store):
+    secret = await a_secret(store)
+    version = secret.version.index
+    spec = SecretSpec(name="s1", labels={"a": "b"})
+    changed = await store.update(update_secret, secret.id, spec, b"hidden", version)
+    assert changed.spec.labels == {"a": "b"}
+    with pytest.raises(OutOfSequence):
+        await store.update(update_secret, secret.id, spec, None, version)
+    with pytest.raises(InvalidArgument, match="only updates to Labels"):
+        await store.update(update_secret, secret.id, spec, b"other", changed.version.index)
+    with pytest.raises(InvalidArgument, match="only updates to Labels"):
+        await store.update(update_secret, secret.id, SecretSpec(name="s2"), None, changed.version.index)
+
+
+async def test_a_secret_in_use_stays(store):
+    secret = await a_secret(store)
+    service = await a_service(store, secrets=(reference(secret),))
+    with pytest.raises(InvalidArgument, match="secret 's1' is in use by the following service: web"):
+        await store.update(remove_secret, secret.id)
+    await store.update(remove_service, service, now=NOW)
+    await store.update(remove_secret, secret.id)
+    assert store.view().find(Payload) == []
+
+
+async def test_a_secret_has_to_have_the_name_a_service_gives_it(store):
+    secret = await a_secret(store)
+    strange = SecretReference(secret_id=secret.id, secret_name="other", file=FileTarget(name="s"))
+    with pytest.raises(InvalidArgument, match="secret not found: other"):
+        await a_service(store, secrets=(strange,))
+
+
+async def test_a_removed_secret_is_gone(store):
+    with pytest.raises(NotFound):
+        await store.update(remove_secret, SecretId("nosuch"))
+
+
+async def test_configs_are_created_labelled_and_removed(store):
+    config = await store.update(create_config, ConfigSpec(name="c1", data=b"x"), new_id=new_id, now=NOW)
+    with pytest.raises(AlreadyExists, match="config c1 already exists"):
+        await store.update(create_config, ConfigSpec(name="c1", data=b"x"), new_id=new_id, now=NOW)
+    spec = ConfigSpec(name="c1", labels={"a": "b"})
+    changed = await store.update(update_config, config.id, spec, config.version.index)
+    assert (changed.spec.labels, changed.spec.data) == ({"a": "b"}, b"x")
+    await store.update(remove_config, config.id)
+
+
+async def test_a_network_in_use_stays_until_its_service_is_removed(store):
+    network = await a_network(store)
+    service = await a_service(store, networks=(NetworkAttachmentConfig(target=network.id),))
+    with pytest.raises(FailedPrecondition, match=f"network {network.id} is in use by service {service}"):
+        await store.update(remove_network, network.id)
+    await store.update(remove_service, service, now=NOW)
+    await store.update(remove_network, network.id)
+
+
+async def test_there_is_one_ingress_network_and_it_stays_while_ports_are_published(store):
+    def begin(tx):
+        for network in first_networks(new_id=new_id, now=NOW):
+            tx.put(network)
+
+    await store.update(begin)
+    ingress = ingress_network(store.view())
+    another = NetworkSpec(name="i2", ingress=True, driver_configuration=Driver(name="overlay"))
+    with pytest.raises(AlreadyExists, match="is already present"):
+        await store.update(create_network, another, new_id=new_id, now=NOW)
+    spec = settled(a_service_spec(ports=(PortConfig(target_port=80),)))
+    await store.update(create_service, spec, new_id=new_id, new_name=str, now=NOW)
+    with pytest.raises(FailedPrecondition, match="ingress network cannot be removed because service"):
+        await store.update(remove_network, ingress.id)
+
+
+async def test_predefined_networks_stay(store):
+    (_, bridge, _) = first_networks(new_id=new_id, now=NOW)
+    await store.update(lambda tx: tx.put(bridge))
+    with pytest.raises(FailedPrecondition, match="is a swarm predefined network"):
+        await store.update(remove_network, bridge.id)

@@ -1,0 +1,194 @@
+"""Operations on services, on a store in memory."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfSequence,
+    Unimplemented,
+)
+from skep.manager.control.networks import first_networks
+from skep.manager.control.service_form import settled
+from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.model.ids import new_id
+from skep.model.service import (
+    EndpointSpec,
+    GlobalService,
+    PortConfig,
+    ReplicatedJob,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    UpdateState,
+)
+from skep.model.times import Timestamp
+from skep.store.kinds import Payload
+from skep.store.memory import MemoryStore
+from tests.builders import a_service_spec
+
+NO_NAMES: Iterator[str] = iter(())
+NOW = Timestamp("2026-01-02T03:04:05Z")
+
+
+@pytest.fixture
+async def store():
+    store = MemoryStore(SystemClock())
+
+    def networks(tx):
+        for network in first_networks(new_id=new_id, now=NOW):
+            tx.put(network)
+
+    await store.update(networks)
+    return store
+
+
+async def create(store, spec: ServiceSpec, auth: str = "", names: Iterator[str] = NO_NAMES) -> Service:
+    return await store.update(
+        create_service, settled(spec), new_id=new_id, new_name=names.__next__, now=NOW, registry_auth=auth
+    )
+
+
+async def update(store, service: Service, spec: ServiceSpec, **options) -> Service:
+    return await store.update(
+        update_service, service.id, settled(spec), service.version.index, now=NOW, **options
+    )
+
+
+def payloads(store) -> dict[str, bytes]:
+    return {payload.id: payload.data for payload in store.view().find(Payload)}
+
+
+async def test_a_service_without_a_name_gets_a_readable_one_that_is_free(store):
+    await create(store, a_service_spec("quiet_fern"))
+    names = iter(("quiet_fern", "bold_oak"))
+    assert (await create(store, a_service_spec(""), names=names)).spec.name == "bold_oak"
+
+
+async def test_a_name_can_be_had_once(store):
+    await create(store, a_service_spec("web"))
+    with pytest.raises(AlreadyExists, match="service web already exists"):
+        await create(store, a_service_spec("web"))
+
+
+async def test_a_removed_service_frees_its_name_and_ports_at_once(store):
+    ports = (PortConfig(target_port=80, published_port=8080),)
+    old = await create(store, a_service_spec("web", ports=ports))
+    await store.update(remove_service, old.id, now=NOW)
+    new = await create(store, a_service_spec("web", ports=ports))
+    assert store.view().resolve(Service, "web") == new
+    assert store.view().get(Service, old.id).removed_at == NOW
+
+
+async def test_a_removed_service_cannot_be_changed(store):
+    service = await create(store, a_service_spec())
+    await store.update(remove_service, service.id, now=NOW)
+    with pytest.raises(NotFound):
+        await update(store, service, a_service_spec())
+    with pytest.raises(NotFound):
+        await store.update(remove_service, service.id, now=NOW)
+
+
+async def test_an_update_keeps_the_spec_before_it(store):
+    service = await create(store, a_service_spec(image="busybox:1"))
+    updated = await update(store, service, a_service_spec(image="busybox:2"))
+    assert updated.previous_spec == service.spec
+    assert updated.version.index > service.version.index
+
+
+async def test_an_update_of_an_older_version_is_refused(store):
+    service = await create(store, a_service_spec())
+    await update(store, service, a_service_spec(replicas=2))
+    with pytest.raises(OutOfSequence, match="update out of sequence"):
+        await update(store, service, a_service_spec(replicas=3))
+    assert store.view().get(Service, service.id).spec.replicas == 2
+
+
+async def test_a_rollback_swaps_the_two_specs(store):
+    first = await create(store, a_service_spec(image="busybox:1"))
+    second = await update(store, first, a_service_spec(image="busybox:2"))
+    third = await store.update(rollback_service, first.id, second.spec, second.version.index, now=NOW)
+    assert (third.spec, third.previous_spec) == (first.spec, second.spec)
+    assert third.update_status.state is UpdateState.ROLLBACK_STARTED
+
+
+async def test_there_is_nothing_to_roll_a_new_service_back_to(store):
+    service = await create(store, a_service_spec())
+    with pytest.raises(FailedPrecondition, match="does not have a previous spec"):
+        await store.update(rollback_service, service.id, service.spec, service.version.index, now=NOW)
+
+
+async def test_mode_and_name_stay(store):
+    service = await create(store, a_service_spec("web"))
+    with pytest.raises(Unimplemented, match="renaming"):
+        await update(store, service, a_service_spec("other"))
+    with pytest.raises(Unimplemented, match="mode change"):
+        await update(store, service, a_service_spec("web", is_global=True))
+
+
+async def test_an_update_of_a_job_runs_it_again(store):
+    spec = ServiceSpec(
+        name="job",
+        mode=ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1)),
+        task_template=a_service_spec().task_template,
+    )
+    job = await create(store, spec)
+    assert job.job_status.job_iteration.index == 0
+    assert (await update(store, job, spec)).job_status.job_iteration.index == 1
+
+
+async def test_credentials_are_kept_apart_and_never_in_the_service(store):
+    service = await create(store, a_service_spec(), auth="c2VjcmV0")
+    assert payloads(store) == {f"registry/{service.id}": b"c2VjcmV0"}
+    assert "c2VjcmV0" not in repr(service)
+
+
+async def test_an_update_without_credentials_keeps_the_ones_before(store):
+    service = await create(store, a_service_spec(), auth="one")
+    service = await update(store, service, a_service_spec(image="busybox:2"))
+    assert payloads(store)[f"registry/{service.id}"] == b"one"
+
+
+async def test_an_update_can_take_the_credentials_of_the_previous_spec(store):
+    service = await create(store, a_service_spec(), auth="one")
+    service = await update(store, service, a_service_spec(image="busybox:2"), registry_auth="two")
+    service = await update(
+        store, service, a_service_spec(image="busybox:3"), registry_auth_from="previous-spec"
+    )
+    assert payloads(store)[f"registry/{service.id}"] == b"one"
+
+
+async def test_a_removal_forgets_the_credentials(store):
+    service = await create(store, a_service_spec(), auth="one")
+    await update(store, service, a_service_spec(image="busybox:2"), registry_auth="two")
+    await store.update(remove_service, service.id, now=NOW)
+    assert payloads(store) == {}
+
+
+async def test_too_many_replicas_are_refused(store):
+    with pytest.raises(InvalidArgument, match="at most 100000"):
+        await create(store, a_service_spec(replicas=100_001))
+
+
+async def test_ingress_ports_need_the_ingress_network():
+    bare = MemoryStore(SystemClock())
+    with pytest.raises(FailedPrecondition, match="no ingress network is present"):
+        await create(bare, a_service_spec(ports=(PortConfig(target_port=80),)))
+
+
+def test_a_settled_spec_settles_no_further():
+    spec = settled(
+        ServiceSpec(
+            mode=ServiceMode(global_=GlobalService()),
+            endpoint_spec=EndpointSpec(ports=(PortConfig(protocol="UDP"),)),
+            task_template=a_service_spec().task_template,
+        )
+    )
+    assert settled(spec) == spec
+    assert spec.endpoint_spec.mode == "vip"
+    assert spec.endpoint_spec.ports[0].protocol == "udp"

@@ -1,0 +1,127 @@
+"""Lists: filters, counts, and that a long one does not hold the loop."""
+
+import asyncio
+import time
+
+import msgspec
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from msgspec.structs import replace
+
+from skep.manager.control.service_form import settled
+from skep.manager.control.services import create_service
+from skep.manager.routes import application
+from skep.model.node import Node
+from skep.model.service import Service, ServiceSpec
+from skep.model.task import TaskState
+from tests.builders import a_service_spec, a_task
+from tests.conformance.manager import a_manager_api
+
+
+@pytest.fixture
+async def cluster():
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        yield api, client
+
+
+async def a_stored_service(api, spec: ServiceSpec) -> Service:
+    return await api.update(create_service, settled(spec), new_id=api.new_id, new_name=str, now=api.now())
+
+
+async def put(api, *objects) -> None:
+    await api.store.update(lambda tx: [tx.put(object) for object in objects])
+
+
+async def ids(client, path: str, **filters: str) -> list[str]:
+    wanted = msgspec.json.encode({key.replace("_", "-"): [value] for key, value in filters.items()}).decode()
+    answer = await client.get(path, params={"filters": wanted})
+    assert answer.status == 200, await answer.text()
+    return [item["ID"] for item in await answer.json()]
+
+
+async def test_tasks_are_found_by_whose_and_where_they_are(cluster):
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web"))
+    db = await a_stored_service(api, a_service_spec("db"))
+    (node,) = api.store.view().find(Node)
+    one = a_task("t1", service=web, node=node.id)
+    two = a_task("t2", service=db, desired=TaskState.SHUTDOWN)
+    await put(api, one, two)
+    assert await ids(client, "/tasks") == ["t1", "t2"]
+    assert await ids(client, "/tasks", service="web") == ["t1"]
+    assert await ids(client, "/tasks", service=db.id) == ["t2"]
+    assert await ids(client, "/tasks", node="m1") == ["t1"]
+    assert await ids(client, "/tasks", desired_state="shutdown") == ["t2"]
+    assert await ids(client, "/tasks", name="web.1") == ["t1"]
+    assert await ids(client, "/tasks", id="t2") == ["t2"]
+
+
+async def test_tasks_are_up_to_date_while_their_template_is_the_same(cluster):
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web"))
+    await put(api, replace(a_task("t1", service=web), spec_version=web.spec_version))
+    up_to_date = {"filters": '{"service": ["web"], "_up-to-date": ["true"]}'}
+
+    async def found() -> int:
+        return len(await (await client.get("/tasks", params=up_to_date)).json())
+
+    assert await found() == 1
+    await put(api, replace(web, spec=replace(web.spec, labels={"a": "b"})))
+    assert await found() == 1
+    web = api.store.view().get(Service, web.id)
+    template = replace(web.spec.task_template, force_update=1)
+    await put(api, replace(web, spec=replace(web.spec, task_template=template)))
+    assert await found() == 0
+
+
+async def test_a_status_counts_tasks(cluster):
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web", replicas=3))
+    await put(api, a_task("t1", service=web), a_task("t2", service=web, state=TaskState.FAILED))
+    (shown,) = await (await client.get("/v1.41/services?status=true")).json()
+    assert shown["ServiceStatus"] == {"RunningTasks": 1, "DesiredTasks": 3, "CompletedTasks": 0}
+    (shown,) = await (await client.get("/v1.40/services?status=true")).json()
+    assert "ServiceStatus" not in shown
+
+
+async def test_what_is_ours_is_not_shown(cluster):
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web"))
+    await put(api, replace(a_task("t1", service=web), spec_version=web.spec_version))
+    service = await (await client.get("/services/web")).json()
+    task = await (await client.get("/tasks/t1")).json()
+    (node,) = await (await client.get("/nodes")).json()
+    assert not {"SpecVersion", "RemovedAt"} & (service.keys() | task.keys())
+    assert not {"Session", "Certificate", "Attachments"} & node.keys()
+
+
+async def test_a_removed_service_is_hidden_and_its_tasks_are_not(cluster):
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web"))
+    await put(api, a_task("t1", service=web))
+    assert (await client.delete("/services/web")).status == 200
+    assert await ids(client, "/services") == []
+    assert await ids(client, "/tasks") == ["t1"]
+    answer = await client.get("/tasks", params={"filters": '{"service": ["web"]}'})
+    assert (answer.status, await answer.json()) == (404, {"message": "service web not found"})
+
+
+async def test_three_thousand_tasks_are_listed_without_holding_the_loop(cluster):
+    api, client = cluster
+    web = await a_stored_service(api, a_service_spec("web"))
+    tasks = [a_task(f"t{number:05}", service=web) for number in range(3000)]
+    await api.store.update_each(lambda tx, task: tx.put(task), tasks)
+    longest_s = 0.0
+
+    async def watch() -> None:
+        nonlocal longest_s
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, time.monotonic() - before)
+
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(watch())
+        assert len(await ids(client, "/tasks", service="web")) == 3000
+        watching.cancel()
+    assert longest_s < 0.1

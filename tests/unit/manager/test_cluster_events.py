@@ -1,0 +1,182 @@
+"""Events of the cluster, derived from commits."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.api.filters import Filters
+from skep.manager.events import BEHIND_MAX, ClusterEvents, Message, messages_of
+from skep.manager.routes.events import fits
+from skep.model.encoding import to_json
+from skep.model.ids import SecretId
+from skep.model.node import Availability, Node, NodeSpec, NodeState, NodeStatus
+from skep.model.secret import Secret, SecretSpec
+from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.times import SECOND_NS, Timestamp
+from skep.store.interface import Created, Deleted, Updated
+from skep.store.memory import MemoryStore
+from tests.builders import a_service
+
+NOW_NS = 1_700_000_000 * SECOND_NS
+
+
+def told(event) -> list[tuple[str, str, dict[str, str]]]:
+    return [
+        (message.type, message.action, dict(message.actor.attributes))
+        for message in messages_of(event, NOW_NS)
+    ]
+
+
+def changed(service: Service, **fields) -> Service:
+    return replace(service, **fields)
+
+
+def test_an_event_is_spelled_as_the_engine_spells_it():
+    secret = Secret(
+        id=SecretId("s"), created_at=Timestamp("2023-11-14T22:13:20.5Z"), spec=SecretSpec(name="n")
+    )
+    (message,) = messages_of(Created(secret), 0)
+    assert to_json(message) == (
+        b'{"Type":"secret","Action":"create","Actor":{"ID":"s","Attributes":{"name":"n"}},'
+        b'"time":1700000000,"timeNano":1700000000500000000,"scope":"swarm"}'
+    )
+
+
+def test_an_update_of_a_service_names_what_changed():
+    old = a_service("web", replicas=1, image="busybox:1")
+    new = replace(a_service("web", replicas=3, image="busybox:2"), id=old.id)
+    assert told(Updated(old, new)) == [
+        (
+            "service",
+            "update",
+            {
+                "name": "web",
+                "image.old": "busybox:1",
+                "image.new": "busybox:2",
+                "replicas.old": "1",
+                "replicas.new": "3",
+            },
+        )
+    ]
+
+
+def test_the_state_of_an_update_is_told():
+    old = a_service("web")
+    new = replace(old, update_status=UpdateStatus(state=UpdateState.UPDATING))
+    done = replace(old, update_status=UpdateStatus(state=UpdateState.COMPLETED))
+    assert told(Updated(old, new))[0][2]["updatestate.new"] == "updating"
+    assert told(Updated(new, done))[0][2]["updatestate.old"] == "updating"
+
+
+def test_a_service_is_removed_once_when_the_user_removes_it():
+    service = a_service("web")
+    removed = replace(service, removed_at=Timestamp("2023-11-14T22:13:20Z"))
+    assert told(Updated(service, removed)) == [("service", "remove", {"name": "web"})]
+    assert told(Updated(removed, replace(removed, update_status=UpdateStatus()))) == []
+    assert told(Deleted(removed)) == []
+
+
+def test_a_node_tells_what_users_can_see_of_it():
+    node = Node(id="n", status=NodeStatus(state=NodeState.READY))
+    down = replace(node, status=NodeStatus(state=NodeState.DOWN))
+    drained = replace(down, spec=NodeSpec(availability=Availability.DRAIN))
+    assert told(Updated(node, replace(node, attachments=()))) == []
+    assert told(Updated(node, down))[0][2] == {"name": "", "state.old": "ready", "state.new": "down"}
+    assert told(Updated(down, drained))[0][2]["availability.new"] == "drain"
+
+
+@pytest.mark.parametrize(
+    ("filters", "is_taken"),
+    [
+        ({}, True),
+        ({"type": ["service"]}, True),
+        ({"type": ["container"]}, False),
+        ({"service": ["web"]}, True),
+        ({"service": ["db"]}, False),
+        ({"node": ["web"]}, False),
+        ({"container": ["web"]}, False),
+        ({"event": ["create", "update"]}, True),
+        ({"event": ["remove"]}, False),
+        ({"scope": ["local"]}, False),
+    ],
+)
+def test_filters_of_events(filters, is_taken):
+    (message,) = messages_of(Created(a_service("web")), NOW_NS)
+    assert fits(message, Filters(filters)) is is_taken
+
+
+def everything(_: Message) -> bool:
+    return True
+
+
+@pytest.fixture
+async def events():
+    store = MemoryStore(SystemClock())
+    events = ClusterEvents(store, SystemClock())
+    async with asyncio.TaskGroup() as group:
+        following = group.create_task(events.run())
+        await asyncio.sleep(0)
+        yield store, events
+        following.cancel()
+
+
+async def idle() -> None:
+    """Let everything run that is ready to."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def put(store, name: str) -> None:
+    await store.update(lambda tx: tx.put(Secret(id=SecretId(name), spec=SecretSpec(name=name))))
+
+
+async def first(stream, count: int) -> list[str]:
+    names = []
+    async for message in stream:
+        names.append(message.actor.id)
+        if len(names) == count:
+            break
+    return names
+
+
+async def test_past_events_come_before_new_ones_without_a_gap(events):
+    store, events = events
+    await put(store, "a")
+    await idle()
+    async with aclosing(events.subscribe(0, None, everything)) as stream:
+        reading = asyncio.ensure_future(first(stream, 3))
+        await idle()
+        await put(store, "b")
+        await put(store, "c")
+        assert await reading == ["a", "b", "c"]
+
+
+async def test_without_since_only_new_events_come(events):
+    store, events = events
+    await put(store, "a")
+    await idle()
+    async with aclosing(events.subscribe(None, None, everything)) as stream:
+        reading = asyncio.ensure_future(first(stream, 1))
+        await idle()
+        await put(store, "b")
+        assert await reading == ["b"]
+
+
+async def test_a_stream_ends_at_its_time(events):
+    _, events = events
+    async with aclosing(events.subscribe(0, 1, everything)) as stream:
+        assert [message async for message in stream] == []
+
+
+async def test_a_reader_that_is_behind_loses_its_stream(events):
+    store, events = events
+    async with aclosing(events.subscribe(0, None, everything)) as stream:
+        await put(store, "first")
+        assert (await anext(stream)).actor.id == "first"
+        for number in range(BEHIND_MAX + 2):
+            await put(store, f"s{number}")
+        await idle()
+        assert len([message async for message in stream]) <= BEHIND_MAX
