@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 FIRST_MESSAGE_SECONDS_MAX = 5.0
 REPLY_SECONDS_MAX = 5.0
 PERIOD_SECONDS_MIN = 0.05
+DESCRIPTION_CHECK_S = 10.0
 STATUS_SECONDS_MAX = 15.0
 """A manager answers when a status is written, which takes until its store has a leader again."""
 
@@ -67,6 +68,7 @@ class Session:
         self._describe = describe
         self._publisher = LogPublisher(channel, logs)
         self._id = ""
+        self._described = NodeDescription()
 
     async def run(self) -> None:
         """Hold the session until it breaks.  Raises: SkepError: why."""
@@ -81,7 +83,8 @@ class Session:
 
     async def _hold(self, group: asyncio.TaskGroup) -> None:
         async with self._channel.stream(methods.SESSION) as call:
-            description = description_to_pb(self._describe())
+            self._described = self._describe()
+            description = description_to_pb(self._described)
             await call.send(pb.SessionRequest(description=description), end=True)
             try:
                 async with asyncio.timeout(FIRST_MESSAGE_SECONDS_MAX):
@@ -97,12 +100,20 @@ class Session:
                     "assignments": self._assignments,
                     "reports": self._report,
                     "logs": self._publisher.run,
+                    "description": self._watch_description,
                 }
                 for name, part in parts.items():
                     group.create_task(part(), name=f"session {name}")
                 async for message in call:
                     self._host.session_message(message)
         raise Unavailable(f"{self._channel.address} ended the session")
+
+    async def _watch_description(self) -> None:
+        """A description is only told at the start of a session, so a new one needs a new session."""
+        while True:
+            await self._clock.sleep(DESCRIPTION_CHECK_S)
+            if self._describe() != self._described:
+                raise Unavailable("the node's description has changed")
 
     # -- heartbeats -----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_m
 from skep.manager.dispatcher.registration import (
     NotRegistered,
     Registration,
+    RegistrationRate,
     SessionInvalid,
     mark_down,
     take_session,
@@ -71,6 +72,7 @@ class Dispatcher:
         self._new_id = new_id
         self._random = random
         self._sessions = Sessions()
+        self._rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
         self._is_current = True
@@ -175,6 +177,7 @@ class Dispatcher:
         node_id, session_id = caller.node_id, SessionId(self._new_id())
         if not self._is_current:
             raise Unavailable("this manager has lost contact with the others")
+        self._rate.note(node_id, self._clock.monotonic())
         if self._store.view().lookup(Node, node_id) is None:
             await self._store.barrier()  # its certificate may come from another manager a moment ago
         await self._store.update(

@@ -6,13 +6,19 @@ owner sends is at least as new as what any manager sent before.
 
 import msgspec
 
-from skep.errors import InvalidArgument, NotFound, PermissionDenied
+from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
 from skep.store.interface import Transaction
 
 DESCRIPTION_BYTES_MAX = 64 * 1024
+
+RATE_PERIOD_S = 8.0
+RATE_MAX = 5
+"""Registrations of one node within the period."""
+RATE_NODES_MAX = 10_000
+"""Nodes remembered before those that were quiet for a period are forgotten."""
 
 HEARTBEAT_FAILURE = "heartbeat failure"
 """Message of a node that is down; SwarmKit's word."""
@@ -30,6 +36,25 @@ class NotRegistered(NotFound):
 
     def __init__(self) -> None:
         super().__init__("node not registered")
+
+
+class RegistrationRate:
+    """How often each node registers, so that one that does nothing else cannot keep the store busy.
+
+    Source: swarmkit, manager/dispatcher/nodes.go (rateLimitPeriod, rateLimitCount).
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[NodeId, list[float]] = {}
+
+    def note(self, node_id: NodeId, now: float) -> None:
+        """A node registers at ``now`` (monotonic seconds).  Raises: Unavailable: it did so too often."""
+        recent = [at for at in self._times.get(node_id, ()) if at > now - RATE_PERIOD_S]
+        if len(recent) >= RATE_MAX:
+            raise Unavailable(f"node {node_id} registers too often")
+        self._times[node_id] = [*recent, now]
+        if len(self._times) > RATE_NODES_MAX:
+            self._times = {id: times for id, times in self._times.items() if times[-1] > now - RATE_PERIOD_S}
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):

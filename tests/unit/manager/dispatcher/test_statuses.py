@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
-from skep.errors import InvalidArgument, PermissionDenied
+from skep.errors import InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.dispatcher.registration import (
     Registration,
+    RegistrationRate,
     SessionInvalid,
     Silence,
     mark_down,
@@ -144,3 +145,13 @@ async def test_a_silent_node_is_down_unless_it_has_registered_again(store):
     await store.update(take_session, registration("b"))
     assert not await store.update(mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a")))
     assert store.view().get(Node, "n1").status.state is NodeState.READY
+
+
+def test_a_node_that_does_nothing_but_register_has_to_wait():
+    rate = RegistrationRate()
+    for second in range(5):
+        rate.note(NodeId("n1"), float(second))
+    with pytest.raises(Unavailable, match="registers too often"):
+        rate.note(NodeId("n1"), 5.0)
+    rate.note(NodeId("n2"), 5.0)
+    rate.note(NodeId("n1"), 8.5)
