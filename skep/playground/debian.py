@@ -14,6 +14,8 @@ from skep.playground.archive import Entry, File
 from skep.playground.commands import run
 
 _DOWNLOAD_WITHIN_S = 300
+_LIBRARY = re.compile(r"^(?: *\|?Depends: |    )((?:lib|zlib)[a-z0-9.+-]+)$", re.MULTILINE)
+"""A dependency, or (further in) a package that provides one: ``libssl3t64`` below ``Depends: <libssl3>``."""
 _LIBRARY_FOLDERS = ("lib", "usr/lib", "lib64", "usr/lib64")
 
 
@@ -68,10 +70,15 @@ async def _with_libraries(package: str) -> list[str]:
     waiting = [package]
     while waiting:
         shown = (await run("apt-cache", "depends", "--important", *waiting)).decode()
-        named = set(re.findall(r"^ *\|?Depends: ((?:lib|zlib)[a-z0-9.+-]+)$", shown, re.MULTILINE))
+        named = libraries_named(shown)
         waiting = sorted(named - found)
         found |= named
     return sorted(found)
+
+
+def libraries_named(shown: str) -> set[str]:
+    """Library packages in what ``apt-cache depends`` prints, by their names."""
+    return set(_LIBRARY.findall(shown))
 
 
 async def _download(packages: list[str], directory: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -58,14 +59,13 @@ async def _show(cluster: Cluster) -> None:
     await _docker(first.endpoint, "service", "ps", SERVICE)
     address = await _an_address(cluster)
     click.echo(f"\nhttp://{address} answers: {await _ask(cluster, address)}\n")
-    docker = "docker" if shutil.which("docker") else find_docker()
     click.secho("Try next:", bold=True)
+    if not shutil.which("docker"):
+        click.echo(f"  export PATH={Path(sys.prefix) / 'bin'}:$PATH")
     click.echo(f"  export DOCKER_HOST={first.endpoint}")
-    click.echo(f"  {docker} service scale {SERVICE}=9               # more of them")
-    click.echo(
-        f"  {docker} kill $({docker} ps -q | head -n 1)      # break one: {docker} service ps {SERVICE}"
-    )
-    click.echo(f"  {docker} service logs --tail 5 {SERVICE}         # what they wrote")
+    click.echo(f"  docker service scale {SERVICE}=9                # more of them")
+    click.echo("  docker kill $(docker ps -q | head -n 1)   # break one of this node's, it is replaced:")
+    click.echo(f"  docker service ps {SERVICE}")
     click.echo("\nmake demo-down removes everything.")
 
 
