@@ -1,7 +1,7 @@
 """A manager's gRPC half on loopback, with a store in memory, and nodes that talk to it over real mTLS."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -193,29 +193,39 @@ def describe(hostname: str = "worker") -> NodeDescription:
 
 
 @asynccontextmanager
-async def an_agent(
-    cluster: Cluster, pair: KeyPair, directory: Path, worker: FakeWorker | None = None
-) -> AsyncIterator[tuple[Agent, FakeWorker]]:
-    """An agent with a fake worker, registered."""
+async def an_agent_of(
+    managers: Sequence[Peer], pair: KeyPair, directory: Path, worker: FakeWorker, random: Random
+) -> AsyncIterator[Agent]:
+    """An agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
-    worker = worker or FakeWorker()
     agent = Agent(
         certificates=directory,
-        managers=ManagerList([Peer(MANAGER_ID, cluster.address)]),
+        managers=ManagerList(managers),
         describe=describe,
         sink=worker,
         reports=worker.reports,
         logs=worker,
         clock=SystemClock(),
-        random=Random(1),
+        random=random,
     )
     running = asyncio.create_task(agent.run())
     try:
         async with asyncio.timeout(10):
             await agent.registered.wait()
-        yield agent, worker
+        yield agent
     finally:
         await _ended(running)
+
+
+@asynccontextmanager
+async def an_agent(
+    cluster: Cluster, pair: KeyPair, directory: Path, worker: FakeWorker | None = None
+) -> AsyncIterator[tuple[Agent, FakeWorker]]:
+    """An agent with a fake worker, registered with the cluster's manager."""
+    worker = worker or FakeWorker()
+    peers = [Peer(MANAGER_ID, cluster.address)]
+    async with an_agent_of(peers, pair, directory, worker, Random(1)) as agent:
+        yield agent, worker
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:
