@@ -1,0 +1,105 @@
+"""Paths, versions, filters, and bodies that are no JSON or of wrong types."""
+
+from tests.conformance.script.steps import Step, create, get
+
+DIALECT = (
+    get("an unknown path", "/v1.41/nosuch"),
+    get("the root", "/"),
+    get("a version too new", "/v9.9/services"),
+    get("a version too old", "/v1.11/services"),
+    get("no version", "/services"),
+    Step(name="another method", method="PUT", path="/v1.41/services"),
+    Step(name="HEAD of a list", method="HEAD", path="/v1.41/services"),
+    get("filters that are no JSON", "/v1.41/services?filters={bad"),
+    get("filters of a wrong type", "/v1.41/services?filters=[1]"),
+    get("filters of wrong values", '/v1.41/services?filters={"name":5}'),
+    get("filters of a wrong set", '/v1.41/services?filters={"name":{"web":5}}'),
+    get("filters in the older form", '/v1.41/services?filters={"name":["nosuch"]}'),
+    get("filters in the newer form", '/v1.41/services?filters={"name":{"nosuch":true}}'),
+    get("an unknown filter", '/v1.41/services?filters={"bogus":["x"]}'),
+    get("an unknown filter of tasks", '/v1.41/tasks?filters={"bogus":["x"]}'),
+    get("an unknown filter of nodes", '/v1.41/nodes?filters={"bogus":["x"]}'),
+    get("an unknown filter of secrets", '/v1.41/secrets?filters={"bogus":["x"]}'),
+    get("an unknown filter of configs", '/v1.41/configs?filters={"bogus":["x"]}'),
+    get("an unknown filter of networks", '/v1.41/networks?filters={"bogus":["x"]}'),
+    get("a status that is no boolean", "/v1.41/services?status=maybe"),
+)
+
+BAD_JSON = tuple(
+    create(f"a body {name}", body)
+    for name, body in (
+        ("that is empty", b""),
+        ("of blanks", b"  \n"),
+        ("with an unquoted key", b"{bad}"),
+        ("that breaks off", b'{"Name": "web"'),
+        ("that breaks off in a string", b'{"Name": "we'),
+        ("that breaks off in a literal", b"tru"),
+        ("with a wrong literal", b"trux"),
+        ("with a trailing comma", b'{"Name": "web",}'),
+        ("without a comma", b'{"Name": "web" "Labels": {}}'),
+        ("without a colon", b'{"Name" "web"}'),
+        ("with a bad list", b'{"TaskTemplate": {"ContainerSpec": {"Args": ["a" "b"]}}}'),
+        ("with a bad number", b'{"Mode": {"Replicated": {"Replicas": 01}}}'),
+        ("with a bad fraction", b'{"Mode": {"Replicated": {"Replicas": 1.}}}'),
+        ("with a bad exponent", b'{"Mode": {"Replicated": {"Replicas": 1e}}}'),
+        ("with a minus alone", b'{"Mode": {"Replicated": {"Replicas": -}}}'),
+        ("with a bad escape", b'{"Name": "\\q"}'),
+        ("with a bad code point", b'{"Name": "\\u12x4"}'),
+        ("with a control character", b'{"Name": "a\x01b"}'),
+        ("with a line break in a string", b'{"Name": "a\nb"}'),
+        ("that is a list", b"[]"),
+        ("that is a string", b'"web"'),
+        ("that is a number", b"12"),
+        ("that is null", b"null"),
+        ("that is nothing but an object", b"{}"),
+        ("with something behind it", b'{"Name": "-bad-"} and more'),
+        ("with bytes that are no text", b'{"Name": "\xff\xfe"}'),
+        ("with half a surrogate pair", b'{"Name": "\\ud800"}'),
+        ("nested ten thousand deep", b'{"Labels": ' + b"[" * 10_001 + b"]" * 10_001 + b"}"),
+    )
+)
+
+WRONG_TYPES = tuple(
+    create(f"wrong type: {name}", body)
+    for name, body in (
+        ("a name that is a number", {"Name": 5}),
+        ("a name that is a list", {"Name": ["web"]}),
+        ("a name that is a boolean", {"Name": True}),
+        ("labels that are a list", {"Labels": []}),
+        ("labels with numbers", {"Labels": {"a": 1}}),
+        ("a template that is a string", {"TaskTemplate": "x"}),
+        ("an image that is an object", {"TaskTemplate": {"ContainerSpec": {"Image": {}}}}),
+        ("args that are a string", {"TaskTemplate": {"ContainerSpec": {"Args": "sleep 1"}}}),
+        ("args with numbers", {"TaskTemplate": {"ContainerSpec": {"Args": ["sleep", 1]}}}),
+        ("replicas that are a string", {"Mode": {"Replicated": {"Replicas": "3"}}}),
+        ("negative replicas", {"Mode": {"Replicated": {"Replicas": -1}}}),
+        ("replicas with a fraction", {"Mode": {"Replicated": {"Replicas": 1.5}}}),
+        ("replicas with an exponent", b'{"Mode": {"Replicated": {"Replicas": 1e3}}}'),
+        ("too many replicas for 64 bits", b'{"Mode": {"Replicated": {"Replicas": 18446744073709551616}}}'),
+        ("a delay that is a word", {"TaskTemplate": {"RestartPolicy": {"Delay": "5s"}}}),
+        ("attempts below zero", {"TaskTemplate": {"RestartPolicy": {"MaxAttempts": -1}}}),
+        ("memory with a unit", {"TaskTemplate": {"Resources": {"Limits": {"MemoryBytes": "64m"}}}}),
+        (
+            "memory beyond 64 bits",
+            b'{"TaskTemplate": {"Resources": {"Limits": {"MemoryBytes": 9223372036854775808}}}}',
+        ),
+        ("a port that is a string", {"EndpointSpec": {"Ports": [{"TargetPort": "80"}]}}),
+        ("a port beyond 32 bits", {"EndpointSpec": {"Ports": [{"TargetPort": 4294967296}]}}),
+        ("a negative port", {"EndpointSpec": {"Ports": [{"PublishedPort": -1}]}}),
+        ("ports that are an object", {"EndpointSpec": {"Ports": {}}}),
+        ("a mode that is a string", {"Mode": "global"}),
+        ("a condition that is a number", {"TaskTemplate": {"RestartPolicy": {"Condition": 1}}}),
+        ("an update order that is a number", {"UpdateConfig": {"Order": 1}}),
+        ("a ratio that is a string", {"UpdateConfig": {"MaxFailureRatio": "0.1"}}),
+        ("tty that is a string", {"TaskTemplate": {"ContainerSpec": {"TTY": "yes"}}}),
+        ("mounts that are strings", {"TaskTemplate": {"ContainerSpec": {"Mounts": ["a:b"]}}}),
+        ("a mount type that is a number", {"TaskTemplate": {"ContainerSpec": {"Mounts": [{"Type": 1}]}}}),
+        (
+            "a file mode below zero",
+            {"TaskTemplate": {"ContainerSpec": {"Secrets": [{"File": {"Mode": -1}}]}}},
+        ),
+        ("init that is a number", {"TaskTemplate": {"ContainerSpec": {"Init": 1}}}),
+        ("the second of two errors", {"TaskTemplate": {"ContainerSpec": {"TTY": 1, "Image": 2}}, "Name": 3}),
+        ("names in another case", {"NAME": 5}),
+    )
+)

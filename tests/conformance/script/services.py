@@ -1,0 +1,247 @@
+"""Services and their updates."""
+
+from tests.conformance.script.steps import IMAGE, SECOND, create, get, port, post, service
+
+SERVICES = (
+    create(
+        "a service",
+        service(
+            "web",
+            container={"Args": ["sleep", "1"], "Env": ["A=b"], "Init": False, "DNSConfig": {}},
+            task={"Resources": {"Limits": {}, "Reservations": {}}, "Placement": {}},
+            Labels={"l": "1"},
+            Mode={"Replicated": {"Replicas": 2}},
+            EndpointSpec={"Mode": "vip"},
+        ),
+        keep="web",
+    ),
+    create("a service with the same name", service("web")),
+    create("a service with the name in another case", service("WEB")),
+    create(
+        "a service with everything",
+        service(
+            "full",
+            container={
+                "Labels": {"a": "b"},
+                "Command": ["sh"],
+                "Args": ["-c", "true"],
+                "Hostname": "h-{{.Task.Slot}}",
+                "Env": ["X={{.Node.Hostname}}"],
+                "Dir": "/tmp",
+                "User": "1000:1000",
+                "Groups": ["7"],
+                "Privileges": {"SELinuxContext": {"Disable": True}},
+                "Init": True,
+                "StopSignal": "SIGINT",
+                "TTY": True,
+                "OpenStdin": True,
+                "ReadOnly": True,
+                "Mounts": [
+                    {"Type": "volume", "Source": "v", "Target": "/v", "VolumeOptions": {"NoCopy": True}},
+                    {
+                        "Target": "/b",
+                        "Source": "/etc",
+                        "ReadOnly": True,
+                        "BindOptions": {"NonRecursive": True},
+                    },
+                    {"Type": "tmpfs", "Target": "/t", "TmpfsOptions": {"SizeBytes": 1024, "Mode": 448}},
+                    {"Type": "bind", "Target": "/e", "Source": "/etc", "BindOptions": {}},
+                ],
+                "StopGracePeriod": 3 * SECOND,
+                "Healthcheck": {"Test": ["CMD-SHELL", "true"], "Interval": SECOND, "Retries": 2},
+                "Hosts": ["10.0.0.1 db"],
+                "DNSConfig": {"Nameservers": ["10.0.0.2"], "Search": ["x"], "Options": ["ndots:1"]},
+                "Secrets": [
+                    {
+                        "SecretID": "{s1}",
+                        "SecretName": "s1",
+                        "File": {"Name": "s1", "UID": "0", "GID": "0", "Mode": 292},
+                    }
+                ],
+                "Configs": [
+                    {
+                        "ConfigID": "{c1}",
+                        "ConfigName": "c1",
+                        "File": {"Name": "/c1", "UID": "0", "GID": "0", "Mode": 292},
+                    }
+                ],
+                "Isolation": "magic",
+                "Sysctls": {"net.core.somaxconn": "10"},
+                "CapabilityAdd": ["CAP_NET_ADMIN"],
+                "CapabilityDrop": ["CAP_CHOWN"],
+                "Ulimits": [{"Name": "nofile", "Hard": 100, "Soft": 50}],
+            },
+            task={
+                "Resources": {
+                    "Limits": {"NanoCPUs": 500_000_000, "MemoryBytes": 67_108_864, "Pids": 50},
+                    "Reservations": {
+                        "NanoCPUs": 1_000_000,
+                        "GenericResources": [
+                            {"DiscreteResourceSpec": {"Kind": "gpu", "Value": 1}},
+                            {"NamedResourceSpec": {"Kind": "card", "Value": "a"}},
+                        ],
+                    },
+                },
+                "RestartPolicy": {"Condition": "on-failure", "Delay": SECOND, "Window": SECOND},
+                "Placement": {
+                    "Constraints": ["node.role==manager"],
+                    "Preferences": [{"Spread": {"SpreadDescriptor": "node.labels.zone"}}],
+                    "MaxReplicas": 2,
+                    "Platforms": [{"Architecture": "amd64", "OS": "linux"}],
+                },
+                "Networks": [{"Target": "ov1", "Aliases": ["alias"], "DriverOpts": {"a": "b"}}],
+                "LogDriver": {"Name": "json-file", "Options": {"max-size": "1m"}},
+                "ForceUpdate": 3,
+            },
+            UpdateConfig={"Parallelism": 2, "Delay": SECOND, "MaxFailureRatio": 0.5},
+            RollbackConfig={"FailureAction": "continue", "Order": "start-first"},
+            EndpointSpec={
+                "Ports": [
+                    {"Name": "http", "TargetPort": 80, "PublishedPort": 8080},
+                    {"Protocol": "udp", "TargetPort": 53, "PublishedPort": 5353, "PublishMode": "host"},
+                    {"Protocol": "magic", "TargetPort": 90, "PublishMode": "magic"},
+                ]
+            },
+        ),
+        keep="full",
+    ),
+    get("the service with everything", "/v1.41/services/full"),
+    get("the service with everything and defaults", "/v1.41/services/full?insertDefaults=true"),
+    create("a global service", service("glob", Mode={"Global": {}}, task={"RestartPolicy": {}}), keep="glob"),
+    get("the global service", "/v1.41/services/glob"),
+    create("a job", service("job", Mode={"ReplicatedJob": {"MaxConcurrent": 2}}), keep="job"),
+    get("the job", "/v1.41/services/job"),
+    create("a global job", service("gjob", Mode={"GlobalJob": {}}), keep="gjob"),
+    get("the global job", "/v1.41/services/gjob"),
+    create(
+        "a service with nulls",
+        {
+            "Name": "nulls",
+            "Labels": None,
+            "TaskTemplate": {"ContainerSpec": {"Image": IMAGE, "Env": None, "Init": None}, "Placement": None},
+            "Mode": None,
+            "EndpointSpec": None,
+        },
+        keep="nulls",
+    ),
+    get("the service with nulls", "/v1.41/services/nulls"),
+    create(
+        "a service in strange case",
+        {"name": "cased", "tasktemplate": {"CONTAINERSPEC": {"image": IMAGE}}},
+        keep="cased",
+    ),
+    get("the service in strange case", "/v1.41/services/cased"),
+    create("a service with unknown fields", {**service("more"), "Bogus": 1}, keep="more"),
+    create("a port that another service has", service("other", EndpointSpec=port(PublishedPort=8080))),
+    create(
+        "a host port that another service has",
+        service("other", EndpointSpec=port(PublishedPort=8080, PublishMode="host")),
+    ),
+    create(
+        "an ingress port that another has on its host",
+        service("other", EndpointSpec=port(Protocol="udp", PublishedPort=5353)),
+    ),
+    create(
+        "a host port that another has too",
+        service("shares", EndpointSpec=port(Protocol="udp", PublishedPort=5353, PublishMode="host")),
+        keep="shares",
+    ),
+    get("the service", "/v1.41/services/web", keep="web"),
+    get("the service by its id", "/v1.41/services/{web}"),
+    get("the service by the beginning of its id", "/v1.41/services/{web.prefix}"),
+    get("the service by its name in another case", "/v1.41/services/WEB"),
+    get("the service with defaults", "/v1.41/services/web?insertDefaults=true"),
+    get("defaults that are no boolean", "/v1.41/services/web?insertDefaults=maybe"),
+    get("no such service", "/v1.41/services/nosuch"),
+    get("services by name", '/v1.41/services?filters={"name":["we"]}'),
+    get("services by mode", '/v1.41/services?filters={"mode":["global"]}'),
+    get("services by a mode that is none", '/v1.41/services?filters={"mode":["magic"]}'),
+    get("services by label", '/v1.41/services?filters={"label":["l=1"]}'),
+    get("services by a label without value", '/v1.41/services?filters={"label":["l"]}'),
+    get("services by runtime", '/v1.41/services?filters={"runtime":["plugin"]}'),
+    get("services with their status", '/v1.41/services?status=true&filters={"name":["web"]}'),
+    get("tasks of no service", '/v1.41/tasks?filters={"service":["nosuch"]}'),
+    get("tasks of no node", '/v1.41/tasks?filters={"node":["nosuch"]}'),
+    get("tasks in no state", '/v1.41/tasks?filters={"desired-state":["dancing"]}'),
+    get("tasks that should run", '/v1.41/tasks?filters={"desired-state":["running"],"service":["nulls"]}'),
+    get("no such task", "/v1.41/tasks/nosuch"),
+    get("logs of no service", "/v1.41/services/nosuch/logs?stdout=1"),
+    get("logs of no stream", "/v1.41/services/web/logs"),
+    get("logs with a strange tail", "/v1.41/services/web/logs?stdout=1&tail=some"),
+    get("logs with a negative tail", "/v1.41/services/web/logs?stdout=1&tail=-1"),
+    get("logs since nonsense", "/v1.41/services/web/logs?stdout=1&since=yesterday"),
+    get("logs of no task", "/v1.41/tasks/nosuch/logs?stdout=1"),
+)
+
+UPDATES = (
+    post("an update without version", "/v1.41/services/web/update", service("web")),
+    post("an update with a strange version", "/v1.41/services/web/update?version=x", service("web")),
+    post(
+        "an update with a version too large",
+        "/v1.41/services/web/update?version=18446744073709551616",
+        service("web"),
+    ),
+    post("an update with a negative version", "/v1.41/services/web/update?version=-1", service("web")),
+    post("a stale update", "/v1.41/services/web/update?version=1", service("web")),
+    post("an update of no service", "/v1.41/services/nosuch/update?version=1", service("web")),
+    post("another name", "/v1.41/services/web/update?version={web.version}", service("web9")),
+    post(
+        "another mode",
+        "/v1.41/services/web/update?version={web.version}",
+        service("web", Mode={"Global": {}}),
+    ),
+    post(
+        "an update with a bad image",
+        "/v1.41/services/web/update?version={web.version}",
+        service("web", image="A"),
+    ),
+    post("an update with broken JSON", "/v1.41/services/web/update?version=1", b"{bad}"),
+    post(
+        "an update to an unknown network",
+        "/v1.41/services/web/update?version=1",
+        service("web", task={"Networks": [{"Target": "nosuch"}]}),
+    ),
+    post(
+        "a rollback with nothing before",
+        "/v1.41/services/web/update?version={web.version}&rollback=previous",
+        service("web"),
+    ),
+    post(
+        "a strange rollback",
+        "/v1.41/services/web/update?version={web.version}&rollback=magic",
+        service("web"),
+    ),
+    post(
+        "strange credentials",
+        "/v1.41/services/web/update?version={web.version}&registryAuthFrom=magic",
+        service("web"),
+    ),
+    post(
+        "credentials from nothing before",
+        "/v1.41/services/web/update?version={web.version}&registryAuthFrom=previous-spec",
+        service("web"),
+    ),
+    get("the service before an update", "/v1.41/services/web", keep="web"),
+    post(
+        "an update",
+        "/v1.41/services/web/update?version={web.version}",
+        service("web", image="busybox:2", Labels={"n": "2"}),
+    ),
+    post(
+        "the same update again",
+        "/v1.41/services/web/update?version={web.version}",
+        service("web", image="busybox:2"),
+    ),
+    get("the service after the update", "/v1.41/services/web", keep="web"),
+    post(
+        "a rollback",
+        "/v1.41/services/web/update?version={web.version}&rollback=previous",
+        service("web", image="busybox:2"),
+    ),
+    get("the service after the rollback", "/v1.41/services/web", keep="web"),
+    post(
+        "new ports that are taken",
+        "/v1.41/services/web/update?version={web.version}",
+        service("web", EndpointSpec=port(PublishedPort=8080)),
+    ),
+)
