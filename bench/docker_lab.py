@@ -14,8 +14,8 @@ from typing import Any
 
 from bench.engine import Engine
 
-NAMESPACE = "skep-bench-docker"
-CGROUP = "skep-bench-docker"
+NAMESPACE = "docker-beside-skep"
+CGROUP = "docker-beside-skep"
 ADDRESS = "192.168.77.11"
 
 # dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
