@@ -6,6 +6,7 @@ whatever was left half done.
 """
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
@@ -93,7 +94,7 @@ class Gateway:
                     reserved.append(msgspec.structs.replace(port, published_port=number))
             netns = await self._namespaces.create(container_id, _CONTAINER_SYSCTLS)
             mac = mac_of(address)
-            await self._connect(container_id, netns, address, mac)
+            await self._connect(netns, address, mac)
             endpoint = Endpoint(
                 netns=str(netns),
                 address=str(address),
@@ -188,10 +189,10 @@ class Gateway:
         beside.rename(self._state)
         return subnet
 
-    async def _connect(self, id: ContainerId, netns: Path, address: IPv4Address, mac: str) -> None:
+    async def _connect(self, netns: Path, address: IPv4Address, mac: str) -> None:
         """A veth from the bridge to ``eth0`` in the container's namespace, with address and default route."""
         addresses = self._opened()
-        port = port_name(id)
+        port = new_port_name()
         with netns.open("rb") as namespace:
             async with self._namespaces.netlink(self._namespaces.home) as home:
                 await home.link(
@@ -227,9 +228,12 @@ class Gateway:
         return self._addresses
 
 
-def port_name(id: ContainerId) -> str:
-    """Name of a container's port on the bridge; the kernel takes 15 characters."""
-    return f"vs{id[:12]}"
+def new_port_name() -> str:
+    """Name of a container's port on the bridge; the kernel takes 15 characters.
+
+    Not made from the container's id: the port of an earlier start may take the kernel a moment to vanish.
+    """
+    return f"vs{secrets.token_hex(6)}"
 
 
 def _host_ports(address: str, ports: Sequence[PortConfig]) -> list[HostPort]:

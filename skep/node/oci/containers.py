@@ -12,12 +12,14 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.groups import errors_as_they_are
 from skep.errors import NotFound, SkepError
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME, timestamp
@@ -84,13 +86,14 @@ class Containers(ContainerReader):
 
         The containers go on when the block ends.
         """
-        async with asyncio.TaskGroup() as group:
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
             self._group = group
             for container in await asyncio.to_thread(self._bundles.load):
                 self._registry.add(container)
-            await self._network.restore(self._live_endpoints())
+            kept = self._kept_endpoints()
+            await self._network.restore(kept)
             for container in self._registry.list():
-                await self._adopt(container)
+                await self._adopt(container, has_network=container.id in kept)
             self._spawn(self._keep_logs_small(), name="log-rotation")
             try:
                 yield
@@ -143,7 +146,8 @@ class Containers(ContainerReader):
             if container.is_running:
                 return container
             try:
-                if container.was_started:  # again: its network was given back when it ended
+                if container.was_started:  # again: what it had was given back when it ended
+                    await self._wait_settled(id)
                     container = await self._ready_again(container)
                 started = await self._runtime.create(container)
                 self._registry.change(id, process=started.process, monitor=started.monitor)
@@ -235,6 +239,15 @@ class Containers(ContainerReader):
         self.events.publish("update", container)
         return container
 
+    def rotate_log(self, word: str) -> None:
+        """Begin a new log file, if the present one has reached its size.  Raises: NotFound."""
+        container = self.get(word)
+        current = self._bundles.log(container.id)
+        try:
+            logs.rotate(current, container.config.log, lambda: self._runtime.reopen_log(container.id))
+        except OSError as error:
+            log.warning("log not rotated", container=container.id, error=str(error))
+
     async def remove(self, word: str, *, force: bool = False) -> None:
         """Free everything it holds; ``force`` kills it first.
 
@@ -249,9 +262,7 @@ class Containers(ContainerReader):
                 )
             await self._signal(container, signal.SIGKILL)
             await self.wait(container.id)
-        watch = self._watches.get(container.id)
-        if watch is not None:
-            await asyncio.wait([watch])
+        await self._wait_settled(container.id)
         await self._discard(container.id)
         self.events.publish("destroy", container)
 
@@ -269,6 +280,12 @@ class Containers(ContainerReader):
         task = self._spawn(self._wait_and_settle(container), name=f"container-{container.id[:12]}")
         self._watches[container.id] = task
         task.add_done_callback(lambda _: self._watches.pop(container.id, None))
+
+    async def _wait_settled(self, id: ContainerId) -> None:
+        """Return when everything is freed that an ended container does not need."""
+        watch = self._watches.get(id)
+        if watch is not None:
+            await asyncio.wait([watch])
 
     async def _wait_and_settle(self, container: Container) -> None:
         """Wait for its end, free what only a running container needs, then say that it ended."""
@@ -327,43 +344,41 @@ class Containers(ContainerReader):
 
     # --- after a restart --------------------------------------------------------------------------------------
 
-    def _live_endpoints(self) -> Mapping[ContainerId, Endpoint]:
-        """Network places of the containers whose process is alive."""
+    def _kept_endpoints(self) -> Mapping[ContainerId, Endpoint]:
+        """Network places of the containers that run, or may still be started."""
         return {
             one.id: one.endpoint
             for one in self.list()
-            if one.endpoint is not None and one.process is not None and is_alive(one.process)
+            if one.endpoint is not None
+            and Path(one.endpoint.netns).is_mount()
+            and (not one.was_started or (one.process is not None and is_alive(one.process)))
         }
 
-    async def _adopt(self, container: Container) -> None:
+    async def _adopt(self, container: Container, *, has_network: bool) -> None:
         """Go on where the process before this one stopped."""
         if container.is_running:
             self._watch(container)  # settles at once what ended meanwhile
-            return
-        if container.state is not ContainerState.CREATED or container.was_started:
-            return
-        # Created, perhaps started a moment before the process ended: runc knows.
-        if container.process is not None and await self._runtime.status(container.id) in (
-            "running",
-            "stopped",
-        ):
-            started_at = timestamp(self._clock.now_ns())
-            self._watch(
-                self._registry.change(container.id, state=ContainerState.RUNNING, started_at=started_at)
-            )
-            return
-        await self._runtime.delete(container.id)
-        if container.endpoint is not None or container.process is not None:
-            await self._ready_or_failed(container)
+        elif not container.was_started:
+            await self._adopt_created(container, has_network=has_network)
 
-    async def _ready_or_failed(self, container: Container) -> None:
-        """A container that was made but never started gets its network anew; ``start`` may still come."""
-        container = self._registry.change(container.id, process=None, monitor=None, endpoint=None)
+    async def _adopt_created(self, container: Container, *, has_network: bool) -> None:
+        """Perhaps it was started a moment before the process ended: runc knows.  Otherwise make it ready anew."""
+        id = container.id
+        if container.process is not None and await self._runtime.status(id) in ("running", "stopped"):
+            started_at = timestamp(self._clock.now_ns())
+            container = self._registry.change(id, state=ContainerState.RUNNING, started_at=started_at)
+            self._watch(container)
+            return
+        await self._runtime.delete(id)
+        container = self._registry.change(id, process=None, monitor=None)
         try:
-            await self._ready_again(container)
+            if has_network:
+                await asyncio.to_thread(self._bundles.prepare, container)
+            elif not container.error:  # it could not be started, and its network was given back
+                await self._ready_again(container)
         except (SkepError, OSError) as error:
-            log.warning("container not ready again", container=container.id, error=str(error))
-            self._registry.change(container.id, error=str(error), exit_code=128)
+            log.warning("container not ready again", container=id, error=str(error))
+            self._registry.change(id, error=str(error), exit_code=128)
 
     # --- tasks ------------------------------------------------------------------------------------------------
 
@@ -382,14 +397,4 @@ class Containers(ContainerReader):
             await self._clock.sleep(LOG_SIZE_CHECK_S)
             for container in self.list():
                 if container.is_running and container.config.log.max_size_bytes:
-                    self._rotate(container)
-
-    def _rotate(self, container: Container) -> None:
-        try:
-            logs.rotate(
-                self._bundles.log(container.id),
-                container.config.log,
-                lambda: self._runtime.reopen_log(container.id),
-            )
-        except OSError as error:
-            log.warning("log not rotated", container=container.id, error=str(error))
+                    self.rotate_log(container.id)

@@ -1,0 +1,84 @@
+"""A machine with its executor, for tests of containers on real runc."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.node.executor.oci import OciExecutor
+from skep.node.oci.container import Container, ContainerConfig, ContainerWish, LogWish, Stream
+from skep.node.oci.containers import Containers
+from tests.runc_lab import IMAGE, IMAGE_ID, Lab
+
+
+@pytest.fixture
+async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
+    async with Lab(tmp_path).running() as lab:
+        yield lab
+
+
+@pytest.fixture
+async def executor(lab: Lab) -> AsyncIterator[OciExecutor]:
+    executor = lab.executor()
+    async with executor.running():
+        yield executor
+
+
+@pytest.fixture
+def containers(executor: OciExecutor) -> Containers:
+    return executor.containers
+
+
+@pytest.fixture
+def run(lab: Lab, containers: Containers) -> "Runner":
+    return Runner(lab, containers)
+
+
+class Runner:
+    """Makes containers of the lab's image."""
+
+    def __init__(self, lab: Lab, containers: Containers) -> None:
+        self.lab = lab
+        self.containers = containers
+
+    async def create(
+        self, *command: str, name: str = "", labels: dict[str, str] | None = None, **config: Any
+    ) -> Container:
+        return await self.containers.create(
+            ContainerWish(
+                name=name or f"c-{secrets.token_hex(4)}",
+                image=IMAGE,
+                image_id=IMAGE_ID,
+                layers=(str(self.lab.tree),),
+                labels=labels or {},
+                config=ContainerConfig(path=command[0], args=command[1:], **config),
+            )
+        )
+
+    async def start(self, *command: str, **config: Any) -> Container:
+        """A running container."""
+        return await self.containers.start((await self.create(*command, **config)).id)
+
+    async def output(self, *command: str, **config: Any) -> str:
+        """What a container that ends by itself prints on both streams."""
+        container = await self.start(*command, **config)
+        await self.containers.wait(container.id)
+        text = await self.logs(container)
+        await self.containers.remove(container.id)
+        return text
+
+    async def logs(self, container: Container, *streams: Stream) -> str:
+        wish = LogWish(streams=frozenset(streams or Stream))
+        return "".join([entry.data.decode() async for entry in self.containers.logs(container.id, wish)])
+
+
+async def eventually(condition: Callable[[], object], what: str, within_s: float = 10) -> None:
+    """Poll until ``condition`` holds; fails the test after ``within_s``."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        await asyncio.sleep(0.01)

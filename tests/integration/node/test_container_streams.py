@@ -1,0 +1,260 @@
+"""What goes into a container and comes out of it: logs, attach, exec."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.node.oci.attachment import Attachment
+from skep.node.oci.conmon import StartError
+from skep.node.oci.container import ExecConfig, LogConfig, LogEntry, LogWish, NotRunning, Stream
+from skep.node.oci.containers import Containers
+from tests.integration.node.conftest import Runner
+from tests.runc_lab import Lab
+
+
+async def everything(attachment: Attachment) -> dict[Stream, bytes]:
+    """All output until the process ends."""
+    output = {Stream.STDOUT: b"", Stream.STDERR: b""}
+    while (piece := await attachment.read()) is not None:
+        output[piece[0]] += piece[1]
+    attachment.close()
+    return output
+
+
+async def read_until(attachment: Attachment, text: bytes) -> bytes:
+    output = b""
+    while text not in output:
+        piece = await attachment.read()
+        assert piece is not None, f"it ended after {output!r}"
+        output += piece[1]
+    return output
+
+
+async def take(entries: AsyncIterator[LogEntry], number: int) -> list[bytes]:
+    found: list[bytes] = []
+    async for entry in entries:
+        found.append(entry.data)
+        if len(found) == number:
+            break
+    return found
+
+
+# --- logs --------------------------------------------------------------------------------------------------------
+
+
+async def test_both_streams_are_kept_apart_and_in_order(run: Runner, containers: Containers) -> None:
+    container = await run.start("sh", "-c", "echo one; sleep 0.1; echo two >&2; sleep 0.1; printf three")
+    await containers.wait(container.id)
+    assert await run.logs(container) == "one\ntwo\nthree\n"
+    assert await run.logs(container, Stream.STDERR) == "two\n"
+
+
+async def test_following_gives_every_line_and_ends_with_the_container(
+    run: Runner, containers: Containers
+) -> None:
+    container = await run.start("sh", "-c", "for i in 1 2 3 4 5; do echo $i; sleep 0.05; done")
+    lines = [entry.data async for entry in containers.logs(container.id, LogWish(follow=True))]
+    assert lines == [b"1\n", b"2\n", b"3\n", b"4\n", b"5\n"]
+
+
+async def test_following_a_container_that_is_not_started_yet_waits_for_it(
+    run: Runner, containers: Containers
+) -> None:
+    container = await run.create("sh", "-c", "echo hello")
+    async with asyncio.TaskGroup() as group:
+        lines = group.create_task(take(containers.logs(container.id, LogWish(follow=True)), 1))
+        await containers.start(container.id)
+    assert lines.result() == [b"hello\n"]
+
+
+async def test_tail_since_and_until_choose_lines(run: Runner, containers: Containers) -> None:
+    container = await run.start("sh", "-c", "for i in 1 2 3 4 5 6; do echo $i; sleep 0.02; done")
+    await containers.wait(container.id)
+    entries = [entry async for entry in containers.logs(container.id, LogWish())]
+    third = entries[2].timestamp_ns
+
+    async def chosen(**wish: int) -> bytes:
+        return b"".join([one.data async for one in containers.logs(container.id, LogWish(**wish))])
+
+    assert await chosen(tail=2) == b"5\n6\n"
+    assert await chosen(tail=0) == b""
+    assert await chosen(tail=100) == b"1\n2\n3\n4\n5\n6\n"
+    assert await chosen(since_ns=third) == b"3\n4\n5\n6\n"
+    assert await chosen(until_ns=third) == b"1\n2\n3\n"
+
+
+async def test_a_very_long_line_comes_whole(run: Runner, containers: Containers) -> None:
+    container = await run.start("sh", "-c", "yes x | head -c 100000 | tr '\\n' y; echo; echo next")
+    await containers.wait(container.id)
+    output = await run.logs(container)
+    assert output == "xy" * 50000 + "\nnext\n"
+
+
+async def test_rotation_loses_no_line(lab: Lab, run: Runner, containers: Containers) -> None:
+    """A follower and a later reader see each of 6,000 lines once, over many files."""
+    config = LogConfig(max_size_bytes=60_000, max_files=50)
+    container = await run.start(
+        "sh",
+        "-c",
+        "for i in $(seq 1 6000); do echo line $i; [ $((i % 100)) = 0 ] && sleep 0.02; done",
+        log=config,
+    )
+    expected = [f"line {number}\n".encode() for number in range(1, 6001)]
+    async with asyncio.TaskGroup() as group:
+        follower = group.create_task(take(containers.logs(container.id, LogWish(follow=True)), 6000))
+        while containers.get(container.id).is_running:
+            containers.rotate_log(container.id)
+            await asyncio.sleep(0.02)
+    assert follower.result() == expected
+    assert [entry.data async for entry in containers.logs(container.id, LogWish())] == expected
+    assert len(list((lab.paths.containers / container.id / "log").iterdir())) > 3
+
+
+async def test_only_so_many_old_logs_are_kept(lab: Lab, run: Runner, containers: Containers) -> None:
+    config = LogConfig(max_size_bytes=1000, max_files=2)
+    container = await run.start(
+        "sh", "-c", "for i in $(seq 1 500); do echo line $i; sleep 0.001; done; sleep 100", log=config
+    )
+    directory = lab.paths.containers / container.id / "log"
+    async with aclosing(containers.logs(container.id, LogWish(follow=True))) as entries:
+        async for entry in entries:
+            containers.rotate_log(container.id)
+            if entry.data == b"line 500\n":
+                break
+    assert {path.name for path in directory.iterdir()} <= {"current", "current.1"}
+    assert [one.data async for one in containers.logs(container.id, LogWish(tail=1))] == [b"line 500\n"]
+
+
+async def test_a_container_may_keep_no_logs(lab: Lab, run: Runner, containers: Containers) -> None:
+    container = await run.start("echo", "hello", log=LogConfig(type="none"))
+    await containers.wait(container.id)
+    assert await run.logs(container) == ""
+
+
+# --- attach ------------------------------------------------------------------------------------------------------
+
+
+async def test_an_attached_client_talks_to_the_process(run: Runner, containers: Containers) -> None:
+    container = await run.start("sh", "-c", "read a; echo got $a; read b; echo err $b >&2", open_stdin=True)
+    attachment = await containers.attach(container.id)
+    await attachment.write(b"one\n")
+    assert await read_until(attachment, b"\n") == b"got one\n"
+    attachment.close()
+    again = await containers.attach(container.id)
+    await again.write(b"two\n")
+    assert (await everything(again))[Stream.STDERR] == b"err two\n"
+
+
+async def test_a_terminal_has_the_size_it_is_given(run: Runner, containers: Containers) -> None:
+    command = "while :; do stty size; sleep 0.05; done"
+    container = await run.start("sh", "-c", command, tty=True, open_stdin=True)
+    attachment = await containers.attach(container.id)
+    await containers.resize(container.id, 33, 77)
+    assert b"33 77" in await read_until(attachment, b"33 77")
+    attachment.close()
+
+
+async def test_one_cannot_attach_to_what_does_not_run(run: Runner, containers: Containers) -> None:
+    container = await run.create("true")
+    with pytest.raises(NotRunning):
+        await containers.attach(container.id)
+
+
+# --- exec --------------------------------------------------------------------------------------------------------
+
+
+async def test_an_exec_has_its_own_streams_and_exit_code(run: Runner, containers: Containers) -> None:
+    container = await run.start("sleep", "100", env=("FROM=container",))
+    wish = ExecConfig(
+        command=("sh", "-c", "cat; echo $FROM $EXTRA; pwd; echo err >&2; exit 5"),
+        env=("EXTRA=exec",),
+        working_dir="/tmp",
+        attach_stdin=True,
+    )
+    id = containers.execs.create(container.id, wish)
+    assert containers.execs.get(id).exit_code is None
+    attachment = await containers.execs.start(id)
+    await attachment.write(b"input\n")
+    attachment.close_input()
+    output = await everything(attachment)
+    assert output == {Stream.STDOUT: b"input\ncontainer exec\n/tmp\n", Stream.STDERR: b"err\n"}
+    ended = await containers.execs.wait(id)
+    assert (ended.running, ended.exit_code) == (False, 5)
+
+
+async def test_an_exec_with_a_terminal(run: Runner, containers: Containers) -> None:
+    container = await run.start("sleep", "100")
+    id = containers.execs.create(container.id, ExecConfig(command=("sh",), tty=True, attach_stdin=True))
+    attachment = await containers.execs.start(id)
+    containers.execs.resize(id, 41, 99)
+    await attachment.write(b"stty size; exit 6\n")
+    assert b"41 99\r\n" in (await everything(attachment))[Stream.STDOUT]
+    assert (await containers.execs.wait(id)).exit_code == 6
+
+
+async def test_an_exec_runs_as_the_user_it_names(run: Runner, containers: Containers) -> None:
+    container = await run.start("sleep", "100")
+    id = containers.execs.create(container.id, ExecConfig(command=("id",), user="alice"))
+    output = await everything(await containers.execs.start(id))
+    assert output[Stream.STDOUT] == b"uid=1000(alice) gid=1001(alice) groups=50(staff),1001(alice)\n"
+    id = containers.execs.create(container.id, ExecConfig(command=("id",), user="nobody-knows"))
+    with pytest.raises(
+        InvalidArgument, match="unable to find user nobody-knows: no matching entries in passwd"
+    ):
+        await containers.execs.start(id)
+
+
+async def test_an_exec_that_cannot_start_keeps_dockers_exit_code(run: Runner, containers: Containers) -> None:
+    container = await run.start("sleep", "100")
+    id = containers.execs.create(container.id, ExecConfig(command=("nosuch",)))
+    with pytest.raises(StartError, match="executable file not found in \\$PATH"):
+        await containers.execs.start(id)
+    assert containers.execs.get(id).exit_code == 127
+
+
+async def test_a_detached_exec_goes_on_alone(run: Runner, containers: Containers) -> None:
+    container = await run.start("sleep", "100")
+    id = containers.execs.create(container.id, ExecConfig(command=("sh", "-c", "sleep 0.2; touch /tmp/done")))
+    (await containers.execs.start(id)).close()
+    assert containers.execs.get(id).running
+    assert (await containers.execs.wait(id)).exit_code == 0
+
+
+async def test_execs_end_with_their_container(run: Runner, containers: Containers) -> None:
+    container = await run.start("sleep", "100")
+    id = containers.execs.create(container.id, ExecConfig(command=("sleep", "100")))
+    attachment = await containers.execs.start(id)
+    await containers.kill(container.id)
+    assert await attachment.read() is None
+    attachment.close()
+    assert (await containers.execs.wait(id)).exit_code == 137
+
+
+async def test_an_exec_starts_once_and_needs_a_running_container(run: Runner, containers: Containers) -> None:
+    container = await run.create("sleep", "100")
+    with pytest.raises(NotRunning):
+        containers.execs.create(container.id, ExecConfig(command=("true",)))
+    await containers.start(container.id)
+    id = containers.execs.create(container.id, ExecConfig(command=("true",)))
+    (await containers.execs.start(id)).close()
+    with pytest.raises(FailedPrecondition):
+        await containers.execs.start(id)
+    await containers.remove(container.id, force=True)
+    with pytest.raises(NotFound, match="No such exec instance"):
+        containers.execs.get(id)
+
+
+async def test_top_shows_the_containers_processes_only(run: Runner, containers: Containers) -> None:
+    container = await run.start("sh", "-c", "sleep 77 & wait")
+    for _ in range(100):
+        listed = await containers.top(container.id)
+        if len(listed.processes) == 2:
+            break
+        await asyncio.sleep(0.02)
+    assert sorted(row[-1] for row in listed.processes) == ["sh -c sleep 77 & wait", "sleep 77"]
+    assert "PID" in listed.titles
+    with pytest.raises(InvalidArgument, match="Couldn't find PID field"):
+        await containers.top(container.id, "-o comm")

@@ -1,0 +1,135 @@
+"""Containers outlive the process that started them, and their monitors."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from skep.node.oci.container import ContainerState, LogWish
+from skep.node.oci.containers import Containers
+from skep.node.oci.processes import is_alive
+from tests.integration.node.conftest import Runner, eventually
+from tests.runc_lab import Lab
+
+
+async def test_a_restart_finds_running_containers_and_their_exit_code(lab: Lab) -> None:
+    first = lab.executor()
+    async with first.running():
+        run = Runner(lab, first.containers)
+        container = await run.start(
+            "sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.05; done; echo went; exit 9"
+        )
+    assert container.process is not None
+    assert is_alive(container.process)
+    second = lab.executor()
+    async with second.running():
+        assert second.containers.get(container.id) == container
+        (second.bundles.rootfs(container.id) / "tmp/go").touch()
+        ended = await second.containers.wait(container.id)
+        assert ended.exit_code == 9
+        lines = [entry.data async for entry in second.containers.logs(container.id, LogWish())]
+        assert lines == [b"went\n"]
+
+
+async def test_what_ended_while_nobody_looked_is_settled_at_the_next_start(lab: Lab) -> None:
+    first = lab.executor()
+    async with first.running():
+        container = await Runner(lab, first.containers).start("sh", "-c", "sleep 0.2; exit 6")
+        monitor = container.monitor
+    assert monitor is not None
+    await eventually(lambda: not is_alive(monitor), "it ended")
+    second = lab.executor()
+    async with second.running():
+        ended = await second.containers.wait(container.id)
+        assert (ended.state, ended.exit_code) == (ContainerState.EXITED, 6)
+        await second.containers.remove(container.id)
+    assert lab.remains() == []
+
+
+async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> None:
+    """A process of its own starts a container and is killed with SIGKILL, with its whole process group."""
+    script = textwrap.dedent(f"""
+        import asyncio, sys
+        from pathlib import Path
+        from skep.aio.clock import SystemClock
+        from skep.node.executor.assembly import oci_executor
+        from skep.node.network.namespaces import Namespaces
+        from skep.node.oci.container import ContainerConfig, ContainerWish
+        from skep.paths import Paths
+
+        async def main():
+            paths = Paths(Path({str(lab.paths.data)!r}), Path({str(lab.paths.run)!r}))
+            executor = oci_executor(paths, None, clock=SystemClock(), hostname="lab",
+                cgroup_parent={lab.cgroup_parent!r}, namespaces=Namespaces(paths.netns, Path({str(lab.home)!r})))
+            async with executor.running():
+                config = ContainerConfig(path="sleep", args=("100",))
+                made = await executor.containers.create(ContainerWish(
+                    name="c", image="i", image_id="i", layers=({str(lab.tree)!r},), config=config))
+                await executor.containers.start(made.id)
+                print("started", flush=True)
+                await asyncio.sleep(100)
+
+        asyncio.run(main())
+    """)
+    node = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert node.stdout is not None
+    assert await node.stdout.readline() == b"started\n"
+    os.killpg(node.pid, signal.SIGKILL)
+    await node.wait()
+    executor = lab.executor()
+    async with executor.running():
+        (container,) = executor.containers.list()
+        assert container.process is not None
+        assert container.monitor is not None
+        assert is_alive(container.process)
+        assert is_alive(container.monitor)
+        await executor.containers.kill(container.id)
+        assert (await executor.containers.wait(container.id)).exit_code == 137
+
+
+async def test_without_its_monitor_a_container_runs_on_and_its_exit_code_is_unknown(
+    run: Runner, containers: Containers
+) -> None:
+    container = await run.start("sh", "-c", "sleep 0.5; exit 4")
+    assert container.monitor is not None
+    assert container.process is not None
+    os.kill(container.monitor.pid, signal.SIGKILL)
+    await eventually(lambda: not is_alive(container.monitor), "the monitor is gone")  # type: ignore[arg-type]
+    assert is_alive(container.process)
+    assert containers.get(container.id).is_running
+    ended = await containers.wait(container.id)
+    assert ended.exit_code == 255
+    assert "monitor was lost" in ended.error
+
+
+async def test_a_container_that_was_made_but_not_started_can_be_started_after_a_restart(lab: Lab) -> None:
+    first = lab.executor()
+    async with first.running():
+        container = await Runner(lab, first.containers).create("sh", "-c", "exit 3")
+    second = lab.executor()
+    async with second.running():
+        await second.containers.start(container.id)
+        assert (await second.containers.wait(container.id)).exit_code == 3
+
+
+async def test_directories_without_a_record_are_removed(lab: Lab) -> None:
+    leftover = lab.paths.containers / ("f" * 64)
+    (leftover / "upper").mkdir(parents=True)
+    (leftover / "container.json").write_text('{"torn')
+    executor = lab.executor()
+    async with executor.running():
+        assert executor.containers.list() == []
+    assert not leftover.exists()
+
+
+async def test_monitors_sit_in_a_cgroup_of_their_own(lab: Lab, run: Runner) -> None:
+    container = await run.start("sleep", "100")
+    assert container.monitor is not None
+    lines = Path(f"/proc/{container.monitor.pid}/cgroup").read_text().splitlines()
+    places = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines}
+    assert places["memory" if "memory" in places else ""] == f"/{lab.cgroup_parent}/monitors"
