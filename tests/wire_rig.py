@@ -18,11 +18,12 @@ from skep.model.assignment import AssignmentSet
 from skep.model.ids import ClusterId, NodeId, TaskId, new_id
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import ManagerStatus, Node, NodeDescription, NodeRole, NodeSpec
-from skep.model.service import Platform, Resources
+from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
-from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
 from skep.node.agent import Agent
+from skep.node.joining import join
 from skep.node.local import Peer
 from skep.node.managers import ManagerList
 from skep.node.reports import Reports
@@ -31,13 +32,17 @@ from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
-from skep.security.tls import ServerTls
+from skep.security.tls import ServerTls, client_context
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import Channel, connected
 from skep.wire.server import serve
+from tests.builders import a_service, a_task
 
 MANAGER_ID = NodeId("manager0000000000000000m1")
 
@@ -136,6 +141,37 @@ async def until(condition: Callable[[], object], within_s: float = 10.0) -> None
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 -- the store's view announces nothing to a test
             await asyncio.sleep(0.005)
+
+
+async def a_worker(cluster: Cluster, directory: Path) -> KeyPair:
+    """The key pair of a node that joined."""
+    pair = await join(cluster.address, cluster.swarm.join_tokens.worker, SystemClock())
+    keypair.save(pair, directory)
+    return pair
+
+
+async def put(cluster: Cluster, *objects: msgspec.Struct) -> None:
+    """Write objects in one transaction."""
+    await cluster.store.update(lambda tx: [tx.put(object) for object in objects])
+
+
+def service_task(node: NodeId) -> tuple[Service, Task]:
+    """A service with a task that was just assigned to ``node``."""
+    service = a_service(f"web{new_id()[:6]}")
+    return service, a_task(new_id(), node=node, service=service, state=TaskState.ASSIGNED)
+
+
+@asynccontextmanager
+async def a_session(cluster: Cluster, pair: KeyPair) -> AsyncIterator[tuple[Channel, str]]:
+    """A connection with a registered session, by hand: gives the channel and the session's id."""
+    async with (
+        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        channel.stream(methods.SESSION) as call,
+    ):
+        await call.send(pb.SessionRequest(), end=True)
+        message = await call.receive()
+        assert message is not None
+        yield channel, message.session_id
 
 
 class FakeWorker:

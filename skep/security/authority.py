@@ -14,8 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from skep.aio.clock import Clock, SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.node import NodeRole
+from skep.model.times import SECOND_NS
 from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
 from skep.security.keys import load_private_key, new_private_key, private_pem
 
@@ -30,20 +32,25 @@ renew in a hot loop (4 minutes: 3,950 times a minute)."""
 
 CSR_BYTES_MAX = 16 * 1024
 
+_CLOCK = SystemClock()
+
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 
 class Authority:
     """A root certificate with its key: signs what nodes ask for."""
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+    def __init__(
+        self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, clock: Clock = _CLOCK
+    ) -> None:
         self._key = key
         self._certificate = certificate
+        self._clock = clock
 
     @classmethod
-    def create(cls, now: datetime | None = None) -> "Authority":
+    def create(cls, clock: Clock = _CLOCK) -> "Authority":
         """A new self-signed root, valid for 20 years."""
-        now = now or datetime.now(UTC)
+        now = _now(clock)
         key = new_private_key()
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, ROOT_NAME)])
         builder = (
@@ -58,10 +65,10 @@ class Authority:
             .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         )
-        return cls(key, builder.sign(key, hashes.SHA256()))
+        return cls(key, builder.sign(key, hashes.SHA256()), clock)
 
     @classmethod
-    def load(cls, key_pem: bytes, root_pem: bytes) -> "Authority":
+    def load(cls, key_pem: bytes, root_pem: bytes, clock: Clock = _CLOCK) -> "Authority":
         """The authority of an existing cluster.  Raises: FailedPrecondition: key and root do not belong together."""
         try:
             certificate = x509.load_pem_x509_certificate(root_pem)
@@ -70,7 +77,7 @@ class Authority:
         key = load_private_key(key_pem)
         if key.public_key() != certificate.public_key():
             raise FailedPrecondition("the root key does not belong to the cluster's root certificate")
-        return cls(key, certificate)
+        return cls(key, certificate, clock)
 
     @property
     def root_pem(self) -> bytes:
@@ -82,28 +89,16 @@ class Authority:
         """The root's private key, in clear."""
         return private_pem(self._key)
 
-    def sign(
-        self,
-        csr_pem: bytes,
-        identity: Identity,
-        lifetime: timedelta = NODE_LIFETIME,
-        now: datetime | None = None,
-    ) -> bytes:
+    def sign(self, csr_pem: bytes, identity: Identity, lifetime: timedelta = NODE_LIFETIME) -> bytes:
         """A certificate (PEM) for the public key in a request; everything else of the request is ignored.
 
         Raises: InvalidArgument: no usable request, or not signed by its own key.
         """
-        return self.issue(requested_key(csr_pem), identity, lifetime, now)
+        return self.issue(requested_key(csr_pem), identity, lifetime)
 
-    def issue(
-        self,
-        public_key: PublicKey,
-        identity: Identity,
-        lifetime: timedelta = NODE_LIFETIME,
-        now: datetime | None = None,
-    ) -> bytes:
+    def issue(self, public_key: PublicKey, identity: Identity, lifetime: timedelta = NODE_LIFETIME) -> bytes:
         """A certificate (PEM) that says: who holds this key is ``identity``."""
-        now = now or datetime.now(UTC)
+        now = _now(self._clock)
         unit = ROLE_NAMES[identity.role]
         names = [unit, identity.node_id]
         if identity.role is NodeRole.MANAGER:
@@ -166,6 +161,10 @@ def requested_key(csr_pem: bytes) -> PublicKey:
 def pem(certificate: x509.Certificate) -> bytes:
     """A certificate as PEM, with a newline at its end."""
     return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _now(clock: Clock) -> datetime:
+    return datetime.fromtimestamp(clock.now_ns() / SECOND_NS, UTC)
 
 
 def _key_usage(**uses: bool) -> x509.KeyUsage:

@@ -8,26 +8,37 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, Unauthenticated
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
+from skep.model.times import SECOND_NS
 from skep.security.authority import Authority
 from skep.security.identity import Identity, identity_of
 from skep.security.keys import new_private_key, signing_request
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+class AtNoon(SystemClock):
+    """A clock that shows ``NOW``."""
+
+    def now_ns(self) -> int:
+        return int(NOW.timestamp()) * SECOND_NS
+
+
 WORKER = Identity(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), role=NodeRole.WORKER)
 MANAGER = Identity(node_id=NodeId("m1"), cluster_id=ClusterId("c1"), role=NodeRole.MANAGER)
 
 
 @pytest.fixture(scope="module")
 def authority():
-    return Authority.create(NOW)
+    return Authority.create(AtNoon())
 
 
 def issued(authority: Authority, identity: Identity, **more: object) -> x509.Certificate:
     csr = signing_request(new_private_key())
-    return x509.load_pem_x509_certificate(authority.sign(csr, identity, now=NOW, **more))
+    return x509.load_pem_x509_certificate(authority.sign(csr, identity, **more))
 
 
 def names(certificate: x509.Certificate) -> list[str]:
@@ -94,7 +105,7 @@ def test_nothing_of_a_request_counts_but_its_key(authority):
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    pem = authority.sign(csr.public_bytes(serialization.Encoding.PEM), WORKER, now=NOW)
+    pem = authority.sign(csr.public_bytes(serialization.Encoding.PEM), WORKER)
     certificate = x509.load_pem_x509_certificate(pem)
     assert identity_of(certificate) == WORKER
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -107,7 +118,7 @@ def request_with(key, algorithm=None) -> bytes:
 
 def test_rsa_keys_of_engines_are_accepted(authority):
     key = rsa.generate_private_key(65537, 2048)
-    assert authority.sign(request_with(key, hashes.SHA256()), WORKER, now=NOW)
+    assert authority.sign(request_with(key, hashes.SHA256()), WORKER)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +153,7 @@ def test_an_authority_is_loaded_only_with_its_own_root(authority):
     again = Authority.load(authority.key_pem, authority.root_pem)
     assert again.root_pem == authority.root_pem
     with pytest.raises(FailedPrecondition, match="does not belong"):
-        Authority.load(authority.key_pem, Authority.create(NOW).root_pem)
+        Authority.load(authority.key_pem, Authority.create(AtNoon()).root_pem)
     with pytest.raises(FailedPrecondition, match="cannot be read"):
         Authority.load(b"nonsense", authority.root_pem)
 

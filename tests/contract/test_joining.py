@@ -1,0 +1,88 @@
+"""Becoming a node, over real mutual TLS on loopback."""
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+)
+from skep.model.node import Availability, Node, NodeRole
+from skep.node.joining import join, renew
+from skep.security.authority import Authority
+from skep.security.tls import joining_context
+from skep.security.tokens import join_token
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import connected
+from tests.wire_rig import (
+    Cluster,
+    a_worker,
+)
+
+CLOCK = SystemClock()
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+async def test_a_worker_token_makes_a_worker(cluster):
+    pair = await join(cluster.address, cluster.swarm.join_tokens.worker, CLOCK, Availability.DRAIN)
+    assert pair.identity.cluster_id == cluster.id
+    assert pair.identity.role is NodeRole.WORKER
+    node = cluster.node(pair.identity.node_id)
+    assert node.spec.availability is Availability.DRAIN
+    assert node.certificate is not None
+    assert node.certificate.state == "issued"
+
+
+async def test_a_wrong_token_is_refused_with_dockers_words(cluster):
+    wrong = join_token(cluster.authority.root_pem, "0" * 25)
+    with pytest.raises(InvalidArgument, match="A valid join token is necessary to join this cluster"):
+        await join(cluster.address, wrong, CLOCK)
+    assert len(cluster.view.find(Node)) == 1
+
+
+async def test_a_token_of_another_cluster_is_noticed_before_the_secret_is_sent(cluster):
+    foreign = join_token(Authority.create().root_pem, "0" * 25)
+    with pytest.raises(FailedPrecondition, match="remote CA does not match fingerprint"):
+        await join(cluster.address, foreign, CLOCK)
+
+
+async def test_no_token_at_all_is_an_invalid_argument(cluster):
+    with pytest.raises(InvalidArgument, match="invalid join token"):
+        await join(cluster.address, "SWMTKN-1-x-y", CLOCK)
+
+
+async def test_a_second_manager_is_refused_with_a_sentence(cluster):
+    with pytest.raises(FailedPrecondition, match="does not take further managers yet"):
+        await join(cluster.address, cluster.swarm.join_tokens.manager, CLOCK)
+
+
+async def test_a_node_renews_with_its_certificate_alone(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    renewed = await renew(cluster.address, pair, CLOCK)
+    assert renewed.identity == pair.identity
+    assert renewed.key_pem != pair.key_pem
+
+
+async def test_a_removed_node_cannot_renew(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    await cluster.store.update(lambda tx: tx.delete(Node, pair.identity.node_id))
+    with pytest.raises(PermissionDenied, match="not part of this swarm"):
+        await renew(cluster.address, pair, CLOCK)
+
+
+@pytest.mark.parametrize("csr", [b"", b"nonsense", b"-----BEGIN CERTIFICATE REQUEST-----\nAA==\n"])
+async def test_a_request_that_cannot_be_read_gets_no_certificate(cluster, csr):
+    token = cluster.swarm.join_tokens.worker
+    context = joining_context(cluster.authority.root_pem)
+    async with connected(cluster.address, context, "swarm-ca") as channel:
+        with pytest.raises(InvalidArgument, match="certificate request"):
+            await channel.call(
+                methods.ISSUE_NODE_CERTIFICATE, pb.IssueNodeCertificateRequest(csr=csr, token=token)
+            )

@@ -1,0 +1,119 @@
+"""Logs of tasks, from nodes to readers."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from skep.manager.logbroker.broker import IncompleteLogs
+from skep.model.logs import LogLine, LogQuery, LogStream
+from skep.model.node import NodeState
+from skep.model.task import Task, TaskState
+from tests.builders import a_task
+from tests.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    a_worker,
+    an_agent,
+    put,
+    service_task,
+    until,
+)
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+def a_line(task: Task, text: bytes, **more: object) -> LogLine:
+    return LogLine(task_id=task.id, stream=LogStream.STDERR, timestamp_ns=5, data=text, **more)
+
+
+async def test_a_subscription_brings_the_lines_of_a_services_tasks(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, task = service_task(agent.node_id)
+        await put(cluster, service, task)
+        worker.lines = [a_line(task, b"one\n", attrs={"k": "v"}), a_line(task, b"two")]
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+        query = LogQuery(services=(service.id,), tail=5, since_ns=3, streams=(LogStream.STDERR,))
+        lines = [line async for line in cluster.logs.subscribe(query)]
+        assert [line.data for line in lines] == [b"one\n", b"two"]
+        assert lines[0].node_id == agent.node_id
+        assert lines[0].service_id == service.id
+        assert lines[0].attrs == {"k": "v"}
+        assert lines[0].stream is LogStream.STDERR
+        assert worker.queries == [query]
+
+
+async def test_a_followed_subscription_ends_on_the_node_when_its_reader_goes(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, task = service_task(agent.node_id)
+        await put(cluster, service, task)
+        worker.lines = [a_line(task, b"one\n")]
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+        async with aclosing(cluster.logs.subscribe(LogQuery(tasks=(task.id,), follow=True))) as lines:
+            assert (await anext(lines)).data == b"one\n"
+            worker.lines.append(a_line(task, b"later\n"))
+            worker.more_lines.set()
+            assert (await anext(lines)).data == b"later\n"
+        await until(lambda: worker.closed_logs == 1)
+
+
+async def test_a_follower_hears_of_tasks_that_come_later(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, task = service_task(agent.node_id)
+        worker.lines = [a_line(task, b"one\n")]
+        await put(cluster, service)
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+        async with aclosing(cluster.logs.subscribe(LogQuery(services=(service.id,), follow=True))) as lines:
+            first = asyncio.ensure_future(anext(lines))
+            await asyncio.sleep(0.02)
+            await put(cluster, task)
+            assert (await asyncio.wait_for(first, 5)).data == b"one\n"
+
+
+async def test_nodes_that_do_not_answer_are_named(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    service, task = service_task(pair.identity.node_id)
+    unscheduled = a_task("t-nowhere", service=service, state=TaskState.PENDING)
+    await put(cluster, service, task, unscheduled)
+    with pytest.raises(IncompleteLogs) as caught:
+        async for _ in cluster.logs.subscribe(LogQuery(services=(service.id,))):
+            pass
+    assert f"node {pair.identity.node_id} is not available" in str(caught.value)
+    assert "task t-nowhere has not been scheduled" in str(caught.value)
+
+
+async def test_lines_of_other_nodes_tasks_are_dropped(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, task = service_task(agent.node_id)
+        foreign_service, foreign = service_task(MANAGER_ID)
+        await put(cluster, service, task, foreign_service, foreign)
+        worker.lines = [a_line(foreign, b"forged\n"), a_line(task, b"own\n")]
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+        lines = [line async for line in cluster.logs.subscribe(LogQuery(tasks=(task.id,)))]
+        assert [line.data for line in lines] == [b"own\n"]
+
+
+async def test_a_slow_reader_holds_up_only_itself(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, task = service_task(agent.node_id)
+        await put(cluster, service, task)
+        worker.lines = [a_line(task, b"x" * 1000)] * 20_000
+        await until(lambda: agent.node_id in cluster.logs._listeners)
+        async with aclosing(cluster.logs.subscribe(LogQuery(tasks=(task.id,), follow=True))) as lines:
+            await anext(lines)
+            worker.report(task.id, TaskState.RUNNING)
+            await cluster.until(lambda view: view.get(Task, task.id).status.state is TaskState.RUNNING)
+            session = cluster.node(agent.node_id).session
+            await asyncio.sleep(1)  # several graces of heartbeats
+            assert cluster.node(agent.node_id).session == session
+            assert cluster.node(agent.node_id).status.state is NodeState.READY
+        await until(lambda: worker.closed_logs == 1)

@@ -1,0 +1,98 @@
+"""Sessions between nodes and a manager: registering, heartbeats, silence."""
+
+import asyncio
+
+import pytest
+
+from skep.errors import (
+    InvalidArgument,
+    PermissionDenied,
+)
+from skep.model.node import Node, NodeState
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from tests.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    a_session,
+    a_worker,
+    an_agent,
+    until,
+)
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+async def test_a_node_that_registers_is_ready_and_described(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        node = cluster.node(agent.node_id)
+        assert node.status.state is NodeState.READY
+        assert node.status.addr == "127.0.0.1"
+        assert node.description.hostname == "worker"
+        assert node.description.tls_info.trust_root == cluster.authority.root_pem.decode()
+        assert node.session is not None
+        assert node.session.manager_id == MANAGER_ID
+        assert [peer.addr for peer in agent.managers] == [cluster.address]
+
+
+async def test_a_node_that_goes_silent_is_down_after_its_grace(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        await asyncio.sleep(0)
+    assert cluster.node(agent.node_id).status.state is NodeState.READY  # a broken session is not a dead node
+    await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.DOWN)
+    assert cluster.node(agent.node_id).status.message == "heartbeat failure"
+
+
+async def test_a_node_that_returns_is_ready_again(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        pass
+    await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.DOWN)
+    async with an_agent(cluster, pair, tmp_path, worker):
+        assert cluster.node(agent.node_id).status.state is NodeState.READY
+
+
+async def test_heartbeats_keep_a_node_ready(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        session = cluster.node(agent.node_id).session
+        await asyncio.sleep(1.5)  # seven periods, twice the grace
+        node = cluster.node(agent.node_id)
+        assert node.status.state is NodeState.READY
+        assert node.session == session
+
+
+async def test_a_removed_node_gets_no_session(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    await cluster.store.update(lambda tx: tx.delete(Node, pair.identity.node_id))
+    with pytest.raises(PermissionDenied, match="was removed"):
+        async with a_session(cluster, pair):
+            pass
+
+
+async def test_a_second_session_ends_the_first(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with (
+        a_session(cluster, pair) as (channel, earlier),
+        a_session(cluster, pair) as (_, later),
+    ):
+        assert earlier != later
+        with pytest.raises(InvalidArgument, match="session invalid"):
+            await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=earlier))
+        await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=later))
+
+
+async def test_a_manager_without_a_quorum_takes_no_session_and_gives_up_those_it_has(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        cluster.store.cut()
+        await until(lambda: not agent.registered.is_set())
+        cluster.store.mend()
+        async with asyncio.timeout(10):
+            await agent.registered.wait()
