@@ -84,10 +84,9 @@ def _parse_leniently(body: bytes) -> Any:
         raise InvalidArgument(problem)
     text = body[: gosyntax.end_of_first_value(body)].decode(errors="replace")
     try:
-        value = json.loads(text, parse_float=_Fraction, parse_int=_integer)
+        return _without_surrogates(json.loads(text, parse_float=_Fraction, parse_int=_integer))
     except (ValueError, RecursionError):
         raise InvalidArgument("exceeded max depth") from None
-    return _without_surrogates(value)
 
 
 def _integer(digits: str) -> int | _Fraction:

@@ -65,6 +65,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MAX_BODY_BYTES = 4 * 1024 * 1024
 """Bound of a request that is read as a whole (DESIGN, "Conventions"); streams are read by ``request.content``."""
 
+_HEAD_BYTES_MAX = 1024 * 1024
+"""Bound of a request's first line and of each header, as the engine's: filters may name hundreds of objects."""
+
 _LARGE_BODY = 64 * 1024
 """Bodies above this are decoded in a thread, so that they never hold the loop."""
 
@@ -104,7 +107,14 @@ def runner(app: web.Application) -> web.AppRunner:
 
     A handler is cancelled when its client has gone, so that a stream nobody reads ends at once.
     """
-    return web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
+    return web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=2.0,
+        max_line_size=_HEAD_BYTES_MAX,
+        max_field_size=_HEAD_BYTES_MAX,
+    )
 
 
 def api_version(request: web.Request) -> ApiVersion:

@@ -1,9 +1,11 @@
-"""A manager's API on a store in memory, with a cluster of one node."""
+"""A manager's API on a store in memory or on a real etcd, with a cluster of one node."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 from aiohttp import web
 
@@ -26,7 +28,11 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens
+from skep.model.times import timestamp
+from skep.store.etcd import initialize, new_wrapping_key, open_store
+from skep.store.interface import Store, Transaction
 from skep.store.memory import MemoryStore
+from tests.etcd_rig import a_member, member_settings
 
 
 class CannedLogs:
@@ -43,10 +49,14 @@ class CannedLogs:
 
 
 @asynccontextmanager
-async def a_manager_api(logs: CannedLogs | None = None) -> AsyncIterator[ManagerApi]:
-    """What the routes need, on a founded cluster; events are followed."""
+async def a_manager_api(
+    logs: CannedLogs | None = None, store: Store | None = None
+) -> AsyncIterator[ManagerApi]:
+    """What the routes need, on a founded cluster: one in memory, or that of ``store``."""
     clock = SystemClock()
-    store = MemoryStore(clock)
+    if store is None:
+        store = MemoryStore(clock)
+        await store.update(found)
     api = ManagerApi(
         store=store,
         logs=logs or CannedLogs(),
@@ -54,18 +64,6 @@ async def a_manager_api(logs: CannedLogs | None = None) -> AsyncIterator[Manager
         clock=clock,
         new_id=new_id,
         new_name=names_from(Random(1)),
-    )
-    await store.update(
-        found_swarm,
-        ClusterId(new_id()),
-        DEFAULT_SWARM_SPEC,
-        the_node(),
-        tls_info=TLSInfo(
-            trust_root="-----BEGIN CERTIFICATE-----\n", cert_issuer_subject=b"a", cert_issuer_public_key=b"b"
-        ),
-        join_tokens=JoinTokens(worker="SWMTKN-1-a-b", manager="SWMTKN-1-a-c"),
-        new_id=new_id,
-        now=api.now(),
     )
     async with asyncio.TaskGroup() as group:
         following = group.create_task(api.events.run())
@@ -76,9 +74,37 @@ async def a_manager_api(logs: CannedLogs | None = None) -> AsyncIterator[Manager
 
 
 @asynccontextmanager
-async def a_manager(logs: CannedLogs | None = None) -> AsyncIterator[web.Application]:
+async def a_store_on_etcd() -> AsyncIterator[Store]:
+    """A real etcd with a founded cluster in it."""
+    with TemporaryDirectory(prefix="skep-etcd-", dir="/tmp") as folder:
+        settings = member_settings(Path(folder))
+        key = new_wrapping_key()
+        async with a_member(settings).running():
+            await initialize(settings.socket, key, SystemClock(), found)
+            async with open_store(settings.socket, NodeId("m1"), key, SystemClock()) as store:
+                yield store
+
+
+def found(tx: Transaction) -> None:
+    """A cluster of one node."""
+    found_swarm(
+        tx,
+        ClusterId(new_id()),
+        DEFAULT_SWARM_SPEC,
+        the_node(),
+        tls_info=TLSInfo(
+            trust_root="-----BEGIN CERTIFICATE-----\n", cert_issuer_subject=b"a", cert_issuer_public_key=b"b"
+        ),
+        join_tokens=JoinTokens(worker="SWMTKN-1-a-b", manager="SWMTKN-1-a-c"),
+        new_id=new_id,
+        now=timestamp(SystemClock().now_ns()),
+    )
+
+
+@asynccontextmanager
+async def a_manager(store: Store | None = None) -> AsyncIterator[web.Application]:
     """The application of ``a_manager_api``."""
-    async with a_manager_api(logs) as api:
+    async with a_manager_api(store=store) as api:
         yield application(api)
 
 

@@ -17,9 +17,10 @@ from skep.api.errors import status_of
 from skep.api.swarm_requests import Interface, founding, joining
 from skep.errors import SkepError
 from skep.model.swarm import InitRequest, JoinRequest
+from skep.store.interface import Store
 from tests.conformance import script
 from tests.conformance.exchange import Memory, Recorded, recorded, request_of
-from tests.conformance.manager import a_manager
+from tests.conformance.manager import a_manager, a_store_on_etcd
 from tests.conformance.script import IN_SWARM, INITS, Step
 
 FOLDER = Path(__file__).parent
@@ -49,15 +50,20 @@ def recording(name: str) -> dict[str, Recorded]:
     return {answer.name: answer for answer in answers}
 
 
-@pytest.fixture(scope="module")
-def answers() -> dict[str, Recorded]:
+@pytest.fixture(scope="module", params=["memory", pytest.param("etcd", marks=pytest.mark.needs("etcd"))])
+def answers(request: pytest.FixtureRequest) -> dict[str, Recorded]:
     """What a manager answers to the whole script, in order."""
-    return asyncio.run(ask_everything())
+    return asyncio.run(ask_everything() if request.param == "memory" else ask_everything_on_etcd())
 
 
-async def ask_everything() -> dict[str, Recorded]:
+async def ask_everything_on_etcd() -> dict[str, Recorded]:
+    async with a_store_on_etcd() as store:
+        return await ask_everything(store)
+
+
+async def ask_everything(store: Store | None = None) -> dict[str, Recorded]:
     memory = Memory()
-    async with a_manager() as app, TestClient(TestServer(app)) as client:
+    async with a_manager(store) as app, TestClient(TestServer(app)) as client:
         memory.keep("node", (await (await client.get("/nodes")).json())[0])
         return {
             step.name: await ask(client, step, memory) for step in IN_SWARM if step.name not in OF_THE_NODE

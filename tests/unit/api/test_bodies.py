@@ -52,6 +52,18 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character():
     assert decode_body(b'{"Name": "a\\ud800"}', ServiceSpec).name == "a�"
 
 
+@pytest.mark.parametrize("depth", [200, 900, 1_100, 5_000, 9_990])
+def test_nesting_is_no_danger(depth):
+    nested = b"[" * depth + b"]" * depth
+    for body in (
+        b'{"Bogus": ' + nested + b"}",
+        b'{"Bogus": ' + nested + b"} x",
+        b'{"Bogus": ' + nested + b', "Name": "\xff"}',
+    ):
+        with suppress(InvalidArgument):
+            decode_body(body, ServiceSpec)
+
+
 def test_data_are_base64_with_line_breaks():
     assert decode_body(b'{"Data": "aGVs\\nbG8="}', ConfigSpec).data == b"hello"
 

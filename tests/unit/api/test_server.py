@@ -3,10 +3,10 @@
 from io import BytesIO
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, UnixConnector, web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import ApiVersion, Routes, application, json_answer, json_list_answer, read_json
+from skep.api.server import ApiVersion, Routes, application, json_answer, json_list_answer, read_json, runner
 from skep.errors import AlreadyExists, FailedPrecondition, NotFound, OutOfSequence, Unavailable
 from skep.model.service import ServiceSpec
 
@@ -110,6 +110,24 @@ async def test_lists_of_any_length_are_whole(client, count):
     answer = await client.get(f"/numbers/{count}")
     assert await answer.json() == list(range(count))
     assert (await answer.text()).endswith("]\n")
+
+
+async def test_a_request_may_name_many_objects(tmp_path):
+    """`docker service ps` with hundreds of services sends all their ids in one line."""
+    table = Routes()
+
+    @table.get("/length")
+    async def length(request: web.Request) -> web.StreamResponse:
+        return json_answer(len(request.query["filters"]))
+
+    socket = str(tmp_path / "api.sock")
+    serves = runner(application(table))
+    await serves.setup()
+    await web.UnixSite(serves, socket).start()
+    async with ClientSession("http://api", connector=UnixConnector(socket)) as session:
+        answer = await session.get("/length", params={"filters": "x" * 500_000})
+        assert await answer.json() == 500_000
+    await serves.cleanup()
 
 
 async def test_a_body_over_the_bound_is_refused(client):
