@@ -37,7 +37,7 @@ def read(content: bytes) -> Elf | None:
         segments = _segments(content)
         interpreter = next((_text(content, s.offset) for s in segments if s.type == _PT_INTERP), "")
         return Elf(interpreter, _needed(content, segments))
-    except (struct.error, IndexError) as error:
+    except (struct.error, OverflowError) as error:
         raise ValueError(f"damaged ELF file: {error}") from error
 
 
