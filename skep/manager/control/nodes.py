@@ -15,8 +15,6 @@ from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState, Reachability
-from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import Timestamp
 from skep.store.interface import Transaction
 
 E = TypeVar("E", bound=Enum)
@@ -65,8 +63,8 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
     return tx.put(replace(node, spec=spec))
 
 
-def remove_node(tx: Transaction, id: NodeId, *, force: bool, now: Timestamp) -> None:
-    """Forget a node.  Its tasks are orphaned: nobody will ever report on them again.
+def remove_node(tx: Transaction, id: NodeId, *, force: bool) -> None:
+    """Forget a node.  The leader then orphans its tasks, on which nobody will ever report again.
 
     Raises:
         NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.
@@ -79,16 +77,7 @@ def remove_node(tx: Transaction, id: NodeId, *, force: bool, now: Timestamp) -> 
         )
     if not force and node.status.state is NodeState.READY:
         raise FailedPrecondition(f"node {id} is not down and can't be removed")
-    for task in tx.find(Task, node_id=id):
-        if task.status.state < TaskState.COMPLETE:
-            tx.put(replace(task, status=_orphaned(now)))
     tx.delete(Node, id)
-
-
-def _orphaned(now: Timestamp) -> TaskStatus:
-    return TaskStatus(
-        timestamp=now, state=TaskState.ORPHANED, message="Task belonged to a node that has been deleted"
-    )
 
 
 def _check_demotion(tx: Transaction, node: Node) -> None:

@@ -82,7 +82,6 @@ async def update_node(request: web.Request) -> web.StreamResponse:
 @routes.delete("/nodes/{id}")
 async def remove_node(request: web.Request) -> web.StreamResponse:
     """Forget a node that is down (or, with ``force``, any worker)."""
-    manager = manager_of(request)
     node = (await current_view(request)).resolve(Node, request.match_info["id"])
-    await manager.update(control.remove_node, node.id, force=flag(request, "force"), now=manager.now())
+    await manager_of(request).update(control.remove_node, node.id, force=flag(request, "force"))
     return web.Response()

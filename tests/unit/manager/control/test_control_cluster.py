@@ -21,11 +21,9 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import DEFAULT_SWARM_SPEC, CAConfig, EncryptionConfig, JoinTokens, Swarm, SwarmSpec
-from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
 from skep.security.tokens import check_root, parse_token
 from skep.store.memory import MemoryStore
-from tests.builders import a_task
 
 NOW = Timestamp("2026-01-02T03:04:05Z")
 ROOT = "-----BEGIN CERTIFICATE-----\n"
@@ -148,16 +146,6 @@ async def test_a_manager_among_three_can_be_demoted(store):
 async def test_a_node_that_is_up_is_removed_by_force_only(store):
     await store.update(lambda tx: tx.put(Node(id=NodeId("w1"), status=NodeStatus(state=NodeState.READY))))
     with pytest.raises(FailedPrecondition, match="node w1 is not down and can't be removed"):
-        await store.update(remove_node, NodeId("w1"), force=False, now=NOW)
-    await store.update(remove_node, NodeId("w1"), force=True, now=NOW)
+        await store.update(remove_node, NodeId("w1"), force=False)
+    await store.update(remove_node, NodeId("w1"), force=True)
     assert store.view().lookup(Node, "w1") is None
-
-
-async def test_tasks_of_a_removed_node_are_orphaned(store):
-    task = a_task(node="w1", state=TaskState.RUNNING)
-    done = a_task(node="w1", state=TaskState.FAILED)
-    node = Node(id=NodeId("w1"), status=NodeStatus(state=NodeState.DOWN))
-    await store.update(lambda tx: [tx.put(node), tx.put(task), tx.put(done)])
-    await store.update(remove_node, NodeId("w1"), force=False, now=NOW)
-    assert store.view().get(Task, task.id).status.state is TaskState.ORPHANED
-    assert store.view().get(Task, done.id).status.state is TaskState.FAILED
