@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpclib.client import Channel as GrpcChannel
 from grpclib.client import Stream
 from grpclib.config import Configuration
@@ -137,6 +137,8 @@ def _answer_of(stream: Stream[Any, Any], address: str) -> Iterator[None]:
             if stream._send_request_done:
                 stream._maybe_raise()
             raise
+        except AssertionError as error:  # grpclib's way to say that a message ended early
+            raise DecodeError("the message is incomplete") from error
 
 
 async def _end(stream: Stream[Any, Any]) -> None:

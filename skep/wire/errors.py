@@ -5,8 +5,10 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from google.protobuf.message import DecodeError
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
+from h2.exceptions import H2Error
 
 from skep import errors
 from skep.errors import SkepError
@@ -31,6 +33,9 @@ _ERROR_OF: dict[Status, type[SkepError]] = {
     Status.ABORTED: errors.Unavailable,
     Status.CANCELLED: errors.Unavailable,
 }
+
+LOST_PEER = (StreamTerminatedError, ProtocolError, H2Error, OSError, asyncio.IncompleteReadError)
+"""What using a connection raises when its other end is gone or has closed the stream."""
 
 _MESSAGE_CHARACTERS_MAX = 2048
 """A status message travels as a header; many peers refuse headers over 8 KiB."""
@@ -61,5 +66,7 @@ def peer_errors(address: str) -> Iterator[None]:
         raise errors.Unavailable(f"{address} did not answer in time") from error
     except ssl.SSLCertVerificationError as error:
         raise errors.Unavailable(f"{address} is not trusted: {error.verify_message}") from error
-    except (StreamTerminatedError, ProtocolError, OSError, asyncio.IncompleteReadError) as error:
-        raise errors.Unavailable(f"{address}: {error}") from error
+    except LOST_PEER as error:
+        raise errors.Unavailable(f"{address}: {error or type(error).__name__}") from error
+    except DecodeError as error:
+        raise errors.Unavailable(f"{address} sent something that cannot be decoded") from error

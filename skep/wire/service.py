@@ -19,7 +19,7 @@ from grpclib.server import Stream
 
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
 from skep.wire.access import Caller
-from skep.wire.errors import to_status
+from skep.wire.errors import LOST_PEER, to_status
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
 
 log = structlog.get_logger(__name__)
@@ -94,6 +94,8 @@ async def run_handler(handler: Handler, stream: Stream[Any, Any], caller: Caller
         raise
     except TimeoutError as error:
         raise GRPCError(Status.DEADLINE_EXCEEDED, "the call took too long") from error
+    except LOST_PEER as error:
+        raise GRPCError(Status.UNAVAILABLE, "the peer is gone") from error
     except Exception as error:
         log.exception("call failed", method=handler.method.path, peer=caller.address)
         raise GRPCError(Status.INTERNAL, "internal error") from error

@@ -1,9 +1,14 @@
 """Who may call what, and how much they may send."""
 
+import asyncio
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from skep.errors import (
     FailedPrecondition,
+    InvalidArgument,
     NotFound,
     PermissionDenied,
     ResourceExhausted,
@@ -12,10 +17,11 @@ from skep.errors import (
 )
 from skep.model.ids import new_id
 from skep.model.node import NodeRole
+from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import connected
+from skep.wire.client import connected, split_address
 from tests.wire_rig import (
     Cluster,
     a_worker,
@@ -100,3 +106,61 @@ async def test_a_stranger_may_send_little(cluster):
             await channel.call(
                 methods.ISSUE_NODE_CERTIFICATE, pb.IssueNodeCertificateRequest(csr=b"x" * 100_000)
             )
+
+
+async def say(cluster: Cluster, words: bytes, pair: KeyPair) -> bytes:
+    """Say something over TLS that is no gRPC; gives what came back until the end."""
+    host, port = split_address(cluster.address)
+    reader, writer = await asyncio.open_connection(
+        host, port, ssl=client_context(pair), server_hostname="swarm-manager"
+    )
+    writer.write(words)
+    try:
+        async with asyncio.timeout(5):
+            return await reader.read(65536)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        bytes(range(256)) * 64,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 4096,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00" + b"\x00\x00\x04\xfe" * 200,
+    ],
+    ids=["http1", "noise", "broken frames", "unknown frames"],
+)
+async def test_what_is_no_grpc_ends_its_own_connection_only(cluster, tmp_path, words):
+    pair = await a_worker(cluster, tmp_path)
+    async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        await say(cluster, words, pair)
+        with pytest.raises(NotFound, match="node not registered"):
+            await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id="x"))
+
+
+@given(noise=st.binary(max_size=200))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_bytes_as_a_message_get_an_answer(noise):
+    async def send() -> None:
+        cluster = Cluster()
+        async with cluster.serving():
+            pair = cluster.pair(new_id())
+            raw = Raw(noise)
+            method = methods.Unary(methods.UPDATE_TASK_STATUS.path, Raw, pb.UpdateTaskStatusResponse)
+            async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+                with pytest.raises((InvalidArgument, NotFound)):
+                    await channel.call(method, raw)
+
+    asyncio.run(send())
+
+
+class Raw:
+    """Bytes that pass for a message."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def SerializeToString(self) -> bytes:  # noqa: N802 -- protobuf's name
+        return self.content
