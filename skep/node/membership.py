@@ -123,7 +123,7 @@ class Membership:
         self._manager: ManagerProcess | None = None
         self._agent: AgentConnection | None = None
         self._error = ""
-        self._was_active = False
+        self._is_active = False
         self.node: LocalNode | None = None
 
     async def run(self) -> None:
@@ -233,10 +233,7 @@ class Membership:
             return "inactive"
         if self._trouble:
             return "error"
-        # once in, a node stays active while its manager is away, as in Docker
-        if self._agent is not None and self._agent.registered.is_set():
-            self._was_active = True
-        return "active" if self._was_active else "pending"
+        return "active" if self._is_active else "pending"
 
     @property
     def header(self) -> str:
@@ -296,8 +293,10 @@ class Membership:
             raise Unavailable(self._trouble)
 
     async def _wait_registered(self) -> None:
+        """Return with the first session.  From then on the node is active, also while its manager is away."""
         assert self._agent is not None, "begun before"
         await self._agent.registered.wait()
+        self._is_active = True
 
     async def _wait_ready(self, node: LocalNode) -> None:
         """Return when the manager shows this node as ready."""
@@ -319,7 +318,7 @@ class Membership:
         assert self._group is not None, "used outside of run()"
         self.node = node
         self._error = ""
-        self._was_active = False
+        self._is_active = False
         self._agent = self._parts.agent(node, self._remember_managers)
         self._manager = self._parts.manager(node) if node.is_manager else None
         self._taking_part = self._group.create_task(self._take_part(), name="swarm")
@@ -333,6 +332,7 @@ class Membership:
                 if self._manager is not None:
                     group.create_task(self._manager.run(), name="manager process")
                 group.create_task(self._agent.run(), name="agent")
+                group.create_task(self._wait_registered(), name="first session")
         except ExceptionGroup as errors:
             expected, others = errors.split(SkepError)
             if others is not None or expected is None:

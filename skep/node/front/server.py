@@ -5,8 +5,8 @@ import grp
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -64,6 +64,8 @@ class Front:
         self._membership = membership
         self._engine_socket = engine_socket
         self._connections = Connections(manager_socket, clock, chance)
+        self._servers: list[asyncio.Server] = []
+        self._open: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def listening(
@@ -73,43 +75,41 @@ class Front:
 
         Raises: FailedPrecondition: one of them cannot be listened on.
         """
+        with ExitStack() as bound:
+            sockets = [(host, bound.enter_context(_listening_socket(host))) for host in hosts]
+            async with asyncio.TaskGroup() as group:
+                try:
+                    await self._listen(group, sockets, tls)
+                    yield
+                finally:
+                    for server in self._servers:
+                        server.close()
+                    self._connections.close()
+                    for task in self._open:
+                        task.cancel()
+
+    async def _listen(
+        self,
+        group: asyncio.TaskGroup,
+        sockets: Sequence[tuple[Host, socket.socket]],
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        def opened(side: Side) -> None:
+            if len(self._open) >= _CONNECTIONS_MAX:
+                side.abort()
+                return
+            task = group.create_task(self._serve(side), name="api connection")
+            self._open.add(task)
+            task.add_done_callback(self._open.discard)
+
         loop = asyncio.get_running_loop()
-        async with AsyncExitStack() as stack:
-            group = await stack.enter_async_context(asyncio.TaskGroup())
-            open_sides: set[asyncio.Task[None]] = set()
-
-            def opened(side: Side) -> None:
-                if len(open_sides) >= _CONNECTIONS_MAX:
-                    side.abort()
-                    return
-                task = group.create_task(self._serve(side), name="api connection")
-                open_sides.add(task)
-                task.add_done_callback(open_sides.discard)
-
-            servers = []
-            try:
-                for host in hosts:
-                    sock = _listener(host)
-                    if isinstance(host, UnixHost):
-                        server = await loop.create_unix_server(
-                            lambda: Side(opened), sock=sock, backlog=_BACKLOG
-                        )
-                    else:
-                        server = await loop.create_server(
-                            lambda: Side(opened), sock=sock, ssl=tls, backlog=_BACKLOG
-                        )
-                    servers.append(server)
-                    log.info("api served", host=str(host))
-                yield
-            finally:
-                for server in servers:
-                    server.close()
-                for host in hosts:
-                    if isinstance(host, UnixHost):
-                        host.path.unlink(missing_ok=True)
-                self._connections.close()
-                for task in open_sides:
-                    task.cancel()
+        for host, sock in sockets:
+            if isinstance(host, UnixHost):
+                server = await loop.create_unix_server(lambda: Side(opened), sock=sock, backlog=_BACKLOG)
+            else:
+                server = await loop.create_server(lambda: Side(opened), sock=sock, ssl=tls, backlog=_BACKLOG)
+            self._servers.append(server)
+            log.info("api served", host=str(host))
 
     async def _serve(self, client: Side) -> None:
         """Answer the requests of one connection, one after another."""
@@ -128,6 +128,8 @@ class Front:
                     return
         except Gone:
             client.abort()
+        except SkepError as error:
+            client.refuse(refusal(error))
         except Exception:
             log.exception("api connection failed")
             client.abort()
@@ -136,22 +138,17 @@ class Front:
             raise
 
     async def _answer(self, client: Side, raw: bytes) -> bool:
-        """Have one request answered; whether this loop reads the next one of this connection."""
-        try:
-            request = parse_request(raw)
-            match route(request.method, request.target, self._knowledge):
-                case Destination.MANAGER:
-                    return await self._ask_manager(client, request)
-                case Destination.ENGINE if self._engine_socket is not None:
-                    await splice(client, request, self._engine_socket)
-                    return False
-                case _:
-                    self._hand_over(client, raw)
-                    return False
-        except SkepError as error:
-            await client.send(refusal(error))
-            client.close()
-            return False
+        """Have one request answered; whether this loop reads the next one of this connection.  Raises: SkepError."""
+        request = parse_request(raw)
+        match route(request.method, request.target, self._knowledge):
+            case Destination.MANAGER:
+                return await self._ask_manager(client, request)
+            case Destination.ENGINE if self._engine_socket is not None:
+                await splice(client, request, self._engine_socket)
+                return False
+            case _:
+                self._hand_over(client, raw)
+                return False
 
     async def _ask_manager(self, client: Side, request: Request) -> bool:
         if (reason := self._membership.manager_refusal()) is not None:
@@ -183,14 +180,21 @@ def refusal(error: SkepError) -> bytes:
     ).encode() + body
 
 
-def _listener(host: Host) -> socket.socket:
-    """A bound socket.  Raises: FailedPrecondition."""
+@contextmanager
+def _listening_socket(host: Host) -> Iterator[socket.socket]:
+    """A bound socket; a unix one is unlinked afterwards.  Raises: FailedPrecondition."""
     try:
-        return _unix_listener(host.path) if isinstance(host, UnixHost) else _tcp_listener(host)
+        sock = _unix_listener(host.path) if isinstance(host, UnixHost) else _tcp_listener(host)
     except OSError as error:
         raise FailedPrecondition(
             f"the API cannot be served on {host}: {error.strerror or error}; choose another --host"
         ) from error
+    with sock:
+        try:
+            yield sock
+        finally:
+            if isinstance(host, UnixHost):
+                host.path.unlink(missing_ok=True)
 
 
 def _unix_listener(path: Path) -> socket.socket:

@@ -145,6 +145,12 @@ class Side(asyncio.Protocol):
         if not self._lost and not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()
 
+    def refuse(self, answer: bytes) -> None:
+        """Send a last word, if there is still somebody to hear it, and close."""
+        if not self._lost and not self.transport.is_closing():
+            self.transport.write(answer)
+            self.transport.close()
+
     def close(self) -> None:
         """Close both directions once what was sent has left."""
         self.transport.close()

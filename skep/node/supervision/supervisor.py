@@ -14,6 +14,7 @@ from skep.aio.clock import Clock
 from skep.errors import Unavailable
 from skep.node.supervision.identity import ProcessIdentity, identify, open_pidfd, read_pid_file
 from skep.node.supervision.restart import CRASH_WINDOW_S, GiveUp, after_end, recent
+from skep.node.supervision.zygote import ZygoteGone
 from skep.paths import Paths
 
 log = structlog.get_logger()
@@ -64,7 +65,10 @@ class Supervisor:
         """A sentence for ``/info`` when the process is not going to be started again."""
 
     async def run(self) -> None:
-        """Run until cancelled, then stop the process.  Returns by itself never: a lost cause just waits."""
+        """Run until cancelled, then stop the process.  Never returns by itself: a lost cause just waits.
+
+        Raises: ZygoteGone: the node process has to be started again.
+        """
         try:
             while True:
                 await self._live_once()
@@ -113,6 +117,8 @@ class Supervisor:
     async def _start(self) -> ProcessIdentity | None:
         try:
             pid = await self._zygote.fork(self._name, self._arguments)
+        except ZygoteGone:
+            raise
         except Unavailable as error:
             self._last_end = str(error)
             return None

@@ -41,6 +41,13 @@ class Reap(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class ZygoteGone(Unavailable):
+    """Nothing can be started any more: only a new node process has a new zygote."""
+
+    def __init__(self) -> None:
+        super().__init__("the process that starts others has ended: restart skep")
+
+
 class Zygote:
     """The node process's end."""
 
@@ -54,7 +61,7 @@ class Zygote:
         return self._pid
 
     async def fork(self, entry: str, arguments: Sequence[str]) -> int:
-        """Start ``entry`` in a process of its own; its pid.  Raises: Unavailable: the zygote is gone."""
+        """Start ``entry`` in a process of its own; its pid.  Raises: ZygoteGone, Unavailable."""
         return await self._ask(Fork(entry, tuple(arguments)))
 
     async def reap(self, pid: int) -> int | None:
@@ -77,10 +84,12 @@ class Zygote:
             async with self._turn, asyncio.timeout(_ANSWER_TIMEOUT_S):
                 await loop.sock_sendall(self._connection, msgspec.msgpack.encode(request))
                 answer = await loop.sock_recv(self._connection, _MESSAGE_BYTES_MAX)
-        except (OSError, TimeoutError) as error:
-            raise Unavailable(f"the process that starts others does not answer: {error!r}") from error
+        except TimeoutError as error:
+            raise Unavailable("the process that starts others does not answer") from error
+        except OSError:
+            answer = b""
         if not answer:
-            raise Unavailable("the process that starts others has ended: restart skep")
+            raise ZygoteGone
         return msgspec.msgpack.decode(answer, type=int)
 
 

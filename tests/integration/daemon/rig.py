@@ -1,0 +1,172 @@
+"""A daemon in a network and mount namespace of its own, started and stopped by a test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from socket import AF_UNIX, SOCK_STREAM, socket
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SKEP = str(Path(sys.executable).with_name("skep"))
+INIT = {"ListenAddr": "127.0.0.1:2377", "AdvertiseAddr": "127.0.0.1"}
+
+
+def wait_until(condition: Callable[[], T], what: str, within_s: float = 20) -> T:
+    """Poll until ``condition`` gives something true; give that back.  Fails the test after ``within_s``."""
+    deadline = time.monotonic() + within_s
+    while True:
+        if result := condition():
+            return result
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        time.sleep(0.02)
+
+
+class Connection(HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket(AF_UNIX, SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class DaemonRig:
+    """One data and run directory, and the daemon that uses them.  Tasks are plain commands unless told otherwise."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data = directory / "data"
+        self.run = directory / "run"
+        self.log = directory / "log"
+        self.toml = directory / "skep.toml"
+        self.toml.touch()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self, *flags: str) -> list[str]:
+        return [
+            *(SKEP, "daemon", "--data-dir", str(self.data), "--run-dir", str(self.run)),
+            *("--config", str(self.toml), "--daemon-json", "", "--executor", "process", *flags),
+        ]
+
+    def start(self, *flags: str) -> None:
+        """Start the daemon and wait until it answers; in the namespaces of what an earlier one left, if it left any."""
+        home = self.pid_of("net") or self.pid_of("manager")
+        within = (
+            ["nsenter", "-t", str(home), "-n", "-m"]
+            if home
+            else ["unshare", "-n", "-m", "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
+        )
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen([*within, *self.command(*flags)], stdout=log, stderr=log)
+        wait_until(self.answers, f"the daemon answers: {self.log.read_text()}")
+
+    def refusal(self, *flags: str) -> str:
+        """What a daemon that does not start says."""
+        done = subprocess.run(
+            ["unshare", "-n", "-m", *self.command(*flags)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        return "\n".join(line for line in done.stderr.splitlines() if line.startswith("skep daemon: "))
+
+    def answers(self) -> bool:
+        assert self.process is None or self.process.poll() is None, self.log.read_text()
+        try:
+            return self.get("/_ping")[0] == 200
+        except OSError:
+            return False
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and decoded answer."""
+        connection = Connection(self.run / "skep.sock")
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            connection.close()
+        is_json = response.headers.get("Content-Type", "").startswith("application/json")
+        return response.status, json.loads(text) if is_json and text else text.decode()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self.ask("GET", path)
+
+    def swarm(self) -> dict[str, Any]:
+        """The swarm section of ``/info``."""
+        section: dict[str, Any] = self.get("/info")[1]["Swarm"]
+        return section
+
+    def pid_of(self, process: str) -> int | None:
+        """The pid in a pid file, if that process lives."""
+        try:
+            pid = int(json.loads((self.run / f"{process}.pid").read_text())["pid"])
+        except (OSError, ValueError):
+            return None
+        return pid if is_running(pid) else None
+
+    def kill(self) -> None:
+        """SIGKILL for the node process alone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+        self.process = None
+
+    def stop(self) -> None:
+        """SIGTERM, and wait until it has ended."""
+        if self.process is not None:
+            self.process.terminate()
+            assert self.process.wait(30) == 0, self.log.read_text()
+            self.process = None
+
+    def clean_up(self) -> None:
+        """Leave no process behind, whatever the test did."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+        for name in ("manager", "net"):
+            pid = self.pid_of(name)
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: not is_running(pid), f"{name} is gone")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has this pid and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def children_named(parent: int, name: str) -> list[int]:
+    """Children of a process with this command name."""
+    pids = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == name]
+
+
+@contextmanager
+def daemon_rig(directory: Path) -> Iterator[DaemonRig]:
+    rig = DaemonRig(directory)
+    try:
+        yield rig
+    finally:
+        rig.clean_up()

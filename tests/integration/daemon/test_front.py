@@ -1,0 +1,366 @@
+"""The API sockets: requests answered here, relayed to the manager, and spliced to an engine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from skep.aio.clock import SystemClock
+from skep.configuration.configuration import UnixHost
+from skep.errors import FailedPrecondition
+from skep.node.front.server import Front
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+MIB = 1 << 20
+
+
+class Known:
+    """A node that made the container ``ours``."""
+
+    is_manager = True
+    has_engine = True
+
+    def knows_container(self, word: str) -> bool:
+        return word == "ours"
+
+    def knows_image(self, reference: str) -> bool:
+        return False
+
+    def knows_exec(self, id: str) -> bool:
+        return False
+
+
+class Member:
+    """A node in a swarm, unless told otherwise."""
+
+    refusal: str | None = None
+
+    def manager_refusal(self) -> str | None:
+        return self.refusal
+
+
+@asynccontextmanager
+async def application(answer: Answer) -> AsyncIterator[web.AppRunner]:
+    app = web.Application(client_max_size=64 * MIB)
+    app.router.add_route("*", "/{tail:.*}", answer)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
+    await runner.setup()
+    try:
+        yield runner
+    finally:
+        await runner.cleanup()
+
+
+class Rig:
+    """A front on a socket of its own, with a manager and an engine behind it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "api.sock"
+        self.manager_socket = directory / "manager.sock"
+        self.engine_socket = directory / "engine.sock"
+        self.member = Member()
+        self.connections = 0
+
+    @asynccontextmanager
+    async def front(self) -> AsyncIterator[None]:
+        async def here(request: web.Request) -> web.Response:
+            response = web.json_response({"here": request.path, "bytes": len(await request.read())})
+            response.force_close()
+            return response
+
+        async with application(here) as runner:
+            assert runner.server is not None
+            front = Front(
+                runner.server,
+                knowledge=Known(),
+                membership=self.member,
+                manager_socket=self.manager_socket,
+                engine_socket=self.engine_socket,
+                clock=SystemClock(),
+                chance=lambda: 0.5,
+            )
+            async with front.listening([UnixHost(self.socket)]):
+                yield
+
+    @asynccontextmanager
+    async def manager(self, answer: Answer) -> AsyncIterator[None]:
+        async with application(answer) as runner:
+            assert runner.server is not None
+            serve = runner.server
+
+            def counted() -> asyncio.BaseProtocol:
+                self.connections += 1
+                return serve()
+
+            loop = asyncio.get_running_loop()
+            server = await loop.create_unix_server(counted, self.manager_socket)
+            async with server:
+                yield
+            self.manager_socket.unlink(missing_ok=True)
+
+    @asynccontextmanager
+    async def engine(
+        self, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        async with await asyncio.start_unix_server(serve, self.engine_socket):
+            yield
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[aiohttp.ClientSession]:
+        connector = aiohttp.UnixConnector(str(self.socket))
+        async with aiohttp.ClientSession("http://docker", connector=connector) as session:
+            yield session
+
+
+@pytest.fixture
+async def front_rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    rig = Rig(tmp_path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(rig.front())
+        yield rig
+
+
+async def echo(request: web.Request) -> web.StreamResponse:
+    body = await request.read()
+    return web.json_response({"manager": request.path_qs, "bytes": len(body)}, headers={"X-Of": "manager"})
+
+
+# --- here -----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_the_node_answers_itself_reaches_its_application(front_rig: Rig) -> None:
+    async with front_rig.client() as client, client.post("/v1.41/swarm/init", data=b"x" * MIB) as response:
+        assert await response.json() == {"here": "/v1.41/swarm/init", "bytes": MIB}
+
+
+async def test_what_is_no_http_is_refused(front_rig: Rig) -> None:
+    for sent, status in ((b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nA: " + b"x" * 70_000, b"431")):
+        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+        writer.write(sent)
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 " + status), answer
+        assert b'{"message":' in answer
+        writer.close()
+
+
+async def test_the_socket_is_for_root_and_the_docker_group(front_rig: Rig) -> None:
+    assert front_rig.socket.stat().st_mode & 0o007 == 0
+
+
+async def test_a_second_front_on_the_same_socket_is_refused_and_the_first_goes_on(front_rig: Rig) -> None:
+    with pytest.raises(FailedPrecondition, match="another process serves the API"):
+        async with front_rig.front():
+            pass
+    async with front_rig.client() as client, client.get("/info") as response:
+        assert response.status == 200
+
+
+async def test_a_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    server = await asyncio.start_unix_server(lambda *_: None, rig.socket)
+    server.close()
+    assert rig.socket.exists()
+    async with rig.front(), rig.client() as client, client.get("/info") as response:
+        assert response.status == 200
+
+
+# --- to the manager -------------------------------------------------------------------------------------------------
+
+
+async def test_swarm_requests_go_to_the_manager_over_one_kept_connection(front_rig: Rig) -> None:
+    async with front_rig.manager(echo), front_rig.client() as client:
+        for number in range(5):
+            async with client.post(f"/v1.41/services/create?n={number}", data=b"y" * 1000) as response:
+                assert response.headers["X-Of"] == "manager"
+                assert await response.json() == {
+                    "manager": f"/v1.41/services/create?n={number}",
+                    "bytes": 1000,
+                }
+        async with client.head("/nodes") as response:
+            assert response.status == 200
+    assert front_rig.connections == 1
+
+
+async def test_one_clients_connection_serves_all_destinations_in_turn(front_rig: Rig) -> None:
+    async with front_rig.manager(echo), front_rig.client() as client:
+        for path, key in (("/tasks", "manager"), ("/info", "here"), ("/nodes", "manager")):
+            async with client.get(path) as response:
+                assert key in await response.json()
+
+
+async def test_requests_sent_ahead_are_answered_in_order(front_rig: Rig) -> None:
+    async with front_rig.manager(echo):
+        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+        writer.write(b"".join(b"GET /tasks?n=%d HTTP/1.1\r\nHost: d\r\n\r\n" % n for n in range(3)))
+        for number in range(3):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+            assert b"/tasks?n=%d" % number in await reader.readexactly(length)
+        writer.close()
+
+
+async def test_large_and_chunked_bodies_pass_both_ways(front_rig: Rig) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield b"z" * 65_536
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        received = len(await request.read())
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        for _ in range(received // 65_536):
+            await response.write(b"w" * 65_536)
+        return response
+
+    async with front_rig.manager(stream), front_rig.client() as client:
+        async with client.post("/secrets/create", data=pieces()) as response:
+            assert len(await response.read()) == 4 * MIB
+        async with client.get("/nodes") as response:
+            assert await response.read() == b""
+    assert front_rig.connections == 1
+
+
+async def test_an_endless_answer_arrives_piece_by_piece_and_ends_with_its_client(front_rig: Rig) -> None:
+    ended = asyncio.Event()
+
+    async def follow(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            await response.write(b"first line\n")
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return response
+
+    async with front_rig.manager(follow), front_rig.client() as client:
+        async with client.get("/services/web/logs?follow=1") as response:
+            assert await response.content.readline() == b"first line\n"
+            response.close()
+        async with asyncio.timeout(5):
+            await ended.wait()
+
+
+async def test_outside_of_a_swarm_dockers_words_are_given(front_rig: Rig) -> None:
+    front_rig.member.refusal = "This node is not a swarm manager."
+    async with front_rig.client() as client, client.get("/services") as response:
+        assert response.status == 503
+        assert response.headers["Content-Type"] == "application/json"
+        assert await response.json() == {"message": "This node is not a swarm manager."}
+
+
+async def test_a_request_waits_for_a_manager_that_is_starting(front_rig: Rig) -> None:
+    async with front_rig.client() as client, asyncio.TaskGroup() as group:
+        asked = group.create_task(client.get("/nodes").__aenter__())
+        await asyncio.sleep(0)
+        async with front_rig.manager(echo):
+            response = await asked
+            assert response.status == 200
+            await response.read()
+
+
+async def test_a_manager_that_restarted_is_found_again(front_rig: Rig) -> None:
+    async with front_rig.client() as client:
+        for _ in range(3):
+            async with front_rig.manager(echo), client.get("/nodes") as response:
+                assert (await response.json())["manager"] == "/nodes"
+
+
+async def test_a_manager_that_dies_before_it_answers_is_a_503(front_rig: Rig) -> None:
+    async def die(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with (
+        front_rig.manager(die),
+        front_rig.client() as client,
+        client.post("/services/create", data=b"{}") as response,
+    ):
+        assert response.status == 503
+        assert "ended before it answered" in (await response.json())["message"]
+
+
+# --- to the engine --------------------------------------------------------------------------------------------------
+
+
+async def test_everything_else_goes_to_the_engine_byte_for_byte(front_rig: Rig) -> None:
+    seen = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.extend(await reader.readuntil(b"\r\n\r\n"))
+        seen.extend(await reader.readexactly(5))
+        writer.write(b"HTTP/1.1 201 Created\r\nX-Odd:  kept \r\nContent-Length: 2\r\n\r\nok")
+        writer.close()
+
+    async with front_rig.engine(serve):
+        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+        writer.write(b"POST /v1.41/volumes/create HTTP/1.1\r\nHost: d\r\nContent-Length: 5\r\n\r\nhello")
+        answer = await reader.read()
+        writer.close()
+    assert answer == b"HTTP/1.1 201 Created\r\nX-Odd:  kept \r\nContent-Length: 2\r\n\r\nok"
+    assert bytes(seen).endswith(b"Connection: close\r\n\r\nhello")
+
+
+async def test_a_hijacked_connection_passes_half_closes_on(front_rig: Rig) -> None:
+    """What ends the standard input of ``docker run -i``: the client closes its half, output goes on."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"upgrade: tcp" in head.lower()
+        writer.write(b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+        received = await reader.read()  # until the client's half is closed
+        writer.write(b"got " + received)
+        writer.close()
+
+    async with front_rig.engine(serve):
+        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+        writer.write(
+            b"POST /containers/theirs/attach HTTP/1.1\r\nHost: d\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+        )
+        assert b"101 UPGRADED" in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"stdin")
+        writer.write_eof()
+        assert await reader.read() == b"got stdin"
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_holds_the_engine_up(front_rig: Rig) -> None:
+    sent = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 * MIB))
+        for _ in range(64):
+            writer.write(b"v" * MIB)
+            await writer.drain()
+            sent += 1
+        writer.close()
+
+    async with front_rig.engine(serve):
+        reader, writer = await asyncio.open_unix_connection(front_rig.socket, limit=65_536)
+        writer.write(b"GET /images/theirs/get HTTP/1.1\r\nHost: d\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        before = -1
+        while sent != before:  # until nothing moves any more
+            before = sent
+            await asyncio.sleep(0.2)
+        assert sent < 16, "the front took in what nobody reads"
+        total = 0
+        while data := await reader.read(MIB):
+            total += len(data)
+        assert total == 64 * MIB
+        writer.close()
+
+
+async def test_an_engine_that_is_away_is_a_503(front_rig: Rig) -> None:
+    async with front_rig.client() as client, client.get("/volumes") as response:
+        assert response.status == 503
+        assert "the Docker Engine at" in (await response.json())["message"]

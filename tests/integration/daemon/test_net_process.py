@@ -1,0 +1,165 @@
+"""The net process: host ports that outlive the node process, a crash, and a change of version."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import AlreadyExists, Unavailable
+from skep.node.netprocess import process
+from skep.node.netprocess.client import NetClient
+from skep.node.supervision import zygote
+from skep.node.supervision.identity import ProcessIdentity, identify, read_pid_file
+from skep.node.supervision.supervisor import Supervisor, terminate, wait_end
+from skep.node.supervision.zygote import Zygote
+from skep.paths import Paths
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    (tmp_path / "run").mkdir()
+    return Paths(tmp_path / "data", tmp_path / "run")
+
+
+def entry(paths: Paths) -> zygote.Entry:
+    def run(_: Sequence[str]) -> None:
+        # what pytest captures into is closed in a forked process
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+        process.run(paths)
+
+    return run
+
+
+@asynccontextmanager
+async def forks(paths: Paths) -> AsyncIterator[Zygote]:
+    started = zygote.start({"net": entry(paths)})
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+@asynccontextmanager
+async def net(paths: Paths, started: Zygote) -> AsyncIterator[NetClient]:
+    """A supervised net process for the block; it is stopped at its end."""
+    supervisor = Supervisor(
+        "net",
+        (),
+        paths=paths,
+        zygote=started,
+        clock=SystemClock(),
+        chance=random.random,
+        hands_over=True,
+        gives_up=False,
+    )
+    client = NetClient(paths.net_socket, SystemClock(), random.random)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(supervisor.run())
+        try:
+            yield client
+        finally:
+            client.close()
+            running.cancel()
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
+
+
+def net_process(paths: Paths) -> ProcessIdentity:
+    found = read_pid_file(paths.pid_file("net"))
+    assert found is not None
+    return found
+
+
+async def test_a_reserved_port_is_taken_for_everybody_else_until_it_is_released(paths: Paths) -> None:
+    async with forks(paths) as started, net(paths, started) as client:
+        port = await client.reserve("tcp", 0)
+        assert not is_free(port)
+        with pytest.raises(AlreadyExists, match="port is already allocated"):
+            await client.reserve("tcp", port)
+        assert await client.reserve("udp", port) == port, "another protocol is another port"
+        assert set(await client.held()) == {("tcp", port), ("udp", port)}
+        await client.release("tcp", port)
+        await client.release("tcp", port)
+        assert is_free(port)
+
+
+async def test_a_port_that_another_program_uses_is_refused(paths: Paths) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        async with forks(paths) as started, net(paths, started) as client:
+            with pytest.raises(AlreadyExists):
+                await client.reserve("tcp", other.getsockname()[1])
+
+
+async def test_ports_are_held_again_after_a_crash_and_calls_wait_for_it(paths: Paths) -> None:
+    async with forks(paths) as started, net(paths, started) as client:
+        port = await client.reserve("tcp", 0)
+        crashed = net_process(paths)
+        os.kill(crashed.pid, signal.SIGKILL)
+        await wait_end(crashed)
+        assert list(await client.held()) == [("tcp", port)]
+        assert net_process(paths) != crashed
+        assert not is_free(port)
+
+
+async def test_the_next_version_takes_the_sockets_over_without_a_gap(paths: Paths) -> None:
+    async with forks(paths) as started:
+        old_pid = await started.fork("net", ())
+        client = NetClient(paths.net_socket, SystemClock(), random.random)
+        held = [await client.reserve("tcp", 0) for _ in range(300)]
+        client.close()
+        old = identify(old_pid)
+        assert old is not None
+
+        new_pid = await started.fork("net", ())
+        await wait_end(old)
+        assert not any(is_free(port) for port in held)
+        assert {port for _, port in await client.held()} == set(held)
+        new = identify(new_pid)
+        assert new is not None
+        client.close()
+        await terminate(new, 5.0)
+        assert all(map(is_free, held)), "nothing is held when it has ended"
+
+
+async def test_a_running_process_of_our_own_version_is_adopted(paths: Paths) -> None:
+    async with forks(paths) as first:
+        pid = await first.fork("net", ())
+        client = NetClient(paths.net_socket, SystemClock(), random.random)
+        await client.reserve("tcp", 0)
+        client.close()
+    async with forks(paths) as second, net(paths, second) as client:
+        assert len(list(await client.held())) == 1
+        assert net_process(paths).pid == pid
+
+
+async def test_what_a_zygote_forked_outlives_it_and_how_it_ended_is_told(paths: Paths) -> None:
+    async with forks(paths) as started:
+        pid = await started.fork("net", ())
+        child = identify(pid)
+        assert child is not None
+        os.kill(pid, signal.SIGKILL)
+        await wait_end(child)
+        assert await started.reap(pid) == -signal.SIGKILL
+        assert await started.reap(pid) is None, "it is gone"
+
+
+async def test_without_its_zygote_nothing_can_be_started(paths: Paths) -> None:
+    async with forks(paths) as started:
+        os.kill(started.pid, signal.SIGKILL)
+        with pytest.raises(Unavailable, match="restart skep"):
+            await started.fork("net", ())
