@@ -23,10 +23,10 @@ setup-run:
 	@setup/setup.sh run
 
 demo: setup-run ## a cluster on this machine with a service to play with
-	@$(BIN)/skep playground demo --dir $(DEMO_DIR)
+	@$(BIN)/skep playground demo --dir $(DEMO_DIR) --name demo
 
 demo-down: setup-run ## remove everything that the demo made
-	@$(BIN)/skep playground down --dir $(DEMO_DIR)
+	@$(BIN)/skep playground down --dir $(DEMO_DIR) --name demo
 
 check: setup ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

@@ -15,8 +15,8 @@ from tests.integration.footprint import inhabitants, machine, survivors
 pytestmark = [pytest.mark.point("10"), pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
-NAME = "playground"
-"""What the demo's playground is called: the default."""
+NAME = "demo"
+"""What the demo's playground is called."""
 
 
 @pytest.fixture

@@ -220,3 +220,24 @@ def test_a_damaged_description_is_said_to_be_damaged(nowhere: TestCluster) -> No
 def test_the_description_is_json_that_any_tool_reads(trio: TestCluster) -> None:
     text = (trio.directory / "cluster.json").read_text()
     assert json.loads(text)["system"] == "skep"
+
+
+def test_nodes_run_containers_on_cgroup_v2_as_well(nowhere: TestCluster) -> None:
+    """The unified hierarchy alone, mounted over the machine's own in a private mount namespace.
+
+    On a machine with v1 or hybrid cgroups it has no controllers, so limits are not shown here.
+    """
+    where = f"--dir {nowhere.directory} --name {nowhere.name}"
+    docker = f"docker --host unix://{nowhere.directory}/m1/skep.sock"
+    script = f"""
+        umount --lazy /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup
+        {SKEP} playground up {where}
+        {docker} service create --quiet --name web --update-monitor 1ns {IMAGE} sleep 600
+        find /sys/fs/cgroup/skep-playground/{nowhere.name}-m1/ctr -mindepth 1 -type d
+        {SKEP} playground down {where}
+        ! ls -d /sys/fs/cgroup/skep-playground/{nowhere.name}-m1
+    """
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"/sys/fs/cgroup/skep-playground/{nowhere.name}-m1/ctr/" in done.stdout
