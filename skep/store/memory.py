@@ -318,7 +318,10 @@ class MemoryLane:
         self._store = store
         self._term = term
 
-    async def propose(self, proposal: Proposal) -> Outcome:
+    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
+        return [await self._propose(proposal) for proposal in proposals]
+
+    async def _propose(self, proposal: Proposal) -> Outcome | SkepError:
         while True:
             # Like a round trip: others run in between, so what the transaction saw may have changed.
             await asyncio.sleep(self._store.faults.delay_s())
@@ -329,14 +332,14 @@ class MemoryLane:
                 continue
             outcome = self._commit(proposal)
             if loss is Loss.BOTH:
-                raise Unavailable(NO_LEADER)
+                return Unavailable(NO_LEADER)
             return outcome
 
-    def _commit(self, proposal: Proposal) -> Outcome:
+    def _commit(self, proposal: Proposal) -> Outcome | SkepError:
         if self._term is None:
             return self._store.cluster.commit(proposal, None)
         try:
             return self._store.cluster.commit(proposal, self._term.fence)
-        except NotLeader:
+        except NotLeader as error:
             self._term.lose()
-            raise
+            return error

@@ -5,7 +5,6 @@ entry (etcd evaluates the compares of nested transactions first), so two proposa
 neither reads what the other writes: ``Footprint.admits``.
 """
 
-from functools import cached_property
 from typing import TypeAlias
 
 import msgspec
@@ -40,7 +39,7 @@ class NothingSince(msgspec.Struct, frozen=True):
 Compare: TypeAlias = Unchanged | Exists | NothingSince
 
 
-class Proposal(msgspec.Struct, frozen=True, dict=True):
+class Proposal(msgspec.Struct, frozen=True):
     """One transaction's effect.  Keys are without the store's prefix, values in clear."""
 
     compares: tuple[Compare, ...] = ()
@@ -57,48 +56,50 @@ class Proposal(msgspec.Struct, frozen=True, dict=True):
         """The larger of compares and writes: what etcd counts against its limit."""
         return max(len(self.compares), len(self.puts) + len(self.deletes))
 
-    @cached_property
+    @property
     def size_bytes(self) -> int:
         """Roughly what it adds to a request."""
-        keys = sum(len(key) for key, _ in self.puts) + sum(map(len, self.deletes)) + 80 * len(self.compares)
-        return keys + sum(len(value) for _, value in self.puts) + 64 * (len(self.puts) + len(self.deletes))
-
-    @cached_property
-    def writes(self) -> frozenset[str]:
-        """The keys it puts or deletes."""
-        return frozenset(self.deletes).union(key for key, _ in self.puts)
-
-    @cached_property
-    def disturbs(self) -> frozenset[str]:
-        """Everything whose compare it may turn: its writes, and the prefixes that cover them."""
-        return self.writes.union(filter(None, map(covering_prefix, self.writes)))
-
-    @cached_property
-    def reads(self) -> frozenset[str]:
-        """The keys and prefixes it compares."""
-        return frozenset(
-            compare.prefix if isinstance(compare, NothingSince) else compare.key for compare in self.compares
-        )
+        framing = 100 * (len(self.compares) + len(self.puts) + len(self.deletes))
+        return framing + sum(len(value) for _, value in self.puts)
 
 
 class Footprint:
-    """What the proposals of one raft entry read and write, to keep out what does not fit beside them."""
+    """What proposals read and write, to keep out of one raft entry what does not fit beside them.
+
+    ``disturbs``: everything whose compare they may turn: their writes, and the prefixes that cover these.
+    """
+
+    __slots__ = ("disturbs", "reads", "writes")
 
     def __init__(self) -> None:
-        self._reads: set[str] = set()
-        self._writes: set[str] = set()
-        self._disturbs: set[str] = set()
+        self.reads: set[str] = set()
+        self.writes: set[str] = set()
+        self.disturbs: set[str] = set()
 
-    def add(self, proposal: Proposal) -> None:
-        """Count ``proposal`` among them."""
-        self._reads |= proposal.reads
-        self._writes |= proposal.writes
-        self._disturbs |= proposal.disturbs
+    @classmethod
+    def of(cls, proposal: Proposal) -> "Footprint":
+        """That of a single proposal."""
+        footprint = cls()
+        footprint.writes.update(proposal.deletes)
+        footprint.writes.update(key for key, _ in proposal.puts)
+        footprint.disturbs.update(footprint.writes)
+        footprint.disturbs.update(filter(None, map(covering_prefix, footprint.writes)))
+        footprint.reads.update(
+            compare.prefix if isinstance(compare, NothingSince) else compare.key
+            for compare in proposal.compares
+        )
+        return footprint
 
-    def admits(self, proposal: Proposal) -> bool:
-        """Whether ``proposal`` means the same beside them as before or after them."""
+    def add(self, other: "Footprint") -> None:
+        """Count ``other`` among them."""
+        self.reads |= other.reads
+        self.writes |= other.writes
+        self.disturbs |= other.disturbs
+
+    def admits(self, other: "Footprint") -> bool:
+        """Whether ``other`` means the same beside them as before or after them."""
         return (
-            self._writes.isdisjoint(proposal.writes)
-            and self._disturbs.isdisjoint(proposal.reads)
-            and self._reads.isdisjoint(proposal.disturbs)
+            self.writes.isdisjoint(other.writes)
+            and self.disturbs.isdisjoint(other.reads)
+            and self.reads.isdisjoint(other.disturbs)
         )

@@ -14,7 +14,7 @@ from skep.errors import NotFound
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
-from skep.model.times import ZERO_TIME, Timestamp
+from skep.model.times import ZERO_TIME, timestamp
 from skep.store.draft import Draft
 from skep.store.interface import InUse, Object
 from skep.store.keys import HEAD
@@ -31,12 +31,12 @@ _META = ("version", "created_at", "updated_at")
 class Writing:
     """One run of a transaction function.  Implements ``interface.Transaction``.
 
-    ``now``: stamped on what is created and changed.
+    ``now_ns``: stamped on what is created and changed.
     """
 
-    def __init__(self, state: State, now: Timestamp) -> None:
+    def __init__(self, state: State, now_ns: int) -> None:
         self._state = state
-        self._now = now
+        self._now_ns = now_ns
         self._written: dict[Owner, Any] = {}
         """What this transaction put (None: deleted), by kind name and id, in the order of the first write."""
         self._relied: dict[Owner, set[str] | None] = {}
@@ -145,10 +145,11 @@ class Writing:
         if "version" not in head.fields:
             return object
         if current is None:
+            now = timestamp(self._now_ns)
             meta = {
                 "version": Version(index=max(1, self.revision)),
-                "created_at": self._now if object.created_at == ZERO_TIME else object.created_at,
-                "updated_at": self._now,
+                "created_at": now if object.created_at == ZERO_TIME else object.created_at,
+                "updated_at": now,
             }
         elif base is not None and _is_same_wish(head.fields, base, object):
             meta = {name: getattr(base, name) for name in _META}
@@ -159,7 +160,7 @@ class Writing:
                 if base is None
                 else Version(index=max(previous + 1, self.revision)),
                 "created_at": current.created_at,
-                "updated_at": self._now,
+                "updated_at": timestamp(self._now_ns),
             }
         if not isinstance(object, Service):
             return msgspec.structs.replace(object, **meta)

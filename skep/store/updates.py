@@ -6,7 +6,7 @@ older than the call, so that a lagging replica cannot say "not found" of what wa
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -16,7 +16,6 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
-from skep.model.times import timestamp
 from skep.store.interface import Transaction
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
@@ -65,8 +64,12 @@ Outcome = Committed | Conflict
 class Proposer(Protocol):
     """The way to the store: a lane of API writes, or one fenced by a term."""
 
-    async def propose(self, proposal: Proposal) -> Outcome:
-        """Raises: NotLeader: the fence fell; Unavailable: not now, or the outcome could not be found out."""
+    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
+        """The outcome of each, independent of the others, in order.
+
+        An error instead: NotLeader: the fence fell; Unavailable: not now, or the outcome could not be found out.
+        Raises: the same, when it concerns all; ResourceExhausted: too many wait.
+        """
 
 
 class Updater:
@@ -107,13 +110,16 @@ class Updater:
                     continue
                 if proposal.is_empty:
                     return result
-                match await self._proposer.propose(proposal):
+                (outcome,) = await self._proposer.propose([proposal])
+                match outcome:
                     case Committed(revision):
                         await self._shown(revision)
                         return result
                     case Conflict(revision):
                         await self._reached(revision)
                         is_confirmed = False
+                    case SkepError():
+                        raise outcome
 
     async def update_each(
         self, body: Callable[[Transaction, T], R], items: Iterable[T], /
@@ -121,8 +127,7 @@ class Updater:
         """See ``interface.Updates.update_each``."""
         pending = list(enumerate(items))
         results: list[Any] = [None] * len(pending)
-        for start in range(0, len(pending), CHUNK):
-            chunk = pending[start : start + CHUNK]
+        for chunk in batched(pending, CHUNK):
             try:
                 async with within_deadline():
                     while chunk:
@@ -133,54 +138,75 @@ class Updater:
         return results
 
     async def _attempt(
-        self, body: Callable[[Transaction, T], R], chunk: list[tuple[int, T]], results: list[Any]
+        self, body: Callable[[Transaction, T], R], chunk: Sequence[tuple[int, T]], results: list[Any]
     ) -> list[tuple[int, T]]:
-        """Run and propose each item once; gives back those that met a conflict."""
-        proposed: list[tuple[int, T]] = []
+        """Run and propose each item once; gives back those that met a conflict.
+
+        While some proposals are on their way, the bodies of the next ones run.
+        """
+        proposing: list[tuple[list[tuple[int, T]], asyncio.Task[Sequence[Outcome | SkepError]]]] = []
         async with asyncio.TaskGroup() as group:
-            outcomes: list[asyncio.Task[Outcome | SkepError]] = []
-            for number, (index, item) in enumerate(chunk, start=1):
-                try:
-                    results[index], proposal = self._run(partial(_swapped, body, item))
-                except SkepError as error:
-                    results[index] = error
-                else:
-                    if not proposal.is_empty:
-                        proposed.append((index, item))
-                        outcomes.append(group.create_task(self._outcome(proposal), name="propose"))
-                if number % BREATH == 0:
-                    await asyncio.sleep(0)
+            for some in batched(chunk, BREATH):
+                items, proposals = self._run_each(body, some, results)
+                if proposals:
+                    proposing.append((items, group.create_task(self._outcomes(proposals), name="propose")))
+                await asyncio.sleep(0)
         conflicts: list[tuple[int, T]] = []
         revision = 0
-        for (index, item), task in zip(proposed, outcomes, strict=True):
-            match task.result():
-                case Committed(reached):
-                    revision = max(revision, reached)
-                case Conflict(reached):
-                    revision = max(revision, reached)
-                    conflicts.append((index, item))
-                case SkepError() as failure:
-                    results[index] = failure
+        for items, task in proposing:
+            for (index, item), outcome in zip(items, task.result(), strict=True):
+                match outcome:
+                    case Committed(reached):
+                        revision = max(revision, reached)
+                    case Conflict(reached):
+                        revision = max(revision, reached)
+                        conflicts.append((index, item))
+                    case SkepError():
+                        results[index] = outcome
         await self._shown(revision)
         return conflicts
 
-    async def _outcome(self, proposal: Proposal) -> Outcome | SkepError:
+    def _run_each(
+        self, body: Callable[[Transaction, T], R], some: Sequence[tuple[int, T]], results: list[Any]
+    ) -> tuple[list[tuple[int, T]], list[Proposal]]:
+        """Run the body of each item into ``results``; the items that wrote something, and what they propose."""
+        items: list[tuple[int, T]] = []
+        proposals: list[Proposal] = []
+        for index, item in some:
+            try:
+                results[index], proposal = self._run(partial(_swapped, body, item))
+            except SkepError as error:
+                results[index] = error
+            else:
+                if not proposal.is_empty:
+                    items.append((index, item))
+                    proposals.append(proposal)
+        return items, proposals
+
+    async def _outcomes(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
         try:
-            return await self._proposer.propose(proposal)
+            return await self._proposer.propose(proposals)
         except SkepError as error:
-            return error
+            return [error] * len(proposals)
 
     def _run(self, body: Callable[[Transaction], R]) -> tuple[R, Proposal]:
-        tx = Writing(self._replica.state, timestamp(self._clock.now_ns()))
+        tx = Writing(self._replica.state, self._clock.now_ns())
         result = body(tx)
         return result, tx.proposal()
 
     async def _shown(self, revision: int) -> None:
+        if self._replica.revision >= revision:
+            return
         try:
             async with asyncio.timeout(SHOWN_S):
                 await self._reached(revision)
         except TimeoutError:
             log.warning("replica does not show an acknowledged write", revision=revision)
+
+
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """``items`` in runs of ``size``."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _swapped(body: Callable[[Transaction, T], R], item: T, tx: Transaction) -> R:

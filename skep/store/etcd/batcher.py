@@ -12,7 +12,7 @@ by that revision is the truth: a proposal whose first write appeared is in; any 
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -48,22 +48,16 @@ class Pending:
     def __init__(self, proposal: Proposal, fence: int | None) -> None:
         self.proposal = proposal
         self.fence = fence
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-
-    @property
-    def operations(self) -> int:
+        self.footprint = Footprint.of(proposal)
+        self.size_bytes = proposal.size_bytes
+        self.operations = proposal.operations + (fence is not None)
         """What etcd counts for it; the fence is one compare more."""
-        return self.proposal.operations + (self.fence is not None)
+        self.outcome: asyncio.Future[Outcome | SkepError] = asyncio.get_running_loop().create_future()
 
-    def resolve(self, outcome: Outcome) -> None:
+    def resolve(self, outcome: Outcome | SkepError) -> None:
         """Tell the waiter, if it still waits."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
-
-    def fail(self, error: SkepError) -> None:
-        """Raise ``error`` at the waiter, if it still waits."""
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
 
 
 class Entry:
@@ -84,14 +78,14 @@ class Entry:
         return (
             count <= ENTRY_PROPOSALS_MAX
             and count + largest <= ETCD_OPERATIONS_MAX
-            and self._size_bytes + pending.proposal.size_bytes <= ENTRY_BYTES_MAX
+            and self._size_bytes + pending.size_bytes <= ENTRY_BYTES_MAX
         )
 
     def add(self, pending: Pending) -> None:
         """Take ``pending`` along."""
         self.pending.append(pending)
-        self.footprint.add(pending.proposal)
-        self._size_bytes += pending.proposal.size_bytes
+        self.footprint.add(pending.footprint)
+        self._size_bytes += pending.size_bytes
         self._operations_max = max(self._operations_max, pending.operations)
 
 
@@ -108,9 +102,9 @@ def next_entry(queue: deque[Pending], away: list[Footprint]) -> Entry:
         if pending.outcome.done():
             continue  # nobody waits for it any more
         held = (entry.footprint, ahead, *away)
-        if not all(footprint.admits(pending.proposal) for footprint in held):
+        if not all(footprint.admits(pending.footprint) for footprint in held):
             waiting.append(pending)
-            ahead.add(pending.proposal)
+            ahead.add(pending.footprint)
         elif entry.has_room(pending):
             entry.add(pending)
         else:
@@ -145,17 +139,23 @@ class Batcher:
         self._witnesses: dict[bytes, tuple[Witness, Pending]] = {}
         self._seen: dict[Pending, int] = {}
 
-    async def propose(self, proposal: Proposal, fence: int | None) -> Outcome:
-        """Raises: NotLeader: ``fence`` has fallen; ResourceExhausted: too many wait; Unavailable."""
-        if len(self._queue) >= QUEUE_MAX:
+    async def propose(
+        self, proposals: Sequence[Proposal], fence: int | None
+    ) -> Sequence[Outcome | SkepError]:
+        """Each one's outcome, or its error: NotLeader: ``fence`` has fallen; Unavailable.
+
+        Raises: ResourceExhausted: too many proposals wait.
+        """
+        if len(self._queue) + len(proposals) > QUEUE_MAX:
             raise ResourceExhausted("too many writes are waiting for the store")
-        pending = Pending(proposal, fence)
-        self._queue.append(pending)
+        pending = [Pending(proposal, fence) for proposal in proposals]
+        self._queue.extend(pending)
         self._changed.set()
         try:
-            return await pending.outcome
+            return [await one.outcome for one in pending]
         finally:
-            pending.outcome.cancel()
+            for one in pending:
+                one.outcome.cancel()
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -204,7 +204,7 @@ class Batcher:
             self._requeue(entry.pending)
         except SkepError as error:
             for pending in entry.pending:
-                pending.fail(error)
+                pending.resolve(error)
         else:
             self._answer(entry, reply)
         finally:
@@ -226,7 +226,7 @@ class Batcher:
             if nested.succeeded:
                 pending.resolve(Committed(revision))
             elif pending.fence is not None and is_fence_fallen(nested, pending.fence):
-                pending.fail(NotLeader("another manager leads"))
+                pending.resolve(NotLeader("another manager leads"))
             else:
                 pending.resolve(Conflict(revision))
 
@@ -237,7 +237,7 @@ class Batcher:
         if self._replica.resets != loads:
             # The replica was loaded anew and may have missed the write and what came after it.
             for pending in entry.pending:
-                pending.fail(Unavailable("the outcome of a write could not be found out"))
+                pending.resolve(Unavailable("the outcome of a write could not be found out"))
             return
         lost: list[Pending] = []
         for pending in entry.pending:

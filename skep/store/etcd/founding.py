@@ -12,7 +12,6 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.errors import AlreadyExists, FailedPrecondition
-from skep.model.times import timestamp
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, KeyRing, decoded_ring, new_key_ring
@@ -52,7 +51,7 @@ async def initialize(
     Raises: AlreadyExists: the store holds a cluster already; Unavailable; what ``body`` raises.
     """
     ring = new_key_ring(wrapping_key)
-    tx = Writing(State(), timestamp(clock.now_ns()))
+    tx = Writing(State(), clock.now_ns())
     result = body(tx, *args, **kwargs)
     first = tx.proposal()
     founding = Proposal(

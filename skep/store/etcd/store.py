@@ -138,16 +138,15 @@ class Lane:
         self._batcher = batcher
         self._term = term
 
-    async def propose(self, proposal: Proposal) -> Outcome:
+    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
         if self._term is None:
-            return await self._batcher.propose(proposal, None)
+            return await self._batcher.propose(proposals, None)
         if self._term.is_lost:
             raise NotLeader("this term of leadership is over")
-        try:
-            return await self._batcher.propose(proposal, self._term.fence)
-        except NotLeader:
+        outcomes = await self._batcher.propose(proposals, self._term.fence)
+        if any(isinstance(outcome, NotLeader) for outcome in outcomes):
             self._term.lose()
-            raise
+        return outcomes
 
 
 class SharedBarrier:
