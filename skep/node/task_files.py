@@ -8,6 +8,7 @@ that is not here is merely assigned again.
 
 import asyncio
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class TaskFiles:
         self._directory = directory
         self._dirty: dict[TaskId, RememberedTask | None] = {}
         self._something = asyncio.Event()
+        self._writing = threading.Lock()
 
     def load(self) -> list[RememberedTask]:
         """All of them, by id.  A file that cannot be read is left out: its task will be assigned anew."""
@@ -70,10 +72,20 @@ class TaskFiles:
     async def _flush(self) -> None:
         self._something.clear()
         batch, self._dirty = self._dirty, {}
-        if batch:
+        if not batch:
+            return
+        try:
             await asyncio.to_thread(self._write, batch)
+        except asyncio.CancelledError:
+            # The thread may have written it or not: the last flush writes it again, after that.
+            self._dirty = {**batch, **self._dirty}
+            raise
 
     def _write(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
+        with self._writing:
+            self._write_batch(batch)
+
+    def _write_batch(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
         for id, task in batch.items():
             path = self._directory / f"{id}{_SUFFIX}"
             if task is None:
