@@ -47,7 +47,8 @@ def ask(engine: Path, step: Step, memory: Memory) -> Recorded:
     if body is not None:
         headers["Content-Type"] = "application/json"
     try:
-        connection.request(step.method, path, body=body, headers=headers)
+        with contextlib.suppress(BrokenPipeError):  # an answer may come before a large body has been sent
+            connection.request(step.method, path, body=body, headers=headers)
         answer = connection.getresponse()
         content = answer.read()
     finally:

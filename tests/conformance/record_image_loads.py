@@ -1,0 +1,93 @@
+"""Record what a real Docker Engine says to hostile image archives: ``python -m tests.conformance.record_image_loads``.
+
+Needs root.  The engine uses overlay2, as engines do: other storage drivers word their errors differently.
+"""
+
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from tests.archives import HOSTILE
+from tests.conformance.record import RECORDED, UnixConnection, run, wait_for
+
+NAMESPACE = "skep-image-loads"
+HANGS = ("layer is a named pipe",)
+"""What the engine never answers."""
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``error`` and ``stream`` of the answer's lines, without the engine's own paths."""
+
+    status: int
+    error: str = ""
+    stream: str = ""
+
+
+def answer_of(status: int, body: bytes) -> Answer:
+    """What an answer to ``POST /images/load`` says."""
+    lines = [msgspec.json.decode(line) for line in body.splitlines() if line.strip()]
+    return Answer(
+        status=status,
+        error="".join(line.get("error", "") for line in lines),
+        stream="".join(line.get("stream", "") for line in lines),
+    )
+
+
+def ask(engine: Path, archive: bytes) -> Answer:
+    connection = UnixConnection(engine)
+    try:
+        headers = {"Content-Type": "application/x-tar"}
+        connection.request("POST", "/v1.41/images/load?quiet=1", body=archive, headers=headers)
+        response = connection.getresponse()
+        content = response.read()
+    finally:
+        connection.close()
+    content = re.sub(rb"/[^ \"]*/docker-import-\d+/?", b"", content)
+    return answer_of(response.status, content)
+
+
+@contextmanager
+def running_engine(folder: Path) -> Iterator[Path]:
+    run("ip", "netns", "add", NAMESPACE)
+    try:
+        engine = subprocess.Popen(
+            [
+                *(
+                    "nsenter",
+                    f"--net=/run/netns/{NAMESPACE}",
+                    "unshare",
+                    "--mount",
+                    "--propagation",
+                    "private",
+                ),
+                *("dockerd", "--data-root", str(folder / "data"), "--exec-root", str(folder / "exec")),
+                *("--pidfile", str(folder / "pid"), "--host", f"unix://{folder / 'docker.sock'}"),
+                *("--iptables=false", "--bridge=none", "--storage-driver=overlay2"),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_for(folder / "docker.sock", engine)
+            yield folder / "docker.sock"
+        finally:
+            engine.send_signal(signal.SIGTERM)
+            engine.wait(30)
+    finally:
+        run("ip", "netns", "delete", NAMESPACE)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="skep-record-") as folder, running_engine(Path(folder)) as engine:
+        answers = {name: ask(engine, make()) for name, make in HOSTILE.items() if name not in HANGS}
+    text = msgspec.json.format(msgspec.json.encode(answers), indent=1)
+    (RECORDED / "image_loads.json").write_bytes(text + b"\n")
+
+
+if __name__ == "__main__":
+    main()
