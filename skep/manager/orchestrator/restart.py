@@ -4,6 +4,9 @@ A task that ended, or whose node is gone, down or drained, is *replaced*: it is 
 slot with desired state READY.  The successor is placed and prepared at once, so that preparing overlaps with the
 restart delay; it is started when the delay is over and nothing of the slot is still stopping.
 
+What cannot even be prepared (REJECTED: a missing image, say) is tried again later and later, also without a delay in
+the policy: an attempt that can fail in a millisecond must not keep the leader busy with nothing else.
+
 How often a slot was restarted is not counted anywhere: it is the number of tasks that the slot has had with the
 same version of the spec, less the first (the task history keeps as many as the policy needs).
 
@@ -23,6 +26,8 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_DELAY_S = 5.0
+REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
+"""Least delay after so many rejections in a row, one being none; the last one holds for any more."""
 STOP_TIMEOUT_S = 60.0
 """A successor waits no longer than this for what it replaces to stop (swarmkit's defaultOldTaskTimeout)."""
 
@@ -97,7 +102,7 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     starts_at = created_at
     predecessor = _predecessor(task, slot)
     if predecessor is not None and _is_delayed(predecessor, task, situation):
-        starts_at += delay_s(predecessor)
+        starts_at += max(delay_s(predecessor), _damping_s(predecessor, slot))
     if _is_waited_for(slot, situation):
         starts_at = max(starts_at, created_at + STOP_TIMEOUT_S)
     return starts_at
@@ -105,7 +110,8 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     """The task that takes the slot over; started at once where nothing has to be waited for."""
-    starts_now = delay_s(task) == 0 and not _is_waited_for(slot, situation)
+    delay = max(delay_s(task), _damping_s(task, slot))
+    starts_now = delay == 0 and not _is_waited_for(slot, situation)
     starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
     return FillSlot(
         situation.service,
@@ -113,6 +119,17 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
         NodeId("") if task.slot else task.node_id,
         TaskState.RUNNING if starts_now else TaskState.READY,
     )
+
+
+def _damping_s(last: Task, slot: Slot) -> float:
+    """The least delay after ``last``, by how many tasks in a row up to it were rejected."""
+    rejections = 0
+    for task in history(slot):
+        is_rejected = task.status.state is TaskState.REJECTED and task.spec_version == last.spec_version
+        rejections = rejections + 1 if is_rejected else 0
+        if task.id == last.id:
+            break
+    return REJECTED_DELAYS_S[min(max(rejections - 1, 0), len(REJECTED_DELAYS_S) - 1)]
 
 
 def _predecessor(task: Task, slot: Slot) -> Task | None:

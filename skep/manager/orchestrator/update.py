@@ -23,6 +23,7 @@ Source: swarmkit, manager/orchestrator/update/updater.go.
 from collections.abc import Iterable, Iterator
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import (
     FillSlot,
@@ -35,7 +36,7 @@ from skep.manager.orchestrator.changes import (
 )
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, history, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, wanted
 from skep.model.ids import NodeId
 from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateOrder, UpdateState
 from skep.model.task import Task, TaskState
@@ -165,13 +166,17 @@ class _Rollout:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
 
     def _replace(self, outdated: Slot) -> Iterator[Step]:
-        *others, last = outdated
-        yield from (RetireTask(task) for task in others if task.desired_state <= TaskState.RUNNING)
-        node_id = NodeId("") if last.slot else last.node_id
-        if self._starts_first or last.desired_state > TaskState.RUNNING:
-            yield FillSlot(self._service, last.slot, node_id)
+        """Begin with one slot.  Of several outdated tasks (an update was overtaken by this one) the best counts."""
+        *others, best = sorted(outdated, key=lambda task: (task.status.state is TaskState.RUNNING, age(task)))
+        others = [task for task in others if task.desired_state <= TaskState.RUNNING]
+        fill = FillSlot(self._service, best.slot, NodeId("") if best.slot else best.node_id)
+        if not self._starts_first and best.desired_state <= TaskState.RUNNING:
+            yield ReplaceTask(best, replace(fill, desired=TaskState.READY))
+        elif others:
+            yield ReplaceTask(others.pop(), fill)
         else:
-            yield ReplaceTask(last, FillSlot(self._service, last.slot, node_id, TaskState.READY))
+            yield fill
+        yield from map(RetireTask, others)
 
     def _settled_at(self, lead: Task) -> float | None:
         moments = (self._seen.running(lead), self._seen.ended(lead))

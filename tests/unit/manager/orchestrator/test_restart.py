@@ -140,6 +140,23 @@ def test_what_could_not_be_prepared_is_tried_again_only_after_its_delay() -> Non
     assert world.steps() == [Recheck(6.0)]
 
 
+def test_what_cannot_be_prepared_at_all_is_tried_more_and_more_slowly() -> None:
+    world = a_world(AT_ONCE)
+    waits = []
+    for _ in range(6):
+        world.report(wanted(world)[0].id, TaskState.REJECTED)
+        before = world.now
+        while not any(task.status.state is TaskState.NEW for task in wanted(world)):
+            world.settle()
+            rechecks = [step.at for step in world.steps() if isinstance(step, Recheck)]
+            world.now = max([world.now, *rechecks])
+        waits.append(world.now - before)
+        world.settle()
+    assert waits == sorted(waits)
+    assert waits[0] == 0.0
+    assert waits[-1] == 2.0
+
+
 def test_a_lost_node_is_not_waited_for_but_the_delay_holds() -> None:
     world = a_world(RestartPolicy(delay=3 * SECOND_NS))
     world.nodes[a_node("n1").id] = a_node("n1", state=NodeState.DOWN)

@@ -114,6 +114,9 @@ def test_start_first_tries_again_while_the_old_task_runs_on() -> None:
     for _ in range(3):
         world.settle()
         world.report(wanted(world, "app:2")[0].id, TaskState.REJECTED)
+        world.now += 2.0
+    world.settle()
+    world.now += 2.0
     world.settle()
     assert len(wanted(world, "app:1")) == 1
     world.run_all()
@@ -276,6 +279,18 @@ def test_an_update_during_an_update_starts_over_with_the_newest_spec() -> None:
     for _ in range(6):
         advance(world)
     assert len(wanted(world, "app:3")) == 4
+
+
+def test_an_update_that_overtakes_another_keeps_what_runs() -> None:
+    update = UpdateConfig(parallelism=1, order=UpdateOrder.START_FIRST)
+    world = a_world(update, replicas=1)
+    (old,) = wanted(world)
+    world.update(a_spec("app:2", replicas=1, update=update))
+    world.settle()
+    world.update(a_spec("app:3", replicas=1, update=update))
+    world.settle()
+    assert [image_of(task) for task in wanted(world)] == ["app:1", "app:3"]
+    assert wanted(world)[0].id == old.id
 
 
 def test_scaling_during_an_update_does_both() -> None:
