@@ -36,22 +36,10 @@ def json_list_answer(items: Sequence[T], show: Callable[[T], Any] = lambda item:
     return web.Response(body=_list_pieces(shown), content_type="application/json")
 
 
-def json_object_answer(name: str, items: Sequence[Any], **others: Any) -> web.Response:
-    """An object with one long list in the field ``name``, sent in pieces like ``json_list_answer``."""
-    return web.Response(body=_object_pieces(name, items, others), content_type="application/json")
-
-
 async def _list_pieces(items: Iterable[Any]) -> AsyncIterator[bytes]:
     async for piece in _pieces(items):
         yield piece
     yield b"\n"
-
-
-async def _object_pieces(name: str, items: Iterable[Any], others: dict[str, Any]) -> AsyncIterator[bytes]:
-    yield _encoder.encode(others)[:-1] + (b"," if others else b"") + _encoder.encode(name) + b":"
-    async for piece in _pieces(items):
-        yield piece
-    yield b"}\n"
 
 
 async def _pieces(items: Iterable[Any]) -> AsyncIterator[bytes]:

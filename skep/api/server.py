@@ -29,7 +29,6 @@ from skep.api.answers import (
     frame,
     json_answer,
     json_list_answer,
-    json_object_answer,
 )
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
@@ -51,7 +50,6 @@ __all__ = [
     "frame",
     "json_answer",
     "json_list_answer",
-    "json_object_answer",
     "read_body",
     "read_json",
     "runner",

@@ -7,7 +7,6 @@ the store and the tests.  Go's ``omitempty`` decides per field whether an empty 
 * ``always(default)`` is written even when it is the default.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 import msgspec
@@ -70,8 +69,3 @@ def always(default: T) -> T:
 def to_json(value: Any) -> bytes:
     """Encode ``value`` as Docker's JSON."""
     return msgspec.json.encode(value)
-
-
-def decoder_of(type_: type[T]) -> Callable[[bytes], T]:
-    """A decoder of ``type_`` for JSON that we wrote ourselves (no nulls for missing values)."""
-    return msgspec.json.Decoder(type_).decode

@@ -16,7 +16,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequ
 from skep.manager.control.names import NameSource
 from skep.manager.control.networks import ingress_network, is_ingress
 from skep.manager.control.service_rules import check_service_spec
-from skep.model.ids import IdSource, NetworkId, ServiceId
+from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
 from skep.model.network import Network
 from skep.model.secret import Config, Secret
@@ -302,9 +302,3 @@ def auth_source(word: str, service: Service) -> AuthSource:
             return "previous-spec"
         case _:
             raise Untranslated("unsupported registryAuthFrom value")
-
-
-def networks_of(spec: ServiceSpec) -> tuple[NetworkId, ...]:
-    """The networks that a service's tasks are attached to at its own wish."""
-    attachments = spec.task_template.networks or spec.networks
-    return tuple(NetworkId(attachment.target) for attachment in attachments)

@@ -1,5 +1,6 @@
 """Objects as the API shows them: without what is only ours."""
 
+import asyncio
 from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
@@ -9,6 +10,9 @@ from skep.model.node import Node
 from skep.model.service import Service, ServiceStatus
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
+
+_PIECE = 5_000
+"""Tasks counted before others get their turn."""
 
 
 def shown_service(
@@ -33,20 +37,23 @@ def shown_task(task: Task) -> Task:
     return replace(task, spec_version=None)
 
 
-def service_status(view: View, service: Service) -> ServiceStatus:
-    """How many tasks of ``service`` run, are wanted, and are done.  One pass: there may be 100,000.
+async def service_status(view: View, service: Service) -> ServiceStatus:
+    """How many tasks of ``service`` run, are wanted, and are done.  There may be 100,000: others get their turns.
 
     Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).
     """
     iteration = service.job_status.job_iteration if service.job_status is not None else None
+    tasks = view.find(Task, service_id=service.id)
     running = wanted = completed = 0
-    for task in view.find(Task, service_id=service.id):
-        if iteration is not None and task.job_iteration != iteration:
-            continue
-        state = task.status.state
-        running += state is TaskState.RUNNING
-        completed += state is TaskState.COMPLETE
-        wanted += _is_wanted(task)
+    for start in range(0, len(tasks), _PIECE):
+        for task in tasks[start : start + _PIECE]:
+            if iteration is not None and task.job_iteration != iteration:
+                continue
+            state = task.status.state
+            running += state is TaskState.RUNNING
+            completed += state is TaskState.COMPLETE
+            wanted += _is_wanted(task)
+        await asyncio.sleep(0)
     mode = service.spec.mode
     if mode.replicated is not None:
         wanted = service.spec.replicas
