@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from skep.errors import (
@@ -9,6 +10,9 @@ from skep.errors import (
     PermissionDenied,
 )
 from skep.model.node import Node, NodeState
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.trust import tls_info
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from tests.wire_rig import (
@@ -17,6 +21,7 @@ from tests.wire_rig import (
     a_session,
     a_worker,
     an_agent,
+    put,
     until,
 )
 
@@ -96,3 +101,34 @@ async def test_a_manager_without_a_quorum_takes_no_session_and_gives_up_those_it
         cluster.store.mend()
         async with asyncio.timeout(10):
             await agent.registered.wait()
+
+
+async def test_a_node_that_does_not_come_back_to_a_restarted_manager_is_down(tmp_path, monkeypatch):
+    monkeypatch.setattr("skep.manager.dispatcher.liveness.RECOVERY_GRACE_S", 0.5)
+    cluster = Cluster(heartbeat_s=0.1)
+    async with cluster.serving():
+        pair = await a_worker(cluster, tmp_path)
+        async with an_agent(cluster, pair, tmp_path):
+            pass
+    assert cluster.node(pair.identity.node_id).status.state is NodeState.READY
+    async with cluster.serving(cluster.port):
+        await cluster.until(lambda view: view.get(Node, pair.identity.node_id).status.state is NodeState.DOWN)
+
+
+async def test_a_node_that_is_asked_to_renews_its_certificate_and_keeps_its_session(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        node = cluster.node(agent.node_id)
+        asked = msgspec.structs.replace(node.certificate, state="rotate")
+        await put(cluster, msgspec.structs.replace(node, certificate=asked))
+        await cluster.until(lambda view: view.get(Node, agent.node_id).certificate.state == "issued")
+        await until(lambda: keypair.load(tmp_path).certificate_pem != pair.certificate_pem)
+        assert cluster.node(agent.node_id).session == node.session
+
+
+async def test_new_roots_reach_the_node(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path):
+        both = cluster.authority.root_pem + Authority.create().root_pem
+        await put(cluster, msgspec.structs.replace(cluster.swarm, tls_info=tls_info(both)))
+        await until(lambda: keypair.load(tmp_path).root_pem == both)

@@ -46,16 +46,22 @@ def difference(
     """What to tell a node after ``changed`` tasks changed; None: nothing it has to know."""
     tasks = dict(told.tasks)
     updated: list[Task] = []
+    referring = False
     for id in sorted(set(changed)):
-        task = view.lookup(Task, id)
+        task, before = view.lookup(Task, id), tasks.pop(id, None)
+        referring = referring or _refers(before)
         if task is None or task.node_id != node_id or not _is_told(task):
-            tasks.pop(id, None)
             continue
-        before = tasks.get(id)
         tasks[id] = task
+        referring = referring or _refers(task)
         if before is None or wish_of(before) != wish_of(task):
             updated.append(task)
-    now = Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
+    # Going through all tasks of the node is what costs, and most tasks need neither secrets nor configs.
+    now = (
+        Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
+        if referring
+        else Told(tasks=tasks, secrets=told.secrets, configs=told.configs)
+    )
     message = _message(view, told, now, updated, complete=False)
     is_empty = not (
         message.tasks
@@ -136,6 +142,11 @@ def _ports_of(service: Service) -> tuple[PortConfig, ...]:
 
 def _needs(task: Task) -> bool:
     return bool(task.status.state <= TaskState.RUNNING)
+
+
+def _refers(task: Task | None) -> bool:
+    container = task.spec.container_spec if task is not None else None
+    return container is not None and bool(container.secrets or container.configs)
 
 
 def _secrets_of(tasks: Iterable[Task]) -> frozenset[SecretId]:
