@@ -8,12 +8,14 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
+from skep.errors import Unavailable
 from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service
 from skep.manager.routes import application
 from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import TaskState
+from skep.store.updates import NO_LEADER
 from tests.builders import a_service_spec, a_task
 from tests.conformance.manager import a_manager_api
 
@@ -125,3 +127,35 @@ async def test_three_thousand_tasks_are_listed_without_holding_the_loop(cluster)
         assert len(await ids(client, "/tasks", service="web")) == 3000
         watching.cancel()
     assert longest_s < 0.1
+
+
+async def test_without_a_quorum_reads_fail_in_dockers_words_unless_stale_ones_are_asked_for(
+    cluster, monkeypatch
+):
+    api, client = cluster
+
+    async def no_quorum() -> None:
+        raise Unavailable(NO_LEADER)
+
+    monkeypatch.setattr(api.store, "barrier", no_quorum)
+    for path in (
+        "/services",
+        "/services/web",
+        "/tasks",
+        "/nodes",
+        "/swarm",
+        "/secrets",
+        "/networks",
+        "/configs",
+    ):
+        answer = await client.get(path)
+        assert (answer.status, await answer.json()) == (503, {"message": NO_LEADER}), path
+    answer = await client.get("/services", headers={"X-Skep-Stale": "1"})
+    assert (answer.status, await answer.json()) == (200, [])
+
+
+async def test_bits_of_javascript_and_paths_in_names_are_only_words(cluster):
+    _, client = cluster
+    for word in ("..", "%2e%2e%2fetc", "a%00b", "%3Cscript%3E", "x" * 5000):
+        answer = await client.get(f"/services/{word}")
+        assert answer.status == 404
