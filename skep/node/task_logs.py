@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.node.assignments import LogLine, LogQuery, LogStream
@@ -35,7 +36,7 @@ class TaskLogs:
         With ``follow`` this ends only when the iterator is closed, and goes on with tasks that come later.
         """
         lines: asyncio.Queue[LogLine | None] = asyncio.Queue(_LINES_AHEAD_MAX)
-        async with asyncio.TaskGroup() as group:
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
             reading = group.create_task(self._read_all(query, lines))
             try:
                 while (line := await lines.get()) is not None:

@@ -1,0 +1,67 @@
+"""Addresses, ports and rules of the gateway network."""
+
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.errors import ResourceExhausted
+from skep.node.network.addresses import POOL, Addresses, free_subnet, mac_of
+from skep.node.network.rules import HostPort, published, setup, withdrawn
+
+
+def test_the_first_subnet_without_a_collision_is_taken() -> None:
+    assert free_subnet([IPv4Network("0.0.0.0/0")]) == IPv4Network("172.18.0.0/16")
+    taken = [IPv4Network("172.18.4.0/24"), IPv4Network("172.16.0.0/15"), IPv4Network("172.19.0.0/16")]
+    assert free_subnet(taken) == IPv4Network("172.20.0.0/16")
+
+
+def test_a_machine_that_uses_every_subnet_is_told_so() -> None:
+    with pytest.raises(ResourceExhausted, match="collides with a route"):
+        free_subnet([IPv4Network("172.16.0.0/12"), IPv4Network("192.168.0.0/16")])
+
+
+@given(st.lists(st.sampled_from(POOL), max_size=20))
+def test_a_chosen_subnet_never_overlaps(taken: list[IPv4Network]) -> None:
+    assert not any(free_subnet(taken).overlaps(network) for network in taken)
+
+
+def test_addresses_go_round_and_leave_out_what_is_used() -> None:
+    addresses = Addresses(IPv4Network("10.0.0.0/29"))
+    assert addresses.gateway == IPv4Address("10.0.0.1")
+    taken = [addresses.take(f"c{number}") for number in range(5)]
+    assert [str(address) for address in taken] == [f"10.0.0.{number}" for number in range(2, 7)]
+    with pytest.raises(ResourceExhausted, match="no address is left"):
+        addresses.take("late")
+    addresses.release(taken[1], "somebody else")
+    with pytest.raises(ResourceExhausted):
+        addresses.take("late")
+    addresses.release(taken[1], "c1")
+    assert addresses.take("late") == taken[1]
+
+
+def test_an_address_just_given_back_is_not_the_next_one() -> None:
+    addresses = Addresses(IPv4Network("10.0.0.0/24"))
+    first = addresses.take("a")
+    addresses.release(first, "a")
+    assert addresses.take("b") != first
+
+
+def test_claimed_addresses_are_not_given_again() -> None:
+    addresses = Addresses(IPv4Network("10.0.0.0/24"))
+    addresses.claim(IPv4Address("10.0.0.2"), "old")
+    assert addresses.take("new") == IPv4Address("10.0.0.3")
+
+
+def test_the_mac_address_is_dockers() -> None:
+    assert mac_of(IPv4Address("172.18.0.2")) == "02:42:ac:12:00:02"
+
+
+def test_rules_name_each_published_port_once() -> None:
+    port = HostPort("tcp", 8080, "172.18.0.2", 80)
+    text = setup("skep-gw", IPv4Network("172.18.0.0/16"), [port])
+    assert text.count("tcp . 8080 : 172.18.0.2 . 80") == 1
+    assert 'ip saddr 172.18.0.0/16 oifname != "skep-gw" masquerade' in text
+    assert published([port]) == "add element ip skep host_ports { tcp . 8080 : 172.18.0.2 . 80 }\n"
+    assert withdrawn([port]) == "delete element ip skep host_ports { tcp . 8080 }\n"
