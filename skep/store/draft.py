@@ -12,11 +12,14 @@ from skep.store.proposal import Compare, Exists, NothingSince, Proposal, Unchang
 from skep.store.state import Owner, State
 from skep.store.tables import Table
 
-MAX_OPERATIONS = 127
-"""Compares or writes of one proposal: etcd counts 128, one of which is the nesting."""
+MAX_OPERATIONS = 126
+"""Compares or writes of one proposal: etcd counts 128, of which the nesting takes one and the fence another."""
 
 MAX_OBJECT_BYTES = 1_400_000
-"""One part, encoded: with key, nonce and framing it stays below etcd's 1.5 MiB per request."""
+"""One part, encoded."""
+
+MAX_BYTES = 1_500_000
+"""All values of one proposal: with nonces and framing they stay below etcd's 1.5 MiB per request."""
 
 
 class Draft:
@@ -133,6 +136,8 @@ class Draft:
             raise ResourceExhausted(
                 f"transaction too large: {proposal.operations} of {MAX_OPERATIONS} operations"
             )
+        if proposal.size_bytes > MAX_BYTES:
+            raise ResourceExhausted(f"transaction too large: {proposal.size_bytes} of {MAX_BYTES} bytes")
         return proposal
 
     def _members(

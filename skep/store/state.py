@@ -25,7 +25,7 @@ Owner = tuple[str, str]
 """(kind name, id) of an object."""
 
 
-class KeyChange(msgspec.Struct, frozen=True):
+class KeyChange(msgspec.Struct, frozen=True, gc=False):
     """One key as the store now has it, its value in clear.  ``value`` None: deleted."""
 
     key: str
@@ -34,7 +34,7 @@ class KeyChange(msgspec.Struct, frozen=True):
     create_revision: int = 0
 
 
-class Claim(msgspec.Struct, frozen=True):
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """Who holds a unique name or port, and since which revision."""
 
     owner: Owner

@@ -20,7 +20,7 @@ log = structlog.get_logger()
 NAME = "name"
 
 
-class PartChange(msgspec.Struct, frozen=True):
+class PartChange(msgspec.Struct, frozen=True, gc=False):
     """One key of an object as the store now has it.  ``value`` None: deleted."""
 
     part: str
@@ -29,7 +29,7 @@ class PartChange(msgspec.Struct, frozen=True):
     create_revision: int = 0
 
 
-class Marks(msgspec.Struct, frozen=True):
+class Marks(msgspec.Struct, frozen=True, gc=False):
     """Where the keys of one object stand.  ``revisions``: part -> modification revision, existing keys only.
 
     ``answers``: part -> spec version it answers, for parts that answer one.

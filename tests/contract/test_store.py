@@ -238,6 +238,34 @@ async def test_an_oversized_transaction_is_refused_whole(store: Store) -> None:
     assert store.view().find(Secret) == []
 
 
+async def test_the_largest_transaction_fits_for_the_api_and_behind_the_fence(rig: Rig) -> None:
+    """63 secrets are 126 keys, each written and compared; other writes go beside them."""
+
+    def body(tx: Transaction, first: int) -> None:
+        for number in range(first, first + 63):
+            tx.put(a_secret(f"s{number}"))
+
+    term = await anext(rig.store.terms(FIRST, "127.0.0.1:2377"))
+    await asyncio.gather(
+        rig.store.update(body, 0),
+        term.update(body, 100),
+        *(rig.store.update(put, a_task(f"t{number}")) for number in range(50)),
+    )
+    assert len(rig.store.view().find(Secret)) == 126
+    assert len(rig.store.view().find(Task)) == 50
+    with pytest.raises(ResourceExhausted, match="too large"):
+        await rig.store.update(lambda tx: [tx.put(a_secret(f"x{number}")) for number in range(64)])
+
+
+async def test_large_objects_do_not_add_up_beyond_what_one_request_may_hold(store: Store) -> None:
+    def body(tx: Transaction) -> None:
+        for id in "ab":
+            tx.put(Config(id=ConfigId(id), spec=ConfigSpec(name=id, data=b"x" * 900_000)))
+
+    with pytest.raises(ResourceExhausted, match="too large"):
+        await store.update(body)
+
+
 async def test_the_largest_config_fits_and_a_larger_one_is_refused(store: Store) -> None:
     largest = Config(id=ConfigId("c"), spec=ConfigSpec(name="c", data=b"\xff" * 1000 * 1024))
     await store.update(put, largest)

@@ -19,8 +19,8 @@ from msgspec.structs import replace
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
-from skep.model.ids import ClusterId, NodeId, SecretId
-from skep.model.secret import Secret, SecretSpec
+from skep.model.ids import ClusterId, ConfigId, NodeId, SecretId
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.swarm import Swarm
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
@@ -513,6 +513,19 @@ async def test_another_clusters_key_opens_nothing(settings: MemberSettings) -> N
         with pytest.raises(FailedPrecondition, match="another cluster"):
             async with open_store(settings.socket, NODE, new_wrapping_key(), CLOCK):
                 pytest.fail("opened")
+
+
+async def test_many_large_objects_are_loaded_page_by_page(settings: MemberSettings) -> None:
+    def put_config(tx: Transaction, number: int) -> Config:
+        id = ConfigId(f"c{number:02}")
+        return tx.put(Config(id=id, spec=ConfigSpec(name=id, data=bytes([number]) * 1000 * 1024)))
+
+    async with founded(settings) as (_, store):
+        await store.update_each(put_config, range(20))
+        expected = store.view().find(Config)
+    async with founded(settings) as (_, again):
+        assert again.view().find(Config) == expected
+        assert len(expected) == 20
 
 
 async def test_a_damaged_value_is_left_out_and_stops_nobody(settings: MemberSettings) -> None:

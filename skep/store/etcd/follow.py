@@ -26,8 +26,12 @@ from skep.store.state import KeyChange, State, differences
 
 log = structlog.get_logger()
 
-PAGE = 500
+PAGE_KEYS_MAX = 500
 """Keys of one page of a load: a few milliseconds of work."""
+
+PAGE_KEYS_FIRST = 16
+PAGE_BYTES = 2 * 1024 * 1024
+"""Wanted size of a page: 500 of the largest configs would be half a gigabyte."""
 
 SLICE = 200
 """Events taken in, or objects compared, between two returns to the event loop."""
@@ -100,10 +104,10 @@ class Follower:
         """
         state = State()
         leader: bytes | None = None
-        first, revision = PREFIX, 0
+        first, revision, limit = PREFIX, 0, PAGE_KEYS_FIRST
         while True:
             page = await self._client.range(
-                pb.RangeRequest(key=first, range_end=prefix_end(PREFIX), limit=PAGE, revision=revision),
+                pb.RangeRequest(key=first, range_end=prefix_end(PREFIX), limit=limit, revision=revision),
                 timeout_s=LOAD_S,
             )
             revision = revision or page.header.revision
@@ -113,6 +117,7 @@ class Follower:
             if not page.more:
                 break
             first = page.kvs[-1].key + b"\0"
+            limit = next_limit(limit, page.ByteSize())
             await asyncio.sleep(0)
         events = await self._difference(state) if self._loaded.is_set() else []
         self._replica.reset(state, leader, events)
@@ -184,6 +189,12 @@ class Follower:
             self._cipher.use(decoded_ring(encoded))
         except FailedPrecondition as error:
             log.error("new key ring cannot be used", error=str(error))
+
+
+def next_limit(limit: int, page_bytes: int) -> int:
+    """Keys of the next page, when ``limit`` keys had this size: nearer to ``PAGE_BYTES``, growing carefully."""
+    fitting = limit * PAGE_BYTES // max(page_bytes, 1)
+    return max(1, min(fitting, 4 * limit, PAGE_KEYS_MAX))
 
 
 _KEY_RING = PREFIX + keys.KEY_RING.encode()
