@@ -38,7 +38,7 @@ from skep.wire.client import connected
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
-LONGEST_RETRY_S = 5.0
+LONGEST_RETRY_S = 2.0
 RENEWAL_RETRY_LONGEST_S = 300.0
 LASTED_S = 10.0
 """A session that held for so long was a good one: the next attempt is made at once."""

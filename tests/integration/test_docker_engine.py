@@ -58,6 +58,12 @@ async def wish(cluster: Cluster, task: Task, desired: TaskState) -> None:
     )
 
 
+async def refused(engine: Engine, token: str) -> str:
+    """What `docker swarm join` says."""
+    join = ("swarm", "join", "--token", token, f"{ADDRESS}:2377")
+    return await engine.docker(*join, check=False, timeout_s=60)
+
+
 async def joined(cluster: Cluster, engine: Engine) -> NodeId:
     """The engine's node id, after `docker swarm join`."""
     token = cluster.swarm.join_tokens.worker
@@ -72,10 +78,9 @@ async def test_an_unmodified_engine_works_as_a_node(namespace):
     async with an_engine() as engine:
         async with cluster.serving(2377):
             wrong = cluster.swarm.join_tokens.worker[:-3] + "000"
-            refusal = await engine.docker(
-                "swarm", "join", "--token", wrong, cluster.address, check=False, timeout_s=60
-            )
-            assert "A valid join token is necessary to join this cluster" in refusal
+            assert "A valid join token is necessary to join this cluster" in await refused(engine, wrong)
+            manager = cluster.swarm.join_tokens.manager
+            assert "does not take further managers yet" in await refused(engine, manager)
 
             node_id = await joined(cluster, engine)
             node = cluster.node(node_id)
