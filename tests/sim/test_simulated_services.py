@@ -308,6 +308,9 @@ def test_a_poisoned_object_stops_nobody_else(seed: int) -> None:
         assert "Poison" in bad.update_status.message
         cluster.poisoned.clear()
         cluster.run_until(lambda: cluster.running("bad") == 3, within_s=70)
+        bad = cluster.service("bad")
+        assert bad is not None
+        assert bad.update_status is None
         cluster.check_invariants()
 
 
@@ -364,6 +367,6 @@ def test_a_global_service_has_one_task_on_every_node_that_may_have_one(seed: int
         cluster.check_invariants()
 
 
-def state_of(cluster: SimulatedCluster) -> UpdateState | None:
-    service = cluster.service("web")
+def state_of(cluster: SimulatedCluster, name: str = "web") -> UpdateState | None:
+    service = cluster.service(name)
     return service.update_status.state if service is not None and service.update_status else None

@@ -1,6 +1,5 @@
 """The allocator's loop: gives services their endpoints, then lets their tasks go from NEW to PENDING."""
 
-from collections.abc import Iterable
 from random import Random
 
 import structlog
@@ -14,7 +13,7 @@ from skep.manager.allocator.grants import Explain, GiveEndpoint, Grant, Release,
 from skep.manager.allocator.ports import PortBook, endpoint_for
 from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, contained
-from skep.model.ids import IdSource, ServiceId
+from skep.model.ids import IdSource, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
@@ -40,6 +39,8 @@ class Allocator:
         self._agenda: Agenda[ServiceId] = Agenda(clock)
         self._guard = Guard(clock, random)
         self._ports = PortBook()
+        self._new: dict[ServiceId, dict[TaskId, None]] = {}
+        """Tasks not yet released, by service: work is in proportion to them, not to what the service has."""
 
     async def run(self) -> None:
         """Allocate until cancelled.  Runs on the leader only."""
@@ -48,9 +49,12 @@ class Allocator:
 
     def _start(self, snapshot: View) -> None:
         self._ports = PortBook()
+        self._new.clear()
         for service in snapshot.find(Service):
             self._ports.enter(service)
             self._agenda.add((service.id,))
+        for task in snapshot.find(Task):
+            self._note_task(task)
 
     def _note(self, commit: Commit) -> None:
         for event in commit.events:
@@ -62,16 +66,15 @@ class Allocator:
                     self._ports.leave(service.id)
                     self._guard.forget(service.id)
                     self._guard.forget(f"tasks of {service.id}")
-                case Created(Task() as task) if task.status.state is TaskState.NEW:
-                    self._agenda.add((task.service_id,))
+                case Created(Task() as task):
+                    self._note_task(task)
                 case Created(Network()) | Updated(_, Network()):
-                    self._agenda.add(self._waiting())
+                    self._agenda.add(self._new)  # those that wait for a network may be among them
 
-    def _waiting(self) -> Iterable[ServiceId]:
-        """Services with a task that waits for something."""
-        for task in self._term.view().find(Task):
-            if task.status.state is TaskState.NEW:
-                yield task.service_id
+    def _note_task(self, task: Task) -> None:
+        if task.service_id and _is_new(task):
+            self._new.setdefault(task.service_id, {})[task.id] = None
+            self._agenda.add((task.service_id,))
 
     async def _work(self) -> None:
         while True:
@@ -100,7 +103,7 @@ class Allocator:
         key = f"tasks of {service_id}"
         with self._guard.guarded(key):
             view = self._term.view()
-            tasks = [task for task in view.find(Task, service_id=service_id) if _is_new(task)]
+            tasks = self._new_tasks(view, service_id)
             if (trouble := self._guard.trouble(service_id)) is not None:
                 reason = f"allocation failed: {trouble.error}"
                 grants = [Explain(task, reason) for task in tasks]
@@ -110,6 +113,14 @@ class Allocator:
             if trouble is not None:
                 self._agenda.add_at(service_id, trouble.retry_at)
         return grants
+
+    def _new_tasks(self, view: View, service_id: ServiceId) -> list[Task]:
+        """The service's tasks that are still NEW; the others are forgotten."""
+        found = [view.lookup(Task, id) for id in self._new.pop(service_id, ())]
+        tasks = [task for task in found if task is not None and _is_new(task)]
+        if tasks:
+            self._new[service_id] = {task.id: None for task in tasks}
+        return tasks
 
     def _release(self, view: View, task: Task) -> Grant:
         spec = _spec_of(view, task)

@@ -32,6 +32,8 @@ BATCH = 100
 """Services looked at before their changes are committed together."""
 SLICE_S = 0.01
 """Deciding gives way to everything else after this long."""
+FAILED = "orchestration failed"
+"""How the message of a service begins whose decision raised."""
 RETRY_S = 0.5
 """Until the next attempt when the store did not take a change (jittered)."""
 
@@ -124,11 +126,15 @@ class Orchestrator:
                     self._agenda.add_at(service_id, step.at)
                 else:
                     changes.append((service_id, step))
-        if (trouble := self._guard.trouble(service_id)) is not None:
+        trouble = self._guard.trouble(service_id)
+        if trouble is not None:
             self._agenda.add_at(service_id, trouble.retry_at)
-            with self._guard.guarded(f"{service_id} (its error)"):
-                await self._term.update(_write_error, service_id, trouble.error)
-            return []
+            changes = []
+        with self._guard.guarded(f"mark on {service_id}"):
+            if trouble is not None and trouble.failures == 1:
+                await self._term.update(_mark, service_id, trouble.error)
+            elif trouble is None and _is_marked(self._term.view().lookup(Service, service_id)):
+                await self._term.update(_unmark, service_id)
         return changes
 
     def _steps(self, service_id: ServiceId) -> Iterable[Change | Recheck]:
@@ -191,12 +197,23 @@ def _is_relevant(old: Task, new: Task) -> bool:
     )
 
 
-def _write_error(tx: Transaction, service_id: ServiceId, error: str) -> None:
-    """Show on the service that its decision failed.  The next change of its update status replaces it."""
+def _is_marked(service: Service | None) -> bool:
+    """Whether the service still shows the error of an earlier decision."""
+    status = service.update_status if service is not None else None
+    return status is not None and status.message.startswith(FAILED)
+
+
+def _mark(tx: Transaction, service_id: ServiceId, error: str) -> None:
+    """Show on the service that its decision failed."""
     service = tx.lookup(Service, service_id)
-    if service is None:
-        return
-    status = service.update_status or UpdateStatus()
-    message = f"orchestration failed: {error}"
-    if status.message != message:
-        tx.put(replace(service, update_status=replace(status, message=message)))
+    if service is not None:
+        status = service.update_status or UpdateStatus()
+        tx.put(replace(service, update_status=replace(status, message=f"{FAILED}: {error}")))
+
+
+def _unmark(tx: Transaction, service_id: ServiceId) -> None:
+    """The decision works again; an update under way says what swarmkit's say."""
+    service = tx.lookup(Service, service_id)
+    if service is not None and service.update_status is not None and _is_marked(service):
+        status = replace(service.update_status, message="update in progress")
+        tx.put(replace(service, update_status=status if status.state is not None else None))

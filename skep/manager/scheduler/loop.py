@@ -6,6 +6,8 @@ that could help: a node, or a task that ended.
 """
 
 import asyncio
+from collections.abc import Iterable
+from itertools import islice
 from random import Random
 from typing import NewType
 
@@ -169,17 +171,15 @@ class Scheduler:
             tasks = self._tasks_of(group)
             for task in tasks:
                 self._accounting.remove(task.id)
-            return Placed(
-                refusals=tuple(Refusal(task, f"scheduling failed: {trouble.error}") for task in tasks)
-            )
-        if placed.remaining:
-            self._agenda.add((group,))
+            return Placed(refusals=_refusals(tasks, f"scheduling failed: {trouble.error}"))
         if placed.refusals:
             self._refused.add(group)
+        elif len(self._pending.get(group, ())) > limit:
+            self._agenda.add((group,))
         return placed
 
     def _placed(self, group: Group, limit: int) -> Placed:
-        tasks = self._tasks_of(group)
+        tasks = self._tasks_of(group, limit)
         if not tasks:
             return Placed()
         wish = requirements_of(tasks[0], self._spec_of(tasks[0]))
@@ -189,11 +189,19 @@ class Scheduler:
                     return Placed(assignments=(assignment,))
                 case Refusal() as refusal:
                     return Placed(refusals=(refusal,))
-        return place(tasks, wish, self._accounting, now=self._clock.monotonic(), limit=limit)
+        placed = place(tasks, wish, self._accounting, now=self._clock.monotonic(), limit=limit)
+        if placed.refusals:
+            # What holds for one of them holds for all that ask for the same.
+            chosen = {assignment.task.id for assignment in placed.assignments}
+            refused = [task for task in self._tasks_of(group) if task.id not in chosen]
+            placed = replace(placed, refusals=_refusals(refused, placed.refusals[0].reason))
+        return placed
 
-    def _tasks_of(self, group: Group) -> list[Task]:
+    def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
+        """The group's pending tasks, those that wait longest first."""
         view = self._term.view()
-        found = (view.lookup(Task, id) for id in self._pending.get(group, ()) if id not in self._deciding)
+        ids = islice(self._pending.get(group, ()), limit)
+        found = (view.lookup(Task, id) for id in ids if id not in self._deciding)
         return [task for task in found if task is not None and _is_pending(task)]
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -291,6 +299,10 @@ def _group_of(task: Task) -> Group:
     if task.node_id or task.spec_version is None:
         return Group(task.id)
     return Group(f"{task.service_id}/{task.spec_version.index}")
+
+
+def _refusals(tasks: Iterable[Task], reason: str) -> tuple[Refusal, ...]:
+    return tuple(Refusal(task, reason) for task in tasks)
 
 
 def _together(first: Placed, second: Placed) -> Placed:
