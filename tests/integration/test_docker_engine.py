@@ -18,7 +18,7 @@ from tests.builders import a_service, a_service_spec, a_task
 from tests.engine_rig import ADDRESS, IMAGE, Engine, an_engine, network_namespace
 from tests.wire_rig import MANAGER_ID, Cluster, until
 
-pytestmark = [pytest.mark.needs("dockerd"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(240)]
 
 LOOP = ("/bin/sh", "-c", "trap 'exit 0' TERM; while :; do echo tick; sleep 1; done")
 

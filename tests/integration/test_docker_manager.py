@@ -16,7 +16,7 @@ from skep.node.local import Peer
 from tests.engine_rig import ADDRESS, IMAGE, an_engine, network_namespace
 from tests.wire_rig import FakeWorker, an_agent_of, until
 
-pytestmark = [pytest.mark.needs("dockerd"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(180)]
 
 MANAGER = f"{ADDRESS}:2377"
 
