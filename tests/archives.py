@@ -89,6 +89,30 @@ def a_layer(*members: Member) -> bytes:
 _GOOD = a_layer()
 
 
+def a_legacy_archive(tag: str = "old") -> bytes:
+    """What ``docker save`` wrote before 1.10: a directory per layer, no digests."""
+    base = b'{"id":"1","created":"2015-01-01T00:00:00Z","container_config":{"Cmd":["a","<b>"]}}'
+    top = (
+        b'{"id":"2","parent":"1","created":"2015-01-02T00:00:00Z","docker_version":"1.9.1","os":"linux",'
+        b'"architecture":"amd64","config":{"Cmd":["sh"]},"container_config":{"Cmd":["c & d"]}}'
+    )
+    return a_tar(
+        *(an_entry(name, tarfile.DIRTYPE) for name in "12"),
+        a_file("1/json", base),
+        a_file("1/layer.tar", _GOOD),
+        a_file("2/json", top),
+        a_file("2/layer.tar", a_tar(a_file("x", b"y"))),
+        a_file("repositories", json.dumps({tag: {"1": "2"}}).encode()),
+    )
+
+
+GOOD: Mapping[str, Callable[[], bytes]] = {
+    "legacy:1": lambda: a_legacy_archive("legacy"),
+    "plain:1": lambda: a_docker_archive(_GOOD, a_tar(a_file("x", b"y")), tags=["plain:1"]),
+}
+"""By the name that it gives its image."""
+
+
 def _headless() -> bytes:
     """A layer whose second header is garbage."""
     return _GOOD[:512] + b"\xff" * 512 + _GOOD[1024:]

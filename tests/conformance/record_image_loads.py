@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.archives import HOSTILE
+from tests.archives import GOOD, HOSTILE
 from tests.conformance.record import RECORDED, UnixConnection, run, wait_for
 
 NAMESPACE = "skep-image-loads"
@@ -52,6 +52,16 @@ def ask(engine: Path, archive: bytes) -> Answer:
     return answer_of(response.status, content)
 
 
+def identify(engine: Path, name: str) -> str:
+    """The id of an image that was loaded."""
+    connection = UnixConnection(engine)
+    try:
+        connection.request("GET", f"/v1.41/images/{name}/json")
+        return str(msgspec.json.decode(connection.getresponse().read())["Id"])
+    finally:
+        connection.close()
+
+
 @contextmanager
 def running_engine(folder: Path) -> Iterator[Path]:
     run("ip", "netns", "add", NAMESPACE)
@@ -85,8 +95,13 @@ def running_engine(folder: Path) -> Iterator[Path]:
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="skep-record-") as folder, running_engine(Path(folder)) as engine:
         answers = {name: ask(engine, make()) for name, make in HOSTILE.items() if name not in HANGS}
-    text = msgspec.json.format(msgspec.json.encode(answers), indent=1)
-    (RECORDED / "image_loads.json").write_bytes(text + b"\n")
+        ids = {}
+        for name, make in GOOD.items():
+            ask(engine, make())
+            ids[name] = identify(engine, name)
+    for file, content in (("image_loads.json", answers), ("image_ids.json", ids)):
+        text = msgspec.json.format(msgspec.json.encode(content), indent=1)
+        (RECORDED / file).write_bytes(text + b"\n")
 
 
 if __name__ == "__main__":
