@@ -5,7 +5,8 @@ clock.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from random import Random
 
 import msgspec
@@ -29,7 +30,7 @@ from skep.manager.dispatcher.statuses import Report, record_status
 from skep.manager.follow import follow
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import IdSource, NodeId, SessionId, TaskId
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
@@ -76,7 +77,7 @@ class Dispatcher:
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
         self._is_current = True
-        self._period_told_s = 0.0
+        self._period_s = DEFAULT_PERIOD_S
 
     def services(self) -> Sequence[Handler]:
         """What to hand to ``wire.server.serve``."""
@@ -109,12 +110,14 @@ class Dispatcher:
     def _start(self, view: View) -> None:
         """Begin from a snapshot: expect the nodes of an earlier run, have every stream look at everything."""
         nodes = view.find(Node)
+        self._set_period()
         self._managers = managers_of(nodes, self._own)
         deadline = self._time.seconds + grace_period(self._wished_period_s(view), recovering=True)
         for node in nodes:
             self._note_node(node)
-            if node.session is not None and node.session.manager_id == self._own.node_id:
-                self._sessions.expect(node.id, node.session.session_id, deadline)
+            held, is_down = node.session, node.status.state is NodeState.DOWN
+            if held is not None and held.manager_id == self._own.node_id and not is_down:
+                self._sessions.expect(node.id, held.session_id, deadline)
         for session in self._sessions.all():
             session.messages.wake()
             session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))
@@ -193,7 +196,7 @@ class Dispatcher:
         node = self._store.view().lookup(Node, node_id)
         if node is None or node.session is None or node.session.session_id != session_id:
             raise SessionInvalid  # it registered once more while this was written
-        deadline = self._time.seconds + grace_period(self._period_s())
+        deadline = self._time.seconds + grace_period(self._period_s)
         session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline)
         self._sessions.add(session)
         log.info("node registered", node=node_id, session=session_id, peer=caller.address)
@@ -215,18 +218,18 @@ class Dispatcher:
 
     def _beat(self, session: LiveSession) -> int:
         """Note a heartbeat; gives nanoseconds until the next one."""
-        period_s = self._period_s() * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
+        period_s = self._period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
         session.deadline = self._time.seconds + grace_period(period_s)
         return int(period_s * SECOND_NS)
 
-    def _period_s(self) -> float:
+    def _set_period(self) -> None:
+        """Fit the period to the wish and to the number of nodes; not at every heartbeat, for it counts them all."""
         skep_nodes, docker_nodes = self._sessions.count()
         wished_s = self._wished_period_s(self._store.view())
         period_s = heartbeat_period(wished_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
-        if period_s > wished_s and period_s > 1.1 * self._period_told_s:
+        if period_s > wished_s and period_s > 1.1 * self._period_s:
             log.info("heartbeats stretched", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)
-            self._period_told_s = period_s
-        return period_s
+        self._period_s = period_s
 
     def _wished_period_s(self, view: View) -> float:
         swarms = view.find(Swarm)
@@ -238,6 +241,7 @@ class Dispatcher:
         while True:
             await self._clock.sleep(TICK_S)
             self._time = self._time.after(self._clock.monotonic(), TICK_S, is_current=self._is_current)
+            self._set_period()
             silent = self._sessions.silent(self._time.seconds)
             if not silent:
                 continue
@@ -279,18 +283,20 @@ class Dispatcher:
     async def _assignments(
         self, request: pb.AssignmentsRequest, caller: Caller
     ) -> AsyncIterator[pb.AssignmentsMessage]:
-        async for _, message in self._assignment_messages(request, caller):
-            yield message
+        async with aclosing(self._assignment_messages(request, caller)) as messages:
+            async for _, message in messages:
+                yield message
 
     async def _revised_assignments(
         self, request: pb.AssignmentsRequest, caller: Caller
     ) -> AsyncIterator[skep.RevisedAssignments]:
-        async for revision, message in self._assignment_messages(request, caller):
-            yield skep.RevisedAssignments(incarnation=INCARNATION, revision=revision, message=message)
+        async with aclosing(self._assignment_messages(request, caller)) as messages:
+            async for revision, message in messages:
+                yield skep.RevisedAssignments(incarnation=INCARNATION, revision=revision, message=message)
 
     async def _assignment_messages(
         self, request: pb.AssignmentsRequest, caller: Caller
-    ) -> AsyncIterator[tuple[int, pb.AssignmentsMessage]]:
+    ) -> AsyncGenerator[tuple[int, pb.AssignmentsMessage], None]:
         """The chain of one stream: everything, then differences, each applying to the one before."""
         session = self._sessions.require(caller.node_id, request.session_id)
         with session.line() as line:
