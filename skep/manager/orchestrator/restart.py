@@ -144,10 +144,10 @@ def _predecessor(task: Task, slot: Slot) -> Task | None:
 def _is_delayed(predecessor: Task, task: Task, situation: Situation) -> bool:
     """Whether ``task`` restarts ``predecessor`` under the restart delay.
 
-    Not when the spec has changed (an update is paced by its own settings), nor when the predecessor was stopped on
-    purpose or had to leave a drained node.
+    Not when what a task is has changed (an update is paced by its own settings), nor when the predecessor was
+    stopped on purpose or had to leave a drained node.
     """
-    if predecessor.spec_version != task.spec_version:
+    if predecessor.spec != task.spec:
         return False
     if predecessor.status.state.is_terminal:
         return predecessor.status.state is not TaskState.SHUTDOWN

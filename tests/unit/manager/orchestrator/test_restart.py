@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask
 from skep.model.node import Availability, NodeState
@@ -49,6 +50,14 @@ def test_with_a_delay_the_successor_is_prepared_first_and_started_after_it() -> 
     assert world.steps() == [Recheck(13.0)]
     world.now = 13.0
     assert world.steps() == [StartTask(successor)]
+
+
+def test_the_delay_holds_across_a_change_that_starts_no_task() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.update(replace(world.service.spec, labels={"tier": "front"}))
+    world.report(only(world).id, TaskState.FAILED)
+    world.apply(world.changes())
+    assert world.steps() == [Recheck(3.0)]
 
 
 def test_the_default_is_five_seconds() -> None:
