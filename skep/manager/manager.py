@@ -28,6 +28,7 @@ from skep.manager.presence import show_presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.ids import IdSource
 from skep.security.keypair import KeyPair
+from skep.security.reloading import follow_key_pair
 from skep.security.tls import ServerTls
 from skep.store.interface import NotLeader, Store, Term
 from skep.wire.server import serve
@@ -89,7 +90,10 @@ class Manager:
             asyncio.TaskGroup() as group,
         ):
             group.create_task(self._dispatcher.run(), name="dispatcher")
+            group.create_task(self._logs.run(), name="log broker")
             group.create_task(events.run(), name="events")
+            renewed = follow_key_pair(self._tls, self._config.paths.certificates, self._clock)
+            group.create_task(renewed, name="certificate")
             group.create_task(self._lead_when_elected(), name="election")
             async with serving(application(api), self._socket):
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)

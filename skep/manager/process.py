@@ -15,6 +15,7 @@ import structlog
 
 from skep import logs
 from skep.aio.backoff import Backoff
+from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
 from skep.errors import SkepError
 from skep.manager.config import ManagerConfig, load
@@ -50,6 +51,7 @@ def run(config_file: Path) -> None:
     """Run the manager that ``config_file`` describes until SIGTERM.  Raises: SkepError: it cannot go on."""
     config = load(config_file)
     logs.configure(debug=config.debug, log_format=config.log_format, process="manager")
+    watch_children_by_pidfd()
     asyncio.run(_until_stopped(config))
 
 
