@@ -1,0 +1,69 @@
+"""Short words for tests of the etcd process and of the store on it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from skep.aio.clock import SystemClock
+from skep.errors import AlreadyExists
+from skep.model.ids import ClusterId, NodeId, SecretId
+from skep.model.secret import Secret, SecretSpec
+from skep.model.swarm import Swarm
+from skep.store.etcd import initialize, new_wrapping_key, open_store
+from skep.store.etcd.binary import Binary
+from skep.store.etcd.flags import MemberSettings
+from skep.store.etcd.member import Member
+from skep.store.etcd.orphans import started_at
+from skep.store.etcd.store import EtcdStore
+from skep.store.interface import Transaction
+from tests.etcd_rig import a_member
+
+CLOCK = SystemClock()
+KEY = new_wrapping_key()
+NODE = NodeId("m1")
+
+
+def found(tx: Transaction) -> None:
+    tx.put(Swarm(id=ClusterId("cluster")))
+
+
+def a_secret(name: str) -> Secret:
+    return Secret(id=SecretId(name), spec=SecretSpec(name=name))
+
+
+def put_secret(tx: Transaction, name: str) -> Secret:
+    return tx.put(a_secret(name))
+
+
+@asynccontextmanager
+async def founded(settings: MemberSettings) -> AsyncIterator[tuple[Member, EtcdStore]]:
+    """A running member with a cluster in it, and its store."""
+    async with a_member(settings).running() as member:
+        with suppress(AlreadyExists):
+            await initialize(settings.socket, KEY, CLOCK, found)
+        async with open_store(settings.socket, NODE, KEY, CLOCK) as store:
+            yield member, store
+
+
+def pid_of(member: Member) -> int:
+    pid = member.pid
+    assert pid is not None
+    return pid
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Return when ``holds()``; the test's own deadline bounds it."""
+    while not holds():  # noqa: ASYNC110 - processes announce nothing
+        await asyncio.sleep(0.005)
+
+
+async def wait_ended(pid: int) -> None:
+    await until(lambda: not started_at(pid))
+
+
+def a_fake_etcd(path: Path, script: str) -> Binary:
+    """A program in place of etcd; it says the version of a good one."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return Binary(path, (3, 5, 30))
