@@ -199,6 +199,12 @@ class SimulatedCluster:
         self._keys.withdraw(id)
         self._keys.stores.remove(self._stores.pop(id))
 
+    def depose(self, *, quietly: bool = False) -> None:
+        """Another manager leads from now on.  ``quietly``: the old leader finds out by a write that is refused."""
+        others = sorted(self._stores.keys() - {self.leader})
+        if others:
+            self._keys.elect(self.random.choice(others), quietly=quietly)
+
     def start_node(self, id: NodeId) -> None:
         """Start a worker's node process."""
         self._processes[id] = self.loop.create_task(self.nodes[id].run(), name=id)

@@ -99,6 +99,10 @@ class ImageExecutor(SimulatedExecutor):
         self.node.tasks[task.task.id] = task
         return _ImageController(self, task)
 
+    async def discard(self, task_id: TaskId) -> None:
+        await super().discard(task_id)
+        self.node.tasks.pop(task_id, None)
+
 
 class _ImageController(SimulatedController):
     def __init__(self, executor: ImageExecutor, task: AssignedTask) -> None:

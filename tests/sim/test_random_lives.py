@@ -43,7 +43,7 @@ class Life:
         deeds: list[Callable[[], None]] = [
             *(self.create, self.scale, self.scale, self.update, self.update, self.remove),
             *(self.kill_container, self.kill_container, self.kill_node, self.return_node),
-            *(self.drain, self.activate, self.crash_manager, self.return_manager),
+            *(self.drain, self.activate, self.crash_manager, self.return_manager, self.depose),
         ]
         self.create()
         for _ in range(steps):
@@ -148,6 +148,9 @@ class Life:
             id = self.random.choice([id for id in self.cluster.managers if id not in self.crashed])
             self.cluster.crash(id)
             self.crashed.append(id)
+
+    def depose(self) -> None:
+        self.cluster.depose(quietly=self.random.random() < 0.7)
 
     def return_manager(self) -> None:
         if self.crashed:

@@ -66,6 +66,19 @@ def test_a_service_survives_the_loss_of_the_leader(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_leader_that_does_not_know_of_its_end_changes_nothing(seed: int) -> None:
+    """The old leader goes on deciding until one of its writes is refused; nothing is made twice."""
+    with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=10))
+        cluster.run_for(cluster.random.uniform(0, 0.1))
+        cluster.depose(quietly=True)
+        cluster.run_until(lambda: cluster.running("web") == 10, within_s=10)
+        cluster.run_for(5)
+        assert cluster.created("web") == 10
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_crashed_container_is_replaced_at_once_when_there_is_no_delay(seed: int) -> None:
     with SimulatedCluster(seed=seed) as cluster:
         cluster.create(a_service_spec("web", replicas=5, restart=AT_ONCE))

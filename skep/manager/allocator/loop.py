@@ -64,6 +64,7 @@ class Allocator:
                     self._agenda.add((service.id,))
                 case Deleted(Service() as service):
                     self._ports.leave(service.id)
+                    self._new.pop(service.id, None)
                     self._guard.forget(service.id)
                     self._guard.forget(f"tasks of {service.id}")
                 case Created(Task() as task):
