@@ -14,16 +14,16 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.api.server import application, runner
 from skep.api.swarm_requests import Founding
-from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.ids import new_id
 from skep.node import info
+from skep.node.engine import Engine, spoken, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
 from skep.node.front.server import Front, tls_context
 from skep.node.local import LocalNode
+from skep.node.local_api import LocalApi
 from skep.node.machine import Machine
-from skep.node.manager_api import ManagerApi
 from skep.node.membership import ManagerProcess, Membership
 from skep.node.netprocess.client import NetClient
 from skep.node.orphans import reap_orphans
@@ -75,8 +75,10 @@ class Node:
         clock, chance = around.clock, around.random.random
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
             group.create_task(around.net.run(), name="net process")
-            manager_api = ManagerApi(paths.manager_socket)
+            manager_api = LocalApi(paths.manager_socket, "the manager of this node")
             await stack.enter_async_context(manager_api.open())
+            engine = await self._engine_of(stack)
+            engine_version = await engine.version() if engine is not None else {}
             events = NodeEvents(clock)
             workload = self._workload = await self._workload_of(events)
             reports = Reports()
@@ -104,8 +106,29 @@ class Node:
             membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
             )
-            self._system = self._system_of(membership, manager_api, events, workload)
-            here = await stack.enter_async_context(serving(self._application(workload, membership)))
+            self._system = NodeSystem(
+                self._description(engine_version),
+                api_version=str(spoken(engine_version)),
+                membership=membership,
+                manager_api=manager_api,
+                events=events,
+                clock=clock,
+                count=workload.counts,
+                engine=engine,
+                warnings=around.warnings,
+            )
+            routes = with_containers_of(engine, workload.routes) if engine is not None else workload.routes
+            app = application(
+                system_routes.routes,
+                swarm_routes.routes,
+                routes,
+                system_routes.last_routes,
+                newest=spoken(engine_version),
+            )
+            app[system_routes.SYSTEM] = self._system
+            app[swarm_routes.MEMBER] = membership
+            app.on_response_prepare.append(_close_after_answer)
+            here = await stack.enter_async_context(serving(app))
             front = Front(
                 here,
                 knowledge=Knowledge(self._configuration, membership, workload),
@@ -143,36 +166,23 @@ class Node:
         if self._workload is not None and self._workload.images is not None:
             self._workload.images.policy = policy(configuration)
 
-    def _system_of(
-        self, membership: Membership, manager_api: ManagerApi, events: NodeEvents, workload: Workload
-    ) -> NodeSystem:
-        around = self._around
-        return NodeSystem(
-            info.Node(
-                id=engine_id(self._configuration.data_dir),
-                machine=around.machine,
-                features=around.features,
-                configuration=self._configuration,
-                versions=around.versions,
-            ),
-            api_version=str(NEWEST),
-            membership=membership,
-            manager_api=manager_api,
-            events=events,
-            clock=around.clock,
-            count=workload.counts,
-            warnings=around.warnings,
-        )
+    async def _engine_of(self, stack: AsyncExitStack) -> Engine | None:
+        socket = self._configuration.engine_socket
+        if socket is None:
+            return None
+        api = LocalApi(socket, f"the Docker Engine at {socket}")
+        await stack.enter_async_context(api.open())
+        return Engine(api)
 
-    def _application(self, workload: Workload, membership: Membership) -> web.Application:
-        assert self._system is not None, "made before"
-        app = application(
-            system_routes.routes, swarm_routes.routes, workload.routes, system_routes.last_routes
+    def _description(self, engine_version: Mapping[str, str]) -> info.Node:
+        return info.Node(
+            id=engine_id(self._configuration.data_dir),
+            machine=self._around.machine,
+            features=self._around.features,
+            configuration=self._configuration,
+            versions=self._around.versions,
+            engine=engine_version,
         )
-        app[system_routes.SYSTEM] = self._system
-        app[swarm_routes.MEMBER] = membership
-        app.on_response_prepare.append(_close_after_answer)
-        return app
 
 
 class Knowledge:

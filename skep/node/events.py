@@ -1,11 +1,11 @@
-"""``/events``: what happens to this node's containers and images, merged with the manager's stream.
+"""``/events``: what happens to this node's containers and images, merged with the streams of manager and engine.
 
 Source: moby, daemon/events/{events,filter}.go.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -30,8 +30,8 @@ Message = Mapping[str, Any]
 """One event as it is sent."""
 
 
-class ClusterLines(Protocol):
-    """Where the cluster's events come from (``ManagerApi``)."""
+class EventLines(Protocol):
+    """Where others' events come from: the manager, the machine's Docker Engine (``LocalApi``)."""
 
     def lines(
         self, path: str, query: Mapping[str, str]
@@ -95,30 +95,29 @@ class NodeEvents:
             self._readers.discard(reader)
 
     async def stream(
-        self, wish: Wish, cluster: ClusterLines | None, send: Callable[[Message], Awaitable[None]]
+        self, wish: Wish, sources: Sequence[EventLines], send: Callable[[Message], Awaitable[None]]
     ) -> None:
         """Send past events the client asked for, then those that come, until its time is over.
 
         Args:
-            cluster: the manager of this node; None where there is none.
+            sources: who else has events: the manager of this node, its engine.
 
         Raises: what ``send`` raises; ResourceExhausted: too many clients listen.
         """
         with self._reading() as reader:
             past = [message for message in self._past if _is_wanted_past(message, wish)]
             if wish.until_ns is not None and wish.until_ns <= self._clock.now_ns():
-                if cluster is not None:
-                    past += await _past_of_cluster(cluster, wish)
+                for source in sources:
+                    past += await _past_of(source, wish)
                 for message in sorted(past, key=lambda one: int(one["timeNano"])):
                     await send(message)
                 return
             try:
                 async with asyncio.TaskGroup() as group:
-                    helpers = []
-                    if cluster is not None:
-                        helpers.append(
-                            group.create_task(_follow(cluster, wish, reader), name="cluster events")
-                        )
+                    helpers = [
+                        group.create_task(_follow(source, wish, reader), name="others' events")
+                        for source in sources
+                    ]
                     if wish.until_ns is not None:
                         helpers.append(
                             group.create_task(self._end_at(wish.until_ns, reader), name="end of events")
@@ -208,21 +207,21 @@ def _is_wanted_past(message: Message, wish: Wish) -> bool:
     )
 
 
-async def _past_of_cluster(cluster: ClusterLines, wish: Wish) -> list[Message]:
+async def _past_of(source: EventLines, wish: Wish) -> list[Message]:
     found: list[Message] = []
     try:
-        async with cluster.lines("/events", wish.query) as lines:
+        async with source.lines("/events", wish.query) as lines:
             found = [msgspec.json.decode(line) async for line in lines]
     except SkepError as error:
-        log.info("events of the cluster are missing", reason=str(error))
+        log.info("events of others are missing", reason=str(error))
     return found
 
 
-async def _follow(cluster: ClusterLines, wish: Wish, reader: Reader) -> None:
-    """Hand the cluster's events over as they come; a manager that goes away ends only its own share."""
+async def _follow(source: EventLines, wish: Wish, reader: Reader) -> None:
+    """Hand others' events over as they come; one that goes away ends only its own share."""
     try:
-        async with cluster.lines("/events", wish.query) as lines:
+        async with source.lines("/events", wish.query) as lines:
             async for line in lines:
                 reader.offer(msgspec.json.decode(line))
     except SkepError as error:
-        log.info("events of the cluster ended", reason=str(error))
+        log.info("events of others ended", reason=str(error))

@@ -25,7 +25,7 @@ from skep.model.swarm import InitRequest, JoinRequest
 from skep.node.founding import check_listening, check_space, found, refuse_unsupported
 from skep.node.interfaces import read_interfaces
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
-from skep.node.manager_api import ManagerApi
+from skep.node.local_api import LocalApi
 from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.paths import Paths
@@ -110,7 +110,7 @@ class Membership:
     """This node's place in a swarm, or outside of any."""
 
     def __init__(
-        self, *, paths: Paths, parts: Parts, manager_api: ManagerApi, clock: Clock, new_id: IdSource
+        self, *, paths: Paths, parts: Parts, manager_api: LocalApi, clock: Clock, new_id: IdSource
     ) -> None:
         self._paths = paths
         self._parts = parts

@@ -12,8 +12,9 @@ from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
 from skep.model.times import timestamp
 from skep.node import features, info
+from skep.node.engine import Engine, added
 from skep.node.events import Message, NodeEvents, Wish
-from skep.node.manager_api import ManagerApi
+from skep.node.local_api import LocalApi
 from skep.node.membership import Membership
 
 
@@ -21,7 +22,8 @@ class NodeSystem:
     """Answers for ``routes.system``.
 
     Args:
-        count: counts containers and images at the moment of asking.
+        count: counts our containers and images at the moment of asking.
+        engine: the machine's Docker Engine, if there is one.
         warnings: what the configuration has to say for itself.
     """
 
@@ -31,10 +33,11 @@ class NodeSystem:
         *,
         api_version: str,
         membership: Membership,
-        manager_api: ManagerApi,
+        manager_api: LocalApi,
         events: NodeEvents,
         clock: Clock,
         count: Callable[[], info.Counts],
+        engine: Engine | None = None,
         warnings: tuple[str, ...] = (),
     ) -> None:
         self._node = node
@@ -44,6 +47,7 @@ class NodeSystem:
         self._events = events
         self._clock = clock
         self._count = count
+        self._engine = engine
         self._warnings = warnings
 
     def configure(self, configuration: Configuration) -> None:
@@ -59,9 +63,12 @@ class NodeSystem:
 
     async def info(self) -> Mapping[str, Any]:
         swarm = await self._membership.info()
+        counts = self._count()
+        if self._engine is not None:
+            counts = added(counts, await self._engine.counts())
         return info.info(
             self._node,
-            counts=self._count(),
+            counts=counts,
             swarm=swarm,
             warnings=(
                 *swarm.get("Warnings", ()),
@@ -72,8 +79,10 @@ class NodeSystem:
         )
 
     async def stream_events(self, wish: Wish, send: Callable[[Message], Awaitable[None]]) -> None:
-        cluster = self._manager_api if self._membership.is_manager else None
-        await self._events.stream(wish, cluster, send)
+        sources = [self._manager_api] if self._membership.is_manager else []
+        if self._engine is not None:
+            sources.append(self._engine.api)
+        await self._events.stream(wish, sources, send)
 
 
 def engine_id(data_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""Questions of the node process to the manager process beside it, over ``manager.sock``."""
+"""Questions of the node process to those beside it on this machine: the manager process, the Docker Engine."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -16,17 +16,22 @@ from skep.errors import SkepError, Unavailable
 _TIMEOUT_S = 5.0
 
 
-class ManagerApi:
-    """The swarm half of the Engine API.  Used inside ``open()``."""
+class LocalApi:
+    """The Engine API on a unix socket.  Used inside ``open()``.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        who: what an error calls it.
+    """
+
+    def __init__(self, path: Path, who: str) -> None:
         self._path = path
+        self._who = who
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         connector = aiohttp.UnixConnector(str(self._path), limit=16)
-        async with aiohttp.ClientSession("http://manager", connector=connector) as session:
+        async with aiohttp.ClientSession("http://localhost", connector=connector) as session:
             self._session = session
             try:
                 yield
@@ -36,7 +41,7 @@ class ManagerApi:
     async def get(
         self, path: str, query: Mapping[str, str] | None = None, timeout_s: float = _TIMEOUT_S
     ) -> Any:
-        """The decoded answer to ``GET path``.  Raises: Unavailable: no manager; else the error it answers."""
+        """The decoded answer to ``GET path``.  Raises: Unavailable: it is away; else the error it answers."""
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -44,7 +49,7 @@ class ManagerApi:
             ):
                 body = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"the manager of this node does not answer: {error}") from error
+            raise Unavailable(f"{self._who} does not answer: {error}") from error
         if response.status >= 300:
             raise _error(response.status, body)
         return msgspec.json.decode(body)
@@ -59,7 +64,7 @@ class ManagerApi:
                     raise _error(response.status, await response.read())
                 yield aiter(response.content)
         except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(f"the manager of this node does not answer: {error}") from error
+            raise Unavailable(f"{self._who} does not answer: {error}") from error
 
     def _required(self) -> aiohttp.ClientSession:
         assert self._session is not None, "used outside of open()"

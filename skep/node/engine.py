@@ -1,0 +1,99 @@
+"""The machine's Docker Engine, where the node itself has to ask it: its version, its containers, its events.
+
+Everything else reaches it byte for byte (see ``front.splice``).  An engine that is away costs a few seconds of a
+request at most, and its share of the answer.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from skep.api.server import json_answer
+from skep.api.versions import NEWEST, ApiVersion
+from skep.errors import SkepError
+from skep.node.info import Counts
+from skep.node.local_api import LocalApi
+
+log = structlog.get_logger()
+
+_TIMEOUT_S = 3.0
+
+
+class Handler(Protocol):
+    """A handler of the application."""
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse: ...
+
+
+class Engine:
+    """Asks the engine behind ``api``."""
+
+    def __init__(self, api: LocalApi) -> None:
+        self.api = api
+
+    async def version(self) -> Mapping[str, str]:
+        """``Version`` and ``ApiVersion``; empty while it is away."""
+        try:
+            found = await self.api.get("/version", timeout_s=_TIMEOUT_S)
+        except SkepError as error:
+            log.warning("docker engine", reason=str(error))
+            return {}
+        return {key: str(found.get(key, "")) for key in ("Version", "ApiVersion")}
+
+    async def counts(self) -> Counts:
+        """Its containers and images."""
+        try:
+            found = await self.api.get("/info", timeout_s=_TIMEOUT_S)
+        except SkepError:
+            return Counts()
+        return Counts(
+            running=found.get("ContainersRunning", 0),
+            paused=found.get("ContainersPaused", 0),
+            stopped=found.get("ContainersStopped", 0),
+            images=found.get("Images", 0),
+        )
+
+    async def containers(self, request: web.Request) -> list[Any]:
+        """Its part of ``docker ps``, asked in the client's own words."""
+        try:
+            return list(await self.api.get(request.path, dict(request.query), timeout_s=_TIMEOUT_S))
+        except SkepError as error:
+            log.info("containers of the engine are missing", reason=str(error))
+            return []
+
+
+def spoken(engine_version: Mapping[str, str]) -> ApiVersion:
+    """The API version to announce: the lower of ours and the engine's, if there is one."""
+    theirs = engine_version.get("ApiVersion", "")
+    return min(NEWEST, ApiVersion(theirs)) if theirs else NEWEST
+
+
+def with_containers_of(
+    engine: Engine, routes: tuple[web.AbstractRouteDef, ...]
+) -> tuple[web.AbstractRouteDef, ...]:
+    """``routes``, with the engine's containers in the list of containers."""
+    return tuple(
+        web.get(route.path, _merged(engine, route.handler))
+        if isinstance(route, web.RouteDef) and (route.method, route.path) == ("GET", "/containers/json")
+        else route
+        for route in routes
+    )
+
+
+def _merged(engine: Engine, ours: Any) -> Handler:
+    async def list_containers(request: web.Request) -> web.StreamResponse:
+        answer: web.Response = await ours(request)
+        if answer.status != 200 or not isinstance(answer.body, bytes):
+            return answer
+        containers = msgspec.json.decode(answer.body) + await engine.containers(request)
+        return json_answer(sorted(containers, key=lambda one: int(one.get("Created", 0)), reverse=True))
+
+    return list_containers
+
+
+def added(ours: Counts, theirs: Counts) -> Counts:
+    """Containers and images of both."""
+    return Counts(**{name: getattr(ours, name) + getattr(theirs, name) for name in Counts.__struct_fields__})
