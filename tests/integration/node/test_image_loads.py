@@ -296,3 +296,23 @@ async def test_the_loop_goes_on_while_a_layer_is_unpacked(images: ImageStore):
     await images.load(pieces(archive))
     watching.cancel()
     assert max(lags) < 0.2
+
+
+async def test_an_upload_that_breaks_off_leaves_nothing(client: TestClient, images: ImageStore):
+    archive = a_docker_archive(a_layer(a_file("big", os.urandom(1 << 20))))
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(b"POST /images/load HTTP/1.1\r\nHost: node\r\nContent-Length: %d\r\n\r\n" % len(archive))
+    writer.write(archive[: len(archive) // 2])
+    await writer.drain()
+    writer.transport.abort()
+    for _ in range(500):
+        if list(images.scratch.iterdir()):
+            break  # it has begun
+        await asyncio.sleep(0.01)
+    for _ in range(500):
+        if not list(images.scratch.iterdir()):
+            break
+        await asyncio.sleep(0.01)
+    assert not list(images.scratch.iterdir())
+    assert not images.images()
+    del reader

@@ -20,7 +20,6 @@ import msgspec
 
 from skep.api.bodies import decode_body
 from skep.errors import InvalidArgument, NotFound
-from skep.node.oci.images import untar
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, hex_of, is_digest, parse_digest, short
 from skep.node.oci.images.image import Image, parse_config
 from skep.node.oci.images.layers import DigestMismatch, unpack
@@ -28,6 +27,7 @@ from skep.node.oci.images.legacy import legacy_items
 from skep.node.oci.images.local import LocalImages
 from skep.node.oci.images.progress import Message, Report, transfer
 from skep.node.oci.images.reference import Reference, parse_reference
+from skep.node.oci.images.streams import plain_chunks
 
 T = TypeVar("T")
 
@@ -390,7 +390,7 @@ def _member(path: str, size: int, content: Iterator[bytes]) -> Iterator[bytes]:
 
 def _plain(file: Path) -> Iterator[bytes]:
     with file.open("rb") as source:
-        yield from untar.plain_chunks(source)
+        yield from plain_chunks(source)
 
 
 def _plain_size(file: Path) -> int:

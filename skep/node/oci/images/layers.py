@@ -217,7 +217,7 @@ async def unpack(
     if space.f_bavail * space.f_frsize < limits.spare_bytes:
         raise UnpackFailed(f"{target}: no space left on device")
     worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", untar.__file__, json.dumps(vars(settings))),
+        *(sys.executable, "-I", "-m", untar.__name__, json.dumps(vars(settings))),
         stdin=source if isinstance(source, int) else asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd="/",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from skep.errors import InvalidArgument
-from skep.node.oci.images import untar
 from skep.node.oci.images.digest import digest_of, hex_of
 from skep.node.oci.images.image import LAYERS_MAX
+from skep.node.oci.images.streams import Malformed, plain_chunks
 
 Find = Callable[[Path, str], Path]
 """The regular file that a path means within a directory; raises InvalidArgument."""
@@ -85,9 +85,9 @@ def _diff_id(file: Path) -> str:
     hash = hashlib.sha256()
     try:
         with file.open("rb") as source:
-            for piece in untar.plain_chunks(source):
+            for piece in plain_chunks(source):
                 hash.update(piece)
-    except untar.Malformed as error:
+    except Malformed as error:
         raise InvalidArgument(str(error)) from error
     return f"sha256:{hash.hexdigest()}"
 

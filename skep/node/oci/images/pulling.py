@@ -22,7 +22,7 @@ import msgspec
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, parse_digest, short
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
-from skep.node.oci.images.layers import Limits
+from skep.node.oci.images.layers import DigestMismatch, Limits
 from skep.node.oci.images.local import LocalImages
 from skep.node.oci.images.progress import Message, Report, step, transfer
 from skep.node.oci.images.reference import Reference
@@ -45,6 +45,7 @@ T = TypeVar("T")
 _ATTEMPTS = 5
 _BACKOFF_S = 0.5
 _CONFIG_BYTES_MAX = 8 << 20
+_MISMATCH = "layers from manifest don't match image configuration"
 _REPORT_BYTES = 512 << 10
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
 
@@ -257,7 +258,7 @@ async def _pull_image(
         content = await _fetched_config(repository, manifest.config, directory)
         config = parse_config(content)
         if len(config.diff_ids) != len(manifest.layers):
-            raise InvalidArgument("layers from manifest don't match image configuration")
+            raise InvalidArgument(_MISMATCH)
         chain = chain_ids(config.diff_ids)
         async with images.pinned(chain):
             await _pull_layers(images, repository, manifest, config, directory, report)
@@ -280,9 +281,14 @@ async def _pull_layers(
             path = await _download(repository, descriptor, directory / f"layer-{number}", report)
         report(step(id, "Download complete"))
         report(transfer(id, "Extracting", descriptor.size, descriptor.size))
-        await images.layer_store.add(
-            path, chain_id=chain_id, diff_id=Digest(diff_id), blob=Digest(descriptor.digest)
-        )
+        try:
+            await images.layer_store.add(
+                path, chain_id=chain_id, diff_id=Digest(diff_id), blob=Digest(descriptor.digest)
+            )
+        except DigestMismatch as error:
+            raise InvalidArgument(_MISMATCH) from error
+        except SkepError as error:
+            raise type(error)(f"failed to register layer: {error}") from error
         report(step(id, "Pull complete"))
 
     chain = chain_ids(config.diff_ids)

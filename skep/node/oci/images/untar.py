@@ -4,19 +4,16 @@ Archives are hostile input, so whatever they say happens inside the chroot: an a
 link to ``/etc`` or a hard link can reach no further than the layer itself, however they are combined, and there is
 no check that could race.  This is also how Docker confines them, hence what Docker accepts is accepted here.
 
-Nothing is imported after the chroot, or the archive could bring modules of its own; for the same reason this
-file stands alone (standard library and zstandard) and is run as a script: one JSON object of settings as argument,
-the stream on stdin, one JSON object of results on stdout.
+Nothing is imported after the chroot, or the archive could bring modules of its own.  The module is run by itself: one
+JSON object of settings as argument, the stream on stdin, one JSON object of results on stdout.
 
 Source: moby, pkg/archive/archive.go (Unpack, createTarFile), archive_linux.go (whiteouts in overlay form).
 """
 
-import bz2
 import ctypes
 import errno
 import hashlib
 import json
-import lzma
 import os
 import resource
 import shutil
@@ -24,17 +21,15 @@ import signal
 import stat
 import sys
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
+
+from skep.node.oci.images.streams import Malformed, plain_chunks
 
 _CHUNK_BYTES = 1 << 20
 _SPACE_CHECK_BYTES = 64 << 20
 _MEMORY_BYTES_MAX = 2 << 30
-_XZ_MEMORY_BYTES_MAX = 256 << 20
-_ZSTD_WINDOW_BYTES_MAX = 128 << 20
 _PR_SET_PDEATHSIG = 1
 
 _WHITEOUT = ".wh."
@@ -42,10 +37,6 @@ _OPAQUE = ".wh..wh..opq"
 _XATTR_RECORD = "SCHILY.xattr."
 _OVERLAY_XATTRS = "trusted.overlay."
 """What overlayfs itself reads: an archive may not forge it (a redirect shows another layer's directory)."""
-
-
-class Malformed(Exception):
-    """The stream is no archive that can be unpacked; the text is the one Docker would give."""
 
 
 class Duplicate(Malformed):
@@ -70,21 +61,6 @@ class Settings:
     entries_max: int
     spare_bytes: int
     copy_to: str = ""
-
-
-class Decompressor(Protocol):
-    """What zlib, bz2 and lzma share, one member or stream at a time."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    @property
-    def needs_input(self) -> bool: ...
-
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
 class PlainStream:
@@ -264,98 +240,6 @@ class Unpacker:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def plain_chunks(source: BinaryIO) -> Iterator[bytes]:
-    """The decompressed stream in bounded pieces; members and frames that follow each other are one stream."""
-    head = source.read(6)
-    if head.startswith(b"\x1f\x8b\x08"):
-        return _decompressed(source, head, _Gzip)
-    if head.startswith(b"BZh"):
-        return _decompressed(source, head, bz2.BZ2Decompressor)
-    if head.startswith(b"\xfd7zXZ\x00"):
-        return _decompressed(source, head, lambda: lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES_MAX))
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return _zstd_chunks(source, head)
-    return _verbatim(source, head)
-
-
-def _verbatim(source: BinaryIO, head: bytes) -> Iterator[bytes]:
-    if head:
-        yield head
-    while chunk := source.read(_CHUNK_BYTES):
-        yield chunk
-
-
-def _decompressed(source: BinaryIO, head: bytes, new: Callable[[], Decompressor]) -> Iterator[bytes]:
-    decompressor = new()
-    data = head
-    try:
-        while True:
-            if decompressor.eof:
-                data = decompressor.unused_data or source.read(_CHUNK_BYTES)
-                if not data.strip(b"\0"):  # nothing, or padding after the last member
-                    return
-                decompressor = new()
-            has_ended = False
-            if decompressor.needs_input and not data:
-                data = source.read(_CHUNK_BYTES)
-                has_ended = not data
-            plain = decompressor.decompress(data, _CHUNK_BYTES)
-            data = b""
-            if plain:
-                yield plain
-            elif has_ended and not decompressor.eof:
-                raise Malformed("unexpected EOF")
-    except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise Malformed(f"invalid compressed data: {error}") from error
-
-
-class _Gzip:
-    """zlib with the interface of its siblings (``needs_input`` instead of a tail that one feeds again)."""
-
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=31)
-
-    @property
-    def eof(self) -> bool:
-        return self._zlib.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._zlib.unused_data
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._zlib.unconsumed_tail
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
-
-
-def _zstd_chunks(source: BinaryIO, head: bytes) -> Iterator[bytes]:
-    import zstandard  # only here: loading it costs every other layer 10 ms
-
-    class Rejoined:
-        """The source with the bytes that were looked at put back."""
-
-        def __init__(self) -> None:
-            self._head = head
-
-        def read(self, size: int) -> bytes:
-            data, self._head = self._head, b""
-            return data or source.read(size)
-
-    def chunks() -> Iterator[bytes]:
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES_MAX)
-        reader = decompressor.stream_reader(Rejoined(), read_across_frames=True)  # type: ignore[arg-type]
-        try:
-            while chunk := reader.read(_CHUNK_BYTES):
-                yield chunk
-        except zstandard.ZstdError as error:
-            raise Malformed(f"invalid compressed data: {error}") from error
-
-    return chunks()
-
-
 def _compressed_copy(path: str) -> Any:
     import zstandard
 
@@ -463,7 +347,7 @@ def main() -> None:
         result = {"error": "takes more memory to unpack than is allowed", "kind": "limit"}
     except OSError as error:
         result = {"error": f"exit status 1): {_in_words(error)}", "kind": "io"}
-    print(json.dumps(result))
+    sys.stdout.write(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parts of the unpacking worker that need no chroot: what it makes of compressed streams."""
+"""What is made of compressed streams."""
 
 import bz2
 import gzip
@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.node.oci.images.untar import Malformed, plain_chunks
+from skep.node.oci.images.streams import Malformed, plain_chunks
 
 FORMS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,

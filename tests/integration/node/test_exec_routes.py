@@ -1,0 +1,104 @@
+"""``docker exec`` over plain sockets: both directions of a connection that was taken over."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.node.executor.oci import OciExecutor
+from tests.api_lab import Api, serving
+from tests.integration.node.conftest import Runner
+
+pytestmark = pytest.mark.point("7")
+
+
+@pytest.fixture
+async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:
+    async with serving(tmp_path, executor) as api:
+        yield api
+
+
+async def an_exec(api: Api, id: str, *command: str, **config: Any) -> str:
+    wish = {"AttachStdout": True, "AttachStderr": True, "Cmd": list(command), **config}
+    status, answer = await api.ask("POST", f"/containers/{id}/exec", wish)
+    assert status == 201
+    return str(answer["Id"])
+
+
+async def test_output_goes_on_after_the_end_of_the_input(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(
+        api, container.id, "sh", "-c", "cat; echo after; echo bad >&2; exit 3", AttachStdin=True
+    )
+    raw = await api.hijack(f"/exec/{id}/start", {"Detach": False, "Tty": False})
+    assert "Content-Type: application/vnd.docker.raw-stream" in raw.head
+    raw.writer.write(b"input\n")
+    raw.writer.write_eof()
+    frames = await asyncio.wait_for(raw.frames(), 10)
+    assert b"".join(data for stream, data in frames if stream == 1) == b"input\nafter\n"
+    assert b"".join(data for stream, data in frames if stream == 2) == b"bad\n"
+    _, found = await api.ask("GET", f"/exec/{id}/json")
+    assert (found["ExitCode"], found["Running"]) == (3, False)
+    raw.writer.close()
+
+
+async def test_newer_clients_are_told_that_output_is_framed(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(api, container.id, "true")
+    raw = await api.hijack(f"/exec/{id}/start", {}, version="1.42")
+    assert "Content-Type: application/vnd.docker.multiplexed-stream" in raw.head
+    assert await raw.frames() == []
+    raw.writer.close()
+
+
+async def test_a_terminal_has_a_size_and_no_frames(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(api, container.id, "sh", "-c", "read x; echo you said $x", AttachStdin=True, Tty=True)
+    raw = await api.hijack(f"/exec/{id}/start", {"Tty": True})
+    assert (await api.ask("POST", f"/exec/{id}/resize?h=40&w=120"))[0] == 200
+    raw.writer.write(b"hello\n")
+    content = await asyncio.wait_for(raw.reader.read(-1), 10)
+    assert content.endswith(b"you said hello\r\n")
+    raw.writer.close()
+
+
+async def test_the_keys_let_go_of_a_terminal_and_leave_it_running(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(api, container.id, "cat", AttachStdin=True, Tty=True)
+    raw = await api.hijack(f"/exec/{id}/start", {"Tty": True})
+    raw.writer.write(b"\x10\x11")
+    await asyncio.wait_for(raw.reader.read(-1), 10)
+    _, found = await api.ask("GET", f"/exec/{id}/json")
+    assert found["Running"] is True
+    raw.writer.close()
+
+
+async def test_a_detached_exec_answers_at_once(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(api, container.id, "sleep", "50")
+    assert (await api.ask("POST", f"/exec/{id}/start", {"Detach": True}))[0] == 200
+    _, found = await api.ask("GET", f"/exec/{id}/json")
+    assert found["Running"] is True
+
+
+async def test_what_cannot_be_executed_says_so_in_the_output(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(api, container.id, "nosuch")
+    raw = await api.hijack(f"/exec/{id}/start", {})
+    [(stream, text)] = await asyncio.wait_for(raw.frames(), 10)
+    assert stream == 1
+    assert b'"nosuch": executable file not found in $PATH' in text
+    assert (await api.ask("GET", f"/exec/{id}/json"))[1]["ExitCode"] == 127
+    raw.writer.close()
+
+
+async def test_a_client_that_goes_away_leaves_the_exec_alone(api: Api, run: Runner):
+    container = await run.start("sleep", "100")
+    id = await an_exec(api, container.id, "sleep", "50", AttachStdin=True)
+    raw = await api.hijack(f"/exec/{id}/start", {})
+    raw.writer.transport.abort()
+    await asyncio.sleep(0)
+    _, found = await api.ask("GET", f"/exec/{id}/json")
+    assert found["Running"] is True

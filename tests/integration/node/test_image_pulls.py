@@ -1,0 +1,397 @@
+"""Pulling from a registry on loopback: Debian's for what one should do, one of our own for what none should."""
+
+import asyncio
+import base64
+import gzip
+import json
+import os
+import shutil
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from skep.api.server import application
+from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.node.oci.images.progress import Message
+from skep.node.oci.images.registry import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Policy,
+    RegistryError,
+)
+from skep.node.oci.images.store import ImageStore
+from skep.node.routes.images import image_routes
+from tests.archives import a_config, a_file, a_layer, a_tar, sha256
+
+pytestmark = pytest.mark.point("6")
+
+LAYERS = (a_layer(), a_tar(a_file("data", os.urandom(300_000))))
+BLOBS = tuple(gzip.compress(layer, mtime=0) for layer in LAYERS)
+CONFIG = a_config(*LAYERS)
+
+
+def a_manifest(
+    config: bytes = CONFIG, blobs: tuple[bytes, ...] = BLOBS, media_type: str = DOCKER_MANIFEST
+) -> bytes:
+    def descriptor(content: bytes) -> dict[str, object]:
+        return {"mediaType": "application/octet-stream", "digest": sha256(content), "size": len(content)}
+
+    document = {
+        "schemaVersion": 2,
+        "mediaType": media_type,
+        "config": descriptor(config),
+        "layers": [descriptor(blob) for blob in blobs],
+    }
+    return json.dumps(document).encode()
+
+
+@pytest.fixture
+async def images(tmp_path: Path) -> ImageStore:
+    store = ImageStore(tmp_path / "images")
+    await store.open()
+    return store
+
+
+class Rogue:
+    """A registry whose every answer a test may bend.  ``blobs`` and ``manifests`` are what it gives."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {sha256(content): content for content in (CONFIG, *BLOBS)}
+        self.manifests: dict[str, tuple[bytes, str]] = {"1": (a_manifest(), DOCKER_MANIFEST)}
+        self.requests: list[web.Request] = []
+        self.cut_after: int | None = None
+        self.guard: Callable[[web.Request], web.Response | None] = lambda _: None
+        self.address = ""
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
+        refusal = self.guard(request)
+        if refusal is not None:
+            return refusal
+        kind, _, name = (
+            request.path.rpartition("/")[0].rpartition("/")[2],
+            "",
+            request.path.rpartition("/")[2],
+        )
+        if kind == "manifests" and name in self.manifests:
+            content, media_type = self.manifests[name]
+            return web.Response(body=content, content_type=media_type)
+        if kind == "blobs" and name in self.blobs:
+            return await self._blob(request, self.blobs[name])
+        return web.Response(status=200 if request.path == "/v2/" else 404)
+
+    async def _blob(self, request: web.Request, content: bytes) -> web.StreamResponse:
+        start = int(request.headers.get("Range", "bytes=0-")[6:-1])
+        if self.cut_after is None or len(content) < self.cut_after:
+            return web.Response(body=content[start:], status=206 if start else 200)
+        response = web.StreamResponse(status=206 if start else 200)
+        response.content_length = len(content) - start
+        await response.prepare(request)
+        await response.write(content[start : start + self.cut_after])
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+
+@pytest.fixture
+async def rogue() -> AsyncIterator[Rogue]:
+    rogue = Rogue()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", rogue.answer)
+    app.router.add_post("/{path:.*}", rogue.answer)
+    async with TestServer(app, host="127.0.0.1") as server:
+        rogue.address = f"127.0.0.1:{server.port}"
+        yield rogue
+
+
+async def test_an_image_is_pulled_layer_by_layer(images: ImageStore, rogue: Rogue):
+    told: list[Message] = []
+    image = await images.pull(f"{rogue.address}/team/app:1", report=told.append)
+    assert image.id == sha256(CONFIG)
+    assert [tag.familiar for tag in image.tags] == [f"{rogue.address}/team/app:1"]
+    assert [one.digest for one in image.digests] == [sha256(a_manifest())]
+    assert (images.layers(image)[0] / "data").stat().st_size == 300_000
+    assert told[0] == Message(id="1", status="Pulling from team/app")
+    assert told[-2:] == [
+        Message(status=f"Digest: {sha256(a_manifest())}"),
+        Message(status=f"Status: Downloaded newer image for {rogue.address}/team/app:1"),
+    ]
+    layer = sha256(BLOBS[1])[7:19]
+    steps = [message.status for message in told if message.id == layer]
+    assert [step for step, after in zip(steps, [*steps[1:], None], strict=True) if step != after] == [
+        "Pulling fs layer",
+        "Downloading",
+        "Verifying Checksum",
+        "Download complete",
+        "Extracting",
+        "Pull complete",
+    ]
+
+
+async def test_what_is_here_is_not_fetched_again(images: ImageStore, rogue: Rogue):
+    await images.pull(f"{rogue.address}/app:1")
+    rogue.requests.clear()
+    told: list[Message] = []
+    await images.pull(f"{rogue.address}/app:1", report=told.append)
+    assert not [request.path for request in rogue.requests if "/blobs/" in request.path]
+    assert told[-1].status == f"Status: Image is up to date for {rogue.address}/app:1"
+
+
+async def test_many_who_pull_at_once_share_the_transfer(images: ImageStore, rogue: Rogue):
+    pulled = await asyncio.gather(*(images.pull(f"{rogue.address}/app:1") for _ in range(10)))
+    assert {image.id for image in pulled} == {sha256(CONFIG)}
+    assert len([request for request in rogue.requests if "/blobs/" in request.path]) == 3
+
+
+async def test_a_transfer_that_breaks_goes_on_where_it_broke(images: ImageStore, rogue: Rogue):
+    rogue.cut_after = 130_000
+    await images.pull(f"{rogue.address}/app:1")
+    ranges = [request.headers.get("Range") for request in rogue.requests if sha256(BLOBS[1]) in request.path]
+    assert ranges[0] is None
+    assert all(start is not None for start in ranges[1:])
+    assert len(ranges) == 3
+
+
+async def test_a_blob_that_is_not_what_its_digest_names_is_refused(images: ImageStore, rogue: Rogue):
+    rogue.blobs[sha256(BLOBS[0])] = bytes(len(BLOBS[0]))
+    with pytest.raises(
+        InvalidArgument, match=f"filesystem layer verification failed for digest {sha256(BLOBS[0])}"
+    ):
+        await images.pull(f"{rogue.address}/app:1")
+    assert not images.images()
+    assert not images.layer_store.all()
+    assert not list(images.scratch.iterdir())
+
+
+async def test_a_blob_larger_than_promised_is_cut_off(images: ImageStore, rogue: Rogue):
+    rogue.blobs[sha256(BLOBS[0])] = BLOBS[0] + bytes(1 << 20)
+    with pytest.raises(InvalidArgument, match="is larger than its"):
+        await images.pull(f"{rogue.address}/app:1")
+
+
+async def test_layers_must_be_those_of_the_configuration(images: ImageStore, rogue: Rogue):
+    rogue.manifests["1"] = (a_manifest(blobs=(BLOBS[1], BLOBS[0])), DOCKER_MANIFEST)
+    with pytest.raises(InvalidArgument, match="layers from manifest don't match image configuration"):
+        await images.pull(f"{rogue.address}/app:1")
+    assert not images.images()
+    rogue.manifests["1"] = (a_manifest(blobs=BLOBS[:1]), DOCKER_MANIFEST)
+    with pytest.raises(InvalidArgument, match="layers from manifest don't match image configuration"):
+        await images.pull(f"{rogue.address}/app:1")
+
+
+@pytest.mark.parametrize(
+    ("index_type", "media_type"), [(DOCKER_LIST, DOCKER_MANIFEST), (OCI_INDEX, OCI_MANIFEST)]
+)
+async def test_of_an_index_the_manifest_for_the_platform_is_taken(
+    images: ImageStore, rogue: Rogue, index_type: str, media_type: str
+):
+    manifest = a_manifest(media_type=media_type)
+    entries = [
+        {"digest": "sha256:" + "0" * 64, "size": 1, "platform": {"os": "linux", "architecture": "s390x"}},
+        {"digest": sha256(manifest), "size": 1, "platform": {"os": "linux", "architecture": "amd64"}},
+    ]
+    index = json.dumps({"schemaVersion": 2, "mediaType": index_type, "manifests": entries}).encode()
+    rogue.manifests = {"1": (index, index_type), sha256(manifest): (manifest, media_type)}
+    image = await images.pull(f"{rogue.address}/app:1", platform="linux/amd64")
+    assert [one.digest for one in image.digests] == [sha256(index)]
+    with pytest.raises(NotFound, match="no matching manifest for linux/arm64 in the manifest list entries"):
+        await images.pull(f"{rogue.address}/app:1", platform="linux/arm64")
+
+
+async def test_a_manifest_asked_for_by_digest_must_have_it(images: ImageStore, rogue: Rogue):
+    digest = "sha256:" + "1" * 64
+    rogue.manifests[digest] = (a_manifest(), DOCKER_MANIFEST)
+    with pytest.raises(InvalidArgument, match=f"manifest verification failed for digest {digest}"):
+        await images.pull(f"{rogue.address}/app@{digest}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"config": 7}',
+        b'{"manifests": [{"digest": "x", "size": -1}]}',
+        b"\xff" * 100,
+    ],
+)
+async def test_a_manifest_that_is_none_is_refused(images: ImageStore, rogue: Rogue, content: bytes):
+    rogue.manifests["1"] = (content, DOCKER_MANIFEST)
+    with pytest.raises(SkepError):
+        await images.pull(f"{rogue.address}/app:1")
+
+
+async def test_an_endless_manifest_is_cut_off(images: ImageStore, rogue: Rogue):
+    rogue.manifests["1"] = (b" " * (5 << 20), DOCKER_MANIFEST)
+    with pytest.raises(InvalidArgument, match="the answer is larger than 4194304 bytes"):
+        await images.pull(f"{rogue.address}/app:1")
+
+
+async def test_a_registry_that_is_not_there_is_named(images: ImageStore):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(RegistryError) as refused:
+            await images.pull(f"127.0.0.1:{port}/app:1")
+    assert str(refused.value) == (
+        f'Get "http://127.0.0.1:{port}/v2/": dial tcp 127.0.0.1:{port}: connect: connection refused'
+    )
+
+
+def wants_token(rogue: Rogue) -> Callable[[web.Request], web.Response | None]:
+    def guard(request: web.Request) -> web.Response | None:
+        if request.path == "/token":
+            given = request.headers.get("Authorization", "")
+            if given != aiohttp.encode_basic_auth("user", "secret"):
+                return web.Response(status=401)
+            assert request.query["scope"] == "repository:app:pull"
+            return web.json_response({"token": "t1"})
+        if request.headers.get("Authorization") != "Bearer t1":
+            challenge = f'Bearer realm="http://{rogue.address}/token",service="reg"'
+            return web.Response(status=401, headers={"WWW-Authenticate": challenge})
+        return None
+
+    return guard
+
+
+def auth(**fields: str) -> str:
+    return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+
+
+async def test_a_registry_that_wants_a_token_gets_one(images: ImageStore, rogue: Rogue):
+    rogue.guard = wants_token(rogue)
+    image = await images.pull(f"{rogue.address}/app:1", auth(username="user", password="secret"))
+    assert image.id == sha256(CONFIG)
+
+
+async def test_a_wrong_password_is_told(images: ImageStore, rogue: Rogue):
+    rogue.guard = wants_token(rogue)
+    with pytest.raises(SkepError, match="unauthorized: incorrect username or password"):
+        await images.pull(f"{rogue.address}/app:1", auth(username="user", password="wrong"))
+
+
+async def test_a_registry_that_wants_a_password_gets_it(images: ImageStore, rogue: Rogue):
+    def guard(request: web.Request) -> web.Response | None:
+        if request.headers.get("Authorization") == aiohttp.encode_basic_auth("user", "secret"):
+            return None
+        return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="reg"'})
+
+    rogue.guard = guard
+    assert await images.pull(f"{rogue.address}/app:1", auth(username="user", password="secret"))
+    with pytest.raises(
+        NotFound, match=r"pull access denied for .*, repository does not exist or may require"
+    ):
+        await images.pull(f"{rogue.address}/app:1")
+
+
+async def test_mirrors_are_asked_first_and_see_no_credentials(tmp_path: Path, rogue: Rogue):
+    store = ImageStore(tmp_path / "mirrored", policy=Policy(mirrors=(f"http://{rogue.address}",)))
+    await store.open()
+    image = await store.pull("app:1", auth(username="user", password="secret"))
+    assert [tag.familiar for tag in image.tags] == ["app:1"]
+    assert rogue.requests[-1].path.startswith("/v2/library/app/")
+    assert not any("Authorization" in request.headers for request in rogue.requests)
+
+
+# --- a real registry ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def registry(tmp_path: Path) -> AsyncIterator[str]:
+    """Debian's docker-registry with one image, ``team/app:1``; gives its address."""
+    program = shutil.which("docker-registry")
+    if program is None:
+        pytest.skip("docker-registry is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = {
+        "version": "0.1",
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
+        "http": {"addr": address},
+    }
+    (tmp_path / "registry.yml").write_text(json.dumps(settings))
+    process = await asyncio.create_subprocess_exec(program, "serve", str(tmp_path / "registry.yml"))
+    try:
+        async with aiohttp.ClientSession(f"http://{address}") as session:
+            await _push(session)
+        yield address
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def _push(session: aiohttp.ClientSession) -> None:
+    for attempt in range(100):
+        try:
+            async with session.get("/v2/") as response:
+                assert response.status == 200
+                break
+        except aiohttp.ClientConnectionError:
+            assert attempt < 99, "the registry does not answer"
+            await asyncio.sleep(0.05)
+    for content in (CONFIG, *BLOBS):
+        async with session.post("/v2/team/app/blobs/uploads/") as response:
+            location = response.headers["Location"]
+        async with session.put(f"{location}&digest={sha256(content)}", data=content) as response:
+            assert response.status == 201
+    headers = {"Content-Type": DOCKER_MANIFEST}
+    async with session.put("/v2/team/app/manifests/1", data=a_manifest(), headers=headers) as response:
+        assert response.status == 201
+
+
+async def asked(
+    client: TestClient, method: str, path: str, **query: str
+) -> tuple[int, list[Mapping[str, object]]]:
+    response = await client.request(method, f"/v1.41{path}", params=query)
+    lines = [msgspec.json.decode(line) for line in (await response.read()).splitlines() if line]
+    return response.status, lines
+
+
+async def test_a_real_registry_is_pulled_from_over_the_api(images: ImageStore, registry: str):
+    async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
+        status, lines = await asked(
+            client, "POST", "/images/create", fromImage=f"{registry}/team/app", tag="1"
+        )
+        assert status == 200
+        assert lines[-1] == {"status": f"Status: Downloaded newer image for {registry}/team/app:1"}
+        _, [found] = await asked(client, "GET", f"/distribution/{registry}/team/app:1/json")
+        assert found["Descriptor"] == {
+            "mediaType": DOCKER_MANIFEST,
+            "digest": sha256(a_manifest()),
+            "size": len(a_manifest()),
+        }
+        assert found["Platforms"] == [{"architecture": "amd64", "os": "linux"}]
+        _, [listed] = await asked(client, "GET", "/images/json")
+        assert listed[0]["RepoDigests"] == [f"{registry}/team/app@{sha256(a_manifest())}"]
+
+
+async def test_an_unknown_tag_is_a_404_in_dockers_words(images: ImageStore, registry: str):
+    async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
+        unknown = "manifest unknown: manifest unknown"
+        assert await asked(client, "POST", "/images/create", fromImage=f"{registry}/team/app", tag="9") == (
+            404,
+            [{"message": f"manifest for {registry}/team/app:9 not found: {unknown}"}],
+        )
+        assert await asked(client, "GET", f"/distribution/{registry}/team/app:9/json") == (
+            404,
+            [{"message": unknown}],
+        )
+
+
+async def test_a_name_without_a_tag_pulls_every_tag(images: ImageStore, registry: str):
+    async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
+        status, _ = await asked(client, "POST", "/images/create", fromImage=f"{registry}/team/app")
+        assert status == 200
+        assert images.get(f"{registry}/team/app:1").id == sha256(CONFIG)
