@@ -8,7 +8,8 @@ An update has no memory of its own: how far it is can be seen in the slots.
   running or ended.  Until then, and for the update delay after it, the slot occupies one of ``parallelism`` places.
 * A lead that ends by itself before it ran for the monitor time is a failure.  More failures than the ratio allows
   pause the update, roll it back, or are ignored.
-* The update is complete when no slot is outdated and the monitor time has passed since the last lead settled.
+* The update is complete when every slot was begun with and the monitor time has passed since the last lead settled.
+  With start-first an old task may then still run beside the attempts at a new one, as in swarmkit.
 
 stop-first retires the old task and creates the new one in one step; the new one is prepared meanwhile and starts when
 the old one has stopped.  start-first retires the old task when the new one runs; if that fails it is retried by the
@@ -79,8 +80,8 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
         steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
     if (verdict := rollout.verdict()) is not None:
         return [*steps, verdict]
-    if outdated:
-        return [*steps, *rollout.begin(outdated)]
+    if waiting := [view for view in outdated if not view.current]:
+        return [*steps, *rollout.begin(waiting)]
     return [*steps, *rollout.complete()]
 
 
@@ -112,9 +113,8 @@ class _Rollout:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
             yield from (RetireTask(task) for task in view.current if task is not best)
 
-    def begin(self, outdated: list[_SlotView]) -> Iterator[Step]:
+    def begin(self, waiting: list[_SlotView]) -> Iterator[Step]:
         """Take as many further slots as there is room for; say when a delay makes room again."""
-        waiting = [view for view in outdated if not view.current]
         busy, room_at = 0, []
         for view in self._views:
             if view.lead is None:
@@ -153,7 +153,9 @@ class _Rollout:
         return RollBack(self._service, f"update rolled back {reason}")
 
     def complete(self) -> Iterator[Step]:
-        """Nothing is outdated: the update is over once every lead was watched for the monitor time."""
+        """No slot is left to begin with: the update is over once every lead was watched for the monitor time."""
+        if self.state not in _ROLLING:
+            return
         settled = [self._settled_at(view.lead) for view in self._views if view.lead is not None]
         if any(at is None for at in settled):
             return

@@ -207,6 +207,21 @@ def test_continue_ignores_failures() -> None:
     assert len(wanted(world, "app:2")) == 2
 
 
+def test_an_update_that_goes_on_in_spite_of_failures_comes_to_an_end() -> None:
+    action = UpdateFailureAction.CONTINUE
+    update = UpdateConfig(parallelism=1, order=UpdateOrder.START_FIRST, failure_action=action)
+    world = a_world(update, replicas=2)
+    world.update(a_spec("app:2", replicas=2, update=update))
+    for _ in range(4):
+        world.settle()
+        for task in wanted(world, "app:2"):
+            world.report(task.id, TaskState.REJECTED)
+        world.now += 5.0
+    world.settle()
+    assert state(world) is UpdateState.COMPLETED
+    assert len(wanted(world, "app:1")) == 2
+
+
 def test_a_rollback_returns_to_the_previous_spec() -> None:
     update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK)
     world = a_world(update)
