@@ -17,6 +17,7 @@ from skep import logs
 from skep.aio.backoff import Backoff
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
+from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
 from skep.manager.config import ManagerConfig, load
 from skep.manager.founding import found_cluster
@@ -57,16 +58,15 @@ def run(config_file: Path) -> None:
 
 async def _until_stopped(config: ManagerConfig) -> None:
     loop = asyncio.get_running_loop()
-    living = asyncio.ensure_future(_live(config, SystemClock()))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, living.cancel)
     try:
-        await living
-    except asyncio.CancelledError:
-        log.info("manager stopped")
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            living = group.create_task(_live(config, SystemClock()), name="manager")
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, living.cancel)
     except SkepError as error:
         log.error("manager cannot go on", reason=str(error))
         raise SystemExit(1) from error
+    log.info("manager stopped")
 
 
 async def _live(config: ManagerConfig, clock: Clock) -> None:
