@@ -5,6 +5,7 @@ daemon/stats.go.
 """
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import msgspec
 from aiohttp import web
@@ -46,8 +47,7 @@ def output_routes(containers: Containers, *, clock: Clock | None = None) -> Rout
         frames = OutputFrames(
             request, tty=container.config.tty, content_type=_content_type(request, container)
         )
-        entries = containers.logs(container.id, wish)
-        async with frames:
+        async with aclosing(containers.logs(container.id, wish)) as entries, frames:
             async for entry in entries:
                 await frames.send(OutputStream(entry.stream.value), _line(entry, request, container))
         return frames.response
@@ -59,8 +59,9 @@ def output_routes(containers: Containers, *, clock: Clock | None = None) -> Rout
         async with hijacked(request, tty=container.config.tty) as client:
             if flag(request, "logs"):
                 wish = _log_wish(request, follow=False)
-                async for entry in containers.logs(container.id, wish):
-                    await client.send(OutputStream(entry.stream.value), entry.data)
+                async with aclosing(containers.logs(container.id, wish)) as entries:
+                    async for entry in entries:
+                        await client.send(OutputStream(entry.stream.value), entry.data)
             if flag(request, "stream"):
                 await _follow(request, container, client, keys)
         return Hijacked()

@@ -41,6 +41,7 @@ from skep.node.routes.exec import exec_routes
 from skep.node.routes.moments import parse_moment
 from skep.node.routes.queries import integer
 
+_LINES_AT_ONCE = 128
 _WITHOUT_NULL_ERROR = ApiVersion("1.42")
 
 
@@ -78,11 +79,12 @@ def container_routes(
             ancestors=ancestors(filters["ancestor"], images.lookup),
         )
         found = select(containers.list(), wish)
-        now_ns = clock.now_ns()
-        lines = [container_answers.summary(one, images, now_ns) for one in found]
-        if flag(request, "size"):
-            for line, container in zip(lines, found, strict=True):
-                line |= await _sizes(container)
+        has_size, now_ns, lines = flag(request, "size"), clock.now_ns(), []
+        for number, container in enumerate(found, 1):
+            size = await _sizes(container) if has_size else {}
+            lines.append(container_answers.summary(container, images, now_ns) | size)
+            if number % _LINES_AT_ONCE == 0:
+                await asyncio.sleep(0)  # others' turn
         return json_list_answer(lines)
 
     @table.get("/containers/{id}/json")

@@ -5,6 +5,7 @@ Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/d
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -93,13 +94,13 @@ def image_routes(images: ImageStore, users: Users, *, clock: Clock | None = None
         return await _saved(request, [request.match_info["name"]])
 
     async def _saved(request: web.Request, names: list[str]) -> web.StreamResponse:
-        pieces = images.save(names)
-        first = await anext(pieces, b"")  # an unknown image is still a status
-        response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
-        await response.prepare(request)
-        await response.write(first)
-        async for piece in pieces:
-            await response.write(piece)
+        async with aclosing(images.save(names)) as pieces:
+            first = await anext(pieces, b"")  # an unknown image is still a status
+            response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
+            await response.prepare(request)
+            await response.write(first)
+            async for piece in pieces:
+                await response.write(piece)
         return response
 
     @table.post("/images/prune")

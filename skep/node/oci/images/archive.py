@@ -12,7 +12,7 @@ Source: moby, image/tarexport/{load,save}.go; OCI image-spec, image-layout.md.
 import asyncio
 import os
 import tarfile
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -258,7 +258,7 @@ def _decoded(content: bytes, type_: type[T], name: str) -> T:
 # --- save ----------------------------------------------------------------------------------------------------------
 
 
-async def save(images: LocalImages, words: Sequence[str]) -> AsyncIterator[bytes]:
+async def save(images: LocalImages, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
     """An archive of the images that ``words`` name; a repository's name means all its tags.
 
     Raises:

@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock, SystemClock
-from skep.errors import InvalidArgument, NotFound
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, hex_of
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
@@ -157,10 +157,10 @@ class LocalImages:
             NotFound: a layer is missing.
         """
         config = parse_config(content)
-        id = digest_of(content)
-        for chain_id in chain_ids(config.diff_ids):
-            self.layer_store.directory(chain_id)
-        async with self._writing:
+        id, chain = digest_of(content), chain_ids(config.diff_ids)
+        async with self.pinned(chain), self._writing:
+            for chain_id in chain:
+                self.layer_store.directory(chain_id)
             if id not in self._configs:
                 await asyncio.to_thread(_write, self._root / "configs" / hex_of(id), content)
             catalog = _with_references(self._catalog, references, id)
@@ -252,9 +252,7 @@ class LocalImages:
         for leftover in self.scratch.iterdir():
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
         self.layer_store.open()
-        catalog_file = self._root / "catalog.json"
-        if catalog_file.exists():
-            self._catalog = msgspec.json.decode(catalog_file.read_bytes(), type=Catalog)
+        self._catalog = _read_catalog(self._root / "catalog.json")
         for file in sorted((self._root / "configs").iterdir()):
             if file.suffix == _UNFINISHED:
                 file.unlink()
@@ -326,6 +324,21 @@ class LocalImages:
         for grave in self.layer_store.detach(chain):
             await asyncio.to_thread(shutil.rmtree, grave, ignore_errors=True)
         return chain
+
+
+def _read_catalog(file: Path) -> Catalog:
+    """What an earlier process wrote.  Raises: FailedPrecondition: it is damaged."""
+    if not file.exists():
+        return Catalog()
+    try:
+        catalog = msgspec.json.decode(file.read_bytes(), type=Catalog)
+        for text in catalog.references:
+            parse_reference(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
+        raise FailedPrecondition(
+            f"{file} cannot be read ({error}): restore it, or remove it to keep the images without their names"
+        ) from error
+    return catalog
 
 
 def _with_references(catalog: Catalog, references: Iterable[Reference], id: Digest) -> Catalog:

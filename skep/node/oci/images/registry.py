@@ -64,15 +64,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     def is_insecure(self, domain: str) -> bool:
         """Whether ``domain`` (``host[:port]``) may be reached without verified TLS."""
         host = urlsplit(f"//{domain}").hostname or ""
-        if host == "localhost" or domain in self.insecure or host in self.insecure:
+        if is_loopback(domain) or domain in self.insecure or host in self.insecure:
             return True
         try:
             address = ipaddress.ip_address(host)
         except ValueError:
             return False
-        return address.is_loopback or any(
-            address in network for network in map(_network, self.insecure) if network is not None
-        )
+        return any(address in network for network in map(_network, self.insecure) if network is not None)
 
     def endpoints(self, domain: str) -> Sequence["Endpoint"]:
         """Where to ask for images of ``domain``, in this order."""
@@ -87,6 +85,15 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         if self.is_insecure(domain):
             return Endpoint(f"https://{domain}", verify=False), Endpoint(f"http://{domain}", verify=False)
         return (Endpoint(f"https://{domain}"),)
+
+
+def is_loopback(domain: str) -> bool:
+    """Whether ``domain`` (``host[:port]``) is this machine."""
+    host = urlsplit(f"//{domain}").hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -298,8 +305,10 @@ async def connected(
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         connector = aiohttp.TCPConnector(ssl=context, limit=16)
+        # As in Go, no proxy stands between this machine and itself.
+        uses_proxy = not is_loopback(urlsplit(endpoint.url).netloc)
         async with aiohttp.ClientSession(
-            connector=connector, trust_env=True, auto_decompress=False
+            connector=connector, trust_env=uses_proxy, auto_decompress=False
         ) as session:
             repository = Repository(session, endpoint, reference, credentials)
             try:
@@ -337,8 +346,6 @@ class _network_errors:  # noqa: N801 - reads as a verb phrase where it is used
         if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, ssl.SSLError):
             code = error.os_error.errno
             reason = (os.strerror(code) if code and code > 0 else str(error.os_error)).lower()
-            if isinstance(error, aiohttp.ClientConnectorSSLError | aiohttp.ClientConnectorCertificateError):
-                raise RegistryError(f'Get "{self._url}": tls: {reason}') from error
             where = f"{error.host}:{error.port}"
             raise RegistryError(f'Get "{self._url}": dial tcp {where}: connect: {reason}') from error
         if isinstance(error, aiohttp.ClientError | OSError):

@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -49,7 +49,7 @@ class ImageStore(LocalImages):
         """Take in the images of an archive (``docker load``).  Raises: InvalidArgument, ResourceExhausted."""
         return await archive.load(self, pieces, report)
 
-    def save(self, words: Sequence[str]) -> AsyncIterator[bytes]:
+    def save(self, words: Sequence[str]) -> AsyncGenerator[bytes, None]:
         """An archive of the images that ``words`` name (``docker save``).  Raises: NotFound."""
         return archive.save(self, words)
 
