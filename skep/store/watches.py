@@ -63,7 +63,7 @@ class Watches:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._lines: set[Line] = set()
+        self._lines: dict[Line, None] = {}  # ordered, unlike a set: a simulation must run the same way twice
 
     def publish(self, commit: Commit) -> None:
         """Hand ``commit`` to every reader it concerns."""
@@ -74,11 +74,11 @@ class Watches:
     def open(self, snapshot: View, kinds: frozenset[type[Object]]) -> Iterator[Line]:
         """A line that gets everything published from now on."""
         line = Line(snapshot, kinds, self._capacity)
-        self._lines.add(line)
+        self._lines[line] = None
         try:
             yield line
         finally:
-            self._lines.discard(line)
+            self._lines.pop(line, None)
 
 
 def _object_of(event: Event) -> Object:

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from grpclib.client import Channel, Stream, StreamStreamMethod, UnaryUnaryMethod
 from grpclib.config import Configuration
-from grpclib.exceptions import ProtocolError, StreamTerminatedError
 
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.errors import Uncertain, answers_of_etcd
+from skep.store.etcd.errors import CONNECTION_LOST, Uncertain, answers_of_etcd
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
@@ -117,7 +116,7 @@ class Client:
                     await stream.send_message(pb.WatchRequest(create_request=request))
             yield Watching(stream)
         finally:
-            with suppress(ProtocolError, StreamTerminatedError, OSError):
+            with suppress(*CONNECTION_LOST):
                 _abandon(stream)
 
     def _unary(self, service: str, name: str, request: type[Q], reply: type[A]) -> "UnaryUnaryMethod[Q, A]":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
+from h2.exceptions import H2Error
 
 from skep.errors import SkepError, Unavailable
 from skep.store.updates import NO_LEADER
@@ -54,6 +55,18 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
 """Text in the message -> meaning -> what a user reads.  First match wins."""
 
 
+CONNECTION_LOST = (
+    OSError,
+    TimeoutError,
+    ProtocolError,
+    StreamTerminatedError,
+    H2Error,
+    # grpclib, when the connection breaks between its opening and the first stream: "no attribute '_transport'"
+    AttributeError,
+)
+"""All the ways in which grpclib says that the connection is gone."""
+
+
 @contextmanager
 def answers_of_etcd() -> Iterator[None]:
     """Raise our errors instead of grpclib's.
@@ -66,7 +79,7 @@ def answers_of_etcd() -> Iterator[None]:
         yield
     except GRPCError as error:
         raise meaning_of(error.message or "") from error
-    except (ProtocolError, StreamTerminatedError, OSError, TimeoutError) as error:
+    except CONNECTION_LOST as error:
         # grpclib interrupts a call by cancelling its task and forgets to take that back; left so, every later
         # timeout of the task would end as a cancellation.
         while task is not None and task.cancelling() > cancelled_before:
