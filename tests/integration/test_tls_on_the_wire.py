@@ -1,4 +1,4 @@
-"""Even on one node every assignment travels over TLS: a capture on loopback shows nothing else on the cluster's port."""
+"""Even on one node every assignment travels over TLS: a capture on loopback shows nothing else."""
 
 import signal
 import struct

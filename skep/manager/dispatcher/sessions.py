@@ -50,18 +50,19 @@ class LiveSession:
         self.messages = Line()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect
-        self._lines: set[Line] = {self.messages}
+        # Ordered, unlike a set: a simulation must run the same way twice.
+        self._lines: dict[Line, None] = {self.messages: None}
         self._error: SkepError | None = None
 
     @contextmanager
     def line(self) -> Iterator[Line]:
         """A line for one stream of assignments, for as long as the stream is open."""
         line = Line()
-        self._lines.add(line)
+        self._lines[line] = None
         try:
             yield line
         finally:
-            self._lines.discard(line)
+            self._lines.pop(line, None)
 
     def wake_assignments(self, task_ids: Iterable[TaskId]) -> None:
         ids = tuple(task_ids)
