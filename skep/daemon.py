@@ -4,6 +4,9 @@ The process forks its zygote before anything else (see ``node.supervision.zygote
 the lock of the data directory, and runs the node until SIGTERM.
 """
 
+from skep.node import lean as _first  # noqa: F401  before everything that it concerns
+
+# isort: split
 import asyncio
 import signal
 import sys
@@ -65,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         expected, others = errors.split(SkepError)
         if others is not None or expected is None:
             raise
-        return _refuse(_first(expected))
+        return _refuse(_innermost(expected))
     finally:
         parent.end()
     return 0
@@ -77,7 +80,7 @@ def _refuse(error: BaseException) -> int:
     return 1
 
 
-def _first(error: BaseException) -> BaseException:
+def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

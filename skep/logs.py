@@ -9,11 +9,6 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
-# structlog draws tracebacks with ``rich`` where that is installed; a daemon's log is no terminal and the import
-# costs 4 MB in every process.
-if "rich" not in sys.modules:
-    sys.modules["rich"] = None  # type: ignore[assignment]
-
 import structlog
 
 
