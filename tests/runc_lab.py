@@ -16,6 +16,7 @@ from skep.model.ids import NodeId
 from skep.node.executor.assembly import oci_executor
 from skep.node.executor.oci import OciExecutor
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.ports import OwnReservations
 from skep.node.oci.cgroups import Cgroups
 from skep.node.oci.images.digest import Digest
 from skep.node.oci.images.image import ContainerDefaults, Image, ImageConfig
@@ -109,16 +110,22 @@ class Lab:
         self.home = self._homes.path("node")
         self.tree = busybox_tree(root / "tree")
         self.images = TreeImages(self.tree)
+        self._ports: OwnReservations | None = None
 
     def executor(self) -> OciExecutor:
-        """A new executor, as a restarted node process makes one."""
+        """A new executor, as a restarted node process makes one; the ports of the one before are let go."""
+        namespaces = Namespaces(self.paths.netns, self.home)
+        if self._ports is not None:
+            self._ports.close()
+        self._ports = OwnReservations(namespaces)
         executor = oci_executor(
             self.paths,
             self.images,
             clock=SystemClock(),
             hostname="lab",
             cgroup_parent=self.cgroup_parent,
-            namespaces=Namespaces(self.paths.netns, self.home),
+            namespaces=namespaces,
+            ports=self._ports,
         )
         executor.identify(NodeId("node1"))
         return executor
@@ -137,6 +144,8 @@ class Lab:
                 for container in executor.containers.list():
                     with suppress(NotFound):
                         await executor.containers.remove(container.id, force=True)
+            if self._ports is not None:
+                self._ports.close()
             unmount_if_mounted(self.paths.secrets)
             Cgroups(self.cgroup_parent).remove_parent()
             await self._homes.destroy("node")

@@ -1,4 +1,4 @@
-"""Several waits at once, until the first has ended."""
+"""Several waits at once until the first has ended, and work that is not left half done."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -36,6 +36,23 @@ async def wait_first(one: Coroutine[Any, Any, object], other: Coroutine[Any, Any
         await unless(one, other)
     except Overtaken:
         return
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which goes on to its end even if the caller is cancelled; that is raised
+    afterwards.
+
+    For short work that would leave something behind where it was cut off.
+    """
+    whole = asyncio.gather(_outcome(work))
+    try:
+        ((result, error),) = await asyncio.shield(whole)
+    except asyncio.CancelledError:
+        await asyncio.wait((whole,))
+        raise
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]  # as above
 
 
 async def _outcome(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | None]:

@@ -140,7 +140,7 @@ class OciController:
         try:
             return _running(await self._containers.start(container.id))
         except SkepError as error:
-            raise type(error)(f"starting container failed: {error}") from error
+            raise SkepError(f"starting container failed: {error}") from error
 
     async def wait(self) -> TaskExit:
         container = await self._containers.wait(self._require().id)

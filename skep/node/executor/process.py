@@ -21,7 +21,7 @@ from skep.model.ids import NodeId, TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.node.oci.container import ProcessName
-from skep.node.oci.processes import find, is_alive, send_signal, wait_gone
+from skep.node.oci.processes import is_alive, named, send_signal, wait_gone
 from skep.node.oci.signals import signal_number
 
 _DEFAULT_GRACE_S = 10.0
@@ -30,10 +30,9 @@ _WRAPPER = """\
 cd "$1" || exit 126
 directory=$2
 shift 2
+cat /proc/$$/stat
 setsid /bin/sh -c '
-  echo $$ >"$0/.pid"
-  mv "$0/.pid" "$0/pid"
-  echo started
+  cat /proc/$$/stat
   exec "$@" >"$0/output" 2>&1
 ' "$directory" "$@" </dev/null &
 exec >/dev/null
@@ -178,14 +177,14 @@ class ProcessController:
         assert process.stdout is not None
         try:
             async with asyncio.timeout(_START_DEADLINE_S):
-                answer = await process.stdout.readline()
+                waiting = await process.stdout.readline()
+                command = await process.stdout.readline()
         except TimeoutError as error:
             raise Unavailable(f"the command did not start in {_START_DEADLINE_S:g} s") from error
-        command = find(int((self._path / "pid").read_text())) if answer else None
-        waiting = find(process.pid)
-        if command is None or waiting is None:
+        if not command:
             raise SkepError(f"starting process failed: cannot run in {spec.dir or '/'}")
-        _write(self._path / "started", msgspec.json.encode(_Started(command, waiting)))
+        started = _Started(named(command), named(waiting))
+        _write(self._path / "started", msgspec.json.encode(started))
 
 
 def _started(path: Path) -> _Started | None:

@@ -48,6 +48,12 @@ class OwnReservations:
     async def held(self) -> Iterable[tuple[str, int]]:
         return tuple(self._sockets)
 
+    def close(self) -> None:
+        """Let go of everything."""
+        for opened in self._sockets.values():
+            opened.close()
+        self._sockets.clear()
+
 
 def bind(protocol: str, port: int) -> socket.socket:
     """A socket that holds ``port`` of the present network namespace.

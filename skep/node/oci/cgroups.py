@@ -9,6 +9,8 @@ The version is found as runc finds it: cgroup2 mounted at /sys/fs/cgroup is v2, 
 import ctypes
 import errno
 import os
+import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +30,7 @@ class Cgroups:
 
     def __init__(self, parent: str, mount_point: Path = MOUNT_POINT) -> None:
         self.parent = parent.strip("/")
+        self._mount_point = mount_point
         self.is_v2 = file_system_type(mount_point) == _CGROUP2_SUPER_MAGIC
         self._roots = {"": mount_point} if self.is_v2 else _v1_hierarchies(mount_point)
 
@@ -65,35 +68,50 @@ class Cgroups:
                     found.update(map(int, procs.read_text().split()))
         return frozenset(found)
 
-    def join_monitors(self, pid: int) -> None:
-        """Move a process into the group of monitors, in every hierarchy.
+    def enter_monitors(self) -> None:
+        """Put the calling thread, and so what it starts, into the group of monitors.
 
-        A hierarchy that refuses is left alone and logged: the process then stays where its starter is.
+        On v2 threads cannot be placed apart from their process: there ``join_monitors`` moves each.  A
+        hierarchy that refuses is left alone and logged.
         """
+        if self.is_v2:
+            return
         for controller, root in self._roots.items():
             directory = root / self.parent / "monitors"
             try:
-                if not directory.is_dir():
-                    directory.mkdir(parents=True, exist_ok=True)
-                    if controller == "cpuset":
-                        _inherit_cpuset(root, directory)
-                (directory / "cgroup.procs").write_text(str(pid))
+                directory.mkdir(parents=True, exist_ok=True)
+                if controller == "cpuset":
+                    _inherit_cpuset(root, directory)
+                (directory / "tasks").write_text(str(threading.get_native_id()))
             except OSError as error:
-                if error.errno == errno.ESRCH:
-                    return  # it has ended already
-                log.warning("cgroup of monitors refused", controller=controller or "v2", error=str(error))
+                log.warning("cgroup of monitors refused", controller=controller, error=str(error))
+
+    def join_monitors(self, pid: int) -> None:
+        """On v2: move a process that was just started into the group of monitors."""
+        if not self.is_v2:
+            return
+        directory = self._roots[""] / self.parent / "monitors"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "cgroup.procs").write_text(str(pid))
+        except OSError as error:
+            if error.errno != errno.ESRCH:  # it has ended already
+                log.warning("cgroup of monitors refused", controller="v2", error=str(error))
 
     def remove(self, container_id: ContainerId) -> None:
         """Remove what is left of a container's groups (runc removes them itself in the normal case)."""
-        for controller in self._roots:
-            directory = self.directory(container_id, controller)
-            if directory is not None:
-                _remove_tree(directory)
+        for root in self._all_roots():
+            _remove_tree(root / self.path_of(container_id).lstrip("/"))
 
     def remove_parent(self) -> None:
         """Remove the node's own groups, when no container and no monitor is left in them."""
-        for root in self._roots.values():
+        for root in self._all_roots():
             _remove_tree(root / self.parent)
+
+    def _all_roots(self) -> Iterable[Path]:
+        """Every hierarchy; beside v1 there may be one of v2 without controllers, where runc makes groups, too."""
+        unified = self._mount_point / "unified"
+        return (*self._roots.values(), *([unified] if unified.is_dir() else []))
 
 
 def file_system_type(path: Path) -> int:

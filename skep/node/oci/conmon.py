@@ -13,14 +13,20 @@ import asyncio
 import errno
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+import subprocess
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from skep.errors import SkepError, Unavailable
 from skep.node.oci.cgroups import Cgroups
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 DEADLINE_S = 60.0
 """For conmon's answer on an overloaded machine; a healthy one needs 0.05 s."""
@@ -49,52 +55,83 @@ class Pipes(msgspec.Struct, frozen=True):
     start: int
 
 
-@asynccontextmanager
-async def conmon_started(arguments: Sequence[str], *, attach: bool, cgroups: Cgroups) -> AsyncIterator[Pipes]:
-    """A conmon waiting for its start byte, in the cgroup of monitors."""
-    answers, conmon_answers = os.pipe()
-    conmon_start, start = os.pipe()
-    ready, conmon_ready = os.pipe()
-    theirs = [conmon_answers, conmon_start, conmon_ready]
-    transports: list[asyncio.BaseTransport] = []
-    process: asyncio.subprocess.Process | None = None
-    try:
-        environment = {
-            "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
-            "TZ": "UTC",  # conmon stamps its log lines in local time
-            "_OCI_SYNCPIPE": str(conmon_answers),
-            "_OCI_STARTPIPE": str(conmon_start),
-        }
-        if attach:
-            environment["_OCI_ATTACHPIPE"] = str(conmon_ready)
+class Conmons:
+    """Starts conmons, in the cgroup of monitors.
+
+    On cgroup v1 a child is born where the *thread* is that forks it, so one thread sits there and starts
+    them all: moving each conmon afterwards would cost several milliseconds per hierarchy, in which no
+    process of the machine can fork.
+    """
+
+    def __init__(self, cgroups: Cgroups) -> None:
+        self._cgroups = cgroups
+        self._thread: ThreadPoolExecutor | None = None
+
+    def close(self) -> None:
+        """End the thread; the next start makes another."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    @asynccontextmanager
+    async def started(self, arguments: Sequence[str], *, attach: bool) -> AsyncIterator[Pipes]:
+        """A conmon waiting for its start byte.  Not to be cancelled before it has answered.
+
+        Raises: Unavailable: it did not answer in time.
+        """
+        answers, conmon_answers = os.pipe()
+        conmon_start, start = os.pipe()
+        ready, conmon_ready = os.pipe()
+        theirs = (conmon_answers, conmon_start, conmon_ready)
+        transports: list[asyncio.BaseTransport] = []
+        process: subprocess.Popen[bytes] | None = None
         try:
-            process = await asyncio.create_subprocess_exec(
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-                pass_fds=theirs,
-                start_new_session=True,
-                env=environment,
-            )
+            environment = {
+                "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+                "TZ": "UTC",  # conmon stamps its log lines in local time
+                "_OCI_SYNCPIPE": str(conmon_answers),
+                "_OCI_STARTPIPE": str(conmon_start),
+            }
+            if attach:
+                environment["_OCI_ATTACHPIPE"] = str(conmon_ready)
+            try:
+                process = await self._on_thread(_spawn, arguments, environment, theirs)
+                self._cgroups.join_monitors(process.pid)
+            finally:
+                for descriptor in theirs:
+                    os.close(descriptor)
+            reader = await _stream(answers, transports)
+            attach_ready = await _stream(ready, transports)
+            async with asyncio.timeout(DEADLINE_S):
+                yield Pipes(reader, attach_ready, start)
+        except TimeoutError as error:
+            raise Unavailable(f"conmon did not answer in {DEADLINE_S:g} s") from error
         finally:
-            for descriptor in theirs:
-                os.close(descriptor)
-        cgroups.join_monitors(process.pid)
-        reader = await _stream(answers, transports)
-        attach_ready = await _stream(ready, transports)
-        async with asyncio.timeout(DEADLINE_S):
-            yield Pipes(reader, attach_ready, start)
-    except TimeoutError as error:
-        raise Unavailable(f"conmon did not answer in {DEADLINE_S:g} s") from error
-    finally:
-        os.close(start)
-        for transport in transports:
-            transport.close()
-        if process is not None:
-            # What we started ends as soon as it has forked the conmon that stays.
-            async with asyncio.timeout(_CONMON_ENDS_S):
-                await process.wait()
+            os.close(start)
+            for transport in transports:
+                transport.close()
+            if process is not None:
+                # What we started ended as soon as it had forked the conmon that stays.
+                await self._on_thread(process.wait, _CONMON_ENDS_S)
+
+    async def _on_thread(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "conmon", initializer=self._cgroups.enter_monitors)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: call(*args, **kwargs))
+
+
+def _spawn(
+    arguments: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        start_new_session=True,
+        env=environment,
+    )
 
 
 class _Answer(msgspec.Struct, frozen=True):

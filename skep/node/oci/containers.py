@@ -9,10 +9,10 @@ that still run and settles the ones that ended meanwhile.
 """
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from skep.aio.groups import errors_as_they_are
 from skep.errors import NotFound, SkepError
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME, timestamp
-from skep.node.oci import logs
+from skep.node.first import finish
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
@@ -38,6 +38,7 @@ from skep.node.oci.container import (
 )
 from skep.node.oci.events import Events
 from skep.node.oci.execs import Execs
+from skep.node.oci.log_keeping import LogKeeper
 from skep.node.oci.networking import Networking
 from skep.node.oci.processes import is_alive, send_signal
 from skep.node.oci.reading import ContainerReader
@@ -46,9 +47,6 @@ from skep.node.oci.runtime import Runtime
 from skep.node.oci.signals import signal_number
 
 log = structlog.get_logger()
-
-LOG_SIZE_CHECK_S = 1.0
-"""How often the sizes of logs with a bound are looked at; a log may grow past it for so long."""
 
 
 class Containers(ContainerReader):
@@ -78,6 +76,7 @@ class Containers(ContainerReader):
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
         self.events = Events(clock)
+        self.log_keeper = LogKeeper(bundles, runtime, clock, self.list)
         self.execs = Execs(bundles, runtime, self.events, container=self.get, spawn=self._spawn)
 
     @asynccontextmanager
@@ -94,12 +93,13 @@ class Containers(ContainerReader):
             await self._network.restore(kept)
             for container in self._registry.list():
                 await self._adopt(container, has_network=container.id in kept)
-            self._spawn(self._keep_logs_small(), name="log-rotation")
+            self._spawn(self.log_keeper.run(), name="log-rotation")
             try:
                 yield
             finally:
                 for task in tuple(self._tasks):
                     task.cancel()
+                self._runtime.close()
 
     # --- the life of one container ----------------------------------------------------------------------------
 
@@ -122,16 +122,7 @@ class Containers(ContainerReader):
             config = msgspec.structs.replace(wish.config, hostname=container.id[:12])
             container = msgspec.structs.replace(container, config=config)
         self._registry.add(container)
-        try:
-            self._bundles.make(container)
-            endpoint = await self._network.attach(container.id, wish.config.ports)
-            container = self._registry.change(container.id, endpoint=endpoint)
-            await asyncio.to_thread(self._bundles.prepare, container)
-        except BaseException as error:
-            await asyncio.shield(self._discard(container.id))
-            if isinstance(error, OSError):
-                raise StartError(f"cannot prepare the container: {error}") from error
-            raise
+        container = await finish(self._make(container))
         self.events.publish("create", container)
         return container
 
@@ -142,31 +133,7 @@ class Containers(ContainerReader):
         """
         id = self.get(word).id
         async with self._starting:
-            container = self.get(id)
-            if container.is_running:
-                return container
-            try:
-                if container.was_started:  # again: what it had was given back when it ended
-                    await self._wait_settled(id)
-                    container = await self._ready_again(container)
-                started = await self._runtime.create(container)
-                self._registry.change(id, process=started.process, monitor=started.monitor)
-                await self._runtime.start(id)
-            except BaseException as error:
-                await asyncio.shield(self._give_up(id, error))
-                raise
-        container = self._registry.change(
-            id,
-            state=ContainerState.RUNNING,
-            started_at=timestamp(self._clock.now_ns()),
-            finished_at=ZERO_TIME,
-            exit_code=0,
-            error="",
-            oom_killed=False,
-        )
-        self._watch(container)
-        self.events.publish("start", container)
-        return container
+            return await finish(self._start(id))
 
     async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
         """Send a signal to its first process (``SIGTERM``, ``TERM`` or ``15``).
@@ -239,15 +206,6 @@ class Containers(ContainerReader):
         self.events.publish("update", container)
         return container
 
-    def rotate_log(self, word: str) -> None:
-        """Begin a new log file, if the present one has reached its size.  Raises: NotFound."""
-        container = self.get(word)
-        current = self._bundles.log(container.id)
-        try:
-            logs.rotate(current, container.config.log, lambda: self._runtime.reopen_log(container.id))
-        except OSError as error:
-            log.warning("log not rotated", container=container.id, error=str(error))
-
     async def remove(self, word: str, *, force: bool = False) -> None:
         """Free everything it holds; ``force`` kills it first.
 
@@ -267,6 +225,46 @@ class Containers(ContainerReader):
         self.events.publish("destroy", container)
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    async def _make(self, container: Container) -> Container:
+        try:
+            self._bundles.make(container)
+            endpoint = await self._network.attach(container.id, container.config.ports)
+            container = self._registry.change(container.id, endpoint=endpoint)
+            await asyncio.to_thread(self._bundles.prepare, container)
+            return container
+        except BaseException as error:
+            await asyncio.shield(self._discard(container.id))
+            if isinstance(error, OSError):
+                raise StartError(f"cannot prepare the container: {error}") from error
+            raise
+
+    async def _start(self, id: ContainerId) -> Container:
+        container = self.get(id)
+        if container.is_running:
+            return container
+        try:
+            if container.was_started:  # again: what it had was given back when it ended
+                await self._wait_settled(id)
+                container = await self._ready_again(container)
+            started = await self._runtime.create(container)
+            self._registry.change(id, process=started.process, monitor=started.monitor)
+            await self._runtime.start(id)
+        except BaseException as error:
+            await asyncio.shield(self._give_up(id, error))
+            raise
+        container = self._registry.change(
+            id,
+            state=ContainerState.RUNNING,
+            started_at=timestamp(self._clock.now_ns()),
+            finished_at=ZERO_TIME,
+            exit_code=0,
+            error="",
+            oom_killed=False,
+        )
+        self._watch(container)
+        self.events.publish("start", container)
+        return container
 
     async def _signal(self, container: Container, number: int) -> None:
         if container.process is not None:
@@ -350,7 +348,7 @@ class Containers(ContainerReader):
             one.id: one.endpoint
             for one in self.list()
             if one.endpoint is not None
-            and Path(one.endpoint.netns).is_mount()
+            and os.path.ismount(one.endpoint.netns)
             and (not one.was_started or (one.process is not None and is_alive(one.process)))
         }
 
@@ -390,11 +388,3 @@ class Containers(ContainerReader):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def _keep_logs_small(self) -> None:
-        """Rotate the logs that have reached their size, for as long as the process lives."""
-        while True:
-            await self._clock.sleep(LOG_SIZE_CHECK_S)
-            for container in self.list():
-                if container.is_running and container.config.log.max_size_bytes:
-                    self.rotate_log(container.id)

@@ -21,9 +21,15 @@ def find(pid: int) -> ProcessName | None:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
+    return named(stat)
+
+
+def named(stat: bytes) -> ProcessName:
+    """The process whose /proc/PID/stat reads ``stat``."""
     # The second field is the command in parentheses, which may hold blanks and parentheses itself.
+    pid, _, _ = stat.partition(b" ")
     fields = stat[stat.rindex(b")") + 2 :].split()
-    return ProcessName(pid, int(fields[_START_TICKS_FIELD - 3]), _boot_id())
+    return ProcessName(int(pid), int(fields[_START_TICKS_FIELD - 3]), _boot_id())
 
 
 def open_pidfd(process: ProcessName) -> int | None:

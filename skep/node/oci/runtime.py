@@ -23,7 +23,7 @@ from skep.model.ids import ContainerId
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
-from skep.node.oci.conmon import RuntimeFailed, StartError, conmon_started, control, plain, read_pid
+from skep.node.oci.conmon import Conmons, RuntimeFailed, StartError, control, plain, read_pid
 from skep.node.oci.container import Container, ContainerConfig, ProcessName
 from skep.node.oci.processes import find, wait_gone
 from skep.node.oci.spec import Capacity, resources
@@ -68,6 +68,11 @@ class Runtime:
         self._bundles = bundles
         self._cgroups = cgroups
         self._capacity = capacity
+        self._conmons = Conmons(cgroups)
+
+    def close(self) -> None:
+        """Free what starting containers needs; they run on."""
+        self._conmons.close()
 
     async def create(self, container: Container) -> Started:
         """``runc create`` under a conmon of its own.
@@ -75,14 +80,14 @@ class Runtime:
         Raises: StartError: runc refused; Unavailable: no answer in time.
         """
         id, path = container.id, self._bundles.path(container.id)
-        for stale in (path / "exits" / id, path / "oom", path / "attach", path / "ctl", path / "pidfile"):
+        for stale in (path / id, path / "oom", path / "attach", path / "ctl", path / "pidfile"):
             stale.unlink(missing_ok=True)  # of an earlier start
-        arguments = self._conmon_arguments(id, id, path, path / "exits", terminal=container.config.tty)
+        arguments = self._conmon_arguments(id, id, path, path, terminal=container.config.tty)
         arguments += ["--persist-dir", str(path), "-P", str(path / "conmon.pid")]
         arguments += ["-l", _log_driver(container, self._bundles.log(id))]
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
-        async with conmon_started(arguments, attach=False, cgroups=self._cgroups) as pipes:
+        async with self._conmons.started(arguments, attach=False) as pipes:
             os.write(pipes.start, b"\0")
             pid = await read_pid(pipes.answers)
         process = find(pid)
@@ -194,7 +199,7 @@ class Runtime:
             arguments.append("-i")
         attachment: Attachment | None = None
         try:
-            async with conmon_started(arguments, attach=True, cgroups=self._cgroups) as pipes:
+            async with self._conmons.started(arguments, attach=True) as pipes:
                 os.write(pipes.start, b"\0")
                 await pipes.attach_ready.readline()
                 attachment = await attach(path)  # before the process starts, so that no output is missed
@@ -241,7 +246,7 @@ class Runtime:
     def _read_exit(self, container: Container) -> Ended | None:
         path = self._bundles.path(container.id)
         try:
-            code = int((path / "exits" / container.id).read_text())
+            code = int((path / container.id).read_text())
         except (FileNotFoundError, ValueError):
             return None
         return Ended(code, oom_killed=(path / "oom").exists())

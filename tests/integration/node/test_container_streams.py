@@ -106,7 +106,7 @@ async def test_rotation_loses_no_line(lab: Lab, run: Runner, containers: Contain
     async with asyncio.TaskGroup() as group:
         follower = group.create_task(take(containers.logs(container.id, LogWish(follow=True)), 6000))
         while containers.get(container.id).is_running:
-            containers.rotate_log(container.id)
+            containers.log_keeper.rotate(container)
             await asyncio.sleep(0.02)
     assert follower.result() == expected
     assert [entry.data async for entry in containers.logs(container.id, LogWish())] == expected
@@ -121,7 +121,7 @@ async def test_only_so_many_old_logs_are_kept(lab: Lab, run: Runner, containers:
     directory = lab.paths.containers / container.id / "log"
     async with aclosing(containers.logs(container.id, LogWish(follow=True))) as entries:
         async for entry in entries:
-            containers.rotate_log(container.id)
+            containers.log_keeper.rotate(container)
             if entry.data == b"line 500\n":
                 break
     assert {path.name for path in directory.iterdir()} <= {"current", "current.1"}

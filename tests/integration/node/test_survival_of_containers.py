@@ -120,11 +120,24 @@ async def test_a_container_that_was_made_but_not_started_can_be_started_after_a_
 async def test_directories_without_a_record_are_removed(lab: Lab) -> None:
     leftover = lab.paths.containers / ("f" * 64)
     (leftover / "upper").mkdir(parents=True)
-    (leftover / "container.json").write_text('{"torn')
+    (leftover / "record-1").write_text('{"torn')
     executor = lab.executor()
     async with executor.running():
         assert executor.containers.list() == []
     assert not leftover.exists()
+
+
+async def test_a_record_torn_while_it_was_written_has_its_predecessor(lab: Lab) -> None:
+    first = lab.executor()
+    async with first.running():
+        container = await Runner(lab, first.containers).create("true")
+    (record,) = (lab.paths.containers / container.id).glob("record-*")
+    record.with_name(f"record-{int(record.name.removeprefix('record-')) + 1}").write_text('{"id": "')
+    second = lab.executor()
+    async with second.running():
+        assert second.containers.get(container.id).name == container.name
+        await second.containers.start(container.id)
+        assert (await second.containers.wait(container.id)).exit_code == 0
 
 
 async def test_monitors_sit_in_a_cgroup_of_their_own(lab: Lab, run: Runner) -> None:
