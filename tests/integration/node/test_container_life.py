@@ -79,6 +79,23 @@ async def test_a_command_that_cannot_run_says_so_with_dockers_code(
     assert refused.value.exit_code == code
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.04])
+async def test_a_start_that_is_cancelled_is_finished_first(
+    lab: Lab, run: Runner, containers: Containers, after_s: float
+) -> None:
+    """Otherwise its monitor would go on to make a container that nobody knows."""
+    container = await run.create("sleep", "100")
+    async with asyncio.TaskGroup() as group:
+        starting = group.create_task(containers.start(container.id))
+        await asyncio.sleep(after_s)
+        starting.cancel()
+        await asyncio.wait([starting])
+    if after_s:
+        assert containers.get(container.id).is_running
+    await containers.remove(container.id, force=True)
+    assert lab.remains() == []
+
+
 async def test_wait_returns_for_each_condition(run: Runner, containers: Containers) -> None:
     container = await run.create("sleep", "0.2")
     async with asyncio.TaskGroup() as group:
