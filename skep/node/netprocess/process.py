@@ -45,8 +45,11 @@ def run(paths: Paths) -> None:
 async def _serve(paths: Paths, reservations: Reservations) -> None:
     over = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
+    open_now: set[asyncio.StreamWriter] = set()
+    all_closed = asyncio.Event()
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_now.add(writer)
         try:
             while (body := await read_frame(reader)) is not None:
                 request = decode_request(body)
@@ -60,6 +63,9 @@ async def _serve(paths: Paths, reservations: Reservations) -> None:
             log.warning("conversation ended", reason=str(error))
         finally:
             writer.close()
+            open_now.discard(writer)
+            if not open_now:
+                all_closed.set()
 
     paths.net_socket.unlink(missing_ok=True)
     mask = os.umask(0o177)
@@ -71,6 +77,11 @@ async def _serve(paths: Paths, reservations: Reservations) -> None:
         reservations.write_down()
         log.info("net process serves", ports=len(reservations.list()))
         await over.wait()
+    all_closed.clear()
+    for writer in open_now:
+        writer.close()
+    if open_now:
+        await all_closed.wait()
 
 
 def _answer(request: Request, reservations: Reservations) -> Answer:
