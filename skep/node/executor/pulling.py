@@ -1,9 +1,9 @@
 """When a task's image is fetched, and what happens when that fails.
 
 As in Docker every task asks its registry, so that a tag that moved is noticed, and runs the local image if
-the registry does not answer.  Tasks that come together share a fetch, and a registry that failed is not
-asked again for a while as long as there is a local image: starting must not wait for a time-out again and
-again.
+the registry does not answer.  Tasks that come together share a fetch and its failure, and a registry that
+failed is not asked again for a while as long as there is a local image: starting must not wait for a
+time-out again and again.
 """
 
 import asyncio
@@ -43,8 +43,7 @@ class Pulling:
     def __init__(self, images: Images, clock: Clock) -> None:
         self._images = images
         self._clock = clock
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._started_at: dict[str, float] = {}
+        self._fetches: dict[tuple[str, str], asyncio.Future[Image | SkepError | None]] = {}
         self._failed_at: dict[str, float] = {}
 
     async def image(self, reference: str, auth: str) -> Image:
@@ -69,24 +68,35 @@ class Pulling:
         return failed_at is not None and self._clock.monotonic() - failed_at < RETRY_AFTER_S
 
     async def _pull(self, reference: str, auth: str) -> None:
-        """Fetch, or share a fetch that began after this call."""
-        asked_at = self._clock.monotonic()
-        key = f"{reference} {auth}"
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            started_at = self._started_at.get(key)
-            if started_at is not None and started_at >= asked_at:
-                return
-            local = self._images.resolve(reference)
-            if local is not None and self._needs_no_registry(reference, local):
-                return
-            started_at = self._clock.monotonic()
-            try:
-                await self._images.pull(reference, auth)
-            except Unavailable:
-                self._failed_at[_registry_of(reference)] = self._clock.monotonic()
-                raise
-            self._failed_at.pop(_registry_of(reference), None)
-            self._started_at[key] = started_at
+        """Fetch, or share the fetch that is under way, however it ends."""
+        key = reference, auth
+        while (under_way := self._fetches.get(key)) is not None:
+            if (outcome := await asyncio.shield(under_way)) is None:
+                continue  # whoever fetched was cancelled: this task has to look itself
+            if isinstance(outcome, SkepError):
+                raise outcome
+            return
+        fetch = self._fetches[key] = asyncio.get_running_loop().create_future()
+        try:
+            outcome = await self._fetched(reference, auth)
+            fetch.set_result(outcome)
+        finally:
+            del self._fetches[key]
+            if not fetch.done():
+                fetch.set_result(None)
+        if isinstance(outcome, SkepError):
+            raise outcome
+
+    async def _fetched(self, reference: str, auth: str) -> Image | SkepError:
+        registry = _registry_of(reference)
+        try:
+            image = await self._images.pull(reference, auth)
+        except SkepError as error:
+            if isinstance(error, Unavailable):
+                self._failed_at[registry] = self._clock.monotonic()
+            return error
+        self._failed_at.pop(registry, None)
+        return image
 
     def _local(self, reference: str, error: SkepError | None) -> Image:
         try:

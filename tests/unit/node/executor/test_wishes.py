@@ -189,4 +189,4 @@ async def test_tasks_that_come_together_share_a_fetch() -> None:
             await asyncio.sleep(0)
         clock.time += 1
         registry.answered.set()
-    assert registry.asked == 2  # the one under way when they came, and one for all who came later
+    assert registry.asked == 1
