@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -35,9 +36,12 @@ def a_task(*command: str, grace_s: float = 5) -> AssignedTask:
 class Machines:
     """A machine of one kind, and the executors that one after the other work on it."""
 
-    def __init__(self, make: Callable[[Behaviour], Executor], stack: AsyncExitStack) -> None:
+    def __init__(
+        self, make: Callable[[Behaviour], Executor], stack: AsyncExitStack, *, is_real: bool = True
+    ) -> None:
         self._make = make
         self._stack = stack
+        self._is_real = is_real
 
     async def executor(self, behaviour: Behaviour | None = None) -> Executor:
         """A new executor on the same machine.  ``behaviour`` tells a simulated one what the commands would
@@ -45,6 +49,21 @@ class Machines:
         executor = self._make(behaviour or Behaviour())
         await self._stack.enter_async_context(executor.running())
         return executor
+
+    async def wait_listening(self, controller: Controller) -> None:
+        """Wait until the command has set its trap: before that, the first process of a container ignores SIGTERM."""
+        observed = controller.observed()
+        assert observed is not None
+        async with asyncio.timeout(10):
+            while self._is_real and not catches_sigterm(observed.container.pid):  # noqa: ASYNC110  # it tells nobody
+                await asyncio.sleep(0.01)
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether the process has a handler for SIGTERM."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.fixture(params=["oci", "process", "simulated"])
@@ -63,6 +82,7 @@ async def machines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
                 yield Machines(
                     lambda behaviour: SimulatedExecutor(SystemClock(), random.Random(1), machine, behaviour),
                     stack,
+                    is_real=False,
                 )
 
 
@@ -132,6 +152,7 @@ async def test_shutdown_of_what_never_started_is_nothing(machines: Machines) -> 
 async def test_shutdown_ends_a_process_within_its_grace(machines: Machines) -> None:
     executor = await machines.executor()
     controller = await started(executor, a_task(*FOREVER, grace_s=20))
+    await machines.wait_listening(controller)
     async with asyncio.timeout(10):
         await controller.shutdown()
     await controller.wait()
