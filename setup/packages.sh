@@ -1,5 +1,5 @@
 #!/bin/bash
-# Brings the packages of packages.txt that are missing: packages.sh PYTHON DIRECTORY
+# Brings the packages of packages.txt that are missing: packages.sh PYTHON DIRECTORY [run|dev]
 # (the interpreter whose modules are asked for, the directory for commands that are only unpacked)
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -7,11 +7,13 @@ cd "$(dirname "$0")"
 
 python=$1
 target=$2
+extent=${3:-run}
 export DEBIAN_FRONTEND=noninteractive
 PATH=$PATH:/usr/sbin:/sbin
 
 present() {
     case $1 in
+    unpacked:*) [ -x "$target/${1#unpacked:}" ] ;;
     module:*) "$python" -c "import ${1#module:}" 2>/dev/null ;;
     # Unquoted: the pattern is expanded here; the first match has to exist.
     */*) set -- $1 && [ -e "$1" ] ;;
@@ -43,13 +45,14 @@ take_out() {
 }
 
 missing=()
-while IFS='|' read -r what packages how; do
+while IFS='|' read -r what packages how only; do
     what=${what// /}
+    [ -z "${only// /}" ] || [ "${only// /}" = "$extent" ] || continue
     present "$what" || missing+=("$what|$packages|${how// /}")
 done < <(grep -v -e '^#' -e '^$' packages.txt)
 [ ${#missing[@]} -gt 0 ] || exit 0
 
-names=$(printf '%s\n' "${missing[@]}" | cut -d '|' -f 1 | tr '\n' ' ')
+names=$(printf '%s\n' "${missing[@]}" | cut -d '|' -f 1 | sed 's/^unpacked://' | tr '\n' ' ')
 command -v apt-get >/dev/null || fail "missing: $names" \
     "there is no apt-get here: install them in this system's way, then run make again"
 if [ "$(id -u)" != 0 ]; then
@@ -73,7 +76,7 @@ for line in "${missing[@]}"; do
     # shellcheck disable=SC2086
     package=$(first_known $packages)
     if [ "$how" = unpack ]; then
-        unpack+=("$what $package")
+        unpack+=("${what#unpacked:} $package")
     else
         install+=("$package")
     fi

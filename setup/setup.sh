@@ -26,7 +26,7 @@ if [ -z "$python" ]; then
         "elsewhere: install one and name it, make PYTHON=/path/to/python3.11"
 fi
 
-./packages.sh "$python" "$venv/libexec/skep"
+./packages.sh "$python" "$venv/libexec/skep" "$extent"
 ./python.sh "$python" "$venv" "$extent"
 ./etcd.sh "$venv/libexec/skep"
 # A docker command that was only unpacked is reached like everything else of the environment.

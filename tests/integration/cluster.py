@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import docker
 T = TypeVar("T")
 
 SKEP = str(Path(sys.executable).with_name("skep"))
-CLIS = tuple(path for path in ("/usr/bin/docker", "/usr/local/bin/docker") if Path(path).exists())
-"""The docker commands of this machine: the distribution's and, where there is one, a newer one."""
+_OF_DISTRIBUTION = str(Path(sys.prefix) / "libexec/skep/docker")
+CLIS = tuple(dict.fromkeys((_OF_DISTRIBUTION, shutil.which("docker") or _OF_DISTRIBUTION)))
+"""The docker commands of this machine: the distribution's, and what is on the path where that is another one."""
 
 IMAGE = "busybox:1"
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
