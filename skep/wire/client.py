@@ -16,6 +16,7 @@ from grpclib.config import Configuration
 from grpclib.const import Cardinality
 from grpclib.exceptions import ProtocolError, StreamTerminatedError
 
+from skep.aio.grpc import breaks_of_grpclib
 from skep.errors import InvalidArgument
 from skep.wire.errors import peer_errors
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
@@ -93,7 +94,7 @@ class Channel:
         try:
             yield stream
         finally:
-            with suppress(ProtocolError, StreamTerminatedError, OSError):
+            with suppress(ProtocolError, StreamTerminatedError, OSError), breaks_of_grpclib():
                 _abandon(stream)
 
 

@@ -11,6 +11,7 @@ from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from h2.exceptions import H2Error
 
 from skep import errors
+from skep.aio.grpc import breaks_of_grpclib
 from skep.errors import SkepError
 
 STATUS_OF: tuple[tuple[type[SkepError], Status], ...] = (
@@ -59,7 +60,8 @@ def from_status(error: GRPCError) -> SkepError:
 def peer_errors(address: str) -> Iterator[None]:
     """Turn whatever a call to ``address`` can raise into our errors; a lost peer is ``Unavailable``."""
     try:
-        yield
+        with breaks_of_grpclib():
+            yield
     except GRPCError as error:
         raise from_status(error) from error
     except TimeoutError as error:

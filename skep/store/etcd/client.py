@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from grpclib.client import Channel, Stream, StreamStreamMethod, UnaryUnaryMethod
 from grpclib.config import Configuration
 
+from skep.aio.grpc import breaks_of_grpclib
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import CONNECTION_LOST, Uncertain, answers_of_etcd
 
@@ -116,7 +117,7 @@ class Client:
                     await stream.send_message(pb.WatchRequest(create_request=request))
             yield Watching(stream)
         finally:
-            with suppress(*CONNECTION_LOST):
+            with suppress(*CONNECTION_LOST), breaks_of_grpclib():
                 _abandon(stream)
 
     def _unary(self, service: str, name: str, request: type[Q], reply: type[A]) -> "UnaryUnaryMethod[Q, A]":

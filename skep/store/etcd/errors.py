@@ -3,13 +3,13 @@
 Source: etcd 3.5, api/v3rpc/rpctypes/error.go; each meaning was provoked (etcd note, section 10).
 """
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from h2.exceptions import H2Error
 
+from skep.aio.grpc import breaks_of_grpclib
 from skep.errors import SkepError, Unavailable
 from skep.store.updates import NO_LEADER
 
@@ -55,15 +55,7 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
 """Text in the message -> meaning -> what a user reads.  First match wins."""
 
 
-CONNECTION_LOST = (
-    OSError,
-    TimeoutError,
-    ProtocolError,
-    StreamTerminatedError,
-    H2Error,
-    # grpclib, when the connection breaks between its opening and the first stream: "no attribute '_transport'"
-    AttributeError,
-)
+CONNECTION_LOST = (OSError, TimeoutError, ProtocolError, StreamTerminatedError, H2Error)
 """All the ways in which grpclib says that the connection is gone."""
 
 
@@ -73,19 +65,14 @@ def answers_of_etcd() -> Iterator[None]:
 
     Raises: Uncertain, Busy, OutOfSpace, NotServing, Compacted, Refused.
     """
-    task = asyncio.current_task()
-    cancelled_before = task.cancelling() if task is not None else 0
     try:
-        yield
+        with breaks_of_grpclib():
+            yield
     except GRPCError as error:
         raise meaning_of(error.message or "") from error
+    except TimeoutError as error:
+        raise Uncertain(NO_LEADER) from error
     except CONNECTION_LOST as error:
-        # grpclib interrupts a call by cancelling its task and forgets to take that back; left so, every later
-        # timeout of the task would end as a cancellation.
-        while task is not None and task.cancelling() > cancelled_before:
-            task.uncancel()
-        if isinstance(error, TimeoutError):
-            raise Uncertain(NO_LEADER) from error
         raise Uncertain(f"the store does not answer: {error}") from error
 
 

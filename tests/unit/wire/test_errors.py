@@ -44,11 +44,11 @@ def test_a_long_message_is_cut_because_it_travels_as_a_header():
     ],
     ids=lambda failure: type(failure).__name__,
 )
-def test_a_lost_peer_is_unavailable(failure):
+async def test_a_lost_peer_is_unavailable(failure):
     with pytest.raises(errors.Unavailable), peer_errors("10.0.0.1:2377"):
         raise failure
 
 
-def test_a_bug_stays_a_bug():
+async def test_a_bug_stays_a_bug():
     with pytest.raises(ZeroDivisionError), peer_errors("10.0.0.1:2377"):
         raise ZeroDivisionError
