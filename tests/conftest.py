@@ -11,7 +11,8 @@ import pytest
 INTEGRATION_NEEDS = ("root", "runc", "conmon", "nft", "ip", "tini-static", "busybox", "docker", "etcd")
 """What every test in tests/integration needs; others say so by ``pytest.mark.needs(...)``."""
 
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:{Path(sys.prefix) / 'libexec' / 'skep'}"
+SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:{Path(sys.prefix) / 'libexec' / 'skep'}"
+"""Where commands are looked for: the path, and what set-up only unpacked."""
 
 
 def missing(needs: Sequence[str]) -> list[str]:
@@ -22,7 +23,7 @@ def missing(needs: Sequence[str]) -> list[str]:
 def _present(need: str) -> bool:
     if need == "root":
         return os.geteuid() == 0
-    return shutil.which(need, path=_PATH) is not None
+    return shutil.which(need, path=SEARCHED) is not None
 
 
 class Outcomes:

@@ -1,7 +1,6 @@
 """What every executor does, whatever it runs tasks with."""
 
 import asyncio
-import os
 import random
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -66,13 +65,17 @@ def catches_sigterm(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.fixture(params=["oci", "process", "simulated"])
+@pytest.fixture(
+    params=[
+        pytest.param("oci", marks=pytest.mark.needs("root", "runc", "conmon", "nft", "ip", "busybox")),
+        "process",
+        "simulated",
+    ]
+)
 async def machines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Machines]:
     async with AsyncExitStack() as outer, AsyncExitStack() as stack:
         match request.param:
             case "oci":
-                if os.geteuid() != 0 and os.environ.get("SKEP_SKIP"):
-                    pytest.skip("needs root")
                 lab = await outer.enter_async_context(Lab(tmp_path).running())
                 yield Machines(lambda _: lab.executor(), stack)
             case "process":

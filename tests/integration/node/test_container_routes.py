@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,11 +18,6 @@ pytestmark = pytest.mark.point("7")
 async def api(tmp_path: Path, executor: OciExecutor) -> AsyncIterator[Api]:
     async with serving(tmp_path, executor) as api:
         yield api
-
-
-needs_docker = pytest.mark.skipif(
-    shutil.which("docker") is None, reason="the docker command is not installed"
-)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------
@@ -264,7 +258,6 @@ async def test_what_this_node_does_not_do_is_said_in_a_sentence(
 # --- the docker command -----------------------------------------------------------------------------------------------
 
 
-@needs_docker
 async def test_docker_exec_passes_input_output_and_exit_code(api: Api, run: Runner):
     await run.start("sleep", "100", name="c1")
     assert await api.docker("exec", "c1", "sh", "-c", "echo hi; exit 4") == (4, "hi\n", "")
@@ -275,7 +268,6 @@ async def test_docker_exec_passes_input_output_and_exit_code(api: Api, run: Runn
     )
 
 
-@needs_docker
 async def test_docker_ps_logs_top_inspect_wait_and_rm(api: Api, run: Runner):
     container = await run.start("sh", "-c", "echo out; echo err >&2; exec sleep 100", name="c1")
     await eventually(lambda: executed(container.pid) == "sleep", "it has written")

@@ -30,8 +30,10 @@ from skep.node.oci.images.registry import (
 from skep.node.oci.images.store import ImageStore
 from skep.node.routes.images import image_routes
 from tests.archives import a_config, a_file, a_layer, a_tar, sha256
+from tests.conftest import SEARCHED
 
 pytestmark = pytest.mark.point("6")
+needs_registry = pytest.mark.needs("docker-registry")
 
 LAYERS = (a_layer(), a_tar(a_file("data", os.urandom(300_000))))
 BLOBS = tuple(gzip.compress(layer, mtime=0) for layer in LAYERS)
@@ -309,9 +311,8 @@ async def test_mirrors_are_asked_first_and_see_no_credentials(tmp_path: Path, ro
 @pytest.fixture
 async def registry(tmp_path: Path) -> AsyncIterator[str]:
     """Debian's docker-registry with one image, ``team/app:1``; gives its address."""
-    program = shutil.which("docker-registry")
-    if program is None:
-        pytest.skip("docker-registry is not installed")
+    program = shutil.which("docker-registry", path=SEARCHED)
+    assert program is not None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -359,6 +360,7 @@ async def asked(
     return response.status, lines
 
 
+@needs_registry
 async def test_a_real_registry_is_pulled_from_over_the_api(images: ImageStore, registry: str):
     async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
         status, lines = await asked(
@@ -377,6 +379,7 @@ async def test_a_real_registry_is_pulled_from_over_the_api(images: ImageStore, r
         assert listed[0]["RepoDigests"] == [f"{registry}/team/app@{sha256(a_manifest())}"]
 
 
+@needs_registry
 async def test_an_unknown_tag_is_a_404_in_dockers_words(images: ImageStore, registry: str):
     async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
         unknown = "manifest unknown: manifest unknown"
@@ -390,6 +393,7 @@ async def test_an_unknown_tag_is_a_404_in_dockers_words(images: ImageStore, regi
         )
 
 
+@needs_registry
 async def test_a_name_without_a_tag_pulls_every_tag(images: ImageStore, registry: str):
     async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
         status, _ = await asked(client, "POST", "/images/create", fromImage=f"{registry}/team/app")

@@ -1,0 +1,54 @@
+"""What can be checked of the documents without running them: links, paths, targets of make, the README's opening."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.documents import PAGES, ROOT, links, make_targets, quoted, shell_blocks
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@pytest.mark.point("1")
+def test_the_readme_opens_with_five_lines_and_then_the_two_commands() -> None:
+    title, opening, heading = (ROOT / "README.md").read_text().split("\n\n")[:3]
+    assert title == "# Skep"
+    assert len(opening.splitlines()) == 5
+    assert heading == "## Two commands"
+    commands = [line.partition("#")[0].strip() for line in shell_blocks("README.md")[0].splitlines()]
+    assert commands == ["make demo", "make test"]
+
+
+@pages
+def test_every_link_leads_somewhere(page: Path) -> None:
+    assert [target for target in links(page) if not (page.parent / target).exists()] == []
+
+
+@pages
+def test_every_target_of_make_that_is_named_exists(page: Path) -> None:
+    words = [
+        *quoted(page),
+        *(line for block in shell_blocks(str(page.relative_to(ROOT))) for line in block.splitlines()),
+    ]
+    named = {match[1] for word in words if (match := re.match(r"make ([a-z-]+)", word))}
+    assert named - make_targets() == set()
+
+
+@pages
+def test_every_file_of_the_code_that_is_named_exists(page: Path) -> None:
+    """Paths are written from the root, from ``skep`` or from one of its folders; results may be still to come."""
+    roots = (ROOT, ROOT / "skep", ROOT / "skep" / "manager", ROOT / "skep" / "node", page.parent)
+    paths = [
+        word for word in quoted(page) if re.fullmatch(r"[a-z_]+(/[a-z_0-9]+)+\.(py|sh|md|toml|txt)", word)
+    ]
+    assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
+
+
+@pytest.mark.point("1")
+def test_the_continuous_integration_runs_the_readmes_test_command() -> None:
+    assert re.search(r"^make .*\btest\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    tests = re.search(r"^test: (.*)\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tests is not None
+    assert tests[1].startswith("check")
+    assert "--whole -m 'not slow'" in tests[2]
