@@ -24,6 +24,10 @@ KEPT = 1024
 BEHIND_MAX = 1024
 READERS_MAX = 256
 
+KINDS = ("container", "daemon", "volume", "plugin", "network", "service", "node", "secret", "config")
+"""Filters by id or name.  As in the engine they look at the id and name of any event: ``service=web`` also takes
+those of the containers ``web.1.<task>``."""
+
 LOCAL_TYPES = frozenset({"container", "image", "daemon", "volume", "plugin"})
 
 Message = Mapping[str, Any]
@@ -167,20 +171,7 @@ def fits(message: Message, filters: Filters) -> bool:
         and filters.matches("scope", message["scope"])
         and filters.matches_labels("label", actor["Attributes"])
         and filters.matches("image", *of_image, *(without_tag(word) for word in of_image))
-        and all(
-            kind not in filters or (kind == type and filters.matches_prefix(kind, actor["ID"], name))
-            for kind in (
-                "container",
-                "daemon",
-                "volume",
-                "plugin",
-                "network",
-                "service",
-                "node",
-                "secret",
-                "config",
-            )
-        )
+        and all(filters.matches_prefix(kind, actor["ID"], name) for kind in KINDS)
     )
 
 

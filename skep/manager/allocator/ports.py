@@ -60,10 +60,16 @@ class PortsExhausted(SkepError):
 def endpoint_for(service: Service, is_free: Callable[[str, int], bool]) -> Endpoint:
     """The endpoint that ``service`` should have; equal to its present one when nothing is to be done.
 
-    ``is_free``: whether no other service holds (protocol, port).  Virtual IPs stay as they are.
+    ``is_free``: whether no other service holds (protocol, port).  Virtual IPs stay as they are.  A service
+    without ports and networks is left alone: it has no endpoint, and is not written once more.
+
     Raises: PortsExhausted.
+    Source: swarmkit, manager/allocator/network.go (serviceAllocate), networkallocator (IsServiceAllocated).
     """
     spec = service.spec.endpoint_spec or EndpointSpec()
+    networks = service.spec.task_template.networks or service.spec.networks
+    if not spec.ports and not service.endpoint.ports and not networks:
+        return service.endpoint
     ports = _ports(spec.ports, service.endpoint.ports, is_free)
     return replace(service.endpoint, spec=spec, ports=ports)
 

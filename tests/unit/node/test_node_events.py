@@ -42,7 +42,8 @@ def test_an_event_carries_the_fields_of_older_clients() -> None:
         ({"label": ["zone=b"]}, False),
         ({"scope": ["local"]}, True),
         ({"scope": ["swarm"]}, False),
-        ({"service": ["web"]}, False),
+        ({"service": ["web"]}, True),
+        ({"service": ["other"]}, False),
         ({"volume": ["v"]}, False),
     ],
 )
@@ -52,7 +53,7 @@ def test_filters_take_what_docker_would_show(filters: dict[str, list[str]], is_t
 
 def test_an_image_is_found_by_its_name() -> None:
     assert fits(PULLED, Filters({"image": ["busybox"]}))
-    assert not fits(PULLED, Filters({"container": ["busybox"]}))
+    assert not fits(PULLED, Filters({"image": ["nginx"]}))
 
 
 def test_actions_with_details_are_taken_by_their_beginning() -> None:

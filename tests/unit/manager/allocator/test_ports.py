@@ -50,8 +50,10 @@ def test_a_number_that_the_service_asks_for_itself_is_not_given_to_another_of_it
     assert [port.published_port for port in endpoint.ports] == [FIRST_DYNAMIC + 1, FIRST_DYNAMIC]
 
 
-def test_a_service_without_ports_has_an_empty_endpoint() -> None:
-    assert endpoint_for(a_service(), all_free) == a_service().endpoint
+def test_a_service_without_ports_has_an_empty_endpoint_whatever_its_mode() -> None:
+    web = a_service()
+    web = replace(web, spec=replace(web.spec, endpoint_spec=EndpointSpec(mode="vip")))
+    assert endpoint_for(web, all_free) == a_service().endpoint
 
 
 def test_when_no_number_is_left_it_says_so() -> None:
