@@ -12,6 +12,7 @@ their bounds.
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,11 +27,14 @@ from bench.machine import daemons, memory_mib
 from bench.run import RESULTS, commit
 from bench.scenarios import WORKLOAD
 from bench.skep_lab import SkepLab
+from skep.node.supervision.restart import CRASH_WINDOW_S
 
 DEADLINE_S = 60.0
 MEASURE_EVERY_S = 600.0
 MEMORY_GROWTH_MAX = 1.3
 FILES_GROWTH_MAX = 1.5
+MANAGER_KILLS_MAX = 3
+"""Within a minute: after five ends the manager is given up, as it should be."""
 SERVICES_MAX = 6
 REPLICAS_MAX = 8
 DAEMONS = ("skep-node", "skep-manager", "etcd", "skep-net", "conmon")
@@ -43,6 +47,7 @@ class Soak:
         self.lab, self.random, self._log = lab, random.Random(seed), log
         self.wanted: dict[str, int] = {}
         self.rounds = self.faults = 0
+        self._kills: list[float] = []
 
     def run(self, minutes: float) -> None:
         """Do rounds for ``minutes``.  Raises: AssertionError: an invariant does not hold."""
@@ -122,12 +127,18 @@ class Soak:
     # -- what nobody wants -----------------------------------------------------------------------------------------
 
     def _fault(self) -> str:
-        self.faults += 1
-        victims = [*DAEMONS, "a container"]
-        victim = self.random.choice(victims)
+        now = time.monotonic()
+        self._kills = [at for at in self._kills if now - at < CRASH_WINDOW_S]
+        candidates = [*DAEMONS, "a container"]
+        if len(self._kills) >= MANAGER_KILLS_MAX:
+            candidates.remove("skep-manager")
+        victim = self.random.choice(candidates)
         pids = self._container_pids() if victim == "a container" else self._pids(victim)
         if not pids:
             return f"no {victim} to kill"
+        self.faults += 1
+        if victim == "skep-manager":
+            self._kills.append(now)
         os.kill(self.random.choice(pids), signal.SIGKILL)
         return f"kill -9 {victim}"
 
@@ -269,6 +280,9 @@ def main() -> None:
             soak = Soak(lab, seed, log)
             soak.say(f"seed {seed}")
             soak.run(options.minutes)
+        except BaseException:
+            shutil.copy(Path(directory) / "skep/m1/skep.log", log.with_suffix(".skep.log"))
+            raise
         finally:
             lab.down()
 
