@@ -116,21 +116,21 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
 async def _exchange(
     client: Side, request: Request, head: bytes, body: Body, manager: Side, connections: Connections
 ) -> bool:
-    finished = False
+    reusable = False
     try:
         async with asyncio.TaskGroup() as group:
             sending = group.create_task(_send_request(client, head, body, manager), name="request body")
             is_last = await _send_response(manager, request.method, client)
-            sending.cancel()  # it watches for a client that goes away; a body nobody read any more is dropped
-        finished = body.is_complete and not is_last
+            sending.cancel()  # it watches for a client that goes away
+        reusable = body.is_complete and not is_last
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     finally:
-        if finished:
+        if reusable:
             connections.keep(manager)
         else:
             manager.abort()
-    return finished and not request.head.is_last
+    return reusable and not request.head.is_last
 
 
 async def _send_request(client: Side, head: bytes, body: Body, manager: Side) -> None:

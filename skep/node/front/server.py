@@ -129,7 +129,7 @@ class Front:
         except Gone:
             client.abort()
         except SkepError as error:
-            client.refuse(refusal(error))
+            await client.refuse(refusal(error))
         except Exception:
             log.exception("api connection failed")
             client.abort()
@@ -155,7 +155,7 @@ class Front:
             raise Unavailable(reason)
         if await relay(client, request, self._connections):
             return True
-        client.close()
+        await client.linger()  # it may still be sending a body that the manager did not want to read
         return False
 
     def _hand_over(self, client: Side, raw: bytes) -> None:

@@ -2,10 +2,15 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from skep.node.front.framing import HEAD_BYTES_MAX, Malformed
 
 _BUFFER_BYTES_MAX = 256 * 1024
+LINGER_BYTES_MAX = 256 * 1024 * 1024
+LINGER_S = 5.0
+"""What is still read, and for how long, of a request whose answer was sent: a connection that is closed while its
+other end sends is reset, and the answer lost with it."""
 
 
 class Gone(ConnectionError):
@@ -145,11 +150,27 @@ class Side(asyncio.Protocol):
         if not self._lost and not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()
 
-    def refuse(self, answer: bytes) -> None:
+    async def refuse(self, answer: bytes) -> None:
         """Send a last word, if there is still somebody to hear it, and close."""
         if not self._lost and not self.transport.is_closing():
             self.transport.write(answer)
-            self.transport.close()
+            await self.linger()
+
+    async def linger(self) -> None:
+        """Close, but not while the other end still sends: its data is dropped until it has closed, or sent too much.
+
+        TLS closes with a handshake of its own, and has no half-close that would tell the other end to stop.
+        """
+        if self._lost or not self.transport.can_write_eof():
+            self.close()
+            return
+        self.end()
+        dropped = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while dropped < LINGER_BYTES_MAX and (data := await self.read()):
+                    dropped += len(data)
+        self.close()
 
     def close(self) -> None:
         """Close both directions once what was sent has left."""

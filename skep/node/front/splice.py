@@ -37,6 +37,8 @@ async def splice(client: Side, request: Request, engine_socket: Path) -> None:
             await _copy(engine, client)
             if not request.upgrades:
                 up.cancel()  # the answer is complete
+                engine.abort()
+                await client.linger()
     except ExceptionGroup as ended:
         if ended.split(Gone)[1] is not None:
             raise

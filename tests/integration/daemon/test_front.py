@@ -66,13 +66,15 @@ class Rig:
         self.connections = 0
 
     @asynccontextmanager
-    async def front(self) -> AsyncIterator[None]:
-        async def here(request: web.Request) -> web.Response:
+    async def front(self, answer: Answer | None = None) -> AsyncIterator[None]:
+        """``answer``: what this node answers itself; it says where and how much was asked unless told otherwise."""
+
+        async def here(request: web.Request) -> web.StreamResponse:
             response = web.json_response({"here": request.path, "bytes": len(await request.read())})
             response.force_close()
             return response
 
-        async with application(here) as runner:
+        async with application(answer or here) as runner:
             assert runner.server is not None
             front = Front(
                 runner.server,
@@ -364,3 +366,62 @@ async def test_an_engine_that_is_away_is_a_503(front_rig: Rig) -> None:
     async with front_rig.client() as client, client.get("/volumes") as response:
         assert response.status == 503
         assert "the Docker Engine at" in (await response.json())["message"]
+
+
+# --- answers that come before the request has ended -----------------------------------------------------------------
+
+
+async def refused(rig: Rig, path: str) -> bytes:
+    """The whole answer to a request whose 20 MB of body are sent before anything of it is read."""
+    reader, writer = await asyncio.open_unix_connection(rig.socket)
+    writer.write(b"POST %s HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n\r\n" % (path.encode(), 20 * MIB))
+    for _ in range(20):
+        writer.write(b"u" * MIB)
+        await writer.drain()
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+async def test_a_refusal_of_the_front_outlives_the_body_nobody_reads(front_rig: Rig) -> None:
+    front_rig.member.refusal = "This node is not a swarm manager."
+    answer = await refused(front_rig, "/services/create")
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"This node is not a swarm manager." in answer
+
+
+async def test_a_refusal_of_the_manager_outlives_the_body_nobody_reads(front_rig: Rig) -> None:
+    async def refuse(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"message": "too large"}, status=413)
+
+    async with front_rig.manager(refuse):
+        answer = await refused(front_rig, "/services/create")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"too large" in answer
+
+
+async def test_a_refusal_of_this_node_outlives_the_body_nobody_reads(tmp_path: Path) -> None:
+    async def refuse(_request: web.Request) -> web.Response:
+        response = web.json_response({"message": "too large"}, status=413)
+        response.force_close()
+        return response
+
+    rig = Rig(tmp_path)
+    async with rig.front(refuse):
+        answer = await refused(rig, "/images/load")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"too large" in answer
+
+
+async def test_a_refusal_of_the_engine_outlives_the_body_nobody_reads(front_rig: Rig) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 7\r\nConnection: close\r\n\r\nno such")
+        writer.write_eof()
+        await asyncio.sleep(0.5)  # as Go's server does before it closes on a client that still sends
+        writer.close()
+
+    async with front_rig.engine(serve):
+        answer = await refused(front_rig, "/build")
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert answer.endswith(b"no such")
