@@ -62,18 +62,17 @@ class Bundles:
 
     # --- records ----------------------------------------------------------------------------------------------
 
-    def load(self) -> list[Container]:
-        """All records; directories without a readable one are leftovers and removed."""
+    def load(self) -> tuple[list[Container], list[ContainerId]]:
+        """All records, and the containers that have no readable one: they may still run, and nobody knows as what."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        containers = []
+        containers, unknown = [], []
         for directory in sorted(self._directory.iterdir()):
             container = self._newest_record(directory)
             if container is None:
-                log.warning("container without a readable record removed", id=directory.name)
-                self.discard(ContainerId(directory.name))
+                unknown.append(ContainerId(directory.name))
             else:
                 containers.append(container)
-        return containers
+        return containers, unknown
 
     def save(self, container: Container) -> None:
         """Replace the record on disk."""

@@ -87,8 +87,11 @@ class Containers(ContainerReader):
         """
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             self._group = group
-            for container in await asyncio.to_thread(self._bundles.load):
+            known, unknown = await asyncio.to_thread(self._bundles.load)
+            for container in known:
                 self._registry.add(container)
+            for id in unknown:
+                await self._remove_unknown(id)
             kept = self._kept_endpoints()
             await self._network.restore(kept)
             for container in self._registry.list():
@@ -341,6 +344,12 @@ class Containers(ContainerReader):
         self._registry.forget(id)
 
     # --- after a restart --------------------------------------------------------------------------------------
+
+    async def _remove_unknown(self, id: ContainerId) -> None:
+        """End and remove a container whose record cannot be read: a task's is replaced, as if it had failed."""
+        log.warning("container without a readable record removed", id=id)
+        await self._runtime.delete(id)
+        await asyncio.to_thread(self._bundles.discard, id)
 
     def _kept_endpoints(self) -> Mapping[ContainerId, Endpoint]:
         """Network places of the containers that run, or may still be started."""

@@ -146,3 +146,20 @@ async def test_monitors_sit_in_a_cgroup_of_their_own(lab: Lab, run: Runner) -> N
     lines = Path(f"/proc/{container.monitor.pid}/cgroup").read_text().splitlines()
     places = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines}
     assert places["memory" if "memory" in places else ""] == f"/{lab.cgroup_parent}/monitors"
+
+
+async def test_a_container_whose_record_is_damaged_is_ended_and_removed(lab: Lab) -> None:
+    """Nobody knows as what it runs, so it must not run on unseen."""
+    first = lab.executor()
+    async with first.running():
+        container = await Runner(lab, first.containers).start("sleep", "100")
+        directory = first.bundles.path(container.id)
+    process = container.process
+    assert process is not None
+    for record in directory.glob("record-*"):
+        record.write_bytes(b"{")
+    second = lab.executor()
+    async with second.running():
+        assert second.containers.list() == []
+        await eventually(lambda: not is_alive(process), "it ended")
+    assert lab.remains() == []
