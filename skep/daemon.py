@@ -20,10 +20,11 @@ import structlog
 from skep import logs
 from skep.aio.clock import SystemClock
 from skep.api.swarm_requests import Founding
-from skep.configuration.configuration import ConfigurationError
+from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.errors import FailedPrecondition, SkepError
+from skep.logs import LogSettings
 from skep.manager.config import Bootstrap, ManagerConfig, encode
 from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
@@ -137,6 +138,7 @@ class Daemon:
         paths = self._configuration.paths
         with _sole_user(paths):
             _prepare(paths)
+            _configure_logs(self._configuration)
             adopt_orphans()
             features = await asyncio.to_thread(detect, paths.data, self._configuration.nft)
             node = Node(
@@ -213,8 +215,6 @@ class Daemon:
                 data_path_port=plan.data_path_port,
                 availability=plan.availability,
             ),
-            debug=configuration.debug,
-            log_format=configuration.log_format,
             etcd_binary=str(configuration.etcd_binary or ""),
         )
         write_file(paths.manager_config, encode(config), mode=0o600)
@@ -232,13 +232,20 @@ class Daemon:
                 continue
             taken = reload(self._configuration, written.configuration)
             self._configuration = taken.configuration
-            logs.configure(debug=taken.configuration.debug, log_format=taken.configuration.log_format)
+            _configure_logs(taken.configuration)
             node.reload(taken.configuration)
             log.info(
                 "configuration reloaded",
                 reloaded=", ".join(taken.reloaded) or "nothing changed",
                 needs_restart=", ".join(taken.needs_restart) or "nothing",
             )
+
+
+def _configure_logs(configuration: Configuration) -> None:
+    """Log as ``configuration`` says, and have manager and net do so when they look next."""
+    settings = LogSettings(debug=configuration.debug, log_format=configuration.log_format)
+    logs.configure(debug=settings.debug, log_format=settings.log_format)
+    settings.write(configuration.paths.log_settings)
 
 
 @contextmanager

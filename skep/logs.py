@@ -5,11 +5,51 @@ must not fail because nobody reads them any more.
 """
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
+
+
+class LogSettings(msgspec.Struct, frozen=True):
+    """What the node process tells manager and net about their logs, in a file in the run directory."""
+
+    debug: bool = False
+    log_format: str = "text"
+
+    def write(self, path: Path) -> None:
+        """Replace ``path``; a reader sees the old or the new content."""
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_bytes(msgspec.json.encode(self))
+        beside.rename(path)
+
+    @staticmethod
+    def read(path: Path) -> "LogSettings":
+        """What ``path`` says; the defaults where it is missing or says something else."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=LogSettings)
+        except (OSError, msgspec.DecodeError):
+            return LogSettings()
+
+
+def follow(path: Path) -> LogSettings:
+    """Log as ``path`` says, from now on and again after each SIGHUP; gives what it says now."""
+
+    def apply() -> LogSettings:
+        settings = LogSettings.read(path)
+        configure(debug=settings.debug, log_format=settings.log_format)
+        return settings
+
+    def apply_again(*_: object) -> None:
+        structlog.get_logger().info("log settings read again", debug=apply().debug)
+
+    signal.signal(signal.SIGHUP, apply_again)  # before the first look: no change falls between
+    return apply()
 
 
 def name_process(name: str) -> None:

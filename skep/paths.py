@@ -123,6 +123,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "net.sock"
 
     @property
+    def log_settings(self) -> Path:
+        """How manager and net log (``logs.LogSettings``)."""
+        return self.run / "logs.json"
+
+    @property
     def net_ports(self) -> Path:
         """The ports that the net process holds, for the one that follows it after a crash."""
         return self.run / "net-ports.json"

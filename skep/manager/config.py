@@ -36,8 +36,6 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     advertise_addr: str
     hostname: str
     bootstrap: Bootstrap | None = None
-    debug: bool = False
-    log_format: str = "text"
     etcd_binary: str = ""
     """Empty: the one that set-up placed, or the one on the path."""
 

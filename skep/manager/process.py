@@ -19,6 +19,7 @@ from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
+from skep.logs import LogSettings
 from skep.manager.config import ManagerConfig, load
 from skep.manager.founding import found_cluster
 from skep.manager.manager import Manager
@@ -51,7 +52,8 @@ PEER_PORT_OFFSET = 1
 def run(config_file: Path) -> None:
     """Run the manager that ``config_file`` describes until SIGTERM.  Raises: SkepError: it cannot go on."""
     config = load(config_file)
-    logs.configure(debug=config.debug, log_format=config.log_format, process="manager")
+    logs.name_process("manager")
+    logs.follow(config.paths.log_settings)
     watch_children_by_pidfd()
     asyncio.run(_until_stopped(config))
 
@@ -98,7 +100,7 @@ def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> M
         peer_listen=f"{host}:{int(port) + PEER_PORT_OFFSET}",
         peer_files=files,
         cluster_token=config.cluster_id,
-        is_debug=config.debug,
+        is_debug=LogSettings.read(paths.log_settings).debug,  # until etcd's next start
     )
 
 

@@ -65,6 +65,7 @@ class Node:
         self._around = around
         self._system: NodeSystem | None = None
         self._workload: Workload | None = None
+        self._membership: Membership | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Run until cancelled; calls ``ready`` once the API is served.
@@ -103,7 +104,7 @@ class Node:
                 manager=around.manager,
                 write_manager_files=around.write_manager_files,
             )
-            membership = Membership(
+            membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
             )
             self._system = NodeSystem(
@@ -161,6 +162,9 @@ class Node:
     def reload(self, configuration: Configuration) -> None:
         """Use the parts of ``configuration`` that need no restart."""
         self._configuration = configuration
+        self._around.net.reload()
+        if self._membership is not None:
+            self._membership.reload()
         if self._system is not None:
             self._system.configure(configuration)
         if self._workload is not None and self._workload.images is not None:

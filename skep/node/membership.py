@@ -75,6 +75,9 @@ class ManagerProcess(Protocol):
 
     async def run(self) -> None: ...
 
+    def reload(self) -> None:
+        """Have it read its settings again."""
+
 
 class AgentConnection(Protocol):
     """The node's session with the managers (``node.agent.Agent``)."""
@@ -211,6 +214,11 @@ class Membership:
             self._paths.node_json.unlink(missing_ok=True)
             await self._end()
             log.info("swarm left")
+
+    def reload(self) -> None:
+        """Have the manager of this node, if there is one, read its settings again."""
+        if self._manager is not None:
+            self._manager.reload()
 
     def manager_refusal(self) -> str | None:
         """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""

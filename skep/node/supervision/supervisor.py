@@ -97,6 +97,11 @@ class Supervisor:
                 await self._zygote.reap(last.pid)
                 self.process = None
 
+    def reload(self) -> None:
+        """SIGHUP for the process; one that starts just now reads its settings anyway."""
+        if self.process is not None:
+            _send(self.process, signal.SIGHUP)
+
     async def _live_once(self) -> None:
         """Adopt or start the process and return when it has ended."""
         running = read_pid_file(self._paths.pid_file(self._name))

@@ -148,8 +148,10 @@ def _become(entry: Entry, arguments: Sequence[str]) -> NoReturn:
     status = 1
     try:
         os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(
+                number, signal.SIG_DFL
+            )  # SIGHUP stays ignored until there is something that reads again
         os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)

@@ -139,6 +139,17 @@ def test_sighup_reloads_what_can_be_reloaded_and_says_so(rig: DaemonRig) -> None
     assert rig.get("/info")[1]["Debug"] is True
 
 
+def test_a_reloaded_debug_reaches_manager_and_net_process(swarm: DaemonRig) -> None:
+    before = swarm.pid_of("manager"), swarm.pid_of("net")
+    assert swarm.process is not None
+    swarm.toml.write_text("debug = true\n")
+    swarm.process.send_signal(signal.SIGHUP)
+    for name in ("manager", "net"):
+        line = f"log settings read again debug=True process={name}"
+        wait_until(lambda line=line: line in swarm.log.read_text(), f"{name} says so")
+    assert (swarm.pid_of("manager"), swarm.pid_of("net")) == before
+
+
 def test_logs_are_structured(rig: DaemonRig) -> None:
     import json
 
