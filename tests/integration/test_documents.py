@@ -1,0 +1,109 @@
+"""Every command of the documents, run as it is written."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.documents import PAGES, ROOT, shell_blocks
+from tests.integration.cluster import SKEP, TestNode, wait_running
+
+pytestmark = pytest.mark.timeout(240)
+
+RUN_ELSEWHERE = {
+    ("README.md", 0): "tests/integration/test_demo.py; `make test` is what runs this test",
+    ("bench/README.md", 0): "`make bench`; its results are kept",
+}
+"""Blocks of documents (page, number on the page) that other tests run, and which."""
+
+MACHINE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""Namespaces of its own; whatever runs in them ends with them."""
+
+
+@pytest.fixture
+def checkout() -> Iterator[Path]:
+    """A directory like a checkout whose set-up was done: ``.venv/bin/skep`` is there, other names for all it makes."""
+    with tempfile.TemporaryDirectory(prefix="skep-test-", dir="/var/tmp") as directory:
+        (Path(directory) / ".venv/bin").mkdir(parents=True)
+        yield Path(directory)
+
+
+def a_skep(checkout: Path, script: str) -> None:
+    """What ``.venv/bin/skep`` runs."""
+    command = checkout / ".venv/bin/skep"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+
+
+def run(block: str, checkout: Path, *within: str, **environment: str) -> str:
+    """Run a block line by line in bash, the next one only if the one before worked; gives what it printed."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*within, "bash", "-e", "-o", "pipefail", "-c", block],
+        cwd=checkout,
+        env={"PATH": path, "HOME": str(checkout), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def test_no_block_is_forgotten() -> None:
+    blocks = {
+        (str(page.relative_to(ROOT)), number)
+        for page in PAGES
+        for number, _ in enumerate(shell_blocks(str(page.relative_to(ROOT))))
+    }
+    run_here = {("README.md", 1), ("README.md", 2), ("docs/tour.md", 0)}
+    assert blocks - set(RUN_ELSEWHERE) == run_here
+
+
+def test_the_readmes_playground(checkout: Path) -> None:
+    """As written, under another name, so that a playground of the machine's user is left alone."""
+    where = f"--dir {checkout}/playground --name readme{os.getpid()}"
+    a_skep(checkout, f'words=$1; verb=$2; shift 2; exec {SKEP} "$words" "$verb" {where} "$@"')
+    try:
+        printed = run(shell_blocks("README.md")[1], checkout)
+    finally:
+        subprocess.run([checkout / ".venv/bin/skep", "playground", "down"], check=False, capture_output=True)
+    assert "converged" in printed
+    assert sum(line.split()[1].startswith("web.") for line in printed.splitlines() if "web." in line) >= 20
+
+
+def test_the_readmes_real_machine(checkout: Path) -> None:
+    """A machine of its own for the daemon: network, ``/run`` and ``/var/lib``.  The daemon leaves the terminal free."""
+    a_skep(
+        checkout,
+        f"""
+        {SKEP} "$@" --cgroup-parent skep-readme{os.getpid()} >{checkout}/log 2>&1 &
+        until [ -S /run/skep/skep.sock ]; do kill -0 $!; sleep 0.1; done
+        """,
+    )
+    (checkout / "lib").mkdir()
+    machine = f"""
+        set -e
+        mount -t tmpfs run /run
+        mount --bind {checkout}/lib /var/lib
+        ip link set lo up
+        ip link add wan type veth peer name cable; ip addr add 192.0.2.1/24 dev wan; ip link set wan up
+        exec "$@"
+    """
+    printed = run(
+        shell_blocks("README.md")[2] + "docker node ls", checkout, *MACHINE, "sh", "-c", machine, "sh"
+    )
+    assert "Swarm initialized: current node" in printed
+    assert "Leader" in printed
+
+
+def test_the_tours_service(m1: TestNode, checkout: Path) -> None:
+    printed = run(shell_blocks("docs/tour.md")[0], checkout, DOCKER_HOST=m1.socket)
+    assert "converged" in printed
+    wait_running(m1, "web", 3)
