@@ -31,6 +31,7 @@ from skep.node.parts import NodeParts
 from skep.node.reports import Reports
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
+from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.system import NodeSystem, engine_id
 from skep.node.task_files import TaskFiles
 from skep.node.worker import Worker
@@ -118,7 +119,10 @@ class Node:
                 engine=engine,
                 warnings=around.warnings,
             )
-            routes = with_containers_of(engine, workload.routes) if engine is not None else workload.routes
+            routes = workload.routes
+            if engine is not None:
+                beside = plain_container_routes(engine, workload.images)
+                routes = (*with_containers_of(engine, routes), *beside)
             app = application(
                 system_routes.routes,
                 swarm_routes.routes,

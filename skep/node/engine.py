@@ -4,8 +4,9 @@ Everything else reaches it byte for byte (see ``front.splice``).  An engine that
 request at most, and its share of the answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Mapping
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import msgspec
 import structlog
@@ -13,7 +14,7 @@ from aiohttp import web
 
 from skep.api.server import json_answer
 from skep.api.versions import NEWEST, ApiVersion
-from skep.errors import SkepError
+from skep.errors import NotFound, SkepError
 from skep.node.info import Counts
 from skep.node.local_api import LocalApi
 
@@ -55,6 +56,20 @@ class Engine:
             stopped=found.get("ContainersStopped", 0),
             images=found.get("Images", 0),
         )
+
+    async def has_image(self, word: str) -> bool:
+        """Whether it has the image that ``word`` means.  Raises: Unavailable: it is away."""
+        try:
+            await self.api.get(f"/images/{quote(word)}/json")
+        except NotFound:
+            return False
+        return True
+
+    async def load(self, archive: AsyncIterable[bytes]) -> None:
+        """Give it images, as ``docker load`` does.  Raises: Unavailable; SkepError: it does not take them."""
+        answer = await self.api.post("/images/load?quiet=1", archive, {"Content-Type": "application/x-tar"})
+        if answer.status >= 300:
+            raise answer.error()
 
     async def containers(self, request: web.Request) -> list[Any]:
         """Its part of ``docker ps``, asked in the client's own words."""

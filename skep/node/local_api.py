@@ -1,7 +1,7 @@
 """Questions of the node process to those beside it on this machine: the manager process, the Docker Engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,19 @@ from skep.api.errors import error_of
 from skep.errors import SkepError, Unavailable
 
 _TIMEOUT_S = 5.0
+_POST_TIMEOUT_S = 60.0
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A whole answer, whatever its status."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+    def error(self) -> SkepError:
+        """What it says went wrong."""
+        return _error(self.status, self.body)
 
 
 class LocalApi:
@@ -53,6 +66,19 @@ class LocalApi:
         if response.status >= 300:
             raise _error(response.status, body)
         return msgspec.json.decode(body)
+
+    async def post(self, path: str, body: bytes | AsyncIterable[bytes], headers: Mapping[str, str]) -> Answer:
+        """The answer to ``POST path``, at most a minute after the last byte either way.  Raises: Unavailable."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT_S, sock_read=_POST_TIMEOUT_S)
+        try:
+            async with self._required().post(path, data=body, headers=headers, timeout=timeout) as response:
+                return Answer(
+                    response.status,
+                    response.headers.get("Content-Type", "application/json"),
+                    await response.read(),
+                )
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"{self._who} does not answer: {error}") from error
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncIterator[AsyncIterator[bytes]]:

@@ -110,8 +110,8 @@ _RULES = (
     _rule(r"/(?:swarm|services|tasks|nodes|secrets|configs)(?:/.*)?", _manager),
     _rule(r"/networks(?:/.*)?", _owner_of_networks),
     # containers: those of tasks are ours; plain ones belong to the engine
-    _rule(r"/containers/json", _here),
-    _rule(r"/containers/(?:create|prune)", _others),
+    _rule(r"/containers/(?:json|create)", _here),  # both ask the engine, too
+    _rule(r"/containers/prune", _others),
     _rule(r"/containers/(?P<name>[^/]+)(?:/.*)?", _owner_of_container),
     _rule(r"/exec/(?P<name>[^/]+)(?:/.*)?", _owner_of_exec),
     # images: services on this node run from our store, so that is what pull, load and ls mean

@@ -53,10 +53,10 @@ ALWAYS = [
     ("GET", "/images/registry:5000/team/ours:1/history", HERE),
     ("DELETE", "/images/ours:1", HERE),
     ("GET", "/distribution/library/busybox/json", HERE),
+    ("POST", "/containers/create?name=x", HERE),
 ]
 
 OTHERS = [
-    ("POST", "/containers/create?name=x"),
     ("POST", "/containers/prune"),
     ("GET", "/containers/theirs/json"),
     ("POST", "/exec/e2/start"),

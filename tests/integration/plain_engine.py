@@ -1,0 +1,64 @@
+"""A real dockerd for tests, in namespaces and a cgroup of its own; nothing is left of it."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.integration.cluster import CLIS, wait_until
+
+# dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
+_START = """
+mkdir -p /etc/docker /run/docker {dir}/cgroups
+mount --rbind /sys/fs/cgroup {dir}/cgroups && mount -t sysfs none /sys && mount --rbind {dir}/cgroups /sys/fs/cgroup
+mount --bind {dir}/etc /etc/docker && mount -t tmpfs none /run/docker
+exec dockerd --data-root {dir}/data --exec-root {dir}/run --pidfile {dir}/docker.pid -H unix://{dir}/docker.sock \
+  --cgroup-parent /{name}
+"""
+
+
+@contextmanager
+def plain_engine() -> Iterator[Path]:
+    """A dockerd in no swarm, without images.  Gives its socket."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-plain-", dir="/var/tmp"))
+    for part in ("etc", "data", "run"):
+        (directory / part).mkdir()
+    script = _START.format(dir=directory, name=directory.name)
+    socket = directory / "docker.sock"
+    with (directory / "log").open("ab") as log:
+        process = subprocess.Popen(
+            ["unshare", "-n", "-m", "--propagation", "private", "sh", "-c", f"ip link set lo up; {script}"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: _answers(socket), "dockerd answers", within_s=60)
+        yield socket
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+        _remove_cgroups(directory.name)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _answers(socket: Path) -> bool:
+    command = [CLIS[0], "-H", f"unix://{socket}", "version"]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
+    return done.returncode == 0
+
+
+def _remove_cgroups(name: str) -> None:
+    cgroups = Path("/sys/fs/cgroup")
+    for top in (*cgroups.glob(name), *cgroups.glob(f"*/{name}")):
+        for root, _, _ in os.walk(top, topdown=False):
+            Path(root).rmdir()

@@ -1,0 +1,58 @@
+"""A command on a terminal of its own, as a person would use it."""
+
+import os
+import pty
+import select
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+
+class Terminal:
+    """The person's side."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", descriptor: int) -> None:
+        self.process = process
+        self._descriptor = descriptor
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._descriptor, text.encode())
+
+    def wait_shown(self, text: str, within_s: float = 20) -> None:
+        """Read until ``text`` is on the screen.  Fails the test after ``within_s``."""
+        deadline = time.monotonic() + within_s
+        while text not in self.shown:
+            left = deadline - time.monotonic()
+            assert left > 0, f"not within {within_s} s: {text!r} in {self.shown!r}"
+            if select.select([self._descriptor], [], [], left)[0]:
+                try:
+                    self.shown += os.read(self._descriptor, 4096).decode(errors="replace")
+                except OSError as error:  # its other end is closed
+                    raise AssertionError(f"ended without {text!r}: {self.shown!r}") from error
+
+    def wait_end(self, within_s: float = 20) -> int:
+        """Its exit code."""
+        return self.process.wait(within_s)
+
+
+@contextmanager
+def terminal(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Terminal]:
+    """``command`` on a terminal while the context is open."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TERM": "xterm", **environment},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        yield Terminal(process, ours)
+    finally:
+        process.kill()
+        process.wait(10)
+        os.close(ours)

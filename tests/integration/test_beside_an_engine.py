@@ -1,0 +1,220 @@
+"""A node whose machine also runs a Docker Engine: plain containers are the engine's, the cluster's are Skep's."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import (
+    CLIS,
+    IDLE,
+    IMAGE,
+    TestCluster,
+    TestNode,
+    create,
+    wait_running,
+    wait_until,
+)
+from tests.integration.plain_engine import plain_engine
+from tests.integration.terminal import Terminal, terminal
+
+pytestmark = [pytest.mark.slow, pytest.mark.needs("dockerd"), pytest.mark.timeout(120)]
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def engine_socket() -> Iterator[Path]:
+    with plain_engine() as socket:
+        yield socket
+
+
+@pytest.fixture(scope="module")
+def node(engine_socket: Path) -> Iterator[TestNode]:
+    """A manager with that engine."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"beside{os.getpid()}")
+    try:
+        cluster.up()
+        (directory / "m1" / "skep.toml").write_text(f'engine-socket = "{engine_socket}"\n')
+        cluster.skep("kill", "m1")
+        cluster.skep("start", "m1")
+        m1 = cluster.node("m1")
+        wait_until(lambda: m1.docker("node", "ls", check=False).returncode == 0, "the manager answers")
+        yield m1
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def on_terminal(node: TestNode, *words: str) -> AbstractContextManager[Terminal]:
+    return terminal([CLIS[-1], *words], {"DOCKER_HOST": node.socket})
+
+
+def engine_says(socket: Path, *words: str) -> str:
+    """What the engine itself answers, asked past Skep."""
+    done = subprocess.run(
+        [CLIS[0], "-H", f"unix://{socket}", *words], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("cli", CLIS)
+def test_run_takes_its_standard_input_and_gives_its_exit_code(node: TestNode, cli: str) -> None:
+    done = node.docker(
+        "run", "--rm", "-i", IMAGE, "sh", "-c", "cat; exit 7", cli=cli, stdin="to the end", check=False
+    )
+    assert (done.returncode, done.stdout) == (7, "to the end")
+
+
+def test_an_image_that_only_skep_has_is_handed_to_the_engine(node: TestNode, engine_socket: Path) -> None:
+    mine = "lent:1"
+    node.docker("tag", IMAGE, mine)
+    assert mine not in engine_says(engine_socket, "images", "--format", "{{.Repository}}:{{.Tag}}")
+    assert node.docker("run", "--rm", mine, "echo", "hello").stdout == "hello\n"
+    assert mine in engine_says(engine_socket, "images", "--format", "{{.Repository}}:{{.Tag}}")
+    ids = {
+        node.docker("inspect", "--type", "image", "--format", "{{.Id}}", mine).stdout.strip(),
+        engine_says(engine_socket, "inspect", "--type", "image", "--format", "{{.Id}}", mine),
+    }
+    assert len(ids) == 1
+
+
+def test_a_bad_container_gets_the_engines_words(node: TestNode) -> None:
+    done = node.docker("create", "--name", "-bad-", IMAGE, check=False)
+    assert "Invalid container name" in done.stderr
+
+
+def test_a_shell_on_a_terminal(node: TestNode) -> None:
+    with on_terminal(node, "run", "--rm", "-it", IMAGE, "sh") as screen:
+        screen.wait_shown("#")
+        screen.type("tty; stty size; exit 5\n")
+        screen.wait_shown("/dev/")
+        assert screen.wait_end() == 5
+
+
+def test_exec_attach_and_detach_keys(node: TestNode) -> None:
+    node.docker("run", "-dit", "--name", "shell", IMAGE, "sh")
+    try:
+        with on_terminal(
+            node, "exec", "-it", "shell", "sh", "-c", "echo in-$((40+2)); read x; exit $x"
+        ) as screen:
+            screen.wait_shown("in-42")
+            screen.type("3\n")
+            assert screen.wait_end() == 3
+        with on_terminal(node, "attach", "--detach-keys", "ctrl-x,x", "shell") as screen:
+            screen.type("echo out-$((50+1))\n")
+            screen.wait_shown("out-51")
+            screen.type("\x18x")
+            screen.wait_end()
+        assert node.docker("inspect", "--format", "{{.State.Running}}", "shell").stdout == "true\n"
+    finally:
+        node.docker("rm", "-f", "shell")
+
+
+def test_logs_are_followed_to_the_end(node: TestNode) -> None:
+    node.docker(
+        "run", "-d", "--name", "talker", IMAGE, "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.3; done"
+    )
+    try:
+        assert node.docker("logs", "-f", "talker").stdout == "1\n2\n3\n"
+        assert node.docker("wait", "talker").stdout == "0\n"
+    finally:
+        node.docker("rm", "-f", "talker")
+
+
+def test_files_are_copied_both_ways(node: TestNode, tmp_path: Path) -> None:
+    content = os.urandom(8 * MIB)
+    (tmp_path / "there").write_bytes(content)
+    node.docker("create", "--name", "box", IMAGE, "sh")
+    try:
+        node.docker("cp", str(tmp_path / "there"), "box:/file")
+        node.docker("cp", "box:/file", str(tmp_path / "back"))
+        assert (tmp_path / "back").read_bytes() == content
+    finally:
+        node.docker("rm", "box")
+
+
+def test_an_image_is_built(node: TestNode, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY word /word\nCMD cat /word\n")
+    (tmp_path / "word").write_text("built\n")
+    node.docker("run", "--rm", IMAGE, "true")  # so that the engine has the base
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/nonexistent",
+        "DOCKER_HOST": node.socket,
+        "DOCKER_BUILDKIT": "0",
+    }
+    done = subprocess.run(
+        [CLIS[0], "build", "-t", "made:1", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert node.docker("run", "--rm", "made:1").stdout == "built\n"
+
+
+def test_volumes_and_networks_are_the_engines(node: TestNode, engine_socket: Path) -> None:
+    node.docker("volume", "create", "data")
+    assert "data" in engine_says(engine_socket, "volume", "ls", "-q").split()
+    node.docker("run", "--rm", "-v", "data:/data", IMAGE, "sh", "-c", "echo kept >/data/file")
+    assert node.docker("run", "--rm", "-v", "data:/data", IMAGE, "cat", "/data/file").stdout == "kept\n"
+    node.docker("volume", "rm", "data")
+
+
+def test_events_of_both_are_one_stream(node: TestNode) -> None:
+    since = node.docker("info", "--format", "{{.SystemTime}}").stdout.strip()
+    node.docker("run", "--rm", "--name", "theirs", IMAGE, "true")
+    create(node, "ours", 1)
+    try:
+        wait_running(node, "ours", 1)
+
+        def seen() -> set[str]:
+            until = node.docker("info", "--format", "{{.SystemTime}}").stdout.strip()
+            lines = node.docker("events", "--since", since, "--until", until, "--format", "{{json .}}").stdout
+            names = set()
+            for line in lines.splitlines():
+                event = json.loads(line)
+                attributes = event["Actor"]["Attributes"]
+                names.add(f"{event['Type']} {event['Action']} {attributes.get('name', '').partition('.')[0]}")
+            return names
+
+        wanted = {"container start theirs", "container start ours", "service create ours"}
+        wait_until(lambda: wanted <= seen(), "all events are listed")
+    finally:
+        node.docker("service", "rm", "ours")
+
+
+def test_the_containers_of_tasks_are_skeps_and_shown_beside_the_engines(
+    node: TestNode, engine_socket: Path
+) -> None:
+    node.docker("run", "-d", "--name", "plain", IMAGE, *IDLE)
+    create(node, "web", 2)
+    try:
+        wait_running(node, "web", 2)
+        names = node.docker("ps", "--format", "{{.Names}}").stdout.split()
+        assert "plain" in names
+        assert sum(name.startswith("web.") for name in names) == 2
+        assert engine_says(engine_socket, "ps", "--format", "{{.Names}}").split() == ["plain"]
+        task = next(name for name in names if name.startswith("web."))
+        for name in (task, "plain"):
+            assert node.docker("exec", name, "echo", "inside").stdout == "inside\n"
+            assert node.docker("inspect", "--format", "{{.State.Status}}", name).stdout == "running\n"
+        info = node.client().info()
+        assert info["ContainersRunning"] == 3
+        assert info["Swarm"]["ControlAvailable"] is True
+        components = {one["Name"] for one in node.client().version()["Components"]}
+        assert any("Docker" in name or "Engine" in name for name in components), components
+    finally:
+        node.docker("service", "rm", "web")
+        node.docker("rm", "-f", "plain")
+    wait_until(lambda: not node.docker("ps", "-q").stdout, "all containers are gone")
