@@ -15,6 +15,7 @@ from skep.api.server import Routes, application, runner
 from skep.node.executor.oci import OciExecutor
 from skep.node.oci.images.store import ImageStore
 from skep.node.routes.containers import container_routes
+from tests.conftest import SEARCHED
 
 
 class Api:
@@ -48,7 +49,7 @@ class Api:
             env={
                 "DOCKER_API_VERSION": "1.41",
                 "HOME": "/nonexistent",
-                "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
+                "PATH": SEARCHED,
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from skep.api.server import application
+from skep.api.server import application, runner
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.node.oci.images.progress import Message
 from skep.node.oci.images.registry import (
@@ -31,6 +31,7 @@ from skep.node.oci.images.store import ImageStore
 from skep.node.routes.images import image_routes
 from tests.archives import a_config, a_file, a_layer, a_tar, sha256
 from tests.conftest import SEARCHED
+from tests.integration.cluster import CLIS
 
 pytestmark = pytest.mark.point("6")
 needs_registry = pytest.mark.needs("docker-registry")
@@ -399,3 +400,33 @@ async def test_a_name_without_a_tag_pulls_every_tag(images: ImageStore, registry
         status, _ = await asked(client, "POST", "/images/create", fromImage=f"{registry}/team/app")
         assert status == 200
         assert images.get(f"{registry}/team/app:1").id == sha256(CONFIG)
+
+
+@needs_registry
+@pytest.mark.point("8")
+@pytest.mark.parametrize("cli", CLIS)
+async def test_docker_pulls_and_shows_the_progress(
+    images: ImageStore, registry: str, cli: str, tmp_path: Path
+):
+    server = runner(application(image_routes(images, lambda: ())))
+    await server.setup()
+    try:
+        await web.UnixSite(server, tmp_path / "api.sock").start()
+        process = await asyncio.create_subprocess_exec(
+            *(cli, "--host", f"unix://{tmp_path / 'api.sock'}", "pull", f"{registry}/team/app:1"),
+            env={"DOCKER_API_VERSION": "1.41", "HOME": "/nonexistent", "PATH": SEARCHED},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 30)
+    finally:
+        await server.cleanup()
+    lines = output.decode().splitlines()
+    assert process.returncode == 0, lines
+    assert lines[0] == "1: Pulling from team/app"
+    assert [line for line in lines if line.endswith("Pull complete")]
+    assert lines[-2:] == [
+        f"Status: Downloaded newer image for {registry}/team/app:1",
+        f"{registry}/team/app:1",
+    ]
+    assert images.get(f"{registry}/team/app:1").id == sha256(CONFIG)
