@@ -1,0 +1,243 @@
+"""A manager and two workers: services spread, workers fall and return, leave and are forgotten."""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    container_pids,
+    containers,
+    create,
+    running,
+    wait_running,
+    wait_until,
+)
+
+pytestmark = pytest.mark.timeout(180)
+
+QUICK = ("--restart-delay", "0s")
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[TestCluster]:
+    """m1, w1 and w2."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"trio{os.getpid()}")
+    try:
+        cluster.up(managers=1, workers=2)
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def m1(trio: TestCluster) -> Iterator[TestNode]:
+    """The manager, with all nodes ready and active and no service, before and after."""
+    node = trio.node("m1")
+    yield node
+    api = node.client().api
+    for service in api.services():
+        api.remove_service(service["ID"])
+    for name in ("m1", "w1", "w2"):
+        node.docker("node", "update", "--availability", "active", node_id(node, name))
+    everywhere = [trio.node(name).client().api for name in ("m1", "w1", "w2")]
+    wait_until(
+        lambda: not api.tasks() and not any(one.containers(all=True) for one in everywhere),
+        "everything of the test is removed",
+    )
+
+
+def nodes(manager: TestNode, hostname: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = manager.client().api.nodes()
+    return [node for node in found if node["Description"]["Hostname"] == hostname]
+
+
+def node_id(manager: TestNode, hostname: str) -> str:
+    """Of the node of that name that is up, or of the only one."""
+    found = nodes(manager, hostname)
+    ready = [node for node in found if node["Status"]["State"] == "ready"] or found
+    return str(ready[0]["ID"])
+
+
+def state_of(manager: TestNode, hostname: str) -> str:
+    (node,) = nodes(manager, hostname)
+    return str(node["Status"]["State"])
+
+
+def spread(manager: TestNode, service: str) -> Counter[str]:
+    """Running tasks by hostname."""
+    hostnames = {node["ID"]: node["Description"]["Hostname"] for node in manager.client().api.nodes()}
+    return Counter(hostnames[task["NodeID"]] for task in running(manager, service))
+
+
+def container_counts(cluster: TestCluster, service: str, *names: str) -> dict[str, int]:
+    return {name: len(containers(cluster.node(name), service)) for name in names}
+
+
+def test_a_service_spreads_over_the_nodes_and_each_shows_its_own_share(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    create(m1, "web", 6, command=("sh", "-c", "echo from $(hostname); sleep 1000"))
+    wait_running(m1, "web", 6)
+    assert spread(m1, "web") == {"m1": 2, "w1": 2, "w2": 2}
+    wait_until(
+        lambda: container_counts(trio, "web", "m1", "w1", "w2") == {"m1": 2, "w1": 2, "w2": 2},
+        "each node shows its two containers",
+    )
+    listed = m1.docker("node", "ls", "--format", "{{.Hostname}} {{.Status}} {{.ManagerStatus}}").stdout
+    assert sorted(line.strip() for line in listed.splitlines()) == ["m1 Ready Leader", "w1 Ready", "w2 Ready"]
+
+    w1 = trio.node("w1")
+    (name, _) = w1.docker("ps", "--format", "{{.Names}}").stdout.split()
+    assert name.startswith("web.")
+    assert w1.docker("exec", name, "echo", "inside").stdout == "inside\n"
+    wait_until(lambda: w1.docker("logs", name).stdout.startswith("from "), "the container's logs")
+    refused = w1.docker("node", "ls", check=False)
+    assert "This node is not a swarm manager. Worker nodes can't be used" in refused.stderr
+    assert w1.client().info()["Swarm"]["ControlAvailable"] is False
+    assert w1.client().info()["Swarm"]["RemoteManagers"][0]["Addr"].endswith(":2377")
+
+    wait_until(
+        lambda: len(m1.docker("service", "logs", "web").stdout.splitlines()) == 6,
+        "the service's logs come from all nodes",
+    )
+    lines = m1.docker("service", "logs", "web").stdout.splitlines()
+    assert {line.partition("@")[2].split()[0] for line in lines} == {"m1", "w1", "w2"}
+
+
+@pytest.mark.slow
+def test_a_drained_node_gives_its_tasks_away_and_takes_new_ones_when_active(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    create(m1, "web", 6, *QUICK)
+    wait_running(m1, "web", 6)
+    m1.docker("node", "update", "--availability", "drain", node_id(m1, "w1"))
+    wait_until(lambda: spread(m1, "web") == {"m1": 3, "w2": 3}, "the drained node is empty")
+    wait_until(lambda: not containers(trio.node("w1"), "web"), "its containers are stopped")
+    m1.docker("node", "update", "--availability", "active", node_id(m1, "w1"))
+    m1.docker("service", "scale", "--detach", "web=9")
+    wait_running(m1, "web", 9)
+    assert spread(m1, "web") == {"m1": 3, "w1": 3, "w2": 3}
+
+
+@pytest.mark.slow
+def test_a_dead_workers_tasks_are_replaced_and_what_it_ran_is_not_started_again_when_it_returns(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    create(m1, "web", 6, *QUICK)
+    wait_running(m1, "web", 6)
+    trio.skep("kill", "w1")
+    wait_until(lambda: state_of(m1, "w1") == "down", "the dead node is down", within_s=20)
+    wait_until(lambda: spread(m1, "web") == {"m1": 3, "w2": 3}, "its tasks run elsewhere")
+    trio.skep("start", "w1")
+    wait_until(lambda: state_of(m1, "w1") == "ready", "it is back")
+    w1 = trio.node("w1")
+    wait_until(
+        lambda: (
+            w1.client().api.containers() == []
+            and {one["State"] for one in w1.client().api.containers(all=True)} <= {"exited"}
+        ),
+        "its superseded containers stay ended",
+    )
+    assert spread(m1, "web") == {"m1": 3, "w2": 3}
+    m1.docker("service", "scale", "--detach", "web=8")
+    wait_running(m1, "web", 8)
+    assert spread(m1, "web") == {"m1": 3, "w1": 2, "w2": 3}
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_cut_off_keeps_its_containers_until_it_hears_that_they_were_replaced(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    create(m1, "web", 3, *QUICK)
+    wait_running(m1, "web", 3)
+    w1 = trio.node("w1")
+    before = container_pids(w1, "web")
+    assert len(before) == 1
+    trio.skep("cut", "w1")
+    try:
+        wait_until(lambda: state_of(m1, "w1") == "down", "the cut node is down", within_s=30)
+        wait_until(lambda: sum(spread(m1, "web").values()) == 3, "three run")
+        assert "w1" not in spread(m1, "web")
+        assert container_pids(w1, "web") == before
+    finally:
+        trio.skep("mend", "w1")
+    wait_until(lambda: state_of(m1, "w1") == "ready", "it is back", within_s=40)
+    wait_until(lambda: not containers(w1, "web"), "what was replaced is stopped")
+    wait_running(m1, "web", 3)
+
+
+@pytest.mark.slow
+def test_a_killed_daemon_of_a_worker_costs_no_container(trio: TestCluster, m1: TestNode) -> None:
+    create(m1, "web", 6, *QUICK)
+    wait_running(m1, "web", 6)
+    w1 = trio.node("w1")
+    before = container_pids(w1, "web")
+    for pid in w1.pids("skep-node"):
+        w1.kill(pid)
+    wait_until(lambda: w1.docker("ps", check=False).returncode == 0, "the daemon answers again")
+    wait_until(lambda: container_pids(w1, "web") == before, "the same containers")
+    wait_running(m1, "web", 6)
+    assert container_pids(w1, "web") == before
+    assert spread(m1, "web") == {"m1": 2, "w1": 2, "w2": 2}
+
+
+@pytest.mark.slow
+def test_a_worker_leaves_is_removed_and_another_joins(trio: TestCluster, m1: TestNode) -> None:
+    create(m1, "web", 6, *QUICK)
+    wait_running(m1, "web", 6)
+    w2, left = trio.node("w2"), node_id(m1, "w2")
+    assert "is not down and can't be removed" in m1.docker("node", "rm", left, check=False).stderr
+    assert w2.docker("swarm", "leave").stdout == "Node left the swarm.\n"
+    assert w2.client().info()["Swarm"]["LocalNodeState"] == "inactive"
+    assert w2.client().api.containers(all=True) == []
+    wait_until(lambda: state_of(m1, "w2") == "down", "the node that left is down")
+    wait_until(lambda: spread(m1, "web") == {"m1": 3, "w1": 3}, "its tasks run elsewhere")
+    m1.docker("node", "rm", left)
+    assert nodes(m1, "w2") == []
+
+    token = m1.docker("swarm", "join-token", "-q", "worker").stdout.strip()
+    joined = w2.docker("swarm", "join", "--token", token, f"{m1.description['addr']}:2377")
+    assert joined.stdout == "This node joined a swarm as a worker.\n"
+    wait_until(lambda: state_of(m1, "w2") == "ready", "it is in again")
+    assert node_id(m1, "w2") != left
+    m1.docker("service", "scale", "--detach", "web=9")
+    wait_running(m1, "web", 9)
+    assert spread(m1, "web") == {"m1": 3, "w1": 3, "w2": 3}
+
+
+@pytest.mark.slow
+def test_constraints_and_global_placement_reach_workers(trio: TestCluster, m1: TestNode) -> None:
+    m1.docker("node", "update", "--label-add", "disk=ssd", node_id(m1, "w1"))
+    create(m1, "fast", 3, "--constraint", "node.labels.disk==ssd")
+    create(m1, "far", 2, "--constraint", "node.role==worker")
+    wait_running(m1, "fast", 3)
+    wait_running(m1, "far", 2)
+    assert spread(m1, "fast") == {"w1": 3}
+    assert set(spread(m1, "far")) <= {"w1", "w2"}
+    m1.docker("node", "update", "--label-rm", "disk", node_id(m1, "w1"))
+
+
+@pytest.mark.slow
+def test_the_manager_comes_back_to_workers_that_went_on(trio: TestCluster, m1: TestNode) -> None:
+    """Power loss of the only manager: what runs on the workers runs on, and is adopted, not doubled."""
+    create(m1, "web", 4, *QUICK, "--constraint", "node.role==worker")
+    wait_running(m1, "web", 4)
+    before = {name: container_pids(trio.node(name), "web") for name in ("w1", "w2")}
+    trio.skep("kill", "m1")
+    trio.skep("start", "m1")
+    wait_until(lambda: m1.docker("node", "ls", check=False).returncode == 0, "the manager answers", 60)
+    wait_until(
+        lambda: [state_of(m1, name) for name in ("m1", "w1", "w2")] == ["ready"] * 3, "all nodes ready", 60
+    )
+    wait_running(m1, "web", 4)
+    assert {name: container_pids(trio.node(name), "web") for name in ("w1", "w2")} == before
