@@ -24,6 +24,7 @@ from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.errors import FailedPrecondition, SkepError
+from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.config import Bootstrap, ManagerConfig, encode
 from skep.node import requirements
@@ -39,7 +40,6 @@ from skep.node.supervision.detached import detached, held_lock, set_title
 from skep.node.supervision.supervisor import Supervisor
 from skep.node.supervision.zygote import Zygote
 from skep.paths import Paths
-from skep.security.keypair import write_file
 from skep.store.etcd.binary import find_binary
 
 log = structlog.get_logger()
@@ -199,7 +199,7 @@ class Daemon:
         """Everything the manager process reads at its first start."""
         configuration, paths = self._configuration, self._configuration.paths
         paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_file(paths.root_ca_key, root_key_pem, mode=0o600)
+        replace_file(paths.root_ca_key, root_key_pem, mode=0o600)
         config = ManagerConfig(
             data_dir=str(paths.data),
             run_dir=str(paths.run),
@@ -217,7 +217,7 @@ class Daemon:
             ),
             etcd_binary=str(configuration.etcd_binary or ""),
         )
-        write_file(paths.manager_config, encode(config), mode=0o600)
+        replace_file(paths.manager_config, encode(config), mode=0o600)
 
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
         """Read the configuration again at every SIGHUP; what cannot be read changes nothing."""
@@ -269,7 +269,7 @@ def _prepare(paths: Paths) -> None:
     for directory in (paths.tasks, paths.networks, paths.images, paths.containers, paths.volumes):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not paths.format.exists():
-        write_file(paths.format, f"{FORMAT}\n".encode(), mode=0o644)
+        replace_file(paths.format, f"{FORMAT}\n".encode())
     elif (found := paths.format.read_text().strip()) != FORMAT:
         raise FailedPrecondition(
             f"the data dir {paths.data} has layout {found!r} and this version of skep knows {FORMAT!r}: "

@@ -5,8 +5,8 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import FailedPrecondition
+from skep.linux.files import replace_file
 from skep.model.ids import ClusterId, NodeId
-from skep.security.keypair import write_file
 
 
 class Peer(msgspec.Struct, frozen=True, rename={"node_id": "NodeID", "addr": "Addr"}):
@@ -45,4 +45,4 @@ def read_local_node(path: Path) -> LocalNode | None:
 
 def write_local_node(path: Path, node: LocalNode) -> None:
     """Replace ``node.json``, whole or not at all."""
-    write_file(path, msgspec.json.format(msgspec.json.encode(node), indent=2) + b"\n", mode=0o644)
+    replace_file(path, msgspec.json.format(msgspec.json.encode(node), indent=2) + b"\n")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from skep.aio.clock import Clock
+from skep.linux.processes import stat_of
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_EVERY_S = 5.0
@@ -48,8 +49,5 @@ def _children() -> list[int]:
 
 
 def _is_zombie(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return False
-    return stat[stat.rindex(b")") + 2 :].startswith(b"Z")
+    stat = stat_of(pid)
+    return stat is not None and stat.has_ended

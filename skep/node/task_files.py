@@ -7,7 +7,6 @@ that is not here is merely assigned again.
 """
 
 import asyncio
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from skep.linux.files import BESIDE, sync_directory, write_new
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, TaskStatus
 
@@ -91,17 +91,10 @@ class TaskFiles:
             if task is None:
                 path.unlink(missing_ok=True)
                 continue
-            beside = path.with_suffix(".new")
-            with beside.open("wb") as file:
-                file.write(msgspec.json.encode(task))
-                file.flush()
-                os.fsync(file.fileno())
+            beside = path.with_suffix(BESIDE)
+            write_new(beside, msgspec.json.encode(task), mode=0o644)
             beside.rename(path)
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(self._directory)  # once for all of them
 
 
 _decode = msgspec.json.Decoder(RememberedTask).decode

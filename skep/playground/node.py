@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import SkepError, Unavailable
+from skep.linux.processes import start_ticks_of
 from skep.playground import cgroups, engine, names, processes, underlay
 from skep.playground.commands import find, wait_until
 from skep.playground.description import Node
@@ -94,7 +95,7 @@ def switch_on(directory: Path, playground: str, node: Node) -> Holder:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    started = processes.start_time(process.pid)
+    started = start_ticks_of(process.pid)
     if started is None:
         raise Unavailable(f"{node.name} did not start:\n{_tail(home)}")
     return Holder(msgspec.structs.replace(node, pids=(process.pid,), started=started), home, process)
@@ -126,7 +127,7 @@ async def remove_files(home: Path) -> None:
 
 def is_up(node: Node) -> bool:
     """Whether the node's holder lives.  Its daemon may still be starting."""
-    return any(processes.is_alive(pid, node.started) for pid in node.pids)
+    return any(start_ticks_of(pid) == node.started for pid in node.pids)
 
 
 async def state(playground: str, node: Node) -> str:

@@ -4,25 +4,12 @@ import os
 import signal
 from pathlib import Path
 
+from skep.linux.processes import open_pidfd
 from skep.playground import cgroups, names
 from skep.playground.commands import wait_until
 from skep.playground.underlay import NETNS_ROOT
 
 _GONE_WITHIN_S = 20
-
-
-def start_time(pid: int) -> int | None:
-    """Clock ticks since boot at which the process started (field 22 of stat); None when it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def is_alive(pid: int, started: int) -> bool:
-    """Whether it is still that process, and no later one with its pid."""
-    return start_time(pid) == started
 
 
 def living_in(namespace: Path) -> set[int]:
@@ -70,13 +57,11 @@ async def kill_all(playground: str, node: str) -> None:
 
 def kill_exactly(pid: int, started: int) -> None:
     """SIGKILL the process unless its pid belongs to a later one.  A pidfd closes the gap between the two."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
+    descriptor = open_pidfd(pid, started)
+    if descriptor is None:
         return
     try:
-        if is_alive(pid, started):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
     except ProcessLookupError:
         return
     finally:

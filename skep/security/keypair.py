@@ -13,13 +13,13 @@ from pathlib import Path
 from cryptography import x509
 
 from skep.errors import FailedPrecondition, NotFound
+from skep.linux.files import BESIDE, replace_file, sync_directory, write_new
 from skep.security.identity import Identity, identity_of
 from skep.security.keys import load_private_key
 
 ROOT_FILE = "swarm-root-ca.crt"
 CERTIFICATE_FILE = "swarm-node.crt"
 KEY_FILE = "swarm-node.key"
-_BESIDE = ".new"
 
 
 class KeyPair:
@@ -65,12 +65,12 @@ class KeyPair:
 def save(pair: KeyPair, directory: Path) -> None:
     """Write the three files so that at any moment ``load`` finds the old pair or the new one."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = directory / (CERTIFICATE_FILE + _BESIDE)
-    write_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
-    _write_synced(beside, pair.certificate_pem, mode=0o644)
-    write_file(directory / KEY_FILE, pair.key_pem, mode=0o600)
+    beside = directory / (CERTIFICATE_FILE + BESIDE)
+    replace_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
+    write_new(beside, pair.certificate_pem, mode=0o644)
+    replace_file(directory / KEY_FILE, pair.key_pem, mode=0o600)
     os.replace(beside, directory / CERTIFICATE_FILE)
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def load(directory: Path) -> KeyPair:
@@ -87,36 +87,10 @@ def load(directory: Path) -> KeyPair:
     try:
         return KeyPair(certificate_pem=certificate_pem, key_pem=key_pem, root_pem=root_pem)
     except FailedPrecondition:
-        beside = directory / (CERTIFICATE_FILE + _BESIDE)
+        beside = directory / (CERTIFICATE_FILE + BESIDE)
         if not beside.exists():
             raise
     pair = KeyPair(certificate_pem=beside.read_bytes(), key_pem=key_pem, root_pem=root_pem)
     os.replace(beside, directory / CERTIFICATE_FILE)
-    _sync_directory(directory)
+    sync_directory(directory)
     return pair
-
-
-def write_file(path: Path, content: bytes, *, mode: int) -> None:
-    """Replace ``path`` in one step: written beside, synced, renamed."""
-    beside = path.with_name(path.name + _BESIDE)
-    _write_synced(beside, content, mode=mode)
-    os.replace(beside, path)
-    _sync_directory(path.parent)
-
-
-def _write_synced(path: Path, content: bytes, *, mode: int) -> None:
-    path.unlink(missing_ok=True)  # an old file would keep its mode
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

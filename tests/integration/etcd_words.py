@@ -7,6 +7,7 @@ from pathlib import Path
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists
+from skep.linux.processes import start_ticks_of
 from skep.model.ids import ClusterId, NodeId, SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.model.swarm import Swarm
@@ -14,7 +15,6 @@ from skep.store.etcd import initialize, new_wrapping_key, open_store
 from skep.store.etcd.binary import Binary
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member
-from skep.store.etcd.orphans import started_at
 from skep.store.etcd.store import EtcdStore
 from skep.store.interface import Transaction
 from tests.etcd_rig import a_member
@@ -59,7 +59,7 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 async def wait_ended(pid: int) -> None:
-    await until(lambda: not started_at(pid))
+    await until(lambda: not start_ticks_of(pid))
 
 
 def a_fake_etcd(path: Path, script: str) -> Binary:

@@ -13,10 +13,11 @@ from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
 from skep.errors import FailedPrecondition
+from skep.linux.processes import start_ticks_of
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member, MemberFailed, MemberRemoved
-from skep.store.etcd.orphans import started_at, write_pid
+from skep.store.etcd.orphans import write_pid
 from tests.etcd_rig import a_member, member_settings, peer_files
 from tests.integration.etcd_words import (
     CLOCK,
@@ -39,7 +40,7 @@ def settings(tmp_path: Path) -> MemberSettings:
 async def test_etcd_ends_with_its_block(settings: MemberSettings) -> None:
     async with a_member(settings).running() as member:
         pid = pid_of(member)
-    assert not started_at(pid)
+    assert not start_ticks_of(pid)
     assert not (settings.directory / "pid").exists()
 
 
@@ -70,7 +71,7 @@ async def test_etcd_dies_with_its_manager(tmp_path: Path) -> None:
         line = await manager.stdout.readline()
         assert line, "the manager ended early"
     etcd = int(line.split()[1])
-    assert started_at(etcd)
+    assert start_ticks_of(etcd)
     manager.kill()
     await manager.wait()
     async with asyncio.timeout(5):

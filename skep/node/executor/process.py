@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import NotFound, SkepError, Unavailable
+from skep.linux.files import replace_file
 from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import AssignedTask, ContainerStatus
@@ -114,7 +115,7 @@ class ProcessController:
             spec = self._spec()
             program = shutil.which((*spec.command, *spec.args)[0])
             if program is None:
-                _write(self._path / "exit", b"127")
+                replace_file(self._path / "exit", b"127", is_durable=False)
                 raise Unavailable(
                     f'starting process failed: exec: "{(*spec.command, *spec.args)[0]}":'
                     " executable file not found in $PATH"
@@ -184,7 +185,7 @@ class ProcessController:
         if not command:
             raise SkepError(f"starting process failed: cannot run in {spec.dir or '/'}")
         started = _Started(named(command), named(waiting))
-        _write(self._path / "started", msgspec.json.encode(started))
+        replace_file(self._path / "started", msgspec.json.encode(started), is_durable=False)
 
 
 def _started(path: Path) -> _Started | None:
@@ -197,12 +198,6 @@ def _exit_code(path: Path) -> int | None:
     with suppress(FileNotFoundError, ValueError):
         return int((path / "exit").read_text())
     return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}")
-    beside.write_bytes(content)
-    beside.rename(path)
 
 
 async def _kill(path: Path) -> None:

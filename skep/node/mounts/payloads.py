@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from skep.errors import InvalidArgument, NotFound
+from skep.linux.files import replace_file
 from skep.model.container import ConfigReference, SecretReference
 from skep.model.ids import ConfigId, SecretId
 from skep.node.assignments import ConfigFile, SecretFile
@@ -42,9 +43,9 @@ class Payloads:
     def put(self, secrets: Iterable[SecretFile], configs: Iterable[ConfigFile]) -> None:
         """Keep these; those with the same id are replaced."""
         for secret in secrets:
-            _write(self._secrets / _file_name(secret.id), secret.data)
+            _keep(self._secrets, secret.id, secret.data)
         for config in configs:
-            _write(self._configs / _file_name(config.id), config.data)
+            _keep(self._configs, config.id, config.data)
 
     def drop(self, secrets: Iterable[SecretId], configs: Iterable[ConfigId]) -> None:
         """Forget these; containers that have them keep what is mounted."""
@@ -103,7 +104,7 @@ class Payloads:
         ]
         for number, (target, data) in enumerate(wanted):
             path = directory / str(number)
-            _write(path, data)
+            replace_file(path, data, mode=0o600, is_durable=False)
             os.chown(path, _owner(target.uid), _owner(target.gid))
             path.chmod(target.mode & 0o7777)
 
@@ -138,18 +139,12 @@ def _file_name(id: str) -> str:
     return id
 
 
+def _keep(directory: Path, id: str, data: bytes) -> None:
+    replace_file(directory / _file_name(id), data, mode=0o600, is_durable=False)
+
+
 def _read(directory: Path, kind: str, id: str) -> bytes:
     try:
         return (directory / _file_name(id)).read_bytes()
     except FileNotFoundError:
         raise NotFound(f"unable to get {kind} from {kind} store: {kind} {id} not found") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file; it is never readable by others, not even for a moment."""
-    beside = path.with_name(f".{path.name}")
-    beside.unlink(missing_ok=True)
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    beside.rename(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import SkepError
+from skep.linux.files import replace_file
 from skep.node.netprocess.protocol import Reservation
 from skep.node.network.ports import bind
 
@@ -53,9 +54,7 @@ class Reservations:
         self.write_down()
 
     def write_down(self) -> None:
-        beside = self._state.with_suffix(".new")
-        beside.write_bytes(msgspec.json.encode(self.list()))
-        beside.rename(self._state)
+        replace_file(self._state, msgspec.json.encode(self.list()), is_durable=False)
 
 
 def reopened(state: Path) -> Held:

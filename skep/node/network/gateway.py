@@ -19,6 +19,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.errors import SkepError, Unavailable
+from skep.linux.files import replace_file
 from skep.model.ids import ContainerId
 from skep.model.service import PortConfig, PublishMode
 from skep.node.network import nft, rules
@@ -184,9 +185,7 @@ class Gateway:
             pass
         subnet = free_subnet(taken)
         self._state.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._state.with_name(f".{self._state.name}")
-        beside.write_text(f"{subnet}\n")
-        beside.rename(self._state)
+        replace_file(self._state, f"{subnet}\n".encode(), is_durable=False)
         return subnet
 
     async def _connect(self, netns: Path, address: IPv4Address, mac: str) -> None:

@@ -10,26 +10,19 @@ import signal
 from functools import cache
 from pathlib import Path
 
+from skep.linux.processes import Stat, parsed_stat, start_ticks_of, stat_of
 from skep.node.oci.container import ProcessName
-
-_START_TICKS_FIELD = 22  # of /proc/PID/stat, counted from 1
 
 
 def find(pid: int) -> ProcessName | None:
     """The process that has ``pid`` now, None when there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return named(stat)
+    stat = stat_of(pid)
+    return None if stat is None else _name(stat)
 
 
 def named(stat: bytes) -> ProcessName:
     """The process whose /proc/PID/stat reads ``stat``."""
-    # The second field is the command in parentheses, which may hold blanks and parentheses itself.
-    pid, _, _ = stat.partition(b" ")
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return ProcessName(int(pid), int(fields[_START_TICKS_FIELD - 3]), _boot_id())
+    return _name(parsed_stat(stat))
 
 
 def open_pidfd(process: ProcessName) -> int | None:
@@ -51,7 +44,7 @@ def is_alive(process: ProcessName) -> bool:
         return False
     try:
         signal.pidfd_send_signal(descriptor, 0)
-        return _state(process.pid) != b"Z"
+        return start_ticks_of(process.pid) is not None
     except ProcessLookupError:
         return False
     finally:
@@ -89,12 +82,8 @@ async def wait_gone(process: ProcessName) -> None:
         os.close(descriptor)
 
 
-def _state(pid: int) -> bytes:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b"Z"
-    return stat[stat.rindex(b")") + 2 :][:1]
+def _name(stat: Stat) -> ProcessName:
+    return ProcessName(stat.pid, stat.start_ticks, _boot_id())
 
 
 @cache

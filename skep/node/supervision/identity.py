@@ -1,9 +1,11 @@
 """Which process a pid means: pids are reused, a pid with its start time is not."""
 
-import os
 from pathlib import Path
 
 import msgspec
+
+from skep.linux import processes
+from skep.linux.files import replace_file
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):
@@ -17,12 +19,8 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
 
 def identify(pid: int, version: str = "") -> ProcessIdentity | None:
     """The process that has ``pid`` now; None: there is none, or it has ended and waits to be reaped."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    fields = stat[stat.rindex(b")") + 2 :].split()  # the name before it may hold blanks and parentheses
-    return None if fields[0] in (b"Z", b"X") else ProcessIdentity(pid, int(fields[19]), version)
+    started = processes.start_ticks_of(pid)
+    return None if started is None else ProcessIdentity(pid, started, version)
 
 
 def is_alive(process: ProcessIdentity) -> bool:
@@ -32,21 +30,12 @@ def is_alive(process: ProcessIdentity) -> bool:
 
 def open_pidfd(process: ProcessIdentity) -> int | None:
     """A descriptor that becomes readable when ``process`` ends; None: it has ended.  The caller closes it."""
-    try:
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return None
-    if is_alive(process):  # looked at after the descriptor is held: it means this process and no later one
-        return descriptor
-    os.close(descriptor)
-    return None
+    return processes.open_pidfd(process.pid, process.start_time)
 
 
 def write_pid_file(path: Path, process: ProcessIdentity) -> None:
-    """Replace ``path``; a reader sees the old or the new content."""
-    beside = path.with_name(f"{path.name}.{process.pid}")
-    beside.write_bytes(msgspec.json.encode(process))
-    beside.rename(path)
+    """Replace ``path``; its writer holds the lock of that name."""
+    replace_file(path, msgspec.json.encode(process), is_durable=False)
 
 
 def read_pid_file(path: Path) -> ProcessIdentity | None:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
 from skep.errors import FailedPrecondition, SkepError
+from skep.linux.files import replace_file
 
 _LAYOUT = b"\x01"
 _NONCE_BYTES = 12
@@ -128,18 +129,7 @@ def load_wrapping_key(directory: Path) -> bytes:
 def save_wrapping_key(directory: Path, key: bytes) -> None:
     """Keep ``key`` in ``directory`` (0700), readable for root only, safely on disk."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path, beside = directory / "wrapping.key", directory / "wrapping.key.new"
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    replace_file(directory / "wrapping.key", key, mode=0o600)
 
 
 def _fresh_key(id: int, wrapping_key: bytes) -> WrappedKey:

@@ -20,10 +20,11 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.groups import errors_as_they_are
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.store.etcd import orphans
+from skep.linux.files import replace_file
 from skep.store.etcd.binary import Binary, check_upgrade
 from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings, arguments, environment
+from skep.store.etcd.orphans import end_orphan, locked, remove_pid, write_pid
 from skep.store.etcd.output import Output
 from skep.store.etcd.requests import PREFIX
 
@@ -84,8 +85,8 @@ class Member:
         now, or later out of the block.
         """
         self._prepare()
-        with orphans.locked(self.settings.directory):
-            await orphans.end_orphan(self.settings.directory, self._clock)
+        with locked(self.settings.directory):
+            await end_orphan(self.settings.directory, self._clock)
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 keeping = group.create_task(self._keep_up(), name="etcd-member")
                 try:
@@ -167,7 +168,7 @@ class Member:
         self._process = process
         self.starts += 1
         try:
-            orphans.write_pid(settings.directory, process.pid)
+            write_pid(settings.directory, process.pid)
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 group.create_task(output.read(process.stderr), name="etcd-output")
                 probing = group.create_task(self._announce_ready(), name="etcd-probe")
@@ -177,7 +178,7 @@ class Member:
         finally:
             self._ready.clear()
             await self._end(process)
-            orphans.remove_pid(settings.directory)
+            remove_pid(settings.directory)
 
     async def _announce_ready(self) -> None:
         started = self._clock.monotonic()
@@ -262,6 +263,5 @@ def read_version(directory: Path) -> tuple[int, int, int] | None:
 
 def write_version(directory: Path, version: tuple[int, int, int]) -> None:
     """Remember which etcd serves this directory."""
-    beside = directory / "etcd-version.new"
-    beside.write_text(".".join(map(str, version)) + "\n")
-    beside.rename(directory / "etcd-version")
+    content = ".".join(map(str, version)) + "\n"
+    replace_file(directory / "etcd-version", content.encode(), is_durable=False)

@@ -15,6 +15,8 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition
+from skep.linux.files import replace_file
+from skep.linux.processes import open_pidfd, start_ticks_of
 
 log = structlog.get_logger()
 
@@ -38,15 +40,13 @@ def locked(directory: Path) -> Iterator[None]:
 
 async def end_orphan(directory: Path, clock: Clock) -> None:
     """End the etcd that an earlier manager started here, if it still runs."""
-    pid = _recorded(directory)
-    if pid is None:
+    recorded = _recorded(directory)
+    handle = open_pidfd(*recorded) if recorded is not None else None
+    if recorded is None or handle is None:
         return
+    pid, _ = recorded
     with suppress(ProcessLookupError):
-        handle = os.pidfd_open(pid)
         try:
-            # Asked after the descriptor is open: the number cannot have gone to another process since.
-            if _recorded(directory) != pid:
-                return
             log.warning("ending an etcd left behind", pid=pid)
             for ask in (signal.SIGTERM, signal.SIGKILL):
                 signal.pidfd_send_signal(handle, ask)
@@ -59,9 +59,7 @@ async def end_orphan(directory: Path, clock: Clock) -> None:
 
 def write_pid(directory: Path, pid: int) -> None:
     """Record the process with the time it started, so that a reused number is recognized."""
-    beside = directory / "pid.new"
-    beside.write_text(f"{pid} {started_at(pid)}\n")
-    beside.rename(directory / "pid")
+    replace_file(directory / "pid", f"{pid} {start_ticks_of(pid) or 0}\n".encode(), is_durable=False)
 
 
 def remove_pid(directory: Path) -> None:
@@ -69,22 +67,13 @@ def remove_pid(directory: Path) -> None:
     (directory / "pid").unlink(missing_ok=True)
 
 
-def started_at(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(stat.rpartition(")")[2].split()[19])
-
-
-def _recorded(directory: Path) -> int | None:
-    """The recorded process, if it is still that one."""
+def _recorded(directory: Path) -> tuple[int, int] | None:
+    """Pid and start time of the recorded process, whether or not it still is that one."""
     try:
         pid, started = map(int, (directory / "pid").read_text().split())
     except (FileNotFoundError, ValueError):
         return None
-    return pid if started and started_at(pid) == started else None
+    return pid, started
 
 
 async def _has_ended(handle: int, clock: Clock) -> bool:

@@ -21,6 +21,7 @@ import msgspec
 import structlog
 
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
+from skep.linux.files import sync_directory
 from skep.node.oci.images import untar
 from skep.node.oci.images.digest import Digest, hex_of
 
@@ -288,12 +289,3 @@ def _publish(workspace: Path, final: Path, layer: Layer) -> None:
         shutil.rmtree(final)
     workspace.rename(final)
     sync_directory(final.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make names that were written in ``path`` last."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -10,7 +10,6 @@ removal beside it leaves them; what is neither pinned nor part of an image is de
 """
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -23,15 +22,14 @@ import structlog
 
 from skep.aio.clock import Clock, SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.linux.files import BESIDE, replace_file
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, hex_of
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
-from skep.node.oci.images.layers import Layers, Limits, sync_directory
+from skep.node.oci.images.layers import Layers, Limits
 from skep.node.oci.images.reference import Reference, parse_any, parse_reference
 
 log = structlog.get_logger()
-
-_UNFINISHED = ".new"
 
 
 class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +160,7 @@ class LocalImages:
             for chain_id in chain:
                 self.layer_store.directory(chain_id)
             if id not in self._configs:
-                await asyncio.to_thread(_write, self._root / "configs" / hex_of(id), content)
+                await asyncio.to_thread(replace_file, self._root / "configs" / hex_of(id), content)
             catalog = _with_references(self._catalog, references, id)
             catalog = msgspec.structs.replace(catalog, retired=catalog.retired - {id})
             if parent:
@@ -254,7 +252,7 @@ class LocalImages:
         self.layer_store.open()
         self._catalog = _read_catalog(self._root / "catalog.json")
         for file in sorted((self._root / "configs").iterdir()):
-            if file.suffix == _UNFINISHED:
+            if file.suffix == BESIDE:
                 file.unlink()
                 continue
             content = file.read_bytes()
@@ -303,7 +301,7 @@ class LocalImages:
     async def _put(self, catalog: Catalog) -> None:
         """Write the catalog, then show it.  Under ``_writing``."""
         content = msgspec.json.encode(catalog)
-        await asyncio.to_thread(_write, self._root / "catalog.json", content)
+        await asyncio.to_thread(replace_file, self._root / "catalog.json", content)
         self._catalog = catalog
         self._index()
 
@@ -345,14 +343,3 @@ def _with_references(catalog: Catalog, references: Iterable[Reference], id: Dige
     """The catalog after ``references`` were given to the image ``id``."""
     named = {str(reference): id for reference in references}
     return msgspec.structs.replace(catalog, references={**catalog.references, **named})
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file so that it has the old content or the new, whatever happens."""
-    beside = path.with_name(path.name + _UNFINISHED)
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-    sync_directory(path.parent)

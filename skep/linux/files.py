@@ -1,0 +1,42 @@
+"""Files that are replaced in one step: a reader, or the next start, finds the old content or the new."""
+
+import os
+from pathlib import Path
+
+BESIDE = ".new"
+"""Ends the name of a file that is not finished.  What a crash leaves is overwritten by the next attempt."""
+
+
+def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: bool = True) -> None:
+    """Write beside, then rename.  One writer at a time.
+
+    Args:
+        mode: holds from the first byte on, so a secret is never readable by others, not even for a moment.
+        is_durable: it outlives a power loss; False saves two syncs for what a reboot forgets anyway.
+    """
+    beside = path.with_name(path.name + BESIDE)
+    write_new(beside, content, mode=mode, is_synced=is_durable)
+    os.replace(beside, path)
+    if is_durable:
+        sync_directory(path.parent)
+
+
+def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) -> None:
+    """Write a file that nobody knows yet; an older one is removed first, since it would keep its mode."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)  # whatever the umask is
+        file.write(content)
+        file.flush()
+        if is_synced:
+            os.fsync(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make names that were written in ``path`` last."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

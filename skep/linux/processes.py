@@ -1,0 +1,53 @@
+"""Which process a pid means: pids are reused, a pid with its start time is not until the next boot."""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+
+class Stat(msgspec.Struct, frozen=True):
+    """What ``/proc/<pid>/stat`` says.  ``start_ticks``: clock ticks from boot to its start (field 22)."""
+
+    pid: int
+    state: str
+    start_ticks: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it only waits to be reaped."""
+        return self.state in ("Z", "X")
+
+
+def parsed_stat(stat: bytes) -> Stat:
+    """The second field is the command in parentheses, which may hold blanks and parentheses itself."""
+    pid, _, _ = stat.partition(b" ")
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return Stat(pid=int(pid), state=fields[0].decode(), start_ticks=int(fields[19]))
+
+
+def stat_of(pid: int) -> Stat | None:
+    """The process that has ``pid`` now, ended or not; None: there is none."""
+    try:
+        return parsed_stat(Path(f"/proc/{pid}/stat").read_bytes())
+    except OSError:
+        return None
+
+
+def start_ticks_of(pid: int) -> int | None:
+    """When the process that has ``pid`` started; None: there is none, or it has ended and waits to be reaped."""
+    stat = stat_of(pid)
+    return None if stat is None or stat.has_ended else stat.start_ticks
+
+
+def open_pidfd(pid: int, start_ticks: int) -> int | None:
+    """A descriptor that becomes readable when exactly this process ends; None: it has.  The caller closes it."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    # Asked after the descriptor is held: the number cannot have gone to another process since.
+    if start_ticks_of(pid) == start_ticks:
+        return descriptor
+    os.close(descriptor)
+    return None
