@@ -7,6 +7,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
 # Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
 DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
+DEMO_NAME ?= demo
 
 STAMP = $(shell date -u +%Y-%m-%d-%H%M)-$(shell git rev-parse --short HEAD)
 
@@ -23,10 +24,10 @@ setup-run:
 	@setup/setup.sh run
 
 demo: setup-run ## a cluster on this machine with a service to play with
-	@$(BIN)/skep playground demo --dir $(DEMO_DIR) --name demo
+	@$(BIN)/skep playground demo --dir $(DEMO_DIR) --name $(DEMO_NAME)
 
 demo-down: setup-run ## remove everything that the demo made
-	@$(BIN)/skep playground down --dir $(DEMO_DIR) --name demo
+	@$(BIN)/skep playground down --dir $(DEMO_DIR) --name $(DEMO_NAME)
 
 check: setup ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
@@ -35,7 +36,7 @@ check: setup ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 
 test: check ## check, then all tests that are not slow (what the continuous integration runs)
-	@$(PYTEST) --whole -m 'not slow'
+	@$(PYTEST) --whole -m 'not slow' --durations 15
 
 unit: setup ## pure tests, seconds
 	@$(PYTEST) tests/unit tests/test_*.py

@@ -1,6 +1,8 @@
 """What can be checked of the documents without running them: links, paths, targets of make, the README's opening."""
 
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,27 @@ def test_the_continuous_integration_runs_the_readmes_test_command() -> None:
     assert tests is not None
     assert tests[1].startswith("check")
     assert "--whole -m 'not slow'" in tests[2]
+
+
+@pytest.mark.point("1")
+@pytest.mark.parametrize("command", ["demo", "test"])
+def test_both_commands_do_their_own_set_up(command: str) -> None:
+    needs = dict(re.findall(r"^([a-z-]+): *([a-z- ]*)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    reached, waiting = set[str](), [command]
+    while waiting:
+        target = waiting.pop()
+        reached.add(target)
+        waiting += set(needs[target].split()) - reached
+    assert reached & {"setup", "setup-run"}
+
+
+@pytest.mark.point("1")
+def test_check_formats_lints_types_and_looks_at_imports() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "check"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    for tool in ("ruff format --check .", "ruff check .", "mypy", "lint-imports"):
+        assert f".venv/bin/{tool}\n" in done
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert project["mypy"]["strict"] is True
+    assert project["importlinter"]["contracts"]

@@ -15,8 +15,8 @@ from tests.integration.footprint import inhabitants, machine, survivors
 pytestmark = [pytest.mark.point("10"), pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
-NAME = "demo"
-"""What the demo's playground is called."""
+NAME = f"demo{os.getpid()}"
+"""What the demo's playground is called here: one that the machine's user looks at is left alone."""
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def place() -> Iterator[Path]:
 
 def make(target: str, directory: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run make in the checkout, without a terminal."""
-    command = ["make", "--no-print-directory", target, f"DEMO_DIR={directory}"]
+    command = ["make", "--no-print-directory", target, f"DEMO_DIR={directory}", f"DEMO_NAME={NAME}"]
     environment = {key: value for key, value in os.environ.items() if key != "DOCKER_HOST"}
     done = subprocess.run(
         command,

@@ -139,6 +139,22 @@ def test_an_image_archive_is_loaded_into_every_node(trio: TestCluster, tmp_path:
     trio.node("w1").docker("image", "inspect", "busybox:latest")
 
 
+@pytest.mark.point("5")
+def test_a_service_is_spread_over_all_ready_nodes(trio: TestCluster) -> None:
+    manager = trio.node("m1")
+    wait_until(lambda: set(states(trio).values()) == {"up"}, "all nodes are up")
+    manager.docker("node", "update", "--availability", "pause", "w2")
+    create(manager, "spread", 4)
+    tasks = wait_running(manager, "spread", 4)
+    names = {node["ID"]: node["Description"]["Hostname"] for node in manager.client().api.nodes()}
+    assert sorted(names[task["NodeID"]] for task in tasks) == ["m1", "m1", "w1", "w1"]
+    manager.docker("node", "update", "--availability", "active", "w2")
+    manager.docker("service", "scale", "--detach", "spread=6")
+    tasks = wait_running(manager, "spread", 6)
+    assert sorted(names[task["NodeID"]] for task in tasks) == ["m1", "m1", "w1", "w1", "w2", "w2"]
+    manager.docker("service", "rm", "spread")
+
+
 def test_a_fresh_machine_is_plugged_in_and_belongs_to_no_swarm(trio: TestCluster) -> None:
     assert trio.skep("add", "worker").stdout.split()[0] == "w3"
     state = trio.node("w3").docker("info", "--format", "{{.Swarm.LocalNodeState}}").stdout.strip()

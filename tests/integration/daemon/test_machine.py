@@ -1,7 +1,8 @@
-"""Where the daemon serves its API, and what it runs tasks with when there is nothing to run containers."""
+"""The daemon and its machine: where it serves its API, what it finds out, what it does without."""
 
 import datetime
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from skep.node import features
+from tests.documents import ROOT
 from tests.integration.cluster import CLIS
 from tests.integration.daemon.rig import INIT, Connection, DaemonRig, is_running, wait_until
 
@@ -123,6 +126,39 @@ def test_a_node_runs_plain_commands_without_runc_and_images(rig: DaemonRig, tmp_
     assert {Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started} == {b"sleep\x00600\x00"}
     assert rig.ask("DELETE", "/v1.41/services/plain")[0] == 200
     wait_until(lambda: not any(map(is_running, started)), "both processes are gone")
+
+
+@pytest.mark.point("2")
+def test_what_the_kernel_cannot_do_is_published(rig: DaemonRig, tmp_path: Path) -> None:
+    """As warnings for people and as engine labels for placement constraints; compared with trying it here."""
+    found = features.detect(tmp_path)
+    rig.start()
+    info = rig.get("/v1.41/info")[1]
+    assert set(features.warnings(found)) <= set(info["Warnings"] or ())
+    assert info["CgroupVersion"] == str(found.cgroup_version)
+    assert rig.ask("POST", "/v1.41/swarm/init", INIT)[0] == 200
+    (node,) = rig.get("/v1.41/nodes")[1]
+    labels = node["Description"]["Engine"].get("Labels") or {}
+    without = {name: value for name, value in labels.items() if name.startswith("skep.without.")}
+    assert without == features.labels(found)
+
+
+@pytest.mark.point("2")
+def test_systemd_is_told_that_the_daemon_is_ready_and_stops(
+    rig: DaemonRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unit says ``Type=notify``: systemd waits for that word."""
+    unit = (ROOT / "packaging" / "skep.service").read_text()
+    assert "\nType=notify\n" in unit
+    path = rig.data.parent / "notify.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(path))
+        systemd.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        rig.start()
+        assert "READY=1" in systemd.recv(4096).decode().splitlines()
+        rig.stop()
+        assert "STOPPING=1" in systemd.recv(4096).decode().splitlines()
 
 
 def an_authority(directory: Path) -> Authority:
