@@ -29,19 +29,12 @@ from skep.paths import Paths
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
-from skep.store.etcd import (
-    EtcdStore,
-    Member,
-    MemberSettings,
-    PeerFiles,
-    Unfinished,
-    find_binary,
-    initialize,
-    load_wrapping_key,
-    new_wrapping_key,
-    open_store,
-    save_wrapping_key,
-)
+from skep.store.etcd.binary import find_binary
+from skep.store.etcd.cipher import load_wrapping_key, new_wrapping_key, save_wrapping_key
+from skep.store.etcd.flags import MemberSettings, PeerFiles
+from skep.store.etcd.founding import Unfinished, initialize
+from skep.store.etcd.member import Member
+from skep.store.etcd.store import EtcdStore, open_store
 
 log = structlog.get_logger(__name__)
 

@@ -29,7 +29,9 @@ from skep.model.node import (
 )
 from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens
 from skep.model.times import timestamp
-from skep.store.etcd import initialize, new_wrapping_key, open_store
+from skep.store.etcd.cipher import new_wrapping_key
+from skep.store.etcd.founding import initialize
+from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
 from skep.store.memory import MemoryStore
 from tests.etcd_rig import a_member, member_settings

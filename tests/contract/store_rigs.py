@@ -12,11 +12,11 @@ from skep.model.ids import ClusterId, NodeId
 from skep.model.swarm import Swarm
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd import initialize, new_wrapping_key, open_store
-from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.cipher import Cipher, new_wrapping_key
 from skep.store.etcd.client import Client
-from skep.store.etcd.founding import founded_ring
+from skep.store.etcd.founding import founded_ring, initialize
 from skep.store.etcd.requests import PREFIX, etcd_key
+from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
 from skep.store.leadership import LeaderRecord
 from skep.store.memory import Loss, MemoryCluster, MemoryStore

@@ -11,11 +11,12 @@ from skep.linux.processes import start_ticks_of
 from skep.model.ids import ClusterId, NodeId, SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.model.swarm import Swarm
-from skep.store.etcd import initialize, new_wrapping_key, open_store
 from skep.store.etcd.binary import Binary
+from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.flags import MemberSettings
+from skep.store.etcd.founding import initialize
 from skep.store.etcd.member import Member
-from skep.store.etcd.store import EtcdStore
+from skep.store.etcd.store import EtcdStore, open_store
 from skep.store.interface import Transaction
 from tests.etcd_rig import a_member
 

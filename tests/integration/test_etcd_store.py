@@ -13,11 +13,12 @@ from skep.model.ids import ConfigId, SecretId
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd import initialize, new_wrapping_key, open_store
+from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.founding import Unfinished
+from skep.store.etcd.founding import Unfinished, initialize
 from skep.store.etcd.requests import PREFIX, etcd_key
+from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
 from tests.etcd_rig import a_member, member_settings
