@@ -8,6 +8,7 @@ from skep.node import lean as _first  # noqa: F401  before everything that it co
 
 # isort: split
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(error)
     configuration = loaded.configuration
     logs.configure(debug=configuration.debug, log_format=configuration.log_format, process="node")
+    os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
     parent = zygote.start({"net": _net, "manager": _manager})
     set_title("skep-node")
     if sys.version_info < (3, 12):
@@ -93,7 +95,9 @@ def _innermost(error: BaseException) -> BaseException:
 def _net(arguments: Sequence[str]) -> None:
     """The net process; ``arguments``: data and run directory."""
     logs.name_process("net")
-    net_process.run(_paths(arguments))
+    paths = _paths(arguments)
+    logs.follow(paths.log_settings)
+    net_process.run(paths)
 
 
 def _manager(arguments: Sequence[str]) -> None:

@@ -54,11 +54,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     toml, daemon_json = given.pop("config", None), given.pop("daemon_json", None)
     return Arguments(
-        toml=Path(toml) if toml else DEFAULT_TOML,
+        toml=Path(toml).absolute() if toml else DEFAULT_TOML,
         toml_required=bool(toml),
         daemon_json=DEFAULT_DAEMON_JSON
         if daemon_json is None
-        else Path(daemon_json)
+        else Path(daemon_json).absolute()
         if daemon_json
         else None,
         daemon_json_required=bool(daemon_json),

@@ -7,7 +7,6 @@ import signal
 import msgspec
 import structlog
 
-from skep import logs
 from skep.errors import AlreadyExists, SkepError
 from skep.node.netprocess import handover
 from skep.node.netprocess.protocol import (
@@ -37,7 +36,6 @@ _PREDECESSOR_ENDS_S = 5.0
 
 def run(paths: Paths) -> None:
     """Be the net process of this node.  Blocks until SIGTERM, or until a successor has taken over."""
-    logs.follow(paths.log_settings)
     held = handover.take(paths.net_socket)
     with detached(paths, "net", lock_wait_s=_PREDECESSOR_ENDS_S):
         reservations = Reservations(paths.net_ports, reopened(paths.net_ports) if held is None else held)

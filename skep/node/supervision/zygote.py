@@ -4,8 +4,8 @@ Forking shares the pages of the interpreter and all libraries: three processes c
 happen from a process with one thread and no event loop, so the node process forks the zygote before it does
 anything, and asks it over a socket.  What the zygote forks lives in sessions of its own and outlives both.
 
-One request, one answer: ``Fork`` -> pid, ``Reap`` -> how that child ended.  The zygote ends when the node process
-does.
+One request, one answer, with the request's number: ``Fork`` -> pid, ``Reap`` -> how that child ended.  The zygote ends
+when the node process does.
 """
 
 import asyncio
@@ -41,6 +41,20 @@ class Reap(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class Ask(msgspec.Struct, frozen=True):
+    """A request with its number, which its answer repeats: one that nobody waits for any more is known by it."""
+
+    number: int
+    request: Fork | Reap
+
+
+class Told(msgspec.Struct, frozen=True):
+    """The answer to the request of that number."""
+
+    number: int
+    value: int
+
+
 class ZygoteGone(Unavailable):
     """Nothing can be started any more: only a new node process has a new zygote."""
 
@@ -55,6 +69,7 @@ class Zygote:
         self._connection = connection
         self._pid = pid
         self._turn = asyncio.Lock()
+        self._asked = 0
 
     @property
     def pid(self) -> int:
@@ -82,15 +97,18 @@ class Zygote:
         loop = asyncio.get_running_loop()
         try:
             async with self._turn, asyncio.timeout(_ANSWER_TIMEOUT_S):
-                await loop.sock_sendall(self._connection, msgspec.msgpack.encode(request))
-                answer = await loop.sock_recv(self._connection, _MESSAGE_BYTES_MAX)
+                self._asked += 1
+                ask = Ask(self._asked, request)
+                await loop.sock_sendall(self._connection, msgspec.msgpack.encode(ask))
+                while message := await loop.sock_recv(self._connection, _MESSAGE_BYTES_MAX):
+                    told = msgspec.msgpack.decode(message, type=Told)
+                    if told.number == ask.number:
+                        return told.value
         except TimeoutError as error:
             raise Unavailable("the process that starts others does not answer") from error
-        except OSError:
-            answer = b""
-        if not answer:
-            raise ZygoteGone
-        return msgspec.msgpack.decode(answer, type=int)
+        except OSError as error:
+            raise ZygoteGone from error
+        raise ZygoteGone
 
 
 def start(entries: Mapping[str, Entry]) -> Zygote:
@@ -115,8 +133,8 @@ def _live(connection: socket.socket, entries: Mapping[str, Entry]) -> NoReturn:
     set_title("skep-zygote")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it goes with its node process, not before
-    while request := _received(connection):
-        match request:
+    while ask := _received(connection):
+        match ask.request:
             case Fork(entry, arguments):
                 pid = os.fork()
                 if pid == 0:
@@ -124,16 +142,16 @@ def _live(connection: socket.socket, entries: Mapping[str, Entry]) -> NoReturn:
                 answer = pid
             case Reap(pid):
                 answer = _status_of(pid)
-        connection.send(msgspec.msgpack.encode(answer))
+        connection.send(msgspec.msgpack.encode(Told(ask.number, answer)))
     os._exit(0)
 
 
-def _received(connection: socket.socket) -> Fork | Reap | None:
+def _received(connection: socket.socket) -> Ask | None:
     try:
         message = connection.recv(_MESSAGE_BYTES_MAX)
     except ConnectionError:
         return None
-    return msgspec.msgpack.decode(message, type=Fork | Reap) if message else None
+    return msgspec.msgpack.decode(message, type=Ask) if message else None
 
 
 def _status_of(pid: int) -> int:
