@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -33,12 +34,13 @@ async def started() -> AsyncIterator[Zygote]:
 
 
 async def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(started: Zygote) -> None:
+    os.kill(started.pid, signal.SIGSTOP)
     abandoned = asyncio.ensure_future(started.fork("stay", ()))
-    await asyncio.sleep(0)
     await asyncio.sleep(0)  # it has asked
     abandoned.cancel()
     await asyncio.wait([abandoned])
     assert abandoned.cancelled()
+    os.kill(started.pid, signal.SIGCONT)
     pid = await started.fork("end", ())
     assert await started.reap(pid) == 7
     left = [
@@ -46,13 +48,13 @@ async def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(started
     ]
     assert pid not in left
     for other in left:
-        os.kill(other, 9)
+        os.kill(other, signal.SIGKILL)
         assert await started.reap(other) == -9
 
 
 async def test_a_zygote_that_has_ended_is_told_apart_from_one_that_cannot_start_something(
     started: Zygote,
 ) -> None:
-    os.kill(started.pid, 9)
+    os.kill(started.pid, signal.SIGKILL)
     with pytest.raises(zygote.ZygoteGone):
         await started.fork("end", ())
