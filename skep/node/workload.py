@@ -18,14 +18,18 @@ from skep.node.executor.interface import Executor
 from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
+from skep.node.mounts.volumes import Volumes
 from skep.node.network.ports import PortReservations
 from skep.node.oci.container import ContainerState
 from skep.node.oci.containers import Containers
 from skep.node.oci.images.local import ImageEvent
 from skep.node.oci.images.registry import Policy
 from skep.node.oci.images.store import ImageStore
+from skep.node.routes import absent
 from skep.node.routes.containers import container_routes, image_users
+from skep.node.routes.disk_usage import DiskUsage
 from skep.node.routes.images import image_routes
+from skep.node.routes.volumes import volume_routes
 from skep.node.task_logs import TaskLogs
 from skep.node.worker import PayloadSink
 
@@ -107,9 +111,13 @@ async def oci_workload(
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
     )
+    volumes = Volumes(paths.volumes)
     routes = (
         *image_routes(images, lambda: image_users(executor.containers), clock=clock),
         *container_routes(executor.containers, images, executor.bundles, clock=clock),
+        *volume_routes(volumes, executor.containers.list),
+        *DiskUsage(images, executor.containers, executor.bundles, volumes, clock).routes(),
+        *absent.routes,
     )
     return Workload(
         executor=executor,

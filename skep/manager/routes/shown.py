@@ -33,8 +33,8 @@ def shown_node(node: Node) -> Node:
 
 
 def shown_task(task: Task) -> Task:
-    """``task`` for an answer."""
-    return replace(task, spec_version=None)
+    """``task`` for an answer: as in the engine, only a service's specification says what runs it."""
+    return replace(task, spec_version=None, spec=replace(task.spec, runtime=""))
 
 
 async def service_status(view: View, service: Service) -> ServiceStatus:

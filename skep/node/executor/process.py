@@ -21,6 +21,7 @@ from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.node.executor.wish import stop_signal
 from skep.node.oci.container import ProcessName
 from skep.node.oci.processes import is_alive, named, send_signal, wait_gone
 from skep.node.oci.signals import signal_number
@@ -104,6 +105,7 @@ class ProcessController:
         arguments = (*spec.command, *spec.args)
         if not arguments:
             raise Rejected("No command specified")
+        stop_signal(spec.stop_signal)
         if spec.mounts or spec.secrets or spec.configs:
             raise Rejected("this node runs plain commands: they have no mounts, secrets or configs")
         self._path.mkdir(mode=0o700, exist_ok=True)

@@ -20,6 +20,7 @@ from skep.node.executor.interface import Rejected
 from skep.node.executor.template import Context, expand
 from skep.node.oci.container import ContainerConfig, LogConfig, MountPoint
 from skep.node.oci.images.image import ContainerDefaults
+from skep.node.oci.signals import signal_number
 from skep.node.oci.spec import merged_environment
 
 DEFAULT_GRACE_NS = 10 * SECOND_NS
@@ -113,7 +114,7 @@ def config(
         hostname=expand(spec.hostname, context),
         tty=spec.tty,
         open_stdin=spec.open_stdin,
-        stop_signal=spec.stop_signal or image.stop_signal,
+        stop_signal=stop_signal(spec.stop_signal or image.stop_signal),
         stop_grace_ns=DEFAULT_GRACE_NS if spec.stop_grace_period is None else spec.stop_grace_period,
         init=bool(spec.init),
         read_only=spec.read_only,
@@ -138,6 +139,18 @@ def config(
         healthcheck=spec.healthcheck or image.healthcheck,
         log=log_config(task.task.spec.log_driver or log_default),
     )
+
+
+def stop_signal(name: str) -> str:
+    """``name``, which a process can be told to end with; empty: SIGTERM.
+
+    Raises: Rejected: there is no such signal.
+    """
+    try:
+        signal_number(name or "SIGTERM")
+    except InvalidArgument as error:
+        raise Rejected(str(error)) from error
+    return name
 
 
 def invocation(spec: ContainerSpec, image: ContainerDefaults) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -30,6 +30,17 @@ class Volumes:
             )
         return self._directory / name / "_data"
 
+    def names(self) -> list[str]:
+        """All volumes of the node, sorted."""
+        try:
+            return sorted(entry.name for entry in self._directory.iterdir() if (entry / "_data").is_dir())
+        except FileNotFoundError:
+            return []  # nothing has asked for a volume yet
+
+    def created_ns(self, name: str) -> int:
+        """When the volume was made, Unix time."""
+        return self.path(name).parent.stat().st_mtime_ns
+
     def ensure(self, name: str) -> Path:
         """The volume's directory, made if there is none."""
         path = self.path(name)

@@ -46,9 +46,8 @@ def resolver_file(
     chosen = list(options)
     if not chosen:
         chosen = [option for line in words if line[:1] == ["options"] for option in line[1:]]
-    lines = [f"nameserver {server}" for server in servers or _PUBLIC_NAME_SERVERS]
-    if domains and domains != ["."]:
-        lines.append(f"search {' '.join(domains)}")
+    lines = [f"search {' '.join(domains)}"] if domains and domains != ["."] else []
+    lines += [f"nameserver {server}" for server in servers or _PUBLIC_NAME_SERVERS]
     if chosen:
         lines.append(f"options {' '.join(chosen)}")
     return "".join(f"{line}\n" for line in lines)

@@ -44,7 +44,8 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
             process.kill()
             await process.wait()
     if process.returncode:
-        raise InvalidArgument(f"Error running ps: {errors.decode(errors='replace').strip()}")
+        reason, *_ = errors.decode(errors="replace").splitlines() or [f"exit status {process.returncode}"]
+        raise InvalidArgument(f"ps: {reason}")
     return parse(output.decode(errors="replace"), pids)
 
 

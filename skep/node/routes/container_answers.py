@@ -232,6 +232,7 @@ def _host_config(container: Container) -> dict[str, Any]:
     config = container.config
     security = ["no-new-privileges"] if config.no_new_privileges else []
     security += [f"seccomp={config.seccomp}"] if config.seccomp != "default" else []
+    mounts = [_mount_wish(mount) for mount in config.mounts if not mount.internal]
     return {
         **_HOST_DEFAULTS,
         "LogConfig": {"Type": config.log.type, "Config": dict(config.log.options)},
@@ -247,15 +248,15 @@ def _host_config(container: Container) -> dict[str, Any]:
         "ReadonlyRootfs": config.read_only,
         "SecurityOpt": security or None,
         "ShmSize": config.shm_bytes,
-        "Sysctls": dict(config.sysctls) or None,
         "Isolation": "default",
         "Memory": config.memory_bytes,
         "NanoCpus": config.nano_cpus,
         "MemoryReservation": config.memory_reservation_bytes,
         "PidsLimit": config.pids or None,
-        "Ulimits": list(config.ulimits) or None,
-        "Mounts": [_mount_wish(mount) for mount in config.mounts if not mount.internal] or None,
+        "Ulimits": list(config.ulimits),
         "Init": config.init,
+        **({"Sysctls": dict(config.sysctls)} if config.sysctls else {}),
+        **({"Mounts": mounts} if mounts else {}),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
+from skep.api.errors import Untranslated
 from skep.api.server import OutputStream, Routes, json_answer, read_body, read_json
 from skep.errors import InvalidArgument, SkepError
 from skep.model.encoding import ApiObject
@@ -57,7 +58,10 @@ def exec_routes(containers: Containers) -> Routes:
         wish = await read_json(request, ExecWish)
         if not wish.cmd:
             raise InvalidArgument("No exec command specified")
-        parse_keys(wish.detach_keys)
+        try:
+            parse_keys(wish.detach_keys)
+        except InvalidArgument as error:
+            raise Untranslated(f"Invalid escape keys ({wish.detach_keys}) provided") from error
         config = ExecConfig(
             command=wish.cmd,
             env=wish.env,

@@ -48,7 +48,7 @@ def image_routes(images: ImageStore, users: Users, *, clock: Clock | None = None
         wish = _wish(images, filters, clock)
         listed = select(images.images(), _replaced(wish, all=flag(request, "all")))
         version = api_version(request)
-        shared = _shared_bytes(images, listed) if flag(request, "shared-size") else {}
+        shared = shared_bytes(images, listed) if flag(request, "shared-size") else {}
         return json_list_answer(
             [image_answers.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
         )
@@ -216,7 +216,7 @@ def _replaced(wish: Wish, **fields: Any) -> Wish:
     return msgspec.structs.replace(wish, **fields)
 
 
-def _shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:
+def shared_bytes(images: ImageStore, listed: Collection[Listed]) -> dict[str, int]:
     """Per image: the size of its layers that other images have, too."""
     counts: dict[str, int] = {}
     for image in images.images():

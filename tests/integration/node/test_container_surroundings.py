@@ -9,7 +9,7 @@ from skep.errors import InvalidArgument
 from skep.model.container import Ulimit
 from skep.node.oci.container import MountPoint
 from skep.node.oci.containers import Containers
-from tests.integration.node.conftest import Runner
+from tests.integration.node.conftest import Runner, eventually
 from tests.runc_lab import Lab
 
 DOCKERS_CAPABILITIES = 0xA80425FB
@@ -73,6 +73,10 @@ async def test_limits_are_applied(lab: Lab, run: Runner, containers: Containers)
         nano_cpus=250_000_000,
         pids=33,
     )
+    # runc returns from the start a moment before the command takes its place and that of runc's threads.
+    assert container.process is not None
+    comm = Path(f"/proc/{container.process.pid}/comm")
+    await eventually(lambda: comm.read_text() == "sleep\n", "the command is there")
     stats = await containers.stats(container.id)
     assert stats.memory_stats.limit == 32 << 20
     assert stats.pids_stats.limit == 33
@@ -119,7 +123,7 @@ async def test_names_environment_and_directory(run: Runner) -> None:
     )
     assert output.splitlines() == [
         *("web-1", "web-1", "/new/directory", "b c web-1 /tmp"),
-        *("nameserver 192.0.2.53", "search example.org", "options ndots:2", "198.51.100.7\textra more"),
+        *("search example.org", "nameserver 192.0.2.53", "options ndots:2", "198.51.100.7\textra more"),
     ]
 
 

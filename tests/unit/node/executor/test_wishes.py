@@ -15,7 +15,7 @@ from skep.model.meta import Driver
 from skep.node.executor.interface import Rejected
 from skep.node.executor.pulling import RETRY_AFTER_S, Pulling
 from skep.node.executor.template import expand
-from skep.node.executor.wish import invocation, log_config, mount_point, parse_size
+from skep.node.executor.wish import invocation, log_config, mount_point, parse_size, stop_signal
 from skep.node.oci.images.digest import Digest
 from skep.node.oci.images.image import ContainerDefaults, Image, ImageConfig
 
@@ -190,3 +190,14 @@ async def test_tasks_that_come_together_share_a_fetch() -> None:
         clock.time += 1
         registry.answered.set()
     assert registry.asked == 1
+
+
+@pytest.mark.parametrize("name", ["", "INT", "SIGTERM", "15", "RTMIN+3"])
+def test_a_stop_signal_is_taken_by_any_of_its_names(name: str) -> None:
+    assert stop_signal(name) == name
+
+
+def test_a_task_that_could_never_be_stopped_is_rejected() -> None:
+    """It ran, and was in the way of its service's removal for good."""
+    with pytest.raises(Rejected, match=r"^Invalid signal: NOSUCH$"):
+        stop_signal("NOSUCH")
