@@ -14,6 +14,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.loop_lag import LoopLag
 from skep.api.server import runner
 from skep.errors import SkepError, Unavailable
 from skep.manager.ca.service import CertificateService
@@ -72,6 +73,7 @@ class Manager:
             clock=self._clock,
             new_id=self._new_id,
             new_name=names_from(self._random),
+            lag=LoopLag(),
         )
         host, _, port = self._config.listen_addr.rpartition(":")
         handlers = (
@@ -89,6 +91,7 @@ class Manager:
             ),
             asyncio.TaskGroup() as group,
         ):
+            group.create_task(api.lag.run(self._clock), name="loop lag")
             group.create_task(self._dispatcher.run(), name="dispatcher")
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(events.run(), name="events")

@@ -41,7 +41,11 @@ class Marks(msgspec.Struct, frozen=True, gc=False):
 
 
 class Table:
-    """All objects of one kind.  ``objects`` by id, ``ids`` sorted, ``indexes`` name -> value -> sorted ids."""
+    """All objects of one kind.  ``objects`` by id, ``ids`` sorted, ``indexes`` name -> value -> sorted ids.
+
+    In an index one id alone stands for itself: a list for each of 100,000 slots would be most of what a garbage
+    collection has to walk through.
+    """
 
     def __init__(self, schema: KindSchema) -> None:
         self.schema = schema
@@ -49,7 +53,7 @@ class Table:
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
         self.marks: dict[str, Marks] = {}
-        self.indexes: dict[str, dict[str, list[str]]] = {name: {} for name in schema.indexes}
+        self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
         """Objects in order of id, all or those with one value of one index."""
@@ -60,7 +64,8 @@ class Table:
         if not by:
             return self.ids
         ((index, value),) = by.items()
-        return self.indexes[index].get(value.lower() if index == NAME else value, ())
+        found = self.indexes[index].get(value.lower() if index == NAME else value, ())
+        return (found,) if isinstance(found, str) else found
 
     def with_prefix(self, prefix: str) -> Sequence[str]:
         """Ids that begin with ``prefix``, in order."""
@@ -163,9 +168,26 @@ class Table:
                 continue
             index = self.indexes[name]
             if before is not None:
-                ids = index[before]
-                del ids[bisect_left(ids, id)]
-                if not ids:
-                    del index[before]
+                _take_out(index, before, id)
             if after is not None:
-                insort(index.setdefault(after, []), id)
+                _put_in(index, after, id)
+
+
+def _put_in(index: dict[str, str | list[str]], value: str, id: str) -> None:
+    found = index.get(value)
+    if found is None:
+        index[value] = id
+    elif isinstance(found, str):
+        index[value] = sorted((found, id))
+    else:
+        insort(found, id)
+
+
+def _take_out(index: dict[str, str | list[str]], value: str, id: str) -> None:
+    found = index[value]
+    if isinstance(found, str):
+        del index[value]
+        return
+    del found[bisect_left(found, id)]
+    if len(found) == 1:
+        index[value] = found[0]

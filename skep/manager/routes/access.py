@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.loop_lag import LoopLag
 from skep.api.errors import rpc_errors
 from skep.errors import InvalidArgument
 from skep.manager.control.names import NameSource
@@ -43,6 +44,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     clock: Clock
     new_id: IdSource
     new_name: NameSource
+    lag: LoopLag = msgspec.field(default_factory=LoopLag)
 
     def now(self) -> Timestamp:
         """The present, as it is written into objects."""

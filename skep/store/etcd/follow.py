@@ -177,11 +177,10 @@ class Follower:
                 change = change_of(event.kv, self._cipher, is_delete=is_delete)
                 if change is not None:
                     changes.append(change)
+                taken += 1
+                if taken % SLICE == 0:
+                    await asyncio.sleep(0)
             self._replica.apply(revision, changes)
-            taken += len(group)
-            if taken >= SLICE:
-                taken = 0
-                await asyncio.sleep(0)
 
     def _use_key_ring(self, encoded: bytes) -> None:
         """Values encrypted with a new data key come after the ring that holds it."""
