@@ -45,8 +45,9 @@ def machine(playground: str, *directories: Path) -> Machine:
 
 
 def _ours(names: "list[str]", playground: str) -> list[str]:
-    """Without what other playgrounds made, which may come and go meanwhile."""
-    return [name for name in names if "skep-" not in name or playground in name]
+    """Without what other playgrounds and tests beside this one made, which may come and go meanwhile."""
+    others = ("skep-", "/pytest-")
+    return [name for name in names if playground in name or not any(other in name for other in others)]
 
 
 def _mounts() -> list[str]:

@@ -137,6 +137,6 @@ def test_images_are_listed_inspected_tagged(m1: TestNode, cli: str) -> None:
 
 
 def test_a_service_without_a_name_gets_a_readable_one(m1: TestNode, cli: str) -> None:
-    id = m1.docker("service", "create", "--detach", IMAGE, "sleep", "60", cli=cli).stdout.strip()
+    id = m1.docker("service", "create", "--detach", IMAGE, *IDLE, cli=cli).stdout.strip()
     name = m1.docker("service", "ls", "--filter", f"id={id}", "--format", "{{.Name}}", cli=cli).stdout.strip()
     assert re.fullmatch(r"[a-z]+_[a-z]+", name)

@@ -27,7 +27,8 @@ def test_containers_outlive_a_killed_daemon_and_are_adopted(m1: TestNode, victim
     assert {id: pid for id, pid in before.items() if Path(f"/proc/{pid}").exists()} == before
     wait_running(m1, "web", 3)
     assert container_pids(m1, "web") == before
-    m1.docker("service", "scale", "web=4")  # the whole chain works again
+    m1.docker("service", "scale", "--detach", "web=4")  # the whole chain works again
+    wait_running(m1, "web", 4)
     assert before.items() <= container_pids(m1, "web").items()
 
 
@@ -40,9 +41,10 @@ def test_a_killed_conmon_does_not_take_its_container_along(m1: TestNode) -> None
     m1.kill(monitors[0])
     wait_until(lambda: monitors[0] not in m1.pids("conmon"), "conmon is gone")
     assert {pid for pid in before.values() if Path(f"/proc/{pid}").exists()} == set(before.values())
-    m1.docker("service", "scale", "web=3")
+    m1.docker("service", "scale", "--detach", "web=3")
+    wait_running(m1, "web", 3)
     assert before.items() <= container_pids(m1, "web").items()
-    m1.docker("service", "scale", "web=0")  # and it can still be stopped
+    m1.docker("service", "scale", "--detach", "web=0")  # and it can still be stopped
     wait_until(lambda: not container_pids(m1, "web"), "the containers are stopped")
 
 
