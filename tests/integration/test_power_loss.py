@@ -1,0 +1,168 @@
+"""Everything of a node is killed at once, at some moment of something unfinished; then it is switched on again."""
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import (
+    IDLE,
+    IMAGE,
+    TestNode,
+    containers,
+    create,
+    running,
+    wait_running,
+    wait_until,
+)
+from tests.integration.daemon.rig import INIT, DaemonRig, daemon_rig
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SEED = 7
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[DaemonRig]:
+    with daemon_rig(tmp_path) as made:
+        yield made
+
+
+def moments(count: int, longest_s: float) -> list[float]:
+    """Seconds after the beginning of what is interrupted: spread over it, the same in every run."""
+    chance = random.Random(SEED)
+    return [longest_s * (number + chance.random()) / count for number in range(count)]
+
+
+def meanwhile(work: Callable[[], object], after_s: float, strike: Callable[[], object]) -> None:
+    """Begin ``work`` in a thread, ``strike`` after a time, and wait until the thread has ended, however."""
+
+    def attempt() -> None:
+        try:
+            work()
+        except (OSError, AssertionError):
+            pass  # that is what it is interrupted for
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join(after_s)
+    strike()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+# --- init -----------------------------------------------------------------------------------------------------------
+
+
+def kill_everything(rig: DaemonRig) -> None:
+    """SIGKILL for all that shares the daemon's network namespace."""
+    assert rig.process is not None
+    home = os.readlink(f"/proc/{rig.process.pid}/ns/net")
+    while pids := _inside(home):
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        rig.process.wait(10)
+    rig.process = None
+
+
+def _inside(namespace: str) -> list[int]:
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            stat = Path(f"/proc/{entry}/stat").read_text()
+            if (
+                os.readlink(f"/proc/{entry}/ns/net") == namespace
+                and stat.rpartition(")")[2].split()[0] != "Z"
+            ):
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("after_s", moments(8, 1.2), ids=lambda after_s: f"{after_s * 1000:.0f}ms")
+def test_an_interrupted_init_is_whole_or_has_never_been(rig: DaemonRig, after_s: float) -> None:
+    rig.start()
+    meanwhile(lambda: rig.ask("POST", "/v1.41/swarm/init", INIT), after_s, lambda: kill_everything(rig))
+    rig.start()
+    wait_until(lambda: rig.swarm()["LocalNodeState"] in ("inactive", "active"), "it knows where it stands")
+    if rig.swarm()["LocalNodeState"] == "inactive":
+        wait_until(lambda: not (rig.data / "manager").exists(), "nothing of the attempt is left")
+        assert not (rig.data / "certificates").exists()
+        assert rig.ask("POST", "/v1.41/swarm/init", INIT)[0] == 200
+    wait_until(lambda: rig.get("/nodes")[0] == 200, "the manager answers")
+    (node,) = rig.get("/nodes")[1]
+    wait_until(lambda: rig.get("/nodes")[1][0]["Status"]["State"] == "ready", "the node is ready")
+    assert node["ID"] == rig.swarm()["NodeID"]
+
+
+# --- services -------------------------------------------------------------------------------------------------------
+
+
+def test_services_are_whole_after_a_power_loss_while_they_are_made(own_m1: TestNode) -> None:
+    """Every service whose create was answered is there, with exactly its replicas, each with one container."""
+    wanted: list[str] = []
+    for number, after_s in enumerate(moments(5, 1.5)):
+
+        def make_services(number: int = number) -> None:
+            for letter in "abcdef":
+                name = f"s{number}{letter}"
+                create(own_m1, name, 2, "--restart-delay", "0s")
+                wanted.append(name)
+
+        meanwhile(make_services, after_s, lambda: own_m1.cluster.skep("kill", "m1"))
+        own_m1.cluster.skep("start", "m1")
+        wait_until(lambda: own_m1.docker("service", "ls", check=False).returncode == 0, "it answers")
+        there = {service["Spec"]["Name"] for service in own_m1.client().api.services()}
+        assert set(wanted) <= there
+        for name in sorted(there):
+            wait_running(own_m1, name, 2, within_s=60)
+        for name in sorted(there):
+            wait_until(lambda name=name: len(containers(own_m1, name)) == 2, f"the containers of {name}")
+            ids = {task["Status"]["ContainerStatus"]["ContainerID"] for task in running(own_m1, name)}
+            assert {container["Id"] for container in containers(own_m1, name)} == ids
+        for name in sorted(there):
+            own_m1.docker("service", "rm", name)
+            if name in wanted:
+                wanted.remove(name)
+        wait_until(lambda: not own_m1.client().api.containers(all=True), "all is removed", within_s=60)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_whole_or_absent_after_a_power_loss_while_it_is_loaded(
+    own_m1: TestNode, tmp_path: Path
+) -> None:
+    archive = tmp_path / "image.tar"
+    own_m1.docker("tag", IMAGE, "again:1")
+    own_m1.docker("save", "-o", str(archive), "again:1")
+    for number, after_s in enumerate(moments(6, 0.3)):
+        own_m1.docker("rmi", "-f", *{image["Id"] for image in own_m1.client().api.images()})
+        assert not own_m1.client().api.images()
+        meanwhile(
+            lambda: own_m1.docker("load", "-i", str(archive), check=False),
+            after_s,
+            lambda: own_m1.cluster.skep("kill", "m1"),
+        )
+        own_m1.cluster.skep("start", "m1")
+        wait_until(lambda: own_m1.docker("service", "ls", check=False).returncode == 0, "it answers")
+        if own_m1.client().api.images():
+            copy = tmp_path / f"copy{number}.tar"
+            own_m1.docker("save", "-o", str(copy), "again:1")
+        else:
+            own_m1.docker("load", "-i", str(archive))
+        words = ["--detach", "--name", f"from{number}", "again:1", *IDLE]
+        own_m1.docker("service", "create", *words)
+        wait_running(own_m1, f"from{number}", 1)
+        own_m1.docker("service", "rm", f"from{number}")
+        wait_until(lambda: not own_m1.client().api.containers(all=True), "the service is gone")
