@@ -7,7 +7,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 import structlog
@@ -202,8 +202,8 @@ async def _past_of(source: EventLines, wish: Wish) -> list[Message]:
     found: list[Message] = []
     try:
         async with source.lines("/events", wish.query) as lines:
-            found = [msgspec.json.decode(line) async for line in lines]
-    except SkepError as error:
+            found = [_decoded(line) async for line in lines]
+    except (SkepError, msgspec.DecodeError) as error:
         log.info("events of others are missing", reason=str(error))
     return found
 
@@ -213,6 +213,30 @@ async def _follow(source: EventLines, wish: Wish, reader: Reader) -> None:
     try:
         async with source.lines("/events", wish.query) as lines:
             async for line in lines:
-                reader.offer(msgspec.json.decode(line))
-    except SkepError as error:
+                reader.offer(_decoded(line))
+    except (SkepError, msgspec.DecodeError) as error:
         log.info("events of others ended", reason=str(error))
+
+
+class _Actor(msgspec.Struct):
+    ID: str
+    Attributes: dict[str, str] | None = None
+
+
+class _Shape(msgspec.Struct):
+    """What is read of others' events here; they are passed on as they came."""
+
+    Type: str
+    Action: str
+    Actor: _Actor
+    scope: str
+    time_ns: int = msgspec.field(name="timeNano")
+
+
+_check = msgspec.json.Decoder(_Shape).decode
+
+
+def _decoded(line: bytes) -> Message:
+    """Raises: msgspec.DecodeError: that is no event."""
+    _check(line)
+    return cast("Message", msgspec.json.decode(line))

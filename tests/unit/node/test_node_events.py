@@ -1,9 +1,14 @@
 """Which events of the node a client's filters take."""
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import msgspec
 import pytest
 
+from skep.aio.clock import SystemClock
 from skep.api.filters import Filters
-from skep.node.events import fits, message_of, without_tag
+from skep.node.events import Message, NodeEvents, Wish, fits, message_of, without_tag
 
 ATTRIBUTES = {"name": "web.1.abc", "image": "busybox:1", "zone": "a"}
 STARTED = message_of("container", "start", "c0ffee", ATTRIBUTES, 1_500_000_000)
@@ -68,3 +73,45 @@ def test_actions_with_details_are_taken_by_their_beginning() -> None:
 )
 def test_a_reference_without_its_tag(reference: str, bare: str) -> None:
     assert without_tag(reference) == bare
+
+
+class Source:
+    """Another's stream of events, which ends."""
+
+    def __init__(self, *lines: bytes) -> None:
+        self._lines = lines
+
+    @asynccontextmanager
+    async def lines(self, path: str, query: Mapping[str, str]) -> AsyncIterator[AsyncIterator[bytes]]:
+        async def each() -> AsyncIterator[bytes]:
+            for line in self._lines:
+                yield line
+
+        yield each()
+
+
+async def seen(events: NodeEvents, *sources: Source) -> list[str]:
+    """The actions of all that happened until now."""
+    messages: list[Message] = []
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    wish = Wish(since_ns=0, until_ns=SystemClock().now_ns(), filters=Filters({}), query={})
+    await events.stream(wish, sources, send)
+    return [message["Action"] for message in messages]
+
+
+async def test_the_past_of_all_sources_is_one_stream_in_the_order_of_time() -> None:
+    events = NodeEvents(SystemClock())
+    events.publish("container", "start", "c1", {}, 1)
+    events.publish("container", "die", "c1", {}, 3)
+    theirs = msgspec.json.encode(message_of("volume", "create", "v", {}, 2))
+    assert await seen(events, Source(theirs)) == ["start", "create", "die"]
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"Type": 1}', b'"text"'])
+async def test_what_others_send_and_is_no_event_costs_their_share_only(line: bytes) -> None:
+    events = NodeEvents(SystemClock())
+    events.publish("container", "start", "c1", {}, 1)
+    assert await seen(events, Source(line)) == ["start"]
