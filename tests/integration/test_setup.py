@@ -67,6 +67,42 @@ def test_the_etcd_that_was_placed_is_new_enough() -> None:
         assert os.access(binary.with_name(tool), os.X_OK)
 
 
+@pytest.fixture
+def without_etcd(tmp_path: Path) -> str:
+    """A $PATH on which the distribution's own suite has no etcd."""
+    path = Path(a_path_without(tmp_path / "path", "apt-cache"))
+    (path / "apt-cache").write_text("#!/bin/sh\n")
+    (path / "apt-cache").chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_an_etcd_of_a_newer_suite_is_fetched_in_seconds(tmp_path: Path, without_etcd: str) -> None:
+    started = time.monotonic()
+    done = run(ROOT / "setup" / "etcd.sh", tmp_path / "libexec", PATH=without_etcd)
+    assert done.returncode == 0, done.stderr
+    assert "fetching etcd from the suite" in done.stdout + done.stderr
+    assert time.monotonic() - started < 45
+    assert "etcd Version: 3." in run(tmp_path / "libexec" / "etcd", "--version").stdout
+
+
+@pytest.mark.slow
+def test_an_archive_signed_by_another_key_is_refused(
+    scripts: Path, tmp_path: Path, without_etcd: str
+) -> None:
+    """With a keyring that has none of the archive's keys, nothing is placed."""
+    suites = scripts / "etcd-suites.txt"
+    suites.write_text(
+        re.sub(r"\S+-archive-keyring\.gpg", "../../.." + str(tmp_path / "empty.gpg"), suites.read_text())
+    )
+    (tmp_path / "empty.gpg").touch()
+    done = run(scripts / "etcd.sh", tmp_path / "libexec", PATH=without_etcd)
+    assert done.returncode != 0
+    assert "not signed" in done.stderr, done.stderr
+    assert "no suite of" in done.stderr
+    assert not (tmp_path / "libexec").exists()
+
+
 def test_an_old_python_is_refused_with_what_to_do(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\necho Python 3.9.2\nexit 1\n")
