@@ -69,7 +69,7 @@ _HEAD_BYTES_MAX = 1024 * 1024
 _LARGE_BODY = 64 * 1024
 """Bodies above this are decoded in a thread, so that they never hold the loop."""
 
-_NEWEST = web.AppKey("newest", ApiVersion)
+_NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")
 _SERVER = web.AppKey("server", str)
 _VERSION = web.RequestKey("api_version", ApiVersion)
 
@@ -78,17 +78,17 @@ Routes = web.RouteTableDef
 
 def application(
     *tables: Iterable[web.AbstractRouteDef],
-    newest: ApiVersion = NEWEST,
+    newest: ApiVersion | Callable[[], ApiVersion] = NEWEST,
     server: str = "Skep/0.1.0 (linux)",
 ) -> web.Application:
     """An application with the routes of ``tables``, each under ``/v<version>`` and without it.
 
     Args:
-        newest: the highest API version that is spoken and announced (``Api-Version``).
+        newest: the highest API version that is spoken and announced (``Api-Version``); or who knows it now.
         server: the ``Server`` header.
     """
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _settle_version])
-    app[_NEWEST] = newest
+    app[_NEWEST] = (lambda: newest) if isinstance(newest, ApiVersion) else newest
     app[_SERVER] = server
     app.on_response_prepare.append(_add_headers)
     routes = [route for table in tables for route in table]
@@ -187,7 +187,7 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
 async def _settle_version(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Find out which version is asked for, and refuse those not spoken."""
     if request.match_info.http_exception is None:
-        request[_VERSION] = requested(request.match_info.get("version"), request.app[_NEWEST])
+        request[_VERSION] = requested(request.match_info.get("version"), request.app[_NEWEST]())
     return await handler(request)
 
 
@@ -206,7 +206,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     if request.match_info.http_exception is not None:
         response.headers.popall("Server", None)
         return
-    response.headers["Api-Version"] = str(request.app[_NEWEST])
+    response.headers["Api-Version"] = str(request.app[_NEWEST]())
     response.headers["Docker-Experimental"] = "false"
     response.headers["Ostype"] = "linux"
     response.headers["Server"] = request.app[_SERVER]

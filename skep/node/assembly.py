@@ -14,10 +14,11 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.api.server import application, runner
 from skep.api.swarm_requests import Founding
+from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.ids import new_id
 from skep.node import info
-from skep.node.engine import Engine, spoken, with_containers_of
+from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
 from skep.node.front.server import Front, tls_context
@@ -80,7 +81,10 @@ class Node:
             manager_api = LocalApi(paths.manager_socket, "the manager of this node")
             await stack.enter_async_context(manager_api.open())
             engine = await self._engine_of(stack)
-            engine_version = await engine.version() if engine is not None else {}
+            if engine is not None and not await engine.ask_version():
+                log.warning(
+                    "the docker engine does not answer yet", socket=str(self._configuration.engine_socket)
+                )
             events = NodeEvents(clock)
             workload = self._workload = await self._workload_of(events)
             reports = Reports()
@@ -109,8 +113,7 @@ class Node:
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
             )
             self._system = NodeSystem(
-                self._description(engine_version),
-                api_version=str(spoken(engine_version)),
+                self._description(),
                 membership=membership,
                 manager_api=manager_api,
                 events=events,
@@ -128,7 +131,7 @@ class Node:
                 swarm_routes.routes,
                 routes,
                 system_routes.last_routes,
-                newest=spoken(engine_version),
+                newest=NEWEST if engine is None else lambda: engine.api_version,
             )
             app[system_routes.SYSTEM] = self._system
             app[swarm_routes.MEMBER] = membership
@@ -144,6 +147,8 @@ class Node:
                 chance=chance,
             )
             group.create_task(reap_orphans(clock), name="orphans")
+            if engine is not None:
+                group.create_task(engine.follow(clock, chance), name="docker engine")
             group.create_task(worker.run(), name="worker")
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
@@ -182,14 +187,13 @@ class Node:
         await stack.enter_async_context(api.open())
         return Engine(api)
 
-    def _description(self, engine_version: Mapping[str, str]) -> info.Node:
+    def _description(self) -> info.Node:
         return info.Node(
             id=engine_id(self._configuration.data_dir),
             machine=self._around.machine,
             features=self._around.features,
             configuration=self._configuration,
             versions=self._around.versions,
-            engine=engine_version,
         )
 
 

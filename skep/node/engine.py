@@ -4,7 +4,7 @@ Everything else reaches it byte for byte (see ``front.splice``).  An engine that
 request at most, and its share of the answer.
 """
 
-from collections.abc import AsyncIterable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -12,6 +12,8 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
 from skep.api.server import json_answer
 from skep.api.versions import NEWEST, ApiVersion
 from skep.errors import NotFound, SkepError
@@ -21,6 +23,7 @@ from skep.node.local_api import LocalApi
 log = structlog.get_logger()
 
 _TIMEOUT_S = 3.0
+_ASK_AGAIN_S = 30.0
 
 
 class Handler(Protocol):
@@ -34,15 +37,38 @@ class Engine:
 
     def __init__(self, api: LocalApi) -> None:
         self.api = api
+        self.version: Mapping[str, str] = {}
+        """``Version`` and ``ApiVersion``, as it said last; empty as long as it has never answered."""
 
-    async def version(self) -> Mapping[str, str]:
-        """``Version`` and ``ApiVersion``; empty while it is away."""
+    async def follow(self, clock: Clock, chance: Callable[[], float]) -> None:
+        """Keep ``version`` true until cancelled: an engine may start after this node, or be replaced beside it."""
+        backoff = Backoff(0.5, _ASK_AGAIN_S, chance=chance)
+        while True:
+            if await self.ask_version():
+                backoff.reset()
+                await clock.sleep(_ASK_AGAIN_S)
+            else:
+                await backoff.sleep(clock)
+
+    async def ask_version(self) -> bool:
+        """Whether it answered, within 3 s."""
         try:
             found = await self.api.get("/version", timeout_s=_TIMEOUT_S)
-        except SkepError as error:
-            log.warning("docker engine", reason=str(error))
-            return {}
-        return {key: str(found.get(key, "")) for key in ("Version", "ApiVersion")}
+            version = {key: str(found[key]) for key in ("Version", "ApiVersion")}
+            ApiVersion(version["ApiVersion"])
+        except (SkepError, msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
+            log.debug("docker engine", reason=str(error))
+            return False
+        if version != self.version:
+            log.info("docker engine", version=version["Version"], api_version=version["ApiVersion"])
+            self.version = version
+        return True
+
+    @property
+    def api_version(self) -> ApiVersion:
+        """What is spoken with it beside us: the lower of ours and its own."""
+        theirs = self.version.get("ApiVersion", "")
+        return min(NEWEST, ApiVersion(theirs)) if theirs else NEWEST
 
     async def counts(self) -> Counts:
         """Its containers and images."""
@@ -78,12 +104,6 @@ class Engine:
         except SkepError as error:
             log.info("containers of the engine are missing", reason=str(error))
             return []
-
-
-def spoken(engine_version: Mapping[str, str]) -> ApiVersion:
-    """The API version to announce: the lower of ours and the engine's, if there is one."""
-    theirs = engine_version.get("ApiVersion", "")
-    return min(NEWEST, ApiVersion(theirs)) if theirs else NEWEST
 
 
 def with_containers_of(

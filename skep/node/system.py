@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.times import timestamp
 from skep.node import features, info
@@ -31,7 +32,6 @@ class NodeSystem:
         self,
         node: info.Node,
         *,
-        api_version: str,
         membership: Membership,
         manager_api: LocalApi,
         events: NodeEvents,
@@ -41,7 +41,6 @@ class NodeSystem:
         warnings: tuple[str, ...] = (),
     ) -> None:
         self._node = node
-        self._api_version = api_version
         self._membership = membership
         self._manager_api = manager_api
         self._events = events
@@ -59,7 +58,10 @@ class NodeSystem:
         return self._membership.header
 
     def version(self) -> Mapping[str, Any]:
-        return info.version(self._node, self._api_version)
+        if self._engine is None:
+            return info.version(self._node, str(NEWEST))
+        node = msgspec.structs.replace(self._node, engine=self._engine.version)
+        return info.version(node, str(self._engine.api_version))
 
     async def info(self) -> Mapping[str, Any]:
         swarm = await self._membership.info()
