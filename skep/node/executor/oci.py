@@ -27,8 +27,12 @@ from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
 from skep.node.oci.containers import Containers
+from skep.node.oci.health import HealthStatus
 
 log = structlog.get_logger()
+
+UNHEALTHY = "dockerexec: unhealthy container"
+"""Docker's words, in ``docker service ps``."""
 
 
 class OciExecutor:
@@ -134,21 +138,41 @@ class OciController:
     async def start(self) -> Running:
         container = self._require()
         if container.was_started:
-            return _running(container)
+            return await self._healthy(container)
         spec = wish.container_spec(self._task)
         self._executor.payloads.materialize(self._task.task.id, spec.secrets, spec.configs)
         try:
-            return _running(await self._containers.start(container.id))
+            container = await self._containers.start(container.id)
         except SkepError as error:
             raise SkepError(f"starting container failed: {error}") from error
+        return await self._healthy(container)
+
+    async def _healthy(self, container: Container) -> Running:
+        """Return once its probe has succeeded, if it has one.
+
+        Raises: SkepError: it is unhealthy, and has been stopped; or it ended with an error.
+        """
+        if container.health is None:
+            return _running(container)
+        container = await self._containers.health.wait(
+            container.id, HealthStatus.HEALTHY, HealthStatus.UNHEALTHY
+        )
+        if _is_unhealthy(container):
+            await self._containers.stop(container.id)
+            raise SkepError(UNHEALTHY)
+        if not container.is_running and container.exit_code:
+            raise SkepError(_exit_of(container, container.error).message)
+        return _running(container)
 
     async def wait(self) -> TaskExit:
-        container = await self._containers.wait(self._require().id)
-        code = container.exit_code
-        message = f"task: non-zero exit ({code})" if code else ""
-        if code and container.error:
-            message += f": {container.error}"
-        return TaskExit(exit_code=code, message=message, oom_killed=container.oom_killed)
+        id = self._require().id
+        container = await self._containers.health.wait(id, HealthStatus.UNHEALTHY)
+        reason = ""
+        if _is_unhealthy(container):
+            reason = UNHEALTHY
+            await self._containers.stop(id)
+        container = await self._containers.wait(id)
+        return _exit_of(container, reason or container.error)
 
     async def shutdown(self) -> None:
         container = self._container()
@@ -239,6 +263,19 @@ class OciController:
                     point.destination,
                     self._executor.volumes.path(point.name),
                 )
+
+
+def _is_unhealthy(container: Container) -> bool:
+    found = container.health
+    return container.is_running and found is not None and found.status is HealthStatus.UNHEALTHY
+
+
+def _exit_of(container: Container, reason: str) -> TaskExit:
+    code = container.exit_code
+    message = f"task: non-zero exit ({code})" if code else ""
+    if code and reason:
+        message += f": {reason}"
+    return TaskExit(exit_code=code, message=message, oom_killed=container.oom_killed)
 
 
 def _running(container: Container) -> Running:

@@ -18,6 +18,7 @@ from skep.model.task import AssignedTask
 from skep.model.times import SECOND_NS
 from skep.node.executor.interface import Rejected
 from skep.node.executor.template import Context, expand
+from skep.node.oci import health
 from skep.node.oci.container import ContainerConfig, LogConfig, MountPoint
 from skep.node.oci.images.image import ContainerDefaults
 from skep.node.oci.signals import signal_number
@@ -136,7 +137,7 @@ def config(
         dns_options=dns.options if dns else (),
         ports=tuple(port for port in task.ports if port.publish_mode is PublishMode.HOST),
         exposed_ports=tuple(sorted(image.exposed_ports or {})),
-        healthcheck=spec.healthcheck or image.healthcheck,
+        healthcheck=health.merged(spec.healthcheck, image.healthcheck),
         log=log_config(task.task.spec.log_driver or log_default),
     )
 

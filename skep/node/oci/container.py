@@ -16,6 +16,7 @@ from skep.model.container import HealthConfig, Ulimit
 from skep.model.ids import ContainerId
 from skep.model.service import PortConfig
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
+from skep.node.oci.health import Health
 
 
 class ContainerState(Enum):
@@ -155,6 +156,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     """Why it could not start or what became of its monitor, in the runtime's words."""
     oom_killed: bool = False
+    health: Health | None = None
+    """None: it has no probe, or never ran."""
     started_at: Timestamp = ZERO_TIME
     finished_at: Timestamp = ZERO_TIME
 
@@ -240,8 +243,8 @@ class ContainerEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Something happened to a container (``docker events``).
 
     ``action``: create, start, die, oom, kill, stop, pause, unpause, attach, resize, ``exec_create: <command>``,
-    ``exec_start: <command>``, exec_die, update, destroy.  ``attributes``: Docker's (image, name, labels,
-    exitCode, ...).
+    ``exec_start: <command>``, exec_die, ``health_status: <status>``, update, destroy.  ``attributes``: Docker's
+    (image, name, labels, exitCode, ...).
     """
 
     action: str

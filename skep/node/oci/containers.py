@@ -9,9 +9,8 @@ that still run and settles the ones that ended meanwhile.
 """
 
 import asyncio
-import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -24,6 +23,7 @@ from skep.errors import NotFound, SkepError
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME, timestamp
 from skep.node.first import finish
+from skep.node.oci import health
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
@@ -32,15 +32,15 @@ from skep.node.oci.container import (
     Container,
     ContainerState,
     ContainerWish,
-    Endpoint,
     NotRunning,
     StillRunning,
 )
 from skep.node.oci.events import Events
 from skep.node.oci.execs import Execs
+from skep.node.oci.health_checks import HealthChecks
 from skep.node.oci.log_keeping import LogKeeper
-from skep.node.oci.networking import Networking
-from skep.node.oci.processes import is_alive, send_signal
+from skep.node.oci.networking import Networking, kept_endpoints
+from skep.node.oci.processes import send_signal
 from skep.node.oci.reading import ContainerReader
 from skep.node.oci.registry import Registry
 from skep.node.oci.runtime import Runtime
@@ -78,6 +78,7 @@ class Containers(ContainerReader):
         self.events = Events(clock)
         self.log_keeper = LogKeeper(bundles, runtime, clock, self.list)
         self.execs = Execs(bundles, runtime, self.events, container=self.get, spawn=self._spawn)
+        self.health = HealthChecks(self._registry, self.execs, self.events, cgroups, clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -92,7 +93,7 @@ class Containers(ContainerReader):
                 self._registry.add(container)
             for id in unknown:
                 await self._remove_unknown(id)
-            kept = self._kept_endpoints()
+            kept = kept_endpoints(known)
             await self._network.restore(kept)
             for container in self._registry.list():
                 await self._adopt(container, has_network=container.id in kept)
@@ -264,6 +265,7 @@ class Containers(ContainerReader):
             exit_code=0,
             error="",
             oom_killed=False,
+            health=health.first(container.config.healthcheck),
         )
         self._watch(container)
         self.events.publish("start", container)
@@ -281,6 +283,8 @@ class Containers(ContainerReader):
         task = self._spawn(self._wait_and_settle(container), name=f"container-{container.id[:12]}")
         self._watches[container.id] = task
         task.add_done_callback(lambda _: self._watches.pop(container.id, None))
+        if container.health is not None:
+            self._spawn(self.health.run(container.id), name=f"health-{container.id[:12]}")
 
     async def _wait_settled(self, id: ContainerId) -> None:
         """Return when everything is freed that an ended container does not need."""
@@ -350,16 +354,6 @@ class Containers(ContainerReader):
         log.warning("container without a readable record removed", id=id)
         await self._runtime.delete(id)
         await asyncio.to_thread(self._bundles.discard, id)
-
-    def _kept_endpoints(self) -> Mapping[ContainerId, Endpoint]:
-        """Network places of the containers that run, or may still be started."""
-        return {
-            one.id: one.endpoint
-            for one in self.list()
-            if one.endpoint is not None
-            and os.path.ismount(one.endpoint.netns)
-            and (not one.was_started or (one.process is not None and is_alive(one.process)))
-        }
 
     async def _adopt(self, container: Container, *, has_network: bool) -> None:
         """Go on where the process before this one stopped."""

@@ -109,6 +109,12 @@ class Execs:
         await self._ended[self.get(exec_id).id].wait()
         return self.get(exec_id)
 
+    def drop(self, exec_id: str) -> None:
+        """Forget one exec, if it has ended or was never started; a running one is forgotten with its container."""
+        exec = self._execs.get(exec_id)
+        if exec is not None and not exec.running:
+            del self._execs[exec_id], self._ended[exec_id]
+
     def forget(self, container_id: ContainerId) -> None:
         """Drop the execs of a container that is being removed."""
         for exec_id in [one.id for one in self._execs.values() if one.container_id == container_id]:

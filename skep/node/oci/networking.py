@@ -1,11 +1,13 @@
 """What containers need of the node's network."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from skep.model.ids import ContainerId
 from skep.model.service import PortConfig
-from skep.node.oci.container import Endpoint
+from skep.node.oci.container import Container, Endpoint
+from skep.node.oci.processes import is_alive
 
 
 class Networking(Protocol):
@@ -19,3 +21,14 @@ class Networking(Protocol):
 
     async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Free all of it.  Harmless when nothing is left."""
+
+
+def kept_endpoints(containers: Iterable[Container]) -> Mapping[ContainerId, Endpoint]:
+    """Network places of the containers of an earlier process that run, or may still be started."""
+    return {
+        one.id: one.endpoint
+        for one in containers
+        if one.endpoint is not None
+        and os.path.ismount(one.endpoint.netns)
+        and (not one.was_started or (one.process is not None and is_alive(one.process)))
+    }

@@ -11,6 +11,7 @@ from typing import Any
 from skep.model.times import ZERO_TIME, unix_ns
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerState, MountPoint
+from skep.node.oci.health import HealthStatus
 from skep.node.oci.images.store import ImageStore
 from skep.node.routes.ages import age
 
@@ -145,7 +146,7 @@ def status(container: Container, now_ns: int) -> str:
     """
     match container.state:
         case ContainerState.RUNNING:
-            return f"Up {age(now_ns - unix_ns(container.started_at))}"
+            return f"Up {age(now_ns - unix_ns(container.started_at))}{_health(container)}"
         case ContainerState.PAUSED:
             return f"Up {age(now_ns - unix_ns(container.started_at))} (Paused)"
         case ContainerState.REMOVING:
@@ -154,6 +155,13 @@ def status(container: Container, now_ns: int) -> str:
             return f"Exited ({container.exit_code}) {age(now_ns - unix_ns(container.finished_at))} ago"
         case _:
             return "Created"
+
+
+def _health(container: Container) -> str:
+    if container.health is None:
+        return ""
+    word = container.health.status.value
+    return f" (health: {word})" if container.health.status is HealthStatus.STARTING else f" ({word})"
 
 
 def ports(container: Container) -> list[dict[str, Any]]:
@@ -183,7 +191,7 @@ def _split_port(text: str) -> tuple[int, str]:
 
 def _state(container: Container) -> dict[str, Any]:
     state = container.state
-    return {
+    answer: dict[str, Any] = {
         "Status": state.value,
         "Running": container.is_running,
         "Paused": state is ContainerState.PAUSED,
@@ -196,6 +204,9 @@ def _state(container: Container) -> dict[str, Any]:
         "StartedAt": container.started_at,
         "FinishedAt": container.finished_at,
     }
+    if container.health is not None:
+        answer["Health"] = container.health
+    return answer
 
 
 def _config(container: Container) -> dict[str, Any]:

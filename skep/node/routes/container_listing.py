@@ -61,7 +61,7 @@ def select(containers: Sequence[Container], wish: Wish) -> Sequence[Container]:
             and name_is(container.name, f"/{container.name}")
             and id_is(container.id)
             and filters.matches("status", container.state.value)
-            and filters.matches("health", "none")
+            and filters.matches("health", container.health.status.value if container.health else "none")
             and filters.matches_labels("label", container.labels)
             and (exits is None or (container.exit_code in exits and container.state is ContainerState.EXITED))
             and (wish.ancestors is None or container.image_id in wish.ancestors)
