@@ -23,6 +23,8 @@ from skep.node.worker import Worker
 
 QUICK = Behaviour(prepare_s=0.0, start_s=0.0, shutdown_s=0.0)
 RUNNING = TaskState.RUNNING
+DEADLINE_S = 30
+"""Generous: it is meant for what never comes, not for what comes late on a busy machine."""
 
 
 def assigned(
@@ -66,7 +68,7 @@ class Reports:
         return [status.state for status in self.told.get(id, ())]
 
     async def wait(self, id: str, state: TaskState) -> TaskStatus:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while state not in self.states(id):
                 self._news.clear()
                 await self._news.wait()
@@ -96,7 +98,7 @@ class Node:
             running.cancel()
 
     async def wait_empty(self) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while self.machine.processes:  # noqa: ASYNC110  # a machine tells nobody
                 await asyncio.sleep(0)
 
@@ -234,7 +236,7 @@ async def test_leftovers_go_with_the_first_complete_set_and_not_before(node: Nod
         await node.reports.wait("a", RUNNING)
         assert "x" in node.machine.processes
         await worker.assign(complete(assigned("a")))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while "x" in node.machine.processes:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert "a" in node.machine.processes
@@ -311,7 +313,7 @@ async def test_new_limits_reach_a_running_task_once(node: Node) -> None:
         await node.reports.wait("a", RUNNING)
         await worker.assign(difference(assigned("a", memory=5)))
         await worker.assign(difference(assigned("a", memory=5)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while not Counted.updates:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert Counted.updates == (5,)
