@@ -8,6 +8,7 @@ import msgspec
 
 from skep.api.swarm_requests import Interface, Interfaces
 from skep.errors import Unavailable
+from skep.linux.commands import communicate
 
 _TIMEOUT_S = 5.0
 _KINDS_OF_OURS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
@@ -17,13 +18,12 @@ _KINDS_OF_OURS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
 async def read_interfaces() -> Interfaces:
     """Every interface with its addresses, by name.  Raises: Unavailable: ``ip`` does not answer."""
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            process = await asyncio.create_subprocess_exec(
-                *("ip", "-details", "-json", "address", "show"),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-            )
-            output, _ = await process.communicate()
+        process = await asyncio.create_subprocess_exec(
+            *("ip", "-details", "-json", "address", "show"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        output, _ = await communicate(process, _TIMEOUT_S)
     except (OSError, TimeoutError) as error:
         raise Unavailable(f"the addresses of this machine cannot be read: {error}") from error
     return parse_interfaces(output)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.linux.commands import communicate
 
 _PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 _POLL_S = 0.02
@@ -33,14 +34,9 @@ async def run(*argv: str, stdin: bytes = b"", deadline_s: float = 30) -> bytes:
         env={**os.environ, "LC_ALL": "C"},  # what they print is read here, whatever language people use
     )
     try:
-        async with asyncio.timeout(deadline_s):
-            output, errors = await process.communicate(stdin)
+        output, errors = await communicate(process, deadline_s, stdin)
     except TimeoutError as error:
         raise Unavailable(f"not done after {deadline_s:g} s: {' '.join(argv)}") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
     if process.returncode:
         message = errors.decode(errors="replace").strip()
         raise FailedPrecondition(f"{' '.join(argv)}: {message or f'exit code {process.returncode}'}")

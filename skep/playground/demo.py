@@ -12,6 +12,7 @@ import click
 from skep.api.client import Client
 from skep.cli.passthrough import find_docker
 from skep.errors import FailedPrecondition, Unavailable
+from skep.linux.commands import communicate
 from skep.playground import nginx, node
 from skep.playground.commands import run
 from skep.playground.description import Cluster
@@ -78,16 +79,11 @@ async def _docker(endpoint: str, *words: str) -> None:
     environment.pop("DOCKER_CONTEXT", None)
     process = await asyncio.create_subprocess_exec(find_docker(), *words, env=environment)
     try:
-        async with asyncio.timeout(_CREATE_WITHIN_S):
-            code = await process.wait()
+        await communicate(process, _CREATE_WITHIN_S)
     except TimeoutError as error:
         raise Unavailable(f"docker {' '.join(words)}: not done after {_CREATE_WITHIN_S} s") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if code:
-        raise FailedPrecondition(f"docker {' '.join(words)} failed with exit code {code}")
+    if process.returncode:
+        raise FailedPrecondition(f"docker {' '.join(words)} failed with exit code {process.returncode}")
 
 
 async def _an_address(cluster: Cluster) -> str:

@@ -5,17 +5,15 @@ that term's loops compares.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from skep.errors import SkepError
 from skep.model.ids import NodeId
-from skep.store.interface import Object, Transaction, View, Watch
+from skep.store.interface import Object, View, Watch
 from skep.store.replica import Replica
-from skep.store.updates import Updater
+from skep.store.updates import Updater, Updating
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,7 +55,7 @@ class TermState:
         await self._lost.wait()
 
 
-class FencedTerm:
+class FencedTerm(Updating):
     """One term on one replica; its updater proposes behind the fence.  Implements ``interface.Term``."""
 
     def __init__(self, replica: Replica, state: TermState, updater: Updater) -> None:
@@ -74,16 +72,6 @@ class FencedTerm:
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         return self._replica.watch(*kinds)
-
-    async def update(
-        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        return await self._updater.update(body, *args, **kwargs)
-
-    async def update_each(
-        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
-    ) -> Sequence[R | SkepError]:
-        return await self._updater.update_each(body, items)
 
     async def wait_lost(self) -> None:
         await self._state.wait_lost()

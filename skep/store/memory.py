@@ -12,20 +12,20 @@ from bisect import bisect_left, insort
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import NodeId
-from skep.store.interface import NotLeader, Object, Term, Transaction, View, Watch
+from skep.store.interface import NotLeader, Object, Term, View, Watch
 from skep.store.keys import LEADER
 from skep.store.leadership import FencedTerm, LeaderRecord, TermState, leader_named
 from skep.store.proposal import Exists, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
 from skep.store.state import KeyChange, State, differences
-from skep.store.updates import NO_LEADER, Committed, Conflict, Outcome, Updater, within_deadline
+from skep.store.updates import NO_LEADER, Committed, Conflict, Outcome, Updater, Updating, within_deadline
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -211,7 +211,7 @@ class MemoryCluster:
         self._terms = {}
 
 
-class MemoryStore:
+class MemoryStore(Updating):
     """One manager's store on a ``MemoryCluster``.  Implements ``interface.Store``."""
 
     def __init__(
@@ -236,16 +236,6 @@ class MemoryStore:
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         return self._replica.watch(*kinds)
-
-    async def update(
-        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        return await self._updater.update(body, *args, **kwargs)
-
-    async def update_each(
-        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
-    ) -> Sequence[R | SkepError]:
-        return await self._updater.update_each(body, items)
 
     async def barrier(self) -> None:
         async with within_deadline():

@@ -204,6 +204,24 @@ class Updater:
             log.warning("replica does not show an acknowledged write", revision=revision)
 
 
+class Updating:
+    """What a store and a term have in common: they are updated by an ``Updater``."""
+
+    _updater: Updater
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """See ``interface.Updates.update``."""
+        return await self._updater.update(body, *args, **kwargs)
+
+    async def update_each(
+        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
+    ) -> Sequence[R | SkepError]:
+        """See ``interface.Updates.update_each``."""
+        return await self._updater.update_each(body, items)
+
+
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """``items`` in runs of ``size``."""
     return (items[start : start + size] for start in range(0, len(items), size))

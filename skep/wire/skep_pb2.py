@@ -1,5 +1,6 @@
 """The messages of ``skep.proto``; the stub beside this file lists them."""
 
-from skep.wire.descriptors import module_of
+from skep.protobuf.messages import module_of
+from skep.wire.descriptors import POOL
 
-globals().update(module_of("skep/wire/skep.proto"))
+globals().update(module_of(POOL, "skep/wire/skep.proto"))

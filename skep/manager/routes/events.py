@@ -8,8 +8,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from skep.api.server import Filters, JsonLines, Routes
-from skep.api.timestamps import parse_unix_time
-from skep.errors import InvalidArgument
+from skep.api.timestamps import period_of
 from skep.manager.events import Message
 from skep.manager.routes.access import manager_of
 
@@ -19,13 +18,7 @@ routes = Routes()
 @routes.get("/events")
 async def stream_events(request: web.Request) -> web.StreamResponse:
     """Events as they come, one JSON object per line, each sent at once."""
-    since = parse_unix_time(request.query.get("since", ""))
-    until = parse_unix_time(request.query.get("until", ""))
-    if until is not None and until < (since or 0):
-        raise InvalidArgument(
-            f"`since` time ({request.query.get('since', '')}) cannot be after "
-            f"`until` time ({request.query['until']})"
-        )
+    since, until = period_of(request)
     filters = Filters.of(request)
     messages = manager_of(request).events.subscribe(since, until, lambda message: fits(message, filters))
     async with JsonLines(request) as lines, aclosing(messages):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from skep.errors import InvalidArgument, Unavailable
+from skep.linux.commands import communicate
 from skep.node.oci.syscalls import open_in_root
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
@@ -77,13 +78,9 @@ async def copy_up(root: Path, destination: str, volume: Path) -> None:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
-        try:
-            async with asyncio.timeout(_COPY_DEADLINE_S):
-                _, errors = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        _, errors = await communicate(process, _COPY_DEADLINE_S)
+    except TimeoutError as error:
+        raise Unavailable(f"cannot fill volume {volume.parent.name}: it takes too long") from error
     finally:
         os.close(source)
     if process.returncode:

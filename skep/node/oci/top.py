@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Set as AbstractSet
 
 from skep.errors import InvalidArgument, Unavailable
+from skep.linux.commands import communicate
 from skep.node.oci.container import Top
 
 _DEADLINE_S = 10.0
@@ -35,14 +36,9 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(_DEADLINE_S):
-            output, errors = await process.communicate()
+        output, errors = await communicate(process, _DEADLINE_S)
     except TimeoutError as error:
         raise Unavailable(f"ps did not end in {_DEADLINE_S:g} s") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
     if process.returncode:
         reason, *_ = errors.decode(errors="replace").splitlines() or [f"exit status {process.returncode}"]
         raise InvalidArgument(f"ps: {reason}")

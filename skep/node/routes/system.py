@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from skep.api.server import Filters, JsonLines, Routes, json_answer
-from skep.api.timestamps import parse_unix_time
-from skep.errors import InvalidArgument, NotFound, Unimplemented
+from skep.api.timestamps import period_of
+from skep.errors import NotFound, Unimplemented
 from skep.node.events import Message, Wish
 
 
@@ -60,13 +60,7 @@ async def show_info(request: web.Request) -> web.StreamResponse:
 @routes.get("/events")
 async def stream_events(request: web.Request) -> web.StreamResponse:
     """Events of this node and of the cluster, one JSON object per line, each sent at once."""
-    since = parse_unix_time(request.query.get("since", ""))
-    until = parse_unix_time(request.query.get("until", ""))
-    if until is not None and until < (since or 0):
-        raise InvalidArgument(
-            f"`since` time ({request.query.get('since', '')}) cannot be after "
-            f"`until` time ({request.query['until']})"
-        )
+    since, until = period_of(request)
     wish = Wish(since, until, Filters.of(request), dict(request.query))
     async with JsonLines(request) as lines:
         await request.app[SYSTEM].stream_events(wish, lines.send)

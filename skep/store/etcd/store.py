@@ -2,10 +2,10 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
@@ -21,11 +21,11 @@ from skep.store.etcd.election import Election
 from skep.store.etcd.follow import Follower
 from skep.store.etcd.founding import founded_ring
 from skep.store.etcd.requests import etcd_key
-from skep.store.interface import NotLeader, Object, Term, Transaction, View, Watch
+from skep.store.interface import NotLeader, Object, Term, View, Watch
 from skep.store.leadership import FencedTerm, TermState, leader_named
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
-from skep.store.updates import Outcome, Updater, within_deadline
+from skep.store.updates import Outcome, Updater, Updating, within_deadline
 from skep.store.watches import CAPACITY
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 
-class EtcdStore:
+class EtcdStore(Updating):
     """Implements ``interface.Store``.  Made by ``open_store``."""
 
     def __init__(
@@ -64,16 +64,6 @@ class EtcdStore:
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         return self._replica.watch(*kinds)
-
-    async def update(
-        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        return await self._updater.update(body, *args, **kwargs)
-
-    async def update_each(
-        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
-    ) -> Sequence[R | SkepError]:
-        return await self._updater.update_each(body, items)
 
     async def barrier(self) -> None:
         async with within_deadline():

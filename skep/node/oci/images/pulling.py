@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import os
 import platform as machine
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -19,6 +18,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from skep.aio.backoff import Backoff
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, parse_digest, short
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
@@ -354,13 +354,14 @@ async def _transfer(repository: Repository, descriptor: Descriptor, file: Binary
 
 async def _attempted(action: Callable[[], Awaitable[T]]) -> T:
     """``action``'s result; a failure of the network is tried again, each time after a longer, jittered wait."""
+    backoff = Backoff(_BACKOFF_S)
     for attempt in range(_ATTEMPTS):
         try:
             return await action()
         except RegistryError:
             if attempt == _ATTEMPTS - 1:
                 raise
-            await asyncio.sleep(_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
+            await asyncio.sleep(backoff.next_delay_s())
     raise AssertionError("the last attempt returns or raises")
 
 

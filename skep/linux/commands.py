@@ -1,0 +1,20 @@
+"""Commands that must not outlive who asked for them."""
+
+import asyncio
+
+
+async def communicate(
+    process: asyncio.subprocess.Process, deadline_s: float, stdin: bytes | None = None
+) -> tuple[bytes, bytes]:
+    """What ``process`` printed on its two outputs until it ended; it has ended, however this returns.
+
+    Raises: TimeoutError: it took longer, and was killed.
+    """
+    try:
+        async with asyncio.timeout(deadline_s):
+            output, errors = await process.communicate(stdin)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return output or b"", errors or b""

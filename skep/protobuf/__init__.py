@@ -1,0 +1,1 @@
+"""Protobuf without generated modules: those of a new protoc refuse older runtimes."""
