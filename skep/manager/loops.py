@@ -7,7 +7,7 @@ from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
 from skep.manager.follow import State
 from skep.manager.orchestrator.loop import Orchestrator
-from skep.manager.orchestrator.reaper import Reaper
+from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import IdSource
 

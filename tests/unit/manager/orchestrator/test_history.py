@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.manager.orchestrator.history import (
+from skep.manager.orchestrator.reaper.history import (
     history_limit,
     is_disposable,
     is_orphaned,

@@ -13,7 +13,7 @@ from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, contained
-from skep.manager.orchestrator.history import (
+from skep.manager.orchestrator.reaper.history import (
     history_limit,
     is_disposable,
     is_orphaned,
