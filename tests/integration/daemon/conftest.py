@@ -1,11 +1,13 @@
 """Daemons of a test's own."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.integration.daemon.front_rig import Rig
 from tests.integration.daemon.rig import DaemonRig, daemon_rig
 
 
@@ -16,4 +18,12 @@ def rig() -> Iterator[DaemonRig]:
         tempfile.TemporaryDirectory(prefix="skep-", dir="/var/tmp") as directory,
         daemon_rig(Path(directory)) as rig,
     ):
+        yield rig
+
+
+@pytest.fixture
+async def front_rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    rig = Rig(tmp_path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(rig.front())
         yield rig

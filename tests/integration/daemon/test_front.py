@@ -1,135 +1,14 @@
 """The API sockets: requests answered here, relayed to the manager, and spliced to an engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import pytest
 from aiohttp import web
 
-from skep.aio.clock import SystemClock
-from skep.configuration.configuration import UnixHost
 from skep.errors import FailedPrecondition
-from skep.node.front.server import Front
-
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-MIB = 1 << 20
-
-
-class Known:
-    """A node that made the container ``ours``."""
-
-    is_manager = True
-    has_engine = True
-
-    def knows_container(self, word: str) -> bool:
-        return word == "ours"
-
-    def knows_image(self, reference: str) -> bool:
-        return False
-
-    def knows_exec(self, id: str) -> bool:
-        return False
-
-
-class Member:
-    """A node in a swarm, unless told otherwise."""
-
-    refusal: str | None = None
-
-    def manager_refusal(self) -> str | None:
-        return self.refusal
-
-
-@asynccontextmanager
-async def application(answer: Answer) -> AsyncIterator[web.AppRunner]:
-    app = web.Application(client_max_size=64 * MIB)
-    app.router.add_route("*", "/{tail:.*}", answer)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
-    await runner.setup()
-    try:
-        yield runner
-    finally:
-        await runner.cleanup()
-
-
-class Rig:
-    """A front on a socket of its own, with a manager and an engine behind it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.socket = directory / "api.sock"
-        self.manager_socket = directory / "manager.sock"
-        self.engine_socket = directory / "engine.sock"
-        self.member = Member()
-        self.connections = 0
-
-    @asynccontextmanager
-    async def front(self, answer: Answer | None = None) -> AsyncIterator[None]:
-        """``answer``: what this node answers itself; it says where and how much was asked unless told otherwise."""
-
-        async def here(request: web.Request) -> web.StreamResponse:
-            response = web.json_response({"here": request.path, "bytes": len(await request.read())})
-            response.force_close()
-            return response
-
-        async with application(answer or here) as runner:
-            assert runner.server is not None
-            front = Front(
-                runner.server,
-                knowledge=Known(),
-                membership=self.member,
-                manager_socket=self.manager_socket,
-                engine_socket=self.engine_socket,
-                clock=SystemClock(),
-                chance=lambda: 0.5,
-            )
-            async with front.listening([UnixHost(self.socket)]):
-                yield
-
-    @asynccontextmanager
-    async def manager(self, answer: Answer) -> AsyncIterator[None]:
-        async with application(answer) as runner:
-            assert runner.server is not None
-            serve = runner.server
-
-            def counted() -> asyncio.BaseProtocol:
-                self.connections += 1
-                return serve()
-
-            loop = asyncio.get_running_loop()
-            server = await loop.create_unix_server(counted, self.manager_socket)
-            async with server:
-                yield
-            self.manager_socket.unlink(missing_ok=True)
-
-    @asynccontextmanager
-    async def engine(
-        self, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-    ) -> AsyncIterator[None]:
-        async with await asyncio.start_unix_server(serve, self.engine_socket):
-            yield
-
-    @asynccontextmanager
-    async def client(self) -> AsyncIterator[aiohttp.ClientSession]:
-        connector = aiohttp.UnixConnector(str(self.socket))
-        async with aiohttp.ClientSession("http://docker", connector=connector) as session:
-            yield session
-
-
-@pytest.fixture
-async def front_rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    rig = Rig(tmp_path)
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(rig.front())
-        yield rig
-
-
-async def echo(request: web.Request) -> web.StreamResponse:
-    body = await request.read()
-    return web.json_response({"manager": request.path_qs, "bytes": len(body)}, headers={"X-Of": "manager"})
-
+from tests.integration.daemon.front_rig import MIB, Rig, echo
 
 # --- here -----------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import pytest
 from skep.node.executor.oci import OciExecutor
 from skep.node.oci.container import Container, ContainerConfig, ContainerWish, LogWish, Stream
 from skep.node.oci.containers import Containers
+from skep.node.oci.images.store import ImageStore
 from tests.runc_lab import IMAGE, IMAGE_ID, Lab
 
 
@@ -36,6 +37,13 @@ def containers(executor: OciExecutor) -> Containers:
 @pytest.fixture
 def run(lab: Lab, containers: Containers) -> "Runner":
     return Runner(lab, containers)
+
+
+@pytest.fixture
+async def images(tmp_path: Path) -> ImageStore:
+    store = ImageStore(tmp_path / "images")
+    await store.open()
+    return store
 
 
 class Runner:

@@ -1,22 +1,17 @@
-"""Pulling from a registry on loopback: Debian's for what one should do, one of our own for what none should."""
+"""Pulling from a registry on loopback: one of our own, which does what none should."""
 
 import asyncio
 import base64
-import gzip
 import json
-import os
-import shutil
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
-import msgspec
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestServer
 
-from skep.api.server import application, runner
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.node.oci.images.progress import Message
 from skep.node.oci.images.registry import (
@@ -28,39 +23,10 @@ from skep.node.oci.images.registry import (
     RegistryError,
 )
 from skep.node.oci.images.store import ImageStore
-from skep.node.routes.images import image_routes
-from tests.archives import a_config, a_file, a_layer, a_tar, sha256
-from tests.conftest import SEARCHED
-from tests.integration.cluster import CLIS
+from tests.archives import sha256
+from tests.registry_rig import BLOBS, CONFIG, a_manifest
 
 pytestmark = pytest.mark.point("6")
-needs_registry = pytest.mark.needs("docker-registry")
-
-LAYERS = (a_layer(), a_tar(a_file("data", os.urandom(300_000))))
-BLOBS = tuple(gzip.compress(layer, mtime=0) for layer in LAYERS)
-CONFIG = a_config(*LAYERS)
-
-
-def a_manifest(
-    config: bytes = CONFIG, blobs: tuple[bytes, ...] = BLOBS, media_type: str = DOCKER_MANIFEST
-) -> bytes:
-    def descriptor(content: bytes) -> dict[str, object]:
-        return {"mediaType": "application/octet-stream", "digest": sha256(content), "size": len(content)}
-
-    document = {
-        "schemaVersion": 2,
-        "mediaType": media_type,
-        "config": descriptor(config),
-        "layers": [descriptor(blob) for blob in blobs],
-    }
-    return json.dumps(document).encode()
-
-
-@pytest.fixture
-async def images(tmp_path: Path) -> ImageStore:
-    store = ImageStore(tmp_path / "images")
-    await store.open()
-    return store
 
 
 class Rogue:
@@ -304,129 +270,3 @@ async def test_mirrors_are_asked_first_and_see_no_credentials(tmp_path: Path, ro
     assert [tag.familiar for tag in image.tags] == ["app:1"]
     assert rogue.requests[-1].path.startswith("/v2/library/app/")
     assert not any("Authorization" in request.headers for request in rogue.requests)
-
-
-# --- a real registry ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def registry(tmp_path: Path) -> AsyncIterator[str]:
-    """Debian's docker-registry with one image, ``team/app:1``; gives its address."""
-    program = shutil.which("docker-registry", path=SEARCHED)
-    assert program is not None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {
-        "version": "0.1",
-        "log": {"level": "error"},
-        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
-        "http": {"addr": address},
-    }
-    (tmp_path / "registry.yml").write_text(json.dumps(settings))
-    process = await asyncio.create_subprocess_exec(program, "serve", str(tmp_path / "registry.yml"))
-    try:
-        async with aiohttp.ClientSession(f"http://{address}") as session:
-            await _push(session)
-        yield address
-    finally:
-        process.terminate()
-        await process.wait()
-
-
-async def _push(session: aiohttp.ClientSession) -> None:
-    for attempt in range(100):
-        try:
-            async with session.get("/v2/") as response:
-                assert response.status == 200
-                break
-        except aiohttp.ClientConnectionError:
-            assert attempt < 99, "the registry does not answer"
-            await asyncio.sleep(0.05)
-    for content in (CONFIG, *BLOBS):
-        async with session.post("/v2/team/app/blobs/uploads/") as response:
-            location = response.headers["Location"]
-        async with session.put(f"{location}&digest={sha256(content)}", data=content) as response:
-            assert response.status == 201
-    headers = {"Content-Type": DOCKER_MANIFEST}
-    async with session.put("/v2/team/app/manifests/1", data=a_manifest(), headers=headers) as response:
-        assert response.status == 201
-
-
-async def asked(
-    client: TestClient, method: str, path: str, **query: str
-) -> tuple[int, list[Mapping[str, object]]]:
-    response = await client.request(method, f"/v1.41{path}", params=query)
-    lines = [msgspec.json.decode(line) for line in (await response.read()).splitlines() if line]
-    return response.status, lines
-
-
-@needs_registry
-async def test_a_real_registry_is_pulled_from_over_the_api(images: ImageStore, registry: str):
-    async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
-        status, lines = await asked(
-            client, "POST", "/images/create", fromImage=f"{registry}/team/app", tag="1"
-        )
-        assert status == 200
-        assert lines[-1] == {"status": f"Status: Downloaded newer image for {registry}/team/app:1"}
-        _, [found] = await asked(client, "GET", f"/distribution/{registry}/team/app:1/json")
-        assert found["Descriptor"] == {
-            "mediaType": DOCKER_MANIFEST,
-            "digest": sha256(a_manifest()),
-            "size": len(a_manifest()),
-        }
-        assert found["Platforms"] == [{"architecture": "amd64", "os": "linux"}]
-        _, [listed] = await asked(client, "GET", "/images/json")
-        assert listed[0]["RepoDigests"] == [f"{registry}/team/app@{sha256(a_manifest())}"]
-
-
-@needs_registry
-async def test_an_unknown_tag_is_a_404_in_dockers_words(images: ImageStore, registry: str):
-    async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
-        unknown = "manifest unknown: manifest unknown"
-        assert await asked(client, "POST", "/images/create", fromImage=f"{registry}/team/app", tag="9") == (
-            404,
-            [{"message": f"manifest for {registry}/team/app:9 not found: {unknown}"}],
-        )
-        assert await asked(client, "GET", f"/distribution/{registry}/team/app:9/json") == (
-            404,
-            [{"message": unknown}],
-        )
-
-
-@needs_registry
-async def test_a_name_without_a_tag_pulls_every_tag(images: ImageStore, registry: str):
-    async with TestClient(TestServer(application(image_routes(images, lambda: ())))) as client:
-        status, _ = await asked(client, "POST", "/images/create", fromImage=f"{registry}/team/app")
-        assert status == 200
-        assert images.get(f"{registry}/team/app:1").id == sha256(CONFIG)
-
-
-@needs_registry
-@pytest.mark.point("8")
-@pytest.mark.parametrize("cli", CLIS)
-async def test_docker_pulls_and_shows_the_progress(
-    images: ImageStore, registry: str, cli: str, tmp_path: Path
-):
-    server = runner(application(image_routes(images, lambda: ())))
-    await server.setup()
-    try:
-        await web.UnixSite(server, tmp_path / "api.sock").start()
-        process = await asyncio.create_subprocess_exec(
-            *(cli, "--host", f"unix://{tmp_path / 'api.sock'}", "pull", f"{registry}/team/app:1"),
-            env={"DOCKER_API_VERSION": "1.41", "HOME": "/nonexistent", "PATH": SEARCHED},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        output, _ = await asyncio.wait_for(process.communicate(), 30)
-    finally:
-        await server.cleanup()
-    lines = output.decode().splitlines()
-    assert process.returncode == 0, lines
-    assert lines[0] == "1: Pulling from team/app"
-    assert [line for line in lines if line.endswith("Pull complete")]
-    assert lines[-2:] == [
-        f"Status: Downloaded newer image for {registry}/team/app:1",
-        f"{registry}/team/app:1",
-    ]
-    assert images.get(f"{registry}/team/app:1").id == sha256(CONFIG)

@@ -112,7 +112,7 @@ def test_the_hosts_file_names_the_container_and_extra_hosts() -> None:
 def test_name_servers_of_the_loopback_are_of_no_use_in_a_container() -> None:
     node = "# c\nnameserver 127.0.0.53\nnameserver ::1\nsearch example.org\noptions edns0\n"
     assert resolver_file(node, (), (), ()) == (
-        "nameserver 8.8.8.8\nnameserver 8.8.4.4\nsearch example.org\noptions edns0\n"
+        "search example.org\nnameserver 8.8.8.8\nnameserver 8.8.4.4\noptions edns0\n"
     )
     assert resolver_file("nameserver 192.0.2.1\n", (), (), ()) == "nameserver 192.0.2.1\n"
 
