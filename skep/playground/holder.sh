@@ -20,7 +20,8 @@ done
 # Other nodes' namespaces are pinned by mounts; a copy of such a mount would keep them alive.
 while read -r _ target _; do
     case $target in
-    /run/netns/* | /var/run/netns/*) umount -l "$target" ;;
+    # One that was removed since it was listed has taken its copies along.
+    /run/netns/* | /var/run/netns/*) umount -l "$target" 2>/dev/null || true ;;
     esac
 done </proc/mounts
 
