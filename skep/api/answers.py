@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import IntEnum
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -53,32 +53,36 @@ async def _pieces(items: Iterable[Any]) -> AsyncIterator[bytes]:
     yield b"]" if lead == b"," else b"[]"
 
 
-class JsonLines:
-    """A chunked answer of one JSON object per line, each sent at once.
+class ChunkedAnswer:
+    """An answer that is sent in pieces while its context is open.  ``response``: what the handler returns then."""
 
-    ``await lines.send(value)`` raises ``ConnectionResetError`` when the client has gone.
-    """
-
-    def __init__(self, request: web.Request, status: int = 200) -> None:
+    def __init__(self, request: web.Request, status: int = 200, content_type: str | None = None) -> None:
         self._request = request
-        self._response = web.StreamResponse(status=status, headers={"Content-Type": "application/json"})
+        self.response = web.StreamResponse(status=status)
+        if content_type is not None:
+            self.response.headers["Content-Type"] = content_type
 
-    async def __aenter__(self) -> "JsonLines":
-        self._response.enable_chunked_encoding()
-        await self._response.prepare(self._request)
+    async def __aenter__(self) -> Self:
+        self.response.enable_chunked_encoding()
+        await self.response.prepare(self._request)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         pass
 
-    @property
-    def response(self) -> web.StreamResponse:
-        """What the handler returns once the stream has ended."""
-        return self._response
+
+class JsonLines(ChunkedAnswer):
+    """One JSON object per line, each sent at once."""
+
+    def __init__(self, request: web.Request, status: int = 200) -> None:
+        super().__init__(request, status, "application/json")
 
     async def send(self, value: Any) -> None:
-        """Send ``value`` as one line (dockerd ends each with CR LF or LF; readers take both)."""
-        await self._response.write(_encoder.encode(value) + b"\n")
+        """Send ``value`` as one line (dockerd ends each with CR LF or LF; readers take both).
+
+        Raises: ConnectionResetError: the client has gone.
+        """
+        await self.response.write(_encoder.encode(value) + b"\n")
 
 
 class OutputStream(IntEnum):
@@ -96,32 +100,16 @@ def frame(stream: OutputStream, data: bytes) -> bytes:
     return bytes((stream, 0, 0, 0)) + len(data).to_bytes(4, "big") + data
 
 
-class OutputFrames:
-    """A chunked answer of a process's output: framed, or raw where it had a terminal.
+class OutputFrames(ChunkedAnswer):
+    """A process's output: framed, or raw where it had a terminal.
 
     Up to API 1.41 it has no content type (clients know from the container); from 1.42 on it says which it is.
     """
 
     def __init__(self, request: web.Request, *, tty: bool, content_type: str | None) -> None:
-        self._request = request
+        super().__init__(request, content_type=content_type)
         self._tty = tty
-        self._response = web.StreamResponse()
-        if content_type is not None:
-            self._response.headers["Content-Type"] = content_type
-
-    async def __aenter__(self) -> "OutputFrames":
-        self._response.enable_chunked_encoding()
-        await self._response.prepare(self._request)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
-
-    @property
-    def response(self) -> web.StreamResponse:
-        """What the handler returns once the stream has ended."""
-        return self._response
 
     async def send(self, stream: OutputStream, data: bytes) -> None:
-        """Send one message.  Raises ConnectionResetError when the client has gone."""
-        await self._response.write(data if self._tty else frame(stream, data))
+        """Send one message.  Raises: ConnectionResetError: the client has gone."""
+        await self.response.write(data if self._tty else frame(stream, data))
