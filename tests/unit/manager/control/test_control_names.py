@@ -1,6 +1,5 @@
 """Names of objects and of images."""
 
-import time
 from random import Random
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from skep.errors import InvalidArgument
 from skep.manager.control.images import is_image_reference
 from skep.manager.control.names import check_dns_name, check_file_name, names_from
+from tests.own_time import own_time
 
 
 @pytest.mark.parametrize("name", ["web", "Web-1", "a", "a--b__c", "1", "w" * 63])
@@ -22,10 +22,10 @@ def test_no_names_of_services(name):
 
 
 def test_a_hostile_name_costs_no_time():
-    start = time.perf_counter()
+    start = own_time()
     with pytest.raises(InvalidArgument):
         check_dns_name("a" + "-_" * 500_000 + "!")
-    assert time.perf_counter() - start < 0.5
+    assert own_time() - start < 0.5
 
 
 @pytest.mark.parametrize("name", ["a", "a.b_c-d", "0", "x" * 64])
