@@ -160,7 +160,8 @@ class Lab:
             for line in Path("/proc/self/mounts").read_text().splitlines()
             if self._is_container_mount(line)
         ]
-        found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{self.cgroup_parent}/ctr/*/")]
+        for group in (f"{self.cgroup_parent}/ctr/*/", f"*/{self.cgroup_parent}/ctr/*/"):  # v2; v1
+            found += [str(path) for path in Path("/sys/fs/cgroup").glob(group)]
         return found
 
     def _is_container_mount(self, line: str) -> bool:

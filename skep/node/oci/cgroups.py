@@ -98,10 +98,11 @@ class Cgroups:
             if error.errno != errno.ESRCH:  # it has ended already
                 log.warning("cgroup of monitors refused", controller="v2", error=str(error))
 
-    def remove(self, container_id: ContainerId) -> None:
-        """Remove what is left of a container's groups (runc removes them itself in the normal case)."""
-        for root in self._all_roots():
-            _remove_tree(root / self.path_of(container_id).lstrip("/"))
+    def remove(self, container_id: ContainerId) -> bool:
+        """Remove a container's groups, as far as they are there; whether none is left."""
+        path = self.path_of(container_id).lstrip("/")
+        left = [root for root in self._all_roots() if not _remove_tree(root / path)]
+        return not left
 
     def remove_parent(self) -> None:
         """Remove the node's own groups, when no container and no monitor is left in them."""
@@ -111,7 +112,8 @@ class Cgroups:
     def _all_roots(self) -> Iterable[Path]:
         """Every hierarchy; beside v1 there may be one of v2 without controllers, where runc makes groups, too."""
         unified = self._mount_point / "unified"
-        return (*self._roots.values(), *([unified] if unified.is_dir() else []))
+        roots = dict.fromkeys(self._roots.values())  # one may be mounted for several controllers
+        return (*roots, *([unified] if unified.is_dir() else []))
 
 
 def file_system_type(path: Path) -> int:
@@ -147,10 +149,15 @@ def _inherit_cpuset(root: Path, directory: Path) -> None:
                 (path / name).write_text((path.parent / name).read_text())
 
 
-def _remove_tree(directory: Path) -> None:
-    """Remove a group with its nested ones, from below."""
-    for nested in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
-        with suppress(OSError):
-            nested.rmdir()
-    with suppress(OSError):
+def _remove_tree(directory: Path) -> bool:
+    """Remove a group with its nested ones, from below; whether it is gone."""
+    try:
         directory.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:  # it has nested groups, or processes
+        nested = [Path(path) for path, _, _ in os.walk(directory, topdown=False)]
+        for path in nested:
+            with suppress(OSError):
+                path.rmdir()
+    return not directory.exists()

@@ -28,6 +28,10 @@ from skep.node.oci.cgroups import Cgroups
 T = TypeVar("T")
 P = ParamSpec("P")
 
+RUNTIME_ENVIRONMENT = {"GOGC": "off", "GOMAXPROCS": "2"}
+"""For runc, a Go program that lives for some milliseconds: collecting garbage and a thread for every processor only
+cost it time.  With less than two it needs more threads than a container with a small pids limit may have.
+Containers never see these variables."""
 DEADLINE_S = 60.0
 """For conmon's answer on an overloaded machine; a healthy one needs 0.05 s."""
 _CONMON_ENDS_S = 10.0
@@ -74,9 +78,12 @@ class Conmons:
             self._thread = None
 
     @asynccontextmanager
-    async def started(self, arguments: Sequence[str], *, attach: bool) -> AsyncIterator[Pipes]:
+    async def started(
+        self, arguments: Sequence[str], directory: Path, *, attach: bool
+    ) -> AsyncIterator[Pipes]:
         """A conmon waiting for its start byte.  Not to be cancelled before it has answered.
 
+        ``directory``: where it works, and leaves a file ``oom`` when the kernel killed for memory.
         Raises: Unavailable: it did not answer in time.
         """
         answers, conmon_answers = os.pipe()
@@ -86,7 +93,7 @@ class Conmons:
         transports: list[asyncio.BaseTransport] = []
         process: subprocess.Popen[bytes] | None = None
         try:
-            environment = {
+            environment = RUNTIME_ENVIRONMENT | {
                 "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
                 "TZ": "UTC",  # conmon stamps its log lines in local time
                 "_OCI_SYNCPIPE": str(conmon_answers),
@@ -95,7 +102,7 @@ class Conmons:
             if attach:
                 environment["_OCI_ATTACHPIPE"] = str(conmon_ready)
             try:
-                process = await self._on_thread(_spawn, arguments, environment, theirs)
+                process = await self._on_thread(_spawn, arguments, environment, theirs, directory)
                 self._cgroups.join_monitors(process.pid)
             finally:
                 for descriptor in theirs:
@@ -121,7 +128,7 @@ class Conmons:
 
 
 def _spawn(
-    arguments: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
+    arguments: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], directory: Path
 ) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         arguments,
@@ -131,6 +138,7 @@ def _spawn(
         pass_fds=descriptors,
         start_new_session=True,
         env=environment,
+        cwd=directory,
     )
 
 

@@ -253,7 +253,7 @@ class Containers(ContainerReader):
                 container = await self._ready_again(container)
             started = await self._runtime.create(container)
             self._registry.change(id, process=started.process, monitor=started.monitor)
-            await self._runtime.start(id)
+            await self._runtime.start(id, started.process)
         except BaseException as error:
             await asyncio.shield(self._give_up(id, error))
             raise
@@ -311,7 +311,7 @@ class Containers(ContainerReader):
         if ended.oom_killed:
             self.events.publish("oom", container)
         self.events.publish("die", container, exitCode=str(ended.exit_code))
-        await self._runtime.delete(id)
+        await self._runtime.clear(id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
 
     async def _free(self, work: Coroutine[Any, Any, None], id: ContainerId) -> None:

@@ -55,12 +55,11 @@ class ContainerReader:
             present = self._registry.lookup(id)
             return present is None or (present.was_started and not present.is_running)
 
-        return logs.read(
-            self._bundles.log(id),
-            wish,
-            has_ended=has_ended,
-            wait_ended=lambda: self._registry.wait_changed(id),
-        )
+        async def wait_ended() -> None:
+            while not has_ended():  # it may be over before one begins to wait for a change
+                await self._registry.wait_changed(id)
+
+        return logs.read(self._bundles.log(id), wish, has_ended=has_ended, wait_ended=wait_ended)
 
     def changes(self, word: str) -> Sequence[tuple[int, str]]:
         """Paths that differ from the image, sorted: (0 modified, 1 added, 2 deleted).  Raises: NotFound."""

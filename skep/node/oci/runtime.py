@@ -18,19 +18,30 @@ from pathlib import Path
 
 import msgspec
 
+from skep.aio.backoff import Backoff
 from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
-from skep.node.oci.conmon import Conmons, RuntimeFailed, StartError, control, plain, read_pid
+from skep.node.oci.conmon import (
+    RUNTIME_ENVIRONMENT,
+    Conmons,
+    RuntimeFailed,
+    StartError,
+    control,
+    plain,
+    read_pid,
+)
 from skep.node.oci.container import Container, ContainerConfig, ProcessName
 from skep.node.oci.processes import find, wait_gone
+from skep.node.oci.runc_state import ProcessEnded, RuncState
 from skep.node.oci.spec import Capacity, resources
 
 COMMAND_DEADLINE_S = 60.0
 """For one runc command on an overloaded machine; a healthy one needs 0.01 s."""
 EXIT_CODE_UNKNOWN = 255
+_CLEAR_TRIES_MAX = 8
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -69,6 +80,7 @@ class Runtime:
         self._cgroups = cgroups
         self._capacity = capacity
         self._conmons = Conmons(cgroups)
+        self._state = RuncState(root)
 
     def close(self) -> None:
         """Free what starting containers needs; they run on."""
@@ -87,7 +99,7 @@ class Runtime:
         arguments += ["-l", _log_driver(container, self._bundles.log(id))]
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
-        async with self._conmons.started(arguments, attach=False) as pipes:
+        async with self._conmons.started(arguments, path, attach=False) as pipes:
             os.write(pipes.start, b"\0")
             pid = await read_pid(pipes.answers)
         process = find(pid)
@@ -96,12 +108,16 @@ class Runtime:
             raise StartError("the container's first process ended before it was started")
         return Started(process, monitor)
 
-    async def start(self, id: ContainerId) -> None:
-        """``runc start``: the created process becomes the container's command.  Raises: StartError."""
+    async def start(self, id: ContainerId, process: ProcessName) -> None:
+        """The created ``process`` becomes the container's command.  Raises: StartError; Unavailable."""
         try:
-            await self.run("start", id)
-        except RuntimeFailed as error:
-            raise StartError(str(error)) from error
+            async with asyncio.timeout(COMMAND_DEADLINE_S):
+                if not await self._state.start(id, process):
+                    await self.run("start", id)
+        except (RuntimeFailed, ProcessEnded) as error:
+            raise StartError(str(error), "start") from error
+        except TimeoutError as error:
+            raise Unavailable(f"the container did not begin in {COMMAND_DEADLINE_S:g} s") from error
 
     async def wait(self, container: Container) -> Ended:
         """Return when the container has ended; works for containers of an earlier process too."""
@@ -118,9 +134,21 @@ class Runtime:
 
     async def delete(self, id: ContainerId) -> None:
         """Remove runc's state and the container's cgroups; kills what is left of it.  Harmless on nothing."""
-        with suppress(RuntimeFailed):
-            await self.run("delete", "--force", id)
+        if self._state.knows(id):
+            with suppress(RuntimeFailed):
+                await self.run("delete", "--force", id)
         self._cgroups.remove(id)
+
+    async def clear(self, id: ContainerId) -> None:
+        """The same for a container that has ended: it has no process left, so that no runc is needed."""
+        backoff = Backoff(first_s=0.001, longest_s=0.02)
+        for _ in range(_CLEAR_TRIES_MAX):
+            if await asyncio.to_thread(self._cgroups.remove, id):
+                self._state.forget(id)
+                return
+            # The kernel counts a process as a group's member until a moment after its end was reported.
+            await asyncio.sleep(backoff.next_delay_s())
+        await self.delete(id)
 
     async def pause(self, id: ContainerId) -> None:
         """Raises: RuntimeFailed."""
@@ -171,6 +199,7 @@ class Runtime:
             stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **RUNTIME_ENVIRONMENT},
         )
         try:
             async with asyncio.timeout(COMMAND_DEADLINE_S):
@@ -199,7 +228,7 @@ class Runtime:
             arguments.append("-i")
         attachment: Attachment | None = None
         try:
-            async with self._conmons.started(arguments, attach=True) as pipes:
+            async with self._conmons.started(arguments, path, attach=True) as pipes:
                 os.write(pipes.start, b"\0")
                 await pipes.attach_ready.readline()
                 attachment = await attach(path)  # before the process starts, so that no output is missed

@@ -193,6 +193,8 @@ async def test_logs_are_framed_and_chosen(api: Api, run: Runner):
 
 async def test_followed_logs_come_at_once_and_end_with_the_container(api: Api, run: Runner):
     container = await run.start("sh", "-c", "echo first; read x; echo last", open_stdin=True)
+    output = run.lab.paths.containers / container.id / "log" / "current"
+    await eventually(lambda: output.exists() and b"first" in output.read_bytes(), "it has begun")
     reading = asyncio.ensure_future(api.ask("GET", f"/containers/{container.id}/logs?stdout=1&follow=1"))
     attached = await api.hijack(f"/containers/{container.id}/attach?stream=1&stdin=1&stdout=1")
     assert attached.head.startswith("HTTP/1.1 101 UPGRADED\r\n")

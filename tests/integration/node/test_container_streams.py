@@ -3,14 +3,34 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.model.ids import ContainerId
+from skep.model.times import timestamp
+from skep.node.executor.assembly import Programs, capacity_of
 from skep.node.oci.attachment import Attachment
+from skep.node.oci.bundle import Bundles
+from skep.node.oci.cgroups import Cgroups
 from skep.node.oci.conmon import StartError
-from skep.node.oci.container import ExecConfig, LogConfig, LogEntry, LogWish, NotRunning, Stream
+from skep.node.oci.container import (
+    Container,
+    ContainerConfig,
+    ContainerState,
+    ExecConfig,
+    LogConfig,
+    LogEntry,
+    LogWish,
+    NotRunning,
+    Stream,
+)
 from skep.node.oci.containers import Containers
+from skep.node.oci.reading import ContainerReader
+from skep.node.oci.registry import Registry
 from tests.integration.node.conftest import Runner
 from tests.runc_lab import Lab
 
@@ -58,6 +78,30 @@ async def test_following_gives_every_line_and_ends_with_the_container(
     container = await run.start("sh", "-c", "for i in 1 2 3 4 5; do echo $i; sleep 0.05; done")
     lines = [entry.data async for entry in containers.logs(container.id, LogWish(follow=True))]
     assert lines == [b"1\n", b"2\n", b"3\n", b"4\n", b"5\n"]
+
+
+async def test_following_ends_when_the_container_ended_just_before_the_wait(tmp_path: Path) -> None:
+    """The end comes after a look at the container and before the wait for its next change: there is no next one."""
+    running = Container(
+        id=ContainerId("c1"), name="c", image="", image_id="", config=ContainerConfig(path="sh"),
+        state=ContainerState.RUNNING, started_at=timestamp(1),
+    )  # fmt: skip
+    looks = iter([running, running])
+
+    class Ending(Registry):
+        def lookup(self, id: ContainerId) -> Container:
+            return next(looks, msgspec.structs.replace(running, state=ContainerState.EXITED))
+
+    cgroups = Cgroups("none")
+    bundles = Bundles(tmp_path, cgroups, capacity_of(cgroups, Programs()), tmp_path / "resolv.conf")
+    bundles.make(running)
+    bundles.log(running.id).write_text("1970-01-01T00:00:01Z stdout F last words\n")
+    registry = Ending(bundles)
+    registry.add(running)
+    reader = ContainerReader(registry=registry, bundles=bundles, cgroups=cgroups, clock=SystemClock())
+    async with asyncio.timeout(5):
+        lines = [entry.data async for entry in reader.logs("c1", LogWish(follow=True))]
+    assert lines == [b"last words\n"]
 
 
 async def test_following_a_container_that_is_not_started_yet_waits_for_it(

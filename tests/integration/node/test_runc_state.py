@@ -1,0 +1,94 @@
+"""Starting and clearing containers without a runc command."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from skep.model.ids import ContainerId
+from skep.node.oci.conmon import StartError
+from skep.node.oci.container import ProcessName
+from skep.node.oci.containers import Containers
+from skep.node.oci.processes import find, wait_gone
+from skep.node.oci.runc_state import ProcessEnded, RuncState
+from tests.integration.node.conftest import Runner, eventually
+from tests.runc_lab import Lab
+
+ID = ContainerId("c1")
+
+
+def own_process() -> ProcessName:
+    process = find(os.getpid())
+    assert process is not None
+    return process
+
+
+async def test_runc_sees_a_started_container_as_running(
+    lab: Lab, run: Runner, containers: Containers
+) -> None:
+    container = await run.start("sleep", "100")
+    command = Path(f"/proc/{container.pid}/cmdline")
+    await eventually(lambda: command.read_bytes() == b"sleep\x00100\x00", "the command runs")
+    assert not (lab.paths.runc / container.id / "exec.fifo").exists()
+    state = await lab.in_home("runc", "--root", str(lab.paths.runc), "state", container.id)
+    assert '"status": "running"' in state
+
+
+async def test_another_runtimes_state_is_left_to_its_own_start(tmp_path: Path) -> None:
+    state = RuncState(tmp_path)
+    assert not await state.start(ID, own_process())
+    (tmp_path / ID).mkdir()
+    (tmp_path / ID / "state.json").write_text("{}")
+    (tmp_path / ID / "exec.fifo").write_text("no fifo")
+    assert not await state.start(ID, own_process())
+    os.unlink(tmp_path / ID / "exec.fifo")
+    os.unlink(tmp_path / ID / "state.json")
+    os.mkfifo(tmp_path / ID / "exec.fifo")  # crun has one as well, and uses it the other way round
+    assert not await state.start(ID, own_process())
+
+
+async def test_a_process_that_ended_before_its_start_is_said_to_be_dead(tmp_path: Path) -> None:
+    (tmp_path / ID).mkdir()
+    (tmp_path / ID / "state.json").write_text("{}")
+    os.mkfifo(tmp_path / ID / "exec.fifo")
+    sleeper = await asyncio.create_subprocess_exec("sleep", "100")
+    process = find(sleeper.pid)
+    assert process is not None
+    sleeper.kill()
+    try:
+        with pytest.raises(ProcessEnded, match="already dead"):
+            await RuncState(tmp_path).start(ID, process)
+    finally:
+        await sleeper.wait()
+
+
+async def test_a_created_container_that_is_killed_fails_to_start(
+    run: Runner, containers: Containers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = RuncState.start
+
+    async def killed_first(self: RuncState, id: ContainerId, process: ProcessName) -> bool:
+        os.kill(process.pid, signal.SIGKILL)
+        await wait_gone(process)
+        return await begin(self, id, process)
+
+    monkeypatch.setattr(RuncState, "start", killed_first)
+    container = await run.create("sleep", "100")
+    with pytest.raises(StartError):
+        await containers.start(container.id)
+    assert not containers.get(container.id).is_running
+
+
+async def test_nothing_is_left_of_a_container_that_ended_with_nested_groups(
+    lab: Lab, run: Runner, containers: Containers
+) -> None:
+    container = await run.start("sleep", "100")
+    procs = containers._cgroups.directory(container.id, "pids")
+    assert procs is not None
+    (procs / "nested").mkdir()
+    await containers.kill(container.id)
+    await containers.wait(container.id)
+    await containers.remove(container.id)
+    assert lab.remains() == []
