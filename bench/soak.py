@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine import EngineError
-from bench.machine import daemons, memory_mib
+from bench.machine import daemons
 from bench.run import RESULTS, commit
 from bench.scenarios import WORKLOAD
 from bench.skep_lab import SkepLab
@@ -195,18 +195,25 @@ class Soak:
         return "" if containers == wanted else f"containers {containers} instead of {wanted}"
 
     def _measure(self) -> dict[str, float]:
-        files = 0
+        """Memory and open files of the daemons, without the monitors of containers.
+
+        Memory is what each process has for itself or shares with one it was forked from, counted in full: a sum of
+        shares would change with every restart, which leaves a process without those it shares with.
+        """
+        files, mebibytes = 0, dict.fromkeys(DAEMONS, 0.0)
         for pid in daemons(self.lab.netns, self.lab.root_pids):
             try:
-                files += len(os.listdir(f"/proc/{pid}/fd"))
-            except OSError:
-                continue
-        result = {
-            "memory_mib": memory_mib(self.lab.netns, self.lab.root_pids)["daemons"],
-            "open_files": float(files),
-        }
-        self.say(f"daemons: {result['memory_mib']:.0f} MiB, {files} open files")
-        return result
+                status = Path(f"/proc/{pid}/status").read_text()
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                if name in mebibytes and name != "conmon":
+                    mebibytes[name] += int(status.partition("RssAnon:")[2].split()[0]) / 1024
+                    files += len(os.listdir(f"/proc/{pid}/fd"))
+            except (OSError, IndexError):
+                continue  # it has just ended
+        each = ", ".join(f"{name} {size:.0f}" for name, size in mebibytes.items() if size)
+        total = sum(mebibytes.values())
+        self.say(f"daemons: {total:.0f} MiB of memory ({each}), {files} open files")
+        return {"memory_mib": total, "open_files": float(files)}
 
     # -- talking to a node whose daemons are being killed ----------------------------------------------------------
 
