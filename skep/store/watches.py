@@ -20,7 +20,7 @@ class Line:
 
     def __init__(self, snapshot: View, kinds: frozenset[type[Object]], capacity: int) -> None:
         self._snapshot = snapshot
-        self._kinds = kinds
+        self.kinds = kinds
         self._capacity = capacity
         self._commits: deque[Commit] = deque()
         self._is_lagged = False
@@ -42,19 +42,14 @@ class Line:
         return self._commits.popleft()
 
     def offer(self, commit: Commit) -> None:
-        """Add what concerns this reader; never waits."""
+        """Add a commit of ``kinds``; never waits."""
         if self._is_lagged:
-            return
-        events = tuple(event for event in commit.events if type(_object_of(event)) in self._kinds)
-        if not events:
             return
         if len(self._commits) >= self._capacity:
             self._commits.clear()
             self._is_lagged = True
         else:
-            self._commits.append(
-                commit if len(events) == len(commit.events) else Commit(commit.revision, events)
-            )
+            self._commits.append(commit)
         self._arrived.set()
 
 
@@ -66,9 +61,16 @@ class Watches:
         self._lines: dict[Line, None] = {}  # ordered, unlike a set: a simulation must run the same way twice
 
     def publish(self, commit: Commit) -> None:
-        """Hand ``commit`` to every reader it concerns."""
+        """Hand every reader what concerns it; readers of the same kinds share the work."""
+        kinds = [type(_object_of(event)) for event in commit.events]
+        present = frozenset(kinds)
+        shares: dict[frozenset[type[Object]], Commit | None] = {}
         for line in self._lines:
-            line.offer(commit)
+            wanted = line.kinds & present
+            if wanted not in shares:
+                shares[wanted] = _share(commit, kinds, wanted, present)
+            if (share := shares[wanted]) is not None:
+                line.offer(share)
 
     @contextmanager
     def open(self, snapshot: View, kinds: frozenset[type[Object]]) -> Iterator[Line]:
@@ -79,6 +81,21 @@ class Watches:
             yield line
         finally:
             self._lines.pop(line, None)
+
+
+def _share(
+    commit: Commit,
+    kinds: list[type[Object]],
+    wanted: frozenset[type[Object]],
+    present: frozenset[type[Object]],
+) -> Commit | None:
+    """The events of ``wanted`` kinds; None: there are none."""
+    if wanted == present:
+        return commit if wanted else None
+    if not wanted:
+        return None
+    events = zip(commit.events, kinds, strict=True)
+    return Commit(commit.revision, tuple(event for event, kind in events if kind in wanted))
 
 
 def _object_of(event: Event) -> Object:
