@@ -10,9 +10,11 @@ from pathlib import Path
 
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Founding
-from skep.errors import Unavailable, Unimplemented
+from skep.errors import InvalidArgument, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
+from skep.model.swarm import SwarmSpec
+from skep.model.times import SECOND_NS
 from skep.node.local import LocalNode, Peer
 from skep.security.authority import Authority
 from skep.security.identity import Identity
@@ -20,6 +22,7 @@ from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
 
 _FREE_BYTES_MIN = 256 * 1024 * 1024
+_CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 _PEER_PORT_OFFSET = 1
 """etcd's peers use the port after the manager's."""
 
@@ -61,6 +64,18 @@ def refuse_unsupported(plan: Founding) -> None:
         )
     if plan.spec.encryption_config.auto_lock_managers:
         raise Unimplemented("--autolock is not supported by this version: run docker swarm init without it")
+
+
+def check_settings(spec: SwarmSpec) -> None:
+    """Refuse what the new manager would refuse, before there is one: it could not start.  0: the default.
+
+    Raises: InvalidArgument, in Docker's words.
+    """
+    refused = "error updating cluster settings: rpc error: code = InvalidArgument desc ="
+    if 0 != spec.ca_config.node_cert_expiry < _CERT_EXPIRY_MIN_NS:
+        raise InvalidArgument(f"{refused} minimum certificate expiry time is: 1h0m0s")
+    if spec.dispatcher.heartbeat_period < 0:
+        raise InvalidArgument(f"{refused} heartbeat time period cannot be a negative duration")
 
 
 def check_space(data_dir: Path) -> None:

@@ -22,7 +22,7 @@ from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import InitRequest, JoinRequest
-from skep.node.founding import check_listening, check_space, found, refuse_unsupported
+from skep.node.founding import check_listening, check_settings, check_space, found, refuse_unsupported
 from skep.node.interfaces import read_interfaces
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
 from skep.node.local_api import LocalApi
@@ -153,6 +153,7 @@ class Membership:
                 raise Unavailable(IN_A_SWARM)
             plan = founding(request, await read_interfaces())
             refuse_unsupported(plan)
+            check_settings(plan.spec)
             check_listening(plan.endpoints.listen_addr)
             await asyncio.to_thread(check_space, self._paths.data)
             node, pair, root_key_pem = await asyncio.to_thread(found, plan, self._new_id)
