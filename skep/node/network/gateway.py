@@ -22,9 +22,9 @@ from skep.errors import SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId
 from skep.model.service import PortConfig, PublishMode
-from skep.node.network import links, nft, rules
+from skep.node.network import nft, rules
 from skep.node.network.addresses import Addresses, free_subnet, mac_of
-from skep.node.network.namespaces import Namespaces, inside, set_sysctl
+from skep.node.network.namespaces import Namespaces, set_sysctl
 from skep.node.network.ports import PortReservations
 from skep.node.network.rules import HostPort
 from skep.node.oci.container import Endpoint
@@ -32,6 +32,7 @@ from skep.node.oci.container import Endpoint
 log = structlog.get_logger()
 
 BRIDGE = "skep-gw"
+INTERFACE = "eth0"
 _CONTAINER_SYSCTLS = {
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
@@ -92,10 +93,9 @@ class Gateway:
                 if port.publish_mode is PublishMode.HOST:
                     number = await self._reservations.reserve(port.protocol, port.published_port)
                     reserved.append(msgspec.structs.replace(port, published_port=number))
+            netns = await self._namespaces.create(container_id, _CONTAINER_SYSCTLS)
             mac = mac_of(address)
-            netns: Path = await self._namespaces.run(
-                self._namespaces.home, self._connect, container_id, address, mac
-            )
+            await self._connect(netns, address, mac)
             endpoint = Endpoint(
                 netns=str(netns),
                 address=str(address),
@@ -188,13 +188,26 @@ class Gateway:
         replace_file(self._state, f"{subnet}\n".encode(), is_durable=False)
         return subnet
 
-    def _connect(self, container_id: ContainerId, address: IPv4Address, mac: str) -> Path:
-        """A namespace with ``eth0`` on the bridge, address and default route.  Runs on a thread in ``home``."""
+    async def _connect(self, netns: Path, address: IPv4Address, mac: str) -> None:
+        """A veth from the bridge to ``eth0`` in the container's namespace, with address and default route."""
         addresses = self._opened()
-        netns = self._namespaces.make(container_id, _CONTAINER_SYSCTLS)
-        links.connect(netns, new_port_name(), self._bridge_index, mac)
-        inside(netns, lambda: links.furnish(address, addresses.subnet.prefixlen, addresses.gateway))
-        return netns
+        port = new_port_name()
+        with netns.open("rb") as namespace:
+            async with self._namespaces.netlink(self._namespaces.home) as home:
+                await home.link(
+                    "add",
+                    ifname=port,
+                    kind="veth",
+                    master=self._bridge_index,
+                    state="up",
+                    peer={"ifname": INTERFACE, "net_ns_fd": namespace.fileno(), "address": mac},
+                )
+        async with self._namespaces.netlink(netns) as inside:
+            index = await _index(inside, INTERFACE)
+            await inside.link("set", index=1, state="up")
+            await inside.addr("add", index=index, address=str(address), prefixlen=addresses.subnet.prefixlen)
+            await inside.link("set", index=index, state="up")
+            await inside.route("add", dst="default", gateway=str(addresses.gateway))
 
     def _apply_setup(self, subnet: IPv4Network) -> None:
         for name, value in _HOME_SYSCTLS.items():

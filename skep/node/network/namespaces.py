@@ -49,12 +49,8 @@ class Namespaces:
 
     async def create(self, id: str, sysctls: Mapping[str, str]) -> Path:
         """A new namespace pinned at its path, with ``sysctls`` (``net/ipv4/...``) set.  Raises: OSError."""
-        return await self._on_thread(self.make, id, sysctls)
-
-    def make(self, id: str, sysctls: Mapping[str, str]) -> Path:
-        """``create`` for a caller that is on one of the threads already."""
         path = self.path(id)
-        _create(path, sysctls)
+        await self._on_thread(_create, path, sysctls)
         return path
 
     async def destroy(self, id: str) -> None:
@@ -63,7 +59,7 @@ class Namespaces:
 
     async def run(self, namespace: Path, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``call`` on a thread inside ``namespace``; only what it opens stays there."""
-        return await self._on_thread(inside, namespace, lambda: call(*args, **kwargs))
+        return await self._on_thread(_inside, namespace, lambda: call(*args, **kwargs))
 
     @asynccontextmanager
     async def netlink(self, namespace: Path) -> AsyncIterator[AsyncIPRoute]:
@@ -116,8 +112,7 @@ def unmount_pin(path: Path) -> None:
     unmount_if_mounted(path)
 
 
-def inside(namespace: Path, call: Callable[[], T]) -> T:
-    """Run ``call`` in ``namespace`` and come back; only for threads that do nothing else."""
+def _inside(namespace: Path, call: Callable[[], T]) -> T:
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         target = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
