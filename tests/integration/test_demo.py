@@ -76,6 +76,7 @@ def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_tra
     assert machine(NAME, place.parent).more_than(before) == {}
 
 
+@pytest.mark.slow
 def test_the_demo_can_be_asked_for_twice(place: Path) -> None:
     make("demo", place)
     again = make("demo", place).stdout
