@@ -131,7 +131,7 @@ class Containers(ContainerReader):
         return container
 
     async def start(self, word: str) -> Container:
-        """Start it; return after ``runc start`` returned.  Nothing happens when it runs already.
+        """Start it; return when runc has let its command begin.  Nothing happens when it runs already.
 
         Raises: NotFound; StartError: the runtime refused, with its words; the exit code is in the record too.
         """

@@ -9,7 +9,7 @@ goes through are no more than a read and a few removals, so they are done here:
   runc, "created" means that it is there) is all that ``runc start`` does.
 * **delete** of a container that has ended: its control groups are empty and are removed, then ``<root>/<id>``.
 
-Both hold for runc 1.0 to 1.4.  Another runtime, or a state that looks otherwise, is left to its own commands
+Tested with runc 1.1.5.  Another runtime, or a state that looks otherwise, is left to its own commands
 (``False`` here).
 
 Source: runc, libcontainer/container_linux.go (exec, handleFifoResult, destroy), libcontainer/standard_init_linux.go.

@@ -45,7 +45,7 @@ async def test_another_runtimes_state_is_left_to_its_own_start(tmp_path: Path) -
     assert not await state.start(ID, own_process())
     os.unlink(tmp_path / ID / "exec.fifo")
     os.unlink(tmp_path / ID / "state.json")
-    os.mkfifo(tmp_path / ID / "exec.fifo")  # crun has one as well, and uses it the other way round
+    os.mkfifo(tmp_path / ID / "exec.fifo")  # a fifo alone does not make it runc's
     assert not await state.start(ID, own_process())
 
 
