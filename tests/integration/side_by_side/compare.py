@@ -1,0 +1,73 @@
+"""Ask a node of Skep what a real engine was asked, and show what differs.
+
+``python -m tests.integration.side_by_side.compare [GROUP...]`` (as root) prints the differences of a new playground.
+"""
+
+import difflib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.integration.cluster import CLIS, TestCluster, TestNode, wait_until
+from tests.integration.side_by_side import records
+from tests.integration.side_by_side.lines import Place, groups, script
+
+
+def place_of(node: TestNode, cli: str, scratch: Path) -> Place:
+    described = node.description
+    return Place(cli, node.socket, described["addr"], Path(described["netns"]).name, scratch)
+
+
+def differences(group: str, place: Place) -> list[str]:
+    """One text per line whose answer is not the recorded one.
+
+    Raises: AssertionError: the record is of another script (it has to be made again).
+    """
+    recorded = records.load()[records.version(place.cli)][group]
+    lines = script(group)
+    said = [f"{line.kind} {line.command}" for line in lines if line.is_compared]
+    assert said == [record["line"] for record in recorded], f"record {group} again: its script has changed"
+    answers, failures = records.answers(lines, place)
+    pairs = zip(recorded, answers, strict=True)
+    return failures + [difference for pair in pairs if (difference := _difference(*pair))]
+
+
+def clear(node: TestNode) -> None:
+    """Remove what a script may have left, and be in a swarm."""
+    api = node.client().api
+    for service in api.services():
+        api.remove_service(service["ID"])
+    wait_until(lambda: not api.tasks() and not api.containers(all=True), "everything is removed", within_s=60)
+
+
+def _difference(recorded: records.Record, answer: records.Record) -> str:
+    changes: list[str] = []
+    for part in ("exit", "stdout", "stderr"):
+        before, after = (f"{each[part]}".splitlines() for each in (recorded, answer))
+        changes += (f"{part} {change}" for change in _changes(before, after))
+    return "\n".join([recorded["line"], *changes, ""]) if changes else ""
+
+
+def _changes(before: list[str], after: list[str]) -> list[str]:
+    diff = difflib.unified_diff(before, after, lineterm="", n=1)
+    return [change for change in diff if not change.startswith(("---", "+++", "@@"))]
+
+
+def main(wanted: list[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="skep-beside-", dir="/var/tmp") as directory:
+        cluster = TestCluster(Path(directory), f"beside{os.getpid()}")
+        cluster.up()
+        try:
+            for cli in CLIS:
+                for group in wanted:
+                    with tempfile.TemporaryDirectory() as scratch:
+                        found = differences(group, place_of(cluster.node("m1"), cli, Path(scratch)))
+                    clear(cluster.node("m1"))
+                    print(f"==== {cli} {group}: {len(found)} differences", *found, sep="\n")
+        finally:
+            cluster.down()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or groups())

@@ -1,0 +1,74 @@
+"""The docker command shows of Skep what it showed of a real engine: exit code, stdout and stderr of every line.
+
+What is known to differ is marked so in the scripts, with its reason in docs/conformance.md.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import CLIS, TestCluster, TestNode
+from tests.integration.side_by_side import records
+from tests.integration.side_by_side.compare import clear, differences, place_of
+from tests.integration.side_by_side.lines import groups, script
+
+RECORDED = records.load()
+KNOWN_CLIS = [cli for cli in CLIS if records.version(cli) in RECORDED]
+NEWEST_FIRST = [
+    pytest.param(cli, marks=[pytest.mark.slow] if number else [])
+    for number, cli in enumerate(KNOWN_CLIS[::-1])
+]
+"""The older ones only in long runs."""
+
+SLOW = ("containers", "service_create", "services")
+"""Groups that take more than a few seconds."""
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.point("8")]
+
+
+@pytest.mark.parametrize("cli", NEWEST_FIRST)
+@pytest.mark.parametrize("group", [group for group in groups() if group != "swarm" and group not in SLOW])
+def test_a_group_of_commands_is_answered_as_by_a_real_engine(
+    m1: TestNode, tmp_path: Path, group: str, cli: str
+) -> None:
+    _compare(m1, tmp_path, group, cli)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cli", KNOWN_CLIS)
+@pytest.mark.parametrize("group", SLOW)
+def test_a_long_group_of_commands_is_answered_as_by_a_real_engine(
+    m1: TestNode, tmp_path: Path, group: str, cli: str
+) -> None:
+    _compare(m1, tmp_path, group, cli)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cli", KNOWN_CLIS)
+def test_a_swarm_is_made_changed_and_left_as_with_a_real_engine(
+    own_cluster: TestCluster, tmp_path: Path, cli: str
+) -> None:
+    _compare(own_cluster.node("m1"), tmp_path, "swarm", cli)
+
+
+def _compare(node: TestNode, scratch: Path, group: str, cli: str) -> None:
+    found = differences(group, place_of(node, cli, scratch))
+    clear(node)
+    assert not found, "\n".join(["- the engine, + Skep", *found])
+
+
+def test_at_least_one_docker_command_of_this_machine_was_recorded() -> None:
+    assert KNOWN_CLIS, f"none of {CLIS}: python -m tests.integration.side_by_side.record"
+
+
+@pytest.mark.parametrize("group", groups())
+def test_the_records_are_of_the_present_scripts(group: str) -> None:
+    compared = [f"{line.kind} {line.command}" for line in script(group) if line.is_compared]
+    for of_cli in RECORDED.values():
+        assert [record["line"] for record in of_cli[group]] == compared, f"record {group} again"
+
+
+def test_every_line_that_may_differ_has_its_reason_in_the_documents() -> None:
+    conformance = (Path(__file__).parents[3] / "docs" / "conformance.md").read_text()
+    lines = [line.command for group in groups() for line in script(group) if line.kind == "differs"]
+    assert [line for line in lines if line not in conformance] == []
