@@ -12,7 +12,7 @@ DEMO_NAME ?= demo
 STAMP = $(shell date -u +%Y-%m-%d-%H%M)-$(shell git rev-parse --short HEAD)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench lock
+.PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench bare lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -59,6 +59,9 @@ soak: setup ## hours of load and faults; log kept in bench/results/
 
 bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/
 	@$(BIN)/python -m bench.run
+
+bare: setup-run ## both commands of the README in a bare Debian (SUITE=trixie); needs debootstrap
+	@setup/bare.sh $(or $(SUITE),bookworm)
 
 lock: setup ## renew the lock files from pyproject.toml
 	@setup/lock.sh
