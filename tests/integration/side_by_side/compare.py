@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.integration.cluster import CLIS, TestCluster, TestNode, wait_until
 from tests.integration.side_by_side import records
-from tests.integration.side_by_side.lines import Place, groups, script
+from tests.integration.side_by_side.lines import Place, by_line, comparable, groups, script
 
 
 def place_of(node: TestNode, cli: str, scratch: Path) -> Place:
@@ -29,8 +29,16 @@ def differences(group: str, place: Place) -> list[str]:
     said = [f"{line.kind} {line.command}" for line in lines if line.is_compared]
     assert said == [record["line"] for record in recorded], f"record {group} again: its script has changed"
     answers, failures = records.answers(lines, place)
-    pairs = zip(recorded, answers, strict=True)
+    pairs = zip((_again_comparable(record, place) for record in recorded), answers, strict=True)
     return failures + [difference for pair in pairs if (difference := _difference(*pair))]
+
+
+def _again_comparable(record: records.Record, place: Place) -> records.Record:
+    """The record by the present rules, which may know more than those it was made by."""
+    texts = {part: comparable(record[part], place) for part in ("stdout", "stderr")}
+    if not record["line"].startswith("$ "):
+        texts = {part: by_line(text) for part, text in texts.items()}
+    return {**record, **texts}
 
 
 def clear(node: TestNode) -> None:

@@ -106,8 +106,8 @@ def run(line: Line, place: Place) -> Answer:
         time.sleep(0.05)
     shown = _ever_shown(done.stdout) if line.kind == "tty" else done.stdout
     stdout, stderr = (comparable(text, place) for text in (shown, done.stderr))
-    if line.kind == "sorted":
-        stdout, stderr = (_by_line(text) for text in (stdout, stderr))
+    if line.kind != "$":
+        stdout, stderr = (by_line(text) for text in (stdout, stderr))
     return Answer(done.returncode, stdout, stderr)
 
 
@@ -140,8 +140,12 @@ _RULES = tuple(
         (r"\b[0-9a-f]{64}\b", "ID64"),
         (r"\b(?=[0-9a-z]*[0-9])[0-9a-z]{25}\b", "ID25"),
         (r"\b(?=[0-9a-z]*[0-9])(?=[0-9a-z]*[g-z])[0-9a-z]{12}\b", "ID12"),
-        (r"(?<=\.)[0-9a-z]{12}(?=@)", "ID12"),
         (r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{12}\b", "HEX12"),
+        # without a digit it is an id only where ids stand
+        (
+            r"(?<=\.)[0-9a-z]{12}(?=@)|(?m:^)[0-9a-z]{12}(?=[ :]|\n|\Z)|(?<=\"ID\":\")[0-9a-z]{12}(?=\")",
+            "ID12",
+        ),
         (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?( ?(Z|[+-]\d\d:?\d\d)( UTC)?)?", "TIME"),
         (r"(([Ll]ess than|About) )*(an?|\d+) (second|minute|hour|day|week|month|year)s?( ago)?", "AGO"),
         (r"\b\d{10}\.\d{9}\b", "TIME"),
@@ -174,7 +178,8 @@ def comparable(text: str, place: Place) -> str:
     return re.sub(r" +$", "", text, flags=re.MULTILINE)
 
 
-def _by_line(text: str) -> str:
+def by_line(text: str) -> str:
+    """``text`` without the order of its lines."""
     return "".join(sorted(text.splitlines(keepends=True)))
 
 
