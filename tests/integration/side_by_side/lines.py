@@ -185,7 +185,7 @@ def by_line(text: str) -> str:
 
 def _ever_shown(text: str) -> str:
     """What a terminal showed, without the order and number of repaints and what may be too short to be seen."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[78]", "\n", text).replace("\r", "\n")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[78]", "\n", text).replace("\r", "\n").replace("^@", "")
     lines = (re.sub(r"\[[=> ]*\]", "[BAR]", line).strip() for line in plain.splitlines())
     return "".join(
         f"{line}\n" for line in sorted({line for line in lines if line and not _PASSING.match(line)})
