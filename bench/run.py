@@ -86,7 +86,8 @@ def _pair_text(pair: dict[str, dict[str, float]]) -> str:
 
 def _keep(result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    name = f"{result['date'][:10]}-{result['commit']}"
+    minute = result["date"].removesuffix(" UTC").replace(" ", "-").replace(":", "")
+    name = f"{minute}-{result['commit']}"
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = document(result)
     (RESULTS / f"{name}.md").write_text(text)
