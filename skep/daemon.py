@@ -19,6 +19,7 @@ from random import SystemRandom
 import structlog
 
 from skep import logs
+from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
 from skep.api.swarm_requests import Founding
 from skep.configuration.configuration import Configuration, ConfigurationError
@@ -61,8 +62,7 @@ def main(argv: Sequence[str]) -> int:
     os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
     parent = zygote.start({"net": _net, "manager": _manager})
     set_title("skep-node")
-    if sys.version_info < (3, 12):
-        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    watch_children_by_pidfd()
     try:
         asyncio.run(Daemon(arguments, loaded, parent).run())
     except SkepError as error:

@@ -1,10 +1,9 @@
 """The first transaction of a cluster: everything it begins with, or nothing."""
 
-from datetime import UTC
-
 from cryptography import x509
 
 from skep.errors import FailedPrecondition
+from skep.manager.ca.admission import issued_certificate
 from skep.manager.ca.authority import ROOT_KEY_ID
 from skep.manager.config import ManagerConfig
 from skep.manager.control.swarm import found_swarm
@@ -12,14 +11,13 @@ from skep.model.ids import IdSource
 from skep.model.node import (
     ManagerStatus,
     Node,
-    NodeCertificate,
     NodeDescription,
     NodeRole,
     NodeSpec,
     Reachability,
 )
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.times import Timestamp
 from skep.security.authority import Authority
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import tls_info
@@ -49,13 +47,12 @@ def found_cluster(
         raise FailedPrecondition(
             "this manager has no cluster and was not told to found one: init or join again"
         )
-    not_after = int(certificate.not_valid_after_utc.astimezone(UTC).timestamp()) * SECOND_NS
     first = Node(
         id=config.node_id,
         spec=NodeSpec(role=NodeRole.MANAGER, availability=wish.availability),
         description=NodeDescription(hostname=config.hostname),
         manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=config.advertise_addr),
-        certificate=NodeCertificate(role=NodeRole.MANAGER, state="issued", not_after=timestamp(not_after)),
+        certificate=issued_certificate(NodeRole.MANAGER, certificate.not_valid_after_utc),
     )
     tx.put(Payload(id=ROOT_KEY_ID, data=authority.key_pem))
     return found_swarm(

@@ -62,14 +62,19 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     not_after: datetime
 
 
+def issued_certificate(role: NodeRole, not_after: datetime) -> NodeCertificate:
+    """What a node object says of a certificate that was issued to it."""
+    seconds = int(not_after.astimezone(UTC).timestamp())
+    return NodeCertificate(role=role, state="issued", not_after=timestamp(seconds * SECOND_NS))
+
+
 def record_issue(tx: Transaction, issued: Issued, *, is_renewal: bool) -> None:
     """Write the node object at its first certificate, afterwards only the certificate's part.
 
     Raises: PermissionDenied: the node was removed while its certificate was renewed.
     """
     identity = issued.identity
-    not_after = timestamp(int(issued.not_after.astimezone(UTC).timestamp()) * SECOND_NS)
-    certificate = NodeCertificate(role=identity.role, state="issued", not_after=not_after)
+    certificate = issued_certificate(identity.role, issued.not_after)
     node = tx.lookup(Node, identity.node_id)
     if node is not None:
         tx.put(msgspec.structs.replace(node, certificate=certificate))
