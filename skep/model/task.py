@@ -125,9 +125,14 @@ class Task(ApiObject):
     spec_version: Version | None = None
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether the task is meant to run, or (COMPLETE, a job's) to run to its end; it may have ended all the same."""
+        return self.desired_state <= TaskState.COMPLETE
+
+    @property
     def is_active(self) -> bool:
         """Whether the task is still wanted and has not ended."""
-        return self.desired_state <= TaskState.RUNNING and not self.status.state.is_terminal
+        return self.is_wanted and not self.status.state.is_terminal
 
 
 class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):

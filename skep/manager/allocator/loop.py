@@ -158,7 +158,7 @@ class Allocator:
 
 
 def _is_new(task: Task) -> bool:
-    return task.status.state is TaskState.NEW and task.desired_state <= TaskState.RUNNING
+    return task.status.state is TaskState.NEW and task.is_wanted
 
 
 def _spec_of(view: View, task: Task) -> ServiceSpec:

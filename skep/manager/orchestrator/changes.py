@@ -17,9 +17,9 @@ from skep.store.interface import Transaction
 
 
 class FillSlot(msgspec.Struct, frozen=True):
-    """Create a task in a free slot: ``slot`` of a replicated service, ``node_id`` of a global one.
+    """Create a task in a free slot: ``slot`` of a replicated service or job, ``node_id`` of a global one.
 
-    ``desired`` READY: prepare it, but start it only when ``starts`` says so.
+    ``desired`` READY: prepare it, but start it only when ``starts`` says so.  RUNNING means COMPLETE to a job.
     """
 
     service: Service
@@ -43,7 +43,7 @@ class ReplaceTask(msgspec.Struct, frozen=True):
 
 
 class StartTask(msgspec.Struct, frozen=True):
-    """Let a prepared task start: its desired state goes from READY to RUNNING."""
+    """Let a prepared task start: its desired state goes from READY to RUNNING (a job's: to COMPLETE)."""
 
     task: Task
 
@@ -86,7 +86,8 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case StartTask(task):
             current = tx.lookup(Task, task.id)
             if current is not None and current.desired_state < TaskState.RUNNING:
-                tx.put(replace(current, desired_state=TaskState.RUNNING))
+                goal = TaskState.RUNNING if current.job_iteration is None else TaskState.COMPLETE
+                tx.put(replace(current, desired_state=goal))
         case SetUpdateStatus(service, state, message):
             _set_update_status(tx, service, state, message, now)
         case RollBack(service, message):
@@ -103,6 +104,8 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
     if any(task.is_active and task.spec_version == service.spec_version for task in rivals):
         return
+    iteration = service.job_status.job_iteration if service.job_status is not None else None
+    is_job_start = iteration is not None and change.desired is TaskState.RUNNING
     tx.put(
         Task(
             id=TaskId(new_id()),
@@ -112,7 +115,8 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
             slot=change.slot,
             node_id=change.node_id,
             status=TaskStatus(timestamp=now, state=TaskState.NEW, message="created"),
-            desired_state=change.desired,
+            desired_state=TaskState.COMPLETE if is_job_start else change.desired,
+            job_iteration=iteration,
             spec_version=service.spec_version,
         )
     )

@@ -8,7 +8,7 @@ anyway.  Starts come last because all others decide which task of a slot is mean
 from collections.abc import Mapping
 from typing import Any
 
-from skep.manager.orchestrator import global_services, replicated
+from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.restart import restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
@@ -34,9 +34,8 @@ def next_steps(situation: Situation) -> list[Step]:
         case "global":
             slots = _on_active_nodes(group_by_node(tasks), situation)
             steps = [*global_services.reconcile(service, tasks, situation.nodes(), situation.seen)]
-        case _:
-            # Jobs are refused by control until there is a decision for them.
-            return []
+        case "replicated-job" | "global-job":
+            return jobs.next_steps(situation)
     changed = set(map(_slot_of, steps))
     kept = {key: slot for key, slot in slots.items() if key not in changed}
     for slot in kept.values():

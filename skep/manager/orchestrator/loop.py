@@ -39,7 +39,7 @@ RETRY_S = 0.5
 
 
 class Orchestrator:
-    """Keeps every service at its wanted tasks: replicated and global, restarts, rolling updates."""
+    """Keeps every service at its wanted tasks: replicated, global and jobs, restarts, rolling updates."""
 
     def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
@@ -187,7 +187,7 @@ class Orchestrator:
 
 
 def _is_global(service: Service) -> bool:
-    return service.spec.mode.name == "global"
+    return service.spec.mode.name in ("global", "global-job")
 
 
 def _is_relevant(old: Task, new: Task) -> bool:

@@ -36,14 +36,9 @@ def age(task: Task) -> tuple[str, str]:
     return task.created_at.rstrip("Z"), task.id
 
 
-def is_wanted(task: Task) -> bool:
-    """Whether the task is meant to run (it may have ended all the same, and then waits to be replaced)."""
-    return task.desired_state <= TaskState.RUNNING
-
-
 def wanted(slot: Iterable[Task]) -> Slot:
     """The tasks of a slot that are meant to run."""
-    return tuple(task for task in slot if is_wanted(task))
+    return tuple(task for task in slot if task.is_wanted)
 
 
 def history(slot: Iterable[Task]) -> Slot:
@@ -53,7 +48,7 @@ def history(slot: Iterable[Task]) -> Slot:
 
 def is_stopping(task: Task) -> bool:
     """Whether the task is retired and its agent has not reported its end yet."""
-    return not is_wanted(task) and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+    return not task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
 
 
 def first_state(slot: Slot) -> TaskState:

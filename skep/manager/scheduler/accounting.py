@@ -220,5 +220,5 @@ def _usage(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:
         memory_bytes=reservations.memory_bytes,
         generic=task.generic_resources,
         host_ports=host_ports,
-        is_active=task.desired_state <= TaskState.COMPLETE,
+        is_active=task.is_wanted,
     )

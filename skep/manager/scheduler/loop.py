@@ -114,7 +114,7 @@ class Scheduler:
         if task is not None and holds_resources(task):
             self._leave(id)
             self._accounting.add(task, host_ports(self._spec_of(task)))
-            return task.desired_state > TaskState.RUNNING
+            return not task.is_wanted
         has_room = self._accounting.remove(id)
         if task is not None and _is_pending(task):
             self._enter(task)
@@ -282,7 +282,7 @@ def _is_available(tx: Transaction, node_id: NodeId) -> bool:
 
 
 def _is_pending(task: Task) -> bool:
-    return task.status.state is TaskState.PENDING and task.desired_state <= TaskState.RUNNING
+    return task.status.state is TaskState.PENDING and task.is_wanted
 
 
 def _is_known(decision: Assignment | Refusal) -> bool:

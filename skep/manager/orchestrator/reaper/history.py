@@ -10,6 +10,7 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
 from collections.abc import Iterable, Sequence
 
 from skep.manager.orchestrator.slots import Slot, age
+from skep.model.meta import Version
 from skep.model.node import Node
 from skep.model.service import RestartPolicy, Service
 from skep.model.task import Task, TaskState
@@ -31,19 +32,25 @@ def is_orphaned(task: Task, node: Node | None) -> bool:
     )
 
 
-def surplus_history(slot: Sequence[Task], limit: int) -> Slot:
+def surplus_history(slot: Sequence[Task], limit: int, iteration: Version | None = None) -> Slot:
     """Tasks of one slot that its history no longer keeps, oldest first.
 
     ``limit`` counts all tasks of the slot, the running one included; negative: keep everything.  While a task waits
-    for its restart delay, the one before it stays: the delay is read from it.
+    for its restart delay, the one before it stays: the delay is read from it.  What a job has completed in its present
+    ``iteration`` stays whatever the limit, or it would be run once more.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
-    past = [task for task in sorted(slot, key=age) if _is_past(task)]
+    past = [task for task in sorted(slot, key=age) if _is_past(task) and not _counts(task, iteration)]
     surplus = past[: len(slot) - limit]
     if any(task.desired_state is TaskState.READY for task in slot) and surplus == past:
         del surplus[-1:]
     return tuple(surplus)
+
+
+def _counts(task: Task, iteration: Version | None) -> bool:
+    is_present = iteration is not None and task.job_iteration == iteration
+    return is_present and task.status.state is TaskState.COMPLETE
 
 
 def history_limit(service: Service, cluster_limit: int | None) -> int:
@@ -66,5 +73,5 @@ def unused_versions(
 
 def _is_past(task: Task) -> bool:
     """Whether the task has ended, or will never run."""
-    is_stillborn = task.status.state < TaskState.ASSIGNED and task.desired_state > TaskState.RUNNING
+    is_stillborn = task.status.state < TaskState.ASSIGNED and not task.is_wanted
     return task.status.state.is_terminal or is_stillborn

@@ -130,7 +130,8 @@ class Reaper:
         if service is not None:
             limit = history_limit(service, _cluster_limit(view))
             kept = [task for task in tasks if task not in disposable]
-            yield from map(DeleteTask, surplus_history(kept, limit))
+            iteration = service.job_status.job_iteration if service.job_status is not None else None
+            yield from map(DeleteTask, surplus_history(kept, limit, iteration))
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:
         service = view.lookup(Service, service_id)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from skep.manager.orchestrator.changes import FillSlot, RetireTask
 from skep.manager.orchestrator.replicated import in_eviction_order, reconcile
-from skep.manager.orchestrator.slots import group_by_slot, is_wanted
+from skep.manager.orchestrator.slots import group_by_slot
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task, TaskState
 from tests.builders import a_service, a_task
@@ -107,5 +107,5 @@ def test_the_order_of_tasks_does_not_matter(tasks: list[Task], replicas: int, ra
 def test_as_many_slots_are_held_as_wanted(tasks: list[Task], replicas: int) -> None:
     world = World(a_service(replicas=replicas, restart=RestartPolicy(condition=RestartCondition.ANY)), tasks)
     world.apply(reconcile(world.service, tasks, world.seen))
-    held = {task.slot for task in world.tasks.values() if is_wanted(task)}
+    held = {task.slot for task in world.tasks.values() if task.is_wanted}
     assert len(held) == replicas

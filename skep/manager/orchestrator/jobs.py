@@ -1,0 +1,133 @@
+"""Jobs: tasks that run to their end, a number of times in all (replicated) or once on each node (global).
+
+A slot of a job is done with its first completed task.  One whose task failed is taken further by the restart policy;
+when that gives up, the slot stays taken, so that a job which cannot succeed comes to an end.  Each update is a new
+*iteration*, which begins from nothing: tasks of earlier ones are stopped, and those that ended stay as history.
+
+Differences from swarmkit: slots are counted from 1, as those of services are (swarmkit's first task has slot 0 and is
+named like one of a global service); a slot that was given up is not begun anew.
+
+Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from skep.manager.orchestrator.changes import FillSlot, RetireTask, Step
+from skep.manager.orchestrator.global_services import is_eligible
+from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, group_by_slot, history, wanted
+from skep.model.meta import Version
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import ReplicatedJob, Service
+from skep.model.task import Task, TaskState
+from skep.model.times import unix_ns
+
+
+def next_steps(situation: Situation) -> list[Step]:
+    """What to do for a job now, and when to look again.
+
+    Applying the changes and asking again, nothing else having happened, gives no further change.
+    """
+    service = situation.service
+    iteration = iteration_of(service)
+    present = [task for task in situation.tasks if task.job_iteration == iteration]
+    steps: list[Step] = [_retired(task) for task in situation.tasks if _is_left_over(task, iteration)]
+    slots: Mapping[Any, Slot]
+    if service.spec.mode.replicated_job is not None:
+        slots = group_by_slot(present)
+        fills = _missing_runs(service, service.spec.mode.replicated_job, slots, situation)
+    else:
+        slots = group_by_node(present)
+        fills = _missing_nodes(service, slots, situation)
+        steps += [
+            RetireTask(task)
+            for slot in slots.values()
+            for task in wanted(slot)
+            if _must_leave(task, situation)
+        ]
+        slots = {
+            key: slot
+            for key, slot in slots.items()
+            if not any(_must_leave(task, situation) for task in wanted(slot))
+        }
+    filled = {fill.slot or fill.node_id for fill in fills}
+    steps += fills
+    for key, slot in slots.items():
+        if key not in filled and not is_done(slot):
+            restarts = restart_steps(slot, situation)
+            steps += restarts or start_steps(slot, situation)
+    return steps
+
+
+def iteration_of(service: Service) -> Version:
+    """Which run of the job is the present one."""
+    return service.job_status.job_iteration if service.job_status is not None else Version()
+
+
+def is_done(slot: Iterable[Task]) -> bool:
+    """Whether the slot of a job has its completed task."""
+    return any(task.status.state is TaskState.COMPLETE for task in slot)
+
+
+def _missing_runs(
+    service: Service, job: ReplicatedJob, slots: Mapping[int, Slot], situation: Situation
+) -> list[FillSlot]:
+    """Runs to begin now: as many as may run beside those that do, and no more than are still to be completed."""
+    total = job.total_completions or 0
+    done = {number for number, slot in slots.items() if is_done(slot)}
+    under_way = {number for number, slot in slots.items() if wanted(slot)} - done
+    given_up = {number for number in slots if _is_given_up(slots[number], situation)} - done - under_way
+    taken = done | under_way | given_up
+    room = min((job.max_concurrent or 0) - len(under_way), total - len(taken))
+    free = (number for number in range(1, total + 1) if number not in taken)
+    return [
+        FillSlot(service, number, desired=first_state(slots.get(number, ())))
+        for number in islice(free, max(room, 0))
+    ]
+
+
+def _missing_nodes(service: Service, slots: Mapping[Any, Slot], situation: Situation) -> list[FillSlot]:
+    """Runs to begin on nodes that were there when this iteration was asked for and have not had it yet."""
+    return [
+        FillSlot(service, 0, node.id, first_state(slots.get(node.id, ())))
+        for node in situation.nodes()
+        if _is_candidate(node, service) and not _is_taken(slots.get(node.id, ()), situation)
+    ]
+
+
+def _is_candidate(node: Node, service: Service) -> bool:
+    asked_at = service.job_status.last_execution if service.job_status is not None else None
+    return (
+        is_eligible(node, service)
+        and node.spec.availability is Availability.ACTIVE
+        and node.status.state is NodeState.READY
+        and (asked_at is None or unix_ns(node.created_at) < unix_ns(asked_at))
+    )
+
+
+def _is_taken(slot: Slot, situation: Situation) -> bool:
+    return is_done(slot) or bool(wanted(slot)) or _is_given_up(slot, situation)
+
+
+def _is_given_up(slot: Slot, situation: Situation) -> bool:
+    """Whether the slot's last task failed and its restart policy wants no further one."""
+    past = history(slot)
+    is_failed = bool(past) and past[-1].status.state in (TaskState.FAILED, TaskState.REJECTED)
+    return is_failed and not wanted(slot) and not should_restart(past[-1], slot, situation.seen)
+
+
+def _must_leave(task: Task, situation: Situation) -> bool:
+    return situation.is_misplaced(task) and not task.status.state.is_terminal
+
+
+def _is_left_over(task: Task, iteration: Version) -> bool:
+    """Whether the task belongs to an earlier iteration and is not retired yet."""
+    return task.job_iteration != iteration and task.is_wanted
+
+
+def _retired(task: Task) -> RetireTask:
+    """What has ended stays as history; what still runs for an earlier iteration goes without a trace."""
+    return RetireTask(task, TaskState.SHUTDOWN if task.status.state.is_terminal else TaskState.REMOVE)

@@ -1,0 +1,182 @@
+"""Jobs: so many runs to their end, so many at a time; or one on each node that was there."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.changes import FillSlot, RetireTask
+from skep.manager.orchestrator.reaper.history import surplus_history
+from skep.model.meta import Version
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import (
+    GlobalJob,
+    JobStatus,
+    ReplicatedJob,
+    RestartCondition,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+)
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp
+from tests.builders import a_node, a_service, a_task
+from tests.worlds import World
+
+ASKED_AT = Timestamp("2026-01-02T00:00:00Z")
+
+
+def a_job(*, concurrent: int = 2, total: int = 5, restart: RestartPolicy | None = None) -> Service:
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=concurrent, total_completions=total))
+    return _job(mode, restart)
+
+
+def a_global_job() -> Service:
+    return _job(ServiceMode(global_job=GlobalJob()), None)
+
+
+def _job(mode: ServiceMode, restart: RestartPolicy | None) -> Service:
+    service = a_service("job", restart=restart)
+    spec = replace(service.spec, mode=mode)
+    return replace(service, spec=spec, job_status=JobStatus(last_execution=ASKED_AT))
+
+
+def an_old_node(id: str, availability: Availability = Availability.ACTIVE) -> Node:
+    return replace(a_node(id, availability=availability), created_at=Timestamp("2026-01-01T00:00:00Z"))
+
+
+def live(world: World) -> list[Task]:
+    return [task for task in world.tasks.values() if task.is_active]
+
+
+def test_no_more_tasks_run_at_a_time_than_asked_for() -> None:
+    job = a_job(concurrent=2, total=5)
+    assert World(job).steps() == [FillSlot(job, 1), FillSlot(job, 2)]
+
+
+def test_a_completed_run_makes_room_for_the_next_slot() -> None:
+    world = World(a_job(concurrent=2, total=5))
+    world.settle()
+    first = min(live(world), key=lambda task: task.slot)
+    world.report(first.id, TaskState.COMPLETE)
+    world.settle()
+    assert sorted(task.slot for task in live(world)) == [2, 3]
+
+
+def test_tasks_of_a_job_are_to_complete_and_know_their_iteration() -> None:
+    world = World(a_job())
+    world.settle()
+    assert {task.desired_state for task in live(world)} == {TaskState.COMPLETE}
+    assert {task.job_iteration for task in live(world)} == {Version(index=0)}
+
+
+def test_a_job_ends_when_all_runs_are_completed() -> None:
+    world = World(a_job(concurrent=2, total=3))
+    for _ in range(3):
+        world.settle()
+        world.report(live(world)[0].id, TaskState.COMPLETE)
+    assert world.steps() == []
+    assert sorted(task.slot for task in world.tasks.values()) == [1, 2, 3]
+
+
+def test_a_failed_run_is_repeated_in_its_slot_after_the_delay() -> None:
+    world = World(a_job(concurrent=1, total=1))
+    world.settle()
+    (task,) = live(world)
+    world.report(task.id, TaskState.FAILED)
+    world.settle()
+    (successor,) = live(world)
+    assert (successor.slot, successor.desired_state) == (1, TaskState.READY)
+    world.now += 6
+    world.settle()
+    assert live(world)[0].desired_state is TaskState.COMPLETE
+
+
+def test_a_slot_whose_attempts_are_used_up_is_given_up() -> None:
+    policy = RestartPolicy(condition=RestartCondition.ON_FAILURE, delay=0, max_attempts=1)
+    world = World(a_job(concurrent=1, total=2, restart=policy))
+    for _ in range(2):
+        world.settle()
+        world.report(next(task.id for task in live(world) if task.slot == 1), TaskState.FAILED)
+    world.settle()
+    assert [task.slot for task in live(world)] == [2]
+
+
+def test_another_iteration_runs_everything_again_and_keeps_what_ended_as_history() -> None:
+    world = World(a_job(concurrent=2, total=2))
+    world.settle()
+    done, running = live(world)
+    world.report(done.id, TaskState.COMPLETE)
+    world.report(running.id, TaskState.RUNNING)
+    again = JobStatus(job_iteration=Version(index=1), last_execution=ASKED_AT)
+    world.put(replace(world.service, job_status=again))
+    world.settle()
+    assert world.tasks[done.id].desired_state is TaskState.SHUTDOWN
+    assert world.tasks[running.id].desired_state is TaskState.REMOVE
+    assert sorted(task.slot for task in live(world) if task.job_iteration == Version(index=1)) == [1, 2]
+
+
+def test_a_global_job_runs_once_on_each_node_that_was_there() -> None:
+    job = a_global_job()
+    late = replace(a_node("n3"), created_at=Timestamp("2026-01-03T00:00:00Z"))
+    nodes = [an_old_node("n1"), an_old_node("n2", Availability.PAUSE), late]
+    world = World(job, nodes=nodes)
+    assert world.steps() == [FillSlot(job, 0, nodes[0].id)]
+    world.settle()
+    world.report(live(world)[0].id, TaskState.COMPLETE)
+    assert world.steps() == []
+
+
+def test_a_global_job_leaves_a_node_that_is_drained() -> None:
+    world = World(a_global_job(), nodes=[an_old_node("n1")])
+    world.settle()
+    (task,) = live(world)
+    world.nodes[task.node_id] = an_old_node("n1", Availability.DRAIN)
+    assert world.steps() == [RetireTask(task)]
+
+
+def test_a_run_whose_node_is_lost_is_repeated_elsewhere() -> None:
+    world = World(a_job(concurrent=1, total=1), nodes=[a_node("n1")])
+    world.settle()
+    (task,) = live(world)
+    world.put(replace(task, node_id=a_node("n1").id))
+    world.report(task.id, TaskState.RUNNING)
+    world.nodes[a_node("n1").id] = a_node("n1", state=NodeState.DOWN)
+    world.settle()
+    (successor,) = live(world)
+    assert (successor.slot, successor.node_id) == (1, "")
+
+
+def test_history_keeps_what_the_present_iteration_has_completed() -> None:
+    done = replace(
+        a_task("done", state=TaskState.COMPLETE, desired=TaskState.COMPLETE), job_iteration=Version(index=1)
+    )
+    before = replace(done, id=a_task("before").id, job_iteration=Version(index=0))
+    assert surplus_history([before, done], 0, Version(index=1)) == (before,)
+
+
+reports = st.lists(
+    st.tuples(st.integers(0, 9), st.sampled_from([TaskState.RUNNING, TaskState.COMPLETE, TaskState.FAILED]))
+)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 4), st.integers(0, 6), reports)
+def test_whatever_happens_runs_stay_within_their_numbers(
+    concurrent: int, total: int, happening: list[tuple[int, TaskState]]
+) -> None:
+    world = World(a_job(concurrent=concurrent, total=total, restart=RestartPolicy(delay=0)))
+    for number, state in happening:
+        world.settle()
+        running = live(world)
+        assert len(running) <= concurrent
+        if running and running[number % len(running)].status.state < state:
+            world.report(running[number % len(running)].id, state)
+    world.settle()
+    done = {task.slot for task in world.tasks.values() if task.status.state is TaskState.COMPLETE}
+    assert len(done) + len(live(world)) <= total
+    assert world.steps() == []
+    while running := live(world):
+        world.report(running[0].id, TaskState.COMPLETE)
+        world.settle()
+    done = {task.slot for task in world.tasks.values() if task.status.state is TaskState.COMPLETE}
+    assert done == set(range(1, total + 1)) or concurrent == 0
