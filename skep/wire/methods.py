@@ -94,3 +94,20 @@ HEARTBEATS = BothStream("/skep.v1.NodeLink/Heartbeats", skep.Heartbeat, skep.Hea
 REVISED_ASSIGNMENTS = ServerStream(
     "/skep.v1.NodeLink/Assignments", swarm.AssignmentsRequest, skep.RevisedAssignments
 )
+SKEP_ISSUE_NODE_CERTIFICATE = Unary(
+    "/skep.v1.NodeCA/IssueNodeCertificate",
+    swarm.IssueNodeCertificateRequest,
+    swarm.IssueNodeCertificateResponse,
+    Access.OPEN,
+)
+ADD_MEMBER = Unary(
+    "/skep.v1.Managers/AddMember", skep.AddMemberRequest, skep.AddMemberResponse, Access.MANAGER
+)
+PROMOTE_MEMBER = Unary(
+    "/skep.v1.Managers/PromoteMember",
+    skep.PromoteMemberRequest,
+    skep.PromoteMemberResponse,
+    Access.MANAGER,
+)
+PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER)
+RELAY_LOGS = ServerStream("/skep.v1.ManagerLink/RelayLogs", skep.LogRelay, skep.RelayedLogs, Access.MANAGER)

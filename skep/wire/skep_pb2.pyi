@@ -8,9 +8,11 @@ What SwarmKit's protocol lacks, spoken between Skep nodes and Skep managers only
 UNIMPLEMENTED here talks to a Docker manager and falls back to SwarmKit's calls.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from skep.wire import swarm_pb2 as _swarm_pb2
 import builtins as _builtins
 import sys
@@ -91,3 +93,200 @@ class RevisedAssignments(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevisedAssignments: _TypeAlias = RevisedAssignments
+
+@_typing.final
+class AddMemberRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDR_FIELD_NUMBER: _builtins.int
+    PEER_PORT_FIELD_NUMBER: _builtins.int
+    addr: _builtins.str
+    """ip:port of the manager to be; ":port" when it does not know its own address."""
+    peer_port: _builtins.int
+    def __init__(
+        self,
+        *,
+        addr: _builtins.str = ...,
+        peer_port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addr", b"addr", "peer_port", b"peer_port"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddMemberRequest: _TypeAlias = AddMemberRequest
+
+@_typing.final
+class Member(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PEER_URL_FIELD_NUMBER: _builtins.int
+    IP_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The node's id."""
+    peer_url: _builtins.str
+    ip: _builtins.str
+    """Where the name in the URL leads to."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        peer_url: _builtins.str = ...,
+        ip: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ip", b"ip", "name", b"name", "peer_url", b"peer_url"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Member: _TypeAlias = Member
+
+@_typing.final
+class AddMemberResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    WRAPPING_KEY_FIELD_NUMBER: _builtins.int
+    CLUSTER_TOKEN_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ADDR_FIELD_NUMBER: _builtins.int
+    wrapping_key: _builtins.bytes
+    """Opens the data keys that lie wrapped in the store."""
+    cluster_token: _builtins.str
+    incarnation: _builtins.int
+    """Raised by every restore and forced new cluster."""
+    addr: _builtins.str
+    """ip:port under which the others know the new manager from now on."""
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
+        """All members, the new one included."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[Global___Member] | None = ...,
+        wrapping_key: _builtins.bytes = ...,
+        cluster_token: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        addr: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addr", b"addr", "cluster_token", b"cluster_token", "incarnation", b"incarnation", "members", b"members", "wrapping_key", b"wrapping_key"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddMemberResponse: _TypeAlias = AddMemberResponse
+
+@_typing.final
+class PromoteMemberRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteMemberRequest: _TypeAlias = PromoteMemberRequest
+
+@_typing.final
+class PromoteMemberResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteMemberResponse: _TypeAlias = PromoteMemberResponse
+
+@_typing.final
+class Ping(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    """Of the cluster whose state the sender serves."""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ping: _TypeAlias = Ping
+
+@_typing.final
+class LogRelay(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTOR_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    NODE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def selector(self) -> _swarm_pb2.LogSelector: ...
+    @_builtins.property
+    def options(self) -> _swarm_pb2.LogSubscriptionOptions: ...
+    @_builtins.property
+    def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The nodes to ask."""
+
+    def __init__(
+        self,
+        *,
+        selector: _swarm_pb2.LogSelector | None = ...,
+        options: _swarm_pb2.LogSubscriptionOptions | None = ...,
+        node_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "selector", b"selector"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_ids", b"node_ids", "options", b"options", "selector", b"selector"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogRelay: _TypeAlias = LogRelay
+
+@_typing.final
+class RelayedLogs(_message.Message):
+    """Lines, or the end of one node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    ENDED_NODE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ended_node_id: _builtins.str
+    """A node that has sent everything, or will not."""
+    reason: _builtins.str
+    """Why lines of it are missing; empty: none are."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_swarm_pb2.LogMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[_swarm_pb2.LogMessage] | None = ...,
+        ended_node_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_node_id", b"ended_node_id", "messages", b"messages", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayedLogs: _TypeAlias = RelayedLogs
