@@ -174,35 +174,52 @@ async def open_store(
     chance: Callable[[], float] = random.random,
     watch_capacity: int = CAPACITY,
 ) -> AsyncIterator[EtcdStore]:
-    """The store behind a ready member's ``socket``, with everything loaded.
+    """The store behind a ready member's ``socket``, with everything loaded.  Raises: as ``store_on``."""
+    async with (
+        Client(socket) as client,
+        store_on(client, node_id, wrapping_key, clock, chance=chance, watch_capacity=watch_capacity) as store,
+    ):
+        yield store
+
+
+@asynccontextmanager
+async def store_on(
+    client: Client,
+    node_id: NodeId,
+    wrapping_key: bytes,
+    clock: Clock,
+    *,
+    chance: Callable[[], float] = random.random,
+    watch_capacity: int = CAPACITY,
+) -> AsyncIterator[EtcdStore]:
+    """The store behind an open ``client``, with everything loaded; a simulation brings a client of its own.
 
     Raises: founding.Unfinished: there is no cluster in it; FailedPrecondition: it is not for this version, or
     not for this key; Unavailable.  Whatever fails later in the background ends the block.
     """
-    async with Client(socket) as client:
-        cipher = Cipher(await founded_ring(client), wrapping_key)
-        replica = Replica(watch_capacity)
-        batcher = Batcher(
-            client,
-            cipher,
-            replica,
-            keys.ticket_key(node_id),
-            clock,
-            lambda: Backoff(longest_s=1.0, chance=chance),
-        )
-        follower = Follower(
-            client, replica, cipher, batcher.observe, clock, Backoff(longest_s=1.0, chance=chance)
-        )
-        async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(follower.run(), name="store-follower"),
-                group.create_task(batcher.run(), name="store-batcher"),
-            ]
-            await follower.wait_loaded()
-            store = EtcdStore(client, replica, follower, batcher, cipher, clock, group, chance)
-            try:
-                yield store
-            finally:
-                for task in tasks:
-                    task.cancel()
-                store.end_elections()
+    cipher = Cipher(await founded_ring(client), wrapping_key)
+    replica = Replica(watch_capacity)
+    batcher = Batcher(
+        client,
+        cipher,
+        replica,
+        keys.ticket_key(node_id),
+        clock,
+        lambda: Backoff(longest_s=1.0, chance=chance),
+    )
+    follower = Follower(
+        client, replica, cipher, batcher.observe, clock, Backoff(longest_s=1.0, chance=chance)
+    )
+    async with errors_as_they_are(), asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(follower.run(), name="store-follower"),
+            group.create_task(batcher.run(), name="store-batcher"),
+        ]
+        await follower.wait_loaded()
+        store = EtcdStore(client, replica, follower, batcher, cipher, clock, group, chance)
+        try:
+            yield store
+        finally:
+            for task in tasks:
+                task.cancel()
+            store.end_elections()
