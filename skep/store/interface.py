@@ -171,6 +171,13 @@ class Store(Updates, Protocol):
     def leader(self) -> NodeId | None:
         """Who leads, as far as this replica knows."""
 
+    @property
+    def incarnation(self) -> int:
+        """Which life of the cluster this store serves, 1 and up; raised by every restore and forced new cluster.
+
+        Revisions of different incarnations do not compare.
+        """
+
 
 class Term(Updates, Protocol):
     """One term of leadership.  Its updates are fenced: they fail with NotLeader once it is over."""

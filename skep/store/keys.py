@@ -8,6 +8,7 @@
     s/<claim>/<kind>/<id>          a shared hold on a claim (host-mode ports): bars the exclusive claim
     r/<kind>/<id>/<kind>/<id>      a reference: the second object uses the first
     meta/format, meta/level        what this data is, and the lowest version among the managers
+    meta/incarnation               which life of the cluster this is: raised by every restore and forced new cluster
     leader                         the fence of the leader's writes
     w/<node id>                    a manager's ticket: moving it voids that manager's writes in flight
 """
@@ -19,6 +20,7 @@ LEADER: Final = "leader"
 FORMAT: Final = "meta/format"
 LEVEL: Final = "meta/level"
 KEY_RING: Final = "meta/keys"
+INCARNATION: Final = "meta/incarnation"
 
 HEAD: Final = ""
 """The part that holds everything which no other part holds."""

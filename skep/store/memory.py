@@ -77,6 +77,7 @@ class MemoryCluster:
         self.compacted = 0
         """Replicas behind this revision have to load everything again."""
         self.stores: list[MemoryStore] = []
+        self.incarnation = 1
         self._entries: dict[str, _Entry] = {}
         self._ranged: list[str] = []
         """Keys below prefixes that are compared as a whole, sorted."""
@@ -246,6 +247,10 @@ class MemoryStore(Updating):
     @property
     def leader(self) -> NodeId | None:
         return leader_named(self._replica.leader_record)
+
+    @property
+    def incarnation(self) -> int:
+        return self.cluster.incarnation
 
     async def terms(self, node_id: NodeId, addr: str) -> AsyncIterator[Term]:
         self.addr = addr

@@ -14,7 +14,7 @@ from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, new_wrapping_key
 from skep.store.etcd.client import Client
-from skep.store.etcd.founding import founded_ring, initialize
+from skep.store.etcd.founding import founded, initialize
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Store, Transaction
@@ -106,7 +106,7 @@ class EtcdRig:
 
     async def depose(self) -> None:
         name = etcd_key(keys.LEADER)
-        cipher = Cipher(await founded_ring(self.client), self._key)
+        cipher = Cipher((await founded(self.client)).ring, self._key)
         record = msgspec.json.encode(LeaderRecord(node=SECOND, term=1_000_000))
         await self.client.put(name, cipher.encrypt(name, record))
 

@@ -32,6 +32,20 @@ FORMAT = 1
 LEVEL = 1
 """The newest level that this version knows."""
 
+FIRST_INCARNATION = 1
+"""Of a cluster that was never restored nor forced; stores from before there was a number have none."""
+
+
+class Founded(msgspec.Struct, frozen=True):
+    """What a store says of the cluster in it, before any object can be read.
+
+    ``ring_revision``: when the key ring was last written.
+    """
+
+    ring: KeyRing
+    ring_revision: int
+    incarnation: int
+
 
 class Unfinished(FailedPrecondition):
     """The store holds no cluster: init was interrupted, or has not run."""
@@ -60,6 +74,7 @@ async def initialize(
             (keys.FORMAT, str(FORMAT).encode()),
             (keys.LEVEL, str(LEVEL).encode()),
             (keys.KEY_RING, msgspec.json.encode(ring)),
+            (keys.INCARNATION, str(FIRST_INCARNATION).encode()),
             *first.puts,
         ),
     )
@@ -78,24 +93,54 @@ async def initialize(
     return result
 
 
-async def founded_ring(client: Client) -> KeyRing:
-    """The key ring of the cluster in this store, if this version can serve it.
+async def founded(client: Client) -> Founded:
+    """The cluster in this store, if this version can serve it.
 
     Raises: Unfinished: there is none; FailedPrecondition: of a format or level unknown here; Unavailable.
     """
     format = await _read(client, keys.FORMAT)
     if format is None:
         raise Unfinished("the store holds no cluster: its init was not finished")
-    if format != str(FORMAT).encode():
+    if format.value != str(FORMAT).encode():
         raise FailedPrecondition(
-            f"the cluster's data have format {format.decode(errors='replace')}; this version of Skep knows "
+            f"the cluster's data have format {format.value.decode(errors='replace')}; this version of Skep knows "
             f"format {FORMAT} only: install the version that wrote them"
         )
-    check_level(await _read(client, keys.LEVEL))
-    stored = await _read(client, keys.KEY_RING)
-    if stored is None:
+    level = await _read(client, keys.LEVEL)
+    check_level(level.value if level is not None else None)
+    ring = await _read(client, keys.KEY_RING)
+    if ring is None:
         raise FailedPrecondition("the cluster's key ring is missing: restore the store from a backup")
-    return decoded_ring(stored)
+    incarnation = await _read(client, keys.INCARNATION)
+    return Founded(
+        decoded_ring(ring.value),
+        ring.mod_revision,
+        decoded_incarnation(incarnation.value) if incarnation is not None else FIRST_INCARNATION,
+    )
+
+
+async def raise_incarnation(socket: Path, to: int) -> None:
+    """Begin another life of the cluster in this store, which nobody else serves yet.
+
+    Args:
+        to: higher than what is there; if it is there already, an earlier attempt got as far.
+
+    Raises: FailedPrecondition: what is there is higher; Unfinished; Unavailable.
+    """
+    async with Client(socket) as client:
+        there = (await founded(client)).incarnation
+        if there > to:
+            raise FailedPrecondition(f"the store is of incarnation {there} already, which is later than {to}")
+        if there < to:
+            await client.put(etcd_key(keys.INCARNATION), str(to).encode(), timeout_s=LOAD_S)
+
+
+def decoded_incarnation(stored: bytes) -> int:
+    """Raises: FailedPrecondition: it is damaged."""
+    try:
+        return int(stored)
+    except ValueError as error:
+        raise FailedPrecondition(f"the cluster's incarnation is damaged: {stored!r}") from error
 
 
 def check_level(stored: bytes | None) -> None:
@@ -112,9 +157,9 @@ def check_level(stored: bytes | None) -> None:
 
 async def _stored_ring(client: Client) -> KeyRing | None:
     stored = await _read(client, keys.KEY_RING)
-    return decoded_ring(stored) if stored is not None else None
+    return decoded_ring(stored.value) if stored is not None else None
 
 
-async def _read(client: Client, key: str) -> bytes | None:
+async def _read(client: Client, key: str) -> pb.KeyValue | None:
     reply = await client.range(pb.RangeRequest(key=etcd_key(key)))
-    return reply.kvs[0].value if reply.kvs else None
+    return reply.kvs[0] if reply.kvs else None

@@ -19,7 +19,7 @@ from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.client import Client
 from skep.store.etcd.election import Election
 from skep.store.etcd.follow import Follower
-from skep.store.etcd.founding import founded_ring
+from skep.store.etcd.founding import founded
 from skep.store.etcd.requests import etcd_key
 from skep.store.interface import NotLeader, Object, Term, View, Watch
 from skep.store.leadership import FencedTerm, TermState, leader_named
@@ -46,7 +46,9 @@ class EtcdStore(Updating):
         clock: Clock,
         group: asyncio.TaskGroup,
         chance: Callable[[], float],
+        incarnation: int,
     ) -> None:
+        self.incarnation = incarnation
         self._client = client
         self._replica = replica
         self._follower = follower
@@ -197,7 +199,8 @@ async def store_on(
     Raises: founding.Unfinished: there is no cluster in it; FailedPrecondition: it is not for this version, or
     not for this key; Unavailable.  Whatever fails later in the background ends the block.
     """
-    cipher = Cipher(await founded_ring(client), wrapping_key)
+    found = await founded(client)
+    cipher = Cipher(found.ring, wrapping_key)
     replica = Replica(watch_capacity)
     batcher = Batcher(
         client,
@@ -216,7 +219,9 @@ async def store_on(
             group.create_task(batcher.run(), name="store-batcher"),
         ]
         await follower.wait_loaded()
-        store = EtcdStore(client, replica, follower, batcher, cipher, clock, group, chance)
+        store = EtcdStore(
+            client, replica, follower, batcher, cipher, clock, group, chance, found.incarnation
+        )
         try:
             yield store
         finally:
