@@ -125,6 +125,14 @@ class Task(ApiObject):
     spec_version: Version | None = None
 
     @property
+    def shown_slot(self) -> int:
+        """The slot as clients and nodes know it: those of a job count from 0, and count from 1 in the store.
+
+        There 0 means "none", so that a slot always has a key of its own.
+        """
+        return self.slot - 1 if self.slot and self.job_iteration is not None else self.slot
+
+    @property
     def is_wanted(self) -> bool:
         """Whether the task is meant to run, or (COMPLETE, a job's) to run to its end; it may have ended all the same."""
         return self.desired_state <= TaskState.COMPLETE

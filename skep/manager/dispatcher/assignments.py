@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, NodeId, SecretId, TaskId
@@ -123,6 +124,7 @@ def _message(
 
 def _assigned(view: View, task: Task) -> AssignedTask:
     service = view.lookup(Service, task.service_id)
+    task = replace(task, slot=task.shown_slot)
     if service is None:
         return AssignedTask(task=task)
     return AssignedTask(

@@ -4,8 +4,7 @@ A slot of a job is done with its first completed task.  One whose task failed is
 when that gives up, the slot stays taken, so that a job which cannot succeed comes to an end.  Each update is a new
 *iteration*, which begins from nothing: tasks of earlier ones are stopped, and those that ended stay as history.
 
-Differences from swarmkit: slots are counted from 1, as those of services are (swarmkit's first task has slot 0 and is
-named like one of a global service); a slot that was given up is not begun anew.
+Difference from swarmkit: a slot that was given up is not begun anew.
 
 Source: swarmkit, manager/orchestrator/jobs/{replicated,global}/reconciler.go.
 """

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.manager.control.service_form import with_defaults
 from skep.model.node import Node
 from skep.model.service import Service, ServiceStatus
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
@@ -29,12 +30,17 @@ def shown_service(
 
 def shown_node(node: Node) -> Node:
     """``node`` for an answer."""
-    return replace(node, session=None, certificate=None, attachments=())
+    return replace(node, session=None, certificate=None, attachments=(), silent_since=None)
+
+
+def shown_swarm(swarm: Swarm) -> Swarm:
+    """``swarm`` for an answer."""
+    return replace(swarm, rotation=None)
 
 
 def shown_task(task: Task) -> Task:
     """``task`` for an answer: as in the engine, only a service's specification says what runs it."""
-    return replace(task, spec_version=None, spec=replace(task.spec, runtime=""))
+    return replace(task, slot=task.shown_slot, spec_version=None, spec=replace(task.spec, runtime=""))
 
 
 async def service_status(view: View, service: Service) -> ServiceStatus:

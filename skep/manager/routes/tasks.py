@@ -94,7 +94,7 @@ def _name(view: View, task: Task) -> str:
     Source: swarmkit, api/naming/naming.go.
     """
     service = view.lookup(Service, task.service_id)
-    return f"{service.spec.name if service is not None else ''}.{task.slot or task.node_id}.{task.id}"
+    return f"{service.spec.name if service is not None else ''}.{task.shown_slot or task.node_id}.{task.id}"
 
 
 def _service_labels(view: View, task: Task) -> dict[str, str]:

@@ -1,0 +1,52 @@
+"""Jobs through the docker command: as many runs as asked for, again on the next update, given up when told so."""
+
+from typing import Any
+
+import pytest
+
+from tests.integration.cluster import IMAGE, TestNode, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def states(node: TestNode, name: str) -> list[str]:
+    found = node.client().api.tasks(filters={"service": name})
+    return sorted(task["Status"]["State"] for task in found)
+
+
+def test_a_replicated_job_runs_so_often_and_its_command_waits_for_the_end(m1: TestNode) -> None:
+    words = ("--mode", "replicated-job", "--replicas", "3", "--max-concurrent", "2", IMAGE, "true")
+    progress = m1.docker("service", "create", "--name", "job", *words)
+    assert "job complete" in progress.stdout
+    listed = m1.docker("service", "ls", "--format", "{{.Name}} {{.Mode}} {{.Replicas}}").stdout.strip()
+    assert listed == "job replicated job 0/2 (3/3 completed)"
+    assert states(m1, "job") == ["complete"] * 3
+
+
+def test_an_update_runs_a_job_again(m1: TestNode) -> None:
+    m1.docker("service", "create", "--name", "job", "--mode", "replicated-job", IMAGE, "true")
+    before = m1.client().api.inspect_service("job")["JobStatus"]
+    m1.docker("service", "update", "--force", "job")
+    after = m1.client().api.inspect_service("job")["JobStatus"]
+    assert after["JobIteration"]["Index"] > before.get("JobIteration", {}).get("Index", 0)
+    wait_until(lambda: states(m1, "job") == ["complete"] * 2, "both runs are complete")
+
+
+def test_a_global_job_runs_once_on_the_node(m1: TestNode) -> None:
+    m1.docker("service", "create", "--name", "job", "--mode", "global-job", IMAGE, "true")
+    assert states(m1, "job") == ["complete"]
+
+
+def test_a_job_that_fails_ends_after_its_attempts_and_says_with_what(m1: TestNode) -> None:
+    words = ("--restart-condition", "on-failure", "--restart-max-attempts", "1", "--restart-delay", "0s")
+    words = (*words, "--detach", IMAGE, "sh", "-c", "exit 3")
+    m1.docker("service", "create", "--name", "job", "--mode", "replicated-job", *words)
+
+    def failed() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = m1.client().api.tasks(filters={"service": "job"})
+        ended = [task for task in found if task["Status"]["State"] == "failed"]
+        is_over = all(task["DesiredState"] == "shutdown" for task in found)
+        return ended if len(ended) == 2 and is_over else []
+
+    tasks = wait_until(failed, "both attempts have failed")
+    assert {task["Status"]["ContainerStatus"]["ExitCode"] for task in tasks} == {3}
