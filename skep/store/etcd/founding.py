@@ -64,6 +64,20 @@ async def initialize(
 
     Raises: AlreadyExists: the store holds a cluster already; Unavailable; what ``body`` raises.
     """
+    async with Client(socket) as client:
+        return await initialize_on(client, wrapping_key, clock, body, *args, **kwargs)
+
+
+async def initialize_on(
+    client: Client,
+    wrapping_key: bytes,
+    clock: Clock,
+    body: Callable[Concatenate[Transaction, P], R],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> R:
+    """``initialize`` through an open ``client``."""
     ring = new_key_ring(wrapping_key)
     tx = Writing(State(), clock.now_ns())
     result = body(tx, *args, **kwargs)
@@ -79,15 +93,14 @@ async def initialize(
         ),
     )
     request, _ = nested_txn(founding, None, Cipher(ring, wrapping_key))
-    async with Client(socket) as client:
-        try:
-            reply = await client.txn(request, timeout_s=LOAD_S)
-            is_in = reply.succeeded
-        except Uncertain:
-            # The keys in the ring are chance: if they are there, so is everything else.
-            is_in = await _stored_ring(client) == ring
-            if not is_in:
-                raise
+    try:
+        reply = await client.txn(request, timeout_s=LOAD_S)
+        is_in = reply.succeeded
+    except Uncertain:
+        # The keys in the ring are chance: if they are there, so is everything else.
+        is_in = await _stored_ring(client) == ring
+        if not is_in:
+            raise
     if not is_in:
         raise AlreadyExists("this store holds a cluster already")
     return result
