@@ -101,6 +101,16 @@ class Paths(msgspec.Struct, frozen=True):
         return self.manager_keys / "wrapping.key"
 
     @property
+    def lock_key(self) -> Path:
+        """There exactly while autolock is on: locks ``locked_files``, and is itself locked by the unlock key."""
+        return self.manager_keys / "lock.key"
+
+    @property
+    def locked_files(self) -> tuple[Path, ...]:
+        """What autolock protects."""
+        return (self.wrapping_key, self.node_key)
+
+    @property
     def etcd(self) -> Path:
         return self.manager / "etcd"
 
@@ -148,6 +158,11 @@ class Paths(msgspec.Struct, frozen=True):
     @property
     def tls(self) -> Path:
         return self.run / "tls"
+
+    @property
+    def open_lock_key(self) -> Path:
+        """The lock key in clear: on tmpfs, while the node is unlocked."""
+        return self.run / "lock.key"
 
     def pid_file(self, process: str) -> Path:
         """Pid and start time of a detached process: ``manager`` or ``net``."""

@@ -30,6 +30,7 @@ from skep.node.revisions import Revision, advanced
 from skep.node.session import Session
 from skep.security import keypair
 from skep.security.keypair import KeyPair
+from skep.security.locking import KeyLock
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.security.trust import tls_info
 from skep.wire import swarm_pb2 as pb
@@ -59,14 +60,17 @@ class Agent:
         clock: Clock,
         random: Random,
         certificate_changed: Callable[[KeyPair], None] = lambda _: None,
+        lock: KeyLock | None = None,
     ) -> None:
         """
         Args:
             certificates: directory with the node's key pair; renewed ones are written there.
+            lock: of that key pair, which is open.
             describe: what the node says of itself; asked at the start of each session (the trust is added here).
             certificate_changed: called after a new certificate, or new roots, were written.
         """
         self._certificates = certificates
+        self._lock = lock
         self._managers = managers
         self._describe = describe
         self._sink = sink
@@ -75,7 +79,7 @@ class Agent:
         self._clock = clock
         self._random = random
         self._certificate_changed = certificate_changed
-        self._pair = keypair.load(certificates)
+        self._pair = keypair.load(certificates, lock)
         self._seen = Revision()
         self._renewal_wanted = asyncio.Event()
         self.registered = asyncio.Event()
@@ -195,7 +199,7 @@ class Agent:
 
     def _adopt(self, pair: KeyPair) -> None:
         """Use ``pair`` from the next connection on; open ones stay."""
-        keypair.save(pair, self._certificates)
+        keypair.save(pair, self._certificates, self._lock)
         self._pair = pair
         self._certificate_changed(pair)
 

@@ -16,6 +16,7 @@ from skep.errors import FailedPrecondition, NotFound
 from skep.linux.files import BESIDE, replace_file, sync_directory, write_new
 from skep.security.identity import Identity, identity_of
 from skep.security.keys import load_private_key
+from skep.security.locking import KeyLock
 
 ROOT_FILE = "swarm-root-ca.crt"
 CERTIFICATE_FILE = "swarm-node.crt"
@@ -42,6 +43,12 @@ class KeyPair:
             raise FailedPrecondition(f"the node's certificate cannot be read: {error}") from error
 
     @cached_property
+    def chain(self) -> tuple[x509.Certificate, ...]:
+        """The node's own certificate and what goes with it: while the root is rotated, the new root as the old one
+        vouches for it."""
+        return tuple(x509.load_pem_x509_certificates(self.certificate_pem))
+
+    @cached_property
     def identity(self) -> Identity:
         """Who this node is."""
         return identity_of(self.certificate)
@@ -62,25 +69,35 @@ class KeyPair:
         return f"KeyPair({self.identity!r}, until {self.not_after.isoformat()})"
 
 
-def save(pair: KeyPair, directory: Path) -> None:
-    """Write the three files so that at any moment ``load`` finds the old pair or the new one."""
+def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
+    """Write the three files so that at any moment ``load`` finds the old pair or the new one.
+
+    Args:
+        lock: writes the key, locked if it is on; None: this directory is never locked.
+
+    Raises: Locked.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = directory / (CERTIFICATE_FILE + BESIDE)
     replace_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
     write_new(beside, pair.certificate_pem, mode=0o644)
-    replace_file(directory / KEY_FILE, pair.key_pem, mode=0o600)
+    if lock is None:
+        replace_file(directory / KEY_FILE, pair.key_pem, mode=0o600)
+    else:
+        lock.write(directory / KEY_FILE, pair.key_pem)
     os.replace(beside, directory / CERTIFICATE_FILE)
     sync_directory(directory)
 
 
-def load(directory: Path) -> KeyPair:
+def load(directory: Path, lock: KeyLock | None = None) -> KeyPair:
     """The saved key pair.
 
-    Raises: NotFound: there is none; FailedPrecondition: the files are damaged.
+    Raises: NotFound: there is none; FailedPrecondition: the files are damaged; Locked.
     """
     try:
         root_pem = (directory / ROOT_FILE).read_bytes()
-        key_pem = (directory / KEY_FILE).read_bytes()
+        key = directory / KEY_FILE
+        key_pem = key.read_bytes() if lock is None else lock.read(key)
         certificate_pem = (directory / CERTIFICATE_FILE).read_bytes()
     except FileNotFoundError as error:
         raise NotFound(f"this node has no certificate ({error.filename} is missing)") from error

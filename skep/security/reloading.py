@@ -8,6 +8,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.security import keypair
+from skep.security.locking import KeyLock
 from skep.security.tls import ServerTls
 
 log = structlog.get_logger(__name__)
@@ -16,7 +17,9 @@ LOOK_EVERY_S = 5.0
 """A certificate is renewed with at least a fifth of its life left, so there is time."""
 
 
-async def follow_key_pair(tls: ServerTls, directory: Path, clock: Clock) -> None:
+async def follow_key_pair(
+    tls: ServerTls, directory: Path, clock: Clock, lock: KeyLock | None = None
+) -> None:
     """Use the key pair in ``directory`` from the next handshake on, whenever it changes; until cancelled."""
     seen = _stamp(directory)
     while True:
@@ -25,7 +28,7 @@ async def follow_key_pair(tls: ServerTls, directory: Path, clock: Clock) -> None
         if stamp == seen:
             continue
         try:
-            pair = await asyncio.to_thread(keypair.load, directory)
+            pair = await asyncio.to_thread(keypair.load, directory, lock)
         except SkepError as error:
             log.warning("certificate not taken over yet", error=str(error))
             continue

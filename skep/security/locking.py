@@ -1,0 +1,221 @@
+"""What lies locked on a manager's disk while the cluster has autolock on, and how it is opened.
+
+::
+
+    unlock key      the cluster's, known to its users (SWMKEY-1-...) and kept in the store; never on a manager's disk
+       seals
+    lock key        one per node: <data>/manager/keys/lock.key; in clear on tmpfs (<run>/lock.key) while unlocked
+       seals
+    wrapping key of the store, private key of the node: below <data>
+
+So a new unlock key replaces one small file, in one step, whoever else writes keys meanwhile.  There is a lock key
+exactly while the node is to be locked at its next start.  Files are told apart by how they begin: a clear one is
+read as it is, so that turning the lock on or off may stop at any point and go on later.
+
+A crash of a process leaves the copy on tmpfs, and the next one goes on with it; an orderly stop removes it, a reboot
+or a loss of power does anyway.
+
+Source: swarmkit, ca/keyreadwriter.go, manager/deks.go (what the unlock key protects there); encryption.go (its form).
+"""
+
+import base64
+import binascii
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from skep.errors import FailedPrecondition, InvalidArgument, Unauthenticated
+from skep.linux.files import replace_file
+from skep.paths import Paths
+
+_FORM = "SWMKEY-1-"
+_HEAD = b"SKEP-LOCKED-1\n"
+_NONCE_BYTES = 12
+_NAME_BYTES = 16
+_KEY_BYTES = 32
+
+
+class Locked(FailedPrecondition):
+    """What was asked for needs the unlock key first."""
+
+
+class WrongUnlockKey(Unauthenticated):
+    """The unlock key is another one."""
+
+    def __init__(self) -> None:
+        super().__init__("swarm could not be unlocked: invalid key provided")
+
+
+def new_unlock_key() -> bytes:
+    """A fresh key to lock managers with."""
+    return secrets.token_bytes(_KEY_BYTES)
+
+
+def shown_unlock_key(key: bytes) -> str:
+    """The key as users see it: ``SWMKEY-1-...``."""
+    return _FORM + base64.b64encode(key).decode().rstrip("=")
+
+
+def parsed_unlock_key(shown: str) -> bytes:
+    """What ``shown_unlock_key`` showed.  Raises: InvalidArgument, in Docker's words."""
+    digits = shown.removeprefix(_FORM)
+    try:
+        if not shown.startswith(_FORM):
+            raise ValueError("unknown form")
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise InvalidArgument("invalid key string") from error
+
+
+class KeyLock:
+    """The lock of one node.  Blocking: files are read and written.
+
+    Only the manager process turns it, only the node process unlocks; a file's owner reads and writes it here.
+    """
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the node is locked after its next start."""
+        return self._paths.lock_key.exists()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the unlock key is needed now."""
+        return self.is_on and self._key_in_clear() is None
+
+    def unlock(self, unlock_key: bytes) -> None:
+        """Open the lock until the node stops.
+
+        Raises: WrongUnlockKey; FailedPrecondition: there is no lock, or it is damaged.
+        """
+        key = self._opened(unlock_key)
+        self._paths.run.mkdir(parents=True, exist_ok=True)
+        replace_file(self._paths.open_lock_key, key, mode=0o600, is_durable=False)
+
+    def forget(self) -> None:
+        """Close the lock, if there is one."""
+        self._paths.open_lock_key.unlink(missing_ok=True)
+
+    def turn(self, unlock_key: bytes | None) -> bool:
+        """Lock what lies on the disk with ``unlock_key``, None: not at all; whether anything had to change.
+
+        Done again after a crash in the middle it goes on.  Raises: Locked; FailedPrecondition: a file is damaged.
+        """
+        if unlock_key is None:
+            return self._turn_off()
+        has_changed = self._keep_sealed(unlock_key)
+        for path in self._paths.locked_files:
+            if path.exists() and not path.read_bytes().startswith(_HEAD):
+                self.write(path, path.read_bytes())
+                has_changed = True
+        return has_changed
+
+    def read(self, path: Path) -> bytes:
+        """The content of a file in clear.
+
+        Raises: FileNotFoundError; Locked; FailedPrecondition: it is damaged.
+        """
+        content = path.read_bytes()
+        if not content.startswith(_HEAD):
+            return content
+        try:
+            return _unsealed(content, self._required_key(), path.name)
+        except InvalidTag as error:
+            raise FailedPrecondition(
+                f"{path} is damaged, or from another node: restore it from a backup"
+            ) from error
+
+    def write(self, path: Path, content: bytes, *, mode: int = 0o600) -> None:
+        """Replace a file, locked if the lock is on.  Raises: Locked."""
+        if self.is_on:
+            content = _sealed(content, self._required_key(), path.name)
+        replace_file(path, content, mode=mode)
+
+    # --- within -----------------------------------------------------------------------------------------------
+
+    def _keep_sealed(self, unlock_key: bytes) -> bool:
+        """The lock key, made if there is none, under ``unlock_key``."""
+        path = self._paths.lock_key
+        if not self.is_on:
+            key = secrets.token_bytes(_KEY_BYTES)
+            # First in clear on tmpfs: a lock without its open copy would be locked, and its node run on unlocked.
+            replace_file(self._paths.open_lock_key, key, mode=0o600, is_durable=False)
+        elif self._opened_if_right(unlock_key) is not None:
+            if self._key_in_clear() is None:
+                self.unlock(unlock_key)
+            return False
+        else:
+            key = self._required_key()  # the unlock key was rotated
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_file(path, _name(key) + _sealed(key, unlock_key, path.name), mode=0o600)
+        return True
+
+    def _turn_off(self) -> bool:
+        if not self.is_on:
+            return False
+        for path in self._paths.locked_files:
+            if path.exists():
+                replace_file(path, self.read(path), mode=0o600)
+        self._paths.lock_key.unlink()
+        self.forget()
+        return True
+
+    def _opened_if_right(self, unlock_key: bytes) -> bytes | None:
+        try:
+            return self._opened(unlock_key)
+        except WrongUnlockKey:
+            return None
+
+    def _opened(self, unlock_key: bytes) -> bytes:
+        path = self._paths.lock_key
+        try:
+            name, content = path.read_bytes()[:_NAME_BYTES], path.read_bytes()[_NAME_BYTES:]
+        except FileNotFoundError as error:
+            raise FailedPrecondition("swarm is not locked") from error
+        if not content.startswith(_HEAD):
+            raise FailedPrecondition(f"{path} is damaged: restore it from a backup")
+        try:
+            key = _unsealed(content, unlock_key, path.name)
+        except (InvalidTag, ValueError) as error:
+            raise WrongUnlockKey from error
+        if _name(key) != name:
+            raise FailedPrecondition(f"{path} is damaged: restore it from a backup")
+        return key
+
+    def _key_in_clear(self) -> bytes | None:
+        """The lock key from tmpfs, if it is the one of the lock on the disk."""
+        try:
+            key = self._paths.open_lock_key.read_bytes()
+            name = self._paths.lock_key.read_bytes()[:_NAME_BYTES]
+        except FileNotFoundError:
+            return None
+        return key if _name(key) == name else None
+
+    def _required_key(self) -> bytes:
+        key = self._key_in_clear()
+        if key is None:
+            raise Locked("this node's keys are locked: docker swarm unlock")
+        return key
+
+
+def _name(key: bytes) -> bytes:
+    """By what a lock key is recognized; says nothing about it."""
+    return hashlib.sha256(b"name of " + key).digest()[:_NAME_BYTES]
+
+
+def _sealed(content: bytes, key: bytes, name: str) -> bytes:
+    nonce = os.urandom(_NONCE_BYTES)
+    return _HEAD + nonce + AESGCM(key).encrypt(nonce, content, name.encode())
+
+
+def _unsealed(content: bytes, key: bytes, name: str) -> bytes:
+    """Raises: InvalidTag: another key, or damaged; ValueError: no key at all."""
+    body = content[len(_HEAD) :]
+    return AESGCM(key).decrypt(body[:_NONCE_BYTES], body[_NONCE_BYTES:], name.encode())

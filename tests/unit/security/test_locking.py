@@ -1,0 +1,168 @@
+"""Autolock on disk: what a stolen disk shows, what a crash leaves, what a rotation changes."""
+
+from pathlib import Path
+
+import pytest
+
+from skep.errors import FailedPrecondition, InvalidArgument
+from skep.paths import Paths
+from skep.security import locking
+from skep.security.locking import (
+    KeyLock,
+    Locked,
+    WrongUnlockKey,
+    new_unlock_key,
+    parsed_unlock_key,
+    shown_unlock_key,
+)
+
+WRAPPING_KEY, NODE_KEY = b"w" * 32, b"-----BEGIN PRIVATE KEY-----\n"
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    """A node with keys in clear."""
+    paths = Paths(tmp_path / "data", tmp_path / "run")
+    for directory in (paths.manager_keys, paths.certificates, paths.run):
+        directory.mkdir(parents=True)
+    paths.wrapping_key.write_bytes(WRAPPING_KEY)
+    paths.node_key.write_bytes(NODE_KEY)
+    return paths
+
+
+def on_disk(paths: Paths) -> bytes:
+    """All that a thief of the disk has."""
+    return b"".join(path.read_bytes() for path in sorted(paths.data.rglob("*")) if path.is_file())
+
+
+def reboot(paths: Paths) -> None:
+    for path in paths.run.iterdir():
+        path.unlink()
+
+
+def test_the_unlock_key_has_dockers_form() -> None:
+    shown = shown_unlock_key(bytes(range(32)))
+    assert shown == "SWMKEY-1-AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
+    assert parsed_unlock_key(shown) == bytes(range(32))
+    for other in ("", "SWMTKN-1-AAEC", "SWMKEY-1-%%%", "AAECAwQ"):
+        with pytest.raises(InvalidArgument, match="^invalid key string$"):
+            parsed_unlock_key(other)
+
+
+def test_nothing_is_in_clear_on_the_disk_while_the_lock_is_on(paths: Paths) -> None:
+    lock, key = KeyLock(paths), new_unlock_key()
+    assert lock.turn(key)
+    assert not lock.turn(key)
+    stolen = on_disk(paths)
+    for secret in (WRAPPING_KEY, NODE_KEY, key, paths.open_lock_key.read_bytes()):
+        assert secret not in stolen
+    assert (lock.read(paths.wrapping_key), lock.read(paths.node_key)) == (WRAPPING_KEY, NODE_KEY)
+
+
+def test_after_a_reboot_only_the_unlock_key_opens(paths: Paths) -> None:
+    lock, key = KeyLock(paths), new_unlock_key()
+    lock.turn(key)
+    reboot(paths)
+    assert lock.is_locked
+    with pytest.raises(Locked):
+        lock.read(paths.wrapping_key)
+    for wrong in (new_unlock_key(), b"", b"short"):
+        with pytest.raises(WrongUnlockKey):
+            lock.unlock(wrong)
+    lock.unlock(key)
+    assert not lock.is_locked
+    assert lock.read(paths.wrapping_key) == WRAPPING_KEY
+
+
+def test_a_renewed_key_is_written_locked(paths: Paths) -> None:
+    lock = KeyLock(paths)
+    lock.turn(new_unlock_key())
+    lock.write(paths.node_key, b"renewed")
+    assert b"renewed" not in on_disk(paths)
+    assert lock.read(paths.node_key) == b"renewed"
+
+
+def test_a_rotation_replaces_one_file_and_the_old_key_opens_no_more(paths: Paths) -> None:
+    lock, old, new = KeyLock(paths), new_unlock_key(), new_unlock_key()
+    lock.turn(old)
+    before = {path: path.read_bytes() for path in paths.locked_files}
+    assert lock.turn(new)
+    assert before == {path: path.read_bytes() for path in paths.locked_files}
+    reboot(paths)
+    with pytest.raises(WrongUnlockKey):
+        lock.unlock(old)
+    lock.unlock(new)
+    assert lock.read(paths.wrapping_key) == WRAPPING_KEY
+
+
+def test_a_manager_that_was_away_takes_the_rotated_key_when_it_is_back(paths: Paths) -> None:
+    lock, old, new = KeyLock(paths), new_unlock_key(), new_unlock_key()
+    lock.turn(old)
+    reboot(paths)
+    lock.unlock(old)
+    assert lock.turn(new)
+    reboot(paths)
+    lock.unlock(new)
+
+
+def test_turned_off_everything_is_as_before(paths: Paths) -> None:
+    lock = KeyLock(paths)
+    lock.turn(new_unlock_key())
+    assert lock.turn(None)
+    assert not lock.turn(None)
+    reboot(paths)
+    assert not lock.is_on
+    assert (paths.wrapping_key.read_bytes(), paths.node_key.read_bytes()) == (WRAPPING_KEY, NODE_KEY)
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("writes", range(4))
+@pytest.mark.parametrize("turns_on", [True, False])
+def test_a_crash_while_the_lock_is_turned_is_made_good(
+    paths: Paths, writes: int, turns_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each number of writes: everything can be read, and turning again comes to the end."""
+    lock, key = KeyLock(paths), new_unlock_key()
+    if not turns_on:
+        lock.turn(key)
+    replace_file, left = locking.replace_file, writes
+
+    def crashing(*args: object, **kwargs: object) -> None:
+        nonlocal left
+        if left == 0:
+            raise Crash
+        left -= 1
+        replace_file(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(locking, "replace_file", crashing)
+        try:
+            lock.turn(key if turns_on else None)
+        except Crash:
+            pass
+    assert (lock.read(paths.wrapping_key), lock.read(paths.node_key)) == (WRAPPING_KEY, NODE_KEY)
+    lock.turn(key if turns_on else None)
+    assert (WRAPPING_KEY in on_disk(paths)) is not turns_on
+    assert (NODE_KEY in on_disk(paths)) is not turns_on
+
+
+def test_another_nodes_open_key_opens_nothing(paths: Paths, tmp_path: Path) -> None:
+    lock = KeyLock(paths)
+    lock.turn(new_unlock_key())
+    paths.open_lock_key.write_bytes(b"x" * 32)
+    assert lock.is_locked
+
+
+def test_damaged_files_are_told_from_wrong_keys(paths: Paths) -> None:
+    lock, key = KeyLock(paths), new_unlock_key()
+    lock.turn(key)
+    content = paths.wrapping_key.read_bytes()
+    paths.wrapping_key.write_bytes(content[:-1])
+    with pytest.raises(FailedPrecondition, match="is damaged"):
+        lock.read(paths.wrapping_key)
+    paths.lock_key.write_bytes(b"")
+    with pytest.raises(FailedPrecondition, match="is damaged"):
+        lock.unlock(key)
