@@ -114,9 +114,9 @@ class NodeCertificate(ApiObject):
 class Node(ApiObject):
     """A machine of the cluster.
 
-    Writers: API: ``spec``; owner of the session: ``description``, ``status``; whoever takes it: ``session``;
-    CA: ``certificate``; leader: ``attachments``; that manager itself: ``manager_status``.
-    The last-but-one four are internal and left out of API answers.
+    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_since``; whoever takes it:
+    ``session``; CA: ``certificate``; leader: ``attachments``; that manager itself: ``manager_status``.
+    What follows ``manager_status`` is internal and left out of API answers.
     """
 
     id: NodeId
@@ -130,3 +130,5 @@ class Node(ApiObject):
     session: NodeSession | None = None
     certificate: NodeCertificate | None = None
     attachments: tuple[NetworkAttachment, ...] = ()
+    silent_since: Timestamp | None = None
+    """Of a node that is down: when it was last heard, on its judge's clock."""

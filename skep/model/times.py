@@ -20,6 +20,17 @@ ZERO_TIME = Timestamp("0001-01-01T00:00:00Z")
 
 SECOND_NS = 1_000_000_000
 
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_UNITS_NS = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,
+    "μs": 10**3,
+    "ms": 10**6,
+    "s": SECOND_NS,
+    "m": 60 * SECOND_NS,
+    "h": 3600 * SECOND_NS,
+}
 _PATTERN = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(?:[Zz]|([+-])(\d\d):(\d\d))$")
 
 
@@ -48,3 +59,18 @@ def unix_ns(stamp: str) -> int:
     offset_s = (int(hours) * 60 + int(minutes)) * 60 * (1 if sign == "+" else -1) if sign else 0
     whole = round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds())
     return (whole - offset_s) * SECOND_NS + int((fraction or "").ljust(9, "0") or 0)
+
+
+def duration_ns(text: str) -> int | None:
+    """A duration as Go writes it (``1h30m``), in nanoseconds; None if it is none."""
+    sign = -1 if text.startswith("-") else 1
+    rest = text.removeprefix("-").removeprefix("+")
+    if rest == "0":
+        return 0
+    total, position = 0.0, 0
+    for match in _DURATION.finditer(rest):
+        if match.start() != position:
+            return None
+        position = match.end()
+        total += float(match.group(1)) * _UNITS_NS[match.group(2)]
+    return round(sign * total) if position and position == len(rest) else None

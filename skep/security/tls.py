@@ -23,12 +23,15 @@ class ServerTls:
     """What a manager listens with: ``front`` for the listener, ``replace`` when the key pair or the roots change."""
 
     def __init__(self, pair: KeyPair) -> None:
+        self.pair = pair
+        """The one in use; for calls to others, too."""
         self._current = _server_context(pair)
         self.front = _server_context(pair)
         self.front.sni_callback = self._hand_over  # is called without a server name too
 
     def replace(self, pair: KeyPair) -> None:
         """Use ``pair`` and its roots from the next handshake on; open connections stay."""
+        self.pair = pair
         self._current = _server_context(pair)
 
     def _hand_over(self, connection: ssl.SSLObject, _name: str | None, _front: ssl.SSLContext) -> None:

@@ -43,7 +43,7 @@ from skep.sim.manager import SimulatedManager
 from skep.sim.network import Network
 from skep.sim.node import SimulatedNode, image_of
 from skep.sim.time import VirtualClock, VirtualLoop
-from skep.store.interface import Transaction
+from skep.store.interface import Transaction, View
 from skep.store.memory import MemoryCluster, MemoryStore
 
 T = TypeVar("T")
@@ -220,6 +220,11 @@ class SimulatedCluster:
         self.nodes[task.node_id].machine.crash(task.id, exit_code)
 
     # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> View:
+        """The cluster's objects as users see them."""
+        return self._client.view()
 
     def is_ready(self, id: NodeId) -> bool:
         """Whether the managers believe the node to be there."""

@@ -141,7 +141,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         name="node",
         type=Node,
         parts={
-            "status": ("description", "status"),
+            "status": ("description", "status", "silent_since"),
             "session": ("session",),
             "certificate": ("certificate",),
             "attachments": ("attachments",),

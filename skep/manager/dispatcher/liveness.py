@@ -1,14 +1,15 @@
 """Which nodes are still believed alive.
 
-The manager that holds a node's session judges it, in *its own loop's time*: time in which the loop stood still, or
-in which this manager was cut off, did not pass for any node.  So a busy manager never takes its nodes down.
+The manager that holds a node's session judges it, in *its own loop's time* (``aio.own_time``): time in which the
+loop stood still, or in which this manager was cut off, did not pass for any node.  So a busy manager never takes its
+nodes down.
 """
 
-import msgspec
-
 GRACE_PERIODS = 3
+GRACE_PERIODS_MIN = 2
+"""Less than this a grace cannot be set to: one lost heartbeat takes no node down."""
 RECOVERY_GRACE_S = 12.0
-"""Least grace after this manager was away: an engine needs 11 s to find another one."""
+"""Least grace of an engine that lost its manager: it needs 11 s to find another one."""
 
 HEARTBEAT_COST_S = 195e-6
 """Processor time of one unary heartbeat (a Docker Engine's)."""
@@ -18,40 +19,39 @@ HEARTBEAT_SHARE_MAX = 0.05
 """Share of one core that heartbeats may take."""
 
 
-def grace_period(period_s: float, *, recovering: bool = False) -> float:
+def grace_period(period_s: float, *, wished_s: float | None = None) -> float:
     """Seconds for which a silent node is still believed alive.
 
-    Three heartbeats, so that a lost one never takes a node down; longer while ``recovering``, when every agent
-    first has to find a manager again.
+    Three heartbeats, so that a lost one never takes a node down; or as wished, but never less than two.
 
     Args:
         period_s: positive; the period last told to the node, jitter included.
 
     Source: swarmkit, manager/dispatcher/nodes.go (gracePeriodMultiplier).
     """
-    grace_s = GRACE_PERIODS * period_s
-    return max(2 * grace_s, RECOVERY_GRACE_S) if recovering else grace_s
+    if wished_s is None:
+        return GRACE_PERIODS * period_s
+    return max(wished_s, GRACE_PERIODS_MIN * period_s)
+
+
+def grace_after_loss(period_s: float, *, is_skep: bool, wished_s: float | None = None) -> float:
+    """Seconds for a node whose manager was lost: it has to find another one first.
+
+    A node of ours does that within a heartbeat; an engine does not.
+    """
+    grace_s = grace_period(period_s, wished_s=wished_s)
+    return grace_s if is_skep else max(grace_s, RECOVERY_GRACE_S)
+
+
+def grace_after_absence(period_s: float, *, wished_s: float | None = None) -> float:
+    """Seconds for every node of a manager that was itself away (started again, cut off): longer than any other.
+
+    Nodes that have another manager are there already; those that have none ask again later and later.
+    """
+    return max(2 * grace_period(period_s, wished_s=wished_s), RECOVERY_GRACE_S)
 
 
 def heartbeat_period(wished_s: float, *, skep_nodes: int, docker_nodes: int) -> float:
     """Seconds between heartbeats: as wished, stretched where there are so many nodes that it would cost too much."""
     cost_s = skep_nodes * STREAM_HEARTBEAT_COST_S + docker_nodes * HEARTBEAT_COST_S
     return max(wished_s, cost_s / HEARTBEAT_SHARE_MAX)
-
-
-class OwnTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Time as this loop lived it."""
-
-    seconds: float = 0.0
-    """Own time; only differences mean something."""
-    seen_at: float
-    """The clock's monotonic time at the last look."""
-
-    def after(self, now: float, tick_s: float, *, is_current: bool = True) -> "OwnTime":
-        """Own time at ``now``, one tick later.
-
-        A tick that took longer than twice its length was a standstill of this loop, which no node shall pay for.
-        While this manager is not current, own time stands still: it could not hear what others heard.
-        """
-        passed = min(max(now - self.seen_at, 0.0), 2 * tick_s) if is_current else 0.0
-        return OwnTime(seconds=self.seconds + passed, seen_at=now)

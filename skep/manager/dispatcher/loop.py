@@ -9,37 +9,44 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from random import Random
 
-import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.own_time import OwnTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.assignments import difference, everything, matters
-from skep.manager.dispatcher.liveness import OwnTime, grace_period, heartbeat_period
+from skep.manager.dispatcher.encoding import encoded
+from skep.manager.dispatcher.liveness import (
+    grace_after_absence,
+    grace_after_loss,
+    grace_period,
+    heartbeat_period,
+)
 from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
 from skep.manager.dispatcher.registration import (
     NotRegistered,
     Registration,
     RegistrationRate,
     SessionInvalid,
+    Silence,
     mark_down,
     take_session,
 )
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.manager.follow import follow
-from skep.model.assignment import AssignmentSet
 from skep.model.ids import IdSource, NodeId, SessionId, TaskId
+from skep.model.labels import heartbeat_grace_s
 from skep.model.node import Node, NodeState
+from skep.model.planes import is_docker_node
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
-from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Store, Transaction, Updated, View
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.convert.assignments import changes_to_pb
 from skep.wire.convert.node import description_from_pb
 from skep.wire.convert.task import status_from_pb
 from skep.wire.convert.values import duration_to_pb
@@ -54,10 +61,6 @@ CURRENT_WITHIN_S = 2.0
 """A manager that cannot reach a quorum for this long ends its sessions, so that its nodes move on."""
 PERIOD_JITTER = 0.1
 DEFAULT_PERIOD_S = 5.0
-TASKS_AT_ONCE = 50
-"""Tasks encoded before the loop gets its turn: about 5 ms."""
-INCARNATION = 1
-"""Raised by restores and forced new clusters, neither of which exists yet."""
 
 
 class Dispatcher:
@@ -78,6 +81,7 @@ class Dispatcher:
         self._time = OwnTime(seen_at=clock.monotonic())
         self._is_current = True
         self._period_s = DEFAULT_PERIOD_S
+        self._wished_grace_s: float | None = None
 
     def services(self) -> Sequence[Handler]:
         """What to hand to ``wire.server.serve``."""
@@ -112,12 +116,9 @@ class Dispatcher:
         nodes = view.find(Node)
         self._set_period()
         self._managers = managers_of(nodes, self._own)
-        deadline = self._time.seconds + grace_period(self._wished_period_s(view), recovering=True)
+        grace_s = grace_after_absence(self._period_s, wished_s=self._wished_grace_s)
         for node in nodes:
-            self._note_node(node)
-            held, is_down = node.session, node.status.state is NodeState.DOWN
-            if held is not None and held.manager_id == self._own.node_id and not is_down:
-                self._sessions.expect(node.id, held.session_id, deadline)
+            self._note_node(node, grace_s)
         for session in self._sessions.all():
             session.messages.wake()
             session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))
@@ -145,12 +146,21 @@ class Dispatcher:
             for session in self._sessions.all():
                 session.messages.wake()
 
-    def _note_node(self, node: Node) -> None:
-        if node.session is not None:
-            self._sessions.lose(node.id, node.session.session_id, SessionInvalid())
+    def _note_node(self, node: Node, grace_s: float | None = None) -> None:
+        """Look at a node that changed; ``grace_s``: what it gets if it is ours and not here, default its kind's."""
+        held = node.session
+        if held is not None:
+            self._sessions.lose(node.id, held.session_id, SessionInvalid())
         session = self._sessions.live(node.id)
         if session is not None:
             session.messages.wake()
+        elif held is not None and held.manager_id == self._own.node_id and not _is_down(node):
+            # Of an earlier run of this manager, or adopted from one that has gone.
+            if grace_s is None:
+                grace_s = grace_after_loss(
+                    self._period_s, is_skep=not is_docker_node(node), wished_s=self._wished_grace_s
+                )
+            self._sessions.expect(node.id, held.session_id, heard=self._time.seconds, grace_s=grace_s)
 
     def _wake(self, node_id: NodeId, task_id: TaskId) -> None:
         session = self._sessions.live(node_id)
@@ -196,8 +206,9 @@ class Dispatcher:
         node = self._store.view().lookup(Node, node_id)
         if node is None or node.session is None or node.session.session_id != session_id:
             raise SessionInvalid  # it registered once more while this was written
-        deadline = self._time.seconds + grace_period(self._period_s)
-        session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline)
+        now = self._time.seconds
+        deadline = now + grace_period(self._period_s, wished_s=self._wished_grace_s)
+        session = LiveSession(node_id, session_id, caller.disconnect, deadline=deadline, heard=now)
         self._sessions.add(session)
         log.info("node registered", node=node_id, session=session_id, peer=caller.address)
         return session
@@ -219,22 +230,21 @@ class Dispatcher:
     def _beat(self, session: LiveSession) -> int:
         """Note a heartbeat; gives nanoseconds until the next one."""
         period_s = self._period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
-        session.deadline = self._time.seconds + grace_period(period_s)
+        session.heard = self._time.seconds
+        session.deadline = session.heard + grace_period(period_s, wished_s=self._wished_grace_s)
         return int(period_s * SECOND_NS)
 
     def _set_period(self) -> None:
         """Fit the period to the wish and to the number of nodes; not at every heartbeat, for it counts them all."""
         skep_nodes, docker_nodes = self._sessions.count()
-        wished_s = self._wished_period_s(self._store.view())
+        swarms = self._store.view().find(Swarm)
+        wished_ns = swarms[0].spec.dispatcher.heartbeat_period if swarms else 0
+        wished_s = wished_ns / SECOND_NS if wished_ns > 0 else DEFAULT_PERIOD_S
+        self._wished_grace_s = heartbeat_grace_s(swarms[0].spec.labels) if swarms else None
         period_s = heartbeat_period(wished_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
         if period_s > wished_s and period_s > 1.1 * self._period_s:
             log.info("heartbeats stretched", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)
         self._period_s = period_s
-
-    def _wished_period_s(self, view: View) -> float:
-        swarms = view.find(Swarm)
-        wished_ns = swarms[0].spec.dispatcher.heartbeat_period if swarms else 0
-        return wished_ns / SECOND_NS if wished_ns > 0 else DEFAULT_PERIOD_S
 
     async def _find_silent(self) -> None:
         """Write down as down who was silent for its grace."""
@@ -245,8 +255,13 @@ class Dispatcher:
             silent = self._sessions.silent(self._time.seconds)
             if not silent:
                 continue
+            now_ns = self._clock.now_ns()
+
+            def down(tx: Transaction, silence: Silence, now_ns: int = now_ns) -> bool:
+                return mark_down(tx, silence, now_ns)
+
             try:
-                results = await self._store.update_each(mark_down, silent)
+                results = await self._store.update_each(down, silent)
             except Unavailable as error:
                 log.warning("silent nodes not written yet", nodes=len(silent), error=str(error))
                 continue
@@ -268,9 +283,10 @@ class Dispatcher:
             except (TimeoutError, Unavailable):
                 if self._is_current:
                     self._is_current = False
-                    deadline = self._time.seconds + grace_period(DEFAULT_PERIOD_S, recovering=True)
                     lost = self._sessions.release_all(
-                        Unavailable("this manager has lost contact with the others"), deadline
+                        Unavailable("this manager has lost contact with the others"),
+                        now=self._time.seconds,
+                        grace_s=grace_after_absence(self._period_s, wished_s=self._wished_grace_s),
                     )
                     log.warning("sessions ended: not current", nodes=lost)
             else:
@@ -292,7 +308,9 @@ class Dispatcher:
     ) -> AsyncIterator[skep.RevisedAssignments]:
         async with aclosing(self._assignment_messages(request, caller)) as messages:
             async for revision, message in messages:
-                yield skep.RevisedAssignments(incarnation=INCARNATION, revision=revision, message=message)
+                yield skep.RevisedAssignments(
+                    incarnation=self._store.incarnation, revision=revision, message=message
+                )
 
     async def _assignment_messages(
         self, request: pb.AssignmentsRequest, caller: Caller
@@ -302,7 +320,7 @@ class Dispatcher:
         with session.line() as line:
             change, told = everything(self._store.view(), session.node_id)
             number = 1
-            yield change.revision, await self._encoded(change, "", str(number))
+            yield change.revision, await encoded(change, "", str(number))
             while True:
                 changed = await line.wait()
                 session.require_open()
@@ -310,19 +328,7 @@ class Dispatcher:
                 if news is None:
                     continue
                 applies_to, number = str(number), number + 1
-                yield news.revision, await self._encoded(news, applies_to, str(number))
-
-    async def _encoded(
-        self, change: AssignmentSet, applies_to: str, results_in: str
-    ) -> pb.AssignmentsMessage:
-        """Encode in pieces, so that a node with a thousand tasks does not hold up all others."""
-        kind = pb.AssignmentsMessage.COMPLETE if change.complete else pb.AssignmentsMessage.INCREMENTAL
-        message = pb.AssignmentsMessage(type=kind, applies_to=applies_to, results_in=results_in)
-        for piece in _pieces(change):
-            if message.changes:
-                await asyncio.sleep(0)
-            message.changes.extend(_changes(piece))
-        return message
+                yield news.revision, await encoded(news, applies_to, str(number))
 
     # -- statuses -----------------------------------------------------------------------------------------------
 
@@ -346,35 +352,5 @@ class Dispatcher:
         return pb.UpdateTaskStatusResponse()
 
 
-def _changes(piece: AssignmentSet) -> list[pb.AssignmentChange]:
-    """Encoded; a task that cannot be is left out, so that it does not keep the others from their node."""
-    try:
-        return changes_to_pb(piece)
-    except SkepError:
-        changes = changes_to_pb(msgspec.structs.replace(piece, tasks=()))
-    for task in piece.tasks:
-        try:
-            changes += changes_to_pb(
-                AssignmentSet(complete=False, tasks=(task,), registry_auths=piece.registry_auths)
-            )
-        except SkepError as error:
-            log.error("task cannot be assigned", task=task.task.id, error=str(error))
-    return changes
-
-
-def _pieces(change: AssignmentSet) -> list[AssignmentSet]:
-    """The same change in several, with at most ``TASKS_AT_ONCE`` tasks each."""
-    if len(change.tasks) <= TASKS_AT_ONCE:
-        return [change]
-    rest = msgspec.structs.replace(change, tasks=())
-    return [
-        rest,
-        *(
-            AssignmentSet(
-                complete=change.complete,
-                tasks=change.tasks[first : first + TASKS_AT_ONCE],
-                registry_auths=change.registry_auths,
-            )
-            for first in range(0, len(change.tasks), TASKS_AT_ONCE)
-        ),
-    ]
+def _is_down(node: Node) -> bool:
+    return node.status.state is NodeState.DOWN

@@ -10,6 +10,7 @@ from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
+from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 
 DESCRIPTION_BYTES_MAX = 64 * 1024
@@ -83,6 +84,7 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
             node,
             description=registration.description,
             status=NodeStatus(state=NodeState.READY, addr=_reachable(node, registration.address)),
+            silent_since=None,
             session=NodeSession(manager_id=registration.manager_id, session_id=registration.session_id),
         )
     )
@@ -93,16 +95,19 @@ class Silence(msgspec.Struct, frozen=True, kw_only=True):
 
     node_id: NodeId
     session_id: SessionId
+    silent_s: float = 0.0
+    """Own time since it was last heard."""
 
 
-def mark_down(tx: Transaction, silence: Silence) -> bool:
+def mark_down(tx: Transaction, silence: Silence, now_ns: int) -> bool:
     """Write that the node is down; gives False when another session speaks for it meanwhile."""
     node = tx.rely_on(Node, silence.node_id, "session")
     if node is None or node.session is None or node.session.session_id != silence.session_id:
         return False
     if node.status.state is not NodeState.DOWN:
         status = NodeStatus(state=NodeState.DOWN, message=HEARTBEAT_FAILURE, addr=node.status.addr)
-        tx.put(msgspec.structs.replace(node, status=status))
+        since = timestamp(now_ns - round(silence.silent_s * SECOND_NS))
+        tx.put(msgspec.structs.replace(node, status=status, silent_since=since))
     return True
 
 

@@ -39,12 +39,20 @@ class LiveSession:
     """One node's session with this manager."""
 
     def __init__(
-        self, node_id: NodeId, id: SessionId, disconnect: Callable[[], None], *, deadline: float
+        self,
+        node_id: NodeId,
+        id: SessionId,
+        disconnect: Callable[[], None],
+        *,
+        deadline: float,
+        heard: float = 0.0,
     ) -> None:
         self.node_id = node_id
         self.id = id
         self.deadline = deadline
         """In the owner's own time: the node is down when no heartbeat came until then."""
+        self.heard = heard
+        """In the owner's own time: when the last heartbeat came."""
         self.is_skep = False
         """Whether it heartbeats on a stream; Docker's engines cannot."""
         self.messages = Line()
@@ -92,6 +100,8 @@ class Absence(msgspec.Struct, frozen=True, kw_only=True):
 
     session_id: SessionId
     deadline: float
+    heard: float
+    """Since when it is expected, or when it was last heard."""
 
 
 class Sessions:
@@ -134,28 +144,38 @@ class Sessions:
             del self._live[node_id]
             session.end(error)
 
-    def expect(self, node_id: NodeId, session_id: SessionId, deadline: float) -> None:
-        """Wait for a node that is not connected until ``deadline`` (own time) before it counts as down."""
-        if node_id not in self._live:
-            self._absent[node_id] = Absence(session_id=session_id, deadline=deadline)
+    def expect(self, node_id: NodeId, session_id: SessionId, *, heard: float, grace_s: float) -> None:
+        """Wait for a node that is not connected for ``grace_s`` after it was ``heard`` (own time).
 
-    def release_all(self, error: SkepError, deadline: float) -> int:
+        One that is waited for already gets no more time.
+        """
+        known = self._absent.get(node_id)
+        if node_id not in self._live and (known is None or known.session_id != session_id):
+            self._absent[node_id] = Absence(session_id=session_id, deadline=heard + grace_s, heard=heard)
+
+    def release_all(self, error: SkepError, *, now: float, grace_s: float) -> int:
         """End all sessions so that the nodes look for another manager; gives how many."""
         released = list(self._live.values())
         self._live.clear()
         for session in released:
-            self.expect(session.node_id, session.id, deadline)
+            self.expect(session.node_id, session.id, heard=now, grace_s=grace_s)
             session.cut(error)
         return len(released)
 
     def silent(self, now: float) -> list[Silence]:
         """Nodes whose grace has passed at ``now`` (own time), in order of their ids."""
-        live = ((id, session.id, session.deadline) for id, session in self._live.items())
-        absent = ((id, absence.session_id, absence.deadline) for id, absence in self._absent.items())
+        # Thousands are looked at five times a second: those who were heard cost no tuple each.
+        live = [
+            (id, session.id, session.heard) for id, session in self._live.items() if session.deadline <= now
+        ]
+        absent = [
+            (id, absence.session_id, absence.heard)
+            for id, absence in self._absent.items()
+            if absence.deadline <= now
+        ]
         return [
-            Silence(node_id=node_id, session_id=session_id)
-            for node_id, session_id, deadline in sorted([*live, *absent])
-            if deadline <= now
+            Silence(node_id=node_id, session_id=session_id, silent_s=now - heard)
+            for node_id, session_id, heard in sorted([*live, *absent])
         ]
 
     def forget(self, silence: Silence, error: SkepError) -> None:
@@ -170,5 +190,5 @@ class Sessions:
 
     def count(self) -> tuple[int, int]:
         """How many Skep nodes and how many others are connected."""
-        skep_nodes = sum(session.is_skep for session in self._live.values())
+        skep_nodes = sum([session.is_skep for session in self._live.values()])
         return skep_nodes, len(self._live) - skep_nodes

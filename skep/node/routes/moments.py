@@ -7,20 +7,10 @@ import re
 from datetime import UTC, datetime, timedelta
 
 from skep.errors import InvalidArgument
+from skep.model.times import duration_ns
 
 _NS = 1_000_000_000
 _UNIX = re.compile(r"(-?\d{1,18})(?:\.(\d{1,9})\d*)?")
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-_UNITS_NS = {
-    "ns": 1,
-    "us": 10**3,
-    "µs": 10**3,
-    "μs": 10**3,
-    "ms": 10**6,
-    "s": 10**9,
-    "m": 60 * 10**9,
-    "h": 3600 * 10**9,
-}
 _DATE = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?)?)?(Z|[+-]\d\d:\d\d)?"
 )
@@ -38,7 +28,7 @@ def parse_moment(text: str, now_ns: int) -> int:
     if unix is not None:
         seconds, fraction = unix.groups()
         return int(seconds) * _NS + int((fraction or "").ljust(9, "0"))
-    duration = _duration_ns(text)
+    duration = duration_ns(text)
     if duration is not None:
         return now_ns - duration
     date = _DATE.fullmatch(text)
@@ -55,18 +45,3 @@ def parse_moment(text: str, now_ns: int) -> int:
         sign = 1 if zone[0] == "+" else -1
         moment -= sign * timedelta(hours=int(zone[1:3]), minutes=int(zone[4:6]))
     return int(moment.timestamp()) * _NS + int((fraction or "").ljust(9, "0"))
-
-
-def _duration_ns(text: str) -> int | None:
-    """A duration as Go writes it (``1h30m``), in nanoseconds; None if it is none."""
-    sign = -1 if text.startswith("-") else 1
-    rest = text.removeprefix("-").removeprefix("+")
-    if rest == "0":
-        return 0
-    total, position = 0.0, 0
-    for match in _DURATION.finditer(rest):
-        if match.start() != position:
-            return None
-        position = match.end()
-        total += float(match.group(1)) * _UNITS_NS[match.group(2)]
-    return round(sign * total) if position and position == len(rest) else None

@@ -3,18 +3,36 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.aio.own_time import OwnTime
 from skep.errors import Unavailable
-from skep.manager.dispatcher.liveness import OwnTime, grace_period, heartbeat_period
+from skep.manager.dispatcher.liveness import (
+    grace_after_absence,
+    grace_after_loss,
+    grace_period,
+    heartbeat_period,
+)
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.model.ids import NodeId, SessionId
 
 TICK_S = 0.2
 
 
-def test_three_periods_of_grace_more_after_this_manager_was_away():
+def test_three_periods_of_grace_unless_the_cluster_wishes_another():
     assert grace_period(1.0) == 3.0
-    assert grace_period(1.0, recovering=True) == 12.0
-    assert grace_period(5.0, recovering=True) == 30.0
+    assert grace_period(1.0, wished_s=10.0) == 10.0
+    assert grace_period(1.0, wished_s=0.1) == 2.0  # one lost heartbeat takes no node down
+
+
+def test_a_node_that_lost_its_manager_gets_what_its_kind_needs_to_find_another():
+    assert grace_after_loss(1.0, is_skep=True) == 3.0
+    assert grace_after_loss(1.0, is_skep=False) == 12.0
+    assert grace_after_loss(5.0, is_skep=False) == 15.0
+    assert grace_after_loss(1.0, is_skep=True, wished_s=20.0) == 20.0
+
+
+def test_after_its_own_absence_a_manager_gives_more_time():
+    assert grace_after_absence(1.0) == 12.0
+    assert grace_after_absence(5.0) == 30.0
 
 
 def test_heartbeats_stay_as_wished_for_hundreds_of_nodes_of_ours():
@@ -68,7 +86,8 @@ def test_a_node_is_silent_when_its_deadline_has_passed():
 
 def test_a_node_that_is_expected_back_counts_as_silent_only_later():
     sessions = Sessions()
-    sessions.expect(NodeId("n1"), SessionId("a"), deadline=12.0)
+    sessions.expect(NodeId("n1"), SessionId("a"), heard=0.0, grace_s=12.0)
+    sessions.expect(NodeId("n1"), SessionId("a"), heard=5.0, grace_s=12.0)  # no further time
     assert sessions.silent(11.0) == []
     assert [silence.session_id for silence in sessions.silent(12.0)] == ["a"]
     sessions.add(a_session("n1", "b", deadline=20.0))
@@ -78,7 +97,7 @@ def test_a_node_that_is_expected_back_counts_as_silent_only_later():
 def test_sessions_given_up_are_expected_to_be_somewhere_else():
     sessions = Sessions()
     sessions.add(a_session("n1"))
-    assert sessions.release_all(Unavailable("cut off"), deadline=30.0) == 1
+    assert sessions.release_all(Unavailable("cut off"), now=0.0, grace_s=30.0) == 1
     assert list(sessions.all()) == []
     assert [silence.node_id for silence in sessions.silent(30.0)] == ["n1"]
     sessions.lose(NodeId("n1"), SessionId("taken-by-another"), Unavailable("gone"))

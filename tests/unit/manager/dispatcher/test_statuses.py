@@ -19,9 +19,11 @@ from skep.manager.dispatcher.statuses import Report, newer_status, record_status
 from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import ManagerStatus, Node, NodeDescription, NodeState
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, timestamp
 from skep.store.memory import MemoryStore
 from tests.builders import a_node, a_service, a_task
 
+NOW_NS = 1_700_000_000 * SECOND_NS
 STATUSES = st.builds(TaskStatus, state=st.sampled_from(TaskState), message=st.sampled_from(["", "x"]))
 
 
@@ -140,11 +142,18 @@ async def test_an_absurd_description_is_refused(store):
 
 async def test_a_silent_node_is_down_unless_it_has_registered_again(store):
     await store.update(take_session, registration("a"))
-    assert await store.update(mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a")))
-    assert store.view().get(Node, "n1").status.state is NodeState.DOWN
+    assert await store.update(
+        mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a"), silent_s=3.0), NOW_NS
+    )
+    node = store.view().get(Node, "n1")
+    assert node.status.state is NodeState.DOWN
+    assert node.silent_since == timestamp(NOW_NS - 3 * SECOND_NS)
     await store.update(take_session, registration("b"))
-    assert not await store.update(mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a")))
+    assert not await store.update(
+        mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a"), silent_s=3.0), NOW_NS
+    )
     assert store.view().get(Node, "n1").status.state is NodeState.READY
+    assert store.view().get(Node, "n1").silent_since is None
 
 
 def test_a_node_that_does_nothing_but_register_has_to_wait():

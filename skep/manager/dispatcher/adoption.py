@@ -1,0 +1,109 @@
+"""Adoption: the leader takes over the sessions of a manager that has gone, so that somebody judges their nodes.
+
+Taking a session over is a write that compares the session as it was, and gives it a new id: if its owner lives after
+all (only the way between the two is cut), it sees that it lost the session, ends it, and the node registers again.
+The dispatcher of the leader then waits for the nodes with the grace of their kind, like for any that it owns and
+that are not connected.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.manager.follow import State
+from skep.model.ids import IdSource, NodeId, SessionId
+from skep.model.node import Node, NodeSession, NodeState
+from skep.store.interface import NotLeader, Transaction
+
+log = structlog.get_logger(__name__)
+
+CHECK_S = 0.2
+
+
+class Orphan(msgspec.Struct, frozen=True, kw_only=True):
+    """A node whose session belongs to a manager that has gone."""
+
+    node_id: NodeId
+    session: NodeSession
+    """As it was seen; taken over only if it is still so."""
+
+
+def orphans(nodes: Iterable[Node], silent: Iterable[NodeId], own: NodeId) -> list[Orphan]:
+    """Whose session to adopt, in order of ``nodes``: of ``silent`` managers, and of nodes that manage no more.
+
+    A node that is down waits for nothing: it registers again when it is back.
+    """
+    nodes = tuple(nodes)
+    gone = set(silent)
+    managers = {node.id for node in nodes if node.manager_status is not None}
+    return [
+        Orphan(node_id=node.id, session=session)
+        for node in nodes
+        if (session := node.session) is not None
+        and session.manager_id != own
+        and node.status.state is not NodeState.DOWN
+        and (session.manager_id in gone or session.manager_id not in managers)
+    ]
+
+
+def adopt(tx: Transaction, orphan: Orphan, own: NodeId, new_id: IdSource) -> bool:
+    """Make ``own`` the owner of the session, unless somebody took it meanwhile; gives whether it was written."""
+    node = tx.rely_on(Node, orphan.node_id, "session")
+    if node is None or node.session != orphan.session:
+        return False
+    session = msgspec.structs.replace(orphan.session, manager_id=own, session_id=SessionId(new_id()))
+    tx.put(msgspec.structs.replace(node, session=session))
+    return True
+
+
+class Adoption:
+    """Adopts the sessions of silent managers.  Runs on the leader only."""
+
+    def __init__(
+        self,
+        term: State,
+        own: NodeId,
+        silent: Callable[[float], Mapping[NodeId, float]],
+        clock: Clock,
+        new_id: IdSource,
+    ) -> None:
+        """``silent``: managers that are silent at a time, with the seconds since they were heard."""
+        self._term = term
+        self._own = own
+        self._silent = silent
+        self._clock = clock
+        self._new_id = new_id
+
+    async def run(self) -> None:
+        """Look for managers that have gone until cancelled."""
+        while True:
+            await self._clock.sleep(CHECK_S)
+            found = orphans(self._term.view().find(Node), self._silent(self._clock.monotonic()), self._own)
+            if found:
+                await self._adopt(found)
+
+    async def _adopt(self, found: list[Orphan]) -> None:
+        def body(tx: Transaction, orphan: Orphan) -> bool:
+            return adopt(tx, orphan, self._own, self._new_id)
+
+        try:
+            results = await self._term.update_each(body, found)
+        except NotLeader:
+            raise
+        except Unavailable as error:
+            log.warning("sessions not adopted yet", sessions=len(found), error=str(error))
+            return
+        for result in results:
+            if isinstance(result, NotLeader):
+                raise result
+        adopted = [orphan for orphan, result in zip(found, results, strict=True) if result is True]
+        failed = sum(isinstance(result, SkepError) for result in results)
+        log.info(
+            "sessions adopted",
+            managers=sorted({orphan.session.manager_id for orphan in adopted}),
+            sessions=len(adopted),
+            failed=failed,
+        )

@@ -1,0 +1,171 @@
+"""The link to every other manager: signs of life both ways, and the connection that relays go over.
+
+Each manager calls each other one, so between two of them there is a connection in either direction.  A word in
+either counts: what was sent arrives.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from random import Random
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.own_time import OwnTime
+from skep.errors import SkepError, Unavailable
+from skep.manager.follow import follow
+from skep.manager.link.silence import LastHeard
+from skep.model.ids import NodeId
+from skep.model.node import Node
+from skep.store.interface import Commit, Store, View
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.client import Channel
+from skep.wire.service import Handler, both_stream
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.2
+PING_S = 0.5
+ANSWER_SECONDS_MAX = 1.5
+CONNECT_SECONDS_MAX = 2.0
+FIRST_RETRY_S = 0.1
+LONGEST_RETRY_S = 1.0
+"""Short: a manager that is back is to be heard within the time that makes it silent."""
+
+
+class ManagerLink:
+    """This manager's connections to the others."""
+
+    def __init__(
+        self,
+        store: Store,
+        own: NodeId,
+        connect: Callable[[str], AbstractAsyncContextManager[Channel]],
+        clock: Clock,
+        random: Random,
+        *,
+        incarnation: int = 1,
+    ) -> None:
+        """``connect``: a connection to the manager at an address, as a manager."""
+        self._store = store
+        self._own = own
+        self._connect = connect
+        self._clock = clock
+        self._random = random
+        self._incarnation = incarnation
+        self._heard = LastHeard()
+        self._time = OwnTime(seen_at=clock.monotonic())
+        self._peers: dict[NodeId, str] = {}
+        self._channels: dict[NodeId, Channel] = {}
+        self._changed = asyncio.Event()
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (both_stream(methods.PINGS, self._pings),)
+
+    def silent(self, now: float) -> Mapping[NodeId, float]:
+        """Managers that are silent at ``now`` (clock's monotonic time), and for how many seconds."""
+        return self._heard.silent(self._time.after(now, TICK_S).seconds)
+
+    def channel(self, manager: NodeId) -> Channel:
+        """The open connection to a manager.  Raises: Unavailable: there is none at present."""
+        channel = self._channels.get(manager)
+        if channel is None:
+            raise Unavailable(f"manager {manager} cannot be reached")
+        return channel
+
+    async def run(self) -> None:
+        """Keep a connection to every other manager until cancelled."""
+        await follow(self._store, (Node,), start=self._start, note=self._note, work=self._work)
+
+    # -- who the others are ---------------------------------------------------------------------------------------
+
+    def _start(self, view: View) -> None:
+        self._peers = {
+            node.id: node.manager_status.addr
+            for node in view.find(Node)
+            if node.id != self._own and node.manager_status is not None and node.manager_status.addr
+        }
+        self._heard.expect(self._peers, self._time.seconds)
+        self._changed.set()
+
+    def _note(self, commit: Commit) -> None:
+        self._start(self._store.view())
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._live(), name="own time")
+            await self._keep_all(group)
+
+    async def _live(self) -> None:
+        while True:
+            await self._clock.sleep(TICK_S)
+            self._time = self._time.after(self._clock.monotonic(), TICK_S)
+
+    async def _keep_all(self, group: asyncio.TaskGroup) -> None:
+        """One task per manager; a manager that goes, or has another address, takes its task with it."""
+        kept: dict[tuple[NodeId, str], asyncio.Task[None]] = {}
+        while True:
+            self._changed.clear()
+            wanted = sorted(self._peers.items())
+            for peer in [peer for peer in kept if peer not in wanted]:
+                kept.pop(peer).cancel()
+            for peer in wanted:
+                if peer not in kept:
+                    kept[peer] = group.create_task(self._keep(*peer), name=f"link to {peer[0]}")
+            await self._changed.wait()
+
+    # -- one of them ----------------------------------------------------------------------------------------------
+
+    async def _keep(self, manager: NodeId, addr: str) -> None:
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        while True:
+            # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
+            async with asyncio.TaskGroup() as group:
+                attempt = group.create_task(self._attempt(manager, addr), name="link attempt")
+            if attempt.result():
+                backoff.reset()
+            await backoff.sleep(self._clock)
+
+    async def _attempt(self, manager: NodeId, addr: str) -> bool:
+        """Hold one connection until it breaks; gives whether there was one."""
+        try:
+            async with self._connect(addr) as channel:
+                try:
+                    await self._ping(channel, manager)
+                finally:
+                    if self._channels.pop(manager, None) is not None:
+                        log.info("link lost", manager=manager)
+        except (SkepError, TimeoutError) as error:
+            log.debug("no link", manager=manager, address=addr, error=str(error))
+        return self._is_heard(manager)
+
+    def _is_heard(self, manager: NodeId) -> bool:
+        return manager not in self.silent(self._clock.monotonic())
+
+    async def _ping(self, channel: Channel, manager: NodeId) -> None:
+        own = skep.Ping(incarnation=self._incarnation, node_id=self._own)
+        async with channel.stream(methods.PINGS) as call:
+            while True:
+                async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                    await call.send(own)
+                    answer = await call.receive()
+                if answer is None:
+                    raise Unavailable(f"{channel.address} ended the link")
+                if answer.node_id != manager:
+                    raise Unavailable(f"{channel.address} is manager {answer.node_id}, not {manager}")
+                if self._channels.get(manager) is not channel:
+                    self._channels[manager] = channel
+                    log.info("linked", manager=manager, address=channel.address)
+                self._heard.note(manager, self._time.seconds)
+                await self._clock.sleep(PING_S)
+
+    async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
+        own = skep.Ping(incarnation=self._incarnation, node_id=self._own)
+        async for _ in pings:
+            self._heard.note(caller.node_id, self._time.seconds)
+            yield own

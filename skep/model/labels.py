@@ -1,0 +1,90 @@
+"""Labels by which a plain Docker client sets what only Skep knows: ``skep.*`` on services and on the cluster.
+
+A label that cannot be read is refused when it is written; should one be there all the same, it counts as absent.
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+
+import msgspec
+
+from skep.errors import InvalidArgument
+from skep.model.times import SECOND_NS, duration_ns
+
+HEARTBEAT_GRACE = "skep.heartbeat-grace"
+"""On the cluster: how long a silent node of ours is believed alive (``5s``); default three heartbeat periods."""
+GRACE_S_MAX = 3600.0
+
+ON_DISCONNECT = "skep.on-disconnect"
+ON_DISCONNECT_DELAY = "skep.on-disconnect-delay"
+DELAY_S_MAX = 365 * 24 * 3600.0
+
+
+class OnDisconnect(Enum):
+    """What becomes of a service's tasks on a node that lost all managers."""
+
+    REPLACE = "replace"
+    """Others take their places when the delay has passed; what survived is removed on return."""
+    KEEP = "keep"
+    """They keep their places for as long as the node exists."""
+    STOP = "stop"
+    """The node itself stops them when the delay has passed, and only then others take their places."""
+
+
+class DisconnectPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """A service's labels, read.  ``delay_s``: from when the node is down (REPLACE) or was cut off (STOP)."""
+
+    action: OnDisconnect = OnDisconnect.REPLACE
+    delay_s: float = 0.0
+
+
+def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
+    """What the labels of a service say."""
+    try:
+        return _disconnect_policy(labels)
+    except InvalidArgument:
+        return DisconnectPolicy()
+
+
+def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
+    """What the labels of the cluster say; None: nothing."""
+    try:
+        return _heartbeat_grace_s(labels)
+    except InvalidArgument:
+        return None
+
+
+def check_service_labels(labels: Mapping[str, str]) -> None:
+    """Raises: InvalidArgument: a label of ours that cannot be read."""
+    _disconnect_policy(labels)
+
+
+def check_swarm_labels(labels: Mapping[str, str]) -> None:
+    """Raises: InvalidArgument: a label of ours that cannot be read."""
+    _heartbeat_grace_s(labels)
+
+
+def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
+    word = labels.get(ON_DISCONNECT, OnDisconnect.REPLACE.value)
+    try:
+        action = OnDisconnect(word)
+    except ValueError:
+        wanted = ", ".join(action.value for action in OnDisconnect)
+        raise InvalidArgument(f"invalid label {ON_DISCONNECT}={word}: want one of {wanted}") from None
+    return DisconnectPolicy(action=action, delay_s=_seconds(labels, ON_DISCONNECT_DELAY, DELAY_S_MAX) or 0.0)
+
+
+def _heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
+    return _seconds(labels, HEARTBEAT_GRACE, GRACE_S_MAX)
+
+
+def _seconds(labels: Mapping[str, str], name: str, largest_s: float) -> float | None:
+    text = labels.get(name)
+    if text is None:
+        return None
+    duration = duration_ns(text)
+    if duration is None or not 0 <= duration <= largest_s * SECOND_NS:
+        raise InvalidArgument(
+            f"invalid label {name}={text}: want a duration like 30s or 5m, at most {largest_s / 3600:g} h"
+        )
+    return duration / SECOND_NS

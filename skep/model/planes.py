@@ -1,0 +1,58 @@
+"""The two data planes of overlay networks: Docker Engines' own, and ours.
+
+Docker Engines tell each other by gossip which container has which address; skep nodes are told by the managers.
+Both use VXLAN, but neither hears of the other's containers: so an overlay network belongs to one of the two, and its
+tasks run on nodes of that kind (docs/decisions/0013).
+"""
+
+from typing import Final
+
+from skep.model.network import Network
+from skep.model.node import Node
+
+DOCKER: Final = "docker"
+SKEP: Final = "skep"
+PLANES: Final = frozenset({DOCKER, SKEP})
+
+PLANE_OPTION: Final = "skep.data-plane"
+"""Driver option or label of a network: the plane it shall belong to; in the driver's state: the one it does."""
+
+NODE_LABEL: Final = "skep.node"
+"""Engine label by which a skep node says what it is; Docker Engines do not know it."""
+
+NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none"})
+"""Drivers of networks that live on one node."""
+
+
+def driver_of(network: Network) -> str:
+    """The driver's name: as allocated, else as wished."""
+    wished = network.spec.driver_configuration
+    return network.driver_state.name or (wished.name if wished else "") or "overlay"
+
+
+def is_overlay(network: Network) -> bool:
+    """Whether the cluster gives out addresses on the network, and a data plane carries it from node to node."""
+    return driver_of(network) not in NODE_DRIVERS
+
+
+def wished_plane(network: Network) -> str:
+    """The plane that the user named when the network was made; empty: none."""
+    driver = network.spec.driver_configuration
+    named = driver.options.get(PLANE_OPTION, "") if driver is not None else ""
+    return named or network.spec.labels.get(PLANE_OPTION, "")
+
+
+def plane_of(network: Network) -> str:
+    """The plane that the network belongs to; empty: the first task on it decides."""
+    return network.driver_state.options.get(PLANE_OPTION, "") or wished_plane(network)
+
+
+def is_docker_node(node: Node) -> bool:
+    """Whether the node is a Docker Engine.  A node that has not described itself yet is none."""
+    engine = node.description.engine
+    return bool(engine.engine_version) and NODE_LABEL not in engine.labels
+
+
+def plane_of_node(node: Node) -> str:
+    """The plane that overlay networks have on the node."""
+    return DOCKER if is_docker_node(node) else SKEP

@@ -1,0 +1,91 @@
+"""Managers that die, and the sessions they held: nodes move on, and the dead ones among them are still found."""
+
+import pytest
+
+from skep.model.ids import NodeId
+from skep.model.node import Node, NodeState
+from skep.sim.cluster import SimulatedCluster
+from tests.builders import a_service_spec
+
+SEEDS = range(8)
+
+
+def session_owner(cluster: SimulatedCluster, node: NodeId) -> NodeId:
+    session = cluster.view.get(Node, node).session
+    assert session is not None
+    return session.manager_id
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nodes_of_a_dead_manager_are_with_another_one_within_a_heartbeat(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=6, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=12))
+        cluster.run_until(lambda: cluster.running("web") == 12, within_s=5)
+        dead = session_owner(cluster, NodeId("w1"))
+        cluster.crash(dead)
+        cluster.run_until(
+            lambda: all(session_owner(cluster, id) != dead for id in cluster.workers), within_s=1.0
+        )
+        cluster.run_for(20)
+        assert all(cluster.is_ready(id) for id in cluster.workers)
+        assert cluster.created("web") == 12
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_node_that_dies_with_its_manager_is_judged_by_the_leader(seed: int) -> None:
+    """Nobody else owns its session: the leader adopts it after 2 s of silence, and gives it three periods."""
+    with SimulatedCluster(managers=3, workers=5, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=10))
+        cluster.run_until(lambda: cluster.running("web") == 10, within_s=5)
+        dead = session_owner(cluster, NodeId("w1"))
+        cluster.crash(dead)
+        cluster.kill_node(NodeId("w1"))
+        took_s = cluster.run_until(lambda: not cluster.is_ready(NodeId("w1")), within_s=10)
+        assert 2.0 + 3.0 - 0.5 < took_s < 2.0 + 3.0 + 1.0
+        assert session_owner(cluster, NodeId("w1")) == cluster.leader
+        others = [id for id in cluster.workers if id != "w1"]
+        assert all(cluster.is_ready(id) for id in others)
+        cluster.run_until(lambda: cluster.running("web") == 10, within_s=10)
+        assert cluster.created("web") == 12
+        cluster.check_invariants()
+
+
+def test_a_dead_node_of_a_living_manager_is_found_in_less_than_four_seconds() -> None:
+    with SimulatedCluster(managers=3, workers=5) as cluster:
+        cluster.kill_node(NodeId("w1"))
+        assert cluster.run_until(lambda: not cluster.is_ready(NodeId("w1")), within_s=10) < 4.0
+        assert cluster.view.get(Node, NodeId("w1")).status.state is NodeState.DOWN
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_end_of_every_node_process_moves_nothing_if_they_are_back_in_time(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=8))
+        cluster.run_until(lambda: cluster.running("web") == 8, within_s=5)
+        for id in cluster.workers:
+            cluster.kill_node(id, keeps_containers=True)
+            cluster.run_for(cluster.random.uniform(0.1, 1.5))
+            cluster.start_node(id)
+        cluster.run_for(15)
+        assert cluster.created("web") == 8
+        assert cluster.containers("web") == 8
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_outage_of_all_managers_moves_nothing(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=8))
+        cluster.run_until(lambda: cluster.running("web") == 8, within_s=5)
+        for id in cluster.managers:
+            cluster.crash(id)
+        cluster.run_for(600)
+        assert cluster.containers("web") == 8
+        for id in cluster.managers:
+            cluster.start_manager(id)
+        cluster.run_for(30)
+        assert all(cluster.is_ready(id) for id in cluster.workers)
+        assert cluster.running("web") == 8
+        assert cluster.created("web") == 8
+        cluster.check_invariants()

@@ -1,0 +1,45 @@
+"""Which managers are silent."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.manager.link.silence import SILENT_S, LastHeard
+from skep.model.ids import NodeId
+
+A, B = NodeId("a"), NodeId("b")
+
+
+def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long():
+    heard = LastHeard()
+    heard.expect([A, B], 10.0)
+    heard.note(A, 11.0)
+    assert heard.silent(11.9) == {}
+    assert heard.silent(12.5) == {B: 2.5}
+    heard.note(B, 12.6)
+    assert heard.silent(13.0) == {A: 2.0}
+
+
+def test_only_known_managers_count():
+    heard = LastHeard()
+    heard.expect([A], 0.0)
+    heard.note(B, 0.0)
+    heard.expect([], 0.0)
+    assert heard.silent(100.0) == {}
+
+
+def test_being_named_again_is_no_sign_of_life():
+    heard = LastHeard()
+    heard.expect([A], 0.0)
+    heard.expect([A, B], 1.9)
+    assert heard.silent(2.0) == {A: 2.0}
+
+
+@given(st.lists(st.tuples(st.sampled_from([A, B]), st.floats(0, 1)), max_size=30))
+def test_who_was_heard_within_the_time_is_never_silent(words):
+    now, last, heard = 0.0, {A: 0.0, B: 0.0}, LastHeard()
+    heard.expect([A, B], now)
+    for id, gap_s in words:
+        now += gap_s
+        last[id] = now
+        heard.note(id, now)
+        assert set(heard.silent(now)) == {id for id, at in last.items() if now - at >= SILENT_S}
