@@ -9,7 +9,6 @@ from random import Random
 import msgspec
 
 from skep.aio.clock import SystemClock
-from skep.manager.ca.authority import ROOT_KEY_ID
 from skep.manager.ca.service import CertificateService
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -36,7 +35,7 @@ from skep.security.tls import ServerTls, client_context
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
-from skep.store.kinds import Payload
+from skep.store.kinds import ROOT_KEY_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb

@@ -4,7 +4,6 @@ from cryptography import x509
 
 from skep.errors import FailedPrecondition
 from skep.manager.ca.admission import issued_certificate
-from skep.manager.ca.authority import ROOT_KEY_ID
 from skep.manager.config import ManagerConfig
 from skep.manager.control.swarm import found_swarm
 from skep.model.ids import IdSource
@@ -20,9 +19,9 @@ from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
 from skep.security.authority import Authority
 from skep.security.tokens import new_join_tokens
-from skep.security.trust import tls_info
+from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Transaction
-from skep.store.kinds import Payload
+from skep.store.kinds import ROOT_KEY_ID, Payload
 
 
 def found_cluster(
@@ -52,7 +51,12 @@ def found_cluster(
         spec=NodeSpec(role=NodeRole.MANAGER, availability=wish.availability),
         description=NodeDescription(hostname=config.hostname),
         manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=config.advertise_addr),
-        certificate=issued_certificate(NodeRole.MANAGER, certificate.not_valid_after_utc),
+        certificate=issued_certificate(
+            NodeRole.MANAGER,
+            certificate,
+            certificate.not_valid_before_utc,
+            issuer=issuer_digest(tls_info(authority.root_pem)),
+        ),
     )
     tx.put(Payload(id=ROOT_KEY_ID, data=authority.key_pem))
     return found_swarm(

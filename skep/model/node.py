@@ -102,6 +102,13 @@ class NodeSession(ApiObject):
     session_id: SessionId = SessionId("")
 
 
+class IssuedSerial(ApiObject):
+    """One certificate that was issued: its serial number in hexadecimal digits, and when it expires."""
+
+    serial: str
+    not_after: Timestamp
+
+
 class NodeCertificate(ApiObject):
     """State of the node's certificate; the certificate itself stays with the node."""
 
@@ -109,6 +116,13 @@ class NodeCertificate(ApiObject):
     state: str = ""
     """issued, or rotate: the node is asked to renew."""
     not_after: Timestamp = Timestamp("")
+    """When the newest one expires."""
+    issuer: str = ""
+    """Digest of the public key that signed the newest one (``security.trust.issuer_digest``)."""
+    serials: tuple[IssuedSerial, ...] = ()
+    """Manager certificates that have not expired: those that have to be taken back when it is no manager any more."""
+    last_not_after: Timestamp = Timestamp("")
+    """When the last of all that were issued to it expires: not the newest, once the lifetime was shortened."""
 
 
 class Node(ApiObject):

@@ -106,11 +106,20 @@ class JoinTokens(ApiObject):
     manager: str = always("")
 
 
+class RootRotation(ApiObject):
+    """The root to which a cluster rotates (PEM); its key is a ``Payload``."""
+
+    root: str
+    cross_signed: str
+    """The new root as the old one vouches for it: goes with every certificate until all nodes have a new one."""
+
+
 class Swarm(ApiObject):
     """The cluster.
 
-    Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``; init:
-    the rest.  There is exactly one, whose id is the cluster's.
+    Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``, ``rotation``; init:
+    the rest.  There is exactly one, whose id is the cluster's.  While the root is rotated, ``tls_info`` trusts the
+    old root and names the new one as issuer.  ``rotation`` is internal and left out of API answers.
     """
 
     id: ClusterId
@@ -124,6 +133,7 @@ class Swarm(ApiObject):
     subnet_size: Uint32 = always(24)
     data_path_port: Uint32 = always(4789)
     join_tokens: JoinTokens = always(JoinTokens())
+    rotation: RootRotation | None = None
 
 
 DEFAULT_SWARM_SPEC = SwarmSpec(

@@ -8,7 +8,7 @@ import ssl
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import FailedPrecondition, NotFound, Unavailable
+from skep.errors import FailedPrecondition, NotFound, Unavailable, Unimplemented
 from skep.model.node import Availability
 from skep.security.identity import ROOT_NAME
 from skep.security.keypair import KeyPair
@@ -71,12 +71,13 @@ async def _request(
     key = await asyncio.to_thread(new_private_key)
     csr = signing_request(key)
     async with connected(address, context, name) as channel:
-        reply = await channel.call(
-            methods.ISSUE_NODE_CERTIFICATE,
-            pb.IssueNodeCertificateRequest(
-                csr=csr, token=token, availability=availability_to_pb(availability)
-            ),
+        request = pb.IssueNodeCertificateRequest(
+            csr=csr, token=token, availability=availability_to_pb(availability)
         )
+        try:
+            reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request)
+        except Unimplemented:  # a Docker manager
+            reply = await channel.call(methods.ISSUE_NODE_CERTIFICATE, request)
         try:
             async with asyncio.timeout(ISSUE_SECONDS_MAX):
                 certificate_pem = await _wait_issued(channel, reply.node_id, csr, clock)

@@ -19,7 +19,7 @@ from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.node import NodeRole
 from skep.model.times import SECOND_NS
 from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
-from skep.security.keys import load_private_key, new_private_key, private_pem
+from skep.security.keys import PrivateKey, load_private_key, new_private_key, private_pem
 
 ROOT_LIFETIME = timedelta(days=20 * 365)
 NODE_LIFETIME = timedelta(days=90)
@@ -38,14 +38,24 @@ PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 
 class Authority:
-    """A root certificate with its key: signs what nodes ask for."""
+    """A root certificate with its key: signs what nodes ask for.
+
+    ``intermediate_pem``: this root as the root before it vouches for it, while the cluster rotates from one to the
+    other; it goes with every certificate, so that who trusts the old root trusts what the new one signs.
+    """
 
     def __init__(
-        self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, clock: Clock = _CLOCK
+        self,
+        key: PrivateKey,
+        certificate: x509.Certificate,
+        clock: Clock = _CLOCK,
+        *,
+        intermediate_pem: bytes = b"",
     ) -> None:
         self._key = key
         self._certificate = certificate
         self._clock = clock
+        self._intermediate_pem = intermediate_pem
 
     @classmethod
     def create(cls, clock: Clock = _CLOCK) -> "Authority":
@@ -68,7 +78,9 @@ class Authority:
         return cls(key, builder.sign(key, hashes.SHA256()), clock)
 
     @classmethod
-    def load(cls, key_pem: bytes, root_pem: bytes, clock: Clock = _CLOCK) -> "Authority":
+    def load(
+        cls, key_pem: bytes, root_pem: bytes, clock: Clock = _CLOCK, *, intermediate_pem: bytes = b""
+    ) -> "Authority":
         """The authority of an existing cluster.  Raises: FailedPrecondition: key and root do not belong together."""
         try:
             certificate = x509.load_pem_x509_certificate(root_pem)
@@ -77,7 +89,12 @@ class Authority:
         key = load_private_key(key_pem)
         if key.public_key() != certificate.public_key():
             raise FailedPrecondition("the root key does not belong to the cluster's root certificate")
-        return cls(key, certificate, clock)
+        return cls(key, certificate, clock, intermediate_pem=intermediate_pem)
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """The root certificate."""
+        return self._certificate
 
     @property
     def root_pem(self) -> bytes:
@@ -90,15 +107,16 @@ class Authority:
         return private_pem(self._key)
 
     def sign(self, csr_pem: bytes, identity: Identity, lifetime: timedelta = NODE_LIFETIME) -> bytes:
-        """A certificate (PEM) for the public key in a request; everything else of the request is ignored.
+        """A certificate (PEM chain) for the public key in a request; everything else of the request is ignored.
 
         Raises: InvalidArgument: no usable request, or not signed by its own key.
         """
         return self.issue(requested_key(csr_pem), identity, lifetime)
 
     def issue(self, public_key: PublicKey, identity: Identity, lifetime: timedelta = NODE_LIFETIME) -> bytes:
-        """A certificate (PEM) that says: who holds this key is ``identity``."""
+        """A certificate (PEM chain) that says: who holds this key is ``identity``.  It does not outlive its root."""
         now = _now(self._clock)
+        not_after = min(now + max(lifetime, NODE_LIFETIME_MIN), self._certificate.not_valid_after_utc)
         unit = ROLE_NAMES[identity.role]
         names = [unit, identity.node_id]
         if identity.role is NodeRole.MANAGER:
@@ -110,7 +128,6 @@ class Authority:
                 x509.NameAttribute(NameOID.COMMON_NAME, identity.node_id),
             ]
         )
-        authority_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = (
             x509.CertificateBuilder()
@@ -119,17 +136,42 @@ class Authority:
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - BACKDATE)
-            .not_valid_after(now + max(lifetime, NODE_LIFETIME_MIN))
+            .not_valid_after(not_after)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True, key_encipherment=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-            .add_extension(authority_key, critical=False)
+            .add_extension(self._key_identifier, critical=False)
             .add_extension(
                 x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False
             )
         )
+        return pem(builder.sign(self._key, hashes.SHA256())) + self._intermediate_pem
+
+    def cross_sign(self, other: x509.Certificate) -> bytes:
+        """``other``, a root, as an intermediate (PEM) that this root vouches for.
+
+        The authority key identifier is what SwarmKit leaves out: names of issuer and subject are mostly equal, and
+        OpenSSL takes a certificate without the identifier for self-signed then.
+        """
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(other.subject)
+            .issuer_name(self._certificate.subject)
+            .public_key(other.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(_now(self._clock) - BACKDATE)
+            .not_valid_after(min(other.not_valid_after_utc, self._certificate.not_valid_after_utc))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
+            .add_extension(_subject_identifier(other), critical=False)
+            .add_extension(self._key_identifier, critical=False)
+        )
         return pem(builder.sign(self._key, hashes.SHA256()))
+
+    @property
+    def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
+        return x509.AuthorityKeyIdentifier(_subject_identifier(self._certificate).digest, None, None)
 
 
 def requested_key(csr_pem: bytes) -> PublicKey:
@@ -156,6 +198,14 @@ def requested_key(csr_pem: bytes) -> PublicKey:
             raise InvalidArgument(
                 "the certificate request needs an ECDSA key of 256 bits or an RSA key of 2048"
             )
+
+
+def _subject_identifier(root: x509.Certificate) -> x509.SubjectKeyIdentifier:
+    """As the root itself has it; a root of the user's may have computed it in another way, or have none."""
+    try:
+        return root.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return x509.SubjectKeyIdentifier.from_public_key(root.public_key())
 
 
 def pem(certificate: x509.Certificate) -> bytes:

@@ -3,9 +3,12 @@
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from skep.errors import FailedPrecondition
+
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+"""Ours are elliptic curves; a root that the user brings may be RSA."""
 
 
 def new_private_key() -> ec.EllipticCurvePrivateKey:
@@ -13,21 +16,21 @@ def new_private_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_pem(key: PrivateKey) -> bytes:
     """The key in clear (PKCS #8): keep it in memory, or in a file of mode 0600."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def load_private_key(key_pem: bytes) -> ec.EllipticCurvePrivateKey:
-    """Read a key that ``private_pem`` wrote.  Raises: FailedPrecondition."""
+def load_private_key(key_pem: bytes) -> PrivateKey:
+    """Read a private key that is not encrypted.  Raises: FailedPrecondition."""
     try:
         key = serialization.load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise FailedPrecondition(f"the private key cannot be read: {error}") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise FailedPrecondition("the private key is not an elliptic curve key")
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise FailedPrecondition("the private key is neither an elliptic curve key nor RSA")
     return key
 
 

@@ -1,26 +1,68 @@
 """What a node or a cluster says about the roots it stands on."""
 
+import hashlib
+
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from skep.errors import FailedPrecondition
 from skep.model.meta import TLSInfo
+from skep.security.keypair import KeyPair
 
 
-def tls_info(root_pem: bytes) -> TLSInfo:
-    """The trust in ``root_pem`` as the API shows it; the first certificate of the bundle is the one that issues.
+def tls_info(root_pem: bytes, issuer_pem: bytes = b"") -> TLSInfo:
+    """The trust in ``root_pem`` as the API shows it.
+
+    Args:
+        issuer_pem: what issues certificates now; default the first certificate of the bundle.  Another one while
+            the root is rotated.
 
     Raises: FailedPrecondition: it cannot be read.
     """
     try:
-        issuer = x509.load_pem_x509_certificate(root_pem)
+        issuer = x509.load_pem_x509_certificate(issuer_pem or root_pem)
         trust_root = root_pem.decode("ascii")
     except ValueError as error:
         raise FailedPrecondition(f"the root certificate cannot be read: {error}") from error
+    return _tls_info(trust_root, issuer)
+
+
+def tls_info_of(pair: KeyPair) -> TLSInfo:
+    """What a node with this key pair says of itself: whom it trusts, and who issued its own certificate."""
+    trust_root = pair.root_pem.decode("ascii", errors="replace")
+    for candidate in (*pair.chain[1:], *x509.load_pem_x509_certificates(pair.root_pem)):
+        try:
+            pair.certificate.verify_directly_issued_by(candidate)
+        except (ValueError, TypeError, InvalidSignature):
+            continue
+        return _tls_info(trust_root, candidate)
+    return TLSInfo(trust_root=trust_root)
+
+
+def public_key_der(certificate: x509.Certificate) -> bytes:
+    """The public key of a certificate, as certificates hold it."""
+    return certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def issuer_digest(info: TLSInfo) -> str:
+    """Short for an issuer's public key: its SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(info.cert_issuer_public_key).hexdigest()
+
+
+def is_issued_by(said: TLSInfo, wanted: TLSInfo) -> bool:
+    """Whether a node's certificate comes from the wanted issuer."""
+    return (
+        said.cert_issuer_public_key == wanted.cert_issuer_public_key
+        and said.cert_issuer_subject == wanted.cert_issuer_subject
+    )
+
+
+def _tls_info(trust_root: str, issuer: x509.Certificate) -> TLSInfo:
     return TLSInfo(
         trust_root=trust_root,
         cert_issuer_subject=issuer.subject.public_bytes(),
-        cert_issuer_public_key=issuer.public_key().public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        ),
+        cert_issuer_public_key=public_key_der(issuer),
     )

@@ -5,7 +5,15 @@ import msgspec
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
 from skep.model.meta import Version
+from skep.model.node import IssuedSerial
 from skep.model.service import ServiceSpec
+from skep.model.times import Timestamp
+
+ROOT_KEY_ID = "root-ca"
+"""Id of the payload that holds the root's private key (PEM)."""
+
+NEXT_ROOT_KEY_ID = "root-ca-next"
+"""Id of the payload that holds the key (PEM) of the root to which the cluster rotates."""
 
 
 class SpecVersion(ApiObject):
@@ -24,7 +32,7 @@ class SpecVersion(ApiObject):
 class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Bytes that must never be shown: a secret's data, the root CA's key, registry credentials.
 
-    Ids say what it belongs to: ``secret/<id>``, ``root-ca``, ``registry/<service id>``.  Read by id, by the
+    Ids say what it belongs to: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service id>``.  Read by id, by the
     dispatcher and the CA alone.
     """
 
@@ -33,6 +41,19 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     def __repr__(self) -> str:
         return f"Payload(id={self.id!r}, data=<{len(self.data)} bytes>)"
+
+
+class Revocation(ApiObject):
+    """What a node may no longer use its certificates for.  Forgotten when the last of them has expired.
+
+    ``id``: the node's.  ``is_removed``: for nothing at all; else only those of ``serials`` count for nothing.
+    """
+
+    id: str
+    until: Timestamp
+    is_removed: bool = False
+    serials: tuple[IssuedSerial, ...] = ()
+    """Of its certificates as a manager, for etcd's peer port."""
 
 
 def spec_version_id(service_id: str, version: Version) -> str:

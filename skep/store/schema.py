@@ -20,7 +20,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import name_claim, port_claim
-from skep.store.kinds import Payload, SpecVersion
+from skep.store.kinds import Payload, Revocation, SpecVersion
 
 
 def is_removed(service: Service) -> bool:
@@ -74,6 +74,13 @@ def _service_references(service: Service) -> Iterator[tuple[str, str]]:
         yield from (("config", reference.config_id) for reference in container.configs)
     for attachment in (*template.networks, *service.spec.networks):
         yield "network", attachment.target
+
+
+def _task_references(task: Task) -> Iterator[tuple[str, str]]:
+    """The networks of a plain container's attachment; a service's tasks are covered by their service."""
+    if task.spec.network_attachment_spec is not None:
+        for attachment in task.spec.networks:
+            yield "network", attachment.target
 
 
 def _task_slot(task: Task) -> str:
@@ -131,6 +138,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "status": ("status",),
         },
         taken=_nothing_taken,
+        references=_task_references,
         indexes={
             "service_id": lambda task: task.service_id or None,
             "node_id": lambda task: task.node_id or None,
@@ -153,7 +161,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
     KindSchema(
         name="swarm",
         type=Swarm,
-        parts={"ca": ("join_tokens", "tls_info", "root_rotation_in_progress")},
+        parts={"ca": ("join_tokens", "tls_info", "root_rotation_in_progress", "rotation")},
         taken=_nothing_taken,
         indexes={"name": _spec_name},
     ),
@@ -183,6 +191,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         indexes={"name": _spec_name},
     ),
     KindSchema(name="payload", type=Payload, taken=_nothing_taken),
+    KindSchema(name="revocation", type=Revocation, taken=_nothing_taken),
 )
 
 SCHEMA_BY_TYPE: Final = {schema.type: schema for schema in SCHEMAS}

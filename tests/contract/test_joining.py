@@ -11,6 +11,7 @@ from skep.errors import (
 from skep.model.node import Availability, Node, NodeRole
 from skep.node.joining import join, renew
 from skep.security.authority import Authority
+from skep.security.keys import new_private_key, signing_request
 from skep.security.tls import joining_context
 from skep.security.tokens import join_token
 from skep.wire import methods
@@ -58,9 +59,19 @@ async def test_no_token_at_all_is_an_invalid_argument(cluster):
         await join(cluster.address, "SWMTKN-1-x-y", CLOCK)
 
 
-async def test_a_second_manager_is_refused_with_a_sentence(cluster):
-    with pytest.raises(FailedPrecondition, match="does not take further managers yet"):
-        await join(cluster.address, cluster.swarm.join_tokens.manager, CLOCK)
+async def test_a_manager_token_makes_a_manager_of_a_machine_that_runs_skep(cluster):
+    pair = await join(cluster.address, cluster.swarm.join_tokens.manager, CLOCK)
+    assert pair.identity.role is NodeRole.MANAGER
+
+
+async def test_an_engine_with_the_manager_token_is_refused_with_a_sentence(cluster):
+    context = joining_context(cluster.authority.root_pem)
+    request = pb.IssueNodeCertificateRequest(
+        csr=signing_request(new_private_key()), token=cluster.swarm.join_tokens.manager
+    )
+    async with connected(cluster.address, context, "swarm-ca") as channel:
+        with pytest.raises(FailedPrecondition, match="Docker engines as workers only"):
+            await channel.call(methods.ISSUE_NODE_CERTIFICATE, request)
 
 
 async def test_a_node_renews_with_its_certificate_alone(cluster, tmp_path):

@@ -3,16 +3,20 @@
 from datetime import UTC, datetime, timedelta
 
 import msgspec
+from cryptography import x509
 
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from skep.model.ids import NodeId
-from skep.model.node import Availability, Node, NodeCertificate, NodeRole, NodeSpec
+from skep.model.node import Availability, IssuedSerial, Node, NodeCertificate, NodeRole, NodeSpec
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.security.authority import NODE_LIFETIME, NODE_LIFETIME_MIN
 from skep.security.identity import Identity
 from skep.security.tokens import role_of
 from skep.store.interface import Transaction, View
+
+SERIALS_MAX = 256
+"""Manager certificates of one node that are remembered; a manager in good order has two that have not expired."""
 
 
 def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
@@ -27,22 +31,22 @@ def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
     return Identity(node_id=node.id, cluster_id=swarm.id, role=role)
 
 
-def joining_identity(swarm: Swarm, token: str, new_id: str) -> Identity:
+def joining_identity(swarm: Swarm, token: str, new_id: str, *, is_engine: bool) -> Identity:
     """The identity of a machine that shows ``token``.
 
     Raises:
         InvalidArgument: not one of the cluster's tokens (the docker command prints the text).
-        FailedPrecondition: a manager's token.
+        FailedPrecondition: a Docker Engine with a manager's token.
     """
     match role_of(token, swarm.join_tokens):
         case None:
             raise InvalidArgument("A valid join token is necessary to join this cluster")
-        case NodeRole.MANAGER:
+        case NodeRole.MANAGER if is_engine:
             raise FailedPrecondition(
-                "this cluster does not take further managers yet: join with the worker token instead"
+                "this cluster takes Docker engines as workers only: join with the worker token instead"
             )
-        case NodeRole.WORKER:
-            return Identity(node_id=NodeId(new_id), cluster_id=swarm.id, role=NodeRole.WORKER)
+        case role:
+            return Identity(node_id=NodeId(new_id), cluster_id=swarm.id, role=role)
 
 
 def lifetime_of(swarm: Swarm) -> timedelta:
@@ -59,23 +63,58 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     availability: Availability
     csr_pem: bytes
     certificate_pem: bytes
-    not_after: datetime
+    """The chain: while the root is rotated, the new root as the old one vouches for it comes second."""
+    issuer: str
+    """Digest of the key that signed it."""
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """The node's own."""
+        return x509.load_pem_x509_certificate(self.certificate_pem)
 
 
-def issued_certificate(role: NodeRole, not_after: datetime) -> NodeCertificate:
-    """What a node object says of a certificate that was issued to it."""
-    seconds = int(not_after.astimezone(UTC).timestamp())
-    return NodeCertificate(role=role, state="issued", not_after=timestamp(seconds * SECOND_NS))
+def issued_certificate(
+    role: NodeRole,
+    certificate: x509.Certificate,
+    now: datetime,
+    *,
+    issuer: str = "",
+    before: NodeCertificate | None = None,
+) -> NodeCertificate:
+    """What a node object says of the certificate that was issued to it at ``now``.
+
+    Args:
+        before: what it said until now; certificates that have not expired stay known.
+    """
+    not_after = stamp(certificate.not_valid_after_utc)
+    before = before or NodeCertificate()
+    serials = [serial for serial in before.serials if unix_ns(serial.not_after) > now.timestamp() * SECOND_NS]
+    if role is NodeRole.MANAGER:
+        serials.append(IssuedSerial(serial=f"{certificate.serial_number:x}", not_after=not_after))
+    return NodeCertificate(
+        role=role,
+        state="issued",
+        not_after=not_after,
+        issuer=issuer,
+        serials=tuple(serials[-SERIALS_MAX:]),
+        last_not_after=max(not_after, before.last_not_after),
+    )
 
 
-def record_issue(tx: Transaction, issued: Issued, *, is_renewal: bool) -> None:
+def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: bool) -> None:
     """Write the node object at its first certificate, afterwards only the certificate's part.
 
     Raises: PermissionDenied: the node was removed while its certificate was renewed.
     """
     identity = issued.identity
-    certificate = issued_certificate(identity.role, issued.not_after)
     node = tx.lookup(Node, identity.node_id)
+    certificate = issued_certificate(
+        identity.role,
+        issued.certificate,
+        now,
+        issuer=issued.issuer,
+        before=node.certificate if node is not None else None,
+    )
     if node is not None:
         tx.put(msgspec.structs.replace(node, certificate=certificate))
     elif is_renewal:
@@ -83,3 +122,8 @@ def record_issue(tx: Transaction, issued: Issued, *, is_renewal: bool) -> None:
     else:
         spec = NodeSpec(role=identity.role, availability=issued.availability)
         tx.put(Node(id=identity.node_id, spec=spec, certificate=certificate))
+
+
+def stamp(moment: datetime) -> Timestamp:
+    """A point in time, to the second, as objects have it; later ones are greater as text too."""
+    return timestamp(int(moment.astimezone(UTC).timestamp()) * SECOND_NS)

@@ -1,14 +1,10 @@
 """The cluster's certificate authority, as the store has it."""
 
 from skep.errors import FailedPrecondition
-from skep.model.ids import ClusterId
 from skep.model.swarm import Swarm
 from skep.security.authority import Authority
 from skep.store.interface import View
-from skep.store.kinds import Payload
-
-ROOT_KEY_ID = "root-ca"
-"""Id of the payload that holds the root's private key (PEM)."""
+from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
 
 def cluster_of(view: View) -> Swarm:
@@ -25,13 +21,15 @@ def root_bundle_of(swarm: Swarm) -> bytes:
 
 
 def authority_of(view: View) -> Authority:
-    """The authority that signs now.  Raises: FailedPrecondition: its key is missing or another root's."""
+    """The authority that signs now: the new root's, from the moment a rotation begins.
+
+    Raises: FailedPrecondition: its key is missing or another root's.
+    """
     swarm = cluster_of(view)
-    key = view.lookup(Payload, ROOT_KEY_ID)
+    rotation = swarm.rotation
+    key = view.lookup(Payload, NEXT_ROOT_KEY_ID if rotation else ROOT_KEY_ID)
     if key is None:
         raise FailedPrecondition("this cluster's root key is not in the store")
-    return Authority.load(key.data, root_bundle_of(swarm))
-
-
-def cluster_id_of(view: View) -> ClusterId:
-    return cluster_of(view).id
+    if rotation is None:
+        return Authority.load(key.data, root_bundle_of(swarm))
+    return Authority.load(key.data, rotation.root.encode(), intermediate_pem=rotation.cross_signed.encode())

@@ -5,10 +5,12 @@ Source: swarmkit, ca/server.go.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
 
 import structlog
-from cryptography import x509
 
+from skep.aio.clock import Clock, SystemClock
 from skep.errors import NotFound
 from skep.manager.ca.admission import (
     Issued,
@@ -19,7 +21,9 @@ from skep.manager.ca.admission import (
 )
 from skep.manager.ca.authority import authority_of, cluster_of, root_bundle_of
 from skep.model.ids import IdSource, NodeId
+from skep.model.times import SECOND_NS
 from skep.security.authority import requested_key
+from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Store
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -28,6 +32,8 @@ from skep.wire.convert.node import availability_from_pb, role_to_pb
 from skep.wire.service import Handler, unary
 
 log = structlog.get_logger(__name__)
+
+_CLOCK = SystemClock()
 
 ISSUED_MAX = 1000
 """Certificates kept for being fetched; a node fetches its own at once."""
@@ -40,8 +46,9 @@ class CertificateService:
     after a restart, is told NOT_FOUND and asks for a new certificate.
     """
 
-    def __init__(self, store: Store, new_id: IdSource) -> None:
+    def __init__(self, store: Store, new_id: IdSource, clock: Clock = _CLOCK) -> None:
         self._store = store
+        self._clock = clock
         self._new_id = new_id
         self._issued: OrderedDict[NodeId, Issued] = OrderedDict()
 
@@ -49,7 +56,8 @@ class CertificateService:
         """What to hand to ``wire.server.serve``."""
         return (
             unary(methods.GET_ROOT_CA_CERTIFICATE, self._root_certificate),
-            unary(methods.ISSUE_NODE_CERTIFICATE, self._issue),
+            unary(methods.ISSUE_NODE_CERTIFICATE, partial(self._issue, is_engine=True)),
+            unary(methods.SKEP_ISSUE_NODE_CERTIFICATE, partial(self._issue, is_engine=False)),
             unary(methods.NODE_CERTIFICATE_STATUS, self._status),
         )
 
@@ -60,7 +68,7 @@ class CertificateService:
         return pb.GetRootCACertificateResponse(certificate=bundle)
 
     async def _issue(
-        self, request: pb.IssueNodeCertificateRequest, caller: Caller
+        self, request: pb.IssueNodeCertificateRequest, caller: Caller, *, is_engine: bool
     ) -> pb.IssueNodeCertificateResponse:
         view = self._store.view()
         swarm = cluster_of(view)
@@ -68,17 +76,17 @@ class CertificateService:
         if caller.identity is not None and is_renewal:
             identity = renewing_identity(view, swarm, caller.identity)
         else:
-            identity = joining_identity(swarm, request.token, self._new_id())
+            identity = joining_identity(swarm, request.token, self._new_id(), is_engine=is_engine)
         key = requested_key(request.csr)
-        certificate_pem = authority_of(view).issue(key, identity, lifetime_of(swarm))
+        authority = authority_of(view)
         issued = Issued(
             identity=identity,
             availability=availability_from_pb(request.availability),
             csr_pem=request.csr,
-            certificate_pem=certificate_pem,
-            not_after=x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc,
+            certificate_pem=authority.issue(key, identity, lifetime_of(swarm)),
+            issuer=issuer_digest(tls_info(authority.root_pem)),
         )
-        await self._store.update(record_issue, issued, is_renewal=is_renewal)
+        await self._store.update(record_issue, issued, self._now(), is_renewal=is_renewal)
         self._keep(issued)
         log.info(
             "certificate issued",
@@ -106,6 +114,9 @@ class CertificateService:
                 cn=issued.identity.node_id,
             ),
         )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
 
     def _keep(self, issued: Issued) -> None:
         self._issued[issued.identity.node_id] = issued

@@ -5,6 +5,9 @@ Founding it is one transaction; the requests that lead there are checked in ``ap
 Source: swarmkit, manager/controlapi/cluster.go; moby 20.10, daemon/cluster/swarm.go.
 """
 
+from collections.abc import Callable
+from datetime import datetime
+
 import msgspec
 from msgspec.structs import replace
 
@@ -20,10 +23,14 @@ from skep.manager.control.networks import first_networks
 from skep.model.ids import ClusterId, IdSource
 from skep.model.meta import TLSInfo, Version
 from skep.model.node import Node
-from skep.model.swarm import JoinTokens, Swarm, SwarmSpec
+from skep.model.swarm import CAConfig, JoinTokens, RootRotation, Swarm, SwarmSpec
 from skep.model.times import SECOND_NS, Timestamp
+from skep.security.authority import Authority
+from skep.security.rotation import NextRoot, Roots, wished_roots
 from skep.security.tokens import join_token
+from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
+from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 
@@ -82,9 +89,18 @@ def the_swarm(view: View) -> Swarm:
 
 
 def update_swarm(
-    tx: Transaction, spec: SwarmSpec, version: int, rotations: Rotations, *, new_id: IdSource
+    tx: Transaction,
+    spec: SwarmSpec,
+    version: int,
+    rotations: Rotations,
+    *,
+    new_id: IdSource,
+    now: datetime,
+    new_root: Callable[[], Authority] = Authority.create,
 ) -> Swarm:
     """Replace the cluster's settings, if it is still at ``version``, and the tokens that ``rotations`` names.
+
+    A root that the settings bring, or a rotation counted, begins a rotation of the root (``manager.ca`` ends it).
 
     Raises:
         InvalidArgument: the spec can never work; Unimplemented: it asks for what this version cannot do.
@@ -92,15 +108,13 @@ def update_swarm(
     """
     swarm = tx.get(Swarm, the_swarm(tx).id)
     check_swarm_name(spec)
-    if spec.ca_config.signing_ca_cert or spec.ca_config.signing_ca_key:
-        raise Unimplemented("a root CA of your own is not supported yet")
     spec = merged_spec(spec)
     check_swarm_spec(spec)
-    if spec.ca_config.force_rotate != swarm.spec.ca_config.force_rotate:
-        raise Unimplemented("rotating the root CA is not supported yet")
+    rooted = _rooted(tx, swarm, spec.ca_config, now, new_root)
     if swarm.version != Version(index=version):
         raise OutOfSequence
-    return tx.put(replace(swarm, spec=spec, join_tokens=_rotated(swarm, rotations, new_id)))
+    tokens = _rotated(swarm, rotations, new_id)
+    return tx.put(replace(rooted, spec=_without_root(spec), join_tokens=tokens))
 
 
 def check_swarm_spec(spec: SwarmSpec) -> None:
@@ -113,7 +127,63 @@ def check_swarm_spec(spec: SwarmSpec) -> None:
         # Better refused than a lock that does not lock.
         raise Unimplemented("locking managers is not supported yet")
     if spec.ca_config.external_cas:
-        raise Unimplemented("external certificate authorities are not supported")
+        raise Unimplemented(
+            "external certificate authorities are not supported: let the cluster sign by itself, or bring a root "
+            "with docker swarm ca --rotate --ca-cert FILE --ca-key FILE"
+        )
+
+
+def _rooted(
+    tx: Transaction, swarm: Swarm, wish: CAConfig, now: datetime, new_root: Callable[[], Authority]
+) -> Swarm:
+    """``swarm`` with the root that ``wish`` asks for, or on its way there.  Raises: InvalidArgument."""
+    is_forced = wish.force_rotate != swarm.spec.ca_config.force_rotate
+    if not (is_forced or wish.signing_ca_cert or wish.signing_ca_key):
+        return swarm
+    roots = _roots_of(tx, swarm)
+    wished = wished_roots(roots, wish, is_forced=is_forced, now=now, create=new_root)
+    return _towards(tx, swarm, wished) if wished != roots else swarm
+
+
+def _roots_of(tx: Transaction, swarm: Swarm) -> Roots:
+    """The cluster's root, and the one it rotates to, with their keys."""
+    rotation = swarm.rotation
+    return Roots(
+        root_pem=swarm.tls_info.trust_root.encode(),
+        key_pem=tx.get(Payload, ROOT_KEY_ID).data,
+        next=NextRoot(
+            root_pem=rotation.root.encode(),
+            key_pem=tx.get(Payload, NEXT_ROOT_KEY_ID).data,
+            cross_signed_pem=rotation.cross_signed.encode(),
+        )
+        if rotation is not None
+        else None,
+    )
+
+
+def _towards(tx: Transaction, swarm: Swarm, wished: Roots) -> Swarm:
+    """``swarm`` on the way to other roots, whose keys are written."""
+    tx.put(Payload(id=ROOT_KEY_ID, data=wished.key_pem))
+    if wished.next is None:
+        if tx.lookup(Payload, NEXT_ROOT_KEY_ID) is not None:
+            tx.delete(Payload, NEXT_ROOT_KEY_ID)
+        info = tls_info(wished.root_pem)
+        return replace(swarm, tls_info=info, rotation=None, root_rotation_in_progress=False)
+    tx.put(Payload(id=NEXT_ROOT_KEY_ID, data=wished.next.key_pem))
+    return replace(
+        swarm,
+        tls_info=tls_info(wished.root_pem, wished.next.root_pem),
+        rotation=RootRotation(
+            root=wished.next.root_pem.decode("ascii"),
+            cross_signed=wished.next.cross_signed_pem.decode("ascii"),
+        ),
+        root_rotation_in_progress=True,
+    )
+
+
+def _without_root(spec: SwarmSpec) -> SwarmSpec:
+    """Settings as they are kept: shown with the root, they would bring it again with the next update."""
+    return replace(spec, ca_config=replace(spec.ca_config, signing_ca_cert="", signing_ca_key=""))
 
 
 def _rotated(swarm: Swarm, rotations: Rotations, new_id: IdSource) -> JoinTokens:

@@ -3,6 +3,8 @@
 Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
 """
 
+from datetime import UTC, datetime
+
 from aiohttp import web
 
 from skep.api.server import Routes, json_answer, read_json
@@ -10,7 +12,9 @@ from skep.api.swarm_requests import check_swarm_name
 from skep.errors import AlreadyExists, InvalidArgument, Unimplemented
 from skep.manager.control import swarm as control
 from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
+from skep.manager.routes.shown import shown_swarm
 from skep.model.swarm import SwarmSpec, UnlockRequest
+from skep.model.times import SECOND_NS
 
 routes = Routes()
 
@@ -18,7 +22,7 @@ routes = Routes()
 @routes.get("/swarm")
 async def inspect_swarm(request: web.Request) -> web.StreamResponse:
     """The cluster with its join tokens."""
-    return json_answer(control.the_swarm(await current_view(request)))
+    return json_answer(shown_swarm(control.the_swarm(await current_view(request))))
 
 
 @routes.post("/swarm/update")
@@ -33,7 +37,8 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
         unlock_key=_rotation(request, "rotateManagerUnlockKey"),
     )
     check_swarm_name(spec)
-    await manager.update(control.update_swarm, spec, version, rotations, new_id=manager.new_id)
+    now = datetime.fromtimestamp(manager.clock.now_ns() / SECOND_NS, UTC)
+    await manager.update(control.update_swarm, spec, version, rotations, new_id=manager.new_id, now=now)
     return web.Response()
 
 

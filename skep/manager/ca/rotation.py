@@ -1,0 +1,104 @@
+"""What is to be done next while the cluster's root is rotated.  Pure.
+
+Every node is asked to renew, a bounded number at a time; once every node has said that its certificate comes from the
+new root, the rotation is over.  A node that is away holds it up until it returns or is removed: announcing the new
+root without it would shut it out.
+
+Source: swarmkit, ca/reconciler.go.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from skep.model.ids import IdSource, NodeId
+from skep.model.node import Node, NodeState
+from skep.model.swarm import JoinTokens, Swarm
+from skep.security.tokens import join_token
+from skep.security.trust import is_issued_by, tls_info
+from skep.store.interface import Transaction
+from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
+
+ASKED_MAX = 30
+"""Nodes that are asked to renew at the same time; SwarmKit's number."""
+
+PATIENCE_S = 30.0
+"""A node that was asked and has not renewed by then makes room for the next, and is asked again."""
+
+ROTATE = "rotate"
+"""``NodeCertificate.state`` of a node that is asked to renew."""
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """Ask these nodes to renew their certificates."""
+
+    node_ids: tuple[NodeId, ...]
+
+
+class Renewal(msgspec.Struct, frozen=True):
+    """One node that is asked to renew."""
+
+    node_id: NodeId
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True):
+    """Announce the new root."""
+
+    root: str
+
+
+def next_step(
+    swarm: Swarm, nodes: Iterable[Node], asked_at: Mapping[NodeId, float], now: float
+) -> Ask | Finish | None:
+    """The next step of a rotation; None: there is none, or it has to wait for nodes.
+
+    Args:
+        asked_at: when each node was asked last, on the leader's monotonic clock, whose present is ``now``.
+    """
+    rotation = swarm.rotation
+    if rotation is None:
+        return None
+    waiting = [node for node in nodes if not is_issued_by(node.description.tls_info, swarm.tls_info)]
+    if not waiting:
+        return Finish(root=rotation.root)
+    ready = [node for node in waiting if node.status.state is NodeState.READY]
+    busy = {node.id for node in ready if now - asked_at.get(node.id, now - PATIENCE_S) < PATIENCE_S}
+    due = [node for node in ready if node.id not in busy]
+    away = [node for node in waiting if node.status.state is not NodeState.READY and not _is_asked(node)]
+    chosen = (*due[: max(0, ASKED_MAX - len(busy))], *away[:ASKED_MAX])
+    return Ask(node_ids=tuple(sorted(node.id for node in chosen))) if chosen else None
+
+
+def _is_asked(node: Node) -> bool:
+    return node.certificate is not None and node.certificate.state == ROTATE
+
+
+def ask_to_renew(tx: Transaction, renewal: Renewal) -> None:
+    """Have the node renew: its session's owner tells it, now or when it returns."""
+    node = tx.lookup(Node, renewal.node_id)
+    if node is not None and node.certificate is not None and not _is_asked(node):
+        certificate = msgspec.structs.replace(node.certificate, state=ROTATE)
+        tx.put(msgspec.structs.replace(node, certificate=certificate))
+
+
+def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
+    """Announce the new root: whom to trust, who signs, tokens that name it.  False: another rotation began."""
+    (swarm,) = tx.find(Swarm)
+    swarm = tx.get(Swarm, swarm.id)
+    if swarm.rotation is None or swarm.rotation.root != root:
+        return False
+    root_pem = root.encode()
+    tx.put(Payload(id=ROOT_KEY_ID, data=tx.get(Payload, NEXT_ROOT_KEY_ID).data))
+    tx.delete(Payload, NEXT_ROOT_KEY_ID)
+    tx.put(
+        msgspec.structs.replace(
+            swarm,
+            tls_info=tls_info(root_pem),
+            join_tokens=JoinTokens(
+                worker=join_token(root_pem, new_id()), manager=join_token(root_pem, new_id())
+            ),
+            rotation=None,
+            root_rotation_in_progress=False,
+        )
+    )
+    return True

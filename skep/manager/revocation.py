@@ -1,0 +1,49 @@
+"""Certificates that count for nothing, or for less, before they expire: those of removed nodes and demoted managers.
+
+A record of each is written in the transaction that removes or demotes, and every manager follows these records
+(``manager.ca.standing``).  A record lives as long as the certificates it is about could.
+
+Source: swarmkit, manager/controlapi/node.go (RemoveNode: BlacklistedCertificates).
+"""
+
+from collections.abc import Iterable
+
+from skep.model.node import Node
+from skep.model.times import Timestamp, timestamp, unix_ns
+from skep.store.interface import Transaction
+from skep.store.kinds import Revocation
+
+UNKNOWN_LIFETIME_NS = 20 * 365 * 24 * 3600 * 10**9
+"""How long a record is kept when nothing says how long the certificates live: as long as a root."""
+
+
+def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> None:
+    """Take back the certificates of ``node``: all of them, or (``is_removed`` False) those it has as a manager."""
+    before = tx.lookup(Revocation, node.id)
+    certificate = node.certificate
+    serials = {serial.serial: serial for serial in before.serials} if before is not None else {}
+    if certificate is not None:
+        serials |= {serial.serial: serial for serial in certificate.serials}
+    known = [certificate.not_after, certificate.last_not_after] if certificate is not None else []
+    if before is not None:
+        known.append(before.until)
+    until = max((stamp for stamp in known if stamp), default=timestamp(now_ns + UNKNOWN_LIFETIME_NS))
+    tx.put(
+        Revocation(
+            id=node.id,
+            until=Timestamp(until),
+            is_removed=is_removed,
+            serials=tuple(serials[serial] for serial in sorted(serials)),
+        )
+    )
+
+
+def expired(revocations: Iterable[Revocation], now_ns: int) -> list[Revocation]:
+    """Records that no certificate needs any more."""
+    return [revocation for revocation in revocations if unix_ns(revocation.until) < now_ns]
+
+
+def forget(tx: Transaction, revocation: Revocation) -> None:
+    """Remove a record, unless it was renewed meanwhile."""
+    if tx.lookup(Revocation, revocation.id) == revocation:
+        tx.delete(Revocation, revocation.id)
