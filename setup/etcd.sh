@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./say.sh
+. ./suite.sh
 
 oldest=3.5.16
 target=$1
@@ -30,7 +31,7 @@ command -v apt-get >/dev/null || fail "etcd $oldest or newer is needed, and ther
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work"/{lists/partial,cache/archives/partial,unpacked}
+mkdir "$work/unpacked"
 
 # unpack [APT OPTION...]: fetches the packages and leaves their binaries in $work/unpacked.
 unpack() {
@@ -73,23 +74,15 @@ read -r _ component keyring suites < <(grep "^$name " etcd-suites.txt) ||
 keyring=/usr/share/keyrings/$keyring
 [ -r "$keyring" ] || fail "the keyring of $name is missing: $keyring" "apt-get install ${keyring##*/} (its package)"
 
-# The archive this machine already uses: its main suite, no updates or security suite.
-mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
-    awk -v component="$component" '$3 == component && $2 !~ /[-\/]/ { print $1; exit }')
+mirror=$(archive_of "$component")
 [ -n "$mirror" ] || fail "apt has no archive with the component $component" \
     "add it to the machine's sources, or put etcd, etcdctl and etcdutl into $target"
 
 for suite in $suites; do
     say "fetching etcd from the suite $suite"
-    echo "deb [signed-by=$keyring] $mirror $suite $component" >"$work/sources.list"
-    options="$private
-        -o Dir::Etc::SourceList=$work/sources.list -o Dir::Etc::SourceParts=/dev/null
-        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null
-        -o Dir::State::Lists=$work/lists -o Dir::State::Status=/dev/null
-        -o Dir::Cache=$work/cache -o Acquire::Languages=none -o APT::Update::Error-Mode=any"
     # The options are words without blanks, meant to be split.
     # shellcheck disable=SC2086
-    if apt-get $options -q update >"$work/log" 2>&1 && unpack $options; then
+    if use_suite "$work" "$mirror" "$suite" "$component" "$keyring" >"$work/log" 2>&1 && unpack $suite_options; then
         place
         exit 0
     fi

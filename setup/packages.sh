@@ -25,7 +25,8 @@ present() {
 first_known() {
     local package
     for package in "$@"; do
-        if apt-cache show --no-all-versions "$package" >/dev/null 2>&1; then
+        # Of a name that others only provide apt shows nothing, and calls that a success.
+        if [ -n "$(apt-cache show --no-all-versions "$package" 2>/dev/null)" ]; then
             echo "$package"
             return
         fi
@@ -33,14 +34,19 @@ first_known() {
     echo "$1"
 }
 
-# take_out COMMAND PACKAGE: the command alone, without installing its package.
+# take_out COMMAND PLACE PACKAGE: the command alone, to a place below the target, without installing its package.
 take_out() {
-    local work
+    local work place=$target/$2
     work=$(mktemp -d)
-    (cd "$work" && apt-get -q -o APT::Sandbox::User=root download "$2" && dpkg-deb -x ./*.deb unpacked) >&2
-    mkdir -p "$target"
-    install -m 0755 "$work/unpacked/usr/bin/$1" "$target/.$1.new"
-    mv "$target/.$1.new" "$target/$1"
+    {
+        (cd "$work" && apt-get -q -o APT::Sandbox::User=root download "$3" && dpkg-deb -x ./*.deb unpacked) >&2 &&
+            mkdir -p "${place%/*}" &&
+            install -m 0755 "$work/unpacked/usr/bin/$1" "$place.new" &&
+            mv "$place.new" "$place"
+    } || {
+        rm -rf "$work"
+        return 1
+    }
     rm -rf "$work"
 }
 
@@ -75,11 +81,11 @@ for line in "${missing[@]}"; do
     # The packages are words, meant to be split.
     # shellcheck disable=SC2086
     package=$(first_known $packages)
-    if [ "$how" = unpack ]; then
-        unpack+=("${what#unpacked:} $package")
-    else
-        install+=("$package")
-    fi
+    case $how in
+    unpack) unpack+=("${what#unpacked:} $package") ;;
+    release) unpack+=("${what#unpacked:} $package/$(. /etc/os-release && echo "$VERSION_CODENAME")") ;;
+    *) install+=("$package") ;;
+    esac
 done
 
 if [ ${#install[@]} -gt 0 ]; then
@@ -91,8 +97,8 @@ if [ ${#install[@]} -gt 0 ]; then
 fi
 for line in "${unpack[@]}"; do
     read -r what package <<<"$line"
-    say "taking $what out of the package $package"
-    take_out "$what" "$package" 2>"$log" || {
+    say "taking ${what##*/} out of the package $package"
+    take_out "${what##*/}" "$what" "$package" 2>"$log" || {
         cat "$log" >&2
         fail "$what could not be taken out of $package (above)" "install a $what command yourself, then run make again"
     }

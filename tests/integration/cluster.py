@@ -16,8 +16,23 @@ import docker
 T = TypeVar("T")
 
 SKEP = str(Path(sys.executable).with_name("skep"))
-_OF_DISTRIBUTION = str(Path(sys.prefix) / "libexec/skep/docker")
-CLIS = tuple(dict.fromkeys((_OF_DISTRIBUTION, shutil.which("docker") or _OF_DISTRIBUTION)))
+_UNPACKED = Path(sys.prefix) / "libexec/skep"
+
+
+def docker_version(cli: str) -> str:
+    """``28.2.2`` of ``Docker version 28.2.2, build e6534b4``."""
+    said = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    return said.split()[2].strip(",").partition("+")[0]
+
+
+def _docker_commands() -> tuple[str, ...]:
+    """One of each version, the distribution's release first."""
+    places = (str(_UNPACKED / "release/docker"), str(_UNPACKED / "docker"), shutil.which("docker"))
+    found = {docker_version(cli): cli for cli in reversed(places) if cli and os.access(cli, os.X_OK)}
+    return tuple(reversed(found.values()))
+
+
+CLIS = _docker_commands() or ("docker",)
 """The docker commands of this machine: the distribution's, and what is on the path where that is another one."""
 
 IMAGE = "busybox:1"

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.integration.cluster import CLIS, TestCluster, TestNode, wait_until
+from tests.integration.cluster import CLIS, TestCluster, TestNode, docker_version, wait_until
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.lines import Place, by_line, comparable, groups, script
 
@@ -24,7 +24,7 @@ def differences(group: str, place: Place) -> list[str]:
 
     Raises: AssertionError: the record is of another script (it has to be made again).
     """
-    recorded = records.load()[records.version(place.cli)][group]
+    recorded = records.load()[docker_version(place.cli)][group]
     lines = script(group)
     said = [f"{line.kind} {line.command}" for line in lines if line.is_compared]
     assert said == [record["line"] for record in recorded], f"record {group} again: its script has changed"

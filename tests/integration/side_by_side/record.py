@@ -1,22 +1,25 @@
 """Record the answers of a real Docker Engine, as root.
 
-``python -m tests.integration.side_by_side.record [GROUP...]``
+``python -m tests.integration.side_by_side.record [--cli PATH]... [GROUP...]``: by these docker commands, otherwise by
+those of this machine.
 """
 
+import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.integration.cluster import CLIS
+from tests.integration.cluster import CLIS, docker_version
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.lines import Place, groups, script
 from tests.integration.side_by_side.real_engine import ADDRESS, real_engine
 
 
-def main(wanted: list[str]) -> None:
+def main(clis: Sequence[str], wanted: Sequence[str]) -> None:
     kept = records.load()
-    for cli in CLIS:
-        of_cli = kept.setdefault(records.version(cli), {})
+    for cli in clis:
+        of_cli = kept.setdefault(docker_version(cli), {})
         for group in wanted:
             with real_engine() as (host, netns), tempfile.TemporaryDirectory() as scratch:
                 place = Place(cli, host, ADDRESS, netns, Path(scratch))
@@ -27,4 +30,8 @@ def main(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or groups())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cli", action="append")
+    parser.add_argument("group", nargs="*")
+    given = parser.parse_args()
+    main(given.cli or CLIS, given.group or groups())

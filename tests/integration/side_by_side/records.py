@@ -1,7 +1,6 @@
 """The recorded answers of a real engine: ``recorded.json``, by version of the docker command and by group."""
 
 import json
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ def load() -> Records:
 
 def save(records: Records) -> None:
     RECORDED.write_text(json.dumps(records, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def version(cli: str) -> str:
-    """``28.2.2`` of ``Docker version 28.2.2, build e6534b4``."""
-    said = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-    return said.split()[2].strip(",").partition("+")[0]
 
 
 def answers(lines: list[Line], place: Place) -> tuple[list[Record], list[str]]:

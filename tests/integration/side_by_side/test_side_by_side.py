@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import CLIS, TestCluster, TestNode
+from tests.integration.cluster import CLIS, TestCluster, TestNode, docker_version
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.compare import clear, differences, place_of
 from tests.integration.side_by_side.lines import groups, script
 
 RECORDED = records.load()
-KNOWN_CLIS = [cli for cli in CLIS if records.version(cli) in RECORDED]
+KNOWN_CLIS = [cli for cli in CLIS if docker_version(cli) in RECORDED]
 NEWEST_FIRST = [
     pytest.param(cli, marks=[pytest.mark.slow] if number else [])
     for number, cli in enumerate(KNOWN_CLIS[::-1])

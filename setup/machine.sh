@@ -1,0 +1,75 @@
+# Sourced by bare.sh and virtual.sh: a newcomer's machine as a directory, with a fresh clone of the present commit.
+
+# know_suite SUITE: sets $distribution, $components, $updates (suites), $kernel (package) and $script (debootstrap's).
+know_suite() {
+    case $1 in
+    bookworm | trixie)
+        distribution=debian components=main updates=$1-updates kernel=linux-image-cloud-amd64 script=sid
+        ;;
+    noble)
+        distribution=ubuntu components=main,universe updates="$1-updates $1-security" kernel=linux-image-virtual
+        script=gutsy # of all of Ubuntu's
+        ;;
+    *) fail "the suite $1 is not known here" "bookworm, trixie or noble" ;;
+    esac
+}
+
+# mirror_of DISTRIBUTION: the archive that this machine uses for it, or nothing: debootstrap knows one itself.
+mirror_of() {
+    apt-get indextargets --format '$(SITE)|$(ORIGIN)|$(COMPONENT)' 'Created-By: Packages' |
+        awk -F '|' -v origin="$1" 'tolower($2) == origin && $3 == "main" { print $1; exit }'
+}
+
+# keyring_of DISTRIBUTION DIRECTORY: the file with the keys of its archive.  Where this machine lacks it, it is
+# unpacked into the directory from a package of trixie's, whose signature apt checks.
+keyring_of() {
+    local keyring=/usr/share/keyrings/$1-archive-keyring.gpg
+    if [ ! -r "$keyring" ]; then
+        # shellcheck disable=SC2086
+        use_suite "$2" "$(archive_of main)" trixie main /usr/share/keyrings/debian-archive-keyring.gpg >&2 &&
+            (cd "$2" && apt-get $suite_options -q download "$1-keyring") >&2 ||
+            fail "the keys of $1 are missing: $keyring" "install the package that has them"
+        dpkg-deb -x "$2/$1-keyring"_*.deb "$2"
+        keyring=$2$keyring
+    fi
+    echo "$keyring"
+}
+
+# make_machine SUITE DIRECTORY: nothing in it but Python, make, git and the clone in /root/skep.
+make_machine() {
+    local log=$2.log keyring suite
+    know_suite "$1"
+    command -v debootstrap >/dev/null || fail "debootstrap is missing" "apt-get install debootstrap"
+    mkdir "$2.keys"
+    keyring=$(keyring_of "$distribution" "$2.keys" 2>"$log") || { tail -5 "$log" >&2 && exit 1; }
+    debootstrap --variant=minbase --force-check-gpg --keyring "$keyring" --components "$components" \
+        --include=python3,make,git,ca-certificates "$1" "$2" "$(mirror_of "$distribution")" "$script" >"$log" 2>&1 || {
+        tail -5 "$log" >&2
+        fail "debootstrap of $1 failed (above)"
+    }
+    for suite in $updates; do
+        sed "s/ $1 / $suite /" <(grep "^deb .* $1 " "$2/etc/apt/sources.list") >>"$2/etc/apt/sources.list.d/updates.list"
+    done
+    rm -rf "$log" "$2.keys"
+
+    # What belongs to the machine's place in its network, not to the machine.
+    cp -L /etc/resolv.conf "$2/etc/resolv.conf"
+    cp /etc/apt/apt.conf.d/* "$2/etc/apt/apt.conf.d/"
+    [ ! -e /etc/pip.conf ] || grep -v -e file: -e find-links /etc/pip.conf >"$2/etc/pip.conf" || true
+    cp -L /etc/ssl/certs/ca-certificates.crt "$2/etc/ssl/certs/ca-certificates.crt"
+    git clone -q . "$2/root/skep"
+}
+
+# run_inside DIRECTORY COMMAND: in the clone, in a chroot with mounts and processes of its own; kernel and network are
+# this machine's, its environment is not.
+run_inside() {
+    unshare --mount --pid --fork --kill-child sh -euc '
+        mount --make-rprivate /
+        mount --bind "$1" "$1"
+        mount --rbind /dev "$1/dev"
+        mount --rbind /sys "$1/sys"
+        mount -t proc proc "$1/proc"
+        mount -t tmpfs tmpfs "$1/run"
+        exec chroot "$1" env -i HOME=/root PATH="$PATH" TERM=dumb CI=true sh -c "cd /root/skep && $2"
+    ' sh "$1" "$2"
+}

@@ -1,0 +1,90 @@
+#!/bin/bash
+# Commands on a machine with a kernel of its own: virtual.sh SUITE COMMAND...
+# Makes the bare machine of bare.sh, sets it up, and boots it in an emulator with the kernel of that suite: cgroups of
+# version 2 alone, the distribution's modules (VXLAN, IPVS, WireGuard, ...), a file system without overlays below it.
+# It has no way to the outside; what needs one is done before it boots.  Emulated (KVM=1 asks for the processor's help),
+# everything in it takes some ten times as long: SKEP_SLOWER=10 says so to whoever waits there.
+# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (2) and MEMORY_MB (4096) are its size.
+# Exit code: that of the first command that failed.  Everything it made is removed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. setup/say.sh
+. setup/suite.sh
+. setup/machine.sh
+
+suite=${1:?which suite?}
+shift
+[ $# -gt 0 ] || fail "nothing to run" "virtual.sh $suite COMMAND..."
+[ "$(id -u)" = 0 ] || fail "this needs root" "run it as root"
+PATH=$PATH:/usr/sbin:/sbin
+for needed in qemu-system-x86_64 mke2fs; do
+    command -v "$needed" >/dev/null || fail "$needed is missing" "apt-get install qemu-system-x86 e2fsprogs"
+done
+
+place=$(mktemp -d /var/tmp/skep-virtual-XXXXXX)
+trap 'rm -rf --one-file-system "$place"' EXIT
+machine=$place/machine
+say "$suite: a virtual machine, commit $(git rev-parse --short HEAD)"
+make_machine "$suite" "$machine"
+say "$suite: setting it up, with the kernel of $kernel"
+run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommends $kernel kmod udev" \
+    </dev/null >"$place/log" 2>&1 || {
+    tail -20 "$place/log" >&2
+    fail "the machine could not be set up (above)"
+}
+
+# The first process of the machine: no service manager, just what the commands need around them.
+cat >"$machine/root/first" <<'EOF'
+#!/bin/bash
+export HOME=/root TERM=dumb CI=true PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir -p /dev/pts /dev/shm /dev/mqueue
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /tmp
+ln -sf /proc/self/fd /dev/fd
+hostname virtual
+ip link set lo up
+cd /root/skep
+echo "kernel $(uname -r), cgroup controllers of version 2: $(cat /sys/fs/cgroup/cgroup.controllers)"
+code=0
+while read -r command; do
+    began=$SECONDS
+    echo "\$ $command"
+    bash -c "$command" </dev/null 2>&1 || code=$?
+    echo "exit $code, $((SECONDS - began)) s"
+    [ $code = 0 ] || break
+done </root/commands
+echo $code >/dev/ttyS1
+sync
+echo o >/proc/sysrq-trigger
+sleep 60
+EOF
+chmod +x "$machine/root/first"
+printf '%s\n' "$@" >"$machine/root/commands"
+
+# An image that is as large as its content and 4 GiB to work in; its own files are unlinked as soon as they are packed.
+kernel_file=$(ls "$machine"/boot/vmlinuz-*)
+cp "$kernel_file" "${kernel_file/vmlinuz/initrd.img}" "$place"
+rm -rf "$machine/var/cache/apt/archives" "$machine/var/lib/apt/lists"
+size_mb=$(($(du -sm --one-file-system "$machine" | cut -f 1) * 12 / 10 + 4096))
+mke2fs -q -t ext4 -d "$machine" "$place/disk" "${size_mb}M"
+rm -rf --one-file-system "$machine"
+
+accelerator=tcg,thread=multi
+[ -z "${KVM:-}" ] || accelerator=kvm
+say "$suite: booting"
+began=$SECONDS
+timeout "${DEADLINE_S:-3600}" qemu-system-x86_64 -M q35,acpi=on -cpu max -accel "$accelerator" -smp "${CPUS:-2}" \
+    -m "${MEMORY_MB:-4096}" -nodefaults -no-user-config -display none -no-reboot -nic none \
+    -serial stdio -serial "file:$place/code" \
+    -drive "file=$place/disk,format=raw,if=virtio,cache=unsafe" \
+    -kernel "$place"/vmlinuz-* -initrd "$place"/initrd.img-* \
+    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 init=/root/first" </dev/null | tr -d '\r' ||
+    fail "$suite: the machine did not end within ${DEADLINE_S:-3600} s, or could not be started (above)"
+code=$(tr -cd 0-9 <"$place/code")
+say "$suite: ended with ${code:-no} exit code after $((SECONDS - began)) s"
+exit "${code:-1}"
