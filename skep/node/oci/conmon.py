@@ -16,7 +16,7 @@ import re
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -57,6 +57,11 @@ class Pipes(msgspec.Struct, frozen=True):
     answers: asyncio.StreamReader
     attach_ready: asyncio.StreamReader
     start: int
+
+    def let_go(self) -> None:
+        """The byte it waits for.  One that has ended already shows by its missing answer."""
+        with suppress(BrokenPipeError):
+            os.write(self.start, b"\0")
 
 
 class Conmons:

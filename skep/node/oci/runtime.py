@@ -100,7 +100,7 @@ class Runtime:
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
         async with self._conmons.started(arguments, path, attach=False) as pipes:
-            os.write(pipes.start, b"\0")
+            pipes.let_go()
             pid = await read_pid(pipes.answers)
         process = find(pid)
         monitor = find(int((path / "conmon.pid").read_text()))
@@ -229,11 +229,13 @@ class Runtime:
         attachment: Attachment | None = None
         try:
             async with self._conmons.started(arguments, path, attach=True) as pipes:
-                os.write(pipes.start, b"\0")
-                await pipes.attach_ready.readline()
-                attachment = await attach(path)  # before the process starts, so that no output is missed
-                os.write(pipes.start, b"\0")
+                pipes.let_go()
+                if await pipes.attach_ready.readline():
+                    attachment = await attach(path)  # before the process starts, so that no output is missed
+                    pipes.let_go()
                 pid = await read_pid(pipes.answers, "exec")
+            if attachment is None:
+                raise StartError("conmon opened no socket to attach to", "exec")
             monitor = find(int((path / "conmon.pid").read_text()))
         except BaseException:
             if attachment is not None:

@@ -1,0 +1,23 @@
+"""A conmon that ends before it was told to go on."""
+
+import secrets
+from pathlib import Path
+
+import pytest
+
+from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.conmon import Conmons, StartError, read_pid
+
+
+async def test_a_conmon_that_ends_at_once_is_a_failed_start_and_no_broken_pipe(tmp_path: Path) -> None:
+    cgroups = Cgroups(f"skep-test-{secrets.token_hex(4)}")
+    conmons = Conmons(cgroups)
+    try:
+        async with conmons.started(["false"], tmp_path, attach=False) as pipes:
+            assert await pipes.answers.read() == b"", "it has ended, and nobody reads the start pipe"
+            pipes.let_go()
+            with pytest.raises(StartError, match="conmon ended without an answer"):
+                await read_pid(pipes.answers)
+    finally:
+        conmons.close()
+        cgroups.remove_parent()
