@@ -40,6 +40,11 @@ def start_ticks_of(pid: int) -> int | None:
     return None if stat is None or stat.has_ended else stat.start_ticks
 
 
+def boot_id() -> str:
+    """Which boot of the kernel this is: start times are ticks of one boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def open_pidfd(pid: int, start_ticks: int) -> int | None:
     """A descriptor that becomes readable when exactly this process ends; None: it has.  The caller closes it."""
     try:

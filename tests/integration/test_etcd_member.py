@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
 from skep.errors import FailedPrecondition
-from skep.linux.processes import start_ticks_of
+from skep.linux.processes import boot_id, start_ticks_of
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member, MemberFailed, MemberRemoved
@@ -105,11 +105,24 @@ async def test_an_etcd_left_behind_is_ended_first(settings: MemberSettings) -> N
         orphan.wait()
 
 
-async def test_a_reused_process_number_is_left_alone(settings: MemberSettings) -> None:
-    settings.directory.mkdir(parents=True)
-    (settings.directory / "pid").write_text(f"{os.getpid()} 12345\n")
-    async with a_member(settings).running() as member:
-        assert member.pid is not None
+@pytest.mark.parametrize("differs", ["start", "boot"])
+async def test_a_reused_process_number_is_left_alone(settings: MemberSettings, differs: str) -> None:
+    """It started at another time; or at the very same one after its boot, which is another boot."""
+    other = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220 - ended below
+    try:
+        started, boot = (start_ticks_of(other.pid) or 0), boot_id()
+        if differs == "start":
+            started -= 1
+        else:
+            boot = "8c1f6d0a-0000-4000-8000-000000000000"
+        settings.directory.mkdir(parents=True)
+        (settings.directory / "pid").write_text(f"{other.pid} {started} {boot}\n")
+        async with a_member(settings).running() as member:
+            assert member.pid is not None
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 async def test_a_second_manager_on_one_directory_is_refused(settings: MemberSettings) -> None:

@@ -8,9 +8,8 @@ import asyncio
 import os
 import signal
 from functools import cache
-from pathlib import Path
 
-from skep.linux.processes import Stat, parsed_stat, start_ticks_of, stat_of
+from skep.linux.processes import Stat, boot_id, parsed_stat, start_ticks_of, stat_of
 from skep.node.oci.container import ProcessName
 
 
@@ -83,9 +82,7 @@ async def wait_gone(process: ProcessName) -> None:
 
 
 def _name(stat: Stat) -> ProcessName:
-    return ProcessName(stat.pid, stat.start_ticks, _boot_id())
+    return ProcessName(stat.pid, stat.start_ticks, _this_boot())
 
 
-@cache
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+_this_boot = cache(boot_id)

@@ -16,7 +16,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
-from skep.linux.processes import open_pidfd, start_ticks_of
+from skep.linux.processes import boot_id, open_pidfd, start_ticks_of
 
 log = structlog.get_logger()
 
@@ -58,8 +58,9 @@ async def end_orphan(directory: Path, clock: Clock) -> None:
 
 
 def write_pid(directory: Path, pid: int) -> None:
-    """Record the process with the time it started, so that a reused number is recognized."""
-    replace_file(directory / "pid", f"{pid} {start_ticks_of(pid) or 0}\n".encode(), is_durable=False)
+    """Record the process with the time it started and the boot it counts from: a reused number is recognized."""
+    record = f"{pid} {start_ticks_of(pid) or 0} {boot_id()}\n"
+    replace_file(directory / "pid", record.encode(), is_durable=False)
 
 
 def remove_pid(directory: Path) -> None:
@@ -68,12 +69,12 @@ def remove_pid(directory: Path) -> None:
 
 
 def _recorded(directory: Path) -> tuple[int, int] | None:
-    """Pid and start time of the recorded process, whether or not it still is that one."""
+    """Pid and start time of the recorded process, whether or not it still is that one; None: it is of another boot."""
     try:
-        pid, started = map(int, (directory / "pid").read_text().split())
+        pid, started, boot = (directory / "pid").read_text().split()
+        return (int(pid), int(started)) if boot == boot_id() else None
     except (FileNotFoundError, ValueError):
         return None
-    return pid, started
 
 
 async def _has_ended(handle: int, clock: Clock) -> bool:
