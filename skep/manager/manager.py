@@ -6,7 +6,7 @@ control loops are the leader's, and each of their writes is fenced by its term.
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from random import Random
 
@@ -20,9 +20,11 @@ from skep.errors import SkepError, Unavailable
 from skep.manager.ca.service import CertificateService
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
+from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.events import ClusterEvents
+from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
 from skep.manager.presence import show_presence
@@ -30,8 +32,9 @@ from skep.manager.routes import ManagerApi, application
 from skep.model.ids import IdSource
 from skep.security.keypair import KeyPair
 from skep.security.reloading import follow_key_pair
-from skep.security.tls import ServerTls
+from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.interface import NotLeader, Store, Term
+from skep.wire.client import Channel, connected
 from skep.wire.server import serve
 
 log = structlog.get_logger(__name__)
@@ -61,6 +64,7 @@ class Manager:
         self._certificates = CertificateService(store, new_id)
         own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
         self._dispatcher = Dispatcher(store, own, clock, new_id, random)
+        self._link = ManagerLink(store, config.node_id, self._connected, clock, random)
         self._logs = LogBroker(store, new_id)
 
     async def run(self) -> None:
@@ -80,6 +84,7 @@ class Manager:
             *self._certificates.services(),
             *self._dispatcher.services(),
             *self._logs.services(),
+            *self._link.services(),
         )
         async with (
             serve(
@@ -94,6 +99,7 @@ class Manager:
             group.create_task(api.lag.run(self._clock), name="loop lag")
             group.create_task(self._dispatcher.run(), name="dispatcher")
             group.create_task(self._logs.run(), name="log broker")
+            group.create_task(self._link.run(), name="link")
             group.create_task(events.run(), name="events")
             renewed = follow_key_pair(self._tls, self._config.paths.certificates, self._clock)
             group.create_task(renewed, name="certificate")
@@ -101,6 +107,10 @@ class Manager:
             async with serving(application(api), self._socket):
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
                 await asyncio.Event().wait()
+
+    def _connected(self, addr: str) -> AbstractAsyncContextManager[Channel]:
+        """A connection to another manager, as this one."""
+        return connected(addr, client_context(self._tls.pair), MANAGER_NAME)
 
     async def _lead_when_elected(self) -> None:
         terms = self._store.terms(self._config.node_id, self._config.advertise_addr)
@@ -118,6 +128,8 @@ class Manager:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._show_leading(term), name="presence")
+                adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
+                group.create_task(adoption.run(), name="adoption")
                 for loop in loops(term, self._clock, self._new_id, self._random):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:
