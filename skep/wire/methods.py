@@ -90,6 +90,12 @@ LISTEN_SUBSCRIPTIONS = ServerStream(
 PUBLISH_LOGS = ClientStream(
     f"{_SWARM}LogBroker/PublishLogs", swarm.PublishLogsMessage, swarm.PublishLogsResponse
 )
+ATTACH_NETWORK = Unary(
+    f"{_SWARM}ResourceAllocator/AttachNetwork", swarm.AttachNetworkRequest, swarm.AttachNetworkResponse
+)
+DETACH_NETWORK = Unary(
+    f"{_SWARM}ResourceAllocator/DetachNetwork", swarm.DetachNetworkRequest, swarm.DetachNetworkResponse
+)
 HEARTBEATS = BothStream("/skep.v1.NodeLink/Heartbeats", skep.Heartbeat, skep.HeartbeatPeriod)
 REVISED_ASSIGNMENTS = ServerStream(
     "/skep.v1.NodeLink/Assignments", swarm.AssignmentsRequest, skep.RevisedAssignments
@@ -111,3 +117,7 @@ PROMOTE_MEMBER = Unary(
 )
 PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER)
 RELAY_LOGS = ServerStream("/skep.v1.ManagerLink/RelayLogs", skep.LogRelay, skep.RelayedLogs, Access.MANAGER)
+DESCRIBE = Unary("/skep.v1.NodeLink/Describe", skep.DescribeRequest, skep.DescribeResponse)
+RENEW_EXPIRED = Unary(
+    "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN
+)
