@@ -171,6 +171,12 @@ class Store(Updates, Protocol):
     def leader(self) -> NodeId | None:
         """Who leads, as far as this replica knows."""
 
+    async def rotate_data_key(self) -> None:
+        """Encrypt everything with a fresh data key: new values at once, the others in the background.
+
+        Returns when the new key is in use.  Nothing of it shows in any object.  Raises: Unavailable.
+        """
+
     @property
     def incarnation(self) -> int:
         """Which life of the cluster this store serves, 1 and up; raised by every restore and forced new cluster.

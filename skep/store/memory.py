@@ -248,6 +248,9 @@ class MemoryStore(Updating):
     def leader(self) -> NodeId | None:
         return leader_named(self._replica.leader_record)
 
+    async def rotate_data_key(self) -> None:
+        """Nothing here is encrypted."""
+
     @property
     def incarnation(self) -> int:
         return self.cluster.incarnation

@@ -5,7 +5,7 @@ are on their way at a time; there is no timer.  etcd judges all compares of an e
 proposals share an entry only if neither reads what the other writes (``Footprint``), and one that touches what is
 on its way waits.
 
-**Unknown outcomes.**  Every entry compares this manager's *ticket*, a key that only it writes.  When an answer
+**Unknown outcomes.**  Every entry compares this manager's *ticket*, a key that only it writes, and the key ring.  When an answer
 does not come, the ticket is moved: from then on the lost entry can never take effect.  What the replica has seen
 by that revision is the truth: a proposal whose first write appeared is in; any other is simply sent again.
 """
@@ -20,7 +20,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import ResourceExhausted, SkepError, Unavailable
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.cipher import Cipher, decoded_ring
 from skep.store.etcd.client import Client
 from skep.store.etcd.errors import Busy, Uncertain
 from skep.store.etcd.requests import Witness, batch_txn, etcd_key, is_fence_fallen, nested_txn
@@ -199,7 +199,7 @@ class Batcher:
             self._witnesses[witness.key] = (witness, pending)
         loads = self._replica.resets
         try:
-            request = batch_txn(nested, self._ticket, self._ticket_revision)
+            request = batch_txn(nested, self._ticket, self._ticket_revision, self._cipher.ring_revision)
             reply = await self._client.txn(request)
         except Uncertain as error:
             log.warning("outcome of writes unknown", proposals=len(entry.pending), error=str(error))
@@ -219,10 +219,12 @@ class Batcher:
 
     def _answer(self, entry: Entry, reply: pb.TxnResponse) -> None:
         if not reply.succeeded:
-            # The ticket moved, by ourselves: nothing of this was written.
-            (read,) = reply.responses
-            if read.response_range.kvs:
-                self._ticket_revision = read.response_range.kvs[0].mod_revision
+            # The ticket moved, by ourselves, or there is another key ring: nothing of this was written.
+            ticket, ring = (read.response_range.kvs for read in reply.responses)
+            if ticket:
+                self._ticket_revision = ticket[0].mod_revision
+            if ring and ring[0].mod_revision > self._cipher.ring_revision:
+                self._cipher.use(decoded_ring(ring[0].value), ring[0].mod_revision)
             self._requeue(entry.pending)
             return
         revision = reply.header.revision

@@ -7,6 +7,7 @@ The data keys lie in the store themselves, wrapped (RFC 3394) by a key that does
 key directory.  ``meta/...`` is in clear: it is read before any key is known.
 """
 
+import asyncio
 import os
 import secrets
 from pathlib import Path
@@ -47,6 +48,10 @@ class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
         id = self.current + 1
         return KeyRing(current=id, keys=(*self.keys, _fresh_key(id, wrapping_key)))
 
+    def without_old_keys(self) -> "KeyRing":
+        """The ring with its current key alone: nothing is encrypted with any other."""
+        return KeyRing(current=self.current, keys=tuple(key for key in self.keys if key.id == self.current))
+
     def rewrapped(self, old: bytes, new: bytes) -> "KeyRing":
         """The same data keys under another wrapping key.  Raises: FailedPrecondition."""
         return KeyRing(
@@ -76,22 +81,45 @@ def new_wrapping_key() -> bytes:
 
 
 class Cipher:
-    """Encrypts and decrypts values with the keys of a ring."""
+    """Encrypts and decrypts values with the keys of a ring.
 
-    def __init__(self, ring: KeyRing, wrapping_key: bytes) -> None:
+    ``ring_revision``: of the stored ring that this one is; every write compares it, so that once a new data key is
+    in the store nothing is written under an older one any more.  ``changed`` is set whenever the ring changes.
+    """
+
+    def __init__(self, ring: KeyRing, wrapping_key: bytes, ring_revision: int = 0) -> None:
         """Raises: FailedPrecondition: ``wrapping_key`` does not open the ring."""
         self._wrapping_key = wrapping_key
         self._keys: dict[bytes, AESGCM] = {}
         self._current = b""
-        self.use(ring)
+        self.ring = ring
+        self.ring_revision = 0
+        self.changed = asyncio.Event()
+        self.use(ring, ring_revision)
 
-    def use(self, ring: KeyRing) -> None:
-        """Take over a changed ring.  Raises: FailedPrecondition."""
+    def use(self, ring: KeyRing, revision: int) -> None:
+        """Take over a changed ring; an older one than the present is passed over.  Raises: FailedPrecondition.
+
+        Keys that are no longer in it are kept until the end of the process: what was written before they went may
+        still be on its way here.
+        """
+        if revision < self.ring_revision:
+            return
         keys = {key.id.to_bytes(4, "big"): AESGCM(_unwrapped(key, self._wrapping_key)) for key in ring.keys}
         current = ring.current.to_bytes(4, "big")
         if current not in keys:
             raise FailedPrecondition(f"the key ring lacks its current key {ring.current}")
-        self._keys, self._current = keys, current
+        self._keys |= keys
+        self._current, self.ring, self.ring_revision = current, ring, revision
+        self.changed.set()
+
+    def new_ring(self) -> KeyRing:
+        """The present ring with one more data key, from then on the current one."""
+        return self.ring.with_new_key(self._wrapping_key)
+
+    def is_current(self, stored: bytes) -> bool:
+        """Whether a stored value is encrypted with the current data key."""
+        return stored[1:5] == self._current
 
     def encrypt(self, key: bytes, value: bytes) -> bytes:
         """``value`` as it is stored under ``key``.  Never the same twice."""

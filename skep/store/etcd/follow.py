@@ -104,13 +104,15 @@ class Follower:
         """
         state = State()
         leader: bytes | None = None
-        first, revision, limit = PREFIX, 0, PAGE_KEYS_FIRST
+        ring = await self._client.range(pb.RangeRequest(key=_KEY_RING))
+        for kv in ring.kvs:
+            self._use_key_ring(kv.value, kv.mod_revision)
+        first, revision, limit = PREFIX, ring.header.revision, PAGE_KEYS_FIRST
         while True:
             page = await self._client.range(
                 pb.RangeRequest(key=first, range_end=prefix_end(PREFIX), limit=limit, revision=revision),
                 timeout_s=LOAD_S,
             )
-            revision = revision or page.header.revision
             changes = [change for kv in page.kvs if (change := change_of(kv, self._cipher)) is not None]
             leader = next((change.value for change in changes if change.key == keys.LEADER), leader)
             state.apply(revision, changes)
@@ -172,7 +174,7 @@ class Follower:
             for event in group:
                 is_delete = event.type == pb.Event.DELETE
                 if event.kv.key == _KEY_RING and not is_delete:
-                    self._use_key_ring(event.kv.value)
+                    self._use_key_ring(event.kv.value, event.kv.mod_revision)
                 self._observe(event.kv.key, None if is_delete else event.kv.value, revision)
                 change = change_of(event.kv, self._cipher, is_delete=is_delete)
                 if change is not None:
@@ -182,10 +184,10 @@ class Follower:
                     await asyncio.sleep(0)
             self._replica.apply(revision, changes)
 
-    def _use_key_ring(self, encoded: bytes) -> None:
+    def _use_key_ring(self, encoded: bytes, revision: int) -> None:
         """Values encrypted with a new data key come after the ring that holds it."""
         try:
-            self._cipher.use(decoded_ring(encoded))
+            self._cipher.use(decoded_ring(encoded), revision)
         except FailedPrecondition as error:
             log.error("new key ring cannot be used", error=str(error))
 

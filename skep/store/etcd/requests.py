@@ -57,13 +57,26 @@ def nested_txn(proposal: Proposal, fence: int | None, cipher: Cipher) -> tuple[p
     return pb.TxnRequest(compare=compare, success=success, failure=failure), witness
 
 
-def batch_txn(nested: Iterable[pb.TxnRequest], ticket: str, ticket_revision: int) -> pb.TxnRequest:
-    """Many proposals in one raft entry, void as soon as this manager has moved its ticket."""
+def batch_txn(
+    nested: Iterable[pb.TxnRequest], ticket: str, ticket_revision: int, ring_revision: int
+) -> pb.TxnRequest:
+    """Many proposals in one raft entry, void as soon as this manager has moved its ticket or there is another key ring.
+
+    Its failure branch reads both.
+    """
     return pb.TxnRequest(
-        compare=[_compare(Unchanged(ticket, ticket_revision))],
+        compare=[_compare(Unchanged(ticket, ticket_revision)), compared_ring(ring_revision)],
         success=[pb.RequestOp(request_txn=txn) for txn in nested],
-        failure=[_read(ticket)],
+        failure=[
+            _read(ticket),
+            pb.RequestOp(request_range=pb.RangeRequest(key=etcd_key(keys.KEY_RING))),
+        ],
     )
+
+
+def compared_ring(revision: int) -> pb.Compare:
+    """That the key ring is still the one of ``revision``."""
+    return _compare(Unchanged(keys.KEY_RING, revision))
 
 
 def is_fence_fallen(reply: pb.TxnResponse, fence: int) -> bool:
@@ -86,6 +99,11 @@ def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> Ke
             log.error("stored value cannot be read", key=key, error=str(error))
             return None
     return KeyChange(key, value, kv.mod_revision, kv.create_revision)
+
+
+def is_clear(key: bytes) -> bool:
+    """Whether the value of this key (etcd's) is not encrypted."""
+    return key[len(PREFIX) :].startswith(tuple(prefix.encode() for prefix in _CLEAR))
 
 
 def by_revision(events: Sequence[pb.Event]) -> Iterable[tuple[int, list[pb.Event]]]:

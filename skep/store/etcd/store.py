@@ -21,6 +21,7 @@ from skep.store.etcd.election import Election
 from skep.store.etcd.follow import Follower
 from skep.store.etcd.founding import founded
 from skep.store.etcd.requests import etcd_key
+from skep.store.etcd.rotation import KeyRotation
 from skep.store.interface import NotLeader, Object, Term, View, Watch
 from skep.store.leadership import FencedTerm, TermState, leader_named
 from skep.store.proposal import Proposal
@@ -58,6 +59,7 @@ class EtcdStore(Updating):
         self._group = group
         self._chance = chance
         self._elections: set[asyncio.Task[None]] = set()
+        self._rotation = KeyRotation(client, cipher, clock)
         self._barrier = SharedBarrier(self._reach_present)
         self._updater = self._updater_behind(None)
 
@@ -76,8 +78,11 @@ class EtcdStore(Updating):
         terms: asyncio.Queue[TermState] = asyncio.Queue()
 
         async def hold_elections() -> None:
-            async for state in election.elected(Backoff(longest_s=1.0, chance=self._chance)):
-                terms.put_nowait(state)
+            async with asyncio.TaskGroup() as group:
+                async for state in election.elected(Backoff(longest_s=1.0, chance=self._chance)):
+                    terms.put_nowait(state)
+                    rotating = self._rotation.run(state, chance=self._chance)
+                    group.create_task(rotating, name="store-keys")
 
         holding = self._group.create_task(hold_elections(), name="store-election")
         self._elections.add(holding)
@@ -99,6 +104,9 @@ class EtcdStore(Updating):
     def is_current(self) -> bool:
         """Whether the replica follows: false while the member is away or has no leader."""
         return self._follower.is_current
+
+    async def rotate_data_key(self) -> None:
+        await self._rotation.begin()
 
     def end_elections(self) -> None:
         """Stand for no further term; for the end of ``open_store``."""
@@ -200,7 +208,7 @@ async def store_on(
     not for this key; Unavailable.  Whatever fails later in the background ends the block.
     """
     found = await founded(client)
-    cipher = Cipher(found.ring, wrapping_key)
+    cipher = Cipher(found.ring, wrapping_key, found.ring_revision)
     replica = Replica(watch_capacity)
     batcher = Batcher(
         client,
@@ -219,9 +227,7 @@ async def store_on(
             group.create_task(batcher.run(), name="store-batcher"),
         ]
         await follower.wait_loaded()
-        store = EtcdStore(
-            client, replica, follower, batcher, cipher, clock, group, chance, found.incarnation
-        )
+        store = EtcdStore(client, replica, follower, batcher, cipher, clock, group, chance, found.incarnation)
         try:
             yield store
         finally:

@@ -1,0 +1,169 @@
+"""A new data key: new values use it at once, the leader re-encrypts the others, then the old keys go.
+
+The ring in the store says everything, so a rotation that was interrupted goes on with the next term: more than one
+key in the ring means that older values may be left.  Every write compares the ring it encrypted with (``batch_txn``),
+so nothing is written under an old key after the ring changed, and one pass over all keys finds everything.  What
+somebody else writes during the pass needs no second look.
+
+Only etcd's revisions move: versions lie inside the values, and a replica that meets an equal value says nothing.
+The leader's own record is the fence of its term; if it is under an old key, the term ends first and the next one,
+a moment later, writes it anew.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import Unavailable
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import Cipher, KeyRing, Unreadable, decoded_ring
+from skep.store.etcd.client import LOAD_S, Client, prefix_end
+from skep.store.etcd.follow import PAGE_KEYS_FIRST, next_limit
+from skep.store.etcd.requests import PREFIX, compared_ring, etcd_key, is_clear
+from skep.store.leadership import TermState
+
+log = structlog.get_logger()
+
+BATCH_KEYS_MAX = 50
+BATCH_BYTES_MAX = 512 * 1024
+PAUSE_S = 0.01
+"""Between two batches: users' writes go first."""
+
+_LEADER = etcd_key(keys.LEADER)
+_RING = etcd_key(keys.KEY_RING)
+
+
+class _Superseded(Exception):
+    """Another term, or another ring: what was being done is for somebody else to do, or to do again."""
+
+
+class KeyRotation:
+    """Rotates the data keys of one store.  ``begin`` on any manager, ``run`` on the leader."""
+
+    def __init__(self, client: Client, cipher: Cipher, clock: Clock) -> None:
+        self._client = client
+        self._cipher = cipher
+        self._clock = clock
+
+    async def begin(self) -> None:
+        """Put one more data key in the ring, for everything that is written from now on.  Raises: Unavailable."""
+        while not await self._replace_ring(self._cipher.new_ring(), ()):
+            pass  # it was another ring, which is known now
+
+    async def run(self, term: TermState, *, chance: Callable[[], float]) -> None:
+        """Re-encrypt whenever there is something to, until the term is over."""
+        async with asyncio.TaskGroup() as group:
+            working = group.create_task(self._work(term, Backoff(longest_s=5.0, chance=chance)))
+            lost = group.create_task(term.wait_lost())
+            await asyncio.wait({working, lost}, return_when=asyncio.FIRST_COMPLETED)
+            working.cancel()
+            lost.cancel()
+
+    async def _work(self, term: TermState, backoff: Backoff) -> None:
+        while True:
+            self._cipher.changed.clear()
+            if len(self._cipher.ring.keys) == 1:
+                await self._cipher.changed.wait()
+                continue
+            try:
+                await self._finish(term)
+                backoff.reset()
+            except (_Superseded, Unavailable) as error:
+                log.debug("rotation of data keys waits", reason=str(error))
+                await backoff.sleep(self._clock)
+
+    async def _finish(self, term: TermState) -> None:
+        """Bring the rotation under way to its end.  Raises: _Superseded, Unavailable: not in this attempt."""
+        leader = await self._client.range(pb.RangeRequest(key=_LEADER))
+        if leader.kvs and not self._cipher.is_current(leader.kvs[0].value):
+            log.info("term ends for a new data key", term=term.number)
+            return term.lose()
+        log.info("re-encrypting", data_key=self._cipher.ring.current)
+        count, after, limit = 0, PREFIX, PAGE_KEYS_FIRST
+        while after:
+            page = await self._client.range(
+                pb.RangeRequest(key=after, range_end=prefix_end(PREFIX), limit=limit), timeout_s=LOAD_S
+            )
+            limit = next_limit(limit, page.ByteSize())
+            for batch in batches(self._outdated(page.kvs)):
+                await self._rewrite(batch, term)
+                count += len(batch)
+                await self._clock.sleep(PAUSE_S)
+            after = page.kvs[-1].key + b"\0" if page.more else b""
+        fence = pb.Compare(
+            key=_LEADER, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=term.fence
+        )
+        if not await self._replace_ring(self._cipher.ring.without_old_keys(), (fence,)):
+            raise _Superseded("the term is over, or the ring is another one")
+        log.info("re-encrypted", values=count, data_key=self._cipher.ring.current)
+
+    def _outdated(self, kvs: Iterable[pb.KeyValue]) -> Sequence[pb.KeyValue]:
+        return [
+            kv
+            for kv in kvs
+            if not is_clear(kv.key) and kv.key != _LEADER and not self._cipher.is_current(kv.value)
+        ]
+
+    async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> None:
+        """Each value anew under the current key, unless it changed meanwhile.  Raises: _Superseded, Unavailable."""
+        fence = pb.Compare(
+            key=_LEADER, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=term.fence
+        )
+        operations: list[pb.RequestOp] = []
+        for kv in batch:
+            try:
+                value = self._cipher.encrypt(kv.key, self._cipher.decrypt(kv.key, kv.value))
+            except Unreadable as error:
+                log.error("stored value cannot be read", key=kv.key.decode(), error=str(error))
+                continue
+            unchanged = pb.Compare(
+                key=kv.key,
+                target=pb.Compare.MOD,
+                result=pb.Compare.EQUAL,
+                mod_revision=kv.mod_revision,
+            )
+            put = pb.RequestOp(request_put=pb.PutRequest(key=kv.key, value=value))
+            operations.append(pb.RequestOp(request_txn=pb.TxnRequest(compare=[unchanged], success=[put])))
+        reply = await self._client.txn(
+            pb.TxnRequest(compare=[fence, compared_ring(self._cipher.ring_revision)], success=operations)
+        )
+        if not reply.succeeded:
+            raise _Superseded("the term is over, or the ring is another one")
+
+    async def _replace_ring(self, ring: KeyRing, conditions: Sequence[pb.Compare]) -> bool:
+        """Write ``ring`` in place of the one that is known; False: it was not that one, now the present one is known.
+
+        Raises: Unavailable.
+        """
+        reply = await self._client.txn(
+            pb.TxnRequest(
+                compare=[compared_ring(self._cipher.ring_revision), *conditions],
+                success=[pb.RequestOp(request_put=pb.PutRequest(key=_RING, value=msgspec.json.encode(ring)))],
+                failure=[pb.RequestOp(request_range=pb.RangeRequest(key=_RING))],
+            )
+        )
+        if reply.succeeded:
+            self._cipher.use(ring, reply.header.revision)
+            return True
+        (found,) = reply.responses[0].response_range.kvs
+        self._cipher.use(decoded_ring(found.value), found.mod_revision)
+        return False
+
+
+def batches(kvs: Iterable[pb.KeyValue]) -> Iterable[Sequence[pb.KeyValue]]:
+    """``kvs`` in portions that fit one raft entry each; a value larger than that goes alone."""
+    batch: list[pb.KeyValue] = []
+    size = 0
+    for kv in kvs:
+        if batch and (len(batch) == BATCH_KEYS_MAX or size + len(kv.value) > BATCH_BYTES_MAX):
+            yield batch
+            batch, size = [], 0
+        batch.append(kv)
+        size += len(kv.value)
+    if batch:
+        yield batch

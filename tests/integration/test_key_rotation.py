@@ -1,0 +1,130 @@
+"""Data keys of a real store: what lies in etcd before, during and after a rotation."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from skep.model.ids import NodeId
+from skep.model.secret import Secret
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.client import Client, prefix_end
+from skep.store.etcd.flags import MemberSettings
+from skep.store.etcd.founding import founded as founded_in
+from skep.store.etcd.requests import PREFIX, etcd_key, is_clear
+from skep.store.etcd.store import EtcdStore, open_store
+from tests.etcd_rig import member_settings
+from tests.integration.etcd_words import CLOCK, KEY, founded, put_secret
+
+pytestmark = pytest.mark.timeout(60)
+
+SECRETS = [f"s{number:03}" for number in range(120)]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> MemberSettings:
+    return member_settings(tmp_path)
+
+
+async def data_keys(settings: MemberSettings) -> set[int]:
+    """Ids of the data keys that values in etcd are encrypted with."""
+    async with Client(settings.socket) as client:
+        request = pb.RangeRequest(key=PREFIX, range_end=prefix_end(PREFIX))
+        kvs = (await client.range(request)).kvs
+    return {int.from_bytes(kv.value[1:5], "big") for kv in kvs if not is_clear(kv.key)}
+
+
+async def ring_keys(settings: MemberSettings) -> list[int]:
+    async with Client(settings.socket) as client:
+        return [key.id for key in (await founded_in(client)).ring.keys]
+
+
+async def wait_rotated(settings: MemberSettings, to: int) -> None:
+    while await ring_keys(settings) != [to]:
+        await asyncio.sleep(0.01)
+
+
+async def lead(store: EtcdStore) -> None:
+    """Stand for election until cancelled, and do nothing with it."""
+    async for _ in store.terms(NodeId("m1"), "127.0.0.1:2377"):
+        pass
+
+
+async def test_everything_is_encrypted_anew_and_nothing_seems_to_change(settings: MemberSettings) -> None:
+    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+        await store.update_each(put_secret, SECRETS)
+        leading = group.create_task(lead(store))
+        before = store.view().find(Secret)
+        async with store.watch(Secret) as watch:
+            await store.rotate_data_key()
+            await wait_rotated(settings, to=2)
+            assert await data_keys(settings) == {2}
+            await store.update(put_secret, "after")
+            async for commit in watch:
+                (event,) = commit.events
+                assert event.object.id == "after"  # type: ignore[union-attr]
+                break
+        assert [secret for secret in store.view().find(Secret) if secret.id != "after"] == list(before)
+        leading.cancel()
+    async with founded(settings) as (_, again):
+        assert [secret for secret in again.view().find(Secret) if secret.id != "after"] == list(before)
+
+
+async def test_an_interrupted_rotation_goes_on_with_the_next_leader(settings: MemberSettings) -> None:
+    """The first life ends with a new key in the ring and nothing re-encrypted: nobody leads in it."""
+    async with founded(settings) as (_, store):
+        await store.update_each(put_secret, SECRETS)
+        await store.rotate_data_key()
+        assert await ring_keys(settings) == [1, 2]
+        assert await data_keys(settings) == {1}
+    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+        assert len(store.view().find(Secret)) == len(SECRETS)
+        leading = group.create_task(lead(store))
+        await wait_rotated(settings, to=2)
+        assert await data_keys(settings) == {2}
+        leading.cancel()
+
+
+async def test_writes_go_on_during_a_rotation_and_none_is_lost(settings: MemberSettings) -> None:
+    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+        await store.update_each(put_secret, SECRETS)
+        leading = group.create_task(lead(store))
+        await store.rotate_data_key()
+        written = 0
+        while await ring_keys(settings) != [2]:
+            await store.update(put_secret, f"during{written}")
+            written += 1
+        assert written
+        assert await data_keys(settings) == {2}
+        assert len(store.view().find(Secret)) == len(SECRETS) + written
+        leading.cancel()
+
+
+async def test_a_manager_that_does_not_know_of_the_new_key_writes_nothing_under_the_old_one(
+    settings: MemberSettings,
+) -> None:
+    """Its ring is older than the store's: the first attempt is refused by the store, the second is right."""
+    async with founded(settings) as (_, store), open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as late:
+        late._cipher.use = lambda *_: None  # type: ignore[method-assign]  # its watch brings nothing
+        await store.rotate_data_key()
+        del late._cipher.use
+        assert late._cipher.ring.current == 1
+        await late.update(put_secret, "late")
+        async with Client(settings.socket) as client:
+            reply = await client.range(pb.RangeRequest(key=etcd_key(keys.object_key("secret", "late"))))
+        assert int.from_bytes(reply.kvs[0].value[1:5], "big") == 2
+
+
+async def test_two_rotations_at_once_end_with_one_key(settings: MemberSettings) -> None:
+    async with (
+        founded(settings) as (_, store),
+        open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as other,
+    ):
+        async with asyncio.TaskGroup() as group:
+            await store.update_each(put_secret, SECRETS)
+            leading = group.create_task(lead(store))
+            await asyncio.gather(store.rotate_data_key(), other.rotate_data_key())
+            await wait_rotated(settings, to=3)
+            assert await data_keys(settings) == {3}
+            leading.cancel()
