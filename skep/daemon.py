@@ -32,6 +32,7 @@ from skep.manager.config import Bootstrap, ManagerConfig, encode
 from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
 from skep.node.features import detect
+from skep.node.founding import NewCluster
 from skep.node.local import LocalNode
 from skep.node.machine import this_machine
 from skep.node.netprocess import process as net_process
@@ -199,11 +200,12 @@ class Daemon:
             gives_up=gives_up,
         )
 
-    def _write_manager_files(self, node: LocalNode, plan: Founding, root_key_pem: bytes) -> None:
+    def _write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
         """Everything the manager process reads at its first start."""
         configuration, paths = self._configuration, self._configuration.paths
         paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(paths.root_ca_key, root_key_pem, mode=0o600)
+        if new is not None:
+            replace_file(paths.root_ca_key, new.root_key_pem, mode=0o600)
         config = ManagerConfig(
             data_dir=str(paths.data),
             run_dir=str(paths.run),
@@ -212,13 +214,8 @@ class Daemon:
             listen_addr=node.listen_addr,
             advertise_addr=node.advertise_addr,
             hostname=this_machine().hostname,
-            bootstrap=Bootstrap(
-                spec=plan.spec,
-                default_addr_pool=plan.default_addr_pool,
-                subnet_size=plan.subnet_size,
-                data_path_port=plan.data_path_port,
-                availability=plan.availability,
-            ),
+            bootstrap=_bootstrap(new.plan) if new is not None else None,
+            managers=() if new is not None else tuple(peer.addr for peer in node.managers),
             etcd_binary=str(configuration.etcd_binary or ""),
         )
         replace_file(paths.manager_config, encode(config), mode=0o600)
@@ -243,6 +240,16 @@ class Daemon:
                 reloaded=", ".join(taken.reloaded) or "nothing changed",
                 needs_restart=", ".join(taken.needs_restart) or "nothing",
             )
+
+
+def _bootstrap(plan: Founding) -> Bootstrap:
+    return Bootstrap(
+        spec=plan.spec,
+        default_addr_pool=plan.default_addr_pool,
+        subnet_size=plan.subnet_size,
+        data_path_port=plan.data_path_port,
+        availability=plan.availability,
+    )
 
 
 def _configure_logs(configuration: Configuration) -> None:

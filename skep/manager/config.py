@@ -36,6 +36,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     advertise_addr: str
     hostname: str
     bootstrap: Bootstrap | None = None
+    managers: tuple[str, ...] = ()
+    """``ip:port`` of managers that may let this one in; empty: it founds its cluster."""
     etcd_binary: str = ""
     """Empty: the one that set-up placed, or the one on the path."""
 

@@ -7,6 +7,7 @@ control loops are the leader's, and each of their writes is fenced by its term.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
 from skep.api.server import runner
 from skep.errors import SkepError, Unavailable
+from skep.manager.attachments.service import AttachmentService
 from skep.manager.ca.service import CertificateService
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
@@ -24,15 +26,20 @@ from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.events import ClusterEvents
+from skep.manager.gossip.relay import Relay
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
+from skep.manager.membership.addresses import AddressBook
+from skep.manager.membership.consensus import Consensus
+from skep.manager.membership.service import MembersService
 from skep.manager.presence import show_presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.ids import IdSource
 from skep.security.keypair import KeyPair
 from skep.security.reloading import follow_key_pair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.store.etcd.cipher import load_wrapping_key
 from skep.store.interface import NotLeader, Store, Term
 from skep.wire.client import Channel, connected
 from skep.wire.server import serve
@@ -49,6 +56,8 @@ class Manager:
         store: Store,
         pair: KeyPair,
         *,
+        consensus: Consensus,
+        book: AddressBook,
         socket: Path,
         clock: Clock,
         new_id: IdSource,
@@ -66,6 +75,15 @@ class Manager:
         self._dispatcher = Dispatcher(store, own, clock, new_id, random)
         self._link = ManagerLink(store, config.node_id, self._connected, clock, random)
         self._logs = LogBroker(store, new_id)
+        self._attachments = AttachmentService(store, clock, new_id)
+        self._book = book
+        self._members = MembersService(
+            store,
+            consensus,
+            book,
+            partial(load_wrapping_key, config.paths.manager_keys),
+            config.cluster_id,
+        )
 
     async def run(self) -> None:
         """Run until cancelled.  Any part that fails takes the manager down; its supervisor starts it again."""
@@ -84,7 +102,9 @@ class Manager:
             *self._certificates.services(),
             *self._dispatcher.services(),
             *self._logs.services(),
+            *self._attachments.services(),
             *self._link.services(),
+            *self._members.services(),
         )
         async with (
             serve(
@@ -101,6 +121,9 @@ class Manager:
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
             group.create_task(events.run(), name="events")
+            relay = Relay(self._store, host.strip("[]"), self._clock, self._random)
+            group.create_task(relay.run(), name="gossip relay")
+            group.create_task(self._book.run(), name="address book")
             renewed = follow_key_pair(self._tls, self._config.paths.certificates, self._clock)
             group.create_task(renewed, name="certificate")
             group.create_task(self._lead_when_elected(), name="election")

@@ -6,11 +6,14 @@ Started by the node process, which it outlives.  The order is that of trust: wha
 
 import asyncio
 import gc
+import shutil
 import signal
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from random import Random, SystemRandom
 
+import msgspec
 import structlog
 
 from skep import logs
@@ -19,10 +22,13 @@ from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
+from skep.linux.files import replace_file
 from skep.logs import LogSettings
-from skep.manager.config import ManagerConfig, load
+from skep.manager.config import ManagerConfig, encode, load
 from skep.manager.founding import found_cluster
 from skep.manager.manager import Manager
+from skep.manager.membership.addresses import AddressBook
+from skep.manager.membership.joining import Applicant
 from skep.model.ids import new_id
 from skep.model.times import timestamp
 from skep.paths import Paths
@@ -31,9 +37,12 @@ from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.cipher import load_wrapping_key, new_wrapping_key, save_wrapping_key
+from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings, PeerFiles
 from skep.store.etcd.founding import Unfinished, initialize
-from skep.store.etcd.member import Member
+from skep.store.etcd.member import Member, MemberRemoved
+from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.peers import load_peers, save_peers
 from skep.store.etcd.store import EtcdStore, open_store
 
 log = structlog.get_logger(__name__)
@@ -65,23 +74,76 @@ async def _until_stopped(config: ManagerConfig) -> None:
 
 
 async def _live(config: ManagerConfig, clock: Clock) -> None:
-    paths = config.paths
-    random = SystemRandom()
+    while True:
+        try:
+            return await _take_part(config, clock)
+        except MemberRemoved:
+            if not _joining_mark(config.paths).exists():
+                raise
+            log.warning("removed before the vote: coming in again")
+            await asyncio.to_thread(shutil.rmtree, config.paths.etcd)
+
+
+async def _take_part(config: ManagerConfig, clock: Clock) -> None:
+    """Come in if this manager is new, then run it.  Raises: MemberRemoved."""
+    paths, random = config.paths, SystemRandom()
     pair = await asyncio.to_thread(keypair.load, paths.certificates)
+    applicant = Applicant(config.managers, pair, clock, random.random)
+    binary = await asyncio.to_thread(find_binary, Path(config.etcd_binary) if config.etcd_binary else None)
+    settings = _member_settings(config, paths, _write_peer_files(paths, pair))
+    if config.managers and not (settings.data / "member").exists():
+        config, settings = await _come_in(config, settings, applicant)
     async with AsyncExitStack() as stack:
-        binary = await asyncio.to_thread(
-            find_binary, Path(config.etcd_binary) if config.etcd_binary else None
-        )
-        settings = _member_settings(config, paths, _write_peer_files(paths, pair))
         member = Member(settings, binary, clock, Backoff(longest_s=5.0, chance=random.random))
-        await stack.enter_async_context(member.running())
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            if _joining_mark(paths).exists():
+                group.create_task(applicant.vote(), name="vote")
+            await stack.enter_async_context(member.running())
+        _joining_mark(paths).unlink(missing_ok=True)
         store = await _open(config, paths, pair, clock, random, stack)
+        client = await stack.enter_async_context(Client(paths.etcd_socket))
+        consensus = RaftMembers(client, member)
+        book = AddressBook(store, consensus, load_peers(paths.etcd), partial(save_peers, paths.etcd), clock)
         gc.collect()
         gc.freeze()  # the loaded replica is looked at by no collection; it halves the time of one
         manager = Manager(
-            config, store, pair, socket=paths.manager_socket, clock=clock, new_id=new_id, random=random
+            config,
+            store,
+            pair,
+            consensus=consensus,
+            book=book,
+            socket=paths.manager_socket,
+            clock=clock,
+            new_id=new_id,
+            random=random,
         )
         await manager.run()
+
+
+async def _come_in(
+    config: ManagerConfig, settings: MemberSettings, applicant: Applicant
+) -> tuple[ManagerConfig, MemberSettings]:
+    """Be let in among the managers; what it was told is kept.  Raises: SkepError: it will never be."""
+    paths = config.paths
+    listen_port = config.listen_addr.rpartition(":")[2]
+    addr = config.advertise_addr or f":{listen_port}"
+    admission = await applicant.admission(addr, int(settings.peer_listen.rpartition(":")[2]))
+    config = msgspec.structs.replace(config, advertise_addr=admission.addr)
+    settings = msgspec.structs.replace(
+        settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token
+    )
+    paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
+    save_wrapping_key(paths.manager_keys, admission.wrapping_key)
+    save_peers(paths.etcd, admission.peers)
+    replace_file(paths.manager_config, encode(config), mode=0o600)
+    replace_file(_joining_mark(paths), b"")
+    log.info("let in among the managers", addr=admission.addr, members=len(admission.peers))
+    return config, settings
+
+
+def _joining_mark(paths: Paths) -> Path:
+    """Exists from the moment in which this manager was let in until it has its vote."""
+    return paths.etcd / "joining"
 
 
 def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> MemberSettings:
@@ -93,6 +155,8 @@ def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> M
         peer_listen=f"{host}:{int(port) + PEER_PORT_OFFSET}",
         peer_files=files,
         cluster_token=config.cluster_id,
+        is_solo=len(load_peers(paths.etcd)) <= 1,
+        has_hosts=True,
         is_debug=LogSettings.read(paths.log_settings).debug,  # until etcd's next start
     )
 

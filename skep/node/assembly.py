@@ -13,7 +13,6 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.api.server import application, runner
-from skep.api.swarm_requests import Founding
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.ids import new_id
@@ -21,6 +20,7 @@ from skep.node import info
 from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
+from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
 from skep.node.local import LocalNode
 from skep.node.local_api import LocalApi
@@ -45,7 +45,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What the node finds outside of itself, and what only the daemon knows how to make.
 
     ``net``: the supervised net process.  ``manager``: makes the supervisor of the manager process;
-    ``write_manager_files``: what a new manager reads (node, plan, root key).
+    ``write_manager_files``: what a new manager reads (node, its new cluster if it founds one).
     """
 
     machine: Machine
@@ -56,7 +56,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     random: Random
     net: ManagerProcess
     manager: Callable[[], ManagerProcess]
-    write_manager_files: Callable[[LocalNode, Founding, bytes], None]
+    write_manager_files: Callable[[LocalNode, NewCluster | None], None]
 
 
 class Node:

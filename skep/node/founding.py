@@ -8,6 +8,8 @@ import shutil
 import socket
 from pathlib import Path
 
+import msgspec
+
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Founding
 from skep.errors import InvalidArgument, Unavailable, Unimplemented
@@ -31,6 +33,13 @@ _REASONS = {
     errno.EADDRINUSE: "address already in use",
     errno.EADDRNOTAVAIL: "cannot assign requested address",
 }
+
+
+class NewCluster(msgspec.Struct, frozen=True, kw_only=True):
+    """What the first manager of a new cluster needs.  ``root_key_pem``: of the cluster's new authority."""
+
+    plan: Founding
+    root_key_pem: bytes
 
 
 def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:

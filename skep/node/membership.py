@@ -17,51 +17,43 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.swarm_requests import Founding, Joining, founding, joining
-from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.api.swarm_requests import Joining, founding, joining
+from skep.errors import SkepError, Unavailable
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import InitRequest, JoinRequest
-from skep.node.founding import check_listening, check_settings, check_space, found, refuse_unsupported
+from skep.node.founding import (
+    NewCluster,
+    check_listening,
+    check_settings,
+    check_space,
+    found,
+    refuse_unsupported,
+)
 from skep.node.interfaces import read_interfaces
+from skep.node.leaving import objection_to_leaving
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
 from skep.node.local_api import LocalApi
 from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
+from skep.node.swarm_info import (
+    IN_A_SWARM,
+    NO_SWARM,
+    NOT_A_MANAGER,
+    NOT_IN_A_SWARM,
+    cluster_section,
+    local_section,
+)
 from skep.paths import Paths
 from skep.security import keypair
 from skep.security.keypair import KeyPair
 
 log = structlog.get_logger()
 
-NO_SWARM = "This node is not part of a swarm"
-IN_A_SWARM = (
-    'This node is already part of a swarm. Use "docker swarm leave" to leave this swarm and join another one.'
-)
-NOT_IN_A_SWARM = (
-    'This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" '
-    "to connect this node to swarm and try again."
-)
-NOT_A_MANAGER = (
-    "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. "
-    "Please run this command on a manager node or promote the current node to a manager."
-)
 _TIMED_OUT = (
     "Timeout was reached before node joined. The log of skep says what it waited for; "
     "nothing of the attempt was kept."
 )
-_LEAVING = "You are attempting to leave the swarm on a node that is participating as a manager. "
-_LAST_MANAGER = (
-    "Removing the last manager erases all current state of the swarm. Use `--force` to ignore this message. "
-)
-_LEAVING_END = (
-    "The only way to restore a swarm that has lost consensus is to reinitialize it with `--force-new-cluster`. "
-    "Use `--force` to suppress this message."
-)
-_TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
-         no fault tolerance, and poses a high risk to lose control over the cluster.
-         Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
-         Swarm for fault-tolerance."""
 
 _FOUNDING_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 20.0
@@ -96,8 +88,8 @@ class Parts(Protocol):
     def manager(self, node: LocalNode) -> ManagerProcess:
         """The supervised manager process, not yet running."""
 
-    def write_manager_files(self, node: LocalNode, plan: Founding, root_key_pem: bytes) -> None:
-        """Everything a new manager reads at its first start."""
+    def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
+        """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
 
     def agent(self, node: LocalNode, remember: Callable[[tuple[Peer, ...]], None]) -> AgentConnection:
         """The agent, not yet running; it tells ``remember`` about every new list of managers."""
@@ -159,9 +151,11 @@ class Membership:
             node, pair, root_key_pem = await asyncio.to_thread(found, plan, self._new_id)
             try:
                 await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
-                await asyncio.to_thread(self._parts.write_manager_files, node, plan, root_key_pem)
+                await asyncio.to_thread(
+                    self._parts.write_manager_files, node, NewCluster(plan=plan, root_key_pem=root_key_pem)
+                )
                 await self._come_in(node, _FOUNDING_TIMEOUT_S)
-                await self._wait_ready(node)
+                await self._wait_ready(node, _FOUNDING_TIMEOUT_S)
                 await asyncio.to_thread(write_local_node, self._paths.node_json, node)
             except BaseException:
                 await self._end()
@@ -179,14 +173,14 @@ class Membership:
                 raise Unavailable(IN_A_SWARM)
             plan = joining(request, await read_interfaces())
             pair = await self._parts.request_certificate(plan)
-            if pair.identity.role is NodeRole.MANAGER:
-                raise Unimplemented(
-                    "this version of skep runs one manager per cluster: join with the worker's token"
-                )
+            is_manager = pair.identity.role is NodeRole.MANAGER
+            if is_manager:
+                check_listening(plan.endpoints.listen_addr)
+                await asyncio.to_thread(check_space, self._paths.data)
             node = LocalNode(
                 node_id=pair.identity.node_id,
                 cluster_id=pair.identity.cluster_id,
-                is_manager=False,
+                is_manager=is_manager,
                 listen_addr=plan.endpoints.listen_addr,
                 advertise_addr=plan.endpoints.advertise_addr,
                 local_addr=plan.endpoints.local_addr,
@@ -195,7 +189,11 @@ class Membership:
             )
             try:
                 await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
+                if is_manager:
+                    await asyncio.to_thread(self._parts.write_manager_files, node, None)
                 await self._come_in(node, _JOIN_TIMEOUT_S)
+                if is_manager:
+                    await self._wait_ready(node, _JOIN_TIMEOUT_S)
                 await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
             except BaseException:
                 await self._end()
@@ -252,26 +250,10 @@ class Membership:
 
     async def info(self) -> dict[str, Any]:
         """The ``Swarm`` section of ``/info``."""
-        node = self.node
-        section: dict[str, Any] = {
-            "NodeID": "",
-            "NodeAddr": "",
-            "LocalNodeState": self.status,
-            "ControlAvailable": False,
-            "Error": self._trouble,
-            "RemoteManagers": None,
-        }
-        if node is None:
-            return section
-        section["NodeID"] = node.node_id
-        section["NodeAddr"] = node.advertise_addr.rpartition(":")[0].strip("[]") or node.local_addr
-        managers = (self._agent.managers if self._agent is not None else ()) or node.managers
-        section["RemoteManagers"] = managers or None
-        if node.is_manager and not self._trouble:
-            try:
-                section |= await self._cluster_info()
-            except SkepError as error:
-                section["Error"] = str(error)
+        managers = self._agent.managers if self._agent is not None else ()
+        section = local_section(self.node, status=self.status, trouble=self._trouble, managers=managers)
+        if self.is_manager and not self._trouble:
+            section |= await cluster_section(self._manager_api)
         return section
 
     # --- within -----------------------------------------------------------------------------------------------
@@ -279,14 +261,6 @@ class Membership:
     @property
     def _trouble(self) -> str:
         return (self._manager.trouble if self._manager is not None else "") or self._error
-
-    async def _cluster_info(self) -> dict[str, Any]:
-        swarm = await self._manager_api.get("/swarm")
-        nodes = await self._manager_api.get("/nodes")
-        managers = sum("ManagerStatus" in node for node in nodes)
-        swarm.pop("JoinTokens", None)
-        info = {"ControlAvailable": True, "Nodes": len(nodes), "Managers": managers, "Cluster": swarm}
-        return info | ({"Warnings": [_TWO_MANAGERS]} if managers == 2 else {})
 
     async def _come_in(self, node: LocalNode, timeout_s: float) -> None:
         """Begin to take part; returns with the first session.  Raises: SkepError: it does not come to one."""
@@ -307,11 +281,11 @@ class Membership:
         await self._agent.registered.wait()
         self._is_active = True
 
-    async def _wait_ready(self, node: LocalNode) -> None:
+    async def _wait_ready(self, node: LocalNode, timeout_s: float) -> None:
         """Return when the manager shows this node as ready."""
         backoff = Backoff(0.01, 0.2)
         try:
-            async with asyncio.timeout(_FOUNDING_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 while True:
                     try:
                         shown = await self._manager_api.get(f"/nodes/{node.node_id}")
@@ -384,16 +358,6 @@ class Membership:
 
     async def _objection_to_leaving(self) -> str:
         try:
-            nodes = await self._manager_api.get("/nodes")
+            return objection_to_leaving(await self._manager_api.get("/nodes"))
         except SkepError:
-            return f"{_LEAVING}Doing so may lose the consensus of your cluster. {_LEAVING_END}"
-        statuses = [node["ManagerStatus"] for node in nodes if "ManagerStatus" in node]
-        reachable = sum(status.get("Reachability") == "reachable" for status in statuses)
-        if len(statuses) <= 1:
-            return _LEAVING + _LAST_MANAGER
-        if reachable - 1 <= len(statuses) // 2:
-            return (
-                f"{_LEAVING}Removing this node leaves {reachable - 1} managers out of {len(statuses)}. "
-                f"Without a Raft quorum your swarm will be inaccessible. {_LEAVING_END}"
-            )
-        return _LEAVING + _LEAVING_END
+            return objection_to_leaving(None)

@@ -11,7 +11,7 @@ from skep import __version__
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.errors import Untranslated
-from skep.api.swarm_requests import Founding, Joining
+from skep.api.swarm_requests import Joining
 from skep.configuration.configuration import Configuration
 from skep.errors import InvalidArgument
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
@@ -21,6 +21,7 @@ from skep.node.assignments import AssignmentSet, LogSource
 from skep.node.executor.interface import Executor
 from skep.node.features import Features, labels
 from skep.node.joining import join
+from skep.node.founding import NewCluster
 from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
 from skep.node.managers import ManagerList
@@ -45,7 +46,7 @@ class NodeParts:
     Args:
         configuration: the present one; asked at each use, since it may be reloaded.
         manager: makes the supervisor of this node's manager process.
-        write_manager_files: writes what a new manager reads (node, plan, root key).
+        write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class NodeParts:
         clock: Clock,
         random: Random,
         manager: Callable[[], ManagerProcess],
-        write_manager_files: Callable[[LocalNode, Founding, bytes], None],
+        write_manager_files: Callable[[LocalNode, NewCluster | None], None],
     ) -> None:
         self._certificates = certificates
         self._machine = machine
@@ -80,8 +81,8 @@ class NodeParts:
     def manager(self, node: LocalNode) -> ManagerProcess:
         return self._manager()
 
-    def write_manager_files(self, node: LocalNode, plan: Founding, root_key_pem: bytes) -> None:
-        self._write_manager_files(node, plan, root_key_pem)
+    def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
+        self._write_manager_files(node, new)
 
     def agent(self, node: LocalNode, remember: Callable[[tuple[Peer, ...]], None]) -> AgentConnection:
         self._executor.identify(node.node_id)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from skep.api.client import Client
-from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from skep.paths import SOCKET_PATH_BYTES_MAX
 from skep.playground import cgroups, engine, names, node, processes, underlay
 from skep.playground.busybox import busybox_archive
@@ -157,10 +157,6 @@ class Playground:
             raise FailedPrecondition("a playground makes namespaces and cgroups: run it as root")
         if managers < 1 or workers < 0:
             raise InvalidArgument("a playground has at least one manager, and no negative number of workers")
-        if managers > 1:
-            raise Unimplemented(
-                "several managers in one swarm are not there yet: use --managers 1 (with any number of --workers)"
-            )
         if not 1 <= subnets <= names.SUBNETS_MAX:
             raise InvalidArgument(f"--subnets is between 1 and {names.SUBNETS_MAX}")
         name = names.check_name(self._wanted_name or names.DEFAULT)

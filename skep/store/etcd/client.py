@@ -24,6 +24,9 @@ WRITE_S = 1.0
 """A write sent in the moment the leader dies is lost without a word; after this time its outcome is looked up."""
 
 READ_S = 2.0
+CHANGE_S = 5.0
+"""For a change of the membership."""
+
 LOAD_S = 10.0
 
 _WINDOWS = Configuration(
@@ -65,6 +68,12 @@ class Client:
         self._compact = self._unary(kv, "Compact", pb.CompactionRequest, pb.CompactionResponse)
         self._status = self._unary(maintenance, "Status", pb.StatusRequest, pb.StatusResponse)
         self._members = self._unary(cluster, "MemberList", pb.MemberListRequest, pb.MemberListResponse)
+        self._add = self._unary(cluster, "MemberAdd", pb.MemberAddRequest, pb.MemberAddResponse)
+        self._promote = self._unary(
+            cluster, "MemberPromote", pb.MemberPromoteRequest, pb.MemberPromoteResponse
+        )
+        self._remove = self._unary(cluster, "MemberRemove", pb.MemberRemoveRequest, pb.MemberRemoveResponse)
+        self._move = self._unary(maintenance, "MoveLeader", pb.MoveLeaderRequest, pb.MoveLeaderResponse)
         self._watch: StreamStreamMethod[pb.WatchRequest, pb.WatchResponse] = StreamStreamMethod(
             self._channel, "/etcdserverpb.Watch/Watch", pb.WatchRequest, pb.WatchResponse
         )
@@ -95,9 +104,26 @@ class Client:
         """What this member knows by itself: leader, term, size.  Answered without a quorum."""
         return await self._call(self._status, pb.StatusRequest(), timeout_s)
 
-    async def members(self, *, timeout_s: float = READ_S) -> pb.MemberListResponse:
-        """The members of the cluster as this one knows them."""
-        return await self._call(self._members, pb.MemberListRequest(linearizable=False), timeout_s)
+    async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
+        """The members of the cluster as this one knows them; with ``is_current`` as a quorum does."""
+        return await self._call(self._members, pb.MemberListRequest(linearizable=is_current), timeout_s)
+
+    async def add_learner(self, url: str, *, timeout_s: float = CHANGE_S) -> pb.MemberAddResponse:
+        """Take a member in that learns and has no vote yet."""
+        request = pb.MemberAddRequest(peer_urls=[url], is_learner=True)
+        return await self._call(self._add, request, timeout_s)
+
+    async def promote(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
+        """Give a learner its vote."""
+        await self._call(self._promote, pb.MemberPromoteRequest(id=member_id), timeout_s)
+
+    async def remove(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
+        """Put a member out; its process ends by itself when it hears of it."""
+        await self._call(self._remove, pb.MemberRemoveRequest(id=member_id), timeout_s)
+
+    async def move_leader(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
+        """Hand raft's leadership over; only the leader's own member does that."""
+        await self._call(self._move, pb.MoveLeaderRequest(target_id=member_id), timeout_s)
 
     @asynccontextmanager
     async def watch(self, prefix: bytes, after: int) -> AsyncIterator[Watching]:

@@ -30,6 +30,18 @@ class NotServing(Unavailable):
     """This member only learns; it serves after its promotion."""
 
 
+class StillLearning(Unavailable):
+    """The member has not caught up with the leader yet: it gets its vote later."""
+
+
+class NoLearner(SkepError):
+    """The member has its vote already."""
+
+
+class NoMember(SkepError):
+    """There is no such member."""
+
+
 class Compacted(Unavailable):
     """The history asked for is gone: load again."""
 
@@ -48,6 +60,15 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("too many requests", Busy, "the store is busy: try again"),
     ("database space exceeded", OutOfSpace, "the store's disk quota is used up; see `skep status`"),
     ("rpc not supported for learner", NotServing, "this manager is still joining the cluster"),
+    (
+        "can only promote a learner member which is in sync",
+        StillLearning,
+        "this manager has not caught up yet",
+    ),
+    ("can only promote a learner member", NoLearner, "this manager has its vote already"),
+    ("too many learner members", Busy, "another manager is joining at the moment: try again"),
+    ("member not found", NoMember, "this manager is no member of the cluster's store"),
+    ("peerURLs exists", Busy, "this manager is a member of the cluster's store already"),
     ("unhealthy cluster", Busy, "the cluster of managers is not healthy: try again"),
     ("required revision has been compacted", Compacted, "the history asked for is gone"),
     ("required revision is a future revision", Compacted, "the store was restored to an older state"),

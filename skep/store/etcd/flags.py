@@ -4,7 +4,11 @@ from pathlib import Path
 
 import msgspec
 
-MAX_OPERATIONS = 128
+from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
+
+MAX_OPERATIONS = 129
+"""Of a proposal 127, and two around it: a batch compares its sender's ticket and the key ring."""
+
 MAX_REQUEST_BYTES = 1_572_864
 QUOTA_BYTES = 4 * 1024**3
 HISTORY_REVISIONS = 20_000
@@ -40,6 +44,8 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``name``: the node's id, by which other members know it; ``directory``: 0700, its data and our files beside
     them; ``peer_listen``: ``ip:port``; ``cluster_token``: the cluster's id; ``is_solo``: it is the only voter.
+    ``joins``: all members of the cluster that it comes into at its first start, itself included; empty: it founds one.
+    ``has_hosts``: it finds its peers in a hosts file of its own, which lies in its directory.
     ``ready_s``: a single member that is not ready by then never will be.  ``is_fsync_off``: for tests.
     """
 
@@ -50,6 +56,8 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     peer_files: PeerFiles
     cluster_token: str
     is_solo: bool = True
+    joins: tuple[Peer, ...] = ()
+    has_hosts: bool = False
     ready_s: float = 30.0
     is_fsync_off: bool = False
     is_debug: bool = False
@@ -62,11 +70,16 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def peer_url(self) -> str:
         """Where other members reach it: by name, so that addresses may change."""
-        return f"https://{self.name}:{self.peer_listen.rpartition(':')[2]}"
+        return peer_url(self.name, int(self.peer_listen.rpartition(":")[2]))
+
+    @property
+    def hosts(self) -> Path | None:
+        """What stands for ``/etc/hosts`` in its namespace."""
+        return self.directory / HOSTS_FILE if self.has_hosts else None
 
 
 def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[str]:
-    """etcd's arguments for a member that is alone in its cluster when it starts for the first time."""
+    """etcd's arguments.  ``initial-...`` count at the first start only."""
     heartbeat_ms, election_ms = SOLO_TIMERS_MS if settings.is_solo else TIMERS_MS
     files = settings.peer_files
     flags = {
@@ -77,8 +90,8 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
         "advertise-client-urls": f"unix://{settings.name}:1",
         "listen-peer-urls": f"https://{settings.peer_listen}",
         "initial-advertise-peer-urls": settings.peer_url,
-        "initial-cluster": f"{settings.name}={settings.peer_url}",
-        "initial-cluster-state": "new",
+        "initial-cluster": _initial_cluster(settings),
+        "initial-cluster-state": "existing" if settings.joins else "new",
         "initial-cluster-token": settings.cluster_token,
         "peer-cert-file": files.certificate,
         "peer-key-file": files.key,
@@ -106,9 +119,18 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
+def _initial_cluster(settings: MemberSettings) -> str:
+    members = {peer.name: peer.url for peer in settings.joins} | {settings.name: settings.peer_url}
+    return ",".join(f"{name}={url}" for name, url in sorted(members.items()))
+
+
 def environment(settings: MemberSettings) -> dict[str, str]:
-    """The whole environment of the process: nothing is inherited, since etcd takes ETCD_... for flags."""
-    return {"GOMEMLIMIT": SOLO_MEMORY_LIMIT} if settings.is_solo else {}
+    """The whole environment of the process: nothing is inherited, since etcd takes ETCD_... for flags.
+
+    Go's own resolver reads the hosts file again when it changes.
+    """
+    resolver = {"GODEBUG": "netdns=go"} if settings.has_hosts else {}
+    return ({"GOMEMLIMIT": SOLO_MEMORY_LIMIT} if settings.is_solo else {}) | resolver
 
 
 def _by_minor(minor: int) -> dict[str, str]:

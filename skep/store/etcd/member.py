@@ -26,6 +26,7 @@ from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings, arguments, environment
 from skep.store.etcd.orphans import end_orphan, locked, remove_pid, write_pid
 from skep.store.etcd.output import Output
+from skep.store.etcd.peers import load_peers, write_hosts
 from skep.store.etcd.requests import PREFIX
 
 log = structlog.get_logger()
@@ -70,6 +71,7 @@ class Member:
         self._process: asyncio.subprocess.Process | None = None
         self._had_data = False
         self._ready = asyncio.Event()
+        self._is_restarting = False
 
     @property
     def pid(self) -> int | None:
@@ -99,6 +101,16 @@ class Member:
         """Return when the member serves, after a restart of it too."""
         await self._ready.wait()
 
+    async def restart(self, settings: MemberSettings) -> None:
+        """Go on with other ``settings`` (of the same directory); returns when the member serves again."""
+        self.settings = settings
+        process = self._process
+        if process is not None and process.returncode is None:
+            self._is_restarting = True
+            self._ready.clear()
+            process.send_signal(signal.SIGTERM)
+        await self._ready.wait()
+
     # -- before the start --------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -108,11 +120,14 @@ class Member:
                 f"the path of a socket may have {SOCKET_PATH_BYTES_MAX} bytes, and {settings.socket} has more: "
                 "choose a shorter run directory"
             )
-        if shutil.which("setpriv") is None:
-            raise FailedPrecondition("setpriv is missing: install util-linux")
+        for tool in ("setpriv", "unshare", "mount"):
+            if shutil.which(tool) is None:
+                raise FailedPrecondition(f"{tool} is missing: install util-linux")
         settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         settings.directory.chmod(0o700)
         settings.socket.parent.mkdir(parents=True, exist_ok=True)
+        if settings.has_hosts:
+            write_hosts(settings.directory, load_peers(settings.directory))
         check_upgrade(read_version(settings.directory), self._binary.version)
         check_log(settings.data)
         missing = missing_bytes(settings.data)
@@ -131,6 +146,9 @@ class Member:
             started = self._clock.monotonic()
             output = Output()
             return_code = await self._run_once(output)
+            if self._is_restarting:
+                self._is_restarting = False
+                continue
             if return_code == 0:
                 raise MemberRemoved("this node is no longer a manager: the other managers removed its store")
             now = self._clock.monotonic()
@@ -152,9 +170,8 @@ class Member:
         settings.socket.unlink(missing_ok=True)
         # The signal follows the thread that forks, so this must run in the main thread, as event loops do.
         process = await asyncio.create_subprocess_exec(
-            "setpriv",
-            "--pdeathsig",
-            "TERM",
+            *("setpriv", "--pdeathsig", "TERM"),
+            *_with_own_hosts(settings),
             str(self._binary.path),
             *arguments(settings, self._binary.version),
             env={"PATH": os.environ.get("PATH", os.defpath), **environment(settings)},
@@ -188,15 +205,22 @@ class Member:
                 if self.settings.is_solo and self._clock.monotonic() - started > self.settings.ready_s:
                     raise MemberFailed(self._not_ready())
                 await self._clock.sleep(POLL_S)
+            await self._probe(client)
+        write_version(self.settings.directory, self._binary.version)
+        log.info("etcd ready", seconds=round(self._clock.monotonic() - started, 3))
+        self._ready.set()
+
+    async def _probe(self, client: Client) -> None:
+        """Finish a write.  A learner does when it has got its vote, one among several when there is a quorum."""
+        while True:
             try:
                 await client.put(PREFIX + b"probe/" + self.settings.name.encode(), b"", timeout_s=PROBE_S)
             except Unavailable as error:
                 if self.settings.is_solo:
                     raise MemberFailed(self._not_ready()) from error
-                raise
-        write_version(self.settings.directory, self._binary.version)
-        log.info("etcd ready", seconds=round(self._clock.monotonic() - started, 3))
-        self._ready.set()
+                await self._clock.sleep(POLL_S)
+            else:
+                return
 
     def _not_ready(self) -> str:
         """A single member with data that finds no leader, or finishes no write, lacks a part of its log."""
@@ -230,6 +254,17 @@ class Member:
                 log.error("no space for the store", path=str(self.settings.directory), missing_bytes=missing)
                 is_told = True
             await self._clock.sleep(1.0)
+
+
+def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
+    """What stands before a command that finds its peers in its own hosts file.
+
+    ``slave``: what is unmounted on this machine vanishes from etcd's namespace, too.
+    """
+    if settings.hosts is None:
+        return ()
+    mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
+    return ("unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", mount, str(settings.hosts))
 
 
 def check_log(data: Path) -> None:

@@ -1,0 +1,105 @@
+"""Coming in as a further manager: asked at each start of a manager whose store is still empty.
+
+It is let in as a member that learns, starts its etcd among the others, and asks for its vote until it gets it.  What
+an interrupted attempt left among the others is removed by the next one, or by the leader after a minute.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+import structlog
+from google.protobuf.message import Message
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, Unavailable, Unimplemented
+from skep.model.ids import NodeId
+from skep.security.keypair import KeyPair
+from skep.security.tls import MANAGER_NAME, client_context
+from skep.store.etcd.peers import Peer
+from skep.wire import methods
+from skep.wire import skep_pb2 as pb
+from skep.wire.client import connected
+from skep.wire.methods import Unary
+
+log = structlog.get_logger(__name__)
+
+ADD_S = 15.0
+"""For being let in: the only manager so far restarts its etcd before."""
+
+VOTE_S = 5.0
+
+Q = TypeVar("Q", bound=Message)
+A = TypeVar("A", bound=Message)
+
+
+class Admission(msgspec.Struct, frozen=True, kw_only=True):
+    """What a new manager is told.  ``addr``: ``ip:port`` under which the others know it."""
+
+    peers: tuple[Peer, ...]
+    wrapping_key: bytes
+    cluster_token: str
+    incarnation: int
+    addr: str
+
+
+class Applicant:
+    """A manager to be, with the addresses of managers that it may ask."""
+
+    def __init__(
+        self, managers: Sequence[str], pair: KeyPair, clock: Clock, chance: Callable[[], float]
+    ) -> None:
+        self._managers = managers
+        self._pair = pair
+        self._clock = clock
+        self._chance = chance
+
+    async def admission(self, addr: str, peer_port: int) -> Admission:
+        """Ask to be let in until one of the managers does it.
+
+        Args:
+            addr: ``ip:port`` of this manager; ``:port``: the manager asked sees the rest.
+
+        Raises: PermissionDenied, FailedPrecondition: this node is not to be a manager.
+        """
+        request = pb.AddMemberRequest(addr=addr, peer_port=peer_port)
+        reply = await self._ask(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, chance=self._chance))
+        return admission_of(reply, self._pair.identity.node_id)
+
+    async def vote(self) -> None:
+        """Ask for this manager's vote until it has one: that takes as long as it has to catch up.
+
+        Raises: FailedPrecondition: it was removed meanwhile.
+        """
+        backoff = Backoff(0.03, 1.0, chance=self._chance)
+        await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff)
+
+    async def _ask(self, method: Unary[Q, A], request: Q, timeout_s: float, backoff: Backoff) -> A:
+        """The first answer that any of the managers gives."""
+        while True:
+            for manager in self._managers:
+                try:
+                    async with connected(manager, client_context(self._pair), MANAGER_NAME) as channel:
+                        return await channel.call(method, request, timeout_s=timeout_s)
+                except Unavailable as error:
+                    log.debug("not yet", asked=method.path, manager=manager, reason=str(error))
+                except Unimplemented as error:
+                    raise FailedPrecondition(
+                        f"{manager} is no manager of Skep: join its cluster with the worker token instead"
+                    ) from error
+            await backoff.sleep(self._clock)
+
+
+def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> Admission:
+    """What ``reply`` says.  Raises: FailedPrecondition: it is of no use."""
+    peers = tuple(Peer(name=member.name, url=member.peer_url, ip=member.ip) for member in reply.members)
+    if node_id not in {peer.name for peer in peers} or not all(peer.url for peer in peers):
+        raise FailedPrecondition("the manager's answer names no place for this one: are they of one version?")
+    return Admission(
+        peers=peers,
+        wrapping_key=reply.wrapping_key,
+        cluster_token=reply.cluster_token,
+        incarnation=reply.incarnation,
+        addr=reply.addr,
+    )

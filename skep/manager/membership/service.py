@@ -1,0 +1,122 @@
+"""``skep.v1.Managers``: takes further managers in.  Any manager answers; a caller speaks for itself only."""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import structlog
+
+from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from skep.manager.membership.addresses import AddressBook
+from skep.manager.membership.consensus import Consensus
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
+from skep.store.etcd.errors import NoMember
+from skep.store.etcd.membership import RaftMember
+from skep.store.etcd.peers import peer_url
+from skep.store.interface import Store, Transaction
+from skep.wire import methods
+from skep.wire import skep_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.client import split_address
+from skep.wire.service import Handler, unary
+
+log = structlog.get_logger(__name__)
+
+
+class MembersService:
+    """Takes managers in at their request.
+
+    Args:
+        wrapping_key: what opens the cluster's data keys, at this moment.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        consensus: Consensus,
+        book: AddressBook,
+        wrapping_key: Callable[[], bytes],
+        cluster_id: ClusterId,
+    ) -> None:
+        self._store = store
+        self._consensus = consensus
+        self._book = book
+        self._wrapping_key = wrapping_key
+        self._cluster_id = cluster_id
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (
+            unary(methods.ADD_MEMBER, self._add),
+            unary(methods.PROMOTE_MEMBER, self._promote),
+        )
+
+    async def _add(self, request: pb.AddMemberRequest, caller: Caller) -> pb.AddMemberResponse:
+        if not 0 < request.peer_port < 65536:
+            raise InvalidArgument(f"{request.peer_port} is no port for a manager's peers")
+        addr = full_address(request.addr, caller.address)
+        await self._store.update(announce_manager, caller.node_id, addr)
+        # Everybody finds the new one by the time its etcd calls: the others follow the node objects.
+        self._book.note(await self._consensus.all())
+        members = await self._consensus.add(caller.node_id, peer_url(caller.node_id, request.peer_port))
+        self._book.note(members)
+        log.info("manager comes in", node=caller.node_id, addr=addr)
+        return pb.AddMemberResponse(
+            members=self._shown(members),
+            wrapping_key=self._wrapping_key(),
+            cluster_token=self._cluster_id,
+            incarnation=self._store.incarnation,
+            addr=addr,
+        )
+
+    def _shown(self, members: Sequence[RaftMember]) -> list[pb.Member]:
+        ips = {peer.name: peer.ip for peer in self._book.peers}
+        return [
+            pb.Member(name=member.name, peer_url=member.url, ip=ips.get(member.name, ""))
+            for member in members
+        ]
+
+    async def _promote(self, _request: pb.PromoteMemberRequest, caller: Caller) -> pb.PromoteMemberResponse:
+        try:
+            await self._consensus.promote(caller.node_id)
+        except NoMember as error:
+            raise FailedPrecondition("this manager was removed while it was coming in") from error
+        return pb.PromoteMemberResponse()
+
+
+def full_address(said: str, seen: str) -> str:
+    """Where others reach a manager that calls itself ``said`` and whose calls come from ``seen``.
+
+    Raises: InvalidArgument: it is no address.
+    """
+    host, _, port = said.rpartition(":")
+    if not host.strip("[]"):
+        host = f"[{seen}]" if ":" in seen else seen
+    addr = f"{host}:{port}"
+    split_address(addr)
+    return addr
+
+
+def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
+    """Write where the manager to be is found.
+
+    Raises: PermissionDenied: the node was removed; FailedPrecondition: it is to be no manager.
+    """
+    node = tx.lookup(Node, node_id)
+    if node is None:
+        raise PermissionDenied(f"Permission denied: node {node_id} is not part of this swarm")
+    if node.spec.role is not NodeRole.MANAGER:
+        raise FailedPrecondition(f"node {node_id} is not to be a manager: promote it first")
+    for other in tx.find(Node):
+        if other.id != node_id and _answers_at(other, addr):
+            raise Unavailable(
+                f"another manager ({other.id}) is at {addr} already: give this one another --advertise-addr"
+            )
+    status = node.manager_status or ManagerStatus()
+    if status.addr != addr:
+        tx.put(msgspec.structs.replace(node, manager_status=msgspec.structs.replace(status, addr=addr)))
+
+
+def _answers_at(node: Node, addr: str) -> bool:
+    status = node.manager_status
+    return status is not None and status.addr == addr and status.reachability is not Reachability.UNREACHABLE

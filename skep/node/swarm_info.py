@@ -1,0 +1,60 @@
+"""The ``Swarm`` section of ``/info``, and what a node that is no manager says to requests for one.
+
+Source: moby 20.10, daemon/cluster/{swarm,cluster}.go, cli/command/system/info.go (the warning).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from skep.errors import SkepError
+from skep.node.local import LocalNode, Peer
+from skep.node.local_api import LocalApi
+
+NO_SWARM = "This node is not part of a swarm"
+IN_A_SWARM = (
+    'This node is already part of a swarm. Use "docker swarm leave" to leave this swarm and join another one.'
+)
+NOT_IN_A_SWARM = (
+    'This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" '
+    "to connect this node to swarm and try again."
+)
+NOT_A_MANAGER = (
+    "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. "
+    "Please run this command on a manager node or promote the current node to a manager."
+)
+TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
+         no fault tolerance, and poses a high risk to lose control over the cluster.
+         Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
+         Swarm for fault-tolerance."""
+
+
+def local_section(
+    node: LocalNode | None, *, status: str, trouble: str, managers: Sequence[Peer]
+) -> dict[str, Any]:
+    """What the node says by itself.  ``managers``: as its agent heard last."""
+    section: dict[str, Any] = {
+        "NodeID": "",
+        "NodeAddr": "",
+        "LocalNodeState": status,
+        "ControlAvailable": False,
+        "Error": trouble,
+        "RemoteManagers": None,
+    }
+    if node is not None:
+        section["NodeID"] = node.node_id
+        section["NodeAddr"] = node.advertise_addr.rpartition(":")[0].strip("[]") or node.local_addr
+        section["RemoteManagers"] = tuple(managers) or node.managers or None
+    return section
+
+
+async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
+    """What a manager adds; only an ``Error`` while it does not answer."""
+    try:
+        swarm = await manager_api.get("/swarm")
+        nodes = await manager_api.get("/nodes")
+    except SkepError as error:
+        return {"Error": str(error)}
+    managers = sum("ManagerStatus" in node for node in nodes)
+    swarm.pop("JoinTokens", None)
+    info = {"ControlAvailable": True, "Nodes": len(nodes), "Managers": managers, "Cluster": swarm}
+    return info | ({"Warnings": [TWO_MANAGERS]} if managers == 2 else {})

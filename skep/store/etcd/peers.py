@@ -1,0 +1,79 @@
+"""The members of the managers' consensus, and the private hosts file in which each etcd finds them.
+
+Peers are named by node id (``https://<node id>:2378``) and never by address, so addresses may change.  What a name
+leads to stands in a hosts file that only this manager's etcd sees, in place of ``/etc/hosts``.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from skep.errors import FailedPrecondition
+from skep.linux.files import replace_file
+
+MEMBERS_FILE = "members.json"
+HOSTS_FILE = "hosts"
+
+_HEAD = "127.0.0.1 localhost\n::1 localhost\n"
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """One member.  ``name``: its node's id; ``url``: as raft knows it; ``ip``: where the name leads to."""
+
+    name: str
+    url: str
+    ip: str
+
+
+def peer_url(name: str, port: int) -> str:
+    """The URL of a member's peer port: by name, so that addresses may change."""
+    return f"https://{name}:{port}"
+
+
+def hosts_content(peers: Iterable[Peer]) -> bytes:
+    """The hosts file in which all of ``peers`` are found."""
+    lines = sorted({f"{peer.ip} {peer.name}\n" for peer in peers if peer.ip})
+    return (_HEAD + "".join(lines)).encode()
+
+
+def write_hosts(directory: Path, peers: Iterable[Peer]) -> None:
+    """Make etcd find ``peers``; it looks again within 5 s, and at once for a name it has not asked for yet.
+
+    The file is mounted in etcd's namespace, so it is written in place: a new one would not be seen.
+    """
+    content = hosts_content(peers)
+    descriptor = os.open(directory / HOSTS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if os.pread(descriptor, len(content) + 1, 0) != content:
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)
+
+
+def save_peers(directory: Path, peers: Iterable[Peer]) -> None:
+    """Remember ``peers`` for the next start, and have etcd find them."""
+    known = sorted(peers)
+    if load_peers(directory) != tuple(known):
+        replace_file(
+            directory / MEMBERS_FILE, msgspec.json.format(msgspec.json.encode(known), indent=2) + b"\n"
+        )
+    write_hosts(directory, known)
+
+
+def load_peers(directory: Path) -> tuple[Peer, ...]:
+    """The members as last heard of; empty: this one is alone, or has not come in yet.
+
+    Raises: FailedPrecondition: the file is damaged.
+    """
+    path = directory / MEMBERS_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=tuple[Peer, ...])
+    except FileNotFoundError:
+        return ()
+    except (OSError, msgspec.DecodeError) as error:
+        raise FailedPrecondition(
+            f"{path} cannot be read ({error}): remove this manager from the swarm and join it again"
+        ) from error
