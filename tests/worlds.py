@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Change, Recheck, Step, apply
 from skep.manager.orchestrator.convergence import next_steps
+from skep.manager.orchestrator.enforcement import overcommitted
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
 from skep.model.ids import NodeId, TaskId
@@ -40,10 +41,15 @@ class World:
             tasks=tuple(self.tasks.values()),
             nodes=lambda: tuple(self.nodes[id] for id in sorted(self.nodes)),
             node=self.nodes.get,
+            overcommitted=self._overcommitted,
             spec_of=self._spec_of,
             seen=self.seen,
             now=self.now,
         )
+
+    def _overcommitted(self, node_id: NodeId) -> frozenset[TaskId]:
+        tasks = [task for task in self.tasks.values() if task.node_id == node_id]
+        return overcommitted(self.nodes[node_id], tasks)
 
     def steps(self) -> list[Step]:
         return next_steps(self.situation)

@@ -10,7 +10,7 @@ from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.network import Network
-from skep.model.service import GenericResource, PortConfig, TaskSpec
+from skep.model.service import EndpointVirtualIP, GenericResource, PortConfig, TaskSpec
 from skep.model.times import ZERO_TIME, Timestamp
 
 
@@ -134,7 +134,7 @@ class Task(ApiObject):
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the task is meant to run, or (COMPLETE, a job's) to run to its end; it may have ended all the same."""
+        """Whether the task is meant to run (a job's: to its end); it may have ended all the same."""
         return self.desired_state <= TaskState.COMPLETE
 
     @property
@@ -154,6 +154,8 @@ class AssignedTask(msgspec.Struct, frozen=True, kw_only=True):
     service_labels: Mapping[str, str] = {}
     ports: tuple[PortConfig, ...] = ()
     """Every published port of the service, ingress and host mode."""
+    virtual_ips: tuple[EndpointVirtualIP, ...] = ()
+    """The service's address on each overlay network; none with DNS round robin."""
 
     @property
     def name(self) -> str:

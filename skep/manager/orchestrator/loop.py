@@ -14,11 +14,12 @@ from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, contained
 from skep.manager.orchestrator.changes import Change, Recheck, apply
 from skep.manager.orchestrator.convergence import next_steps
+from skep.manager.orchestrator.enforcement import is_out_of_place, overcommitted
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unusable
-from skep.model.ids import IdSource, ServiceId
+from skep.model.ids import IdSource, NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec, UpdateStatus
 from skep.model.task import Task, TaskState
@@ -50,6 +51,7 @@ class Orchestrator:
         self._guard = Guard(clock, random)
         self._seen = Sightings(clock.monotonic())
         self._global: set[ServiceId] = set()
+        self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
@@ -58,6 +60,7 @@ class Orchestrator:
 
     def _start(self, snapshot: View) -> None:
         self._seen = Sightings(self._clock.monotonic())
+        self._overcommitted.clear()
         services = snapshot.find(Service)
         self._global = {service.id for service in services if _is_global(service)}
         self._agenda.add(service.id for service in services)
@@ -89,16 +92,21 @@ class Orchestrator:
                 case Created(Node()):
                     yield from sorted(self._global)
                 case Deleted(Node() as node):
+                    self._overcommitted.pop(node.id, None)
                     yield from self._of_node(node)
                 case Updated(Node() as before, Node() as after):
                     if before.spec != after.spec or before.description != after.description:
-                        yield from sorted(self._global)
-                    if is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after):
+                        self._overcommitted.pop(after.id, None)
+                        yield from self._of_node(after)
+                    elif is_unusable(before) != is_unusable(after) or is_lost(before) != is_lost(after):
                         yield from self._of_node(after)
 
     def _is_assigned_in_vain(self, old: Task, new: Task) -> bool:
-        """Whether the task got a node that went away at the same moment."""
-        return old.node_id != new.node_id and is_unusable(self._term.view().lookup(Node, new.node_id))
+        """Whether the task got a node that went away, or was labelled anew, at the same moment."""
+        if old.node_id == new.node_id:
+            return False
+        node = self._term.view().lookup(Node, new.node_id)
+        return node is None or is_unusable(node) or is_out_of_place(new, node)
 
     def _of_node(self, node: Node) -> Iterable[ServiceId]:
         yield from sorted(self._global)
@@ -156,11 +164,21 @@ class Orchestrator:
                 tasks=tasks,
                 nodes=lambda: tuple(view.find(Node)),
                 node=lambda node_id: view.lookup(Node, node_id),
+                overcommitted=self._overcommitted_on,
                 spec_of=spec_of,
                 seen=self._seen,
                 now=self._clock.monotonic(),
             )
         )
+
+    def _overcommitted_on(self, node_id: NodeId) -> frozenset[TaskId]:
+        """Decided once for each change of a node: the scheduler never gives it more than it has."""
+        if node_id not in self._overcommitted:
+            view = self._term.view()
+            node = view.lookup(Node, node_id)
+            tasks = view.find(Task, node_id=node_id)
+            self._overcommitted[node_id] = overcommitted(node, tasks) if node is not None else frozenset()
+        return self._overcommitted[node_id]
 
     async def _commit(self, changes: list[tuple[ServiceId, Change]]) -> None:
         """Write the changes, each a transaction of its own, in as few raft entries as possible."""

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import msgspec
 
+from skep.manager.orchestrator.enforcement import is_out_of_place
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.slots import is_unusable
-from skep.model.ids import NodeId
+from skep.model.ids import NodeId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
@@ -22,6 +23,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     node: Callable[[NodeId], Node | None]
     spec_of: Callable[[Task], ServiceSpec | None]
     """The service's spec that a task was made from; None when it is no longer kept."""
+    overcommitted: Callable[[NodeId], frozenset[TaskId]]
+    """Tasks of a node that it has no room for any more."""
     seen: Sightings
     now: float
     """Seconds on the clock of ``seen``."""
@@ -31,4 +34,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_misplaced(self, task: Task) -> bool:
         """Whether the task has a node and must leave it."""
-        return bool(task.node_id) and is_unusable(self.node(task.node_id))
+        if not task.node_id:
+            return False
+        node = self.node(task.node_id)
+        if node is None or is_unusable(node):
+            return True
+        return is_out_of_place(task, node) or task.id in self.overcommitted(task.node_id)

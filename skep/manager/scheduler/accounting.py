@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from skep.manager.scheduler.generic import GenericStock
-from skep.manager.scheduler.requirements import HostPort, Requirements, reservations_of
+from skep.manager.resources import GenericStock, reservations_of
+from skep.manager.scheduler.requirements import HostPort, Requirements
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import GenericResource

@@ -1,13 +1,15 @@
 """What a task asks of a node.  Tasks of one service and version ask for the same, so it is derived once for all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import msgspec
 
 from skep.model.constraints import Constraint, parsed
-from skep.model.ids import ServiceId
+from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Version
+from skep.model.network import Network
+from skep.model.planes import is_overlay, plane_of
 from skep.model.service import (
     GenericResource,
     Placement,
@@ -40,10 +42,18 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     plugins: tuple[Plugin, ...] = ()
     host_ports: tuple[HostPort, ...] = ()
     max_replicas: int = 0
+    planes: tuple[str, ...] = ()
+    """Data planes that its overlay networks belong to; none when no network belongs to one yet."""
 
 
-def requirements_of(task: Task, service_spec: ServiceSpec | None) -> Requirements:
-    """What ``task`` asks for.  ``service_spec``: the spec that it was made from (for its host-mode ports).
+def requirements_of(
+    task: Task, service_spec: ServiceSpec | None, planes: tuple[str, ...] = ()
+) -> Requirements:
+    """What ``task`` asks for.
+
+    Args:
+        service_spec: the spec that it was made from (for its host-mode ports).
+        planes: of its overlay networks, as they are now (``planes_of``).
 
     Raises:
         InvalidArgument: a constraint cannot be parsed (control refuses such).
@@ -63,7 +73,22 @@ def requirements_of(task: Task, service_spec: ServiceSpec | None) -> Requirement
         plugins=tuple(_plugins(task)),
         host_ports=host_ports(service_spec),
         max_replicas=placement.max_replicas,
+        planes=planes,
     )
+
+
+def overlays_of(task: Task) -> Iterator[NetworkId]:
+    """The overlay networks of a task; not the ingress network, which lies on both data planes."""
+    for attachment in task.networks_attachments:
+        network = attachment.network
+        if network is not None and is_overlay(network) and not network.spec.ingress:
+            yield network.id
+
+
+def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tuple[str, ...]:
+    """The data planes that the task's overlay networks belong to, sorted; undecided ones left out."""
+    found = (network(id) for id in overlays_of(task))
+    return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
 
 
 def reservations_of(spec: TaskSpec) -> Resources:
@@ -90,8 +115,9 @@ def _plugins(task: Task) -> Iterator[Plugin]:
         if mount.type == "volume" and driver is not None and driver.name not in ("", "local"):
             yield "Volume", driver.name
     for attachment in task.networks_attachments:
-        if attachment.network is not None and attachment.network.driver_state.name:
-            yield "Network", attachment.network.driver_state.name
+        network = attachment.network
+        if network is not None and network.driver_state.name and not network.spec.ingress:
+            yield "Network", network.driver_state.name
     log_driver = task.spec.log_driver
     if log_driver is not None and log_driver.name not in ("", "none"):
         yield "Log", log_driver.name

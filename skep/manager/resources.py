@@ -1,13 +1,14 @@
-"""Generic resources: what a user counts (``gpu=2``) or names (``gpu=uuid1,uuid2``) on a node.
+"""What tasks keep for themselves on a node: processor, memory, and generic resources.
 
-A task always asks for a number; it gets that many names where the node names them.
+A generic resource is one that a user counts (``gpu=2``) or names (``gpu=uuid1,uuid2``).  A task always asks for a
+number; it gets that many names where the node names them.
 
 Source: swarmkit, api/genericresource/resource_management.go.
 """
 
 from collections.abc import Iterable
 
-from skep.model.service import DiscreteResource, GenericResource, NamedResource
+from skep.model.service import DiscreteResource, GenericResource, NamedResource, Resources, TaskSpec
 
 
 class GenericStock:
@@ -22,6 +23,13 @@ class GenericStock:
         """Whether as much as ``wanted`` is free."""
         kind, amount = kind_and_amount(wanted)
         return max(self._counts.get(kind, 0), len(self._names.get(kind, ()))) >= amount
+
+    def holds(self, given: GenericResource) -> bool:
+        """Whether the very resource that a task was given is there and free."""
+        if (named := given.named_resource_spec) is not None:
+            return named.value in self._names.get(named.kind, {})
+        kind, amount = kind_and_amount(given)
+        return self._counts.get(kind, 0) >= amount
 
     def chosen(self, wanted: Iterable[GenericResource]) -> tuple[GenericResource, ...]:
         """The very resources a task would get; names in the node's order.  They stay free until ``take``."""
@@ -55,6 +63,12 @@ class GenericStock:
                 self._names.setdefault(named.kind, {})[named.value] = None
             elif (discrete := resource.discrete_resource_spec) is not None:
                 self._counts[discrete.kind] = self._counts.get(discrete.kind, 0) + discrete.value
+
+
+def reservations_of(spec: TaskSpec) -> Resources:
+    """What a task with this spec keeps for itself on its node."""
+    resources = spec.resources
+    return (resources.reservations if resources else None) or Resources()
 
 
 def kind_and_amount(resource: GenericResource) -> tuple[str, int]:

@@ -1,0 +1,52 @@
+"""Enforcement: tasks that have to leave a node which changed under them, by its labels or by what it has.
+
+A task leaves when its node no longer meets its constraints, or when the node has less than its tasks have reserved;
+then the oldest tasks stay.  A paused node keeps what it has, and a drained one loses everything by another rule.
+
+Differences from swarmkit: such a task is replaced like one of a drained node (it ends as SHUTDOWN, without the restart
+delay), where swarmkit calls it REJECTED while its container still runs; which tasks of an overcommitted node stay does
+not depend on chance.
+
+Source: swarmkit, manager/orchestrator/constraintenforcer/constraint_enforcer.go.
+"""
+
+from collections.abc import Iterable
+
+from skep.manager.orchestrator.slots import age
+from skep.manager.resources import GenericStock, reservations_of
+from skep.model.constraints import is_satisfied
+from skep.model.ids import TaskId
+from skep.model.node import Availability, Node
+from skep.model.service import Placement
+from skep.model.task import Task, TaskState
+
+
+def is_out_of_place(task: Task, node: Node) -> bool:
+    """Whether the active ``node`` no longer meets the constraints of its ``task``."""
+    constraints = (task.spec.placement or Placement()).constraints
+    return node.spec.availability is Availability.ACTIVE and not is_satisfied(constraints, node)
+
+
+def overcommitted(node: Node, tasks: Iterable[Task]) -> frozenset[TaskId]:
+    """Which of the ``tasks`` of an active ``node`` are more than it has room for; the oldest find room first."""
+    if node.spec.availability is not Availability.ACTIVE:
+        return frozenset()
+    resources = node.description.resources
+    nano_cpus, memory_bytes = resources.nano_cpus, resources.memory_bytes
+    stock = GenericStock(resources.generic_resources)
+    surplus = set()
+    for task in sorted(filter(_holds, tasks), key=age):
+        reserved = reservations_of(task.spec)
+        has_room = reserved.nano_cpus <= nano_cpus and reserved.memory_bytes <= memory_bytes
+        if not (has_room and all(map(stock.holds, task.generic_resources))):
+            surplus.add(task.id)
+            continue
+        nano_cpus -= reserved.nano_cpus
+        memory_bytes -= reserved.memory_bytes
+        stock.take(task.generic_resources)
+    return frozenset(surplus)
+
+
+def _holds(task: Task) -> bool:
+    """Whether the task is meant to go on holding its part of the node."""
+    return task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING

@@ -1,0 +1,104 @@
+"""Tasks leave a node that no longer meets their constraints, or has less than they reserved."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.changes import ReplaceTask, RetireTask
+from skep.manager.orchestrator.enforcement import overcommitted
+from skep.model.node import Availability
+from skep.model.service import (
+    DiscreteResource,
+    GenericResource,
+    NamedResource,
+    Resources,
+    RestartCondition,
+    RestartPolicy,
+)
+from skep.model.task import Task
+from tests.builders import a_node, a_service, a_task
+from tests.worlds import World
+
+NORTH = a_service("web", constraints=("node.labels.zone == north",))
+
+
+def test_a_task_leaves_a_node_that_was_labelled_anew() -> None:
+    task = a_task(service=NORTH, node="n1")
+    world = World(NORTH, [task], [a_node("n1", labels={"zone": "north"})])
+    assert world.steps() == []
+    world.nodes[task.node_id] = a_node("n1", labels={"zone": "south"})
+    assert [type(step) for step in world.steps()] == [ReplaceTask]
+    world.settle()
+    (successor,) = (other for other in world.tasks.values() if other.is_active)
+    assert successor.node_id == ""
+
+
+def test_a_paused_node_keeps_a_task_that_its_labels_rule_out() -> None:
+    task = a_task(service=NORTH, node="n1")
+    world = World(NORTH, [task], [a_node("n1", availability=Availability.PAUSE)])
+    assert world.steps() == []
+
+
+def test_a_task_that_is_not_restarted_leaves_without_a_successor() -> None:
+    never = RestartPolicy(condition=RestartCondition.NONE)
+    service = a_service("web", constraints=("node.labels.zone == north",), restart=never)
+    task = a_task(service=service, node="n1")
+    assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task)]
+
+
+def test_a_global_service_leaves_a_node_that_was_labelled_anew() -> None:
+    service = a_service("agent", is_global=True, constraints=("node.labels.zone == north",))
+    task = a_task(slot=0, service=service, node="n1")
+    assert World(service, [task], [a_node("n1")]).steps() == [RetireTask(task)]
+
+
+@pytest.mark.parametrize(
+    ("has", "stay"),
+    [
+        (Resources(nano_cpus=3, memory_bytes=30), 3),
+        (Resources(nano_cpus=2, memory_bytes=30), 2),
+        (Resources(nano_cpus=3, memory_bytes=10), 1),
+        (Resources(), 0),
+    ],
+)
+def test_of_a_node_that_shrank_the_oldest_tasks_keep_their_place(has: Resources, stay: int) -> None:
+    service = a_service("web", reserve=Resources(nano_cpus=1, memory_bytes=10))
+    tasks = [a_task(service=service, slot=number, node="n1") for number in (1, 2, 3)]
+    gone = overcommitted(a_node("n1", has=has), reversed(tasks))
+    assert gone == {task.id for task in tasks[stay:]}
+
+
+def test_a_named_resource_that_is_gone_takes_its_task_along() -> None:
+    first, second = (GenericResource(named_resource_spec=NamedResource(kind="gpu", value=v)) for v in "ab")
+    tasks = [replace(a_task(node="n1"), generic_resources=(resource,)) for resource in (first, second)]
+    node = a_node("n1", has=Resources(generic_resources=(second,)))
+    assert overcommitted(node, tasks) == {tasks[0].id}
+
+
+def test_fewer_countable_resources_than_given_out_take_the_youngest_task_along() -> None:
+    def chips(number: int) -> tuple[GenericResource, ...]:
+        return (GenericResource(discrete_resource_spec=DiscreteResource(kind="chip", value=number)),)
+
+    tasks = [replace(a_task(node="n1"), generic_resources=chips(2)) for _ in range(2)]
+    assert overcommitted(a_node("n1", has=Resources(generic_resources=chips(3))), tasks) == {tasks[1].id}
+
+
+sizes = st.lists(st.integers(0, 4), max_size=8)
+
+
+@given(sizes, st.integers(0, 12), st.randoms())
+def test_what_stays_fits_and_one_application_is_enough(wants: list[int], has: int, random: object) -> None:
+    tasks: list[Task] = []
+    for number, want in enumerate(wants, 1):
+        service = a_service("web", reserve=Resources(nano_cpus=want))
+        tasks.append(a_task(service=service, slot=number, node="n1"))
+    node = a_node("n1", has=Resources(nano_cpus=has, memory_bytes=1))
+    shuffled = list(tasks)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    gone = overcommitted(node, shuffled)
+    assert gone == overcommitted(node, tasks)
+    stay = [task for task in tasks if task.id not in gone]
+    reserved = [task.spec.resources.reservations for task in stay if task.spec.resources]
+    assert sum(one.nano_cpus for one in reserved if one is not None) <= has
+    assert overcommitted(node, stay) == frozenset()
