@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from contextlib import closing
 
 import msgspec
 import structlog
@@ -73,7 +74,7 @@ async def _serve(paths: Paths, reservations: Reservations) -> None:
         server = await asyncio.start_unix_server(converse, paths.net_socket)
     finally:
         os.umask(mask)
-    async with server:
+    with closing(server):  # only that: waiting for it would be waiting for the conversations
         reservations.write_down()
         log.info("net process serves", ports=len(reservations.list()))
         await over.wait()

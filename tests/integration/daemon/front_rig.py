@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import aiohttp
@@ -98,7 +98,7 @@ class Rig:
 
             loop = asyncio.get_running_loop()
             server = await loop.create_unix_server(counted, self.manager_socket)
-            async with server:
+            with closing(server):
                 yield
             self.manager_socket.unlink(missing_ok=True)
 
@@ -106,8 +106,9 @@ class Rig:
     async def engine(
         self, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
     ) -> AsyncIterator[None]:
-        async with await asyncio.start_unix_server(serve, self.engine_socket):
+        with closing(await asyncio.start_unix_server(serve, self.engine_socket)):
             yield
+        self.engine_socket.unlink(missing_ok=True)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[aiohttp.ClientSession]:

@@ -1,0 +1,147 @@
+"""Port 7946 of a manager: how docker nodes find each other.
+
+An engine looks for gossip members at the managers' addresses and nowhere else.  With Docker, a manager is an engine
+and answers there; ours is none.  So while docker nodes exist, every manager passes connections at this port on to a
+docker node other than the caller: plain bytes, sealed with keys that the relay does not look at.  Engines that met once
+gossip directly.  They go on asking every 60 s, because no member has the manager's address, and that
+heals a split gossip.  UDP is not needed for that.
+
+Only addresses of docker nodes are served, few at a time, each for a bounded time and number of bytes.
+
+Source: moby, libnetwork/networkdb/cluster.go (rejoinClusterBootStrap).
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from random import Random
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.manager.follow import follow
+from skep.model.node import Node, NodeState
+from skep.model.planes import is_docker_node
+from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
+
+log = structlog.get_logger(__name__)
+
+PORT = 7946
+CONNECTIONS_MAX = 64
+CONNECTIONS_PER_NODE_MAX = 4
+CONNECT_S_MAX = 5.0
+RELAY_S_MAX = 30.0
+"""An exchange of all that two engines know takes a fraction of a second."""
+RELAY_BYTES_MAX = 16 * 1024 * 1024
+"""In each direction; a thousand nodes with ten thousand tasks have a tenth of it to say."""
+_PIECE = 16 * 1024
+
+
+class Relay:
+    """Passes gossip on between docker nodes.  Runs on every manager."""
+
+    def __init__(self, store: Store, host: str, clock: Clock, random: Random, port: int = PORT) -> None:
+        """``host``: where the manager listens."""
+        self._store = store
+        self._host = host
+        self._port = port
+        self._clock = clock
+        self._random = random
+        self._nodes: dict[str, Node] = {}
+        self._changed = asyncio.Event()
+        self._open: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Listen while there are docker nodes, until cancelled."""
+        await follow(self._store, (Node,), start=self._start, note=self._note, work=self._work)
+
+    def _start(self, view: View) -> None:
+        self._nodes = {node.id: node for node in view.find(Node) if is_docker_node(node)}
+        self._changed.set()
+
+    def _note(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Node() as node) | Updated(_, Node() as node) if is_docker_node(node):
+                    self._nodes[node.id] = node
+                case Updated(_, Node() as node) | Deleted(Node() as node):
+                    self._nodes.pop(node.id, None)
+        self._changed.set()
+
+    async def _work(self) -> None:
+        backoff = Backoff(1.0, 60.0, chance=self._random.random)
+        while True:
+            await self._wait(has_docker_nodes=True)
+            try:
+                server = await asyncio.start_server(self._relay, self._host, self._port, limit=_PIECE)
+            except OSError as error:
+                # Perhaps an engine of this machine is there itself: then it answers instead.
+                log.warning("gossip is not relayed", port=self._port, reason=error.strerror or str(error))
+                await backoff.sleep(self._clock)
+                continue
+            backoff.reset()
+            log.info("gossip relayed", port=self._port)
+            with closing(server):  # only that: what is being passed on ends by itself
+                await self._wait(has_docker_nodes=False)
+
+    async def _wait(self, *, has_docker_nodes: bool) -> None:
+        while bool(self._nodes) is not has_docker_nodes:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection: from the docker node that made it to another one."""
+        caller = str(writer.get_extra_info("peername")[0])
+        is_refused = self._open.total() >= CONNECTIONS_MAX or self._open[caller] >= CONNECTIONS_PER_NODE_MAX
+        targets = peers_of(caller, self._nodes.values())
+        self._open[caller] += 1
+        try:
+            if targets and not is_refused:
+                await self._join(reader, writer, self._random.choice(targets))
+        finally:
+            self._open[caller] -= 1
+            self._open += Counter()  # without those at zero
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: str) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_S_MAX):
+                there, back = await asyncio.open_connection(target, self._port, limit=_PIECE)
+        except (OSError, TimeoutError) as error:
+            log.info("gossip not relayed", target=target, reason=str(error))
+            return
+        try:
+            async with asyncio.timeout(RELAY_S_MAX), asyncio.TaskGroup() as group:
+                group.create_task(_pump(reader, back), name="gossip there")
+                group.create_task(_pump(there, writer), name="gossip back")
+        except TimeoutError:
+            log.info("gossip connection ended: too long", target=target)
+        finally:
+            back.close()
+            with suppress(OSError):
+                await back.wait_closed()
+
+
+def peers_of(caller: str, nodes: Iterable[Node]) -> list[str]:
+    """Addresses of live docker nodes to which ``caller`` is passed on, sorted; none if it is no docker node."""
+    nodes = list(nodes)
+    if caller not in {node.status.addr for node in nodes}:
+        return []
+    ready = {node.status.addr for node in nodes if node.status.state is NodeState.READY}
+    return sorted(ready - {caller, ""})
+
+
+async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    """Pass bytes on until the end, at most ``RELAY_BYTES_MAX``; a lost peer ends it like an end."""
+    passed = 0
+    with suppress(OSError):
+        while passed < RELAY_BYTES_MAX and (data := await source.read(_PIECE)):
+            passed += len(data)
+            target.write(data)
+            await target.drain()
+        if target.can_write_eof():
+            target.write_eof()
