@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from skep.manager.resources import reservations_of
 from skep.model.constraints import Constraint, parsed
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Version
@@ -15,9 +16,7 @@ from skep.model.service import (
     Placement,
     Platform,
     PublishMode,
-    Resources,
     ServiceSpec,
-    TaskSpec,
 )
 from skep.model.task import Task
 
@@ -89,12 +88,6 @@ def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tup
     """The data planes that the task's overlay networks belong to, sorted; undecided ones left out."""
     found = (network(id) for id in overlays_of(task))
     return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
-
-
-def reservations_of(spec: TaskSpec) -> Resources:
-    """What a task with this spec keeps for itself on its node."""
-    resources = spec.resources
-    return (resources.reservations if resources else None) or Resources()
 
 
 def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
