@@ -19,6 +19,7 @@ from skep.aio.loop_lag import LoopLag
 from skep.api.server import runner
 from skep.errors import SkepError, Unavailable
 from skep.manager.attachments.service import AttachmentService
+from skep.manager.autolock import Autolock
 from skep.manager.ca.service import CertificateService
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
@@ -27,6 +28,7 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.events import ClusterEvents
 from skep.manager.gossip.relay import Relay
+from skep.manager.keys import load_wrapping_key
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
@@ -37,9 +39,9 @@ from skep.manager.presence import show_presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.ids import IdSource
 from skep.security.keypair import KeyPair
+from skep.security.locking import KeyLock
 from skep.security.reloading import follow_key_pair
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
-from skep.store.etcd.cipher import load_wrapping_key
 from skep.store.interface import NotLeader, Store, Term
 from skep.wire.client import Channel, connected
 from skep.wire.server import serve
@@ -81,7 +83,7 @@ class Manager:
             store,
             consensus,
             book,
-            partial(load_wrapping_key, config.paths.manager_keys),
+            partial(load_wrapping_key, config.paths),
             config.cluster_id,
         )
 
@@ -124,8 +126,11 @@ class Manager:
             relay = Relay(self._store, host.strip("[]"), self._clock, self._random)
             group.create_task(relay.run(), name="gossip relay")
             group.create_task(self._book.run(), name="address book")
-            renewed = follow_key_pair(self._tls, self._config.paths.certificates, self._clock)
+            lock = KeyLock(self._config.paths)
+            renewed = follow_key_pair(self._tls, self._config.paths.certificates, self._clock, lock)
             group.create_task(renewed, name="certificate")
+            autolock = Autolock(self._store, lock, self._clock, self._random)
+            group.create_task(autolock.run(), name="autolock")
             group.create_task(self._lead_when_elected(), name="election")
             async with serving(application(api), self._socket):
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)

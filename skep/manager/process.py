@@ -26,6 +26,7 @@ from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.config import ManagerConfig, encode, load
 from skep.manager.founding import found_cluster
+from skep.manager.keys import founding_wrapping_key, save_wrapping_key
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.joining import Applicant
@@ -35,8 +36,8 @@ from skep.paths import Paths
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
+from skep.security.locking import KeyLock
 from skep.store.etcd.binary import find_binary
-from skep.store.etcd.cipher import load_wrapping_key, new_wrapping_key, save_wrapping_key
 from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings, PeerFiles
 from skep.store.etcd.founding import Unfinished, initialize
@@ -87,7 +88,7 @@ async def _live(config: ManagerConfig, clock: Clock) -> None:
 async def _take_part(config: ManagerConfig, clock: Clock) -> None:
     """Come in if this manager is new, then run it.  Raises: MemberRemoved."""
     paths, random = config.paths, SystemRandom()
-    pair = await asyncio.to_thread(keypair.load, paths.certificates)
+    pair = await asyncio.to_thread(keypair.load, paths.certificates, KeyLock(paths))
     applicant = Applicant(config.managers, pair, clock, random.random)
     binary = await asyncio.to_thread(find_binary, Path(config.etcd_binary) if config.etcd_binary else None)
     settings = _member_settings(config, paths, _write_peer_files(paths, pair))
@@ -133,7 +134,7 @@ async def _come_in(
         settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token
     )
     paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
-    save_wrapping_key(paths.manager_keys, admission.wrapping_key)
+    save_wrapping_key(paths, admission.wrapping_key)
     save_peers(paths.etcd, admission.peers)
     replace_file(paths.manager_config, encode(config), mode=0o600)
     replace_file(_joining_mark(paths), b"")
@@ -178,7 +179,7 @@ async def _open(
 
     Raises: FailedPrecondition: there is no cluster, and this manager was not told to found one.
     """
-    wrapping_key = await asyncio.to_thread(_wrapping_key, paths)
+    wrapping_key = await asyncio.to_thread(founding_wrapping_key, paths)
     opening = open_store(paths.etcd_socket, config.node_id, wrapping_key, clock, chance=random.random)
     try:
         store = await stack.enter_async_context(opening)
@@ -203,14 +204,3 @@ async def _open(
     # From here on the root's key lies encrypted in the store, and nowhere else.
     paths.root_ca_key.unlink(missing_ok=True)
     return store
-
-
-def _wrapping_key(paths: Paths) -> bytes:
-    """The key that opens the cluster's data keys; made at the first start of the first manager.
-
-    Raises: FailedPrecondition: it is lost or damaged.
-    """
-    is_founding = paths.root_ca_key.exists()
-    if is_founding and not paths.wrapping_key.exists():
-        save_wrapping_key(paths.manager_keys, new_wrapping_key())
-    return load_wrapping_key(paths.manager_keys)

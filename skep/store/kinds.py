@@ -16,6 +16,13 @@ NEXT_ROOT_KEY_ID = "root-ca-next"
 """Id of the payload that holds the key (PEM) of the root to which the cluster rotates."""
 
 
+GOSSIP_KEYS_ID = "gossip-keys"
+"""Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
+
+UNLOCK_KEY_ID = "unlock-key"
+"""Id of the payload that holds the key which opens locked managers; there exactly while autolock is on."""
+
+
 class SpecVersion(ApiObject):
     """A service's spec as it was at one version; tasks are filled from it (DESIGN, "Objects, parts, versions").
 

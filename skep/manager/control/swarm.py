@@ -26,11 +26,12 @@ from skep.model.node import Node
 from skep.model.swarm import CAConfig, JoinTokens, RootRotation, Swarm, SwarmSpec
 from skep.model.times import SECOND_NS, Timestamp
 from skep.security.authority import Authority
+from skep.security.locking import new_unlock_key
 from skep.security.rotation import NextRoot, Roots, wished_roots
 from skep.security.tokens import join_token
 from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
-from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
+from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
 
@@ -79,6 +80,7 @@ def found_swarm(
     tx.put(replace(first_node, created_at=now))
     for network in first_networks(new_id=new_id, now=now):
         tx.put(network)
+    _keep_unlock_key(tx, is_wanted=spec.encryption_config.auto_lock_managers, new_key=new_unlock_key)
     return tx.put(swarm)
 
 
@@ -97,6 +99,7 @@ def update_swarm(
     new_id: IdSource,
     now: datetime,
     new_root: Callable[[], Authority] = Authority.create,
+    new_key: Callable[[], bytes] = new_unlock_key,
 ) -> Swarm:
     """Replace the cluster's settings, if it is still at ``version``, and the tokens that ``rotations`` names.
 
@@ -114,6 +117,8 @@ def update_swarm(
     if swarm.version != Version(index=version):
         raise OutOfSequence
     tokens = _rotated(swarm, rotations, new_id)
+    is_locked = spec.encryption_config.auto_lock_managers
+    _keep_unlock_key(tx, is_wanted=is_locked, is_rotated=rotations.unlock_key, new_key=new_key)
     return tx.put(replace(rooted, spec=_without_root(spec), join_tokens=tokens))
 
 
@@ -123,14 +128,28 @@ def check_swarm_spec(spec: SwarmSpec) -> None:
         raise InvalidArgument("minimum certificate expiry time is: 1h0m0s")
     if spec.dispatcher.heartbeat_period < 0:
         raise InvalidArgument("heartbeat time period cannot be a negative duration")
-    if spec.encryption_config.auto_lock_managers:
-        # Better refused than a lock that does not lock.
-        raise Unimplemented("locking managers is not supported yet")
     if spec.ca_config.external_cas:
         raise Unimplemented(
             "external certificate authorities are not supported: let the cluster sign by itself, or bring a root "
             "with docker swarm ca --rotate --ca-cert FILE --ca-key FILE"
         )
+
+
+def unlock_key_of(view: View) -> bytes | None:
+    """The key that opens locked managers; None: they are not locked."""
+    payload = view.lookup(Payload, UNLOCK_KEY_ID)
+    return payload.data if payload is not None else None
+
+
+def _keep_unlock_key(
+    tx: Transaction, *, is_wanted: bool, is_rotated: bool = False, new_key: Callable[[], bytes]
+) -> None:
+    """Have an unlock key exactly if it is wanted; an old one never comes back, as in SwarmKit."""
+    is_there = tx.lookup(Payload, UNLOCK_KEY_ID) is not None
+    if is_wanted and (is_rotated or not is_there):
+        tx.put(Payload(id=UNLOCK_KEY_ID, data=new_key()))
+    elif is_there and not is_wanted:
+        tx.delete(Payload, UNLOCK_KEY_ID)
 
 
 def _rooted(

@@ -9,12 +9,13 @@ from aiohttp import web
 
 from skep.api.server import Routes, json_answer, read_json
 from skep.api.swarm_requests import check_swarm_name
-from skep.errors import AlreadyExists, InvalidArgument, Unimplemented
+from skep.errors import AlreadyExists, InvalidArgument
 from skep.manager.control import swarm as control
 from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
 from skep.manager.routes.shown import shown_swarm
 from skep.model.swarm import SwarmSpec, UnlockRequest
 from skep.model.times import SECOND_NS
+from skep.security.locking import shown_unlock_key
 
 routes = Routes()
 
@@ -38,7 +39,11 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
     )
     check_swarm_name(spec)
     now = datetime.fromtimestamp(manager.clock.now_ns() / SECOND_NS, UTC)
+    was_locked = control.unlock_key_of(manager.store.view()) is not None
     await manager.update(control.update_swarm, spec, version, rotations, new_id=manager.new_id, now=now)
+    if spec.encryption_config.auto_lock_managers and not was_locked:
+        # What lies on disks in clear until now shall not open what is written from now on.
+        await manager.store.rotate_data_key()
     return web.Response()
 
 
@@ -52,10 +57,8 @@ def _rotation(request: web.Request, name: str) -> bool:
 @routes.get("/swarm/unlockkey")
 async def show_unlock_key(request: web.Request) -> web.StreamResponse:
     """The key that unlocks managers after a restart; none while they are not locked."""
-    swarm = control.the_swarm(await current_view(request))
-    if swarm.spec.encryption_config.auto_lock_managers:
-        raise Unimplemented("locking managers is not supported yet")
-    return json_answer(UnlockRequest())
+    key = control.unlock_key_of(await current_view(request))
+    return json_answer(UnlockRequest(unlock_key=shown_unlock_key(key) if key is not None else ""))
 
 
 @routes.post("/swarm/unlock")

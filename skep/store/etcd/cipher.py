@@ -10,7 +10,6 @@ key directory.  ``meta/...`` is in clear: it is read before any key is known.
 import asyncio
 import os
 import secrets
-from pathlib import Path
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -18,7 +17,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
 from skep.errors import FailedPrecondition, SkepError
-from skep.linux.files import replace_file
 
 _LAYOUT = b"\x01"
 _NONCE_BYTES = 12
@@ -138,26 +136,6 @@ class Cipher:
             return opener.decrypt(stored[5:_HEADER_BYTES], stored[_HEADER_BYTES:], key)
         except (InvalidTag, ValueError) as error:
             raise Unreadable("a stored value is damaged, or was moved from another key") from error
-
-
-def load_wrapping_key(directory: Path) -> bytes:
-    """The wrapping key of this manager.  Raises: FailedPrecondition: it is missing or damaged."""
-    path = directory / "wrapping.key"
-    try:
-        key = path.read_bytes()
-    except FileNotFoundError as error:
-        raise FailedPrecondition(
-            f"{path} is missing: without it the cluster's data cannot be read"
-        ) from error
-    if len(key) != KEY_BYTES:
-        raise FailedPrecondition(f"{path} is damaged: {len(key)} bytes instead of {KEY_BYTES}")
-    return key
-
-
-def save_wrapping_key(directory: Path, key: bytes) -> None:
-    """Keep ``key`` in ``directory`` (0700), readable for root only, safely on disk."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    replace_file(directory / "wrapping.key", key, mode=0o600)
 
 
 def _fresh_key(id: int, wrapping_key: bytes) -> WrappedKey:

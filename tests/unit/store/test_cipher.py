@@ -1,5 +1,3 @@
-import stat
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,10 +8,8 @@ from skep.store.etcd.cipher import (
     Cipher,
     Unreadable,
     decoded_ring,
-    load_wrapping_key,
     new_key_ring,
     new_wrapping_key,
-    save_wrapping_key,
 )
 
 KEY = new_wrapping_key()
@@ -65,14 +61,3 @@ def test_a_damaged_ring_is_refused():
     for stored in (b"", b"{}", b'{"current":1,"keys":5}'):
         with pytest.raises(FailedPrecondition, match="damaged"):
             decoded_ring(stored)
-
-
-def test_the_wrapping_key_is_kept_for_root_alone(tmp_path: Path):
-    save_wrapping_key(tmp_path / "keys", KEY)
-    assert load_wrapping_key(tmp_path / "keys") == KEY
-    assert stat.S_IMODE((tmp_path / "keys" / "wrapping.key").stat().st_mode) == 0o600
-    (tmp_path / "keys" / "wrapping.key").write_bytes(b"short")
-    with pytest.raises(FailedPrecondition, match="damaged"):
-        load_wrapping_key(tmp_path / "keys")
-    with pytest.raises(FailedPrecondition, match="missing"):
-        load_wrapping_key(tmp_path)

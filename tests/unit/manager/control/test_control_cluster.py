@@ -6,9 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unimplemented
+from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
 from skep.manager.control.nodes import NodeWish, node_spec, remove_node, update_node
-from skep.manager.control.swarm import Rotations, found_swarm, update_swarm
+from skep.manager.control.swarm import Rotations, found_swarm, unlock_key_of, update_swarm
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.meta import TLSInfo
 from skep.model.network import Network
@@ -87,11 +87,28 @@ async def test_new_tokens_are_for_the_same_root(store):
     check_root(parse_token(changed.join_tokens.worker), ROOT.encode())
 
 
-async def test_a_lock_that_would_not_lock_is_refused(store):
+async def update(store, *, is_locked: bool, is_rotated: bool = False) -> bytes | None:
+    """Update the cluster; its unlock key afterwards."""
+    rotations = Rotations(unlock_key=is_rotated)
     swarm = the_swarm(store)
-    locked = replace(swarm.spec, encryption_config=EncryptionConfig(auto_lock_managers=True))
-    with pytest.raises(Unimplemented):
-        await store.update(update_swarm, locked, swarm.version.index, Rotations(), new_id=new_id, now=TODAY)
+    spec = replace(swarm.spec, encryption_config=EncryptionConfig(auto_lock_managers=is_locked))
+    await store.update(update_swarm, spec, swarm.version.index, rotations, new_id=new_id, now=TODAY)
+    return unlock_key_of(store.view())
+
+
+async def test_an_unlock_key_is_there_while_managers_are_locked(store):
+    assert unlock_key_of(store.view()) is None
+    first = await update(store, is_locked=True)
+    assert first is not None
+    assert await update(store, is_locked=True) == first
+    assert await update(store, is_locked=False) is None
+    assert await update(store, is_locked=True) not in (None, first)
+
+
+async def test_an_unlock_key_is_rotated_only_where_there_is_one(store):
+    assert await update(store, is_locked=False, is_rotated=True) is None
+    first = await update(store, is_locked=True)
+    assert await update(store, is_locked=True, is_rotated=True) not in (None, first)
 
 
 async def test_a_stale_update_of_the_cluster_is_refused(store):

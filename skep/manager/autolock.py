@@ -1,0 +1,61 @@
+"""Locks what lies on this manager's disk, as the cluster wishes it now.
+
+Each manager does this for itself, whenever it meets another unlock key than the one its disk is locked with: one that
+was away during a rotation does so when it is back.
+"""
+
+import asyncio
+from random import Random
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.manager.control.swarm import unlock_key_of
+from skep.manager.follow import follow
+from skep.security.locking import KeyLock
+from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
+from skep.store.kinds import UNLOCK_KEY_ID, Payload
+
+log = structlog.get_logger(__name__)
+
+
+class Autolock:
+    """Keeps one node's lock as the cluster wishes."""
+
+    def __init__(self, store: Store, lock: KeyLock, clock: Clock, random: Random) -> None:
+        self._store = store
+        self._lock = lock
+        self._clock = clock
+        self._random = random
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follow the cluster's unlock key until cancelled."""
+        await follow(self._store, (Payload,), start=self._look, note=self._note, work=self._work)
+
+    def _look(self, _view: View) -> None:
+        self._changed.set()
+
+    def _note(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Payload(id=id)) | Updated(_, Payload(id=id)) | Deleted(Payload(id=id)):
+                    if id == UNLOCK_KEY_ID:
+                        self._changed.set()
+
+    async def _work(self) -> None:
+        backoff = Backoff(longest_s=10.0, chance=self._random.random)
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            key = unlock_key_of(self._store.view())
+            try:
+                if await asyncio.to_thread(self._lock.turn, key):
+                    log.info("keys on disk", locked=key is not None)
+                backoff.reset()
+            except (SkepError, OSError) as error:
+                log.error("keys on disk not locked as wished", error=str(error))
+                self._changed.set()
+                await backoff.sleep(self._clock)
