@@ -31,8 +31,15 @@ class OnDisconnect(Enum):
     """The node itself stops them when the delay has passed, and only then others take their places."""
 
 
+DEFAULT_STOP_DELAY_S = 30.0
+"""Longer than managers need to restart and nodes to move, so that neither stops anything."""
+
+
 class DisconnectPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """A service's labels, read.  ``delay_s``: from when the node is down (REPLACE) or was cut off (STOP)."""
+    """A service's labels, read.
+
+    ``delay_s``: from when the node is down (REPLACE), from when it was last heard (STOP); KEEP has none.
+    """
 
     action: OnDisconnect = OnDisconnect.REPLACE
     delay_s: float = 0.0
@@ -71,7 +78,10 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
     except ValueError:
         wanted = ", ".join(action.value for action in OnDisconnect)
         raise InvalidArgument(f"invalid label {ON_DISCONNECT}={word}: want one of {wanted}") from None
-    return DisconnectPolicy(action=action, delay_s=_seconds(labels, ON_DISCONNECT_DELAY, DELAY_S_MAX) or 0.0)
+    delay_s = _seconds(labels, ON_DISCONNECT_DELAY, DELAY_S_MAX)
+    if delay_s is None:
+        delay_s = DEFAULT_STOP_DELAY_S if action is OnDisconnect.STOP else 0.0
+    return DisconnectPolicy(action=action, delay_s=delay_s)
 
 
 def _heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:

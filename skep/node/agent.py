@@ -21,12 +21,13 @@ from skep.model.ids import NodeId
 from skep.model.node import NodeDescription
 from skep.model.times import SECOND_NS
 from skep.node.assignments import AssignmentSink, LogSource
+from skep.node.contact import Contact
 from skep.node.joining import renew
 from skep.node.local import Peer
-from skep.node.managers import ManagerList
+from skep.node.managers import ManagerList, connect_patience, patience
 from skep.node.renewal import seconds_until_renewal
 from skep.node.reports import Reports
-from skep.node.revisions import Revision, advanced
+from skep.node.revisions import Revision, SeenRevision
 from skep.node.session import Session
 from skep.security import keypair
 from skep.security.keypair import KeyPair
@@ -59,6 +60,8 @@ class Agent:
         logs: LogSource,
         clock: Clock,
         random: Random,
+        contact: Contact | None = None,
+        revision_file: Path | None = None,
         certificate_changed: Callable[[KeyPair], None] = lambda _: None,
         lock: KeyLock | None = None,
     ) -> None:
@@ -67,6 +70,8 @@ class Agent:
             certificates: directory with the node's key pair; renewed ones are written there.
             lock: of that key pair, which is open.
             describe: what the node says of itself; asked at the start of each session (the trust is added here).
+            contact: told about every session and heartbeat.
+            revision_file: where the newest revision seen is kept; None: in memory only.
             certificate_changed: called after a new certificate, or new roots, were written.
         """
         self._certificates = certificates
@@ -80,7 +85,8 @@ class Agent:
         self._random = random
         self._certificate_changed = certificate_changed
         self._pair = keypair.load(certificates, lock)
-        self._seen = Revision()
+        self._contact = contact or Contact(clock)
+        self._seen = SeenRevision(revision_file, self._pair.identity.cluster_id)
         self._renewal_wanted = asyncio.Event()
         self.registered = asyncio.Event()
 
@@ -98,6 +104,7 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_session(), name="keep a session")
             group.create_task(self._keep_certificate(), name="keep a certificate")
+            group.create_task(self._seen.run(), name="keep the revision")
 
     # -- sessions -------------------------------------------------------------------------------------------------
 
@@ -109,6 +116,7 @@ class Agent:
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._attempt(), name="session attempt")
             self.registered.clear()
+            self._contact.lost()
             if attempt.result() and self._clock.monotonic() - started >= LASTED_S:
                 backoff.reset()
             await backoff.sleep(self._clock)
@@ -121,7 +129,9 @@ class Agent:
             return False
         had_session = False
         try:
-            async with connected(peer.addr, client_context(self._pair), MANAGER_NAME) as channel:
+            timeout_s = connect_patience(self._managers.failures(peer), len(self._managers.peers))
+            tls = client_context(self._pair)
+            async with connected(peer.addr, tls, MANAGER_NAME, timeout_s=timeout_s) as channel:
                 session = Session(
                     channel,
                     _Host(self, peer),
@@ -147,9 +157,10 @@ class Agent:
         if not self.registered.is_set():
             log.info("registered", manager=peer.addr, session=message.session_id)
             self._managers.worked(peer)
+            self._contact.gained()
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
-        self._managers.replace(peers)
+        self._managers.replace(peers, {known.peer.addr: known.weight for known in message.managers})
         if message.RootCA and message.RootCA != self._pair.root_pem:
             self._adopt(self._pair.with_root(message.RootCA))
             log.info("the cluster's root certificates changed")
@@ -158,7 +169,15 @@ class Agent:
 
     def accept_revision(self, revision: Revision) -> None:
         """Raises: FailedPrecondition: the manager is behind what this node has seen."""
-        self._seen = advanced(self._seen, revision)
+        self._seen.advance(revision)
+
+    def heard(self, asked_at: float) -> None:
+        """The manager answered a heartbeat sent at ``asked_at``."""
+        self._contact.heard(asked_at)
+
+    def patience_s(self, period_s: float) -> float:
+        """How long to wait for the answer to a heartbeat."""
+        return patience(period_s, len(self._managers.peers))
 
     # -- certificate ----------------------------------------------------------------------------------------------
 
@@ -215,3 +234,9 @@ class _Host(msgspec.Struct, frozen=True):
 
     def accept_revision(self, revision: Revision) -> None:
         self.agent.accept_revision(revision)
+
+    def heard(self, asked_at: float) -> None:
+        self.agent.heard(asked_at)
+
+    def patience_s(self, period_s: float) -> float:
+        return self.agent.patience_s(period_s)

@@ -17,6 +17,7 @@ from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.ids import new_id
 from skep.node import info
+from skep.node.contact import Contact
 from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
@@ -88,12 +89,14 @@ class Node:
             events = NodeEvents(clock)
             workload = self._workload = await self._workload_of(events)
             reports = Reports()
+            contact = Contact(clock)
             worker = Worker(
                 executor=workload.executor,
                 files=TaskFiles(paths.tasks),
                 reports=reports,
                 clock=clock,
                 payloads=workload.payloads,
+                contact=contact,
             )
             parts = NodeParts(
                 certificates=paths.certificates,
@@ -103,6 +106,7 @@ class Node:
                 executor=workload.executor,
                 worker=worker,
                 reports=reports,
+                contact=contact,
                 logs=workload.logs,
                 clock=clock,
                 random=around.random,

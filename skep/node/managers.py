@@ -6,11 +6,40 @@ from random import Random
 from skep.model.ids import NodeId
 from skep.node.local import Peer
 
+ANSWER_SECONDS_MAX = 5.0
+"""How long to wait for a manager where there is no other to go to."""
+ANSWER_SECONDS_MIN = 1.0
+DEFAULT_WEIGHT = 10
+
+
+def patience(period_s: float, managers: int) -> float:
+    """Seconds to wait for the answer to a heartbeat: one period, so that a node moves on within a heartbeat.
+
+    The first one (``period_s`` 0) may take longer: many nodes may be registering at the same time.  So may all
+    where there is nobody else to go to.
+    """
+    if managers < 2 or not period_s:
+        return ANSWER_SECONDS_MAX
+    return min(max(period_s, ANSWER_SECONDS_MIN), ANSWER_SECONDS_MAX)
+
+
+def connect_patience(failures: int, managers: int) -> float:
+    """Seconds to wait for a connection: a machine without power answers nothing, a crowded one late."""
+    if managers < 2:
+        return ANSWER_SECONDS_MAX
+    return min(ANSWER_SECONDS_MIN * float(1 << min(failures, 8)), ANSWER_SECONDS_MAX)
+
 
 def next_manager(
-    peers: Sequence[Peer], failures: Mapping[str, int], own_id: NodeId, random: Random
+    peers: Sequence[Peer],
+    failures: Mapping[str, int],
+    own_id: NodeId,
+    random: Random,
+    weights: Mapping[str, int] | None = None,
 ) -> Peer | None:
     """Whom to ask for a session: who failed least often; among equals anybody, this machine's own manager last.
+
+    ``weights``: by address, as the managers ask for; among equals the heavier is chosen more often.
 
     With its own manager last, losing a machine is one event: its node is not looking for a manager at the same
     time as its tasks move.
@@ -19,7 +48,9 @@ def next_manager(
         return None
     rank = {peer.addr: (failures.get(peer.addr, 0), peer.node_id == own_id) for peer in peers}
     best = min(rank.values())
-    return random.choice([peer for peer in sorted(peers, key=_addr) if rank[peer.addr] == best])
+    equals = [peer for peer in sorted(peers, key=_addr) if rank[peer.addr] == best]
+    heavy = [max((weights or {}).get(peer.addr, DEFAULT_WEIGHT), 1) for peer in equals]
+    return random.choices(equals, heavy)[0]
 
 
 class ManagerList:
@@ -31,10 +62,15 @@ class ManagerList:
         self.peers = tuple(peers)
         self._changed = changed
         self._failures: dict[str, int] = {}
+        self._weights: dict[str, int] = {}
+
+    def failures(self, peer: Peer) -> int:
+        """How often in a row nothing came of ``peer``."""
+        return self._failures.get(peer.addr, 0)
 
     def choose(self, own_id: NodeId, random: Random) -> Peer | None:
         """The manager to try next; None: none is known."""
-        return next_manager(self.peers, self._failures, own_id, random)
+        return next_manager(self.peers, self._failures, own_id, random, self._weights)
 
     def failed(self, peer: Peer) -> None:
         """No session came about with ``peer``, or it broke."""
@@ -44,8 +80,12 @@ class ManagerList:
         """``peer`` gave a session: all start equal again."""
         self._failures.clear()
 
-    def replace(self, peers: Sequence[Peer]) -> None:
-        """A manager said who they all are now.  An empty list is none of theirs and changes nothing."""
+    def replace(self, peers: Sequence[Peer], weights: Mapping[str, int] | None = None) -> None:
+        """A manager said who they all are now.  An empty list is none of theirs and changes nothing.
+
+        ``weights``: by address, how large a part of the nodes each is to have.
+        """
+        self._weights = dict(weights or {})
         unique = tuple(sorted({peer.addr: peer for peer in peers if peer.addr}.values(), key=_addr))
         if unique and unique != self.peers:
             self.peers = unique

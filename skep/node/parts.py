@@ -18,6 +18,7 @@ from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
+from skep.node.contact import Contact
 from skep.node.executor.interface import Executor
 from skep.node.features import Features, labels
 from skep.node.joining import join
@@ -31,6 +32,9 @@ from skep.node.worker import Worker
 from skep.security.keypair import KeyPair
 
 log = structlog.get_logger()
+
+REVISION_FILE = "seen.json"
+"""Beside the certificates: the newest assignments this node has seen."""
 
 _REMOVAL_TIMEOUT_S = 60.0
 _PLUGINS = (
@@ -59,6 +63,7 @@ class NodeParts:
         executor: Executor,
         worker: Worker,
         reports: Reports,
+        contact: Contact,
         logs: LogSource,
         clock: Clock,
         random: Random,
@@ -72,6 +77,7 @@ class NodeParts:
         self._executor = executor
         self._worker = worker
         self._reports = reports
+        self._contact = contact
         self._logs = logs
         self._clock = clock
         self._random = random
@@ -95,6 +101,8 @@ class NodeParts:
             logs=self._logs,
             clock=self._clock,
             random=self._random,
+            contact=self._contact,
+            revision_file=self._certificates.with_name(REVISION_FILE),
         )
 
     async def request_certificate(self, plan: Joining) -> KeyPair:

@@ -1,12 +1,20 @@
-"""How new the assignments are that this node has seen: it never goes back.
+"""How new the assignments are that this node has seen: it never goes back, not over a restart either.
 
 A manager that lags behind the others, or was restored from an old copy, would otherwise start what was stopped and
 stop what was started.  Only a higher incarnation (a restore, a forced new cluster) starts counting again.
 """
 
+import asyncio
+from pathlib import Path
+
 import msgspec
+import structlog
 
 from skep.errors import FailedPrecondition
+from skep.linux.files import replace_file
+from skep.model.ids import ClusterId
+
+log = structlog.get_logger(__name__)
 
 
 class Revision(msgspec.Struct, frozen=True, order=True):
@@ -27,3 +35,59 @@ def advanced(seen: Revision, offered: Revision) -> Revision:
             f"this node has seen {seen.incarnation}.{seen.number}"
         )
     return offered
+
+
+class _File(msgspec.Struct, frozen=True):
+    cluster: ClusterId
+    seen: Revision
+
+
+class SeenRevision:
+    """The newest revision this node has seen of its cluster, kept in a file."""
+
+    def __init__(self, path: Path | None, cluster: ClusterId) -> None:
+        """``path``: None keeps it in memory only.  A file of another cluster, or a damaged one, counts for nothing."""
+        self._path = path
+        self._cluster = cluster
+        self._changed = asyncio.Event()
+        self._seen = _read(path, cluster) if path is not None else Revision()
+
+    @property
+    def seen(self) -> Revision:
+        """The newest one."""
+        return self._seen
+
+    def advance(self, offered: Revision) -> None:
+        """Take ``offered``.  Raises: FailedPrecondition: it lies before what was seen."""
+        before, self._seen = self._seen, advanced(self._seen, offered)
+        if before != self._seen:
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Write what changed until cancelled: one write at a time, only the newest.
+
+        It lags behind what was taken by as long as a write lasts.  After a crash in that time the node may be told
+        by a lagging manager what it knew the moment before, and no older.
+        """
+        if self._path is None:
+            await asyncio.Event().wait()
+        assert self._path is not None, "checked above"
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            content = msgspec.json.encode(_File(self._cluster, self._seen))
+            try:
+                await asyncio.to_thread(replace_file, self._path, content)
+            except OSError as error:
+                log.warning("revision not kept", path=str(self._path), error=str(error))
+
+
+def _read(path: Path, cluster: ClusterId) -> Revision:
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=_File)
+    except FileNotFoundError:
+        return Revision()
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("revision cannot be read: beginning anew", path=str(path), error=str(error))
+        return Revision()
+    return kept.seen if kept.cluster == cluster else Revision()

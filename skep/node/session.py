@@ -46,6 +46,12 @@ class SessionHost(Protocol):
     def accept_revision(self, revision: Revision) -> None:
         """Raises: FailedPrecondition: older than what this node has seen."""
 
+    def heard(self, asked_at: float) -> None:
+        """The manager answered a heartbeat sent at ``asked_at`` (clock's monotonic time)."""
+
+    def patience_s(self, period_s: float) -> float:
+        """How long to wait for the answer to a heartbeat; ``period_s``: between two, 0 before the first."""
+
 
 class Session:
     """Runs once."""
@@ -124,27 +130,35 @@ class Session:
             await self._call_heartbeats()
 
     async def _stream_heartbeats(self) -> None:
+        period_s = 0.0
         async with self._channel.stream(methods.HEARTBEATS) as call:
             while True:
+                asked_at = self._clock.monotonic()
                 try:
-                    async with asyncio.timeout(REPLY_SECONDS_MAX):
+                    async with asyncio.timeout(self._host.patience_s(period_s)):
                         await call.send(skep.Heartbeat(session_id=self._id))
                         reply = await call.receive()
                 except TimeoutError as error:
                     raise Unavailable(f"{self._channel.address} is silent") from error
                 if reply is None:
                     raise Unavailable(f"{self._channel.address} ended the heartbeats")
-                await self._wait(duration_from_pb(reply.period))
+                self._host.heard(asked_at)
+                period_s = await self._wait(duration_from_pb(reply.period))
 
     async def _call_heartbeats(self) -> None:
         while True:
+            asked_at = self._clock.monotonic()
             reply = await self._channel.call(
                 methods.HEARTBEAT, pb.HeartbeatRequest(session_id=self._id), timeout_s=REPLY_SECONDS_MAX
             )
+            self._host.heard(asked_at)
             await self._wait(duration_from_pb(reply.period))
 
-    async def _wait(self, period_ns: int) -> None:
-        await self._clock.sleep(max(period_ns / SECOND_NS, PERIOD_SECONDS_MIN))
+    async def _wait(self, period_ns: int) -> float:
+        """Wait for the next heartbeat's time; gives the seconds waited for."""
+        period_s = max(period_ns / SECOND_NS, PERIOD_SECONDS_MIN)
+        await self._clock.sleep(period_s)
+        return period_s
 
     # -- assignments ----------------------------------------------------------------------------------------------
 

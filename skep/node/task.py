@@ -21,7 +21,9 @@ from skep.errors import SkepError
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, TaskState, TaskStatus
 from skep.model.times import timestamp
-from skep.node.executor.interface import Controller
+from skep.node.attempts import CUT_OFF_S, next_attempt
+from skep.node.contact import Contact
+from skep.node.executor.interface import Controller, TaskExit
 from skep.node.first import Overtaken, unless
 
 log = structlog.get_logger()
@@ -106,15 +108,35 @@ class TaskDriver:
         *,
         clock: Clock,
         on_status: Callable[[TaskId, TaskStatus], None],
+        contact: Contact | None = None,
+        attempts: int = 0,
     ) -> None:
-        """``status``: the furthest that is known of the task; ``on_status`` hears every state reached from
-        there."""
+        """
+        Args:
+            status: the furthest that is known of the task; ``on_status`` hears every state reached from there.
+            contact: whether there is a manager; without one the task follows its restart policy itself.  None: it
+                never does.
+            attempts: how often it did so before this process began.
+        """
         self.task = task
         self.status = status
         self.controller = controller
         self._clock = clock
         self._on_status = on_status
+        self._contact = contact
+        self._attempts = [clock.monotonic()] * attempts
+        self._stopped = ""
         self._desired_changed = asyncio.Event()
+
+    @property
+    def attempts(self) -> int:
+        """How often the process was started again without a manager."""
+        return len(self._attempts)
+
+    def stop(self, reason: str) -> None:
+        """Stop the task for good, whatever is desired: its node is cut off, and its service wants that."""
+        self._stopped = self._stopped or reason
+        self._desired_changed.set()
 
     def assign(self, task: AssignedTask) -> bool:
         """Take over a newer assignment; whether its limits differ, so that the container needs an update."""
@@ -127,7 +149,8 @@ class TaskDriver:
         """Take one step after the other until cancelled."""
         while True:
             self._desired_changed.clear()
-            match next_step(self.status.state, self.task.task.desired_state):
+            desired = TaskState.SHUTDOWN if self._stopped else self.task.task.desired_state
+            match next_step(self.status.state, desired):
                 case Rest():
                     await self._desired_changed.wait()
                 case Move(state, message):
@@ -152,7 +175,7 @@ class TaskDriver:
         if error:
             self._reach(failed_state(self.status.state), self.status.message, error)
         else:
-            self._reach(step.state, step.message)
+            self._reach(step.state, self._stopped or step.message)
 
     async def _ask(self, verb: Verb) -> str:
         """Carry out ``verb``; gives what went wrong with the task's process, empty if nothing."""
@@ -162,10 +185,47 @@ class TaskDriver:
             case Verb.START:
                 await self.controller.start()
             case Verb.WAIT:
-                return (await self.controller.wait()).message
+                return await self._watch()
             case Verb.SHUTDOWN:
                 await self.controller.shutdown()
         return ""
+
+    async def _watch(self) -> str:
+        """Until the process has ended, and no further attempt is to be made; gives what went wrong."""
+        ended = await self.controller.wait()
+        while await self._may_try_again(ended):
+            try:
+                await self._start_again()
+            except SkepError as error:
+                ended = TaskExit(exit_code=1, message=str(error))
+            else:
+                ended = await self.controller.wait()
+        return ended.message
+
+    async def _may_try_again(self, ended: TaskExit) -> bool:
+        """Whether there is no manager to replace the task, and its policy allows an attempt; returns when it is due."""
+        contact = self._contact
+        if contact is None or contact.has_manager:
+            return False
+        code = ended.exit_code or (1 if ended.message else 0)
+        delay_s = next_attempt(self.task.task, code, self._attempts, self._clock.monotonic())
+        if delay_s is None:
+            return False
+        try:
+            wait_s = max(delay_s, CUT_OFF_S - contact.silence_s())
+            await unless(self._clock.sleep(wait_s), contact.wait_gained())
+        except Overtaken:
+            return False  # the manager that is back decides
+        return True
+
+    async def _start_again(self) -> None:
+        """Replace what has ended by a new process of the same task."""
+        self._attempts.append(self._clock.monotonic())
+        log.info("task tried again without a manager", task=self.task.task.id, attempt=self.attempts)
+        await self.controller.remove()
+        await self.controller.prepare()
+        await self.controller.start()
+        self._reach(TaskState.RUNNING, f"started again without a manager (attempt {self.attempts})")
 
     def _reach(self, state: TaskState, message: str, error: str = "") -> None:
         assert state >= self.status.state, f"{self.task.task.id} would go back to {state}"

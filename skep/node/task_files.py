@@ -28,6 +28,8 @@ class RememberedTask(msgspec.Struct, frozen=True):
 
     assigned: AssignedTask
     status: TaskStatus
+    attempts: int = 0
+    """How often it was started again without a manager."""
 
 
 class TaskFiles:

@@ -17,13 +17,26 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.model.ids import ConfigId, SecretId, TaskId
+from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.task import AssignedTask, TaskState, TaskStatus
 from skep.node.assignments import AssignmentSet, ConfigFile, SecretFile, StatusReports
+from skep.node.contact import Contact
 from skep.node.executor.interface import Executor
 from skep.node.task import TaskDriver
 from skep.node.task_files import RememberedTask, TaskFiles
 
 log = structlog.get_logger()
+
+CUT_OFF_CHECK_S = 0.5
+"""How often is looked, while there is no manager, whose tasks have to stop."""
+
+
+def stop_reason(assigned: AssignedTask, silence_s: float) -> str:
+    """Why a task stops on a node that no manager has heard for ``silence_s``; empty: it runs on."""
+    policy = disconnect_policy(assigned.service_labels)
+    if policy.action is not OnDisconnect.STOP or silence_s < policy.delay_s:
+        return ""
+    return f"stopped by its node: no manager was reached for {policy.delay_s:g} s ({ON_DISCONNECT}=stop)"
 
 
 class PayloadSink(Protocol):
@@ -47,13 +60,15 @@ class Worker:
         reports: StatusReports,
         clock: Clock,
         payloads: PayloadSink | None = None,
+        contact: Contact | None = None,
     ) -> None:
-        """``payloads``: None for an executor that mounts nothing."""
+        """``payloads``: None for an executor that mounts nothing; ``contact``: with the managers, None: unknown."""
         self._executor = executor
         self._files = files
         self._reports = reports
         self._clock = clock
         self._payloads = payloads
+        self._contact = contact
         self._drivers: dict[TaskId, TaskDriver] = {}
         self._running: dict[TaskId, asyncio.Task[None]] = {}
         self._removing: dict[TaskId, asyncio.Task[None]] = {}
@@ -65,7 +80,9 @@ class Worker:
         async with self._executor.running(), asyncio.TaskGroup() as group:
             self._group = group
             for remembered in await asyncio.to_thread(self._files.load):
-                self._add(remembered.assigned, remembered.status)
+                self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
+            if self._contact is not None:
+                group.create_task(self._stop_when_cut_off(self._contact), name="stop-when-cut-off")
             group.create_task(self._files.run(), name="task-files")
             self._ready.set()
 
@@ -112,10 +129,20 @@ class Worker:
             self._spawn(self._update(driver), f"update-{id}")
         self._remember(id)
 
-    def _add(self, assigned: AssignedTask, status: TaskStatus, registry_auth: str = "") -> None:
+    def _add(
+        self, assigned: AssignedTask, status: TaskStatus, registry_auth: str = "", attempts: int = 0
+    ) -> None:
         id = assigned.task.id
         controller = self._executor.controller(assigned, registry_auth)
-        driver = TaskDriver(assigned, status, controller, clock=self._clock, on_status=self._on_status)
+        driver = TaskDriver(
+            assigned,
+            status,
+            controller,
+            clock=self._clock,
+            on_status=self._on_status,
+            contact=self._contact,
+            attempts=attempts,
+        )
         self._drivers[id] = driver
         self._running[id] = self._spawn(self._drive(driver), f"task-{id}")
 
@@ -161,6 +188,17 @@ class Worker:
             else:
                 return
 
+    async def _stop_when_cut_off(self, contact: Contact) -> None:
+        """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
+        while True:
+            await contact.wait_lost()
+            silence_s = contact.silence_s()
+            for driver in self._drivers.values():
+                reason = stop_reason(driver.task, silence_s)
+                if reason and not driver.status.state.is_terminal:
+                    driver.stop(reason)
+            await self._clock.sleep(CUT_OFF_CHECK_S)
+
     # --- around them ------------------------------------------------------------------------------------------
 
     def _on_status(self, id: TaskId, status: TaskStatus) -> None:
@@ -173,7 +211,7 @@ class Worker:
     def _remember(self, id: TaskId) -> None:
         driver = self._drivers.get(id)
         if driver is not None:
-            self._files.remember(RememberedTask(driver.task, driver.status))
+            self._files.remember(RememberedTask(driver.task, driver.status, driver.attempts))
 
     def _drop_payloads(self, change: AssignmentSet) -> None:
         if self._payloads is None:

@@ -15,8 +15,9 @@ from skep.model.ids import NodeId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import NodeDescription
 from skep.node.assignments import AssignmentSink
+from skep.node.contact import Contact
 from skep.node.local import Peer
-from skep.node.managers import ManagerList
+from skep.node.managers import ManagerList, patience
 from skep.node.reports import Reports
 from skep.node.revisions import Revision, advanced
 from skep.node.session import Session
@@ -42,6 +43,7 @@ class SimulatedAgent:
         *,
         sink: AssignmentSink,
         reports: Reports,
+        contact: Contact,
         clock: Clock,
         random: Random,
     ) -> None:
@@ -51,6 +53,7 @@ class SimulatedAgent:
         self._description = description
         self._sink = sink
         self._reports = reports
+        self._contact = contact
         self._clock = clock
         self._random = random
         self._seen = Revision()
@@ -79,11 +82,14 @@ class SimulatedAgent:
                 await session.run()
         except SkepError as error:
             log.debug("session ended", node=self._identity.node_id, manager=peer.addr, reason=str(error))
+        self._contact.lost()
         self._managers.failed(peer)
 
     def session_message(self, message: pb.SessionMessage) -> None:
         """The managers are those that the message names; this one works."""
         self._backoff.reset()
+        if not self._contact.has_manager:
+            self._contact.gained()
         self._managers.replace(
             [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
         )
@@ -91,6 +97,14 @@ class SimulatedAgent:
     def accept_revision(self, revision: Revision) -> None:
         """Raises: FailedPrecondition: the manager is behind what this node has seen."""
         self._seen = advanced(self._seen, revision)
+
+    def heard(self, asked_at: float) -> None:
+        """The manager answered a heartbeat sent at ``asked_at``."""
+        self._contact.heard(asked_at)
+
+    def patience_s(self, period_s: float) -> float:
+        """How long to wait for the answer to a heartbeat."""
+        return patience(period_s, len(self._managers.peers))
 
 
 class NoLogs:

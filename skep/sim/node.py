@@ -11,6 +11,7 @@ from skep.aio.clock import Clock
 from skep.model.ids import TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
+from skep.node.contact import Contact
 from skep.node.executor.interface import Controller, Rejected, TaskExit
 from skep.node.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
 from skep.node.first import wait_first
@@ -68,7 +69,10 @@ class SimulatedNode:
         """Be a node process until cancelled; what runs then goes on alone."""
         reports = Reports()
         executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
-        worker = Worker(executor=executor, files=self._disk, reports=reports, clock=self._clock)
+        contact = Contact(self._clock)
+        worker = Worker(
+            executor=executor, files=self._disk, reports=reports, clock=self._clock, contact=contact
+        )
         agent = SimulatedAgent(
             self._identity,
             self._network,
@@ -76,6 +80,7 @@ class SimulatedNode:
             self._description,
             sink=worker,
             reports=reports,
+            contact=contact,
             clock=self._clock,
             random=self._random,
         )
@@ -108,6 +113,7 @@ class _ImageController(SimulatedController):
     def __init__(self, executor: ImageExecutor, task: AssignedTask) -> None:
         super().__init__(executor, task)
         self._node = executor.node
+        self._task = task
         self._clock = executor.clock
         self._image = image_of(task.task)
 
@@ -115,6 +121,7 @@ class _ImageController(SimulatedController):
         if self._image in self._node.broken_images:
             await self._clock.sleep(0.01)
             raise Rejected(f"No such image: {self._image}")
+        self._node.tasks[self._task.task.id] = self._task  # again, if it was removed before another attempt
         await super().prepare()
 
     async def wait(self) -> TaskExit:

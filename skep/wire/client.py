@@ -99,7 +99,9 @@ class Channel:
 
 
 @asynccontextmanager
-async def connected(address: str, tls: ssl.SSLContext, name: str) -> AsyncIterator[Channel]:
+async def connected(
+    address: str, tls: ssl.SSLContext, name: str, *, timeout_s: float = CONNECT_SECONDS_MAX
+) -> AsyncIterator[Channel]:
     """A connection to the manager at ``address`` (``ip:port``), whose certificate must be for ``name``.
 
     Raises: Unavailable: not reachable, or not trusted; InvalidArgument: no address.
@@ -113,7 +115,7 @@ async def connected(address: str, tls: ssl.SSLContext, name: str) -> AsyncIterat
     channel = GrpcChannel(host, port, ssl=tls, config=config)
     try:
         with peer_errors(address):
-            async with asyncio.timeout(CONNECT_SECONDS_MAX):
+            async with asyncio.timeout(timeout_s):
                 await channel.__connect__()
         yield Channel(address, channel)
     finally:

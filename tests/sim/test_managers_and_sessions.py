@@ -4,6 +4,9 @@ import pytest
 
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
+from skep.model.service import RestartPolicy
+from skep.model.task import TaskState
+from skep.model.times import SECOND_NS
 from skep.sim.cluster import SimulatedCluster
 from tests.builders import a_service_spec
 
@@ -88,4 +91,60 @@ def test_an_outage_of_all_managers_moves_nothing(seed: int) -> None:
         assert all(cluster.is_ready(id) for id in cluster.workers)
         assert cluster.running("web") == 8
         assert cluster.created("web") == 8
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_managers_a_failed_container_is_started_again_as_the_same_task(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=3, restart=RestartPolicy(delay=2 * SECOND_NS)))
+        cluster.run_until(lambda: cluster.running("web") == 3, within_s=5)
+        tasks = {task.id for task in cluster.wanted("web")}
+        for id in cluster.managers:
+            cluster.crash(id)
+        cluster.run_for(60)
+        victim = cluster.random.choice(cluster.wanted("web"))
+        cluster.kill_container(victim)
+        assert cluster.containers("web") == 2
+        assert 2 <= cluster.run_until(lambda: cluster.containers("web") == 3, within_s=10) < 4
+        for id in cluster.managers:
+            cluster.start_manager(id)
+        cluster.run_for(30)
+        assert {task.id for task in cluster.wanted("web")} == tasks
+        assert cluster.created("web") == 3
+        status = next(task.status for task in cluster.wanted("web") if task.id == victim.id)
+        assert status.message == "started again without a manager (attempt 1)"
+        cluster.check_invariants()
+
+
+def test_without_managers_a_task_has_failed_when_its_policy_gives_up() -> None:
+    with SimulatedCluster(managers=1, workers=1) as cluster:
+        cluster.create(a_service_spec("web", restart=RestartPolicy(delay=SECOND_NS, max_attempts=2)))
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
+        (task,) = cluster.wanted("web")
+        cluster.crash(cluster.managers[0])
+        cluster.run_for(1)
+        for _ in range(3):
+            cluster.run_until(lambda: cluster.containers("web") == 1, within_s=20)
+            cluster.kill_container(task)
+        cluster.run_for(100)
+        assert cluster.containers("web") == 0
+        cluster.start_manager(cluster.managers[0])
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=30)
+        failed = next(one for one in cluster.tasks("web") if one.id == task.id)
+        assert failed.status.state is TaskState.FAILED
+        cluster.check_invariants()
+
+
+def test_a_container_that_fails_while_managers_are_only_away_for_a_moment_is_replaced_by_them() -> None:
+    with SimulatedCluster(managers=1, workers=1) as cluster:
+        cluster.create(a_service_spec("web", restart=RestartPolicy(delay=0)))
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
+        (task,) = cluster.wanted("web")
+        cluster.crash(cluster.managers[0])
+        cluster.run_for(1)
+        cluster.kill_container(task)
+        cluster.run_for(3)
+        cluster.start_manager(cluster.managers[0])
+        cluster.run_until(lambda: cluster.created("web") == 2 and cluster.running("web") == 1, within_s=20)
         cluster.check_invariants()
