@@ -1,4 +1,4 @@
-"""A whole cluster on virtual time: managers with the real control loops, simulated nodes, and one seed.
+"""A whole cluster on virtual time: production managers and nodes on a simulated etcd and network, from one seed.
 
 ::
 
@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
+from skep.errors import Unavailable
 from skep.model.ids import ClusterId, NodeId, ServiceId, base36
 from skep.model.node import (
     Availability,
@@ -38,23 +39,31 @@ from skep.model.times import timestamp
 from skep.node.executor.simulated import Behaviour
 from skep.node.local import Peer
 from skep.security.identity import Identity
+from skep.sim.etcd.client import SimulatedClient
+from skep.sim.etcd.raft import Raft
 from skep.sim.invariants import Observer, rest_violations
+from skep.sim.links import Links
 from skep.sim.manager import SimulatedManager
 from skep.sim.network import Network
 from skep.sim.node import SimulatedNode, image_of
 from skep.sim.time import VirtualClock, VirtualLoop
+from skep.sim.truth import Truth
+from skep.store.etcd.cipher import Cipher
+from skep.store.etcd.founding import founded, initialize_on
 from skep.store.interface import Transaction, View
-from skep.store.memory import MemoryCluster, MemoryStore
 
 T = TypeVar("T")
 
 CLUSTER = ClusterId("sim")
 STEP_S = 0.05
 """How often ``run_until`` looks."""
+WRAPPING_KEY = bytes(32)
+WRITE_S = 30.0
+"""How long ``create`` and its like try."""
 
 
 class SimulatedCluster:
-    """Managers m1, m2, ... and workers w1, w2, ...; to be used as a context manager.
+    """Managers m1, m2, ... and workers w1, w2, ..., a machine each; to be used as a context manager.
 
     Managers are drained: tasks run on workers only.
     """
@@ -68,46 +77,55 @@ class SimulatedCluster:
         behaviour: Behaviour | None = None,
         capacity: Resources | None = None,
         latency_s: float = 0.002,
+        skew: bool = False,
     ) -> None:
-        """``capacity``: of each worker; ``latency_s``: what a write to the store takes, on average."""
+        """
+        Args:
+            capacity: of each worker.
+            latency_s: what a write to the store takes, on average.
+            skew: whether the machines' clocks disagree.
+        """
         self.random = Random(seed)
         self.loop = VirtualLoop()
-        self.clock = VirtualClock(self.loop)
         self.poisoned: set[str] = set()
         """Services whose decisions raise."""
-        self._latency_s = latency_s
-        self._network = Network()
-        self._keys = MemoryCluster(choose=lambda ready: self.random.choice(sorted(ready)))
+        self.links = Links()
+        self.network = Network(self.links)
+        self.raft = Raft(self.loop, self.random, self.links, latency_s)
+        self.truth = Truth(self.loop.time)
+        self.raft.committed.append(self.truth.take)
+        self.observer = Observer(self.truth)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
-        peers = tuple(Peer(id, _address(id)) for id in self.managers)
+        self.clocks = {id: self._clock(id, skew) for id in (*self.managers, *self.workers)}
+        peers = tuple(Peer(id, address_of(id)) for id in self.managers)
         resources = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
         self.nodes = {
             id: SimulatedNode(
                 Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
                 NodeDescription(hostname=id, resources=resources),
-                self._network,
+                self.network,
                 peers,
-                clock=self.clock,
+                clock=self.clocks[id],
                 random=self.random,
                 behaviour=behaviour or Behaviour(),
             )
             for id in self.workers
         }
-        self._stores: dict[NodeId, MemoryStore] = {}
+        self.running_managers: dict[NodeId, SimulatedManager] = {}
         self._processes: dict[NodeId, asyncio.Task[None]] = {}
 
     def __enter__(self) -> Self:
         asyncio.set_event_loop(self.loop)
-        self._client = MemoryStore(self.clock, self._keys)
-        self._observer = Observer(MemoryStore(self.clock, self._keys), self.loop.time)
-        self._observing = self.loop.create_task(self._observer.run(), name="observer")
-        self._do(self._client.update(self._found))
+        for id in self.managers:
+            self.raft.add(id)
+            self.raft.start(id)
+        self._do(self._found())
         for id in self.managers:
             self.start_manager(id)
         for id in self.workers:
             self.start_node(id)
-        self.run_until(lambda: all(map(self.is_ready, self.workers)), within_s=5)
+        self.run_until(lambda: all(map(self.is_ready, self.workers)), within_s=15)
         return self
 
     def __exit__(
@@ -116,7 +134,7 @@ class SimulatedCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        tasks = [*self._processes.values(), self._observing]
+        tasks = list(self._processes.values())
         for task in tasks:
             task.cancel()
         self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
@@ -128,7 +146,7 @@ class SimulatedCluster:
     def create(self, spec: ServiceSpec) -> ServiceId:
         """Create a service whose id is its name."""
         id = ServiceId(spec.name)
-        self._do(self._client.update(lambda tx: tx.put(Service(id=id, spec=spec))))
+        self.write(lambda tx: tx.put(Service(id=id, spec=spec)))
         return id
 
     def update(self, name: str, change: Callable[[ServiceSpec], ServiceSpec]) -> None:
@@ -139,12 +157,12 @@ class SimulatedCluster:
             spec = change(service.spec)
             tx.put(replace(service, spec=spec, previous_spec=service.spec, update_status=None))
 
-        self._do(self._client.update(body))
+        self.write(body)
 
     def remove(self, name: str) -> None:
         """``service rm``."""
-        now = timestamp(self.clock.now_ns())
-        self._do(self._client.update(lambda tx: tx.put(replace(tx.get(Service, name), removed_at=now))))
+        now = timestamp(self.clocks[self.managers[0]].now_ns())
+        self.write(lambda tx: tx.put(replace(tx.get(Service, name), removed_at=now)))
 
     def set_availability(self, id: NodeId, availability: Availability) -> None:
         """``node update --availability``."""
@@ -153,7 +171,7 @@ class SimulatedCluster:
             node = tx.get(Node, id)
             tx.put(replace(node, spec=replace(node.spec, availability=availability)))
 
-        self._do(self._client.update(body))
+        self.write(body)
 
     def label(self, id: NodeId, **labels: str) -> None:
         """``node update --label-add``."""
@@ -162,48 +180,55 @@ class SimulatedCluster:
             node = tx.get(Node, id)
             tx.put(replace(node, spec=replace(node.spec, labels={**node.spec.labels, **labels})))
 
-        self._do(self._client.update(body))
+        self.write(body)
 
     def forget(self, id: NodeId) -> None:
         """``node rm --force``."""
-        self._do(self._client.update(lambda tx: tx.delete(Node, id)))
+        self.write(lambda tx: tx.delete(Node, id))
+
+    def write(self, body: Callable[[Transaction], object]) -> None:
+        """Commit ``body`` by way of whichever manager takes it."""
+        self._do(self._write(body))
 
     # -- faults ------------------------------------------------------------------------------------------------
 
     @property
     def leader(self) -> NodeId:
         """The manager that leads."""
-        leader = self._keys.leader
-        assert leader is not None, "nobody leads"
-        return leader
+        assert self.raft.current is not None, "nobody leads"
+        return self.raft.current.member.id
 
     def start_manager(self, id: NodeId) -> None:
-        """Start a manager that does not run."""
-        store = self._stores[id] = MemoryStore(self.clock, self._keys)
-        store.faults.delay_s = lambda: self.random.uniform(0.5, 1.5) * self._latency_s
-        manager = SimulatedManager(
+        """Start a manager that does not run, with its member of the store."""
+        if not self.raft.members[id].is_running:
+            self.raft.start(id)
+        manager = self.running_managers[id] = SimulatedManager(
             id,
-            _address(id),
-            store,
-            self._network,
-            clock=self.clock,
-            new_id=self._new_id,
+            address_of(id),
+            SimulatedClient(self.raft, self.raft.members[id], self.links, self.random),
+            WRAPPING_KEY,
+            self.network,
+            clock=self.clocks[id],
+            new_id=self.new_id,
             random=self.random,
             poisoned=self.poisoned,
         )
         self._processes[id] = self.loop.create_task(manager.run(), name=id)
 
     def crash(self, id: NodeId) -> None:
-        """kill -9 of a manager: its nodes find another one, and another one leads."""
+        """kill -9 of a manager and its member: its nodes find another one, and another one leads."""
+        self.raft.crash(id)
         self._stop(id)
-        self._keys.withdraw(id)
-        self._keys.stores.remove(self._stores.pop(id))
+        self.running_managers.pop(id, None)
 
     def depose(self, *, quietly: bool = False) -> None:
-        """Another manager leads from now on.  ``quietly``: the old leader finds out by a write that is refused."""
-        others = sorted(self._stores.keys() - {self.leader})
-        if others:
-            self._keys.elect(self.random.choice(others), quietly=quietly)
+        """Another manager leads from now on.  ``quietly``: the old leader hears of it late."""
+        if self.raft.current is None:
+            return  # they are electing
+        old = self.leader
+        others = [id for id in self.managers if id != old and self.raft.members[id].is_running]
+        if others and self.raft.transfer(self.random.choice(others)) and quietly:
+            self.raft.members[old].deaf_until = self.loop.time() + self.random.uniform(0.2, 2.0)
 
     def start_node(self, id: NodeId) -> None:
         """Start a worker's node process."""
@@ -223,21 +248,21 @@ class SimulatedCluster:
 
     @property
     def view(self) -> View:
-        """The cluster's objects as users see them."""
-        return self._client.view()
+        """The cluster's objects as they are committed."""
+        return self.truth.view
 
     def is_ready(self, id: NodeId) -> bool:
         """Whether the managers believe the node to be there."""
-        node = self._client.view().lookup(Node, id)
+        node = self.truth.view.lookup(Node, id)
         return node is not None and node.status.state is NodeState.READY
 
     def service(self, name: str) -> Service | None:
         """The service, or None when even its hidden record is gone."""
-        return self._client.view().lookup(Service, name)
+        return self.truth.view.lookup(Service, name)
 
     def tasks(self, name: str) -> list[Task]:
         """All tasks of a service, history included."""
-        return list(self._client.view().find(Task, service_id=name))
+        return list(self.truth.view.find(Task, service_id=name))
 
     def wanted(self, name: str) -> list[Task]:
         """Tasks of a service that are meant to run."""
@@ -253,7 +278,7 @@ class SimulatedCluster:
 
     def created(self, name: str) -> int:
         """How many tasks the service has been given in all."""
-        return self._observer.created[ServiceId(name)]
+        return self.observer.created[ServiceId(name)]
 
     def containers(self, name: str) -> int:
         """How many containers of a service run anywhere."""
@@ -263,12 +288,12 @@ class SimulatedCluster:
 
     def check_invariants(self, *, at_rest: bool = True) -> None:
         """Raise AssertionError for anything that was ever wrong; ``at_rest``: for leftovers too."""
-        violations = list(self._observer.violations)
+        violations = list(self.observer.violations)
         if at_rest:
             containers = [
                 (node.id, task) for node in self.nodes.values() for task in node.containers.values()
             ]
-            violations += rest_violations(self._client.view(), containers)
+            violations += rest_violations(self.truth.view, containers)
         assert not violations, "\n".join(violations)
 
     # -- time --------------------------------------------------------------------------------------------------
@@ -286,17 +311,44 @@ class SimulatedCluster:
             self.run_for(STEP_S)
         return self.loop.time() - began
 
+    def new_id(self) -> str:
+        """An id of the same length as everybody's, by this seed."""
+        return base36(self.random.getrandbits(128), 25)
+
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         result = self.loop.run_until_complete(work)
-        for task in (*self._processes.values(), self._observing):
+        for task in self._processes.values():
             if task.done() and not task.cancelled():
                 task.result()  # a part that failed fails the run
         return result
 
-    def _found(self, tx: Transaction) -> None:
+    async def _write(self, body: Callable[[Transaction], object]) -> None:
+        async with asyncio.timeout(WRITE_S):
+            while True:
+                stores = [manager.store for manager in self.running_managers.values() if manager.store]
+                if stores:
+                    try:
+                        await self.random.choice(stores).update(body)
+                    except Unavailable:
+                        pass
+                    else:
+                        return
+                await asyncio.sleep(STEP_S)
+
+    async def _found(self) -> None:
         """What an init and the joins leave in the store."""
+        first = self.managers[0]
+        client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
+        self.raft.committed.remove(self.truth.take)  # what comes before the keys are known is read afterwards
+        await self.raft.wait_readable(self.raft.members[first])
+        await initialize_on(client, WRAPPING_KEY, self.clocks[first], self._joined)
+        self.truth.begin(Cipher((await founded(client)).ring, WRAPPING_KEY))
+        self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
+        self.raft.committed.append(self.truth.take)
+
+    def _joined(self, tx: Transaction) -> None:
         tx.put(Swarm(id=CLUSTER, spec=DEFAULT_SWARM_SPEC))
         for id in self.managers:
             tx.put(
@@ -305,7 +357,7 @@ class SimulatedCluster:
                     spec=NodeSpec(role=NodeRole.MANAGER, availability=Availability.DRAIN),
                     description=NodeDescription(hostname=id),
                     status=NodeStatus(state=NodeState.READY),
-                    manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=_address(id)),
+                    manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=address_of(id)),
                 )
             )
         for id in self.workers:
@@ -317,9 +369,17 @@ class SimulatedCluster:
             process.cancel()
             self.loop.run_until_complete(asyncio.gather(process, return_exceptions=True))
 
-    def _new_id(self) -> str:
-        return base36(self.random.getrandbits(128), 25)
+    def _clock(self, id: NodeId, skew: bool) -> VirtualClock:
+        chance = self.random.uniform if skew else lambda low, high: (low + high) / 2
+        return VirtualClock(
+            self.loop,
+            drift=chance(0.998, 1.002),
+            began_s=chance(-1000.0, 1000.0),
+            wall_off_s=chance(-1.0, 1.0),
+            wait_running=lambda: self.links.wait_thawed(id),
+        )
 
 
-def _address(id: NodeId) -> str:
+def address_of(id: NodeId) -> str:
+    """Where a manager listens."""
     return f"{id}:2377"

@@ -5,34 +5,28 @@ compares a cluster at rest with what was asked for.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from skep.model.ids import NodeId, ServiceId
 from skep.model.node import Node
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
-from skep.store.interface import Commit, Created, Store, Updated, View
+from skep.sim.truth import Change, Truth
+from skep.store.interface import Created, Updated, View
 
 
 class Observer:
     """Checks every commit of a run."""
 
-    def __init__(self, store: Store, now: Callable[[], float]) -> None:
-        self._store = store
-        self._now = now
+    def __init__(self, truth: Truth) -> None:
         self.violations: list[str] = []
         self.created: Counter[ServiceId] = Counter()
         """How many tasks each service has been given."""
+        truth.watchers.append(self._check)
 
-    async def run(self) -> None:
-        """Observe until cancelled."""
-        async with self._store.watch(Task, Node, Service) as watch:
-            async for commit in watch:
-                self._check(commit)
-
-    def _check(self, commit: Commit) -> None:
-        view = self._store.view()
-        for event in commit.events:
+    def _check(self, change: Change, view: View) -> None:
+        self._now = change.time_s
+        for event in change.events:
             match event:
                 case Created(Task() as task):
                     self.created[task.service_id] += 1
@@ -44,7 +38,7 @@ class Observer:
                         self._note(node_violations(view, new))
 
     def _note(self, violations: Iterable[str]) -> None:
-        self.violations += [f"{self._now():.3f} s: {violation}" for violation in violations]
+        self.violations += [f"{self._now:.3f} s: {violation}" for violation in violations]
 
 
 def transition_violations(old: Task, new: Task) -> Iterable[str]:

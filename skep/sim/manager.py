@@ -1,10 +1,13 @@
-"""A simulated manager: the real dispatcher, log broker and control loops over a store in memory."""
+"""A simulated manager: the production store, dispatcher, link and control loops on a simulated member of etcd."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
 from random import Random
+from typing import cast
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.errors import Unavailable
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -16,19 +19,21 @@ from skep.model.node import NodeRole
 from skep.security.identity import Identity
 from skep.sim.faults import PoisonedState
 from skep.sim.network import Network
+from skep.store.etcd.client import Client
+from skep.store.etcd.store import EtcdStore, store_on
 from skep.store.interface import NotLeader, Term
-from skep.store.memory import MemoryStore
 from skep.wire.client import Channel
 
 
 class SimulatedManager:
-    """One manager process.  It has no API: a simulation's users write to the store."""
+    """One manager process.  Users call its control functions on ``store`` while it is there."""
 
     def __init__(
         self,
         id: NodeId,
         addr: str,
-        store: MemoryStore,
+        client: Client,
+        wrapping_key: bytes,
         network: Network,
         *,
         clock: Clock,
@@ -37,9 +42,13 @@ class SimulatedManager:
         poisoned: set[str],
     ) -> None:
         """``poisoned``: services whose decisions raise; may change at any time."""
+        self.store: EtcdStore | None = None
+        """None: not loaded yet."""
+        self.leads = False
         self._id = id
         self._addr = addr
-        self._store = store
+        self._client = client
+        self._wrapping_key = wrapping_key
         self._network = network
         self._clock = clock
         self._new_id = new_id
@@ -47,29 +56,47 @@ class SimulatedManager:
         self._poisoned = poisoned
 
     async def run(self) -> None:
-        """Serve nodes, and lead when elected, until cancelled."""
+        """Serve nodes, and lead when elected, until cancelled.  Without a quorum there is nothing to serve yet."""
+        backoff = Backoff(0.1, 1.0, chance=self._random.random)
+        while True:
+            try:
+                async with store_on(
+                    self._client, self._id, self._wrapping_key, self._clock, chance=self._random.random
+                ) as store:
+                    self.store = store
+                    await self._serve(store)
+            except Unavailable:
+                assert self.store is None, "a part of the manager failed"
+                await backoff.sleep(self._clock)
+            finally:
+                self.store = None
+
+    async def _serve(self, store: EtcdStore) -> None:
         own = ManagerPeer(node_id=self._id, addr=self._addr)
-        dispatcher = Dispatcher(self._store, own, self._clock, self._new_id, self._random)
-        logs = LogBroker(self._store, self._new_id)
-        link = ManagerLink(self._store, self._id, self._connect, self._clock, self._random)
+        dispatcher = Dispatcher(store, own, self._clock, self._new_id, self._random)
+        logs = LogBroker(store, self._new_id)
+        link = ManagerLink(store, self._id, self._connect, self._clock, self._random)
         handlers = (*dispatcher.services(), *logs.services(), *link.services())
         async with self._network.listening(self._addr, handlers), asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run(), name=f"{self._id} dispatcher")
             group.create_task(link.run(), name=f"{self._id} link")
-            group.create_task(self._stand(link), name=f"{self._id} election")
+            group.create_task(self._stand(store, link), name=f"{self._id} election")
 
     def _connect(self, addr: str) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager."""
         identity = Identity(node_id=self._id, cluster_id=ClusterId("sim"), role=NodeRole.MANAGER)
         # It has the calls of a real one.
-        return self._network.connected(addr, identity)  # type: ignore[return-value]
+        return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
 
-    async def _stand(self, link: ManagerLink) -> None:
-        async for term in self._store.terms(self._id, self._addr):
+    async def _stand(self, store: EtcdStore, link: ManagerLink) -> None:
+        async for term in store.terms(self._id, self._addr):
+            self.leads = True
             try:
                 await self._lead(term, link)
             except* NotLeader:
                 pass  # the next term, if there is one
+            finally:
+                self.leads = False
 
     async def _lead(self, term: Term, link: ManagerLink) -> None:
         state = PoisonedState(term, self._poisoned)

@@ -7,7 +7,7 @@ its connections with it.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from grpclib.exceptions import GRPCError
 
 from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.security.identity import Identity
+from skep.sim.links import Links, Machine
 from skep.wire.access import Caller
 from skep.wire.errors import from_status
 from skep.wire.methods import Method, Unary
@@ -37,10 +38,10 @@ class _End(msgspec.Struct, frozen=True):
 
 
 class _Pipe(Generic[T]):
-    """One direction of a stream."""
+    """One direction of a stream: in order, and held up for as long as the way is cut."""
 
-    def __init__(self, latency_s: float) -> None:
-        self._latency_s = latency_s
+    def __init__(self, way: "Way") -> None:
+        self._way = way
         self._in_flight: deque[T | _End] = deque()
         self._arrived: deque[T | _End] = deque()
         self._news = asyncio.Event()
@@ -48,7 +49,13 @@ class _Pipe(Generic[T]):
     def put(self, item: T | _End) -> None:
         assert len(self._in_flight) + len(self._arrived) < IN_FLIGHT_MAX, "a reader is stuck"
         self._in_flight.append(item)
-        asyncio.get_running_loop().call_later(self._latency_s, self._arrive)
+        self._way.carry(self._arrive)
+
+    def drop(self, end: _End) -> None:
+        """The connection is gone, and with it what was under way."""
+        self._in_flight.clear()
+        self._arrived.append(end)
+        self._news.set()
 
     async def get(self) -> T | None:
         """The next item, None after the last.  Raises what ended the stream; again for each further call."""
@@ -64,16 +71,59 @@ class _Pipe(Generic[T]):
         return item
 
     def _arrive(self) -> None:
-        self._arrived.append(self._in_flight.popleft())
-        self._news.set()
+        if self._in_flight:
+            self._arrived.append(self._in_flight.popleft())
+            self._news.set()
+
+
+class Way:
+    """From one machine to another: what is sent arrives later, in order, once the way is open."""
+
+    def __init__(self, network: "Network", source: Machine, target: Machine) -> None:
+        self._network = network
+        self._source = source
+        self._target = target
+        self._held: deque[Callable[[], None]] = deque()
+        self._free_at = 0.0
+
+    def carry(self, arrive: Callable[[], None]) -> None:
+        """Call ``arrive`` at the other end."""
+        if self._held or not self._network.links.reaches(self._source, self._target):
+            self._held.append(arrive)
+            self._network.held.add(self)
+        else:
+            loop = asyncio.get_running_loop()
+            delay_s = self._network.delay_s(self._source, self._target)
+            self._free_at = max(self._free_at, loop.time() + delay_s)
+            loop.call_at(self._free_at, arrive)
+
+    def flush(self) -> bool:
+        """Send on what was held up, if the way is open; gives whether it is."""
+        if not self._network.links.reaches(self._source, self._target):
+            return False
+        held, self._held = self._held, deque()
+        for arrive in held:
+            self.carry(arrive)
+        return True
 
 
 class Network:
-    """Who listens where."""
+    """Who listens where, and how long messages take."""
 
-    def __init__(self, latency_s: float = 0.0005) -> None:
+    def __init__(self, links: Links, latency_s: float = 0.0005) -> None:
+        self.links = links
         self.latency_s = latency_s
+        self.slow: dict[Machine, float] = {}
+        """Machines whose messages take so many seconds longer."""
+        self.held: WaySet = WaySet()
         self._listeners: dict[str, Listener] = {}
+        links.changed.append(self.held.flush)
+
+    def delay_s(self, source: Machine, target: Machine) -> float:
+        """How long a message takes now."""
+        if not self.slow:
+            return self.latency_s
+        return self.latency_s + self.slow.get(source, 0.0) + self.slow.get(target, 0.0)
 
     @asynccontextmanager
     async def listening(self, address: str, handlers: Iterable[Handler]) -> AsyncIterator[None]:
@@ -88,16 +138,42 @@ class Network:
 
     @asynccontextmanager
     async def connected(self, address: str, identity: Identity) -> "AsyncIterator[MemoryChannel]":
-        """A connection to ``address``.  Raises: Unavailable: nobody listens there."""
-        await asyncio.sleep(2 * self.latency_s)
+        """A connection to ``address``.  Raises: Unavailable: nobody listens there, or no packet arrives."""
+        source, target = identity.node_id, address.partition(":")[0]
+        for waited_s in (1.0, 2.0, 2.0):
+            if self.links.is_joined(source, target):
+                break
+            await asyncio.sleep(waited_s)
+        else:
+            raise Unavailable(f"{address}: connection timed out")
+        await asyncio.sleep(2 * self.delay_s(source, target))
         listener = self._listeners.get(address)
         if listener is None:
             raise Unavailable(f"{address}: connection refused")
-        channel = MemoryChannel(address, listener, identity, self.latency_s)
+        channel = MemoryChannel(
+            address, listener, identity, Way(self, source, target), Way(self, target, source)
+        )
         try:
             yield channel
         finally:
             channel.close()
+
+
+class WaySet:
+    """Ways that hold something, in the order in which they began to."""
+
+    def __init__(self) -> None:
+        self._ways: dict[Way, None] = {}
+
+    def add(self, way: Way) -> None:
+        self._ways[way] = None
+
+    def flush(self) -> None:
+        """Send on whatever can be."""
+        for way in list(self._ways):
+            del self._ways[way]
+            if not way.flush():
+                self._ways[way] = None
 
 
 class Listener:
@@ -107,12 +183,10 @@ class Listener:
         self.handlers = {handler.method.path: handler for handler in handlers}
         self._group = group
         self._answering: set[asyncio.Task[None]] = set()
-        self._is_closed = False
+        self.is_closed = False
 
     def answer(self, handler: Handler, stream: "_ServerStream", caller: Caller) -> asyncio.Task[None]:
-        """Answer one call; what the handler raises ends the stream.  Raises: Unavailable: it is closed."""
-        if self._is_closed:
-            raise Unavailable("connection lost")
+        """Answer one call; what the handler raises ends the stream."""
         task = self._group.create_task(_serve(handler, stream, caller), name=handler.method.path)
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
@@ -120,21 +194,23 @@ class Listener:
 
     def close(self) -> None:
         """Break everything that is open."""
-        self._is_closed = True
+        self.is_closed = True
         for task in sorted(self._answering, key=lambda task: task.get_name()):
             task.cancel()
 
 
 class MemoryChannel:
-    """A node's end of one connection; has the calls of ``wire.client.Channel``."""
+    """One machine's end of a connection to another; has the calls of ``wire.client.Channel``."""
 
-    def __init__(self, address: str, listener: Listener, identity: Identity, latency_s: float) -> None:
+    def __init__(self, address: str, listener: Listener, identity: Identity, up: Way, down: Way) -> None:
         self.address = address
         self._listener = listener
-        self._latency_s = latency_s
-        self._caller = Caller(identity=identity, address="127.0.0.1", disconnect=self.close)
-        self._open: dict[int, tuple[asyncio.Task[None], _Pipe[Any]]] = {}
+        self._up = up
+        self._down = down
+        self._caller = Caller(identity=identity, address="127.0.0.1", disconnect=self._disconnect)
+        self._open: dict[int, _OpenCall] = {}
         self._streams = 0
+        self._is_lost = False
 
     async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = 5.0) -> A:
         """Raises: Unavailable: no answer in time; otherwise what the manager answered."""
@@ -150,26 +226,62 @@ class MemoryChannel:
     @asynccontextmanager
     async def stream(self, method: Method[Q, A]) -> "AsyncIterator[MemoryCall[Q, A]]":
         """A streaming call; leaving the context abandons it."""
-        handler = self._listener.handlers.get(method.path)
-        if handler is None:
-            raise Unimplemented(f"unknown method {method.path}")
-        up: _Pipe[bytes] = _Pipe(self._latency_s)
-        down: _Pipe[bytes] = _Pipe(self._latency_s)
+        if self._is_lost:
+            raise self._lost()
+        opened = _OpenCall(_Pipe(self._up), _Pipe(self._down))
         number = self._streams = self._streams + 1
-        task = self._listener.answer(handler, _ServerStream(up, down), self._caller)
-        self._open[number] = task, down
+        self._open[number] = opened
+        self._up.carry(lambda: self._begin(method, opened))
         try:
-            yield MemoryCall(method, up, down)
+            yield MemoryCall(method, opened.up, opened.down)
         finally:
             self._open.pop(number, None)
-            task.cancel()
+            self._up.carry(opened.abandon)
 
     def close(self) -> None:
-        """Break the connection: its calls end as lost."""
-        for task, down in self._open.values():
-            down.put(_End(Unavailable(f"{self.address}: connection lost")))
-            task.cancel()
+        """Break the connection from this end: its calls end as lost."""
+        self._is_lost = True
+        for opened in self._open.values():
+            opened.down.drop(_End(self._lost()))
+            self._up.carry(opened.abandon)
         self._open.clear()
+
+    def _begin(self, method: Method[Q, A], opened: "_OpenCall") -> None:
+        """The call has arrived at the listener."""
+        handler = self._listener.handlers.get(method.path)
+        if self._listener.is_closed or opened.is_abandoned:
+            opened.down.put(_End(self._lost()))
+        elif handler is None:
+            opened.down.put(_End(Unimplemented(f"unknown method {method.path}")))
+        else:
+            opened.task = self._listener.answer(handler, _ServerStream(opened.up, opened.down), self._caller)
+
+    def _disconnect(self) -> None:
+        """The listener breaks the connection."""
+        self._is_lost = True
+        for opened in self._open.values():
+            opened.abandon()
+            end, down = _End(self._lost()), opened.down
+            self._down.carry(lambda down=down, end=end: down.drop(end))  # type: ignore[misc]
+
+    def _lost(self) -> Unavailable:
+        return Unavailable(f"{self.address}: connection lost")
+
+
+class _OpenCall:
+    """One call on a connection, as both ends see it."""
+
+    def __init__(self, up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
+        self.up = up
+        self.down = down
+        self.task: asyncio.Task[None] | None = None
+        self.is_abandoned = False
+
+    def abandon(self) -> None:
+        """The listener need not answer any more."""
+        self.is_abandoned = True
+        if self.task is not None:
+            self.task.cancel()
 
 
 class MemoryCall(Generic[Q, A]):

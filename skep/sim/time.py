@@ -6,7 +6,7 @@ takes as long as its computation.
 
 import asyncio
 import selectors
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Any, TypeVar
 
@@ -81,16 +81,35 @@ class _JumpingSelector(selectors.SelectSelector):
 
 
 class VirtualClock:
-    """The clocks of a simulated machine.  Implements ``aio.clock.Clock``."""
+    """The clocks of a simulated machine.  Implements ``aio.clock.Clock``.
 
-    def __init__(self, loop: VirtualLoop) -> None:
+    No two machines agree: ``drift`` is how many seconds this machine counts per real one, its monotonic clock began
+    at its own time, and its wall clock is off by ``wall_off_s``, which may change at any time.
+    """
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        *,
+        drift: float = 1.0,
+        began_s: float = 0.0,
+        wall_off_s: float = 0.0,
+        wait_running: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """``wait_running``: returns while the machine is not frozen."""
+        self.wall_off_s = wall_off_s
         self._loop = loop
+        self._drift = drift
+        self._began_s = began_s
+        self._wait_running = wait_running
 
     def now_ns(self) -> int:
-        return EPOCH_NS + round(self._loop.time() * SECOND_NS)
+        return EPOCH_NS + round((self._loop.time() + self.wall_off_s) * SECOND_NS)
 
     def monotonic(self) -> float:
-        return self._loop.time()
+        return self._began_s + self._loop.time() * self._drift
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(max(seconds, 0.0))
+        await asyncio.sleep(max(seconds, 0.0) / self._drift)
+        if self._wait_running is not None:
+            await self._wait_running()

@@ -144,7 +144,7 @@ class Life:
         self.cluster.set_availability(self.random.choice(self.cluster.workers), Availability.ACTIVE)
 
     def crash_manager(self) -> None:
-        if len(self.crashed) < len(self.cluster.managers) - 1:
+        if len(self.crashed) < (len(self.cluster.managers) - 1) // 2:
             id = self.random.choice([id for id in self.cluster.managers if id not in self.crashed])
             self.cluster.crash(id)
             self.crashed.append(id)

@@ -1,0 +1,178 @@
+"""The calls of ``store.etcd.client.Client`` on a simulated member; what they give has the fields of etcd's messages."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from random import Random
+from typing import TypeVar, cast
+
+import msgspec
+
+from skep.sim.etcd.raft import Member, Raft
+from skep.sim.links import Links
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.client import LOAD_S, READ_S, WRITE_S, Client, Watching
+from skep.store.etcd.errors import Uncertain
+from skep.store.updates import NO_LEADER
+
+T = TypeVar("T")
+
+STATUS_S = (0.3, 1.0)
+"""How long a status may take while nothing changes; a change is told at once.  Keeps idle managers cheap."""
+RESPONSE_REVISIONS = 50
+"""Revisions that one response of a watch may hold."""
+
+
+class SimulatedClient(Client):
+    """One manager's way to its own member."""
+
+    def __init__(self, raft: Raft, member: Member, links: Links, random: Random) -> None:
+        self._raft = raft
+        self._member = member
+        self._links = links
+        self._random = random
+        self._told: tuple[int, int] | None = None
+
+    async def __aexit__(self, *_: object) -> None:
+        """There is no connection to close."""
+
+    async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
+        async def read() -> pb.RangeResponse:
+            if not request.serializable:
+                await self._raft.wait_readable(self._member)
+            return self._raft.kv.range(request, self._member.applied)
+
+        return await self._answered(read(), timeout_s)
+
+    async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
+        put = pb.RequestOp(request_put=pb.PutRequest(key=key, value=value))
+        reply = await self.txn(pb.TxnRequest(success=[put]), timeout_s=timeout_s)
+        return pb.PutResponse(header=reply.header)
+
+    async def txn(self, request: pb.TxnRequest, *, timeout_s: float = WRITE_S) -> pb.TxnResponse:
+        return await self._answered(self._raft.write(self._member, request), timeout_s)
+
+    async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
+        self._raft.kv.compact(revision)
+
+    async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
+        return await self._answered(self._read_status(), timeout_s)
+
+    async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
+        members = [
+            pb.Member(id=member.number, name=member.id, is_learner=not member.is_voter)
+            for member in self._raft.members.values()
+        ]
+        return pb.MemberListResponse(members=members)
+
+    @asynccontextmanager
+    async def watch(self, prefix: bytes, after: int) -> AsyncIterator[Watching]:
+        if not self._member.is_running:
+            raise Uncertain("the store does not answer: connection refused")
+        watching = SimulatedWatching(self._raft, self._member, self._links, after)
+        self._member.watchers.append(watching)
+        try:
+            yield watching
+        finally:
+            self._member.watchers.remove(watching)
+
+    async def _read_status(self) -> pb.StatusResponse:
+        until = asyncio.get_running_loop().time() + self._random.uniform(*STATUS_S)
+        now = asyncio.get_running_loop().time
+        while (known := self._known()) == self._told or now() < self._member.deaf_until:
+            left_s = max(until, self._member.deaf_until) - now()
+            if left_s <= 0:
+                break
+            await self._raft.wait_changed(left_s)
+        self._told = known
+        leader, term = known
+        header = pb.ResponseHeader(member_id=self._member.number, cluster_id=1, raft_term=term)
+        return pb.StatusResponse(header=header, leader=leader, raft_term=term)
+
+    def _known(self) -> tuple[int, int]:
+        leadership = self._member.leadership
+        return (leadership.member.number if leadership else 0), self._member.term
+
+    async def _answered(self, work: Awaitable[T], timeout_s: float) -> T:
+        """Raises: Uncertain: no answer in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await work
+        except TimeoutError as error:
+            raise Uncertain(NO_LEADER) from error
+        await self._links.wait_thawed(self._member.id)
+        if not self._member.is_running:
+            raise Uncertain("the store does not answer: connection lost")
+        return answer
+
+
+class _Header(msgspec.Struct, frozen=True):
+    revision: int
+    cluster_id: int = 1
+
+
+class _Response(msgspec.Struct, frozen=True):
+    """What ``follow`` reads of a ``pb.WatchResponse``; no copies of the events are made."""
+
+    header: _Header
+    events: list[pb.Event] = []
+    created: bool = False
+    canceled: bool = False
+    compact_revision: int = 0
+    cancel_reason: str = ""
+    fragment: bool = False
+
+
+class SimulatedWatching(Watching):
+    """One open watch on a member, of everything."""
+
+    def __init__(self, raft: Raft, member: Member, links: Links, after: int) -> None:
+        self._raft = raft
+        self._member = member
+        self._links = links
+        self._sent = after
+        self._shown = member.applied
+        self._answers: deque[_Response] = deque([_Response(_Header(member.applied), created=True)])
+        self._lost = ""
+        self._news = asyncio.Event()
+
+    def show(self, revision: int, lag_s: float) -> None:
+        """The member has come to ``revision``; the watch tells it ``lag_s`` later, in order."""
+        if lag_s > 0:
+            asyncio.get_running_loop().call_later(lag_s, self._show, revision)
+        else:
+            self._show(revision)
+
+    def lose(self, reason: str) -> None:
+        """The stream breaks."""
+        self._lost = reason
+        self._news.set()
+
+    async def receive(self) -> pb.WatchResponse:
+        while True:
+            await self._links.wait_thawed(self._member.id)
+            if self._lost:
+                raise Uncertain(self._lost)
+            if self._answers:
+                return cast("pb.WatchResponse", self._answers.popleft())
+            if self._sent < self._shown:
+                return cast("pb.WatchResponse", self._next())
+            self._news.clear()
+            await self._news.wait()
+
+    async def request_progress(self) -> None:
+        self._answers.append(_Response(_Header(min(self._sent, self._shown))))
+        self._news.set()
+
+    def _next(self) -> _Response:
+        kv = self._raft.kv
+        if self._sent + 1 <= kv.compacted:
+            self._sent = self._shown
+            return _Response(_Header(self._shown), canceled=True, compact_revision=kv.compacted)
+        first, self._sent = self._sent + 1, min(self._shown, self._sent + RESPONSE_REVISIONS)
+        return _Response(_Header(self._sent), kv.events(first, self._sent))
+
+    def _show(self, revision: int) -> None:
+        self._shown = max(self._shown, revision)
+        self._news.set()
