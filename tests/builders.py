@@ -1,11 +1,26 @@
 """Objects for tests: say only what matters."""
 
+import ipaddress
 from itertools import count
 
+from msgspec.structs import replace
+
 from skep.model.container import ContainerSpec
-from skep.model.ids import NodeId, ServiceId, TaskId
-from skep.model.meta import Version
-from skep.model.node import Availability, Node, NodeDescription, NodeRole, NodeSpec, NodeState, NodeStatus
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.meta import Driver, Version
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.node import (
+    Availability,
+    EngineDescription,
+    EnginePlugin,
+    Node,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+)
+from skep.model.planes import PLANE_OPTION
 from skep.model.service import (
     EndpointSpec,
     GlobalService,
@@ -130,4 +145,42 @@ def a_node(
         spec=NodeSpec(labels=labels or {}, availability=availability, role=role),
         description=NodeDescription(hostname=id, resources=resources),
         status=NodeStatus(state=state, addr="127.0.0.1"),
+    )
+
+
+def a_docker_node(
+    id: str = "d1", *, plugins: tuple[str, ...] = ("bridge", "host", "overlay"), **wish: object
+) -> Node:
+    """A ready Docker Engine at an address of its own; ``wish``: see ``a_node``."""
+    node = a_node(id, **wish)  # type: ignore[arg-type]
+    engine = EngineDescription(
+        engine_version="20.10.24",
+        plugins=tuple(EnginePlugin(type="Network", name=name) for name in plugins),
+    )
+    number = int("".join(filter(str.isdigit, id)) or 0)
+    return replace(
+        node,
+        description=replace(node.description, engine=engine),
+        status=replace(node.status, addr=f"192.168.100.{number}"),
+    )
+
+
+def an_overlay(
+    name: str = "net1", *, subnet: str = "10.0.1.0/24", plane: str = "", **spec: object
+) -> Network:
+    """An overlay network; ``subnet`` empty: nothing is allocated yet.  ``plane``: the one it belongs to."""
+    network = Network(
+        id=NetworkId(name),
+        spec=NetworkSpec(name=name, driver_configuration=Driver(name="overlay"), **spec),  # type: ignore[arg-type]
+    )
+    if not subnet:
+        return network
+    options = {PLANE_OPTION: plane} if plane else {}
+    gateway = str(ipaddress.ip_network(subnet).network_address + 1)
+    return replace(
+        network,
+        driver_state=Driver(name="overlay", options=options),
+        ipam_options=IPAMOptions(
+            driver=Driver(name="default"), configs=(IPAMConfig(subnet=subnet, gateway=gateway),)
+        ),
     )

@@ -7,6 +7,7 @@ from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.follow import State
+from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
 from skep.manager.scheduler.loop import Scheduler
@@ -21,5 +22,5 @@ class Loop(Protocol):
 
 def loops(term: State, clock: Clock, new_id: IdSource, random: Random) -> list[Loop]:
     """The loops of one term, each to be run as a task of its own."""
-    kinds = (Orchestrator, Allocator, Scheduler, Reaper, CertificateAuthority)
+    kinds = (Orchestrator, Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
     return [kind(term, clock, new_id, random) for kind in kinds]

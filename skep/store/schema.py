@@ -153,7 +153,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "session": ("session",),
             "certificate": ("certificate",),
             "attachments": ("attachments",),
-            "manager": ("manager_status",),
+            "manager": ("manager_status", "peer_roots"),
         },
         taken=_nothing_taken,
         indexes={"name": lambda node: node.description.hostname.lower() or None},

@@ -1,21 +1,24 @@
 """A task's places on its networks.
 
-Networks of the node itself (``host``, ``bridge``, ``none``) need nothing from the cluster: the task is attached and
-that is all.  Overlay networks need subnets, addresses and VXLAN ids, which the cluster does not give out yet; a
-task on such a network stays NEW and says so, rather than running without the network it asked for.
+Networks of the node itself (``host``, ``bridge``, ``none``) need nothing from the cluster.  On an overlay network a
+task gets an address of its own, and stays NEW, saying why, until there is one: it never runs without a network
+that it asked for.  While there are docker nodes, a task that publishes ports in ingress mode is on the ingress
+network too, before all others.
+
+Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from skep.manager.allocator.addresses import NoAddress
+from skep.manager.allocator.subnets import is_allocated
 from skep.model.ids import NetworkId
 from skep.model.network import Network
-from skep.model.service import NetworkAttachmentConfig, ServiceSpec
+from skep.model.planes import is_overlay
+from skep.model.service import NetworkAttachmentConfig, PublishMode, ServiceSpec
 from skep.model.task import NetworkAttachment
-
-NODE_DRIVERS = frozenset({"host", "bridge", "null", "none"})
-"""Drivers of networks that live on one node."""
 
 
 class Attached(msgspec.Struct, frozen=True):
@@ -30,28 +33,57 @@ class NotAttached(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Networks(msgspec.Struct, frozen=True, kw_only=True):
+    """The cluster's networks as an attachment sees them."""
+
+    find: Callable[[NetworkId], Network | None]
+    ingress: Network | None = None
+    """The network of published ports; None: nobody needs it."""
+    trouble: Callable[[NetworkId], str] = lambda _: "not yet"
+    """Why a network has no addresses to give."""
+
+
 def attachments_for(
-    spec: ServiceSpec, network: Callable[[NetworkId], Network | None]
+    spec: ServiceSpec,
+    networks: Networks,
+    give: Callable[[Network, str], str],
+    wished: Sequence[NetworkAttachment] = (),
 ) -> Attached | NotAttached:
-    """The attachments of a task made from ``spec``, or why there are none yet."""
+    """The attachments of a task made from ``spec``, or why there are none yet.
+
+    Args:
+        give: gives an address of a network; the second argument is the wished one.  Raises: NoAddress.
+        wished: attachments that name an address (``docker run --ip``).
+    """
     attachments = []
-    for wanted in _wanted(spec):
-        found = network(NetworkId(wanted.target))
-        if found is None:
+    addresses = {one.network.id: one.addresses[0] for one in wished if one.network and one.addresses}
+    for wanted in wanted_networks(spec, networks.ingress):
+        network = networks.find(NetworkId(wanted.target))
+        if network is None:
             return NotAttached(f"network {wanted.target} not found")
-        if _driver(found) not in NODE_DRIVERS:
-            return NotAttached(
-                f"network {found.spec.name or found.id} is not allocated: no overlay networks yet"
-            )
-        attachments.append(NetworkAttachment(network=found, aliases=wanted.aliases))
+        if not is_overlay(network):
+            attachments.append(NetworkAttachment(network=network, aliases=wanted.aliases))
+            continue
+        if not is_allocated(network):
+            name = network.spec.name or network.id
+            return NotAttached(f"network {name} is not allocated: {networks.trouble(network.id)}")
+        try:
+            address = give(network, addresses.get(network.id, ""))
+        except NoAddress as error:
+            return NotAttached(str(error))
+        attachments.append(NetworkAttachment(network=network, addresses=(address,), aliases=wanted.aliases))
     return Attached(tuple(attachments))
 
 
-def _wanted(spec: ServiceSpec) -> Iterable[NetworkAttachmentConfig]:
+def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkAttachmentConfig]:
     """The task template's networks; the service's own list is the older spelling of the same."""
-    return spec.task_template.networks or spec.networks
+    wanted = spec.task_template.networks or spec.networks
+    if ingress is not None and publishes_in_ingress(spec):
+        return [NetworkAttachmentConfig(target=ingress.id), *wanted]
+    return list(wanted)
 
 
-def _driver(network: Network) -> str:
-    driver = network.spec.driver_configuration
-    return network.driver_state.name or (driver.name if driver else "") or "overlay"
+def publishes_in_ingress(spec: ServiceSpec) -> bool:
+    """Whether the service has ports that every node shall answer for."""
+    ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
+    return any(port.publish_mode is PublishMode.INGRESS for port in ports)

@@ -5,7 +5,10 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
-from skep.model.ids import ServiceId
+from skep.manager.allocator.subnets import is_allocated
+from skep.model.ids import NodeId
+from skep.model.network import Network
+from skep.model.node import Node
 from skep.model.service import Endpoint, Service
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
@@ -15,11 +18,24 @@ PENDING = "pending task scheduling"
 """What a task says between the allocator and the scheduler (swarmkit's words)."""
 
 
+class GiveSubnets(msgspec.Struct, frozen=True):
+    """A network gets its driver's state and its subnets; ``network`` is as it will be."""
+
+    network: Network
+
+
 class GiveEndpoint(msgspec.Struct, frozen=True):
-    """A service gets its ports."""
+    """A service gets its ports and virtual addresses."""
 
     service: Service
     endpoint: Endpoint
+
+
+class AttachNode(msgspec.Struct, frozen=True):
+    """A docker node gets its own places on networks."""
+
+    node_id: NodeId
+    attachments: tuple[NetworkAttachment, ...]
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -36,16 +52,25 @@ class Explain(msgspec.Struct, frozen=True):
     reason: str
 
 
-Grant: TypeAlias = GiveEndpoint | Release | Explain
+Grant: TypeAlias = GiveSubnets | GiveEndpoint | AttachNode | Release | Explain
 
 
 def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
     """Write ``grant``, unless what it was decided on is no longer so."""
     match grant:
+        case GiveSubnets(wanted_network):
+            network = tx.lookup(Network, wanted_network.id)
+            if network is not None and not is_allocated(network):
+                state, addresses = wanted_network.driver_state, wanted_network.ipam_options
+                tx.put(replace(network, driver_state=state, ipam_options=addresses))
         case GiveEndpoint(wanted, endpoint):
             service = tx.lookup(Service, wanted.id)
             if service is not None and service.spec_version == wanted.spec_version:
                 tx.put(replace(service, endpoint=endpoint))
+        case AttachNode(node_id, attachments):
+            node = tx.lookup(Node, node_id)
+            if node is not None:
+                tx.put(replace(node, attachments=attachments))
         case Release(wanted_task, attachments):
             task = tx.lookup(Task, wanted_task.id)
             if task is not None and task.status.state is TaskState.NEW:
@@ -59,6 +84,30 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
             assert_never(grant)
 
 
-def service_of(grant: Grant) -> ServiceId:
-    """The service that a grant is about."""
-    return grant.service.id if isinstance(grant, GiveEndpoint) else grant.task.service_id
+def key_of(grant: Grant) -> str:
+    """What the loop has to look at again when the grant was not written."""
+    match grant:
+        case GiveSubnets(network):
+            return network_key(network.id)
+        case AttachNode(node_id):
+            return node_key(node_id)
+        case GiveEndpoint(service):
+            return service.id
+        case Release(task) | Explain(task):
+            return task.service_id
+        case _:
+            assert_never(grant)
+
+
+NETWORK = "network/"
+NODE = "node/"
+
+
+def network_key(id: str) -> str:
+    """A network on the allocator's agenda; services stand there by their bare ids."""
+    return f"{NETWORK}{id}"
+
+
+def node_key(id: str) -> str:
+    """A node on the allocator's agenda."""
+    return f"{NODE}{id}"

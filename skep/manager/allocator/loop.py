@@ -1,5 +1,6 @@
-"""The allocator's loop: gives services their endpoints, then lets their tasks go from NEW to PENDING."""
+"""The allocator's loop: gives networks their subnets and services their endpoints, then lets tasks go to PENDING."""
 
+from collections.abc import Iterable
 from random import Random
 
 import structlog
@@ -8,14 +9,41 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
-from skep.manager.allocator.attachments import Attached, NotAttached, attachments_for
-from skep.manager.allocator.grants import Explain, GiveEndpoint, Grant, Release, apply, service_of
-from skep.manager.allocator.ports import PortBook, endpoint_for
+from skep.manager.allocator.attachments import (
+    Attached,
+    Networks,
+    NotAttached,
+    attachments_for,
+    publishes_in_ingress,
+    wanted_networks,
+)
+from skep.manager.allocator.books import Books, node_owner, service_owner
+from skep.manager.allocator.grants import (
+    NETWORK,
+    NODE,
+    AttachNode,
+    Explain,
+    GiveEndpoint,
+    GiveSubnets,
+    Grant,
+    Release,
+    apply,
+    key_of,
+    network_key,
+    node_key,
+)
+from skep.manager.allocator.nodes import networks_of_node, node_attachments
+from skep.manager.allocator.ports import endpoint_for
+from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
+from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, contained
-from skep.model.ids import IdSource, ServiceId, TaskId
+from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.planes import is_docker_node, is_overlay
 from skep.model.service import Service, ServiceSpec
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
@@ -24,78 +52,205 @@ from skep.store.kinds import SpecVersion, spec_version_id
 log = structlog.get_logger()
 
 BATCH = 500
-"""Services looked at before their changes are committed together."""
+"""Objects looked at before their changes are committed together."""
 RETRY_S = 0.5
 """Until the next attempt when the store did not take a change (jittered)."""
 
 
 class Allocator:
-    """Gives services their published ports, and tasks what they need before they can be placed."""
+    """Gives networks, services, docker nodes and tasks what they need before a task can be placed."""
 
     def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
         self._clock = clock
         self._random = random
-        self._agenda: Agenda[ServiceId] = Agenda(clock)
+        self._agenda: Agenda[str] = Agenda(clock)
+        """Services by their ids, networks and nodes by ``network_key`` and ``node_key``."""
         self._guard = Guard(clock, random)
-        self._ports = PortBook()
+        self._books = Books()
         self._new: dict[ServiceId, dict[TaskId, None]] = {}
         """Tasks not yet released, by service: work is in proportion to them, not to what the service has."""
+        self._unallocated: dict[NetworkId, str] = {}
+        """Networks that cannot have what they ask for, and why."""
+        self._is_short = False
+        """Whether a task waits for something: the next address given back is news."""
 
     async def run(self) -> None:
         """Allocate until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Network)
+        kinds = (Service, Task, Network, Node)
         await follow(self._term, kinds, start=self._start, note=self._note, work=self._work)
 
+    # -- keeping up with the store -----------------------------------------------------------------------------
+
     def _start(self, snapshot: View) -> None:
-        self._ports = PortBook()
+        self._books = Books.of(snapshot)
         self._new.clear()
-        for service in snapshot.find(Service):
-            self._ports.enter(service)
-            self._agenda.add((service.id,))
+        self._unallocated.clear()
+        self._agenda.add(network_key(network.id) for network in snapshot.find(Network))
+        self._agenda.add(service.id for service in snapshot.find(Service))
         for task in snapshot.find(Task):
-            self._note_task(task)
+            self._note_new(task)
+        self._agenda.add(node_key(id) for id in sorted(self._books.docker_nodes))
 
     def _note(self, commit: Commit) -> None:
+        """Enter what the store shows *now*: an older state would give back what was given since."""
         for event in commit.events:
             match event:
                 case Created(Service() as service) | Updated(_, Service() as service):
-                    self._ports.enter(service)
+                    self._look_at_service(service.id)
                     self._agenda.add((service.id,))
                 case Deleted(Service() as service):
-                    self._ports.leave(service.id)
+                    self._look_at_service(service.id)
                     self._new.pop(service.id, None)
                     self._guard.forget(service.id)
                     self._guard.forget(f"tasks of {service.id}")
                 case Created(Task() as task):
-                    self._note_task(task)
-                case Created(Network()) | Updated(_, Network()):
-                    self._agenda.add(self._new)  # those that wait for a network may be among them
+                    self._look_at_task(task)
+                    self._note_new(task)
+                case Updated(Task() as old, Task() as task) if task.networks_attachments:
+                    self._look_at_task(task)
+                    if old.node_id != task.node_id:
+                        self._note_node_of(task)
+                case Deleted(Task() as task):
+                    self._look_at_task(task)
+                case Created(Network() as network) | Updated(_, Network() as network):
+                    self._note_network(network)
+                case Deleted(Network() as network):
+                    self._books.leave_network(network)
+                    self._unallocated.pop(network.id, None)
+                    self._agenda.add([network_key(id) for id in self._unallocated])
+                case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
+                    self._look_at_node(node)
 
-    def _note_task(self, task: Task) -> None:
-        if task.service_id and _is_new(task):
+    def _look_at_service(self, id: ServiceId) -> None:
+        service = self._term.view().lookup(Service, id)
+        if service is None:
+            self._books.leave_service(id)
+        else:
+            self._books.enter_service(service)
+
+    def _look_at_task(self, task: Task) -> None:
+        current = self._term.view().lookup(Task, task.id)
+        gave_back = self._books.leave_task(task.id) if current is None else self._books.enter_task(current)
+        if gave_back:
+            self._note_node_of(task)
+            if self._is_short:
+                self._is_short = False
+                self._agenda.add(self._new)
+
+    def _look_at_node(self, node: Node) -> None:
+        current = self._term.view().lookup(Node, node.id)
+        had_docker_nodes = bool(self._books.docker_nodes)
+        is_known = node.id in self._books.docker_nodes
+        if current is None:
+            self._books.leave_node(node)
+            return
+        self._books.enter_node(current)
+        if is_docker_node(current) and not is_known:
+            self._agenda.add((node_key(node.id),))
+            if not had_docker_nodes:
+                self._note_ingress()
+
+    def _note_new(self, task: Task) -> None:
+        if _is_new(task):
             self._new.setdefault(task.service_id, {})[task.id] = None
             self._agenda.add((task.service_id,))
+            self._note_node_of(task)
 
-    async def _work(self) -> None:
-        while True:
-            service_ids = await self._agenda.take(BATCH)
-            await self._commit([grant for id in service_ids for grant in self._endpoints(id)])
-            await self._commit([grant for id in service_ids for grant in self._releases(id)])
+    def _note_node_of(self, task: Task) -> None:
+        if task.node_id in self._books.docker_nodes:
+            self._agenda.add((node_key(task.node_id),))
+
+    def _note_network(self, network: Network) -> None:
+        self._books.enter_network(network)
+        if not is_allocated(network):
+            self._agenda.add((network_key(network.id),))
+            return
+        self._unallocated.pop(network.id, None)
+        self._agenda.add(self._new)  # those that wait for a network may be among them
+        if network.spec.ingress:
+            self._note_ingress()
+
+    def _note_ingress(self) -> None:
+        """From now on published ports and docker nodes need the ingress network."""
+        services = self._term.view().find(Service)
+        self._agenda.add(service.id for service in services if publishes_in_ingress(service.spec))
+        self._agenda.add(node_key(id) for id in sorted(self._books.docker_nodes))
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
-    def _endpoints(self, service_id: ServiceId) -> list[Grant]:
+    async def _work(self) -> None:
+        while True:
+            keys = await self._agenda.take(BATCH)
+            networks = [NetworkId(key.removeprefix(NETWORK)) for key in keys if key.startswith(NETWORK)]
+            nodes = [key.removeprefix(NODE) for key in keys if key.startswith(NODE)]
+            services = [ServiceId(key) for key in keys if "/" not in key]
+            # In this order: each needs what the one before it gives, and finds it in the store.
+            await self._commit(self._subnets(id) for id in networks)
+            await self._commit(self._endpoint(id) for id in services)
+            await self._commit(self._attached_node(id) for id in nodes)
+            await self._commit(self._releases(id) for id in services)
+
+    def _subnets(self, id: NetworkId) -> list[Grant]:
+        """The allocation of a network that has none yet."""
+        view = self._term.view()
+        network, swarms = view.lookup(Network, id), view.find(Swarm)
+        if network is None or not swarms or is_allocated(network):
+            return []
+        pools, length = swarms[0].default_addr_pool, swarms[0].subnet_size
+        grants: list[Grant] = []
+        with self._guard.guarded(network_key(id)):
+            try:
+                given = allocated(network, self._books.networks, pools, length)
+            except NotAllocated as error:
+                if id not in self._unallocated:
+                    log.warning("network not allocated", network=network.spec.name, reason=str(error))
+                self._unallocated[id] = str(error)
+                self._agenda.add(self._new)
+            else:
+                self._books.enter_network(
+                    given
+                )  # at once: the next network of this batch gets another subnet
+                grants = [GiveSubnets(given)]
+        return grants
+
+    def _endpoint(self, service_id: ServiceId) -> list[Grant]:
         """The endpoint of a service, where it is not what it should be."""
-        service = self._term.view().lookup(Service, service_id)
+        view = self._term.view()
+        service = view.lookup(Service, service_id)
         if service is None or service.removed_at is not None:
             return []
         with self._guard.guarded(service_id):
-            endpoint = endpoint_for(service, self._ports.is_free_for(service_id))
+            owner = service_owner(service_id)
+            virtual_ips = virtual_ips_for(
+                service, self._networks(view), lambda network: self._books.give(owner, network)
+            )
+            endpoint = endpoint_for(service, self._books.ports.is_free_for(service_id), virtual_ips)
             if endpoint != service.endpoint:
                 # Entered at once, so that the next service of this batch gets another number.
-                self._ports.enter(replace(service, endpoint=endpoint))
+                self._books.enter_service(replace(service, endpoint=endpoint))
                 return [GiveEndpoint(service, endpoint)]
+        return []
+
+    def _attached_node(self, node_id: str) -> list[Grant]:
+        """A docker node's own addresses, where they are not what they should be."""
+        view = self._term.view()
+        node = view.lookup(Node, node_id)
+        if node is None:
+            return []
+        with self._guard.guarded(node_key(node_id)):
+            networks = self._networks(view)
+            tasks = view.find(Task, node_id=node_id)
+            to_come = [one for task in tasks if _is_new(task) for one in _overlays(view, task, networks)]
+            wanted = networks_of_node(node, tasks, networks.ingress, to_come)
+            attachments = node_attachments(
+                node, wanted, lambda network: self._books.give(node_owner(node_id), network)
+            )
+            if attachments != node.attachments:
+                self._books.enter_node(replace(node, attachments=attachments))
+                return [AttachNode(node.id, attachments)]
+        if (trouble := self._guard.trouble(node_key(node_id))) is not None:
+            self._agenda.add_at(node_key(node_id), trouble.retry_at)
         return []
 
     def _releases(self, service_id: ServiceId) -> list[Grant]:
@@ -109,7 +264,8 @@ class Allocator:
                 reason = f"allocation failed: {trouble.error}"
                 grants = [Explain(task, reason) for task in tasks]
             else:
-                grants = [self._release(view, task) for task in tasks]
+                networks = self._networks(view)
+                grants = [self._release(view, task, networks) for task in tasks]
         for trouble in (self._guard.trouble(service_id), self._guard.trouble(key)):
             if trouble is not None:
                 self._agenda.add_at(service_id, trouble.retry_at)
@@ -123,18 +279,38 @@ class Allocator:
             self._new[service_id] = {task.id: None for task in tasks}
         return tasks
 
-    def _release(self, view: View, task: Task) -> Grant:
+    def _release(self, view: View, task: Task, networks: Networks) -> Grant:
         spec = _spec_of(view, task)
-        match attachments_for(spec, lambda network_id: view.lookup(Network, network_id)):
+        self._books.leave_task(task.id)  # what an attempt before this one took
+
+        def give(network: Network, wished: str) -> str:
+            return self._books.give(task.id, network, wished)
+
+        match attachments_for(spec, networks, give, task.networks_attachments):
             case Attached(attachments):
                 return Release(task, attachments)
             case NotAttached(reason):
+                self._books.leave_task(task.id)
+                self._is_short = True
                 return Explain(task, reason)
+
+    def _networks(self, view: View) -> Networks:
+        """Docker nodes alone need the ingress network: for others no address of it is spent."""
+        ingress = None
+        if self._books.docker_nodes:
+            allocated_ones = (one for one in view.find(Network) if one.spec.ingress and is_allocated(one))
+            ingress = next(allocated_ones, None)
+        return Networks(
+            find=lambda network_id: view.lookup(Network, network_id),
+            ingress=ingress,
+            trouble=lambda network_id: self._unallocated.get(network_id, "not yet"),
+        )
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    async def _commit(self, grants: list[Grant]) -> None:
+    async def _commit(self, decided: Iterable[list[Grant]]) -> None:
         """Write the grants, each a transaction of its own, in as few raft entries as possible."""
+        grants = [grant for grants in decided for grant in grants]
         if not grants:
             return
         now = timestamp(self._clock.now_ns())
@@ -151,14 +327,40 @@ class Allocator:
         for grant, result in zip(grants, results, strict=True):
             if isinstance(result, NotLeader):
                 raise result
+            # Whatever the outcome, the store shows it now; what it does not show is not held.
+            self._look_again(grant)
             if isinstance(result, SkepError):
                 log.warning("allocation not written, trying again", reason=str(result))
                 delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
-                self._agenda.add_at(service_of(grant), self._clock.monotonic() + delay_s)
+                self._agenda.add_at(key_of(grant), self._clock.monotonic() + delay_s)
+
+    def _look_again(self, grant: Grant) -> None:
+        match grant:
+            case GiveSubnets(network):
+                current = self._term.view().lookup(Network, network.id)
+                if current is not None:
+                    self._books.enter_network(current)
+            case GiveEndpoint(service):
+                self._look_at_service(service.id)
+            case Release(task):
+                self._look_at_task(task)
+            case AttachNode(node_id):
+                node = self._term.view().lookup(Node, node_id)
+                if node is not None:
+                    self._books.enter_node(node)
+            case Explain():
+                pass
 
 
 def _is_new(task: Task) -> bool:
-    return task.status.state is TaskState.NEW and task.is_wanted
+    return task.status.state is TaskState.NEW and task.desired_state <= TaskState.RUNNING
+
+
+def _overlays(view: View, task: Task, networks: Networks) -> list[Network]:
+    """Networks on which a new task will get an address."""
+    wanted = wanted_networks(_spec_of(view, task), networks.ingress)
+    found = (networks.find(NetworkId(one.target)) for one in wanted)
+    return [network for network in found if network and is_overlay(network) and is_allocated(network)]
 
 
 def _spec_of(view: View, task: Task) -> ServiceSpec:

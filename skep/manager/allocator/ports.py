@@ -13,7 +13,14 @@ from msgspec.structs import replace
 
 from skep.errors import SkepError
 from skep.model.ids import ServiceId
-from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, Service
+from skep.model.service import (
+    Endpoint,
+    EndpointSpec,
+    EndpointVirtualIP,
+    PortConfig,
+    PublishMode,
+    Service,
+)
 
 FIRST_DYNAMIC = 30000
 LAST_DYNAMIC = 32767
@@ -57,21 +64,26 @@ class PortsExhausted(SkepError):
         super().__init__(f"no free {protocol} port between {FIRST_DYNAMIC} and {LAST_DYNAMIC}")
 
 
-def endpoint_for(service: Service, is_free: Callable[[str, int], bool]) -> Endpoint:
+def endpoint_for(
+    service: Service,
+    is_free: Callable[[str, int], bool],
+    virtual_ips: tuple[EndpointVirtualIP, ...] = (),
+) -> Endpoint:
     """The endpoint that ``service`` should have; equal to its present one when nothing is to be done.
 
-    ``is_free``: whether no other service holds (protocol, port).  Virtual IPs stay as they are.  A service
-    without ports and networks is left alone: it has no endpoint, and is not written once more.
+    ``is_free``: whether no other service holds (protocol, port).  A service without ports and networks is left
+    alone: it has no endpoint, and is not written once more.
 
     Raises: PortsExhausted.
     Source: swarmkit, manager/allocator/network.go (serviceAllocate), networkallocator (IsServiceAllocated).
     """
     spec = service.spec.endpoint_spec or EndpointSpec()
     networks = service.spec.task_template.networks or service.spec.networks
-    if not spec.ports and not service.endpoint.ports and not networks:
-        return service.endpoint
-    ports = _ports(spec.ports, service.endpoint.ports, is_free)
-    return replace(service.endpoint, spec=spec, ports=ports)
+    given = service.endpoint
+    if not spec.ports and not networks and not given.ports and not given.virtual_ips:
+        return given
+    ports = _ports(spec.ports, given.ports, is_free)
+    return Endpoint(spec=spec, ports=ports, virtual_ips=virtual_ips)
 
 
 def _ports(

@@ -12,6 +12,7 @@ from skep.manager.control.names import check_dns_name
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.service import PublishMode, Service
 from skep.model.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
@@ -115,8 +116,19 @@ def _check_network_spec(spec: NetworkSpec) -> None:
         )
     if driver is not None:
         _check_driver(driver)
+    _check_plane(spec)
     if spec.ipam_options is not None:
         _check_addresses(spec.ipam_options.driver, spec.ipam_options.configs)
+
+
+def _check_plane(spec: NetworkSpec) -> None:
+    named = (
+        spec.labels.get(PLANE_OPTION),
+        spec.driver_configuration and (spec.driver_configuration.options.get(PLANE_OPTION)),
+    )
+    for plane in named:
+        if plane is not None and plane not in PLANES:
+            raise InvalidArgument(f"{PLANE_OPTION} is docker or skep, not {plane!r}")
 
 
 def _check_driver(driver: Driver) -> None:

@@ -19,6 +19,8 @@ from msgspec.structs import replace
 
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, NodeId, SecretId, TaskId
+from skep.model.node import Node
+from skep.model.planes import is_docker_node, is_overlay
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service
 from skep.model.task import AssignedTask, Task, TaskState
@@ -36,7 +38,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 def everything(view: View, node_id: NodeId) -> tuple[AssignmentSet, Told]:
     """All assignments of a node, as the first message of a stream."""
-    tasks = {task.id: task for task in view.find(Task, node_id=node_id) if _is_told(task)}
+    tasks = {task.id: task for task in view.find(Task, node_id=node_id) if _is_due(view, task)}
     told = Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
     return _message(view, Told(), told, tasks.values(), complete=True), told
 
@@ -51,7 +53,7 @@ def difference(
     for id in sorted(set(changed)):
         task, before = view.lookup(Task, id), tasks.pop(id, None)
         referring = referring or _refers(before)
-        if task is None or task.node_id != node_id or not _is_told(task):
+        if task is None or task.node_id != node_id or not _is_due(view, task):
             continue
         tasks[id] = task
         referring = referring or _refers(task)
@@ -105,6 +107,22 @@ def _is_told(task: Task) -> bool:
     return bool(task.status.state >= TaskState.ASSIGNED)
 
 
+def _is_due(view: View, task: Task) -> bool:
+    """Whether the node is to know of the task now.
+
+    A docker node has to have an address of its own on a network before the first task on it arrives, else the task
+    fails there ("failed to find a load balancer IP"); the allocator writes that a moment after the assignment.
+    """
+    if not _is_told(task) or task.status.state > TaskState.ASSIGNED or not task.networks_attachments:
+        return _is_told(task)
+    node = view.lookup(Node, task.node_id)
+    if node is None or not is_docker_node(node):
+        return True
+    has = {attachment.network.id for attachment in node.attachments if attachment.network is not None}
+    networks = (attachment.network for attachment in task.networks_attachments)
+    return all(network is None or not is_overlay(network) or network.id in has for network in networks)
+
+
 def _message(
     view: View, before: Told, now: Told, updated: Iterable[Task], *, complete: bool
 ) -> AssignmentSet:
@@ -132,6 +150,7 @@ def _assigned(view: View, task: Task) -> AssignedTask:
         service_name=service.spec.name,
         service_labels=service.spec.labels,
         ports=_ports_of(service),
+        virtual_ips=service.endpoint.virtual_ips,
     )
 
 

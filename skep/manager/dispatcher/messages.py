@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from skep.model.gossip import GossipKey
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node
 from skep.model.swarm import Swarm
 from skep.wire import swarm_pb2 as pb
+from skep.wire.convert.network import gossip_key_to_pb
 from skep.wire.convert.node import node_to_pb
 
 MANAGER_WEIGHT = 10
@@ -31,9 +33,13 @@ def managers_of(nodes: Iterable[Node], own: ManagerPeer) -> tuple[ManagerPeer, .
 
 
 def session_message(
-    session_id: SessionId, node: Node, swarm: Swarm, managers: Sequence[ManagerPeer]
+    session_id: SessionId,
+    node: Node,
+    swarm: Swarm,
+    managers: Sequence[ManagerPeer],
+    keys: Sequence[GossipKey] = (),
 ) -> pb.SessionMessage:
-    """What a node has to know of its cluster; the whole of it each time."""
+    """What a node has to know of its cluster; the whole of it each time.  ``keys``: for docker nodes alone."""
     return pb.SessionMessage(
         session_id=session_id,
         node=node_to_pb(node, swarm.data_path_port),
@@ -41,5 +47,6 @@ def session_message(
             pb.WeightedPeer(peer=pb.Peer(node_id=manager.node_id, addr=manager.addr), weight=MANAGER_WEIGHT)
             for manager in managers
         ],
+        network_bootstrap_keys=[gossip_key_to_pb(key) for key in keys],
         RootCA=swarm.tls_info.trust_root.encode(),
     )

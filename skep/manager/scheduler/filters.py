@@ -15,6 +15,7 @@ from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import meets
 from skep.model.ids import NodeId
 from skep.model.node import Availability, EnginePlugin, NodeState
+from skep.model.planes import DOCKER, SKEP, plane_of_node
 from skep.model.service import Platform
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -57,6 +58,10 @@ def _has_plugin(type: str, name: str, plugins: tuple[EnginePlugin, ...]) -> bool
     return name in names or f"{name}:latest" in names
 
 
+def _is_on_plane(plane: str) -> Callable[[Requirements, Account, int], bool]:
+    return lambda wish, account, copies: plane_of_node(account.node) == plane
+
+
 def _meets_constraints(wish: Requirements, account: Account, copies: int) -> bool:
     return meets(wish.constraints, account.node)
 
@@ -86,6 +91,17 @@ FILTERS = (
         lambda wish: bool(wish.nano_cpus or wish.memory_bytes or wish.generic),
         _has_resources,
         "insufficient resources on {nodes}",
+    ),
+    # Not SwarmKit's, which has one data plane.  Before plugins, whose refusal says less.
+    Filter(
+        lambda wish: DOCKER in wish.planes,
+        _is_on_plane(DOCKER),
+        "overlay network belongs to docker nodes, which does not fit {nodes}",
+    ),
+    Filter(
+        lambda wish: SKEP in wish.planes,
+        _is_on_plane(SKEP),
+        "overlay network belongs to skep nodes, which does not fit {nodes}",
     ),
     Filter(lambda wish: bool(wish.plugins), _has_plugins, "missing plugin on {nodes}"),
     Filter(

@@ -21,9 +21,11 @@ from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, contained
 from skep.manager.scheduler.accounting import Accounting, holds_resources
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, place
-from skep.manager.scheduler.requirements import host_ports, requirements_of
+from skep.manager.scheduler.requirements import host_ports, overlays_of, planes_of, requirements_of
 from skep.model.ids import IdSource, NodeId, TaskId
+from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeState
+from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp
@@ -182,7 +184,9 @@ class Scheduler:
         tasks = self._tasks_of(group, limit)
         if not tasks:
             return Placed()
-        wish = requirements_of(tasks[0], self._spec_of(tasks[0]))
+        view = self._term.view()
+        planes = planes_of(tasks[0], lambda network_id: view.lookup(Network, network_id))
+        wish = requirements_of(tasks[0], self._spec_of(tasks[0]), planes)
         if tasks[0].node_id:
             match confirm(tasks[0], wish, self._accounting):
                 case Assignment() as assignment:
@@ -259,7 +263,7 @@ def _write(tx: Transaction, decision: Assignment | Refusal, now: Timestamp) -> N
             if task.status.err != reason:
                 tx.put(replace(task, status=replace(task.status, err=reason, timestamp=now)))
         case Assignment():
-            if not _is_available(tx, decision.node_id):
+            if not _is_available(tx, decision.node_id) or not _settle_planes(tx, task, decision.node_id):
                 return
             status = TaskStatus(timestamp=now, state=TaskState.ASSIGNED, message=decision.message)
             tx.put(
@@ -270,6 +274,22 @@ def _write(tx: Transaction, decision: Assignment | Refusal, now: Timestamp) -> N
                     status=status,
                 )
             )
+
+
+def _settle_planes(tx: Transaction, task: Task, node_id: NodeId) -> bool:
+    """Overlay networks that belong to no data plane yet take the node's; False: one belongs to the other."""
+    node, overlays = tx.lookup(Node, node_id), list(overlays_of(task))
+    if node is None or not overlays:
+        return True
+    plane = plane_of_node(node)
+    networks = [tx.rely_on(Network, id) for id in overlays]
+    if any(network is not None and plane_of(network) not in ("", plane) for network in networks):
+        return False
+    for network in networks:
+        if network is not None and PLANE_OPTION not in network.driver_state.options:
+            options = {**network.driver_state.options, PLANE_OPTION: plane}
+            tx.put(replace(network, driver_state=replace(network.driver_state, options=options)))
+    return True
 
 
 def _is_available(tx: Transaction, node_id: NodeId) -> bool:

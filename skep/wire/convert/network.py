@@ -1,5 +1,6 @@
 """Networks, attachments and ports."""
 
+from skep.model.gossip import GossipKey
 from skep.model.ids import NetworkId
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, PortConfig, PublishMode
@@ -65,6 +66,10 @@ def attachment_from_pb(message: pb.NetworkAttachment) -> NetworkAttachment:
         addresses=tuple(message.addresses),
         aliases=tuple(message.aliases),
     )
+
+
+def gossip_key_to_pb(key: GossipKey) -> pb.EncryptionKey:
+    return pb.EncryptionKey(subsystem=key.subsystem, key=key.key, lamport_time=key.lamport_time)
 
 
 def network_to_pb(network: Network) -> pb.Network:

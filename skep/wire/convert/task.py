@@ -1,7 +1,8 @@
 """Tasks and their statuses."""
 
 from skep.errors import InvalidArgument
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.service import EndpointVirtualIP
 from skep.model.task import (
     AssignedTask,
     ContainerStatus,
@@ -55,6 +56,8 @@ def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
     )
     if assigned.ports:
         message.endpoint.ports.extend(port_to_pb(port) for port in assigned.ports)
+    for virtual_ip in assigned.virtual_ips:
+        message.endpoint.virtual_ips.add(network_id=virtual_ip.network_id, addr=virtual_ip.addr)
     if task.spec_version is not None:
         message.spec_version.CopyFrom(version_to_pb(task.spec_version))
     if task.job_iteration is not None:
@@ -92,6 +95,10 @@ def task_from_pb(message: pb.Task) -> AssignedTask:
         service_name=message.service_annotations.name,
         service_labels=dict(message.service_annotations.labels),
         ports=tuple(port_from_pb(port) for port in message.endpoint.ports),
+        virtual_ips=tuple(
+            EndpointVirtualIP(network_id=NetworkId(one.network_id), addr=one.addr)
+            for one in message.endpoint.virtual_ips
+        ),
     )
 
 

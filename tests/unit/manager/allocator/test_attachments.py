@@ -1,22 +1,22 @@
-"""What a task with networks has to wait for."""
+"""What a task with networks gets, and what it has to wait for."""
 
 from msgspec.structs import replace
 
-from skep.manager.allocator.attachments import Attached, NotAttached, attachments_for
+from skep.manager.allocator.addresses import AddressBook
+from skep.manager.allocator.attachments import Attached, Networks, NotAttached, attachments_for
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
-from skep.model.service import NetworkAttachmentConfig, ServiceSpec
+from skep.model.service import EndpointSpec, NetworkAttachmentConfig, PortConfig, PublishMode, ServiceSpec
 from skep.model.task import NetworkAttachment
-from tests.builders import a_service_spec
+from tests.builders import a_service_spec, an_overlay
 
-
-def a_network(driver: str) -> Network:
-    spec = NetworkSpec(name=f"my-{driver}", driver_configuration=Driver(name=driver))
-    return Network(id=NetworkId(driver), spec=spec)
-
-
-NETWORKS = {network.id: network for network in (a_network("host"), a_network("overlay"))}
+HOST = Network(id=NetworkId("host"), spec=NetworkSpec(name="host", driver_configuration=Driver(name="host")))
+OVERLAY = an_overlay("net1", subnet="10.0.1.0/24")
+BARE = an_overlay("bare", subnet="")
+INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
+KNOWN = {network.id: network for network in (HOST, OVERLAY, BARE, INGRESS)}
+NETWORKS = Networks(find=KNOWN.get, trouble=lambda _: "all numbers are taken")
 
 
 def attached_to(*targets: str) -> ServiceSpec:
@@ -25,19 +25,64 @@ def attached_to(*targets: str) -> ServiceSpec:
     return replace(spec, task_template=replace(spec.task_template, networks=networks))
 
 
+def attachments(
+    spec: ServiceSpec, networks: Networks = NETWORKS, wished: tuple[NetworkAttachment, ...] = ()
+) -> Attached | NotAttached:
+    book = AddressBook()
+    return attachments_for(
+        spec, networks, lambda network, address: book.give("task", network, address), wished
+    )
+
+
 def test_a_task_without_networks_goes_on_at_once() -> None:
-    assert attachments_for(a_service_spec(), NETWORKS.get) == Attached()
+    assert attachments(a_service_spec()) == Attached()
 
 
 def test_a_network_of_the_node_needs_nothing_from_the_cluster() -> None:
-    wanted = NetworkAttachment(network=NETWORKS[NetworkId("host")], aliases=("db",))
-    assert attachments_for(attached_to("host"), NETWORKS.get) == Attached((wanted,))
+    assert attachments(attached_to("host")) == Attached((NetworkAttachment(network=HOST, aliases=("db",)),))
+
+
+def test_on_an_overlay_a_task_has_an_address_of_its_own() -> None:
+    expected = NetworkAttachment(network=OVERLAY, addresses=("10.0.1.2/24",), aliases=("db",))
+    assert attachments(attached_to("net1")) == Attached((expected,))
+
+
+def test_a_wished_address_is_given_if_it_is_free() -> None:
+    wished = (NetworkAttachment(network=OVERLAY, addresses=("10.0.1.77",)),)
+    given = attachments(attached_to("net1"), wished=wished)
+    assert isinstance(given, Attached)
+    assert given.attachments[0].addresses == ("10.0.1.77/24",)
+    outside = (NetworkAttachment(network=OVERLAY, addresses=("10.9.9.9",)),)
+    assert attachments(attached_to("net1"), wished=outside) == NotAttached(
+        "address 10.9.9.9 is not in a subnet of network net1"
+    )
 
 
 def test_a_task_waits_for_a_network_that_has_no_addresses_to_give() -> None:
-    waiting = attachments_for(attached_to("host", "overlay"), NETWORKS.get)
-    assert waiting == NotAttached("network my-overlay is not allocated: no overlay networks yet")
+    assert attachments(attached_to("host", "bare")) == NotAttached(
+        "network bare is not allocated: all numbers are taken"
+    )
 
 
 def test_a_task_waits_for_a_network_that_is_not_there() -> None:
-    assert attachments_for(attached_to("gone"), NETWORKS.get) == NotAttached("network gone not found")
+    assert attachments(attached_to("gone")) == NotAttached("network gone not found")
+
+
+def test_a_task_waits_when_every_address_is_taken() -> None:
+    tiny = an_overlay("net1", subnet="10.0.1.0/30")
+    networks = Networks(find=lambda _: tiny)
+    book = AddressBook()
+    book.give("other", tiny)
+    waiting = attachments_for(attached_to("net1"), networks, lambda network, _: book.give("task", network))
+    assert waiting == NotAttached("no available IPv4 addresses on this network's address pools: net1 (net1)")
+
+
+def test_published_ports_put_a_task_on_the_ingress_network_first_where_somebody_needs_that() -> None:
+    port = PortConfig(target_port=80, publish_mode=PublishMode.INGRESS)
+    spec = replace(attached_to("net1"), endpoint_spec=EndpointSpec(ports=(port,)))
+    with_ingress = attachments(spec, replace(NETWORKS, ingress=INGRESS))
+    assert isinstance(with_ingress, Attached)
+    assert [one.network and one.network.id for one in with_ingress.attachments] == ["ingress", "net1"]
+    without = attachments(spec)
+    assert isinstance(without, Attached)
+    assert [one.network and one.network.id for one in without.attachments] == ["net1"]

@@ -1,0 +1,125 @@
+"""What the allocator remembers of who holds what: derived from the store, kept up to date commit by commit."""
+
+from collections.abc import Iterable
+
+from skep.manager.allocator.addresses import AddressBook
+from skep.manager.allocator.nodes import occupies_networks
+from skep.manager.allocator.ports import PortBook
+from skep.manager.allocator.subnets import NetworkBook
+from skep.model.ids import NetworkId, ServiceId, TaskId
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.planes import is_docker_node
+from skep.model.service import Service
+from skep.model.task import NetworkAttachment, Task
+from skep.store.interface import View
+
+
+class Books:
+    """Ports, addresses, subnets and VXLAN ids with their holders; which nodes are docker nodes."""
+
+    def __init__(self) -> None:
+        self.ports = PortBook()
+        self.addresses = AddressBook()
+        self.networks = NetworkBook()
+        self.docker_nodes: set[str] = set()
+        self._gone: set[NetworkId] = set()
+        """Networks that were removed while tasks still had addresses on them: their subnets stay taken."""
+
+    @classmethod
+    def of(cls, view: View) -> "Books":
+        """The books as the store has them."""
+        books = cls()
+        for network in view.find(Network):
+            books.enter_network(network)
+        for service in view.find(Service):
+            books.enter_service(service)
+        for task in view.find(Task):
+            books.enter_task(task)
+        for node in view.find(Node):
+            books.enter_node(node)
+        return books
+
+    def enter_network(self, network: Network) -> None:
+        self._gone.discard(network.id)
+        self.networks.enter(network)
+
+    def leave_network(self, network: Network) -> None:
+        """The network was removed; its subnet is free once its last task has ended."""
+        self._gone.add(network.id)
+        self._forget_gone((network.id,))
+
+    def enter_service(self, service: Service) -> None:
+        self.ports.enter(service)
+        addresses = [(one.network_id, one.addr) for one in service.endpoint.virtual_ips if one.addr]
+        self._hold(service_owner(service.id), addresses)
+
+    def leave_service(self, id: ServiceId) -> None:
+        self.ports.leave(id)
+        self._forget_gone(self.addresses.release(service_owner(id)))
+
+    def enter_task(self, task: Task) -> bool:
+        """A task as it is now; whether it gave addresses back."""
+        if not occupies_networks(task):
+            return self.leave_task(task.id)
+        addresses = _addresses(task.networks_attachments)
+        if addresses:
+            for attachment in task.networks_attachments:
+                network = attachment.network
+                if network is not None and not self.networks.knows(network.id):
+                    self.networks.enter(network)
+                    self._gone.add(network.id)
+            self._hold(task.id, addresses)
+        return False
+
+    def leave_task(self, id: TaskId) -> bool:
+        """The task has ended, or never got what was meant for it; whether it gave addresses back."""
+        released = self.addresses.release(id)
+        self._forget_gone(released)
+        return bool(released)
+
+    def enter_node(self, node: Node) -> None:
+        if is_docker_node(node):
+            self.docker_nodes.add(node.id)
+        else:
+            self.docker_nodes.discard(node.id)
+        self._hold(node_owner(node.id), _addresses(node.attachments))
+
+    def leave_node(self, node: Node) -> None:
+        self.docker_nodes.discard(node.id)
+        self._forget_gone(self.addresses.release(node_owner(node.id)))
+
+    def give(self, owner: str, network: Network, wished: str = "") -> str:
+        """An address for a service, task or node.  Raises: NoAddress."""
+        return self.addresses.give(owner, network, wished)
+
+    def _hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
+        before = self.addresses.release(owner)
+        self.addresses.hold(owner, addresses)
+        self._forget_gone(before)
+
+    def _forget_gone(self, ids: Iterable[NetworkId]) -> None:
+        for id in ids:
+            if id in self._gone and not self.addresses.is_used(id):
+                self._gone.discard(id)
+                self.networks.leave(id)
+
+
+def service_owner(id: str) -> str:
+    """By this name a service holds its virtual addresses; tasks hold theirs by their bare ids."""
+    return f"service/{id}"
+
+
+def node_owner(id: str) -> str:
+    """By this name a node holds its own addresses."""
+    return f"node/{id}"
+
+
+def _addresses(attachments: Iterable[NetworkAttachment]) -> list[tuple[NetworkId, str]]:
+    return [
+        (attachment.network.id, address)
+        for attachment in attachments
+        if attachment.network is not None
+        for address in attachment.addresses
+        if "/" in address
+    ]

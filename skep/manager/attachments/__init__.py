@@ -1,0 +1,1 @@
+"""Plain containers of docker nodes on attachable networks of the cluster."""

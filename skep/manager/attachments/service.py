@@ -1,0 +1,137 @@
+"""``docker run --network`` of an attachable network: the engine asks the cluster for a place on it.
+
+A place is a task without a service, made for the node that asks: allocator, scheduler and dispatcher treat it like
+any other, and the engine gets the address with its assignments.  While it is there, the network cannot be removed.
+
+Source: swarmkit, manager/resourceapi/allocator.go; moby, daemon/cluster/networks.go (AttachNetwork).
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
+from skep.model.ids import IdSource, NodeId, TaskId
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.planes import plane_of, plane_of_node
+from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
+from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.times import Timestamp, timestamp
+from skep.store.interface import Store, Transaction
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.service import Handler, unary
+
+log = structlog.get_logger(__name__)
+
+ATTACHMENTS_MAX = 1000
+"""Plain containers of one node on cluster networks."""
+CONTAINER_ID_CHARACTERS_MAX = 128
+
+
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's wish for one of its containers."""
+
+    task_id: TaskId
+    node_id: NodeId
+    container_id: str
+    network: str
+    """Id or name."""
+    address: str = ""
+    """``--ip``; empty: any."""
+
+
+class AttachmentService:
+    """Answers ``ResourceAllocator`` on every manager."""
+
+    def __init__(self, store: Store, clock: Clock, new_id: IdSource) -> None:
+        self._store = store
+        self._clock = clock
+        self._new_id = new_id
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (unary(methods.ATTACH_NETWORK, self._attach), unary(methods.DETACH_NETWORK, self._detach))
+
+    async def _attach(self, request: pb.AttachNetworkRequest, caller: Caller) -> pb.AttachNetworkResponse:
+        await self._store.barrier()  # the network may come from another manager a moment ago
+        wish = Wish(
+            task_id=TaskId(self._new_id()),
+            node_id=caller.node_id,
+            container_id=request.container_id,
+            network=request.config.target,
+            address=next(iter(request.config.addresses), ""),
+        )
+        await self._store.update(attach, wish, timestamp(self._clock.now_ns()))
+        log.info("container attached", node=wish.node_id, network=wish.network, task=wish.task_id)
+        return pb.AttachNetworkResponse(attachment_id=wish.task_id)
+
+    async def _detach(self, request: pb.DetachNetworkRequest, caller: Caller) -> pb.DetachNetworkResponse:
+        await self._store.update(detach, caller.node_id, TaskId(request.attachment_id))
+        return pb.DetachNetworkResponse()
+
+
+def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
+    """Make the task that stands for the container's place; the allocator gives it an address.
+
+    Raises:
+        NotFound: no such network.  PermissionDenied: it is not attachable, or the node was removed.
+        FailedPrecondition: its data plane is not that of docker nodes.
+        InvalidArgument, ResourceExhausted: a container id or a number of places that nobody needs.
+    """
+    if not 0 < len(wish.container_id) <= CONTAINER_ID_CHARACTERS_MAX:
+        raise InvalidArgument("the request names no container")
+    node = tx.rely_on(Node, wish.node_id, "session")
+    if node is None:
+        raise PermissionDenied(f"Permission denied: node {wish.node_id} was removed from the swarm")
+    try:
+        network = tx.resolve(Network, wish.network)
+    except NotFound:
+        raise NotFound(f"network {wish.network} not found") from None
+    if not network.spec.attachable:
+        raise PermissionDenied(f"network {wish.network} not manually attachable")
+    if plane_of(network) not in ("", plane_of_node(node)):
+        raise FailedPrecondition(
+            f"network {network.spec.name} belongs to skep nodes: containers of a docker node cannot join it"
+        )
+    places = [one for one in tx.find(Task, node_id=node.id) if _is_attachment(one)]
+    if len(places) >= ATTACHMENTS_MAX:
+        raise ResourceExhausted(f"the node has {ATTACHMENTS_MAX} containers on cluster networks already")
+    wished = NetworkAttachment(network=network, addresses=(wish.address,) if wish.address else ())
+    return tx.put(
+        Task(
+            id=wish.task_id,
+            created_at=now,
+            spec=TaskSpec(
+                network_attachment_spec=NetworkAttachmentSpec(container_id=wish.container_id),
+                networks=(NetworkAttachmentConfig(target=network.id),),
+            ),
+            node_id=node.id,
+            networks_attachments=(wished,) if wish.address else (),
+            status=TaskStatus(timestamp=now, state=TaskState.NEW, message="created"),
+            desired_state=TaskState.RUNNING,
+        )
+    )
+
+
+def detach(tx: Transaction, node_id: NodeId, task_id: TaskId) -> None:
+    """The container is gone, its place with it.
+
+    Raises: InvalidArgument, NotFound; PermissionDenied: another node's, or a task of a service.
+    """
+    if not task_id:
+        raise InvalidArgument("invalid argument")
+    task = tx.lookup(Task, task_id)
+    if task is None or not _is_attachment(task):
+        raise NotFound(f"attachment {task_id} not found")
+    if task.node_id != node_id:
+        raise PermissionDenied(f"attachment {task_id} doesn't belong to this node")
+    tx.delete(Task, task_id)
+
+
+def _is_attachment(task: Task) -> bool:
+    return task.spec.network_attachment_spec is not None

@@ -1,0 +1,47 @@
+"""The keys of docker nodes' gossip and of their encrypted overlays: what they are and how they rotate.
+
+An engine keeps three keys per subsystem, sorts them by their logical time and encrypts with the second (with fewer
+than two it panics): the newest is known everywhere before anybody uses it, the oldest still opens what is under way.
+
+Source: swarmkit, manager/keymanager/keymanager.go; moby, libnetwork/agent.go (getPrimaryKeyTag).
+"""
+
+from collections.abc import Callable
+
+from skep.model.gossip import GossipKey, GossipKeys
+from skep.model.times import SECOND_NS, Timestamp, unix_ns
+
+SUBSYSTEMS = ("networking:gossip", "networking:ipsec")
+KEYS_PER_SUBSYSTEM = 3
+KEY_BYTES = 16
+ROTATION_S = 12 * 3600.0
+
+
+def first_keys(random_bytes: Callable[[int], bytes], now: Timestamp) -> GossipKeys:
+    """What a cluster begins with."""
+    subsystems = [subsystem for subsystem in SUBSYSTEMS for _ in range(KEYS_PER_SUBSYSTEM)]
+    keys = (
+        GossipKey(subsystem=subsystem, key=random_bytes(KEY_BYTES), lamport_time=number)
+        for number, subsystem in enumerate(subsystems, 1)
+    )
+    return GossipKeys(keys=tuple(keys), rotated_at=now)
+
+
+def rotated(keys: GossipKeys, random_bytes: Callable[[int], bytes], now: Timestamp) -> GossipKeys:
+    """Of each subsystem the oldest key goes and a new one comes."""
+    time = max(key.lamport_time for key in keys.keys)
+    kept: list[GossipKey] = []
+    for subsystem in SUBSYSTEMS:
+        time += 1
+        own = sorted(
+            (key for key in keys.keys if key.subsystem == subsystem), key=lambda key: key.lamport_time
+        )
+        fresh = GossipKey(subsystem=subsystem, key=random_bytes(KEY_BYTES), lamport_time=time)
+        kept += [*own[-(KEYS_PER_SUBSYSTEM - 1) :], fresh]
+    return GossipKeys(keys=tuple(kept), rotated_at=now)
+
+
+def seconds_to_rotation(keys: GossipKeys, now: Timestamp) -> float:
+    """Until the next rotation is due: never more than a whole period, whatever another leader's clock said."""
+    age_s = (unix_ns(now) - unix_ns(keys.rotated_at)) / SECOND_NS
+    return min(max(ROTATION_S - age_s, 0.0), ROTATION_S)

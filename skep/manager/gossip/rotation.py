@@ -1,0 +1,56 @@
+"""The loop that makes the gossip keys and rotates them every twelve hours.  Runs on the leader only."""
+
+import secrets
+from random import Random
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.manager.follow import State
+from skep.manager.gossip.keys import first_keys, rotated, seconds_to_rotation
+from skep.model.gossip import decoded_keys
+from skep.model.ids import IdSource
+from skep.model.times import Timestamp, timestamp
+from skep.store.interface import NotLeader, Transaction
+from skep.store.kinds import GOSSIP_KEYS_ID, Payload
+
+log = structlog.get_logger(__name__)
+
+RETRY_S = 5.0
+"""Until the next attempt when the store did not take the keys (jittered)."""
+
+
+class KeyRotation:
+    """Keeps the cluster's gossip keys young.  Dispatchers spread what is in the store."""
+
+    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+        self._term = term
+        self._clock = clock
+        self._random = random
+
+    async def run(self) -> None:
+        """Make keys where there are none, and rotate, until cancelled.
+
+        The wait is measured on this leader's monotonic clock; only the first one counts from another's stamp.
+        """
+        while True:
+            try:
+                wait_s = await self._term.update(step, timestamp(self._clock.now_ns()))
+            except NotLeader:
+                raise
+            except SkepError as error:
+                log.warning("gossip keys not written, trying again", reason=str(error))
+                wait_s = RETRY_S * self._random.uniform(0.5, 1.0)
+            await self._clock.sleep(wait_s)
+
+
+def step(tx: Transaction, now: Timestamp) -> float:
+    """Make or rotate the keys if that is due; gives seconds until the next look."""
+    stored = tx.rely_on(Payload, GOSSIP_KEYS_ID)
+    keys = decoded_keys(stored.data) if stored is not None else None
+    if keys is not None and (wait_s := seconds_to_rotation(keys, now)) > 0:
+        return wait_s
+    fresh = first_keys(secrets.token_bytes, now) if keys is None else rotated(keys, secrets.token_bytes, now)
+    tx.put(Payload(id=GOSSIP_KEYS_ID, data=fresh.encode()))
+    return seconds_to_rotation(fresh, now)

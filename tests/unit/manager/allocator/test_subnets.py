@@ -1,0 +1,103 @@
+"""Which VXLAN ids, subnets and gateways networks get."""
+
+from ipaddress import IPv4Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.allocator.subnets import (
+    VXLAN_OPTION,
+    NetworkBook,
+    NotAllocated,
+    allocated,
+    free_subnet,
+    is_allocated,
+)
+from skep.model.ids import NetworkId
+from skep.model.meta import Driver
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from tests.builders import an_overlay
+
+POOLS = ("10.0.0.0/8",)
+
+
+def entered(book: NetworkBook, network: Network) -> Network:
+    given_network = allocated(network, book, POOLS, 24)
+    book.enter(given_network)
+    return given_network
+
+
+def config_of(network: Network) -> IPAMConfig:
+    assert network.ipam_options is not None
+    (config,) = network.ipam_options.configs
+    return config
+
+
+def test_networks_get_subnets_and_vxlan_ids_one_after_another_as_docker_gives_them() -> None:
+    book = NetworkBook()
+    ingress = entered(book, an_overlay("ingress", subnet="", ingress=True))
+    first = entered(book, an_overlay("net1", subnet=""))
+    second = entered(book, an_overlay("net2", subnet=""))
+    assert [config_of(one).subnet for one in (ingress, first, second)] == [
+        "10.0.0.0/24",
+        "10.0.1.0/24",
+        "10.0.2.0/24",
+    ]
+    assert config_of(first).gateway == "10.0.1.1"
+    ids = [one.driver_state.options[VXLAN_OPTION] for one in (ingress, first, second)]
+    assert ids == ["4096", "4097", "4098"]
+    assert first.driver_state.name == "overlay"
+    assert first.ipam_options is not None
+    assert first.ipam_options.driver.name == "default"
+
+
+def test_what_a_removed_network_held_is_given_again() -> None:
+    book = NetworkBook()
+    first = entered(book, an_overlay("net1", subnet=""))
+    entered(book, an_overlay("net2", subnet=""))
+    book.leave(first.id)
+    assert config_of(entered(book, an_overlay("net3", subnet=""))) == config_of(first)
+
+
+def test_a_subnet_that_the_user_names_is_kept_unless_it_overlaps() -> None:
+    book = NetworkBook()
+    named = IPAMOptions(driver=Driver(name="default"), configs=(IPAMConfig(subnet="10.0.0.0/20"),))
+    first = entered(book, an_overlay("net1", subnet="", ipam_options=named))
+    assert config_of(first) == IPAMConfig(subnet="10.0.0.0/20", gateway="10.0.0.1")
+    with pytest.raises(NotAllocated, match="Pool overlaps with other one on this address space"):
+        allocated(an_overlay("net2", subnet="", ipam_options=named), book, POOLS, 24)
+    assert config_of(entered(book, an_overlay("net3", subnet=""))).subnet == "10.0.16.0/24"
+
+
+def test_a_network_of_the_node_only_learns_its_driver() -> None:
+    host = Network(id=NetworkId("h"), spec=NetworkSpec(name="host", driver_configuration=Driver(name="host")))
+    assert not is_allocated(host)
+    given_network = allocated(host, NetworkBook(), POOLS, 24)
+    assert is_allocated(given_network)
+    assert given_network == replace(host, driver_state=Driver(name="host"))
+
+
+def test_the_drivers_own_options_stay() -> None:
+    options = {"encrypted": "", "com.docker.network.driver.mtu": "1400"}
+    spec = NetworkSpec(name="n", driver_configuration=Driver(name="overlay", options=options))
+    state = allocated(Network(id=NetworkId("n"), spec=spec), NetworkBook(), POOLS, 24).driver_state
+    assert state.options == {**options, VXLAN_OPTION: "4097"}
+
+
+def test_when_the_pools_are_empty_it_says_so() -> None:
+    with pytest.raises(NotAllocated, match=r"could not find an available, non-overlapping IPv4 address pool"):
+        free_subnet(("10.0.0.0/23",), 24, [IPv4Network("10.0.0.0/24"), IPv4Network("10.0.1.0/28")])
+
+
+@given(st.sets(st.integers(0, 63), max_size=40), st.integers(25, 29))
+def test_a_free_subnet_overlaps_with_nothing_and_is_the_lowest(taken: set[int], length: int) -> None:
+    held = [IPv4Network((0x0A000000 + number * 16, 28)) for number in taken]
+    pool = IPv4Network("10.0.0.0/22")
+    free = [one for one in pool.subnets(new_prefix=length) if not any(one.overlaps(other) for other in held)]
+    if free:
+        assert free_subnet((str(pool),), length, held) == free[0]
+    else:
+        with pytest.raises(NotAllocated):
+            free_subnet((str(pool),), length, held)
