@@ -5,7 +5,7 @@ control loops are the leader's, and each of their writes is fenced by its term.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,12 @@ from aiohttp import web
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
 from skep.api.server import runner
-from skep.errors import SkepError, Unavailable
+from skep.errors import Unavailable
 from skep.manager.attachments.service import AttachmentService
 from skep.manager.autolock import Autolock
 from skep.manager.ca.service import CertificateService
+from skep.manager.ca.standing import Standing
+from skep.manager.ca.upkeep import PeerFiles, Upkeep
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
 from skep.manager.dispatcher.adoption import Adoption
@@ -34,17 +36,18 @@ from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.consensus import Consensus
+from skep.manager.membership.loop import Managers
 from skep.manager.membership.service import MembersService
-from skep.manager.presence import show_presence
+from skep.manager.presence import Presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.ids import IdSource
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
-from skep.security.reloading import follow_key_pair
+from skep.security.reloading import KeyPairFiles
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
 from skep.store.interface import NotLeader, Store, Term
 from skep.wire.client import Channel, connected
-from skep.wire.server import serve
+from skep.wire.server import Bound, serve
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +63,7 @@ class Manager:
         *,
         consensus: Consensus,
         book: AddressBook,
+        restart_member: Callable[[], Awaitable[None]],
         socket: Path,
         clock: Clock,
         new_id: IdSource,
@@ -79,6 +83,9 @@ class Manager:
         self._logs = LogBroker(store, new_id)
         self._attachments = AttachmentService(store, clock, new_id)
         self._book = book
+        self._restart_member = restart_member
+        self._consensus = consensus
+        self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
         self._members = MembersService(
             store,
             consensus,
@@ -115,7 +122,8 @@ class Manager:
                 port=int(port),
                 tls=self._tls.front,
                 cluster_id=self._config.cluster_id,
-            ),
+                standing=Standing(self._store.view, self._dispatcher.is_current).require,
+            ) as bound,
             asyncio.TaskGroup() as group,
         ):
             group.create_task(api.lag.run(self._clock), name="loop lag")
@@ -126,15 +134,26 @@ class Manager:
             relay = Relay(self._store, host.strip("[]"), self._clock, self._random)
             group.create_task(relay.run(), name="gossip relay")
             group.create_task(self._book.run(), name="address book")
+            group.create_task(self._presence.run(), name="presence")
             lock = KeyLock(self._config.paths)
-            renewed = follow_key_pair(self._tls, self._config.paths.certificates, self._clock, lock)
-            group.create_task(renewed, name="certificate")
+            group.create_task(self._upkeep(lock, bound).run(), name="certificates")
             autolock = Autolock(self._store, lock, self._clock, self._random)
             group.create_task(autolock.run(), name="autolock")
             group.create_task(self._lead_when_elected(), name="election")
             async with serving(application(api), self._socket):
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
                 await asyncio.Event().wait()
+
+    def _upkeep(self, lock: KeyLock, bound: Bound) -> Upkeep:
+        return Upkeep(
+            self._store,
+            self._config.node_id,
+            self._tls,
+            KeyPairFiles(self._config.paths.certificates, lock),
+            self._clock,
+            disconnect=bound.disconnect,
+            peers=PeerFiles(self._config.paths.tls, self._restart_member),
+        )
 
     def _connected(self, addr: str) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager, as this one."""
@@ -144,10 +163,12 @@ class Manager:
         terms = self._store.terms(self._config.node_id, self._config.advertise_addr)
         async for term in terms:
             log.info("leading", term=term.number)
+            self._presence.lead(term)
             async with asyncio.TaskGroup() as group:
                 leading = group.create_task(self._lead(term), name=f"lead-{term.number}")
                 await term.wait_lost()
                 leading.cancel()
+            self._presence.lead(None)
             # The old term has ended before a new one begins.
             log.info("no longer leading", term=term.number)
 
@@ -155,28 +176,16 @@ class Manager:
         """Run the control loops for one term; returns early when a write found the term to be over."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._show_leading(term), name="presence")
+                managers = Managers(
+                    term, self._config.node_id, self._consensus, self._link.silent, self._clock
+                )
+                group.create_task(managers.run(), name="managers")
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")
                 for loop in loops(term, self._clock, self._new_id, self._random):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:
             log.info("a write met a newer leader", term=term.number)
-
-    async def _show_leading(self, term: Term) -> None:
-        """Write that this manager leads, however often that takes."""
-        while True:
-            try:
-                await term.update(
-                    show_presence, self._config.node_id, self._config.advertise_addr, leads=True
-                )
-            except NotLeader:
-                raise
-            except SkepError as error:
-                log.warning("leadership not shown yet", reason=str(error))
-                await self._clock.sleep(0.5 + self._random.random() / 2)
-            else:
-                return
 
 
 @asynccontextmanager

@@ -19,3 +19,6 @@ class Consensus(Protocol):
 
     async def remove(self, name: str) -> None:
         """Put a member out, if it is in.  Raises: Unavailable."""
+
+    async def move_leader(self, to: RaftMember) -> None:
+        """Hand leadership over; for the leader's own manager only.  Raises: Unavailable."""

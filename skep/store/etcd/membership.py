@@ -85,6 +85,10 @@ class RaftMembers:
             return
         log.info("manager removed", node=name)
 
+    async def move_leader(self, to: RaftMember) -> None:
+        """Hand raft's leadership over; for the leader's own member only.  Raises: Unavailable."""
+        await self._client.move_leader(to.id)
+
     async def _member(self, name: str) -> RaftMember | None:
         return next((one for one in await self.all(is_current=True) if one.name == name), None)
 

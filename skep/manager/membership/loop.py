@@ -1,0 +1,151 @@
+"""The leader's loop over the managers: who answers, and roles as they are wished."""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import assert_never
+
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.manager.follow import State, follow
+from skep.manager.membership.consensus import Consensus
+from skep.manager.membership.roles import (
+    Demote,
+    HandOver,
+    Hold,
+    Learners,
+    Promote,
+    Step,
+    Withdraw,
+    next_steps,
+)
+from skep.manager.membership.roll_call import roll_call, write_mark
+from skep.manager.revocation import revoke
+from skep.model.ids import NodeId
+from skep.model.node import Node, NodeRole
+from skep.store.etcd.membership import RaftMember
+from skep.store.interface import NotLeader, Transaction
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 0.5
+"""Silence and learners announce nothing."""
+
+
+class Managers:
+    """Keeps members, certificates and statuses of the managers as wished and as they are.  Leader only."""
+
+    def __init__(
+        self,
+        term: State,
+        own: NodeId,
+        consensus: Consensus,
+        silent: Callable[[float], Mapping[NodeId, float]],
+        clock: Clock,
+    ) -> None:
+        """``silent``: managers that are silent at a time, with the seconds since they were heard."""
+        self._term = term
+        self._own = own
+        self._consensus = consensus
+        self._silent = silent
+        self._clock = clock
+        self._learners = Learners()
+        self._held = ""
+
+    async def run(self) -> None:
+        """Look at every change of a node, and twice a second, until cancelled."""
+        changed = asyncio.Event()
+        await follow(
+            self._term,
+            (Node,),
+            start=lambda _: changed.set(),
+            note=lambda _: changed.set(),
+            work=partial(self._work, changed),
+        )
+
+    async def _work(self, changed: asyncio.Event) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await changed.wait()
+            changed.clear()
+            try:
+                await self._look()
+            except NotLeader:
+                raise
+            except SkepError as error:
+                log.warning("managers not looked after", reason=str(error))
+                await self._clock.sleep(LOOK_S)
+
+    async def _look(self) -> None:
+        now = self._clock.monotonic()
+        silent = self._silent(now)
+        nodes = self._term.view().find(Node)
+        for mark in roll_call(nodes, silent, self._own):
+            log.info("manager", node=mark.node_id, reachability=mark.reachability.value)
+            await self._term.update(write_mark, mark)
+        members = await self._consensus.all()
+        for learner in self._learners.overdue(members, now):
+            log.warning("a manager that never caught up is removed", node=learner.name)
+            await self._withdraw(learner)
+        reachable = {member.name for member in members if member.name not in silent}
+        steps = next_steps(nodes, members, reachable, self._own)
+        self._tell_held(steps)
+        for step in steps:
+            await self._take(step)
+
+    async def _take(self, step: Step) -> None:
+        match step:
+            case Promote(node_id):
+                await self._term.update(give_role, node_id, NodeRole.MANAGER, self._clock.now_ns())
+                log.info("node promoted", node=node_id)
+            case Demote(node_id):
+                await self._term.update(give_role, node_id, NodeRole.WORKER, self._clock.now_ns())
+                log.info("node demoted", node=node_id)
+            case HandOver(to):
+                log.info("leadership is handed over", to=to.name)
+                await self._consensus.move_leader(to)
+            case Withdraw(member):
+                await self._withdraw(member)
+            case Hold():
+                pass
+            case _:
+                assert_never(step)
+
+    async def _withdraw(self, member: RaftMember) -> None:
+        await self._term.update(forget_presence, NodeId(member.name))
+        await self._consensus.remove(member.name)
+
+    def _tell_held(self, steps: Collection[Step]) -> None:
+        held = ", ".join(step.member.name for step in steps if isinstance(step, Hold))
+        if held and held != self._held:
+            log.warning("a manager stays: without it there would be no quorum", node=held)
+        self._held = held
+
+
+def give_role(tx: Transaction, node_id: NodeId, role: NodeRole, now_ns: int) -> None:
+    """Have the node renew its certificate in ``role``, unless the wish has changed meanwhile.
+
+    What a former manager's certificates were good for is taken back at once.
+    """
+    node = tx.lookup(Node, node_id)
+    if node is None or node.certificate is None or node.spec.role is not role:
+        return
+    if role is NodeRole.WORKER:
+        revoke(tx, node, now_ns, is_removed=False)
+        node = replace(node, manager_status=None)
+    certificate = node.certificate
+    if certificate is not None and certificate.role is not role:
+        node = replace(node, certificate=replace(certificate, role=role, state="rotate"))
+    tx.put(node)
+
+
+def forget_presence(tx: Transaction, node_id: NodeId) -> None:
+    """Show the node as no manager."""
+    node = tx.lookup(Node, node_id)
+    if node is not None and node.manager_status is not None:
+        tx.put(replace(node, manager_status=None))
