@@ -61,18 +61,28 @@ def playground() -> None:
 @click.option("--managers", default=1, show_default=True, help="How many managers.")
 @click.option("--workers", default=0, show_default=True, help="How many workers.")
 @click.option(
+    "--docker-workers", default=0, show_default=True, help="How many Docker Engines as workers beside them."
+)
+@click.option(
     "--subnets", default=1, show_default=True, help="Spread the nodes over so many routed networks."
 )
 @_verb
-def up(directory: Path, name: str | None, managers: int, workers: int, subnets: int) -> None:
+def up(
+    directory: Path, name: str | None, managers: int, workers: int, docker_workers: int, subnets: int
+) -> None:
     """Start a playground: nodes m1, m2, ... and w1, w2, ..., one swarm, a busybox image on each.
 
+    Docker workers are called d1, d2, ...: unmodified Docker Engines of this machine's dockerd.
+
     \b
-    Example:
+    Examples:
       skep playground up --managers 1 --workers 2 --dir /var/tmp/bees
+      skep playground up --managers 1 --workers 1 --docker-workers 2
     """
     ground = _open(directory, name)
-    cluster = _finish(ground.up(managers=managers, workers=workers, subnets=subnets))
+    cluster = _finish(
+        ground.up(managers=managers, workers=workers, docker_workers=docker_workers, subnets=subnets)
+    )
     click.echo(f"{len(cluster.nodes)} nodes: {' '.join(node.name for node in cluster.nodes)}")
     click.echo(f"description: {directory.resolve() / 'cluster.json'}")
 
@@ -185,15 +195,17 @@ def execute(directory: Path, name: str | None, node: str, command: Sequence[str]
 @playground.command()
 @click.argument("role", type=click.Choice(["manager", "worker"]))
 @click.argument("node", required=False)
+@click.option("--docker", "is_docker", is_flag=True, help="A Docker Engine instead of a skep node.")
 @_verb
-def add(directory: Path, name: str | None, role: names.Role, node: str | None) -> None:
+def add(directory: Path, name: str | None, role: names.Role, node: str | None, is_docker: bool) -> None:
     """Plug a fresh machine into the playground's network.  It is in no swarm yet.
 
     \b
-    Example:
+    Examples:
       skep playground add worker w9
+      skep playground add --docker worker
     """
-    new = _finish(_open(directory, name).add(role, node))
+    new = _finish(_open(directory, name).add(role, node, "docker" if is_docker else "skep"))
     click.echo(f"{new.name} {new.addr} {new.endpoint}")
 
 

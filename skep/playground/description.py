@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import FailedPrecondition, NotFound
-from skep.playground.names import Role
+from skep.playground.names import Engine, Role
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +36,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """Namespace and name of the cable's other end: taking that down cuts the node off."""
     start: tuple[str, ...]
     """Command that starts the node again after a kill; it returns when the API answers."""
+    engine: Engine = "skep"
+    """What runs on it: our daemon, or an unmodified Docker Engine."""
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):

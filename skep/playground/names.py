@@ -13,6 +13,7 @@ import msgspec
 from skep.errors import FailedPrecondition, InvalidArgument
 
 Role = Literal["manager", "worker"]
+Engine = Literal["skep", "docker"]
 
 DEFAULT = "playground"
 
@@ -99,10 +100,11 @@ def free_address(taken: Iterable[str], subnets: int) -> Address:
     raise FailedPrecondition("the playground's networks are full")
 
 
-def free_name(role: Role, taken: Iterable[str]) -> str:
-    """m1, m2, ... for managers, w1, w2, ... for workers: the lowest number that is free."""
+def free_name(role: Role, taken: Iterable[str], engine: Engine = "skep") -> str:
+    """m1, m2, ... for managers, w1, w2, ... for workers, d1, d2, ... for docker nodes: the lowest number free."""
     used = set(taken)
     number = 1
-    while (name := f"{role[0]}{number}") in used:
+    letter = "d" if engine == "docker" else role[0]
+    while (name := f"{letter}{number}") in used:
         number += 1
     return name

@@ -10,7 +10,7 @@ import msgspec
 
 from skep.errors import SkepError, Unavailable
 from skep.linux.processes import start_ticks_of
-from skep.playground import cgroups, engine, names, processes, underlay
+from skep.playground import cgroups, docker, engine, names, processes, underlay
 from skep.playground.commands import find, wait_until
 from skep.playground.description import Node
 
@@ -26,19 +26,28 @@ _CONFIGURATION = """\
 _TAIL_LINES = 15
 
 
-def described(directory: Path, playground: str, name: str, role: names.Role, ip: str) -> Node:
+def described(
+    directory: Path,
+    playground: str,
+    name: str,
+    role: names.Role,
+    ip: str,
+    engine: names.Engine = "skep",
+) -> Node:
     """The node as it will be; nothing is made yet."""
     home = directory / name
+    socket = docker.SOCKET if engine == "docker" else "skep.sock"
     return Node(
         name=name,
         role=role,
         addr=ip,
-        endpoint=f"unix://{home / 'skep.sock'}",
+        endpoint=f"unix://{home / socket}",
         netns=str(underlay.NETNS_ROOT / names.namespace(playground, name)),
         cgroup=names.cgroup(playground, name),
         state_dir=str(home / "data"),
         link=(names.namespace(playground, names.SWITCH), names.port(name)),
         start=(str(SKEP), "playground", "start", "--dir", str(directory), "--name", playground, name),
+        engine=engine,
     )
 
 
@@ -71,16 +80,8 @@ def switch_on(directory: Path, playground: str, node: Node) -> Holder:
     home = directory / node.name
     (home / "data").mkdir(parents=True, exist_ok=True)
     (home / "ends").unlink(missing_ok=True)
-    configuration = home / "skep.toml"
-    if not configuration.exists():
-        configuration.write_text(_CONFIGURATION)
     agents = cgroups.make(playground, node.name)
-    daemon = (
-        *(str(SKEP), "daemon", "--config", str(configuration), "--daemon-json", ""),
-        *("--log-format", "json", "--advertise-addr", node.addr, "--cgroup-parent", node.cgroup),
-        *("--data-dir", node.state_dir, "--run-dir", "/run/skep"),
-        *("--host", "unix:///run/skep/skep.sock", "--host", node.endpoint),
-    )
+    daemon = docker.command(home, node) if node.engine == "docker" else _skep_command(home, node)
     with (home / "holder.log").open("ab") as output:
         process = subprocess.Popen(
             (
@@ -99,6 +100,18 @@ def switch_on(directory: Path, playground: str, node: Node) -> Holder:
     if started is None:
         raise Unavailable(f"{node.name} did not start:\n{_tail(home)}")
     return Holder(msgspec.structs.replace(node, pids=(process.pid,), started=started), home, process)
+
+
+def _skep_command(home: Path, node: Node) -> tuple[str, ...]:
+    configuration = home / "skep.toml"
+    if not configuration.exists():
+        configuration.write_text(_CONFIGURATION)
+    return (
+        *(str(SKEP), "daemon", "--config", str(configuration), "--daemon-json", ""),
+        *("--log-format", "json", "--advertise-addr", node.addr, "--cgroup-parent", node.cgroup),
+        *("--data-dir", node.state_dir, "--run-dir", "/run/skep"),
+        *("--host", "unix:///run/skep/skep.sock", "--host", node.endpoint),
+    )
 
 
 async def kill(playground: str, node: Node) -> Node:

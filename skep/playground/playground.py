@@ -11,9 +11,9 @@ import msgspec
 from skep.api.client import Client
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from skep.paths import SOCKET_PATH_BYTES_MAX
-from skep.playground import cgroups, engine, names, node, processes, underlay
+from skep.playground import cgroups, docker, engine, names, node, processes, underlay
 from skep.playground.busybox import busybox_archive
-from skep.playground.commands import run, together, wait_until
+from skep.playground.commands import find, run, together, wait_until
 from skep.playground.description import Cluster, DescriptionFile, Node
 
 _READY_WITHIN_S = 60
@@ -56,19 +56,28 @@ class Playground:
         """What is described; None: nothing.  Raises: NotFound: a playground of another name."""
         return None if self._file.read() is None else self.cluster()
 
-    async def up(self, *, managers: int, workers: int, subnets: int = 1) -> Cluster:
+    async def up(self, *, managers: int, workers: int, docker_workers: int = 0, subnets: int = 1) -> Cluster:
         """Start the nodes, load busybox into each, make a swarm of them.
+
+        ``docker_workers``: unmodified Docker Engines, joined as they join any swarm.
 
         Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is made.  After a later failure
         what is there stays for a look, until ``down``.
         """
+        if docker_workers < 0:
+            raise InvalidArgument("a playground has no negative number of docker workers")
+        if docker_workers:
+            find("dockerd")
         cluster = await self._describe(managers, workers, subnets)
         await underlay.make_switch(cluster.name, subnets)
         manager: names.Role = "manager"
         worker: names.Role = "worker"
-        roles = (manager,) * managers + (worker,) * workers
-        for role in roles:
-            cluster = cluster.with_node(self._next(cluster, names.free_name(role, _names(cluster)), role))
+        kinds: list[tuple[names.Role, names.Engine]] = [(manager, "skep")] * managers
+        kinds += [(worker, "skep")] * workers
+        kinds += [(worker, "docker")] * docker_workers
+        for role, kind in kinds:
+            new_name = names.free_name(role, _names(cluster), kind)
+            cluster = cluster.with_node(self._next(cluster, new_name, role, kind))
         archive = await busybox_archive()
         cluster = msgspec.structs.replace(cluster, image=archive.image_id)
         self.images.mkdir(exist_ok=True)
@@ -77,6 +86,8 @@ class Playground:
             self._file.write(cluster)
         await together(*(self._make(new) for new in cluster.nodes))
         await self._form_swarm(self.cluster())
+        if docker_workers and not docker.has_ipvs():
+            self._progress(docker.NO_IPVS)
         return self.cluster()
 
     async def down(self) -> bool:
@@ -97,14 +108,14 @@ class Playground:
             self._directory.rmdir()
         return True
 
-    async def add(self, role: names.Role, name: str | None = None) -> Node:
+    async def add(self, role: names.Role, name: str | None = None, kind: names.Engine = "skep") -> Node:
         """A fresh machine on the playground's network, with busybox, in no swarm."""
         with self._file.locked():
             cluster = self.cluster()
-            name = names.check_name(name) if name else names.free_name(role, _names(cluster))
+            name = names.check_name(name) if name else names.free_name(role, _names(cluster), kind)
             if name in _names(cluster):
                 raise AlreadyExists(f"there is a node {name} already")
-            new = self._next(cluster, name, role)
+            new = self._next(cluster, name, role, kind)
             self._file.write(cluster.with_node(new))
         return await self._make(new)
 
@@ -179,9 +190,9 @@ class Playground:
             self._file.write(cluster)
         return cluster
 
-    def _next(self, cluster: Cluster, name: str, role: names.Role) -> Node:
+    def _next(self, cluster: Cluster, name: str, role: names.Role, kind: names.Engine = "skep") -> Node:
         address = names.free_address((known.addr for known in cluster.nodes), cluster.subnets)
-        return node.described(self._directory, cluster.name, name, role, address.ip)
+        return node.described(self._directory, cluster.name, name, role, address.ip, kind)
 
     async def _make(self, new: Node) -> Node:
         """Cable, daemon, image."""

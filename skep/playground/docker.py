@@ -1,0 +1,39 @@
+"""A docker node: an unmodified Docker Engine in the place of `skep daemon`; all else of the node is the same."""
+
+import platform
+from pathlib import Path
+
+from skep.playground.commands import find
+from skep.playground.description import Node
+
+SOCKET = "docker.sock"
+CONFIGURATION = "daemon.json"
+NO_IPVS = (
+    "note: this kernel has no IPVS, with which Docker Engines balance load: on docker nodes no virtual address and no "
+    "port of the routing mesh answers here.  Use --endpoint-mode dnsrr or tasks.<service>, and --publish mode=host"
+)
+_MODULES = Path("/lib/modules")
+
+
+def command(home: Path, node: Node) -> tuple[str, ...]:
+    """The engine's command line.  Its sockets lie in the node's own /run, its data below ``home``.
+
+    Raises: FailedPrecondition: there is no dockerd.
+    """
+    configuration = home / CONFIGURATION
+    if not configuration.exists():
+        configuration.write_text("{}\n")
+    return (
+        *(find("dockerd"), "--config-file", str(configuration), "--data-root", node.state_dir),
+        *("--exec-root", "/run/docker", "--pidfile", "/run/docker.pid"),
+        *("--host", "unix:///run/docker.sock", "--host", node.endpoint),
+        *("--cgroup-parent", f"/{node.cgroup}/ctr"),
+    )
+
+
+def has_ipvs() -> bool:
+    """Whether the kernel has IPVS, loaded or as a module that an engine can load."""
+    if Path("/proc/net/ip_vs").exists():
+        return True
+    modules = _MODULES / platform.release()
+    return any(modules.glob("kernel/net/netfilter/ipvs/ip_vs.ko*"))
