@@ -25,6 +25,7 @@ COMMANDS = {
     "playground": Place(
         "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
     ),
+    "explain": Place("skep.cli.explain:explain", "Why a service or a task is not as wanted."),
     "status": Place("skep.cli.status:status", "How this node and its cluster are."),
 }
 """In the order of the help; ``location`` is ``module:attribute``."""

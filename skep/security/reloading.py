@@ -1,40 +1,32 @@
-"""A manager's server follows the node's certificate, which the agent of the same machine renews."""
+"""A manager follows the node's certificate, which the agent of the same machine renews."""
 
-import asyncio
 from pathlib import Path
 
-import structlog
-
-from skep.aio.clock import Clock
-from skep.errors import SkepError
 from skep.security import keypair
+from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
-from skep.security.tls import ServerTls
-
-log = structlog.get_logger(__name__)
-
-LOOK_EVERY_S = 5.0
-"""A certificate is renewed with at least a fifth of its life left, so there is time."""
 
 
-async def follow_key_pair(
-    tls: ServerTls, directory: Path, clock: Clock, lock: KeyLock | None = None
-) -> None:
-    """Use the key pair in ``directory`` from the next handshake on, whenever it changes; until cancelled."""
-    seen = _stamp(directory)
-    while True:
-        await clock.sleep(LOOK_EVERY_S)
-        stamp = _stamp(directory)
-        if stamp == seen:
-            continue
-        try:
-            pair = await asyncio.to_thread(keypair.load, directory, lock)
-        except SkepError as error:
-            log.warning("certificate not taken over yet", error=str(error))
-            continue
-        tls.replace(pair)
-        seen = stamp
-        log.info("certificate taken over", until=pair.not_after.isoformat())
+class KeyPairFiles:
+    """The key pair in a directory, read again when one of its files was replaced."""
+
+    def __init__(self, directory: Path, lock: KeyLock | None = None) -> None:
+        """``lock``: of that key pair, which is open."""
+        self._directory = directory
+        self._lock = lock
+        self._seen: tuple[int, ...] = ()
+
+    def changed(self) -> KeyPair | None:
+        """The key pair, if it is another one than at the last call; the first call gives it always.
+
+        Raises: NotFound, FailedPrecondition: it cannot be read; the next call tries again.
+        """
+        stamp = _stamp(self._directory)
+        if stamp == self._seen:
+            return None
+        pair = keypair.load(self._directory, self._lock)
+        self._seen = stamp
+        return pair
 
 
 def _stamp(directory: Path) -> tuple[int, ...]:

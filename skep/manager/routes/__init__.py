@@ -9,7 +9,19 @@ from aiohttp import web
 from skep.api.server import ApiVersion
 from skep.api.server import application as engine_application
 from skep.api.versions import NEWEST
-from skep.manager.routes import configs, events, lag, logs, networks, nodes, secrets, services, swarm, tasks
+from skep.manager.routes import (
+    configs,
+    events,
+    explain,
+    lag,
+    logs,
+    networks,
+    nodes,
+    secrets,
+    services,
+    swarm,
+    tasks,
+)
 from skep.manager.routes.access import MANAGER, ManagerApi
 
 __all__ = ["ManagerApi", "application"]
@@ -27,6 +39,7 @@ def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Applicat
         configs.routes,
         networks.routes,
         events.routes,
+        explain.routes,
         lag.routes,
         newest=newest,
     )

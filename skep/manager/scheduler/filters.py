@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from skep.manager.scheduler import details
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import meets
@@ -30,6 +31,8 @@ class Filter(msgspec.Struct, frozen=True):
     """Whether the node will do; the number is how many tasks of the service it is meant to run already."""
     refusal: str
     """With ``{nodes}`` for "1 node" or "3 nodes"."""
+    detail: Callable[[Requirements, Account, int], str]
+    """The same of one node, with what was looked at."""
 
 
 def _is_ready(wish: Requirements, account: Account, copies: int) -> bool:
@@ -86,35 +89,47 @@ def _is_below_max_replicas(wish: Requirements, account: Account, copies: int) ->
 
 
 FILTERS = (
-    Filter(lambda wish: True, _is_ready, "{nodes} not available for new tasks"),
+    Filter(lambda wish: True, _is_ready, "{nodes} not available for new tasks", details.readiness),
     Filter(
         lambda wish: bool(wish.nano_cpus or wish.memory_bytes or wish.generic),
         _has_resources,
         "insufficient resources on {nodes}",
+        details.shortages,
     ),
     # Not SwarmKit's, which has one data plane.  Before plugins, whose refusal says less.
     Filter(
         lambda wish: DOCKER in wish.planes,
         _is_on_plane(DOCKER),
         "overlay network belongs to docker nodes, which does not fit {nodes}",
+        details.data_plane,
     ),
     Filter(
         lambda wish: SKEP in wish.planes,
         _is_on_plane(SKEP),
         "overlay network belongs to skep nodes, which does not fit {nodes}",
+        details.data_plane,
     ),
-    Filter(lambda wish: bool(wish.plugins), _has_plugins, "missing plugin on {nodes}"),
+    Filter(lambda wish: bool(wish.plugins), _has_plugins, "missing plugin on {nodes}", details.plugins),
     Filter(
         lambda wish: bool(wish.constraints),
         _meets_constraints,
         "scheduling constraints not satisfied on {nodes}",
+        details.unmet_constraints,
     ),
-    Filter(lambda wish: bool(wish.platforms), _is_platform, "unsupported platform on {nodes}"),
-    Filter(lambda wish: bool(wish.host_ports), _has_ports, "host-mode port already in use on {nodes}"),
+    Filter(
+        lambda wish: bool(wish.platforms), _is_platform, "unsupported platform on {nodes}", details.platform
+    ),
+    Filter(
+        lambda wish: bool(wish.host_ports),
+        _has_ports,
+        "host-mode port already in use on {nodes}",
+        details.ports,
+    ),
     Filter(
         lambda wish: bool(wish.max_replicas),
         _is_below_max_replicas,
         "max replicas per node limit exceed",  # Docker's spelling
+        details.replicas,
     ),
 )
 

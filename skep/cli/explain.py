@@ -1,0 +1,77 @@
+"""``skep explain``: why a service or a task is not as wanted."""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+
+from skep.api.client import Client
+from skep.errors import NotFound, SkepError
+
+_ANSWERS_WITHIN_S = 10.0
+
+
+@click.command()
+@click.argument("name")
+@click.pass_obj
+def explain(host: str, name: str) -> None:
+    """Why a service or a task is not as wanted.  NAME: of a service, or the id (or name) of a task.
+
+    \b
+    Examples:
+      skep explain web
+      skep explain web.3.kq4d1pzqx0wjv7h2m1o9d8s3t
+    """
+    try:
+        lines = asyncio.run(_ask(host, name))
+    except SkepError as error:
+        raise click.ClickException(str(error)) from error
+    for line in lines:
+        click.echo(line)
+
+
+async def _ask(host: str, name: str) -> list[str]:
+    """The explanation, line by line.  Raises: NotFound: there is neither such a service nor such a task."""
+    async with Client.at(host) as client:
+        try:
+            answer = await client.get(f"/skep/services/{name}/explain", timeout_s=_ANSWERS_WITHIN_S)
+            return list(about_service(name, answer))
+        except NotFound:
+            pass
+        try:
+            answer = await client.get(f"/skep/tasks/{name}/explain", timeout_s=_ANSWERS_WITHIN_S)
+        except NotFound:
+            raise NotFound(f"no such service or task: {name}") from None
+        return list(about_task(name, answer))
+
+
+def about_service(name: str, answer: Mapping[str, Any]) -> Iterator[str]:
+    """A service's explanation, for people."""
+    yield f"{name}: {answer['Summary']}"
+    update = answer.get("UpdateStatus") or {}
+    if update.get("Message"):
+        yield f"  update: {update['Message']}"
+    for title, reasons in (("waiting", answer["Reasons"]), ("failed", answer["Failures"])):
+        for reason in reasons:
+            yield f"  {reason['Tasks']} {title}: {reason['Summary']}  (skep explain {reason['Example']})"
+
+
+def about_task(name: str, answer: Mapping[str, Any]) -> Iterator[str]:
+    """A task's explanation, for people; with a table of nodes where one is waited for."""
+    yield f"{name}: {answer['State']} since {answer['Since']}, wanted: {answer['DesiredState']}"
+    yield f"  {answer['Summary']}"
+    nodes = answer.get("Nodes") or ()
+    yield from (f"  {line}" for line in _table([_row(node) for node in nodes]))
+
+
+def _row(node: Mapping[str, Any]) -> tuple[str, str]:
+    return node["Hostname"] or node["NodeID"], "; ".join(node["Refusals"]) or "could take it"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    if not rows:
+        return
+    width = max(len(title) for title, _ in (*rows, ("NODE", "")))
+    for title, text in (("NODE", "WHAT IT SAYS"), *rows):
+        yield f"{title.ljust(width)}  {text}"

@@ -1,0 +1,200 @@
+"""What keeps a task or a service from being as wanted, in one sentence and in figures.
+
+Everything here is read off the objects; nothing is remembered for it.
+"""
+
+import signal
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from skep.manager.scheduler.explain import NodeVerdict
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.node import Node
+from skep.model.service import Service, UpdateStatus
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp
+
+REASONS_MAX = 10
+"""Different reasons that the explanation of a service lists, the most frequent first."""
+
+_SIGNALED = 128
+"""A shell's and Docker's way to say which signal ended a process: 128 + its number."""
+
+
+class TaskExplanation(ApiObject):
+    """Answer of ``GET /skep/tasks/{id}/explain``.
+
+    ``nodes`` is filled for a task that waits for a node; ``exit_code`` and ``signal`` for one whose process ended.
+    """
+
+    task_id: TaskId
+    since: Timestamp
+    service_id: ServiceId = ServiceId("")
+    state: TaskState = always(TaskState.NEW)
+    desired_state: TaskState = always(TaskState.RUNNING)
+    summary: str = always("")
+    message: str = ""
+    err: str = ""
+    node_id: NodeId = NodeId("")
+    exit_code: int | None = None
+    signal: str = ""
+    nodes: tuple[NodeVerdict, ...] = ()
+
+
+class Reason(ApiObject):
+    """Why some tasks of a service are not running."""
+
+    example: TaskId
+    summary: str = always("")
+    tasks: int = always(0)
+
+
+class ServiceExplanation(ApiObject):
+    """Answer of ``GET /skep/services/{id}/explain``."""
+
+    service_id: ServiceId
+    summary: str = always("")
+    running: int = always(0)
+    wanted: int = always(0)
+    reasons: tuple[Reason, ...] = always(())
+    """Of tasks that are wanted and do not run, the most frequent first."""
+    failures: tuple[Reason, ...] = always(())
+    """Of tasks that ended by themselves and are kept as history."""
+    update_status: UpdateStatus | None = None
+
+
+def explain_task(task: Task, node: Node | None, verdicts: Sequence[NodeVerdict] = ()) -> TaskExplanation:
+    """What is to be said of ``task``.  ``verdicts``: of all nodes, for a task that waits for one."""
+    code = _exit_code(task)
+    return TaskExplanation(
+        task_id=task.id,
+        service_id=task.service_id,
+        state=task.status.state,
+        desired_state=task.desired_state,
+        since=task.status.timestamp,
+        summary=_with_verdicts(task, verdicts) if verdicts else summary(task, node),
+        message=task.status.message,
+        err=task.status.err,
+        node_id=task.node_id,
+        exit_code=code,
+        signal=signal_of(code) if code is not None else "",
+        nodes=tuple(verdicts),
+    )
+
+
+def explain_service(
+    service: Service, tasks: Iterable[Task], *, wanted: int, nodes: dict[NodeId, Node]
+) -> ServiceExplanation:
+    """Why ``service`` is not at its ``wanted`` number of running tasks, if it is not."""
+    waiting: list[tuple[Task, str]] = []
+    failed: list[tuple[Task, str]] = []
+    running = 0
+    for task in tasks:
+        if task.is_active:
+            if task.status.state is TaskState.RUNNING:
+                running += 1
+            else:
+                waiting.append((task, summary(task, nodes.get(task.node_id))))
+        elif task.status.state in (TaskState.FAILED, TaskState.REJECTED):
+            failed.append((task, summary(task, nodes.get(task.node_id))))
+    reasons, failures = _counted(waiting), _counted(failed)
+    return ServiceExplanation(
+        service_id=service.id,
+        summary=_of_service(running, wanted, reasons, failures),
+        running=running,
+        wanted=wanted,
+        reasons=reasons,
+        failures=failures,
+        update_status=service.update_status,
+    )
+
+
+def summary(task: Task, node: Node | None) -> str:
+    """One sentence about ``task``; the same for tasks that wait for the same thing."""
+    status, where = task.status, _hostname(node, task)
+    match status.state:
+        case TaskState.NEW:
+            return status.err or "it waits for its networks and ports"
+        case TaskState.PENDING:
+            return status.err or "it waits for a node"
+        case TaskState.ASSIGNED:
+            return f"{where} has not taken it yet"
+        case TaskState.ACCEPTED | TaskState.PREPARING:
+            return f"{where} prepares it: image, mounts and networks" + _because(status.err)
+        case TaskState.READY:
+            is_held = task.desired_state is TaskState.READY
+            return "it is prepared and waits for its turn to start" if is_held else f"{where} starts it"
+        case TaskState.STARTING:
+            return f"{where} waits for it to become healthy" + _because(status.err)
+        case TaskState.RUNNING:
+            return f"it runs on {where}"
+        case TaskState.FAILED:
+            return _ending(task)
+        case TaskState.REJECTED:
+            return f"{where} could not prepare it" + _because(status.err)
+        case _:
+            return status.err or status.message or status.state.value
+
+
+def signal_of(exit_code: int) -> str:
+    """``SIGKILL`` for 137; empty where the code names no signal."""
+    try:
+        return signal.Signals(exit_code - _SIGNALED).name if exit_code > _SIGNALED else ""
+    except ValueError:
+        return ""
+
+
+def _ending(task: Task) -> str:
+    code = _exit_code(task)
+    if code is None:
+        return "it failed" + _because(task.status.err)
+    name = signal_of(code)
+    return f"its process ended with code {code}" + (f" ({name})" if name else "") + _because(task.status.err)
+
+
+def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
+    willing = sum(not one.refusals for one in verdicts)
+    if willing:
+        return f"{willing} of {len(verdicts)} nodes could take it now: the scheduler has not come to it yet"
+    return task.status.err or f"none of {len(verdicts)} nodes can take it"
+
+
+def _of_service(running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason]) -> str:
+    if running >= wanted and not reasons:
+        return f"{running} of {wanted} tasks run: as wanted"
+    text = f"{running} of {wanted} tasks run"
+    if reasons:
+        return f"{text}; {reasons[0].tasks} wait: {reasons[0].summary}"
+    if failures:
+        return f"{text}; {failures[0].tasks} failed: {failures[0].summary}"
+    return text
+
+
+def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:
+    counts: Counter[str] = Counter()
+    examples: dict[str, TaskId] = {}
+    for task, words in tasks:
+        counts[words] += 1
+        examples.setdefault(words, task.id)
+    return tuple(
+        Reason(summary=words, tasks=number, example=examples[words])
+        for words, number in counts.most_common(REASONS_MAX)
+    )
+
+
+def _exit_code(task: Task) -> int | None:
+    """Of a process that ended; a task that never had one has no code."""
+    container = task.status.container_status
+    has_ended = task.status.state in (TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN)
+    return container.exit_code if has_ended and container is not None and container.container_id else None
+
+
+def _hostname(node: Node | None, task: Task) -> str:
+    if node is None:
+        return f"node {task.node_id}" if task.node_id else "no node"
+    return node.description.hostname or f"node {node.id}"
+
+
+def _because(error: str) -> str:
+    return f": {error}" if error else ""

@@ -1,0 +1,70 @@
+"""``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why something is not as wanted.  Ours, not Docker's."""
+
+import asyncio
+
+from aiohttp import web
+
+from skep.api.server import Routes, json_answer
+from skep.manager.explanations import explain_service, explain_task
+from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.shown import service_status
+from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.explain import NodeVerdict, bookings, verdict
+from skep.manager.scheduler.requirements import planes_of, requirements_of
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.service import Service, ServiceSpec
+from skep.model.task import Task, TaskState
+from skep.store.interface import View
+from skep.store.kinds import SpecVersion, spec_version_id
+
+routes = Routes()
+
+_PIECE = 1_000
+"""Objects booked before others get their turn."""
+
+
+@routes.get("/skep/tasks/{id}/explain")
+async def explain_one_task(request: web.Request) -> web.StreamResponse:
+    """Why a task is where it is; for one that waits for a node, what each node says."""
+    view = await current_view(request)
+    task = view.resolve(Task, request.match_info["id"])
+    verdicts = await _verdicts(view, task) if task.status.state is TaskState.PENDING else []
+    return json_answer(explain_task(task, view.lookup(Node, task.node_id), verdicts))
+
+
+@routes.get("/skep/services/{id}/explain")
+async def explain_one_service(request: web.Request) -> web.StreamResponse:
+    """What keeps a service from its wanted number of tasks, and what its tasks failed of."""
+    view = await current_view(request)
+    service = view.resolve(Service, request.match_info["id"])
+    status = await service_status(view, service)
+    view = manager_of(request).store.view()
+    tasks = view.find(Task, service_id=service.id)
+    nodes = {node.id: node for node in view.find(Node)}
+    return json_answer(explain_service(service, tasks, wanted=status.desired_tasks, nodes=nodes))
+
+
+async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:
+    """What each node says of ``task``, or the one node that it was made for."""
+    own_spec = _spec_of(view, task)
+    nodes = view.find(Node)
+    accounting = Accounting()
+    for number, accounting in enumerate(bookings(nodes, view.find(Task), lambda one: _spec_of(view, one))):  # noqa: B007
+        if number % _PIECE == 0:
+            await asyncio.sleep(0)
+    planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
+    wish = requirements_of(task, own_spec, planes)
+    copies = accounting.copies(task.service_id)
+    return [
+        verdict(wish, account, copies[account.node.id])
+        for account in accounting.accounts.values()
+        if task.node_id in ("", account.node.id)
+    ]
+
+
+def _spec_of(view: View, task: Task) -> ServiceSpec | None:
+    if task.spec_version is None:
+        return None
+    version = view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
+    return version.spec if version is not None else None

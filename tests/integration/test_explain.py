@@ -1,0 +1,44 @@
+"""``skep explain`` on a real node: what waits says for what, what failed says of what."""
+
+import subprocess
+
+import pytest
+
+from tests.integration.cluster import IMAGE, SKEP, TestNode, create, wait_running, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def explained(node: TestNode, name: str) -> str:
+    command = [SKEP, "--host", node.socket, "explain", name]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+def test_a_service_without_a_node_says_which_filter_refused_and_its_task_what_each_node_says(
+    m1: TestNode,
+) -> None:
+    words = ("--reserve-memory", "900g", "--constraint", "node.labels.zone == north")
+    m1.docker("service", "create", "--detach", "--name", "web", *words, IMAGE, "sleep", "60")
+    refusal = "no suitable node (insufficient resources on 1 node)"
+    wait_until(lambda: refusal in explained(m1, "web"), "the refusal is told")
+    assert "0 of 1 tasks run; 1 wait: " in explained(m1, "web")
+    (task,) = m1.client().api.tasks(filters={"service": "web"})
+    told = explained(m1, task["ID"])
+    assert "921600 MiB of memory wanted" in told
+    assert "constraints not satisfied: node.labels.zone == north" in told
+
+
+def test_a_service_that_runs_says_so_and_its_failures_name_code_and_signal(m1: TestNode) -> None:
+    create(m1, "web", 1)
+    wait_running(m1, "web", 1)
+    assert explained(m1, "web").strip() == "web: 1 of 1 tasks run: as wanted"
+    words = ("--restart-condition", "none", "--detach", IMAGE, "sh", "-c", "kill -SEGV $$")
+    m1.docker("service", "create", "--name", "broken", *words)
+    wait_until(lambda: "SIGSEGV" in explained(m1, "broken"), "the signal is named")
+    assert "its process ended with code 139 (SIGSEGV)" in explained(m1, "broken")
+
+
+def test_what_does_not_exist_is_said_to_be_neither(m1: TestNode) -> None:
+    command = [SKEP, "--host", m1.socket, "explain", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr.strip()) == (1, "Error: no such service or task: nothing")

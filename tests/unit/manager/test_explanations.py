@@ -1,0 +1,127 @@
+"""What is said of a task or a service that is not as wanted."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.explanations import explain_service, explain_task, signal_of, summary
+from skep.manager.scheduler.explain import NodeVerdict, bookings, verdict
+from skep.manager.scheduler.requirements import requirements_of
+from skep.model.container import ContainerSpec
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Resources
+from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from tests.builders import a_node, a_service, a_task
+
+
+def verdicts(task: Task, *nodes: Node, others: tuple[Task, ...] = ()) -> list[NodeVerdict]:
+    *_, books = bookings(nodes, others, lambda _: None)
+    wish = requirements_of(task, None)
+    return [
+        verdict(wish, account, books.copies(task.service_id)[id]) for id, account in books.accounts.items()
+    ]
+
+
+def test_every_node_says_everything_that_speaks_against_it() -> None:
+    service = a_service(
+        "web",
+        reserve=Resources(nano_cpus=2 * 10**9, memory_bytes=1 << 30),
+        constraints=("node.labels.zone == north",),
+    )
+    task = a_task(service=service, state=TaskState.PENDING)
+    small = a_node("small", has=Resources(nano_cpus=10**9, memory_bytes=2 << 30), labels={"zone": "south"})
+    drained = a_node("drained", availability=Availability.DRAIN, labels={"zone": "north"})
+    good = a_node("good", labels={"zone": "north"})
+    refusals = {str(one.node_id): one.refusals for one in verdicts(task, small, drained, good)}
+    assert refusals == {
+        "small": (
+            "insufficient resources: 2 CPUs wanted, 1 not reserved",
+            "constraints not satisfied: node.labels.zone == north",
+        ),
+        "drained": ("the node's availability is drain",),
+        "good": (),
+    }
+
+
+def test_what_other_tasks_reserved_is_not_free() -> None:
+    service = a_service("web", reserve=Resources(memory_bytes=3 << 30))
+    running = a_task(service=service, node="n1")
+    task = a_task(service=service, state=TaskState.PENDING)
+    node = a_node("n1", has=Resources(nano_cpus=1, memory_bytes=4 << 30))
+    (one,) = verdicts(task, node, others=(running,))
+    assert one.refusals == ("insufficient resources: 3072 MiB of memory wanted, 1024 not reserved",)
+
+
+def test_a_node_that_is_down_says_since_its_silence() -> None:
+    down = a_node("n1", state=NodeState.DOWN)
+    down = replace(down, status=replace(down.status, message="heartbeat failure"))
+    (one,) = verdicts(a_task(state=TaskState.PENDING), down)
+    assert one.refusals == ("the node is down (heartbeat failure)",)
+
+
+def failed_with(code: int, err: str) -> Task:
+    status = TaskStatus(
+        state=TaskState.FAILED,
+        err=err,
+        container_status=ContainerStatus(container_id="c" * 64, exit_code=code),
+    )
+    return replace(a_task(node="n1", desired=TaskState.SHUTDOWN), status=status)
+
+
+def test_a_failed_task_tells_its_code_its_signal_and_the_words_of_the_engine() -> None:
+    task = failed_with(137, "task: non-zero exit (137): out of memory")
+    told = explain_task(task, a_node("n1"))
+    assert (told.exit_code, told.signal) == (137, "SIGKILL")
+    assert told.summary == (
+        "its process ended with code 137 (SIGKILL): task: non-zero exit (137): out of memory"
+    )
+
+
+@pytest.mark.parametrize(("code", "name"), [(0, ""), (1, ""), (128, ""), (143, "SIGTERM"), (255, "")])
+def test_only_codes_above_128_name_a_signal(code: int, name: str) -> None:
+    assert signal_of(code) == name
+
+
+@pytest.mark.parametrize("state", [state for state in TaskState if state is not TaskState.NEW])
+def test_there_is_something_to_say_in_every_state(state: TaskState) -> None:
+    assert summary(a_task(node="n1", state=state), a_node("n1"))
+
+
+def test_a_pending_task_that_some_node_could_take_says_so() -> None:
+    task = a_task(state=TaskState.PENDING)
+    told = explain_task(task, None, verdicts(task, a_node("n1"), a_node("n2", state=NodeState.DOWN)))
+    assert told.summary == "1 of 2 nodes could take it now: the scheduler has not come to it yet"
+
+
+def test_a_service_counts_what_its_tasks_wait_for_and_failed_of() -> None:
+    web = a_service("web", replicas=4)
+    refused = TaskStatus(state=TaskState.PENDING, err="no suitable node (insufficient resources on 1 node)")
+    tasks = [
+        a_task(service=web, slot=1, node="n1"),
+        *(
+            replace(a_task(service=web, slot=slot, state=TaskState.PENDING), status=refused)
+            for slot in (2, 3)
+        ),
+        replace(failed_with(1, "task: non-zero exit (1)"), slot=4),
+    ]
+    told = explain_service(web, tasks, wanted=4, nodes={a_node("n1").id: a_node("n1")})
+    assert told.summary == f"1 of 4 tasks run; 2 wait: {refused.err}"
+    assert [(reason.tasks, reason.example) for reason in told.reasons] == [(2, tasks[1].id)]
+    assert [reason.summary for reason in told.failures] == [
+        "its process ended with code 1: task: non-zero exit (1)"
+    ]
+
+
+def test_a_service_as_wanted_says_so() -> None:
+    web = a_service("web", replicas=1)
+    told = explain_service(web, [a_task(service=web, node="n1")], wanted=1, nodes={})
+    assert told.summary == "1 of 1 tasks run: as wanted"
+
+
+def test_an_image_that_cannot_be_pulled_is_named_in_the_reason() -> None:
+    task = a_task(node="n1", state=TaskState.REJECTED)
+    task = replace(
+        task,
+        spec=replace(task.spec, container_spec=ContainerSpec(image="nope:1")),
+        status=replace(task.status, err="No such image: nope:1"),
+    )
+    assert summary(task, a_node("n1")) == "n1 could not prepare it: No such image: nope:1"
