@@ -9,14 +9,17 @@ from random import Random
 import msgspec
 
 from skep.aio.clock import SystemClock
+from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.service import CertificateService
+from skep.manager.ca.standing import Standing
+from skep.manager.ca.upkeep import PeerFiles, Upkeep
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.logbroker.broker import LogBroker
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import ClusterId, NodeId, TaskId, new_id
 from skep.model.logs import LogLine, LogQuery
-from skep.model.node import ManagerStatus, Node, NodeDescription, NodeRole, NodeSpec
+from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeDescription, NodeRole, NodeSpec
 from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
@@ -31,6 +34,7 @@ from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.reloading import KeyPairFiles
 from skep.security.tls import ServerTls, client_context
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import tls_info
@@ -40,7 +44,7 @@ from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel, connected
-from skep.wire.server import serve
+from skep.wire.server import Bound, serve
 from tests.builders import a_service, a_task
 
 MANAGER_ID = NodeId("manager0000000000000000m1")
@@ -58,6 +62,8 @@ class Cluster:
         self.heartbeat_s = heartbeat_s
         self.logs: LogBroker
         self.dispatcher: Dispatcher
+        self.tls: ServerTls
+        self.bound: Bound
 
     @property
     def address(self) -> str:
@@ -94,21 +100,59 @@ class Cluster:
             own = ManagerPeer(node_id=MANAGER_ID, addr=f"{self.host}:{port or self.port}")
             self.dispatcher = Dispatcher(self.store, own, clock, new_id, Random(1))
             self.logs = LogBroker(self.store, new_id)
+            self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             certificates = CertificateService(self.store, new_id)
             bound = await stack.enter_async_context(
                 serve(
                     (*certificates.services(), *self.dispatcher.services(), *self.logs.services()),
                     host=self.host,
                     port=port,
-                    tls=ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER)).front,
+                    tls=self.tls.front,
                     cluster_id=self.id,
+                    standing=Standing(self.store.view, self.dispatcher.is_current).require,
                 )
             )
+            self.bound = bound
             self.port = bound.port
             await self.store.update(self._set_address)
             for loop in (self.dispatcher.run(), self.logs.run()):
                 stack.push_async_callback(_ended, asyncio.create_task(loop))
             yield self
+
+    @asynccontextmanager
+    async def leading(self) -> AsyncIterator[None]:
+        """Run the leader's loop over certificates."""
+        loop = CertificateAuthority(self.store, SystemClock(), new_id, Random(1))
+        running = asyncio.create_task(loop.run())
+        try:
+            yield
+        finally:
+            await _ended(running)
+
+    @asynccontextmanager
+    async def own_agent(self, directory: Path) -> AsyncIterator[tuple[Agent, "FakeWorker"]]:
+        """The agent of the manager's own machine, whose certificate the manager serves with."""
+        async with an_agent(self, self.pair(MANAGER_ID, NodeRole.MANAGER), directory) as (agent, worker):
+            async with self.kept_up(directory):
+                yield agent, worker
+
+    @asynccontextmanager
+    async def kept_up(self, directory: Path, peers: PeerFiles | None = None) -> AsyncIterator[None]:
+        """The manager's care for certificates, with its own key pair in ``directory``."""
+        upkeep = Upkeep(
+            self.store,
+            MANAGER_ID,
+            self.tls,
+            KeyPairFiles(directory),
+            SystemClock(),
+            disconnect=self.bound.disconnect,
+            peers=peers,
+        )
+        running = asyncio.create_task(upkeep.run())
+        try:
+            yield
+        finally:
+            await _ended(running)
 
     def _found(self, tx: Transaction) -> None:
         root_pem = self.authority.root_pem
@@ -124,7 +168,8 @@ class Cluster:
             )
         )
         tx.put(Payload(id=ROOT_KEY_ID, data=self.authority.key_pem))
-        tx.put(Node(id=MANAGER_ID, spec=NodeSpec(role=NodeRole.MANAGER)))
+        certificate = NodeCertificate(role=NodeRole.MANAGER, state="issued")
+        tx.put(Node(id=MANAGER_ID, spec=NodeSpec(role=NodeRole.MANAGER), certificate=certificate))
 
     def _set_address(self, tx: Transaction) -> None:
         node = tx.get(Node, MANAGER_ID)

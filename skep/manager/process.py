@@ -113,6 +113,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             pair,
             consensus=consensus,
             book=book,
+            restart_member=lambda: member.restart(member.settings),
             socket=paths.manager_socket,
             clock=clock,
             new_id=new_id,

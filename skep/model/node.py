@@ -129,7 +129,8 @@ class Node(ApiObject):
     """A machine of the cluster.
 
     Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_since``; whoever takes it:
-    ``session``; CA: ``certificate``; leader: ``attachments``; that manager itself: ``manager_status``.
+    ``session``; CA: ``certificate``; leader: ``attachments``; that manager itself: ``manager_status``,
+    ``peer_roots``.
     What follows ``manager_status`` is internal and left out of API answers.
     """
 
@@ -144,5 +145,7 @@ class Node(ApiObject):
     session: NodeSession | None = None
     certificate: NodeCertificate | None = None
     attachments: tuple[NetworkAttachment, ...] = ()
+    peer_roots: str = ""
+    """Of a manager: digest of the roots that its etcd has trusted since its last start."""
     silent_since: Timestamp | None = None
     """Of a node that is down: when it was last heard, on its judge's clock."""

@@ -10,6 +10,10 @@ from skep.model.ids import ClusterId
 from skep.model.meta import Driver, TLSInfo, Version
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
+RENEW_WINDOW_LABEL = "skep.renew-window"
+"""Label of the cluster: for how long an expired certificate of a node may be renewed, as Go writes durations; ``0``:
+never."""
+
 
 class OrchestrationConfig(ApiObject):
     task_history_retention_limit: int | None = None

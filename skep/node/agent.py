@@ -7,7 +7,6 @@ Containers do not depend on it: without any manager they run on.
 
 import asyncio
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 
@@ -16,32 +15,29 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.node import NodeDescription
-from skep.model.times import SECOND_NS
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
-from skep.node.joining import renew
 from skep.node.local import Peer
 from skep.node.managers import ManagerList, connect_patience, patience
-from skep.node.renewal import seconds_until_renewal
+from skep.node.renewal import Credentials
 from skep.node.reports import Reports
 from skep.node.revisions import Revision, SeenRevision
 from skep.node.session import Session
-from skep.security import keypair
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.tls import MANAGER_NAME, client_context
-from skep.security.trust import tls_info
+from skep.security.trust import tls_info_of
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import connected
+from skep.wire.convert.node import role_from_pb
 
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
-RENEWAL_RETRY_LONGEST_S = 300.0
 LASTED_S = 10.0
 """A session that held for so long was a good one: the next attempt is made at once."""
 
@@ -74,8 +70,6 @@ class Agent:
             revision_file: where the newest revision seen is kept; None: in memory only.
             certificate_changed: called after a new certificate, or new roots, were written.
         """
-        self._certificates = certificates
-        self._lock = lock
         self._managers = managers
         self._describe = describe
         self._sink = sink
@@ -83,16 +77,21 @@ class Agent:
         self._logs = logs
         self._clock = clock
         self._random = random
-        self._certificate_changed = certificate_changed
-        self._pair = keypair.load(certificates, lock)
+        self._credentials = Credentials(
+            certificates,
+            lambda: managers.choose(self.node_id, random),
+            clock,
+            random,
+            changed=certificate_changed,
+            lock=lock,
+        )
         self._contact = contact or Contact(clock)
-        self._seen = SeenRevision(revision_file, self._pair.identity.cluster_id)
-        self._renewal_wanted = asyncio.Event()
+        self._seen = SeenRevision(revision_file, self._credentials.pair.identity.cluster_id)
         self.registered = asyncio.Event()
 
     @property
     def node_id(self) -> NodeId:
-        return self._pair.identity.node_id
+        return self._credentials.pair.identity.node_id
 
     @property
     def managers(self) -> tuple[Peer, ...]:
@@ -103,7 +102,7 @@ class Agent:
         """Keep a session and a valid certificate until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_session(), name="keep a session")
-            group.create_task(self._keep_certificate(), name="keep a certificate")
+            group.create_task(self._credentials.run(), name="keep a certificate")
             group.create_task(self._seen.run(), name="keep the revision")
 
     # -- sessions -------------------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ class Agent:
         had_session = False
         try:
             timeout_s = connect_patience(self._managers.failures(peer), len(self._managers.peers))
-            tls = client_context(self._pair)
+            tls = client_context(self._credentials.pair)
             async with connected(peer.addr, tls, MANAGER_NAME, timeout_s=timeout_s) as channel:
                 session = Session(
                     channel,
@@ -140,6 +139,7 @@ class Agent:
                     self._logs,
                     self._clock,
                     self._description,
+                    self._credentials.news,
                 )
                 await session.run()
         except SkepError as error:
@@ -150,7 +150,7 @@ class Agent:
         return had_session
 
     def _description(self) -> NodeDescription:
-        return msgspec.structs.replace(self._describe(), tls_info=tls_info(self._pair.root_pem))
+        return msgspec.structs.replace(self._describe(), tls_info=tls_info_of(self._credentials.pair))
 
     def take_message(self, message: pb.SessionMessage, peer: Peer) -> None:
         """Act on what a manager says of this node and its cluster."""
@@ -161,11 +161,10 @@ class Agent:
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
         self._managers.replace(peers, {known.peer.addr: known.weight for known in message.managers})
-        if message.RootCA and message.RootCA != self._pair.root_pem:
-            self._adopt(self._pair.with_root(message.RootCA))
-            log.info("the cluster's root certificates changed")
+        self._credentials.take_roots(message.RootCA)
         if message.node.certificate.status.state == pb.IssuanceStatus.ROTATE:
-            self._renewal_wanted.set()
+            self._credentials.want_renewal()
+        self._credentials.take_role(role_from_pb(message.node.role))
 
     def accept_revision(self, revision: Revision) -> None:
         """Raises: FailedPrecondition: the manager is behind what this node has seen."""
@@ -178,49 +177,6 @@ class Agent:
     def patience_s(self, period_s: float) -> float:
         """How long to wait for the answer to a heartbeat."""
         return patience(period_s, len(self._managers.peers))
-
-    # -- certificate ----------------------------------------------------------------------------------------------
-
-    async def _keep_certificate(self) -> None:
-        backoff = Backoff(1.0, RENEWAL_RETRY_LONGEST_S, chance=self._random.random)
-        while True:
-            await self._wait_renewal()
-            self._renewal_wanted.clear()
-            async with asyncio.TaskGroup() as group:
-                attempt = group.create_task(self._renew(), name="certificate renewal")
-            if attempt.result():
-                backoff.reset()
-            else:
-                await backoff.sleep(self._clock)
-
-    async def _wait_renewal(self) -> None:
-        """Until the certificate's time has come, or a manager asks for it."""
-        now = datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
-        wait_s = seconds_until_renewal(self._pair.not_before, self._pair.not_after, now, self._random)
-        try:
-            async with asyncio.timeout(wait_s):
-                await self._renewal_wanted.wait()
-        except TimeoutError:
-            return
-
-    async def _renew(self) -> bool:
-        try:
-            peer = self._managers.choose(self.node_id, self._random)
-            if peer is None:
-                raise Unavailable("no manager is known")
-            pair = await renew(peer.addr, self._pair, self._clock)
-            self._adopt(pair)
-        except SkepError as error:
-            log.warning("certificate not renewed", error=str(error), until=self._pair.not_after.isoformat())
-            return False
-        log.info("certificate renewed", until=pair.not_after.isoformat())
-        return True
-
-    def _adopt(self, pair: KeyPair) -> None:
-        """Use ``pair`` from the next connection on; open ones stay."""
-        keypair.save(pair, self._certificates, self._lock)
-        self._pair = pair
-        self._certificate_changed(pair)
 
 
 class _Host(msgspec.Struct, frozen=True):

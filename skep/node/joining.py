@@ -10,12 +10,14 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, NotFound, Unavailable, Unimplemented
 from skep.model.node import Availability
+from skep.security.expiry import proof_of
 from skep.security.identity import ROOT_NAME
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.tls import MANAGER_NAME, client_context, joining_context, unverified_context
 from skep.security.tokens import check_root, parse_token
 from skep.wire import methods
+from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel, connected
 from skep.wire.convert.node import availability_to_pb
@@ -57,6 +59,27 @@ async def renew(address: str, pair: KeyPair, clock: Clock) -> KeyPair:
     Raises: PermissionDenied: the node was removed; Unavailable; FailedPrecondition: an answer that cannot be used.
     """
     return await _request(address, client_context(pair), MANAGER_NAME, pair.root_pem, clock)
+
+
+async def renew_expired(address: str, pair: KeyPair) -> KeyPair:
+    """A new certificate with a new key, for the node whose certificate in ``pair`` has expired.
+
+    No connection can be made with an expired certificate, so the node shows it, and proves that it has the key.
+
+    Raises: PermissionDenied: the node was removed, or expired too long ago; Unavailable; FailedPrecondition: an answer
+    that cannot be used; Unimplemented: a Docker manager.
+    """
+    key = await asyncio.to_thread(new_private_key)
+    csr = signing_request(key)
+    request = skep.RenewExpiredRequest(
+        certificate=pair.certificate_pem, csr=csr, signature=proof_of(pair, csr)
+    )
+    async with connected(address, joining_context(pair.root_pem), ROOT_NAME) as channel:
+        reply = await channel.call(methods.RENEW_EXPIRED, request)
+    renewed = KeyPair(certificate_pem=reply.certificate, key_pem=private_pem(key), root_pem=reply.roots)
+    if renewed.identity.node_id != pair.identity.node_id:
+        raise FailedPrecondition(f"{address} issued a certificate for another node")
+    return renewed
 
 
 async def _request(

@@ -1,20 +1,173 @@
-"""When a node renews its certificate.
+"""A node's credentials, and when they are renewed.
+
+A certificate is renewed at a random point of 50 to 80 % of its life, when a manager asks for it (the root is rotated),
+and when the node's role has changed.  The node's sessions do not notice: a new certificate counts from the next
+connection on.
 
 Source: swarmkit, ca/renewer.go and certificates.go (calculateRandomExpiry).
 """
 
-from datetime import datetime
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
 from random import Random
+from typing import Protocol
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.model.node import NodeRole
+from skep.model.times import SECOND_NS
+from skep.node.joining import renew, renew_expired
+from skep.node.local import Peer
+from skep.security import keypair
+from skep.security.keypair import KeyPair
+from skep.security.locking import KeyLock
+
+log = structlog.get_logger(__name__)
 
 EARLIEST = 0.5
 LATEST = 0.8
+FIRST_RETRY_S = 1.0
+LONGEST_RETRY_S = 300.0
+LOOK_AGAIN_S = 3600.0
+"""A machine that slept, or whose clock was set, notices within that time that its certificate has aged."""
 
 
-def seconds_until_renewal(not_before: datetime, not_after: datetime, now: datetime, random: Random) -> float:
-    """Seconds to wait before asking for the next certificate: at a random point of 50 to 80 % of its span.
+def renewal_time(not_before: datetime, not_after: datetime, random: Random) -> datetime:
+    """When to ask for the next certificate: at a random point of 50 to 80 % of the span.
 
-    Random, so that nodes that joined together do not renew together.  0 when the time has come.
+    Random, so that nodes that joined together do not renew together.
     """
-    span_s = (not_after - not_before).total_seconds()
-    passed_s = (now - not_before).total_seconds()
-    return max(random.uniform(EARLIEST, LATEST) * span_s - passed_s, 0.0)
+    return not_before + (not_after - not_before) * random.uniform(EARLIEST, LATEST)
+
+
+class Managers(Protocol):
+    """Whom to ask."""
+
+    def __call__(self) -> Peer | None: ...
+
+
+class Credentials:
+    """The key pair of this node: the present one, kept young by ``run``."""
+
+    def __init__(
+        self,
+        directory: Path,
+        choose: Managers,
+        clock: Clock,
+        random: Random,
+        *,
+        changed: Callable[[KeyPair], None] = lambda _: None,
+        lock: KeyLock | None = None,
+    ) -> None:
+        """
+        Args:
+            directory: holds the key pair; renewed ones are written there.
+            choose: the manager to ask.
+            changed: called after a new certificate, or new roots, were written.
+            lock: of that key pair, which is open.
+
+        Raises: NotFound, FailedPrecondition: there is no key pair that can be read.
+        """
+        self._directory = directory
+        self._choose = choose
+        self._clock = clock
+        self._random = random
+        self._changed = changed
+        self._lock = lock
+        self._role: NodeRole | None = None
+        self._wanted = asyncio.Event()
+        self.pair = keypair.load(directory, lock)
+        self.news = asyncio.Event()
+        """Set with every change; whoever tells the managers of it clears it."""
+
+    def want_renewal(self) -> None:
+        """A manager asks for it."""
+        self._wanted.set()
+
+    def take_role(self, role: NodeRole) -> None:
+        """The cluster has this node in ``role``: a certificate for another one is renewed, until it fits."""
+        self._role = role
+        if role is not self.pair.identity.role:
+            self._wanted.set()
+
+    def take_roots(self, root_pem: bytes) -> None:
+        """A manager says whom to trust."""
+        if root_pem and root_pem != self.pair.root_pem:
+            self._adopt(self.pair.with_root(root_pem))
+            log.info("the cluster's root certificates changed")
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether no manager takes the present certificate any more."""
+        return self._now() >= self.pair.not_after
+
+    async def run(self) -> None:
+        """Renew whenever it is due, until cancelled."""
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        while True:
+            await self._wait_due()
+            self._wanted.clear()
+            # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
+            async with asyncio.TaskGroup() as group:
+                attempt = group.create_task(self._renew(), name="certificate renewal")
+            if attempt.result():
+                backoff.reset()
+                continue
+            await backoff.sleep(self._clock)
+            self._wanted.set()
+
+    async def _wait_due(self) -> None:
+        """Until the certificate's time has come, or somebody asks for it."""
+        at = renewal_time(self.pair.not_before, self.pair.not_after, self._random)
+        while not self._wanted.is_set():
+            left_s = (at - self._now()).total_seconds()
+            if left_s <= 0:
+                return
+            try:
+                async with asyncio.timeout(min(left_s, LOOK_AGAIN_S)):
+                    await self._wanted.wait()
+            except TimeoutError:
+                continue
+
+    async def _renew(self) -> bool:
+        """One attempt; gives whether the certificate is as it should be now."""
+        try:
+            if not (self.is_expired and self._is_renewed_beside()):
+                self._adopt(await self._requested())
+        except SkepError as error:
+            log.warning("certificate not renewed", error=str(error), until=self.pair.not_after.isoformat())
+            return False
+        log.info(
+            "certificate renewed", until=self.pair.not_after.isoformat(), role=self.pair.identity.role.value
+        )
+        return self._role in (None, self.pair.identity.role)
+
+    async def _requested(self) -> KeyPair:
+        """A new key pair from a manager.  Raises: SkepError."""
+        peer = self._choose()
+        if peer is None:
+            raise Unavailable("no manager is known")
+        if self.is_expired:
+            return await renew_expired(peer.addr, self.pair)
+        return await renew(peer.addr, self.pair, self._clock)
+
+    def _is_renewed_beside(self) -> bool:
+        """Take over a valid key pair that the manager of this machine has written meanwhile, if there is one."""
+        self.pair = keypair.load(self._directory, self._lock)
+        self.news.set()
+        return not self.is_expired
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
+
+    def _adopt(self, pair: KeyPair) -> None:
+        """Use ``pair`` from the next connection on; open ones stay."""
+        keypair.save(pair, self._directory, self._lock)
+        self.pair = pair
+        self.news.set()
+        self._changed(pair)

@@ -65,13 +65,16 @@ class Session:
         logs: LogSource,
         clock: Clock,
         describe: Callable[[], NodeDescription],
+        described_anew: asyncio.Event | None = None,
     ) -> None:
+        """``described_anew``: set when ``describe`` gives something else; it is looked at now and then anyway."""
         self._channel = channel
         self._host = host
         self._sink = sink
         self._reports = reports
         self._clock = clock
         self._describe = describe
+        self._described_anew = described_anew or asyncio.Event()
         self._publisher = LogPublisher(channel, logs)
         self._id = ""
         self._described = NodeDescription()
@@ -115,11 +118,29 @@ class Session:
         raise Unavailable(f"{self._channel.address} ended the session")
 
     async def _watch_description(self) -> None:
-        """A description is only told at the start of a session, so a new one needs a new session."""
+        """Say anew what the node is when that has changed, within the session if the manager knows how."""
         while True:
-            await self._clock.sleep(DESCRIPTION_CHECK_S)
-            if self._describe() != self._described:
-                raise Unavailable("the node's description has changed")
+            await self._wait_described_anew()
+            description = self._describe()
+            if description == self._described:
+                continue
+            request = skep.DescribeRequest(session_id=self._id, description=description_to_pb(description))
+            try:
+                await self._channel.call(methods.DESCRIBE, request, timeout_s=STATUS_SECONDS_MAX)
+            except Unimplemented as error:  # a Docker manager hears of it with a new session
+                raise Unavailable("the node's description has changed") from error
+            self._described = description
+
+    async def _wait_described_anew(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            waiting = [
+                group.create_task(self._described_anew.wait(), name="news"),
+                group.create_task(self._clock.sleep(DESCRIPTION_CHECK_S), name="look again"),
+            ]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+        self._described_anew.clear()
 
     # -- heartbeats -----------------------------------------------------------------------------------------------
 

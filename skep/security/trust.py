@@ -52,6 +52,11 @@ def issuer_digest(info: TLSInfo) -> str:
     return hashlib.sha256(info.cert_issuer_public_key).hexdigest()
 
 
+def root_digest(root_pem: bytes) -> str:
+    """Short for a bundle of roots: its SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(root_pem).hexdigest()
+
+
 def is_issued_by(said: TLSInfo, wanted: TLSInfo) -> bool:
     """Whether a node's certificate comes from the wanted issuer."""
     return (

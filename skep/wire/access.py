@@ -1,6 +1,7 @@
 """Who calls, and whether they may."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import msgspec
 
@@ -29,8 +30,18 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         return self.identity.node_id
 
 
-def authorize(caller: Caller, access: Access, cluster_id: ClusterId) -> None:
-    """Raises: PermissionDenied: ``caller`` may not make a call of this ``access`` in this cluster."""
+Standing: TypeAlias = Callable[[Identity, Access], None]
+"""Raises for a caller whose certificate is valid and counts for nothing any more; asked at every call."""
+
+
+def in_good_standing(_identity: Identity, _access: Access) -> None:
+    """Nobody is ever removed (tests, tools)."""
+
+
+def authorize(
+    caller: Caller, access: Access, cluster_id: ClusterId, standing: Standing = in_good_standing
+) -> None:
+    """Raises: PermissionDenied: ``caller`` may not make a call of this ``access`` in this cluster; Unavailable."""
     identity = caller.identity
     match access:
         case Access.OPEN:
@@ -43,8 +54,9 @@ def authorize(caller: Caller, access: Access, cluster_id: ClusterId) -> None:
                 and identity.cluster_id == cluster_id
                 and identity.role is NodeRole.MANAGER
             )
-    if not allowed:
+    if identity is None or not allowed:
         raise _denied()
+    standing(identity, access)
 
 
 def _denied() -> PermissionDenied:

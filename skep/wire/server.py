@@ -15,7 +15,8 @@ import asyncio
 import asyncio.sslproto
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -30,11 +31,12 @@ from grpclib.server import Server as GrpcServer
 from grpclib.server import Stream
 from h2.settings import SettingCodes
 
+from skep.aio.groups import errors_as_they_are
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
-from skep.model.ids import ClusterId
+from skep.model.ids import ClusterId, NodeId
 from skep.security.identity import Identity, peer_identity
 from skep.wire import swarm_pb2 as swarm
-from skep.wire.access import Caller, authorize
+from skep.wire.access import Caller, Standing, authorize, in_good_standing
 from skep.wire.errors import to_status
 from skep.wire.service import Handler, run_handler
 
@@ -44,6 +46,8 @@ TLS_READ_BYTES = 16 * 1024
 HANDSHAKE_SECONDS_MAX = 10.0
 CLOSE_SECONDS_MAX = 5.0
 
+NODE_CONNECTIONS_MAX = 32
+"""Of one node at one time; it needs two, one of them for a moment."""
 NODE_STREAMS_MAX = 100
 NODE_STREAM_WINDOW = 128 * 1024
 NODE_CONNECTION_WINDOW = 16 * 1024 * 1024
@@ -55,11 +59,35 @@ STRANGER_STREAMS_MAX = 8
 STRANGER_WINDOW = 65_535
 
 
+BACKLOG = 1024
+ACCEPT_RETRY_S = 0.1
+HANDSHAKES_MAX = 256
+"""TLS handshakes at one time.  When there are more, the oldest is given up: an honest one takes milliseconds."""
+
+
 class Bound:
     """A server that listens.  ``port``: the port it got."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, server: "_Server") -> None:
         self.port = port
+        self._server = server
+
+    @property
+    def handshakes(self) -> int:
+        """TLS handshakes under way."""
+        return len(self._server.handshakes)
+
+    @property
+    def connections(self) -> int:
+        """Connections past their handshake."""
+        return len(self._server.connections)
+
+    def disconnect(self, who: Callable[[Identity], bool]) -> None:
+        """End the connections of callers for whose certificate ``who`` is true."""
+        for connection in tuple(self._server.connections):
+            caller = connection.caller
+            if caller is not None and caller.identity is not None and who(caller.identity):
+                connection.say_goodbye()
 
 
 @asynccontextmanager
@@ -70,32 +98,29 @@ async def serve(
     port: int,
     tls: ssl.SSLContext,
     cluster_id: ClusterId,
+    standing: Standing = in_good_standing,
 ) -> AsyncIterator[Bound]:
     """Answer calls on ``host:port`` until the context is left; then every connection is closed.
 
     Args:
         tls: a context that asks for client certificates (``security.tls.ServerTls.front``).
         cluster_id: what callers' certificates must name, except for open methods.
+        standing: whether a caller's certificate still counts; asked at every call that is not open to anybody.
 
     Raises:
         Unavailable: the address cannot be bound.
     """
     asyncio.sslproto.SSLProtocol.max_size = TLS_READ_BYTES
-    server = _Server(handlers, cluster_id)
-    loop = asyncio.get_running_loop()
+    server = _Server(handlers, cluster_id, standing)
+    listener = _listen(host, port)
     try:
-        listener = await loop.create_server(
-            server.new_protocol,
-            host,
-            port,
-            ssl=tls,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS_MAX,
-            reuse_address=True,
-        )
-    except OSError as error:
-        raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    try:
-        yield Bound(_port_of(listener.sockets))
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            accepting = group.create_task(_accept(listener, server, tls, group), name="accept connections")
+            try:
+                yield Bound(listener.getsockname()[1], server)
+            finally:
+                accepting.cancel()
+                server.give_up_handshakes()
     finally:
         listener.close()
         server.close_connections()
@@ -104,21 +129,103 @@ async def serve(
                 await server.wait_handlers()
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises: Unavailable: the address cannot be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    listener.setblocking(False)
+    return listener
+
+
+async def _accept(
+    listener: socket.socket, server: "_Server", tls: ssl.SSLContext, group: asyncio.TaskGroup
+) -> None:
+    """Accept connections until cancelled.
+
+    Not left to asyncio, which holds any number of handshakes: 10,000 connections that say nothing would cost a
+    manager a gigabyte.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(listener)
+        except OSError as error:  # out of descriptors, or the peer has gone already
+            log.warning("connection not accepted", error=str(error))
+            await asyncio.sleep(ACCEPT_RETRY_S)
+            continue
+        server.begin_handshake(group.create_task(_shake_hands(connection, server, tls), name="handshake"))
+        await asyncio.sleep(0)  # lets the handshake begin: it owns the socket from then on
+
+
+async def _shake_hands(connection: socket.socket, server: "_Server", tls: ssl.SSLContext) -> None:
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.connect_accepted_socket(
+            server.new_protocol, connection, ssl=tls, ssl_handshake_timeout=HANDSHAKE_SECONDS_MAX
+        )
+    except OSError as error:  # TLS errors and lost peers are some
+        log.debug("handshake failed", error=str(error) or type(error).__name__)
+
+
 class _Server(GrpcServer):
     """grpclib's server without its listener: makes a protocol per connection and knows all of them."""
 
-    def __init__(self, handlers: Iterable[Handler], cluster_id: ClusterId) -> None:
+    def __init__(self, handlers: Iterable[Handler], cluster_id: ClusterId, standing: Standing) -> None:
         super().__init__(())
         self._cluster_id = cluster_id
+        self._standing = standing
         self._methods = _Methods(self)
+        self._is_flooded = False
         for handler in handlers:
             self._methods[handler.method.path] = self._bound(handler)
         self.connections: set[_Connection] = set()
         self.strangers: set[_Connection] = set()
+        self.of_node: Counter[NodeId] = Counter()
+        self.handshakes: dict[asyncio.Task[None], None] = {}
+        """Under way, oldest first."""
+
+    def begin_handshake(self, task: asyncio.Task[None]) -> None:
+        """A connection was accepted; when there are too many, the oldest makes room."""
+        if len(self.handshakes) >= HANDSHAKES_MAX:
+            oldest = next(iter(self.handshakes))
+            del self.handshakes[oldest]
+            oldest.cancel()
+            if not self._is_flooded:
+                log.warning("too many handshakes at one time: the oldest are given up", most=HANDSHAKES_MAX)
+            self._is_flooded = True
+        self.handshakes[task] = None
+        task.add_done_callback(self._end_handshake)
+
+    def _end_handshake(self, task: asyncio.Task[None]) -> None:
+        self.handshakes.pop(task, None)
+        self._is_flooded = self._is_flooded and bool(self.handshakes)
+
+    def give_up_handshakes(self) -> None:
+        for task in tuple(self.handshakes):
+            task.cancel()
 
     def new_protocol(self) -> "_Connection":
         handler = ConnectionHandler(self._methods, self._codec, None, self.__dispatch__)
         return _Connection(self, handler, self._config, self._h2_config)
+
+    def refusal(self, identity: Identity | None) -> str:
+        """Why a connection is not taken; empty: it is."""
+        if identity is None:
+            return "too many without a certificate" if len(self.strangers) >= STRANGERS_MAX else ""
+        return "too many of one node" if self.of_node[identity.node_id] >= NODE_CONNECTIONS_MAX else ""
+
+    def forget(self, connection: "_Connection") -> None:
+        """It has ended."""
+        self.connections.discard(connection)
+        self.strangers.discard(connection)
+        identity = connection.caller.identity if connection.caller is not None else None
+        if identity is not None:
+            self.of_node[identity.node_id] -= 1
+            if not self.of_node[identity.node_id]:
+                del self.of_node[identity.node_id]
 
     def close_connections(self) -> None:
         for connection in tuple(self.connections):
@@ -132,7 +239,7 @@ class _Server(GrpcServer):
         async def function(stream: Stream[Any, Any]) -> None:
             caller = caller_of(stream)
             try:
-                authorize(caller, handler.method.access, self._cluster_id)
+                authorize(caller, handler.method.access, self._cluster_id, self._standing)
             except SkepError as error:
                 raise to_status(error) from error
             await run_handler(handler, stream, caller)
@@ -181,8 +288,8 @@ class _Connection(H2Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         identity = _identity_of(transport)
         is_stranger = identity is None
-        if is_stranger and len(self._server.strangers) >= STRANGERS_MAX:
-            log.warning("connection refused: too many without a certificate", strangers=STRANGERS_MAX)
+        if refusal := self._server.refusal(identity):
+            log.warning("connection refused", reason=refusal, peer=_address_of(transport))
             assert isinstance(transport, asyncio.Transport)
             transport.abort()
             return
@@ -199,6 +306,8 @@ class _Connection(H2Protocol):
         # grpclib hands a handler only the peer of its stream: let that one carry who it is.
         self.connection.skep_caller = self.caller  # type: ignore[attr-defined]
         self._server.connections.add(self)
+        if identity is not None:
+            self._server.of_node[identity.node_id] += 1
         if is_stranger:
             self._server.strangers.add(self)
             loop = asyncio.get_running_loop()
@@ -213,9 +322,23 @@ class _Connection(H2Protocol):
             log.info("connection closed: not a gRPC peer", peer=self.caller and self.caller.address)
             self.say_goodbye()
 
+    def pause_writing(self) -> None:
+        """The peer does not read: take no more of its pings and settings, each of which has an answer to hold."""
+        super().pause_writing()
+        self._transport().pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._transport().resume_reading()
+
+    def _transport(self) -> asyncio.Transport:
+        transport = self.connection._transport
+        assert isinstance(transport, asyncio.Transport)
+        return transport
+
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._server.connections.discard(self)
-        self._server.strangers.discard(self)
+        if self in self._server.connections:
+            self._server.forget(self)
         if self._time_limit is not None:
             self._time_limit.cancel()
         if hasattr(self, "processor"):
@@ -251,7 +374,3 @@ def _identity_of(transport: asyncio.BaseTransport) -> Identity | None:
 def _address_of(transport: asyncio.BaseTransport) -> str:
     peer = transport.get_extra_info("peername")
     return str(peer[0]) if peer else ""
-
-
-def _port_of(sockets: Iterable[socket.socket]) -> int:
-    return int(next(iter(sockets)).getsockname()[1])

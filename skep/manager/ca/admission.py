@@ -5,15 +5,20 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 from cryptography import x509
 
-from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from skep.model.ids import NodeId
 from skep.model.node import Availability, IssuedSerial, Node, NodeCertificate, NodeRole, NodeSpec
-from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
+from skep.model.swarm import RENEW_WINDOW_LABEL, Swarm, SwarmSpec
+from skep.model.times import SECOND_NS, Timestamp, duration_ns, timestamp, unix_ns
 from skep.security.authority import NODE_LIFETIME, NODE_LIFETIME_MIN
 from skep.security.identity import Identity
 from skep.security.tokens import role_of
+from skep.security.trust import issuer_digest
 from skep.store.interface import Transaction, View
+
+RENEW_WINDOW = timedelta(days=30)
+"""A machine that is off over a long break comes back by itself: with the usual 90 days a certificate has 18 left at
+the least, so 48 days off always go well.  A disk that was thrown away stops being a key after at most 120."""
 
 SERIALS_MAX = 256
 """Manager certificates of one node that are remembered; a manager in good order has two that have not expired."""
@@ -54,6 +59,12 @@ def lifetime_of(swarm: Swarm) -> timedelta:
     wished_ns = swarm.spec.ca_config.node_cert_expiry
     lifetime = timedelta(seconds=wished_ns / SECOND_NS) if wished_ns else NODE_LIFETIME
     return max(lifetime, NODE_LIFETIME_MIN)
+
+
+def renew_window_of(spec: SwarmSpec) -> timedelta:
+    """For how long after its expiry a node's certificate may be renewed by whoever proves to have its key."""
+    wished_ns = duration_ns(spec.labels.get(RENEW_WINDOW_LABEL, ""))
+    return RENEW_WINDOW if wished_ns is None else timedelta(seconds=max(wished_ns, 0) / SECOND_NS)
 
 
 class Issued(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,9 +115,14 @@ def issued_certificate(
 def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: bool) -> None:
     """Write the node object at its first certificate, afterwards only the certificate's part.
 
-    Raises: PermissionDenied: the node was removed while its certificate was renewed.
+    Raises:
+        PermissionDenied: the node was removed while its certificate was renewed.
+        Unavailable: the root was rotated meanwhile.
     """
     identity = issued.identity
+    swarm = tx.rely_on(Swarm, identity.cluster_id, "ca")
+    if swarm is None or issuer_digest(swarm.tls_info) != issued.issuer:
+        raise Unavailable("the cluster's root has just changed: ask again")
     node = tx.lookup(Node, identity.node_id)
     certificate = issued_certificate(
         identity.role,

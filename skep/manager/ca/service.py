@@ -17,15 +17,20 @@ from skep.manager.ca.admission import (
     joining_identity,
     lifetime_of,
     record_issue,
+    renew_window_of,
     renewing_identity,
 )
 from skep.manager.ca.authority import authority_of, cluster_of, root_bundle_of
 from skep.model.ids import IdSource, NodeId
+from skep.model.node import Availability
 from skep.model.times import SECOND_NS
 from skep.security.authority import requested_key
+from skep.security.expiry import proven_identity
+from skep.security.identity import Identity
 from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Store
 from skep.wire import methods
+from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.convert.node import availability_from_pb, role_to_pb
@@ -59,6 +64,7 @@ class CertificateService:
             unary(methods.ISSUE_NODE_CERTIFICATE, partial(self._issue, is_engine=True)),
             unary(methods.SKEP_ISSUE_NODE_CERTIFICATE, partial(self._issue, is_engine=False)),
             unary(methods.NODE_CERTIFICATE_STATUS, self._status),
+            unary(methods.RENEW_EXPIRED, self._renew_expired),
         )
 
     async def _root_certificate(
@@ -77,13 +83,48 @@ class CertificateService:
             identity = renewing_identity(view, swarm, caller.identity)
         else:
             identity = joining_identity(swarm, request.token, self._new_id(), is_engine=is_engine)
-        key = requested_key(request.csr)
+        availability = availability_from_pb(request.availability)
+        await self._sign(identity, request.csr, caller, availability, is_renewal=is_renewal)
+        return pb.IssueNodeCertificateResponse(node_id=identity.node_id, node_membership=pb.NodeSpec.ACCEPTED)
+
+    async def _renew_expired(
+        self, request: skep.RenewExpiredRequest, caller: Caller
+    ) -> skep.RenewExpiredResponse:
+        """A node that was off for too long, and has its key still, gets a certificate in the role it has now."""
+        view = self._store.view()
+        swarm = cluster_of(view)
+        proven = proven_identity(
+            request.certificate,
+            request.csr,
+            request.signature,
+            root_pem=root_bundle_of(swarm),
+            now=self._now(),
+            window=renew_window_of(swarm.spec),
+        )
+        identity = renewing_identity(view, swarm, proven)
+        issued = await self._sign(identity, request.csr, caller, is_renewal=True)
+        return skep.RenewExpiredResponse(
+            certificate=issued.certificate_pem, roots=root_bundle_of(cluster_of(self._store.view()))
+        )
+
+    async def _sign(
+        self,
+        identity: Identity,
+        csr_pem: bytes,
+        caller: Caller,
+        availability: Availability = Availability.ACTIVE,
+        *,
+        is_renewal: bool,
+    ) -> Issued:
+        """Sign what was asked for, write that, and keep it for being fetched."""
+        key = requested_key(csr_pem)
+        view = self._store.view()
         authority = authority_of(view)
         issued = Issued(
             identity=identity,
-            availability=availability_from_pb(request.availability),
-            csr_pem=request.csr,
-            certificate_pem=authority.issue(key, identity, lifetime_of(swarm)),
+            availability=availability,
+            csr_pem=csr_pem,
+            certificate_pem=authority.issue(key, identity, lifetime_of(cluster_of(view))),
             issuer=issuer_digest(tls_info(authority.root_pem)),
         )
         await self._store.update(record_issue, issued, self._now(), is_renewal=is_renewal)
@@ -95,7 +136,7 @@ class CertificateService:
             renewal=is_renewal,
             peer=caller.address,
         )
-        return pb.IssueNodeCertificateResponse(node_id=identity.node_id, node_membership=pb.NodeSpec.ACCEPTED)
+        return issued
 
     async def _status(
         self, request: pb.NodeCertificateStatusRequest, _caller: Caller

@@ -23,8 +23,8 @@ from skep.manager.control.networks import first_networks
 from skep.model.ids import ClusterId, IdSource
 from skep.model.meta import TLSInfo, Version
 from skep.model.node import Node
-from skep.model.swarm import CAConfig, JoinTokens, RootRotation, Swarm, SwarmSpec
-from skep.model.times import SECOND_NS, Timestamp
+from skep.model.swarm import RENEW_WINDOW_LABEL, CAConfig, JoinTokens, RootRotation, Swarm, SwarmSpec
+from skep.model.times import SECOND_NS, Timestamp, duration_ns
 from skep.security.authority import Authority
 from skep.security.locking import new_unlock_key
 from skep.security.rotation import NextRoot, Roots, wished_roots
@@ -111,21 +111,25 @@ def update_swarm(
     """
     swarm = tx.get(Swarm, the_swarm(tx).id)
     check_swarm_name(spec)
+    wish = spec.ca_config  # with a root's key, which the merged settings do not have
     spec = merged_spec(spec)
     check_swarm_spec(spec)
-    rooted = _rooted(tx, swarm, spec.ca_config, now, new_root)
+    rooted = _rooted(tx, swarm, wish, now, new_root)
     if swarm.version != Version(index=version):
         raise OutOfSequence
     tokens = _rotated(swarm, rotations, new_id)
     is_locked = spec.encryption_config.auto_lock_managers
     _keep_unlock_key(tx, is_wanted=is_locked, is_rotated=rotations.unlock_key, new_key=new_key)
-    return tx.put(replace(rooted, spec=_without_root(spec), join_tokens=tokens))
+    return tx.put(replace(rooted, spec=spec, join_tokens=tokens))
 
 
 def check_swarm_spec(spec: SwarmSpec) -> None:
     """Refuse settings that can never work.  Raises: InvalidArgument, Unimplemented."""
     if spec.ca_config.node_cert_expiry < CERT_EXPIRY_MIN_NS:
         raise InvalidArgument("minimum certificate expiry time is: 1h0m0s")
+    window = spec.labels.get(RENEW_WINDOW_LABEL)
+    if window is not None and (duration_ns(window) is None or window.startswith("-")):
+        raise InvalidArgument(f"{RENEW_WINDOW_LABEL} is no duration: {window!r}: write it like 720h, or 0")
     if spec.dispatcher.heartbeat_period < 0:
         raise InvalidArgument("heartbeat time period cannot be a negative duration")
     if spec.ca_config.external_cas:
@@ -198,11 +202,6 @@ def _towards(tx: Transaction, swarm: Swarm, wished: Roots) -> Swarm:
         ),
         root_rotation_in_progress=True,
     )
-
-
-def _without_root(spec: SwarmSpec) -> SwarmSpec:
-    """Settings as they are kept: shown with the root, they would bring it again with the next update."""
-    return replace(spec, ca_config=replace(spec.ca_config, signing_ca_cert="", signing_ca_key=""))
 
 
 def _rotated(swarm: Swarm, rotations: Rotations, new_id: IdSource) -> JoinTokens:

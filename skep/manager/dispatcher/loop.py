@@ -29,6 +29,7 @@ from skep.manager.dispatcher.registration import (
     RegistrationRate,
     SessionInvalid,
     Silence,
+    describe_node,
     mark_down,
     take_session,
 )
@@ -80,6 +81,7 @@ class Dispatcher:
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
         self._is_current = True
+        self._current_at = clock.monotonic()
         self._period_s = DEFAULT_PERIOD_S
         self._wished_grace_s: float | None = None
 
@@ -92,7 +94,12 @@ class Dispatcher:
             server_stream(methods.ASSIGNMENTS, self._assignments),
             server_stream(methods.REVISED_ASSIGNMENTS, self._revised_assignments),
             unary(methods.UPDATE_TASK_STATUS, self._update_task_status),
+            unary(methods.DESCRIBE, self._describe),
         )
+
+    def is_current(self) -> bool:
+        """Whether this manager had contact with a quorum within the last ``CURRENT_WITHIN_S``."""
+        return self._is_current and self._clock.monotonic() - self._current_at < CURRENT_WITHIN_S
 
     async def run(self) -> None:
         """Follow the store and judge silent nodes, until cancelled."""
@@ -293,6 +300,7 @@ class Dispatcher:
                 if not self._is_current:
                     log.info("current again")
                 self._is_current = True
+                self._current_at = self._clock.monotonic()
 
     # -- assignments --------------------------------------------------------------------------------------------
 
@@ -330,7 +338,7 @@ class Dispatcher:
                 applies_to, number = str(number), number + 1
                 yield news.revision, await encoded(news, applies_to, str(number))
 
-    # -- statuses -----------------------------------------------------------------------------------------------
+    # -- what nodes say -------------------------------------------------------------------------------------------
 
     async def _update_task_status(
         self, request: pb.UpdateTaskStatusRequest, caller: Caller
@@ -350,6 +358,13 @@ class Dispatcher:
             if isinstance(result, SkepError):
                 raise result
         return pb.UpdateTaskStatusResponse()
+
+    async def _describe(self, request: skep.DescribeRequest, caller: Caller) -> skep.DescribeResponse:
+        """A node's certificate or the roots it trusts have changed, or what it offers."""
+        session = self._sessions.require(caller.node_id, request.session_id)
+        description = description_from_pb(request.description)
+        await self._store.update(describe_node, session.node_id, session.id, description)
+        return skep.DescribeResponse()
 
 
 def _is_down(node: Node) -> bool:

@@ -74,8 +74,7 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
 
     Raises: PermissionDenied: the node was removed; InvalidArgument: an absurd description.
     """
-    if len(to_json(registration.description)) > DESCRIPTION_BYTES_MAX:
-        raise InvalidArgument("the node's description is too large")
+    _check_description(registration.description)
     node = tx.rely_on(Node, registration.node_id, "session")
     if node is None:
         raise PermissionDenied(f"Permission denied: node {registration.node_id} was removed from the swarm")
@@ -120,6 +119,20 @@ def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> 
     if node is None or node.session is None or node.session.session_id != session_id:
         raise SessionInvalid
     return node
+
+
+def describe_node(
+    tx: Transaction, node_id: NodeId, session_id: SessionId, description: NodeDescription
+) -> None:
+    """Write what the node says of itself in its session.  Raises: SessionInvalid; InvalidArgument: it is absurd."""
+    _check_description(description)
+    node = require_session(tx, node_id, session_id)
+    tx.put(msgspec.structs.replace(node, description=description))
+
+
+def _check_description(description: NodeDescription) -> None:
+    if len(to_json(description)) > DESCRIPTION_BYTES_MAX:
+        raise InvalidArgument("the node's description is too large")
 
 
 def _reachable(node: Node, address: str) -> str:

@@ -30,7 +30,7 @@ def shown_service(
 
 def shown_node(node: Node) -> Node:
     """``node`` for an answer."""
-    return replace(node, session=None, certificate=None, attachments=(), silent_since=None)
+    return replace(node, session=None, certificate=None, attachments=(), peer_roots="", silent_since=None)
 
 
 def shown_swarm(swarm: Swarm) -> Swarm:

@@ -1,0 +1,39 @@
+"""Whose turn it is to restart its etcd after the roots have changed.  Pure.
+
+etcd reads its peers' roots once.  Until it has restarted, a member trusts the old root, and with it the certificates
+of the new one, which the old one vouches for; so there is no hurry, and the members go one after another, the
+leader's last, each only while the others have a quorum without it.
+"""
+
+from collections.abc import Iterable
+
+from skep.model.ids import NodeId
+from skep.model.node import Node, Reachability
+
+
+def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
+    """Whether the manager ``own`` may restart its member now.
+
+    Args:
+        wanted: digest of the roots that every member is to trust.
+    """
+    managers = [node for node in nodes if node.manager_status is not None]
+    order = sorted(managers, key=lambda node: (_leads(node), node.id))
+    staying = sum(_is_reachable(node) for node in order if node.id != own)
+    if staying <= len(managers) // 2 and len(managers) > 2:
+        return False  # with two managers there is no way around a moment without a quorum
+    for node in order:
+        if node.id == own:
+            return True
+        if _is_reachable(node) and node.peer_roots != wanted:
+            return False
+    return False
+
+
+def _leads(node: Node) -> bool:
+    return node.manager_status is not None and node.manager_status.leader
+
+
+def _is_reachable(node: Node) -> bool:
+    status = node.manager_status
+    return status is not None and status.reachability is Reachability.REACHABLE

@@ -1,0 +1,211 @@
+"""Every manager's care for certificates: what it serves with, whom it trusts, whose connections it ends.
+
+The key pair comes from the node's agent (files), the roots and the revocations from the store; what follows from them
+is handed to the server, written where etcd reads it, and told to whoever asks for warnings.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.linux.files import replace_file
+from skep.manager.ca.expiry import warnings_of
+from skep.manager.ca.peers import is_my_turn
+from skep.manager.ca.standing import is_manager
+from skep.manager.follow import follow
+from skep.model.ids import NodeId
+from skep.model.node import Node
+from skep.model.swarm import Swarm
+from skep.model.times import SECOND_NS
+from skep.security import keypair
+from skep.security.crl import revocation_list
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.reloading import KeyPairFiles
+from skep.security.tls import ServerTls
+from skep.security.trust import root_digest
+from skep.store.interface import Commit, Created, Store, Transaction, Updated, View
+from skep.store.kinds import Revocation
+
+log = structlog.get_logger(__name__)
+
+LOOK_EVERY_S = 1.0
+"""How often the node's files are looked at; most changes come with a commit, and then at once."""
+
+WARN_EVERY_S = 24 * 3600.0
+
+REVOKED_FILE = "removed.crl"
+"""Beside the key pair that etcd reads."""
+
+
+class PeerFiles:
+    """What etcd reads of this manager's certificates, below one directory."""
+
+    def __init__(self, directory: Path, restart: Callable[[], Awaitable[None]]) -> None:
+        """``restart``: of the member, which reads the roots once; returns when it serves again."""
+        self.directory = directory
+        self.restart = restart
+        self._serials: frozenset[str] | None = None
+
+    def write_revoked(self, serials: frozenset[str]) -> None:
+        """Have etcd refuse these certificates from the next handshake on."""
+        if serials != self._serials:
+            replace_file(self.directory / REVOKED_FILE, revocation_list(serials), is_durable=False)
+            self._serials = serials
+
+
+class Upkeep:
+    """Follows files and store, until cancelled.
+
+    Args:
+        own: this manager's node.
+        disconnect: ends the connections of callers for whom it is true.
+        peers: None where no etcd is (tests).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        own: NodeId,
+        tls: ServerTls,
+        files: KeyPairFiles,
+        clock: Clock,
+        *,
+        disconnect: Callable[[Callable[[Identity], bool]], None],
+        peers: PeerFiles | None = None,
+    ) -> None:
+        self._store = store
+        self._own = own
+        self._tls = tls
+        self._files = files
+        self._clock = clock
+        self._disconnect = disconnect
+        self._peers = peers
+        self._pair: KeyPair | None = None
+        self._served: KeyPair | None = None
+        self._written: KeyPair | None = None
+        self._peer_roots = b""
+        self._news = asyncio.Event()
+
+    async def run(self) -> None:
+        await follow(
+            self._store, (Swarm, Node, Revocation), start=self._start, note=self._note, work=self._work
+        )
+
+    def _start(self, view: View) -> None:
+        for revocation in view.find(Revocation):
+            self._cut(view, revocation)
+        self._news.set()
+
+    def _note(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Revocation() as revocation) | Updated(_, Revocation() as revocation):
+                    self._cut(self._store.view(), revocation)
+                case Created(Node() as node) | Updated(_, Node() as node) if (
+                    node.id != self._own and node.manager_status is None
+                ):
+                    continue  # most commits: some worker's heartbeat or tasks
+            self._news.set()
+
+    def _cut(self, view: View, revocation: Revocation) -> None:
+        """End the connections that ``wire`` would not take any more."""
+        node = view.lookup(Node, revocation.id)
+        if revocation.is_removed:
+            self._disconnect(lambda peer: peer.node_id == revocation.id)
+        elif node is None or not is_manager(node):
+            self._disconnect(lambda peer: peer.node_id == revocation.id and _acts_as_manager(peer))
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._look_now_and_then(), name="look at the key pair")
+            group.create_task(self._warn(), name="warn of expiry")
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                try:
+                    await self._keep_up()
+                except (SkepError, OSError) as error:
+                    log.warning("certificate not taken over yet", error=str(error))
+
+    async def _look_now_and_then(self) -> None:
+        while True:
+            await self._clock.sleep(LOOK_EVERY_S)
+            self._news.set()
+
+    async def _keep_up(self) -> None:
+        """Take over what has changed.  Raises: SkepError, OSError: not yet; the next look tries again."""
+        self._pair = await asyncio.to_thread(self._files.changed) or self._pair
+        view = self._store.view()
+        swarms = view.find(Swarm)
+        if self._pair is None or not swarms:
+            return
+        trusted = trusted_roots(swarms[0])
+        serving = self._pair.with_root(trusted)
+        if not _is_same(serving, self._served):
+            self._tls.replace(serving)
+            self._served = serving
+            log.info("certificate taken over", until=serving.not_after.isoformat())
+        if self._peers is not None:
+            serials = (serial.serial for kept in view.find(Revocation) for serial in kept.serials)
+            self._peers.write_revoked(frozenset(serials))
+            await self._keep_peers_up(self._peers, self._pair, swarms[0])
+
+    async def _keep_peers_up(self, peers: PeerFiles, pair: KeyPair, swarm: Swarm) -> None:
+        """Write what etcd reads; have it restarted for other roots, when it is this manager's turn."""
+        roots = swarm.tls_info.trust_root.encode()
+        wanted = pair.with_root(roots)
+        if self._written is None:
+            self._written = await asyncio.to_thread(keypair.load, peers.directory)
+            self._peer_roots = self._written.root_pem  # as the member found them at its start
+        if not _is_same(wanted, self._written):
+            await asyncio.to_thread(keypair.save, wanted, peers.directory)
+            self._written = wanted
+        node = self._store.view().lookup(Node, self._own)
+        if self._peer_roots != roots:
+            if not is_my_turn(self._own, self._store.view().find(Node), root_digest(roots)):
+                return
+            log.info("restarting etcd: the roots of its peers have changed")
+            await peers.restart()
+            self._peer_roots = roots
+        if node is not None and node.peer_roots != root_digest(roots):
+            await self._store.update(show_peer_roots, self._own, root_digest(roots))
+
+    async def _warn(self) -> None:
+        """Say once a day what expires soon."""
+        while True:
+            now = datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
+            for warning in warnings_of(self._store.view(), now):
+                log.warning("certificate expires soon", warning=warning)
+            await self._clock.sleep(WARN_EVERY_S)
+
+
+def trusted_roots(swarm: Swarm) -> bytes:
+    """Whose certificates callers may show (PEM): the root's, and the next one's while the cluster rotates to it."""
+    return (swarm.tls_info.trust_root + (swarm.rotation.root if swarm.rotation else "")).encode()
+
+
+def show_peer_roots(tx: Transaction, own: NodeId, digest: str) -> None:
+    """Say which roots this manager's etcd trusts."""
+    node = tx.lookup(Node, own)
+    if node is not None and node.manager_status is not None:
+        tx.put(replace(node, peer_roots=digest))
+
+
+def _acts_as_manager(peer: Identity) -> bool:
+    return peer.role.value == "manager"
+
+
+def _is_same(one: KeyPair, other: KeyPair | None) -> bool:
+    return (
+        other is not None
+        and one.certificate_pem == other.certificate_pem
+        and one.key_pem == other.key_pem
+        and one.root_pem == other.root_pem
+    )

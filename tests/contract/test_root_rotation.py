@@ -1,0 +1,172 @@
+"""The cluster's root is rotated under nodes that are connected, over real mutual TLS on loopback."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition
+from skep.manager.control.swarm import Rotations, update_swarm
+from skep.model.ids import new_id
+from skep.model.node import Node
+from skep.model.swarm import CAConfig
+from skep.model.task import Task, TaskState
+from skep.node.joining import join
+from skep.security.trust import is_issued_by
+from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
+from tests.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, put, service_task, until
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving, serving.leading():
+        yield serving
+
+
+async def rotate(cluster: Cluster, wish: CAConfig | None = None) -> None:
+    """What ``docker swarm ca --rotate`` asks for."""
+    swarm = cluster.swarm
+    config = swarm.spec.ca_config
+    wish = wish or replace(config, force_rotate=config.force_rotate + 1)
+    await cluster.store.update(
+        update_swarm,
+        replace(swarm.spec, ca_config=wish),
+        swarm.version.index,
+        Rotations(),
+        new_id=new_id,
+        now=datetime.now(UTC),
+    )
+
+
+async def rotated(cluster: Cluster) -> None:
+    await cluster.until(lambda _: not cluster.swarm.root_rotation_in_progress)
+
+
+async def test_a_rotation_reaches_every_node_and_no_session_is_lost(cluster, tmp_path):
+    before = cluster.swarm
+    async with AsyncExitStack() as stack:
+        agents = []
+        for number in range(3):
+            directory = tmp_path / str(number)
+            pair = await a_worker(cluster, directory)
+            agent, worker = await stack.enter_async_context(an_agent(cluster, pair, directory))
+            agents.append((agent, worker, pair))
+        manager, _ = await stack.enter_async_context(cluster.own_agent(tmp_path / "manager"))
+        service, task = service_task(agents[0][0].node_id)
+        await put(cluster, service, task)
+        await until(lambda: task.id in agents[0][1].tasks)
+        sessions = {node.id: node.session for node in cluster.view.find(Node)}
+
+        await rotate(cluster)
+        assert cluster.swarm.root_rotation_in_progress
+        assert cluster.swarm.tls_info.trust_root == before.tls_info.trust_root
+        assert cluster.swarm.tls_info.cert_issuer_public_key != before.tls_info.cert_issuer_public_key
+        await rotated(cluster)
+
+        after = cluster.swarm
+        assert after.tls_info.trust_root != before.tls_info.trust_root
+        assert after.join_tokens.worker != before.join_tokens.worker
+        assert after.join_tokens.manager != before.join_tokens.manager
+        assert after.rotation is None
+        assert cluster.view.lookup(Payload, NEXT_ROOT_KEY_ID) is None
+        # What `docker swarm ca --rotate` waits for: every node has the certificate and trusts the root.
+        await cluster.until(
+            lambda view: all(node.description.tls_info == after.tls_info for node in view.find(Node))
+        )
+        assert {node.id: node.session for node in cluster.view.find(Node)} == sessions
+        for agent, _, pair in agents:
+            assert agent._credentials.pair.root_pem == after.tls_info.trust_root.encode()
+            assert agent._credentials.pair.certificate_pem != pair.certificate_pem
+        agents[0][1].report(task.id, TaskState.RUNNING)
+        await cluster.until(lambda view: view.get(Task, task.id).status.state is TaskState.RUNNING)
+        del manager
+
+
+async def test_after_a_rotation_old_tokens_and_old_certificates_count_for_nothing(cluster, tmp_path):
+    old_token = cluster.swarm.join_tokens.worker
+    async with cluster.own_agent(tmp_path / "manager"):
+        await rotate(cluster)
+        await rotated(cluster)
+    with pytest.raises(FailedPrecondition, match="remote CA does not match fingerprint"):
+        await join(cluster.address, old_token, SystemClock())
+    pair = await join(cluster.address, cluster.swarm.join_tokens.worker, SystemClock())
+    assert pair.root_pem == cluster.swarm.tls_info.trust_root.encode()
+
+
+async def test_a_node_may_join_while_the_root_is_rotated(cluster, tmp_path):
+    await rotate(cluster)  # the manager's own node is not connected, so the rotation waits
+    pair = await a_worker(cluster, tmp_path)
+    assert pair.root_pem == cluster.swarm.tls_info.trust_root.encode()
+    assert len(pair.chain) == 2
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        await cluster.until(
+            lambda view: is_issued_by(
+                view.get(Node, agent.node_id).description.tls_info, cluster.swarm.tls_info
+            )
+        )
+    assert cluster.swarm.root_rotation_in_progress
+
+
+async def test_a_node_that_is_away_holds_the_rotation_up_until_it_returns(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path / "w")
+    async with cluster.own_agent(tmp_path / "manager"):
+        async with an_agent(cluster, pair, tmp_path / "w"):
+            pass
+        await rotate(cluster)
+        await cluster.until(
+            lambda view: is_issued_by(view.get(Node, MANAGER_ID).description.tls_info, cluster.swarm.tls_info)
+        )
+        assert cluster.swarm.root_rotation_in_progress
+        async with an_agent(cluster, pair, tmp_path / "w"):
+            await rotated(cluster)
+
+
+async def test_a_node_that_was_removed_holds_nothing_up(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path / "w")
+    async with cluster.own_agent(tmp_path / "manager"):
+        await rotate(cluster)
+        assert cluster.swarm.root_rotation_in_progress
+        await cluster.store.update(lambda tx: tx.delete(Node, pair.identity.node_id))
+        await rotated(cluster)
+
+
+async def test_another_rotation_replaces_one_under_way(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path / "w")
+    old_key = cluster.view.get(Payload, ROOT_KEY_ID).data
+    async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
+        await rotate(cluster)  # the manager's own node is away
+        first = cluster.swarm.tls_info
+        await cluster.until(
+            lambda view: is_issued_by(view.get(Node, agent.node_id).description.tls_info, first)
+        )
+        await rotate(cluster)
+        second = cluster.swarm.tls_info
+        assert not is_issued_by(first, second)
+        assert cluster.view.get(Payload, ROOT_KEY_ID).data == old_key
+        async with cluster.own_agent(tmp_path / "manager"):
+            await rotated(cluster)
+        assert is_issued_by(cluster.swarm.tls_info, second)
+        await cluster.until(
+            lambda view: view.get(Node, agent.node_id).description.tls_info == cluster.swarm.tls_info
+        )
+
+
+async def test_the_present_root_given_again_ends_a_rotation(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path / "w")
+    before = cluster.swarm.tls_info
+    async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
+        await rotate(cluster)
+        wish = replace(
+            cluster.swarm.spec.ca_config,
+            signing_ca_cert=cluster.authority.root_pem.decode(),
+            signing_ca_key=cluster.authority.key_pem.decode(),
+        )
+        await rotate(cluster, wish)
+        assert cluster.swarm.tls_info == before
+        assert not cluster.swarm.root_rotation_in_progress
+        assert cluster.swarm.spec.ca_config.signing_ca_key == ""
+        async with asyncio.timeout(5):
+            await agent.registered.wait()
