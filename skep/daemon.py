@@ -9,13 +9,16 @@ from skep.node import lean as _first  # noqa: F401  before everything that it co
 # isort: split
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import SystemRandom
+from types import MappingProxyType
 
+import msgspec
 import structlog
 
 from skep import logs
@@ -28,7 +31,16 @@ from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
-from skep.manager.config import Bootstrap, ManagerConfig, encode
+from skep.manager import config as manager_config
+from skep.manager.config import (
+    REMOVED,
+    Bootstrap,
+    ManagerConfig,
+    Recovery,
+    encode,
+    load_recovery,
+    save_recovery,
+)
 from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
 from skep.node.features import detect
@@ -43,9 +55,15 @@ from skep.node.supervision.detached import detached, held_lock, set_title
 from skep.node.supervision.supervisor import Supervisor
 from skep.node.supervision.zygote import Zygote
 from skep.paths import Paths
+from skep.security.locking import KeyLock
 from skep.store.etcd.binary import find_binary
 
 log = structlog.get_logger()
+
+_REMOVED = (
+    "The other managers have removed this one. Demote the node and promote it again, "
+    "or have it leave the swarm and join again."
+)
 
 FORMAT = "1"
 """Layout of the data directory."""
@@ -156,8 +174,9 @@ class Daemon:
                     clock=self._clock,
                     random=self._random,
                     net=self._supervisor("net", hands_over=True, gives_up=False),
-                    manager=lambda: self._supervisor("manager"),
+                    manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}),
                     write_manager_files=self._write_manager_files,
+                    write_recovery_files=self._write_recovery_files,
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -168,6 +187,7 @@ class Daemon:
                 notify("STOPPING=1")
                 reloading.cancel()
                 running.cancel()
+            _forget_keys(paths)
 
     def _ready(self) -> None:
         log.info("ready")
@@ -187,7 +207,14 @@ class Daemon:
             lambda: find_binary(configuration.etcd_binary).version,
         )
 
-    def _supervisor(self, name: str, *, hands_over: bool = False, gives_up: bool = True) -> Supervisor:
+    def _supervisor(
+        self,
+        name: str,
+        *,
+        hands_over: bool = False,
+        gives_up: bool = True,
+        final: Mapping[int, str] = MappingProxyType({}),
+    ) -> Supervisor:
         paths = self._configuration.paths
         return Supervisor(
             name,
@@ -198,6 +225,7 @@ class Daemon:
             chance=self._random.random,
             hands_over=hands_over,
             gives_up=gives_up,
+            final=final,
         )
 
     def _write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
@@ -219,6 +247,18 @@ class Daemon:
             etcd_binary=str(configuration.etcd_binary or ""),
         )
         replace_file(paths.manager_config, encode(config), mode=0o600)
+
+    def _write_recovery_files(self, node: LocalNode) -> None:
+        """Have the manager process go on alone with what it has.  An attempt that was begun goes on."""
+        paths = self._configuration.paths
+        config = manager_config.load(paths.manager_config)
+        config = msgspec.structs.replace(
+            config, listen_addr=node.listen_addr, advertise_addr=node.advertise_addr, managers=()
+        )
+        replace_file(paths.manager_config, encode(config), mode=0o600)
+        if load_recovery(paths) is None:
+            paths.recovery_snapshot.unlink(missing_ok=True)
+            save_recovery(paths, Recovery())
 
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
         """Read the configuration again at every SIGHUP; what cannot be read changes nothing."""
@@ -250,6 +290,12 @@ def _bootstrap(plan: Founding) -> Bootstrap:
         data_path_port=plan.data_path_port,
         availability=plan.availability,
     )
+
+
+def _forget_keys(paths: Paths) -> None:
+    """An orderly stop locks a node that has autolock on; after a crash the next process goes on with the keys."""
+    KeyLock(paths).forget()
+    shutil.rmtree(paths.tls, ignore_errors=True)
 
 
 def _configure_logs(configuration: Configuration) -> None:

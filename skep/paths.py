@@ -114,6 +114,21 @@ class Paths(msgspec.Struct, frozen=True):
     def etcd(self) -> Path:
         return self.manager / "etcd"
 
+    @property
+    def recovery(self) -> Path:
+        """The wish for a new life of the cluster on this manager alone, until it is fulfilled."""
+        return self.manager / "recovery.json"
+
+    @property
+    def recovery_snapshot(self) -> Path:
+        """From what it begins."""
+        return self.manager / "recovery.snapshot"
+
+    @property
+    def incarnation(self) -> Path:
+        """Which life of the cluster this manager served last, and what it heard of a later one."""
+        return self.manager / "incarnation.json"
+
     # --- run directory ----------------------------------------------------------------------------------------
 
     @property

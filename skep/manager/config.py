@@ -1,14 +1,20 @@
 """What a manager process is told: written by the node process at init or join, read at each start."""
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from skep.errors import FailedPrecondition
+from skep.linux.files import replace_file
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
 from skep.model.swarm import SwarmSpec
 from skep.paths import Paths
+
+
+REMOVED = 3
+"""Exit code of a manager process whose member the other managers have removed."""
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,3 +68,28 @@ def load(path: Path) -> ManagerConfig:
 def encode(config: ManagerConfig) -> bytes:
     """The file's content for ``config``."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+
+
+class Recovery(msgspec.Struct, frozen=True, kw_only=True):
+    """The wish that this manager goes on alone (``manager.recovery``), and how far it is fulfilled.
+
+    ``is_bare``: the snapshot is a database file without its hash.
+    """
+
+    stage: Literal["wanted", "restored"] = "wanted"
+    is_bare: bool = False
+
+
+def load_recovery(paths: Paths) -> Recovery | None:
+    """What is wished for; None: nothing.  Raises: FailedPrecondition: the file is damaged."""
+    try:
+        return msgspec.json.decode(paths.recovery.read_bytes(), type=Recovery)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise FailedPrecondition(f"{paths.recovery} is damaged: ask for the new cluster again") from error
+
+
+def save_recovery(paths: Paths, recovery: Recovery) -> None:
+    """Keep the wish."""
+    replace_file(paths.recovery, msgspec.json.encode(recovery) + b"\n", mode=0o600)

@@ -24,12 +24,13 @@ from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
-from skep.manager.config import ManagerConfig, encode, load
+from skep.manager.config import REMOVED, ManagerConfig, encode, load
 from skep.manager.founding import found_cluster
 from skep.manager.keys import founding_wrapping_key, save_wrapping_key
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.joining import Applicant
+from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
 from skep.model.ids import new_id
 from skep.model.times import timestamp
 from skep.paths import Paths
@@ -68,6 +69,9 @@ async def _until_stopped(config: ManagerConfig) -> None:
             living = group.create_task(_live(config, SystemClock()), name="manager")
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, living.cancel)
+    except MemberRemoved as error:
+        log.warning("manager ends", reason=str(error))
+        raise SystemExit(REMOVED) from error
     except SkepError as error:
         log.error("manager cannot go on", reason=str(error))
         raise SystemExit(1) from error
@@ -92,6 +96,8 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
     applicant = Applicant(config.managers, pair, clock, random.random)
     binary = await asyncio.to_thread(find_binary, Path(config.etcd_binary) if config.etcd_binary else None)
     settings = _member_settings(config, paths, _write_peer_files(paths, pair))
+    if await restore_if_wanted(paths, settings, binary, clock):
+        settings = _member_settings(config, paths, settings.peer_files)
     if config.managers and not (settings.data / "member").exists():
         config, settings = await _come_in(config, settings, applicant)
     async with AsyncExitStack() as stack:
@@ -101,7 +107,9 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
                 group.create_task(applicant.vote(), name="vote")
             await stack.enter_async_context(member.running())
         _joining_mark(paths).unlink(missing_ok=True)
+        await raise_if_restored(paths, paths.etcd_socket, clock)
         store = await _open(config, paths, pair, clock, random, stack)
+        await finish_recovery(paths, store, config.node_id, config.advertise_addr)
         client = await stack.enter_async_context(Client(paths.etcd_socket))
         consensus = RaftMembers(client, member)
         book = AddressBook(store, consensus, load_peers(paths.etcd), partial(save_peers, paths.etcd), clock)

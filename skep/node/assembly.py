@@ -26,7 +26,8 @@ from skep.node.front.server import Front, tls_context
 from skep.node.local import LocalNode
 from skep.node.local_api import LocalApi
 from skep.node.machine import Machine
-from skep.node.membership import ManagerProcess, Membership
+from skep.node.management import ManagerProcess
+from skep.node.membership import Membership
 from skep.node.netprocess.client import NetClient
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
@@ -38,6 +39,7 @@ from skep.node.system import NodeSystem, engine_id
 from skep.node.task_files import TaskFiles
 from skep.node.worker import Worker
 from skep.node.workload import Workload, forward_container_events, oci_workload, policy, process_workload
+from skep.security.locking import KeyLock
 
 log = structlog.get_logger()
 
@@ -46,7 +48,8 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What the node finds outside of itself, and what only the daemon knows how to make.
 
     ``net``: the supervised net process.  ``manager``: makes the supervisor of the manager process;
-    ``write_manager_files``: what a new manager reads (node, its new cluster if it founds one).
+    ``write_manager_files``: what a new manager reads (node, its new cluster if it founds one);
+    ``write_recovery_files``: what has it go on alone.
     """
 
     machine: Machine
@@ -58,6 +61,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     net: ManagerProcess
     manager: Callable[[], ManagerProcess]
     write_manager_files: Callable[[LocalNode, NewCluster | None], None]
+    write_recovery_files: Callable[[LocalNode], None]
 
 
 class Node:
@@ -100,6 +104,7 @@ class Node:
             )
             parts = NodeParts(
                 certificates=paths.certificates,
+                lock=KeyLock(paths),
                 machine=around.machine,
                 features=around.features,
                 configuration=lambda: self._configuration,
@@ -112,6 +117,7 @@ class Node:
                 random=around.random,
                 manager=around.manager,
                 write_manager_files=around.write_manager_files,
+                write_recovery_files=around.write_recovery_files,
             )
             membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id

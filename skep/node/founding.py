@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from skep.api.errors import Untranslated
-from skep.api.swarm_requests import Founding
-from skep.errors import InvalidArgument, Unavailable, Unimplemented
+from skep.api.swarm_requests import Endpoints, Founding
+from skep.errors import InvalidArgument, Unavailable
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import SwarmSpec
@@ -65,14 +65,16 @@ def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:
     return node, pair, authority.key_pem
 
 
-def refuse_unsupported(plan: Founding) -> None:
-    """Raises: Unimplemented: asked for something that must not be ignored."""
-    if plan.force_new_cluster:
-        raise Unimplemented(
-            "--force-new-cluster is not supported by this version: this node is in no cluster it could force"
-        )
-    if plan.spec.encryption_config.auto_lock_managers:
-        raise Unimplemented("--autolock is not supported by this version: run docker swarm init without it")
+def moved(node: LocalNode, to: Endpoints) -> LocalNode:
+    """A manager with other addresses, on its own."""
+    return msgspec.structs.replace(
+        node,
+        listen_addr=to.listen_addr,
+        advertise_addr=to.advertise_addr,
+        local_addr=to.local_addr,
+        data_path_addr=to.data_path_addr,
+        managers=(Peer(node.node_id, to.advertise_addr),),
+    )
 
 
 def check_settings(spec: SwarmSpec) -> None:

@@ -10,6 +10,7 @@ Source: moby, daemon/cluster/{swarm,cluster,noderunner}.go (the order of the che
 import asyncio
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -18,26 +19,29 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.swarm_requests import Joining, founding, joining
-from skep.errors import SkepError, Unavailable
+from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import NodeRole
-from skep.model.swarm import InitRequest, JoinRequest
+from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
 from skep.node.founding import (
     NewCluster,
     check_listening,
     check_settings,
     check_space,
     found,
-    refuse_unsupported,
+    moved,
 )
 from skep.node.interfaces import read_interfaces
 from skep.node.leaving import objection_to_leaving
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
 from skep.node.local_api import LocalApi
+from skep.node.management import Management, ManagerProcess
 from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.node.swarm_info import (
     IN_A_SWARM,
+    LEAVING_LOCKED,
+    LOCKED,
     NO_SWARM,
     NOT_A_MANAGER,
     NOT_IN_A_SWARM,
@@ -47,6 +51,7 @@ from skep.node.swarm_info import (
 from skep.paths import Paths
 from skep.security import keypair
 from skep.security.keypair import KeyPair
+from skep.security.locking import KeyLock, parsed_unlock_key
 
 log = structlog.get_logger()
 
@@ -58,17 +63,6 @@ _TIMED_OUT = (
 _FOUNDING_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 20.0
 """Docker's swarmConnectTimeout."""
-
-
-class ManagerProcess(Protocol):
-    """The manager process of this node, as its supervisor shows it."""
-
-    trouble: str
-
-    async def run(self) -> None: ...
-
-    def reload(self) -> None:
-        """Have it read its settings again."""
 
 
 class AgentConnection(Protocol):
@@ -85,14 +79,25 @@ class AgentConnection(Protocol):
 class Parts(Protocol):
     """What a node in a swarm is made of; the daemon composes it."""
 
-    def manager(self, node: LocalNode) -> ManagerProcess:
+    def manager(self) -> ManagerProcess:
         """The supervised manager process, not yet running."""
 
     def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
         """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
 
-    def agent(self, node: LocalNode, remember: Callable[[tuple[Peer, ...]], None]) -> AgentConnection:
-        """The agent, not yet running; it tells ``remember`` about every new list of managers."""
+    def write_recovery_files(self, node: LocalNode) -> None:
+        """Have the manager go on alone, with ``node``'s addresses, at its next start."""
+
+    def agent(
+        self,
+        node: LocalNode,
+        remember: Callable[[tuple[Peer, ...]], None],
+        certified: Callable[[NodeRole], None],
+    ) -> AgentConnection:
+        """The agent, not yet running.
+
+        It tells ``remember`` about every new list of managers, and ``certified`` the role in every new certificate.
+        """
 
     async def request_certificate(self, plan: Joining) -> KeyPair:
         """Use the join token.  Raises: SkepError in Docker's words."""
@@ -112,13 +117,15 @@ class Membership:
         self._manager_api = manager_api
         self._clock = clock
         self._new_id = new_id
+        self._lock = KeyLock(paths)
         self._control = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
         self._taking_part: asyncio.Task[None] | None = None
-        self._manager: ManagerProcess | None = None
+        self._management: Management | None = None
         self._agent: AgentConnection | None = None
         self._error = ""
         self._is_active = False
+        self._needs_key = False
         self.node: LocalNode | None = None
 
     async def run(self) -> None:
@@ -127,7 +134,10 @@ class Membership:
             self._group = group
             async with self._control:
                 node = read_local_node(self._paths.node_json)
-                if node is not None:
+                if node is not None and node.is_manager and self._lock.is_locked:
+                    log.warning("locked: docker swarm unlock")
+                    self.node, self._needs_key = node, True
+                elif node is not None:
                     self._begin(node)
                 else:
                     await self._clear_unfinished()
@@ -138,13 +148,15 @@ class Membership:
     async def init(self, request: InitRequest) -> NodeId:
         """Found a cluster; returns when its manager serves and this node is ready in it.
 
+        A manager that is told to force one goes on alone with the cluster it has (``manager.recovery``).
         Raises: Unavailable: this node is in a swarm already; what ``founding`` raises; SkepError.
         """
         async with self._control:
+            if self.node is not None and request.force_new_cluster:
+                return await self._go_on_alone(self.node, request)
             if self.node is not None:
                 raise Unavailable(IN_A_SWARM)
             plan = founding(request, await read_interfaces())
-            refuse_unsupported(plan)
             check_settings(plan.spec)
             check_listening(plan.endpoints.listen_addr)
             await asyncio.to_thread(check_space, self._paths.data)
@@ -162,6 +174,32 @@ class Membership:
                 raise
             log.info("swarm founded", node=node.node_id, cluster=node.cluster_id)
             return node.node_id
+
+    async def _go_on_alone(self, node: LocalNode, request: InitRequest) -> NodeId:
+        """Have this node's manager make a new cluster of what it has.  Tasks are left alone.
+
+        Raises: Unavailable: this node is no manager, or locked; what ``founding`` raises; SkepError: the manager does
+        not come up, and nothing of it was removed.
+        """
+        if self.is_locked:
+            raise Unavailable(LOCKED)
+        if not node.is_manager:
+            raise Unavailable(NOT_A_MANAGER)
+        before = node
+        if request.advertise_addr:
+            node = moved(node, founding(request, await read_interfaces()).endpoints)
+        await self._stop()
+        try:
+            check_listening(node.listen_addr)
+            await asyncio.to_thread(self._parts.write_recovery_files, node)
+            await asyncio.to_thread(write_local_node, self._paths.node_json, node)
+        except BaseException:
+            self._begin(before)
+            raise
+        await self._come_in(node, _FOUNDING_TIMEOUT_S)
+        await self._wait_ready(node, _FOUNDING_TIMEOUT_S)
+        log.warning("swarm goes on with this manager alone", node=node.node_id, cluster=node.cluster_id)
+        return node.node_id
 
     async def join(self, request: JoinRequest) -> None:
         """Come into a cluster as the token says; returns when a manager took this node's session.
@@ -208,16 +246,40 @@ class Membership:
         async with self._control:
             if self.node is None:
                 raise Unavailable(NO_SWARM)
+            if self.is_locked and not force:
+                raise Unavailable(LEAVING_LOCKED)
             if self.node.is_manager and not force:
                 raise Unavailable(await self._objection_to_leaving())
             self._paths.node_json.unlink(missing_ok=True)
             await self._end()
             log.info("swarm left")
 
+    async def unlock(self, request: UnlockRequest) -> None:
+        """Open what autolock has locked; returns when this node takes part again, or after 20 s in which it tried to.
+
+        Raises: Unavailable: this node is no manager, or has trouble to take part again; AlreadyExists: it is not
+        locked; InvalidArgument, WrongUnlockKey: the key; all in Docker's words.
+        """
+        async with self._control:
+            if not self.is_locked:
+                if (reason := self.manager_refusal()) is not None:
+                    raise Unavailable(reason)
+                raise AlreadyExists("swarm is not locked")
+            assert self.node is not None, "locked"
+            key = parsed_unlock_key(request.unlock_key)
+            await asyncio.to_thread(self._lock.unlock, key)
+            log.info("unlocked")
+            taking_part = self._begin(self.node)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_JOIN_TIMEOUT_S):
+                    await self._wait_registered_or(taking_part)
+            if self._trouble:
+                raise Unavailable(f"swarm component could not be started: {self._trouble}")
+
     def reload(self) -> None:
         """Have the manager of this node, if there is one, read its settings again."""
-        if self._manager is not None:
-            self._manager.reload()
+        if self._management is not None and self._management.process is not None:
+            self._management.process.reload()
 
     def manager_refusal(self) -> str | None:
         """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
@@ -225,8 +287,10 @@ class Membership:
             return NOT_IN_A_SWARM
         if not self.node.is_manager:
             return NOT_A_MANAGER
-        if self._manager is not None and self._manager.trouble:
-            return f"This node is not a swarm manager. {self._manager.trouble}"
+        if self.is_locked:
+            return LOCKED
+        if self._management is not None and self._management.trouble:
+            return f"This node is not a swarm manager. {self._management.trouble}"
         return None
 
     @property
@@ -234,10 +298,17 @@ class Membership:
         return self.node is not None and self.node.is_manager
 
     @property
+    def is_locked(self) -> bool:
+        """Whether this node waits for the unlock key."""
+        return self._needs_key
+
+    @property
     def status(self) -> str:
-        """``inactive``, ``pending``, ``active`` or ``error``, as ``LocalNodeState`` of ``/info``."""
+        """``inactive``, ``locked``, ``pending``, ``active`` or ``error``, as ``LocalNodeState`` of ``/info``."""
         if self.node is None:
             return "inactive"
+        if self.is_locked:
+            return "locked"
         if self._trouble:
             return "error"
         return "active" if self._is_active else "pending"
@@ -250,6 +321,8 @@ class Membership:
 
     async def info(self) -> dict[str, Any]:
         """The ``Swarm`` section of ``/info``."""
+        if self.is_locked:
+            return local_section(None, status=self.status, trouble=LOCKED, managers=())
         managers = self._agent.managers if self._agent is not None else ()
         section = local_section(self.node, status=self.status, trouble=self._trouble, managers=managers)
         if self.is_manager and not self._trouble:
@@ -260,20 +333,25 @@ class Membership:
 
     @property
     def _trouble(self) -> str:
-        return (self._manager.trouble if self._manager is not None else "") or self._error
+        return (self._management.trouble if self._management is not None else "") or self._error
 
     async def _come_in(self, node: LocalNode, timeout_s: float) -> None:
         """Begin to take part; returns with the first session.  Raises: SkepError: it does not come to one."""
         taking_part = self._begin(node)
         try:
-            async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
-                registered = group.create_task(self._wait_registered(), name="wait for a session")
-                await asyncio.wait({registered, taking_part}, return_when=asyncio.FIRST_COMPLETED)
-                registered.cancel()
+            async with asyncio.timeout(timeout_s):
+                await self._wait_registered_or(taking_part)
         except TimeoutError as error:
             raise Unavailable(self._trouble or _TIMED_OUT) from error
         if self._trouble:
             raise Unavailable(self._trouble)
+
+    async def _wait_registered_or(self, taking_part: asyncio.Task[None]) -> None:
+        """Return with the first session, or when there will be none."""
+        async with asyncio.TaskGroup() as group:
+            registered = group.create_task(self._wait_registered(), name="wait for a session")
+            await asyncio.wait({registered, taking_part}, return_when=asyncio.FIRST_COMPLETED)
+            registered.cancel()
 
     async def _wait_registered(self) -> None:
         """Return with the first session.  From then on the node is active, also while its manager is away."""
@@ -301,19 +379,25 @@ class Membership:
         assert self._group is not None, "used outside of run()"
         self.node = node
         self._error = ""
-        self._is_active = False
-        self._agent = self._parts.agent(node, self._remember_managers)
-        self._manager = self._parts.manager(node) if node.is_manager else None
+        self._is_active = self._needs_key = False
+        self._management = management = Management(
+            self._paths,
+            is_manager=node.is_manager,
+            make=self._parts.manager,
+            prepare=self._prepare_manager,
+            become=self._become,
+        )
+        self._agent = self._parts.agent(node, self._remember_managers, management.take_role)
         self._taking_part = self._group.create_task(self._take_part(), name="swarm")
         return self._taking_part
 
     async def _take_part(self) -> None:
         """Run manager and agent until cancelled, or until the cluster does not want this node any more."""
         assert self._agent is not None, "begun before"
+        assert self._management is not None, "begun before"
         try:
             async with asyncio.TaskGroup() as group:
-                if self._manager is not None:
-                    group.create_task(self._manager.run(), name="manager process")
+                group.create_task(self._management.run(), name="management")
                 group.create_task(self._agent.run(), name="agent")
                 group.create_task(self._wait_registered(), name="first session")
         except ExceptionGroup as errors:
@@ -324,20 +408,35 @@ class Membership:
             log.error("not taking part in the swarm", reason=self._error)
 
     def _remember_managers(self, managers: tuple[Peer, ...]) -> None:
-        """Keep the list for the next start; during init and join it is written with the rest, at their end."""
-        if self.node is None:
-            return
-        self.node = msgspec.structs.replace(self.node, managers=managers)
-        if self._paths.node_json.exists():
-            write_local_node(self._paths.node_json, self.node)
+        if self.node is not None:
+            self._remember(msgspec.structs.replace(self.node, managers=managers))
 
-    async def _end(self) -> None:
-        """Stop taking part and remove every trace of the swarm."""
+    def _become(self, is_manager: bool) -> None:
+        if self.node is not None:
+            self._remember(msgspec.structs.replace(self.node, is_manager=is_manager))
+
+    def _remember(self, node: LocalNode) -> None:
+        """Keep it for the next start; during init and join it is written with the rest, at their end."""
+        self.node = node
+        if self._paths.node_json.exists():
+            write_local_node(self._paths.node_json, node)
+
+    def _prepare_manager(self) -> None:
+        assert self.node is not None, "taking part"
+        self._parts.write_manager_files(self.node, None)
+
+    async def _stop(self) -> None:
+        """Stop manager and agent; tasks run on."""
         if self._taking_part is not None:
             self._taking_part.cancel()
             await asyncio.wait([self._taking_part])
-        self._taking_part = self._manager = self._agent = self.node = None
+        self._taking_part = self._manager = self._agent = None
         self._error = ""
+
+    async def _end(self) -> None:
+        """Stop taking part and remove every trace of the swarm."""
+        await self._stop()
+        self.node, self._needs_key = None, False
         await self._parts.remove_tasks()
         await asyncio.to_thread(self._wipe)
 

@@ -14,22 +14,25 @@ from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Joining
 from skep.configuration.configuration import Configuration
 from skep.errors import InvalidArgument
-from skep.model.node import EngineDescription, EnginePlugin, NodeDescription
+from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
+from skep.model.planes import NODE_LABEL
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
 from skep.node.contact import Contact
 from skep.node.executor.interface import Executor
 from skep.node.features import Features, labels
-from skep.node.joining import join
 from skep.node.founding import NewCluster
+from skep.node.joining import join
 from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
+from skep.node.management import ManagerProcess
 from skep.node.managers import ManagerList
-from skep.node.membership import AgentConnection, ManagerProcess
+from skep.node.membership import AgentConnection
 from skep.node.reports import Reports
 from skep.node.worker import Worker
 from skep.security.keypair import KeyPair
+from skep.security.locking import KeyLock
 
 log = structlog.get_logger()
 
@@ -38,7 +41,8 @@ REVISION_FILE = "seen.json"
 
 _REMOVAL_TIMEOUT_S = 60.0
 _PLUGINS = (
-    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null", "overlay")),
+    # Without "overlay": tasks on overlay networks stay away until containers here can join them.
+    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
     EnginePlugin(type="Log", name="json-file"),
     EnginePlugin(type="Volume", name="local"),
 )
@@ -51,12 +55,14 @@ class NodeParts:
         configuration: the present one; asked at each use, since it may be reloaded.
         manager: makes the supervisor of this node's manager process.
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
+        write_recovery_files: writes what has the manager go on alone.
     """
 
     def __init__(
         self,
         *,
         certificates: Path,
+        lock: KeyLock,
         machine: Machine,
         features: Features,
         configuration: Callable[[], Configuration],
@@ -69,8 +75,10 @@ class NodeParts:
         random: Random,
         manager: Callable[[], ManagerProcess],
         write_manager_files: Callable[[LocalNode, NewCluster | None], None],
+        write_recovery_files: Callable[[LocalNode], None],
     ) -> None:
         self._certificates = certificates
+        self._lock = lock
         self._machine = machine
         self._features = features
         self._configuration = configuration
@@ -83,14 +91,23 @@ class NodeParts:
         self._random = random
         self._manager = manager
         self._write_manager_files = write_manager_files
+        self._write_recovery_files = write_recovery_files
 
-    def manager(self, node: LocalNode) -> ManagerProcess:
+    def manager(self) -> ManagerProcess:
         return self._manager()
 
     def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
         self._write_manager_files(node, new)
 
-    def agent(self, node: LocalNode, remember: Callable[[tuple[Peer, ...]], None]) -> AgentConnection:
+    def write_recovery_files(self, node: LocalNode) -> None:
+        self._write_recovery_files(node)
+
+    def agent(
+        self,
+        node: LocalNode,
+        remember: Callable[[tuple[Peer, ...]], None],
+        certified: Callable[[NodeRole], None],
+    ) -> AgentConnection:
         self._executor.identify(node.node_id)
         return Agent(
             certificates=self._certificates,
@@ -101,6 +118,7 @@ class NodeParts:
             logs=self._logs,
             clock=self._clock,
             random=self._random,
+            lock=self._lock,
             contact=self._contact,
             revision_file=self._certificates.with_name(REVISION_FILE),
         )
@@ -135,7 +153,7 @@ class NodeParts:
             ),
             engine=EngineDescription(
                 engine_version=__version__,
-                labels={**labels(self._features), **configuration.labels},
+                labels={**labels(self._features), **configuration.labels, NODE_LABEL: "true"},
                 plugins=_PLUGINS,
             ),
         )

@@ -9,7 +9,6 @@ from typing import Protocol
 from aiohttp import web
 
 from skep.api.server import Routes, flag, json_answer, read_json
-from skep.errors import AlreadyExists, Unavailable
 from skep.model.ids import NodeId
 from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
 
@@ -23,7 +22,7 @@ class SwarmMember(Protocol):
 
     async def leave(self, *, force: bool) -> None: ...
 
-    def manager_refusal(self) -> str | None: ...
+    async def unlock(self, request: UnlockRequest) -> None: ...
 
 
 MEMBER: web.AppKey[SwarmMember] = web.AppKey("member", SwarmMember)
@@ -50,7 +49,5 @@ async def leave(request: web.Request) -> web.StreamResponse:
 
 @routes.post("/swarm/unlock")
 async def unlock(request: web.Request) -> web.StreamResponse:
-    await read_json(request, UnlockRequest)
-    if (reason := request.app[MEMBER].manager_refusal()) is not None:
-        raise Unavailable(reason)
-    raise AlreadyExists("swarm is not locked")
+    await request.app[MEMBER].unlock(await read_json(request, UnlockRequest))
+    return web.Response()

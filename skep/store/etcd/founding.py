@@ -132,20 +132,15 @@ async def founded(client: Client) -> Founded:
     )
 
 
-async def raise_incarnation(socket: Path, to: int) -> None:
-    """Begin another life of the cluster in this store, which nobody else serves yet.
+async def raise_incarnation(socket: Path, at_least: int) -> int:
+    """Begin another life of the cluster in this store, which nobody else serves yet; which one it is.
 
-    Args:
-        to: higher than what is there; if it is there already, an earlier attempt got as far.
-
-    Raises: FailedPrecondition: what is there is higher; Unfinished; Unavailable.
+    Raises: Unfinished; Unavailable.
     """
     async with Client(socket) as client:
-        there = (await founded(client)).incarnation
-        if there > to:
-            raise FailedPrecondition(f"the store is of incarnation {there} already, which is later than {to}")
-        if there < to:
-            await client.put(etcd_key(keys.INCARNATION), str(to).encode(), timeout_s=LOAD_S)
+        incarnation = max((await founded(client)).incarnation + 1, at_least)
+        await client.put(etcd_key(keys.INCARNATION), str(incarnation).encode(), timeout_s=LOAD_S)
+    return incarnation
 
 
 def decoded_incarnation(stored: bytes) -> int:

@@ -125,6 +125,14 @@ class DaemonRig:
         self.process.wait(10)
         self.process = None
 
+    def kill_all(self) -> None:
+        """SIGKILL for everything of the node."""
+        self.kill()
+        for name in ("manager", "net"):
+            if (pid := self.pid_of(name)) is not None:
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: not is_running(pid), f"{name} is gone")
+
     def stop(self) -> None:
         """SIGTERM, and wait until it has ended."""
         if self.process is not None:

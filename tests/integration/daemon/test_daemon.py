@@ -196,7 +196,6 @@ BAD_INITS: list[tuple[dict[str, Any], int, str]] = [
     (INIT | {"DataPathPort": 80}, 500, "Datapath port number is not in valid range (1024-49151) : 80"),
     (INIT | {"SubnetSize": 30, "DefaultAddrPool": ["10.0.0.0/8"]}, 500, "subnet size is out of range: 30"),
     (INIT | {"Availability": "bogus"}, 500, 'invalid Availability: "bogus"'),
-    (INIT | {"AutoLockManagers": True}, 501, "--autolock is not supported"),
     (INIT | {"ForceNewCluster": True}, 501, "--force-new-cluster is not supported"),
 ]
 

@@ -1,0 +1,92 @@
+"""A new life of the cluster on this manager alone: after its others were lost, or from a backup.
+
+The node process leaves a wish (``recovery.json``); the manager process fulfils it at its next start, before anything
+else, and each step may be interrupted and done again:
+
+1. *wanted*: a snapshot is taken of what this manager has (or lies there already, from a backup), and made into a
+   store with new ids and no other members.
+2. *restored*: the store's incarnation is raised before anybody is served, the other managers are shown as
+   unreachable, and the wish is removed.
+
+The incarnation is the time, in seconds, or one more than the last: two restores of one backup are two lives, and the
+later one counts.  Whoever belongs to an earlier life and meets a later one, stops (``manager.incarnation``).
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.manager.config import Recovery, load_recovery, save_recovery
+from skep.model.ids import NodeId
+from skep.model.node import ManagerStatus, Node, Reachability
+from skep.model.times import SECOND_NS
+from skep.paths import Paths
+from skep.store.etcd.binary import Binary
+from skep.store.etcd.flags import MemberSettings
+from skep.store.etcd.founding import raise_incarnation
+from skep.store.etcd.peers import MEMBERS_FILE
+from skep.store.etcd.snapshots import restore_store, salvage
+from skep.store.interface import Store, Transaction
+
+log = structlog.get_logger(__name__)
+
+
+async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Binary, clock: Clock) -> bool:
+    """Have a store of its own for this manager, if that is wanted and not done yet; whether it was.
+
+    Raises: FailedPrecondition: nothing is left to recover, or etcdutl is missing.
+    """
+    recovery = load_recovery(paths)
+    if recovery is None or recovery.stage != "wanted":
+        return False
+    snapshot = paths.recovery_snapshot
+    if not snapshot.exists():
+        log.info("taking a snapshot of this manager's store")
+        taken = snapshot.with_name(snapshot.name + ".taken")
+        is_bare = await salvage(settings, binary, clock, taken)
+        recovery = Recovery(is_bare=is_bare)
+        save_recovery(paths, recovery)
+        os.replace(taken, snapshot)
+    token = f"{settings.cluster_token}-{clock.now_ns()}"
+    alone = msgspec.structs.replace(settings, is_solo=True, joins=(), cluster_token=token)
+    await restore_store(snapshot, alone, binary, is_bare=recovery.is_bare)
+    for leftover in (MEMBERS_FILE, "joining"):
+        (paths.etcd / leftover).unlink(missing_ok=True)
+    save_recovery(paths, msgspec.structs.replace(recovery, stage="restored"))
+    log.warning("the store was restored and is this manager's alone")
+    return True
+
+
+async def raise_if_restored(paths: Paths, socket: Path, clock: Clock) -> None:
+    """Begin the new life in the store, if it was restored.  Raises: Unavailable."""
+    if load_recovery(paths) is not None:
+        incarnation = await raise_incarnation(socket, clock.now_ns() // SECOND_NS)
+        log.warning("a new incarnation of the cluster begins", incarnation=incarnation)
+
+
+async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str) -> None:
+    """Show what is left of the cluster, and forget the wish.  Raises: Unavailable."""
+    if load_recovery(paths) is None:
+        return
+    await store.update(show_survivor, node_id, addr)
+    paths.recovery.unlink(missing_ok=True)
+    paths.recovery_snapshot.unlink(missing_ok=True)
+    shutil.rmtree(paths.etcd / "data.old", ignore_errors=True)
+
+
+def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
+    """Show ``node_id`` as the only manager that can be reached; the others wait to be demoted and removed."""
+    for node in tx.find(Node):
+        if node.id == node_id:
+            status = ManagerStatus(leader=True, reachability=Reachability.REACHABLE, addr=addr)
+        elif node.manager_status is not None:
+            known = node.manager_status
+            status = ManagerStatus(reachability=Reachability.UNREACHABLE, addr=known.addr)
+        else:
+            continue
+        if node.manager_status != status:
+            tx.put(msgspec.structs.replace(node, manager_status=status))

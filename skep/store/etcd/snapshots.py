@@ -1,0 +1,171 @@
+"""Snapshots of a store: taken from a running member, or from what is left of one, and made into a new store.
+
+A store that is made from a snapshot has new ids, so no member of the old one can ever talk to it; its revisions begin
+far beyond the old ones, and no watch can go on across them.
+
+Source: etcd 3.5, etcdutl/snapshot/v3_snapshot.go (a snapshot is the database file and the SHA-256 of it).
+"""
+
+import asyncio
+import hashlib
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, SkepError
+from skep.linux.files import BESIDE, sync_directory
+from skep.store.etcd.binary import Binary
+from skep.store.etcd.client import Client
+from skep.store.etcd.flags import MemberSettings
+from skep.store.etcd.member import Member
+
+log = structlog.get_logger()
+
+HASH_BYTES = 32
+REVISIONS_BETWEEN = 1_000_000_000
+"""By how much the revisions of a restored store are ahead of the snapshot's."""
+
+_RESTORE_S = 120.0
+_MAGIC_AT, _MAGIC = 16, bytes.fromhex("edda0ced")
+"""Of a bbolt database, in the byte order of the machines that we run on."""
+
+
+async def take_snapshot(socket: Path, to: Path) -> None:
+    """Write what the member behind ``socket`` has, quorum or not, to the file ``to``, safely.
+
+    Raises: FailedPrecondition: what arrived is not whole; Unavailable.
+    """
+    async with Client(socket) as client:
+        await save_snapshot(client.snapshot(), to)
+
+
+async def save_snapshot(pieces: AsyncIterator[bytes], to: Path) -> None:
+    """Write a snapshot's ``pieces`` to the file ``to``, once all of them are there.
+
+    Raises: FailedPrecondition: they are not a whole snapshot.
+    """
+    beside = to.with_name(to.name + BESIDE)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        check = Verified()
+        async for piece in pieces:
+            check.update(piece)
+            await asyncio.to_thread(file.write, piece)
+        check.check()
+        file.flush()
+        await asyncio.to_thread(os.fsync, file.fileno())
+    os.replace(beside, to)
+    sync_directory(to.parent)
+
+
+class Verified:
+    """Checks a snapshot as its pieces go by."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._head = b""
+        self._tail = b""
+        self.size_bytes = 0
+
+    def update(self, piece: bytes) -> None:
+        """The next piece."""
+        if len(self._head) < _MAGIC_AT + len(_MAGIC):
+            self._head += piece[:64]
+        self.size_bytes += len(piece)
+        known = self._tail + piece
+        self._hash.update(known[:-HASH_BYTES])
+        self._tail = known[-HASH_BYTES:]
+
+    def check(self) -> None:
+        """Raises: FailedPrecondition: it was no snapshot, or not all of one."""
+        if not is_database(self._head):
+            raise FailedPrecondition("this is no snapshot of a store")
+        if self._hash.digest() != self._tail:
+            raise FailedPrecondition("the snapshot of the store is damaged or not whole")
+
+
+def is_database(head: bytes) -> bool:
+    """Whether a file that begins so (64 bytes are enough) is a store's database."""
+    return head[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
+
+
+async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Path) -> bool:
+    """Take a snapshot of what a stopped member left, at ``to``; whether it is a bare database file.
+
+    Its log is replayed if it can be, so that nothing is lost that it knew to be decided.  A member whose log is
+    damaged or gone still has its database, which may lack the last moments before the end.
+
+    Raises: FailedPrecondition: nothing is left that could be read.
+    """
+    member = Member(settings, binary, clock, Backoff(0.1, 0.5))
+    try:
+        async with member.running(needs_quorum=False):
+            await take_snapshot(settings.socket, to)
+            return False
+    except SkepError as error:
+        log.warning("the store's own log cannot be used, its database is", reason=str(error))
+    database = settings.data / "member" / "snap" / "db"
+    try:
+        with database.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise FailedPrecondition(f"{database} cannot be read ({error}): restore a backup") from error
+    if not is_database(head):
+        raise FailedPrecondition(f"{database} is damaged: restore a backup")
+    await asyncio.to_thread(shutil.copyfile, database, to)
+    return True
+
+
+async def restore_store(
+    snapshot: Path, settings: MemberSettings, binary: Binary, *, is_bare: bool
+) -> None:
+    """Make ``snapshot`` the store of a single member; what its directory held is kept as ``data.old``.
+
+    Raises: FailedPrecondition: etcdutl is missing, or does not take the snapshot.
+    """
+    new, old = settings.directory / "data.new", settings.directory / "data.old"
+    for leftover in (new, *([old] if settings.data.exists() else [])):
+        await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
+    settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    process = await asyncio.create_subprocess_exec(
+        str(_etcdutl(binary)),
+        *("snapshot", "restore", str(snapshot), "--name", settings.name, "--data-dir", str(new)),
+        *("--initial-cluster", f"{settings.name}={settings.peer_url}"),
+        *("--initial-advertise-peer-urls", settings.peer_url),
+        *("--initial-cluster-token", settings.cluster_token),
+        *("--bump-revision", str(REVISIONS_BETWEEN), "--mark-compacted"),
+        *(("--skip-hash-check",) if is_bare else ()),
+        env={"PATH": os.environ.get("PATH", os.defpath)},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_RESTORE_S):
+            _, said = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        last = said.decode(errors="replace").strip().splitlines()[-1:]
+        raise FailedPrecondition(f"the snapshot cannot be restored: {''.join(last)}")
+    if settings.data.exists():
+        os.replace(settings.data, old)
+    os.replace(new, settings.data)
+    sync_directory(settings.directory)
+
+
+def _etcdutl(binary: Binary) -> Path:
+    beside = binary.path.with_name("etcdutl")
+    found = str(beside) if beside.exists() else shutil.which("etcdutl")
+    if found is None:
+        raise FailedPrecondition(
+            "etcdutl is missing, and only it restores a store: install it (Debian: etcd-client)"
+        )
+    return Path(found)
