@@ -23,8 +23,6 @@ from skep.manager.autolock import Autolock
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import PeerFiles, Upkeep
-from skep.manager.ca.standing import Standing
-from skep.manager.ca.upkeep import PeerFiles, Upkeep
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
 from skep.manager.dispatcher.adoption import Adoption
@@ -86,7 +84,6 @@ class Manager:
         self._attachments = AttachmentService(store, clock, new_id)
         self._book = book
         self._restart_member = restart_member
-        self._restart_member = restart_member
         self._consensus = consensus
         self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
         self._members = MembersService(
@@ -146,17 +143,6 @@ class Manager:
             async with serving(application(api), self._socket):
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
                 await asyncio.Event().wait()
-
-    def _upkeep(self, lock: KeyLock, bound: Bound) -> Upkeep:
-        return Upkeep(
-            self._store,
-            self._config.node_id,
-            self._tls,
-            KeyPairFiles(self._config.paths.certificates, lock),
-            self._clock,
-            disconnect=bound.disconnect,
-            peers=PeerFiles(self._config.paths.tls, self._restart_member),
-        )
 
     def _upkeep(self, lock: KeyLock, bound: Bound) -> Upkeep:
         return Upkeep(
