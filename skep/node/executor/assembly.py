@@ -16,7 +16,7 @@ from skep.node.mounts.volumes import Volumes
 from skep.node.network.gateway import Gateway
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.ports import OwnReservations, PortReservations
-from skep.node.oci import capabilities
+from skep.node.oci import capabilities, seccomp
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
 from skep.node.oci.containers import Containers
@@ -119,4 +119,5 @@ def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
         may_lower_oom_score=may_raise,
         is_cgroup_v2=cgroups.is_v2,
         init_binary=programs.init,
+        has_x32=seccomp.runs_x32(),
     )

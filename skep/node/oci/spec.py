@@ -50,6 +50,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     apparmor_profile: str = ""
     init_binary: str = ""
     """A static init on the node, empty when there is none."""
+    has_x32: bool = True
+    """Whether the kernel may run x32 calls."""
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -240,7 +242,7 @@ def _seccomp(config: ContainerConfig, capacity: Capacity) -> msgspec.Raw | None:
         frozenset(capabilities.granted(config.capability_add, config.capability_drop)) & capacity.capabilities
     )
     if config.seccomp == "default":
-        return seccomp.default(given)
+        return seccomp.default(given, has_x32=capacity.has_x32)
     return seccomp.custom(config.seccomp.encode(), given)
 
 

@@ -117,6 +117,16 @@ def test_a_converted_profile_keeps_arguments_errors_and_architectures() -> None:
     assert converted["syscalls"][1]["errnoRet"] == 1
 
 
+def test_x32_is_left_out_where_the_kernel_has_none() -> None:
+    profile = msgspec.json.encode(PROFILE)
+    whole, narrow = (
+        msgspec.json.decode(seccomp.custom(profile, (), has_x32=has_x32)) for has_x32 in (True, False)
+    )
+    if "SCMP_ARCH_X32" in whole["architectures"]:  # this machine is an x86_64
+        assert narrow["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]
+    assert narrow["syscalls"] == whole["syscalls"]
+
+
 @given(st.binary(max_size=200))
 def test_a_profile_that_is_none_is_an_invalid_argument(profile: bytes) -> None:
     with pytest.raises(InvalidArgument, match="Decoding seccomp profile failed"):
