@@ -118,6 +118,7 @@ class NodeParts:
             logs=self._logs,
             clock=self._clock,
             random=self._random,
+            certificate_changed=lambda pair: certified(pair.identity.role),
             lock=self._lock,
             contact=self._contact,
             revision_file=self._certificates.with_name(REVISION_FILE),

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Protocol
 
 import structlog
@@ -36,6 +37,7 @@ class Supervisor:
     Args:
         hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
         gives_up: five ends within a minute are enough; otherwise it is tried for ever.
+        final: exit codes after which it is not started again, each with the reason.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Supervisor:
         chance: Callable[[], float],
         hands_over: bool = False,
         gives_up: bool = True,
+        final: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self._name = name
         self._arguments = arguments
@@ -58,6 +61,7 @@ class Supervisor:
         self._chance = chance
         self._hands_over = hands_over
         self._gives_up = gives_up
+        self._final = final
         self._ends: tuple[float, ...] = ()
         self._last_end = ""
         self.process: ProcessIdentity | None = None
@@ -71,7 +75,11 @@ class Supervisor:
         """
         try:
             while True:
-                await self._live_once()
+                code = await self._live_once()
+                if code is not None and code in self._final:
+                    self.trouble = self._final[code]
+                    log.warning("process ended for good", name=self._name, reason=self.trouble)
+                    await asyncio.Event().wait()
                 self._ends = recent((*self._ends, self._clock.monotonic()), self._clock.monotonic())
                 match after_end(self._ends, self._clock.monotonic(), self._chance(), gives_up=self._gives_up):
                     case GiveUp(crashes):
@@ -102,8 +110,8 @@ class Supervisor:
         if self.process is not None:
             _send(self.process, signal.SIGHUP)
 
-    async def _live_once(self) -> None:
-        """Adopt or start the process and return when it has ended."""
+    async def _live_once(self) -> int | None:
+        """Adopt or start the process and return when it has ended, with its exit code if that is known."""
         running = read_pid_file(self._paths.pid_file(self._name))
         if running is not None and running.version == __version__:
             log.info("process adopted", name=self._name, pid=running.pid)
@@ -113,11 +121,13 @@ class Supervisor:
                 log.info("process of another version is replaced", name=self._name, version=running.version)
                 await terminate(running, STOP_GRACE_S)
             self.process = await self._start()
-        if self.process is not None:
-            await wait_end(self.process)
-            code = await self._zygote.reap(self.process.pid)
-            self._last_end = _how(code)
-            self.process = None
+        if self.process is None:
+            return None
+        await wait_end(self.process)
+        code = await self._zygote.reap(self.process.pid)
+        self._last_end = _how(code)
+        self.process = None
+        return code
 
     async def _start(self) -> ProcessIdentity | None:
         try:

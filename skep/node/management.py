@@ -1,0 +1,99 @@
+"""The manager process of this node, while the node is to be a manager.
+
+The role is the certificate's: a node that got a manager's certificate starts its manager, which then asks to be let in
+among the others; one that got a worker's stops it and keeps nothing of what it knew.  ``node.json`` follows.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from skep.model.node import NodeRole
+from skep.paths import Paths
+
+log = structlog.get_logger()
+
+
+class ManagerProcess(Protocol):
+    """The manager process of this node, as its supervisor shows it."""
+
+    trouble: str
+
+    async def run(self) -> None: ...
+
+    def reload(self) -> None:
+        """Have it read its settings again."""
+
+
+class Management:
+    """Starts and ends the manager process as the role of this node changes.
+
+    Args:
+        make: a manager process, not yet running.
+        prepare: called before the first start of a promoted node's manager: writes what it reads.
+        become: told what the node is now, before a manager starts and after one was ended.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        is_manager: bool,
+        make: Callable[[], ManagerProcess],
+        prepare: Callable[[], None],
+        become: Callable[[bool], None],
+    ) -> None:
+        self._paths = paths
+        self._is_manager = is_manager
+        self._is_wanted = is_manager
+        self._make = make
+        self._prepare = prepare
+        self._become = become
+        self._changed = asyncio.Event()
+        self.process: ManagerProcess | None = None
+
+    @property
+    def trouble(self) -> str:
+        """Why the manager process is not going to be started again; empty: nothing speaks against it."""
+        return self.process.trouble if self.process is not None else ""
+
+    def take_role(self, role: NodeRole) -> None:
+        """The node's certificate is one of ``role`` from now on."""
+        self._is_wanted = role is NodeRole.MANAGER
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Be what the certificate says until cancelled."""
+        while True:
+            self._changed.clear()
+            if self._is_wanted:
+                await self._manage()
+            elif self._is_manager:
+                await self._step_down()
+            else:
+                await self._changed.wait()
+
+    async def _manage(self) -> None:
+        """Run the manager process until the node is to be none."""
+        if not self._is_manager:
+            log.info("this node becomes a manager")
+            await asyncio.to_thread(self._prepare)
+            self._is_manager = True
+            self._become(True)
+        self.process = self._make()
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(self.process.run(), name="manager process")
+            while self._is_wanted:
+                await self._changed.wait()
+                self._changed.clear()
+            running.cancel()
+
+    async def _step_down(self) -> None:
+        log.info("this node is no manager any more")
+        self.process = None
+        self._is_manager = False
+        self._become(False)
+        await asyncio.to_thread(shutil.rmtree, self._paths.manager, ignore_errors=True)
