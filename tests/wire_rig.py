@@ -10,9 +10,10 @@ import msgspec
 
 from skep.aio.clock import SystemClock
 from skep.manager.ca.loop import CertificateAuthority
+from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
-from skep.manager.ca.upkeep import PeerFiles, Upkeep
+from skep.manager.ca.upkeep import Upkeep
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.logbroker.broker import LogBroker
@@ -132,9 +133,9 @@ class Cluster:
     @asynccontextmanager
     async def own_agent(self, directory: Path) -> AsyncIterator[tuple[Agent, "FakeWorker"]]:
         """The agent of the manager's own machine, whose certificate the manager serves with."""
-        async with an_agent(self, self.pair(MANAGER_ID, NodeRole.MANAGER), directory) as (agent, worker):
-            async with self.kept_up(directory):
-                yield agent, worker
+        pair = self.pair(MANAGER_ID, NodeRole.MANAGER)
+        async with an_agent(self, pair, directory) as own, self.kept_up(directory):
+            yield own
 
     @asynccontextmanager
     async def kept_up(self, directory: Path, peers: PeerFiles | None = None) -> AsyncIterator[None]:

@@ -20,9 +20,10 @@ from skep.api.server import runner
 from skep.errors import Unavailable
 from skep.manager.attachments.service import AttachmentService
 from skep.manager.autolock import Autolock
+from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
-from skep.manager.ca.upkeep import PeerFiles, Upkeep
+from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
 from skep.manager.dispatcher.adoption import Adoption
@@ -152,7 +153,7 @@ class Manager:
             KeyPairFiles(self._config.paths.certificates, lock),
             self._clock,
             disconnect=bound.disconnect,
-            peers=PeerFiles(self._config.paths.tls, self._restart_member),
+            peers=PeerFiles(self._config.paths.tls, self._config.paths.manager, self._restart_member),
         )
 
     def _connected(self, addr: str) -> AbstractAsyncContextManager[Channel]:

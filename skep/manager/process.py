@@ -24,6 +24,7 @@ from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
+from skep.manager.ca.peer_files import place_revoked
 from skep.manager.config import REMOVED, ManagerConfig, encode, load
 from skep.manager.founding import found_cluster
 from skep.manager.keys import founding_wrapping_key, save_wrapping_key
@@ -178,6 +179,7 @@ def _write_peer_files(paths: Paths, pair: KeyPair) -> PeerFiles:
         certificate=paths.tls / keypair.CERTIFICATE_FILE,
         key=paths.tls / keypair.KEY_FILE,
         roots=paths.tls / keypair.ROOT_FILE,
+        revoked=place_revoked(paths.tls, paths.manager),
     )
 
 

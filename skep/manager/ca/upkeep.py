@@ -5,17 +5,16 @@ is handed to the server, written where etcd reads it, and told to whoever asks f
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.linux.files import replace_file
 from skep.manager.ca.expiry import warnings_of
+from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.peers import is_my_turn
 from skep.manager.ca.standing import is_manager
 from skep.manager.follow import follow
@@ -24,7 +23,6 @@ from skep.model.node import Node
 from skep.model.swarm import Swarm
 from skep.model.times import SECOND_NS
 from skep.security import keypair
-from skep.security.crl import revocation_list
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.reloading import KeyPairFiles
@@ -39,25 +37,6 @@ LOOK_EVERY_S = 1.0
 """How often the node's files are looked at; most changes come with a commit, and then at once."""
 
 WARN_EVERY_S = 24 * 3600.0
-
-REVOKED_FILE = "removed.crl"
-"""Beside the key pair that etcd reads."""
-
-
-class PeerFiles:
-    """What etcd reads of this manager's certificates, below one directory."""
-
-    def __init__(self, directory: Path, restart: Callable[[], Awaitable[None]]) -> None:
-        """``restart``: of the member, which reads the roots once; returns when it serves again."""
-        self.directory = directory
-        self.restart = restart
-        self._serials: frozenset[str] | None = None
-
-    def write_revoked(self, serials: frozenset[str]) -> None:
-        """Have etcd refuse these certificates from the next handshake on."""
-        if serials != self._serials:
-            replace_file(self.directory / REVOKED_FILE, revocation_list(serials), is_durable=False)
-            self._serials = serials
 
 
 class Upkeep:

@@ -11,10 +11,12 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence
+from skep.manager.revocation import revoke
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState, Reachability
+from skep.model.planes import is_docker_node
 from skep.store.interface import Transaction
 
 E = TypeVar("E", bound=Enum)
@@ -53,9 +55,14 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
 
     Raises:
         NotFound; OutOfSequence.
-        FailedPrecondition: it is the last manager, or the managers that stay have no quorum.
+        FailedPrecondition: it is a Docker Engine that shall be a manager, it is the last manager, or the managers that stay have no quorum.
     """
     node = tx.get(Node, id)
+    if spec.role is NodeRole.MANAGER and is_docker_node(node):
+        raise FailedPrecondition(
+            f"node {node.description.hostname or id} is a Docker Engine and cannot manage this cluster: "
+            "promote a skep node, or join one with the manager token"
+        )
     if node.spec.role is NodeRole.MANAGER and spec.role is NodeRole.WORKER:
         _check_demotion(tx, node)
     if node.version != Version(index=version):
@@ -63,8 +70,10 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
     return tx.put(replace(node, spec=spec))
 
 
-def remove_node(tx: Transaction, id: NodeId, *, force: bool) -> None:
-    """Forget a node.  The leader then orphans its tasks, on which nobody will ever report again.
+def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> None:
+    """Forget a node; its certificates count for nothing from now on.
+
+    The leader then orphans its tasks, on which nobody will ever report again.
 
     Raises:
         NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.
@@ -77,6 +86,7 @@ def remove_node(tx: Transaction, id: NodeId, *, force: bool) -> None:
         )
     if not force and node.status.state is NodeState.READY:
         raise FailedPrecondition(f"node {id} is not down and can't be removed")
+    revoke(tx, node, now_ns, is_removed=True)
     tx.delete(Node, id)
 
 

@@ -83,5 +83,6 @@ async def update_node(request: web.Request) -> web.StreamResponse:
 async def remove_node(request: web.Request) -> web.StreamResponse:
     """Forget a node that is down (or, with ``force``, any worker)."""
     node = (await current_view(request)).resolve(Node, request.match_info["id"])
-    await manager_of(request).update(control.remove_node, node.id, force=flag(request, "force"))
+    manager, now_ns = manager_of(request), manager_of(request).clock.now_ns()
+    await manager.update(control.remove_node, node.id, force=flag(request, "force"), now_ns=now_ns)
     return web.Response()

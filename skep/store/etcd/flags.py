@@ -37,6 +37,8 @@ class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
     certificate: Path
     key: Path
     roots: Path
+    revoked: Path | None = None
+    """Certificates that count for nothing (a CRL); must exist, and is read at each handshake."""
 
 
 class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,6 +116,8 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
         "log-outputs": "stderr",
         **_by_minor(version[1]),
     }
+    if files.revoked is not None:
+        flags["peer-crl-file"] = files.revoked
     if settings.is_fsync_off:
         flags["unsafe-no-fsync"] = "true"
     return [f"--{name}={value}" for name, value in flags.items()]

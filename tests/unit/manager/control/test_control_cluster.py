@@ -155,6 +155,6 @@ async def test_a_manager_among_three_can_be_demoted(store):
 async def test_a_node_that_is_up_is_removed_by_force_only(store):
     await store.update(lambda tx: tx.put(Node(id=NodeId("w1"), status=NodeStatus(state=NodeState.READY))))
     with pytest.raises(FailedPrecondition, match="node w1 is not down and can't be removed"):
-        await store.update(remove_node, NodeId("w1"), force=False)
-    await store.update(remove_node, NodeId("w1"), force=True)
+        await store.update(remove_node, NodeId("w1"), force=False, now_ns=0)
+    await store.update(remove_node, NodeId("w1"), force=True, now_ns=0)
     assert store.view().lookup(Node, "w1") is None
