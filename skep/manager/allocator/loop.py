@@ -353,7 +353,7 @@ class Allocator:
 
 
 def _is_new(task: Task) -> bool:
-    return task.status.state is TaskState.NEW and task.desired_state <= TaskState.RUNNING
+    return task.status.state is TaskState.NEW and task.is_wanted
 
 
 def _overlays(view: View, task: Task, networks: Networks) -> list[Network]:
