@@ -23,7 +23,7 @@ import sys
 import tarfile
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from skep.node.oci.images.streams import Malformed, plain_chunks
 
@@ -99,17 +99,25 @@ class PlainStream:
         return "sha256:" + self._hash.hexdigest()
 
 
+_Truncated = tarfile.TruncatedHeaderError  # type: ignore[attr-defined]
+_Invalid = tarfile.InvalidHeaderError  # type: ignore[attr-defined]
+_Subsequent = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
+
+
 class Header(tarfile.TarInfo):
     """A header that is right or an error: the standard reader takes a broken one for the archive's end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.TruncatedHeaderError as error:  # type: ignore[attr-defined]
+            return super().fromtarfile(tarfile)
+        except _Truncated as error:
             raise Malformed("unexpected EOF") from error
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+        except _Invalid as error:
             raise Malformed("archive/tar: invalid tar header") from error
+        except _Subsequent as error:  # what stands after a long name; its kind is in the words alone
+            is_invalid = str(error) in ("bad checksum", "invalid header")
+            raise Malformed("archive/tar: invalid tar header" if is_invalid else "unexpected EOF") from error
 
 
 class Unpacker:
