@@ -1,6 +1,7 @@
 """Sessions between nodes and a manager: registering, heartbeats, silence."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import msgspec
 import pytest
@@ -106,10 +107,10 @@ async def test_a_manager_without_a_quorum_takes_no_session_and_gives_up_those_it
 async def test_a_node_that_does_not_come_back_to_a_restarted_manager_is_down(tmp_path, monkeypatch):
     monkeypatch.setattr("skep.manager.dispatcher.liveness.RECOVERY_GRACE_S", 0.5)
     cluster = Cluster(heartbeat_s=0.1)
-    async with cluster.serving():
+    async with AsyncExitStack() as agents, cluster.serving():
         pair = await a_worker(cluster, tmp_path)
-        async with an_agent(cluster, pair, tmp_path):
-            pass
+        await agents.enter_async_context(an_agent(cluster, pair, tmp_path))
+        # It outlived the manager: nobody was there to miss it.
     assert cluster.node(pair.identity.node_id).status.state is NodeState.READY
     async with cluster.serving(cluster.port):
         await cluster.until(lambda view: view.get(Node, pair.identity.node_id).status.state is NodeState.DOWN)

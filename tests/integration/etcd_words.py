@@ -1,13 +1,15 @@
 """Short words for tests of the etcd process and of the store on it."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists
-from skep.linux.processes import start_ticks_of
+from skep.linux.processes import parsed_stat, start_ticks_of
 from skep.model.ids import ClusterId, NodeId, SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.model.swarm import Swarm
@@ -51,6 +53,15 @@ def pid_of(member: Member) -> int:
     pid = member.pid
     assert pid is not None
     return pid
+
+
+async def freeze(pid: int) -> None:
+    """SIGSTOP, and return when every thread stands still: the signal alone stops them one after another, later."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    await until(
+        lambda: all(parsed_stat((task / "stat").read_bytes()).state == "T" for task in tasks.iterdir())
+    )
 
 
 async def until(holds: Callable[[], object]) -> None:

@@ -29,6 +29,7 @@ from tests.integration.etcd_words import (
     a_secret,
     found,
     founded,
+    freeze,
     pid_of,
     put_secret,
     until,
@@ -86,7 +87,7 @@ async def test_leadership_and_its_fence_come_back_after_the_kill_of_etcd(setting
 async def test_a_frozen_etcd_is_no_answer_and_no_double_write(settings: MemberSettings) -> None:
     """SIGSTOP: writes fail within their deadline; after SIGCONT everything goes on."""
     async with founded(settings) as (member, store):
-        os.kill(pid_of(member), signal.SIGSTOP)
+        await freeze(pid_of(member))
         try:
             async with asyncio.timeout(7):
                 with pytest.raises(Unavailable, match="does not have a leader"):
@@ -109,7 +110,7 @@ async def test_a_write_during_a_short_freeze_is_written_once(settings: MemberSet
 
     async with founded(settings) as (member, store):
         await store.update(put_secret, "warm")
-        os.kill(pid_of(member), signal.SIGSTOP)
+        await freeze(pid_of(member))
         async with asyncio.TaskGroup() as group:
             creating = group.create_task(store.update(create))
             await asyncio.sleep(1.5)  # the fault itself: a pause longer than one write may take

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import IMAGE, SKEP, TestCluster, create, wait_running, wait_until
+from tests.integration.cluster import CLIS, IMAGE, SKEP, TestCluster, create, wait_running, wait_until
 from tests.integration.footprint import inhabitants, machine, survivors
 
 pytestmark = pytest.mark.point("9")
@@ -94,7 +94,7 @@ def test_a_command_runs_on_the_node(trio: TestCluster) -> None:
 
 def test_env_points_docker_at_a_node(trio: TestCluster) -> None:
     line = trio.skep("env", "w2").stdout
-    script = f"{line} docker info --format '{{{{.Name}}}}'"
+    script = f"{line} {CLIS[-1]} info --format '{{{{.Name}}}}'"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout == "w2\n"
 
@@ -244,7 +244,7 @@ def test_nodes_run_containers_on_cgroup_v2_as_well(nowhere: TestCluster) -> None
     On a machine with v1 or hybrid cgroups it has no controllers, so limits are not shown here.
     """
     where = f"--dir {nowhere.directory} --name {nowhere.name}"
-    docker = f"docker --host unix://{nowhere.directory}/m1/skep.sock"
+    docker = f"{CLIS[-1]} --host unix://{nowhere.directory}/m1/skep.sock"
     script = f"""
         umount --lazy /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup
         {SKEP} playground up {where}
