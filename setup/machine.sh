@@ -60,8 +60,8 @@ make_machine() {
     git clone -q . "$2/root/skep"
 }
 
-# run_inside DIRECTORY COMMAND: in the clone, in a chroot with mounts and processes of its own; kernel and network are
-# this machine's, its environment is not.
+# run_inside DIRECTORY COMMAND: in the clone, with the machine as the root of mounts and processes of their own (no chroot
+# alone, which who enters those mounts would leave); kernel and network are this machine's, its environment is not.
 run_inside() {
     unshare --mount --pid --fork --kill-child sh -euc '
         mount --make-rprivate /
@@ -70,6 +70,9 @@ run_inside() {
         mount --rbind /sys "$1/sys"
         mount -t proc proc "$1/proc"
         mount -t tmpfs tmpfs "$1/run"
-        exec chroot "$1" env -i HOME=/root PATH="$PATH" TERM=dumb CI=true sh -c "cd /root/skep && $2"
+        cd "$1"
+        pivot_root . mnt
+        exec chroot . env -i HOME=/root PATH="$PATH" TERM=dumb CI=true \
+            sh -c "umount -l /mnt && cd /root/skep && $2"
     ' sh "$1" "$2"
 }

@@ -2,9 +2,10 @@
 # Commands on a machine with a kernel of its own: virtual.sh SUITE COMMAND...
 # Makes the bare machine of bare.sh, sets it up, and boots it in an emulator with the kernel of that suite: cgroups of
 # version 2 alone, the distribution's modules (VXLAN, IPVS, WireGuard, ...), a file system without overlays below it.
-# It has no way to the outside; what needs one is done before it boots.  Emulated (KVM=1 asks for the processor's help),
-# everything in it takes some ten times as long: SKEP_SLOWER=10 says so to whoever waits there.
-# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (2) and MEMORY_MB (4096) are its size.
+# It has no way to the outside; what needs one is done before it boots.  Its processor is emulated, so everything takes
+# some five times as long; KVM=1 asks for the real one.
+# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (2) and MEMORY_MB (4096) are its size, DEADLINE_S (3600)
+# is how long it may run.
 # Exit code: that of the first command that failed.  Everything it made is removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -37,15 +38,15 @@ run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommen
 cat >"$machine/root/first" <<'EOF'
 #!/bin/bash
 export HOME=/root TERM=dumb CI=true PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
+mountpoint -q /proc || mount -t proc proc /proc
+mountpoint -q /sys || mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /dev/pts /dev/shm /dev/mqueue
-mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+mountpoint -q /dev/pts || mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
-ln -sf /proc/self/fd /dev/fd
+[ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 hostname virtual
 ip link set lo up
 cd /root/skep
@@ -71,7 +72,7 @@ kernel_file=$(ls "$machine"/boot/vmlinuz-*)
 cp "$kernel_file" "${kernel_file/vmlinuz/initrd.img}" "$place"
 rm -rf "$machine/var/cache/apt/archives" "$machine/var/lib/apt/lists"
 size_mb=$(($(du -sm --one-file-system "$machine" | cut -f 1) * 12 / 10 + 4096))
-mke2fs -q -t ext4 -d "$machine" "$place/disk" "${size_mb}M"
+mke2fs -q -t ext4 -d "$machine" "$place/disk" "${size_mb}M" >/dev/null
 rm -rf --one-file-system "$machine"
 
 accelerator=tcg,thread=multi
@@ -83,7 +84,7 @@ timeout "${DEADLINE_S:-3600}" qemu-system-x86_64 -M q35,acpi=on -cpu max -accel 
     -serial stdio -serial "file:$place/code" \
     -drive "file=$place/disk,format=raw,if=virtio,cache=unsafe" \
     -kernel "$place"/vmlinuz-* -initrd "$place"/initrd.img-* \
-    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 init=/root/first" </dev/null | tr -d '\r' ||
+    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 init=/root/first" </dev/null | sed -u 's,\r,,g' ||
     fail "$suite: the machine did not end within ${DEADLINE_S:-3600} s, or could not be started (above)"
 code=$(tr -cd 0-9 <"$place/code")
 say "$suite: ended with ${code:-no} exit code after $((SECONDS - began)) s"
