@@ -183,6 +183,10 @@ class Paths(msgspec.Struct, frozen=True):
         """Pid and start time of a detached process: ``manager`` or ``net``."""
         return self.run / f"{process}.pid"
 
+    def last_words(self, process: str) -> Path:
+        """Why a detached process ended, in a sentence, if it could say."""
+        return self.run / f"{process}.end"
+
     def lock_file(self, process: str) -> Path:
         """Held by a detached process as long as it lives."""
         return self.run / f"{process}.lock"

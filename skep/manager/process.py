@@ -75,6 +75,7 @@ async def _until_stopped(config: ManagerConfig) -> None:
         raise SystemExit(REMOVED) from error
     except SkepError as error:
         log.error("manager cannot go on", reason=str(error))
+        replace_file(config.paths.last_words("manager"), str(error).encode(), is_durable=False)
         raise SystemExit(1) from error
     log.info("manager stopped")
 

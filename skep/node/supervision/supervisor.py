@@ -125,9 +125,19 @@ class Supervisor:
             return None
         await wait_end(self.process)
         code = await self._zygote.reap(self.process.pid)
-        self._last_end = _how(code)
+        self._last_end = self._last_words() or _how(code)
         self.process = None
         return code
+
+    def _last_words(self) -> str:
+        """What the process said before it ended; empty: nothing."""
+        path = self._paths.last_words(self._name)
+        try:
+            said = path.read_text().strip()
+        except OSError:
+            return ""
+        path.unlink(missing_ok=True)
+        return said
 
     async def _start(self) -> ProcessIdentity | None:
         try:

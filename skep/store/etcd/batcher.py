@@ -5,8 +5,8 @@ are on their way at a time; there is no timer.  etcd judges all compares of an e
 proposals share an entry only if neither reads what the other writes (``Footprint``), and one that touches what is
 on its way waits.
 
-**Unknown outcomes.**  Every entry compares this manager's *ticket*, a key that only it writes, and the key ring.  When an answer
-does not come, the ticket is moved: from then on the lost entry can never take effect.  What the replica has seen
+**Unknown outcomes.**  Every entry compares the key ring, and this manager's *ticket*, a key that only it writes.
+When an answer does not come, the ticket is moved: from then on the lost entry can never take effect.  What the replica has seen
 by that revision is the truth: a proposal whose first write appeared is in; any other is simply sent again.
 """
 

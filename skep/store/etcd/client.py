@@ -129,7 +129,7 @@ class Client:
         await self._call(self._move, pb.MoveLeaderRequest(target_id=member_id), timeout_s)
 
     async def snapshot(self) -> AsyncIterator[bytes]:
-        """The whole store as its member has it at this moment, in pieces; the last 32 bytes are the SHA-256 of the rest.
+        """The whole store as its member has it now, in pieces; the last 32 bytes are the SHA-256 of the rest.
 
         Answered without a quorum.  Raises: Uncertain: it broke off, or nothing came for 10 s.
         """

@@ -21,8 +21,10 @@ from skep.aio.clock import Clock
 from skep.aio.groups import errors_as_they_are
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
+from skep.store.etcd import damage
 from skep.store.etcd.binary import Binary, check_upgrade
 from skep.store.etcd.client import Client
+from skep.store.etcd.damage import check_files
 from skep.store.etcd.flags import MemberSettings, arguments, environment
 from skep.store.etcd.orphans import end_orphan, locked, remove_pid, write_pid
 from skep.store.etcd.output import Output
@@ -43,11 +45,6 @@ PROBE_S = 5.0
 STOP_S = 5.0
 CRASHES_MAX = 5
 CRASHES_WITHIN_S = 60.0
-
-_LOG_DAMAGED = (
-    "{directory}: the store's log is damaged or gone while its database is there; "
-    "with several managers remove this one and join it again, otherwise restore the store from its database file"
-)
 
 
 class MemberFailed(SkepError):
@@ -133,7 +130,7 @@ class Member:
         if settings.has_hosts:
             write_hosts(settings.directory, load_peers(settings.directory))
         check_upgrade(read_version(settings.directory), self._binary.version)
-        check_log(settings.data)
+        check_files(settings.data)
         missing = missing_bytes(settings.data)
         if missing:
             raise FailedPrecondition(
@@ -146,7 +143,7 @@ class Member:
         crashes: deque[float] = deque()
         while True:
             await self._wait_for_space()
-            check_log(self.settings.data)
+            check_files(self.settings.data)
             started = self._clock.monotonic()
             output = Output()
             return_code = await self._run_once(output)
@@ -159,6 +156,8 @@ class Member:
             log.error("etcd ended", return_code=return_code, reason=output.reason)
             if missing_bytes(self.settings.data):
                 continue
+            if (damaged := damage.named(output.reason, self.settings.data)) is not None:
+                raise damaged
             crashes.append(now)
             while now - crashes[0] > CRASHES_WITHIN_S:
                 crashes.popleft()
@@ -229,7 +228,7 @@ class Member:
     def _not_ready(self) -> str:
         """A single member with data that finds no leader, or finishes no write, lacks a part of its log."""
         if self._had_data:
-            return _LOG_DAMAGED.format(directory=self.settings.directory)
+            return damage.LOG.format(directory=self.settings.directory)
         return f"etcd was not ready after {self.settings.ready_s:.0f} s"
 
     async def _knows_leader(self, client: Client) -> bool:
@@ -270,16 +269,6 @@ def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
         return ()
     mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
     return ("unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", mount, str(settings.hosts))
-
-
-def check_log(data: Path) -> None:
-    """Refuse a member directory with a database but no log: it would serve reads and finish no write.
-
-    Raises: FailedPrecondition.
-    """
-    database = data / "member" / "snap" / "db"
-    if database.exists() and not any((data / "member" / "wal").glob("*.wal")):
-        raise FailedPrecondition(_LOG_DAMAGED.format(directory=data))
 
 
 def missing_bytes(data: Path) -> int:

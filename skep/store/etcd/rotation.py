@@ -82,7 +82,8 @@ class KeyRotation:
         leader = await self._client.range(pb.RangeRequest(key=_LEADER))
         if leader.kvs and not self._cipher.is_current(leader.kvs[0].value):
             log.info("term ends for a new data key", term=term.number)
-            return term.lose()
+            term.lose()
+            return
         log.info("re-encrypting", data_key=self._cipher.ring.current)
         count, after, limit = 0, PREFIX, PAGE_KEYS_FIRST
         while after:

@@ -21,6 +21,7 @@ from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import BESIDE, sync_directory
 from skep.store.etcd.binary import Binary
 from skep.store.etcd.client import Client
+from skep.store.etcd.damage import Damaged, head_of, is_database
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member
 
@@ -31,8 +32,6 @@ REVISIONS_BETWEEN = 1_000_000_000
 """By how much the revisions of a restored store are ahead of the snapshot's."""
 
 _RESTORE_S = 120.0
-_MAGIC_AT, _MAGIC = 16, bytes.fromhex("edda0ced")
-"""Of a bbolt database, in the byte order of the machines that we run on."""
 
 
 async def take_snapshot(socket: Path, to: Path) -> None:
@@ -74,7 +73,7 @@ class Verified:
 
     def update(self, piece: bytes) -> None:
         """The next piece."""
-        if len(self._head) < _MAGIC_AT + len(_MAGIC):
+        if len(self._head) < 64:
             self._head += piece[:64]
         self.size_bytes += len(piece)
         known = self._tail + piece
@@ -89,18 +88,13 @@ class Verified:
             raise FailedPrecondition("the snapshot of the store is damaged or not whole")
 
 
-def is_database(head: bytes) -> bool:
-    """Whether a file that begins so (64 bytes are enough) is a store's database."""
-    return head[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
-
-
 async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Path) -> bool:
     """Take a snapshot of what a stopped member left, at ``to``; whether it is a bare database file.
 
     Its log is replayed if it can be, so that nothing is lost that it knew to be decided.  A member whose log is
     damaged or gone still has its database, which may lack the last moments before the end.
 
-    Raises: FailedPrecondition: nothing is left that could be read.
+    Raises: Damaged: nothing is left that could be read.
     """
     member = Member(settings, binary, clock, Backoff(0.1, 0.5))
     try:
@@ -110,20 +104,13 @@ async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Pa
     except SkepError as error:
         log.warning("the store's own log cannot be used, its database is", reason=str(error))
     database = settings.data / "member" / "snap" / "db"
-    try:
-        with database.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise FailedPrecondition(f"{database} cannot be read ({error}): restore a backup") from error
-    if not is_database(head):
-        raise FailedPrecondition(f"{database} is damaged: restore a backup")
+    if not is_database(head_of(database)):
+        raise Damaged(f"{database} is damaged: restore a backup")
     await asyncio.to_thread(shutil.copyfile, database, to)
     return True
 
 
-async def restore_store(
-    snapshot: Path, settings: MemberSettings, binary: Binary, *, is_bare: bool
-) -> None:
+async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary, *, is_bare: bool) -> None:
     """Make ``snapshot`` the store of a single member; what its directory held is kept as ``data.old``.
 
     Raises: FailedPrecondition: etcdutl is missing, or does not take the snapshot.

@@ -84,7 +84,9 @@ def test_a_damaged_log_is_named_and_the_database_is_the_way_back(rig: DaemonRig,
         if damage == "gone":
             segment.unlink()
         elif damage == "torn":
-            segment.write_bytes(content[: end - 24] + bytes(255 - byte for byte in content[end - 24 : end]))
+            place = end // 2
+            torn = bytes(255 - byte for byte in content[place : place + 64])
+            segment.write_bytes(content[:place] + torn + content[place + 64 :])
         else:
             segment.write_bytes(b"")
     rig.start()
