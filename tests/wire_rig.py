@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 
 from skep.aio.clock import SystemClock
+from skep.errors import Unimplemented
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
@@ -44,10 +46,15 @@ from skep.store.kinds import ROOT_KEY_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
 from skep.wire.client import Channel, connected
+from skep.wire.methods import Unary
 from skep.wire.server import Bound, serve
+from skep.wire.service import Handler, unary
 from tests.builders import a_service, a_task
+from tests.wire_calls import METHODS
 
+CLOCK = SystemClock()
 MANAGER_ID = NodeId("manager0000000000000000m1")
 
 
@@ -105,7 +112,9 @@ class Cluster:
             certificates = CertificateService(self.store, new_id)
             bound = await stack.enter_async_context(
                 serve(
-                    (*certificates.services(), *self.dispatcher.services(), *self.logs.services()),
+                    with_all_methods(
+                        (*certificates.services(), *self.dispatcher.services(), *self.logs.services())
+                    ),
                     host=self.host,
                     port=port,
                     tls=self.tls.front,
@@ -179,6 +188,17 @@ class Cluster:
     async def until(self, condition: Callable[[View], object], within_s: float = 10.0) -> None:
         """Wait for the store to show something."""
         await until(lambda: condition(self.view), within_s)
+
+
+def with_all_methods(handlers: Sequence[Handler]) -> Sequence[Handler]:
+    """``handlers``, and one that answers UNIMPLEMENTED for each method they leave out: who may call is asked first."""
+    served = {handler.method.path for handler in handlers}
+
+    async def refuse(_request: Any, _caller: Caller) -> Any:
+        raise Unimplemented("not served by this rig")
+
+    left_out = (method for method in METHODS.values() if method.path not in served)
+    return (*handlers, *(unary(Unary(m.path, m.request, m.reply, m.access), refuse) for m in left_out))
 
 
 async def until(condition: Callable[[], object], within_s: float = 10.0) -> None:

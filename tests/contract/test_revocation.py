@@ -1,0 +1,157 @@
+"""Certificates that are valid and count for nothing any more, at every call, over real mutual TLS on loopback."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from skep.errors import PermissionDenied, Unavailable
+from skep.manager.control.nodes import remove_node
+from skep.manager.revocation import revoke
+from skep.model.ids import NodeId, new_id
+from skep.model.node import Node, NodeCertificate, NodeRole, NodeSpec
+from skep.node.joining import renew
+from skep.security.keypair import KeyPair
+from skep.security.tls import client_context, joining_context
+from skep.wire.client import connected
+from skep.wire.methods import Access
+from tests.wire_calls import GUARDED, call
+from tests.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
+
+NOW_NS = CLOCK.now_ns()
+FOR_MANAGERS = sorted(name for name, method in GUARDED.items() if method.access is Access.MANAGER)
+FOR_NODES = sorted(name for name, method in GUARDED.items() if method.access is Access.NODE)
+
+
+@pytest.fixture
+async def cluster(tmp_path):
+    async with Cluster().serving() as serving, serving.own_agent(tmp_path / "manager"):
+        yield serving
+
+
+async def removed(cluster: Cluster, pair: KeyPair) -> None:
+    """What ``docker node rm --force`` does."""
+    await cluster.store.update(remove_node, pair.identity.node_id, force=True, now_ns=NOW_NS)
+
+
+async def a_manager(cluster: Cluster) -> KeyPair:
+    """The key pair of a second manager that the store knows."""
+    pair = cluster.pair(new_id(), NodeRole.MANAGER)
+    certificate = NodeCertificate(role=NodeRole.MANAGER, state="issued")
+    spec = NodeSpec(role=NodeRole.MANAGER)
+    await put(cluster, Node(id=pair.identity.node_id, spec=spec, certificate=certificate))
+    return pair
+
+
+async def demoted(cluster: Cluster, pair: KeyPair) -> None:
+    """What is left of a manager once it was demoted."""
+
+    def body(tx):
+        node = tx.get(Node, pair.identity.node_id)
+        revoke(tx, node, NOW_NS, is_removed=False)
+        tx.put(Node(id=node.id, certificate=NodeCertificate(role=NodeRole.WORKER, state="rotate")))
+
+    await cluster.store.update(body)
+
+
+async def refused(cluster: Cluster, pair: KeyPair, names: Sequence[str]) -> list[str]:
+    """Those of the calls that this certificate may not make."""
+    found = []
+    for name in names:
+        async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+            if isinstance(await call(channel, name), PermissionDenied):
+                found.append(name)
+    return found
+
+
+async def test_a_removed_nodes_certificate_is_refused_at_every_call(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    await removed(cluster, pair)
+    assert await refused(cluster, pair, FOR_NODES) == FOR_NODES
+    async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        assert "was removed from the swarm" in str(await call(channel, "HEARTBEAT"))
+
+
+@pytest.mark.parametrize("end", [removed, demoted])
+async def test_a_former_managers_certificate_is_refused_at_every_call_of_managers(cluster, end):
+    pair = await a_manager(cluster)
+    assert await refused(cluster, pair, FOR_MANAGERS) == []
+    await end(cluster, pair)
+    assert await refused(cluster, pair, FOR_MANAGERS) == FOR_MANAGERS
+
+
+async def test_a_workers_certificate_is_refused_at_every_call_of_managers(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    assert await refused(cluster, pair, FOR_MANAGERS) == FOR_MANAGERS
+    assert {"PINGS", "RELAY_LOGS", "ADD_MEMBER", "PROMOTE_MEMBER", "GET_UNLOCK_KEY"} <= set(FOR_MANAGERS)
+
+
+async def test_open_connections_of_a_removed_node_end_at_once(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with a_session(cluster, pair) as (channel, _):
+        before = cluster.bound.connections
+        await removed(cluster, pair)
+        await until(lambda: cluster.bound.connections < before, within_s=1)
+        assert isinstance(await call(channel, "HEARTBEAT"), Unavailable | PermissionDenied)
+
+
+async def test_open_connections_of_a_demoted_manager_end_and_those_of_others_stay(cluster, tmp_path):
+    pair, worker = await a_manager(cluster), await a_worker(cluster, tmp_path)
+    async with (
+        connected(cluster.address, client_context(pair), "swarm-manager"),
+        a_session(cluster, worker) as (channel, _),
+    ):
+        before = cluster.bound.connections
+        await demoted(cluster, pair)
+        await until(lambda: cluster.bound.connections == before - 1, within_s=1)
+        assert not isinstance(await call(channel, "LISTEN_SUBSCRIPTIONS"), PermissionDenied)
+
+
+async def test_a_removed_node_gets_no_other_certificate(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    await removed(cluster, pair)
+    with pytest.raises(PermissionDenied):
+        await renew(cluster.address, pair, CLOCK)
+
+
+async def test_a_manager_cut_off_answers_no_node_because_it_may_have_been_removed(
+    cluster, tmp_path, monkeypatch
+):
+    pair = await a_worker(cluster, tmp_path)
+    silent = asyncio.Event()
+    monkeypatch.setattr(cluster.store, "barrier", silent.wait)
+    await until(lambda: not cluster.dispatcher.is_current(), within_s=3)
+    for name in FOR_NODES:
+        async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+            error = await call(channel, name)
+            assert isinstance(error, Unavailable)
+            assert "lost contact" in str(error)
+
+
+async def test_forged_words_about_the_caller_are_not_believed(cluster, tmp_path):
+    """SwarmKit's managers forward calls with the caller's identity as metadata; ours take it from nobody."""
+    pair = await a_worker(cluster, tmp_path)
+    forged = {
+        "forwarded_cert": "true",
+        "forwarded_cert_cn": NodeId("manager0000000000000000m1"),
+        "forwarded_cert_ou": "swarm-manager",
+        "forwarded_cert_org": cluster.id,
+        "remote_addr": "127.0.0.1",
+        "redirect": "127.0.0.1:2377",
+    }
+    async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        for name in FOR_MANAGERS:
+            assert isinstance(await call(channel, name, forged), PermissionDenied)
+        error = await call(channel, "HEARTBEAT", forged)
+        assert "node not registered" in str(error)
+    stranger = joining_context(cluster.authority.root_pem)
+    async with connected(cluster.address, stranger, "swarm-manager") as channel:
+        for name in FOR_NODES[:3]:
+            assert isinstance(await call(channel, name, forged), PermissionDenied)
+
+
+async def test_an_agent_of_a_removed_node_goes_on_without_a_session(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path / "w")
+    async with an_agent(cluster, pair, tmp_path / "w") as (agent, _):
+        await removed(cluster, pair)
+        await until(lambda: not agent.registered.is_set())

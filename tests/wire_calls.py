@@ -1,0 +1,70 @@
+"""Every call of the protocol, made with an empty request: for tests of who may make it."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from grpclib.client import Channel as GrpcChannel
+
+from skep.errors import SkepError
+from skep.security.keypair import KeyPair
+from skep.security.tls import client_context
+from skep.wire import methods
+from skep.wire.client import Channel, connected
+from skep.wire.methods import Access, BothStream, ClientStream, ServerStream, Unary
+
+METHODS = {
+    name: method
+    for name, method in sorted(vars(methods).items())
+    if isinstance(method, Unary | ServerStream | ClientStream | BothStream)
+}
+"""Constant of ``wire.methods`` -> method."""
+
+GUARDED = {name: method for name, method in METHODS.items() if method.access is not Access.OPEN}
+"""Those that need a certificate."""
+
+PATIENCE_S = 3.0
+
+
+async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None = None) -> SkepError | None:
+    """Call a method with an empty request; gives the error, or None for an answer (or a stream that stays open)."""
+    method = METHODS[name]
+    if metadata is not None:
+        channel = Channel(channel.address, _Forging(channel._channel, metadata))  # type: ignore[arg-type]
+    try:
+        if isinstance(method, Unary):
+            await channel.call(method, method.request())
+            return None
+        async with channel.stream(method) as stream, asyncio.timeout(PATIENCE_S):
+            is_only = isinstance(method, ServerStream)
+            await stream.send(method.request(), end=is_only)
+            await stream.receive()
+    except SkepError as error:
+        return error
+    except TimeoutError:
+        return None
+    return None
+
+
+class _Forging:
+    """A channel that adds ``metadata`` to each call."""
+
+    def __init__(self, channel: GrpcChannel, metadata: Mapping[str, str]) -> None:
+        self._channel = channel
+        self._metadata = metadata
+
+    def request(self, *words: Any) -> Any:
+        return self._channel.request(*words, metadata=dict(self._metadata))
+
+
+async def all_calls(address: str, pair: KeyPair) -> Mapping[str, str]:
+    """Name of every guarded call -> class of its error with this certificate; ``answered`` if there was none."""
+    outcome = {}
+    for name in GUARDED:
+        try:
+            async with connected(address, client_context(pair), "swarm-manager") as channel:
+                error = await call(channel, name)
+        except SkepError as refused:
+            error = refused
+        outcome[name] = type(error).__name__ if error is not None else "answered"
+    return outcome
