@@ -1,13 +1,14 @@
-"""The scheduler alone, as SwarmKit's own Go benchmark measures its: nodes and tasks appear at once, until all are assigned.
+"""The scheduler alone, as SwarmKit's own Go benchmark measures its: nodes and tasks are there, until all are assigned.
 
 ::
 
     .venv/bin/python -m bench.scheduling --nodes 1000 --tasks 10000 --plugin
 
-One operation: a fresh in-memory store with READY nodes (with ``--plugin`` every third of them has the network plugin that
-each task asks for) and PENDING tasks, each of a service of its own.  The clock runs from the start of the scheduler, which
-takes everything into its books first, until every task was seen assigned.  SwarmKit's clock also holds the commit of one
-transaction that creates all objects; transactions as large as that do not exist here, so it is told apart (``created``).
+One operation: a fresh in-memory store with READY nodes (with ``--plugin`` every third of them has the network plugin
+that each task asks for) and PENDING tasks, each of a service of its own.  The clock runs from the start of the
+scheduler, which takes everything into its books first, until every task was seen assigned.  SwarmKit's clock also holds
+the commit of one transaction that creates all objects; transactions as large as that do not exist here, so it is told
+apart (``created``).
 """
 
 import argparse
