@@ -31,6 +31,7 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.events import ClusterEvents
 from skep.manager.gossip.relay import Relay
+from skep.manager.incarnation import Incarnation
 from skep.manager.keys import load_wrapping_key
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
@@ -80,7 +81,16 @@ class Manager:
         self._certificates = CertificateService(store, new_id)
         own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
         self._dispatcher = Dispatcher(store, own, clock, new_id, random)
-        self._link = ManagerLink(store, config.node_id, self._connected, clock, random)
+        self._incarnation = Incarnation(config.paths, store.incarnation)
+        self._link = ManagerLink(
+            store,
+            config.node_id,
+            self._connected,
+            clock,
+            random,
+            incarnation=store.incarnation,
+            met=self._incarnation.met,
+        )
         self._logs = LogBroker(store, new_id)
         self._attachments = AttachmentService(store, clock, new_id)
         self._book = book
@@ -131,6 +141,7 @@ class Manager:
             group.create_task(self._dispatcher.run(), name="dispatcher")
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
+            group.create_task(self._incarnation.run(), name="incarnation")
             group.create_task(events.run(), name="events")
             relay = Relay(self._store, host.strip("[]"), self._clock, self._random)
             group.create_task(relay.run(), name="gossip relay")

@@ -25,8 +25,9 @@ from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.ca.peer_files import place_revoked
-from skep.manager.config import REMOVED, ManagerConfig, encode, load
+from skep.manager.config import REMOVED, ManagerConfig, encode, load, load_recovery
 from skep.manager.founding import found_cluster
+from skep.manager.incarnation import ask_others, check_lives, read_lives
 from skep.manager.keys import founding_wrapping_key, save_wrapping_key
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
@@ -39,6 +40,7 @@ from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
+from skep.security.tls import client_context
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings, PeerFiles
@@ -98,6 +100,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
     applicant = Applicant(config.managers, pair, clock, random.random)
     binary = await asyncio.to_thread(find_binary, Path(config.etcd_binary) if config.etcd_binary else None)
     settings = _member_settings(config, paths, _write_peer_files(paths, pair))
+    lives = read_lives(paths) if load_recovery(paths) is not None else check_lives(paths)
     if await restore_if_wanted(paths, settings, binary, clock):
         settings = _member_settings(config, paths, settings.peer_files)
     if config.managers and not (settings.data / "member").exists():
@@ -107,7 +110,12 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             if _joining_mark(paths).exists():
                 group.create_task(applicant.vote(), name="vote")
+            asking = ask_others(
+                paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
+            )
+            asked = group.create_task(asking, name="ask others")
             await stack.enter_async_context(member.running())
+            asked.cancel()
         _joining_mark(paths).unlink(missing_ok=True)
         await raise_if_restored(paths, paths.etcd_socket, clock)
         store = await _open(config, paths, pair, clock, random, stack)

@@ -49,14 +49,19 @@ class ManagerLink:
         random: Random,
         *,
         incarnation: int = 1,
+        met: Callable[[NodeId, int], bool] | None = None,
     ) -> None:
-        """``connect``: a connection to the manager at an address, as a manager."""
+        """``connect``: a connection to the manager at an address, as a manager.
+
+        ``met``: hears of each manager's incarnation, and says whether it is ours; others are not heard of.
+        """
         self._store = store
         self._own = own
         self._connect = connect
         self._clock = clock
         self._random = random
         self._incarnation = incarnation
+        self._met = met or (lambda _, theirs: theirs == incarnation)
         self._heard = LastHeard()
         self._time = OwnTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
@@ -158,6 +163,8 @@ class ManagerLink:
                     raise Unavailable(f"{channel.address} ended the link")
                 if answer.node_id != manager:
                     raise Unavailable(f"{channel.address} is manager {answer.node_id}, not {manager}")
+                if not self._met(manager, answer.incarnation):
+                    raise Unavailable(f"{channel.address} serves incarnation {answer.incarnation}")
                 if self._channels.get(manager) is not channel:
                     self._channels[manager] = channel
                     log.info("linked", manager=manager, address=channel.address)
@@ -166,6 +173,7 @@ class ManagerLink:
 
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
         own = skep.Ping(incarnation=self._incarnation, node_id=self._own)
-        async for _ in pings:
-            self._heard.note(caller.node_id, self._time.seconds)
+        async for ping in pings:
+            if self._met(caller.node_id, ping.incarnation):
+                self._heard.note(caller.node_id, self._time.seconds)
             yield own

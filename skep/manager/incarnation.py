@@ -1,0 +1,139 @@
+"""Never two clusters with one identity: a manager of an earlier life of its cluster stops when it meets a later one.
+
+Managers tell each other in every sign of life which incarnation they serve.  One without a quorum serves nobody and
+has no link; it asks the others it knows by itself.  What it heard is kept, so that it stays stopped when the others
+cannot be reached at its next start.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Iterable
+from contextlib import suppress
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, SkepError
+from skep.linux.files import replace_file
+from skep.model.ids import NodeId
+from skep.model.node import NodeRole
+from skep.paths import Paths
+from skep.security.identity import ROLE_NAMES
+from skep.store.etcd.peers import Peer
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.client import connected
+
+log = structlog.get_logger(__name__)
+
+ANSWER_S = 1.0
+ASK_EVERY_S = 5.0
+
+
+class Superseded(FailedPrecondition):
+    """The cluster lives on in a later incarnation, without this manager."""
+
+
+class Lives(msgspec.Struct, frozen=True, kw_only=True):
+    """What this manager served last, and the latest that it heard of; 0: not known."""
+
+    served: int = 0
+    later: int = 0
+
+
+def superseded(served: int, later: int) -> Superseded:
+    """What a manager says that stops."""
+    return Superseded(
+        f"this manager belongs to incarnation {served} of the cluster, and the others go on with incarnation {later}, "
+        "which was restored or forced without it: docker swarm leave --force here, docker node demote and docker "
+        "node rm for this node there, then join again"
+    )
+
+
+def read_lives(paths: Paths) -> Lives:
+    """What is known; nothing if the file is missing or damaged."""
+    try:
+        return msgspec.json.decode(paths.incarnation.read_bytes(), type=Lives)
+    except (OSError, msgspec.DecodeError):
+        return Lives()
+
+
+def check_lives(paths: Paths) -> Lives:
+    """What is known.  Raises: Superseded: that is enough to stop."""
+    lives = read_lives(paths)
+    if 0 < lives.served < lives.later:
+        raise superseded(lives.served, lives.later)
+    return lives
+
+
+class Incarnation:
+    """The life that this manager serves."""
+
+    def __init__(self, paths: Paths, served: int) -> None:
+        self._paths = paths
+        self.served = served
+        self._later = 0
+        self._met = asyncio.Event()
+
+    def met(self, manager: NodeId, incarnation: int) -> bool:
+        """Another manager serves ``incarnation``; whether that is the one served here."""
+        if incarnation > max(self.served, self._later):
+            log.error("a later incarnation of the cluster", manager=manager, own=self.served, met=incarnation)
+            self._later = incarnation
+            self._met.set()
+        return incarnation == self.served
+
+    async def run(self) -> None:
+        """Wait until a later life is met.  Raises: Superseded."""
+        write_lives(self._paths, Lives(served=self.served))
+        await self._met.wait()
+        write_lives(self._paths, Lives(served=self.served, later=self._later))
+        raise superseded(self.served, self._later)
+
+
+def write_lives(paths: Paths, lives: Lives) -> None:
+    """Keep what is known."""
+    if read_lives(paths) != lives:
+        replace_file(paths.incarnation, msgspec.json.encode(lives) + b"\n")
+
+
+async def ask_others(
+    paths: Paths, served: int, peers: Iterable[Peer], context: ssl.SSLContext, own: NodeId, clock: Clock
+) -> None:
+    """Ask the other managers again and again, until cancelled: while this one has no quorum, nobody else will tell.
+
+    Raises: Superseded.
+    """
+    others = [addr for peer in peers if peer.name != own and (addr := _manager_addr(peer))]
+    backoff = Backoff(ASK_EVERY_S / 2, ASK_EVERY_S)
+    while others and served:
+        asking = (_incarnation_at(addr, context, own) for addr in others)
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        later = max(answer if isinstance(answer, int) else 0 for answer in answers)
+        if later > served:
+            write_lives(paths, Lives(served=served, later=later))
+            raise superseded(served, later)
+        await backoff.sleep(clock)
+
+
+async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> int:
+    """What the manager at ``addr`` serves; 0: it does not say."""
+    with suppress(SkepError, TimeoutError, OSError):
+        async with (
+            asyncio.timeout(ANSWER_S),
+            connected(addr, context, ROLE_NAMES[NodeRole.MANAGER]) as channel,
+            channel.stream(methods.PINGS) as call,
+        ):
+            await call.send(skep.Ping(incarnation=0, node_id=own))  # 0: a question, no sign of life
+            answer = await call.receive()
+            return int(answer.incarnation) if answer is not None else 0
+    return 0
+
+
+def _manager_addr(peer: Peer) -> str:
+    """Where the manager beside a member is served: the port before its peer port."""
+    port = peer.url.rpartition(":")[2]
+    host = f"[{peer.ip}]" if ":" in peer.ip else peer.ip
+    return f"{host}:{int(port) - 1}" if peer.ip and port.isdigit() else ""
