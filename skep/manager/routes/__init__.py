@@ -10,14 +10,13 @@ from skep.api.server import ApiVersion
 from skep.api.server import application as engine_application
 from skep.api.versions import NEWEST
 from skep.manager.routes import (
-    configs,
     events,
     explain,
+    files,
     lag,
     logs,
     networks,
     nodes,
-    secrets,
     services,
     swarm,
     tasks,
@@ -35,8 +34,7 @@ def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Applicat
         services.routes,
         tasks.routes,
         logs.routes,
-        secrets.routes,
-        configs.routes,
+        files.routes,
         networks.routes,
         events.routes,
         explain.routes,

@@ -1,0 +1,165 @@
+"""``/secrets`` and ``/configs``: files of the cluster.  What is in a secret is never shown.
+
+Source: moby 20.10, daemon/cluster/{secrets,configs}.go; swarmkit, manager/controlapi/{secret,config}.go.
+"""
+
+from typing import TypeVar
+
+from aiohttp import web
+
+from skep.api.server import ApiVersion, Filters, Routes, api_version, json_answer, json_list_answer, read_json
+from skep.errors import InvalidArgument
+from skep.manager.control import files as control
+from skep.manager.routes.access import current_view, manager_of, version_parameter
+from skep.manager.routes.shown import has_labels
+from skep.model.encoding import ApiObject
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
+
+routes = Routes()
+
+File = TypeVar("File", Secret, Config)
+_TEMPLATING = ApiVersion("1.37")
+
+
+class _SecretBody(SecretSpec):
+    """A secret as a client sends it, with its data."""
+
+    __go_name__ = "swarm.SecretSpec"
+
+    data: bytes | None = None
+
+    @property
+    def spec(self) -> SecretSpec:
+        """What is kept where it can be seen."""
+        return SecretSpec(name=self.name, labels=self.labels, driver=self.driver, templating=self.templating)
+
+
+class Created(ApiObject):
+    """Answer to a creation."""
+
+    id: str
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+
+@routes.get("/secrets")
+async def list_secrets(request: web.Request) -> web.StreamResponse:
+    """All secrets that fit the filters; of names and ids one has to fit."""
+    return await _listed(request, Secret, "names", "name", "id", "label")
+
+
+@routes.post("/secrets/create")
+async def create_secret(request: web.Request) -> web.StreamResponse:
+    """Create a secret."""
+    manager = manager_of(request)
+    body = await read_json(request, _SecretBody)
+    _refuse_templating(request, body, "secret")
+    secret = await manager.update(
+        control.create_secret, body.spec, body.data or b"", new_id=manager.new_id, now=manager.now()
+    )
+    return json_answer(Created(id=secret.id), 201)
+
+
+@routes.get("/secrets/{id}")
+async def inspect_secret(request: web.Request) -> web.StreamResponse:
+    """One secret, without its data."""
+    return json_answer(await _named(request, Secret))
+
+
+@routes.post("/secrets/{id}/update")
+async def update_secret(request: web.Request) -> web.StreamResponse:
+    """Change the labels of a secret."""
+    body = await read_json(request, _SecretBody)
+    version = _version(request, "secret")
+    secret = await _named(request, Secret)
+    await manager_of(request).update(control.update_secret, secret.id, body.spec, body.data, version)
+    return web.Response()
+
+
+@routes.delete("/secrets/{id}")
+async def remove_secret(request: web.Request) -> web.StreamResponse:
+    """Remove a secret that no service uses."""
+    secret = await _named(request, Secret)
+    await manager_of(request).update(control.remove_secret, secret.id)
+    return web.Response(status=204)
+
+
+# --- configs --------------------------------------------------------------------------------------------------------
+
+
+@routes.get("/configs")
+async def list_configs(request: web.Request) -> web.StreamResponse:
+    """All configs that fit the filters; of names and ids one has to fit."""
+    return await _listed(request, Config, "name", "id", "label")
+
+
+@routes.post("/configs/create")
+async def create_config(request: web.Request) -> web.StreamResponse:
+    """Create a config."""
+    manager = manager_of(request)
+    spec = await read_json(request, ConfigSpec)
+    _refuse_templating(request, spec, "config")
+    config = await manager.update(control.create_config, spec, new_id=manager.new_id, now=manager.now())
+    return json_answer(Created(id=config.id), 201)
+
+
+@routes.get("/configs/{id}")
+async def inspect_config(request: web.Request) -> web.StreamResponse:
+    """One config with its data."""
+    return json_answer(await _named(request, Config))
+
+
+@routes.post("/configs/{id}/update")
+async def update_config(request: web.Request) -> web.StreamResponse:
+    """Change the labels of a config."""
+    spec = await read_json(request, ConfigSpec)
+    version = _version(request, "config")
+    config = await _named(request, Config)
+    await manager_of(request).update(control.update_config, config.id, spec, version)
+    return web.Response()
+
+
+@routes.delete("/configs/{id}")
+async def remove_config(request: web.Request) -> web.StreamResponse:
+    """Remove a config that no service uses."""
+    config = await _named(request, Config)
+    await manager_of(request).update(control.remove_config, config.id)
+    return web.Response(status=204)
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+async def _listed(request: web.Request, kind: type[File], *known: str) -> web.StreamResponse:
+    filters = Filters.of(request)
+    filters.refuse_unknown(*known)
+    view = await current_view(request)
+    return json_list_answer([file for file in view.find(kind) if _fits(file, filters)])
+
+
+def _fits(file: Secret | Config, filters: Filters) -> bool:
+    name = file.spec.name
+    is_named = not (filters["names"] or filters["name"] or filters["id"]) or (
+        name in filters["names"]
+        or name.startswith(filters["name"] or ("\0",))
+        or file.id.startswith(filters["id"] or ("\0",))
+    )
+    return is_named and has_labels(file.spec.labels, filters["label"])
+
+
+async def _named(request: web.Request, kind: type[File]) -> File:
+    return (await current_view(request)).resolve(kind, request.match_info["id"])
+
+
+def _refuse_templating(request: web.Request, spec: SecretSpec | ConfigSpec, word: str) -> None:
+    version = api_version(request)
+    if spec.templating is not None and version < _TEMPLATING:
+        raise InvalidArgument(f"{word} templating is not supported on the specified API version: {version}")
+
+
+def _version(request: web.Request, word: str) -> int:
+    try:
+        return version_parameter(request, word)
+    except InvalidArgument:
+        raise InvalidArgument(f"invalid {word} version") from None
