@@ -41,12 +41,14 @@ from skep.node.local import Peer
 from skep.security.identity import Identity
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.etcd.raft import Raft
-from skep.sim.invariants import Observer, rest_violations
 from skep.sim.links import Links
 from skep.sim.manager import SimulatedManager
 from skep.sim.network import Network
 from skep.sim.node import SimulatedNode, image_of
+from skep.sim.rules.observer import Observer
+from skep.sim.rules.rest import rest_violations
 from skep.sim.time import VirtualClock, VirtualLoop
+from skep.sim.trace import Trace
 from skep.sim.truth import Truth
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.founding import founded, initialize_on
@@ -90,11 +92,15 @@ class SimulatedCluster:
         self.poisoned: set[str] = set()
         """Services whose decisions raise."""
         self.links = Links()
-        self.network = Network(self.links)
+        self.network = Network(self.loop, self.links)
         self.raft = Raft(self.loop, self.random, self.links, latency_s)
         self.truth = Truth(self.loop.time)
         self.raft.committed.append(self.truth.take)
-        self.observer = Observer(self.truth)
+        self.trace = Trace(self.loop.time)
+        self.disturbances = 0
+        """Faults that last at present."""
+        self._disturbed_at = 0.0
+        self.observer = Observer(self.truth, self.trace, self._calm_since)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
         self.clocks = {id: self._clock(id, skew) for id in (*self.managers, *self.workers)}
@@ -112,6 +118,9 @@ class SimulatedCluster:
             )
             for id in self.workers
         }
+        for node in self.nodes.values():
+            node.watchers.append(self.observer)
+        self.links.changed.append(self.disturb)
         self.running_managers: dict[NodeId, SimulatedManager] = {}
         self._processes: dict[NodeId, asyncio.Task[None]] = {}
 
@@ -120,7 +129,7 @@ class SimulatedCluster:
         for id in self.managers:
             self.raft.add(id)
             self.raft.start(id)
-        self._do(self._found())
+        self.do(self._found())
         for id in self.managers:
             self.start_manager(id)
         for id in self.workers:
@@ -134,7 +143,8 @@ class SimulatedCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        tasks = list(self._processes.values())
+        self.links.mend()
+        tasks = [*self._processes.values(), *(asyncio.all_tasks(self.loop) - set(self._processes.values()))]
         for task in tasks:
             task.cancel()
         self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
@@ -188,7 +198,7 @@ class SimulatedCluster:
 
     def write(self, body: Callable[[Transaction], object]) -> None:
         """Commit ``body`` by way of whichever manager takes it."""
-        self._do(self._write(body))
+        self.do(self._write(body))
 
     # -- faults ------------------------------------------------------------------------------------------------
 
@@ -200,6 +210,7 @@ class SimulatedCluster:
 
     def start_manager(self, id: NodeId) -> None:
         """Start a manager that does not run, with its member of the store."""
+        self.disturb()
         if not self.raft.members[id].is_running:
             self.raft.start(id)
         manager = self.running_managers[id] = SimulatedManager(
@@ -217,12 +228,14 @@ class SimulatedCluster:
 
     def crash(self, id: NodeId) -> None:
         """kill -9 of a manager and its member: its nodes find another one, and another one leads."""
+        self.disturb()
         self.raft.crash(id)
         self._stop(id)
         self.running_managers.pop(id, None)
 
     def depose(self, *, quietly: bool = False) -> None:
         """Another manager leads from now on.  ``quietly``: the old leader hears of it late."""
+        self.disturb()
         if self.raft.current is None:
             return  # they are electing
         old = self.leader
@@ -232,16 +245,19 @@ class SimulatedCluster:
 
     def start_node(self, id: NodeId) -> None:
         """Start a worker's node process."""
+        self.disturb()
         self._processes[id] = self.loop.create_task(self.nodes[id].run(), name=id)
 
     def kill_node(self, id: NodeId, *, keeps_containers: bool = False) -> None:
         """Power loss of a worker, or (``keeps_containers``) only the end of its node process."""
+        self.disturb()
         self._stop(id)
         if not keeps_containers:
             self.nodes[id].lose_power()
 
     def kill_container(self, task: Task, exit_code: int = 137) -> None:
         """The process of a running task ends."""
+        self.disturb()
         self.nodes[task.node_id].machine.crash(task.id, exit_code)
 
     # -- looking -----------------------------------------------------------------------------------------------
@@ -290,17 +306,23 @@ class SimulatedCluster:
         """Raise AssertionError for anything that was ever wrong; ``at_rest``: for leftovers too."""
         violations = list(self.observer.violations)
         if at_rest:
-            containers = [
-                (node.id, task) for node in self.nodes.values() for task in node.containers.values()
-            ]
-            violations += rest_violations(self.truth.view, containers)
+            violations += self.rest_violations()
         assert not violations, "\n".join(violations)
+
+    def rest_violations(self) -> list[str]:
+        """Containers that belong to nobody, and tasks that are said to run and do not."""
+        containers = [(node.id, task) for node in self.nodes.values() for task in node.containers.values()]
+        return list(rest_violations(self.truth.view, containers))
+
+    def disturb(self) -> None:
+        """Something breaks, or is mended: nobody may be blamed for a while."""
+        self._disturbed_at = self.loop.time()
 
     # -- time --------------------------------------------------------------------------------------------------
 
     def run_for(self, seconds: float) -> None:
         """Let virtual time pass."""
-        self._do(asyncio.sleep(seconds))
+        self.do(asyncio.sleep(seconds))
 
     def run_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
         """Let time pass until ``condition``; the seconds it took.  AssertionError: it did not come."""
@@ -317,12 +339,18 @@ class SimulatedCluster:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Let time pass until ``work`` is done.  Raises: what it, or a part that failed meanwhile, raised."""
         result = self.loop.run_until_complete(work)
         for task in self._processes.values():
             if task.done() and not task.cancelled():
                 task.result()  # a part that failed fails the run
         return result
+
+    def _calm_since(self) -> float:
+        """When the last fault was over; infinity while there is one."""
+        is_whole = self.links.is_whole and len(self._processes) == len(self.managers) + len(self.workers)
+        return self._disturbed_at if is_whole and not self.disturbances else float("inf")
 
     async def _write(self, body: Callable[[Transaction], object]) -> None:
         async with asyncio.timeout(WRITE_S):

@@ -10,6 +10,9 @@ from itertools import product
 Machine = str
 """The id of the node that lives there."""
 
+Cut = frozenset[tuple[Machine, Machine]]
+"""Ways from one machine to another on which nothing arrives."""
+
 
 class Links:
     """All machines, and what lies between them.  ``changed`` are called after each change."""
@@ -18,7 +21,7 @@ class Links:
         self.changed: list[Callable[[], None]] = []
         self.is_whole = True
         """Whether everybody reaches everybody: asked for every message."""
-        self._cut: set[tuple[Machine, Machine]] = set()
+        self._cuts: list[Cut] = []
         self._frozen: dict[Machine, asyncio.Event] = {}
 
     def reaches(self, source: Machine, target: Machine) -> bool:
@@ -27,24 +30,27 @@ class Links:
             return True
         if source in self._frozen or target in self._frozen:
             return False
-        return (source, target) not in self._cut
+        return not any((source, target) in cut for cut in self._cuts)
 
     def is_joined(self, one: Machine, other: Machine) -> bool:
         """Whether both reach each other."""
         return self.reaches(one, other) and self.reaches(other, one)
 
-    def cut(self, sources: Iterable[Machine], targets: Iterable[Machine], *, both_ways: bool = True) -> None:
-        """Lose everything on the way from ``sources`` to ``targets``."""
-        for source, target in product(list(sources), list(targets)):
-            if source != target:
-                self._cut.add((source, target))
-                if both_ways:
-                    self._cut.add((target, source))
+    def cut(self, sources: Iterable[Machine], targets: Iterable[Machine], *, both_ways: bool = True) -> Cut:
+        """Lose everything on the way from ``sources`` to ``targets``; gives what ``mend`` undoes."""
+        pairs = [pair for pair in product(list(sources), list(targets)) if pair[0] != pair[1]]
+        back = [(target, source) for source, target in pairs] if both_ways else []
+        cut = frozenset([*pairs, *back])
+        self._cuts.append(cut)
         self._tell()
+        return cut
 
-    def mend(self) -> None:
-        """Undo every cut; frozen machines stay frozen."""
-        self._cut.clear()
+    def mend(self, cut: Cut | None = None) -> None:
+        """Undo one cut (None: all); frozen machines stay frozen."""
+        if cut is None:
+            self._cuts.clear()
+        else:
+            self._cuts.remove(cut)
         self._tell()
 
     def freeze(self, machine: Machine) -> None:
@@ -68,6 +74,6 @@ class Links:
             await event.wait()
 
     def _tell(self) -> None:
-        self.is_whole = not self._cut and not self._frozen
+        self.is_whole = not self._cuts and not self._frozen
         for changed in self.changed:
             changed()

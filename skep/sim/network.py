@@ -92,7 +92,7 @@ class Way:
             self._held.append(arrive)
             self._network.held.add(self)
         else:
-            loop = asyncio.get_running_loop()
+            loop = self._network.loop
             delay_s = self._network.delay_s(self._source, self._target)
             self._free_at = max(self._free_at, loop.time() + delay_s)
             loop.call_at(self._free_at, arrive)
@@ -110,7 +110,8 @@ class Way:
 class Network:
     """Who listens where, and how long messages take."""
 
-    def __init__(self, links: Links, latency_s: float = 0.0005) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, links: Links, latency_s: float = 0.0005) -> None:
+        self.loop = loop
         self.links = links
         self.latency_s = latency_s
         self.slow: dict[Machine, float] = {}

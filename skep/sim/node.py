@@ -6,13 +6,14 @@ runs and keeps the disk.
 
 import asyncio
 from random import Random
+from typing import Protocol
 
 from skep.aio.clock import Clock
-from skep.model.ids import TaskId
+from skep.model.ids import NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
 from skep.node.contact import Contact
-from skep.node.executor.interface import Controller, Rejected, TaskExit
+from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.node.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
 from skep.node.first import wait_first
 from skep.node.local import Peer
@@ -44,7 +45,8 @@ class SimulatedNode:
         """Images that cannot be prepared here."""
         self.crashing_images: dict[str, float] = {}
         """Images whose containers exit with 1 after so many seconds."""
-        self.machine = Machine()
+        self.machine = WatchedMachine(self)
+        self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
         """What each process on the machine was made for, for whoever looks at it from outside."""
         self._disk = MemoryFiles()
@@ -90,7 +92,52 @@ class SimulatedNode:
 
     def lose_power(self) -> None:
         """Every process is gone; the disk stays."""
-        self.machine.processes.clear()
+        self.machine.lose_power()
+
+
+class ContainerWatcher(Protocol):
+    """Hears what becomes of containers."""
+
+    def container_started(self, node_id: NodeId, task: Task) -> None: ...
+
+    def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
+        """The node stops it, before it does."""
+
+    def container_ended(self, node_id: NodeId, task_id: TaskId) -> None:
+        """It is gone, however that came."""
+
+
+class WatchedMachine(Machine):
+    """A machine that tells what becomes of its processes."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        super().__init__()
+        self._node = node
+
+    def has_started(self, id: TaskId) -> None:
+        for watcher in self._node.watchers:
+            watcher.container_started(self._node.id, self._node.tasks[id].task)
+
+    def is_stopping(self, id: TaskId) -> None:
+        """The node is about to stop it, if it runs."""
+        process = self.processes.get(id)
+        if process is not None and process.started and process.exit_code is None:
+            for watcher in self._node.watchers:
+                watcher.container_stopped(self._node.id, id)
+
+    def has_ended(self, id: TaskId) -> None:
+        for watcher in self._node.watchers:
+            watcher.container_ended(self._node.id, id)
+
+    def crash(self, id: TaskId, exit_code: int = 137) -> None:
+        super().crash(id, exit_code)
+        self.has_ended(id)
+
+    def lose_power(self) -> None:
+        """Every process is gone."""
+        for id in list(self.processes):
+            self.has_ended(id)
+        self.processes.clear()
 
 
 class ImageExecutor(SimulatedExecutor):
@@ -105,7 +152,9 @@ class ImageExecutor(SimulatedExecutor):
         return _ImageController(self, task)
 
     async def discard(self, task_id: TaskId) -> None:
+        self.node.machine.is_stopping(task_id)
         await super().discard(task_id)
+        self.node.machine.has_ended(task_id)
         self.node.tasks.pop(task_id, None)
 
 
@@ -124,13 +173,33 @@ class _ImageController(SimulatedController):
         self._node.tasks[self._task.task.id] = self._task  # again, if it was removed before another attempt
         await super().prepare()
 
+    async def start(self) -> Running:
+        process = self._require()
+        was_started = process.started
+        running = await super().start()
+        if not was_started:
+            self._node.machine.has_started(self._id)
+        return running
+
+    async def shutdown(self) -> None:
+        self._node.machine.is_stopping(self._id)
+        await super().shutdown()
+        self._node.machine.has_ended(self._id)
+
+    async def terminate(self) -> None:
+        self._node.machine.is_stopping(self._id)
+        await super().terminate()
+        self._node.machine.has_ended(self._id)
+
     async def wait(self) -> TaskExit:
         lasts_s = self._node.crashing_images.get(self._image)
         if lasts_s is not None:
             process = self._require()
             await wait_first(self._clock.sleep(lasts_s), process.ended.wait())
             process.end(1)
-        return await super().wait()
+        ended = await super().wait()
+        self._node.machine.has_ended(self._id)
+        return ended
 
 
 class MemoryFiles(TaskFiles):

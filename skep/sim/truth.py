@@ -33,7 +33,7 @@ class Truth:
     def __init__(self, now: Callable[[], float]) -> None:
         self.watchers: list[Callable[[Change, View], None]] = []
         self.leader: NodeId | None = None
-        self._now = now
+        self.now = now
         self._state = State()
         self._cipher: Cipher | None = None
 
@@ -60,6 +60,6 @@ class Truth:
             if change.key == keys.LEADER and change.value is not None:
                 self.leader = msgspec.json.decode(change.value, type=LeaderRecord).node
         happened = self._state.apply(revision, changes)
-        told = Change(self._now(), origin, leader, revision, changes, happened)
+        told = Change(self.now(), origin, leader, revision, changes, happened)
         for watcher in self.watchers:
             watcher(told, self._state)

@@ -74,6 +74,19 @@ class PartCodec:
         return True
 
 
+def codecs_of(schema: KindSchema) -> Mapping[str, PartCodec]:
+    """The codec of each part of a kind.  Made once: structs and decoders take milliseconds, and every load of the
+    store begins with an empty state."""
+    known = _codecs.get(schema.type)
+    if known is None or known[0] is not schema:
+        known = (schema, {part: PartCodec(schema, part) for part in (HEAD, *schema.parts)})
+        _codecs[schema.type] = known
+    return known[1]
+
+
+_codecs: dict[type[Object], tuple[KindSchema, Mapping[str, PartCodec]]] = {}
+
+
 def _field_like(known: msgspec.structs.FieldInfo) -> Any:
     """A field with the name and default that ``known`` has."""
     if known.default is not msgspec.NODEFAULT:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from skep.store.codec import PartCodec
+from skep.store.codec import codecs_of
 from skep.store.interface import Created, Deleted, Event, KindSchema, Object, Updated
 from skep.store.keys import HEAD
 
@@ -49,7 +49,7 @@ class Table:
 
     def __init__(self, schema: KindSchema) -> None:
         self.schema = schema
-        self.codecs = {part: PartCodec(schema, part) for part in (HEAD, *schema.parts)}
+        self.codecs = codecs_of(schema)
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
         self.marks: dict[str, Marks] = {}

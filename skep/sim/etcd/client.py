@@ -140,7 +140,7 @@ class SimulatedWatching(Watching):
     def show(self, revision: int, lag_s: float) -> None:
         """The member has come to ``revision``; the watch tells it ``lag_s`` later, in order."""
         if lag_s > 0:
-            asyncio.get_running_loop().call_later(lag_s, self._show, revision)
+            self._raft.loop.call_later(lag_s, self._show, revision)
         else:
             self._show(revision)
 

@@ -35,10 +35,12 @@ Committed = Callable[[NodeId, int, "list[pb.Event]"], None]
 class Entry:
     """A transaction on its way into the log."""
 
-    def __init__(self, origin: "Member", request: pb.TxnRequest) -> None:
+    def __init__(
+        self, origin: "Member", request: pb.TxnRequest, answer: "asyncio.Future[pb.TxnResponse]"
+    ) -> None:
         self.origin = origin
         self.request = request
-        self.answer: asyncio.Future[pb.TxnResponse] = asyncio.get_running_loop().create_future()
+        self.answer = answer
         self.holders: set[NodeId] = set()
         """Who has received it, committed or not."""
 
@@ -107,6 +109,7 @@ class Raft:
         """Called with each new leader and its term."""
         self.current: Leadership | None = None
         """The latest to be elected."""
+        self.loop = loop
         self._later = loop.call_later
         self._now = loop.time
         self._random = random
@@ -178,7 +181,7 @@ class Raft:
         """
         if not member.is_running:
             raise Uncertain("the store does not answer: connection refused")
-        entry = Entry(member, request)
+        entry = Entry(member, request, self.loop.create_future())
         member.entries.append(entry)
         leadership = member.leadership
         if leadership is not None and self._links.reaches(member.id, leadership.member.id):
@@ -225,7 +228,7 @@ class Raft:
         if entry.origin.applied >= revision:
             resolve()
         else:
-            arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            arrived: asyncio.Future[None] = self.loop.create_future()
             arrived.add_done_callback(lambda _: resolve())
             entry.origin.waiting.append((revision, arrived))
 

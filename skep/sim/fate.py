@@ -1,0 +1,235 @@
+"""What breaks: faults of machines, processes, disks, clocks and the network between them, by chance, and their end."""
+
+from collections.abc import Callable, Sequence
+from random import Random
+
+import msgspec
+
+from skep.model.ids import NodeId
+from skep.sim.cluster import SimulatedCluster
+
+Undo = Callable[[], None]
+
+
+class Trouble(msgspec.Struct):
+    """A fault that lasts."""
+
+    name: str
+    until: float
+    undo: Undo
+    hits: frozenset[NodeId]
+    """Machines that have it: none has two at once."""
+
+
+class Fate:
+    """All faults of one cluster."""
+
+    def __init__(self, cluster: SimulatedCluster) -> None:
+        self._cluster = cluster
+        self._random: Random = cluster.random
+        self._troubles: list[Trouble] = []
+        self._faults: tuple[Callable[[], None], ...] = (
+            *(self._container_ends,) * 3,
+            *(self._power_loss, self._node_process_dies, self._node_process_dies),
+            *(self._manager_crashes, self._manager_crashes, self._most_managers_crash),
+            *(self._manager_and_worker_die, self._freeze, self._freeze),
+            *(self._cut_off, self._cut_off, self._split, self._split, self._lose_session_path),
+            *(self._slow_machine, self._slow_member, self._slow_watch, self._slow_disk),
+            *(self._compaction, self._depose, self._depose, self._clock_jumps),
+            self._poison,
+        )
+
+    def act(self) -> None:
+        """Something breaks."""
+        self._random.choice(self._faults)()
+
+    def pass_by(self) -> None:
+        """What is due ends."""
+        now = self._cluster.loop.time()
+        for trouble in [one for one in self._troubles if one.until <= now]:
+            self._end(trouble)
+
+    def heal(self) -> None:
+        """Everything ends."""
+        for trouble in list(self._troubles):
+            self._end(trouble)
+
+    # -- machines and processes ------------------------------------------------------------------------------------
+
+    def _container_ends(self) -> None:
+        running = [
+            task
+            for id in self._cluster.workers
+            if id not in self._hit()
+            for task in self._cluster.nodes[id].containers.values()
+        ]
+        if running:
+            task, code = self._random.choice(running), self._random.choice((0, 1, 137))
+            self._tell(f"container of {task.id[:6]} ends with {code}")
+            self._cluster.kill_container(task, exit_code=code)
+
+    def _power_loss(self) -> None:
+        if id := self._victim(self._cluster.workers):
+            self._begin("power loss", [id], self._without_power([id]))
+
+    def _node_process_dies(self) -> None:
+        if id := self._victim(self._cluster.workers):
+            self._cluster.kill_node(id, keeps_containers=True)
+            self._begin("node process dies", [id], lambda: self._cluster.start_node(id), (0.01, 0.3, 2.0))
+
+    def _manager_crashes(self) -> None:
+        if id := self._victim(self._cluster.managers):
+            self._cluster.crash(id)
+            self._begin("manager crashes", [id], lambda: self._cluster.start_manager(id))
+
+    def _most_managers_crash(self) -> None:
+        healthy = [id for id in self._cluster.managers if id not in self._hit()]
+        if len(healthy) == len(self._cluster.managers) and self._random.random() < 0.5:
+            ids = self._random.sample(healthy, len(healthy) // 2 + 1)
+            self._begin("most managers lose power", ids, self._without_power(ids), (1.0, 6.0))
+
+    def _manager_and_worker_die(self) -> None:
+        manager, worker = self._victim(self._cluster.managers), self._victim(self._cluster.workers)
+        if manager and worker:
+            self._begin("power loss", [manager, worker], self._without_power([manager, worker]))
+
+    def _freeze(self) -> None:
+        if id := self._victim([*self._cluster.managers, *self._cluster.workers]):
+            self._cluster.links.freeze(id)
+            self._begin("frozen", [id], lambda: self._cluster.links.thaw(id), (0.3, 1.5, 6.0))
+
+    def _without_power(self, ids: Sequence[NodeId]) -> Undo:
+        """Nobody hears a last word from them."""
+        cut = self._cluster.links.cut(ids, self._machines())
+        for id in ids:
+            if id in self._cluster.nodes:
+                self._cluster.kill_node(id)
+            else:
+                self._cluster.crash(id)
+
+        def undo() -> None:
+            self._cluster.links.mend(cut)
+            for id in ids:
+                if id in self._cluster.nodes:
+                    self._cluster.start_node(id)
+                else:
+                    self._cluster.start_manager(id)
+
+        return undo
+
+    # -- the network -----------------------------------------------------------------------------------------------
+
+    def _cut_off(self) -> None:
+        if id := self._victim([*self._cluster.managers, *self._cluster.workers]):
+            others = [other for other in self._machines() if other != id]
+            match self._random.choice(("both", "both", "in", "out")):
+                case "both":
+                    cut = self._cluster.links.cut([id], others)
+                case "in":
+                    cut = self._cluster.links.cut(others, [id], both_ways=False)
+                case _:
+                    cut = self._cluster.links.cut([id], others, both_ways=False)
+            self._begin("cut off", [id], lambda: self._cluster.links.mend(cut))
+
+    def _split(self) -> None:
+        """Everybody is on one of two sides."""
+        if any(trouble.name == "split" for trouble in self._troubles):
+            return
+        machines = self._machines()
+        side = [id for id in machines if self._random.random() < 0.5]
+        cut = self._cluster.links.cut(side, [id for id in machines if id not in side])
+        self._begin("split", [], lambda: self._cluster.links.mend(cut), detail=",".join(side))
+
+    def _lose_session_path(self) -> None:
+        """One worker does not reach one manager, perhaps only one way."""
+        worker = self._random.choice(self._cluster.workers)
+        manager = self._random.choice(self._cluster.managers)
+        cut = self._cluster.links.cut([worker], [manager], both_ways=self._random.random() < 0.5)
+        self._begin("no way", [], lambda: self._cluster.links.mend(cut), detail=f"{worker} to {manager}")
+
+    def _slow_machine(self) -> None:
+        id = self._random.choice(self._machines())
+        if id not in self._cluster.network.slow:
+            self._cluster.network.slow[id] = self._random.uniform(0.05, 0.8)
+            self._begin("slow", [], lambda: self._forget_slow(id), detail=id)
+
+    def _forget_slow(self, id: NodeId) -> None:
+        del self._cluster.network.slow[id]
+
+    # -- the store -------------------------------------------------------------------------------------------------
+
+    def _slow_member(self) -> None:
+        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
+        member.lag_s = self._random.uniform(0.05, 1.5)
+        self._begin("member lags", [], lambda: setattr(member, "lag_s", 0.0), detail=member.id)
+
+    def _slow_watch(self) -> None:
+        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
+        member.watch_lag_s = self._random.uniform(0.05, 3.0)
+        self._begin("watch lags", [], lambda: setattr(member, "watch_lag_s", 0.0), detail=member.id)
+
+    def _slow_disk(self) -> None:
+        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
+        member.stall_s = self._random.choice((0.1, 0.9, 1.5))
+        self._begin("disk stalls", [], lambda: setattr(member, "stall_s", 0.0), (0.1, 1.0), detail=member.id)
+
+    def _compaction(self) -> None:
+        revision = self._cluster.raft.kv.revision - self._random.choice((0, 0, 5, 50))
+        self._tell(f"compaction at {revision}")
+        self._cluster.raft.kv.compact(revision)
+
+    def _depose(self) -> None:
+        self._tell("leadership moves")
+        self._cluster.depose(quietly=self._random.random() < 0.7)
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def _clock_jumps(self) -> None:
+        id = self._random.choice(self._machines())
+        by_s = self._random.choice((-3600.0, -30.0, -1.0, 1.0, 30.0, 3600.0))
+        self._tell(f"the clock of {id} jumps by {by_s}")
+        self._cluster.clocks[id].wall_off_s += by_s
+
+    def _poison(self) -> None:
+        services = [id for id in self._cluster.observer.promises.services if id not in self._cluster.poisoned]
+        if services:
+            id = self._random.choice(services)
+            self._cluster.poisoned.add(id)
+            self._begin("poison", [], lambda: self._cluster.poisoned.discard(id), (0.5, 3.0), detail=id)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _machines(self) -> list[NodeId]:
+        return [*self._cluster.managers, *self._cluster.workers]
+
+    def _hit(self) -> set[NodeId]:
+        return {id for trouble in self._troubles for id in trouble.hits}
+
+    def _victim(self, candidates: Sequence[NodeId]) -> NodeId | None:
+        healthy = [id for id in candidates if id not in self._hit()]
+        return self._random.choice(healthy) if healthy else None
+
+    def _begin(
+        self,
+        name: str,
+        hits: Sequence[NodeId],
+        undo: Undo,
+        lasts_s: Sequence[float] = (0.3, 1.5, 6.0),
+        *,
+        detail: str = "",
+    ) -> None:
+        lasting_s = self._random.choice(lasts_s) * self._random.uniform(0.5, 1.5)
+        until = self._cluster.loop.time() + lasting_s
+        self._troubles.append(Trouble(name, until, undo, frozenset(hits)))
+        self._cluster.disturbances += 1
+        self._tell(f"{name} {','.join(hits)}{detail} for {lasting_s:.2f} s")
+
+    def _end(self, trouble: Trouble) -> None:
+        self._troubles.remove(trouble)
+        trouble.undo()
+        self._cluster.disturbances -= 1
+        self._tell(f"end of {trouble.name} {','.join(sorted(trouble.hits))}")
+
+    def _tell(self, text: str) -> None:
+        self._cluster.disturb()
+        self._cluster.trace.add(f"fault: {text}")

@@ -1,0 +1,141 @@
+"""One random life of a cluster: users and fate do as they like, then all is healed, and all must be as was asked for.
+
+``live(seed)`` says everything that was wrong.  The same seed gives the same life.
+"""
+
+import traceback
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import cast
+
+import msgspec
+
+from skep.model.ids import NodeId
+from skep.model.service import Service, UpdateState
+from skep.model.task import TaskState
+from skep.sim.cluster import SimulatedCluster
+from skep.sim.fate import Fate
+from skep.sim.node import image_of
+from skep.sim.rules.rest import replica_violations
+from skep.sim.rules.tasks import is_wanted
+from skep.sim.users import BROKEN, CRASHING, CRASHING_AFTER_S, Users
+from skep.store.state import State
+
+STEPS = 22
+PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
+CONVERGED_S = 90.0
+"""From the last fault until everything is as was asked for, at most."""
+LOOK_S = 0.5
+
+
+class Outcome(msgspec.Struct):
+    """What came of one life."""
+
+    seed: int
+    violations: list[str]
+    trace: list[str]
+    """What happened before the end, or before the first violation if that is still known."""
+
+
+def live(seed: int, steps: int = STEPS) -> Outcome:
+    """Live the life of ``seed``."""
+    shape = Random(seed ^ 0x5EED)
+    cluster = SimulatedCluster(
+        managers=shape.choice((1, 3, 3, 3, 5)), workers=shape.randint(2, 5), seed=seed, skew=True
+    )
+    try:
+        with cluster:
+            _live(cluster, steps)
+    except Exception as error:
+        cluster.observer.note(
+            cluster.loop.time(), [f"{type(error).__name__}: {error}", traceback.format_exc()]
+        )
+    return Outcome(seed, list(cluster.observer.violations), cluster.observer.traced or cluster.trace.lines())
+
+
+def _live(cluster: SimulatedCluster, steps: int) -> None:
+    for node in cluster.nodes.values():
+        node.broken_images.add(BROKEN)
+        node.crashing_images[CRASHING] = CRASHING_AFTER_S
+    users, fate, random = Users(cluster), Fate(cluster), cluster.random
+    users.create()
+    cluster.run_for(0.5)
+    for _ in range(steps):
+        if random.random() < 0.6:
+            users.act()
+        else:
+            fate.act()
+        cluster.run_for(random.choice(PAUSES_S))
+        fate.pass_by()
+        if cluster.observer.violations:
+            return
+    fate.heal()
+    cluster.trace.add("all is healed")
+    cluster.do(users.finished())
+    cluster.do(users.activate_all())
+    _converge(cluster)
+    if random.random() < 0.3:
+        cluster.do(users.remove_all())
+        _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
+    cluster.run_for(2.0)
+    _check_rest(cluster)
+
+
+def _converge(cluster: SimulatedCluster) -> None:
+    _until(cluster, lambda: [text for one in cluster.view.find(Service) for text in unmet(cluster, one)])
+
+
+def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> None:
+    """Let time pass until nothing is missing; too long is a violation."""
+    until = cluster.loop.time() + CONVERGED_S
+    while lacking := list(missing()):
+        if cluster.loop.time() > until:
+            cluster.observer.note(cluster.loop.time(), [f"not after {CONVERGED_S} s: {lacking}"])
+            return
+        cluster.run_for(LOOK_S)
+
+
+def unmet(cluster: SimulatedCluster, service: Service) -> Iterable[str]:
+    """What a service lacks of what its spec says; with an image that never works, only as many attempts as slots."""
+    if service.removed_at is not None:
+        yield f"{service.id} is not gone"
+        return
+    wanted = [task for task in cluster.tasks(service.id) if is_wanted(task)]
+    slots = {task.slot or task.node_id for task in wanted}
+    is_global = service.spec.mode.name == "global"
+    if len(slots) != (number := len(cluster.workers) if is_global else service.spec.replicas):
+        yield f"{service.id} has {len(slots)} slots of {number}"
+        return
+    container = service.spec.task_template.container_spec
+    if container is None or container.image in (BROKEN, CRASHING):
+        return
+    status = service.update_status
+    running = [task for task in wanted if task.status.state is TaskState.RUNNING]
+    if status is not None and status.state in (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED):
+        hopeful = [task for task in wanted if image_of(task) not in (BROKEN, CRASHING)]
+        if len(running) < len(hopeful):
+            yield f"{service.id}: {len(running)} of {len(hopeful)} run, its update is paused"
+        return
+    if status is not None and status.state in (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED):
+        yield f"{service.id} is still {status.state.value}"
+    right = [task for task in running if image_of(task) == container.image]
+    if not len(right) == len(slots) == len(wanted):
+        yield f"{service.id}: {len(right)} of {len(slots)} run {container.image}, {len(wanted)} are wanted"
+
+
+def _check_rest(cluster: SimulatedCluster) -> None:
+    """Everything that holds once nothing happens any more."""
+    note, now = cluster.observer.note, cluster.loop.time
+    note(now(), cluster.rest_violations())
+    promises = cluster.observer.promises
+    note(now(), promises.broken(cluster.view, promises.given()))
+    for id in cluster.managers:
+        note(now(), cluster.do(_replica_violations(cluster, id)))
+
+
+async def _replica_violations(cluster: SimulatedCluster, id: NodeId) -> list[str]:
+    store = cluster.running_managers[id].store
+    if store is None:
+        return [f"{id} serves nothing"]
+    await store.barrier()
+    return list(replica_violations(id, cast("State", store.view()), cluster.truth.view))

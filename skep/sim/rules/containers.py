@@ -1,0 +1,125 @@
+"""Rules on what machines do: asked whenever a container starts or is stopped."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from skep.model.ids import NodeId, TaskId
+from skep.model.node import Node, NodeState
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
+from skep.sim.rules.tasks import is_wanted, may_start_first
+from skep.sim.truth import Change
+from skep.store.interface import Created, Deleted, Updated, View
+
+STOP_TIMEOUT_S = 60.0
+"""A successor waits no longer than this for what it replaces; see ``orchestrator/restart.py``."""
+TOLERANCE = 0.99
+"""Clocks of machines run differently fast."""
+DEFAULT_DELAY_S = 5.0
+
+
+class Record(msgspec.Struct):
+    """What is known of one task, also when it is history."""
+
+    task: Task
+    created_at: float
+    retired_at: float | None = None
+    """When it was no longer meant to run."""
+    failed_at: float | None = None
+    """When it was seen to have ended by itself."""
+
+
+class Containers:
+    """Remembers what was committed when, and judges each start and each stop by it."""
+
+    def __init__(self) -> None:
+        self.live: dict[TaskId, NodeId] = {}
+        """Containers that run, and where."""
+        self._records: dict[TaskId, Record] = {}
+        self._slots: dict[str, list[TaskId]] = {}
+        self._down_at: dict[NodeId, float] = {}
+        """When a node was last known not to be ready."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        """Remember; no commit is wrong by itself."""
+        for event in change.events:
+            match event:
+                case Created(Task() as task):
+                    self._records[task.id] = Record(task, change.time_s)
+                    self._slots.setdefault(_slot_of(task), []).append(task.id)
+                case Updated(Task() as old, Task() as new):
+                    self._note(self._records[new.id], old, new, change.time_s)
+                case Created(Node() as node) | Deleted(Node() as node):
+                    self._down_at[node.id] = change.time_s
+                case Updated(Node() as before, Node() as after):
+                    if NodeState.DOWN in (before.status.state, after.status.state):
+                        self._down_at[after.id] = change.time_s
+        return ()
+
+    def started(self, node_id: NodeId, task: Task, now: float, view: View) -> Iterable[str]:
+        """A container starts: not beside one that is to make room for it, and not before the restart delay."""
+        self.live[task.id] = node_id
+        yield from self._beside(task, now, view)
+        yield from self._early(task, now)
+
+    def stopped(self, node_id: NodeId, task_id: TaskId, view: View) -> Iterable[str]:
+        """A node stops a container that runs: only what is no longer meant to run there."""
+        task = view.lookup(Task, task_id)
+        if task is None or task.node_id != node_id or not is_wanted(task):
+            return
+        if view.lookup(Node, node_id) is not None:
+            yield f"{node_id} stopped the container of task {task_id}, which is to run there"
+
+    def ended(self, task_id: TaskId) -> None:
+        """A container is gone, however that came."""
+        self.live.pop(task_id, None)
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _note(self, record: Record, old: Task, new: Task, now: float) -> None:
+        record.task = new
+        if is_wanted(old) and not is_wanted(new):
+            record.retired_at = now
+        by_itself = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
+        if old.status.state != new.status.state and new.status.state in by_itself and is_wanted(old):
+            record.failed_at = now
+
+    def _beside(self, task: Task, now: float, view: View) -> Iterable[str]:
+        service = view.lookup(Service, task.service_id)
+        own = self._records.get(task.id)
+        if service is None or own is None or may_start_first(service):
+            return
+        for id in self._slots.get(_slot_of(task), ()):
+            other, node_id = self._records[id], self.live.get(id)
+            if id == task.id or node_id is None or other.retired_at is None:
+                continue
+            is_reported = other.task.status.state > TaskState.RUNNING
+            was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at - STOP_TIMEOUT_S
+            is_overdue = now - own.created_at > STOP_TIMEOUT_S * TOLERANCE
+            if not is_reported and not was_lost and not is_overdue:
+                yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
+
+    def _early(self, task: Task, now: float) -> Iterable[str]:
+        slot = self._slots.get(_slot_of(task), [])
+        place = slot.index(task.id) if task.id in slot else 0
+        if not place:
+            return
+        before = self._records[slot[place - 1]]
+        created_at = self._records[task.id].created_at
+        if before.failed_at is None or before.failed_at > created_at or before.task.spec != task.spec:
+            return
+        delay_s = _delay_s(before.task) * TOLERANCE
+        if now < before.failed_at + delay_s:
+            waited_s = now - before.failed_at
+            yield f"task {task.id} started {waited_s:.2f} s after {before.task.id} failed, not {delay_s:.2f}"
+
+
+def _slot_of(task: Task) -> str:
+    return f"{task.service_id}/{task.slot or task.node_id}"
+
+
+def _delay_s(task: Task) -> float:
+    policy = task.spec.restart_policy
+    return DEFAULT_DELAY_S if policy is None or policy.delay is None else policy.delay / SECOND_NS

@@ -1,0 +1,28 @@
+"""Rules on what is said of nodes: none is called down while nothing is wrong with it."""
+
+from collections.abc import Callable, Iterable
+
+from skep.model.node import Node, NodeState
+from skep.sim.truth import Change
+from skep.store.interface import Updated, View
+
+CALM_S = 15.0
+"""Longer than any grace, and than finding another manager."""
+
+
+class NoFalseAlarm:
+    """While nothing was wrong anywhere for a while, nobody is down."""
+
+    def __init__(self, calm_since: Callable[[], float]) -> None:
+        """``calm_since``: when the last fault was over; infinity while there is one."""
+        self._calm_since = calm_since
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Node() as before, Node() as after) if (
+                    after.status.state is NodeState.DOWN and before.status.state is not NodeState.DOWN
+                ):
+                    calm_s = change.time_s - self._calm_since()
+                    if calm_s > CALM_S:
+                        yield f"{after.id} was called down after {calm_s:.1f} s without a fault"

@@ -1,0 +1,86 @@
+"""Asks every rule at every commit."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.task import Task
+from skep.sim.rules.containers import Containers
+from skep.sim.rules.liveness import NoFalseAlarm
+from skep.sim.rules.promises import Promises
+from skep.sim.rules.tasks import (
+    TasksAreSpread,
+    UpdatesKeepServing,
+    names_are_unique,
+    nodes_are_not_overcommitted,
+    slots_are_filled_once,
+    tasks_move_forward,
+)
+from skep.sim.rules.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
+from skep.sim.trace import Trace
+from skep.sim.truth import Change, Truth
+from skep.store.interface import Created, View
+
+Rule = Callable[[Change, View], Iterable[str]]
+
+
+class Observer:
+    """Collects what was ever wrong in a run."""
+
+    def __init__(self, truth: Truth, trace: Trace, calm_since: Callable[[], float]) -> None:
+        """``calm_since``: when the last fault was over; infinity while there is one."""
+        self.containers = Containers()
+        self.promises = Promises()
+        self.traced: list[str] = []
+        """What happened before the first violation."""
+        self._truth = truth
+        self._trace = trace
+        self.violations: list[str] = []
+        """In order of time."""
+        self.created: Counter[ServiceId] = Counter()
+        """How many tasks each service has been given."""
+        self.rules: list[Rule] = [
+            tasks_move_forward,
+            slots_are_filled_once,
+            names_are_unique,
+            nodes_are_not_overcommitted,
+            one_leader_writes,
+            owners_speak_for_their_nodes,
+            sessions_are_taken,
+            TasksAreSpread(),
+            UpdatesKeepServing(),
+            NoFalseAlarm(calm_since),
+            self.containers,
+            self.promises,
+        ]
+        truth.watchers.append(self._check)
+
+    def note(self, time_s: float, violations: Iterable[str]) -> None:
+        """Something was wrong."""
+        found = [f"{time_s:.3f} s: {violation}" for violation in violations]
+        if found and not self.violations:
+            self.traced = self._trace.lines()
+        self.violations += found
+
+    # -- what machines tell: see node.ContainerWatcher ----------------------------------------------------------------
+
+    def container_started(self, node_id: NodeId, task: Task) -> None:
+        now = self._truth.now()
+        self._trace.add(f"{node_id} starts task {task.id[:6]}")
+        self.note(now, self.containers.started(node_id, task, now, self._truth.view))
+
+    def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
+        self._trace.add(f"{node_id} stops task {task_id[:6]}")
+        self.note(self._truth.now(), self.containers.stopped(node_id, task_id, self._truth.view))
+
+    def container_ended(self, node_id: NodeId, task_id: TaskId) -> None:
+        self.containers.ended(task_id)
+
+    def _check(self, change: Change, view: View) -> None:
+        self._trace.commit(change, view)
+        for event in change.events:
+            match event:
+                case Created(Task() as task):
+                    self.created[task.service_id] += 1
+        for rule in self.rules:
+            self.note(change.time_s, rule(change, view))

@@ -1,0 +1,181 @@
+"""Rules on tasks and services that one commit can break."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
+from skep.model.task import Task, TaskState
+from skep.sim.truth import Change
+from skep.store.interface import Created, Updated, View
+
+
+def tasks_move_forward(change: Change, view: View) -> Iterable[str]:
+    """States only move forward; a task is placed once, and keeps its slot."""
+    for event in change.events:
+        match event:
+            case Updated(Task() as old, Task() as new):
+                yield from _transition_violations(old, new)
+
+
+def _transition_violations(old: Task, new: Task) -> Iterable[str]:
+    if new.status.state < old.status.state:
+        yield f"task {new.id} went back from {old.status.state.value} to {new.status.state.value}"
+    if new.desired_state < old.desired_state:
+        yield f"task {new.id}: desired state went back to {new.desired_state.value}"
+    if old.node_id and new.node_id != old.node_id:
+        yield f"task {new.id} moved from {old.node_id} to {new.node_id}"
+    if new.slot != old.slot or new.service_id != old.service_id:
+        yield f"task {new.id} changed its slot"
+
+
+def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
+    """A slot has one wanted task; while an update starts the new one first, two."""
+    for event in change.events:
+        match event:
+            case Created(Task() as task) | Updated(_, Task() as task) if is_wanted(task):
+                slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
+                wanted = [one.id for one in slot if is_wanted(one)]
+                service = view.lookup(Service, task.service_id)
+                if len(wanted) > (2 if service is not None and may_start_first(service) else 1):
+                    yield f"slot {task.slot or task.node_id} of {task.service_id} is filled by {wanted}"
+
+
+def names_are_unique(change: Change, view: View) -> Iterable[str]:
+    """No two services that were not removed have one name."""
+    for event in change.events:
+        match event:
+            case Created(Service() as service) | Updated(_, Service() as service):
+                found = view.find(Service, name=service.spec.name)
+                if len(found) > 1:
+                    yield f"name {service.spec.name} belongs to {[one.id for one in found]}"
+
+
+def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
+    """No node has more reserved than it has, or more copies of a service than allowed."""
+    for event in change.events:
+        match event:
+            case Updated(Task() as old, Task() as new) if new.node_id != old.node_id:
+                node = view.lookup(Node, new.node_id)
+                if node is not None:
+                    yield from _node_violations(view, node, new)
+
+
+def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
+    here = [one for one in view.find(Task, node_id=node.id) if _holds(one)]
+    has = node.description.resources
+    held = [_reservations(one) for one in here]
+    if sum(one.memory_bytes for one in held) > has.memory_bytes > 0:
+        yield f"memory of {node.id} is over-committed"
+    if sum(one.nano_cpus for one in held) > has.nano_cpus > 0:
+        yield f"processors of {node.id} are over-committed"
+    placement = task.spec.placement
+    copies = [one for one in here if one.service_id == task.service_id and is_wanted(one)]
+    if placement is not None and placement.max_replicas and len(copies) > placement.max_replicas:
+        yield f"{node.id} has {len(copies)} copies of {task.service_id}"
+
+
+class TasksAreSpread:
+    """While all nodes are as they were, a task goes where the fewest tasks of its service are.
+
+    One more is allowed: the leader may not know of the last end yet.
+    """
+
+    QUIET_S = 5.0
+    SLACK = 1
+
+    def __init__(self) -> None:
+        self._changed_at = 0.0
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Created(Node()):
+                    self._changed_at = change.time_s
+                case Updated(Node() as before, Node() as after) if (
+                    before.spec != after.spec or before.status.state != after.status.state
+                ):
+                    self._changed_at = change.time_s
+                case Updated(Task() as old, Task() as new) if not old.node_id and new.node_id:
+                    if change.time_s - self._changed_at > self.QUIET_S:
+                        yield from self._violations(view, new)
+
+    def _violations(self, view: View, task: Task) -> Iterable[str]:
+        if _reservations(task) != Resources() or _has_placement(task):
+            return  # other reasons count too
+        others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
+        if any(one.status.state in (TaskState.FAILED, TaskState.REJECTED) for one in others):
+            return  # nodes where tasks failed are avoided
+        copies = Counter(one.node_id for one in others if one.node_id and is_wanted(one))
+        nodes = [node.id for node in view.find(Node) if _takes_tasks(node)]
+        least = min((copies[id] for id in nodes), default=0)
+        if copies[task.node_id] > least + self.SLACK:
+            yield (
+                f"task {task.id} went to {task.node_id} with {copies[task.node_id]} others of {task.service_id}, "
+                f"while a node has {least}"
+            )
+
+
+class UpdatesKeepServing:
+    """With start-first, the only running task of a slot is not retired while another is to take its place."""
+
+    def __call__(self, change: Change, view: View) -> Iterable[str]:
+        for event in change.events:
+            match event:
+                case Updated(Task() as old, Task() as new) if is_wanted(old) and not is_wanted(new):
+                    yield from self._violations(view, old, new)
+
+    def _violations(self, view: View, old: Task, new: Task) -> Iterable[str]:
+        service = view.lookup(Service, new.service_id)
+        node = view.lookup(Node, new.node_id)
+        if service is None or service.removed_at is not None or not always_starts_first(service):
+            return
+        if new.status.state is not TaskState.RUNNING or node is None or not _takes_tasks(node):
+            return
+        slot = view.find(Task, slot=f"{new.service_id}/{new.slot or new.node_id}")
+        heirs = [one for one in slot if is_wanted(one)]
+        differs = any(heir.spec != new.spec for heir in heirs)
+        if heirs and differs and not any(heir.status.state is TaskState.RUNNING for heir in heirs):
+            yield f"task {new.id} was stopped before {[heir.id for heir in heirs]} ran"
+
+
+def is_wanted(task: Task) -> bool:
+    """Whether the task is meant to run."""
+    return task.desired_state <= TaskState.RUNNING
+
+
+def may_start_first(service: Service) -> bool:
+    """Whether an update or rollback to or from the present spec may start the new task first."""
+    return any(config.order is UpdateOrder.START_FIRST for config in _configs(service))
+
+
+def always_starts_first(service: Service) -> bool:
+    """Whether every update and rollback to or from the present spec starts the new task first."""
+    return all(config.order is UpdateOrder.START_FIRST for config in _configs(service))
+
+
+def _configs(service: Service) -> list[UpdateConfig]:
+    specs = (service.spec, service.previous_spec or service.spec)
+    return [
+        config or UpdateConfig() for spec in specs for config in (spec.update_config, spec.rollback_config)
+    ]
+
+
+def _takes_tasks(node: Node) -> bool:
+    return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
+
+
+def _has_placement(task: Task) -> bool:
+    placement = task.spec.placement
+    return placement is not None and bool(
+        placement.constraints or placement.preferences or placement.max_replicas
+    )
+
+
+def _holds(task: Task) -> bool:
+    return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+
+
+def _reservations(task: Task) -> Resources:
+    resources = task.spec.resources
+    return (resources.reservations if resources else None) or Resources()
