@@ -136,7 +136,7 @@ def test_without_managers_a_task_has_failed_when_its_policy_gives_up() -> None:
         cluster.run_for(100)
         assert cluster.containers("web") == 0
         cluster.start_manager(cluster.managers[0])
-        cluster.run_until(lambda: cluster.running("web") == 1, within_s=30)
+        cluster.run_until(lambda: cluster.created("web") == 2 and cluster.running("web") == 1, within_s=30)
         failed = next(one for one in cluster.tasks("web") if one.id == task.id)
         assert failed.status.state is TaskState.FAILED
         cluster.check_invariants()
