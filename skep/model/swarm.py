@@ -6,7 +6,7 @@ from typing import ClassVar
 import msgspec
 
 from skep.model.encoding import ApiObject, GoInt, Uint32, Uint64, always
-from skep.model.ids import ClusterId
+from skep.model.ids import ClusterId, NodeId
 from skep.model.meta import Driver, TLSInfo, Version
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
@@ -118,12 +118,22 @@ class RootRotation(ApiObject):
     """The new root as the old one vouches for it: goes with every certificate until all nodes have a new one."""
 
 
+class Freeze(ApiObject):
+    """Replacement of tasks is frozen: so many nodes went down at once that the judge is more likely wrong than they."""
+
+    since: Timestamp
+    nodes: tuple[NodeId, ...] = ()
+    """Those that went down."""
+    ready_before: int = 0
+    """How many nodes were ready a minute before."""
+
+
 class Swarm(ApiObject):
     """The cluster.
 
-    Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``, ``rotation``; init:
-    the rest.  There is exactly one, whose id is the cluster's.  While the root is rotated, ``tls_info`` trusts the
-    old root and names the new one as issuer.  ``rotation`` is internal and left out of API answers.
+    Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``, ``rotation``; leader
+    and API (which only ends it): ``freeze``; init: the rest.  There is exactly one, whose id is the cluster's.  While the root is rotated, ``tls_info`` trusts the
+    old root and names the new one as issuer.  ``rotation`` and ``freeze`` are internal and left out of API answers.
     """
 
     id: ClusterId
@@ -138,6 +148,7 @@ class Swarm(ApiObject):
     data_path_port: Uint32 = always(4789)
     join_tokens: JoinTokens = always(JoinTokens())
     rotation: RootRotation | None = None
+    freeze: Freeze | None = None
 
 
 DEFAULT_SWARM_SPEC = SwarmSpec(

@@ -161,7 +161,10 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
     KindSchema(
         name="swarm",
         type=Swarm,
-        parts={"ca": ("join_tokens", "tls_info", "root_rotation_in_progress", "rotation")},
+        parts={
+            "ca": ("join_tokens", "tls_info", "root_rotation_in_progress", "rotation"),
+            "freeze": ("freeze",),
+        },
         taken=_nothing_taken,
         indexes={"name": _spec_name},
     ),

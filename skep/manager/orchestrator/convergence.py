@@ -33,7 +33,8 @@ def next_steps(situation: Situation) -> list[Step]:
             steps: list[Step] = [*replicated.reconcile(service, tasks, situation.seen)]
         case "global":
             slots = _on_active_nodes(group_by_node(tasks), situation)
-            steps = [*global_services.reconcile(service, tasks, situation.nodes(), situation.seen)]
+            present = [task for task in tasks if not situation.is_held(task)]
+            steps = [*global_services.reconcile(service, present, situation.nodes(), situation.seen)]
         case "replicated-job" | "global-job":
             return jobs.next_steps(situation)
     changed = set(map(_slot_of, steps))

@@ -1,7 +1,7 @@
 """The orchestrator's loop: watches services, tasks and nodes, and applies ``convergence.next_steps``."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from random import Random
 
 import structlog
@@ -15,6 +15,7 @@ from skep.manager.guard import Guard, contained
 from skep.manager.orchestrator.changes import Change, Recheck, apply
 from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.enforcement import is_out_of_place, overcommitted
+from skep.manager.orchestrator.freezer import Freezer
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
@@ -22,6 +23,7 @@ from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec, UpdateStatus
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
@@ -42,25 +44,35 @@ RETRY_S = 0.5
 class Orchestrator:
     """Keeps every service at its wanted tasks: replicated, global and jobs, restarts, rolling updates."""
 
-    def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+    def __init__(
+        self,
+        term: State,
+        clock: Clock,
+        new_id: IdSource,
+        random: Random,
+        network_changed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``network_changed``: whether this manager's own network changed since it was asked last."""
         self._term = term
         self._clock = clock
         self._new_id = new_id
         self._random = random
         self._agenda: Agenda[ServiceId] = Agenda(clock)
         self._guard = Guard(clock, random)
+        self._freezer = Freezer(term, clock, network_changed, self._look_at_everything)
         self._seen = Sightings(clock.monotonic())
         self._global: set[ServiceId] = set()
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
-        kinds = (Service, Task, Node)
-        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work)
+        kinds = (Service, Task, Node, Swarm)
+        await follow(self._term, kinds, start=self._start, note=self._note, work=self._work_and_freeze)
 
     def _start(self, snapshot: View) -> None:
         self._seen = Sightings(self._clock.monotonic())
         self._overcommitted.clear()
+        self._freezer.start(snapshot)
         services = snapshot.find(Service)
         self._global = {service.id for service in services if _is_global(service)}
         self._agenda.add(service.id for service in services)
@@ -69,6 +81,7 @@ class Orchestrator:
 
     def _note(self, commit: Commit) -> None:
         self._seen.note(commit, self._clock.monotonic())
+        self._freezer.note(commit)  # first: a storm is not to be answered by what makes it one
         self._agenda.add(self._touched(commit))
 
     def _touched(self, commit: Commit) -> Iterable[ServiceId]:
@@ -113,6 +126,14 @@ class Orchestrator:
         for task in self._term.view().find(Task, node_id=node.id):
             if task.service_id:
                 yield task.service_id
+
+    def _look_at_everything(self) -> None:
+        self._agenda.add(service.id for service in self._term.view().find(Service))
+
+    async def _work_and_freeze(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._freezer.run(), name="freezer")
+            await self._work()
 
     async def _work(self) -> None:
         while True:
@@ -168,6 +189,7 @@ class Orchestrator:
                 spec_of=spec_of,
                 seen=self._seen,
                 now=self._clock.monotonic(),
+                is_frozen=self._freezer.is_frozen,
             )
         )
 

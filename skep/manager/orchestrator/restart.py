@@ -14,6 +14,7 @@ Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrat
 """
 
 from collections.abc import Iterator
+from math import inf
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, Step
 from skep.manager.orchestrator.sightings import Sightings
@@ -38,6 +39,8 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
     current = wanted(slot)
     for task in current:
         if not (task.status.state.is_terminal or situation.is_misplaced(task)):
+            if (leaves_at := situation.leaves_at(task)) < inf:
+                steps.append(Recheck(leaves_at))
             continue
         if task is not current[-1]:
             # An update has already put a newer task into the slot.

@@ -4,13 +4,14 @@ Stamps in the objects come from other machines' clocks and are for people.  What
 counts as seen at its begin, so a new leader starts every delay again, bounded by its full length.
 """
 
-from skep.model.ids import TaskId
+from skep.model.ids import NodeId, TaskId
+from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 
 class Sightings:
-    """First sightings of tasks' stages, in seconds on the leader's monotonic clock."""
+    """First sightings of tasks' stages and of nodes going down, in seconds on the leader's monotonic clock."""
 
     def __init__(self, began: float) -> None:
         """``began``: when the watch's snapshot was taken."""
@@ -18,6 +19,7 @@ class Sightings:
         self._created: dict[TaskId, float] = {}
         self._running: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
+        self._down: dict[NodeId, float] = {}
 
     def created(self, task: Task) -> float:
         """When the task appeared."""
@@ -35,6 +37,10 @@ class Sightings:
             return None
         return self._ended.get(task.id, self._began)
 
+    def down(self, node: Node) -> float:
+        """When the node was first seen down, of those times that it is down now."""
+        return self._down.get(node.id, self._began)
+
     def note(self, commit: Commit, now: float) -> None:
         """Remember what ``commit`` shows for the first time."""
         for event in commit.events:
@@ -46,6 +52,12 @@ class Sightings:
                     if old.status.state is TaskState.RUNNING:
                         self._running.setdefault(task.id, self._began)
                     self._note_state(task, now)
+                case Updated(Node() as before, Node() as node) if before.status.state != node.status.state:
+                    self._down.pop(node.id, None)
+                    if node.status.state is NodeState.DOWN:
+                        self._down[node.id] = now
+                case Deleted(Node() as node):
+                    self._down.pop(node.id, None)
                 case Deleted(Task() as task):
                     for stamps in (self._created, self._running, self._ended):
                         stamps.pop(task.id, None)

@@ -1,14 +1,17 @@
 """All that a decision about one service may look at."""
 
 from collections.abc import Callable
+from math import inf
 
 import msgspec
 
+from skep.manager.orchestrator.disconnection import replaced_at
 from skep.manager.orchestrator.enforcement import is_out_of_place
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.slots import is_unusable
 from skep.model.ids import NodeId, TaskId
-from skep.model.node import Node
+from skep.model.labels import disconnect_policy
+from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task
 
@@ -28,6 +31,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     seen: Sightings
     now: float
     """Seconds on the clock of ``seen``."""
+    is_frozen: bool = False
+    """Whether tasks of nodes that are down keep their places (``storm``)."""
 
     def node_of(self, task: Task) -> Node | None:
         return self.node(task.node_id) if task.node_id else None
@@ -37,6 +42,28 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if not task.node_id:
             return False
         node = self.node(task.node_id)
-        if node is None or is_unusable(node):
+        if node is None:
+            return True
+        if _is_down_only(node):
+            return self.leaves_at(task) <= self.now
+        if is_unusable(node):
             return True
         return is_out_of_place(task, node) or task.id in self.overcommitted(task.node_id)
+
+    def leaves_at(self, task: Task) -> float:
+        """When a task whose node is down loses its place; infinity: not for now, or its node is not down."""
+        node = self.node_of(task)
+        if node is None or not _is_down_only(node):
+            return inf
+        policy = disconnect_policy(self.service.spec.labels)
+        return replaced_at(policy, task, self.seen.down(node), is_frozen=self.is_frozen)
+
+    def is_held(self, task: Task) -> bool:
+        """Whether the task keeps its place though its node is down."""
+        node = self.node_of(task)
+        return node is not None and _is_down_only(node) and not self.is_misplaced(task)
+
+
+def _is_down_only(node: Node) -> bool:
+    """Whether a node is down and nobody wants it to be empty anyway."""
+    return node.status.state is NodeState.DOWN and node.spec.availability is not Availability.DRAIN

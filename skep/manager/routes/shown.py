@@ -35,7 +35,7 @@ def shown_node(node: Node) -> Node:
 
 def shown_swarm(swarm: Swarm) -> Swarm:
     """``swarm`` for an answer."""
-    return replace(swarm, rotation=None)
+    return replace(swarm, rotation=None, freeze=None)
 
 
 def shown_task(task: Task) -> Task:

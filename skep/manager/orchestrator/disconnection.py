@@ -1,0 +1,41 @@
+"""When the tasks of a node that is down lose their places to others.
+
+By default at once.  A service may have it later, never, or only once the node has surely stopped them itself (labels
+of ``model.labels``); and nothing is replaced while replacement is frozen (``storm``).  Until then a task keeps its
+slot: should the node return, it is found as it was.
+"""
+
+from math import inf
+from typing import assert_never
+
+from skep.model.labels import DisconnectPolicy, OnDisconnect
+from skep.model.task import Task
+from skep.model.times import SECOND_NS
+
+DEFAULT_STOP_GRACE_S = 10.0
+"""What a container without a grace period of its own gets between the stop signal and the end; Docker's."""
+
+
+def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_frozen: bool) -> float:
+    """When ``task``, whose node is down since ``down_at``, is to be replaced; infinity: not for now.
+
+    STOP: the node counts its delay from when it was last heard, which is before ``down_at``, and then gives the
+    container its time to stop; so with both added nothing runs twice.
+    """
+    if is_frozen:
+        return inf
+    match policy.action:
+        case OnDisconnect.REPLACE:
+            return down_at + policy.delay_s
+        case OnDisconnect.KEEP:
+            return inf
+        case OnDisconnect.STOP:
+            return down_at + policy.delay_s + _stop_grace_s(task)
+        case _:
+            assert_never(policy.action)
+
+
+def _stop_grace_s(task: Task) -> float:
+    container = task.spec.container_spec
+    grace_ns = container.stop_grace_period if container is not None else None
+    return grace_ns / SECOND_NS if grace_ns is not None else DEFAULT_STOP_GRACE_S

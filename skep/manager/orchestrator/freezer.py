@@ -1,0 +1,153 @@
+"""Carries the storm guard out: watches nodes, writes the freeze on the cluster, and takes it back.
+
+It is frozen from the moment the rule trips, not from when that is written: the commit that trips it is also the one
+that would have tasks replaced.
+"""
+
+from collections.abc import Callable, Iterator
+
+import structlog
+from msgspec.structs import replace
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.manager.follow import State
+from skep.manager.orchestrator.storm import FROZEN_S_MAX, NodeHistory, Trip, is_over
+from skep.model.labels import heartbeat_grace_s
+from skep.model.node import Node
+from skep.model.swarm import Freeze, Swarm
+from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.store.interface import Commit, NotLeader, Transaction, View
+
+log = structlog.get_logger()
+
+CHECK_S = 0.5
+DEFAULT_PERIOD_S = 5.0
+GRACE_PERIODS = 3
+
+
+class Freezer:
+    """Whether replacement is frozen.  Runs on the leader only."""
+
+    def __init__(
+        self, term: State, clock: Clock, network_changed: Callable[[], bool], changed: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            network_changed: whether this manager's own network changed since it was asked last.
+            changed: called when a freeze ends.
+        """
+        self._term = term
+        self._clock = clock
+        self._network_changed = network_changed
+        self._changed = changed
+        self._history = NodeHistory(())
+        self._network_changed_at = float("-inf")
+        self._trip: Trip | None = None
+        """Not written yet."""
+        self._frozen_at: float | None = None
+        """Since when this leader knows of the present freeze."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether tasks of nodes that are down keep their places."""
+        return self._trip is not None or self._frozen_at is not None
+
+    def start(self, view: View) -> None:
+        """Begin from a snapshot."""
+        self._history = NodeHistory(view.find(Node))
+        self._trip = None
+        self._frozen_at = self._clock.monotonic() if _freeze(view) is not None else None
+
+    def note(self, commit: Commit) -> None:
+        """Take in what changed."""
+        now = self._clock.monotonic()
+        if self._history.note(commit, now):
+            self._look(now)
+        is_written = _freeze(self._term.view()) is not None
+        if is_written and self._frozen_at is None:
+            self._frozen_at, self._trip = now, None
+        elif not is_written and self._frozen_at is not None:
+            self._end()
+
+    async def run(self) -> None:
+        """Write freezes, and end them when it is time, until cancelled."""
+        while True:
+            await self._clock.sleep(CHECK_S)
+            now = self._clock.monotonic()
+            if self._network_changed():
+                self._network_changed_at = now
+                self._look(now)
+            try:
+                if self._trip is not None:
+                    await self._term.update(_write, self._trip, timestamp(self._clock.now_ns()))
+                elif self._frozen_at is not None and (reason := self._reason_to_end(now)):
+                    await self._term.update(thaw)
+                    log.info("replacement goes on", reason=reason)
+            except NotLeader:
+                raise
+            except SkepError as error:
+                log.warning("freeze not written yet", error=str(error))
+
+    def _look(self, now: float) -> None:
+        """Freeze if what fell is a storm.  Later falls in a freeze change nothing."""
+        if self.is_frozen:
+            return
+        grace_s = _grace_s(self._term.view())
+        recently = now - self._network_changed_at <= grace_s
+        self._trip = self._history.trip(now, grace_s, network_changed=recently)
+        if self._trip is not None:
+            log.error(
+                "replacement is frozen: too many nodes went down at once",
+                nodes=self._trip.fallen,
+                ready_before=self._trip.ready_before,
+            )
+
+    def _reason_to_end(self, now: float) -> str:
+        freeze = _freeze(self._term.view())
+        if freeze is None or self._frozen_at is None:
+            return ""
+        if now - self._frozen_at >= FROZEN_S_MAX:
+            return "it was frozen for ten minutes"
+        known = frozenset(node.id for node in self._term.view().find(Node))
+        if is_over(freeze.nodes, frozenset(self._history.ready), known):
+            return "half of the nodes are back"
+        return ""
+
+    def _end(self) -> None:
+        self._frozen_at = None
+        self._history.forget_falls()
+        self._changed()
+
+
+def _write(tx: Transaction, trip: Trip, now: Timestamp) -> None:
+    for swarm in tx.find(Swarm):
+        if swarm.freeze is None:
+            freeze = Freeze(since=now, nodes=trip.fallen, ready_before=trip.ready_before)
+            tx.put(replace(swarm, freeze=freeze))
+
+
+def thaw(tx: Transaction) -> None:
+    """Let replacement go on."""
+    for swarm in tx.find(Swarm):
+        if swarm.freeze is not None:
+            tx.put(replace(swarm, freeze=None))
+
+
+def _freezes(view: View) -> Iterator[Freeze]:
+    for swarm in view.find(Swarm):
+        if swarm.freeze is not None:
+            yield swarm.freeze
+
+
+def _freeze(view: View) -> Freeze | None:
+    return next(_freezes(view), None)
+
+
+def _grace_s(view: View) -> float:
+    """The grace period of the cluster's nodes."""
+    for swarm in view.find(Swarm):
+        period_s = swarm.spec.dispatcher.heartbeat_period / SECOND_NS or DEFAULT_PERIOD_S
+        wished_s = heartbeat_grace_s(swarm.spec.labels)
+        return GRACE_PERIODS * period_s if wished_s is None else wished_s
+    return GRACE_PERIODS * DEFAULT_PERIOD_S

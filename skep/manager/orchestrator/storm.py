@@ -1,0 +1,135 @@
+"""The storm guard: when so many nodes go down at once that the judge is more likely wrong than they.
+
+A switch that restarts, or a leader whose own network goes, looks like the death of most nodes.  Replacing all their
+tasks on the few that are left would make a small trouble a large one.  So replacement is *frozen* when
+
+* within one grace period more than half of the nodes that were ready a minute ago, and at least three, went down,
+* and one manager judged all of these, or this leader's own network changed meanwhile.
+
+It goes on when half of them are back, when a user says so, or after ten minutes.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+import msgspec
+
+from skep.model.ids import NodeId
+from skep.model.node import Node, NodeState
+from skep.store.interface import Commit, Created, Deleted, Updated
+
+NODES_MIN = 3
+READY_BEFORE_S = 60.0
+FROZEN_S_MAX = 600.0
+
+
+class Fall(msgspec.Struct, frozen=True):
+    """A node went down."""
+
+    node_id: NodeId
+    at: float
+    """When the leader saw it, on its own clock."""
+    judge: NodeId
+    """The manager that said so."""
+
+
+class Trip(msgspec.Struct, frozen=True):
+    """Replacement is to be frozen."""
+
+    fallen: tuple[NodeId, ...]
+    """Sorted."""
+    ready_before: int
+    """How many nodes were ready a minute ago."""
+
+
+def tripped(
+    falls: Iterable[Fall],
+    ready_before: frozenset[NodeId],
+    *,
+    now: float,
+    grace_s: float,
+    network_changed: bool = False,
+) -> Trip | None:
+    """Whether what fell within the last ``grace_s`` is a storm.
+
+    Args:
+        falls: of nodes that are still down.
+        ready_before: the nodes that were ready a minute ago.
+        network_changed: whether this leader's own network changed in that time; then all judges count together.
+    """
+    by_judge: defaultdict[NodeId, set[NodeId]] = defaultdict(set)
+    for fall in falls:
+        if fall.at > now - grace_s and fall.node_id in ready_before:
+            by_judge[NodeId("") if network_changed else fall.judge].add(fall.node_id)
+    for _, fallen in sorted(by_judge.items()):
+        if len(fallen) >= NODES_MIN and 2 * len(fallen) > len(ready_before):
+            return Trip(tuple(sorted(fallen)), len(ready_before))
+    return None
+
+
+def is_over(fallen: Iterable[NodeId], ready: frozenset[NodeId], known: frozenset[NodeId]) -> bool:
+    """Whether half of the ``fallen`` nodes are back.  Those that were removed count neither way."""
+    present = [id for id in fallen if id in known]
+    return 2 * sum(id in ready for id in present) >= len(present)
+
+
+class NodeHistory:
+    """Which nodes were ready when, for as long as it matters; in seconds on the leader's monotonic clock.
+
+    What was before the leader began counts as having been so for long.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.ready: set[NodeId] = {node.id for node in nodes if _is_ready(node)}
+        self._changes: deque[tuple[float, NodeId, bool]] = deque()
+        """Changes of the last minute, oldest first."""
+        self._before = set(self.ready)
+        """Who was ready before the oldest of these."""
+        self._falls: dict[NodeId, Fall] = {}
+
+    def note(self, commit: Commit, now: float) -> bool:
+        """Take in ``commit``; whether a node went down in it."""
+        has_fall = False
+        for event in commit.events:
+            match event:
+                case Created(Node() as node) if _is_ready(node):
+                    self._change(node.id, now, is_ready=True)
+                case Updated(Node() as old, Node() as new) if _is_ready(old) != _is_ready(new):
+                    self._change(new.id, now, is_ready=_is_ready(new))
+                    if new.status.state is NodeState.DOWN:
+                        judge = new.session.manager_id if new.session is not None else NodeId("")
+                        self._falls[new.id] = Fall(new.id, now, judge)
+                        has_fall = True
+                case Deleted(Node() as node):
+                    self._change(node.id, now, is_ready=False)
+                    self._before.discard(node.id)
+        return has_fall
+
+    def trip(self, now: float, grace_s: float, *, network_changed: bool) -> Trip | None:
+        """Whether the present falls are a storm."""
+        self._forget(now)
+        return tripped(
+            self._falls.values(),
+            frozenset(self._before),
+            now=now,
+            grace_s=grace_s,
+            network_changed=network_changed,
+        )
+
+    def forget_falls(self) -> None:
+        """What fell until now was dealt with."""
+        self._falls.clear()
+
+    def _change(self, id: NodeId, now: float, *, is_ready: bool) -> None:
+        self._falls.pop(id, None)
+        (self.ready.add if is_ready else self.ready.discard)(id)
+        self._changes.append((now, id, is_ready))
+
+    def _forget(self, now: float) -> None:
+        while self._changes and self._changes[0][0] <= now - READY_BEFORE_S:
+            _, id, is_ready = self._changes.popleft()
+            (self._before.add if is_ready else self._before.discard)(id)
+
+
+def _is_ready(node: Node) -> bool:
+    return node.status.state is NodeState.READY

@@ -1,0 +1,107 @@
+"""When so many nodes go down at once that nothing is replaced for a while."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.storm import Fall, NodeHistory, Trip, is_over, tripped
+from skep.model.ids import NodeId, SessionId
+from skep.model.node import Node, NodeSession, NodeState, NodeStatus
+from skep.store.interface import Commit, Updated
+from tests.builders import a_node
+
+GRACE_S = 3.0
+
+
+def nodes(count: int) -> list[NodeId]:
+    return [NodeId(f"n{number}") for number in range(count)]
+
+
+def falls(ids: list[NodeId], at: float = 100.0, judge: str = "m1") -> list[Fall]:
+    return [Fall(id, at, NodeId(judge)) for id in ids]
+
+
+def trip(
+    fallen: list[Fall], ready: list[NodeId], now: float = 100.0, network_changed: bool = False
+) -> Trip | None:
+    return tripped(fallen, frozenset(ready), now=now, grace_s=GRACE_S, network_changed=network_changed)
+
+
+def test_more_than_half_and_three_at_once_are_a_storm():
+    five = nodes(5)
+    assert trip(falls(five[:3]), five) == Trip(tuple(five[:3]), 5)
+
+
+@pytest.mark.parametrize(("down", "of"), [(1, 3), (2, 3), (2, 2), (2, 5), (3, 6), (3, 7), (4, 9)])
+def test_a_minority_and_the_smallest_clusters_are_replaced_normally(down: int, of: int):
+    """Every row of the quorum table that keeps its quorum is among them."""
+    assert trip(falls(nodes(of)[:down]), nodes(of)) is None
+
+
+def test_what_several_managers_judged_is_no_storm_unless_the_leaders_own_network_changed():
+    five = nodes(5)
+    both = falls(five[:2], judge="m1") + falls(five[2:4], judge="m2")
+    assert trip(both, five) is None
+    assert trip(both, five, network_changed=True) == Trip(tuple(five[:4]), 5)
+
+
+def test_nodes_that_went_down_before_the_grace_period_do_not_count():
+    five = nodes(5)
+    assert trip(falls(five[:2], at=96.0) + falls(five[2:3]), five) is None
+
+
+def test_nodes_that_were_not_ready_a_minute_ago_do_not_count():
+    eight = nodes(8)
+    assert trip(falls(eight[5:]), eight[:5]) is None
+
+
+def test_it_is_over_when_half_of_them_are_back():
+    fallen, known = nodes(4), frozenset(nodes(9))
+    assert not is_over(fallen, frozenset(fallen[:1]), known)
+    assert is_over(fallen, frozenset(fallen[:2]), known)
+    assert is_over(fallen, frozenset(fallen[:1]), known - set(fallen[2:]))  # removed ones count neither way
+
+
+@given(st.integers(1, 40), st.integers(0, 40), st.sampled_from(["one", "two"]), st.booleans())
+def test_the_rule_is_exactly_the_rule(total: int, down: int, judges: str, network_changed: bool):
+    ready = nodes(total)
+    fallen = ready[: min(down, total)]
+    judged = [
+        Fall(id, 100.0, NodeId("m1" if judges == "one" or number % 2 else "m2"))
+        for number, id in enumerate(fallen)
+    ]
+    largest = len(fallen) if judges == "one" or network_changed else (len(fallen) + 1) // 2
+    expected = largest >= 3 and 2 * largest > total
+    assert (trip(judged, ready, network_changed=network_changed) is not None) == expected
+
+
+def down(node: Node) -> Updated:
+    return Updated(node, replace(node, status=NodeStatus(state=NodeState.DOWN)))
+
+
+def ready_nodes(count: int) -> list[Node]:
+    session = NodeSession(manager_id=NodeId("m1"), session_id=SessionId("s"))
+    return [replace(a_node(id), session=session) for id in nodes(count)]
+
+
+def test_the_history_knows_who_was_ready_a_minute_ago():
+    """Five nodes that came 50 s ago are no storm when they go; 70 s after, they are."""
+    for age_s, expected in ((50.0, False), (70.0, True)):
+        history = NodeHistory([])
+        for node in ready_nodes(5):
+            unknown = replace(node, status=NodeStatus(state=NodeState.UNKNOWN))
+            history.note(Commit(revision=1, events=(Updated(unknown, node),)), 1000.0)
+        has_fall = history.note(Commit(revision=2, events=tuple(map(down, ready_nodes(5)))), 1000.0 + age_s)
+        assert has_fall
+        assert (history.trip(1000.0 + age_s, GRACE_S, network_changed=False) is not None) is expected
+
+
+def test_a_node_that_is_back_did_not_fall():
+    history = NodeHistory(ready_nodes(5))
+    for node in ready_nodes(3):
+        history.note(Commit(revision=1, events=(down(node),)), 10.0)
+    assert history.trip(10.5, GRACE_S, network_changed=False) is not None
+    node = ready_nodes(1)[0]
+    history.note(Commit(revision=2, events=(Updated(down(node).new, node),)), 11.0)
+    assert history.trip(11.0, GRACE_S, network_changed=False) is None
