@@ -132,8 +132,9 @@ class Swarm(ApiObject):
     """The cluster.
 
     Writers: API: ``spec``; CA: ``join_tokens``, ``tls_info``, ``root_rotation_in_progress``, ``rotation``; leader
-    and API (which only ends it): ``freeze``; init: the rest.  There is exactly one, whose id is the cluster's.  While the root is rotated, ``tls_info`` trusts the
-    old root and names the new one as issuer.  ``rotation`` and ``freeze`` are internal and left out of API answers.
+    and API (which only ends it): ``freeze``; init: the rest.  There is exactly one, whose id is the cluster's.
+    While the root is rotated, ``tls_info`` trusts the old root and names the new one as issuer.  ``rotation`` and
+    ``freeze`` are internal and left out of API answers.
     """
 
     id: ClusterId

@@ -18,6 +18,7 @@ from skep.model.container import (
     Mount,
     SecretReference,
 )
+from skep.model.labels import check_service_labels
 from skep.model.service import (
     EndpointSpec,
     Limits,
@@ -45,6 +46,7 @@ _SIGN_BIT = 2**63 - 1
 def check_service_spec(spec: ServiceSpec) -> None:
     """Refuse what can never work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
     check_dns_name(spec.name)
+    check_service_labels(spec.labels)
     _check_template(spec.task_template)
     _check_mode(spec.mode)
     if spec.mode.name in {"replicated-job", "global-job"}:

@@ -21,6 +21,7 @@ from skep.api.swarm_requests import (
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unimplemented
 from skep.manager.control.networks import first_networks
 from skep.model.ids import ClusterId, IdSource
+from skep.model.labels import check_swarm_labels
 from skep.model.meta import TLSInfo, Version
 from skep.model.node import Node
 from skep.model.swarm import RENEW_WINDOW_LABEL, CAConfig, JoinTokens, RootRotation, Swarm, SwarmSpec
@@ -123,6 +124,14 @@ def update_swarm(
     return tx.put(replace(rooted, spec=spec, join_tokens=tokens))
 
 
+def resume_replacement(tx: Transaction) -> None:
+    """Let tasks of nodes that are down be replaced again.  Raises: FailedPrecondition: nothing is frozen."""
+    swarm = tx.get(Swarm, the_swarm(tx).id)
+    if swarm.freeze is None:
+        raise FailedPrecondition("replacement is not frozen")
+    tx.put(replace(swarm, freeze=None))
+
+
 def check_swarm_spec(spec: SwarmSpec) -> None:
     """Refuse settings that can never work.  Raises: InvalidArgument, Unimplemented."""
     if spec.ca_config.node_cert_expiry < CERT_EXPIRY_MIN_NS:
@@ -132,6 +141,7 @@ def check_swarm_spec(spec: SwarmSpec) -> None:
         raise InvalidArgument(f"{RENEW_WINDOW_LABEL} is no duration: {window!r}: write it like 720h, or 0")
     if spec.dispatcher.heartbeat_period < 0:
         raise InvalidArgument("heartbeat time period cannot be a negative duration")
+    check_swarm_labels(spec.labels)
     if spec.ca_config.external_cas:
         raise Unimplemented(
             "external certificate authorities are not supported: let the cluster sign by itself, or bring a root "

@@ -24,6 +24,9 @@ log = structlog.get_logger()
 CHECK_S = 0.5
 DEFAULT_PERIOD_S = 5.0
 GRACE_PERIODS = 3
+HALF_BACK = "half of the nodes are back"
+SETTLING_GRACES = 2
+"""Graces for the other half: they register within seconds of each other, when the network is back."""
 
 
 class Freezer:
@@ -47,6 +50,8 @@ class Freezer:
         """Not written yet."""
         self._frozen_at: float | None = None
         """Since when this leader knows of the present freeze."""
+        self.replaces_from = float("-inf")
+        """Nothing of a node that is down is replaced before: when half of a storm is back, the others are to come."""
 
     @property
     def is_frozen(self) -> bool:
@@ -82,6 +87,8 @@ class Freezer:
                 if self._trip is not None:
                     await self._term.update(_write, self._trip, timestamp(self._clock.now_ns()))
                 elif self._frozen_at is not None and (reason := self._reason_to_end(now)):
+                    if reason == HALF_BACK:
+                        self.replaces_from = now + SETTLING_GRACES * _grace_s(self._term.view())
                     await self._term.update(thaw)
                     log.info("replacement goes on", reason=reason)
             except NotLeader:
@@ -111,7 +118,7 @@ class Freezer:
             return "it was frozen for ten minutes"
         known = frozenset(node.id for node in self._term.view().find(Node))
         if is_over(freeze.nodes, frozenset(self._history.ready), known):
-            return "half of the nodes are back"
+            return HALF_BACK
         return ""
 
     def _end(self) -> None:

@@ -190,6 +190,7 @@ class Orchestrator:
                 seen=self._seen,
                 now=self._clock.monotonic(),
                 is_frozen=self._freezer.is_frozen,
+                replaces_from=self._freezer.replaces_from,
             )
         )
 

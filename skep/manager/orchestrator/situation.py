@@ -33,6 +33,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds on the clock of ``seen``."""
     is_frozen: bool = False
     """Whether tasks of nodes that are down keep their places (``storm``)."""
+    replaces_from: float = -inf
+    """Before this they keep them, too: a storm is just over."""
 
     def node_of(self, task: Task) -> Node | None:
         return self.node(task.node_id) if task.node_id else None
@@ -56,7 +58,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if node is None or not _is_down_only(node):
             return inf
         policy = disconnect_policy(self.service.spec.labels)
-        return replaced_at(policy, task, self.seen.down(node), is_frozen=self.is_frozen)
+        down_at = max(self.seen.down(node), self.replaces_from)
+        return replaced_at(policy, task, down_at, is_frozen=self.is_frozen)
 
     def is_held(self, task: Task) -> bool:
         """Whether the task keeps its place though its node is down."""

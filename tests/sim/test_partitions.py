@@ -1,0 +1,183 @@
+"""Nodes that are cut off: what keeps its place, what is replaced, what stops; and storms, in which nothing is."""
+
+from collections.abc import Iterable
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.control import swarm as control
+from skep.manager.orchestrator.storm import READY_BEFORE_S
+from skep.model.ids import NodeId
+from skep.model.service import RestartPolicy, ServiceSpec
+from skep.model.swarm import Freeze, Swarm
+from skep.model.times import timestamp
+from skep.sim.cluster import SimulatedCluster
+from tests.builders import a_service_spec
+
+SEEDS = range(2)
+STAMP = timestamp(1_700_000_000_000_000_000)
+REPLICAS = 6
+LOST = NodeId("w2")
+
+
+def a_spec(**labels: str) -> ServiceSpec:
+    spec = a_service_spec("web", replicas=REPLICAS, restart=RestartPolicy(delay=0))
+    return replace(spec, labels={f"skep.{name.replace('_', '-')}": value for name, value in labels.items()})
+
+
+def cut_off(cluster: SimulatedCluster, nodes: Iterable[NodeId]) -> frozenset[tuple[str, str]]:
+    return cluster.links.cut(list(nodes), list(cluster.managers))
+
+
+def mend(cluster: SimulatedCluster, cut: frozenset[tuple[str, str]]) -> None:
+    cluster.loop.call_soon(cluster.links.mend, cut)
+    cluster.run_for(0.001)
+
+
+def freeze_of(cluster: SimulatedCluster) -> Freeze | None:
+    (swarm,) = cluster.view.find(Swarm)
+    return swarm.freeze
+
+
+def settle(cluster: SimulatedCluster, spec: ServiceSpec) -> None:
+    cluster.create(spec)
+    cluster.run_until(lambda: cluster.running("web") == REPLICAS, within_s=10)
+
+
+def most_containers(cluster: SimulatedCluster, seconds: float) -> int:
+    """Let time pass; the largest number of containers that ran at one time."""
+    most = cluster.containers("web")
+    for _ in range(round(seconds / 0.25)):
+        cluster.run_for(0.25)
+        most = max(most, cluster.containers("web"))
+    return most
+
+
+@pytest.mark.parametrize(
+    ("labels", "cut_s", "replaced", "doubled"),
+    [
+        pytest.param({}, 20, True, True, id="20s-by-default"),
+        pytest.param({"on_disconnect_delay": "30s"}, 20, False, False, id="20s-replace-after-30s"),
+        pytest.param({"on_disconnect_delay": "30s"}, 60, True, True, id="60s-replace-after-30s"),
+        pytest.param({"on_disconnect": "keep"}, 20, False, False, id="20s-keep"),
+        pytest.param({"on_disconnect": "keep"}, 60, False, False, id="60s-keep"),
+        pytest.param({"on_disconnect": "keep"}, 600, False, False, id="10min-keep"),
+        pytest.param({"on_disconnect": "stop"}, 20, False, False, id="20s-stop-after-30s"),
+        pytest.param({"on_disconnect": "stop"}, 60, True, False, id="60s-stop-after-30s"),
+        pytest.param(
+            {"on_disconnect": "stop", "on_disconnect_delay": "5m"}, 60, False, False, id="60s-stop-after-5m"
+        ),
+        pytest.param(
+            {"on_disconnect": "stop", "on_disconnect_delay": "5m"}, 600, True, False, id="10min-stop-after-5m"
+        ),
+        pytest.param({"on_disconnect_delay": "30s"}, 600, True, True, id="10min-replace-after-30s"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(1))
+def test_a_partition_ends_as_the_service_says(
+    seed: int, labels: dict[str, str], cut_s: float, replaced: bool, doubled: bool
+) -> None:
+    """``doubled``: while the way is cut its own containers run on beside their successors, as was asked for."""
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        settle(cluster, a_spec(**labels))
+        before = {task.id for task in cluster.wanted("web")}
+        lost = {task.id for task in cluster.wanted("web") if task.node_id == LOST}
+        assert lost
+        cut = cut_off(cluster, [LOST])
+        most = most_containers(cluster, cut_s)
+        assert not cluster.is_ready(LOST)
+        assert (most > REPLICAS) is doubled
+        mend(cluster, cut)
+        cluster.run_until(lambda: cluster.is_ready(LOST), within_s=15)
+        cluster.run_until(
+            lambda: cluster.containers("web") == cluster.running("web") == REPLICAS, within_s=20
+        )
+        cluster.run_for(10)
+        now = {task.id for task in cluster.wanted("web")}
+        assert before - now == (lost if replaced else set())
+        assert cluster.created("web") == REPLICAS + (len(lost) if replaced else 0)
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_storm_freezes_replacement_until_half_are_back(seed: int) -> None:
+    with SimulatedCluster(managers=1, workers=6, seed=seed) as cluster:
+        settle(cluster, a_spec())
+        cluster.run_for(READY_BEFORE_S)
+        before = {task.id for task in cluster.wanted("web")}
+        fallen = list(cluster.workers[:5])
+        cut = cut_off(cluster, fallen)
+        cluster.run_until(lambda: freeze_of(cluster) is not None, within_s=10)
+        replaced_early = cluster.created("web") - REPLICAS
+        cluster.run_for(60)
+        freeze = freeze_of(cluster)
+        assert freeze is not None
+        assert set(freeze.nodes) <= set(fallen)
+        assert len(freeze.nodes) >= 3
+        assert cluster.created("web") == REPLICAS + replaced_early
+        mend(cluster, cut)
+        cluster.run_until(lambda: freeze_of(cluster) is None, within_s=20)
+        cluster.run_until(
+            lambda: cluster.containers("web") == cluster.running("web") == REPLICAS, within_s=20
+        )
+        cluster.run_for(10)
+        assert cluster.created("web") == REPLICAS + replaced_early
+        assert len(before - {task.id for task in cluster.wanted("web")}) == replaced_early
+        cluster.check_invariants()
+
+
+def test_a_storm_that_lasts_is_taken_for_true_after_ten_minutes() -> None:
+    with SimulatedCluster(managers=1, workers=6) as cluster:
+        settle(cluster, a_spec())
+        cluster.run_for(READY_BEFORE_S)
+        for id in cluster.workers[:5]:
+            cluster.kill_node(id)
+        cluster.run_until(lambda: freeze_of(cluster) is not None, within_s=10)
+        assert (
+            cluster.run_until(
+                lambda: cluster.running("web") >= REPLICAS and freeze_of(cluster) is None, within_s=700
+            )
+            > 590
+        )
+        cluster.run_until(lambda: cluster.containers("web") == REPLICAS, within_s=20)
+
+
+def test_a_user_ends_a_storm() -> None:
+    with SimulatedCluster(managers=1, workers=6) as cluster:
+        settle(cluster, a_spec())
+        cluster.run_for(READY_BEFORE_S)
+        for id in cluster.workers[:5]:
+            cluster.kill_node(id)
+        cluster.run_until(lambda: freeze_of(cluster) is not None, within_s=10)
+        cluster.run_for(10)
+        assert cluster.containers("web") < REPLICAS
+        cluster.write(control.resume_replacement)
+        cluster.run_until(lambda: cluster.containers("web") == REPLICAS, within_s=20)
+        assert freeze_of(cluster) is None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_lost_worker_of_three_is_replaced_normally(seed: int) -> None:
+    with SimulatedCluster(managers=1, workers=3, seed=seed) as cluster:
+        settle(cluster, a_spec())
+        cluster.kill_node(LOST)
+        cluster.run_until(lambda: cluster.containers("web") == REPLICAS, within_s=8)
+        assert freeze_of(cluster) is None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_freeze_outlives_its_leader(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=8, seed=seed) as cluster:
+        settle(cluster, a_spec())
+        for id in cluster.workers[:4]:
+            cluster.kill_node(id)
+        cluster.run_for(10)
+        freeze = Freeze(since=STAMP, nodes=cluster.workers[:4], ready_before=8)
+        cluster.write(lambda tx: tx.put(replace(tx.find(Swarm)[0], freeze=freeze)))
+        cluster.crash(cluster.leader)
+        cluster.kill_node(cluster.workers[4])
+        cluster.run_until(lambda: not cluster.is_ready(cluster.workers[4]), within_s=15)
+        created = cluster.created("web")
+        cluster.run_for(60)
+        assert freeze_of(cluster) == freeze
+        assert cluster.created("web") == created
