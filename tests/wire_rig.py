@@ -11,6 +11,7 @@ import msgspec
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unimplemented
+from skep.manager.attachments.service import AttachmentService
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
@@ -112,9 +113,7 @@ class Cluster:
             certificates = CertificateService(self.store, new_id)
             bound = await stack.enter_async_context(
                 serve(
-                    with_all_methods(
-                        (*certificates.services(), *self.dispatcher.services(), *self.logs.services())
-                    ),
+                    with_all_methods(self._services(certificates, clock)),
                     host=self.host,
                     port=port,
                     tls=self.tls.front,
@@ -128,6 +127,11 @@ class Cluster:
             for loop in (self.dispatcher.run(), self.logs.run()):
                 stack.push_async_callback(_ended, asyncio.create_task(loop))
             yield self
+
+    def _services(self, certificates: CertificateService, clock: SystemClock) -> Sequence[Handler]:
+        attachments = AttachmentService(self.store, clock, new_id)
+        parts = (certificates, self.dispatcher, self.logs, attachments)
+        return [handler for part in parts for handler in part.services()]
 
     @asynccontextmanager
     async def leading(self) -> AsyncIterator[None]:
