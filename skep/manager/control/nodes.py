@@ -55,7 +55,8 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
 
     Raises:
         NotFound; OutOfSequence.
-        FailedPrecondition: it is a Docker Engine that shall be a manager, it is the last manager, or the managers that stay have no quorum.
+        FailedPrecondition: it is a Docker Engine that shall be a manager, or the last manager, or the managers
+            that stay have no quorum.
     """
     node = tx.get(Node, id)
     if spec.role is NodeRole.MANAGER and is_docker_node(node):
@@ -64,7 +65,7 @@ def update_node(tx: Transaction, id: NodeId, spec: NodeSpec, version: int) -> No
             "promote a skep node, or join one with the manager token"
         )
     if node.spec.role is NodeRole.MANAGER and spec.role is NodeRole.WORKER:
-        _check_demotion(tx, node)
+        check_demotion(tx, node)
     if node.version != Version(index=version):
         raise OutOfSequence
     return tx.put(replace(node, spec=spec))
@@ -90,7 +91,8 @@ def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> Non
     tx.delete(Node, id)
 
 
-def _check_demotion(tx: Transaction, node: Node) -> None:
+def check_demotion(tx: Transaction, node: Node) -> None:
+    """Raises: FailedPrecondition: it is the last manager, or those that stay have no quorum."""
     managers = [other for other in tx.find(Node) if other.spec.role is NodeRole.MANAGER]
     if len(managers) == 1:
         raise FailedPrecondition("attempting to demote the last manager of the swarm")
