@@ -75,7 +75,8 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
     Raises: PermissionDenied: the node was removed; InvalidArgument: an absurd description.
     """
     _check_description(registration.description)
-    node = tx.rely_on(Node, registration.node_id, "session")
+    # The status counts too: a replica that does not show yet that the node is down would write nothing there.
+    node = tx.rely_on(Node, registration.node_id, "session", "status")
     if node is None:
         raise PermissionDenied(f"Permission denied: node {registration.node_id} was removed from the swarm")
     return tx.put(

@@ -1,0 +1,36 @@
+"""Taking a session: by managers whose replicas are behind too."""
+
+from skep.aio.clock import SystemClock
+from skep.manager.dispatcher.registration import Registration, Silence, mark_down, take_session
+from skep.model.ids import NodeId, SessionId
+from skep.model.node import Node, NodeDescription, NodeState
+from skep.model.times import SECOND_NS
+from skep.store.interface import Transaction
+from skep.store.memory import MemoryCluster, MemoryStore
+
+
+def a_registration(manager: str, session: str) -> Registration:
+    return Registration(
+        node_id=NodeId("w1"),
+        manager_id=NodeId(manager),
+        session_id=SessionId(session),
+        description=NodeDescription(hostname="w1"),
+        address="10.0.0.1",
+    )
+
+
+async def test_a_node_is_ready_again_also_by_a_manager_that_has_not_heard_that_it_was_down() -> None:
+    """Found by the simulation: the stale replica showed READY, so nothing was written over DOWN."""
+    cluster = MemoryCluster()
+    one, other = MemoryStore(SystemClock(), cluster), MemoryStore(SystemClock(), cluster)
+    await one.update(lambda tx: tx.put(Node(id=NodeId("w1"))))
+    await one.update(take_session, a_registration("m1", "s1"))
+    other.faults.lag_s = 0.05
+
+    def down(tx: Transaction) -> bool:
+        return mark_down(tx, Silence(node_id=NodeId("w1"), session_id=SessionId("s1")), SECOND_NS)
+
+    await one.update(down)
+    assert other.view().get(Node, "w1").status.state is NodeState.READY, "it is behind"
+    await other.update(take_session, a_registration("m2", "s2"))
+    assert one.view().get(Node, "w1").status.state is NodeState.READY
