@@ -24,6 +24,7 @@ from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
+from skep.manager.ca.own import renewed_by_itself, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
 from skep.manager.config import REMOVED, ManagerConfig, encode, load, load_recovery
 from skep.manager.founding import found_cluster
@@ -40,6 +41,7 @@ from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
+from skep.security.reloading import KeyPairFiles
 from skep.security.tls import client_context
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.client import Client
@@ -97,6 +99,9 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
     """Come in if this manager is new, then run it.  Raises: MemberRemoved."""
     paths, random = config.paths, SystemRandom()
     pair = await asyncio.to_thread(keypair.load, paths.certificates, KeyLock(paths))
+    files = KeyPairFiles(paths.certificates, KeyLock(paths))
+    if len(load_peers(paths.etcd)) > 1:
+        pair = await wait_renewed(files, pair, clock)
     applicant = Applicant(config.managers, pair, clock, random.random)
     binary = await asyncio.to_thread(find_binary, Path(config.etcd_binary) if config.etcd_binary else None)
     settings = _member_settings(config, paths, _write_peer_files(paths, pair))
@@ -120,6 +125,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         await raise_if_restored(paths, paths.etcd_socket, clock)
         store = await _open(config, paths, pair, clock, random, stack)
         await finish_recovery(paths, store, config.node_id, config.advertise_addr)
+        pair = await renewed_by_itself(store, pair, files, clock)
         client = await stack.enter_async_context(Client(paths.etcd_socket))
         consensus = RaftMembers(client, member)
         book = AddressBook(store, consensus, load_peers(paths.etcd), partial(save_peers, paths.etcd), clock)

@@ -28,6 +28,10 @@ class KeyPairFiles:
         self._seen = stamp
         return pair
 
+    def save(self, pair: KeyPair) -> None:
+        """Replace the key pair."""
+        keypair.save(pair, self._directory, self._lock)
+
 
 def _stamp(directory: Path) -> tuple[int, ...]:
     """Changes with each of the files; they are replaced, so their inodes change."""

@@ -1,4 +1,7 @@
-"""A machine that was off for longer than its certificate lives.  Certificates are issued in the past; no clock is set."""
+"""A machine that was off for longer than its certificate lives.
+
+Certificates are issued in the past; no clock is set.
+"""
 
 from datetime import timedelta
 from pathlib import Path
