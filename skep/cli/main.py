@@ -26,6 +26,9 @@ COMMANDS = {
         "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
     ),
     "explain": Place("skep.cli.explain:explain", "Why a service or a task is not as wanted."),
+    "cluster": Place(
+        "skep.cli.cluster:cluster", "What Docker has no command for: resume replacement, set the grace."
+    ),
     "status": Place("skep.cli.status:status", "How this node and its cluster are."),
 }
 """In the order of the help; ``location`` is ``module:attribute``."""

@@ -20,6 +20,7 @@ from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, UpdateState
+from skep.model.swarm import Swarm
 from skep.model.times import SECOND_NS, unix_ns
 from skep.store.interface import Created, Deleted, Event, Store, Updated, WatchLagged
 
@@ -28,7 +29,7 @@ KEPT = 1024
 BEHIND_MAX = 1024
 """Events a client may be behind before its stream ends."""
 
-Action = Literal["create", "update", "remove"]
+Action = Literal["create", "update", "remove", "freeze", "resume"]
 
 
 class Actor(ApiObject):
@@ -74,7 +75,7 @@ class ClusterEvents:
                     _end(reader)
 
     async def _follow(self) -> None:
-        async with self._store.watch(Service, Node, Secret, Config, Network) as watch:
+        async with self._store.watch(Service, Node, Secret, Config, Network, Swarm) as watch:
             async for commit in watch:
                 for event in commit.events:
                     for message in messages_of(event, self._clock.now_ns()):
@@ -139,6 +140,8 @@ def _is_between(message: Message, since_ns: int | None, until_ns: int | None) ->
 def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
     """What the API tells of one object's change: usually one message, none for what users do not see."""
     match event:
+        case Created(Swarm()) | Deleted(Swarm()):
+            return
         case Created(object):
             yield _message("create", object, {}, unix_ns(object.created_at))  # type: ignore[attr-defined]
         case Deleted(Service()):
@@ -154,6 +157,12 @@ def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
             changes = _node_changes(old, new)
             if changes or old.version != new.version:
                 yield _message("update", new, changes, now_ns)
+        case Updated(Swarm() as old, Swarm() as new):
+            if new.freeze is not None and old.freeze is None:
+                nodes = {"nodes": ",".join(new.freeze.nodes)}
+                yield _message("freeze", new, nodes, unix_ns(new.freeze.since))
+            elif new.freeze is None and old.freeze is not None:
+                yield _message("resume", new, {}, now_ns)
         case Updated(_, new):
             yield _message("update", new, {}, now_ns)
 

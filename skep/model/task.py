@@ -39,6 +39,8 @@ class TaskState(Enum):
     REJECTED = "rejected"
     REMOVE = "remove"
     ORPHANED = "orphaned"
+    UNKNOWN = "unknown"
+    """In answers only: its node is not heard any more.  Neither stored nor reported; it lies before all others."""
 
     def __lt__(self, other: "TaskState") -> bool:
         return self.number < other.number
@@ -57,10 +59,10 @@ class TaskState(Enum):
             raise ValueError(f"unknown task state {number}") from None
 
 
-_NUMBERS = (0, 64, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 800, 832)
+_NUMBERS = (0, 64, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 800, 832, -1)
 for _state, _number in zip(TaskState, _NUMBERS, strict=True):
     _state.number = _number
-_BY_NUMBER = {state.number: state for state in TaskState}
+_BY_NUMBER = {state.number: state for state in TaskState if state is not TaskState.UNKNOWN}
 
 
 class ContainerStatus(ApiObject):

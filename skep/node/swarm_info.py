@@ -3,7 +3,7 @@
 Source: moby 20.10, daemon/cluster/{swarm,cluster}.go, cli/command/system/info.go (the warning).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skep.errors import SkepError
@@ -29,6 +29,8 @@ LOCKED = (
 LEAVING_LOCKED = (
     "Swarm is encrypted and locked. Please unlock it first or use `--force` to ignore this message."
 )
+FROZEN = "replacement of tasks is frozen"
+"""How a manager's reason begins."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
          no fault tolerance, and poses a high risk to lose control over the cluster.
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
@@ -64,4 +66,15 @@ async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
     managers = sum("ManagerStatus" in node for node in nodes)
     swarm.pop("JoinTokens", None)
     info = {"ControlAvailable": True, "Nodes": len(nodes), "Managers": managers, "Cluster": swarm}
-    return info | ({"Warnings": [TWO_MANAGERS]} if managers == 2 else {})
+    warnings = [TWO_MANAGERS] if managers == 2 else []
+    warnings += frozen_warnings(nodes)
+    return info | ({"Warnings": warnings} if warnings else {})
+
+
+def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why no task is replaced, if so; a node that is down says it in its status."""
+    for node in nodes:
+        message = node["Status"].get("Message", "")
+        if FROZEN in message:
+            return [f"WARNING: {message[message.index(FROZEN) :]}"]
+    return []

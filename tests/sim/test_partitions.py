@@ -6,10 +6,13 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.control import swarm as control
+from skep.manager.control.tasks import known_status
 from skep.manager.orchestrator.storm import READY_BEFORE_S
 from skep.model.ids import NodeId
+from skep.model.node import Node
 from skep.model.service import RestartPolicy, ServiceSpec
 from skep.model.swarm import Freeze, Swarm
+from skep.model.task import TaskState
 from skep.model.times import timestamp
 from skep.sim.cluster import SimulatedCluster
 from tests.builders import a_service_spec
@@ -17,6 +20,8 @@ from tests.builders import a_service_spec
 SEEDS = range(2)
 STAMP = timestamp(1_700_000_000_000_000_000)
 REPLICAS = 6
+ADOPTED_LEASE_S = 6.0
+"""Two seconds of silence of the manager, three heartbeats of the node, and the writes."""
 LOST = NodeId("w2")
 
 
@@ -181,3 +186,31 @@ def test_a_freeze_outlives_its_leader(seed: int) -> None:
         cluster.run_for(60)
         assert freeze_of(cluster) == freeze
         assert cluster.created("web") == created
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_once_its_nodes_lease_is_over_a_task_is_never_shown_as_running(seed: int) -> None:
+    """Also when its manager died at the same moment, and the leader has to adopt the session first."""
+    with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
+        settle(cluster, a_spec(on_disconnect="keep"))
+        session = cluster.view.get(Node, LOST).session
+        assert session is not None
+        cluster.kill_node(LOST)
+        cluster.crash(session.manager_id)
+        cluster.run_for(ADOPTED_LEASE_S)
+        for _ in range(40):
+            cluster.run_for(0.5)
+            shown = {
+                task.id: known_status(cluster.view, task)
+                for task in cluster.tasks("web")
+                if task.node_id == LOST
+            }
+            assert shown
+            assert {status.state for status in shown.values()} == {TaskState.UNKNOWN}
+        cluster.start_node(LOST)
+        cluster.run_until(
+            lambda: cluster.running("web") == cluster.containers("web") == REPLICAS, within_s=30
+        )
+        assert all(
+            known_status(cluster.view, task).state is TaskState.RUNNING for task in cluster.wanted("web")
+        )

@@ -24,7 +24,7 @@ from skep.model.ids import ClusterId, IdSource
 from skep.model.labels import check_swarm_labels
 from skep.model.meta import TLSInfo, Version
 from skep.model.node import Node
-from skep.model.swarm import RENEW_WINDOW_LABEL, CAConfig, JoinTokens, RootRotation, Swarm, SwarmSpec
+from skep.model.swarm import RENEW_WINDOW_LABEL, CAConfig, Freeze, JoinTokens, RootRotation, Swarm, SwarmSpec
 from skep.model.times import SECOND_NS, Timestamp, duration_ns
 from skep.security.authority import Authority
 from skep.security.locking import new_unlock_key
@@ -35,6 +35,8 @@ from skep.store.interface import Transaction, View
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
 
 CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
+FROZEN = "replacement of tasks is frozen"
+"""How the reason begins; ``/info`` of the nodes knows it by this."""
 
 
 class Rotations(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +132,14 @@ def resume_replacement(tx: Transaction) -> None:
     if swarm.freeze is None:
         raise FailedPrecondition("replacement is not frozen")
     tx.put(replace(swarm, freeze=None))
+
+
+def frozen_message(freeze: Freeze) -> str:
+    """What to tell whoever wonders why nothing is replaced."""
+    return (
+        f"{FROZEN} since {freeze.since}: {len(freeze.nodes)} of {freeze.ready_before} nodes went down at once; "
+        "it goes on when half of them are back, after 10 minutes, or with: skep cluster resume"
+    )
 
 
 def check_swarm_spec(spec: SwarmSpec) -> None:

@@ -5,10 +5,31 @@ Source: swarmkit, manager/controlapi/task.go, manager/orchestrator/task.go (IsTa
 
 from msgspec.structs import replace
 
+from skep.model.node import Node, NodeState
 from skep.model.service import EndpointSpec, Service, TaskSpec
-from skep.model.task import Task
+from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import View
 from skep.store.kinds import SpecVersion, spec_version_id
+
+
+def known_status(view: View, task: Task) -> TaskStatus:
+    """What is known of a task: as its node said, or that nobody knows, since its node is not heard any more.
+
+    What had ended before has ended; what no node ever had is known all the same.
+    """
+    status = task.status
+    if not TaskState.ASSIGNED < status.state <= TaskState.RUNNING:
+        return status
+    node = view.lookup(Node, task.node_id)
+    if node is None or node.status.state is not NodeState.DOWN:
+        return status
+    name = node.spec.name or node.description.hostname or node.id
+    return replace(
+        status,
+        state=TaskState.UNKNOWN,
+        timestamp=node.silent_since or status.timestamp,
+        message=f"node {name} is down; the task was last known to be {status.state.value}",
+    )
 
 
 def is_up_to_date(view: View, task: Task) -> bool:

@@ -4,6 +4,7 @@ Source: moby 20.10, daemon/cluster/{nodes,filters}.go; swarmkit, manager/control
 """
 
 from enum import Enum
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
@@ -33,7 +34,8 @@ async def list_nodes(request: web.Request) -> web.StreamResponse:
     """All nodes that fit the filters, in order of id."""
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "role", "membership", "node.label")
-    return json_list_answer(_fitting(await current_view(request), filters), shown_node)
+    view = await current_view(request)
+    return json_list_answer(_fitting(view, filters), partial(shown_node, view))
 
 
 def _fitting(view: View, filters: Filters) -> list[Node]:
@@ -65,7 +67,7 @@ def _members(cls: type[E], filters: Filters, key: str) -> set[E]:
 async def inspect_node(request: web.Request) -> web.StreamResponse:
     """One node."""
     view = await current_view(request)
-    return json_answer(shown_node(view.resolve(Node, request.match_info["id"])))
+    return json_answer(shown_node(view, view.resolve(Node, request.match_info["id"])))
 
 
 @routes.post("/nodes/{id}/update")

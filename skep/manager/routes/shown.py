@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from msgspec.structs import replace
 
 from skep.manager.control.service_form import with_defaults
-from skep.model.node import Node
+from skep.manager.control.swarm import frozen_message
+from skep.manager.control.tasks import known_status
+from skep.model.node import Node, NodeState
 from skep.model.service import Service, ServiceStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -28,8 +30,13 @@ def shown_service(
     )
 
 
-def shown_node(node: Node) -> Node:
-    """``node`` for an answer."""
+def shown_node(view: View, node: Node) -> Node:
+    """``node`` for an answer; one that is down says it, too, when no task is replaced for its sake."""
+    status = node.status
+    freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
+    if freeze is not None and status.state is NodeState.DOWN:
+        status = replace(status, message=f"{status.message}; {frozen_message(freeze)}")
+    node = replace(node, status=status)
     return replace(node, session=None, certificate=None, attachments=(), peer_roots="", silent_since=None)
 
 
@@ -38,9 +45,18 @@ def shown_swarm(swarm: Swarm) -> Swarm:
     return replace(swarm, rotation=None, freeze=None)
 
 
-def shown_task(task: Task) -> Task:
-    """``task`` for an answer: as in the engine, only a service's specification says what runs it."""
-    return replace(task, slot=task.shown_slot, spec_version=None, spec=replace(task.spec, runtime=""))
+def shown_task(view: View, task: Task) -> Task:
+    """``task`` for an answer: as in the engine, only a service's specification says what runs it.
+
+    A task whose node is not heard any more is shown as unknown, never as running.
+    """
+    return replace(
+        task,
+        status=known_status(view, task),
+        slot=task.shown_slot,
+        spec_version=None,
+        spec=replace(task.spec, runtime=""),
+    )
 
 
 async def service_status(view: View, service: Service) -> ServiceStatus:
@@ -55,7 +71,7 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
         for task in tasks[start : start + _PIECE]:
             if iteration is not None and task.job_iteration != iteration:
                 continue
-            state = task.status.state
+            state = known_status(view, task).state
             running += state is TaskState.RUNNING
             completed += state is TaskState.COMPLETE
             wanted += _is_wanted(task)

@@ -54,6 +54,13 @@ def _rotation(request: web.Request, name: str) -> bool:
         raise InvalidArgument(f"invalid value for {name}: {error}") from error
 
 
+@routes.post("/skep/cluster/resume")
+async def resume_replacement(request: web.Request) -> web.StreamResponse:
+    """Let tasks of nodes that are down be replaced again."""
+    await manager_of(request).update(control.resume_replacement)
+    return web.Response()
+
+
 @routes.get("/swarm/unlockkey")
 async def show_unlock_key(request: web.Request) -> web.StreamResponse:
     """The key that unlocks managers after a restart; none while they are not locked."""

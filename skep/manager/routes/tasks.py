@@ -5,6 +5,7 @@ Source: moby 20.10, daemon/cluster/{tasks,filters}.go; swarmkit, manager/control
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from aiohttp import web
@@ -42,14 +43,14 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
         tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
         await asyncio.sleep(0)  # others' turn
         view = manager_of(request).store.view()
-    return json_list_answer(tasks, shown_task)
+    return json_list_answer(tasks, partial(shown_task, view))
 
 
 @routes.get("/tasks/{id}")
 async def inspect_task(request: web.Request) -> web.StreamResponse:
     """One task."""
     view = await current_view(request)
-    return json_answer(shown_task(view.resolve(Task, request.match_info["id"])))
+    return json_answer(shown_task(view, view.resolve(Task, request.match_info["id"])))
 
 
 def _search(view: View, filters: Filters) -> tuple[Sequence[Task], Sequence[Condition]]:

@@ -9,7 +9,7 @@ from skep.model.ids import NodeId
 A, B = NodeId("a"), NodeId("b")
 
 
-def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long():
+def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long() -> None:
     heard = LastHeard()
     heard.expect([A, B], 10.0)
     heard.note(A, 11.0)
@@ -19,7 +19,7 @@ def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long():
     assert heard.silent(13.0) == {A: 2.0}
 
 
-def test_only_known_managers_count():
+def test_only_known_managers_count() -> None:
     heard = LastHeard()
     heard.expect([A], 0.0)
     heard.note(B, 0.0)
@@ -27,7 +27,7 @@ def test_only_known_managers_count():
     assert heard.silent(100.0) == {}
 
 
-def test_being_named_again_is_no_sign_of_life():
+def test_being_named_again_is_no_sign_of_life() -> None:
     heard = LastHeard()
     heard.expect([A], 0.0)
     heard.expect([A, B], 1.9)
@@ -35,8 +35,9 @@ def test_being_named_again_is_no_sign_of_life():
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.floats(0, 1)), max_size=30))
-def test_who_was_heard_within_the_time_is_never_silent(words):
-    now, last, heard = 0.0, {A: 0.0, B: 0.0}, LastHeard()
+def test_who_was_heard_within_the_time_is_never_silent(words: list[tuple[NodeId, float]]) -> None:
+    now, heard = 0.0, LastHeard()
+    last = {A: 0.0, B: 0.0}
     heard.expect([A, B], now)
     for id, gap_s in words:
         now += gap_s

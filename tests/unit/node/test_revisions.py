@@ -24,7 +24,7 @@ async def kept(path: Path, *revisions: Revision) -> None:
     writing.cancel()
 
 
-async def test_a_lower_revision_is_refused_after_a_restart_too(tmp_path):
+async def test_a_lower_revision_is_refused_after_a_restart_too(tmp_path: Path) -> None:
     path = tmp_path / "seen.json"
     await kept(path, Revision(1, 7), Revision(1, 40))
     seen = SeenRevision(path, HERE)
@@ -33,7 +33,7 @@ async def test_a_lower_revision_is_refused_after_a_restart_too(tmp_path):
     seen.advance(Revision(1, 40))
 
 
-async def test_a_lower_incarnation_is_refused_a_higher_one_begins_anew(tmp_path):
+async def test_a_lower_incarnation_is_refused_a_higher_one_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "seen.json"
     await kept(path, Revision(2, 3))
     seen = SeenRevision(path, HERE)
@@ -43,13 +43,13 @@ async def test_a_lower_incarnation_is_refused_a_higher_one_begins_anew(tmp_path)
     assert seen.seen == Revision(3, 1)
 
 
-async def test_what_was_seen_of_another_cluster_counts_for_nothing(tmp_path):
+async def test_what_was_seen_of_another_cluster_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "seen.json"
     await kept(path, Revision(5, 5))
     assert SeenRevision(path, ELSEWHERE).seen == Revision()
 
 
-def test_a_damaged_file_counts_for_nothing(tmp_path):
+def test_a_damaged_file_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "seen.json"
     path.write_text("{")
     assert SeenRevision(path, HERE).seen == Revision()

@@ -23,21 +23,21 @@ from skep.model.times import SECOND_NS
 from tests.builders import a_task
 
 
-def test_without_labels_tasks_are_replaced_at_once():
+def test_without_labels_tasks_are_replaced_at_once() -> None:
     assert replaced_at(disconnect_policy({}), a_task("t"), 7.0, is_frozen=False) == 7.0
 
 
-def test_the_delay_of_a_replacement_counts_from_when_the_node_was_down():
+def test_the_delay_of_a_replacement_counts_from_when_the_node_was_down() -> None:
     policy = disconnect_policy({"skep.on-disconnect-delay": "30s"})
     assert replaced_at(policy, a_task("t"), 7.0, is_frozen=False) == 37.0
 
 
-def test_what_keeps_its_place_keeps_it():
+def test_what_keeps_its_place_keeps_it() -> None:
     policy = disconnect_policy({"skep.on-disconnect": "keep"})
     assert replaced_at(policy, a_task("t"), 7.0, is_frozen=False) == inf
 
 
-def test_what_its_node_stops_is_replaced_when_it_has_surely_stopped():
+def test_what_its_node_stops_is_replaced_when_it_has_surely_stopped() -> None:
     policy = disconnect_policy({"skep.on-disconnect": "stop"})
     assert policy.delay_s == DEFAULT_STOP_DELAY_S
     task = a_task("t")
@@ -49,7 +49,9 @@ def test_what_its_node_stops_is_replaced_when_it_has_surely_stopped():
 
 
 @given(st.sampled_from(OnDisconnect), st.floats(0, 1e6), st.floats(0, 1e6))
-def test_nothing_is_replaced_while_frozen_and_never_before_the_node_is_down(action, delay_s, down_at):
+def test_nothing_is_replaced_while_frozen_and_never_before_the_node_is_down(
+    action: OnDisconnect, delay_s: float, down_at: float
+) -> None:
     policy = DisconnectPolicy(action=action, delay_s=delay_s)
     assert replaced_at(policy, a_task("t"), down_at, is_frozen=True) == inf
     assert replaced_at(policy, a_task("t"), down_at, is_frozen=False) >= down_at
@@ -64,13 +66,13 @@ def test_nothing_is_replaced_while_frozen_and_never_before_the_node_is_down(acti
         {"skep.on-disconnect-delay": "9000000h"},
     ],
 )
-def test_labels_that_cannot_be_read_are_refused_and_count_for_nothing(labels):
+def test_labels_that_cannot_be_read_are_refused_and_count_for_nothing(labels: dict[str, str]) -> None:
     with pytest.raises(InvalidArgument, match=r"invalid label skep.on-disconnect.*want"):
         check_service_labels(labels)
     assert disconnect_policy(labels) == DisconnectPolicy()
 
 
-def test_the_grace_of_the_cluster_is_a_label():
+def test_the_grace_of_the_cluster_is_a_label() -> None:
     assert heartbeat_grace_s({}) is None
     assert heartbeat_grace_s({"skep.heartbeat-grace": "10s"}) == 10.0
     with pytest.raises(

@@ -28,35 +28,35 @@ def trip(
     return tripped(fallen, frozenset(ready), now=now, grace_s=GRACE_S, network_changed=network_changed)
 
 
-def test_more_than_half_and_three_at_once_are_a_storm():
+def test_more_than_half_and_three_at_once_are_a_storm() -> None:
     five = nodes(5)
     assert trip(falls(five[:3]), five) == Trip(tuple(five[:3]), 5)
 
 
 @pytest.mark.parametrize(("down", "of"), [(1, 3), (2, 3), (2, 2), (2, 5), (3, 6), (3, 7), (4, 9)])
-def test_a_minority_and_the_smallest_clusters_are_replaced_normally(down: int, of: int):
+def test_a_minority_and_the_smallest_clusters_are_replaced_normally(down: int, of: int) -> None:
     """Every row of the quorum table that keeps its quorum is among them."""
     assert trip(falls(nodes(of)[:down]), nodes(of)) is None
 
 
-def test_what_several_managers_judged_is_no_storm_unless_the_leaders_own_network_changed():
+def test_what_several_managers_judged_is_no_storm_unless_the_leaders_own_network_changed() -> None:
     five = nodes(5)
     both = falls(five[:2], judge="m1") + falls(five[2:4], judge="m2")
     assert trip(both, five) is None
     assert trip(both, five, network_changed=True) == Trip(tuple(five[:4]), 5)
 
 
-def test_nodes_that_went_down_before_the_grace_period_do_not_count():
+def test_nodes_that_went_down_before_the_grace_period_do_not_count() -> None:
     five = nodes(5)
     assert trip(falls(five[:2], at=96.0) + falls(five[2:3]), five) is None
 
 
-def test_nodes_that_were_not_ready_a_minute_ago_do_not_count():
+def test_nodes_that_were_not_ready_a_minute_ago_do_not_count() -> None:
     eight = nodes(8)
     assert trip(falls(eight[5:]), eight[:5]) is None
 
 
-def test_it_is_over_when_half_of_them_are_back():
+def test_it_is_over_when_half_of_them_are_back() -> None:
     fallen, known = nodes(4), frozenset(nodes(9))
     assert not is_over(fallen, frozenset(fallen[:1]), known)
     assert is_over(fallen, frozenset(fallen[:2]), known)
@@ -64,7 +64,7 @@ def test_it_is_over_when_half_of_them_are_back():
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.sampled_from(["one", "two"]), st.booleans())
-def test_the_rule_is_exactly_the_rule(total: int, down: int, judges: str, network_changed: bool):
+def test_the_rule_is_exactly_the_rule(total: int, down: int, judges: str, network_changed: bool) -> None:
     ready = nodes(total)
     fallen = ready[: min(down, total)]
     judged = [
@@ -76,8 +76,12 @@ def test_the_rule_is_exactly_the_rule(total: int, down: int, judges: str, networ
     assert (trip(judged, ready, network_changed=network_changed) is not None) == expected
 
 
+def fallen(node: Node) -> Node:
+    return replace(node, status=NodeStatus(state=NodeState.DOWN))
+
+
 def down(node: Node) -> Updated:
-    return Updated(node, replace(node, status=NodeStatus(state=NodeState.DOWN)))
+    return Updated(node, fallen(node))
 
 
 def ready_nodes(count: int) -> list[Node]:
@@ -85,7 +89,7 @@ def ready_nodes(count: int) -> list[Node]:
     return [replace(a_node(id), session=session) for id in nodes(count)]
 
 
-def test_the_history_knows_who_was_ready_a_minute_ago():
+def test_the_history_knows_who_was_ready_a_minute_ago() -> None:
     """Five nodes that came 50 s ago are no storm when they go; 70 s after, they are."""
     for age_s, expected in ((50.0, False), (70.0, True)):
         history = NodeHistory([])
@@ -97,11 +101,11 @@ def test_the_history_knows_who_was_ready_a_minute_ago():
         assert (history.trip(1000.0 + age_s, GRACE_S, network_changed=False) is not None) is expected
 
 
-def test_a_node_that_is_back_did_not_fall():
+def test_a_node_that_is_back_did_not_fall() -> None:
     history = NodeHistory(ready_nodes(5))
     for node in ready_nodes(3):
         history.note(Commit(revision=1, events=(down(node),)), 10.0)
     assert history.trip(10.5, GRACE_S, network_changed=False) is not None
     node = ready_nodes(1)[0]
-    history.note(Commit(revision=2, events=(Updated(down(node).new, node),)), 11.0)
+    history.note(Commit(revision=2, events=(Updated(fallen(node), node),)), 11.0)
     assert history.trip(11.0, GRACE_S, network_changed=False) is None

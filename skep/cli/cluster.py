@@ -1,0 +1,71 @@
+"""``skep cluster``: what an operator tells the cluster that Docker has no command for."""
+
+import asyncio
+from typing import Any
+
+import click
+
+from skep.api.client import Client
+from skep.errors import SkepError
+from skep.model.labels import HEARTBEAT_GRACE
+
+_ANSWERS_WITHIN_S = 15.0
+
+
+@click.group()
+def cluster() -> None:
+    """What an operator tells the cluster."""
+
+
+@cluster.command()
+@click.pass_obj
+def resume(host: str) -> None:
+    """Replace tasks of nodes that are down again, after a storm froze that.
+
+    \b
+    Examples:
+      skep cluster resume
+    """
+    _do(_resume(host))
+    click.echo("Tasks of nodes that are down are replaced again.")
+
+
+@cluster.command()
+@click.argument("duration", required=False)
+@click.pass_obj
+def grace(host: str, duration: str | None) -> None:
+    """How long a silent node is believed alive: show it, or set it to DURATION ("default": three heartbeats).
+
+    \b
+    Examples:
+      skep cluster grace 10s
+      skep cluster grace default
+    """
+    click.echo(_do(_grace(host, duration)))
+
+
+def _do(work: Any) -> Any:
+    try:
+        return asyncio.run(work)
+    except SkepError as error:
+        raise click.ClickException(str(error)) from error
+
+
+async def _resume(host: str) -> None:
+    async with Client.at(host) as client:
+        await client.post("/skep/cluster/resume", timeout_s=_ANSWERS_WITHIN_S)
+
+
+async def _grace(host: str, duration: str | None) -> str:
+    """Set the label of the cluster's spec, as any client may; gives what holds then."""
+    async with Client.at(host) as client:
+        swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
+        labels = dict(swarm["Spec"].get("Labels") or {})
+        if duration is not None:
+            labels.pop(HEARTBEAT_GRACE, None)
+            if duration != "default":
+                labels[HEARTBEAT_GRACE] = duration
+            spec = {**swarm["Spec"], "Labels": labels}
+            version = str(swarm["Version"]["Index"])
+            await client.post("/swarm/update", spec, timeout_s=_ANSWERS_WITHIN_S, version=version)
+        return str(labels.get(HEARTBEAT_GRACE, "three heartbeat periods"))

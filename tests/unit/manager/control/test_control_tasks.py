@@ -1,0 +1,46 @@
+"""What is said of a task whose node is not heard any more."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.control.tasks import known_status
+from skep.model.node import Node, NodeState, NodeStatus
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp
+from skep.store.interface import View
+from skep.store.memory import MemoryStore
+from tests.builders import a_node, a_service, a_task
+
+SINCE = Timestamp("2026-01-02T03:04:05Z")
+
+
+async def view_of(task: Task, node: Node) -> View:
+    store = MemoryStore(SystemClock())
+    await store.update(lambda tx: [tx.put(object) for object in (a_service(), node, task)])
+    return store.view()
+
+
+def down(node: Node) -> Node:
+    return replace(node, status=NodeStatus(state=NodeState.DOWN), silent_since=SINCE)
+
+
+async def test_what_ran_on_a_node_that_is_down_is_unknown_since_it_was_last_heard() -> None:
+    task = a_task("t1", node="n1", service=a_service(), state=TaskState.RUNNING)
+    status = known_status(await view_of(task, down(a_node("n1"))), task)
+    assert status.state is TaskState.UNKNOWN
+    assert status.timestamp == SINCE
+    assert status.message.endswith("is down; the task was last known to be running")
+
+
+async def test_what_runs_on_a_node_that_is_heard_runs() -> None:
+    task = a_task("t1", node="n1", service=a_service(), state=TaskState.RUNNING)
+    assert known_status(await view_of(task, a_node("n1")), task) == task.status
+
+
+@pytest.mark.parametrize(
+    "state", [TaskState.ASSIGNED, TaskState.COMPLETE, TaskState.FAILED, TaskState.SHUTDOWN]
+)
+async def test_what_the_node_never_had_or_what_had_ended_is_known(state: TaskState) -> None:
+    task = a_task("t1", node="n1", service=a_service(), state=state)
+    assert known_status(await view_of(task, down(a_node("n1"))), task) == task.status
