@@ -7,6 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says something of the machine, not of the code.
+settings.register_profile("skep", deadline=None)
+settings.load_profile("skep")
 
 INTEGRATION_NEEDS = ("root", "runc", "conmon", "nft", "ip", "tini-static", "busybox", "docker", "etcd")
 """What every test in tests/integration needs; others say so by ``pytest.mark.needs(...)``."""

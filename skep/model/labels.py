@@ -17,6 +17,11 @@ GRACE_S_MAX = 3600.0
 
 ON_DISCONNECT = "skep.on-disconnect"
 ON_DISCONNECT_DELAY = "skep.on-disconnect-delay"
+PROGRESS_DEADLINE = "skep.progress-deadline"
+"""On services: how long an update waits for one task to run or to end; then it has failed."""
+DEFAULT_PROGRESS_S = 600.0
+"""Long enough for large images over slow lines."""
+
 DELAY_S_MAX = 365 * 24 * 3600.0
 
 
@@ -53,6 +58,14 @@ def disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
         return DisconnectPolicy()
 
 
+def progress_deadline_s(labels: Mapping[str, str]) -> float:
+    """What the labels of a service say, in seconds."""
+    try:
+        return _progress_deadline_s(labels)
+    except InvalidArgument:
+        return DEFAULT_PROGRESS_S
+
+
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
     """What the labels of the cluster say; None: nothing."""
     try:
@@ -64,6 +77,7 @@ def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
 def check_service_labels(labels: Mapping[str, str]) -> None:
     """Raises: InvalidArgument: a label of ours that cannot be read."""
     _disconnect_policy(labels)
+    _progress_deadline_s(labels)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
@@ -82,6 +96,11 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
     if delay_s is None:
         delay_s = DEFAULT_STOP_DELAY_S if action is OnDisconnect.STOP else 0.0
     return DisconnectPolicy(action=action, delay_s=delay_s)
+
+
+def _progress_deadline_s(labels: Mapping[str, str]) -> float:
+    seconds = _seconds(labels, PROGRESS_DEADLINE, DELAY_S_MAX)
+    return DEFAULT_PROGRESS_S if seconds is None else seconds
 
 
 def _heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:

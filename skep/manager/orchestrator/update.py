@@ -4,10 +4,12 @@ An update has no memory of its own: how far it is can be seen in the slots.
 
 * A slot is *outdated* when a wanted task in it (or its last task, which ended for good) was made from a spec that
   differs in what a task is.  ``dirty`` says when.
-* An updated slot has a *lead*: the first task made from the present version.  The lead is *settled* when it was seen
-  running or ended.  Until then, and for the update delay after it, the slot occupies one of ``parallelism`` places.
-* A lead that ends by itself before it ran for the monitor time is a failure.  More failures than the ratio allows
-  pause the update, roll it back, or are ignored.
+* An updated slot has a *lead*: the first task made from the present version that its node can still speak for.  The
+  lead is *settled* when it was seen running or ended.  Until then, and for the update delay after it, the slot occupies
+  one of ``parallelism`` places.
+* A lead that ends by itself before it ran for the monitor time is a failure, and so is one that is not settled within
+  the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
+  or are ignored; the update's message names the last one and its cause.
 * The update is complete when every slot was begun with and the monitor time has passed since the last lead settled.
   With start-first an old task may then still run beside the attempts at a new one, as in swarmkit.
 
@@ -15,8 +17,9 @@ stop-first retires the old task and creates the new one in one step; the new one
 the old one has stopped.  start-first retires the old task when the new one runs; if that fails it is retried by the
 restart policy while the old one runs on.
 
-Differences from swarmkit: nothing waits for the update delay after the last slot; a lead that we stop
-ourselves (a drained node, a scale down) is no failure; failures of tasks that a scale-up adds to the update count.
+Differences from swarmkit: nothing waits for the update delay after the last slot; a lead that we stop ourselves (a
+drained node, a scale down) is no failure; failures of tasks that a scale-up adds to the update count; a task that gets
+nowhere ends an update after the progress deadline, where swarmkit waits for ever.
 
 Source: swarmkit, manager/orchestrator/update/updater.go.
 """
@@ -37,13 +40,22 @@ from skep.manager.orchestrator.changes import (
 )
 from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, age, history, wanted
+from skep.manager.orchestrator.slots import Slot, age, history, is_lost, wanted
 from skep.model.ids import NodeId
-from skep.model.service import Service, UpdateConfig, UpdateFailureAction, UpdateOrder, UpdateState
+from skep.model.labels import progress_deadline_s
+from skep.model.service import (
+    Service,
+    TaskSpec,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateOrder,
+    UpdateState,
+)
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
+DEFAULT_STOP_GRACE_S = 10.0
 DEFAULTS = UpdateConfig(parallelism=1)
 
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
@@ -58,7 +70,7 @@ class _SlotView(msgspec.Struct, frozen=True):
     outdated: Slot
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     lead: Task | None
-    """The first task of the present version."""
+    """The first task of the present version (``_lead``)."""
 
 
 def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
@@ -101,6 +113,7 @@ class _Rollout:
         self._starts_first = config.order is UpdateOrder.START_FIRST
         self._delay_s = config.delay / SECOND_NS
         self._monitor_s = config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
+        self._deadline_s = progress_deadline_s(spec.labels) + _stop_grace_s(spec.task_template)
 
     def finish(self, view: _SlotView) -> Iterator[Step]:
         """Retire what a current task of the same slot makes superfluous."""
@@ -130,6 +143,7 @@ class _Rollout:
             yield from self._replace(view.outdated)
         if len(waiting) > room and room_at:
             yield Recheck(min(room_at))
+        yield from self._recheck_progress()
 
     def verdict(self) -> Step | None:
         """What too many failures lead to."""
@@ -141,7 +155,7 @@ class _Rollout:
         if not failed or len(failed) / total <= self._config.max_failure_ratio:
             return None
         newest = max(failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id))
-        reason = f"due to failure or early termination of task {newest.id}"
+        reason = self._reason(newest)
         if self._is_rollback:
             # Never roll back a rollback.
             return SetUpdateStatus(self._service, UpdateState.ROLLBACK_PAUSED, f"rollback paused {reason}")
@@ -158,6 +172,7 @@ class _Rollout:
             return
         settled = [self._settled_at(view.lead) for view in self._views if view.lead is not None]
         if any(at is None for at in settled):
+            yield from self._recheck_progress()
             return
         over_at = max((at for at in settled if at is not None), default=self._now) + self._monitor_s
         if settled and over_at > self._now:
@@ -182,10 +197,38 @@ class _Rollout:
 
     def _settled_at(self, lead: Task) -> float | None:
         moments = (self._seen.running(lead), self._seen.ended(lead))
-        return min((at for at in moments if at is not None), default=None)
+        settled_at = min((at for at in moments if at is not None), default=None)
+        if settled_at is None and self._is_overdue(lead):
+            return self._due_at(lead)
+        return settled_at
+
+    def _recheck_progress(self) -> Iterator[Step]:
+        """Look again when the deadline of the first lead that is not settled has passed."""
+        leads = [view.lead for view in self._views if view.lead is not None]
+        due = [self._due_at(lead) for lead in leads if self._settled_at(lead) is None]
+        if due:
+            yield Recheck(min(due))
+
+    def _due_at(self, lead: Task) -> float:
+        return self._seen.created(lead) + self._deadline_s
+
+    def _is_overdue(self, lead: Task) -> bool:
+        is_open = self._seen.running(lead) is None and self._seen.ended(lead) is None
+        return is_open and lead.is_wanted and self._due_at(lead) <= self._now
+
+    def _reason(self, lead: Task) -> str:
+        """Docker's words, and what they leave out: the cause."""
+        status = lead.status
+        if self._is_overdue(lead):
+            words = f"because task {lead.id} made no progress within {self._deadline_s:g} s"
+            return f"{words}: it is {status.state.value}" + (f", {status.err}" if status.err else "")
+        words = f"due to failure or early termination of task {lead.id}"
+        return words + (f": {status.err}" if status.err else "")
 
     def _has_failed(self, lead: Task) -> bool:
-        """Whether the task ended by itself, before it ran for as long as it is monitored."""
+        """Whether the task ended by itself, before it ran for as long as it is monitored, or never got anywhere."""
+        if self._is_overdue(lead):
+            return True
         if lead.status.state not in (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED):
             return False
         ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
@@ -197,6 +240,21 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     tasks = wanted(past) or past[-1:]
     outdated = tuple(task for task in tasks if is_dirty(task, situation))
     current = tuple(task for task in wanted(tasks) if task not in outdated)
-    version = situation.service.spec_version
-    lead = next((task for task in past if task.spec_version == version), None)
-    return _SlotView(current, outdated, lead)
+    return _SlotView(current, outdated, _lead(past, situation))
+
+
+def _stop_grace_s(template: TaskSpec) -> float:
+    """What the task before may need to stop, so long the new one waits for nothing of its own."""
+    container = template.container_spec
+    grace = container.stop_grace_period if container is not None else None
+    return DEFAULT_STOP_GRACE_S if grace is None else grace / SECOND_NS
+
+
+def _lead(past: Slot, situation: Situation) -> Task | None:
+    """The first task of the present version; one that was given up on a lost node speaks for nothing any more."""
+    made = [task for task in past if task.spec_version == situation.service.spec_version]
+    for task in made:
+        is_told = task.status.state.is_terminal or situation.seen.running(task) is not None
+        if task.is_wanted or is_told or not is_lost(situation.node_of(task)):
+            return task
+    return made[-1] if made else None

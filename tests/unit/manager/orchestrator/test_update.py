@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import Recheck, SetUpdateStatus
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.service import (
     PortConfig,
     PublishMode,
@@ -167,6 +167,78 @@ def test_a_failure_pauses_with_dockers_words_and_a_further_update_goes_on() -> N
     for _ in range(4):
         advance(world)
     assert len(wanted(world, "app:3")) == 4
+
+
+def test_the_message_of_a_failed_update_names_the_cause() -> None:
+    world = a_world(replicas=1)
+    world.update(a_spec("app:2", replicas=1))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    status = replace(lead.status, state=TaskState.REJECTED, err="No such image: app:2")
+    world.put(replace(lead, status=status))
+    world.settle()
+    words = f"update paused due to failure or early termination of task {lead.id}: No such image: app:2"
+    assert (state(world), message(world)) == (UpdateState.PAUSED, words)
+
+
+def test_an_update_goes_on_when_the_node_of_its_first_task_is_lost() -> None:
+    world = a_world(replicas=2)
+    world.nodes[a_node("n2").id] = a_node("n2")
+    world.update(a_spec("app:2", replicas=2))
+    world.settle()
+    world.stop_all()
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    world.put(replace(lead, node_id=a_node("n2").id, status=replace(lead.status, state=TaskState.PREPARING)))
+    world.nodes[a_node("n2").id] = a_node("n2", state=NodeState.DOWN)
+    for _ in range(5):
+        world.settle()
+        for task in list(world.tasks.values()):
+            if task.node_id != "n2" and task.desired_state > RUNNING and not task.status.state.is_terminal:
+                world.report(task.id, TaskState.SHUTDOWN)
+        world.run_all()
+        world.now += 6
+    world.settle()
+    assert world.tasks[lead.id].status.state is TaskState.PREPARING
+    assert state(world) is UpdateState.COMPLETED
+    assert len(wanted(world, "app:2")) == 2
+
+
+def deadline(seconds: int, action: UpdateFailureAction = UpdateFailureAction.PAUSE) -> ServiceSpec:
+    update = UpdateConfig(parallelism=1, failure_action=action, monitor=SECOND_NS)
+    spec = a_spec("app:2", replicas=2, update=update)
+    return replace(spec, labels={"skep.progress-deadline": f"{seconds}s"})
+
+
+def test_a_task_that_gets_nowhere_ends_the_update_after_its_deadline() -> None:
+    world = a_world(replicas=2)
+    world.update(deadline(30))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    world.now = 39.9
+    world.settle()
+    assert state(world) is UpdateState.UPDATING
+    assert Recheck(40.0) in world.steps()
+    world.now = 40.0
+    world.settle()
+    words = f"update paused because task {lead.id} made no progress within 40 s: it is new"
+    assert (state(world), message(world)) == (UpdateState.PAUSED, words)
+
+
+def test_an_overdue_task_rolls_the_update_back_or_lets_it_go_on_as_the_failure_action_says() -> None:
+    world = a_world(replicas=2)
+    world.update(deadline(30, UpdateFailureAction.ROLLBACK))
+    world.settle()
+    world.now = 40.0
+    world.settle()
+    assert state(world) is UpdateState.ROLLBACK_STARTED
+    world = a_world(replicas=2)
+    world.update(deadline(30, UpdateFailureAction.CONTINUE))
+    world.settle()
+    assert len(wanted(world, "app:2")) == 1
+    world.now = 40.0
+    world.settle()
+    assert len(wanted(world, "app:2")) == 2
 
 
 def test_a_task_that_fails_after_the_monitor_time_is_no_failure_of_the_update() -> None:
