@@ -1,6 +1,7 @@
 """A manager's gRPC half on loopback, with a store in memory, and nodes that talk to it over real mTLS."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import ClusterId, NodeId, TaskId, new_id
@@ -43,7 +45,7 @@ from skep.security.tls import ServerTls, client_context
 from skep.security.tokens import new_join_tokens
 from skep.security.trust import tls_info
 from skep.store.interface import Transaction, View
-from skep.store.kinds import ROOT_KEY_ID, Payload
+from skep.store.kinds import GOSSIP_KEYS_ID, ROOT_KEY_ID, Payload
 from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -183,6 +185,8 @@ class Cluster:
         )
         tx.put(Payload(id=ROOT_KEY_ID, data=self.authority.key_pem))
         certificate = NodeCertificate(role=NodeRole.MANAGER, state="issued")
+        keys = first_keys(secrets.token_bytes, timestamp(0))
+        tx.put(Payload(id=GOSSIP_KEYS_ID, data=keys.encode()))
         tx.put(Node(id=MANAGER_ID, spec=NodeSpec(role=NodeRole.MANAGER), certificate=certificate))
 
     def _set_address(self, tx: Transaction) -> None:

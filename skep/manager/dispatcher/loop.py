@@ -36,6 +36,7 @@ from skep.manager.dispatcher.registration import (
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.manager.follow import follow
+from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import IdSource, NodeId, SessionId, TaskId
 from skep.model.labels import heartbeat_grace_s
 from skep.model.node import Node, NodeState
@@ -44,6 +45,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
 from skep.store.interface import Commit, Created, Deleted, Store, Transaction, Updated, View
+from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -105,7 +107,7 @@ class Dispatcher:
         """Follow the store and judge silent nodes, until cancelled."""
         await follow(
             self._store,
-            (Node, Task, Swarm),
+            (Node, Task, Swarm, Payload),
             start=self._start,
             note=self._note,
             work=self._watch_over,
@@ -143,11 +145,16 @@ class Dispatcher:
                 case Updated(Node() as old, Node() as node):
                     has_new_managers |= old.manager_status != node.manager_status
                     self._note_node(node)
+                    if old.attachments != node.attachments:
+                        self._wake_all(node.id)  # tasks may have waited for that
                 case Deleted(Node() as node):
                     has_new_managers |= node.manager_status is not None
                     self._sessions.lose(node.id, None, NotRegistered())
                 case Updated(Swarm(), Swarm()):
                     has_new_managers = True  # or new roots: what every session message says
+                case Created(Payload(id=id)) | Updated(_, Payload(id=id)) if id == GOSSIP_KEYS_ID:
+                    for session in self._sessions.all():
+                        session.messages.wake()
         if has_new_managers:
             self._managers = managers_of(self._store.view().find(Node), self._own)
             for session in self._sessions.all():
@@ -169,6 +176,12 @@ class Dispatcher:
                 )
             self._sessions.expect(node.id, held.session_id, heard=self._time.seconds, grace_s=grace_s)
 
+    def _wake_all(self, node_id: NodeId) -> None:
+        session = self._sessions.live(node_id)
+        if session is not None:
+            tasks = self._store.view().find(Task, node_id=node_id)
+            session.wake_assignments(task.id for task in tasks)
+
     def _wake(self, node_id: NodeId, task_id: TaskId) -> None:
         session = self._sessions.live(node_id)
         if session is not None:
@@ -185,7 +198,14 @@ class Dispatcher:
             node, swarms = view.lookup(Node, session.node_id), view.find(Swarm)
             if node is None or not swarms:
                 raise NotRegistered
-            message = session_message(session.id, node, swarms[0], self._managers)
+            keys: tuple[GossipKey, ...] = ()
+            if is_docker_node(node):
+                stored = view.lookup(Payload, GOSSIP_KEYS_ID)
+                if stored is None:  # the leader is about to make them; an engine without keys gossips in clear
+                    await session.messages.wait()
+                    continue
+                keys = decoded_keys(stored.data).keys
+            message = session_message(session.id, node, swarms[0], self._managers, keys)
             encoded = message.SerializeToString(deterministic=True)
             if encoded != sent:
                 sent = encoded

@@ -25,6 +25,11 @@ def is_disposable(task: Task) -> bool:
     return task.desired_state >= TaskState.REMOVE and is_idle
 
 
+def is_past_attachment(task: Task, node: Node | None) -> bool:
+    """Whether the task stood for a plain container that is gone, or whose node is: nobody reads its history."""
+    return task.spec.network_attachment_spec is not None and (node is None or task.status.state.is_terminal)
+
+
 def is_orphaned(task: Task, node: Node | None) -> bool:
     """Whether nobody will ever report the task's end, because its node left the cluster."""
     return (

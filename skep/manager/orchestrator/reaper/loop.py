@@ -17,6 +17,7 @@ from skep.manager.orchestrator.reaper.history import (
     history_limit,
     is_disposable,
     is_orphaned,
+    is_past_attachment,
     surplus_history,
     unused_versions,
 )
@@ -122,9 +123,14 @@ class Reaper:
     def _of_slot(self, view: View, key: Key) -> Iterable[Removal]:
         tasks = view.find(Task, slot=key)
         for task in tasks:
-            if is_orphaned(task, view.lookup(Node, task.node_id)):
+            node = view.lookup(Node, task.node_id)
+            if is_orphaned(task, node) and not is_past_attachment(task, node):
                 yield Orphan(task)
-        disposable = [task for task in tasks if is_disposable(task)]
+        disposable = [
+            task
+            for task in tasks
+            if is_disposable(task) or is_past_attachment(task, view.lookup(Node, task.node_id))
+        ]
         yield from map(DeleteTask, disposable)
         service = view.lookup(Service, key.partition("/")[0])
         if service is not None:
