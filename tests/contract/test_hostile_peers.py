@@ -1,0 +1,198 @@
+"""What somebody hostile can do to the port that nodes and managers meet at: little, at a bounded cost."""
+
+import asyncio
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+
+from skep.errors import NotFound, ResourceExhausted
+from skep.security.keypair import KeyPair
+from skep.security.tls import client_context, joining_context
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import connected, split_address
+from skep.wire.server import HANDSHAKES_MAX, NODE_CONNECTIONS_MAX
+from tests.wire_calls import METHODS, call
+from tests.wire_rig import Cluster, a_session, a_worker, put, service_task, until
+
+MEBIBYTE = 1 << 20
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+async def is_served(cluster: Cluster, pair: KeyPair) -> bool:
+    """Whether a node with a certificate gets an answer."""
+    async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+        return isinstance(await call(channel, "HEARTBEAT"), NotFound)
+
+
+def resident_bytes() -> int:
+    """Memory of this process, in which the server runs too."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@contextmanager
+def descriptors(count: int) -> Iterator[None]:
+    """Allow this process ``count`` descriptors meanwhile."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(count, before[0]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("many", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_connections_without_a_handshake_are_bounded_and_hold_nobody_up(cluster, tmp_path, many):
+    pair = await a_worker(cluster, tmp_path)
+    loop = asyncio.get_running_loop()
+    silent: list[socket.socket] = []
+    before, most = resident_bytes(), 0
+    with descriptors(many + HANDSHAKES_MAX + 1000):
+        try:
+            for number in range(many):
+                one = socket.socket()
+                one.setblocking(False)
+                silent.append(one)
+                await loop.sock_connect(one, split_address(cluster.address))
+                most = max(most, cluster.bound.handshakes)
+                if number % 1000 == 999:
+                    assert await is_served(cluster, pair)
+            # Full, but for the places of those that were served in between.
+            assert HANDSHAKES_MAX - many // 500 <= most <= HANDSHAKES_MAX
+            assert resident_bytes() - before < 64 * MEBIBYTE
+            assert await is_served(cluster, pair)
+        finally:
+            for one in silent:
+                one.close()
+    await until(lambda: cluster.bound.handshakes == 0)
+
+
+async def test_one_node_may_hold_so_many_connections_and_no_more(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path / "greedy")
+    other = await a_worker(cluster, tmp_path / "other")
+    host, port = split_address(cluster.address)
+    writers = []
+    for _ in range(NODE_CONNECTIONS_MAX + 5):
+        _, writer = await asyncio.open_connection(
+            host, port, ssl=client_context(pair), server_hostname="swarm-manager"
+        )
+        writers.append(writer)
+    await until(lambda: cluster.bound.connections == NODE_CONNECTIONS_MAX)
+    assert await is_served(cluster, other)
+    for writer in writers:
+        writer.close()
+    await until(lambda: cluster.bound.connections == 0)
+    assert await is_served(cluster, pair)
+
+
+@pytest.mark.parametrize("has_certificate", [True, False], ids=["a node", "a stranger"])
+async def test_a_message_of_a_gibibyte_is_refused_when_its_length_is_said(cluster, tmp_path, has_certificate):
+    """Not after a gibibyte was taken: the length comes first."""
+    pair = await a_worker(cluster, tmp_path)
+    context = client_context(pair) if has_certificate else joining_context(pair.root_pem)
+    method = methods.UPDATE_TASK_STATUS if has_certificate else methods.ISSUE_NODE_CERTIFICATE
+    before = resident_bytes()
+    endless = methods.ClientStream(method.path, method.request, method.reply)
+    async with (
+        connected(cluster.address, context, "swarm-manager") as channel,
+        channel.stream(endless) as stream,
+    ):
+        await announce(stream, 1 << 30)
+        with pytest.raises(ResourceExhausted, match="larger than max"):
+            await stream.receive()
+    assert resident_bytes() - before < 16 * MEBIBYTE
+    assert await is_served(cluster, pair)
+
+
+async def announce(stream, length: int) -> None:
+    """Begin a message of ``length`` bytes and send a few of them."""
+    grpc = stream._stream
+    await grpc.send_request()
+    await grpc._stream.send_data(b"\0" + length.to_bytes(4, "big") + b"x" * 1000)
+
+
+class Deaf:
+    """An HTTP/2 client over TLS that sends and never reads."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        self._http = H2Connection(H2Configuration(client_side=True))
+        self._http.initiate_connection()
+        self.flush()
+
+    def flush(self) -> None:
+        self._writer.write(self._http.data_to_send())
+
+    def ping(self) -> None:
+        self._http.ping(b"12345678")
+        self.flush()
+
+    def request(self, path: str, message: bytes) -> None:
+        stream_id = self._http.get_next_available_stream_id()
+        headers = [
+            *((":method", "POST"), (":scheme", "https"), (":path", path), (":authority", "m")),
+            *(("content-type", "application/grpc"), ("te", "trailers")),
+        ]
+        self._http.send_headers(stream_id, headers)
+        self._http.send_data(stream_id, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
+        self.flush()
+
+
+async def a_deaf_client(cluster: Cluster, pair: KeyPair) -> tuple[Deaf, asyncio.StreamWriter]:
+    host, port = split_address(cluster.address)
+    reader, writer = await asyncio.open_connection(
+        host, port, ssl=client_context(pair), server_hostname="swarm-manager"
+    )
+    return Deaf(reader, writer), writer
+
+
+async def test_pings_whose_answers_nobody_reads_are_not_taken_without_end(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    deaf, writer = await a_deaf_client(cluster, pair)
+    before = resident_bytes()
+    sent = 0
+    try:
+        async with asyncio.timeout(3):
+            while sent < 64 * MEBIBYTE:
+                for _ in range(1000):
+                    deaf.ping()
+                sent += 17_000
+                await writer.drain()
+    except TimeoutError:
+        pass  # the server reads no more: what this test is about
+    assert sent < 64 * MEBIBYTE
+    assert resident_bytes() - before < 96 * MEBIBYTE
+    assert await is_served(cluster, pair)
+    writer.transport.abort()
+
+
+async def test_a_node_that_never_reads_its_assignments_costs_one_message_and_goes_down_alone(
+    cluster, tmp_path
+):
+    slow, healthy = await a_worker(cluster, tmp_path / "slow"), await a_worker(cluster, tmp_path / "healthy")
+    async with a_session(cluster, slow) as (_, session_id), a_session(cluster, healthy) as (channel, own):
+        deaf, writer = await a_deaf_client(cluster, slow)
+        request = pb.AssignmentsRequest(session_id=session_id).SerializeToString()
+        deaf.request(METHODS["ASSIGNMENTS"].path, request)
+        before = resident_bytes()
+        for _ in range(50):
+            service, task = service_task(slow.identity.node_id)
+            await put(cluster, service, task)
+        await cluster.until(
+            lambda view: cluster.node(slow.identity.node_id).status.state.value == "down", within_s=10
+        )
+        assert resident_bytes() - before < 32 * MEBIBYTE
+        writer.transport.abort()
+        del own, channel
