@@ -50,6 +50,7 @@ from skep.node.machine import this_machine
 from skep.node.netprocess import process as net_process
 from skep.node.notify import notify
 from skep.node.orphans import adopt_orphans
+from skep.node.restoring import Restored
 from skep.node.supervision import zygote
 from skep.node.supervision.detached import detached, held_lock, set_title
 from skep.node.supervision.supervisor import Supervisor
@@ -61,8 +62,7 @@ from skep.store.etcd.binary import find_binary
 log = structlog.get_logger()
 
 _REMOVED = (
-    "The other managers have removed this one. Demote the node and promote it again, "
-    "or have it leave the swarm and join again."
+    "The other managers do not take this one in: promote the node, or have it leave the swarm and join again."
 )
 
 FORMAT = "1"
@@ -177,6 +177,7 @@ class Daemon:
                     manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}),
                     write_manager_files=self._write_manager_files,
                     write_recovery_files=self._write_recovery_files,
+                    write_restored_files=self._write_restored_files,
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -243,7 +244,7 @@ class Daemon:
             advertise_addr=node.advertise_addr,
             hostname=this_machine().hostname,
             bootstrap=_bootstrap(new.plan) if new is not None else None,
-            managers=() if new is not None else tuple(peer.addr for peer in node.managers),
+            managers=() if new is not None else _others(node),
             etcd_binary=str(configuration.etcd_binary or ""),
         )
         replace_file(paths.manager_config, encode(config), mode=0o600)
@@ -259,6 +260,16 @@ class Daemon:
         if load_recovery(paths) is None:
             paths.recovery_snapshot.unlink(missing_ok=True)
             save_recovery(paths, Recovery())
+
+    def _write_restored_files(self, restored: Restored) -> None:
+        """Everything the manager process reads to go on from a backup."""
+        paths = self._configuration.paths
+        self._write_manager_files(restored.node, None)
+        config = manager_config.load(paths.manager_config)
+        replace_file(paths.manager_config, encode(msgspec.structs.replace(config, managers=())), mode=0o600)
+        replace_file(paths.wrapping_key, restored.wrapping_key, mode=0o600)
+        os.replace(restored.snapshot, paths.recovery_snapshot)
+        save_recovery(paths, Recovery())
 
     async def _reload_on(self, hangup: asyncio.Event, node: Node) -> None:
         """Read the configuration again at every SIGHUP; what cannot be read changes nothing."""
@@ -280,6 +291,11 @@ class Daemon:
                 reloaded=", ".join(taken.reloaded) or "nothing changed",
                 needs_restart=", ".join(taken.needs_restart) or "nothing",
             )
+
+
+def _others(node: LocalNode) -> tuple[str, ...]:
+    """Managers that may let this node in among them."""
+    return tuple(peer.addr for peer in node.managers if peer.node_id != node.node_id)
 
 
 def _bootstrap(plan: Founding) -> Bootstrap:

@@ -8,7 +8,7 @@ Requests carry the version that both ends speak, found out by ``/_ping`` before 
 
 import asyncio
 import ssl
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -146,6 +146,22 @@ class Client:
             raise Unavailable(f"no answer from {self._place} within {timeout_s:g} s") from None
         return _decoded(content)
 
+    async def upload(
+        self,
+        type_: type[T],
+        path: str,
+        content: AsyncIterable[bytes],
+        *,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        **query: str,
+    ) -> T:
+        """The answer, as ``type_``, to ``POST path`` with a body that is read while it is sent.  Raises: as ``get``."""
+        answer = await self.request(
+            "POST", path, body=content, query=query, headers=headers, timeout_s=timeout_s
+        )
+        return msgspec.convert(answer, type_)
+
     @asynccontextmanager
     async def stream(
         self,
@@ -179,7 +195,7 @@ class Client:
             parameters["filters"] = msgspec.json.encode(wanted).decode()
         target = f"/v{version}{path}" + (f"?{urlencode(parameters)}" if parameters else "")
         sent = dict(headers or {})
-        if body is not None and not isinstance(body, bytes):
+        if body is not None and not isinstance(body, bytes | AsyncIterable):
             body = msgspec.json.encode(body)
             sent.setdefault("Content-Type", "application/json")
         try:

@@ -44,6 +44,21 @@ def grace(host: str, duration: str | None) -> None:
     click.echo(_do(_grace(host, duration)))
 
 
+@cluster.command("rotate-keys")
+@click.pass_obj
+def rotate_keys(host: str) -> None:
+    """Encrypt the managers' store with a fresh data key.
+
+    New values use it at once, the others in the background.  Nothing restarts and no version moves.
+
+    \b
+    Examples:
+      skep cluster rotate-keys
+    """
+    _do(_rotate_keys(host))
+    click.echo("A new data key is in use; what was written before is re-encrypted in the background.")
+
+
 def _do(work: Any) -> Any:
     try:
         return asyncio.run(work)
@@ -54,6 +69,11 @@ def _do(work: Any) -> Any:
 async def _resume(host: str) -> None:
     async with Client.at(host) as client:
         await client.post("/skep/cluster/resume", timeout_s=_ANSWERS_WITHIN_S)
+
+
+async def _rotate_keys(host: str) -> None:
+    async with Client.at(host) as client:
+        await client.post("/skep/cluster/rotate-keys", timeout_s=_ANSWERS_WITHIN_S)
 
 
 async def _grace(host: str, duration: str | None) -> str:

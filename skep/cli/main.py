@@ -29,6 +29,8 @@ COMMANDS = {
     "cluster": Place(
         "skep.cli.cluster:cluster", "What Docker has no command for: resume replacement, set the grace."
     ),
+    "backup": Place("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
+    "restore": Place("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
     "status": Place("skep.cli.status:status", "How this node and its cluster are."),
 }
 """In the order of the help; ``location`` is ``module:attribute``."""

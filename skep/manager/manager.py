@@ -20,6 +20,7 @@ from skep.api.server import runner
 from skep.errors import Unavailable
 from skep.manager.attachments.service import AttachmentService
 from skep.manager.autolock import Autolock
+from skep.manager.backup import Backups
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
@@ -103,6 +104,7 @@ class Manager:
             book,
             partial(load_wrapping_key, config.paths),
             config.cluster_id,
+            clock,
         )
 
     async def run(self) -> None:
@@ -111,6 +113,9 @@ class Manager:
         api = ManagerApi(
             store=self._store,
             logs=self._logs,
+            backups=Backups(
+                self._config, self._store, partial(load_wrapping_key, self._config.paths), self._clock
+            ),
             events=events,
             clock=self._clock,
             new_id=self._new_id,

@@ -32,6 +32,7 @@ from skep.node.netprocess.client import NetClient
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
 from skep.node.reports import Reports
+from skep.node.restoring import Restored
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.plain_containers import plain_container_routes
@@ -49,7 +50,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``net``: the supervised net process.  ``manager``: makes the supervisor of the manager process;
     ``write_manager_files``: what a new manager reads (node, its new cluster if it founds one);
-    ``write_recovery_files``: what has it go on alone.
+    ``write_recovery_files``: what has it go on alone; ``write_restored_files``: from a backup.
     """
 
     machine: Machine
@@ -62,6 +63,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     manager: Callable[[], ManagerProcess]
     write_manager_files: Callable[[LocalNode, NewCluster | None], None]
     write_recovery_files: Callable[[LocalNode], None]
+    write_restored_files: Callable[[Restored], None]
 
 
 class Node:
@@ -118,6 +120,7 @@ class Node:
                 manager=around.manager,
                 write_manager_files=around.write_manager_files,
                 write_recovery_files=around.write_recovery_files,
+                write_restored_files=around.write_restored_files,
             )
             membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id

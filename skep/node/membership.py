@@ -9,8 +9,9 @@ Source: moby, daemon/cluster/{swarm,cluster,noderunner}.go (the order of the che
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -18,7 +19,8 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.api.swarm_requests import Joining, founding, joining
+from skep.api.backups import Manifest, RestorePlan
+from skep.api.swarm_requests import Endpoints, Joining, founding, joining
 from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import NodeRole
@@ -36,12 +38,14 @@ from skep.node.leaving import objection_to_leaving
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
 from skep.node.local_api import LocalApi
 from skep.node.management import Management, ManagerProcess
+from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node
 from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.node.swarm_info import (
     IN_A_SWARM,
     LEAVING_LOCKED,
     LOCKED,
+    NO_LEADER,
     NO_SWARM,
     NOT_A_MANAGER,
     NOT_IN_A_SWARM,
@@ -85,6 +89,9 @@ class Parts(Protocol):
     def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
         """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
 
+    def write_restored_files(self, restored: Restored) -> None:
+        """Everything a manager reads that begins from a backup."""
+
     def write_recovery_files(self, node: LocalNode) -> None:
         """Have the manager go on alone, with ``node``'s addresses, at its next start."""
 
@@ -101,6 +108,9 @@ class Parts(Protocol):
 
     async def request_certificate(self, plan: Joining) -> KeyPair:
         """Use the join token.  Raises: SkepError in Docker's words."""
+
+    async def resign(self, managers: Sequence[str]) -> None:
+        """Give this manager's vote back, if the others (``ip:port``) let it go."""
 
     async def remove_tasks(self) -> None:
         """Stop and remove everything that runs for the cluster."""
@@ -201,6 +211,48 @@ class Membership:
         log.warning("swarm goes on with this manager alone", node=node.node_id, cluster=node.cluster_id)
         return node.node_id
 
+    async def restore(
+        self, pieces: AsyncIterator[bytes], key: bytes, advertise_addr: str, *, is_dry: bool
+    ) -> RestorePlan:
+        """Take the place of the manager that made a backup, alone; ``is_dry``: only look at the backup.
+
+        Args:
+            advertise_addr: empty: the backup's if this machine has it, else this machine's only address.
+
+        Raises: Unavailable: this node is in a swarm already; InvalidArgument: the backup, the key or the address;
+        SkepError: the manager does not come up, and nothing of it was kept.
+        """
+        async with self._control:
+            if self.node is not None:
+                raise Unavailable(IN_A_SWARM)
+            snapshot = self._paths.data / "restore.snapshot"
+            try:
+                manifest = await received(pieces, key, snapshot)
+                endpoints = endpoints_for(manifest, advertise_addr, await read_interfaces())
+                if not is_dry:
+                    await self._take_place(manifest, endpoints, snapshot)
+            finally:
+                snapshot.unlink(missing_ok=True)
+            return plan_of(manifest, endpoints.advertise_addr, is_done=not is_dry)
+
+    async def _take_place(self, manifest: Manifest, endpoints: Endpoints, snapshot: Path) -> None:
+        check_listening(endpoints.listen_addr)
+        await asyncio.to_thread(check_space, self._paths.data)
+        node, pair = await asyncio.to_thread(restored_node, manifest, endpoints)
+        restored = Restored(
+            node=node, wrapping_key=manifest.wrapping_key, snapshot=snapshot, hostname=manifest.hostname
+        )
+        try:
+            await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
+            await asyncio.to_thread(self._parts.write_restored_files, restored)
+            await self._come_in(node, _FOUNDING_TIMEOUT_S)
+            await self._wait_ready(node, _FOUNDING_TIMEOUT_S)
+            await asyncio.to_thread(write_local_node, self._paths.node_json, node)
+        except BaseException:
+            await self._end()
+            raise
+        log.warning("swarm restored", node=node.node_id, cluster=node.cluster_id)
+
     async def join(self, request: JoinRequest) -> None:
         """Come into a cluster as the token says; returns when a manager took this node's session.
 
@@ -250,6 +302,8 @@ class Membership:
                 raise Unavailable(LEAVING_LOCKED)
             if self.node.is_manager and not force:
                 raise Unavailable(await self._objection_to_leaving())
+            if self.node.is_manager and not self.is_locked:
+                await self._parts.resign(self._other_managers())
             self._paths.node_json.unlink(missing_ok=True)
             await self._end()
             log.info("swarm left")
@@ -325,7 +379,9 @@ class Membership:
             return local_section(None, status=self.status, trouble=LOCKED, managers=())
         managers = self._agent.managers if self._agent is not None else ()
         section = local_section(self.node, status=self.status, trouble=self._trouble, managers=managers)
-        if self.is_manager and not self._trouble:
+        if self._paths.manager_waiting.exists():
+            section |= {"ControlAvailable": True, "Error": NO_LEADER}
+        elif self.is_manager and not self._trouble:
             section |= await cluster_section(self._manager_api)
         return section
 
@@ -454,6 +510,12 @@ class Membership:
         self._paths.node_json.unlink(missing_ok=True)
         for directory in (self._paths.certificates, self._paths.manager):
             shutil.rmtree(directory, ignore_errors=True)
+
+    def _other_managers(self) -> tuple[str, ...]:
+        known = self._agent.managers if self._agent is not None else ()
+        return tuple(
+            peer.addr for peer in known if self.node is not None and peer.node_id != self.node.node_id
+        )
 
     async def _objection_to_leaving(self) -> str:
         try:

@@ -1,7 +1,7 @@
 """What a node in a swarm runs: its agent, its manager process; and what it says of itself when it registers."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -30,7 +30,10 @@ from skep.node.management import ManagerProcess
 from skep.node.managers import ManagerList
 from skep.node.membership import AgentConnection
 from skep.node.reports import Reports
+from skep.node.resigning import resign
+from skep.node.restoring import Restored
 from skep.node.worker import Worker
+from skep.security import keypair
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 
@@ -55,7 +58,7 @@ class NodeParts:
         configuration: the present one; asked at each use, since it may be reloaded.
         manager: makes the supervisor of this node's manager process.
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
-        write_recovery_files: writes what has the manager go on alone.
+        write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class NodeParts:
         manager: Callable[[], ManagerProcess],
         write_manager_files: Callable[[LocalNode, NewCluster | None], None],
         write_recovery_files: Callable[[LocalNode], None],
+        write_restored_files: Callable[[Restored], None],
     ) -> None:
         self._certificates = certificates
         self._lock = lock
@@ -92,6 +96,7 @@ class NodeParts:
         self._manager = manager
         self._write_manager_files = write_manager_files
         self._write_recovery_files = write_recovery_files
+        self._write_restored_files = write_restored_files
 
     def manager(self) -> ManagerProcess:
         return self._manager()
@@ -101,6 +106,9 @@ class NodeParts:
 
     def write_recovery_files(self, node: LocalNode) -> None:
         self._write_recovery_files(node)
+
+    def write_restored_files(self, restored: Restored) -> None:
+        self._write_restored_files(restored)
 
     def agent(
         self,
@@ -129,6 +137,10 @@ class NodeParts:
             return await join(plan.remote_addrs[0], plan.token, self._clock, plan.availability)
         except InvalidArgument as error:
             raise Untranslated(str(error)) from error  # the engine answers 500 to a bad token
+
+    async def resign(self, managers: Sequence[str]) -> None:
+        pair = await asyncio.to_thread(keypair.load, self._certificates, self._lock)
+        await resign(managers, pair)
 
     async def remove_tasks(self) -> None:
         """Have every task stopped and removed; waits for up to a minute, what is left then is logged."""

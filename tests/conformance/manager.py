@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -62,6 +63,7 @@ async def a_manager_api(
     api = ManagerApi(
         store=store,
         logs=logs or CannedLogs(),
+        backups=cast("Any", None),  # ours, not Docker's
         events=ClusterEvents(store, clock),
         clock=clock,
         new_id=new_id,

@@ -62,7 +62,13 @@ async def test_with_100_000_tasks_nothing_holds_the_event_loop(tmp_path: Path) -
     store = MemoryStore(SystemClock())
     nothing = cast("Any", None)
     api = ManagerApi(
-        store=store, logs=nothing, events=nothing, clock=SystemClock(), new_id=nothing, new_name=nothing
+        store=store,
+        logs=nothing,
+        backups=nothing,
+        events=nothing,
+        clock=SystemClock(),
+        new_id=nothing,
+        new_name=nothing,
     )
     held: dict[str, float] = {}
     await store.update(lambda tx: tx.put(a_service(name="web", id="web", replicas=TASKS)))

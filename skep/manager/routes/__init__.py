@@ -10,6 +10,7 @@ from skep.api.server import ApiVersion
 from skep.api.server import application as engine_application
 from skep.api.versions import NEWEST
 from skep.manager.routes import (
+    backup,
     events,
     explain,
     files,
@@ -38,6 +39,7 @@ def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Applicat
         networks.routes,
         events.routes,
         explain.routes,
+        backup.routes,
         lag.routes,
         newest=newest,
     )

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
+from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
 from skep.errors import InvalidArgument
 from skep.manager.control.names import NameSource
@@ -35,6 +36,16 @@ class Logs(Protocol):
         """
 
 
+class Backing(Protocol):
+    """Who makes backups (``manager.backup``)."""
+
+    def begin(self, request: BackupRequest) -> Sealer:
+        """What writes the file.  Raises: InvalidArgument."""
+
+    def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
+        """The file.  Raises: SkepError: it is not whole."""
+
+
 class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     """A manager as its API sees it."""
 
@@ -44,6 +55,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     clock: Clock
     new_id: IdSource
     new_name: NameSource
+    backups: Backing
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
 
     def now(self) -> Timestamp:

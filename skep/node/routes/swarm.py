@@ -4,11 +4,15 @@ manager's.
 Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
 """
 
+import base64
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from aiohttp import web
 
+from skep.api.backups import KEY_HEADER, RestorePlan
 from skep.api.server import Routes, flag, json_answer, read_json
+from skep.errors import InvalidArgument
 from skep.model.ids import NodeId
 from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
 
@@ -23,6 +27,10 @@ class SwarmMember(Protocol):
     async def leave(self, *, force: bool) -> None: ...
 
     async def unlock(self, request: UnlockRequest) -> None: ...
+
+    async def restore(
+        self, pieces: AsyncIterator[bytes], key: bytes, advertise_addr: str, *, is_dry: bool
+    ) -> RestorePlan: ...
 
 
 MEMBER: web.AppKey[SwarmMember] = web.AppKey("member", SwarmMember)
@@ -51,3 +59,19 @@ async def leave(request: web.Request) -> web.StreamResponse:
 async def unlock(request: web.Request) -> web.StreamResponse:
     await request.app[MEMBER].unlock(await read_json(request, UnlockRequest))
     return web.Response()
+
+
+@routes.post("/skep/restore")
+async def restore(request: web.Request) -> web.StreamResponse:
+    """Restore the backup in the body on this node, which is in no swarm.  Ours, not Docker's."""
+    try:
+        key = base64.b64decode(request.headers.get(KEY_HEADER, ""), validate=True)
+    except ValueError as error:
+        raise InvalidArgument(f"{KEY_HEADER} is no base64") from error
+    plan = await request.app[MEMBER].restore(
+        request.content.iter_any(),
+        key,
+        request.query.get("advertiseAddr", ""),
+        is_dry=flag(request, "dryRun"),
+    )
+    return json_answer(plan)

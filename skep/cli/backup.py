@@ -1,0 +1,209 @@
+"""``skep backup`` and ``skep restore``: the whole swarm in one encrypted file."""
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from skep.api.backups import (
+    KEY_HEADER,
+    BackupRequest,
+    Header,
+    Manifest,
+    Opener,
+    RestorePlan,
+    key_of,
+    new_header,
+    parsed_opening,
+    sync_file,
+)
+from skep.api.client import Client
+from skep.errors import InvalidArgument, SkepError
+
+_RESTORE_S = 300.0
+_READ_BYTES = 1024 * 1024
+
+Secret = tuple[Literal["scrypt", "hkdf"], bytes]
+"""How a file's key is made, and of what."""
+
+
+def _secret_options(command: Any) -> Any:
+    command = click.option(
+        "--key-file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A file of at least 32 random bytes in place of a passphrase.",
+    )(command)
+    return click.option(
+        "--passphrase-file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Read the passphrase from this file's first line.",
+    )(command)
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@_secret_options
+@click.pass_obj
+def backup(host: str, file: Path, passphrase_file: Path | None, key_file: Path | None) -> None:
+    """Write the whole swarm to FILE, encrypted, while it runs.
+
+    Ask any manager; it needs no quorum.  The file holds all secrets and the root's key: keep it and its passphrase
+    apart.  It is there when it is whole, and was read once from its beginning to its end.
+
+    \b
+    Examples:
+      skep backup swarm.backup
+      skep backup --key-file key /mnt/backups/swarm.backup
+    """
+    with _errors():
+        secret = _secret(passphrase_file, key_file, confirm=True)
+        manifest = asyncio.run(_backup(host, file, secret))
+    click.echo(f"{file}: {_described(manifest.counts)}, incarnation {manifest.incarnation}")
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_secret_options
+@click.option(
+    "--advertise-addr", default="", help="Address under which the others reach the restored manager."
+)
+@click.option("--dry-run", is_flag=True, help="Show what is in the backup and what would happen, and stop.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def restore(
+    host: str,
+    file: Path,
+    passphrase_file: Path | None,
+    key_file: Path | None,
+    advertise_addr: str,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Make this node, which is in no swarm, the manager of the swarm in FILE.
+
+    It takes the place of the manager that made the backup.  The swarm gets another incarnation, so managers that
+    still run from before stop as soon as they meet it.
+
+    \b
+    Examples:
+      skep restore --dry-run swarm.backup
+      skep restore --advertise-addr 10.0.0.7 swarm.backup
+    """
+    with _errors():
+        secret = _secret(passphrase_file, key_file, confirm=False)
+        plan = asyncio.run(_restore(host, file, secret, advertise_addr, is_dry=True))
+        for title, text in _about(plan):
+            click.echo(f"{title:<12}{text}")
+        if dry_run:
+            return
+        if not yes:
+            click.confirm("Restore it?", abort=True)
+        asyncio.run(_restore(host, file, secret, advertise_addr, is_dry=False))
+    click.echo(f"Swarm restored: current node ({plan.node_id}) is now its manager.")
+
+
+async def _backup(host: str, file: Path, secret: Secret) -> Manifest:
+    """Raises: SkepError; OSError."""
+    header = new_header(secret[0])
+    key = await asyncio.to_thread(key_of, secret[1], header)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    opener = Opener(key)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            async with (
+                Client.at(host) as client,
+                client.stream(
+                    "/skep/backup", method="POST", body=BackupRequest(header=header, key=key)
+                ) as stream,
+            ):
+                async for piece in stream.pieces():
+                    opener.feed(piece)
+                    out.write(piece)
+        manifest = opener.check_whole()
+        sync_file(str(beside))
+        beside.replace(file)
+        sync_file(str(file))
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return manifest
+
+
+async def _restore(
+    host: str, file: Path, secret: Secret, advertise_addr: str, *, is_dry: bool
+) -> RestorePlan:
+    header = _header(file)
+    if header.kdf != secret[0]:
+        made = "a passphrase" if header.kdf == "scrypt" else "a key file (--key-file)"
+        raise InvalidArgument(f"{file} was made with {made}")
+    key = await asyncio.to_thread(key_of, secret[1], header)
+    query = {"dryRun": "1"} if is_dry else {}
+    if advertise_addr:
+        query["advertiseAddr"] = advertise_addr
+    async with Client.at(host) as client:
+        return await client.upload(
+            RestorePlan,
+            "/skep/restore",
+            _content(file),
+            headers={KEY_HEADER: base64.b64encode(key).decode()},
+            timeout_s=_RESTORE_S,
+            **query,
+        )
+
+
+def _header(file: Path) -> Header:
+    """Raises: InvalidArgument: the file is no backup."""
+    with file.open("rb") as source:
+        parsed = parsed_opening(source.read(4096) or b"?")
+    if parsed is None:
+        raise InvalidArgument("the backup is damaged or not whole")
+    return parsed[0]
+
+
+async def _content(file: Path) -> AsyncIterator[bytes]:
+    with file.open("rb") as source:
+        while piece := await asyncio.to_thread(source.read, _READ_BYTES):
+            yield piece
+
+
+def _secret(passphrase_file: Path | None, key_file: Path | None, *, confirm: bool) -> Secret:
+    if key_file is not None:
+        return "hkdf", key_file.read_bytes()
+    if passphrase_file is not None:
+        passphrase = passphrase_file.read_text().partition("\n")[0]
+    else:
+        passphrase = click.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm)
+    if not passphrase:
+        raise InvalidArgument("the passphrase is empty")
+    return "scrypt", passphrase.encode()
+
+
+def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
+    yield "swarm", f"{plan.cluster_id}, incarnation {plan.incarnation}"
+    yield "made", f"{plan.created_at} by {plan.hostname} ({plan.node_id}), skep {plan.skep_version}"
+    yield "holds", _described(plan.counts)
+    yield (
+        "restoring",
+        (
+            f"makes this node {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm; other managers are "
+            "shown as unreachable until they are removed, and stop when they meet this one; workers find it by its address"
+        ),
+    )
+
+
+def _described(counts: Any) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (SkepError, OSError) as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,73 @@
+"""A backup while the manager serves: what it knows of the cluster, and a snapshot of the store, in one stream."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from skep import __version__
+from skep.aio.clock import Clock
+from skep.api.backups import BackupRequest, Manifest, Sealer
+from skep.manager.config import ManagerConfig
+from skep.manager.control.swarm import the_swarm
+from skep.model.network import Network
+from skep.model.node import Node
+from skep.model.secret import Config, Secret
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.model.times import timestamp
+from skep.store.etcd.client import Client
+from skep.store.etcd.snapshots import Verified
+from skep.store.interface import Store
+from skep.store.kinds import ROOT_KEY_ID, Payload
+
+_COUNTED: Mapping[str, type[Any]] = {
+    "services": Service,
+    "tasks": Task,
+    "nodes": Node,
+    "networks": Network,
+    "secrets": Secret,
+    "configs": Config,
+}
+
+
+class Backups:
+    """Makes backups of one manager's store; with or without a quorum."""
+
+    def __init__(
+        self, config: ManagerConfig, store: Store, wrapping_key: Callable[[], bytes], clock: Clock
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._wrapping_key = wrapping_key
+        self._clock = clock
+
+    def begin(self, request: BackupRequest) -> Sealer:
+        """What writes the file.  Raises: InvalidArgument."""
+        return Sealer(request.header, request.key)
+
+    async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
+        """The file.  Raises: Unavailable, FailedPrecondition: it is not whole, and its end is missing."""
+        yield sealer.manifest(self._manifest())
+        verified = Verified()
+        async with Client(self._config.paths.etcd_socket) as client:
+            async for piece in client.snapshot():
+                verified.update(piece)
+                yield sealer.add(piece)
+        verified.check()
+        yield sealer.end()
+
+    def _manifest(self) -> Manifest:
+        view, config = self._store.view(), self._config
+        return Manifest(
+            cluster_id=config.cluster_id,
+            node_id=config.node_id,
+            hostname=config.hostname,
+            listen_addr=config.listen_addr,
+            advertise_addr=config.advertise_addr,
+            created_at=str(timestamp(self._clock.now_ns())),
+            incarnation=self._store.incarnation,
+            skep_version=__version__,
+            counts={name: len(view.find(kind)) for name, kind in _COUNTED.items()},
+            root_pem=the_swarm(view).tls_info.trust_root.encode(),
+            root_key_pem=view.get(Payload, ROOT_KEY_ID).data,
+            wrapping_key=self._wrapping_key(),
+        )

@@ -1,0 +1,110 @@
+"""Receiving a backup, and what a node becomes by restoring it.
+
+The node takes the place of the manager that made the backup: its id, its tasks.  The certificate is new, made with the
+root's key, which is in the backup.
+"""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from skep.api.backups import Manifest, Opener, RestorePlan
+from skep.api.swarm_requests import Endpoints, Interfaces, founding
+from skep.errors import SkepError
+from skep.linux.files import BESIDE, write_new
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.model.swarm import InitRequest
+from skep.node.local import LocalNode, Peer
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem
+
+
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
+    """What a manager needs to go on from a backup.  ``snapshot``: a file, which is used up."""
+
+    node: LocalNode
+    wrapping_key: bytes
+    snapshot: Path
+    hostname: str
+
+
+async def received(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> Manifest:
+    """Write the snapshot in a backup to the file ``snapshot``, which is there once the backup is known to be whole.
+
+    Raises: InvalidArgument: it is none, is damaged, or is of another key.
+    """
+    opener = Opener(key)
+    beside = snapshot.with_name(snapshot.name + BESIDE)
+    write_new(beside, b"", mode=0o600)
+    try:
+        with beside.open("ab") as file:
+            async for piece in pieces:
+                file.write(opener.feed(piece))
+        manifest = opener.check_whole()
+        beside.rename(snapshot)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return manifest
+
+
+def endpoints_for(manifest: Manifest, advertise_addr: str, interfaces: Interfaces) -> Endpoints:
+    """Where the restored manager is served.  Raises: InvalidArgument, Untranslated: in Docker's words."""
+    port = manifest.listen_addr.rpartition(":")[2]
+    wishes = [advertise_addr] if advertise_addr else [manifest.advertise_addr, ""]
+    for wish in wishes:
+        request = InitRequest(listen_addr=f"0.0.0.0:{port}", advertise_addr=wish)
+        try:
+            endpoints = founding(request, interfaces).endpoints
+        except SkepError:
+            if wish == wishes[-1]:
+                raise
+            continue
+        if wish == wishes[-1] or wish.rpartition(":")[0].strip("[]") == endpoints.local_addr:
+            return endpoints
+    raise AssertionError("the last wish is answered")
+
+
+def restored_node(manifest: Manifest, endpoints: Endpoints) -> tuple[LocalNode, KeyPair]:
+    """The manager that made the backup, at other addresses, with a new certificate.
+
+    Raises: FailedPrecondition: the root in the backup and its key do not belong together.
+    """
+    authority, key = Authority.load(manifest.root_key_pem, manifest.root_pem), new_private_key()
+    node_id, cluster_id = NodeId(manifest.node_id), ClusterId(manifest.cluster_id)
+    identity = Identity(node_id=node_id, cluster_id=cluster_id, role=NodeRole.MANAGER)
+    pair = KeyPair(
+        certificate_pem=authority.issue(key.public_key(), identity),
+        key_pem=private_pem(key),
+        root_pem=manifest.root_pem,
+    )
+    node = LocalNode(
+        node_id=node_id,
+        cluster_id=cluster_id,
+        is_manager=True,
+        listen_addr=endpoints.listen_addr,
+        advertise_addr=endpoints.advertise_addr,
+        local_addr=endpoints.local_addr,
+        data_path_addr=endpoints.data_path_addr,
+        managers=(Peer(node_id, endpoints.advertise_addr),),
+    )
+    return node, pair
+
+
+def plan_of(manifest: Manifest, advertise_addr: str, *, is_done: bool) -> RestorePlan:
+    """What is shown of a backup."""
+    return RestorePlan(
+        cluster_id=manifest.cluster_id,
+        node_id=manifest.node_id,
+        hostname=manifest.hostname,
+        created_at=manifest.created_at,
+        incarnation=manifest.incarnation,
+        skep_version=manifest.skep_version,
+        counts=manifest.counts,
+        advertise_addr=advertise_addr,
+        is_done=is_done,
+    )
