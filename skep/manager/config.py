@@ -12,7 +12,6 @@ from skep.model.node import Availability
 from skep.model.swarm import SwarmSpec
 from skep.paths import Paths
 
-
 REMOVED = 3
 """Exit code of a manager process whose member the other managers have removed."""
 

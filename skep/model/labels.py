@@ -22,6 +22,9 @@ PROGRESS_DEADLINE = "skep.progress-deadline"
 DEFAULT_PROGRESS_S = 600.0
 """Long enough for large images over slow lines."""
 
+JOB_TTL = "skep.job-ttl"
+"""On jobs: how long one that has ended is kept before it is removed with its tasks; without it: for ever."""
+
 DELAY_S_MAX = 365 * 24 * 3600.0
 
 
@@ -66,6 +69,14 @@ def progress_deadline_s(labels: Mapping[str, str]) -> float:
         return DEFAULT_PROGRESS_S
 
 
+def job_ttl_s(labels: Mapping[str, str]) -> float | None:
+    """What the labels of a job say, in seconds; None: nothing."""
+    try:
+        return _job_ttl_s(labels)
+    except InvalidArgument:
+        return None
+
+
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
     """What the labels of the cluster say; None: nothing."""
     try:
@@ -78,6 +89,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     """Raises: InvalidArgument: a label of ours that cannot be read."""
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
+    _job_ttl_s(labels)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
@@ -101,6 +113,10 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
 def _progress_deadline_s(labels: Mapping[str, str]) -> float:
     seconds = _seconds(labels, PROGRESS_DEADLINE, DELAY_S_MAX)
     return DEFAULT_PROGRESS_S if seconds is None else seconds
+
+
+def _job_ttl_s(labels: Mapping[str, str]) -> float | None:
+    return _seconds(labels, JOB_TTL, DELAY_S_MAX)
 
 
 def _heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:

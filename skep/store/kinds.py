@@ -63,6 +63,16 @@ class Revocation(ApiObject):
     """Of its certificates as a manager, for etcd's peer port."""
 
 
+def registry_auth_id(service_id: str) -> str:
+    """The id of the payload with the credentials for the service's image."""
+    return f"registry/{service_id}"
+
+
+def previous_registry_auth_id(service_id: str) -> str:
+    """The same for the image that a rollback returns to."""
+    return f"registry-previous/{service_id}"
+
+
 def spec_version_id(service_id: str, version: Version) -> str:
     """The id of the spec that ``service_id`` had at ``version``."""
     return f"{service_id}/{version.index}"

@@ -1,10 +1,11 @@
 """Jobs through the docker command: as many runs as asked for, again on the next update, given up when told so."""
 
+import subprocess
 from typing import Any
 
 import pytest
 
-from tests.integration.cluster import IMAGE, TestNode, wait_until
+from tests.integration.cluster import IMAGE, SKEP, TestNode, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,3 +51,36 @@ def test_a_job_that_fails_ends_after_its_attempts_and_says_with_what(m1: TestNod
 
     tasks = wait_until(failed, "both attempts have failed")
     assert {task["Status"]["ContainerStatus"]["ExitCode"] for task in tasks} == {3}
+
+
+def test_what_ended_is_listed_with_exit_codes_and_last_lines_in_one_call(m1: TestNode) -> None:
+    words = (
+        "--restart-condition",
+        "none",
+        "--detach",
+        IMAGE,
+        "sh",
+        "-c",
+        "echo one; echo two; echo three; exit 4",
+    )
+    m1.docker("service", "create", "--name", "job", "--mode", "replicated-job", *words)
+
+    def listed() -> str:
+        command = [SKEP, "--host", m1.socket, "runs", "job", "--tail", "2"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+
+    shown = wait_until(lambda: text if "failed" in (text := listed()) else "", "the run is listed")
+    _, row, *lines = shown.splitlines()
+    assert row.split()[:4] == ["0", "0", "failed", "4"]
+    assert lines == ["    task: non-zero exit (4)", "    | two", "    | three"]
+
+
+def test_a_job_with_a_time_to_live_goes_by_itself(m1: TestNode) -> None:
+    words = ("--mode", "replicated-job", "--label", "skep.job-ttl=1s", "--detach", IMAGE, "true")
+    m1.docker("service", "create", "--name", "job", *words)
+    wait_until(lambda: not m1.client().api.services(filters={"name": "job"}), "the job is gone")
+    wait_until(lambda: states_of_all(m1) == [], "its tasks are gone")
+
+
+def states_of_all(node: TestNode) -> list[str]:
+    return [task["Status"]["State"] for task in node.client().api.tasks()]

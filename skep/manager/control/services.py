@@ -16,6 +16,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequ
 from skep.manager.control.names import NameSource
 from skep.manager.control.networks import ingress_network, is_ingress
 from skep.manager.control.service_rules import check_service_spec
+from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
 from skep.model.network import Network
@@ -31,7 +32,7 @@ from skep.model.service import (
 )
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction, View
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
 
 AuthSource = Literal["spec", "previous-spec"]
 """Whose registry credentials an update goes on with when it brings none."""
@@ -70,7 +71,7 @@ def create_service(
             job_status=JobStatus(last_execution=now) if _is_job(spec) else None,
         )
     )
-    _keep_auth(tx, _auth_id(service.id), registry_auth)
+    _keep_auth(tx, registry_auth_id(service.id), registry_auth)
     return service
 
 
@@ -93,11 +94,11 @@ def update_service(
         OutOfSequence: the service is at another version.
     """
     service = _changeable(tx, id, spec, version)
-    current_auth, previous_auth = _auth(tx, _auth_id(id)), _auth(tx, _previous_auth_id(id))
+    current_auth, previous_auth = _auth(tx, registry_auth_id(id)), _auth(tx, previous_registry_auth_id(id))
     if not registry_auth:
         registry_auth = previous_auth if registry_auth_from == "previous-spec" else current_auth
-    _keep_auth(tx, _auth_id(id), registry_auth)
-    _keep_auth(tx, _previous_auth_id(id), current_auth)
+    _keep_auth(tx, registry_auth_id(id), registry_auth)
+    _keep_auth(tx, previous_registry_auth_id(id), current_auth)
     return tx.put(
         replace(
             service,
@@ -120,9 +121,9 @@ def rollback_service(
     service = _changeable(tx, id, spec, version)
     if service.previous_spec is None:
         raise FailedPrecondition(f"service {id} does not have a previous spec")
-    current_auth, previous_auth = _auth(tx, _auth_id(id)), _auth(tx, _previous_auth_id(id))
-    _keep_auth(tx, _auth_id(id), previous_auth)
-    _keep_auth(tx, _previous_auth_id(id), current_auth)
+    current_auth, previous_auth = _auth(tx, registry_auth_id(id)), _auth(tx, previous_registry_auth_id(id))
+    _keep_auth(tx, registry_auth_id(id), previous_auth)
+    _keep_auth(tx, previous_registry_auth_id(id), current_auth)
     return tx.put(
         replace(
             service,
@@ -144,10 +145,7 @@ def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> None:
     Raises:
         NotFound: it is gone.
     """
-    service = _present(tx, id)
-    _keep_auth(tx, _auth_id(id), "")
-    _keep_auth(tx, _previous_auth_id(id), "")
-    tx.put(replace(service, removed_at=now))
+    hide_service(tx, _present(tx, id), now)
 
 
 def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
@@ -265,14 +263,6 @@ def _next_job(service: Service, now: Timestamp) -> JobStatus | None:
         return None
     index = service.job_status.job_iteration.index + 1
     return JobStatus(job_iteration=Version(index=index), last_execution=now)
-
-
-def _auth_id(id: ServiceId) -> str:
-    return f"registry/{id}"
-
-
-def _previous_auth_id(id: ServiceId) -> str:
-    return f"registry-previous/{id}"
 
 
 def _auth(tx: Transaction, payload_id: str) -> str:

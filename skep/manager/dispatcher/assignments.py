@@ -25,7 +25,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, Service
 from skep.model.task import AssignedTask, Task, TaskState
 from skep.store.interface import View
-from skep.store.kinds import Payload
+from skep.store.kinds import Payload, registry_auth_id
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,7 +213,7 @@ def _registry_auths(view: View, tasks: Iterable[AssignedTask]) -> dict[TaskId, s
     auths = {}
     for assigned in tasks:
         task = assigned.task
-        payload = view.lookup(Payload, f"registry/{task.service_id}") if task.service_id else None
+        payload = view.lookup(Payload, registry_auth_id(task.service_id)) if task.service_id else None
         if payload is not None and _needs(task):
             auths[task.id] = payload.data.decode("ascii", errors="ignore")
     return auths

@@ -9,6 +9,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
+from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus
@@ -63,13 +64,21 @@ class RollBack(msgspec.Struct, frozen=True):
     message: str
 
 
+class RemoveService(msgspec.Struct, frozen=True):
+    """Remove a job that has ended, as its user would."""
+
+    service: Service
+
+
 class Recheck(msgspec.Struct, frozen=True):
     """Nothing to do before ``at`` (seconds on the leader's monotonic clock); then decide again."""
 
     at: float
 
 
-Change: TypeAlias = FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack
+Change: TypeAlias = (
+    FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack | RemoveService
+)
 Step: TypeAlias = Change | Recheck
 
 
@@ -92,6 +101,10 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
             _set_update_status(tx, service, state, message, now)
         case RollBack(service, message):
             _roll_back(tx, service, message, now)
+        case RemoveService(ended):
+            job = tx.lookup(Service, ended.id)
+            if job is not None and job.spec_version == ended.spec_version:
+                hide_service(tx, job, now)
         case _:
             assert_never(change)
 

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from skep.manager.orchestrator.changes import FillSlot, RetireTask, Step
+from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, RetireTask, Step
 from skep.manager.orchestrator.global_services import is_eligible
 from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, group_by_slot, history, wanted
+from skep.model.labels import job_ttl_s
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import ReplicatedJob, Service
@@ -58,7 +59,7 @@ def next_steps(situation: Situation) -> list[Step]:
         if key not in filled and not is_done(slot):
             restarts = restart_steps(slot, situation)
             steps += restarts or start_steps(slot, situation)
-    return steps
+    return steps or _end(present, situation)
 
 
 def iteration_of(service: Service) -> Version:
@@ -69,6 +70,16 @@ def iteration_of(service: Service) -> Version:
 def is_done(slot: Iterable[Task]) -> bool:
     """Whether the slot of a job has its completed task."""
     return any(task.status.state is TaskState.COMPLETE for task in slot)
+
+
+def _end(present: list[Task], situation: Situation) -> list[Step]:
+    """The removal of a job that has nothing left to do, when its time to live has passed since its last task."""
+    ttl_s = job_ttl_s(situation.service.spec.labels)
+    ended = [situation.seen.ended(task) for task in present]
+    if ttl_s is None or not ended or any(at is None for at in ended):
+        return []
+    over_at = max(at for at in ended if at is not None) + ttl_s
+    return [RemoveService(situation.service) if over_at <= situation.now else Recheck(over_at)]
 
 
 def _missing_runs(

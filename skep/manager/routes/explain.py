@@ -1,4 +1,4 @@
-"""``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why something is not as wanted.  Ours, not Docker's."""
+"""``/skep/tasks/{id}/explain``, ``/skep/services/{id}/explain``: why something is not as wanted."""
 
 import asyncio
 

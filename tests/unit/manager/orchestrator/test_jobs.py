@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.orchestrator.changes import FillSlot, RetireTask
+from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, RetireTask
 from skep.manager.orchestrator.reaper.history import surplus_history
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
@@ -144,6 +144,30 @@ def test_a_run_whose_node_is_lost_is_repeated_elsewhere() -> None:
     world.settle()
     (successor,) = live(world)
     assert (successor.slot, successor.node_id) == (1, "")
+
+
+def test_a_job_with_a_time_to_live_is_removed_that_long_after_its_end() -> None:
+    job = a_job(concurrent=1, total=1)
+    job = replace(job, spec=replace(job.spec, labels={"skep.job-ttl": "1m"}))
+    world = World(job)
+    world.settle()
+    assert world.steps() == []
+    world.now = 5.0
+    world.report(live(world)[0].id, TaskState.COMPLETE)
+    assert world.steps() == [Recheck(65.0)]
+    world.now = 65.0
+    assert world.steps() == [RemoveService(job)]
+    world.settle()
+    assert world.service.removed_at is not None
+    assert {task.desired_state for task in world.tasks.values()} == {TaskState.REMOVE}
+
+
+def test_a_job_without_a_time_to_live_stays() -> None:
+    world = World(a_job(concurrent=1, total=1))
+    world.settle()
+    world.report(live(world)[0].id, TaskState.COMPLETE)
+    world.now = 10.0**9
+    assert world.steps() == []
 
 
 def test_history_keeps_what_the_present_iteration_has_completed() -> None:

@@ -1,0 +1,19 @@
+"""The end of a service, asked for by its user or by the time to live of a job that has ended."""
+
+from msgspec.structs import replace
+
+from skep.model.service import Service
+from skep.model.times import Timestamp
+from skep.store.interface import Transaction
+from skep.store.kinds import Payload, previous_registry_auth_id, registry_auth_id
+
+
+def hide_service(tx: Transaction, service: Service, now: Timestamp) -> None:
+    """Free the service's name, ports, references and credentials; the record stays, hidden, as owner of its tasks.
+
+    The leader deletes it after the last of them.
+    """
+    for payload_id in (registry_auth_id(service.id), previous_registry_auth_id(service.id)):
+        if tx.lookup(Payload, payload_id) is not None:
+            tx.delete(Payload, payload_id)
+    tx.put(replace(service, removed_at=now))

@@ -1,0 +1,110 @@
+"""``/skep/services/{id}/runs``: tasks that have ended, with exit codes and last lines, in one call."""
+
+import asyncio
+from collections import deque
+
+from aiohttp import web
+
+from skep.api.errors import Untranslated
+from skep.api.server import Routes, json_answer
+from skep.errors import InvalidArgument, SkepError
+from skep.manager.routes.access import current_view, manager_of
+from skep.manager.routes.logs import closing
+from skep.model.encoding import ApiObject, always
+from skep.model.ids import NodeId, TaskId
+from skep.model.logs import LogQuery
+from skep.model.meta import Version
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.model.times import Timestamp
+
+routes = Routes()
+
+RUNS_MAX = 500
+"""The latest that one answer holds."""
+LINES_MAX = 100
+DEFAULT_LINES = 3
+LINE_BYTES_MAX = 4096
+LOGS_SECONDS_MAX = 10.0
+
+
+class Run(ApiObject):
+    """One task that has ended.  ``lines``: the last ones of both streams, cut to 4096 bytes each."""
+
+    task_id: TaskId
+    slot: int = always(0)
+    node_id: NodeId = NodeId("")
+    job_iteration: Version | None = None
+    created_at: Timestamp = Timestamp("")
+    ended_at: Timestamp = Timestamp("")
+    state: TaskState = always(TaskState.COMPLETE)
+    exit_code: int | None = None
+    err: str = ""
+    lines: tuple[str, ...] = always(())
+
+
+class Runs(ApiObject):
+    """Answer of ``GET /skep/services/{id}/runs?tail=N``, oldest first.
+
+    ``incomplete``: why some lines may be missing; empty: they are all there.
+    """
+
+    runs: tuple[Run, ...] = always(())
+    incomplete: str = ""
+
+
+@routes.get("/skep/services/{id}/runs")
+async def list_runs(request: web.Request) -> web.StreamResponse:
+    """What ended of a service and is still kept as history."""
+    tail = _tail(request.query.get("tail", str(DEFAULT_LINES)))
+    view = await current_view(request)
+    service = view.resolve(Service, request.match_info["id"])
+    tasks = [task for task in view.find(Task, service_id=service.id) if task.status.state.is_terminal]
+    tasks = sorted(tasks, key=lambda task: (task.status.timestamp, task.id))[-RUNS_MAX:]
+    lines: dict[TaskId, deque[str]] = {task.id: deque(maxlen=tail) for task in tasks}
+    incomplete = await _collect(request, lines, tail) if tail and tasks else ""
+    return json_answer(
+        Runs(runs=tuple(_run(task, tuple(lines[task.id])) for task in tasks), incomplete=incomplete)
+    )
+
+
+def _tail(word: str) -> int:
+    if not (word.isascii() and word.isdigit() and len(word) < 10 and int(word) <= LINES_MAX):
+        raise InvalidArgument(f"invalid tail {word!r}: want a number of lines up to {LINES_MAX}")
+    return int(word)
+
+
+async def _collect(request: web.Request, lines: dict[TaskId, deque[str]], tail: int) -> str:
+    """Fill ``lines`` from the nodes; gives what is missing, in words."""
+    query = LogQuery(tasks=tuple(lines), tail=tail)
+    try:
+        async with (
+            asyncio.timeout(LOGS_SECONDS_MAX),
+            closing(manager_of(request).logs.subscribe(query)) as entries,
+        ):
+            async for entry in entries:
+                if (kept := lines.get(entry.task_id)) is not None:
+                    kept.append(entry.data[:LINE_BYTES_MAX].decode(errors="replace").rstrip("\r\n"))
+    except TimeoutError:
+        return f"not all nodes have answered within {LOGS_SECONDS_MAX:g} s"
+    except (SkepError, Untranslated) as error:
+        return str(error)
+    return ""
+
+
+def _run(task: Task, lines: tuple[str, ...]) -> Run:
+    status = task.status
+    container = status.container_status
+    has_code = container is not None and container.container_id and status.state is not TaskState.REJECTED
+    return Run(
+        task_id=task.id,
+        slot=task.shown_slot,
+        node_id=task.node_id,
+        job_iteration=task.job_iteration,
+        created_at=task.created_at,
+        ended_at=status.timestamp,
+        state=status.state,
+        exit_code=container.exit_code if has_code and container is not None else None,
+        err=status.err,
+        lines=lines,
+    )
