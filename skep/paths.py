@@ -140,6 +140,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "manager.sock"
 
     @property
+    def manager_waiting(self) -> Path:
+        """Exists while the manager waits for a quorum and so answers nothing."""
+        return self.run / "manager.waiting"
+
+    @property
     def etcd_socket(self) -> Path:
         return self.run / "etcd.sock"
 

@@ -32,8 +32,9 @@ from skep.manager.incarnation import ask_others, check_lives, read_lives
 from skep.manager.keys import founding_wrapping_key, save_wrapping_key
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
-from skep.manager.membership.joining import Applicant
+from skep.manager.membership.joining import Applicant, NotLetIn
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
+from skep.manager.waiting import say_waiting
 from skep.model.ids import new_id
 from skep.model.times import timestamp
 from skep.paths import Paths
@@ -74,8 +75,9 @@ async def _until_stopped(config: ManagerConfig) -> None:
             living = group.create_task(_live(config, SystemClock()), name="manager")
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, living.cancel)
-    except MemberRemoved as error:
+    except (MemberRemoved, NotLetIn) as error:
         log.warning("manager ends", reason=str(error))
+        replace_file(config.paths.last_words("manager"), str(error).encode(), is_durable=False)
         raise SystemExit(REMOVED) from error
     except SkepError as error:
         log.error("manager cannot go on", reason=str(error))
@@ -118,9 +120,13 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             asking = ask_others(
                 paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
             )
-            asked = group.create_task(asking, name="ask others")
+            meanwhile = (
+                group.create_task(asking, name="ask others"),
+                group.create_task(say_waiting(paths.manager_waiting, clock), name="say waiting"),
+            )
             await stack.enter_async_context(member.running())
-            asked.cancel()
+            for task in meanwhile:
+                task.cancel()
         _joining_mark(paths).unlink(missing_ok=True)
         await raise_if_restored(paths, paths.etcd_socket, clock)
         store = await _open(config, paths, pair, clock, random, stack)

@@ -7,10 +7,12 @@ among the others; one that got a worker's stops it and keeps nothing of what it 
 import asyncio
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.model.node import NodeRole
 from skep.paths import Paths
 
@@ -22,7 +24,8 @@ class ManagerProcess(Protocol):
 
     trouble: str
 
-    async def run(self) -> None: ...
+    async def run(self) -> None:
+        """Keep it running until cancelled; returns when the other managers have removed it."""
 
     def reload(self) -> None:
         """Have it read its settings again."""
@@ -53,6 +56,7 @@ class Management:
         self._prepare = prepare
         self._become = become
         self._changed = asyncio.Event()
+        self._backoff = Backoff(0.5, 30.0)
         self.process: ManagerProcess | None = None
 
     @property
@@ -77,7 +81,7 @@ class Management:
                 await self._changed.wait()
 
     async def _manage(self) -> None:
-        """Run the manager process until the node is to be none."""
+        """Run the manager process until the node is to be none, or until the others have removed it."""
         if not self._is_manager:
             log.info("this node becomes a manager")
             await asyncio.to_thread(self._prepare)
@@ -86,10 +90,26 @@ class Management:
         self.process = self._make()
         async with asyncio.TaskGroup() as group:
             running = group.create_task(self.process.run(), name="manager process")
-            while self._is_wanted:
-                await self._changed.wait()
+            while self._is_wanted and not running.done():
+                changed = group.create_task(self._changed.wait(), name="role")
+                await asyncio.wait({running, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
                 self._changed.clear()
             running.cancel()
+        if self._is_wanted:
+            await self._start_over()
+
+    async def _start_over(self) -> None:
+        """The others have removed this manager: what it knew counts for nothing, and it asks to be let in again.
+
+        They refuse it while it is to be none; a moment later its certificate says so, too.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._backoff.next_delay_s()):
+                await self._changed.wait()
+        if self._is_wanted:
+            await asyncio.to_thread(shutil.rmtree, self._paths.manager, ignore_errors=True)
+            await asyncio.to_thread(self._prepare)
 
     async def _step_down(self) -> None:
         log.info("this node is no manager any more")

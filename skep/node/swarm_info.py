@@ -36,6 +36,13 @@ TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This co
          Refer to https://docs.docker.com/engine/swarm/admin_guide/ to configure the
          Swarm for fault-tolerance."""
 
+NO_LEADER = (
+    "The swarm does not have a leader. It's possible that too few managers are online. "
+    "Make sure more than half of the managers are online."
+)
+_PATIENCE_S = 7.0
+"""A manager without a quorum says so after 5 s."""
+
 
 def local_section(
     node: LocalNode | None, *, status: str, trouble: str, managers: Sequence[Peer]
@@ -57,12 +64,12 @@ def local_section(
 
 
 async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
-    """What a manager adds; only an ``Error`` while it does not answer."""
+    """What a manager adds; without a leader only the ``Error`` that says so."""
     try:
-        swarm = await manager_api.get("/swarm")
-        nodes = await manager_api.get("/nodes")
+        swarm = await manager_api.get("/swarm", timeout_s=_PATIENCE_S)
+        nodes = await manager_api.get("/nodes", timeout_s=_PATIENCE_S)
     except SkepError as error:
-        return {"Error": str(error)}
+        return {"ControlAvailable": NO_LEADER in str(error), "Error": str(error)}
     managers = sum("ManagerStatus" in node for node in nodes)
     swarm.pop("JoinTokens", None)
     info = {"ControlAvailable": True, "Nodes": len(nodes), "Managers": managers, "Cluster": swarm}

@@ -109,6 +109,7 @@ SKEP_ISSUE_NODE_CERTIFICATE = Unary(
 ADD_MEMBER = Unary(
     "/skep.v1.Managers/AddMember", skep.AddMemberRequest, skep.AddMemberResponse, Access.MANAGER
 )
+RESIGN = Unary("/skep.v1.Managers/Resign", skep.ResignRequest, skep.ResignResponse, Access.MANAGER)
 PROMOTE_MEMBER = Unary(
     "/skep.v1.Managers/PromoteMember",
     skep.PromoteMemberRequest,

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import FailedPrecondition, Unavailable, Unimplemented
+from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.ids import NodeId
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
@@ -32,6 +32,10 @@ VOTE_S = 5.0
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
+
+
+class NotLetIn(SkepError):
+    """The managers do not take this node in: it is not to be one.  The message says why."""
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +65,7 @@ class Applicant:
         Args:
             addr: ``ip:port`` of this manager; ``:port``: the manager asked sees the rest.
 
-        Raises: PermissionDenied, FailedPrecondition: this node is not to be a manager.
+        Raises: NotLetIn: this node is not to be a manager.
         """
         request = pb.AddMemberRequest(addr=addr, peer_port=peer_port)
         reply = await self._ask(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, chance=self._chance))
@@ -70,7 +74,7 @@ class Applicant:
     async def vote(self) -> None:
         """Ask for this manager's vote until it has one: that takes as long as it has to catch up.
 
-        Raises: FailedPrecondition: it was removed meanwhile.
+        Raises: NotLetIn: it was removed meanwhile.
         """
         backoff = Backoff(0.03, 1.0, chance=self._chance)
         await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff)
@@ -85,17 +89,19 @@ class Applicant:
                 except Unavailable as error:
                     log.debug("not yet", asked=method.path, manager=manager, reason=str(error))
                 except Unimplemented as error:
-                    raise FailedPrecondition(
+                    raise NotLetIn(
                         f"{manager} is no manager of Skep: join its cluster with the worker token instead"
                     ) from error
+                except (PermissionDenied, FailedPrecondition) as error:
+                    raise NotLetIn(str(error)) from error
             await backoff.sleep(self._clock)
 
 
 def admission_of(reply: pb.AddMemberResponse, node_id: NodeId) -> Admission:
-    """What ``reply`` says.  Raises: FailedPrecondition: it is of no use."""
+    """What ``reply`` says.  Raises: NotLetIn: it is of no use."""
     peers = tuple(Peer(name=member.name, url=member.peer_url, ip=member.ip) for member in reply.members)
     if node_id not in {peer.name for peer in peers} or not all(peer.url for peer in peers):
-        raise FailedPrecondition("the manager's answer names no place for this one: are they of one version?")
+        raise NotLetIn("the manager's answer names no place for this one: are they of one version?")
     return Admission(
         peers=peers,
         wrapping_key=reply.wrapping_key,

@@ -35,9 +35,3 @@ def keeps_quorum(voters: Collection[str], reachable: Collection[str], leaving: s
     """
     staying = set(voters) - {leaving}
     return bool(staying) and len(staying & set(reachable)) >= quorum(len(staying))
-
-
-def keeps_quorum_with(voters: Collection[str], reachable: Collection[str], coming: str) -> bool:
-    """Whether there is a quorum once ``coming``, which is here, votes too."""
-    voting = {*voters, coming}
-    return len(voting & {*reachable, coming}) >= quorum(len(voting))

@@ -1,11 +1,14 @@
 """``skep.v1.Managers``: takes further managers in.  Any manager answers; a caller speaks for itself only."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import msgspec
 import structlog
 
+from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from skep.manager.control.nodes import check_demotion
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.consensus import Consensus
 from skep.model.ids import ClusterId, NodeId
@@ -22,6 +25,8 @@ from skep.wire.service import Handler, unary
 
 log = structlog.get_logger(__name__)
 
+RESIGN_S = 5.0
+
 
 class MembersService:
     """Takes managers in at their request.
@@ -37,18 +42,21 @@ class MembersService:
         book: AddressBook,
         wrapping_key: Callable[[], bytes],
         cluster_id: ClusterId,
+        clock: Clock,
     ) -> None:
         self._store = store
         self._consensus = consensus
         self._book = book
         self._wrapping_key = wrapping_key
         self._cluster_id = cluster_id
+        self._clock = clock
 
     def services(self) -> Sequence[Handler]:
         """What to hand to ``wire.server.serve``."""
         return (
             unary(methods.ADD_MEMBER, self._add),
             unary(methods.PROMOTE_MEMBER, self._promote),
+            unary(methods.RESIGN, self._resign),
         )
 
     async def _add(self, request: pb.AddMemberRequest, caller: Caller) -> pb.AddMemberResponse:
@@ -83,6 +91,15 @@ class MembersService:
             raise FailedPrecondition("this manager was removed while it was coming in") from error
         return pb.PromoteMemberResponse()
 
+    async def _resign(self, _request: pb.ResignRequest, caller: Caller) -> pb.ResignResponse:
+        """Demote the caller, which leaves; returns when it has no vote any more."""
+        await self._store.update(resign, caller.node_id)
+        async with asyncio.timeout(RESIGN_S):
+            while caller.node_id in {member.name for member in await self._consensus.all()}:
+                await self._clock.sleep(0.05)
+        log.info("manager resigned", node=caller.node_id)
+        return pb.ResignResponse()
+
 
 def full_address(said: str, seen: str) -> str:
     """Where others reach a manager that calls itself ``said`` and whose calls come from ``seen``.
@@ -115,6 +132,14 @@ def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:
     status = node.manager_status or ManagerStatus()
     if status.addr != addr:
         tx.put(msgspec.structs.replace(node, manager_status=msgspec.structs.replace(status, addr=addr)))
+
+
+def resign(tx: Transaction, node_id: NodeId) -> None:
+    """Wish that the node be a worker.  Raises: FailedPrecondition: those that stay would have no quorum."""
+    node = tx.lookup(Node, node_id)
+    if node is not None and node.spec.role is NodeRole.MANAGER:
+        check_demotion(tx, node)
+        tx.put(msgspec.structs.replace(node, spec=msgspec.structs.replace(node.spec, role=NodeRole.WORKER)))
 
 
 def _answers_at(node: Node, addr: str) -> bool:

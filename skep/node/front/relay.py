@@ -19,6 +19,7 @@ from skep.node.front.framing import (
     parse_response,
 )
 from skep.node.front.side import Gone, Side
+from skep.node.swarm_info import NO_LEADER
 
 _KEPT_MAX = 16
 _KEPT_S = 30.0
@@ -28,6 +29,9 @@ _WAITING_MAX = 256
 _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
 _REPEATABLE = frozenset({"GET", "HEAD"})
+_NO_MANAGER = (
+    "This node is not a swarm manager. Manager is being prepared or has trouble connecting to the cluster."
+)
 
 
 class Connections:
@@ -36,8 +40,16 @@ class Connections:
     While the manager is not there (it restarts), up to 256 requests wait for it, each for up to 5 s.
     """
 
-    def __init__(self, path: Path, clock: Clock, chance: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Clock,
+        chance: Callable[[], float],
+        waits_for_quorum: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``waits_for_quorum``: whether the manager is there, but too few others are."""
         self._path = path
+        self._waits_for_quorum = waits_for_quorum
         self._clock = clock
         self._chance = chance
         self._kept: deque[tuple[float, Side]] = deque()
@@ -61,10 +73,7 @@ class Connections:
             async with asyncio.timeout(_CONNECT_WAIT_S):
                 return await self._connect()
         except TimeoutError as error:
-            raise Unavailable(
-                "This node is not a swarm manager. "
-                "Manager is being prepared or has trouble connecting to the cluster."
-            ) from error
+            raise Unavailable(NO_LEADER if self._waits_for_quorum() else _NO_MANAGER) from error
         finally:
             self._waiting -= 1
 

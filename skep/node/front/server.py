@@ -63,7 +63,8 @@ class Front:
         self._knowledge = knowledge
         self._membership = membership
         self._engine_socket = engine_socket
-        self._connections = Connections(manager_socket, clock, chance)
+        waiting = manager_socket.with_suffix(".waiting")  # as Paths.manager_waiting
+        self._connections = Connections(manager_socket, clock, chance, waiting.exists)
         self._servers: list[asyncio.Server] = []
         self._open: set[asyncio.Task[None]] = set()
 

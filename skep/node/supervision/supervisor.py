@@ -69,7 +69,9 @@ class Supervisor:
         """A sentence for ``/info`` when the process is not going to be started again."""
 
     async def run(self) -> None:
-        """Run until cancelled, then stop the process.  Never returns by itself: a lost cause just waits.
+        """Run until cancelled, then stop the process; returns by itself only after a ``final`` exit code.
+
+        A lost cause just waits.
 
         Raises: ZygoteGone: the node process has to be started again.
         """
@@ -78,8 +80,8 @@ class Supervisor:
                 code = await self._live_once()
                 if code is not None and code in self._final:
                     self.trouble = self._final[code]
-                    log.warning("process ended for good", name=self._name, reason=self.trouble)
-                    await asyncio.Event().wait()
+                    log.warning("process ended for good", name=self._name, reason=self._last_end)
+                    return
                 self._ends = recent((*self._ends, self._clock.monotonic()), self._clock.monotonic())
                 match after_end(self._ends, self._clock.monotonic(), self._chance(), gives_up=self._gives_up):
                     case GiveUp(crashes):

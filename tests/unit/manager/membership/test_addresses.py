@@ -1,0 +1,71 @@
+"""Where managers find each other."""
+
+from pathlib import Path
+
+import pytest
+
+from skep.errors import InvalidArgument
+from skep.manager.membership.addresses import host_of, peers_of
+from skep.manager.membership.service import full_address
+from skep.model.ids import NodeId
+from skep.model.node import ManagerStatus, Node
+from skep.store.etcd.membership import RaftMember
+from skep.store.etcd.peers import HOSTS_FILE, Peer, load_peers, save_peers
+
+
+def a_manager(id: str, addr: str) -> Node:
+    return Node(id=NodeId(id), manager_status=ManagerStatus(addr=addr))
+
+
+def a_member(name: str) -> RaftMember:
+    return RaftMember(name=name, url=f"https://{name}:2378", id=1)
+
+
+def test_the_book_has_members_and_those_about_to_become_one() -> None:
+    nodes = [a_manager("a", "10.0.0.1:2377"), a_manager("b", "[fd00::2]:2377"), Node(id=NodeId("w"))]
+    assert peers_of(nodes, [a_member("a")], []) == (
+        Peer(name="a", url="https://a:2378", ip="10.0.0.1"),
+        Peer(name="b", url="", ip="fd00::2"),
+    )
+
+
+def test_a_member_of_which_nothing_is_said_keeps_the_address_it_had() -> None:
+    known = [Peer(name="a", url="", ip="10.0.0.9"), Peer(name="gone", url="", ip="10.0.0.8")]
+    assert peers_of([], [a_member("a")], known) == (Peer(name="a", url="https://a:2378", ip="10.0.0.9"),)
+
+
+def test_the_hosts_file_is_written_in_place(tmp_path: Path) -> None:
+    """It is mounted in etcd's namespace by its inode; a shorter content leaves nothing of the longer one."""
+    a, b = Peer(name="a", url="u", ip="10.0.0.1"), Peer(name="b", url="u", ip="10.0.0.2")
+    save_peers(tmp_path, [b, a])
+    file = tmp_path / HOSTS_FILE
+    inode = file.stat().st_ino
+    assert file.read_text().splitlines()[-2:] == ["10.0.0.1 a", "10.0.0.2 b"]
+    save_peers(tmp_path, [a])
+    assert file.read_text().splitlines()[-1] == "10.0.0.1 a"
+    assert file.stat().st_ino == inode
+    assert load_peers(tmp_path) == (a,)
+
+
+@pytest.mark.parametrize(
+    ("said", "seen", "address"),
+    [
+        ("10.0.0.1:2377", "192.0.2.1", "10.0.0.1:2377"),
+        (":2377", "192.0.2.1", "192.0.2.1:2377"),
+        (":2377", "fd00::1", "[fd00::1]:2377"),
+    ],
+)
+def test_who_does_not_know_its_address_is_found_where_its_call_came_from(
+    said: str, seen: str, address: str
+) -> None:
+    assert full_address(said, seen) == address
+
+
+@pytest.mark.parametrize("said", ["", "10.0.0.1", "10.0.0.1:", "10.0.0.1:70000", ":x"])
+def test_what_is_no_address_is_refused(said: str) -> None:
+    with pytest.raises(InvalidArgument):
+        full_address(said, "192.0.2.1")
+
+
+def test_the_host_of_an_address_has_no_brackets() -> None:
+    assert host_of("[fd00::2]:2377") == "fd00::2"

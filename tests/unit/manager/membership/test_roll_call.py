@@ -1,0 +1,67 @@
+"""Which managers answer, and who leads, as node objects say it."""
+
+from skep.manager.membership.roll_call import Mark, roll_call
+from skep.manager.presence import show_presence
+from skep.model.ids import NodeId
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
+from skep.store.state import State
+from skep.store.transaction import Writing
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+
+
+def a_manager(id: NodeId, reachability: Reachability, *, leads: bool = False) -> Node:
+    status = ManagerStatus(leader=leads, reachability=reachability, addr=f"{id}:2377")
+    return Node(id=id, spec=NodeSpec(role=NodeRole.MANAGER), manager_status=status)
+
+
+def shown(*nodes: Node, by: NodeId, leads: bool) -> dict[NodeId, ManagerStatus | None]:
+    """Statuses after the manager ``by`` has shown itself."""
+    tx = Writing(State(), 0)
+    for node in nodes:
+        tx.put(node)
+    show_presence(tx, by, f"{by}:2377", leads=leads)
+    return {node.id: node.manager_status for node in tx.find(Node)}
+
+
+def test_silence_and_its_end_are_marked_once() -> None:
+    nodes = [
+        a_manager(A, Reachability.REACHABLE, leads=True),
+        a_manager(B, Reachability.REACHABLE),
+        a_manager(C, Reachability.UNREACHABLE),
+    ]
+    assert roll_call(nodes, {B}, A) == [
+        Mark(B, Reachability.UNREACHABLE),
+        Mark(C, Reachability.REACHABLE),
+    ]
+    assert roll_call(nodes[:2], set(), A) == []
+    assert roll_call([nodes[0], nodes[2]], {C}, A) == []
+
+
+def test_a_manager_that_is_coming_in_says_itself_when_it_is_there() -> None:
+    nodes = [a_manager(A, Reachability.REACHABLE), a_manager(B, Reachability.UNKNOWN)]
+    assert roll_call(nodes, {B}, A) == []
+    assert roll_call(nodes, set(), A) == []
+    status = shown(*nodes, by=B, leads=False)[B]
+    assert status is not None
+    assert status.reachability is Reachability.REACHABLE
+
+
+def test_whoever_leads_takes_the_mark_from_whoever_led_before() -> None:
+    statuses = shown(
+        a_manager(A, Reachability.REACHABLE, leads=True),
+        a_manager(B, Reachability.REACHABLE),
+        by=B,
+        leads=True,
+    )
+    assert [status.leader for status in statuses.values() if status is not None] == [False, True]
+
+
+def test_a_manager_that_is_back_waits_to_be_heard() -> None:
+    status = shown(a_manager(A, Reachability.UNREACHABLE), by=A, leads=False)[A]
+    assert status is not None
+    assert status.reachability is Reachability.UNREACHABLE
+
+
+def test_a_demoted_manager_that_still_runs_is_not_shown_again() -> None:
+    assert shown(Node(id=A, spec=NodeSpec(role=NodeRole.WORKER)), by=A, leads=False)[A] is None

@@ -1,0 +1,111 @@
+"""The manager process follows the role of the node's certificate."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from skep.model.node import NodeRole
+from skep.node.management import Management
+from skep.paths import Paths
+
+
+class FakeProcess:
+    """A manager process that runs until it is cancelled, or until the others remove it."""
+
+    def __init__(self) -> None:
+        self.trouble = ""
+        self.removed = asyncio.Event()
+
+    async def run(self) -> None:
+        await self.removed.wait()
+        self.trouble = "removed"
+
+    def reload(self) -> None:
+        pass
+
+
+class Rig:
+    """A node whose certificate changes."""
+
+    def __init__(self, directory: Path, *, is_manager: bool) -> None:
+        self.paths = Paths(directory / "data", directory / "run")
+        self.made: list[FakeProcess] = []
+        self.is_manager = is_manager
+        self.management = Management(
+            self.paths, is_manager=is_manager, make=self._make, prepare=self._prepare, become=self._become
+        )
+        if is_manager:
+            self._prepare()
+
+    @property
+    def has_files(self) -> bool:
+        return self.paths.manager.exists()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Rig"]:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            task = group.create_task(self.management.run())
+            yield self
+            task.cancel()
+
+    async def wait_processes(self, count: int) -> None:
+        while len(self.made) < count:  # noqa: ASYNC110 - the rig announces nothing
+            await asyncio.sleep(0.001)
+
+    async def wait_worker(self) -> None:
+        while self.is_manager or self.has_files:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.001)
+
+    def _make(self) -> FakeProcess:
+        self.made.append(FakeProcess())
+        return self.made[-1]
+
+    def _prepare(self) -> None:
+        self.paths.manager.mkdir(parents=True)
+
+    def _become(self, is_manager: bool) -> None:
+        self.is_manager = is_manager
+
+
+async def test_a_promoted_node_starts_a_manager_and_a_demoted_one_forgets_it(tmp_path: Path) -> None:
+    async with Rig(tmp_path, is_manager=False).running() as rig:
+        await asyncio.sleep(0)
+        assert not rig.made
+        rig.management.take_role(NodeRole.MANAGER)
+        await rig.wait_processes(1)
+        assert rig.is_manager
+        assert rig.has_files
+        rig.management.take_role(NodeRole.WORKER)
+        await rig.wait_worker()
+        rig.management.take_role(NodeRole.MANAGER)
+        await rig.wait_processes(2)
+
+
+async def test_a_renewed_certificate_of_the_same_role_changes_nothing(tmp_path: Path) -> None:
+    async with Rig(tmp_path, is_manager=True).running() as rig:
+        await rig.wait_processes(1)
+        rig.management.take_role(NodeRole.MANAGER)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(rig.made) == 1
+
+
+async def test_a_manager_that_was_removed_starts_over_with_nothing(tmp_path: Path) -> None:
+    """It is demoted and promoted again faster than its certificate follows."""
+    async with Rig(tmp_path, is_manager=True).running() as rig:
+        await rig.wait_processes(1)
+        (rig.paths.manager / "old").touch()
+        rig.made[0].removed.set()
+        await rig.wait_processes(2)
+        assert not (rig.paths.manager / "old").exists()
+        assert not rig.management.trouble
+
+
+async def test_a_manager_that_was_removed_and_demoted_stays_away(tmp_path: Path) -> None:
+    async with Rig(tmp_path, is_manager=True).running() as rig:
+        await rig.wait_processes(1)
+        rig.made[0].removed.set()
+        rig.management.take_role(NodeRole.WORKER)
+        await rig.wait_worker()
+        assert len(rig.made) == 1
