@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "backup": Place("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
     "restore": Place("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
+    "runs": Place("skep.cli.runs:runs", "What ended of a service or job: exit codes and last lines."),
     "status": Place("skep.cli.status:status", "How this node and its cluster are."),
 }
 """In the order of the help; ``location`` is ``module:attribute``."""
