@@ -35,6 +35,7 @@ from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
 from skep.manager.keys import load_wrapping_key
 from skep.manager.link.loop import ManagerLink
+from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
 from skep.manager.membership.addresses import AddressBook
@@ -92,7 +93,7 @@ class Manager:
             incarnation=store.incarnation,
             met=self._incarnation.met,
         )
-        self._logs = LogBroker(store, new_id)
+        self._logs = LogBroker(store, new_id, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
         self._book = book
         self._restart_member = restart_member

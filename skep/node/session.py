@@ -15,13 +15,14 @@ from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
 from skep.model.times import SECOND_NS
 from skep.node.assignments import AssignmentSink, LogSource
+from skep.node.first import Overtaken, unless
 from skep.node.publishing import LogPublisher
 from skep.node.reports import Reports
 from skep.node.revisions import Revision
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel
+from skep.wire.client import Call, Channel
 from skep.wire.convert.assignments import assignments_from_pb
 from skep.wire.convert.node import description_to_pb
 from skep.wire.convert.task import status_to_pb
@@ -32,6 +33,7 @@ log = structlog.get_logger(__name__)
 FIRST_MESSAGE_SECONDS_MAX = 5.0
 REPLY_SECONDS_MAX = 5.0
 PERIOD_SECONDS_MIN = 0.05
+PATIENCE_SLICES = 5
 DESCRIPTION_CHECK_S = 10.0
 STATUS_SECONDS_MAX = 15.0
 """A manager answers when a status is written, which takes until its store has a leader again."""
@@ -156,15 +158,26 @@ class Session:
             while True:
                 asked_at = self._clock.monotonic()
                 try:
-                    async with asyncio.timeout(self._host.patience_s(period_s)):
-                        await call.send(skep.Heartbeat(session_id=self._id))
-                        reply = await call.receive()
-                except TimeoutError as error:
+                    reply = await unless(self._beat(call), self._lose_patience(period_s))
+                except Overtaken as error:
                     raise Unavailable(f"{self._channel.address} is silent") from error
                 if reply is None:
                     raise Unavailable(f"{self._channel.address} ended the heartbeats")
                 self._host.heard(asked_at)
                 period_s = await self._wait(duration_from_pb(reply.period))
+
+    async def _beat(self, call: Call[skep.Heartbeat, skep.HeartbeatPeriod]) -> skep.HeartbeatPeriod | None:
+        await call.send(skep.Heartbeat(session_id=self._id))
+        return await call.receive()
+
+    async def _lose_patience(self, period_s: float) -> None:
+        """Return when the answer to a heartbeat is overdue.
+
+        In slices: while this process stood still, the manager was not silent.
+        """
+        slice_s = self._host.patience_s(period_s) / PATIENCE_SLICES
+        for _ in range(PATIENCE_SLICES):
+            await self._clock.sleep(slice_s)
 
     async def _call_heartbeats(self) -> None:
         while True:

@@ -16,15 +16,19 @@ LINES_MAX = 1000
 class Subscription:
     """A query under way.  ``id``: what nodes know it by."""
 
-    def __init__(self, id: str, query: LogQuery) -> None:
+    def __init__(self, id: str, query: LogQuery, only: frozenset[NodeId] | None = None) -> None:
+        """``only``: the nodes to ask, for a reader at another manager that asks the others elsewhere."""
         self.id = id
         self.query = query
+        self.only = only
         self.asked: set[NodeId] = set()
         """Nodes that were told of it."""
         self.pending: set[NodeId] = set()
         """Nodes that still have lines to send."""
         self.reasons: list[str] = []
         """Why lines are missing."""
+        self.ended: deque[tuple[NodeId, str]] = deque()
+        """Nodes that have sent everything or will not, each with the reason; bounded by the nodes asked."""
         self.seen_ns: dict[NodeId, int] = {}
         """Stamp of each node's latest line: where a node goes on that had to connect again."""
         self.is_closed = False
@@ -47,6 +51,8 @@ class Subscription:
     def finish(self, node_id: NodeId, reason: str = "") -> None:
         """A node has sent everything, or (``reason``) will not."""
         self.pending.discard(node_id)
+        if self.only is not None:
+            self.ended.append((node_id, reason))
         if reason:
             self.reasons.append(reason)
         self._news.set()
@@ -74,3 +80,10 @@ class Subscription:
         """Wait for a line, or for a node to finish."""
         await self._news.wait()
         self._news.clear()
+
+    def take_many(self, most: int) -> list[LogLine]:
+        """The next lines, as many as there are, up to ``most``."""
+        lines: list[LogLine] = []
+        while len(lines) < most and (line := self.take()) is not None:
+            lines.append(line)
+        return lines

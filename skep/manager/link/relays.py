@@ -1,0 +1,30 @@
+"""Streams of data that another manager relays, over the link's connection to it."""
+
+from collections.abc import AsyncGenerator, Sequence
+
+from skep.manager.link.loop import ManagerLink
+from skep.model.ids import NodeId
+from skep.model.logs import LogQuery
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.convert.logs import query_to_pb
+
+
+class LinkRelays:
+    """Implements ``logbroker.broker.Relays``."""
+
+    def __init__(self, link: ManagerLink) -> None:
+        self._link = link
+
+    async def relay_logs(
+        self, manager: NodeId, query: LogQuery, nodes: Sequence[NodeId]
+    ) -> AsyncGenerator[skep.RelayedLogs, None]:
+        """What ``manager`` relays of the logs of ``nodes``; ends when all of them have.
+
+        A manager that falls silent loses the link, and with it this stream.  Raises: Unavailable.
+        """
+        selector, options = query_to_pb(query)
+        async with self._link.channel(manager).stream(methods.RELAY_LOGS) as call:
+            await call.send(skep.LogRelay(selector=selector, options=options, node_ids=nodes), end=True)
+            async for message in call:
+                yield message

@@ -1,0 +1,212 @@
+"""Two managers over real mTLS: who is silent, sessions that are adopted, logs of nodes that the other one has."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import PermissionDenied
+from skep.manager.dispatcher.adoption import Adoption
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.link.loop import ManagerLink
+from skep.manager.link.relays import LinkRelays
+from skep.manager.logbroker.broker import IncompleteLogs, LogBroker
+from skep.model.ids import NodeId, new_id
+from skep.model.logs import LogLine, LogQuery
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
+from skep.node.local import Peer
+from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.store.memory import MemoryStore
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.client import connected
+from skep.wire.server import serve
+from tests.wire_rig import Cluster, FakeWorker, a_worker, an_agent_of, put, service_task, until
+
+
+class Manager:
+    """A second or third manager of a cluster, with a replica of its own."""
+
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        self.id = NodeId(f"manager0000000000000000x{number}")
+        self.cluster = cluster
+        self.store = MemoryStore(SystemClock(), cluster.store.cluster)
+        self.pair = cluster.pair(self.id, NodeRole.MANAGER)
+        self.address = ""
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator["Manager"]:
+        clock = SystemClock()
+        tls = client_context(self.pair)
+        self.link = ManagerLink(
+            self.store, self.id, lambda addr: connected(addr, tls, MANAGER_NAME), clock, Random(1)
+        )
+        self.logs = LogBroker(self.store, new_id, self.id, LinkRelays(self.link))
+        own = ManagerPeer(node_id=self.id, addr="127.0.0.1:1")
+        self.dispatcher = Dispatcher(self.store, own, clock, new_id, Random(1))
+        async with AsyncExitStack() as stack:
+            bound = await stack.enter_async_context(
+                serve(
+                    (*self.dispatcher.services(), *self.logs.services(), *self.link.services()),
+                    host="127.0.0.1",
+                    port=0,
+                    tls=ServerTls(self.pair).front,
+                    cluster_id=self.cluster.id,
+                )
+            )
+            self.address = f"127.0.0.1:{bound.port}"
+            await put(
+                self.cluster,
+                Node(
+                    id=self.id,
+                    spec=NodeSpec(role=NodeRole.MANAGER),
+                    manager_status=ManagerStatus(addr=self.address),
+                ),
+            )
+            running = [asyncio.create_task(loop.run()) for loop in (self.link, self.logs, self.dispatcher)]
+            try:
+                yield self
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+
+    def is_linked(self, other: "Manager") -> bool:
+        return other.id in self.link._channels
+
+    def silent(self) -> set[NodeId]:
+        return set(self.link.silent(SystemClock().monotonic()))
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with Cluster(heartbeat_s=1.0).serving() as serving:
+        yield serving
+
+
+def line(task_id: str, text: bytes) -> LogLine:
+    return LogLine(task_id=task_id, timestamp_ns=5, data=text)  # type: ignore[arg-type]
+
+
+async def test_a_manager_that_goes_is_silent_and_one_that_comes_is_not(cluster: Cluster) -> None:
+    async with Manager(cluster, 1).serving() as one:
+        async with Manager(cluster, 2).serving() as two:
+            await until(lambda: one.is_linked(two) and two.is_linked(one))
+            assert two.id not in one.silent()
+        await until(lambda: two.id in one.silent())
+        assert one.link.silent(SystemClock().monotonic())[two.id] >= 2.0
+        async with Manager(cluster, 2).serving() as again:
+            await until(lambda: one.is_linked(again) and again.id not in one.silent())
+
+
+async def test_a_worker_has_no_part_in_the_link(cluster: Cluster, tmp_path: Path) -> None:
+    pair = await a_worker(cluster, tmp_path)
+    async with (
+        Manager(cluster, 1).serving() as one,
+        connected(one.address, client_context(pair), MANAGER_NAME) as channel,
+    ):
+        async with channel.stream(methods.PINGS) as pings:
+            await pings.send(skep.Ping(node_id=pair.identity.node_id))
+            with pytest.raises(PermissionDenied):
+                await pings.receive()
+        async with channel.stream(methods.RELAY_LOGS) as relay:
+            await relay.send(skep.LogRelay(), end=True)
+            with pytest.raises(PermissionDenied):
+                await relay.receive()
+
+
+async def test_the_session_of_a_manager_that_went_is_adopted_under_another_id(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    pair = await a_worker(cluster, tmp_path)
+    node_id = pair.identity.node_id
+    async with Manager(cluster, 1).serving() as one:
+        adoption = Adoption(one.store, one.id, one.link.silent, SystemClock(), new_id)
+        adopting = asyncio.create_task(adoption.run())
+        try:
+            async with Manager(cluster, 2).serving() as two:
+                async with an_agent_of([Peer(two.id, two.address)], pair, tmp_path, FakeWorker(), Random(1)):
+                    session = cluster.node(node_id).session
+                    assert session is not None
+                    assert session.manager_id == two.id
+                await until(lambda: one.is_linked(two))
+            await cluster.until(lambda view: owner_of(view.get(Node, node_id)) == one.id)
+            adopted = cluster.node(node_id).session
+            assert adopted is not None
+            assert adopted.session_id != session.session_id
+        finally:
+            adopting.cancel()
+
+
+def owner_of(node: Node) -> NodeId | None:
+    return node.session.manager_id if node.session is not None else None
+
+
+@asynccontextmanager
+async def a_node_of_two(
+    cluster: Cluster, directory: Path
+) -> AsyncIterator[tuple[Manager, Manager, NodeId, FakeWorker]]:
+    """Two linked managers, and a node whose session the second one has."""
+    pair = await a_worker(cluster, directory)
+    worker = FakeWorker()
+    async with Manager(cluster, 1).serving() as one, Manager(cluster, 2).serving() as two:
+        await until(lambda: one.is_linked(two))
+        async with an_agent_of([Peer(two.id, two.address)], pair, directory, worker, Random(1)) as agent:
+            await until(lambda: agent.node_id in two.logs._listeners)
+            yield one, two, agent.node_id, worker
+
+
+async def test_any_manager_gives_the_logs_of_every_node(cluster: Cluster, tmp_path: Path) -> None:
+    async with a_node_of_two(cluster, tmp_path) as (one, two, node_id, worker):
+        service, task = service_task(node_id)
+        await put(cluster, service, task)
+        worker.lines = [line(task.id, b"line %d\n" % number) for number in range(3000)]
+        for manager in (one, two):
+            lines = [entry async for entry in manager.logs.subscribe(LogQuery(services=(service.id,)))]
+            assert [entry.data for entry in lines] == [entry.data for entry in worker.lines]
+            assert {entry.node_id for entry in lines} == {node_id}
+        assert not one.logs._relaying
+        assert not two.logs._subscriptions
+
+
+async def test_a_follower_at_another_manager_hears_what_comes_later(cluster: Cluster, tmp_path: Path) -> None:
+    async with a_node_of_two(cluster, tmp_path) as (one, two, node_id, worker):
+        service, task = service_task(node_id)
+        await put(cluster, service, task)
+        worker.lines = [line(task.id, b"one\n")]
+        query = LogQuery(services=(service.id,), follow=True)
+        async with aclosing(one.logs.subscribe(query)) as lines:  # type: ignore[type-var]
+            assert (await anext(lines)).data == b"one\n"
+            worker.lines.append(line(task.id, b"later\n"))
+            worker.more_lines.set()
+            assert (await anext(lines)).data == b"later\n"
+        await until(lambda: worker.closed_logs == 1)
+        await until(lambda: not two.logs._subscriptions)
+
+
+async def test_what_did_not_answer_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    pair = await a_worker(cluster, tmp_path)
+    node_id = pair.identity.node_id
+    async with Manager(cluster, 1).serving() as one:
+        async with Manager(cluster, 2).serving() as two:
+            await until(lambda: one.is_linked(two))
+            async with an_agent_of([Peer(two.id, two.address)], pair, tmp_path, FakeWorker(), Random(1)):
+                service, task = service_task(node_id)
+                await put(cluster, service, task)
+            await until(lambda: node_id not in two.logs._listeners)
+            assert f"node {node_id} is not available" in await missing(one, service.id)
+        await until(lambda: not one.is_linked(two))
+        assert f"manager {two.id} cannot be reached" in await missing(one, service.id)
+
+
+async def missing(manager: Manager, service_id: str) -> str:
+    query = LogQuery(services=(service_id,))  # type: ignore[arg-type]
+    with pytest.raises(IncompleteLogs) as caught:
+        async for _ in manager.logs.subscribe(query):
+            pass
+    return str(caught.value)
