@@ -1,12 +1,14 @@
 """Ask a node of Skep what a real engine was asked, and show what differs.
 
-``python -m tests.integration.side_by_side.compare [GROUP...]`` (as root) prints the differences of a new playground.
+``python -m tests.integration.side_by_side.compare [--cli PATH]... [GROUP...]`` (as root) prints the differences of a
+new playground, by these docker commands or by those of this machine.
 """
 
+import argparse
 import difflib
 import os
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.integration.cluster import CLIS, TestCluster, TestNode, docker_version, wait_until
@@ -62,12 +64,12 @@ def _changes(before: list[str], after: list[str]) -> list[str]:
     return [change for change in diff if not change.startswith(("---", "+++", "@@"))]
 
 
-def main(wanted: list[str]) -> None:
+def main(clis: Sequence[str], wanted: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="skep-beside-", dir="/var/tmp") as directory:
         cluster = TestCluster(Path(directory), f"beside{os.getpid()}")
         cluster.up()
         try:
-            for cli in CLIS:
+            for cli in clis:
                 for group in wanted:
                     with tempfile.TemporaryDirectory() as scratch:
                         found = differences(group, place_of(cluster.node("m1"), cli, Path(scratch)))
@@ -78,4 +80,8 @@ def main(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or groups())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cli", action="append")
+    parser.add_argument("group", nargs="*")
+    given = parser.parse_args()
+    main(given.cli or CLIS, given.group or groups())
