@@ -10,9 +10,15 @@ DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/v
 DEMO_NAME ?= demo
 
 STAMP = $(shell date -u +%Y-%m-%d-%H%M)-$(shell git rev-parse --short HEAD)
+SUITE ?= bookworm
+# kept(NAME): shows the output and keeps it, without the place of this checkout.
+kept = 2>&1 | sed -u 's,$(CURDIR),CLONE,g' | tee bench/results/$(1)-$(STAMP).log
+# What depends on the kernel's cgroups.
+VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings.py container_life.py \
+                   survival_of_containers.py cgroup_v2.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench bare lock
+.PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench bare virtual lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -52,7 +58,7 @@ conformance: setup ## the API as docker, docker-py and a recorded engine see it
 
 integration: setup ## every test, the slow ones too (real runc, etcd, nftables); log kept in bench/results/
 	@mkdir -p bench/results
-	@$(PYTEST) --whole --durations 20 2>&1 | tee bench/results/integration-$(STAMP).log
+	@$(PYTEST) --whole --durations 20 $(call kept,integration)
 
 soak: setup ## hours of load and faults; log kept in bench/results/
 	@$(BIN)/python -m bench.soak
@@ -60,8 +66,13 @@ soak: setup ## hours of load and faults; log kept in bench/results/
 bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/
 	@$(BIN)/python -m bench.run
 
-bare: setup-run ## both commands of the README in a bare Debian (SUITE=trixie); needs debootstrap
-	@setup/bare.sh $(or $(SUITE),bookworm)
+bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble); log kept in bench/results/
+	@mkdir -p bench/results
+	@setup/bare.sh $(SUITE) $(call kept,bare-$(SUITE))
+
+virtual: setup-run ## limits and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
+	@mkdir -p bench/results
+	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
 
 lock: setup ## renew the lock files from pyproject.toml
 	@setup/lock.sh
