@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
@@ -17,13 +18,13 @@ from skep.api.errors import NotModified, Untranslated
 from skep.api.server import (
     Filters,
     JsonLines,
-    Routes,
     api_version,
     flag,
     json_answer,
     json_list_answer,
     read_json,
 )
+from skep.api.tables import Table
 from skep.api.versions import ApiVersion
 from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.encoding import ApiObject
@@ -62,168 +63,202 @@ def image_users(containers: Containers) -> Collection[ImageUser]:
     return [ImageUser(one.id, one.image_id, one.is_running) for one in containers.list()]
 
 
+class Served(msgspec.Struct, frozen=True):
+    """What these routes are about."""
+
+    containers: Containers
+    images: ImageStore
+    bundles: Bundles
+    clock: Clock
+
+
+_table = Table[Served]()
+
+
 def container_routes(
     containers: Containers, images: ImageStore, bundles: Bundles, *, clock: Clock | None = None
 ) -> Iterable[web.AbstractRouteDef]:
     """``/containers/...`` and ``/exec/...``."""
-    table = Routes()
     clock = clock or SystemClock()
+    own = _table.bound(Served(containers, images, bundles, clock))
+    return (*own, *exec_routes(containers), *output_routes(containers, clock=clock))
 
-    @table.get("/containers/json")
-    async def list_containers(request: web.Request) -> web.StreamResponse:
-        filters = Filters.of(request)
-        wish = Wish(
-            filters=filters,
-            all=flag(request, "all"),
-            limit=_limit(request),
-            ancestors=ancestors(filters["ancestor"], images.lookup),
-        )
-        found = select(containers.list(), wish)
-        has_size, now_ns, lines = flag(request, "size"), clock.now_ns(), []
-        for number, container in enumerate(found, 1):
-            size = await _sizes(container) if has_size else {}
-            lines.append(container_answers.summary(container, images, now_ns) | size)
-            if number % _LINES_AT_ONCE == 0:
-                await asyncio.sleep(0)  # others' turn
-        return json_list_answer(lines)
 
-    @table.get("/containers/{id}/json")
-    async def inspect_container(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
-        exec_ids = [exec.id for exec in containers.execs.of(container.id)]
-        answer = container_answers.inspected(container, bundles, exec_ids)
-        if flag(request, "size"):
-            answer |= await _sizes(container)
-        return json_answer(answer)
+@_table.get("/containers/json")
+async def list_containers(node: Served, request: web.Request) -> web.StreamResponse:
+    filters = Filters.of(request)
+    wish = Wish(
+        filters=filters,
+        all=flag(request, "all"),
+        limit=_limit(request),
+        ancestors=ancestors(filters["ancestor"], node.images.lookup),
+    )
+    found = select(node.containers.list(), wish)
+    has_size, now_ns, lines = flag(request, "size"), node.clock.now_ns(), []
+    for number, container in enumerate(found, 1):
+        size = await _sizes(node, container) if has_size else {}
+        lines.append(container_answers.summary(container, node.images, now_ns) | size)
+        if number % _LINES_AT_ONCE == 0:
+            await asyncio.sleep(0)  # others' turn
+    return json_list_answer(lines)
 
-    async def _sizes(container: Container) -> dict[str, int]:
-        image = images.lookup(container.image_id)
-        changed = await asyncio.to_thread(tree_bytes, str(bundles.path(container.id) / "upper"))
-        total = changed + (image.size_bytes if image is not None else 0)
-        return {"SizeRw": changed, "SizeRootFs": total} if changed else {"SizeRootFs": total}
 
-    @table.get("/containers/{id}/top")
-    async def show_processes(request: web.Request) -> web.StreamResponse:
-        top = await containers.top(request.match_info["id"], request.query.get("ps_args", ""))
-        return json_answer({"Processes": top.processes, "Titles": top.titles})
+@_table.get("/containers/{id}/json")
+async def inspect_container(node: Served, request: web.Request) -> web.StreamResponse:
+    container = node.containers.get(request.match_info["id"])
+    exec_ids = [exec.id for exec in node.containers.execs.of(container.id)]
+    answer = container_answers.inspected(container, node.bundles, exec_ids)
+    if flag(request, "size"):
+        answer |= await _sizes(node, container)
+    return json_answer(answer)
 
-    @table.get("/containers/{id}/changes")
-    async def show_changes(request: web.Request) -> web.StreamResponse:
-        changes = await asyncio.to_thread(containers.changes, request.match_info["id"])
-        return json_answer([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
-    @table.post("/containers/{id}/wait")
-    async def wait(request: web.Request) -> web.StreamResponse:
-        condition = _condition(request)
-        container = containers.get(request.match_info["id"])
-        async with JsonLines(request) as lines:  # the header goes out before there is anything to say
-            ended = await containers.wait(container.id, condition)
-            answer: dict[str, Any] = {"StatusCode": ended.exit_code}
-            if ended.error:
-                answer["Error"] = {"Message": ended.error}
-            elif api_version(request) < _WITHOUT_NULL_ERROR:
-                answer["Error"] = None
-            await lines.send(answer)
-        return lines.response
+async def _sizes(node: Served, container: Container) -> dict[str, int]:
+    image = node.images.lookup(container.image_id)
+    changed = await asyncio.to_thread(tree_bytes, str(node.bundles.path(container.id) / "upper"))
+    total = changed + (image.size_bytes if image is not None else 0)
+    return {"SizeRw": changed, "SizeRootFs": total} if changed else {"SizeRootFs": total}
 
-    @table.post("/containers/{id}/kill")
-    async def kill(request: web.Request) -> web.StreamResponse:
-        word = request.match_info["id"]
-        try:
-            await containers.kill(word, request.query.get("signal") or "SIGKILL")
-        except NotFound as error:
-            raise NotFound(f"Cannot kill container: {word}: {error}") from error
-        return web.Response(status=204)
 
-    @table.post("/containers/{id}/stop")
-    async def stop(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
-        grace_s = _grace(request)
-        if not container.is_running:
-            raise NotModified
-        await containers.stop(container.id, grace_s)
-        return web.Response(status=204)
+@_table.get("/containers/{id}/top")
+async def show_processes(node: Served, request: web.Request) -> web.StreamResponse:
+    top = await node.containers.top(request.match_info["id"], request.query.get("ps_args", ""))
+    return json_answer({"Processes": top.processes, "Titles": top.titles})
 
-    @table.post("/containers/{id}/start")
-    async def start(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
-        if container.is_running:
-            raise NotModified
-        await containers.start(container.id)
-        return web.Response(status=204)
 
-    @table.post("/containers/{id}/restart")
-    async def restart(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
-        await containers.stop(container.id, _grace(request))
-        await containers.start(container.id)
-        return web.Response(status=204)
+@_table.get("/containers/{id}/changes")
+async def show_changes(node: Served, request: web.Request) -> web.StreamResponse:
+    changes = await asyncio.to_thread(node.containers.changes, request.match_info["id"])
+    return json_answer([{"Path": path, "Kind": kind} for kind, path in changes] or None)
 
-    @table.post("/containers/{id}/pause")
-    async def pause(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
-        if container.state is ContainerState.PAUSED:
-            raise NotRunning(f"Container {container.id} is already paused")
-        await containers.pause(container.id)
-        return web.Response(status=204)
 
-    @table.post("/containers/{id}/unpause")
-    async def unpause(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
-        if container.state is not ContainerState.PAUSED:
-            raise Untranslated(f"Container {container.id} is not paused")
-        await containers.unpause(container.id)
-        return web.Response(status=204)
+@_table.post("/containers/{id}/wait")
+async def wait(node: Served, request: web.Request) -> web.StreamResponse:
+    condition = _condition(request)
+    container = node.containers.get(request.match_info["id"])
+    async with JsonLines(request) as lines:  # the header goes out before there is anything to say
+        ended = await node.containers.wait(container.id, condition)
+        answer: dict[str, Any] = {"StatusCode": ended.exit_code}
+        if ended.error:
+            answer["Error"] = {"Message": ended.error}
+        elif api_version(request) < _WITHOUT_NULL_ERROR:
+            answer["Error"] = None
+        await lines.send(answer)
+    return lines.response
 
-    @table.post("/containers/{id}/resize")
-    async def resize(request: web.Request) -> web.StreamResponse:
-        height, width = integer(request, "h"), integer(request, "w")
-        await containers.resize(request.match_info["id"], height, width)
-        return web.Response()
 
-    @table.post("/containers/{id}/update")
-    async def update(request: web.Request) -> web.StreamResponse:
-        container = containers.get(request.match_info["id"])
-        await containers.update(container.id, **_limits(container, await read_json(request, Limits)))
-        return json_answer({"Warnings": None})
+@_table.post("/containers/{id}/kill")
+async def kill(node: Served, request: web.Request) -> web.StreamResponse:
+    word = request.match_info["id"]
+    try:
+        await node.containers.kill(word, request.query.get("signal") or "SIGKILL")
+    except NotFound as error:
+        raise NotFound(f"Cannot kill container: {word}: {error}") from error
+    return web.Response(status=204)
 
-    @table.post("/containers/prune")
-    async def prune(request: web.Request) -> web.StreamResponse:
-        filters = Filters.of(request)
-        filters.refuse_unknown("label", "label!", "until")
-        freed_bytes, removed = 0, []
-        for container in containers.list():
-            if not container.is_running and container.was_started and _is_prunable(container, filters, clock):
-                freed_bytes += (await _sizes(container)).get("SizeRw", 0)
-                await containers.remove(container.id)
-                removed.append(container.id)
-        await images.sweep({user.image_id for user in image_users(containers)})
-        return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
 
-    @table.delete("/containers/{id}")
-    async def remove(request: web.Request) -> web.StreamResponse:
-        await containers.remove(request.match_info["id"], force=flag(request, "force"))
-        await images.sweep({user.image_id for user in image_users(containers)})
-        return web.Response(status=204)
+@_table.post("/containers/{id}/stop")
+async def stop(node: Served, request: web.Request) -> web.StreamResponse:
+    container = node.containers.get(request.match_info["id"])
+    grace_s = _grace(request)
+    if not container.is_running:
+        raise NotModified
+    await node.containers.stop(container.id, grace_s)
+    return web.Response(status=204)
 
-    @table.post("/containers/{id}/rename")
-    async def rename(request: web.Request) -> web.StreamResponse:
-        containers.get(request.match_info["id"])
-        raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
 
-    @table.get("/containers/{id}/export")
-    async def export(request: web.Request) -> web.StreamResponse:
-        containers.get(request.match_info["id"])
-        raise Unimplemented('This node does not export containers: use "docker exec" and tar.')
+@_table.post("/containers/{id}/start")
+async def start(node: Served, request: web.Request) -> web.StreamResponse:
+    container = node.containers.get(request.match_info["id"])
+    if container.is_running:
+        raise NotModified
+    await node.containers.start(container.id)
+    return web.Response(status=204)
 
-    @table.head("/containers/{id}/archive")
-    @table.get("/containers/{id}/archive")
-    @table.put("/containers/{id}/archive")
-    async def copy(request: web.Request) -> web.StreamResponse:
-        containers.get(request.match_info["id"])
-        raise Unimplemented('This node does not copy files of containers: use "docker exec" and tar.')
 
-    return (*table, *exec_routes(containers), *output_routes(containers, clock=clock))
+@_table.post("/containers/{id}/restart")
+async def restart(node: Served, request: web.Request) -> web.StreamResponse:
+    container = node.containers.get(request.match_info["id"])
+    await node.containers.stop(container.id, _grace(request))
+    await node.containers.start(container.id)
+    return web.Response(status=204)
+
+
+@_table.post("/containers/{id}/pause")
+async def pause(node: Served, request: web.Request) -> web.StreamResponse:
+    container = node.containers.get(request.match_info["id"])
+    if container.state is ContainerState.PAUSED:
+        raise NotRunning(f"Container {container.id} is already paused")
+    await node.containers.pause(container.id)
+    return web.Response(status=204)
+
+
+@_table.post("/containers/{id}/unpause")
+async def unpause(node: Served, request: web.Request) -> web.StreamResponse:
+    container = node.containers.get(request.match_info["id"])
+    if container.state is not ContainerState.PAUSED:
+        raise Untranslated(f"Container {container.id} is not paused")
+    await node.containers.unpause(container.id)
+    return web.Response(status=204)
+
+
+@_table.post("/containers/{id}/resize")
+async def resize(node: Served, request: web.Request) -> web.StreamResponse:
+    height, width = integer(request, "h"), integer(request, "w")
+    await node.containers.resize(request.match_info["id"], height, width)
+    return web.Response()
+
+
+@_table.post("/containers/{id}/update")
+async def update(node: Served, request: web.Request) -> web.StreamResponse:
+    container = node.containers.get(request.match_info["id"])
+    await node.containers.update(container.id, **_limits(container, await read_json(request, Limits)))
+    return json_answer({"Warnings": None})
+
+
+@_table.post("/containers/prune")
+async def prune(node: Served, request: web.Request) -> web.StreamResponse:
+    filters = Filters.of(request)
+    filters.refuse_unknown("label", "label!", "until")
+    freed_bytes, removed = 0, []
+    for container in node.containers.list():
+        if (
+            not container.is_running
+            and container.was_started
+            and _is_prunable(container, filters, node.clock)
+        ):
+            freed_bytes += (await _sizes(node, container)).get("SizeRw", 0)
+            await node.containers.remove(container.id)
+            removed.append(container.id)
+    await node.images.sweep({user.image_id for user in image_users(node.containers)})
+    return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
+
+
+@_table.delete("/containers/{id}")
+async def remove(node: Served, request: web.Request) -> web.StreamResponse:
+    await node.containers.remove(request.match_info["id"], force=flag(request, "force"))
+    await node.images.sweep({user.image_id for user in image_users(node.containers)})
+    return web.Response(status=204)
+
+
+@_table.post("/containers/{id}/rename")
+async def rename(node: Served, request: web.Request) -> web.StreamResponse:
+    node.containers.get(request.match_info["id"])
+    raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
+
+
+@_table.get("/containers/{id}/export")
+async def export(node: Served, request: web.Request) -> web.StreamResponse:
+    node.containers.get(request.match_info["id"])
+    raise Unimplemented('This node does not export containers: use "docker exec" and tar.')
+
+
+@_table.head("/containers/{id}/archive")
+@_table.get("/containers/{id}/archive")
+@_table.put("/containers/{id}/archive")
+async def copy(node: Served, request: web.Request) -> web.StreamResponse:
+    node.containers.get(request.match_info["id"])
+    raise Unimplemented('This node does not copy files of containers: use "docker exec" and tar.')
 
 
 def _limit(request: web.Request) -> int:

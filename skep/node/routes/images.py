@@ -4,7 +4,7 @@ Source: moby 20.10, api/server/router/image/image_routes.go, api/server/router/d
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +13,8 @@ from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, Routes, api_version, flag, json_answer, json_list_answer
+from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer
+from skep.api.tables import Table
 from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
 from skep.node.oci.images import pulling
 from skep.node.oci.images.digest import is_digest
@@ -36,133 +37,156 @@ Users = Callable[[], Collection[ImageUser]]
 """Gives every container of this node, as what keeps its image from being removed."""
 
 
-def image_routes(images: ImageStore, users: Users, *, clock: Clock | None = None) -> Routes:
+class Served(msgspec.Struct, frozen=True):
+    """What these routes are about."""
+
+    images: ImageStore
+    users: Users
+    clock: Clock
+
+
+_table = Table[Served]()
+
+
+def image_routes(
+    images: ImageStore, users: Users, *, clock: Clock | None = None
+) -> Iterable[web.AbstractRouteDef]:
     """``/images/...`` and ``/distribution/...``."""
-    table = Routes()
-    clock = clock or SystemClock()
+    return _table.bound(Served(images, users, clock or SystemClock()))
 
-    @table.get("/images/json")
-    async def list_images(request: web.Request) -> web.StreamResponse:
-        filters = Filters.of(request)
-        filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
-        wish = _wish(images, filters, clock)
-        listed = select(images.images(), _replaced(wish, all=flag(request, "all")))
-        version = api_version(request)
-        shared = shared_bytes(images, listed) if flag(request, "shared-size") else {}
-        return json_list_answer(
-            [image_answers.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
-        )
 
-    @table.post("/images/create")
-    async def create_image(request: web.Request) -> web.StreamResponse:
-        if "fromImage" not in request.query:
-            raise Unimplemented(
-                'This node imports no file systems: use "docker load", or an engine beside it.'
-            )
-        reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
-        auth = request.headers.get("X-Registry-Auth", "")
-        platform = request.query.get("platform", "")
+@_table.get("/images/json")
+async def list_images(node: Served, request: web.Request) -> web.StreamResponse:
+    filters = Filters.of(request)
+    filters.refuse_unknown("dangling", "label", "before", "since", "reference", "until")
+    wish = _wish(node.images, filters, node.clock)
+    listed = select(node.images.images(), _replaced(wish, all=flag(request, "all")))
+    version = api_version(request)
+    shared = shared_bytes(node.images, listed) if flag(request, "shared-size") else {}
+    return json_list_answer(
+        [image_answers.summary(one, version, shared_bytes=shared.get(one.image.id, -1)) for one in listed]
+    )
 
-        async def pull(report: Report) -> None:
-            await images.pull_all(reference, auth, report, platform=platform)
 
-        return await answer_with_progress(request, pull, early_errors=True)
+@_table.post("/images/create")
+async def create_image(node: Served, request: web.Request) -> web.StreamResponse:
+    if "fromImage" not in request.query:
+        raise Unimplemented('This node imports no file systems: use "docker load", or an engine beside it.')
+    reference = _wanted(request.query["fromImage"], request.query.get("tag", ""))
+    auth = request.headers.get("X-Registry-Auth", "")
+    platform = request.query.get("platform", "")
 
-    @table.post("/images/load")
-    async def load_images(request: web.Request) -> web.StreamResponse:
-        is_quiet = flag(request, "quiet") if "quiet" in request.query else True
+    async def pull(report: Report) -> None:
+        await node.images.pull_all(reference, auth, report, platform=platform)
 
-        async def load(report: Report) -> None:
-            def told(message: Message) -> None:
-                if not is_quiet or message.stream:
-                    report(message)
+    return await answer_with_progress(request, pull, early_errors=True)
 
-            try:
-                await images.load(_pieces(request), told)
-            except SkepError:
-                await _drain(request)
-                raise
 
-        return await answer_with_progress(request, load, early_errors=False)
+@_table.post("/images/load")
+async def load_images(node: Served, request: web.Request) -> web.StreamResponse:
+    is_quiet = flag(request, "quiet") if "quiet" in request.query else True
 
-    @table.get("/images/get")
-    async def save_images(request: web.Request) -> web.StreamResponse:
-        return await _saved(request, request.query.getall("names", []))
+    async def load(report: Report) -> None:
+        def told(message: Message) -> None:
+            if not is_quiet or message.stream:
+                report(message)
 
-    @table.get("/images/{name:.+}/get")
-    async def save_image(request: web.Request) -> web.StreamResponse:
-        return await _saved(request, [request.match_info["name"]])
-
-    async def _saved(request: web.Request, names: list[str]) -> web.StreamResponse:
-        async with aclosing(images.save(names)) as pieces:
-            first = await anext(pieces, b"")  # an unknown image is still a status
-            response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
-            await response.prepare(request)
-            await response.write(first)
-            async for piece in pieces:
-                await response.write(piece)
-        return response
-
-    @table.post("/images/prune")
-    async def prune_images(request: web.Request) -> web.StreamResponse:
-        filters = Filters.of(request)
-        filters.refuse_unknown("dangling", "label", "label!", "until")
-        removed, freed_bytes = await images.prune(prunable(_wish(images, filters, clock)), users=users())
-        answer = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
-        return json_answer(answer)
-
-    @table.get("/images/{name:.+}/json")
-    async def inspect_image(request: web.Request) -> web.StreamResponse:
-        name = request.match_info["name"]
         try:
-            image = images.get(name)
-        except (NotFound, InvalidArgument) as error:
-            raise type(error)(f"no such image: {name}: {error}") from error
-        return json_answer(image_answers.inspected(image, images, api_version(request)))
+            await node.images.load(_pieces(request), told)
+        except SkepError:
+            await _drain(request)
+            raise
 
-    @table.get("/images/{name:.+}/history")
-    async def image_history(request: web.Request) -> web.StreamResponse:
-        return json_list_answer(image_answers.history(images.get(request.match_info["name"]), images))
+    return await answer_with_progress(request, load, early_errors=False)
 
-    @table.post("/images/{name:.+}/tag")
-    async def tag_image(request: web.Request) -> web.StreamResponse:
-        images.get(request.match_info["name"])
-        try:
-            reference = parse_reference(request.query.get("repo", ""))
-            tag = request.query.get("tag", "")
-            reference = reference.with_tag(tag) if tag else reference.with_default_tag()
-        except InvalidArgument as error:
-            raise Untranslated(str(error)) from error
-        if reference.digest:
-            raise Untranslated("refusing to create a tag with a digest reference")
-        await images.tag(request.match_info["name"], reference)
-        return web.Response(status=201)
 
-    @table.post("/images/{name:.+}/push")
-    async def push_image(request: web.Request) -> web.StreamResponse:
-        raise Unimplemented("This node does not push images: push from where they are built.")
+@_table.get("/images/get")
+async def save_images(node: Served, request: web.Request) -> web.StreamResponse:
+    return await _saved(node, request, request.query.getall("names", []))
 
-    @table.delete("/images/{name:.+}")
-    async def remove_image(request: web.Request) -> web.StreamResponse:
-        name = request.match_info["name"]
-        if not name.strip():
-            raise InvalidArgument("image name cannot be blank")
-        removed = await images.remove(
-            name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=users()
-        )
-        return json_answer(_removed(removed))
 
-    @table.get("/distribution/{name:.+}/json")
-    async def inspect_distribution(request: web.Request) -> web.StreamResponse:
-        name = request.match_info["name"]
-        if is_digest(name):
-            raise InvalidArgument(f"unknown image reference format: {name}")
-        reference = parse_reference(name).with_default_tag()
-        credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
-        found = await pulling.inspect(images.policy, reference, credentials, images.limits)
-        return json_answer(found)
+@_table.get("/images/{name:.+}/get")
+async def save_image(node: Served, request: web.Request) -> web.StreamResponse:
+    return await _saved(node, request, [request.match_info["name"]])
 
-    return table
+
+async def _saved(node: Served, request: web.Request, names: list[str]) -> web.StreamResponse:
+    async with aclosing(node.images.save(names)) as pieces:
+        first = await anext(pieces, b"")  # an unknown image is still a status
+        response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
+        await response.prepare(request)
+        await response.write(first)
+        async for piece in pieces:
+            await response.write(piece)
+    return response
+
+
+@_table.post("/images/prune")
+async def prune_images(node: Served, request: web.Request) -> web.StreamResponse:
+    filters = Filters.of(request)
+    filters.refuse_unknown("dangling", "label", "label!", "until")
+    removed, freed_bytes = await node.images.prune(
+        prunable(_wish(node.images, filters, node.clock)), users=node.users()
+    )
+    answer = {"ImagesDeleted": _removed(removed) or None, "SpaceReclaimed": freed_bytes}
+    return json_answer(answer)
+
+
+@_table.get("/images/{name:.+}/json")
+async def inspect_image(node: Served, request: web.Request) -> web.StreamResponse:
+    name = request.match_info["name"]
+    try:
+        image = node.images.get(name)
+    except (NotFound, InvalidArgument) as error:
+        raise type(error)(f"no such image: {name}: {error}") from error
+    return json_answer(image_answers.inspected(image, node.images, api_version(request)))
+
+
+@_table.get("/images/{name:.+}/history")
+async def image_history(node: Served, request: web.Request) -> web.StreamResponse:
+    return json_list_answer(image_answers.history(node.images.get(request.match_info["name"]), node.images))
+
+
+@_table.post("/images/{name:.+}/tag")
+async def tag_image(node: Served, request: web.Request) -> web.StreamResponse:
+    node.images.get(request.match_info["name"])
+    try:
+        reference = parse_reference(request.query.get("repo", ""))
+        tag = request.query.get("tag", "")
+        reference = reference.with_tag(tag) if tag else reference.with_default_tag()
+    except InvalidArgument as error:
+        raise Untranslated(str(error)) from error
+    if reference.digest:
+        raise Untranslated("refusing to create a tag with a digest reference")
+    await node.images.tag(request.match_info["name"], reference)
+    return web.Response(status=201)
+
+
+@_table.post("/images/{name:.+}/push")
+async def push_image(node: Served, request: web.Request) -> web.StreamResponse:
+    raise Unimplemented("This node does not push images: push from where they are built.")
+
+
+@_table.delete("/images/{name:.+}")
+async def remove_image(node: Served, request: web.Request) -> web.StreamResponse:
+    name = request.match_info["name"]
+    if not name.strip():
+        raise InvalidArgument("image name cannot be blank")
+    removed = await node.images.remove(
+        name, force=flag(request, "force"), prune=not flag(request, "noprune"), users=node.users()
+    )
+    return json_answer(_removed(removed))
+
+
+@_table.get("/distribution/{name:.+}/json")
+async def inspect_distribution(node: Served, request: web.Request) -> web.StreamResponse:
+    name = request.match_info["name"]
+    if is_digest(name):
+        raise InvalidArgument(f"unknown image reference format: {name}")
+    reference = parse_reference(name).with_default_tag()
+    credentials = decode_credentials(request.headers.get("X-Registry-Auth", ""))
+    found = await pulling.inspect(node.images.policy, reference, credentials, node.images.limits)
+    return json_answer(found)
 
 
 def _wanted(name: str, tag: str) -> Reference:

@@ -1,0 +1,45 @@
+"""Routes of handlers that work on something of a node: a table per module, bound once what it is about exists."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Generic, TypeVar
+
+from aiohttp import web
+
+T = TypeVar("T")
+BoundHandler = Callable[[T, web.Request], Awaitable[web.StreamResponse]]
+
+
+class Table(Generic[T]):
+    """Handlers by method and path; each is called with what the table is bound to, and the request."""
+
+    def __init__(self) -> None:
+        self._handlers: list[tuple[str, str, BoundHandler[T]]] = []
+
+    def get(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        return self._adding("GET", path)
+
+    def head(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        return self._adding("HEAD", path)
+
+    def post(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        return self._adding("POST", path)
+
+    def put(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        return self._adding("PUT", path)
+
+    def delete(self, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        return self._adding("DELETE", path)
+
+    def bound(self, subject: T) -> list[web.RouteDef]:
+        """The routes, for ``skep.api.server.application``."""
+        return [
+            web.route(method, path, partial(handler, subject)) for method, path, handler in self._handlers
+        ]
+
+    def _adding(self, method: str, path: str) -> Callable[[BoundHandler[T]], BoundHandler[T]]:
+        def add(handler: BoundHandler[T]) -> BoundHandler[T]:
+            self._handlers.append((method, path, handler))
+            return handler
+
+        return add
