@@ -52,6 +52,10 @@ class Engine:
     def host(self) -> str:
         return f"unix://{self.directory}/d.sock"
 
+    def log(self) -> str:
+        """Everything the engine wrote, debugging included."""
+        return (self.directory / "log").read_text(errors="replace")
+
     async def docker(self, *arguments: str, timeout_s: float = 30, check: bool = True) -> str:
         """Run a docker command against this engine; gives its output."""
         process = await asyncio.create_subprocess_exec(
@@ -72,7 +76,7 @@ class Engine:
     async def start(self) -> None:
         """Start it and wait until it answers."""
         command = (
-            f"mount --make-rprivate /; exec dockerd --data-root {self.directory}/data"
+            f"mount --make-rprivate /; exec dockerd --debug --data-root {self.directory}/data"
             f" --exec-root {self.directory}/exec -H {self.host} --pidfile {self.directory}/d.pid"
             f" --cgroup-parent /{self.directory.name}"
         )

@@ -1,19 +1,24 @@
 """An unmodified Docker Engine as a worker: it joins, runs tasks, reports, answers for logs."""
 
 import os
+import secrets
 from contextlib import aclosing
 
 import msgspec
 import pytest
 
+from skep.manager.gossip.keys import rotated
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
+from skep.model.gossip import GossipKeys, decoded_keys
 from skep.model.ids import ConfigId, NodeId, SecretId, new_id
 from skep.model.logs import LogQuery
 from skep.model.node import Node, NodeState
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import EndpointSpec, PortConfig, PublishMode, TaskSpec
 from skep.model.task import Task, TaskState
-from skep.store.kinds import Payload
+from skep.model.times import timestamp
+from skep.store.interface import Transaction
+from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from tests.builders import a_service, a_service_spec, a_task
 from tests.engine_rig import ADDRESS, IMAGE, Engine, an_engine, network_namespace
 from tests.wire_rig import MANAGER_ID, Cluster, until
@@ -73,6 +78,21 @@ async def joined(cluster: Cluster, engine: Engine) -> NodeId:
     return node.id
 
 
+async def rotates_its_gossip_keys(cluster: Cluster, engine: Engine) -> None:
+    """Three rotations replace every key; after each the engine encrypts with the second of its keys."""
+    for _ in range(3):
+        keys = await cluster.store.update(rotate)
+        _, primary, newest = (key.key.hex()[:5] for key in keys.keys if key.subsystem == "networking:gossip")
+        await until(lambda: f"Adding key {newest}" in engine.log(), within_s=10)  # noqa: B023
+        await until(lambda: f"Primary Key {primary}" in engine.log(), within_s=10)  # noqa: B023
+
+
+def rotate(tx: Transaction) -> GossipKeys:
+    keys = rotated(decoded_keys(tx.get(Payload, GOSSIP_KEYS_ID).data), secrets.token_bytes, timestamp(0))
+    tx.put(Payload(id=GOSSIP_KEYS_ID, data=keys.encode()))
+    return keys
+
+
 async def test_an_unmodified_engine_works_as_a_node(namespace):
     cluster = Cluster(heartbeat_s=1, host=ADDRESS)
     async with an_engine() as engine:
@@ -80,7 +100,7 @@ async def test_an_unmodified_engine_works_as_a_node(namespace):
             wrong = cluster.swarm.join_tokens.worker[:-3] + "000"
             assert "A valid join token is necessary to join this cluster" in await refused(engine, wrong)
             manager = cluster.swarm.join_tokens.manager
-            assert "does not take further managers yet" in await refused(engine, manager)
+            assert "takes Docker engines as workers only" in await refused(engine, manager)
 
             node_id = await joined(cluster, engine)
             node = cluster.node(node_id)
@@ -128,6 +148,7 @@ async def test_an_unmodified_engine_works_as_a_node(namespace):
                 assert (await anext(lines)).node_id == node_id
             tail = [line.data async for line in cluster.logs.subscribe(LogQuery(tasks=(web.id,), tail=1))]
             assert tail == [b"tick\n"]
+            await rotates_its_gossip_keys(cluster, engine)
             session = cluster.node(node_id).session
 
         # Another manager process on the same store: the engine moves on by itself, its containers run on.
