@@ -15,8 +15,9 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from skep.manager.attachments.service import CONTAINER_ID_CHARACTERS_MAX
 from skep.manager.control.networks import remove_network
-from skep.manager.gossip.keys import rotated
+from skep.manager.gossip.keys import ROTATION_S, rotated
 from skep.manager.gossip.relay import Relay
+from skep.manager.gossip.rotation import step
 from skep.manager.loops import loops
 from skep.model.gossip import GossipKeys, decoded_keys
 from skep.model.ids import new_id
@@ -24,7 +25,7 @@ from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.planes import SKEP
 from skep.model.task import NetworkAttachment, Task, TaskState
-from skep.model.times import timestamp
+from skep.model.times import SECOND_NS, timestamp
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
 from skep.store.interface import Transaction
@@ -227,6 +228,24 @@ async def test_the_leader_places_an_attachment_gives_the_node_its_address_and_fo
         await cluster.store.update(lambda tx: tx.put(replace(tx.get(Task, id), status=ended)))
         await cluster.until(lambda view: view.lookup(Task, id) is None)
         await cluster.until(lambda view: not view.get(Node, node_id).attachments)
+
+
+async def test_the_leader_makes_the_keys_once_and_rotates_them_every_twelve_hours() -> None:
+    store = MemoryStore(SystemClock())
+    begin = 1_700_000_000 * SECOND_NS
+
+    def numbers() -> list[int]:
+        keys = decoded_keys(store.view().get(Payload, GOSSIP_KEYS_ID).data)
+        return sorted(key.lamport_time for key in keys.keys)
+
+    assert await store.update(step, timestamp(begin)) == ROTATION_S
+    first = store.view().get(Payload, GOSSIP_KEYS_ID)
+    later = begin + int((ROTATION_S - 60) * SECOND_NS)
+    assert await store.update(step, timestamp(later)) == 60  # another leader: nothing is rotated early
+    assert store.view().get(Payload, GOSSIP_KEYS_ID) == first
+    assert numbers() == [1, 2, 3, 4, 5, 6]
+    assert await store.update(step, timestamp(later + 60 * SECOND_NS)) == ROTATION_S
+    assert numbers() == [2, 3, 5, 6, 7, 8]
 
 
 # --- port 7946 ----------------------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ class Allocator:
                     self._books.leave_network(network)
                     self._unallocated.pop(network.id, None)
                     self._agenda.add([network_key(id) for id in self._unallocated])
+                    self._agenda.add(node_key(id) for id in sorted(self._books.docker_nodes))
                 case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
                     self._look_at_node(node)
 
@@ -187,9 +188,10 @@ class Allocator:
             services = [ServiceId(key) for key in keys if "/" not in key]
             # In this order: each needs what the one before it gives, and finds it in the store.
             await self._commit(self._subnets(id) for id in networks)
-            await self._commit(self._endpoint(id) for id in services)
-            await self._commit(self._attached_node(id) for id in nodes)
-            await self._commit(self._releases(id) for id in services)
+            known = self._networks()
+            await self._commit(self._endpoint(id, known) for id in services)
+            await self._commit(self._attached_node(id, known) for id in nodes)
+            await self._commit(self._releases(id, known) for id in services)
 
     def _subnets(self, id: NetworkId) -> list[Grant]:
         """The allocation of a network that has none yet."""
@@ -214,7 +216,7 @@ class Allocator:
                 grants = [GiveSubnets(given)]
         return grants
 
-    def _endpoint(self, service_id: ServiceId) -> list[Grant]:
+    def _endpoint(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
         """The endpoint of a service, where it is not what it should be."""
         view = self._term.view()
         service = view.lookup(Service, service_id)
@@ -222,9 +224,7 @@ class Allocator:
             return []
         with self._guard.guarded(service_id):
             owner = service_owner(service_id)
-            virtual_ips = virtual_ips_for(
-                service, self._networks(view), lambda network: self._books.give(owner, network)
-            )
+            virtual_ips = virtual_ips_for(service, networks, lambda network: self._books.give(owner, network))
             endpoint = endpoint_for(service, self._books.ports.is_free_for(service_id), virtual_ips)
             if endpoint != service.endpoint:
                 # Entered at once, so that the next service of this batch gets another number.
@@ -232,14 +232,13 @@ class Allocator:
                 return [GiveEndpoint(service, endpoint)]
         return []
 
-    def _attached_node(self, node_id: str) -> list[Grant]:
+    def _attached_node(self, node_id: str, networks: Networks) -> list[Grant]:
         """A docker node's own addresses, where they are not what they should be."""
         view = self._term.view()
         node = view.lookup(Node, node_id)
         if node is None:
             return []
         with self._guard.guarded(node_key(node_id)):
-            networks = self._networks(view)
             tasks = view.find(Task, node_id=node_id)
             to_come = [one for task in tasks if _is_new(task) for one in _overlays(view, task, networks)]
             wanted = networks_of_node(node, tasks, networks.ingress, to_come)
@@ -253,7 +252,7 @@ class Allocator:
             self._agenda.add_at(node_key(node_id), trouble.retry_at)
         return []
 
-    def _releases(self, service_id: ServiceId) -> list[Grant]:
+    def _releases(self, service_id: ServiceId, networks: Networks) -> list[Grant]:
         """What becomes of the service's new tasks: on to the scheduler, or a reason to wait."""
         grants: list[Grant] = []
         key = f"tasks of {service_id}"
@@ -264,7 +263,6 @@ class Allocator:
                 reason = f"allocation failed: {trouble.error}"
                 grants = [Explain(task, reason) for task in tasks]
             else:
-                networks = self._networks(view)
                 grants = [self._release(view, task, networks) for task in tasks]
         for trouble in (self._guard.trouble(service_id), self._guard.trouble(key)):
             if trouble is not None:
@@ -294,14 +292,14 @@ class Allocator:
                 self._is_short = True
                 return Explain(task, reason)
 
-    def _networks(self, view: View) -> Networks:
+    def _networks(self) -> Networks:
         """Docker nodes alone need the ingress network: for others no address of it is spent."""
         ingress = None
         if self._books.docker_nodes:
-            allocated_ones = (one for one in view.find(Network) if one.spec.ingress and is_allocated(one))
-            ingress = next(allocated_ones, None)
+            known = self._term.view().find(Network)
+            ingress = next((one for one in known if one.spec.ingress and is_allocated(one)), None)
         return Networks(
-            find=lambda network_id: view.lookup(Network, network_id),
+            find=lambda network_id: self._term.view().lookup(Network, network_id),
             ingress=ingress,
             trouble=lambda network_id: self._unallocated.get(network_id, "not yet"),
         )
