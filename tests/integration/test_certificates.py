@@ -1,0 +1,258 @@
+"""Certificates of a running cluster: the root is rotated, nodes are removed, tokens change, with real processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from skep.security.authority import Authority
+from skep.security.tokens import join_token
+from tests.integration.cluster import TestCluster, TestNode, container_pids, create, wait_running, wait_until
+from tests.integration.roots import expire
+
+pytestmark = pytest.mark.timeout(240)
+
+ROOT = Authority.create()
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[TestCluster]:
+    """m1, w1 and w2."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"certs{os.getpid()}")
+    try:
+        cluster.up(managers=1, workers=2)
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def m1(trio: TestCluster) -> Iterator[TestNode]:
+    node = trio.node("m1")
+    yield node
+    api = node.client().api
+    for service in api.services():
+        api.remove_service(service["ID"])
+    wait_until(lambda: not api.tasks(), "everything of the test is removed")
+
+
+def swarm_of(node: TestNode) -> dict[str, Any]:
+    answer: dict[str, Any] = node.client().api.inspect_swarm()
+    return answer
+
+
+def nodes_of(node: TestNode) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = node.client().api.nodes()
+    return found
+
+
+def said(node: TestNode, *words: str) -> str:
+    """What the docker command prints."""
+    return node.docker(*words).stdout
+
+
+def refusal(node: TestNode, *words: str) -> str:
+    """What the docker command prints when it fails."""
+    done = node.docker(*words, check=False)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def certificate_of(cluster: TestCluster, name: str) -> x509.Certificate:
+    path = cluster.directory / name / "data" / "certificates" / "swarm-node.crt"
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def peer_roots_of(cluster: TestCluster, name: str) -> str:
+    """What etcd is to trust; on the node's own tmpfs."""
+    (holder,) = cluster.node(name).description["pids"]
+    return Path(f"/proc/{holder}/root/run/skep/tls/swarm-root-ca.crt").read_text().strip()
+
+
+def test_swarm_ca_rotate_ends_with_a_new_root_everywhere_and_no_task_moved(trio: TestCluster, m1: TestNode):
+    create(m1, "web", 4)
+    wait_running(m1, "web", 4)
+    before = {name: container_pids(trio.node(name), "web") for name in ("m1", "w1", "w2")}
+    old, old_root = swarm_of(m1), said(m1, "swarm", "ca").strip()
+    certificates = {name: certificate_of(trio, name) for name in ("m1", "w1", "w2")}
+
+    shown = said(m1, "swarm", "ca", "--rotate")
+
+    new, new_root = swarm_of(m1), said(m1, "swarm", "ca").strip()
+    assert "desired root digest" in shown
+    assert new_root in shown
+    assert new_root != old_root
+    assert not new["RootRotationInProgress"]
+    assert new["JoinTokens"]["Worker"] != old["JoinTokens"]["Worker"]
+    assert new["JoinTokens"]["Manager"] != old["JoinTokens"]["Manager"]
+    assert {node["Description"]["TLSInfo"]["TrustRoot"].strip() for node in nodes_of(m1)} == {new_root}
+    root = x509.load_pem_x509_certificate(new_root.encode())
+    for name, certificate in certificates.items():
+        renewed = certificate_of(trio, name)
+        assert renewed.serial_number != certificate.serial_number
+        renewed.verify_directly_issued_by(root)
+    assert {node["Status"]["State"] for node in nodes_of(m1)} == {"ready"}
+    assert {name: container_pids(trio.node(name), "web") for name in before} == before
+    wait_until(lambda: peer_roots_of(trio, "m1") == new_root, "etcd's files have the new root")
+    # The manager goes on: etcd was restarted, and what was written before is there.
+    said(m1, "service", "update", "--detach", "--label-add", "x=y", "web")
+
+
+def test_join_token_rotate_changes_one_token_and_q_prints_nothing_else(m1: TestNode):
+    old = swarm_of(m1)["JoinTokens"]
+    printed = said(m1, "swarm", "join-token", "--rotate", "-q", "worker")
+    new = swarm_of(m1)["JoinTokens"]
+    assert printed == new["Worker"] + "\n"
+    assert new["Worker"] != old["Worker"]
+    assert new["Manager"] == old["Manager"]
+    shown = said(m1, "swarm", "join-token", "manager", "--rotate")
+    assert "Successfully rotated manager join token." in shown
+    assert swarm_of(m1)["JoinTokens"]["Manager"] in shown
+
+
+def test_what_swarm_ca_cannot_do_is_refused_in_words(trio: TestCluster, m1: TestNode):
+    url = "protocol=cfssl,url=https://ca.example"
+    refused = refusal(m1, "swarm", "update", "--external-ca", url)
+    assert "external certificate authorities are not supported" in refused
+    refused = refusal(m1, "swarm", "update", "--cert-expiry", "59m")
+    assert "minimum certificate expiry time is: 1h0m0s" in refused
+    refused = refusal(m1, "swarm", "ca", "--cert-expiry", "2h")
+    assert "flag requires the `--rotate` flag" in refused
+
+
+def test_a_root_of_the_users_own_is_taken_and_its_key_shown_to_nobody(
+    trio: TestCluster, m1: TestNode, tmp_path: Path
+):
+    rotate_to(m1, ROOT, tmp_path)
+    assert said(m1, "swarm", "ca").strip() == ROOT.root_pem.decode().strip()
+    assert swarm_of(m1)["Spec"]["CAConfig"].get("SigningCAKey", "") == ""
+    certificate_of(trio, "w1").verify_directly_issued_by(ROOT.certificate)
+    # The same again is no rotation, and a counted one goes on from it.
+    rotate_to(m1, ROOT, tmp_path)
+    said(m1, "swarm", "ca", "--rotate", "--detach")
+    wait_until(lambda: not swarm_of(m1)["RootRotationInProgress"], "the rotation in the background has ended")
+    assert said(m1, "swarm", "ca").strip() != ROOT.root_pem.decode().strip()
+
+
+def rotate_to(m1: TestNode, root: Authority, directory: Path) -> None:
+    certificate, key = directory / "root.crt", directory / "root.key"
+    certificate.write_bytes(root.root_pem)
+    key.write_bytes(root.key_pem)
+    said(m1, "swarm", "ca", "--rotate", "-q", "--ca-cert", str(certificate), "--ca-key", str(key))
+
+
+def test_a_worker_whose_certificate_expired_while_it_was_off_comes_back_by_itself(
+    trio: TestCluster, m1: TestNode, tmp_path: Path
+):
+    rotate_to(m1, ROOT, tmp_path)
+    trio.skep("kill", "w1")
+    wait_until(lambda: state_of(m1, "w1") == "down", "w1 is down")
+    expired = expire(trio.directory / "w1" / "data" / "certificates", ROOT, days_ago=20)
+    trio.skep("start", "w1")
+    wait_until(lambda: state_of(m1, "w1") == "ready", "w1 is back")
+    renewed = certificate_of(trio, "w1")
+    assert renewed.subject == expired.certificate.subject
+    assert renewed.not_valid_after_utc > expired.not_after
+
+
+def state_of(m1: TestNode, name: str) -> str:
+    (found,) = [node for node in nodes_of(m1) if node["Description"]["Hostname"] == name]
+    return str(found["Status"]["State"])
+
+
+@pytest.fixture
+def outsider(trio: TestCluster) -> Iterator[TestNode]:
+    """w2, out of the swarm, and back in it afterwards."""
+    w2, m1 = trio.node("w2"), trio.node("m1")
+    id = next(node["ID"] for node in nodes_of(m1) if node["Description"]["Hostname"] == "w2")
+    said(w2, "swarm", "leave")
+    wait_until(lambda: state_of(m1, "w2") == "down", "w2 has left")
+    said(m1, "node", "rm", id)
+    yield w2
+    if w2.client().info()["Swarm"]["LocalNodeState"] == "inactive":
+        said(
+            w2,
+            "swarm",
+            "join",
+            "--token",
+            said(m1, "swarm", "join-token", "-q", "worker").strip(),
+            where(trio),
+        )
+
+
+def where(trio: TestCluster) -> str:
+    return f"{trio.node('m1').description['addr']}:2377"
+
+
+def test_a_join_that_cannot_work_says_why_and_leaves_nothing(
+    trio: TestCluster, m1: TestNode, outsider: TestNode
+):
+    worker = said(m1, "swarm", "join-token", "-q", "worker").strip()
+    wrong = worker[:-25] + "0" * 25
+    words = refusal(outsider, "swarm", "join", "--token", wrong, where(trio))
+    assert "A valid join token is necessary to join this cluster" in words
+    foreign = join_token(Authority.create().root_pem, worker[-25:])
+    words = refusal(outsider, "swarm", "join", "--token", foreign, where(trio))
+    assert "remote CA does not match fingerprint" in words
+    said(m1, "swarm", "join-token", "--rotate", "-q", "worker")
+    words = refusal(outsider, "swarm", "join", "--token", worker, where(trio))
+    assert "A valid join token is necessary to join this cluster" in words
+    said(m1, "swarm", "ca", "--rotate", "-q")
+    words = refusal(outsider, "swarm", "join", "--token", worker, where(trio))
+    assert "remote CA does not match fingerprint" in words
+    words = refusal(outsider, "swarm", "join", "--token", "SWMTKN-1-no-token", where(trio))
+    assert "invalid join token" in words
+    assert outsider.client().info()["Swarm"]["LocalNodeState"] == "inactive"
+
+
+@pytest.mark.parametrize("who", ["nobody", "somebody who says nothing", "somebody else"])
+def test_a_join_to_where_no_manager_is_says_so(trio: TestCluster, m1: TestNode, outsider: TestNode, who: str):
+    token = said(m1, "swarm", "join-token", "-q", "worker").strip()
+    netns = trio.node("m1").description["netns"]
+    port = {"nobody": 3999, "somebody who says nothing": 3998, "somebody else": 3997}[who]
+    program = {"nobody": "", "somebody who says nothing": _SILENT, "somebody else": _GREETING}[who]
+    with listening(netns, program, port):
+        address = f"{trio.node('m1').description['addr']}:{port}"
+        words = refusal(outsider, "swarm", "join", "--token", token, address)
+    assert address in words or "Timeout was reached" in words
+    assert outsider.client().info()["Swarm"]["LocalNodeState"] == "inactive"
+
+
+_SILENT = """
+import socket, sys
+s = socket.create_server(("0.0.0.0", int(sys.argv[1]))); print("listening", flush=True)
+kept = []
+while True: kept.append(s.accept())
+"""
+_GREETING = """
+import socket, sys
+s = socket.create_server(("0.0.0.0", int(sys.argv[1]))); print("listening", flush=True)
+while True:
+    c, _ = s.accept(); c.sendall(b"220 mail.example ESMTP\\r\\n"); c.close()
+"""
+
+
+@contextmanager
+def listening(netns: str, program: str, port: int) -> Iterator[None]:
+    """Somebody on ``port`` of a node, who is no manager."""
+    if not program:
+        yield
+        return
+    command = ["nsenter", f"--net={netns}", sys.executable, "-c", program, str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
+        try:
+            yield
+        finally:
+            process.kill()
