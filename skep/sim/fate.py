@@ -36,7 +36,7 @@ class Fate:
             *(self._cut_off, self._cut_off, self._split, self._split, self._lose_session_path),
             *(self._slow_machine, self._slow_member, self._slow_watch, self._slow_disk),
             *(self._compaction, self._depose, self._depose, self._clock_jumps),
-            self._poison,
+            *(self._poison, self._show_the_past),
         )
 
     def act(self) -> None:
@@ -196,6 +196,21 @@ class Fate:
             id = self._random.choice(services)
             self._cluster.poisoned.add(id)
             self._begin("poison", [], lambda: self._cluster.poisoned.discard(id), (0.5, 3.0), detail=id)
+
+    def _show_the_past(self) -> None:
+        """A manager tells its nodes what was true once, until somebody finds out and starts it again."""
+        id = self._victim(self._cluster.managers)
+        shown = self._cluster.running_managers[id].shown if id in self._cluster.running_managers else None
+        if id is None or shown is None:
+            return
+        revision = max(self._cluster.raft.kv.revision - self._random.choice((5, 30, 100)), 2)
+        shown.past = self._cluster.truth.past(self._cluster.raft.kv.events(2, revision))
+
+        def undo() -> None:
+            self._cluster.crash(id)
+            self._cluster.start_manager(id)
+
+        self._begin("shows the past", [id], undo, detail=f" at {revision}")
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,14 @@
-"""Faults that are not of machines: objects that make whoever decides about them raise."""
+"""Faults that are not of machines: objects that make whoever decides about them raise, managers that show the past."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
 from skep.errors import SkepError
 from skep.manager.follow import State
-from skep.store.interface import Object, Transaction, View, Watch
+from skep.store.interface import Object, Store, Transaction, View, Watch
 
 T = TypeVar("T", bound=msgspec.Struct)
 R = TypeVar("R")
@@ -68,3 +68,17 @@ class _PoisonedView:
 
     def resolve(self, kind: type[T], word: str) -> T:
         return self._view.resolve(kind, word)
+
+
+class Rewindable:
+    """A store whose view can be set back to an old state, as a manager shows that was restored from an old copy."""
+
+    def __init__(self, store: Store) -> None:
+        self.past: View | None = None
+        self._store = store
+
+    def view(self) -> View:
+        return self.past if self.past is not None else self._store.view()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)

@@ -17,11 +17,11 @@ from skep.manager.loops import loops
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.security.identity import Identity
-from skep.sim.faults import PoisonedState
+from skep.sim.faults import PoisonedState, Rewindable
 from skep.sim.network import Network
 from skep.store.etcd.client import Client
 from skep.store.etcd.store import EtcdStore, store_on
-from skep.store.interface import NotLeader, Term
+from skep.store.interface import NotLeader, Store, Term
 from skep.wire.client import Channel
 
 
@@ -44,6 +44,8 @@ class SimulatedManager:
         """``poisoned``: services whose decisions raise; may change at any time."""
         self.store: EtcdStore | None = None
         """None: not loaded yet."""
+        self.shown: Rewindable | None = None
+        """What nodes are told from."""
         self.leads = False
         self._id = id
         self._addr = addr
@@ -73,7 +75,8 @@ class SimulatedManager:
 
     async def _serve(self, store: EtcdStore) -> None:
         own = ManagerPeer(node_id=self._id, addr=self._addr)
-        dispatcher = Dispatcher(store, own, self._clock, self._new_id, self._random)
+        self.shown = Rewindable(store)
+        dispatcher = Dispatcher(cast("Store", self.shown), own, self._clock, self._new_id, self._random)
         logs = LogBroker(store, self._new_id)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random)
         handlers = (*dispatcher.services(), *logs.services(), *link.services())

@@ -8,7 +8,7 @@ from skep.model.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.requests import change_of
+from skep.store.etcd.requests import by_revision, change_of
 from skep.store.interface import Event, View
 from skep.store.leadership import LeaderRecord
 from skep.store.state import KeyChange, State
@@ -63,3 +63,14 @@ class Truth:
         told = Change(self.now(), origin, leader, revision, changes, happened)
         for watcher in self.watchers:
             watcher(told, self._state)
+
+    def past(self, events: list[pb.Event]) -> State:
+        """The state after ``events`` alone, which are those of the first revisions."""
+        assert self._cipher is not None
+        state = State()
+        for revision, group in by_revision(events):
+            changes = [
+                change_of(event.kv, self._cipher, is_delete=event.type == pb.Event.DELETE) for event in group
+            ]
+            state.apply(revision, [change for change in changes if change is not None])
+        return state

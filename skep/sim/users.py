@@ -34,7 +34,7 @@ from skep.model.times import SECOND_NS, timestamp
 from skep.sim.cluster import SimulatedCluster
 from skep.store.etcd.store import EtcdStore
 
-SERVICES_MAX = 4
+SERVICES_MAX = 3
 NAMES = ("web", "api", "db")
 """Few, so that several users want the same one."""
 BROKEN, CRASHING = "broken:1", "crashing:1"
@@ -137,7 +137,9 @@ class Users:
         except Unavailable:
             raise
         except SkepError:
-            promise.is_refused = True
+            self._cluster.observer.note(
+                self._cluster.loop.time(), self._promises.refused(promise, self._cluster.view)
+            )
             raise
         self._told(service)
 
@@ -145,7 +147,7 @@ class Users:
         def scaled(spec: ServiceSpec) -> ServiceSpec:
             if spec.mode.name == "global":
                 return spec
-            replicas = self._random.randint(0, 8)
+            replicas = self._random.randint(0, 6)
             return replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=replicas)))
 
         await self._changed(scaled)
@@ -261,7 +263,7 @@ def a_spec(name: str, random: Random) -> ServiceSpec:
         ),
         mode=ServiceMode(global_=GlobalService())
         if random.random() < 0.2
-        else ServiceMode(replicated=ReplicatedService(replicas=random.randint(1, 6))),
+        else ServiceMode(replicated=ReplicatedService(replicas=random.randint(1, 5))),
         update_config=config,
         rollback_config=rollback,
     )

@@ -64,6 +64,12 @@ class Promises:
         if stored is not None and stored.version == service.version and stored.spec != service.spec:
             yield f"service {service.id} at {service.version.index} is not what was acknowledged"
 
+    def refused(self, promise: Promise, view: View) -> Iterable[str]:
+        """Somebody was told that the service could not be created."""
+        promise.is_refused = True
+        if view.lookup(Service, promise.id) is not None:
+            yield f"service {promise.id} exists, which was refused"
+
     def given(self) -> list[tuple[Promise, int]]:
         """What a read that begins now must show."""
         return [

@@ -1,0 +1,42 @@
+"""``make sim``: see ``run``."""
+
+import argparse
+import sys
+import time
+
+from skep.sim.run import failures, outcomes, report
+
+TRACE_LINES = 400
+
+
+def main() -> int:
+    """Gives 1 if any life went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m skep.sim", description="Lives of simulated clusters.")
+    parser.add_argument("seed", type=int, nargs="?", help="live this seed alone and tell everything")
+    parser.add_argument("--seeds", type=int, default=200, help="how many to live")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--processes", type=int, default=0, help="default: one per processor")
+    wish = parser.parse_args()
+    if wish.seed is not None:
+        return _tell(wish.seed)
+    began, failed = time.monotonic(), 0
+    for outcome in failures(range(wish.first, wish.first + wish.seeds), wish.processes):
+        failed += 1
+        print(report(outcome), flush=True)
+    took_s = time.monotonic() - began
+    print(f"{wish.seeds} lives, {failed} failed, {took_s:.0f} s, {wish.seeds / took_s:.1f} a second")
+    return 1 if failed else 0
+
+
+def _tell(seed: int) -> int:
+    (outcome,) = outcomes([seed])
+    if outcome.violations:
+        print(report(outcome, TRACE_LINES))
+        return 1
+    print("\n".join(outcome.trace))
+    print(f"seed {seed}: nothing went wrong")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
