@@ -171,6 +171,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "runc"
 
     @property
+    def bundles(self) -> Path:
+        """What runc and conmon need of running containers."""
+        return self.run / "bundles"
+
+    @property
     def secrets(self) -> Path:
         """Secrets of running tasks: on tmpfs, so that no reboot finds them."""
         return self.run / "secrets"

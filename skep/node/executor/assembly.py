@@ -68,7 +68,7 @@ def oci_executor(
     namespaces = namespaces or Namespaces(paths.netns)
     cgroups = Cgroups(cgroup_parent)
     capacity = capacity_of(cgroups, programs)
-    bundles = Bundles(paths.containers, cgroups, capacity, resolver)
+    bundles = Bundles(paths.containers, paths.bundles, cgroups, capacity, resolver)
     runtime = Runtime(
         runc=programs.runc,
         conmon=programs.conmon,

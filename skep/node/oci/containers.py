@@ -174,14 +174,14 @@ class Containers(ContainerReader):
     async def attach(self, word: str) -> Attachment:
         """Its standard streams.  Raises: NotFound; NotRunning."""
         container = self.require_running(word)
-        attachment = await attach(self._bundles.path(container.id))
+        attachment = await attach(self._bundles.bundle(container.id))
         self.events.publish("attach", container)
         return attachment
 
     async def resize(self, word: str, height: int, width: int) -> None:
         """Tell the size of its terminal, in characters.  Raises: NotFound; NotRunning."""
         container = self.require_running(word)
-        self._runtime.resize(self._bundles.path(container.id), height, width)
+        self._runtime.resize(self._bundles.bundle(container.id), height, width)
         self.events.publish("resize", container, height=str(height), width=str(width))
 
     async def pause(self, word: str) -> None:

@@ -91,11 +91,11 @@ class Runtime:
 
         Raises: StartError: runc refused; Unavailable: no answer in time.
         """
-        id, path = container.id, self._bundles.path(container.id)
-        for stale in (path / id, path / "oom", path / "attach", path / "ctl", path / "pidfile"):
+        id, path, bundle = container.id, self._bundles.path(container.id), self._bundles.bundle(container.id)
+        for stale in (path / id, path / "oom", bundle / "attach", bundle / "ctl", bundle / "pidfile"):
             stale.unlink(missing_ok=True)  # of an earlier start
-        arguments = self._conmon_arguments(id, id, path, path, terminal=container.config.tty)
-        arguments += ["--persist-dir", str(path), "-P", str(path / "conmon.pid")]
+        arguments = self._conmon_arguments(id, id, bundle, path, terminal=container.config.tty)
+        arguments += ["--persist-dir", str(path), "-P", str(bundle / "conmon.pid")]
         arguments += ["-l", _log_driver(container, self._bundles.log(id))]
         if container.config.open_stdin:
             arguments += ["-i"] if container.config.stdin_once else ["-i", "--leave-stdin-open"]
@@ -103,7 +103,7 @@ class Runtime:
             pipes.let_go()
             pid = await read_pid(pipes.answers)
         process = find(pid)
-        monitor = find(int((path / "conmon.pid").read_text()))
+        monitor = find(int((bundle / "conmon.pid").read_text()))
         if process is None or monitor is None:
             raise StartError("the container's first process ended before it was started")
         return Started(process, monitor)
@@ -187,7 +187,7 @@ class Runtime:
 
     def reopen_log(self, id: ContainerId) -> None:
         """Make conmon open its log file anew, after a rename; nothing is lost."""
-        control(self._bundles.path(id), b"2 0 0\n")
+        control(self._bundles.bundle(id), b"2 0 0\n")
 
     async def run(self, *arguments: str, stdin: bytes | None = None) -> bytes:
         """One runc command; gives what it printed.  Raises: RuntimeFailed; Unavailable: the deadline passed."""

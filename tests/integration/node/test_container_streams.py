@@ -93,7 +93,13 @@ async def test_following_ends_when_the_container_ended_just_before_the_wait(tmp_
             return next(looks, msgspec.structs.replace(running, state=ContainerState.EXITED))
 
     cgroups = Cgroups("none")
-    bundles = Bundles(tmp_path, cgroups, capacity_of(cgroups, Programs()), tmp_path / "resolv.conf")
+    bundles = Bundles(
+        tmp_path / "data",
+        tmp_path / "run",
+        cgroups,
+        capacity_of(cgroups, Programs()),
+        tmp_path / "resolv.conf",
+    )
     bundles.make(running)
     bundles.log(running.id).write_text("1970-01-01T00:00:01Z stdout F last words\n")
     registry = Ending(bundles)

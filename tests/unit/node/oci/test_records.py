@@ -1,0 +1,46 @@
+"""The record of a container on disk.  The only I/O is a file in memory or in a temporary directory."""
+
+from pathlib import Path
+
+from skep.model.ids import ContainerId
+from skep.node.oci import records
+from skep.node.oci.container import Container, ContainerConfig
+
+
+def a_container(**fields: object) -> Container:
+    defaults = {"name": "c", "image": "i", "image_id": "sha256:i", "config": ContainerConfig(path="true")}
+    return Container(id=ContainerId("c" * 64), **{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def test_the_newest_record_counts(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    for name in ("a", "b", "c"):
+        records.write(path, a_container(name=name))
+    assert records.read(path) == a_container(name="c")
+
+
+def test_a_torn_line_spoils_neither_what_was_before_nor_what_follows(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    records.write(path, a_container(name="a"))
+    with path.open("a") as file:
+        file.write('\n{"id": "')
+    assert records.read(path) == a_container(name="a")
+    records.write(path, a_container(name="b"))
+    assert records.read(path) == a_container(name="b")
+
+
+def test_a_record_that_changes_for_ever_keeps_its_size_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    for number in range(1000):
+        records.write(path, a_container(exit_code=number))
+    newest = records.read(path)
+    assert newest is not None
+    assert newest.exit_code == 999
+    assert path.stat().st_size < 2 * records._BYTES_MAX
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+def test_where_no_line_can_be_read_there_is_no_record(tmp_path: Path) -> None:
+    assert records.read(tmp_path / "record") is None
+    (tmp_path / "record").write_bytes(b"\n{\n\n[]")
+    assert records.read(tmp_path / "record") is None
