@@ -21,7 +21,7 @@ from skep.model.node import Node
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS, unix_ns
+from skep.model.times import SECOND_NS, Timestamp, unix_ns
 from skep.store.interface import Created, Deleted, Event, Store, Updated, WatchLagged
 
 KEPT = 1024
@@ -80,6 +80,20 @@ class ClusterEvents:
                 for event in commit.events:
                     for message in messages_of(event, self._clock.now_ns()):
                         self._publish(message)
+
+    def expires(self, kind: str, id: str, name: str, not_after: Timestamp) -> None:
+        """Tell that a certificate expires soon: no commit does."""
+        now_ns = self._clock.now_ns()
+        attributes = {"name": name, "notafter": not_after}
+        self._publish(
+            Message(
+                type=kind,
+                action="expire",
+                actor=Actor(id=id, attributes=attributes),
+                time=now_ns // SECOND_NS,
+                time_nano=now_ns,
+            )
+        )
 
     def _publish(self, message: Message) -> None:
         self._past.append(message)

@@ -21,6 +21,7 @@ from skep.errors import Unavailable
 from skep.manager.attachments.service import AttachmentService
 from skep.manager.autolock import Autolock
 from skep.manager.backup import Backups
+from skep.manager.ca.admission import stamp
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
@@ -154,7 +155,7 @@ class Manager:
             group.create_task(self._book.run(), name="address book")
             group.create_task(self._presence.run(), name="presence")
             lock = KeyLock(self._config.paths)
-            group.create_task(self._upkeep(lock, bound).run(), name="certificates")
+            group.create_task(self._upkeep(lock, bound, events).run(), name="certificates")
             autolock = Autolock(self._store, lock, self._clock, self._random)
             group.create_task(autolock.run(), name="autolock")
             group.create_task(self._lead_when_elected(), name="election")
@@ -162,7 +163,7 @@ class Manager:
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
                 await asyncio.Event().wait()
 
-    def _upkeep(self, lock: KeyLock, bound: Bound) -> Upkeep:
+    def _upkeep(self, lock: KeyLock, bound: Bound, events: ClusterEvents) -> Upkeep:
         return Upkeep(
             self._store,
             self._config.node_id,
@@ -171,6 +172,7 @@ class Manager:
             self._clock,
             disconnect=bound.disconnect,
             peers=PeerFiles(self._config.paths.tls, self._config.paths.manager, self._restart_member),
+            tell=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
         )
 
     def _connected(self, addr: str) -> AbstractAsyncContextManager[Channel]:

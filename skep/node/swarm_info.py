@@ -68,13 +68,14 @@ async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
     try:
         swarm = await manager_api.get("/swarm", timeout_s=_PATIENCE_S)
         nodes = await manager_api.get("/nodes", timeout_s=_PATIENCE_S)
+        expiring = await manager_api.get("/_skep/warnings", timeout_s=_PATIENCE_S)
     except SkepError as error:
         return {"ControlAvailable": NO_LEADER in str(error), "Error": str(error)}
     managers = sum("ManagerStatus" in node for node in nodes)
     swarm.pop("JoinTokens", None)
     info = {"ControlAvailable": True, "Nodes": len(nodes), "Managers": managers, "Cluster": swarm}
     warnings = [TWO_MANAGERS] if managers == 2 else []
-    warnings += frozen_warnings(nodes)
+    warnings += [*frozen_warnings(nodes), *expiring]
     return info | ({"Warnings": warnings} if warnings else {})
 
 

@@ -6,7 +6,9 @@ while.  The root does not renew by itself.
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
+import msgspec
 from cryptography import x509
 
 from skep.manager.ca.admission import lifetime_of
@@ -22,23 +24,40 @@ OVERDUE = 0.2
 to warn earlier would be to warn of every healthy node."""
 
 
-def warnings_of(view: View, now: datetime) -> Iterator[str]:
-    """One sentence for everything that expires within ``WARN_BEFORE``, the root first, nodes in order of their ids."""
+class Expiry(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that expires soon."""
+
+    kind: Literal["swarm", "node"]
+    id: str
+    name: str
+    not_after: datetime
+    warning: str
+    """The sentence that users read."""
+
+
+def expiring(view: View, now: datetime) -> Iterator[Expiry]:
+    """Everything that expires within ``WARN_BEFORE``: the root first, then nodes in order of their ids."""
     for swarm in view.find(Swarm):
-        root = x509.load_pem_x509_certificate(swarm.tls_info.trust_root.encode())
-        if swarm.rotation is None and root.not_valid_after_utc - now < WARN_BEFORE:
-            yield (
-                f"WARNING: the swarm's root certificate {_expires(root.not_valid_after_utc, now)}: "
-                "run docker swarm ca --rotate"
+        root = x509.load_pem_x509_certificate(swarm.tls_info.trust_root.encode()).not_valid_after_utc
+        if swarm.rotation is None and root - now < WARN_BEFORE:
+            words = f"the swarm's root certificate {_expires(root, now)}: run docker swarm ca --rotate"
+            yield Expiry(
+                kind="swarm", id=swarm.id, name=swarm.spec.name, not_after=root, warning=f"WARNING: {words}"
             )
         before = min(WARN_BEFORE, (lifetime_of(swarm) + BACKDATE) * OVERDUE)
         for node in view.find(Node):
             not_after = expiry_of(node)
-            if not_after is not None and not_after - now < before:
-                yield (
-                    f"WARNING: the certificate of node {node.description.hostname or node.id} "
-                    f"{_expires(not_after, now)} and is not renewed: see that it reaches a manager"
-                )
+            if not_after is None or not_after - now >= before:
+                continue
+            name = node.description.hostname or node.id
+            words = f"the certificate of node {name} {_expires(not_after, now)} and is not renewed"
+            yield Expiry(
+                kind="node",
+                id=node.id,
+                name=name,
+                not_after=not_after,
+                warning=f"WARNING: {words}: see that it reaches a manager",
+            )
 
 
 def expiry_of(node: Node) -> datetime | None:

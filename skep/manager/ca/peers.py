@@ -24,7 +24,7 @@ def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
         return False  # with two managers there is no way around a moment without a quorum
     for node in order:
         if node.id == own:
-            return True
+            return _is_reachable(node) or len(managers) == 1
         if _is_reachable(node) and node.peer_roots != wanted:
             return False
     return False

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.ca.expiry import warnings_of
+from skep.manager.ca.expiry import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.peers import is_my_turn
 from skep.manager.ca.standing import is_manager
@@ -46,6 +46,7 @@ class Upkeep:
         own: this manager's node.
         disconnect: ends the connections of callers for whom it is true.
         peers: None where no etcd is (tests).
+        tell: called once a day with everything that expires soon.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Upkeep:
         *,
         disconnect: Callable[[Callable[[Identity], bool]], None],
         peers: PeerFiles | None = None,
+        tell: Callable[[Expiry], None] = lambda _: None,
     ) -> None:
         self._store = store
+        self._tell = tell
         self._own = own
         self._tls = tls
         self._files = files
@@ -160,8 +163,9 @@ class Upkeep:
         """Say once a day what expires soon."""
         while True:
             now = datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
-            for warning in warnings_of(self._store.view(), now):
-                log.warning("certificate expires soon", warning=warning)
+            for expiry in expiring(self._store.view(), now):
+                log.warning("certificate expires soon", warning=expiry.warning)
+                self._tell(expiry)
             await self._clock.sleep(WARN_EVERY_S)
 
 

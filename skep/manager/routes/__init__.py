@@ -22,6 +22,7 @@ from skep.manager.routes import (
     services,
     swarm,
     tasks,
+    warnings,
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
 
@@ -43,6 +44,7 @@ def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Applicat
         runs.routes,
         backup.routes,
         lag.routes,
+        warnings.routes,
         newest=newest,
     )
     app[MANAGER] = api
