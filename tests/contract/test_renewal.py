@@ -1,0 +1,119 @@
+"""Certificates are renewed under a running session, over real mutual TLS on loopback."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.ca.rotation import Renewal, ask_to_renew
+from skep.model.node import Node, NodeRole
+from skep.model.times import SECOND_NS
+from skep.node.agent import Agent
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem
+from tests.contract.test_expired import Earlier
+from tests.wire_rig import Cluster, a_worker, an_agent, put, until
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+def aged(cluster: Cluster, pair: KeyPair, *, days: float) -> KeyPair:
+    """The same node with a certificate of 90 days that was issued ``days`` ago."""
+    then = Authority.load(
+        cluster.authority.key_pem, cluster.authority.root_pem, Earlier(timedelta(days=days))
+    )
+    key = new_private_key()
+    return KeyPair(
+        certificate_pem=then.issue(key.public_key(), pair.identity),
+        key_pem=private_pem(key),
+        root_pem=pair.root_pem,
+    )
+
+
+def serial(agent: Agent) -> int:
+    return agent._credentials.pair.certificate.serial_number
+
+
+async def renewed(cluster: Cluster, agent: Agent, before: int) -> None:
+    """Wait for another certificate; the session stays."""
+    session = cluster.node(agent.node_id).session
+    await until(lambda: serial(agent) != before)
+    assert cluster.node(agent.node_id).session == session
+    assert agent.registered.is_set()
+
+
+@pytest.mark.parametrize(("days", "is_due"), [(40, False), (73, True), (89, True)])
+async def test_a_certificate_past_its_time_is_renewed_by_itself(cluster, tmp_path, days, is_due):
+    """Half of 90 days and an hour has not passed after 40 days, four fifths have after 73."""
+    pair = aged(cluster, await a_worker(cluster, tmp_path), days=days)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        if is_due:
+            await until(lambda: serial(agent) != pair.certificate.serial_number)
+            assert keypair.load(tmp_path).certificate.serial_number == serial(agent)
+            assert agent._credentials.pair.key_pem != pair.key_pem
+        else:
+            assert serial(agent) == pair.certificate.serial_number
+
+
+async def test_a_manager_asks_for_a_renewal_and_the_session_stays(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        await cluster.store.update(ask_to_renew, Renewal(agent.node_id))
+        assert state(cluster, agent) == "rotate"
+        await renewed(cluster, agent, pair.certificate.serial_number)
+        assert state(cluster, agent) == "issued"
+
+
+def state(cluster: Cluster, agent: Agent) -> str:
+    certificate = cluster.node(agent.node_id).certificate
+    assert certificate is not None
+    return certificate.state
+
+
+async def test_a_change_of_role_brings_a_certificate_of_that_role(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        for role in (NodeRole.MANAGER, NodeRole.WORKER):
+            before = serial(agent)
+            await put(cluster, with_role(cluster.node(agent.node_id), role))
+            await renewed(cluster, agent, before)
+            assert keypair.load(tmp_path).identity.role is role
+
+
+def with_role(node: Node, role: NodeRole) -> Node:
+    """As the leader writes it when a node is promoted or demoted."""
+    assert node.certificate is not None
+    return replace(
+        node,
+        spec=replace(node.spec, role=role),
+        certificate=replace(node.certificate, role=role, state="rotate"),
+    )
+
+
+async def test_the_next_certificate_lives_as_long_as_the_cluster_says(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    swarm = cluster.swarm
+    config = replace(swarm.spec.ca_config, node_cert_expiry=2 * 3600 * SECOND_NS)
+    await put(cluster, replace(swarm, spec=replace(swarm.spec, ca_config=config)))
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        await cluster.store.update(ask_to_renew, Renewal(agent.node_id))
+        await renewed(cluster, agent, pair.certificate.serial_number)
+        left = agent._credentials.pair.not_after - datetime.now(UTC)
+        assert timedelta(hours=1, minutes=59) < left <= timedelta(hours=2)
+
+
+async def test_the_managers_server_shows_the_renewed_certificate_at_the_next_handshake(
+    cluster, tmp_path: Path
+):
+    async with cluster.own_agent(tmp_path) as (agent, _):
+        before = serial(agent)
+        await cluster.store.update(ask_to_renew, Renewal(agent.node_id))
+        await renewed(cluster, agent, before)
+        await until(lambda: cluster.tls.pair.certificate.serial_number == serial(agent))
