@@ -18,7 +18,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    survival_of_containers.py cgroup_v2.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down check test unit contract sim conformance integration soak bench bare virtual lock
+.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration soak bench bare virtual lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -50,8 +50,11 @@ unit: setup ## pure tests, seconds
 contract: setup ## one suite per interface, on the fake and on the real thing
 	@$(PYTEST) tests/contract
 
-sim: setup ## whole clusters on simulated time; SEED=7 runs that seed alone
-	@$(PYTEST) tests/sim $(if $(SEED),--seed $(SEED))
+sim: setup ## whole clusters on simulated time; SEEDS=10000 lives as many, SEED=7 lives that one and tells all
+	@$(BIN)/python -m skep.sim $(if $(SEED),$(SEED),--seeds $(or $(SEEDS),500))
+
+mutants: setup ## break named rules one by one: the simulation has to notice each within 200 seeds
+	@$(BIN)/python -m skep.sim.mutants
 
 conformance: setup ## the API as docker, docker-py and a recorded engine see it
 	@$(PYTEST) tests/conformance

@@ -14,6 +14,7 @@ from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.node import NodeDescription
+from skep.node.agent import FIRST_RETRY_S, LONGEST_RETRY_S
 from skep.node.assignments import AssignmentSink
 from skep.node.contact import Contact
 from skep.node.local import Peer
@@ -26,9 +27,6 @@ from skep.sim.network import Network
 from skep.wire import swarm_pb2 as pb
 
 log = structlog.get_logger()
-
-FIRST_RETRY_S = 0.1
-LONGEST_RETRY_S = 5.0
 
 
 class SimulatedAgent:

@@ -50,6 +50,7 @@ class Users:
         self._cluster = cluster
         self._random = cluster.random
         self._promises = cluster.observer.promises
+        cluster.observer.rules.append(self._promises)
         self._requests: set[asyncio.Task[None]] = set()
         self._deeds: tuple[Callable[[], Awaitable[None]], ...] = (
             *(self._create,) * 2,

@@ -31,6 +31,7 @@ class Observer:
         """``calm_since``: when the last fault was over; infinity while there is one."""
         self.containers = Containers()
         self.promises = Promises()
+        """A rule as soon as there are users who keep it."""
         self.traced: list[str] = []
         """What happened before the first violation."""
         self._truth = truth
@@ -51,7 +52,6 @@ class Observer:
             UpdatesKeepServing(),
             NoFalseAlarm(calm_since),
             self.containers,
-            self.promises,
         ]
         truth.watchers.append(self._check)
 

@@ -1,0 +1,36 @@
+"""Random lives of whole clusters: users and faults by chance, rules watched all the time, all well at the end."""
+
+import pytest
+
+from skep.sim.life import live
+from skep.sim.run import chunked, outcomes, report
+
+SEEDS = 200
+CHUNK = 20
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("first", [seeds[0] for seeds in chunked(range(SEEDS), CHUNK)])
+def test_nothing_is_ever_wrong_and_in_the_end_all_is_as_asked_for(
+    first: int, request: pytest.FixtureRequest
+) -> None:
+    seed = request.config.getoption("--seed")
+    seeds = range(first, first + CHUNK) if seed is None else [seed]
+    failed = [report(outcome) for outcome in outcomes(seeds) if outcome.violations]
+    assert not failed, "\n\n".join(failed)
+
+
+def test_a_seed_gives_the_same_life_twice() -> None:
+    (one,) = outcomes([7])
+    (other,) = outcomes([7])
+    assert one.trace == other.trace
+    assert len(one.trace) > 100
+
+
+def test_a_failure_says_how_to_see_it_again_and_what_happened_before_it() -> None:
+    outcome = live(3, steps=2)
+    outcome.violations.append("1.000 s: something was wrong")
+    told = report(outcome)
+    assert "make sim SEED=3" in told
+    assert "something was wrong" in told
+    assert outcome.trace[-1] in told

@@ -1,0 +1,32 @@
+"""Each broken rule of the product is noticed by the rules of the simulation."""
+
+import pytest
+
+from skep.sim.mutants import MUTANTS, SEEDS, Mutant, broken, judged
+from skep.store.transaction import Writing
+
+
+def by_name(name: str) -> Mutant:
+    return next(mutant for mutant in MUTANTS if mutant.name == name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_broken_rule_is_found_within_two_hundred_seeds(mutant: Mutant) -> None:
+    verdict = judged(mutant)
+    assert verdict.seed is not None, f"{mutant.name} lived: {mutant.rule}"
+
+
+@pytest.mark.parametrize("name", ["name claims", "update order"])
+def test_a_broken_rule_is_found(name: str) -> None:
+    assert judged(by_name(name), seeds=20).seed is not None
+
+
+def test_at_least_ten_rules_are_broken_and_each_is_whole_again_afterwards() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) >= 10
+    assert SEEDS == 200
+    real = Writing._claim
+    with broken(by_name("name claims")):
+        assert Writing._claim is not real
+    assert Writing._claim is real

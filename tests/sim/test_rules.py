@@ -1,0 +1,335 @@
+"""Every rule rejects a history in which it was broken on purpose, and takes the same history without the fault."""
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+import pytest
+
+from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.meta import Version
+from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
+from skep.model.service import Resources, RestartPolicy, Service, UpdateConfig, UpdateOrder
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import SECOND_NS
+from skep.sim.rules.containers import Containers
+from skep.sim.rules.liveness import NoFalseAlarm
+from skep.sim.rules.observer import Rule
+from skep.sim.rules.promises import Promises
+from skep.sim.rules.rest import replica_violations, rest_violations
+from skep.sim.rules.tasks import (
+    TasksAreSpread,
+    UpdatesKeepServing,
+    names_are_unique,
+    nodes_are_not_overcommitted,
+    slots_are_filled_once,
+    tasks_move_forward,
+)
+from skep.sim.rules.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
+from skep.sim.truth import Change
+from skep.store.interface import Transaction
+from skep.store.proposal import Proposal
+from skep.store.state import KeyChange, State
+from skep.store.transaction import Writing
+from tests.builders import a_service_spec
+
+LEADER, OTHER = NodeId("m1"), NodeId("m2")
+W1, W2 = NodeId("w1"), NodeId("w2")
+
+
+class History:
+    """Commits one after the other, as the store would make them, without asking whether they may be made."""
+
+    def __init__(self, *rules: Rule) -> None:
+        self.state = State()
+        self.violations: list[str] = []
+        self.now = 100.0
+        self._rules = rules
+
+    def commit(self, body: Callable[[Transaction], object], *, by: NodeId = LEADER) -> None:
+        tx = Writing(self.state, 0)
+        body(tx)
+        self._publish(tx.proposal(), by)
+
+    def put(self, *objects: Task | Service | Node, by: NodeId = LEADER) -> None:
+        for one in objects:
+            self.commit(lambda tx, one=one: tx.put(one), by=by)  # type: ignore[misc]
+
+    def after(self, seconds: float) -> "History":
+        self.now += seconds
+        return self
+
+    def note(self, violations: Iterable[str]) -> None:
+        self.violations += violations
+
+    def _publish(self, proposal: Proposal, by: NodeId) -> None:
+        revision = self.state.revision + 1
+        created = {key for key, _ in proposal.puts}
+        keys = tuple(
+            [KeyChange(key, None, revision) for key in proposal.deletes]
+            + [KeyChange(key, value, revision, revision) for key, value in proposal.puts if key in created]
+        )
+        events = self.state.apply(revision, keys)
+        change = Change(self.now, by, LEADER, revision, keys, events)
+        for rule in self._rules:
+            self.violations += rule(change, self.state)
+
+
+def a_node(
+    id: NodeId, *, state: NodeState = NodeState.READY, owner: NodeId = LEADER, session: str = "s1"
+) -> Node:
+    return Node(
+        id=id,
+        status=NodeStatus(state=state),
+        description=NodeDescription(hostname=id, resources=Resources(memory_bytes=1 << 30)),
+        session=NodeSession(manager_id=owner, session_id=session),  # type: ignore[arg-type]
+    )
+
+
+def a_task(
+    id: str,
+    *,
+    slot: int = 1,
+    node: str = "",
+    state: TaskState = TaskState.NEW,
+    desired: TaskState = TaskState.RUNNING,
+    delay_s: int = 0,
+    memory: int = 0,
+    image: str = "app:1",
+) -> Task:
+    spec = a_service_spec(
+        image=image,
+        restart=RestartPolicy(delay=delay_s * SECOND_NS),
+        reserve=Resources(memory_bytes=memory) if memory else None,
+    ).task_template
+    return Task(
+        id=TaskId(id),
+        service_id=ServiceId("web"),
+        slot=slot,
+        node_id=NodeId(node),
+        spec=spec,
+        status=TaskStatus(state=state),
+        desired_state=desired,
+    )
+
+
+def a_service(order: UpdateOrder = UpdateOrder.STOP_FIRST, *, id: str = "web", name: str = "web") -> Service:
+    config = UpdateConfig(order=order)
+    return Service(id=ServiceId(id), spec=a_service_spec(name, update=config, rollback=config))
+
+
+def test_a_state_that_goes_back_is_rejected() -> None:
+    history = History(tasks_move_forward)
+    history.put(a_task("t1", node="w1", state=TaskState.RUNNING))
+    assert history.violations == []
+    history.put(a_task("t1", node="w1", state=TaskState.READY))
+    assert history.violations == ["task t1 went back from running to ready"]
+
+
+def test_a_task_that_moves_to_another_node_is_rejected() -> None:
+    history = History(tasks_move_forward)
+    history.put(
+        a_task("t1", node="w1", state=TaskState.ASSIGNED), a_task("t1", node="w2", state=TaskState.ASSIGNED)
+    )
+    assert history.violations == ["task t1 moved from w1 to w2"]
+
+
+@pytest.mark.parametrize(("order", "allowed"), [(UpdateOrder.STOP_FIRST, 1), (UpdateOrder.START_FIRST, 2)])
+def test_a_slot_with_too_many_wanted_tasks_is_rejected(order: UpdateOrder, allowed: int) -> None:
+    history = History(slots_are_filled_once)
+    history.put(a_service(order), *(a_task(f"t{number}") for number in range(allowed)))
+    assert history.violations == []
+    history.put(a_task("t9"))
+    assert len(history.violations) == 1
+
+
+def test_a_name_of_two_services_is_rejected() -> None:
+    history = History(names_are_unique)
+    history.put(a_service(), a_service(id="other", name="db"))
+    assert history.violations == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writing, "_claim", lambda *_: None)
+        history.put(a_service(id="third"))
+    assert history.violations == ["name web belongs to ['third', 'web']"]
+
+
+def test_an_overcommitted_node_is_rejected() -> None:
+    history = History(nodes_are_not_overcommitted)
+    history.put(a_node(W1), a_task("t1", memory=600 << 20), a_task("t2", slot=2, memory=600 << 20))
+    history.put(a_task("t1", memory=600 << 20, node="w1", state=TaskState.ASSIGNED))
+    assert history.violations == []
+    history.put(a_task("t2", slot=2, memory=600 << 20, node="w1", state=TaskState.ASSIGNED))
+    assert history.violations == ["memory of w1 is over-committed"]
+
+
+def test_a_task_on_the_fuller_node_is_rejected_while_nodes_are_quiet() -> None:
+    history = History(TasksAreSpread())
+    history.put(a_node(W1), a_node(W2), a_service(), *(a_task(f"t{slot}", slot=slot) for slot in (1, 2, 3)))
+    history.after(10).put(a_task("t1", slot=1, node="w1", state=TaskState.ASSIGNED))
+    history.put(a_task("t2", slot=2, node="w1", state=TaskState.ASSIGNED))
+    assert history.violations == []
+    history.put(a_task("t3", slot=3, node="w1", state=TaskState.ASSIGNED))
+    assert len(history.violations) == 1
+
+
+def test_with_start_first_a_task_that_stops_before_its_heir_runs_is_rejected() -> None:
+    history = History(UpdatesKeepServing())
+    history.put(
+        a_node(W1), a_service(UpdateOrder.START_FIRST), a_task("old", node="w1", state=TaskState.RUNNING)
+    )
+    history.put(a_task("new", image="app:2", node="w1", state=TaskState.PREPARING))
+    assert history.violations == []
+    history.put(a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
+    assert history.violations == ["task old was stopped before ['new'] ran"]
+
+
+def test_a_task_written_by_who_does_not_lead_is_rejected() -> None:
+    history = History(one_leader_writes)
+    history.put(a_task("t1"))
+    assert history.violations == []
+    history.put(a_task("t2"), by=OTHER)
+    assert history.violations == ["m2 wrote task t2, while m1 leads"]
+
+
+def test_a_report_by_who_has_not_the_session_is_rejected() -> None:
+    history = History(owners_speak_for_their_nodes)
+    history.put(a_node(W1, owner=OTHER), a_task("t1", node="w1", state=TaskState.ASSIGNED))
+    history.put(a_task("t1", node="w1", state=TaskState.ACCEPTED), by=OTHER)
+    assert history.violations == []
+    history.put(a_task("t1", node="w1", state=TaskState.RUNNING), by=LEADER)
+    assert history.violations == ["m1 wrote what w1 said of t1; its session is m2's"]
+
+
+def test_a_node_judged_by_who_has_not_the_session_is_rejected() -> None:
+    history = History(owners_speak_for_their_nodes)
+    history.put(a_node(W1, owner=OTHER))
+    history.put(a_node(W1, owner=OTHER, state=NodeState.DOWN), by=LEADER)
+    assert history.violations == ["m1 judged w1, whose session is m2's"]
+
+
+def test_a_session_that_is_given_away_is_rejected() -> None:
+    history = History(sessions_are_taken)
+    history.put(a_node(W1, owner=OTHER))
+    history.put(a_node(W1, owner=LEADER, session="s2"), by=LEADER)
+    assert history.violations == []
+    history.put(a_node(W1, owner=OTHER, session="s3"), by=LEADER)
+    assert history.violations == ["m1 made m2 the owner of the session of w1"]
+
+
+def test_a_node_called_down_without_a_fault_is_rejected() -> None:
+    history = History(NoFalseAlarm(lambda: 90.0))
+    history.put(a_node(W1), a_node(W2))
+    history.put(a_node(W1, state=NodeState.DOWN))
+    assert history.violations == [], "something was wrong ten seconds ago"
+    history.after(10).put(a_node(W2, state=NodeState.DOWN))
+    assert history.violations == ["w2 was called down after 20.0 s without a fault"]
+
+
+def test_a_container_stopped_though_it_is_to_run_is_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    history.put(a_node(W1), a_task("t1", node="w1", state=TaskState.RUNNING))
+    history.note(rule.stopped(W1, TaskId("t1"), history.state))
+    assert history.violations == ["w1 stopped the container of task t1, which is to run there"]
+    history.put(a_task("t1", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
+    history.note(rule.stopped(W1, TaskId("t1"), history.state))
+    assert len(history.violations) == 1
+
+
+def test_a_container_started_beside_the_one_it_replaces_is_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    history.put(a_node(W1), a_node(W2), a_service())
+    old = a_task("old", node="w1", state=TaskState.RUNNING)
+    history.put(old)
+    history.after(100).note(rule.started(W1, old, history.now, history.state))
+    history.put(msgspec.structs.replace(old, desired_state=TaskState.SHUTDOWN))
+    new = a_task("new", node="w2", state=TaskState.STARTING)
+    history.put(new)
+    history.note(rule.started(W2, new, history.now, history.state))
+    assert history.violations == ["task new started while old, which it replaces, still ran on w1"]
+
+
+def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    failed = a_task("t1", node="w1", state=TaskState.RUNNING, delay_s=5)
+    history.put(a_node(W1), a_service(), failed)
+    history.put(msgspec.structs.replace(failed, status=TaskStatus(state=TaskState.FAILED)))
+    heir = a_task("t2", node="w1", state=TaskState.STARTING, delay_s=5)
+    history.put(heir)
+    history.after(6).note(rule.started(W1, heir, history.now, history.state))
+    assert history.violations == []
+    history.after(-4).note(rule.started(W1, heir, history.now, history.state))
+    assert history.violations == ["task t2 started 2.00 s after t1 failed, not 4.95"]
+
+
+class Told:
+    """A service that somebody was told of."""
+
+    def __init__(self) -> None:
+        self.promises = Promises()
+        self.history = History(self.promises)
+        self.service = a_service()
+        self.promises.asked(self.service.id, self.service.spec)
+        self.history.put(self.service)
+        stored = self.history.state.get(Service, "web")
+        self.history.note(self.promises.told(stored, self.history.state))
+        assert self.history.violations == []
+
+
+def test_an_acknowledged_service_that_vanishes_is_rejected() -> None:
+    told = Told()
+    told.history.commit(lambda tx: tx.delete(Service, "web"))
+    assert told.history.violations == ["service web vanished"]
+
+
+def test_an_acknowledged_write_that_a_later_read_does_not_show_is_rejected() -> None:
+    told = Told()
+    assert list(told.promises.broken(told.history.state, told.promises.given())) == []
+    assert list(told.promises.broken(State(), told.promises.given())) == [
+        "service web, acknowledged at 1, is not there"
+    ]
+
+
+def test_a_spec_that_nobody_asked_for_is_rejected() -> None:
+    told = Told()
+    told.history.put(msgspec.structs.replace(told.service, spec=a_service_spec("web", replicas=7)))
+    assert told.history.violations == ["service web got a spec that nobody asked for"]
+
+
+def test_an_acknowledgement_of_what_is_not_committed_is_rejected() -> None:
+    told = Told()
+    later = msgspec.structs.replace(told.service, version=Version(index=9))
+    assert list(told.promises.told(later, told.history.state)) == ["service web is at 1, 9 was acknowledged"]
+
+
+def test_a_refused_service_that_exists_all_the_same_is_rejected() -> None:
+    told = Told()
+    promise = told.promises.services[ServiceId("web")]
+    assert list(told.promises.refused(promise, told.history.state)) == [
+        "service web exists, which was refused"
+    ]
+
+
+def test_a_task_said_to_run_where_nothing_runs_is_rejected_at_rest() -> None:
+    history = History()
+    task = a_task("t1", node="w1", state=TaskState.RUNNING)
+    history.put(task)
+    assert list(rest_violations(history.state, [(W1, task)])) == []
+    assert list(rest_violations(history.state, [])) == ["task t1 is said to run on w1 and does not"]
+
+
+def test_a_container_that_nobody_wants_is_rejected_at_rest() -> None:
+    stranger = a_task("t9", node="w1", state=TaskState.RUNNING)
+    assert list(rest_violations(State(), [(W1, stranger)])) == [
+        "container of task t9 on w1 belongs to no task that is to run there"
+    ]
+
+
+def test_a_replica_that_differs_from_the_store_is_rejected() -> None:
+    history, other = History(), History()
+    history.put(a_node(W1))
+    other.put(a_node(W2))
+    assert list(replica_violations(LEADER, history.state, history.state)) == []
+    assert len(list(replica_violations(LEADER, other.state, history.state))) == 2
+    assert list(replica_violations(LEADER, State(), history.state)) == ["the replica of m1 is at 0 of 1"]
