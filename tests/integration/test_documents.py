@@ -1,6 +1,7 @@
 """Every command of the documents, run as it is written."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.documents import PAGES, ROOT, shell_blocks
-from tests.integration.cluster import SKEP, TestNode, wait_running
+from tests.integration.cluster import (
+    SKEP,
+    TestCluster,
+    TestNode,
+    container_pids,
+    create,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -19,6 +28,8 @@ RUN_ELSEWHERE = {
     ("bench/README.md", 0): "`make bench`; its results are kept",
 }
 """Blocks of documents (page, number on the page) that other tests run, and which."""
+
+RECOVERY = "docs/guide/recovery.md"
 
 MACHINE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 """Namespaces of its own; whatever runs in them ends with them."""
@@ -62,7 +73,10 @@ def test_no_block_is_forgotten() -> None:
         for page in PAGES
         for number, _ in enumerate(shell_blocks(str(page.relative_to(ROOT))))
     }
-    run_here = {("README.md", 1), ("README.md", 2), ("docs/tour.md", 0)}
+    run_here = {
+        *(("README.md", 1), ("README.md", 2), ("docs/tour.md", 0)),
+        *((RECOVERY, number) for number in range(5)),
+    }
     assert blocks - set(RUN_ELSEWHERE) == run_here
 
 
@@ -107,3 +121,41 @@ def test_the_tours_service(m1: TestNode, checkout: Path) -> None:
     printed = run(shell_blocks("docs/tour.md")[0], checkout, DOCKER_HOST=m1.socket)
     assert "converged" in printed
     wait_running(m1, "web", 3)
+
+
+@pytest.mark.slow
+def test_the_recovery_guide(own_cluster: TestCluster, checkout: Path) -> None:
+    """One manager: locked, backed up, lost, restored, forced.  What ran runs on while it is locked."""
+    m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
+    lock, unlock, backup, restore, force = shell_blocks(RECOVERY)
+    create(m1, "web", 2)
+    wait_running(m1, "web", 2)
+    run(lock, checkout, **where)
+    assert (checkout / "unlock-key").read_text().startswith("SWMKEY-1-")
+    lock_key = Path(m1.description["state_dir"]) / "manager/keys/lock.key"
+    wait_until(lock_key.exists, "the disk is locked")
+    before = container_pids(m1, "web")
+
+    os.kill(m1.pids("skep-node")[0], signal.SIGTERM)
+    wait_until(lambda: state_of(m1) == "locked", "the node waits for its key")
+    assert "needs to be unlocked" in m1.docker("service", "ls", check=False).stderr
+    assert all(Path(f"/proc/{pid}").exists() for pid in before.values())
+    run(unlock, checkout, **where)
+    wait_running(m1, "web", 2)
+    assert container_pids(m1, "web") == before
+
+    run(backup, checkout, **where)
+    m1.docker("swarm", "leave", "--force")
+    printed = run(restore, checkout, **where)
+    assert "Swarm restored" in printed
+    wait_running(m1, "web", 2)
+    kept = container_pids(m1, "web")
+    run(force, checkout, **where)
+    wait_running(m1, "web", 2)
+    assert container_pids(m1, "web") == kept
+
+
+def state_of(node: TestNode) -> str:
+    """``LocalNodeState``; empty while the node does not answer."""
+    done = node.docker("info", "--format", "{{.Swarm.LocalNodeState}}", check=False)
+    return done.stdout.strip()

@@ -6,8 +6,9 @@ proposals share an entry only if neither reads what the other writes (``Footprin
 on its way waits.
 
 **Unknown outcomes.**  Every entry compares the key ring, and this manager's *ticket*, a key that only it writes.
-When an answer does not come, the ticket is moved: from then on the lost entry can never take effect.  What the replica has seen
-by that revision is the truth: a proposal whose first write appeared is in; any other is simply sent again.
+When an answer does not come, the ticket is moved: from then on the lost entry can never take effect.  What the
+replica has seen by that revision is the truth: a proposal whose first write appeared is in; any other is simply sent
+again.
 """
 
 import asyncio

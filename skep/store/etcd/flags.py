@@ -63,6 +63,9 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     ready_s: float = 30.0
     is_fsync_off: bool = False
     is_debug: bool = False
+    is_sealed_off: bool = False
+    """A throw-away copy in a network namespace of its own: everything in its log counts as decided, and nobody reaches
+    it.  For a snapshot of what is left of a member without its others."""
 
     @property
     def data(self) -> Path:
@@ -118,6 +121,8 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
     }
     if files.revoked is not None:
         flags["peer-crl-file"] = files.revoked
+    if settings.is_sealed_off:
+        flags |= {"force-new-cluster": "true", "listen-peer-urls": "https://0.0.0.0:2380"}
     if settings.is_fsync_off:
         flags["unsafe-no-fsync"] = "true"
     return [f"--{name}={value}" for name, value in flags.items()]

@@ -68,7 +68,6 @@ class Member:
         self._process: asyncio.subprocess.Process | None = None
         self._had_data = False
         self._ready = asyncio.Event()
-        self._answers = asyncio.Event()
         self._is_restarting = False
 
     @property
@@ -78,11 +77,8 @@ class Member:
         return process.pid if process is not None and process.returncode is None else None
 
     @asynccontextmanager
-    async def running(self, *, needs_quorum: bool = True) -> AsyncIterator["Member"]:
+    async def running(self) -> AsyncIterator["Member"]:
         """The member, ready; it is kept up until the block ends.
-
-        Args:
-            needs_quorum: without it, it is enough that the member answers for itself.
 
         Raises: FailedPrecondition: what is found on this machine rules a start out; MemberFailed; MemberRemoved:
         now, or later out of the block.
@@ -93,7 +89,7 @@ class Member:
             async with errors_as_they_are(), asyncio.TaskGroup() as group:
                 keeping = group.create_task(self._keep_up(), name="etcd-member")
                 try:
-                    await (self._ready if needs_quorum else self._answers).wait()
+                    await self._ready.wait()
                     yield self
                 finally:
                     keeping.cancel()
@@ -236,7 +232,6 @@ class Member:
             status = await client.status(timeout_s=1.0)
         except Unavailable:
             return False
-        self._answers.set()
         return status.leader != 0
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
@@ -265,6 +260,8 @@ def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
 
     ``slave``: what is unmounted on this machine vanishes from etcd's namespace, too.
     """
+    if settings.is_sealed_off:
+        return ("unshare", "--net", "--")
     if settings.hosts is None:
         return ()
     mount = 'mount --bind "$0" /etc/hosts && exec "$@"'

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
@@ -91,23 +92,35 @@ class Verified:
 async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Path) -> bool:
     """Take a snapshot of what a stopped member left, at ``to``; whether it is a bare database file.
 
-    Its log is replayed if it can be, so that nothing is lost that it knew to be decided.  A member whose log is
-    damaged or gone still has its database, which may lack the last moments before the end.
+    Without its others a member serves nobody, so a copy of its files is started in a network namespace of its own,
+    where everything in its log counts as decided: no write is lost that this member has.  One whose log is damaged
+    or gone still has its database, which may lack the last moments before the end.
 
-    Raises: Damaged: nothing is left that could be read.
+    Raises: Damaged: nothing is left that could be read; FailedPrecondition: no space for the copy.
     """
-    member = Member(settings, binary, clock, Backoff(0.1, 0.5))
+    copy = settings.directory / "salvage"
+    sealed_off = msgspec.structs.replace(
+        settings, directory=copy, is_solo=True, joins=(), has_hosts=False, is_sealed_off=True
+    )
     try:
-        async with member.running(needs_quorum=False):
+        await asyncio.to_thread(_copy_files, settings.data, sealed_off.data)
+        async with Member(sealed_off, binary, clock, Backoff(0.1, 0.5)).running():
             await take_snapshot(settings.socket, to)
             return False
-    except SkepError as error:
+    except (SkepError, OSError) as error:
         log.warning("the store's own log cannot be used, its database is", reason=str(error))
+    finally:
+        await asyncio.to_thread(shutil.rmtree, copy, ignore_errors=True)
     database = settings.data / "member" / "snap" / "db"
     if not is_database(head_of(database)):
         raise Damaged(f"{database} is damaged: restore a backup")
     await asyncio.to_thread(shutil.copyfile, database, to)
     return True
+
+
+def _copy_files(source: Path, to: Path) -> None:
+    shutil.rmtree(to.parent, ignore_errors=True)
+    shutil.copytree(source, to)
 
 
 async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary, *, is_bare: bool) -> None:

@@ -1,0 +1,90 @@
+"""Two managers of three are lost: one goes on alone, the others find out when they come back, and join again."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    container_pids,
+    create,
+    wait_running,
+    wait_until,
+)
+from tests.integration.managers.words import a_playground, can_write, secrets, wait_managers, write
+
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+
+
+@pytest.fixture
+def own() -> Iterator[TestCluster]:
+    with a_playground("rec", managers=3, workers=1) as cluster:
+        yield cluster
+
+
+def listed(node: TestNode) -> dict[str, tuple[str, str]]:
+    """Host name -> (state, reachability) of all nodes."""
+    return {
+        one["Description"]["Hostname"]: (
+            one["Status"]["State"],
+            one.get("ManagerStatus", {}).get("Reachability", ""),
+        )
+        for one in node.client().api.nodes()
+    }
+
+
+def swarm_error(node: TestNode) -> str:
+    swarm = node.client().info()["Swarm"]
+    return str(swarm["Error"]) if swarm["LocalNodeState"] == "error" else ""
+
+
+def test_two_managers_of_three_are_lost_and_join_again(own: TestCluster) -> None:
+    m1, w1 = own.node("m1"), own.node("w1")
+    write(m1, "before")
+    create(m1, "web", 4)
+    wait_running(m1, "web", 4)
+    for lost in ("m2", "m3"):
+        own.skep("kill", lost)
+    wait_until(lambda: not can_write(m1, "probe"), "without a quorum nothing is written")
+    kept = {node.name: container_pids(node, "web") for node in (m1, w1)}
+
+    forced = m1.docker("swarm", "init", "--force-new-cluster")
+    assert "Swarm initialized" in forced.stdout
+    assert "before" in secrets(m1)
+    write(m1, "alone")
+    wait_until(lambda: listed(m1).get("w1", ("", ""))[0] == "ready", "the worker is back")
+    shown = listed(m1)
+    assert (shown["m1"], shown["m2"][1], shown["m3"][1]) == (
+        ("ready", "reachable"),
+        "unreachable",
+        "unreachable",
+    )
+    wait_running(m1, "web", 4, within_s=60)
+    for node in (m1, w1):
+        now = container_pids(node, "web")
+        assert kept[node.name].items() <= now.items(), "what ran, runs on"
+
+    # The two lost ones are a quorum of the old cluster, and come back together.
+    for lost in ("m2", "m3"):
+        own.skep("start", lost)
+    for lost in ("m2", "m3"):
+        node = own.node(lost)
+        error = wait_until(lambda node=node: swarm_error(node), f"{lost} says that it stopped", within_s=60)
+        assert "incarnation" in error
+        assert not can_write(node, "probe")
+        assert "docker swarm leave --force" in error
+    assert "alone" in secrets(m1)
+
+    for lost in ("m2", "m3"):
+        node = own.node(lost)
+        m1.docker("node", "demote", lost)
+        m1.docker("node", "rm", "--force", lost)
+        node.docker("swarm", "leave", "--force")
+        token = m1.docker("swarm", "join-token", "--quiet", "manager").stdout.strip()
+        address = m1.description["addr"]
+        node.docker("swarm", "join", "--token", token, f"{address}:2377")
+    wait_managers(m1, "m1", "m2", "m3")
+    assert {"before", "alone"} <= set(secrets(own.node("m3")))
+    write(own.node("m2"), "together")
+    assert "together" in secrets(m1)
