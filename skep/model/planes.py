@@ -2,7 +2,7 @@
 
 Docker Engines tell each other by gossip which container has which address; skep nodes are told by the managers.
 Both use VXLAN, but neither hears of the other's containers: so an overlay network belongs to one of the two, and its
-tasks run on nodes of that kind (docs/decisions/0013).
+tasks run on nodes of that kind (docs/decisions/0011).
 """
 
 from typing import Final

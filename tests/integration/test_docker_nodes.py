@@ -3,13 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,6 +22,17 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
+from tests.integration.engines import (
+    ENGINES,
+    answers,
+    attachments,
+    clear,
+    fetched,
+    inside,
+    node_names,
+    places,
+    wait_inside,
+)
 
 pytestmark = [
     pytest.mark.point("3-9"),
@@ -33,7 +41,6 @@ pytestmark = [
     pytest.mark.timeout(180),
 ]
 
-ENGINES = ("d1", "d2")
 ON_ENGINES = ("--constraint", "node.labels.kind==docker")
 GOES_AT_ONCE = ("--stop-grace-period", "1s")
 SERVES = ("busybox", "httpd", "-f", "-p", "80", "-h", "/etc")
@@ -63,63 +70,6 @@ def m1(cluster: TestCluster) -> Iterator[TestNode]:
         yield node
     finally:
         clear(node, [cluster.node(name) for name in ENGINES])
-
-
-def clear(m1: TestNode, engines: list[TestNode]) -> None:
-    """Remove services, plain containers, networks, secrets and configs."""
-    for service in m1.docker("service", "ls", "-q").stdout.split():
-        m1.docker("service", "rm", service)
-    for engine in engines:
-        for container in engine.docker("ps", "-aq", "--filter", "label=plain").stdout.split():
-            engine.docker("rm", "-f", container, check=False)
-    wait_until(lambda: not m1.client().api.tasks(), "all tasks are gone", 60)
-    for network in m1.docker("network", "ls", "-q", "--filter", "name=net").stdout.split():
-        m1.docker("network", "rm", network)
-    for kind in ("secret", "config"):
-        for id in m1.docker(kind, "ls", "-q").stdout.split():
-            m1.docker(kind, "rm", id)
-
-
-def node_names(m1: TestNode) -> dict[str, str]:
-    """Node id -> host name."""
-    return {node["ID"]: node["Description"]["Hostname"] for node in m1.client().api.nodes()}
-
-
-def places(m1: TestNode, service: str) -> list[str]:
-    """Host names of the nodes on which tasks of ``service`` run, sorted."""
-    names = node_names(m1)
-    return sorted(names[task["NodeID"]] for task in running(m1, service))
-
-
-def inside(engine: TestNode, container: str, *command: str) -> str:
-    """What a command in a container prints; nothing if it fails."""
-    done = engine.docker("exec", container, *command, check=False)
-    return done.stdout if done.returncode == 0 else ""
-
-
-def wait_inside(engine: TestNode, container: str, text: str, *command: str) -> str:
-    """Repeat a command in a container until it prints ``text``; gives all that it printed."""
-    what = f"{' '.join(command)} in {engine.name} prints {text!r}"
-    return wait_until(lambda: said if text in (said := inside(engine, container, *command)) else "", what)
-
-
-def fetched(cluster: TestCluster, source: str, url: str) -> str:
-    """What a node gets from ``url``; nothing if nobody answers."""
-    script = f"from urllib.request import urlopen; print(urlopen({url!r}, timeout=2).read().decode(), end='')"
-    done = cluster.skep("exec", source, "--", sys.executable, "-c", script, check=False)
-    assert done.returncode == 0 or "urlopen error" in done.stderr or "timed out" in done.stderr, done.stderr
-    return done.stdout
-
-
-def answers(address: str) -> tuple[str, ...]:
-    """What a ping says when it was answered, and the ping."""
-    return (" 0% packet loss", "busybox", "ping", "-c", "1", "-W", "1", address)
-
-
-def attachments(m1: TestNode) -> list[dict[str, Any]]:
-    """The tasks that stand for plain containers on cluster networks."""
-    answer: list[dict[str, Any]] = m1.client().api.tasks(filters={"runtime": "attachment"})
-    return answer
 
 
 def test_engines_are_shown_as_docker_shows_its_nodes(cluster: TestCluster, m1: TestNode) -> None:
@@ -346,28 +296,3 @@ def test_an_engine_brings_what_it_counts_and_can_leave_and_be_removed(
         assert not m1.docker("service", "ps", "web", "-f", "node=d3", check=False).stdout
     finally:
         cluster.skep("kill", "d3", check=False)
-
-
-def test_no_mount_and_no_process_of_an_engine_outlives_down(nothing_left: TestCluster) -> None:
-    directory = str(nothing_left.directory)
-    nothing_left.skep("up", "--managers", "1", "--docker-workers", "1")
-    m1 = nothing_left.node("m1")
-    create(m1, "web", 1, "--constraint", "node.hostname==d1")
-    wait_running(m1, "web", 1)
-    nothing_left.down()
-    assert directory not in Path("/proc/self/mountinfo").read_text()
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert directory not in listed
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/skep-playground/{nothing_left.name}-*"))
-
-
-@pytest.fixture
-def nothing_left() -> Iterator[TestCluster]:
-    """A playground that is not up."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory / "playground", f"dz{os.getpid()}")
-    try:
-        yield cluster
-    finally:
-        cluster.skep("down", check=False)
-        shutil.rmtree(directory, ignore_errors=True)
