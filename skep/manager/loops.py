@@ -1,5 +1,6 @@
 """The control loops that one leader runs: they meet in the store and nowhere else."""
 
+from collections.abc import Callable
 from random import Random
 from typing import Protocol
 
@@ -20,7 +21,19 @@ class Loop(Protocol):
     async def run(self) -> None: ...
 
 
-def loops(term: State, clock: Clock, new_id: IdSource, random: Random) -> list[Loop]:
-    """The loops of one term, each to be run as a task of its own."""
-    kinds = (Orchestrator, Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
-    return [kind(term, clock, new_id, random) for kind in kinds]
+def loops(
+    term: State,
+    clock: Clock,
+    new_id: IdSource,
+    random: Random,
+    network_changed: Callable[[], bool] = lambda: False,
+) -> list[Loop]:
+    """The loops of one term, each to be run as a task of its own.
+
+    ``network_changed``: whether this manager's own network changed since it was asked last.
+    """
+    kinds = (Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
+    return [
+        Orchestrator(term, clock, new_id, random, network_changed),
+        *(kind(term, clock, new_id, random) for kind in kinds),
+    ]

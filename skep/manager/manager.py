@@ -43,6 +43,7 @@ from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
 from skep.manager.membership.service import MembersService
+from skep.manager.own_network import OwnNetwork
 from skep.manager.presence import Presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.ids import IdSource
@@ -202,7 +203,8 @@ class Manager:
                 group.create_task(managers.run(), name="managers")
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")
-                for loop in loops(term, self._clock, self._new_id, self._random):
+                own_network = OwnNetwork(self._config.advertise_addr.rpartition(":")[0])
+                for loop in loops(term, self._clock, self._new_id, self._random, own_network.changed):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:
             log.info("a write met a newer leader", term=term.number)
