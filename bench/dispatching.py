@@ -1,0 +1,267 @@
+"""Thousands of simulated agents on one manager: register, one task each, its status back.
+
+::
+
+    python -m bench.dispatching --agents 2000
+
+The figures to compare with are SwarmKit's (its dispatcher on its in-memory store, agents in the same process): here
+the store is the one in memory, too, and the agents are a second process, as SwarmKit's used both processors.  Each
+agent has a certificate and a TLS connection of its own and keeps its streams open; 50 register at a time.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import resource
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import structlog
+
+from skep.aio.clock import SystemClock
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.model.ids import ClusterId, NodeId, TaskId, new_id
+from skep.model.node import Node, NodeDescription, NodeRole
+from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.security import keypair
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.store.interface import Object, Transaction
+from skep.store.memory import MemoryStore
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import Channel, connected
+from skep.wire.convert.node import description_to_pb
+from skep.wire.convert.task import status_to_pb
+from skep.wire.server import TLS_READ_BYTES, serve
+
+REGISTERING_AT_ONCE = 50
+RESULTS = Path(__file__).parent / "results"
+SWARMKIT: dict[int, dict[str, float]] = {
+    100: {"register_s": 0.185, "assign_s": 0.103, "status_s": 0.101, "memory_mib": 74},
+    500: {"register_s": 1.035, "assign_s": 0.119, "status_s": 0.126, "memory_mib": 266},
+    1000: {"register_s": 2.009, "assign_s": 0.166, "status_s": 0.133, "memory_mib": 517},
+    2000: {"register_s": 4.249, "assign_s": 0.432, "status_s": 0.444, "memory_mib": 800},
+}
+"""Go 1.19.8, 2 processors, the commit that dockerd 20.10.24 has.  Assignment counts from the commit on."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--agents", type=int, default=2000)
+    parser.add_argument("--as-agents", nargs=2, metavar=("DIRECTORY", "ADDRESS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    if options.as_agents:
+        directory, address = options.as_agents
+        asyncio.run(Agents(Path(directory), address).run())
+        return
+    measured = asyncio.run(measure(options.agents))
+    print(
+        json.dumps(
+            {"agents": options.agents, "skep": measured, "swarmkit": SWARMKIT.get(options.agents)}, indent=2
+        )
+    )
+
+
+async def measure(count: int) -> dict[str, float]:
+    """Seconds and MiB, by name."""
+    authority, cluster = Authority.create(), ClusterId(new_id())
+    clock = SystemClock()
+    store = MemoryStore(clock)
+    manager = NodeId("manager")
+    nodes = [NodeId(f"n{number:05}") for number in range(count)]
+    await store.update(lambda tx: tx.put(Swarm(id=cluster, spec=DEFAULT_SWARM_SPEC)))
+    await store.update_each(_put, [Node(id=id) for id in nodes])
+    own = ManagerPeer(node_id=manager, addr="127.0.0.1:1")
+    dispatcher = Dispatcher(store, own, clock, new_id, Random(1))
+    tls = ServerTls(_pair(authority, cluster, manager, NodeRole.MANAGER))
+    with tempfile.TemporaryDirectory(prefix="skep-agents-") as directory:
+        for id in nodes:
+            keypair.save(_pair(authority, cluster, id, NodeRole.WORKER), Path(directory) / id)
+        async with AsyncExitStack() as stack:
+            bound = await stack.enter_async_context(
+                serve(dispatcher.services(), host="127.0.0.1", port=0, tls=tls.front, cluster_id=cluster)
+            )
+            running = asyncio.create_task(dispatcher.run())
+            stack.callback(running.cancel)
+            agents = await stack.enter_async_context(_agents(directory, f"127.0.0.1:{bound.port}"))
+            before_mib, busy = _memory_mib(), time.process_time()
+            result = {"register_s": await agents("register")}
+            result["register_processor_s"] = time.process_time() - busy
+
+            tasks = [
+                Task(
+                    id=TaskId(f"t{number:05}"),
+                    node_id=id,
+                    status=TaskStatus(state=TaskState.ASSIGNED),
+                    desired_state=TaskState.RUNNING,
+                )
+                for number, id in enumerate(nodes)
+            ]
+            began, busy = time.monotonic(), time.process_time()
+            waiting = asyncio.create_task(agents("assigned"))
+            await store.update_each(_put, tasks)
+            result["commit_s"] = time.monotonic() - began
+            await waiting
+            result["assign_s"] = time.monotonic() - began - result["commit_s"]
+            result["assign_processor_s"] = time.process_time() - busy
+            busy = time.process_time()
+            result["status_s"] = await agents("status")
+            result["status_processor_s"] = time.process_time() - busy
+            result["memory_manager_mib"] = _memory_mib()
+            result["memory_before_mib"] = before_mib
+            result["memory_agents_mib"] = await agents("memory")
+            running_tasks = sum(task.status.state is TaskState.RUNNING for task in store.view().find(Task))
+            assert running_tasks == count, f"{running_tasks} of {count} statuses were stored"
+            return result
+
+
+@asynccontextmanager
+async def _agents(directory: str, address: str) -> AsyncIterator[Callable[[str], Any]]:
+    """The process of the agents; gives a function that has it do something and gives its figure."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.dispatching", "--as-agents", directory, address,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    async def ask(word: str) -> float:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{word}\n".encode())
+        return float(await process.stdout.readline())
+
+    try:
+        await process.stdout.readline()  # ready
+        yield ask
+    finally:
+        process.kill()
+        await process.wait()
+
+
+class Agents:
+    """The other process."""
+
+    def __init__(self, directory: Path, address: str) -> None:
+        self._address = address
+        self._directory = directory
+        self._sessions: list[tuple[Channel, str]] = []
+        self._assigned: dict[str, str] = {}
+        self._all_assigned = asyncio.Event()
+        self._count = 0
+
+    async def run(self) -> None:
+        asyncio.sslproto.SSLProtocol.max_size = TLS_READ_BYTES  # type: ignore[attr-defined]
+        contexts = [client_context(keypair.load(path)) for path in sorted(self._directory.iterdir())]
+        self._count = len(contexts)
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+        )
+        print("ready", flush=True)
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+            while line := await reader.readline():
+                began = time.monotonic()
+                match line.decode().strip():
+                    case "register":
+                        await self._register(contexts, stack, group)
+                    case "assigned":
+                        await self._all_assigned.wait()
+                    case "status":
+                        await self._report()
+                    case "memory":
+                        print(_memory_mib(), flush=True)
+                        continue
+                print(time.monotonic() - began, flush=True)
+
+    async def _register(
+        self, contexts: list[ssl.SSLContext], stack: AsyncExitStack, group: asyncio.TaskGroup
+    ) -> None:
+        turn = asyncio.Semaphore(REGISTERING_AT_ONCE)
+
+        async def one(tls: ssl.SSLContext) -> None:
+            async with turn:
+                channel = await stack.enter_async_context(
+                    connected(self._address, tls, MANAGER_NAME, timeout_s=60)
+                )
+                call = await stack.enter_async_context(channel.stream(methods.SESSION))
+                request = pb.SessionRequest(description=description_to_pb(NodeDescription(hostname="agent")))
+                await call.send(request, end=True)
+                message = await call.receive()
+                assert message is not None
+                self._sessions.append((channel, message.session_id))
+            group.create_task(self._heartbeat(channel, message.session_id))
+            group.create_task(self._receive(channel, message.session_id))
+
+        await asyncio.gather(*map(one, contexts))
+
+    async def _heartbeat(self, channel: Channel, session_id: str) -> None:
+        async with channel.stream(methods.HEARTBEATS) as call:
+            while True:
+                await call.send(skep.Heartbeat(session_id=session_id))
+                reply = await call.receive()
+                assert reply is not None
+                await asyncio.sleep(reply.period.seconds + reply.period.nanos / 1e9)
+
+    async def _receive(self, channel: Channel, session_id: str) -> None:
+        async with channel.stream(methods.REVISED_ASSIGNMENTS) as call:
+            await call.send(pb.AssignmentsRequest(session_id=session_id), end=True)
+            async for revised in call:
+                for change in revised.message.changes:
+                    if change.assignment.HasField("task"):
+                        self._assigned[session_id] = change.assignment.task.id
+                if len(self._assigned) == self._count:
+                    self._all_assigned.set()
+
+    async def _report(self) -> None:
+        status = status_to_pb(TaskStatus(state=TaskState.RUNNING, message="started"))
+
+        async def one(channel: Channel, session_id: str) -> None:
+            update = pb.UpdateTaskStatusRequest.TaskStatusUpdate(
+                task_id=self._assigned[session_id], status=status
+            )
+            request = pb.UpdateTaskStatusRequest(session_id=session_id, updates=[update])
+            await channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=60)
+
+        await asyncio.gather(*(one(channel, id) for channel, id in self._sessions))
+
+
+def _put(tx: Transaction, object: Object) -> None:
+    tx.put(object)
+
+
+def _pair(authority: Authority, cluster: ClusterId, id: NodeId, role: NodeRole) -> KeyPair:
+    key = new_private_key()
+    identity = Identity(node_id=id, cluster_id=cluster, role=role)
+    return KeyPair(
+        certificate_pem=authority.sign(signing_request(key), identity),
+        key_pem=private_pem(key),
+        root_pem=authority.root_pem,
+    )
+
+
+def _memory_mib() -> float:
+    """Resident memory of this process at present."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * resource.getpagesize() / 2**20, 1)
+
+
+if __name__ == "__main__":
+    main()
