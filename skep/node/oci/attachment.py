@@ -23,6 +23,7 @@ class Attachment:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._was_reset = False
 
     async def read(self) -> tuple[Stream, bytes] | None:
         """The next piece of output, None when the process has closed its streams or ended."""
@@ -31,7 +32,12 @@ class Attachment:
             try:
                 packet = await loop.sock_recv(self._connection, _PACKET_BYTES_MAX)
             except ConnectionError:
-                return None
+                if self._was_reset:
+                    return None
+                # conmon ended before it had read all input.  The kernel says so once, and before it gives what is
+                # still to be read.
+                self._was_reset = True
+                continue
             if not packet:
                 return None
             stream = _STREAMS.get(packet[0])
