@@ -151,6 +151,7 @@ def rotate_to(m1: TestNode, root: Authority, directory: Path) -> None:
     said(m1, "swarm", "ca", "--rotate", "-q", "--ca-cert", str(certificate), "--ca-key", str(key))
 
 
+@pytest.mark.slow
 def test_a_worker_whose_certificate_expired_while_it_was_off_comes_back_by_itself(
     trio: TestCluster, m1: TestNode, tmp_path: Path
 ):
@@ -194,6 +195,7 @@ def where(trio: TestCluster) -> str:
     return f"{trio.node('m1').description['addr']}:2377"
 
 
+@pytest.mark.slow
 def test_a_join_that_cannot_work_says_why_and_leaves_nothing(
     trio: TestCluster, m1: TestNode, outsider: TestNode
 ):
@@ -215,6 +217,7 @@ def test_a_join_that_cannot_work_says_why_and_leaves_nothing(
     assert outsider.client().info()["Swarm"]["LocalNodeState"] == "inactive"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["nobody", "somebody who says nothing", "somebody else"])
 def test_a_join_to_where_no_manager_is_says_so(trio: TestCluster, m1: TestNode, outsider: TestNode, who: str):
     token = said(m1, "swarm", "join-token", "-q", "worker").strip()
@@ -256,3 +259,26 @@ def listening(netns: str, program: str, port: int) -> Iterator[None]:
             yield
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("dockerd")
+def test_an_unmodified_engine_goes_through_a_rotation_and_keeps_its_tasks():
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"mixed{os.getpid()}")
+    try:
+        cluster.skep("up", "--managers", "1", "--docker-workers", "1")
+        m1 = cluster.node("m1")
+        create(m1, "web", 4, "--endpoint-mode", "dnsrr")
+        wait_running(m1, "web", 4, within_s=60)
+        tasks = sorted(task["ID"] for task in m1.client().api.tasks())
+        said(m1, "swarm", "ca", "--rotate", "-q")
+        root = said(m1, "swarm", "ca").strip()
+        descriptions = {node["Description"]["Hostname"]: node["Description"] for node in nodes_of(m1)}
+        assert descriptions["d1"]["TLSInfo"]["TrustRoot"].strip() == root
+        assert descriptions["d1"]["TLSInfo"] == descriptions["m1"]["TLSInfo"]
+        assert {node["Status"]["State"] for node in nodes_of(m1)} == {"ready"}
+        assert sorted(task["ID"] for task in wait_running(m1, "web", 4)) == tasks
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
