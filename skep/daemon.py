@@ -33,6 +33,7 @@ from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager import config as manager_config
 from skep.manager.config import (
+    FUTILE,
     REMOVED,
     Bootstrap,
     ManagerConfig,
@@ -174,10 +175,11 @@ class Daemon:
                     clock=self._clock,
                     random=self._random,
                     net=self._supervisor("net", hands_over=True, gives_up=False),
-                    manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}),
+                    manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED, FUTILE: ""}),
                     write_manager_files=self._write_manager_files,
                     write_recovery_files=self._write_recovery_files,
                     write_restored_files=self._write_restored_files,
+                    place_manager=self._place_manager,
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -245,9 +247,24 @@ class Daemon:
             hostname=this_machine().hostname,
             bootstrap=_bootstrap(new.plan) if new is not None else None,
             managers=() if new is not None else _others(node),
+            look_at=configuration.managers,
             etcd_binary=str(configuration.etcd_binary or ""),
         )
         replace_file(paths.manager_config, encode(config), mode=0o600)
+
+    def _place_manager(self, node: LocalNode) -> None:
+        """Tell the manager process where it is, and where others may be; it reads that at its start."""
+        path = self._configuration.paths.manager_config
+        if not path.exists():
+            return  # the manager process says so
+        before = manager_config.load(path)
+        config = msgspec.structs.replace(
+            before,
+            advertise_addr=node.advertise_addr or before.advertise_addr,
+            look_at=self._configuration.managers,
+        )
+        if config != before:
+            replace_file(path, encode(config), mode=0o600)
 
     def _write_recovery_files(self, node: LocalNode) -> None:
         """Have the manager process go on alone with what it has.  An attempt that was begun goes on."""

@@ -143,6 +143,14 @@ def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
     )
 
 
+def advertised(word: str, listen_addr: str, interfaces: Interfaces) -> str:
+    """``ip:port`` under which others reach a node whose configuration says ``word``: an address or an interface.
+
+    Raises: InvalidArgument: it is neither.
+    """
+    return _joined(*_advertise(word, listen_addr.rpartition(":")[2] or DEFAULT_PORT, interfaces))
+
+
 def availability(word: str) -> Availability:
     """The availability a node asks for when it comes; none means active.  Raises: Untranslated."""
     if not word:

@@ -69,6 +69,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """Address or interface; these four are what ``docker swarm init`` and ``join`` fall back to."""
     data_path_port: int = DEFAULT_DATA_PATH_PORT
 
+    managers: tuple[str, ...] = ()
+    """Where managers may be found that are not where they were."""
+
     debug: bool = False
     log_format: str = "text"
     labels: Mapping[str, str] = {}

@@ -78,6 +78,13 @@ SETTINGS = (
         read=values.address_and_port,
     ),
     Setting(
+        name="manager",
+        key="managers",
+        help="address:port where a manager may be found when those known do not answer",
+        read=values.managers,
+        repeats=True,
+    ),
+    Setting(
         name="data-path-addr", help="address or interface for traffic of containers", read=values.address
     ),
     Setting(name="data-path-port", help="UDP port of that traffic (4789)", read=values.data_path_port),

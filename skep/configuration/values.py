@@ -202,6 +202,14 @@ def hosts(values: Any) -> tuple[Host, ...]:
     return tuple(dict.fromkeys(host(value) for value in _texts(values)))
 
 
+def managers(values: Any) -> tuple[str, ...]:
+    """``address:port``, of managers."""
+    for written in _texts(values):
+        if ":" not in address_and_port(written).rpartition("]")[2]:
+            raise ValueError(f"is {written!r}: write address:port, for instance 192.0.2.1:2377")
+    return tuple(dict.fromkeys(_texts(values)))
+
+
 def registries(values: Any) -> tuple[str, ...]:
     """``host[:port]`` or a network in CIDR form."""
     for written in _texts(values):

@@ -16,6 +16,10 @@ REMOVED = 3
 """Exit code of a manager process whose member the other managers have removed."""
 
 
+FUTILE = 4
+"""Exit code of a manager process that would fail again in the same way; its last words say what to do."""
+
+
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """The wish with which a new cluster begins (``POST /swarm/init``)."""
 
@@ -43,6 +47,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     bootstrap: Bootstrap | None = None
     managers: tuple[str, ...] = ()
     """``ip:port`` of managers that may let this one in; empty: it founds its cluster."""
+    look_at: tuple[str, ...] = ()
+    """``ip:port`` where managers may be found that are not where they were."""
     etcd_binary: str = ""
     """Empty: the one that set-up placed, or the one on the path."""
 

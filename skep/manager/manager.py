@@ -39,10 +39,11 @@ from skep.manager.link.loop import ManagerLink
 from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
-from skep.manager.membership.addresses import AddressBook
+from skep.manager.membership.addresses import AddressBook, keep_book
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
 from skep.manager.membership.service import MembersService
+from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.own_network import OwnNetwork
 from skep.manager.presence import Presence
 from skep.manager.routes import ManagerApi, application
@@ -69,6 +70,7 @@ class Manager:
         *,
         consensus: Consensus,
         book: AddressBook,
+        whereabouts: Whereabouts,
         restart_member: Callable[[], Awaitable[None]],
         socket: Path,
         clock: Clock,
@@ -98,6 +100,7 @@ class Manager:
         self._logs = LogBroker(store, new_id, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
         self._book = book
+        self._whereabouts = whereabouts
         self._restart_member = restart_member
         self._consensus = consensus
         self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
@@ -133,6 +136,7 @@ class Manager:
             *self._attachments.services(),
             *self._link.services(),
             *self._members.services(),
+            *self._whereabouts.services(),
         )
         async with (
             serve(
@@ -153,7 +157,8 @@ class Manager:
             group.create_task(events.run(), name="events")
             relay = Relay(self._store, host.strip("[]"), self._clock, self._random)
             group.create_task(relay.run(), name="gossip relay")
-            group.create_task(self._book.run(), name="address book")
+            book = keep_book(self._book, self._store, self._consensus, self._clock)
+            group.create_task(book, name="address book")
             group.create_task(self._presence.run(), name="presence")
             lock = KeyLock(self._config.paths)
             group.create_task(self._upkeep(lock, bound, events).run(), name="certificates")

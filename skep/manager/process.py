@@ -8,7 +8,7 @@ import asyncio
 import gc
 import shutil
 import signal
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from pathlib import Path
 from random import Random, SystemRandom
@@ -26,15 +26,16 @@ from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.ca.own import renewed_by_itself, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
-from skep.manager.config import REMOVED, ManagerConfig, encode, load, load_recovery
+from skep.manager.config import FUTILE, REMOVED, ManagerConfig, encode, load, load_recovery
 from skep.manager.founding import found_cluster
-from skep.manager.incarnation import ask_others, check_lives, read_lives
+from skep.manager.incarnation import Superseded, ask_others, check_lives, read_lives
 from skep.manager.keys import founding_wrapping_key, save_wrapping_key
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.joining import Applicant, NotLetIn
+from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
-from skep.manager.waiting import say_waiting
+from skep.manager.waiting import wait_for_others
 from skep.model.ids import new_id
 from skep.model.times import timestamp
 from skep.paths import Paths
@@ -43,15 +44,17 @@ from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
-from skep.security.tls import client_context
+from skep.security.tls import ServerTls, client_context
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.client import Client
+from skep.store.etcd.damage import Damaged
 from skep.store.etcd.flags import MemberSettings, PeerFiles
 from skep.store.etcd.founding import Unfinished, initialize
 from skep.store.etcd.member import Member, MemberRemoved
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.peers import load_peers, save_peers
 from skep.store.etcd.store import EtcdStore, open_store
+from skep.wire.server import Bound, serve
 
 log = structlog.get_logger(__name__)
 
@@ -82,7 +85,7 @@ async def _until_stopped(config: ManagerConfig) -> None:
     except SkepError as error:
         log.error("manager cannot go on", reason=str(error))
         replace_file(config.paths.last_words("manager"), str(error).encode(), is_durable=False)
-        raise SystemExit(1) from error
+        raise SystemExit(FUTILE if isinstance(error, Damaged | Superseded) else 1) from error
     log.info("manager stopped")
 
 
@@ -112,17 +115,24 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         settings = _member_settings(config, paths, settings.peer_files)
     if config.managers and not (settings.data / "member").exists():
         config, settings = await _come_in(config, settings, applicant)
+    book = AddressBook(load_peers(paths.etcd), partial(save_peers, paths.etcd))
+    whereabouts = Whereabouts(
+        config.node_id, config.advertise_addr, book, config.look_at, partial(client_context, pair), clock
+    )
     async with AsyncExitStack() as stack:
         member = Member(settings, binary, clock, Backoff(longest_s=5.0, chance=random.random))
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            if _joining_mark(paths).exists():
-                group.create_task(applicant.vote(), name="vote")
             asking = ask_others(
                 paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
             )
+            if _joining_mark(paths).exists():
+                waiting = applicant.vote()
+            else:
+                listening = _listening(config, pair, whereabouts)
+                waiting = wait_for_others(paths.manager_waiting, whereabouts, listening, clock)
             meanwhile = (
                 group.create_task(asking, name="ask others"),
-                group.create_task(say_waiting(paths.manager_waiting, clock), name="say waiting"),
+                group.create_task(waiting, name="wait for a vote, or for others"),
             )
             await stack.enter_async_context(member.running())
             for task in meanwhile:
@@ -134,7 +144,6 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         pair = await renewed_by_itself(store, pair, files, clock)
         client = await stack.enter_async_context(Client(paths.etcd_socket))
         consensus = RaftMembers(client, member)
-        book = AddressBook(store, consensus, load_peers(paths.etcd), partial(save_peers, paths.etcd), clock)
         gc.collect()
         gc.freeze()  # the loaded replica is looked at by no collection; it halves the time of one
         manager = Manager(
@@ -143,6 +152,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             pair,
             consensus=consensus,
             book=book,
+            whereabouts=whereabouts,
             restart_member=lambda: member.restart(member.settings),
             socket=paths.manager_socket,
             clock=clock,
@@ -150,6 +160,20 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             random=random,
         )
         await manager.run()
+
+
+def _listening(
+    config: ManagerConfig, pair: KeyPair, whereabouts: Whereabouts
+) -> AbstractAsyncContextManager[Bound]:
+    """The manager's port while there is nothing yet to serve but where it is."""
+    host, _, port = config.listen_addr.rpartition(":")
+    return serve(
+        whereabouts.services(),
+        host=host.strip("[]"),
+        port=int(port),
+        tls=ServerTls(pair).front,
+        cluster_id=config.cluster_id,
+    )
 
 
 async def _come_in(

@@ -1,25 +1,33 @@
-"""A manager that waits for a quorum when it starts says so: the node process, which is asked meanwhile, looks."""
+"""A manager that waits for a quorum when it starts.
 
-import asyncio
+It says so: the node process, which is asked meanwhile, looks.  And it looks for the others, and is found by them: they
+may have come back under other addresses than it knows.
+"""
+
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import structlog
 
 from skep.aio.clock import Clock
+from skep.manager.membership.whereabouts import Whereabouts
 
 log = structlog.get_logger(__name__)
 
-USUAL_S = 2.0
+USUAL_S = 1.0
 """A start among others that are there takes less."""
 
 
-async def say_waiting(mark: Path, clock: Clock) -> None:
-    """Have ``mark`` exist while this runs, once it has run for longer than a start usually takes."""
+async def wait_for_others(
+    mark: Path, whereabouts: Whereabouts, listening: AbstractAsyncContextManager[object], clock: Clock
+) -> None:
+    """Until cancelled, once a start has taken longer than usual: have ``mark`` exist, listen, and look around."""
     mark.unlink(missing_ok=True)
     await clock.sleep(USUAL_S)
-    log.warning("no quorum yet: waiting for the other managers")
+    log.warning("no quorum yet: looking for the other managers")
     mark.touch()
     try:
-        await asyncio.Event().wait()
+        async with listening:
+            await whereabouts.search()
     finally:
         mark.unlink(missing_ok=True)

@@ -64,6 +64,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     write_manager_files: Callable[[LocalNode, NewCluster | None], None]
     write_recovery_files: Callable[[LocalNode], None]
     write_restored_files: Callable[[Restored], None]
+    place_manager: Callable[[LocalNode], None]
 
 
 class Node:
@@ -121,6 +122,7 @@ class Node:
                 write_manager_files=around.write_manager_files,
                 write_recovery_files=around.write_recovery_files,
                 write_restored_files=around.write_restored_files,
+                place_manager=around.place_manager,
             )
             membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id

@@ -106,6 +106,9 @@ class Parts(Protocol):
         It tells ``remember`` about every new list of managers, and ``certified`` the role in every new certificate.
         """
 
+    async def placed(self, node: LocalNode) -> LocalNode:
+        """The node with its present address, which its manager reads too."""
+
     async def request_certificate(self, plan: Joining) -> KeyPair:
         """Use the join token.  Raises: SkepError in Docker's words."""
 
@@ -148,7 +151,7 @@ class Membership:
                     log.warning("locked: docker swarm unlock")
                     self.node, self._needs_key = node, True
                 elif node is not None:
-                    self._begin(node)
+                    self._begin(await self._placed(node))
                 else:
                     await self._clear_unfinished()
             await asyncio.Event().wait()
@@ -323,7 +326,7 @@ class Membership:
             key = parsed_unlock_key(request.unlock_key)
             await asyncio.to_thread(self._lock.unlock, key)
             log.info("unlocked")
-            taking_part = self._begin(self.node)
+            taking_part = self._begin(await self._placed(self.node))
             with suppress(TimeoutError):
                 async with asyncio.timeout(_JOIN_TIMEOUT_S):
                     await self._wait_registered_or(taking_part)
@@ -430,6 +433,14 @@ class Membership:
                     await backoff.sleep(self._clock)
         except TimeoutError as error:
             raise Unavailable(self._trouble or _TIMED_OUT) from error
+
+    async def _placed(self, node: LocalNode) -> LocalNode:
+        """The node where its configuration says that it is now: its address may have changed while it was off."""
+        placed = await self._parts.placed(node)
+        if placed != node:
+            log.info("this node has moved", before=node.advertise_addr, now=placed.advertise_addr)
+            await asyncio.to_thread(write_local_node, self._paths.node_json, placed)
+        return placed
 
     def _begin(self, node: LocalNode) -> asyncio.Task[None]:
         assert self._group is not None, "used outside of run()"

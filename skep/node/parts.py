@@ -5,15 +5,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
+import msgspec
 import structlog
 
 from skep import __version__
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.errors import Untranslated
-from skep.api.swarm_requests import Joining
+from skep.api.swarm_requests import Joining, advertised
 from skep.configuration.configuration import Configuration
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, SkepError
+from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
 from skep.model.planes import NODE_LABEL
 from skep.model.service import Platform, Resources
@@ -23,6 +25,7 @@ from skep.node.contact import Contact
 from skep.node.executor.interface import Executor
 from skep.node.features import Features, labels
 from skep.node.founding import NewCluster
+from skep.node.interfaces import read_interfaces
 from skep.node.joining import join
 from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
@@ -58,6 +61,7 @@ class NodeParts:
         configuration: the present one; asked at each use, since it may be reloaded.
         manager: makes the supervisor of this node's manager process.
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
+        place_manager: tells the manager of this node where it is, and where others may be.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
 
@@ -80,6 +84,7 @@ class NodeParts:
         write_manager_files: Callable[[LocalNode, NewCluster | None], None],
         write_recovery_files: Callable[[LocalNode], None],
         write_restored_files: Callable[[Restored], None],
+        place_manager: Callable[[LocalNode], None],
     ) -> None:
         self._certificates = certificates
         self._lock = lock
@@ -97,6 +102,7 @@ class NodeParts:
         self._write_manager_files = write_manager_files
         self._write_recovery_files = write_recovery_files
         self._write_restored_files = write_restored_files
+        self._place_manager = place_manager
 
     def manager(self) -> ManagerProcess:
         return self._manager()
@@ -119,7 +125,7 @@ class NodeParts:
         self._executor.identify(node.node_id)
         return Agent(
             certificates=self._certificates,
-            managers=ManagerList(node.managers, remember),
+            managers=ManagerList(self._known_managers(node), remember),
             describe=self.description,
             sink=self._worker,
             reports=self._reports,
@@ -131,6 +137,27 @@ class NodeParts:
             contact=self._contact,
             revision_file=self._certificates.with_name(REVISION_FILE),
         )
+
+    def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
+        """Those heard of last, and those that the configuration names."""
+        heard_of = {peer.addr for peer in node.managers}
+        named = (addr for addr in self._configuration().managers if addr not in heard_of)
+        return (*node.managers, *(Peer(NodeId(""), addr) for addr in named))
+
+    async def placed(self, node: LocalNode) -> LocalNode:
+        """The node with the address that the configuration says; one that cannot be found out changes nothing."""
+        wished = self._configuration().advertise_addr
+        if wished:
+            try:
+                addr = advertised(wished, node.listen_addr, await read_interfaces())
+                node = msgspec.structs.replace(
+                    node, advertise_addr=addr, local_addr=addr.rpartition(":")[0].strip("[]")
+                )
+            except SkepError as error:
+                log.warning("the address of this node stays", configured=wished, reason=str(error))
+        if node.is_manager:
+            await asyncio.to_thread(self._place_manager, node)
+        return node
 
     async def request_certificate(self, plan: Joining) -> KeyPair:
         try:

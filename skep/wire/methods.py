@@ -110,6 +110,7 @@ ADD_MEMBER = Unary(
     "/skep.v1.Managers/AddMember", skep.AddMemberRequest, skep.AddMemberResponse, Access.MANAGER
 )
 RESIGN = Unary("/skep.v1.Managers/Resign", skep.ResignRequest, skep.ResignResponse, Access.MANAGER)
+ANNOUNCE = Unary("/skep.v1.Managers/Announce", skep.AnnounceRequest, skep.AnnounceResponse, Access.MANAGER)
 PROMOTE_MEMBER = Unary(
     "/skep.v1.Managers/PromoteMember",
     skep.PromoteMemberRequest,

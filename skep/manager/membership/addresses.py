@@ -1,11 +1,13 @@
 """Where managers find each other: every manager keeps the address book of its own member up to date.
 
-The addresses are those that the node objects say; a member whose object says nothing keeps the one it had.
+The addresses are those that the node objects say; a member whose object says nothing keeps the one it had.  One that
+has announced itself elsewhere (``whereabouts``) is there, until its object says something new.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
 import structlog
 
 from skep.aio.clock import Clock
@@ -15,6 +17,7 @@ from skep.manager.membership.consensus import Consensus
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import Peer
+from skep.wire.client import split_address
 
 log = structlog.get_logger(__name__)
 
@@ -26,71 +29,108 @@ def host_of(addr: str) -> str:
     return addr.rpartition(":")[0].strip("[]")
 
 
-def peers_of(nodes: Iterable[Node], members: Iterable[RaftMember], known: Iterable[Peer]) -> tuple[Peer, ...]:
-    """All managers with their addresses: members, and those about to become one."""
-    found = {peer.name: peer for peer in known}
-    urls = {member.name: member.url for member in members}
-    said = {
+def full_address(said: str, seen: str) -> str:
+    """Where others reach a manager that calls itself ``said`` and whose calls come from ``seen``.
+
+    Raises: InvalidArgument: it is no address.
+    """
+    host, _, port = said.rpartition(":")
+    if not host.strip("[]"):
+        host = f"[{seen}]" if ":" in seen else seen
+    addr = f"{host}:{port}"
+    split_address(addr)
+    return addr
+
+
+def said_by(nodes: Iterable[Node]) -> dict[str, str]:
+    """Name of each manager -> its address without a port, as the node objects say."""
+    return {
         str(node.id): host_of(node.manager_status.addr)
         for node in nodes
         if node.manager_status is not None and node.manager_status.addr
     }
+
+
+def peers_of(
+    said: Mapping[str, str], members: Iterable[RaftMember], known: Iterable[Peer]
+) -> tuple[Peer, ...]:
+    """All managers with their addresses: members, and those about to become one."""
+    found = {peer.name: peer.ip for peer in known}
+    urls = {member.name: member.url for member in members}
     return tuple(
-        Peer(
-            name=name,
-            url=urls.get(name, ""),
-            ip=said.get(name) or (found[name].ip if name in found else ""),
-        )
+        Peer(name=name, url=urls.get(name, ""), ip=said.get(name) or found.get(name, ""))
         for name in sorted(urls.keys() | said.keys())
     )
 
 
+class _Moved(msgspec.Struct, frozen=True):
+    """Where a manager says it is, and what its node object said then."""
+
+    ip: str
+    instead_of: str
+
+
 class AddressBook:
-    """Keeps ``save`` informed of all managers and where they are."""
+    """All managers and where they are; ``save`` is told of every change (short, and harmless when nothing changed)."""
 
-    def __init__(
-        self,
-        store: State,
-        consensus: Consensus,
-        known: Iterable[Peer],
-        save: Callable[[tuple[Peer, ...]], None],
-        clock: Clock,
-    ) -> None:
-        """``known``: as the last run left it; ``save``: short, and harmless when nothing has changed."""
-        self._store = store
-        self._consensus = consensus
-        self._save = save
-        self._clock = clock
+    def __init__(self, known: Iterable[Peer], save: Callable[[tuple[Peer, ...]], None]) -> None:
+        """``known``: as the last run left it."""
         self.peers = tuple(known)
+        self._save = save
+        self._said: dict[str, str] = {}
+        self._moved: dict[str, _Moved] = {}
 
-    async def run(self) -> None:
-        """Follow the nodes until cancelled."""
-        changed = asyncio.Event()
+    @property
+    def moved(self) -> list[Peer]:
+        """Those that have announced themselves at other addresses than were written down."""
+        return [peer for peer in self.peers if peer.name in self._moved]
 
-        async def keep() -> None:
-            while True:
-                await changed.wait()
-                changed.clear()
-                await self._keep()
+    def note(self, nodes: Iterable[Node], members: Iterable[RaftMember]) -> None:
+        """Take over what nodes and members are now."""
+        self._said = said_by(nodes)
+        self._moved = {
+            name: moved
+            for name, moved in self._moved.items()
+            if self._said.get(name, "") in {"", moved.instead_of} and moved.ip != self._said.get(name)
+        }
+        present = {name: moved.ip for name, moved in self._moved.items() if name in self._said}
+        self._write(peers_of(self._said | present, members, self.peers))
 
-        await follow(
-            self._store,
-            (Node,),
-            start=lambda _: changed.set(),
-            note=lambda _: changed.set(),
-            work=keep,
+    def learn(self, name: str, ip: str) -> None:
+        """A manager says where it is.  Strangers are not taken note of: only members and those let in are known."""
+        before = next((peer for peer in self.peers if peer.name == name), None)
+        if before is None or before.ip == ip:
+            return
+        log.info("a manager has moved", node=name, before=before.ip, now=ip)
+        self._moved[name] = _Moved(ip, self._said.get(name, ""))
+        self._write(
+            tuple(msgspec.structs.replace(peer, ip=ip) if peer.name == name else peer for peer in self.peers)
         )
 
-    async def _keep(self) -> None:
-        """Bring the book up to date, however often that takes."""
+    def _write(self, peers: tuple[Peer, ...]) -> None:
+        self.peers = peers
+        self._save(peers)
+
+
+async def keep_book(book: AddressBook, store: State, consensus: Consensus, clock: Clock) -> None:
+    """Follow the nodes until cancelled."""
+    changed = asyncio.Event()
+
+    async def keep() -> None:
         while True:
+            await changed.wait()
+            changed.clear()
             try:
-                return self.note(await self._consensus.all())
+                book.note(store.view().find(Node), await consensus.all())
             except Unavailable as error:
                 log.debug("members not known", reason=str(error))
-                await self._clock.sleep(RETRY_S)
+                await clock.sleep(RETRY_S)
+                changed.set()
 
-    def note(self, members: Iterable[RaftMember]) -> None:
-        """Take over ``members``, and the addresses that the nodes say now."""
-        self.peers = peers_of(self._store.view().find(Node), members, self.peers)
-        self._save(self.peers)
+    await follow(
+        store,
+        (Node,),
+        start=lambda _: changed.set(),
+        note=lambda _: changed.set(),
+        work=keep,
+    )

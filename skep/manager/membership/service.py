@@ -9,7 +9,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 from skep.manager.control.nodes import check_demotion
-from skep.manager.membership.addresses import AddressBook
+from skep.manager.membership.addresses import AddressBook, full_address
 from skep.manager.membership.consensus import Consensus
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
@@ -20,7 +20,6 @@ from skep.store.interface import Store, Transaction
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
 from skep.wire.access import Caller
-from skep.wire.client import split_address
 from skep.wire.service import Handler, unary
 
 log = structlog.get_logger(__name__)
@@ -65,9 +64,9 @@ class MembersService:
         addr = full_address(request.addr, caller.address)
         await self._store.update(announce_manager, caller.node_id, addr)
         # Everybody finds the new one by the time its etcd calls: the others follow the node objects.
-        self._book.note(await self._consensus.all())
+        self._note(await self._consensus.all())
         members = await self._consensus.add(caller.node_id, peer_url(caller.node_id, request.peer_port))
-        self._book.note(members)
+        self._note(members)
         log.info("manager comes in", node=caller.node_id, addr=addr)
         return pb.AddMemberResponse(
             members=self._shown(members),
@@ -76,6 +75,9 @@ class MembersService:
             incarnation=self._store.incarnation,
             addr=addr,
         )
+
+    def _note(self, members: Sequence[RaftMember]) -> None:
+        self._book.note(self._store.view().find(Node), members)
 
     def _shown(self, members: Sequence[RaftMember]) -> list[pb.Member]:
         ips = {peer.name: peer.ip for peer in self._book.peers}
@@ -99,19 +101,6 @@ class MembersService:
                 await self._clock.sleep(0.05)
         log.info("manager resigned", node=caller.node_id)
         return pb.ResignResponse()
-
-
-def full_address(said: str, seen: str) -> str:
-    """Where others reach a manager that calls itself ``said`` and whose calls come from ``seen``.
-
-    Raises: InvalidArgument: it is no address.
-    """
-    host, _, port = said.rpartition(":")
-    if not host.strip("[]"):
-        host = f"[{seen}]" if ":" in seen else seen
-    addr = f"{host}:{port}"
-    split_address(addr)
-    return addr
 
 
 def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:

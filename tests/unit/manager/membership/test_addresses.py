@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.manager.membership.addresses import host_of, peers_of
-from skep.manager.membership.service import full_address
+from skep.manager.membership.addresses import AddressBook, full_address, host_of, peers_of, said_by
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node
 from skep.store.etcd.membership import RaftMember
@@ -23,7 +22,7 @@ def a_member(name: str) -> RaftMember:
 
 def test_the_book_has_members_and_those_about_to_become_one() -> None:
     nodes = [a_manager("a", "10.0.0.1:2377"), a_manager("b", "[fd00::2]:2377"), Node(id=NodeId("w"))]
-    assert peers_of(nodes, [a_member("a")], []) == (
+    assert peers_of(said_by(nodes), [a_member("a")], []) == (
         Peer(name="a", url="https://a:2378", ip="10.0.0.1"),
         Peer(name="b", url="", ip="fd00::2"),
     )
@@ -31,7 +30,7 @@ def test_the_book_has_members_and_those_about_to_become_one() -> None:
 
 def test_a_member_of_which_nothing_is_said_keeps_the_address_it_had() -> None:
     known = [Peer(name="a", url="", ip="10.0.0.9"), Peer(name="gone", url="", ip="10.0.0.8")]
-    assert peers_of([], [a_member("a")], known) == (Peer(name="a", url="https://a:2378", ip="10.0.0.9"),)
+    assert peers_of({}, [a_member("a")], known) == (Peer(name="a", url="https://a:2378", ip="10.0.0.9"),)
 
 
 def test_the_hosts_file_is_written_in_place(tmp_path: Path) -> None:
@@ -69,3 +68,51 @@ def test_what_is_no_address_is_refused(said: str) -> None:
 
 def test_the_host_of_an_address_has_no_brackets() -> None:
     assert host_of("[fd00::2]:2377") == "fd00::2"
+
+
+class Saved:
+    """What was saved last."""
+
+    def __init__(self) -> None:
+        self.peers: tuple[Peer, ...] = ()
+
+    def __call__(self, peers: tuple[Peer, ...]) -> None:
+        self.peers = peers
+
+    @property
+    def ips(self) -> dict[str, str]:
+        return {peer.name: peer.ip for peer in self.peers}
+
+
+def a_book() -> tuple[AddressBook, Saved]:
+    saved = Saved()
+    book = AddressBook([], saved)
+    book.note(
+        [a_manager("a", "10.0.0.1:2377"), a_manager("b", "10.0.0.2:2377")], [a_member("a"), a_member("b")]
+    )
+    return book, saved
+
+
+def test_a_manager_that_announces_itself_elsewhere_is_there() -> None:
+    book, saved = a_book()
+    book.learn("b", "10.9.0.2")
+    assert saved.ips == {"a": "10.0.0.1", "b": "10.9.0.2"}
+    assert [peer.name for peer in book.moved] == ["b"]
+
+
+def test_what_was_announced_outlives_news_of_others_and_ends_with_what_its_object_says() -> None:
+    book, saved = a_book()
+    members = [a_member("a"), a_member("b")]
+    book.learn("b", "10.9.0.2")
+    book.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.0.0.2:2377")], members)
+    assert saved.ips == {"a": "10.0.0.7", "b": "10.9.0.2"}
+    book.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.9.0.2:2377")], members)
+    assert book.moved == []
+    book.note([a_manager("a", "10.0.0.7:2377"), a_manager("b", "10.0.0.2:2377")], members)
+    assert saved.ips["b"] == "10.0.0.2", "it has moved back, and that is written down"
+
+
+def test_a_stranger_that_announces_itself_is_not_taken_note_of() -> None:
+    book, saved = a_book()
+    book.learn("x", "10.9.0.9")
+    assert "x" not in saved.ips

@@ -1,0 +1,86 @@
+"""Short words for tests of several managers."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from docker.errors import APIError
+from requests.exceptions import RequestException
+
+from tests.integration.cluster import TestCluster, TestNode, wait_until
+
+LEADER, REACHABLE, UNREACHABLE, WORKER = "leader", "reachable", "unreachable", ""
+
+
+@contextmanager
+def a_playground(name: str, *, managers: int, workers: int = 0) -> Iterator[TestCluster]:
+    """A playground of the test's own, removed afterwards."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"{name}{os.getpid()}"[:15])
+    try:
+        cluster.up(managers, workers)
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def roles(seen_by: TestNode) -> dict[str, str]:
+    """Host name -> what ``node ls`` shows as MANAGER STATUS, in lower case; empty: this one does not answer."""
+    try:
+        nodes = seen_by.client().api.nodes()
+    except (APIError, RequestException):
+        return {}
+    return {node["Description"]["Hostname"]: _status(node) for node in nodes}
+
+
+def _status(node: Mapping[str, object]) -> str:
+    status = node.get("ManagerStatus")
+    if not isinstance(status, Mapping):
+        return WORKER
+    return LEADER if status.get("Leader") else str(status["Reachability"])
+
+
+def leader(seen_by: TestNode) -> str:
+    """Host name of the one that leads; empty: nobody does."""
+    leading = [name for name, status in roles(seen_by).items() if status == LEADER]
+    assert len(leading) <= 1, f"several lead: {leading}"
+    return leading[0] if leading else ""
+
+
+def wait_managers(seen_by: TestNode, *names: str) -> str:
+    """Wait until exactly ``names`` manage, all of them answer, and one leads; gives that one."""
+
+    def settled() -> str:
+        shown = {name: status for name, status in roles(seen_by).items() if status != WORKER}
+        answer = set(shown) == set(names) and all(s in {LEADER, REACHABLE} for s in shown.values())
+        return leader(seen_by) if answer else ""
+
+    return wait_until(settled, f"{', '.join(names)} manage, as {seen_by.name} sees it", 60)
+
+
+def others(name: str, *names: str) -> list[str]:
+    """``names`` without ``name``."""
+    return [one for one in names if one != name]
+
+
+def write(node: TestNode, name: str) -> None:
+    """Something that stays: a secret, created through this node."""
+    node.client().api.create_secret(name, b"content")
+
+
+def can_write(node: TestNode, name: str) -> bool:
+    """Whether a write through this node is accepted now."""
+    try:
+        write(node, name)
+    except (APIError, RequestException):
+        return False
+    return True
+
+
+def secrets(node: TestNode) -> set[str]:
+    """Names of all secrets, as this node shows them."""
+    return {secret["Spec"]["Name"] for secret in node.client().api.secrets()}
