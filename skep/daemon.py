@@ -175,7 +175,7 @@ class Daemon:
                     clock=self._clock,
                     random=self._random,
                     net=self._supervisor("net", hands_over=True, gives_up=False),
-                    manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED, FUTILE: ""}),
+                    manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}, futile=FUTILE),
                     write_manager_files=self._write_manager_files,
                     write_recovery_files=self._write_recovery_files,
                     write_restored_files=self._write_restored_files,
@@ -217,6 +217,7 @@ class Daemon:
         hands_over: bool = False,
         gives_up: bool = True,
         final: Mapping[int, str] = MappingProxyType({}),
+        futile: int | None = None,
     ) -> Supervisor:
         paths = self._configuration.paths
         return Supervisor(
@@ -229,6 +230,7 @@ class Daemon:
             hands_over=hands_over,
             gives_up=gives_up,
             final=final,
+            futile=futile,
         )
 
     def _write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:

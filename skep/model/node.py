@@ -90,9 +90,12 @@ class NodeStatus(ApiObject):
 
 
 class ManagerStatus(ApiObject):
+    """``has_vote``: false for a manager that a restore or a forced new cluster left behind.  Left out of answers."""
+
     leader: bool = False
     reachability: Reachability = always(Reachability.UNKNOWN)
     addr: str = ""
+    has_vote: bool = True
 
 
 class NodeSession(ApiObject):

@@ -80,7 +80,7 @@ def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> Non
         NotFound; FailedPrecondition: it is a manager, or is up and ``force`` is not given.
     """
     node = tx.get(Node, id)
-    if node.spec.role is NodeRole.MANAGER and node.manager_status is not None:
+    if node.spec.role is NodeRole.MANAGER and node.manager_status is not None and _has_vote(node):
         raise FailedPrecondition(
             f"node {id} is a cluster manager and is a member of the raft cluster. "
             "It must be demoted to worker before removal"
@@ -92,14 +92,25 @@ def remove_node(tx: Transaction, id: NodeId, *, force: bool, now_ns: int) -> Non
 
 
 def check_demotion(tx: Transaction, node: Node) -> None:
-    """Raises: FailedPrecondition: it is the last manager, or those that stay have no quorum."""
-    managers = [other for other in tx.find(Node) if other.spec.role is NodeRole.MANAGER]
+    """Raises: FailedPrecondition: it is the last manager, or those that stay have no quorum.
+
+    One that a restore or a forced new cluster left behind has no vote that could be missed.
+    """
+    if not _has_vote(node):
+        return
+    managers = [
+        other for other in tx.find(Node) if other.spec.role is NodeRole.MANAGER and _has_vote(other)
+    ]
     if len(managers) == 1:
         raise FailedPrecondition("attempting to demote the last manager of the swarm")
     staying = [other for other in managers if other.id != node.id]
     reachable = [other for other in staying if _is_reachable(other)]
     if len(reachable) <= len(staying) // 2:
         raise FailedPrecondition("can't remove member from the raft: this would result in a loss of quorum")
+
+
+def _has_vote(node: Node) -> bool:
+    return node.manager_status is None or node.manager_status.has_vote
 
 
 def _is_reachable(node: Node) -> bool:

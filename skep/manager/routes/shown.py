@@ -36,7 +36,10 @@ def shown_node(view: View, node: Node) -> Node:
     freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
     if freeze is not None and status.state is NodeState.DOWN:
         status = replace(status, message=f"{status.message}; {frozen_message(freeze)}")
-    node = replace(node, status=status)
+    manager = node.manager_status
+    if manager is not None:
+        manager = replace(manager, has_vote=True)  # and so left out
+    node = replace(node, status=status, manager_status=manager)
     return replace(node, session=None, certificate=None, attachments=(), peer_roots="", silent_since=None)
 
 

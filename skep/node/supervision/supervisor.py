@@ -38,6 +38,7 @@ class Supervisor:
         hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
         gives_up: five ends within a minute are enough; otherwise it is tried for ever.
         final: exit codes after which it is not started again, each with the reason.
+        futile: exit code after which it is not started again because of what it said.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Supervisor:
         hands_over: bool = False,
         gives_up: bool = True,
         final: Mapping[int, str] = MappingProxyType({}),
+        futile: int | None = None,
     ) -> None:
         self._name = name
         self._arguments = arguments
@@ -62,6 +64,7 @@ class Supervisor:
         self._hands_over = hands_over
         self._gives_up = gives_up
         self._final = final
+        self._futile = futile
         self._ends: tuple[float, ...] = ()
         self._last_end = ""
         self.process: ProcessIdentity | None = None
@@ -82,6 +85,10 @@ class Supervisor:
                     self.trouble = self._final[code]
                     log.warning("process ended for good", name=self._name, reason=self._last_end)
                     return
+                if code is not None and code == self._futile:
+                    self.trouble = self._last_end
+                    log.error("process given up", name=self._name, last=self._last_end)
+                    await asyncio.Event().wait()
                 self._ends = recent((*self._ends, self._clock.monotonic()), self._clock.monotonic())
                 match after_end(self._ends, self._clock.monotonic(), self._chance(), gives_up=self._gives_up):
                     case GiveUp(crashes):
