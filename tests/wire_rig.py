@@ -13,6 +13,7 @@ import msgspec
 from skep.aio.clock import SystemClock
 from skep.errors import Unimplemented
 from skep.manager.attachments.service import AttachmentService
+from skep.manager.ca.expiry import Expiry
 from skep.manager.ca.loop import CertificateAuthority
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
@@ -153,7 +154,12 @@ class Cluster:
             yield own
 
     @asynccontextmanager
-    async def kept_up(self, directory: Path, peers: PeerFiles | None = None) -> AsyncIterator[None]:
+    async def kept_up(
+        self,
+        directory: Path,
+        peers: PeerFiles | None = None,
+        tell: Callable[[Expiry], None] = lambda _: None,
+    ) -> AsyncIterator[None]:
         """The manager's care for certificates, with its own key pair in ``directory``."""
         upkeep = Upkeep(
             self.store,
@@ -163,6 +169,7 @@ class Cluster:
             SystemClock(),
             disconnect=self.bound.disconnect,
             peers=peers,
+            tell=tell,
         )
         running = asyncio.create_task(upkeep.run())
         try:

@@ -38,8 +38,8 @@ class Expiry(msgspec.Struct, frozen=True, kw_only=True):
 def expiring(view: View, now: datetime) -> Iterator[Expiry]:
     """Everything that expires within ``WARN_BEFORE``: the root first, then nodes in order of their ids."""
     for swarm in view.find(Swarm):
-        root = x509.load_pem_x509_certificate(swarm.tls_info.trust_root.encode()).not_valid_after_utc
-        if swarm.rotation is None and root - now < WARN_BEFORE:
+        root = _root_expiry(swarm)
+        if root is not None and swarm.rotation is None and root - now < WARN_BEFORE:
             words = f"the swarm's root certificate {_expires(root, now)}: run docker swarm ca --rotate"
             yield Expiry(
                 kind="swarm", id=swarm.id, name=swarm.spec.name, not_after=root, warning=f"WARNING: {words}"
@@ -58,6 +58,14 @@ def expiring(view: View, now: datetime) -> Iterator[Expiry]:
                 not_after=not_after,
                 warning=f"WARNING: {words}: see that it reaches a manager",
             )
+
+
+def _root_expiry(swarm: Swarm) -> datetime | None:
+    """When the root expires; None: it cannot be read, of which others will complain."""
+    try:
+        return x509.load_pem_x509_certificate(swarm.tls_info.trust_root.encode()).not_valid_after_utc
+    except ValueError:
+        return None
 
 
 def expiry_of(node: Node) -> datetime | None:
