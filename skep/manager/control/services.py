@@ -148,6 +148,11 @@ def remove_service(tx: Transaction, id: ServiceId, *, now: Timestamp) -> None:
     hide_service(tx, _present(tx, id), now)
 
 
+def names_networks(spec: ServiceSpec) -> bool:
+    """Whether ``with_network_ids`` has anything to do."""
+    return bool(spec.task_template.networks or spec.networks)
+
+
 def with_network_ids(view: View, spec: ServiceSpec) -> ServiceSpec:
     """``spec`` with networks by id, which clients may name by name or by the beginning of an id.
 

@@ -65,9 +65,11 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     """Create a service; it answers with the id before any task exists."""
     manager = manager_of(request)
     spec = await _read_spec(request)
+    if control.names_networks(spec):  # else nothing is looked up that the transaction does not look up
+        spec = control.with_network_ids(await current_view(request), spec)
     service = await manager.update(
         control.create_service,
-        settled(control.with_network_ids(await current_view(request), spec)),
+        settled(spec),
         new_id=manager.new_id,
         new_name=manager.new_name,
         now=manager.now(),
