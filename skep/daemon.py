@@ -127,7 +127,7 @@ def _manager(arguments: Sequence[str]) -> None:
     with detached(paths, "manager"):
         from skep.manager.process import run  # a worker never pays for a manager's imports
 
-        run(paths.manager_config)
+        run(paths)
 
 
 def _paths(arguments: Sequence[str]) -> Paths:

@@ -62,9 +62,14 @@ PEER_PORT_OFFSET = 1
 """etcd's peers meet at the port after the manager's own (2377, 2378)."""
 
 
-def run(config_file: Path) -> None:
-    """Run the manager that ``config_file`` describes until SIGTERM.  Raises: SkepError: it cannot go on."""
-    config = load(config_file)
+def run(paths: Paths) -> None:
+    """Run the manager of the node in ``paths`` until SIGTERM.  Raises: SystemExit: it cannot go on.
+
+    Its settings may have been written elsewhere: a data directory can be copied, and then must not lead back.
+    """
+    config = msgspec.structs.replace(
+        load(paths.manager_config), data_dir=str(paths.data), run_dir=str(paths.run)
+    )
     logs.name_process("manager")
     logs.follow(config.paths.log_settings)
     watch_children_by_pidfd()

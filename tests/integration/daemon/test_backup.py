@@ -1,5 +1,6 @@
 """A backup is made while the swarm runs and restored on an empty node; nothing else is taken for one."""
 
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -170,3 +171,37 @@ def test_a_locked_swarm_is_locked_again_after_its_restore(
     other.start()
     assert other.swarm()["LocalNodeState"] == "locked"
     assert other.ask("POST", "/swarm/unlock", {"UnlockKey": unlock_key})[0] == 200
+
+
+@pytest.mark.parametrize("is_locked", [False, True], ids=["open", "locked"])
+def test_dockers_own_procedure_a_copy_of_the_directory_on_another_machine_at_another_address(
+    rig: DaemonRig, other: DaemonRig, *, is_locked: bool
+) -> None:
+    cluster_with_secrets(rig)
+    unlock_key = ""
+    if is_locked:
+        swarm = rig.get("/swarm")[1]
+        spec = swarm["Spec"] | {"EncryptionConfig": {"AutoLockManagers": True}}
+        assert rig.ask("POST", f"/swarm/update?version={swarm['Version']['Index']}", spec)[0] == 200
+        unlock_key = rig.get("/swarm/unlockkey")[1]["UnlockKey"]
+        wait_until(
+            lambda: b"PRIVATE KEY" not in (rig.data / "certificates/swarm-node.key").read_bytes(),
+            "the disk is locked",
+        )
+    before, node = secrets(rig), rig.swarm()["NodeID"]
+    rig.stop()
+    shutil.copytree(rig.data, other.data)
+    other.start()
+    if is_locked:
+        assert other.swarm()["LocalNodeState"] == "locked"
+        assert other.ask("POST", "/swarm/unlock", {"UnlockKey": unlock_key})[0] == 200
+    moved = {"ListenAddr": "127.0.0.9:2377", "AdvertiseAddr": "127.0.0.9", "ForceNewCluster": True}
+    answer = other.ask("POST", "/swarm/init", moved)
+    assert answer[0] == 200, (answer, other.log.read_text())
+    assert secrets(other) == before
+    swarm = other.swarm()
+    assert (swarm["NodeID"], swarm["NodeAddr"]) == (node, "127.0.0.9")
+    (only,) = other.get("/nodes")[1]
+    assert only["ManagerStatus"]["Addr"] == "127.0.0.9:2377"
+    if is_locked:
+        assert other.get("/swarm/unlockkey")[1]["UnlockKey"] == unlock_key
