@@ -20,7 +20,7 @@ PLANE_OPTION: Final = "skep.data-plane"
 NODE_LABEL: Final = "skep.node"
 """Engine label by which a skep node says what it is; Docker Engines do not know it."""
 
-NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none"})
+NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "ipvlan"})
 """Drivers of networks that live on one node."""
 
 

@@ -238,13 +238,15 @@ async def test_the_leader_makes_the_keys_once_and_rotates_them_every_twelve_hour
         keys = decoded_keys(store.view().get(Payload, GOSSIP_KEYS_ID).data)
         return sorted(key.lamport_time for key in keys.keys)
 
-    assert await store.update(step, timestamp(begin)) == ROTATION_S
+    assert await store.update(step, timestamp(begin), secrets.token_bytes) == ROTATION_S
     first = store.view().get(Payload, GOSSIP_KEYS_ID)
     later = begin + int((ROTATION_S - 60) * SECOND_NS)
-    assert await store.update(step, timestamp(later)) == 60  # another leader: nothing is rotated early
+    assert (
+        await store.update(step, timestamp(later), secrets.token_bytes) == 60
+    )  # another leader: nothing is rotated early
     assert store.view().get(Payload, GOSSIP_KEYS_ID) == first
     assert numbers() == [1, 2, 3, 4, 5, 6]
-    assert await store.update(step, timestamp(later + 60 * SECOND_NS)) == ROTATION_S
+    assert await store.update(step, timestamp(later + 60 * SECOND_NS), secrets.token_bytes) == ROTATION_S
     assert numbers() == [2, 3, 5, 6, 7, 8]
 
 

@@ -1,6 +1,6 @@
 """The loop that makes the gossip keys and rotates them every twelve hours.  Runs on the leader only."""
 
-import secrets
+from collections.abc import Callable
 from random import Random
 
 import structlog
@@ -25,6 +25,7 @@ class KeyRotation:
     """Keeps the cluster's gossip keys young.  Dispatchers spread what is in the store."""
 
     def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
+        """``random``: keys are made of it, so in production it has to be the system's."""
         self._term = term
         self._clock = clock
         self._random = random
@@ -36,7 +37,8 @@ class KeyRotation:
         """
         while True:
             try:
-                wait_s = await self._term.update(step, timestamp(self._clock.now_ns()))
+                now = timestamp(self._clock.now_ns())
+                wait_s = await self._term.update(step, now, self._random.randbytes)
             except NotLeader:
                 raise
             except SkepError as error:
@@ -45,12 +47,12 @@ class KeyRotation:
             await self._clock.sleep(wait_s)
 
 
-def step(tx: Transaction, now: Timestamp) -> float:
+def step(tx: Transaction, now: Timestamp, random_bytes: Callable[[int], bytes]) -> float:
     """Make or rotate the keys if that is due; gives seconds until the next look."""
     stored = tx.rely_on(Payload, GOSSIP_KEYS_ID)
     keys = decoded_keys(stored.data) if stored is not None else None
     if keys is not None and (wait_s := seconds_to_rotation(keys, now)) > 0:
         return wait_s
-    fresh = first_keys(secrets.token_bytes, now) if keys is None else rotated(keys, secrets.token_bytes, now)
+    fresh = first_keys(random_bytes, now) if keys is None else rotated(keys, random_bytes, now)
     tx.put(Payload(id=GOSSIP_KEYS_ID, data=fresh.encode()))
     return seconds_to_rotation(fresh, now)

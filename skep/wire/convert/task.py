@@ -47,7 +47,7 @@ def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
         service_annotations=pb.Annotations(name=assigned.service_name, labels=assigned.service_labels),
         status=status_to_pb(task.status),
         desired_state=_state_to_pb(task.desired_state),
-        networks=[attachment_to_pb(attachment) for attachment in task.networks_attachments],
+        networks=_networks_to_pb(task),
         assigned_generic_resources=[generic_to_pb(generic) for generic in task.generic_resources],
         volumes=[
             pb.VolumeAttachment(id=volume.id, source=volume.source, target=volume.target)
@@ -65,6 +65,15 @@ def task_to_pb(assigned: AssignedTask, registry_auth: str = "") -> pb.Task:
     if registry_auth and message.spec.HasField("container"):
         message.spec.container.pull_options.registry_auth = registry_auth
     return message
+
+
+def _networks_to_pb(task: Task) -> list[pb.NetworkAttachment]:
+    """The task's places, with the options for its end of each network that its spec names."""
+    options = {network.target: network.driver_opts for network in task.spec.networks}
+    messages = [attachment_to_pb(attachment) for attachment in task.networks_attachments]
+    for message in messages:
+        message.driver_attachment_opts.update(options.get(message.network.id, {}))
+    return messages
 
 
 def task_from_pb(message: pb.Task) -> AssignedTask:

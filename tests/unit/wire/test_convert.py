@@ -33,9 +33,11 @@ from skep.model.network import NetworkSpec
 from skep.model.node import Node, NodeCertificate, NodeDescription
 from skep.model.service import (
     DiscreteResource,
+    EndpointVirtualIP,
     GenericResource,
     Limits,
     NamedResource,
+    NetworkAttachmentConfig,
     NetworkAttachmentSpec,
     PluginSpec,
     PortConfig,
@@ -45,7 +47,7 @@ from skep.model.service import (
     RestartPolicy,
     TaskSpec,
 )
-from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
+from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.assignments import assignments_from_pb, changes_to_pb
@@ -66,6 +68,7 @@ from skep.wire.convert.task import (
 )
 from skep.wire.convert.task_spec import task_spec_from_pb, task_spec_to_pb
 from skep.wire.convert.values import duration_from_pb, duration_to_pb, timestamp_from_pb, timestamp_to_pb
+from tests.builders import an_overlay
 
 WITHOUT_WORDS: dict[type, dict[str, Any]] = {
     Mount: {"image_options": None, "cluster_options": None},
@@ -333,3 +336,20 @@ def test_a_nodes_texts_are_cut_to_what_can_be_kept_for_every_task():
 def test_a_mount_swarmkit_does_not_know_is_refused_with_dockers_words():
     with pytest.raises(InvalidArgument, match="invalid MountType: 'image'"):
         container_to_pb(ContainerSpec(mounts=(Mount(type="image"),)))
+
+
+def test_an_engine_gets_a_services_virtual_addresses_and_options_of_its_networks() -> None:
+    network = an_overlay("net1")
+    wanted = NetworkAttachmentConfig(target="net1", driver_opts={"mtu": "1400"})
+    spec = TaskSpec(networks=(wanted,))
+    places = (NetworkAttachment(network=network, addresses=("10.0.1.5/24",), aliases=("db",)),)
+    virtual_ips = (EndpointVirtualIP(network_id=network.id, addr="10.0.1.2/24"),)
+    task = Task(id=TaskId("t1"), spec=spec, networks_attachments=places)
+    message = task_to_pb(AssignedTask(task=task, virtual_ips=virtual_ips))
+    (place,) = message.networks
+    assert list(place.addresses) == ["10.0.1.5/24"]
+    assert list(place.aliases) == ["db"]
+    assert dict(place.driver_attachment_opts) == {"mtu": "1400"}
+    assert place.network.driver_state.name == "overlay"
+    assert place.network.ipam.driver.name == "default"
+    assert [(one.network_id, one.addr) for one in message.endpoint.virtual_ips] == [("net1", "10.0.1.2/24")]
