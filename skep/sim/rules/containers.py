@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import msgspec
 
 from skep.model.ids import NodeId, TaskId
+from skep.model.labels import OnDisconnect, disconnect_policy
 from skep.model.node import Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -69,7 +70,7 @@ class Containers:
         task = view.lookup(Task, task_id)
         if task is None or task.node_id != node_id or not is_wanted(task):
             return
-        if view.lookup(Node, node_id) is not None:
+        if view.lookup(Node, node_id) is not None and not _stops_cut_off(view, task):
             yield f"{node_id} stopped the container of task {task_id}, which is to run there"
 
     def ended(self, task_id: TaskId) -> None:
@@ -123,3 +124,9 @@ def _slot_of(task: Task) -> str:
 def _delay_s(task: Task) -> float:
     policy = task.spec.restart_policy
     return DEFAULT_DELAY_S if policy is None or policy.delay is None else policy.delay / SECOND_NS
+
+
+def _stops_cut_off(view: View, task: Task) -> bool:
+    """Whether the task's service wants a node that is cut off to stop it."""
+    service = view.lookup(Service, task.service_id)
+    return service is not None and disconnect_policy(service.spec.labels).action is OnDisconnect.STOP

@@ -1,0 +1,95 @@
+"""While both processors are kept busy no node is taken for dead: the judge measures in its own time."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import TestCluster, TestNode, create, wait_running
+
+BUSY = "while True: pass"
+
+
+@contextmanager
+def busy_processors() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """As many processes that do nothing but compute as there are processors."""
+    burning = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(os.cpu_count() or 2)]
+    try:
+        yield burning
+        assert all(process.poll() is None for process in burning), "a processor was not kept busy"
+    finally:
+        for process in burning:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def node_events(node: TestNode) -> Iterator[list[dict[str, str]]]:
+    """Attributes of the events of nodes, as they come."""
+    heard: list[dict[str, str]] = []
+    stream = node.client().events(decode=True, filters={"type": "node"})
+
+    def listen() -> None:
+        heard.extend(event["Actor"]["Attributes"] for event in stream)
+
+    listening = threading.Thread(target=listen, daemon=True)
+    listening.start()
+    try:
+        yield heard
+    finally:
+        stream.close()
+        listening.join(5)
+
+
+def went_down(heard: list[dict[str, str]]) -> list[str]:
+    return [event["name"] for event in heard if event.get("state.new") == "down"]
+
+
+def keep_scaling(node: TestNode, replicas: int, seconds: float) -> None:
+    """Up to ``replicas`` and down again, for that long; ends with all of them."""
+    create(node, "load", 1)
+    until = time.monotonic() + seconds
+    while True:
+        node.docker("service", "scale", "--detach", f"load={replicas}")
+        wait_running(node, "load", replicas, within_s=240)
+        if time.monotonic() >= until:
+            return
+        node.docker("service", "scale", "--detach", "load=1")
+        wait_running(node, "load", 1, within_s=240)
+
+
+@pytest.mark.parametrize(
+    ("workers", "replicas", "seconds"),
+    [
+        pytest.param(2, 20, 5, id="short", marks=pytest.mark.timeout(300)),
+        pytest.param(
+            7, 100, 300, id="five-minutes-of-eight-nodes", marks=[pytest.mark.slow, pytest.mark.timeout(1500)]
+        ),
+    ],
+)
+def test_no_node_is_taken_for_dead_while_the_machine_is_busy(
+    workers: int, replicas: int, seconds: float
+) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"busy{os.getpid()}")
+    try:
+        cluster.up(managers=1, workers=workers)
+        m1 = cluster.node("m1")
+        with node_events(m1) as heard, busy_processors():
+            keep_scaling(m1, replicas, seconds)
+            m1.docker("node", "update", "--label-add", "seen=yes", "w1")  # events do come
+        assert heard
+        assert went_down(heard) == []
+        tasks = m1.client().api.tasks(filters={"service": "load"})
+        assert all(task["Status"]["State"] != "failed" for task in tasks)
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
