@@ -69,7 +69,10 @@ class DaemonRig:
         )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([*within, *self.command(*flags)], stdout=log, stderr=log)
-        wait_until(self.answers, f"the daemon answers: {self.log.read_text()}")
+        try:
+            wait_until(self.answers, "the daemon answers", within_s=50)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log.read_text()}") from None
 
     def refusal(self, *flags: str) -> str:
         """What a daemon that does not start says."""
