@@ -148,7 +148,7 @@ def test_the_recovery_guide(own_cluster: TestCluster, checkout: Path) -> None:
     m1.docker("swarm", "leave", "--force")
     printed = run(restore, checkout, **where)
     assert "Swarm restored" in printed
-    wait_running(m1, "web", 2)
+    wait_running(m1, "web", 2, within_s=90)
     kept = container_pids(m1, "web")
     run(force, checkout, **where)
     wait_running(m1, "web", 2)

@@ -74,7 +74,10 @@ def test_a_crash_in_the_middle_of_forcing_is_made_good_at_the_next_start(rig: Da
     assert not (rig.data / "manager/recovery.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["gone", "torn", "emptied"])
+@pytest.mark.parametrize(
+    "damage",
+    ["gone", pytest.param("torn", marks=pytest.mark.slow), pytest.param("emptied", marks=pytest.mark.slow)],
+)
 def test_a_damaged_log_is_named_and_the_database_is_the_way_back(rig: DaemonRig, damage: str) -> None:
     before = cluster_with_secrets(rig)
     rig.stop()
@@ -115,6 +118,7 @@ def test_a_damaged_database_is_named_and_only_a_backup_is_the_way_back(rig: Daem
     assert "restore a backup" in answer["message"], answer
 
 
+@pytest.mark.slow
 def test_another_clusters_store_is_refused(rig: DaemonRig, tmp_path: Path) -> None:
     cluster_with_secrets(rig)
     rig.stop()

@@ -1,0 +1,90 @@
+"""Which life of the cluster a manager serves, and what it does when it meets another."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition
+from skep.manager.control.nodes import remove_node, update_node
+from skep.manager.incarnation import Incarnation, Lives, Superseded, check_lives, read_lives, write_lives
+from skep.manager.recovery import show_survivor
+from skep.model.ids import NodeId
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
+from skep.paths import Paths
+from skep.store.memory import MemoryStore
+
+M2 = NodeId("m2")
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    paths = Paths(tmp_path / "data", tmp_path / "run")
+    paths.manager.mkdir(parents=True)
+    return paths
+
+
+async def test_a_later_life_stops_a_manager_and_keeps_it_stopped(paths: Paths) -> None:
+    incarnation = Incarnation(paths, 1)
+    running = asyncio.create_task(incarnation.run())
+    await asyncio.sleep(0)
+    assert incarnation.met(M2, 1)
+    assert not incarnation.met(M2, 7)
+    with pytest.raises(Superseded, match="incarnation 7"):
+        await asyncio.wait_for(running, 5)
+    with pytest.raises(Superseded, match="docker swarm leave --force"):
+        check_lives(paths)
+
+
+async def test_an_earlier_life_is_not_ours_and_stops_nobody(paths: Paths) -> None:
+    incarnation = Incarnation(paths, 7)
+    running = asyncio.create_task(incarnation.run())
+    await asyncio.sleep(0)
+    assert not incarnation.met(M2, 1)
+    assert not incarnation.met(M2, 0)
+    await asyncio.sleep(0)
+    assert not running.done()
+    running.cancel()
+    assert check_lives(paths) == Lives(served=7)
+
+
+def test_a_manager_that_begins_the_later_life_itself_is_not_stopped_by_it(paths: Paths) -> None:
+    write_lives(paths, Lives(served=1, later=7))
+    write_lives(paths, Lives(served=8))
+    assert check_lives(paths) == Lives(served=8)
+
+
+def test_a_damaged_file_says_nothing(paths: Paths) -> None:
+    paths.incarnation.write_bytes(b"{")
+    assert read_lives(paths) == Lives()
+
+
+def a_manager(id: str) -> Node:
+    status = ManagerStatus(reachability=Reachability.REACHABLE, leader=id == "m2", addr=f"{id}:2377")
+    return Node(id=NodeId(id), spec=NodeSpec(role=NodeRole.MANAGER), manager_status=status)
+
+
+async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_demoted_and_removed() -> None:
+    store = MemoryStore(SystemClock())
+    worker = Node(id=NodeId("w1"), spec=NodeSpec(role=NodeRole.WORKER))
+    for node in (a_manager("m1"), a_manager("m2"), a_manager("m3"), worker):
+        await store.update(lambda tx, node=node: tx.put(node))
+    await store.update(show_survivor, NodeId("m1"), "new:2377")
+
+    shown = {node.id: node.manager_status for node in store.view().find(Node)}
+    assert shown[NodeId("m1")] == ManagerStatus(
+        leader=True, reachability=Reachability.REACHABLE, addr="new:2377"
+    )
+    assert shown[M2] is not None
+    assert (shown[M2].leader, shown[M2].reachability) == (False, Reachability.UNREACHABLE)
+    assert shown[NodeId("w1")] is None
+
+    m2 = store.view().get(Node, M2)
+    demoted = replace(m2.spec, role=NodeRole.WORKER)
+    await store.update(update_node, M2, demoted, m2.version.index)
+    await store.update(remove_node, NodeId("m3"), force=True, now_ns=0)
+    m1 = store.view().get(Node, NodeId("m1"))
+    with pytest.raises(FailedPrecondition, match="last manager"):
+        await store.update(update_node, m1.id, replace(m1.spec, role=NodeRole.WORKER), m1.version.index)
