@@ -17,7 +17,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.model.ids import NodeId
-from skep.model.node import NodeDescription
+from skep.model.node import NodeDescription, NodeRole
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
 from skep.node.local import Peer
@@ -59,6 +59,7 @@ class Agent:
         contact: Contact | None = None,
         revision_file: Path | None = None,
         certificate_changed: Callable[[KeyPair], None] = lambda _: None,
+        address_of: Callable[[Peer], str] = lambda peer: peer.addr,
         lock: KeyLock | None = None,
     ) -> None:
         """
@@ -69,8 +70,10 @@ class Agent:
             contact: told about every session and heartbeat.
             revision_file: where the newest revision seen is kept; None: in memory only.
             certificate_changed: called after a new certificate, or new roots, were written.
+            address_of: where this node reaches a manager; others may know it under another address.
         """
         self._managers = managers
+        self._address_of = address_of
         self._describe = describe
         self._sink = sink
         self._reports = reports
@@ -79,7 +82,7 @@ class Agent:
         self._random = random
         self._credentials = Credentials(
             certificates,
-            lambda: managers.choose(self.node_id, random),
+            self._manager_to_renew_with,
             clock,
             random,
             changed=certificate_changed,
@@ -87,11 +90,23 @@ class Agent:
         )
         self._contact = contact or Contact(clock)
         self._seen = SeenRevision(revision_file, self._credentials.pair.identity.cluster_id)
+        self._peer: Peer | None = None
         self.registered = asyncio.Event()
 
     @property
     def node_id(self) -> NodeId:
         return self._credentials.pair.identity.node_id
+
+    @property
+    def role(self) -> NodeRole:
+        """In the certificate."""
+        return self._credentials.pair.identity.role
+
+    def _manager_to_renew_with(self) -> Peer | None:
+        """The one that holds the session, for it is known to answer; without a session the next to try."""
+        has_session = self.registered.is_set() and self._peer is not None
+        peer = self._peer if has_session else self._managers.choose(self.node_id, self._random)
+        return Peer(peer.node_id, self._address_of(peer)) if peer is not None else None
 
     @property
     def managers(self) -> tuple[Peer, ...]:
@@ -130,7 +145,7 @@ class Agent:
         try:
             timeout_s = connect_patience(self._managers.failures(peer), len(self._managers.peers))
             tls = client_context(self._credentials.pair)
-            async with connected(peer.addr, tls, MANAGER_NAME, timeout_s=timeout_s) as channel:
+            async with connected(self._address_of(peer), tls, MANAGER_NAME, timeout_s=timeout_s) as channel:
                 session = Session(
                     channel,
                     _Host(self, peer),
@@ -157,6 +172,7 @@ class Agent:
         if not self.registered.is_set():
             log.info("registered", manager=peer.addr, session=message.session_id)
             self._managers.worked(peer)
+            self._peer = peer
             self._contact.gained()
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]

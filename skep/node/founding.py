@@ -12,7 +12,7 @@ import msgspec
 
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Endpoints, Founding
-from skep.errors import InvalidArgument, Unavailable
+from skep.errors import InvalidArgument, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import SwarmSpec
@@ -80,13 +80,18 @@ def moved(node: LocalNode, to: Endpoints) -> LocalNode:
 def check_settings(spec: SwarmSpec) -> None:
     """Refuse what the new manager would refuse, before there is one: it could not start.  0: the default.
 
-    Raises: InvalidArgument, in Docker's words.
+    Raises: InvalidArgument, in Docker's words; Unimplemented.
     """
     refused = "error updating cluster settings: rpc error: code = InvalidArgument desc ="
     if 0 != spec.ca_config.node_cert_expiry < _CERT_EXPIRY_MIN_NS:
         raise InvalidArgument(f"{refused} minimum certificate expiry time is: 1h0m0s")
     if spec.dispatcher.heartbeat_period < 0:
         raise InvalidArgument(f"{refused} heartbeat time period cannot be a negative duration")
+    if spec.ca_config.external_cas:
+        raise Unimplemented(
+            "external certificate authorities are not supported: leave --external-ca out and the cluster signs by "
+            "itself; docker swarm ca --rotate --ca-cert FILE --ca-key FILE brings a root of your own"
+        )
 
 
 def check_space(data_dir: Path) -> None:

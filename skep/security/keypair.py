@@ -2,7 +2,7 @@
 
 ``<data>/certificates`` holds ``swarm-root-ca.crt``, ``swarm-node.crt`` and ``swarm-node.key`` (Docker's names).
 Each file is written beside, synced and renamed.  Key and certificate are two renames; a crash between them
-leaves the new key with the old certificate and the new certificate still beside, which ``load`` completes.
+leaves the new key with the old certificate and the new certificate still beside, where ``load`` finds it.
 """
 
 import os
@@ -78,6 +78,7 @@ def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
     Raises: Locked.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _complete(directory, lock)
     beside = directory / (CERTIFICATE_FILE + BESIDE)
     replace_file(directory / ROOT_FILE, pair.root_pem, mode=0o644)
     write_new(beside, pair.certificate_pem, mode=0o644)
@@ -90,24 +91,44 @@ def save(pair: KeyPair, directory: Path, lock: KeyLock | None = None) -> None:
 
 
 def load(directory: Path, lock: KeyLock | None = None) -> KeyPair:
-    """The saved key pair.
+    """The saved key pair; may be called while another process saves one.
 
     Raises: NotFound: there is none; FailedPrecondition: the files are damaged; Locked.
     """
     try:
+        return _read(directory, lock)
+    except FailedPrecondition:
+        return _read(directory, lock)  # the key was read before it was replaced, the certificate after
+
+
+def _read(directory: Path, lock: KeyLock | None) -> KeyPair:
+    """Key and certificate that belong together.  The certificate in place is tried twice: it may just have come."""
+    try:
         root_pem = (directory / ROOT_FILE).read_bytes()
         key = directory / KEY_FILE
         key_pem = key.read_bytes() if lock is None else lock.read(key)
-        certificate_pem = (directory / CERTIFICATE_FILE).read_bytes()
+        (directory / CERTIFICATE_FILE).stat()
     except FileNotFoundError as error:
         raise NotFound(f"this node has no certificate ({error.filename} is missing)") from error
+    for name in (CERTIFICATE_FILE, CERTIFICATE_FILE + BESIDE):
+        try:
+            found = (directory / name).read_bytes()
+            return KeyPair(certificate_pem=found, key_pem=key_pem, root_pem=root_pem)
+        except (FileNotFoundError, FailedPrecondition):
+            continue
+    certificate_pem = (directory / CERTIFICATE_FILE).read_bytes()
+    return KeyPair(certificate_pem=certificate_pem, key_pem=key_pem, root_pem=root_pem)
+
+
+def _complete(directory: Path, lock: KeyLock | None) -> None:
+    """Finish a save that a crash broke off between its two renames.  For the one who saves: readers change nothing."""
+    beside = directory / (CERTIFICATE_FILE + BESIDE)
+    if not beside.exists():
+        return
     try:
-        return KeyPair(certificate_pem=certificate_pem, key_pem=key_pem, root_pem=root_pem)
-    except FailedPrecondition:
-        beside = directory / (CERTIFICATE_FILE + BESIDE)
-        if not beside.exists():
-            raise
-    pair = KeyPair(certificate_pem=beside.read_bytes(), key_pem=key_pem, root_pem=root_pem)
-    os.replace(beside, directory / CERTIFICATE_FILE)
-    sync_directory(directory)
-    return pair
+        pair = _read(directory, lock)
+    except (NotFound, FailedPrecondition):
+        return  # nothing in place that could be lost
+    if pair.certificate_pem == beside.read_bytes():
+        os.replace(beside, directory / CERTIFICATE_FILE)
+        sync_directory(directory)

@@ -47,7 +47,7 @@ class Earlier:
 
 @pytest.fixture
 async def cluster():
-    async with Cluster().serving() as serving:
+    async with Cluster(heartbeat_s=3).serving() as serving:
         yield serving
 
 

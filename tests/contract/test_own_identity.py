@@ -34,7 +34,7 @@ IN_A_SESSION = sorted(
 
 @pytest.fixture
 async def cluster():
-    async with Cluster().serving() as serving:
+    async with Cluster(heartbeat_s=3).serving() as serving:
         yield serving
 
 

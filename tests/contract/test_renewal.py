@@ -20,7 +20,7 @@ from tests.wire_rig import Cluster, a_worker, an_agent, put, until
 
 @pytest.fixture
 async def cluster():
-    async with Cluster().serving() as serving:
+    async with Cluster(heartbeat_s=3).serving() as serving:
         yield serving
 
 

@@ -25,7 +25,7 @@ FOR_NODES = sorted(name for name, method in GUARDED.items() if method.access is 
 
 @pytest.fixture
 async def cluster(tmp_path):
-    async with Cluster().serving() as serving, serving.own_agent(tmp_path / "manager"):
+    async with Cluster(heartbeat_s=3).serving() as serving, serving.own_agent(tmp_path / "manager"):
         yield serving
 
 

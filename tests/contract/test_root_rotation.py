@@ -22,7 +22,7 @@ from tests.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, put, service
 
 @pytest.fixture
 async def cluster():
-    async with Cluster().serving() as serving, serving.leading():
+    async with Cluster(heartbeat_s=3).serving() as serving, serving.leading():
         yield serving
 
 

@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from skep.errors import FailedPrecondition, NotFound
+from skep.linux.files import BESIDE
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.security import keypair
@@ -87,3 +88,47 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
 
 def test_a_pair_shows_no_key_when_printed():
     assert "PRIVATE" not in repr(a_pair())
+
+
+def test_a_pair_can_be_read_at_any_moment_of_a_save(tmp_path, monkeypatch):
+    """Another process reads; it finds one pair or the other and leaves the writer's files alone."""
+    old, new = a_pair(), a_pair()
+    keypair.save(old, tmp_path)
+    replace, found = os.replace, []
+
+    def watched(source, target):
+        found.append(keypair.load(tmp_path).certificate_pem)
+        replace(source, target)
+        found.append(keypair.load(tmp_path).certificate_pem)
+
+    monkeypatch.setattr(os, "replace", watched)
+    keypair.save(new, tmp_path)
+    assert set(found) == {old.certificate_pem, new.certificate_pem}
+    assert found == sorted(found, key=[old.certificate_pem, new.certificate_pem].index)
+
+
+def test_a_save_after_a_broken_one_can_break_too(tmp_path, monkeypatch):
+    """The first ends between its renames; the second right after it removed what lay beside."""
+    pairs = [a_pair() for _ in range(3)]
+    keypair.save(pairs[0], tmp_path)
+    replace = os.replace
+
+    def broken(source, target):
+        if str(target).endswith(keypair.CERTIFICATE_FILE) and str(source).endswith(BESIDE):
+            raise OSError("crash")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="crash"):
+        keypair.save(pairs[1], tmp_path)
+    assert keypair.load(tmp_path).certificate_pem == pairs[1].certificate_pem
+    monkeypatch.setattr(os, "replace", replace)
+
+    def write_nothing(*_words, **_more):
+        (tmp_path / (keypair.CERTIFICATE_FILE + BESIDE)).unlink(missing_ok=True)
+        raise OSError("crash")
+
+    monkeypatch.setattr("skep.security.keypair.write_new", write_nothing)
+    with pytest.raises(OSError, match="crash"):
+        keypair.save(pairs[2], tmp_path)
+    assert keypair.load(tmp_path).certificate_pem == pairs[1].certificate_pem
