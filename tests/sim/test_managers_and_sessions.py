@@ -10,7 +10,7 @@ from skep.model.times import SECOND_NS
 from skep.sim.cluster import SimulatedCluster
 from tests.builders import a_service_spec
 
-SEEDS = range(8)
+SEEDS = range(3)
 ELECTION_S = 2.5
 """A manager that dies may have led: nobody registers until there is another leader, and nodes try again by and by."""
 
