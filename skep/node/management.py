@@ -15,6 +15,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.model.node import NodeRole
 from skep.paths import Paths
+from skep.security.locking import KeyLock
 
 log = structlog.get_logger()
 
@@ -108,12 +109,18 @@ class Management:
             async with asyncio.timeout(self._backoff.next_delay_s()):
                 await self._changed.wait()
         if self._is_wanted:
-            await asyncio.to_thread(shutil.rmtree, self._paths.manager, ignore_errors=True)
+            await asyncio.to_thread(self._forget)
             await asyncio.to_thread(self._prepare)
 
     async def _step_down(self) -> None:
         log.info("this node is no manager any more")
         self.process = None
         self._is_manager = False
+        await asyncio.to_thread(KeyLock(self._paths).turn, None)  # a worker is never asked for the unlock key
         self._become(False)
-        await asyncio.to_thread(shutil.rmtree, self._paths.manager, ignore_errors=True)
+        await asyncio.to_thread(self._forget)
+
+    def _forget(self) -> None:
+        """Keep nothing of the manager.  The node's own key, if it was locked, is a worker's now, and in clear."""
+        KeyLock(self._paths).turn(None)
+        shutil.rmtree(self._paths.manager, ignore_errors=True)

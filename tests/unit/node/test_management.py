@@ -8,6 +8,7 @@ from pathlib import Path
 from skep.model.node import NodeRole
 from skep.node.management import Management
 from skep.paths import Paths
+from skep.security.locking import KeyLock, new_unlock_key
 
 
 class FakeProcess:
@@ -109,3 +110,21 @@ async def test_a_manager_that_was_removed_and_demoted_stays_away(tmp_path: Path)
         rig.management.take_role(NodeRole.WORKER)
         await rig.wait_worker()
         assert len(rig.made) == 1
+
+
+async def test_what_autolock_locked_is_in_clear_again_for_the_worker_that_a_manager_became(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path, is_manager=True)
+    for directory in (rig.paths.certificates, rig.paths.run):
+        directory.mkdir(parents=True)
+    rig.paths.node_key.write_bytes(b"key")
+    lock = KeyLock(rig.paths)
+    lock.turn(new_unlock_key())
+    assert rig.paths.node_key.read_bytes() != b"key"
+    async with rig.running():
+        await rig.wait_processes(1)
+        rig.management.take_role(NodeRole.WORKER)
+        await rig.wait_worker()
+    assert rig.paths.node_key.read_bytes() == b"key"
+    assert not lock.is_on
