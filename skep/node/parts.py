@@ -43,7 +43,7 @@ from skep.security.locking import KeyLock
 log = structlog.get_logger()
 
 REVISION_FILE = "seen.json"
-"""Beside the certificates: the newest assignments this node has seen."""
+"""Among the certificates, with which it goes: the newest assignments this node has seen."""
 
 _REMOVAL_TIMEOUT_S = 60.0
 _PLUGINS = (
@@ -135,7 +135,7 @@ class NodeParts:
             certificate_changed=lambda pair: certified(pair.identity.role),
             lock=self._lock,
             contact=self._contact,
-            revision_file=self._certificates.with_name(REVISION_FILE),
+            revision_file=self._certificates / REVISION_FILE,
         )
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
