@@ -1,0 +1,37 @@
+"""Which data plane a network belongs to, and which kind a node is."""
+
+from msgspec.structs import replace
+
+from skep.model.meta import Driver
+from skep.model.network import NetworkSpec
+from skep.model.node import EngineDescription
+from skep.model.planes import DOCKER, NODE_LABEL, PLANE_OPTION, SKEP, is_docker_node, plane_of, plane_of_node
+from tests.builders import a_docker_node, a_node, an_overlay
+
+
+def test_a_node_is_what_it_says_of_itself() -> None:
+    engine = a_docker_node()
+    ours = replace(
+        engine,
+        description=replace(
+            engine.description, engine=EngineDescription(engine_version="0.1.0", labels={NODE_LABEL: "true"})
+        ),
+    )
+    assert is_docker_node(engine)
+    assert not is_docker_node(ours)
+    assert not is_docker_node(a_node())  # it has not described itself yet
+    assert (plane_of_node(engine), plane_of_node(ours)) == (DOCKER, SKEP)
+
+
+def test_what_was_settled_counts_more_than_what_was_wished() -> None:
+    wishing = an_overlay(subnet="", labels={PLANE_OPTION: SKEP})
+    assert plane_of(an_overlay()) == ""
+    assert plane_of(wishing) == SKEP
+    by_option = NetworkSpec(
+        name="n", driver_configuration=Driver(name="overlay", options={PLANE_OPTION: DOCKER})
+    )
+    assert plane_of(replace(wishing, spec=by_option)) == DOCKER
+    assert (
+        plane_of(replace(wishing, driver_state=Driver(name="overlay", options={PLANE_OPTION: DOCKER})))
+        == DOCKER
+    )
