@@ -1,10 +1,13 @@
-"""Why a manager does not leave unasked, in Docker's words.  Pure.
+"""Why a manager does not leave unasked, in Docker's words.
 
 Source: moby 20.10, daemon/cluster/swarm.go (Leave).
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from skep.errors import SkepError
+from skep.node.local_api import LocalApi
 
 _LEAVING = "You are attempting to leave the swarm on a node that is participating as a manager. "
 _LAST_MANAGER = (
@@ -30,3 +33,11 @@ def objection_to_leaving(nodes: Iterable[Mapping[str, Any]] | None) -> str:
             f"Without a Raft quorum your swarm will be inaccessible. {_LEAVING_END}"
         )
     return _LEAVING + _LEAVING_END
+
+
+async def objection(manager_api: LocalApi) -> str:
+    """What speaks against it, as far as this node's manager knows."""
+    try:
+        return objection_to_leaving(await manager_api.get("/nodes"))
+    except SkepError:
+        return objection_to_leaving(None)

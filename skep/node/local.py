@@ -30,6 +30,19 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
     managers: tuple[Peer, ...] = ()
     """Those to ask for a session after a restart, as last heard of."""
 
+    def reach(self, peer: Peer) -> str:
+        """Where this node reaches a manager: its own one where it listens.
+
+        Behind address translation a machine need not reach itself where others do.
+        """
+        if peer.node_id != self.node_id or not self.listen_addr:
+            return peer.addr
+        host, _, port = self.listen_addr.rpartition(":")
+        return f"{_LOOPBACK.get(host, host)}:{port}"
+
+
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+
 
 def read_local_node(path: Path) -> LocalNode | None:
     """What ``node.json`` says; None outside of a swarm.  Raises: FailedPrecondition: it is damaged."""

@@ -8,20 +8,17 @@ Source: moby, daemon/cluster/{swarm,cluster,noderunner}.go (the order of the che
 """
 
 import asyncio
-import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
 import structlog
 
-from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.backups import Manifest, RestorePlan
-from skep.api.swarm_requests import Endpoints, Joining, founding, joining
-from skep.errors import AlreadyExists, SkepError, Unavailable
+from skep.api.swarm_requests import Endpoints, founding, joining
+from skep.errors import AlreadyExists, Unavailable
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
@@ -34,13 +31,11 @@ from skep.node.founding import (
     moved,
 )
 from skep.node.interfaces import read_interfaces
-from skep.node.leaving import objection_to_leaving
+from skep.node.leaving import objection
 from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
 from skep.node.local_api import LocalApi
-from skep.node.management import Management, ManagerProcess
+from skep.node.participation import Participation, Parts
 from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node
-from skep.node.supervision.identity import read_pid_file
-from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
 from skep.node.swarm_info import (
     IN_A_SWARM,
     LEAVING_LOCKED,
@@ -51,10 +46,11 @@ from skep.node.swarm_info import (
     NOT_IN_A_SWARM,
     cluster_section,
     local_section,
+    wait_ready,
 )
+from skep.node.traces import clear_unfinished, wipe
 from skep.paths import Paths
 from skep.security import keypair
-from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock, parsed_unlock_key
 
 log = structlog.get_logger()
@@ -67,56 +63,6 @@ _TIMED_OUT = (
 _FOUNDING_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 20.0
 """Docker's swarmConnectTimeout."""
-
-
-class AgentConnection(Protocol):
-    """The node's session with the managers (``node.agent.Agent``)."""
-
-    registered: asyncio.Event
-
-    @property
-    def managers(self) -> tuple[Peer, ...]: ...
-
-    async def run(self) -> None: ...
-
-
-class Parts(Protocol):
-    """What a node in a swarm is made of; the daemon composes it."""
-
-    def manager(self) -> ManagerProcess:
-        """The supervised manager process, not yet running."""
-
-    def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
-        """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
-
-    def write_restored_files(self, restored: Restored) -> None:
-        """Everything a manager reads that begins from a backup."""
-
-    def write_recovery_files(self, node: LocalNode) -> None:
-        """Have the manager go on alone, with ``node``'s addresses, at its next start."""
-
-    def agent(
-        self,
-        node: LocalNode,
-        remember: Callable[[tuple[Peer, ...]], None],
-        certified: Callable[[NodeRole], None],
-    ) -> AgentConnection:
-        """The agent, not yet running.
-
-        It tells ``remember`` about every new list of managers, and ``certified`` the role in every new certificate.
-        """
-
-    async def placed(self, node: LocalNode) -> LocalNode:
-        """The node with its present address, which its manager reads too."""
-
-    async def request_certificate(self, plan: Joining) -> KeyPair:
-        """Use the join token.  Raises: SkepError in Docker's words."""
-
-    async def resign(self, managers: Sequence[str]) -> None:
-        """Give this manager's vote back, if the others (``ip:port``) let it go."""
-
-    async def remove_tasks(self) -> None:
-        """Stop and remove everything that runs for the cluster."""
 
 
 class Membership:
@@ -134,12 +80,9 @@ class Membership:
         self._control = asyncio.Lock()
         self._group: asyncio.TaskGroup | None = None
         self._taking_part: asyncio.Task[None] | None = None
-        self._management: Management | None = None
-        self._agent: AgentConnection | None = None
-        self._error = ""
-        self._is_active = False
-        self._needs_key = False
-        self.node: LocalNode | None = None
+        self._part: Participation | None = None
+        self._locked: LocalNode | None = None
+        """The node while it waits for the unlock key."""
 
     async def run(self) -> None:
         """Take part in the swarm that the data directory says, until cancelled."""
@@ -149,11 +92,11 @@ class Membership:
                 node = read_local_node(self._paths.node_json)
                 if node is not None and node.is_manager and self._lock.is_locked:
                     log.warning("locked: docker swarm unlock")
-                    self.node, self._needs_key = node, True
+                    self._locked = node
                 elif node is not None:
                     self._begin(await self._placed(node))
                 else:
-                    await self._clear_unfinished()
+                    await clear_unfinished(self._paths, self._parts)
             await asyncio.Event().wait()
 
     # --- the swarm routes -------------------------------------------------------------------------------------
@@ -304,9 +247,9 @@ class Membership:
             if self.is_locked and not force:
                 raise Unavailable(LEAVING_LOCKED)
             if self.node.is_manager and not force:
-                raise Unavailable(await self._objection_to_leaving())
-            if self.node.is_manager and not self.is_locked:
-                await self._parts.resign(self._other_managers())
+                raise Unavailable(await objection(self._manager_api))
+            if self.node.is_manager and self._part is not None:
+                await self._parts.resign(self._part.other_managers)
             self._paths.node_json.unlink(missing_ok=True)
             await self._end()
             log.info("swarm left")
@@ -335,8 +278,8 @@ class Membership:
 
     def reload(self) -> None:
         """Have the manager of this node, if there is one, read its settings again."""
-        if self._management is not None and self._management.process is not None:
-            self._management.process.reload()
+        if self._part is not None:
+            self._part.reload()
 
     def manager_refusal(self) -> str | None:
         """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
@@ -346,9 +289,14 @@ class Membership:
             return NOT_A_MANAGER
         if self.is_locked:
             return LOCKED
-        if self._management is not None and self._management.trouble:
-            return f"This node is not a swarm manager. {self._management.trouble}"
+        if self._part is not None and (trouble := self._part.manager_trouble()):
+            return f"This node is not a swarm manager. {trouble}"
         return None
+
+    @property
+    def node(self) -> LocalNode | None:
+        """What this node is in its swarm; None outside of any."""
+        return self._part.node if self._part is not None else self._locked
 
     @property
     def is_manager(self) -> bool:
@@ -357,7 +305,7 @@ class Membership:
     @property
     def is_locked(self) -> bool:
         """Whether this node waits for the unlock key."""
-        return self._needs_key
+        return self._locked is not None
 
     @property
     def status(self) -> str:
@@ -368,7 +316,7 @@ class Membership:
             return "locked"
         if self._trouble:
             return "error"
-        return "active" if self._is_active else "pending"
+        return "active" if self._part is not None and self._part.is_active else "pending"
 
     @property
     def header(self) -> str:
@@ -380,7 +328,7 @@ class Membership:
         """The ``Swarm`` section of ``/info``."""
         if self.is_locked:
             return local_section(None, status=self.status, trouble=LOCKED, managers=())
-        managers = self._agent.managers if self._agent is not None else ()
+        managers = self._part.managers if self._part is not None else ()
         section = local_section(self.node, status=self.status, trouble=self._trouble, managers=managers)
         if self._paths.manager_waiting.exists():
             section |= {"ControlAvailable": True, "Error": NO_LEADER}
@@ -392,7 +340,7 @@ class Membership:
 
     @property
     def _trouble(self) -> str:
-        return (self._management.trouble if self._management is not None else "") or self._error
+        return self._part.trouble if self._part is not None else ""
 
     async def _come_in(self, node: LocalNode, timeout_s: float) -> None:
         """Begin to take part; returns with the first session.  Raises: SkepError: it does not come to one."""
@@ -407,30 +355,17 @@ class Membership:
 
     async def _wait_registered_or(self, taking_part: asyncio.Task[None]) -> None:
         """Return with the first session, or when there will be none."""
+        assert self._part is not None, "begun before"
         async with asyncio.TaskGroup() as group:
-            registered = group.create_task(self._wait_registered(), name="wait for a session")
+            registered = group.create_task(self._part.wait_registered(), name="wait for a session")
             await asyncio.wait({registered, taking_part}, return_when=asyncio.FIRST_COMPLETED)
             registered.cancel()
 
-    async def _wait_registered(self) -> None:
-        """Return with the first session.  From then on the node is active, also while its manager is away."""
-        assert self._agent is not None, "begun before"
-        await self._agent.registered.wait()
-        self._is_active = True
-
     async def _wait_ready(self, node: LocalNode, timeout_s: float) -> None:
         """Return when the manager shows this node as ready."""
-        backoff = Backoff(0.01, 0.2)
         try:
             async with asyncio.timeout(timeout_s):
-                while True:
-                    try:
-                        shown = await self._manager_api.get(f"/nodes/{node.node_id}")
-                        if shown["Status"]["State"] == "ready":
-                            return
-                    except SkepError as error:
-                        log.debug("manager not ready yet", reason=str(error))
-                    await backoff.sleep(self._clock)
+                await wait_ready(self._manager_api, node.node_id, self._clock)
         except TimeoutError as error:
             raise Unavailable(self._trouble or _TIMED_OUT) from error
 
@@ -444,92 +379,21 @@ class Membership:
 
     def _begin(self, node: LocalNode) -> asyncio.Task[None]:
         assert self._group is not None, "used outside of run()"
-        self.node = node
-        self._error = ""
-        self._is_active = self._needs_key = False
-        self._management = management = Management(
-            self._paths,
-            is_manager=node.is_manager,
-            make=self._parts.manager,
-            prepare=self._prepare_manager,
-            become=self._become,
-        )
-        self._agent = self._parts.agent(node, self._remember_managers, management.take_role)
-        self._taking_part = self._group.create_task(self._take_part(), name="swarm")
+        self._locked = None
+        self._part = Participation(node, self._parts, self._paths)
+        self._taking_part = self._group.create_task(self._part.run(), name="swarm")
         return self._taking_part
-
-    async def _take_part(self) -> None:
-        """Run manager and agent until cancelled, or until the cluster does not want this node any more."""
-        assert self._agent is not None, "begun before"
-        assert self._management is not None, "begun before"
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._management.run(), name="management")
-                group.create_task(self._agent.run(), name="agent")
-                group.create_task(self._wait_registered(), name="first session")
-        except ExceptionGroup as errors:
-            expected, others = errors.split(SkepError)
-            if others is not None or expected is None:
-                raise
-            self._error = str(expected.exceptions[0])
-            log.error("not taking part in the swarm", reason=self._error)
-
-    def _remember_managers(self, managers: tuple[Peer, ...]) -> None:
-        if self.node is not None:
-            self._remember(msgspec.structs.replace(self.node, managers=managers))
-
-    def _become(self, is_manager: bool) -> None:
-        if self.node is not None:
-            self._remember(msgspec.structs.replace(self.node, is_manager=is_manager))
-
-    def _remember(self, node: LocalNode) -> None:
-        """Keep it for the next start; during init and join it is written with the rest, at their end."""
-        self.node = node
-        if self._paths.node_json.exists():
-            write_local_node(self._paths.node_json, node)
-
-    def _prepare_manager(self) -> None:
-        assert self.node is not None, "taking part"
-        self._parts.write_manager_files(self.node, None)
 
     async def _stop(self) -> None:
         """Stop manager and agent; tasks run on."""
         if self._taking_part is not None:
             self._taking_part.cancel()
             await asyncio.wait([self._taking_part])
-        self._taking_part = self._manager = self._agent = None
-        self._error = ""
+        self._taking_part = None
 
     async def _end(self) -> None:
         """Stop taking part and remove every trace of the swarm."""
         await self._stop()
-        self.node, self._needs_key = None, False
+        self._part = self._locked = None
         await self._parts.remove_tasks()
-        await asyncio.to_thread(self._wipe)
-
-    async def _clear_unfinished(self) -> None:
-        """Remove what an init or a leave that did not come to its end left behind."""
-        stray = read_pid_file(self._paths.pid_file("manager"))
-        if stray is not None:
-            await terminate(stray, STOP_GRACE_S)
-        if self._paths.manager.exists() or self._paths.certificates.exists():
-            log.warning("traces of an unfinished init or leave are removed")
-            await self._parts.remove_tasks()
-            await asyncio.to_thread(self._wipe)
-
-    def _wipe(self) -> None:
-        self._paths.node_json.unlink(missing_ok=True)
-        for directory in (self._paths.certificates, self._paths.manager):
-            shutil.rmtree(directory, ignore_errors=True)
-
-    def _other_managers(self) -> tuple[str, ...]:
-        known = self._agent.managers if self._agent is not None else ()
-        return tuple(
-            peer.addr for peer in known if self.node is not None and peer.node_id != self.node.node_id
-        )
-
-    async def _objection_to_leaving(self) -> str:
-        try:
-            return objection_to_leaving(await self._manager_api.get("/nodes"))
-        except SkepError:
-            return objection_to_leaving(None)
+        await asyncio.to_thread(wipe, self._paths)

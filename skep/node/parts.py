@@ -31,7 +31,7 @@ from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.managers import ManagerList
-from skep.node.membership import AgentConnection
+from skep.node.participation import AgentConnection
 from skep.node.reports import Reports
 from skep.node.resigning import resign
 from skep.node.restoring import Restored
@@ -133,6 +133,7 @@ class NodeParts:
             clock=self._clock,
             random=self._random,
             certificate_changed=lambda pair: certified(pair.identity.role),
+            address_of=node.reach,
             lock=self._lock,
             contact=self._contact,
             revision_file=self._certificates / REVISION_FILE,

@@ -6,9 +6,16 @@ Source: moby 20.10, daemon/cluster/{swarm,cluster}.go, cli/command/system/info.g
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.model.ids import NodeId
 from skep.node.local import LocalNode, Peer
 from skep.node.local_api import LocalApi
+
+log = structlog.get_logger()
 
 NO_SWARM = "This node is not part of a swarm"
 IN_A_SWARM = (
@@ -86,3 +93,16 @@ def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
         if FROZEN in message:
             return [f"WARNING: {message[message.index(FROZEN) :]}"]
     return []
+
+
+async def wait_ready(manager_api: LocalApi, node_id: NodeId, clock: Clock) -> None:
+    """Return when the manager of this node shows the node as ready."""
+    backoff = Backoff(0.01, 0.2)
+    while True:
+        try:
+            shown = await manager_api.get(f"/nodes/{node_id}")
+            if shown["Status"]["State"] == "ready":
+                return
+        except SkepError as error:
+            log.debug("manager not ready yet", reason=str(error))
+        await backoff.sleep(clock)

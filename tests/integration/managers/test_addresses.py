@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -81,6 +81,39 @@ def test_all_managers_move_at_once_and_find_each_other() -> None:
         m1.docker("service", "create", "--detach", "--name", "web", "--constraint", "node.hostname==w1",
                   "busybox:1", "sleep", "3600")  # fmt: skip
         wait_running(m1, "web", 1)
+
+
+def translate(cluster: TestCluster, outside: Mapping[str, str]) -> None:
+    """Have the network between the nodes translate addresses that no interface has: outer -> inner."""
+    rules = "".join(f"ip daddr {outer} dnat to {inner};" for outer, inner in outside.items())
+    table = (
+        f"table ip nat {{ chain pre {{ type nat hook prerouting priority -100; {rules} }}; "
+        "chain post { type nat hook postrouting priority 100; ct status dnat masquerade; }; }"
+    )
+    switch = f"/run/netns/skep-{cluster.name}-net"
+    command = ["nsenter", f"--net={switch}", "nft", "-f", "-"]
+    subprocess.run(command, input=table, text=True, timeout=20, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.point("3-nat")
+def test_managers_behind_address_translation_reach_each_other() -> None:
+    """Each advertises an address that none of its interfaces has; calls seem to come from the translator."""
+    with a_playground("nat", managers=1) as cluster:
+        for name in ("m2", "m3"):
+            cluster.skep("add", "manager", name)
+        m2, m3 = cluster.node("m2"), cluster.node("m3")
+        outer = {"m2": "192.168.200.2", "m3": "192.168.200.3"}
+        translate(cluster, {outer[node.name]: node.description["addr"] for node in (m2, m3)})
+        m2.docker("swarm", "init", "--advertise-addr", outer["m2"])
+        token = m2.docker("swarm", "join-token", "-q", "manager").stdout.strip()
+        m3.docker("swarm", "join", "--advertise-addr", outer["m3"], "--token", token, f"{outer['m2']}:2377")
+        wait_managers(m3, "m2", "m3")
+        assert addresses(cluster, "m3") == outer
+        write(m3, "through-translation")
+        assert secrets(m2) == {"through-translation"}
+        listed = _ip("-n", m3.description["netns"].rpartition("/")[2], "-json", "address", "show")
+        assert not any(addr in listed for addr in outer.values())
 
 
 @pytest.mark.slow

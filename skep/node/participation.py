@@ -1,0 +1,154 @@
+"""One node's taking part in its swarm: its agent, and its manager process while it is to have one.
+
+What it learns on the way, the other managers and its own role, is kept in ``node.json`` for the next start.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from skep.api.swarm_requests import Joining
+from skep.errors import SkepError
+from skep.model.node import NodeRole
+from skep.node.founding import NewCluster
+from skep.node.local import LocalNode, Peer, write_local_node
+from skep.node.management import Management, ManagerProcess
+from skep.node.restoring import Restored
+from skep.paths import Paths
+from skep.security.keypair import KeyPair
+
+log = structlog.get_logger()
+
+
+class AgentConnection(Protocol):
+    """The node's session with the managers (``node.agent.Agent``)."""
+
+    registered: asyncio.Event
+
+    @property
+    def managers(self) -> tuple[Peer, ...]: ...
+
+    @property
+    def role(self) -> NodeRole:
+        """In the node's certificate."""
+
+    async def run(self) -> None: ...
+
+
+class Parts(Protocol):
+    """What a node in a swarm is made of; the daemon composes it."""
+
+    def manager(self) -> ManagerProcess:
+        """The supervised manager process, not yet running."""
+
+    def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
+        """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
+
+    def write_restored_files(self, restored: Restored) -> None:
+        """Everything a manager reads that begins from a backup."""
+
+    def write_recovery_files(self, node: LocalNode) -> None:
+        """Have the manager go on alone, with ``node``'s addresses, at its next start."""
+
+    def agent(
+        self,
+        node: LocalNode,
+        remember: Callable[[tuple[Peer, ...]], None],
+        certified: Callable[[NodeRole], None],
+    ) -> AgentConnection:
+        """The agent, not yet running.
+
+        It tells ``remember`` about every new list of managers, and ``certified`` the role in every new certificate.
+        """
+
+    async def placed(self, node: LocalNode) -> LocalNode:
+        """The node with its present address, which its manager reads too."""
+
+    async def request_certificate(self, plan: Joining) -> KeyPair:
+        """Use the join token.  Raises: SkepError in Docker's words."""
+
+    async def resign(self, managers: Sequence[str]) -> None:
+        """Give this manager's vote back, if the others (``ip:port``) let it go."""
+
+    async def remove_tasks(self) -> None:
+        """Stop and remove everything that runs for the cluster."""
+
+
+class Participation:
+    """A node in its swarm, from one start to the next stop."""
+
+    def __init__(self, node: LocalNode, parts: Parts, paths: Paths) -> None:
+        self.node = node
+        self.is_active = False
+        """Whether there has been a session; it stays so while managers are away."""
+        self._parts = parts
+        self._paths = paths
+        self._error = ""
+        self._management = Management(
+            paths,
+            is_manager=node.is_manager,
+            make=parts.manager,
+            prepare=lambda: parts.write_manager_files(self.node, None),
+            become=self._become,
+        )
+        self._agent = parts.agent(node, self._remember_managers, self._management.take_role)
+        # What was cut off between a new certificate and its consequences goes on now.
+        self._management.take_role(self._agent.role)
+
+    @property
+    def trouble(self) -> str:
+        """Why the node does not take part as it should; empty: it does."""
+        return self._management.trouble or self._error
+
+    @property
+    def managers(self) -> tuple[Peer, ...]:
+        """The managers as the agent heard last."""
+        return self._agent.managers
+
+    @property
+    def other_managers(self) -> tuple[str, ...]:
+        """Addresses of the managers that are not this node's own."""
+        return tuple(peer.addr for peer in self.managers if peer.node_id != self.node.node_id)
+
+    def manager_trouble(self) -> str:
+        """Why the manager process is not going to be started again; empty: nothing speaks against it."""
+        return self._management.trouble
+
+    def reload(self) -> None:
+        """Have the manager of this node, if there is one, read its settings again."""
+        if self._management.process is not None:
+            self._management.process.reload()
+
+    async def run(self) -> None:
+        """Run manager and agent until cancelled, or until the cluster does not want this node any more."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._management.run(), name="management")
+                group.create_task(self._agent.run(), name="agent")
+                group.create_task(self.wait_registered(), name="first session")
+        except ExceptionGroup as errors:
+            expected, others = errors.split(SkepError)
+            if others is not None or expected is None:
+                raise
+            self._error = str(expected.exceptions[0])
+            log.error("not taking part in the swarm", reason=self._error)
+
+    async def wait_registered(self) -> None:
+        """Return with the first session.  From then on the node is active, also while its manager is away."""
+        await self._agent.registered.wait()
+        self.is_active = True
+
+    def _remember_managers(self, managers: tuple[Peer, ...]) -> None:
+        self._remember(msgspec.structs.replace(self.node, managers=managers))
+
+    def _become(self, is_manager: bool) -> None:
+        self._remember(msgspec.structs.replace(self.node, is_manager=is_manager))
+
+    def _remember(self, node: LocalNode) -> None:
+        """Keep it for the next start; during init and join it is written with the rest, at their end."""
+        self.node = node
+        if self._paths.node_json.exists():
+            write_local_node(self._paths.node_json, node)

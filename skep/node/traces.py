@@ -1,0 +1,30 @@
+"""What a swarm leaves on a node's disk, and its removal."""
+
+import shutil
+
+import structlog
+
+from skep.node.participation import Parts
+from skep.node.supervision.identity import read_pid_file
+from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
+from skep.paths import Paths
+
+log = structlog.get_logger()
+
+
+def wipe(paths: Paths) -> None:
+    """Forget the swarm.  ``node.json`` goes first: without it the rest is an unfinished leave."""
+    paths.node_json.unlink(missing_ok=True)
+    for directory in (paths.certificates, paths.manager):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def clear_unfinished(paths: Paths, parts: Parts) -> None:
+    """Remove what an init or a leave that did not come to its end left behind."""
+    stray = read_pid_file(paths.pid_file("manager"))
+    if stray is not None:
+        await terminate(stray, STOP_GRACE_S)
+    if paths.manager.exists() or paths.certificates.exists():
+        log.warning("traces of an unfinished init or leave are removed")
+        await parts.remove_tasks()
+        wipe(paths)
