@@ -191,12 +191,16 @@ BAD_INITS: list[tuple[dict[str, Any], int, str]] = [
     ({"ListenAddr": "127.0.0.1"}, 400, "could not find the system's IP address"),
     (INIT | {"ListenAddr": "127.0.0.1:99999"}, 500, "listen tcp: address 99999: invalid port"),
     (INIT | {"ListenAddr": "192.0.2.1:2377"}, 500, "bind: cannot assign requested address"),
+    (
+        INIT | {"Spec": {"CAConfig": {"ExternalCAs": [{"Protocol": "cfssl", "URL": "https://ca.example"}]}}},
+        501,
+        "external certificate authorities are not supported",
+    ),
     (INIT | {"Spec": {"Name": "x"}}, 400, 'swarm spec must be named "default"'),
     (INIT | {"AdvertiseAddr": "0.0.0.0"}, 400, "advertise address must be a non-zero IP address"),
     (INIT | {"DataPathPort": 80}, 500, "Datapath port number is not in valid range (1024-49151) : 80"),
     (INIT | {"SubnetSize": 30, "DefaultAddrPool": ["10.0.0.0/8"]}, 500, "subnet size is out of range: 30"),
     (INIT | {"Availability": "bogus"}, 500, 'invalid Availability: "bogus"'),
-    (INIT | {"ForceNewCluster": True}, 501, "--force-new-cluster is not supported"),
 ]
 
 
