@@ -169,9 +169,13 @@ class Fate:
         self._begin("watch lags", [], lambda: setattr(member, "watch_lag_s", 0.0), detail=member.id)
 
     def _slow_disk(self) -> None:
+        """Mostly the leader's; beyond a second, writers give up waiting for what is written all the same."""
+        leads = self._cluster.raft.current
         member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
-        member.stall_s = self._random.choice((0.1, 0.9, 1.5))
-        self._begin("disk stalls", [], lambda: setattr(member, "stall_s", 0.0), (0.1, 1.0), detail=member.id)
+        if leads is not None and self._random.random() < 0.7:
+            member = leads.member
+        member.stall_s = self._random.choice((0.1, 1.1, 1.6))
+        self._begin("disk stalls", [], lambda: setattr(member, "stall_s", 0.0), (0.5, 2.0), detail=member.id)
 
     def _compaction(self) -> None:
         revision = self._cluster.raft.kv.revision - self._random.choice((0, 0, 5, 50))
@@ -200,11 +204,12 @@ class Fate:
     def _show_the_past(self) -> None:
         """A manager tells its nodes what was true once, until somebody finds out and starts it again."""
         id = self._victim(self._cluster.managers)
-        shown = self._cluster.running_managers[id].shown if id in self._cluster.running_managers else None
-        if id is None or shown is None:
+        if id is None or id not in self._cluster.running_managers:
             return
         revision = max(self._cluster.raft.kv.revision - self._random.choice((5, 30, 100)), 2)
-        shown.past = self._cluster.truth.past(self._cluster.raft.kv.events(2, revision))
+        past = self._cluster.truth.past(self._cluster.raft.kv.events(2, revision))
+        if not self._cluster.running_managers[id].show_the_past(past):
+            return
 
         def undo() -> None:
             self._cluster.crash(id)

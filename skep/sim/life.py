@@ -11,11 +11,13 @@ from typing import cast
 import msgspec
 
 from skep.model.ids import NodeId
+from skep.model.node import Node
 from skep.model.service import Service, UpdateState
 from skep.model.task import TaskState
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.fate import Fate
 from skep.sim.node import image_of
+from skep.sim.rules.liveness import lease_violations
 from skep.sim.rules.rest import replica_violations
 from skep.sim.rules.tasks import is_wanted
 from skep.sim.users import BROKEN, CRASHING, CRASHING_AFTER_S, Users
@@ -26,6 +28,8 @@ PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
 CONVERGED_S = 90.0
 """From the last fault until everything is as was asked for, at most."""
 LOOK_S = 0.5
+LEASE_S = 10.0
+"""An election, two seconds until the leader adopts the session, three heartbeats, and room."""
 
 
 class Outcome(msgspec.Struct):
@@ -79,6 +83,8 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
         _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
     cluster.run_for(2.0)
     _check_rest(cluster)
+    if random.random() < 0.15:
+        _outlive_a_lease(cluster)
 
 
 def _converge(cluster: SimulatedCluster) -> None:
@@ -126,11 +132,29 @@ def unmet(cluster: SimulatedCluster, service: Service) -> Iterable[str]:
 def _check_rest(cluster: SimulatedCluster) -> None:
     """Everything that holds once nothing happens any more."""
     note, now = cluster.observer.note, cluster.loop.time
-    note(now(), cluster.rest_violations())
+    before = set(cluster.rest_violations())
+    cluster.run_for(
+        LOOK_S
+    )  # an end that was not reported yet is none: containers that crash do so all the time
+    note(now(), [violation for violation in cluster.rest_violations() if violation in before])
     promises = cluster.observer.promises
     note(now(), promises.broken(cluster.view, promises.given()))
     for id in cluster.managers:
         note(now(), cluster.do(_replica_violations(cluster, id)))
+
+
+def _outlive_a_lease(cluster: SimulatedCluster) -> None:
+    """A node dies for good, with the manager that has its session if the others can do without."""
+    lost = cluster.random.choice(cluster.workers)
+    session = cluster.view.get(Node, lost).session
+    if session is not None and len(cluster.managers) > 2:
+        cluster.crash(session.manager_id)
+    cluster.kill_node(lost)
+    cluster.trace.add(f"fault: {lost} dies for good")
+    cluster.run_for(LEASE_S)
+    for _ in range(4):
+        cluster.observer.note(cluster.loop.time(), lease_violations(cluster.view, lost))
+        cluster.run_for(LOOK_S)
 
 
 async def _replica_violations(cluster: SimulatedCluster, id: NodeId) -> list[str]:

@@ -16,12 +16,13 @@ from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
+from skep.model.task import Task
 from skep.security.identity import Identity
 from skep.sim.faults import PoisonedState, Rewindable
 from skep.sim.network import Network
 from skep.store.etcd.client import Client
 from skep.store.etcd.store import EtcdStore, store_on
-from skep.store.interface import NotLeader, Store, Term
+from skep.store.interface import NotLeader, Store, Term, View
 from skep.wire.client import Channel
 
 
@@ -44,8 +45,9 @@ class SimulatedManager:
         """``poisoned``: services whose decisions raise; may change at any time."""
         self.store: EtcdStore | None = None
         """None: not loaded yet."""
-        self.shown: Rewindable | None = None
+        self._shown: Rewindable | None = None
         """What nodes are told from."""
+        self._dispatcher: Dispatcher | None = None
         self.leads = False
         self._id = id
         self._addr = addr
@@ -73,10 +75,22 @@ class SimulatedManager:
             finally:
                 self.store = None
 
+    def show_the_past(self, past: View) -> bool:
+        """Tell nodes what was true in ``past`` from now on, all of it; gives whether anybody is told anything."""
+        if self.store is None or self._shown is None or self._dispatcher is None:
+            return False
+        present = self.store.view()
+        self._shown.past = past
+        for session in self._dispatcher._sessions.all():
+            session.wake_assignments([task.id for task in present.find(Task, node_id=session.node_id)])
+        return True
+
     async def _serve(self, store: EtcdStore) -> None:
         own = ManagerPeer(node_id=self._id, addr=self._addr)
-        self.shown = Rewindable(store)
-        dispatcher = Dispatcher(cast("Store", self.shown), own, self._clock, self._new_id, self._random)
+        self._shown = Rewindable(store)
+        dispatcher = self._dispatcher = Dispatcher(
+            cast("Store", self._shown), own, self._clock, self._new_id, self._random
+        )
         logs = LogBroker(store, self._new_id)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random)
         handlers = (*dispatcher.services(), *logs.services(), *link.services())

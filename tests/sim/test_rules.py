@@ -12,7 +12,7 @@ from skep.model.service import Resources, RestartPolicy, Service, UpdateConfig, 
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS
 from skep.sim.rules.containers import Containers
-from skep.sim.rules.liveness import NoFalseAlarm
+from skep.sim.rules.liveness import NoFalseAlarm, lease_violations
 from skep.sim.rules.observer import Rule
 from skep.sim.rules.promises import Promises
 from skep.sim.rules.rest import replica_violations, rest_violations
@@ -222,6 +222,16 @@ def test_a_node_called_down_without_a_fault_is_rejected() -> None:
     assert history.violations == [], "something was wrong ten seconds ago"
     history.after(10).put(a_node(W2, state=NodeState.DOWN))
     assert history.violations == ["w2 was called down after 20.0 s without a fault"]
+
+
+def test_a_task_shown_as_running_on_a_node_whose_lease_is_over_is_rejected() -> None:
+    history = History()
+    history.put(a_node(W1, state=NodeState.DOWN), a_task("t1", node="w1", state=TaskState.RUNNING))
+    assert list(lease_violations(history.state, W1)) == [], "it is shown as unknown"
+    history.put(a_node(W1))
+    assert list(lease_violations(history.state, W1)) == [
+        "task t1 is shown as running on w1, which nobody hears"
+    ]
 
 
 def test_a_container_stopped_though_it_is_to_run_is_rejected() -> None:

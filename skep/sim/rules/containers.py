@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import msgspec
 
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import OnDisconnect, disconnect_policy
+from skep.model.labels import ON_DISCONNECT, OnDisconnect
 from skep.model.node import Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -70,7 +70,7 @@ class Containers:
         task = view.lookup(Task, task_id)
         if task is None or task.node_id != node_id or not is_wanted(task):
             return
-        if view.lookup(Node, node_id) is not None and not _stops_cut_off(view, task):
+        if view.lookup(Node, node_id) is not None and not _may_stop_alone(view, task):
             yield f"{node_id} stopped the container of task {task_id}, which is to run there"
 
     def ended(self, task_id: TaskId) -> None:
@@ -97,7 +97,7 @@ class Containers:
             if id == task.id or node_id is None or other.retired_at is None:
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
-            was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at - STOP_TIMEOUT_S
+            was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)
             is_overdue = now - own.created_at > STOP_TIMEOUT_S * TOLERANCE
             if not is_reported and not was_lost and not is_overdue:
                 yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
@@ -108,13 +108,24 @@ class Containers:
         if not place:
             return
         before = self._records[slot[place - 1]]
-        created_at = self._records[task.id].created_at
-        if before.failed_at is None or before.failed_at > created_at or before.task.spec != task.spec:
+        own = self._records[task.id]  # as it was written: what came over the wire spells defaults out
+        if before.failed_at is None or before.failed_at > own.created_at or before.task.spec != own.task.spec:
             return
         delay_s = _delay_s(before.task) * TOLERANCE
         if now < before.failed_at + delay_s:
             waited_s = now - before.failed_at
             yield f"task {task.id} started {waited_s:.2f} s after {before.task.id} failed, not {delay_s:.2f}"
+
+
+def _is_down(view: View, node_id: NodeId) -> bool:
+    node = view.lookup(Node, node_id)
+    return node is None or node.status.state is NodeState.DOWN
+
+
+def _may_stop_alone(view: View, task: Task) -> bool:
+    """Whether its service wants a node that lost all managers to stop it."""
+    service = view.lookup(Service, task.service_id)
+    return service is not None and service.spec.labels.get(ON_DISCONNECT) == OnDisconnect.STOP.value
 
 
 def _slot_of(task: Task) -> str:
@@ -124,9 +135,3 @@ def _slot_of(task: Task) -> str:
 def _delay_s(task: Task) -> float:
     policy = task.spec.restart_policy
     return DEFAULT_DELAY_S if policy is None or policy.delay is None else policy.delay / SECOND_NS
-
-
-def _stops_cut_off(view: View, task: Task) -> bool:
-    """Whether the task's service wants a node that is cut off to stop it."""
-    service = view.lookup(Service, task.service_id)
-    return service is not None and disconnect_policy(service.spec.labels).action is OnDisconnect.STOP

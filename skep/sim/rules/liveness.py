@@ -1,8 +1,11 @@
-"""Rules on what is said of nodes: none is called down while nothing is wrong with it."""
+"""Rules on what is said of nodes: none is down while nothing is wrong; of one that is, nothing is said to run."""
 
 from collections.abc import Callable, Iterable
 
+from skep.manager.control.tasks import known_status
+from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
+from skep.model.task import Task, TaskState
 from skep.sim.truth import Change
 from skep.store.interface import Updated, View
 
@@ -26,3 +29,10 @@ class NoFalseAlarm:
                     calm_s = change.time_s - self._calm_since()
                     if calm_s > CALM_S:
                         yield f"{after.id} was called down after {calm_s:.1f} s without a fault"
+
+
+def lease_violations(view: View, node_id: NodeId) -> Iterable[str]:
+    """Of a node whose lease is over nothing is shown as running."""
+    for task in view.find(Task, node_id=node_id):
+        if known_status(view, task).state is TaskState.RUNNING:
+            yield f"task {task.id} is shown as running on {node_id}, which nobody hears"
