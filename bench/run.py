@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from bench.docker_lab import DockerLab
 from bench.facts import facts
 from bench.machine import noise
 from bench.report import document
-from bench.scenarios import ONCE, SCENARIOS, clear
+from bench.scenarios import FRESH, SCENARIOS, clear
 from bench.skep_lab import SkepLab
 from skep.playground.busybox import busybox_archive
 
@@ -32,17 +34,23 @@ def main() -> None:
         docker, skep = DockerLab(Path(directory) / "docker"), SkepLab(Path(directory) / "skep")
         labs: list[DockerLab | SkepLab] = [docker, skep]
         try:
-            for lab in labs:
+
+            def begin(lab: DockerLab | SkepLab) -> None:
                 _say(f"starting {lab.system} ...")
                 lab.up(archive.data, archive.image_id)
-            result = _measure(labs, options)
+
+            for lab in labs:
+                begin(lab)
+            result = _measure(labs, options, begin)
         finally:
             for lab in labs:
                 lab.down()
     _keep(result)
 
 
-def _measure(labs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any], None]) -> dict[str, Any]:
+    """Every scenario on both systems.  ``begin`` starts a system anew."""
+    started = time.monotonic()
     known = {lab.system: facts(lab) for lab in labs}
     for system, about in known.items():
         _say(f"{system}: " + ", ".join(f"{fact} {value}" for fact, value in about.items()))
@@ -51,10 +59,13 @@ def _measure(labs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     values: dict[str, dict[str, list[float]]] = {}
     busy_before: list[float] = []
     for name in options.scenarios:
-        wanted = 1 if name in ONCE else options.pairs
+        wanted = options.pairs
         kept = tried = 0
         while kept < wanted:
             tried += 1
+            if name in FRESH:
+                for lab in labs:
+                    begin(lab)
             before = noise()
             pair = {}
             for lab in labs if tried % 2 else reversed(labs):
@@ -73,6 +84,7 @@ def _measure(labs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.release()}",
         "pairs": options.pairs,
+        "minutes": round((time.monotonic() - started) / 60, 1),
         "noise": busy_before,
         "facts": known,
         "values": values,
@@ -81,7 +93,9 @@ def _measure(labs: list[Any], options: argparse.Namespace) -> dict[str, Any]:
 
 def _pair_text(pair: dict[str, dict[str, float]]) -> str:
     docker, skep = pair["docker"], pair["skep"]
-    return "; ".join(f"{metric}: {docker[metric]:.3g} / {skep[metric]:.3g}" for metric in docker)
+    return "; ".join(
+        f"{metric}: {docker[metric]:.3g} / {skep[metric]:.3g}" for metric in docker if metric in skep
+    )
 
 
 def _keep(result: dict[str, Any]) -> None:

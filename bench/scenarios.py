@@ -59,26 +59,35 @@ def clear(lab: Any) -> None:
     wait_for(lambda: _is_bare(lab) and not lab.engine.get("/tasks"))
 
 
-def start(replicas: int) -> Callable[[Any], Metrics]:
-    """Create -> all RUNNING; then removal -> containers gone."""
+def start(replicas: int, *, weighs: bool = False) -> Callable[[Any], Metrics]:
+    """Create -> all RUNNING; then removal -> containers gone.
+
+    ``weighs``: also the daemons' memory (PSS) without tasks, and what each task adds, its monitor included.
+    """
 
     poll_s = POLL_S if replicas < 20 else POLL_MANY_S
 
     def scenario(lab: Any) -> Metrics:
+        empty = memory_mib(lab.netns, lab.root_pids) if weighs else {}
         busy, began = busy_s(), time.monotonic()
         id = service(lab, f"start{replicas}", replicas)
         wait_for(lambda: len(running(lab, id)) >= replicas, poll_s=poll_s)
         took, spent = time.monotonic() - began, busy_s() - busy
+        full = memory_mib(lab.netns, lab.root_pids) if weighs else {}
         began = time.monotonic()
         lab.engine.delete(f"/services/{id}")
         wait_for(lambda: _is_bare(lab), poll_s=poll_s)
         gone = time.monotonic() - began
         clear(lab)
-        return {
+        result = {
             f"create {replicas} to running, s": took,
             f"create {replicas}, processor s per task": spent / replicas,
             f"remove {replicas} to containers gone, s": gone,
         }
+        if weighs:
+            added = sum(full[kind] - empty[kind] for kind in ("daemons", "monitors"))
+            result |= {"memory idle, MiB": empty["daemons"], "memory per task, MiB": added / replicas}
+        return result
 
     return scenario
 
@@ -97,31 +106,24 @@ def crash(lab: Any) -> Metrics:
     return {"crash to replacement, s": took}
 
 
-def memory(lab: Any) -> Metrics:
-    """PSS of the daemons without tasks, and what 50 idle tasks add (their monitors included)."""
-    empty = memory_mib(lab.netns, lab.root_pids)
-    id = service(lab, "memory", 50)
-    wait_for(lambda: len(running(lab, id)) >= 50)
-    full = memory_mib(lab.netns, lab.root_pids)
-    clear(lab)
-    added = sum(full[kind] - empty[kind] for kind in ("daemons", "monitors"))
-    return {"memory idle, MiB": empty["daemons"], "memory per task, MiB": added / 50}
-
-
 def churn(lab: Any) -> Metrics:
-    """1,000 services come and go (no tasks placed); memory after over before."""
-    before = memory_mib(lab.netns, lab.root_pids)["daemons"]
+    """1,000 services come and go (no tasks placed) on a fresh node; memory after over before, also by process."""
+    before = memory_mib(lab.netns, lab.root_pids)
     for batch in range(20):
         ids = [service(lab, f"churn-{batch}-{n}", 1, Placement={"Constraints": [NOWHERE]}) for n in range(50)]
         for id in ids:
             lab.engine.delete(f"/services/{id}")
     clear(lab)
-    after = memory_mib(lab.netns, lab.root_pids)["daemons"]
-    return {
-        "memory before churn, MiB": before,
-        "memory after 1,000 services, MiB": after,
-        "growth by churn": after / before,
+    after = memory_mib(lab.netns, lab.root_pids)
+    result = {
+        "memory before churn, MiB": before["daemons"],
+        "memory after 1,000 services, MiB": after["daemons"],
+        "growth by churn": after["daemons"] / before["daemons"],
     }
+    for name in sorted(after):
+        if name.startswith("process ") and name in before:
+            result[f"growth by churn of {name}, MiB"] = after[name] - before[name]
+    return result
 
 
 def listing(tasks: int) -> Callable[[Any], Metrics]:
@@ -172,13 +174,12 @@ def _latency_ms(lab: Any, path: str, times: int = 30) -> float:
 SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "start1": start(1),
     "start20": start(20),
-    "start50": start(50),
+    "start50": start(50, weighs=True),
     "crash": crash,
-    "memory": memory,
     "latency": latency,
     "listing1000": listing(1000),
     "listing3000": listing(3000),
     "churn": churn,
 }
-ONCE = frozenset({"churn"})
-"""Scenarios that take long and vary little: one pair at the end, after everything else."""
+FRESH = frozenset({"churn"})
+"""Scenarios that begin on nodes of their own: what a node grows by depends on what it has been through."""

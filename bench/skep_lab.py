@@ -14,8 +14,10 @@ class SkepLab:
 
     system = "skep"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "bench") -> None:
+        """``name``: of the playground; two at a time need two."""
         self.directory = directory
+        self.name = name
         self.image = ""
         self._skep = str(Path(sys.executable).with_name("skep"))
 
@@ -28,7 +30,7 @@ class SkepLab:
     def up_alone(self) -> None:
         """Start the playground with the image it brings along."""
         self.down()
-        options = ["--managers", "1", "--workers", "0", "--dir", str(self.directory), "--name", "bench"]
+        options = ["--managers", "1", "--workers", "0", "--dir", str(self.directory), "--name", self.name]
         subprocess.run([self._skep, "playground", "up", *options], check=True, stdout=subprocess.DEVNULL)
         description = json.loads((self.directory / "cluster.json").read_text())
         self.node: dict[str, Any] = description["nodes"][0]
@@ -48,5 +50,5 @@ class SkepLab:
         return f"skep {answer['Version']}"
 
     def down(self) -> None:
-        command = [self._skep, "playground", "down", "--dir", str(self.directory), "--name", "bench"]
+        command = [self._skep, "playground", "down", "--dir", str(self.directory), "--name", self.name]
         subprocess.run(command, check=False, capture_output=True)

@@ -32,6 +32,7 @@ from skep.node.supervision.restart import CRASH_WINDOW_S
 
 DEADLINE_S = 60.0
 MEASURE_EVERY_S = 600.0
+MEASURES_MIN = 10
 MEMORY_GROWTH_MAX = 1.3
 FILES_GROWTH_MAX = 1.5
 ETCD_MIB_MAX = 128
@@ -47,8 +48,9 @@ DAEMONS = ("skep-node", "skep-manager", "etcd", "skep-net", "conmon")
 class Soak:
     """One run; ``wanted`` is what the cluster was asked for: service name -> replicas."""
 
-    def __init__(self, lab: SkepLab, seed: int, log: Path) -> None:
-        self.lab, self.random, self._log = lab, random.Random(seed), log
+    def __init__(self, lab: SkepLab, seed: int, log: Path, faults: float) -> None:
+        """``faults``: share of the rounds in which something is killed."""
+        self.lab, self.random, self._log, self._fault_share = lab, random.Random(seed), log, faults
         self.wanted: dict[str, int] = {}
         self.rounds = self.faults = 0
         self._kills: list[float] = []
@@ -56,11 +58,12 @@ class Soak:
     def run(self, minutes: float) -> None:
         """Do rounds for ``minutes``.  Raises: AssertionError: an invariant does not hold."""
         self.say(f"soak of {minutes:g} minutes, commit {commit()}")
-        end, measured = time.monotonic() + minutes * 60, -MEASURE_EVERY_S
+        every_s = min(MEASURE_EVERY_S, minutes * 60 / MEASURES_MIN)
+        end, measured = time.monotonic() + minutes * 60, -every_s
         first: dict[str, float] = {}
         while time.monotonic() < end:
             self._round()
-            if time.monotonic() - measured >= MEASURE_EVERY_S and self.rounds >= 20:
+            if time.monotonic() - measured >= every_s and self.rounds >= 20:
                 measured = time.monotonic()
                 now = self._measure()
                 first = first or now
@@ -84,7 +87,7 @@ class Soak:
         )
         step = self.random.choice(steps)
         what = step()
-        if self.random.random() < 0.3:
+        if self.random.random() < self._fault_share:
             what += f", {self._fault()}"
         self._settle(what)
 
@@ -207,19 +210,20 @@ class Soak:
         while not all(self._pids(name) for name in DAEMONS if name != "conmon"):  # one was killed just now
             assert time.monotonic() < deadline, f"a daemon stays away for {DEADLINE_S} s"
             time.sleep(0.2)
-        files, mebibytes = 0, dict.fromkeys(DAEMONS, 0.0)
+        files, mebibytes, each = 0, dict.fromkeys(DAEMONS, 0.0), []
         for pid in daemons(self.lab.netns, self.lab.root_pids):
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
                 name = Path(f"/proc/{pid}/comm").read_text().strip()
                 if name in mebibytes and name != "conmon":
-                    mebibytes[name] += int(status.partition("RssAnon:")[2].split()[0]) / 1024
+                    anonymous, mapped = (_mebibytes(status, field) for field in ("RssAnon", "RssFile"))
                     files += len(os.listdir(f"/proc/{pid}/fd"))
+                    mebibytes[name] += anonymous
+                    each.append(f"{name} {pid} {anonymous:.1f} + {mapped:.1f} mapped")
             except (OSError, IndexError):
                 continue  # it has just ended
-        each = ", ".join(f"{name} {size:.0f}" for name, size in mebibytes.items() if size)
         total = sum(mebibytes.values())
-        self.say(f"daemons: {total:.0f} MiB of memory ({each}), {files} open files")
+        self.say(f"daemons: {total:.1f} MiB of memory ({', '.join(each)}), {files} open files")
         etcd = mebibytes["etcd"]
         return {"memory_mib": total - etcd, "etcd_mib": etcd, "open_files": float(files)}
 
@@ -273,6 +277,11 @@ class Soak:
             file.write(line + "\n")
 
 
+def _mebibytes(status: str, field: str) -> float:
+    """A figure of /proc/<pid>/status."""
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1024
+
+
 def _counted(words: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for word in words:
@@ -287,16 +296,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument("--dir", default="/var/tmp", help="where the node keeps its state; not on overlayfs")
+    parser.add_argument("--faults", type=float, default=0.3, help="share of rounds with one (default 0.3)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
     RESULTS.mkdir(exist_ok=True)
     log = RESULTS / f"soak-{datetime.now(UTC):%Y-%m-%d-%H%M}-{commit()}.log"
     with tempfile.TemporaryDirectory(prefix="skep-soak-", dir=options.dir) as directory:
-        lab = SkepLab(Path(directory) / "skep")
+        lab = SkepLab(Path(directory) / "skep", "soak")
         try:
             lab.up_alone()
-            soak = Soak(lab, seed, log)
-            soak.say(f"seed {seed}")
+            soak = Soak(lab, seed, log, options.faults)
+            soak.say(f"seed {seed}, faults in {options.faults:.0%} of the rounds")
             soak.run(options.minutes)
         except BaseException:
             shutil.copy(Path(directory) / "skep/m1/skep.log", log.with_suffix(".skep.log"))
