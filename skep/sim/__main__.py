@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-import time
 
+from skep.aio.clock import SystemClock
 from skep.sim.run import failures, outcomes, report
 
 TRACE_LINES = 400
@@ -19,23 +19,29 @@ def main() -> int:
     wish = parser.parse_args()
     if wish.seed is not None:
         return _tell(wish.seed)
-    began, failed = time.monotonic(), 0
+    clock = SystemClock()
+    began, failed = clock.monotonic(), 0
     for outcome in failures(range(wish.first, wish.first + wish.seeds), wish.processes):
         failed += 1
-        print(report(outcome), flush=True)
-    took_s = time.monotonic() - began
-    print(f"{wish.seeds} lives, {failed} failed, {took_s:.0f} s, {wish.seeds / took_s:.1f} a second")
+        _say(report(outcome))
+    took_s = clock.monotonic() - began
+    _say(f"{wish.seeds} lives, {failed} failed, {took_s:.0f} s, {wish.seeds / took_s:.1f} a second")
     return 1 if failed else 0
 
 
 def _tell(seed: int) -> int:
     (outcome,) = outcomes([seed])
     if outcome.violations:
-        print(report(outcome, TRACE_LINES))
+        _say(report(outcome, TRACE_LINES))
         return 1
-    print("\n".join(outcome.trace))
-    print(f"seed {seed}: nothing went wrong")
+    _say("\n".join(outcome.trace))
+    _say(f"seed {seed}: nothing went wrong")
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -20,20 +20,15 @@ from typing import Any, Self, TypeVar
 from msgspec.structs import replace
 
 from skep.errors import Unavailable
-from skep.model.ids import ClusterId, NodeId, ServiceId, base36
+from skep.model.ids import NodeId, ServiceId, base36
 from skep.model.node import (
     Availability,
-    ManagerStatus,
     Node,
     NodeDescription,
     NodeRole,
-    NodeSpec,
     NodeState,
-    NodeStatus,
-    Reachability,
 )
 from skep.model.service import Resources, Service, ServiceSpec
-from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.node.executor.simulated import Behaviour
@@ -41,6 +36,7 @@ from skep.node.local import Peer
 from skep.security.identity import Identity
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.etcd.raft import Raft
+from skep.sim.joined import CLUSTER, address_of, joined
 from skep.sim.links import Links
 from skep.sim.manager import SimulatedManager
 from skep.sim.network import Network
@@ -56,7 +52,6 @@ from skep.store.interface import Transaction, View
 
 T = TypeVar("T")
 
-CLUSTER = ClusterId("sim")
 STEP_S = 0.05
 """How often ``run_until`` looks."""
 WRAPPING_KEY = bytes(32)
@@ -371,25 +366,10 @@ class SimulatedCluster:
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
         self.raft.committed.remove(self.truth.take)  # what comes before the keys are known is read afterwards
         await self.raft.wait_readable(self.raft.members[first])
-        await initialize_on(client, WRAPPING_KEY, self.clocks[first], self._joined)
+        await initialize_on(client, WRAPPING_KEY, self.clocks[first], joined, self.managers, self.workers)
         self.truth.begin(Cipher((await founded(client)).ring, WRAPPING_KEY))
         self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
         self.raft.committed.append(self.truth.take)
-
-    def _joined(self, tx: Transaction) -> None:
-        tx.put(Swarm(id=CLUSTER, spec=DEFAULT_SWARM_SPEC))
-        for id in self.managers:
-            tx.put(
-                Node(
-                    id=id,
-                    spec=NodeSpec(role=NodeRole.MANAGER, availability=Availability.DRAIN),
-                    description=NodeDescription(hostname=id),
-                    status=NodeStatus(state=NodeState.READY),
-                    manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=address_of(id)),
-                )
-            )
-        for id in self.workers:
-            tx.put(Node(id=id))
 
     def _stop(self, id: NodeId) -> None:
         process = self._processes.pop(id, None)
@@ -406,8 +386,3 @@ class SimulatedCluster:
             wall_off_s=chance(-1.0, 1.0),
             wait_running=lambda: self.links.wait_thawed(id),
         )
-
-
-def address_of(id: NodeId) -> str:
-    """Where a manager listens."""
-    return f"{id}:2377"

@@ -14,6 +14,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.service import Service, UpdateState
 from skep.model.task import TaskState
+from skep.node.executor.simulated import Behaviour
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.fate import Fate
 from skep.sim.node import image_of
@@ -23,7 +24,7 @@ from skep.sim.rules.tasks import is_wanted
 from skep.sim.users import BROKEN, CRASHING, CRASHING_AFTER_S, Users
 from skep.store.state import State
 
-STEPS = 22
+STEPS = 20
 PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
 CONVERGED_S = 90.0
 """From the last fault until everything is as was asked for, at most."""
@@ -44,8 +45,15 @@ class Outcome(msgspec.Struct):
 def live(seed: int, steps: int = STEPS) -> Outcome:
     """Live the life of ``seed``."""
     shape = Random(seed ^ 0x5EED)
+    behaviour = Behaviour(
+        prepare_s=shape.choice((0.02, 0.1)), start_s=0.05, shutdown_s=shape.choice((0.05, 0.3, 1.0))
+    )
     cluster = SimulatedCluster(
-        managers=shape.choice((1, 3, 3, 3, 5)), workers=shape.randint(2, 5), seed=seed, skew=True
+        managers=shape.choice((1, 3, 3, 3, 5)),
+        workers=shape.randint(2, 5),
+        seed=seed,
+        behaviour=behaviour,
+        skew=True,
     )
     try:
         with cluster:

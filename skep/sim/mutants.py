@@ -7,7 +7,6 @@ through all of them means that the workload, the faults or the rules of the simu
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from unittest import mock
 
 import msgspec
 
+from skep.aio.clock import SystemClock
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher import statuses
 from skep.manager.orchestrator import restart, update
@@ -62,13 +62,14 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def judged(mutant: Mutant, seeds: int = SEEDS) -> Verdict:
     """Live lives with the rule broken until one goes wrong."""
-    began = time.process_time()
+    clock = SystemClock()
+    began = clock.monotonic()
     with broken(mutant):
         for lives, outcome in enumerate(outcomes(range(seeds)), 1):
             if outcome.violations:
-                took_s = time.process_time() - began
+                took_s = clock.monotonic() - began
                 return Verdict(mutant.name, outcome.seed, lives, took_s, outcome.violations[0])
-    return Verdict(mutant.name, None, seeds, time.process_time() - began)
+    return Verdict(mutant.name, None, seeds, clock.monotonic() - began)
 
 
 @contextmanager
@@ -174,14 +175,14 @@ MUTANTS: tuple[Mutant, ...] = (
 
 def main() -> int:
     """Print the table; gives 1 if a mutant lived."""
-    print(f"{'mutant':<18}{'found by seed':>14}{'lives':>7}{'seconds':>9}  violation")
+    sys.stdout.write(f"{'mutant':<18}{'found by seed':>14}{'lives':>7}{'seconds':>9}  violation\n")
     with ProcessPoolExecutor() as pool:
         verdicts = list(pool.map(_judged, range(len(MUTANTS))))
     for verdict in verdicts:
         seed = "never" if verdict.seed is None else verdict.seed
-        print(
+        sys.stdout.write(
             f"{verdict.mutant:<18}{seed:>14}{verdict.lives:>7}{verdict.seconds:>9.1f}  "
-            f"{verdict.violation.splitlines()[0] if verdict.violation else ''}"
+            f"{verdict.violation.splitlines()[0] if verdict.violation else ''}\n"
         )
     return 1 if any(verdict.seed is None for verdict in verdicts) else 0
 

@@ -9,7 +9,8 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from skep.sim.etcd.raft import Member, Raft
+from skep.sim.etcd.member import Member
+from skep.sim.etcd.raft import Raft
 from skep.sim.links import Links
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import LOAD_S, READ_S, WRITE_S, Client, Watching

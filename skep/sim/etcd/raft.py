@@ -14,85 +14,19 @@ import asyncio
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 from random import Random
-from typing import TYPE_CHECKING
 
 from skep.model.ids import NodeId
 from skep.sim.etcd.kv import KeyValues
+from skep.sim.etcd.member import Entry, Leadership, Member, resolve
 from skep.sim.links import Links
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain
-
-if TYPE_CHECKING:
-    from skep.sim.etcd.client import SimulatedWatching
 
 ELECTION_S = (0.5, 1.0)
 """How long a member waits for its leader before it stands itself; as long a leader does for its quorum."""
 
 Committed = Callable[[NodeId, int, "list[pb.Event]"], None]
 """Called with each entry that wrote something: whose it was, its revision, what it wrote."""
-
-
-class Entry:
-    """A transaction on its way into the log."""
-
-    def __init__(
-        self, origin: "Member", request: pb.TxnRequest, answer: "asyncio.Future[pb.TxnResponse]"
-    ) -> None:
-        self.origin = origin
-        self.request = request
-        self.answer = answer
-        self.holders: set[NodeId] = set()
-        """Who has received it, committed or not."""
-
-
-class Leadership:
-    """One member's time in office."""
-
-    def __init__(self, term: int, member: "Member") -> None:
-        self.term = term
-        self.member = member
-        self.pending: list[Entry] = []
-        self.is_over = False
-        self.is_doubted = False
-        """It has lost its quorum, and gives up if that stays so."""
-        self.free_at = 0.0
-        """When its disk has written what came before."""
-
-
-class Member:
-    """One member, as its own disk and memory have it."""
-
-    def __init__(self, id: NodeId, number: int) -> None:
-        self.id = id
-        self.number = number
-        self.is_running = False
-        self.is_voter = True
-        self.applied = 1
-        """Revision it has come to; all of it is on its disk."""
-        self.term = 0
-        self.leadership: Leadership | None = None
-        """Whom it follows (or it is its own), as far as it knows."""
-        self.lag_s = 0.0
-        """How much later than others it applies what is committed."""
-        self.watch_lag_s = 0.0
-        """How much later its watchers hear of what it has applied."""
-        self.stall_s = 0.0
-        """How long its disk takes for an entry beyond what is usual."""
-        self.deaf_until = 0.0
-        """Until then its own status says what it said last."""
-        self.watchers: list[SimulatedWatching] = []
-        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
-        self.entries: list[Entry] = []
-        """Entries for which somebody waits here."""
-        self.is_standing = False
-        """Whether its election timeout runs."""
-
-    async def reached(self, revision: int) -> None:
-        """Return once it has applied ``revision``."""
-        if self.applied < revision:
-            arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.waiting.append((revision, arrived))
-            await arrived
 
 
 class Raft:
@@ -221,15 +155,15 @@ class Raft:
         """``entry`` is in: its origin answers when it has applied it."""
         answer = entry.answer
 
-        def resolve() -> None:
+        def give() -> None:
             if not answer.done():
                 answer.set_result(response)
 
         if entry.origin.applied >= revision:
-            resolve()
+            give()
         else:
             arrived: asyncio.Future[None] = self.loop.create_future()
-            arrived.add_done_callback(lambda _: resolve())
+            arrived.add_done_callback(lambda _: give())
             entry.origin.waiting.append((revision, arrived))
 
     def _spread(self, leadership: Leadership, *, late: bool) -> None:
@@ -252,7 +186,7 @@ class Raft:
         if due:
             member.waiting = [one for one in member.waiting if one[0] > revision]
         for future in due:
-            _resolve(future)
+            resolve(future)
         for watching in member.watchers:
             watching.show(revision, member.watch_lag_s)
 
@@ -279,7 +213,7 @@ class Raft:
         self._changed.append(waiting)
         timer = None
         if timeout_s is not None:
-            timer = asyncio.get_running_loop().call_later(timeout_s, _resolve, waiting)
+            timer = asyncio.get_running_loop().call_later(timeout_s, resolve, waiting)
         try:
             await waiting
         finally:
@@ -305,7 +239,7 @@ class Raft:
                 self._stand(member)
         changed, self._changed = self._changed, []
         for waiting in changed:
-            _resolve(waiting)
+            resolve(waiting)
 
     def _lead(self, leadership: Leadership) -> None:
         """Whoever hears the leader follows it, and gets what it missed."""
@@ -419,8 +353,3 @@ class Raft:
 
     def _running(self) -> Iterable[Member]:
         return [member for member in self.members.values() if member.is_running]
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
