@@ -1,6 +1,7 @@
 """Cluster networks."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NetworkId
@@ -19,6 +20,14 @@ class IPAMOptions(ApiObject):
     configs: tuple[IPAMConfig, ...] = ()
 
 
+class ConfigReference(ApiObject):
+    """The network of a node from which a cluster's network takes its settings (macvlan, ipvlan)."""
+
+    __go_name__: ClassVar[str | None] = "network.ConfigReference"
+
+    network: str = always("")
+
+
 class NetworkSpec(ApiObject):
     """The user's wish for a network (the cluster's form; ``/networks`` answers a flat one)."""
 
@@ -31,6 +40,7 @@ class NetworkSpec(ApiObject):
     ingress: bool = False
     ipam_options: IPAMOptions | None = None
     scope: str = ""
+    config_from: ConfigReference | None = None
 
 
 class Network(ApiObject):

@@ -1398,10 +1398,12 @@ class NetworkSpec(_message.Message):
     IPAM_FIELD_NUMBER: _builtins.int
     ATTACHABLE_FIELD_NUMBER: _builtins.int
     INGRESS_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
     ipv6_enabled: _builtins.bool
     internal: _builtins.bool
     attachable: _builtins.bool
     ingress: _builtins.bool
+    network: _builtins.str
     @_builtins.property
     def annotations(self) -> Global___Annotations: ...
     @_builtins.property
@@ -1418,12 +1420,15 @@ class NetworkSpec(_message.Message):
         ipam: Global___IPAMOptions | None = ...,
         attachable: _builtins.bool = ...,
         ingress: _builtins.bool = ...,
+        network: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "driver_config", b"driver_config", "ipam", b"ipam"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "config_from", b"config_from", "driver_config", b"driver_config", "ipam", b"ipam", "network", b"network"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "attachable", b"attachable", "driver_config", b"driver_config", "ingress", b"ingress", "internal", b"internal", "ipam", b"ipam", "ipv6_enabled", b"ipv6_enabled"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "attachable", b"attachable", "config_from", b"config_from", "driver_config", b"driver_config", "ingress", b"ingress", "internal", b"internal", "ipam", b"ipam", "ipv6_enabled", b"ipv6_enabled", "network", b"network"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_config_from: _TypeAlias = _typing.Literal["network"]
+    _WhichOneofArgType_config_from: _TypeAlias = _typing.Literal["config_from", b"config_from"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_config_from) -> _WhichOneofReturnType_config_from | None: ...
 
 Global___NetworkSpec: _TypeAlias = NetworkSpec
 

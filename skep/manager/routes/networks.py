@@ -16,7 +16,7 @@ from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
 from skep.model.encoding import ApiObject, always
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.network import ConfigReference, IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.store.interface import View
 
 routes = Routes()
@@ -41,12 +41,6 @@ class _IPAM(ApiObject):
     config: tuple[_Addresses, ...] = always(())
 
 
-class _ConfigFrom(ApiObject):
-    __go_name__ = "network.ConfigReference"
-
-    network: str = always("")
-
-
 class _NetworkBody(ApiObject):
     """Body of ``POST /networks/create``."""
 
@@ -62,7 +56,7 @@ class _NetworkBody(ApiObject):
     attachable: bool = False
     ingress: bool = False
     config_only: bool = False
-    config_from: _ConfigFrom | None = None
+    config_from: ConfigReference | None = None
     options: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
 
@@ -156,6 +150,7 @@ def _spec(body: _NetworkBody) -> NetworkSpec:
         ingress=body.ingress,
         ipam_options=ipam,
         scope="swarm",
+        config_from=body.config_from if body.config_from and body.config_from.network else None,
     )
 
 
@@ -232,7 +227,7 @@ def _shown(network: Network) -> dict[str, Any]:
         "Internal": spec.internal,
         "Attachable": spec.attachable,
         "Ingress": control.is_ingress(network),
-        "ConfigFrom": {"Network": ""},
+        "ConfigFrom": {"Network": spec.config_from.network if spec.config_from else ""},
         "ConfigOnly": False,
         "Containers": None,
         "Options": dict(driver.options) or None,

@@ -2,7 +2,7 @@
 
 from skep.model.gossip import GossipKey
 from skep.model.ids import NetworkId
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.network import ConfigReference, IPAMConfig, IPAMOptions, Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, PortConfig, PublishMode
 from skep.model.task import NetworkAttachment
 from skep.wire import swarm_pb2 as pb
@@ -89,6 +89,8 @@ def network_to_pb(network: Network) -> pb.Network:
     )
     if spec.driver_configuration is not None:
         message.spec.driver_config.CopyFrom(driver_to_pb(spec.driver_configuration))
+    if spec.config_from is not None and spec.config_from.network:
+        message.spec.network = spec.config_from.network
     if spec.ipam_options is not None:
         message.spec.ipam.CopyFrom(_ipam_to_pb(spec.ipam_options))
     if network.ipam_options is not None:
@@ -114,6 +116,7 @@ def network_from_pb(message: pb.Network) -> Network:
             attachable=spec.attachable,
             ingress=spec.ingress,
             ipam_options=_ipam_from_pb(spec.ipam) if spec.HasField("ipam") else None,
+            config_from=ConfigReference(network=spec.network) if spec.network else None,
         ),
         driver_state=driver_from_pb(message.driver_state),
         ipam_options=_ipam_from_pb(message.ipam) if message.HasField("ipam") else None,

@@ -27,9 +27,10 @@ from skep.model.container import (
     RuntimeTarget,
     SeccompOpts,
 )
-from skep.model.ids import TaskId
+from skep.model.ids import NetworkId, TaskId
 from skep.model.logs import LogLine, LogQuery
-from skep.model.network import NetworkSpec
+from skep.model.meta import Driver
+from skep.model.network import ConfigReference, Network, NetworkSpec
 from skep.model.node import Node, NodeCertificate, NodeDescription
 from skep.model.service import (
     DiscreteResource,
@@ -53,6 +54,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.assignments import assignments_from_pb, changes_to_pb
 from skep.wire.convert.container import container_from_pb, container_to_pb
 from skep.wire.convert.logs import line_from_pb, line_to_pb, query_from_pb, query_to_pb
+from skep.wire.convert.network import network_from_pb, network_to_pb
 from skep.wire.convert.node import (
     description_from_pb,
     description_to_pb,
@@ -353,3 +355,14 @@ def test_an_engine_gets_a_services_virtual_addresses_and_options_of_its_networks
     assert place.network.driver_state.name == "overlay"
     assert place.network.ipam.driver.name == "default"
     assert [(one.network_id, one.addr) for one in message.endpoint.virtual_ips] == [("net1", "10.0.1.2/24")]
+
+
+def test_a_network_takes_its_settings_from_one_of_the_node_by_name() -> None:
+    spec = NetworkSpec(
+        name="lan",
+        driver_configuration=Driver(name="macvlan"),
+        config_from=ConfigReference(network="lan-config"),
+    )
+    message = network_to_pb(Network(id=NetworkId("n1"), spec=spec))
+    assert message.spec.WhichOneof("config_from") == "network"
+    assert network_from_pb(message).spec.config_from == ConfigReference(network="lan-config")
