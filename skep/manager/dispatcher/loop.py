@@ -201,7 +201,8 @@ class Dispatcher:
             keys: tuple[GossipKey, ...] = ()
             if is_docker_node(node):
                 stored = view.lookup(Payload, GOSSIP_KEYS_ID)
-                if stored is None:  # the leader is about to make them; an engine without keys gossips in clear
+                if stored is None:
+                    # The leader is about to make them; an engine without keys gossips in clear.
                     await session.messages.wait()
                     continue
                 keys = decoded_keys(stored.data).keys
