@@ -30,7 +30,8 @@ from skep.model.container import (
 from skep.model.ids import NetworkId, TaskId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import Driver
-from skep.model.network import ConfigReference, Network, NetworkSpec
+from skep.model.network import ConfigReference as NodeNetwork
+from skep.model.network import Network, NetworkSpec
 from skep.model.node import Node, NodeCertificate, NodeDescription
 from skep.model.service import (
     DiscreteResource,
@@ -361,8 +362,8 @@ def test_a_network_takes_its_settings_from_one_of_the_node_by_name() -> None:
     spec = NetworkSpec(
         name="lan",
         driver_configuration=Driver(name="macvlan"),
-        config_from=ConfigReference(network="lan-config"),
+        config_from=NodeNetwork(network="lan-config"),
     )
     message = network_to_pb(Network(id=NetworkId("n1"), spec=spec))
     assert message.spec.WhichOneof("config_from") == "network"
-    assert network_from_pb(message).spec.config_from == ConfigReference(network="lan-config")
+    assert network_from_pb(message).spec.config_from == NodeNetwork(network="lan-config")
