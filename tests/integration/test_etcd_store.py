@@ -5,22 +5,24 @@ import os
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
-from skep.model.ids import ConfigId, SecretId
+from skep.model.ids import ConfigId, NodeId, SecretId
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client
 from skep.store.etcd.flags import MemberSettings
-from skep.store.etcd.founding import Unfinished, initialize
+from skep.store.etcd.founding import Unfinished, initialize, raise_incarnation
 from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.etcd.store import open_store
 from skep.store.interface import Transaction
 from skep.store.kinds import Payload
+from skep.store.leadership import LeaderRecord
 from tests.etcd_rig import a_member, member_settings
 from tests.integration.etcd_words import (
     CLOCK,
@@ -208,3 +210,22 @@ async def test_a_damaged_value_is_left_out_and_stops_nobody(settings: MemberSett
         assert [secret.id for secret in store.view().find(Secret)] == ["a", "b", "c", "d"]
     async with founded(settings) as (_, again):
         assert [secret.id for secret in again.view().find(Secret)] == ["a", "d"]
+
+
+async def test_in_a_new_incarnation_a_leader_of_a_later_raft_term_bars_nobody(
+    settings: MemberSettings,
+) -> None:
+    """Raft's terms begin anew in a restored store; the record of who led is from before."""
+    async with a_member(settings).running():
+        await initialize(settings.socket, KEY, CLOCK, found)
+        async with open_store(settings.socket, NODE, KEY, CLOCK) as store:
+            cipher = store._cipher
+            name = etcd_key(keys.LEADER)
+            record = msgspec.json.encode(LeaderRecord(node=NodeId("m9"), term=1_000_000))
+            async with Client(settings.socket) as client:
+                await client.put(name, cipher.encrypt(name, record))
+        assert await raise_incarnation(settings.socket, 77) == 77
+        assert await raise_incarnation(settings.socket, 5) == 78
+        async with open_store(settings.socket, NODE, KEY, CLOCK) as store, asyncio.timeout(10):
+            assert store.incarnation == 78
+            await anext(store.terms(NODE, "127.0.0.1:2377"))

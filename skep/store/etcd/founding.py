@@ -135,11 +135,18 @@ async def founded(client: Client) -> Founded:
 async def raise_incarnation(socket: Path, at_least: int) -> int:
     """Begin another life of the cluster in this store, which nobody else serves yet; which one it is.
 
+    Nobody leads it: raft's terms begin anew in a restored store, and a record of a higher one would bar every manager.
     Raises: Unfinished; Unavailable.
     """
     async with Client(socket) as client:
         incarnation = max((await founded(client)).incarnation + 1, at_least)
-        await client.put(etcd_key(keys.INCARNATION), str(incarnation).encode(), timeout_s=LOAD_S)
+        begin = pb.PutRequest(key=etcd_key(keys.INCARNATION), value=str(incarnation).encode())
+        depose = pb.DeleteRangeRequest(key=etcd_key(keys.LEADER))
+        operations = [
+            pb.RequestOp(request_put=begin),
+            pb.RequestOp(request_delete_range=depose),
+        ]
+        await client.txn(pb.TxnRequest(success=operations), timeout_s=LOAD_S)
     return incarnation
 
 
