@@ -84,7 +84,7 @@ def test_containers_of_tasks_can_be_listed_inspected_and_entered(m1: TestNode, w
     assert m1.docker("exec", ids[0], "echo", "inside", cli=cli).stdout == "inside\n"
     assert m1.docker("exec", "-i", ids[0], "cat", cli=cli, stdin="typed\n").stdout == "typed\n"
     assert m1.docker("exec", ids[0], "sh", "-c", "exit 7", cli=cli, check=False).returncode == 7
-    assert "sleep" in m1.docker("top", ids[0], cli=cli).stdout
+    wait_until(lambda: "sleep" in m1.docker("top", ids[0], cli=cli).stdout, "its process is shown")
     stats = m1.docker("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}}", ids[0], cli=cli).stdout
     assert stats.startswith("web.")
 
