@@ -6,6 +6,7 @@ Requests run beside each other and beside every fault.  What was answered is kep
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import count
 from random import Random
 
 from msgspec.structs import replace
@@ -51,6 +52,7 @@ class Users:
         self._random = cluster.random
         self._promises = cluster.observer.promises
         cluster.observer.rules.append(self._promises)
+        self._numbers = count(1)
         self._requests: set[asyncio.Task[None]] = set()
         self._deeds: tuple[Callable[[], Awaitable[None]], ...] = (
             *(self._create,) * 2,
@@ -170,11 +172,21 @@ class Users:
         id = self._random.choice(living)
         store = await self._store()
         service = store.view().get(Service, id)
-        spec = change(service.spec)
+        # No two requests ask for the same, so that each can be told by what it leaves.
+        spec = replace(change(service.spec), labels={"request": str(next(self._numbers))})
         self._promises.asked(id, spec)
         self._cluster.trace.add(f"user: update {id}")
         body = partial(update_service, now=timestamp(self._now_ns()))
-        self._told(await store.update(body, id, spec, service.version.index))
+        try:
+            updated = await store.update(body, id, spec, service.version.index)
+        except Unavailable:
+            raise
+        except SkepError:
+            self._cluster.observer.note(
+                self._cluster.loop.time(), self._promises.refused_update(id, spec, self._cluster.view)
+            )
+            raise
+        self._told(updated)
 
     async def _rollback(self) -> None:
         if not (living := self._living()):

@@ -321,6 +321,16 @@ def test_a_refused_service_that_exists_all_the_same_is_rejected() -> None:
     ]
 
 
+def test_an_update_that_happens_though_it_was_refused_is_rejected() -> None:
+    told = Told()
+    spec = a_service_spec("web", replicas=7)
+    told.promises.asked(ServiceId("web"), spec)
+    told.history.put(msgspec.structs.replace(told.service, spec=spec))
+    assert told.history.violations == []
+    refused = told.promises.refused_update(ServiceId("web"), spec, told.history.state)
+    assert list(refused) == ["service web became what was refused"]
+
+
 def test_a_task_said_to_run_where_nothing_runs_is_rejected_at_rest() -> None:
     history = History()
     task = a_task("t1", node="w1", state=TaskState.RUNNING)

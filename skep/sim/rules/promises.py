@@ -70,6 +70,13 @@ class Promises:
         if view.lookup(Service, promise.id) is not None:
             yield f"service {promise.id} exists, which was refused"
 
+    def refused_update(self, id: ServiceId, spec: ServiceSpec, view: View) -> Iterable[str]:
+        """Somebody was told that the service does not become ``spec``, which nobody else asked for."""
+        self.services[id].specs.remove(spec)
+        service = view.lookup(Service, id)
+        if service is not None and spec in (service.spec, service.previous_spec):
+            yield f"service {id} became what was refused"
+
     def given(self) -> list[tuple[Promise, int]]:
         """What a read that begins now must show."""
         return [
