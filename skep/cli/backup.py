@@ -190,10 +190,9 @@ def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
     yield "holds", _described(plan.counts)
     yield (
         "restoring",
-        (
-            f"makes this node {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm; other managers are "
-            "shown as unreachable until they are removed, and stop when they meet this one; workers find it by its address"
-        ),
+        f"makes this node {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm; other managers "
+        "are shown as unreachable until they are removed, and stop when they meet this one; workers find it by "
+        "its address",
     )
 
 

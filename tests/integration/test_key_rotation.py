@@ -120,11 +120,11 @@ async def test_two_rotations_at_once_end_with_one_key(settings: MemberSettings) 
     async with (
         founded(settings) as (_, store),
         open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as other,
+        asyncio.TaskGroup() as group,
     ):
-        async with asyncio.TaskGroup() as group:
-            await store.update_each(put_secret, SECRETS)
-            leading = group.create_task(lead(store))
-            await asyncio.gather(store.rotate_data_key(), other.rotate_data_key())
-            await wait_rotated(settings, to=3)
-            assert await data_keys(settings) == {3}
-            leading.cancel()
+        await store.update_each(put_secret, SECRETS)
+        leading = group.create_task(lead(store))
+        await asyncio.gather(store.rotate_data_key(), other.rotate_data_key())
+        await wait_rotated(settings, to=3)
+        assert await data_keys(settings) == {3}
+        leading.cancel()

@@ -45,7 +45,7 @@ def test_the_unlock_key_has_dockers_form() -> None:
     assert shown == "SWMKEY-1-AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
     assert parsed_unlock_key(shown) == bytes(range(32))
     for other in ("", "SWMTKN-1-AAEC", "SWMKEY-1-%%%", "AAECAwQ"):
-        with pytest.raises(InvalidArgument, match="^invalid key string$"):
+        with pytest.raises(InvalidArgument, match="invalid key string"):
             parsed_unlock_key(other)
 
 
