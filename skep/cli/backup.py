@@ -188,12 +188,12 @@ def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
     yield "swarm", f"{plan.cluster_id}, incarnation {plan.incarnation}"
     yield "made", f"{plan.created_at} by {plan.hostname} ({plan.node_id}), skep {plan.skep_version}"
     yield "holds", _described(plan.counts)
-    yield (
-        "restoring",
+    outcome = (
         f"makes this node {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm; other managers "
         "are shown as unreachable until they are removed, and stop when they meet this one; workers find it by "
-        "its address",
+        "its address"
     )
+    yield "restoring", outcome
 
 
 def _described(counts: Any) -> str:
