@@ -22,7 +22,8 @@ TESTS = (
 
 @pytest.mark.timeout(180)
 def test_containers_live_and_are_found_again_on_cgroup_v2(tmp_path: Path) -> None:
-    on_v2 = 'mount --make-rprivate / && mount -t cgroup2 none /sys/fs/cgroup && exec "$@"'
+    is_v2 = '[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ]'
+    on_v2 = f'mount --make-rprivate / && {{ {is_v2} || mount -t cgroup2 none /sys/fs/cgroup; }} && exec "$@"'
     pytest_here = [
         sys.executable,
         "-m",
