@@ -27,7 +27,12 @@ def filled(shape: inspect.Type) -> Any:
         case inspect.UnionType():
             return filled(next(part for part in shape.types if not isinstance(part, inspect.NoneType)))
         case inspect.StructType():
-            return {field.encode_name: filled(field.type) for field in shape.fields}
+            return {
+                field.encode_name: field.default is not True
+                if isinstance(field.type, inspect.BoolType)
+                else filled(field.type)
+                for field in shape.fields
+            }
         case inspect.DictType():
             return {"a": filled(shape.value_type)}
         case inspect.VarTupleType():

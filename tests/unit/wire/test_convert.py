@@ -32,7 +32,7 @@ from skep.model.logs import LogLine, LogQuery
 from skep.model.meta import Driver
 from skep.model.network import ConfigReference as NodeNetwork
 from skep.model.network import Network, NetworkSpec
-from skep.model.node import Node, NodeCertificate, NodeDescription
+from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeDescription
 from skep.model.service import (
     DiscreteResource,
     EndpointVirtualIP,
@@ -76,10 +76,18 @@ from tests.builders import an_overlay
 WITHOUT_WORDS: dict[type, dict[str, Any]] = {
     Mount: {"image_options": None, "cluster_options": None},
     NetworkSpec: {"scope": ""},
-    Node: {"session": None},
-    NodeCertificate: {"not_after": Timestamp("")},
+    Node: {"session": None, "peer_roots": "", "silent_since": None},
+    ManagerStatus: {"has_vote": True},
+    NodeCertificate: {
+        "not_after": Timestamp(""),
+        "last_not_after": Timestamp(""),
+        "issuer": "",
+        "serials": (),
+    },
 }
 """Fields that do not travel, with the value they come back with."""
+
+STORED_STATES = [state for state in TaskState if state is not TaskState.UNKNOWN]
 
 STAMPS = st.one_of(
     st.just(ZERO_TIME),
@@ -117,6 +125,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(TEXTS, values(arguments[1]), max_size=2)
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return WHOLE[hint] if hint in WHOLE else structs(hint)
+    if hint is TaskState:
+        return st.sampled_from(STORED_STATES)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return st.sampled_from(hint)
     return {
@@ -135,6 +145,7 @@ SPECIAL: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     SeccompOpts: {"mode": st.sampled_from(["default", "unconfined", "custom"])},
     AppArmorOpts: {"mode": st.sampled_from(["default", "disabled"])},
     PortConfig: {"protocol": st.sampled_from(["tcp", "udp", "sctp"])},
+    ConfigReference: {"network": TEXTS.filter(bool)},
     RestartPolicy: {"condition": st.sampled_from(RestartCondition), "max_attempts": NUMBERS},
     NodeCertificate: {"state": st.sampled_from(["", "issued", "rotate"])},
     ContainerSpec: {
@@ -292,7 +303,7 @@ def test_durations_survive_with_one_sign_for_both_parts(nanoseconds):
 
 
 def test_states_have_swarmkits_numbers():
-    assert {state.name: state.number for state in TaskState} == dict(pb.TaskState.items())
+    assert {state.name: state.number for state in STORED_STATES} == dict(pb.TaskState.items())
 
 
 def test_registry_credentials_travel_beside_the_task_and_are_no_part_of_it():
