@@ -145,7 +145,7 @@ SPECIAL: dict[type, dict[str, st.SearchStrategy[Any]]] = {
     SeccompOpts: {"mode": st.sampled_from(["default", "unconfined", "custom"])},
     AppArmorOpts: {"mode": st.sampled_from(["default", "disabled"])},
     PortConfig: {"protocol": st.sampled_from(["tcp", "udp", "sctp"])},
-    ConfigReference: {"network": TEXTS.filter(bool)},
+    NodeNetwork: {"network": TEXTS.filter(bool)},
     RestartPolicy: {"condition": st.sampled_from(RestartCondition), "max_attempts": NUMBERS},
     NodeCertificate: {"state": st.sampled_from(["", "issued", "rotate"])},
     ContainerSpec: {
