@@ -4,6 +4,7 @@ A change is decided on one state and applied on a possibly newer one, so ``apply
 applied twice, or too late, it does nothing.  The watch then shows the newer state and a fresh decision follows.
 """
 
+from collections.abc import Iterable
 from typing import TypeAlias, assert_never
 
 import msgspec
@@ -13,7 +14,7 @@ from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import Timestamp
+from skep.model.times import Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 
 
@@ -122,7 +123,7 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
     tx.put(
         Task(
             id=TaskId(new_id()),
-            created_at=now,
+            created_at=_after(rivals, now),
             spec=service.spec.task_template,
             service_id=service.id,
             slot=change.slot,
@@ -133,6 +134,15 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
             spec_version=service.spec_version,
         )
     )
+
+
+def _after(slot: Iterable[Task], now: Timestamp) -> Timestamp:
+    """``now``, or the moment after the youngest task of ``slot`` where the leader's clock was set back meanwhile.
+
+    By this stamp the tasks of a slot are in order, and by that order a successor knows whom it succeeds.
+    """
+    youngest_ns = max((unix_ns(task.created_at) for task in slot), default=0)
+    return now if unix_ns(now) > youngest_ns else timestamp(youngest_ns + 1)
 
 
 def _retire(tx: Transaction, id: TaskId, desired: TaskState, now: Timestamp) -> bool:

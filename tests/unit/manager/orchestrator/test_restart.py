@@ -9,7 +9,7 @@ from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, Re
 from skep.model.node import Availability, NodeState
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS
+from skep.model.times import SECOND_NS, timestamp
 from tests.builders import a_node, a_service, a_task
 from tests.worlds import World
 
@@ -57,6 +57,16 @@ def test_the_delay_holds_across_a_change_that_starts_no_task() -> None:
     world.update(replace(world.service.spec, labels={"tier": "front"}))
     world.report(only(world).id, TaskState.FAILED)
     world.apply(world.changes())
+    assert world.steps() == [Recheck(3.0)]
+
+
+def test_the_delay_holds_when_the_leaders_clock_was_set_back_meanwhile() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.put(replace(only(world), created_at=timestamp(3 * 10**18)))
+    world.report(only(world).id, TaskState.FAILED)
+    world.apply(world.changes())
+    (successor,) = wanted(world)
+    assert successor.created_at == timestamp(3 * 10**18 + 1)
     assert world.steps() == [Recheck(3.0)]
 
 
