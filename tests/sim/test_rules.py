@@ -259,6 +259,19 @@ def test_a_container_started_beside_the_one_it_replaces_is_rejected() -> None:
     assert history.violations == ["task new started while old, which it replaces, still ran on w1"]
 
 
+def test_a_container_that_a_node_starts_late_may_stand_beside_its_successor() -> None:
+    """The node was cut off, and hears of the task when that has been replaced for long."""
+    rule = Containers()
+    history = History(rule)
+    late = a_task("late", node="w1", state=TaskState.ASSIGNED)
+    heir = a_task("heir", node="w2", state=TaskState.RUNNING)
+    history.put(a_node(W1), a_node(W2), a_service(), late, heir)
+    history.note(rule.started(W2, heir, history.now, history.state))
+    history.put(msgspec.structs.replace(heir, desired_state=TaskState.REMOVE))
+    history.note(rule.started(W1, late, history.now, history.state))
+    assert history.violations == []
+
+
 def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> None:
     rule = Containers()
     history = History(rule)

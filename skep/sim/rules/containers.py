@@ -92,9 +92,10 @@ class Containers:
         own = self._records.get(task.id)
         if service is None or own is None or may_start_first(service):
             return
-        for id in self._slots.get(_slot_of(task), ()):
+        slot = self._slots[_slot_of(task)]
+        for id in slot[: slot.index(task.id)]:
             other, node_id = self._records[id], self.live.get(id)
-            if id == task.id or node_id is None or other.retired_at is None:
+            if node_id is None or other.retired_at is None:
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
             was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)
