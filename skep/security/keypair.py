@@ -63,6 +63,8 @@ class KeyPair:
 
     def with_root(self, root_pem: bytes) -> "KeyPair":
         """The same key pair under another root bundle (the cluster rotates its root)."""
+        if root_pem == self.root_pem:
+            return self
         return KeyPair(certificate_pem=self.certificate_pem, key_pem=self.key_pem, root_pem=root_pem)
 
     def __repr__(self) -> str:
