@@ -12,6 +12,7 @@ from skep.errors import SkepError
 from skep.playground import names
 from skep.playground.commands import find
 from skep.playground.playground import Playground
+from skep.playground.underlay import Way
 
 T = TypeVar("T")
 Command = Callable[..., Any]
@@ -146,28 +147,58 @@ def start(directory: Path, name: str | None, node: str) -> None:
 
 @playground.command()
 @click.argument("node")
+@click.option(
+    "--only", type=click.Choice(["in", "out"]), help="Lose packets to (in) or from (out) NODE only."
+)
 @_verb
-def cut(directory: Path, name: str | None, node: str) -> None:
-    """Take the cable of NODE out: it runs on, alone.
+def cut(directory: Path, name: str | None, node: str, only: Way | None) -> None:
+    """Take the cable of NODE out: it runs on, alone.  Or lose the packets of one way.
 
     \b
-    Example:
+    Examples:
       skep playground cut w1; sleep 10; docker node ls
+      skep playground cut m2 --only out
     """
-    _finish(_open(directory, name).set_cable(node, connected=False))
+    _finish(_open(directory, name).cut(node, only))
 
 
 @playground.command()
 @click.argument("node")
 @_verb
 def mend(directory: Path, name: str | None, node: str) -> None:
-    """Put the cable of NODE back in.
+    """Put the cable of NODE back in, and let all packets through.
 
     \b
     Example:
       skep playground mend w1
     """
-    _finish(_open(directory, name).set_cable(node, connected=True))
+    _finish(_open(directory, name).mend(node))
+
+
+@playground.command()
+@click.argument("node")
+@_verb
+def pause(directory: Path, name: str | None, node: str) -> None:
+    """Stop every process of NODE (SIGSTOP), as a machine that hangs.
+
+    \b
+    Example:
+      skep playground pause m1; sleep 5; skep playground resume m1
+    """
+    _finish(_open(directory, name).pause(node))
+
+
+@playground.command()
+@click.argument("node")
+@_verb
+def resume(directory: Path, name: str | None, node: str) -> None:
+    """Let a paused NODE go on.
+
+    \b
+    Example:
+      skep playground resume m1
+    """
+    _finish(_open(directory, name).resume(node))
 
 
 @playground.command(

@@ -144,12 +144,14 @@ def is_up(node: Node) -> bool:
 
 
 async def state(playground: str, node: Node) -> str:
-    """One word for people: up, cut, starting or down."""
+    """One word for people: up, cut, half-cut, starting or down; a node that is paused is starting, too."""
     if not is_up(node):
         return "down"
     try:
         if not await underlay.is_connected(playground, node.name):
             return "cut"
+        if await underlay.is_blocked(playground, node.name):
+            return "half-cut"
     except SkepError:
         return "down"
     return "up" if await engine.is_up(node.endpoint) else "starting"

@@ -64,17 +64,30 @@ class Playground:
         Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is made.  After a later failure
         what is there stays for a look, until ``down``.
         """
-        if docker_workers < 0:
-            raise InvalidArgument("a playground has no negative number of docker workers")
+        if min(workers, docker_workers) < 0:
+            raise InvalidArgument("a playground has no negative number of workers")
         if docker_workers:
             find("dockerd")
-        cluster = await self._describe(managers, workers, subnets)
-        await underlay.make_switch(cluster.name, subnets)
         manager: names.Role = "manager"
         worker: names.Role = "worker"
         kinds: list[tuple[names.Role, names.Engine]] = [(manager, "skep")] * managers
         kinds += [(worker, "skep")] * workers
         kinds += [(worker, "docker")] * docker_workers
+        await self.plug_in(kinds, subnets)
+        await self._form_swarm(self.cluster())
+        if docker_workers and not docker.has_ipvs():
+            self._progress(docker.NO_IPVS)
+        return self.cluster()
+
+    async def plug_in(self, kinds: Sequence[tuple[names.Role, names.Engine]], subnets: int = 1) -> Cluster:
+        """Fresh machines with busybox that are in no swarm yet: what `up` makes a swarm of.
+
+        A role is what the description says of the machine; nothing makes it so before it joins.
+        Raises: AlreadyExists, InvalidArgument: before anything is made.
+        """
+        managers = sum(role == "manager" for role, _ in kinds)
+        cluster = await self._describe(managers, subnets)
+        await underlay.make_switch(cluster.name, subnets)
         for role, kind in kinds:
             new_name = names.free_name(role, _names(cluster), kind)
             cluster = cluster.with_node(self._next(cluster, new_name, role, kind))
@@ -85,9 +98,6 @@ class Playground:
         with self._file.locked():
             self._file.write(cluster)
         await together(*(self._make(new) for new in cluster.nodes))
-        await self._form_swarm(self.cluster())
-        if docker_workers and not docker.has_ipvs():
-            self._progress(docker.NO_IPVS)
         return self.cluster()
 
     async def down(self) -> bool:
@@ -134,10 +144,31 @@ class Playground:
         dead = await node.kill(cluster.name, known)
         return await self._switch_on(cluster, dead)
 
-    async def set_cable(self, name: str, *, connected: bool) -> None:
-        """Take the node's cable out, or put it back."""
+    async def cut(self, name: str, way: underlay.Way | None = None) -> None:
+        """Take the node's cable out; ``way``: lose the packets of one way only."""
         cluster = self.cluster()
-        await underlay.set_cable(cluster.name, cluster.node(name).name, connected=connected)
+        known = cluster.node(name).name
+        if way is None:
+            await underlay.set_cable(cluster.name, known, connected=False)
+        else:
+            await underlay.block(cluster.name, known, way)
+
+    async def mend(self, name: str) -> None:
+        """Undo every ``cut`` of the node."""
+        cluster = self.cluster()
+        known = cluster.node(name).name
+        await underlay.unblock(cluster.name, known)
+        await underlay.set_cable(cluster.name, known, connected=True)
+
+    async def pause(self, name: str) -> None:
+        """Stop every process of the node, as a machine that hangs: its connections stay open and say nothing."""
+        cluster = self.cluster()
+        await processes.pause_all(cluster.name, cluster.node(name).name)
+
+    async def resume(self, name: str) -> None:
+        """Let a paused node go on."""
+        cluster = self.cluster()
+        await asyncio.to_thread(processes.resume_all, cluster.name, cluster.node(name).name)
 
     async def load(self, archive: Path) -> None:
         """Load an image archive into every node."""
@@ -162,12 +193,12 @@ class Playground:
 
     # --- the steps ----------------------------------------------------------------------------------------------
 
-    async def _describe(self, managers: int, workers: int, subnets: int) -> Cluster:
+    async def _describe(self, managers: int, subnets: int) -> Cluster:
         """Refuse what cannot work; then write down the intent, so that ``down`` knows the name."""
         if os.geteuid() != 0:
             raise FailedPrecondition("a playground makes namespaces and cgroups: run it as root")
-        if managers < 1 or workers < 0:
-            raise InvalidArgument("a playground has at least one manager, and no negative number of workers")
+        if managers < 1:
+            raise InvalidArgument("a playground has at least one manager")
         if not 1 <= subnets <= names.SUBNETS_MAX:
             raise InvalidArgument(f"--subnets is between 1 and {names.SUBNETS_MAX}")
         name = names.check_name(self._wanted_name or names.DEFAULT)

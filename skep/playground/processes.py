@@ -2,9 +2,10 @@
 
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
-from skep.linux.processes import open_pidfd
+from skep.linux.processes import open_pidfd, stat_of
 from skep.playground import cgroups, names
 from skep.playground.commands import wait_until
 from skep.playground.underlay import NETNS_ROOT
@@ -45,14 +46,42 @@ async def kill_all(playground: str, node: str) -> None:
 
     async def nobody_left() -> bool:
         pids = of_node(playground, node)
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        _signal(pids, signal.SIGKILL)
         return not pids
 
     await wait_until(nobody_left, f"every process of {node} ends", _GONE_WITHIN_S)
+
+
+async def pause_all(playground: str, node: str) -> None:
+    """SIGSTOP everything that lives on the node; returns when nothing of it moves any more.
+
+    Raises: Unavailable: something does not stop.
+    """
+
+    async def nobody_moves() -> bool:
+        moving = [pid for pid in of_node(playground, node) if not _is_stopped(pid)]
+        _signal(moving, signal.SIGSTOP)
+        return not moving
+
+    await wait_until(nobody_moves, f"every process of {node} stands still", _GONE_WITHIN_S)
+
+
+def resume_all(playground: str, node: str) -> None:
+    """SIGCONT for everything that lives on the node."""
+    _signal(of_node(playground, node), signal.SIGCONT)
+
+
+def _is_stopped(pid: int) -> bool:
+    stat = stat_of(pid)
+    return stat is None or stat.has_ended or stat.state == "T"
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
 
 
 def kill_exactly(pid: int, started: int) -> None:

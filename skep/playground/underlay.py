@@ -6,10 +6,14 @@ Nothing is set up in the machine's own network namespace: no interface, no addre
 import asyncio
 import os
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from skep.errors import AlreadyExists
 from skep.playground import names
 from skep.playground.commands import ip, run
+
+Way: TypeAlias = Literal["in", "out"]
+"""Of packets: to the node, or from it."""
 
 NETNS_ROOT = Path("/run/netns")
 """Where ``ip netns`` pins namespaces: only there does ``ip -n NAME`` find them."""
@@ -74,6 +78,45 @@ async def set_cable(playground: str, node: str, *, connected: bool) -> None:
     """Take the node's cable out at the switch, or put it back: its peers hear no TCP reset."""
     switch = names.namespace(playground, names.SWITCH)
     await ip("-n", switch, "link", "set", names.port(node), "up" if connected else "down")
+
+
+async def block(playground: str, node: str, way: Way) -> None:
+    """Lose every packet that goes one ``way``; the other stays open.  Again is harmless."""
+    port = names.port(node)
+    if way == "out":
+        place, device = names.namespace(playground, names.SWITCH), port
+    else:
+        place, device = names.namespace(playground, node), "eth0"
+    table = _table(port)
+    rules = (
+        f"table netdev {table} {{}}\ndelete table netdev {table}\n"
+        f"table netdev {table} {{\n  chain lost {{\n"
+        f'    type filter hook ingress device "{device}" priority 0; policy drop;\n  }}\n}}\n'
+    )
+    await run("nsenter", f"--net={NETNS_ROOT / place}", "nft", "-f", "-", stdin=rules.encode())
+
+
+async def unblock(playground: str, node: str) -> None:
+    """Let packets of both ways through again."""
+    table = _table(names.port(node))
+    for place in (names.SWITCH, node):
+        namespace = NETNS_ROOT / names.namespace(playground, place)
+        rules = f"table netdev {table} {{}}\ndelete table netdev {table}\n"
+        await run("nsenter", f"--net={namespace}", "nft", "-f", "-", stdin=rules.encode())
+
+
+async def is_blocked(playground: str, node: str) -> bool:
+    """Whether packets of one way are lost."""
+    table = f"table netdev {_table(names.port(node))}".encode()
+    for place in (names.SWITCH, node):
+        namespace = NETNS_ROOT / names.namespace(playground, place)
+        if table in await run("nsenter", f"--net={namespace}", "nft", "list", "tables"):
+            return True
+    return False
+
+
+def _table(port: str) -> str:
+    return f"cut-{port}"
 
 
 async def is_connected(playground: str, node: str) -> bool:

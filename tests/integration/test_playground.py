@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.linux.processes import stat_of
 from tests.integration.cluster import CLIS, IMAGE, SKEP, TestCluster, create, wait_running, wait_until
 from tests.integration.footprint import inhabitants, machine, survivors
 
@@ -107,6 +108,40 @@ def test_a_cut_node_is_alone_until_it_is_mended(trio: TestCluster) -> None:
     finally:
         trio.skep("mend", "w1")
     wait_until(lambda: reaches(trio, "m1", "w1"), "the mended node answers")
+
+
+def pings_heard(cluster: TestCluster, name: str) -> int:
+    """How many pings have arrived at a node, answered or not."""
+    table = cluster.skep("exec", name, "--", "cat", "/proc/net/snmp").stdout
+    head, values = (line.split() for line in table.splitlines() if line.startswith("Icmp:"))
+    return int(values[head.index("InEchos")])
+
+
+@pytest.mark.parametrize(("way", "is_heard"), [("in", False), ("out", True)])
+def test_a_node_can_be_cut_off_one_way_only(trio: TestCluster, way: str, is_heard: bool) -> None:
+    before = pings_heard(trio, "w1")
+    trio.skep("cut", "w1", "--only", way)
+    try:
+        assert states(trio)["w1"] == "half-cut"
+        assert not reaches(trio, "m1", "w1")
+        assert (pings_heard(trio, "w1") > before) is is_heard
+    finally:
+        trio.skep("mend", "w1")
+    wait_until(lambda: reaches(trio, "m1", "w1"), "the mended node answers")
+    assert states(trio)["w1"] == "up"
+
+
+def test_a_paused_node_stands_still_until_it_is_resumed(trio: TestCluster) -> None:
+    node = trio.node("w1")
+    trio.skep("pause", "w1")
+    try:
+        stopped = [stat_of(pid) for pid, _ in node.processes()]
+        assert stopped
+        assert {stat.state for stat in stopped if stat is not None} == {"T"}
+    finally:
+        trio.skep("resume", "w1")
+    node.docker("info")
+    wait_until(lambda: states(trio)["w1"] == "up", "the node goes on")
 
 
 def test_a_killed_node_is_dead_and_starts_again_with_its_disk(trio: TestCluster) -> None:
