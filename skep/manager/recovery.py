@@ -85,9 +85,7 @@ def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
             status = ManagerStatus(leader=True, reachability=Reachability.REACHABLE, addr=addr)
         elif node.manager_status is not None:
             known = node.manager_status
-            status = ManagerStatus(
-                reachability=Reachability.UNREACHABLE, addr=known.addr, has_vote=False
-            )
+            status = ManagerStatus(reachability=Reachability.UNREACHABLE, addr=known.addr, has_vote=False)
         else:
             continue
         if node.manager_status != status:
