@@ -39,8 +39,8 @@ class SpecVersion(ApiObject):
 class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Bytes that must never be shown: a secret's data, the root CA's key, registry credentials.
 
-    Ids say what it belongs to: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service id>``.  Read by id, by the
-    dispatcher and the CA alone.
+    Ids say what it belongs to: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service id>``.  Read by id,
+    by the dispatcher and the CA alone.
     """
 
     id: str
