@@ -38,7 +38,7 @@ def facts(lab: Any) -> dict[str, str]:
             "capabilities (bounding)": fields["CapBnd"].strip(),
             "log driver": container["HostConfig"]["LogConfig"]["Type"],
             "log line kept": "yes" if _LINE.encode() in _logs(lab, container["Id"]) else "NO",
-            "fsync": _fsync(lab),
+            "fsync": fsync(lab.netns, lab.root_pids),
         }
     finally:
         lab.engine.delete(f"/services/{service}")
@@ -64,9 +64,12 @@ def _logs(lab: Any, container: str) -> bytes:
     return data
 
 
-def _fsync(lab: Any) -> str:
-    """Docker's raft log has no switch to turn it off; etcd's has, and shows it on its command line."""
-    for pid in daemons(lab.netns, lab.root_pids):
+def fsync(netns: Path, root_pids: list[int]) -> str:
+    """Whether a machine's store syncs to disk.
+
+    Docker's raft log has no switch to turn it off; etcd's has, and shows it on its command line.
+    """
+    for pid in daemons(netns, root_pids):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:

@@ -15,6 +15,13 @@ LIMITS = {
     "memory per task, MiB": 0.4,
     "list 1000 tasks, ms p50": 1.0,
     "list 3000 tasks, ms p50": 1.0,
+    "leader lost: first write accepted, s": 0.1,
+    "leader lost: its tasks replaced, s": 0.2,
+    "worker killed: its tasks running elsewhere, s": 0.35,
+    "worker's cable out: its tasks running elsewhere, s": 0.35,
+    "swarm init, s": 1.0,
+    "swarm join of a manager, s": 1.0,
+    "swarm join of a worker, s": 1.0,
 }
 """Largest ratio skep / docker that the project promises."""
 
@@ -75,4 +82,6 @@ def document(result: dict[str, Any]) -> str:
     docker, skep = result["facts"]["docker"], result["facts"]["skep"]
     lines += [f"| {fact} | {docker[fact]} | {skep[fact]} |" for fact in docker]
     lines += ["", table(result["values"]), ""]
+    if failures := result.get("failures"):
+        lines += ["What could not be measured:", "", *(f"* {failure}" for failure in failures), ""]
     return "\n".join(lines)

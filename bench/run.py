@@ -45,7 +45,7 @@ def main() -> None:
         finally:
             for lab in labs:
                 lab.down()
-    _keep(result)
+    keep(result)
 
 
 def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any], None]) -> dict[str, Any]:
@@ -98,10 +98,11 @@ def _pair_text(pair: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _keep(result: dict[str, Any]) -> None:
+def keep(result: dict[str, Any], subject: str = "") -> None:
+    """Write the result files, for programs and for people.  ``subject`` ends their name."""
     RESULTS.mkdir(exist_ok=True)
     minute = result["date"].removesuffix(" UTC").replace(" ", "-").replace(":", "")
-    name = f"{minute}-{result['commit']}"
+    name = f"{minute}-{result['commit']}{subject}"
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = document(result)
     (RESULTS / f"{name}.md").write_text(text)
