@@ -3,9 +3,10 @@
 import asyncio
 import gc
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
+from typing import Any
 
 import msgspec
 import structlog
@@ -21,6 +22,7 @@ from skep.node.contact import Contact
 from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
+from skep.node.first import Overtaken, unless
 from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
 from skep.node.local import LocalNode
@@ -43,6 +45,9 @@ from skep.node.workload import Workload, forward_container_events, oci_workload,
 from skep.security.locking import KeyLock
 
 log = structlog.get_logger()
+
+FOUND_AGAIN_SECONDS_MAX = 15.0
+"""A node that cannot take over its containers answers nevertheless: somebody has to find out why."""
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +173,7 @@ class Node:
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
             group.create_task(membership.run(), name="membership")
+            await _within(worker.wait_ready(), FOUND_AGAIN_SECONDS_MAX, clock)
             async with front.listening(self._configuration.api_hosts, tls_of(self._configuration)):
                 gc.collect()
                 gc.freeze()
@@ -210,6 +216,14 @@ class Node:
             configuration=self._configuration,
             versions=self._around.versions,
         )
+
+
+async def _within(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
+    """Wait until the containers of earlier processes are known, so that no listing misses one."""
+    try:
+        await unless(ready, clock.sleep(seconds))
+    except Overtaken:
+        log.warning("not all containers are found again yet", after_s=seconds)
 
 
 class Knowledge:

@@ -81,10 +81,17 @@ class Worker:
             self._group = group
             for remembered in await asyncio.to_thread(self._files.load):
                 self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
+            # A session may have begun before, and then nobody told it how these are.
+            for id, status in self.statuses().items():
+                self._reports.report(id, status)
             if self._contact is not None:
                 group.create_task(self._stop_when_cut_off(self._contact), name="stop-when-cut-off")
             group.create_task(self._files.run(), name="task-files")
             self._ready.set()
+
+    async def wait_ready(self) -> None:
+        """Return once everything that an earlier process left is known: before that, what is here cannot be said."""
+        await self._ready.wait()
 
     async def assign(self, change: AssignmentSet) -> None:
         """Take over ``change``; return when it is accepted, not when its tasks run."""

@@ -3,9 +3,11 @@
 import time
 from pathlib import Path
 
+import docker
 import pytest
+import requests
 
-from tests.integration.cluster import TestNode, container_pids, create, wait_running, wait_until
+from tests.integration.cluster import TestNode, container_pids, containers, create, wait_running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -32,6 +34,18 @@ def test_containers_outlive_a_killed_daemon_and_are_adopted(m1: TestNode, victim
     assert before.items() <= container_pids(m1, "web").items()
 
 
+def test_the_first_answer_of_a_new_node_process_names_every_container(m1: TestNode) -> None:
+    create(m1, "web", 4, "--restart-delay", "0s")
+    wait_running(m1, "web", 4)
+    before = {container["Id"] for container in containers(m1, "web")}
+    old = m1.pids("skep-node")
+    for pid in old:
+        m1.kill(pid)
+    wait_until(lambda: not set(m1.pids("skep-node")) & set(old), "the killed process is gone")
+    answer = wait_until(lambda: _listing(m1), "the API answers again")
+    assert answer == [before]
+
+
 def test_a_killed_conmon_does_not_take_its_container_along(m1: TestNode) -> None:
     create(m1, "web", 2, "--restart-delay", "0s")
     wait_running(m1, "web", 2)
@@ -56,6 +70,14 @@ def test_a_power_loss_ends_in_the_wanted_state(own_m1: TestNode) -> None:
     own_m1.cluster.skep("start", "m1")
     wait_running(own_m1, "web", 3, within_s=60)
     wait_until(lambda: len(container_pids(own_m1, "web")) == 3, "three containers, none doubled")
+
+
+def _listing(node: TestNode) -> list[set[str]]:
+    """What the node lists, in a list; an empty one while it does not answer."""
+    try:
+        return [{container["Id"] for container in containers(node, "web")}]
+    except (docker.errors.DockerException, requests.exceptions.ConnectionError):
+        return []
 
 
 def _answers(node: TestNode) -> bool:

@@ -78,7 +78,10 @@ class Bundles:
     # --- records ----------------------------------------------------------------------------------------------
 
     def load(self) -> tuple[list[Container], list[ContainerId]]:
-        """All records, and the containers that have no readable one: they may still run, and nobody knows as what."""
+        """All records, and the containers that have none: they may still run, and nobody knows as what.
+
+        Raises: Unavailable: the disk does not give one now; no container is taken for unknown because of that.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
         self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
         containers, unknown = [], []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from skep.errors import Unavailable
 from skep.node.oci.container import Container
 
 _BYTES_MAX = 64 << 10
@@ -35,11 +36,16 @@ def write(path: Path, container: Container) -> None:
 
 
 def read(path: Path) -> Container | None:
-    """The newest record at ``path``, None when there is none that can be read."""
+    """The newest record at ``path``, None when there is none, or nothing in it can be decoded.
+
+    Raises: Unavailable: it is there and could not be read now, which says nothing of its container.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise Unavailable(f"the record {path} cannot be read: {error.strerror}") from error
     for line in reversed(lines):
         try:
             return _decode(line)

@@ -213,6 +213,19 @@ async def test_a_restart_adopts_what_runs_without_a_manager(node: Node) -> None:
     assert node.machine.processes == before
 
 
+async def test_after_a_restart_every_task_is_reported_though_its_session_began_earlier(node: Node) -> None:
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a"), assigned("b")))
+        await node.reports.wait("a", RUNNING)
+        await node.reports.wait("b", RUNNING)
+    async with node.working() as worker:
+        assert worker.statuses() == {}, "what a session would report that began now"
+        await worker.wait_ready()
+        assert set(worker.statuses()) == {"a", "b"}
+        assert node.reports.states("a")[:1] == [RUNNING]
+        assert node.reports.states("b")[:1] == [RUNNING]
+
+
 async def test_an_ended_task_is_never_run_again(node: Node) -> None:
     async with node.working() as worker:
         await worker.assign(complete(assigned("a")))

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from skep.node.oci import records
 from skep.node.oci.container import Container, ContainerConfig
@@ -44,3 +47,10 @@ def test_where_no_line_can_be_read_there_is_no_record(tmp_path: Path) -> None:
     assert records.read(tmp_path / "record") is None
     (tmp_path / "record").write_bytes(b"\n{\n\n[]")
     assert records.read(tmp_path / "record") is None
+
+
+def test_a_disk_that_does_not_give_a_record_makes_no_container_unknown(tmp_path: Path) -> None:
+    assert records.read(tmp_path / "missing") is None
+    (tmp_path / "record").mkdir()  # anything that cannot be read, whoever asks
+    with pytest.raises(Unavailable, match="cannot be read"):
+        records.read(tmp_path / "record")
