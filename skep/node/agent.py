@@ -7,6 +7,7 @@ Containers do not depend on it: without any manager they run on.
 
 import asyncio
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from random import Random
 
@@ -40,6 +41,16 @@ FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
 LASTED_S = 10.0
 """A session that held for so long was a good one: the next attempt is made at once."""
+
+
+class Attempt(Enum):
+    """What came of asking a manager for a session."""
+
+    SESSION = "session"
+    """There was one, and it has ended."""
+    NONE = "none"
+    NEXT = "next"
+    """Nobody was there, and others are left to ask."""
 
 
 class Agent:
@@ -131,21 +142,25 @@ class Agent:
                 attempt = group.create_task(self._attempt(), name="session attempt")
             self.registered.clear()
             self._contact.lost()
-            if attempt.result() and self._clock.monotonic() - started >= LASTED_S:
+            if attempt.result() is Attempt.SESSION and self._clock.monotonic() - started >= LASTED_S:
                 backoff.reset()
-            await backoff.sleep(self._clock)
+            if attempt.result() is Attempt.NEXT:
+                await self._clock.sleep(FIRST_RETRY_S * self._random.uniform(0.5, 1.0))
+            else:
+                await backoff.sleep(self._clock)
 
-    async def _attempt(self) -> bool:
-        """Hold one session until it breaks; gives whether there was one."""
+    async def _attempt(self) -> Attempt:
+        """Hold one session until it breaks."""
         peer = self._managers.choose(self.node_id, self._random)
         if peer is None:
             log.error("no manager is known")
-            return False
-        had_session = False
+            return Attempt.NONE
+        had_session = is_there = False
         try:
             timeout_s = connect_patience(self._managers.failures(peer), len(self._managers.peers))
             tls = client_context(self._credentials.pair)
             async with connected(self._address_of(peer), tls, MANAGER_NAME, timeout_s=timeout_s) as channel:
+                is_there = True
                 session = Session(
                     channel,
                     _Host(self, peer),
@@ -162,7 +177,9 @@ class Agent:
             event = "session lost" if had_session else "no session"
             log.warning(event, manager=peer.addr, error=str(error))
         self._managers.failed(peer)
-        return had_session
+        if had_session:
+            return Attempt.SESSION
+        return Attempt.NONE if is_there or self._managers.is_last_of_round(peer) else Attempt.NEXT
 
     def _description(self) -> NodeDescription:
         return msgspec.structs.replace(self._describe(), tls_info=tls_info_of(self._credentials.pair))

@@ -76,6 +76,13 @@ class ManagerList:
         """No session came about with ``peer``, or it broke."""
         self._failures[peer.addr] = self._failures.get(peer.addr, 0) + 1
 
+    def is_last_of_round(self, peer: Peer) -> bool:
+        """Whether every other one has failed as often as ``peer``.
+
+        Until then the next is asked soon, if ``peer`` was not there: most of the managers may be dead.
+        """
+        return all(self.failures(other) >= self.failures(peer) for other in self.peers)
+
     def worked(self, peer: Peer) -> None:
         """``peer`` gave a session: all start equal again."""
         self._failures.clear()

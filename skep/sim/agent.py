@@ -61,13 +61,17 @@ class SimulatedAgent:
         """Hold one session after the other until cancelled."""
         while True:
             peer = self._managers.choose(self._identity.node_id, self._random)
-            if peer is not None:
-                await self._attempt(peer)
-            await self._backoff.sleep(self._clock)
+            if peer is None or await self._attempt(peer) or self._managers.is_last_of_round(peer):
+                await self._backoff.sleep(self._clock)
+            else:
+                await self._clock.sleep(FIRST_RETRY_S * self._random.uniform(0.5, 1.0))
 
-    async def _attempt(self, peer: Peer) -> None:
+    async def _attempt(self, peer: Peer) -> bool:
+        """Hold one session until it breaks; gives whether the manager was there."""
+        is_there = False
         try:
             async with self._network.connected(peer.addr, self._identity) as channel:
+                is_there = True
                 session = Session(
                     channel,  # type: ignore[arg-type]  # it has the calls of a real one
                     self,
@@ -82,6 +86,7 @@ class SimulatedAgent:
             log.debug("session ended", node=self._identity.node_id, manager=peer.addr, reason=str(error))
         self._contact.lost()
         self._managers.failed(peer)
+        return is_there
 
     def session_message(self, message: pb.SessionMessage) -> None:
         """The managers are those that the message names; this one works."""

@@ -51,6 +51,19 @@ def grace_after_absence(period_s: float, *, wished_s: float | None = None) -> fl
     return max(2 * grace_period(period_s, wished_s=wished_s), RECOVERY_GRACE_S)
 
 
+def grace_after_adoption(
+    period_s: float, *, is_skep: bool, recovers: bool, wished_s: float | None = None
+) -> float:
+    """Seconds for a node whose session was taken over from a manager that has gone.
+
+    ``recovers``: the adopting manager has itself come back a moment ago.  Then nobody may have had a manager, and
+    nodes that asked in vain for long ask rarely.
+    """
+    if recovers:
+        return grace_after_absence(period_s, wished_s=wished_s)
+    return grace_after_loss(period_s, is_skep=is_skep, wished_s=wished_s)
+
+
 def heartbeat_period(wished_s: float, *, skep_nodes: int, docker_nodes: int) -> float:
     """Seconds between heartbeats: as wished, stretched where there are so many nodes that it would cost too much."""
     cost_s = skep_nodes * STREAM_HEARTBEAT_COST_S + docker_nodes * HEARTBEAT_COST_S

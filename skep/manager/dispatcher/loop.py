@@ -17,8 +17,9 @@ from skep.errors import SkepError, Unavailable
 from skep.manager.dispatcher.assignments import difference, everything, matters
 from skep.manager.dispatcher.encoding import encoded
 from skep.manager.dispatcher.liveness import (
+    RECOVERY_GRACE_S,
     grace_after_absence,
-    grace_after_loss,
+    grace_after_adoption,
     grace_period,
     heartbeat_period,
 )
@@ -82,6 +83,8 @@ class Dispatcher:
         self._rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
+        self._recovers_until = self._time.seconds
+        """In own time: until then nodes may be on their way back from having had no manager at all."""
         self._is_current = True
         self._current_at = clock.monotonic()
         self._period_s = DEFAULT_PERIOD_S
@@ -171,8 +174,11 @@ class Dispatcher:
         elif held is not None and held.manager_id == self._own.node_id and not _is_down(node):
             # Of an earlier run of this manager, or adopted from one that has gone.
             if grace_s is None:
-                grace_s = grace_after_loss(
-                    self._period_s, is_skep=not is_docker_node(node), wished_s=self._wished_grace_s
+                grace_s = grace_after_adoption(
+                    self._period_s,
+                    is_skep=not is_docker_node(node),
+                    recovers=self._time.seconds < self._recovers_until,
+                    wished_s=self._wished_grace_s,
                 )
             self._sessions.expect(node.id, held.session_id, heard=self._time.seconds, grace_s=grace_s)
 
@@ -320,6 +326,7 @@ class Dispatcher:
             else:
                 if not self._is_current:
                     log.info("current again")
+                    self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
                 self._is_current = True
                 self._current_at = self._clock.monotonic()
 

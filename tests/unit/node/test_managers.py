@@ -59,3 +59,12 @@ def test_failures_are_forgotten_when_a_session_came_about():
     assert managers.choose(OWN.node_id, Random(1)) == OWN
     managers.worked(OWN)
     assert managers.choose(OWN.node_id, Random(1)) == M2
+
+
+def test_a_round_ends_when_everybody_was_asked_as_often():
+    managers = ManagerList([OWN, M2, M3])
+    managers.failed(M2)
+    assert not managers.is_last_of_round(M2)
+    managers.failed(M3)
+    managers.failed(OWN)
+    assert managers.is_last_of_round(OWN)

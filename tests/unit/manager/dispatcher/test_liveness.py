@@ -7,6 +7,7 @@ from skep.aio.own_time import OwnTime
 from skep.errors import Unavailable
 from skep.manager.dispatcher.liveness import (
     grace_after_absence,
+    grace_after_adoption,
     grace_after_loss,
     grace_period,
     heartbeat_period,
@@ -21,6 +22,11 @@ def test_three_periods_of_grace_unless_the_cluster_wishes_another():
     assert grace_period(1.0) == 3.0
     assert grace_period(1.0, wished_s=10.0) == 10.0
     assert grace_period(1.0, wished_s=0.1) == 2.0  # one lost heartbeat takes no node down
+
+
+def test_after_a_loss_of_quorum_every_node_gets_time_to_come_back():
+    assert grace_after_adoption(1.0, is_skep=True, recovers=False) == 3.0
+    assert grace_after_adoption(1.0, is_skep=True, recovers=True) == grace_after_absence(1.0)
 
 
 def test_a_node_that_lost_its_manager_gets_what_its_kind_needs_to_find_another():
