@@ -1,0 +1,54 @@
+"""Killing the processes of a node, one kind or several at one moment."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
+
+from tests.integration.cluster import TestNode, wait_until
+
+COMMANDS = {"node": "skep-node", "manager": "skep-manager", "etcd": "etcd", "conmon": "conmon"}
+"""Kind -> its command name.  Of ``conmon`` there is one per container."""
+
+PAIRS = tuple(combinations(COMMANDS, 2))
+
+
+def strike(node: TestNode, *kinds: str) -> dict[str, set[int]]:
+    """SIGKILL every process of these kinds, and wait until all are gone: kind -> the pids they had.
+
+    All are stopped first, so that none sees another one end; children go before their parents, since what is stopped
+    and loses its parent is woken by the kernel.
+    """
+    struck = {kind: set(node.pids(COMMANDS[kind])) for kind in kinds}
+    assert all(struck.values()), f"{struck} among {sorted(set(node.processes()))}"
+    children_first = sorted(struck, key=list(COMMANDS).index, reverse=True)
+    pids = [pid for kind in children_first for pid in struck[kind]]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, number)
+    wait_until(
+        lambda: not set(pids) & {pid for pid, _ in node.processes()}, f"{kinds} of {node.name} are gone"
+    )
+    return struck
+
+
+def wait_started_again(node: TestNode, struck: dict[str, set[int]]) -> None:
+    """Wait until there is a new process in place of each kind; a monitor is not replaced, its container runs on."""
+    for kind in set(struck) - {"conmon"}:
+        wait_until(
+            lambda kind=kind: set(node.pids(COMMANDS[kind])) - struck[kind],  # type: ignore[misc]
+            f"{node.name} has a new {kind} process",
+            within_s=60,
+        )
+
+
+@contextmanager
+def heartbeats(manager: TestNode, period: str) -> Iterator[None]:
+    """Nodes send a sign of life so often, and are down after three that did not come; then as before."""
+    before = manager.client().api.inspect_swarm()["Spec"]["Dispatcher"]["HeartbeatPeriod"]
+    manager.docker("swarm", "update", "--dispatcher-heartbeat", period)
+    try:
+        yield
+    finally:
+        manager.docker("swarm", "update", "--dispatcher-heartbeat", f"{before}ns")

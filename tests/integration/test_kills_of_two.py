@@ -1,0 +1,39 @@
+"""Any two of a node's processes die at one moment: nothing is lost, nothing moves, and all goes on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import TestNode, container_pids, containers, create, wait_running, wait_until
+from tests.integration.kills import PAIRS, heartbeats, strike, wait_started_again
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def patient(m1: TestNode) -> Iterator[TestNode]:
+    """The manager of the shared playground; a node of it may be away for 15 s before its tasks are replaced."""
+    with heartbeats(m1, "5s"):
+        yield m1
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_of_any_two_that_are_killed_together_nothing_is_lost_and_nothing_moves(
+    patient: TestNode, pair: tuple[str, str]
+) -> None:
+    m1 = patient
+    create(m1, "web", 3, "--restart-delay", "0s")
+    tasks = {task["ID"] for task in wait_running(m1, "web", 3)}
+    before = container_pids(m1, "web")
+    struck = strike(m1, *pair)
+    wait_started_again(m1, struck)
+    wait_until(lambda: m1.docker("service", "ls", check=False).returncode == 0, "the API answers again")
+    assert {id: pid for id, pid in before.items() if Path(f"/proc/{pid}").exists()} == before
+    assert {task["ID"] for task in wait_running(m1, "web", 3)} == tasks
+    assert container_pids(m1, "web") == before
+    m1.docker("service", "scale", "--detach", "web=4")  # the whole chain works again
+    assert tasks < {task["ID"] for task in wait_running(m1, "web", 4)}
+    assert before.items() <= container_pids(m1, "web").items()
+    m1.docker("service", "scale", "--detach", "web=0")  # and what was adopted can still be stopped
+    wait_until(lambda: not containers(m1, "web"), "the containers are stopped")
