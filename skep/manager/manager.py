@@ -72,6 +72,7 @@ class Manager:
         book: AddressBook,
         whereabouts: Whereabouts,
         restart_member: Callable[[], Awaitable[None]],
+        trouble: Callable[[], str],
         socket: Path,
         clock: Clock,
         new_id: IdSource,
@@ -102,6 +103,7 @@ class Manager:
         self._book = book
         self._whereabouts = whereabouts
         self._restart_member = restart_member
+        self._trouble = trouble
         self._consensus = consensus
         self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
         self._members = MembersService(
@@ -127,6 +129,7 @@ class Manager:
             new_id=self._new_id,
             new_name=names_from(self._random),
             lag=LoopLag(),
+            trouble=self._trouble,
         )
         host, _, port = self._config.listen_addr.rpartition(":")
         handlers = (

@@ -159,6 +159,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             book=book,
             whereabouts=whereabouts,
             restart_member=lambda: member.restart(member.settings),
+            trouble=lambda: member.trouble,
             socket=paths.manager_socket,
             clock=clock,
             new_id=new_id,

@@ -1,7 +1,8 @@
 """What the handlers work with: the store, and the few things that must not come from thin air."""
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -11,7 +12,7 @@ from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, Unavailable
 from skep.manager.control.names import NameSource
 from skep.manager.events import ClusterEvents
 from skep.model.ids import IdSource
@@ -57,6 +58,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_name: NameSource
     backups: Backing
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
+    trouble: Callable[[], str] = str
+    """Why this manager's own part of the store is not there, in a sentence; empty: it is, or nobody knows."""
 
     def now(self) -> Timestamp:
         """The present, as it is written into objects."""
@@ -66,8 +69,18 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
         self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Run an operation of ``manager.control``; its errors get the wording of SwarmKit's API."""
-        with rpc_errors():
+        with rpc_errors(), self.own_trouble():
             return await self.store.update(operation, *args, **kwargs)
+
+    @contextmanager
+    def own_trouble(self) -> Iterator[None]:
+        """What the store says of the cluster, and what this manager knows of itself: the other managers may be well."""
+        try:
+            yield
+        except Unavailable as error:
+            if trouble := self.trouble():
+                raise Unavailable(f"{error} {trouble}") from error
+            raise
 
 
 MANAGER = web.AppKey("manager", ManagerApi)
@@ -84,10 +97,11 @@ async def current_view(request: web.Request) -> View:
     Raises:
         Unavailable: there is no quorum.
     """
-    store = manager_of(request).store
+    manager = manager_of(request)
     if request.headers.get("X-Skep-Stale") != "1":
-        await store.barrier()
-    return store.view()
+        with manager.own_trouble():
+            await manager.store.barrier()
+    return manager.store.view()
 
 
 _DIGITS = re.compile(r"[0-9]+")

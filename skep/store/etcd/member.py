@@ -62,6 +62,8 @@ class Member:
         self.settings = settings
         self.starts = 0
         """How often the process was started."""
+        self.trouble = ""
+        """Why it cannot be started at the moment, in a sentence for users; empty: nothing is wrong."""
         self._binary = binary
         self._clock = clock
         self._backoff = backoff
@@ -130,7 +132,7 @@ class Member:
         missing = missing_bytes(settings.data)
         if missing:
             raise FailedPrecondition(
-                f"{settings.directory}: {missing // 1024**2 + 1} MB of disk space are missing for the store"
+                f"{settings.directory}: {_megabytes(missing)} MB of disk space are missing for the store"
             )
 
     # -- while it runs -----------------------------------------------------------------------------------------
@@ -247,12 +249,15 @@ class Member:
                 log.warning("etcd does not end", signal=ask.name)
 
     async def _wait_for_space(self) -> None:
-        is_told = False
         while missing := missing_bytes(self.settings.data):
-            if not is_told:
+            if not self.trouble:
                 log.error("no space for the store", path=str(self.settings.directory), missing_bytes=missing)
-                is_told = True
+            self.trouble = (
+                f"The store of this manager waits for disk space: {_megabytes(missing)} MB are missing at "
+                f"{self.settings.directory}. Free them; it goes on by itself."
+            )
             await self._clock.sleep(1.0)
+        self.trouble = ""
 
 
 def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
@@ -276,6 +281,10 @@ def missing_bytes(data: Path) -> int:
     disk = os.statvfs(there)
     needed = KNOWN_BYTES if (data / "member").exists() else FRESH_BYTES
     return max(0, needed - disk.f_bavail * disk.f_frsize)
+
+
+def _megabytes(missing: int) -> int:
+    return missing // 1024**2 + 1
 
 
 def read_version(directory: Path) -> tuple[int, int, int] | None:

@@ -54,8 +54,17 @@ def test_a_full_disk_stops_writes_and_loses_none(small: DaemonRig) -> None:
         acknowledged.add(name)
     else:
         pytest.fail("the disk never ran full")
-    wait_until(lambda: "no space for the store" in rig.log.read_text(), "the log names the trouble", within_s=60)
-    assert rig.swarm()["LocalNodeState"] in ("active", "error")
+    wait_until(
+        lambda: "no space for the store" in rig.log.read_text(), "the log names the trouble", within_s=60
+    )
+    for method, path in (("GET", "/configs"), ("POST", "/configs/create")):
+        status, answer = rig.ask(method, path, {"Name": "refused", "Data": "eA=="})
+        assert status == 503
+        assert answer["message"].startswith("The swarm does not have a leader.")
+        assert f"MB are missing at {rig.data}/manager/etcd. Free them" in answer["message"]
+    assert "waits for disk space" in rig.swarm()["Error"]
     filler.unlink()
     wait_until(lambda: put_config(rig, "after"), "writes go on by themselves", within_s=90)
     assert acknowledged | {"after"} <= configs(rig)
+    assert "refused" not in configs(rig)
+    assert rig.swarm()["Error"] == ""
