@@ -357,9 +357,9 @@ class Membership:
         """Return with the first session, or when there will be none."""
         assert self._part is not None, "begun before"
         async with asyncio.TaskGroup() as group:
-            registered = group.create_task(self._part.wait_registered(), name="wait for a session")
-            await asyncio.wait({registered, taking_part}, return_when=asyncio.FIRST_COMPLETED)
-            registered.cancel()
+            settled = group.create_task(self._part.wait_settled(), name="wait for a session")
+            await asyncio.wait({settled, taking_part}, return_when=asyncio.FIRST_COMPLETED)
+            settled.cancel()
 
     async def _wait_ready(self, node: LocalNode, timeout_s: float) -> None:
         """Return when the manager shows this node as ready."""

@@ -5,6 +5,7 @@ What it learns on the way, the other managers and its own role, is kept in ``nod
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
@@ -21,6 +22,9 @@ from skep.paths import Paths
 from skep.security.keypair import KeyPair
 
 log = structlog.get_logger()
+
+_LOOK_S = 0.2
+"""How often a wait for the first session looks whether it is in vain: nobody announces that a process was given up."""
 
 
 class AgentConnection(Protocol):
@@ -140,6 +144,13 @@ class Participation:
         """Return with the first session.  From then on the node is active, also while its manager is away."""
         await self._agent.registered.wait()
         self.is_active = True
+
+    async def wait_settled(self) -> None:
+        """Return with the first session, or when ``trouble`` says that there will be none."""
+        while not self._agent.registered.is_set() and not self.trouble:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._agent.registered.wait()
 
     def _remember_managers(self, managers: tuple[Peer, ...]) -> None:
         self._remember(msgspec.structs.replace(self.node, managers=managers))
