@@ -260,3 +260,44 @@ async def test_a_task_swarmkit_has_no_words_for_does_not_keep_others_from_the_no
     async with an_agent(cluster, pair, tmp_path) as (_, worker):
         await until(lambda: good.id in worker.tasks)
         assert odd.id not in worker.tasks
+
+
+async def test_assignments_of_an_earlier_incarnation_are_refused_until_a_later_one_comes(cluster, tmp_path):
+    """What a manager of the cluster before a restore says counts for nothing, in an open session and in new ones."""
+    pair = await a_worker(cluster, tmp_path)
+    cluster.store.cluster.incarnation = 7
+    async with an_agent(cluster, pair, tmp_path) as (agent, worker):
+        service, first = service_task(agent.node_id)
+        await put(cluster, service, first)
+        await until(lambda: first.id in worker.tasks)
+
+        cluster.store.cluster.incarnation = 6
+        told = len(worker.sets)
+        sessions = {cluster.node(agent.node_id).session.session_id}
+        service, later = service_task(agent.node_id)
+        await put(cluster, service, later)
+
+        def tried_again() -> bool:
+            sessions.add(cluster.node(agent.node_id).session.session_id)
+            return len(sessions) == 3  # so a whole session, with everything it was told, lies between
+
+        await until(tried_again, within_s=20)
+        assert len(worker.sets) == told
+        assert set(worker.tasks) == {first.id}
+
+        cluster.store.cluster.incarnation = 8
+        await until(lambda: later.id in worker.tasks, within_s=20)
+        assert set(worker.tasks) == {first.id, later.id}
+
+
+async def test_assignments_say_which_incarnation_they_are_of(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    cluster.store.cluster.incarnation = 7
+    async with (
+        a_session(cluster, pair) as (channel, session_id),
+        channel.stream(methods.REVISED_ASSIGNMENTS) as call,
+    ):
+        await call.send(pb.AssignmentsRequest(session_id=session_id), end=True)
+        message = await call.receive()
+        assert message.incarnation == 7
+        assert message.revision > 0
