@@ -189,6 +189,7 @@ class Daemon:
                 log.info("stopping")
                 notify("STOPPING=1")
                 reloading.cancel()
+                await node.farewell()
                 running.cancel()
             _forget_keys(paths)
 

@@ -207,6 +207,11 @@ class Agent:
         """The manager answered a heartbeat sent at ``asked_at``."""
         self._contact.heard(asked_at)
 
+    @property
+    def contact(self) -> Contact:
+        """With the managers."""
+        return self._contact
+
     def patience_s(self, period_s: float) -> float:
         """How long to wait for the answer to a heartbeat."""
         return patience(period_s, len(self._managers.peers))
@@ -226,6 +231,10 @@ class _Host(msgspec.Struct, frozen=True):
 
     def heard(self, asked_at: float) -> None:
         self.agent.heard(asked_at)
+
+    @property
+    def contact(self) -> Contact:
+        return self.agent.contact
 
     def patience_s(self, period_s: float) -> float:
         return self.agent.patience_s(period_s)

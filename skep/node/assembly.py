@@ -81,6 +81,7 @@ class Node:
         self._system: NodeSystem | None = None
         self._workload: Workload | None = None
         self._membership: Membership | None = None
+        self._contact: Contact | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Run until cancelled; calls ``ready`` once the API is served.
@@ -101,7 +102,7 @@ class Node:
             events = NodeEvents(clock)
             workload = self._workload = await self._workload_of(events)
             reports = Reports()
-            contact = Contact(clock)
+            contact = self._contact = Contact(clock)
             worker = Worker(
                 executor=workload.executor,
                 files=TaskFiles(paths.tasks),
@@ -188,6 +189,11 @@ class Node:
         return await oci_workload(
             self._configuration, around.machine, ports=net, events=events, clock=around.clock
         )
+
+    async def farewell(self) -> None:
+        """Tell the manager that this process stops as planned, so that nothing moves until it is back."""
+        if self._contact is not None:
+            await self._contact.say_farewell()
 
     def reload(self, configuration: Configuration) -> None:
         """Use the parts of ``configuration`` that need no restart."""

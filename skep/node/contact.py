@@ -1,11 +1,19 @@
 """Whether this node has a manager, and for how long it has had none.
 
-The agent tells, the worker asks: what a task may do alone depends on it.
+The agent tells, the worker asks: what a task may do alone depends on it.  A planned stop of the node process is
+announced here; the session says so to its manager.
 """
 
 import asyncio
 
+import structlog
+
 from skep.aio.clock import Clock
+from skep.node.first import Overtaken, unless
+
+log = structlog.get_logger()
+
+FAREWELL_SECONDS_MAX = 1.0
 
 
 class Contact:
@@ -18,6 +26,8 @@ class Contact:
         self._gained = asyncio.Event()
         self._lost = asyncio.Event()
         self._lost.set()
+        self._departing = asyncio.Event()
+        self._departed = asyncio.Event()
 
     @property
     def has_manager(self) -> bool:
@@ -52,3 +62,30 @@ class Contact:
     async def wait_lost(self) -> None:
         """Return when there is none."""
         await self._lost.wait()
+
+    # --- a planned stop ---------------------------------------------------------------------------------------
+
+    async def say_farewell(self) -> None:
+        """Have the manager know that this process stops and means to be back: it waits longer before tasks move.
+
+        Returns when it knows, or at once where there is no session, or after a second.
+        """
+        if not self._has_manager:
+            return
+        self._departing.set()
+        try:
+            await unless(self._departed.wait(), self._clock.sleep(FAREWELL_SECONDS_MAX))
+        except Overtaken:
+            log.warning("no manager heard that this process stops as planned")
+
+    @property
+    def is_departing(self) -> bool:
+        return self._departing.is_set()
+
+    async def wait_departing(self) -> None:
+        """Return when this process is about to stop as planned."""
+        await self._departing.wait()
+
+    def departed(self) -> None:
+        """A manager knows of it."""
+        self._departed.set()

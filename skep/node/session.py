@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Protocol
 
 import structlog
+from google.protobuf.duration_pb2 import Duration
 
 from skep.aio.clock import Clock
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
 from skep.model.times import SECOND_NS
 from skep.node.assignments import AssignmentSink, LogSource
-from skep.node.first import Overtaken, unless
+from skep.node.contact import Contact
+from skep.node.first import Overtaken, unless, wait_first
 from skep.node.publishing import LogPublisher
 from skep.node.reports import Reports
 from skep.node.revisions import Revision
@@ -53,6 +55,10 @@ class SessionHost(Protocol):
 
     def patience_s(self, period_s: float) -> float:
         """How long to wait for the answer to a heartbeat; ``period_s``: between two, 0 before the first."""
+
+    @property
+    def contact(self) -> Contact:
+        """Where a planned stop is announced, and noted when the manager has heard of it."""
 
 
 class Session:
@@ -157,17 +163,24 @@ class Session:
         async with self._channel.stream(methods.HEARTBEATS) as call:
             while True:
                 asked_at = self._clock.monotonic()
+                is_away = self._host.contact.is_departing
                 try:
-                    reply = await unless(self._beat(call), self._lose_patience(period_s))
+                    reply = await unless(self._beat(call, is_away), self._lose_patience(period_s))
                 except Overtaken as error:
                     raise Unavailable(f"{self._channel.address} is silent") from error
                 if reply is None:
                     raise Unavailable(f"{self._channel.address} ended the heartbeats")
                 self._host.heard(asked_at)
-                period_s = await self._wait(duration_from_pb(reply.period))
+                if is_away:
+                    self._host.contact.departed()
+                    await asyncio.Event().wait()  # any further heartbeat would take it back
+                period_s = _seconds(reply.period)
+                await wait_first(self._clock.sleep(period_s), self._host.contact.wait_departing())
 
-    async def _beat(self, call: Call[skep.Heartbeat, skep.HeartbeatPeriod]) -> skep.HeartbeatPeriod | None:
-        await call.send(skep.Heartbeat(session_id=self._id))
+    async def _beat(
+        self, call: Call[skep.Heartbeat, skep.HeartbeatPeriod], is_away: bool
+    ) -> skep.HeartbeatPeriod | None:
+        await call.send(skep.Heartbeat(session_id=self._id, away=is_away))
         return await call.receive()
 
     async def _lose_patience(self, period_s: float) -> None:
@@ -186,13 +199,7 @@ class Session:
                 methods.HEARTBEAT, pb.HeartbeatRequest(session_id=self._id), timeout_s=REPLY_SECONDS_MAX
             )
             self._host.heard(asked_at)
-            await self._wait(duration_from_pb(reply.period))
-
-    async def _wait(self, period_ns: int) -> float:
-        """Wait for the next heartbeat's time; gives the seconds waited for."""
-        period_s = max(period_ns / SECOND_NS, PERIOD_SECONDS_MIN)
-        await self._clock.sleep(period_s)
-        return period_s
+            await self._clock.sleep(_seconds(reply.period))
 
     # -- assignments ----------------------------------------------------------------------------------------------
 
@@ -248,6 +255,11 @@ class Session:
             except BaseException:
                 self._reports.put_back(batch)
                 raise
+
+
+def _seconds(period: Duration) -> float:
+    """Between two heartbeats, as the manager wishes."""
+    return max(duration_from_pb(period) / SECOND_NS, PERIOD_SECONDS_MIN)
 
 
 def _follows(message: pb.AssignmentsMessage, applied: str) -> bool:

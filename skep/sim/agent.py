@@ -105,6 +105,11 @@ class SimulatedAgent:
         """The manager answered a heartbeat sent at ``asked_at``."""
         self._contact.heard(asked_at)
 
+    @property
+    def contact(self) -> Contact:
+        """With the managers."""
+        return self._contact
+
     def patience_s(self, period_s: float) -> float:
         """How long to wait for the answer to a heartbeat."""
         return patience(period_s, len(self._managers.peers))

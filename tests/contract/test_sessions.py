@@ -133,3 +133,18 @@ async def test_new_roots_reach_the_node(cluster, tmp_path):
         both = cluster.authority.root_pem + Authority.create().root_pem
         await put(cluster, msgspec.structs.replace(cluster.swarm, tls_info=tls_info(both)))
         await until(lambda: keypair.load(tmp_path).root_pem == both)
+
+
+async def test_a_node_that_stops_as_planned_is_waited_for_longer_than_one_that_falls_silent(cluster, tmp_path):
+    planned = await a_worker(cluster, tmp_path / "planned")
+    sudden = await a_worker(cluster, tmp_path / "sudden")
+    async with (
+        an_agent(cluster, planned, tmp_path / "planned") as (leaving, _),
+        an_agent(cluster, sudden, tmp_path / "sudden") as (dying, _),
+    ):
+        await leaving.contact.say_farewell()
+    await cluster.until(lambda view: view.get(Node, dying.node_id).status.state is NodeState.DOWN)
+    assert cluster.node(leaving.node_id).status.state is NodeState.READY
+    async with an_agent(cluster, planned, tmp_path / "planned") as (back, _):
+        assert cluster.node(back.node_id).status.state is NodeState.READY
+    await cluster.until(lambda view: view.get(Node, back.node_id).status.state is NodeState.DOWN)

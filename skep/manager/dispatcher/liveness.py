@@ -8,6 +8,8 @@ nodes down.
 GRACE_PERIODS = 3
 GRACE_PERIODS_MIN = 2
 """Less than this a grace cannot be set to: one lost heartbeat takes no node down."""
+AWAY_GRACE_S = 12.0
+"""Least grace of a node whose process said that it stops as planned: an upgrade moves nothing."""
 RECOVERY_GRACE_S = 12.0
 """Least grace of an engine that lost its manager: it needs 11 s to find another one."""
 
@@ -32,6 +34,11 @@ def grace_period(period_s: float, *, wished_s: float | None = None) -> float:
     if wished_s is None:
         return GRACE_PERIODS * period_s
     return max(wished_s, GRACE_PERIODS_MIN * period_s)
+
+
+def grace_when_away(period_s: float, *, wished_s: float | None = None) -> float:
+    """Seconds for a node that said it would be back."""
+    return max(grace_period(period_s, wished_s=wished_s), AWAY_GRACE_S)
 
 
 def grace_after_loss(period_s: float, *, is_skep: bool, wished_s: float | None = None) -> float:

@@ -21,6 +21,7 @@ from skep.manager.dispatcher.liveness import (
     grace_after_absence,
     grace_after_adoption,
     grace_period,
+    grace_when_away,
     heartbeat_period,
 )
 from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
@@ -259,13 +260,16 @@ class Dispatcher:
         async for request in requests:
             session = self._sessions.require(caller.node_id, request.session_id)
             session.is_skep = True
-            yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session)))
+            yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session, is_away=request.away)))
 
-    def _beat(self, session: LiveSession) -> int:
-        """Note a heartbeat; gives nanoseconds until the next one."""
+    def _beat(self, session: LiveSession, *, is_away: bool = False) -> int:
+        """Note a heartbeat, ``is_away``: the last one before a planned stop; gives nanoseconds until the next one."""
         period_s = self._period_s * self._random.uniform(1 - PERIOD_JITTER, 1 + PERIOD_JITTER)
         session.heard = self._time.seconds
-        session.deadline = session.heard + grace_period(period_s, wished_s=self._wished_grace_s)
+        grace = grace_when_away if is_away else grace_period
+        session.deadline = session.heard + grace(period_s, wished_s=self._wished_grace_s)
+        if is_away:
+            log.info("node stops as planned", node=session.node_id)
         return int(period_s * SECOND_NS)
 
     def _set_period(self) -> None:
