@@ -35,6 +35,7 @@ from skep.node.agent import Agent
 from skep.node.joining import join
 from skep.node.local import Peer
 from skep.node.managers import ManagerList
+from skep.node.renewal import KeyPairCredentials
 from skep.node.reports import Reports
 from skep.security import keypair
 from skep.security.authority import Authority
@@ -315,7 +316,7 @@ async def an_agent_of(
     """An agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
     agent = Agent(
-        certificates=directory,
+        credentials=KeyPairCredentials(directory, SystemClock(), random),
         managers=ManagerList(managers),
         describe=describe,
         sink=worker,
@@ -331,6 +332,12 @@ async def an_agent_of(
         yield agent
     finally:
         await _ended(running)
+
+
+def pair_of(agent: Agent) -> KeyPair:
+    """The key pair that an agent has now."""
+    assert isinstance(agent._credentials, KeyPairCredentials)
+    return agent._credentials.pair
 
 
 @asynccontextmanager

@@ -7,9 +7,10 @@ Containers do not depend on it: without any manager they run on.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from enum import Enum
-from pathlib import Path
 from random import Random
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -18,21 +19,19 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.model.ids import NodeId
+from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
 from skep.node.local import Peer
 from skep.node.managers import ManagerList, connect_patience, patience
-from skep.node.renewal import Credentials
+from skep.node.renewal import Managers
 from skep.node.reports import Reports
 from skep.node.revisions import Revision, SeenRevision
 from skep.node.session import Session
-from skep.security.keypair import KeyPair
-from skep.security.locking import KeyLock
-from skep.security.tls import MANAGER_NAME, client_context
-from skep.security.trust import tls_info_of
+from skep.security.identity import Identity
 from skep.wire import swarm_pb2 as pb
-from skep.wire.client import connected
+from skep.wire.client import Channel
 from skep.wire.convert.node import role_from_pb
 
 log = structlog.get_logger(__name__)
@@ -53,13 +52,42 @@ class Attempt(Enum):
     """Nobody was there, and others are left to ask."""
 
 
+class Credentials(Protocol):
+    """Who the node is, and what it proves that with (``node.renewal.KeyPairCredentials``)."""
+
+    news: asyncio.Event
+    """Set with every change; whoever tells the managers of it clears it."""
+
+    @property
+    def identity(self) -> Identity: ...
+
+    @property
+    def tls_info(self) -> TLSInfo:
+        """Whom the node trusts, and who vouches for it."""
+
+    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
+
+    def take_roots(self, root_pem: bytes) -> None:
+        """A manager says whom to trust."""
+
+    def take_role(self, role: NodeRole) -> None:
+        """The cluster has this node in ``role``."""
+
+    def want_renewal(self) -> None:
+        """A manager asks for it."""
+
+    async def run(self, choose: Managers) -> None:
+        """Keep them valid until cancelled; ``choose``: the manager to ask."""
+
+
 class Agent:
     """Speaks for one node.  ``registered`` is set while there is a session."""
 
     def __init__(
         self,
         *,
-        certificates: Path,
+        credentials: Credentials,
         managers: ManagerList,
         describe: Callable[[], NodeDescription],
         sink: AssignmentSink,
@@ -68,19 +96,14 @@ class Agent:
         clock: Clock,
         random: Random,
         contact: Contact | None = None,
-        revision_file: Path | None = None,
-        certificate_changed: Callable[[KeyPair], None] = lambda _: None,
+        seen: SeenRevision | None = None,
         address_of: Callable[[Peer], str] = lambda peer: peer.addr,
-        lock: KeyLock | None = None,
     ) -> None:
         """
         Args:
-            certificates: directory with the node's key pair; renewed ones are written there.
-            lock: of that key pair, which is open.
             describe: what the node says of itself; asked at the start of each session (the trust is added here).
             contact: told about every session and heartbeat.
-            revision_file: where the newest revision seen is kept; None: in memory only.
-            certificate_changed: called after a new certificate, or new roots, were written.
+            seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
         """
         self._managers = managers
@@ -91,27 +114,20 @@ class Agent:
         self._logs = logs
         self._clock = clock
         self._random = random
-        self._credentials = Credentials(
-            certificates,
-            self._manager_to_renew_with,
-            clock,
-            random,
-            changed=certificate_changed,
-            lock=lock,
-        )
+        self._credentials = credentials
         self._contact = contact or Contact(clock)
-        self._seen = SeenRevision(revision_file, self._credentials.pair.identity.cluster_id)
+        self._seen = seen or SeenRevision(None, credentials.identity.cluster_id)
         self._peer: Peer | None = None
         self.registered = asyncio.Event()
 
     @property
     def node_id(self) -> NodeId:
-        return self._credentials.pair.identity.node_id
+        return self._credentials.identity.node_id
 
     @property
     def role(self) -> NodeRole:
         """In the certificate."""
-        return self._credentials.pair.identity.role
+        return self._credentials.identity.role
 
     def _manager_to_renew_with(self) -> Peer | None:
         """The one that holds the session, for it is known to answer; without a session the next to try."""
@@ -128,7 +144,7 @@ class Agent:
         """Keep a session and a valid certificate until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_session(), name="keep a session")
-            group.create_task(self._credentials.run(), name="keep a certificate")
+            group.create_task(self._credentials.run(self._manager_to_renew_with), name="keep a certificate")
             group.create_task(self._seen.run(), name="keep the revision")
 
     # -- sessions -------------------------------------------------------------------------------------------------
@@ -158,8 +174,8 @@ class Agent:
         had_session = is_there = False
         try:
             timeout_s = connect_patience(self._managers.failures(peer), len(self._managers.peers))
-            tls = client_context(self._credentials.pair)
-            async with connected(self._address_of(peer), tls, MANAGER_NAME, timeout_s=timeout_s) as channel:
+            address = self._address_of(peer)
+            async with self._credentials.connected(address, timeout_s=timeout_s) as channel:
                 is_there = True
                 session = Session(
                     channel,
@@ -182,7 +198,7 @@ class Agent:
         return Attempt.NONE if is_there or self._managers.is_last_of_round(peer) else Attempt.NEXT
 
     def _description(self) -> NodeDescription:
-        return msgspec.structs.replace(self._describe(), tls_info=tls_info_of(self._credentials.pair))
+        return msgspec.structs.replace(self._describe(), tls_info=self._credentials.tls_info)
 
     def take_message(self, message: pb.SessionMessage, peer: Peer) -> None:
         """Act on what a manager says of this node and its cluster."""

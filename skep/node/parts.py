@@ -32,9 +32,11 @@ from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.managers import ManagerList
 from skep.node.participation import AgentConnection
+from skep.node.renewal import KeyPairCredentials
 from skep.node.reports import Reports
 from skep.node.resigning import resign
 from skep.node.restoring import Restored
+from skep.node.revisions import SeenRevision
 from skep.node.worker import Worker
 from skep.security import keypair
 from skep.security.keypair import KeyPair
@@ -123,8 +125,15 @@ class NodeParts:
         certified: Callable[[NodeRole], None],
     ) -> AgentConnection:
         self._executor.identify(node.node_id)
+        credentials = KeyPairCredentials(
+            self._certificates,
+            self._clock,
+            self._random,
+            changed=lambda pair: certified(pair.identity.role),
+            lock=self._lock,
+        )
         return Agent(
-            certificates=self._certificates,
+            credentials=credentials,
             managers=ManagerList(self._known_managers(node), remember),
             describe=self.description,
             sink=self._worker,
@@ -132,11 +141,9 @@ class NodeParts:
             logs=self._logs,
             clock=self._clock,
             random=self._random,
-            certificate_changed=lambda pair: certified(pair.identity.role),
             address_of=node.reach,
-            lock=self._lock,
             contact=self._contact,
-            revision_file=self._certificates / REVISION_FILE,
+            seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:

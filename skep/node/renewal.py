@@ -9,6 +9,7 @@ Source: swarmkit, ca/renewer.go and certificates.go (calculateRandomExpiry).
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -19,13 +20,18 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
+from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
 from skep.model.times import SECOND_NS
 from skep.node.joining import renew, renew_expired
 from skep.node.local import Peer
 from skep.security import keypair
+from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
+from skep.security.tls import MANAGER_NAME, client_context
+from skep.security.trust import tls_info_of
+from skep.wire.client import Channel, connected
 
 log = structlog.get_logger(__name__)
 
@@ -51,13 +57,12 @@ class Managers(Protocol):
     def __call__(self) -> Peer | None: ...
 
 
-class Credentials:
-    """The key pair of this node: the present one, kept young by ``run``."""
+class KeyPairCredentials:
+    """The key pair of this node: the present one, kept young by ``run``.  Implements ``agent.Credentials``."""
 
     def __init__(
         self,
         directory: Path,
-        choose: Managers,
         clock: Clock,
         random: Random,
         *,
@@ -67,14 +72,12 @@ class Credentials:
         """
         Args:
             directory: holds the key pair; renewed ones are written there.
-            choose: the manager to ask.
             changed: called after a new certificate, or new roots, were written.
             lock: of that key pair, which is open.
 
         Raises: NotFound, FailedPrecondition: there is no key pair that can be read.
         """
         self._directory = directory
-        self._choose = choose
         self._clock = clock
         self._random = random
         self._changed = changed
@@ -84,6 +87,20 @@ class Credentials:
         self.pair = keypair.load(directory, lock)
         self.news = asyncio.Event()
         """Set with every change; whoever tells the managers of it clears it."""
+
+    @property
+    def identity(self) -> Identity:
+        """In the certificate."""
+        return self.pair.identity
+
+    @property
+    def tls_info(self) -> TLSInfo:
+        """Whom the node trusts, and who issued its certificate."""
+        return tls_info_of(self.pair)
+
+    def connected(self, address: str, *, timeout_s: float) -> AbstractAsyncContextManager[Channel]:
+        """A connection to the manager at ``address``.  Raises: Unavailable: not reachable, or not trusted."""
+        return connected(address, client_context(self.pair), MANAGER_NAME, timeout_s=timeout_s)
 
     def want_renewal(self) -> None:
         """A manager asks for it."""
@@ -106,15 +123,15 @@ class Credentials:
         """Whether no manager takes the present certificate any more."""
         return self._now() >= self.pair.not_after
 
-    async def run(self) -> None:
-        """Renew whenever it is due, until cancelled."""
+    async def run(self, choose: Managers) -> None:
+        """Renew whenever it is due, until cancelled.  ``choose``: the manager to ask."""
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             await self._wait_due()
             self._wanted.clear()
             # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
             async with asyncio.TaskGroup() as group:
-                attempt = group.create_task(self._renew(), name="certificate renewal")
+                attempt = group.create_task(self._renew(choose), name="certificate renewal")
             if attempt.result():
                 backoff.reset()
                 continue
@@ -134,11 +151,11 @@ class Credentials:
             except TimeoutError:
                 continue
 
-    async def _renew(self) -> bool:
+    async def _renew(self, choose: Managers) -> bool:
         """One attempt; gives whether the certificate is as it should be now."""
         try:
             if not (self.is_expired and self._is_renewed_beside()):
-                self._adopt(await self._requested())
+                self._adopt(await self._requested(choose()))
         except SkepError as error:
             log.warning("certificate not renewed", error=str(error), until=self.pair.not_after.isoformat())
             return False
@@ -147,9 +164,8 @@ class Credentials:
         )
         return self._role in (None, self.pair.identity.role)
 
-    async def _requested(self) -> KeyPair:
+    async def _requested(self, peer: Peer | None) -> KeyPair:
         """A new key pair from a manager.  Raises: SkepError."""
-        peer = self._choose()
         if peer is None:
             raise Unavailable("no manager is known")
         if self.is_expired:

@@ -24,7 +24,7 @@ from skep.manager.scheduler.accounting import Account
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node
 from skep.model.task import TaskStatus
-from skep.sim import agent
+from skep.node import revisions
 from skep.sim.run import outcomes
 from skep.store import transaction
 from skep.store.etcd import batcher, store
@@ -132,7 +132,7 @@ def _no_claims() -> list[Patch]:
 
 
 def _any_revision() -> list[Patch]:
-    return [Patch(agent, "advanced", lambda seen, offered: offered)]
+    return [Patch(revisions, "advanced", lambda seen, offered: offered)]
 
 
 def _no_delay() -> list[Patch]:

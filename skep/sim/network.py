@@ -19,6 +19,7 @@ from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.security.identity import Identity
 from skep.sim.links import Links, Machine
 from skep.wire.access import Caller
+from skep.wire.client import CONNECT_SECONDS_MAX
 from skep.wire.errors import from_status
 from skep.wire.methods import Method, Unary
 from skep.wire.service import Handler, run_handler
@@ -27,6 +28,8 @@ T = TypeVar("T")
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
+FIRST_RESEND_S = 1.0
+"""TCP's first wait for an answer to a SYN."""
 IN_FLIGHT_MAX = 100_000
 """Messages of one stream that nobody has read: more means that a reader is stuck, which is a bug."""
 
@@ -138,16 +141,16 @@ class Network:
                 listener.close()
 
     @asynccontextmanager
-    async def connected(self, address: str, identity: Identity) -> "AsyncIterator[MemoryChannel]":
-        """A connection to ``address``.  Raises: Unavailable: nobody listens there, or no packet arrives."""
+    async def connected(
+        self, address: str, identity: Identity, *, timeout_s: float = CONNECT_SECONDS_MAX
+    ) -> "AsyncIterator[MemoryChannel]":
+        """A connection to ``address``.  Raises: Unavailable: nobody listens there, or no packet arrives in time."""
         source, target = identity.node_id, address.partition(":")[0]
-        for waited_s in (1.0, 2.0, 2.0):
-            if self.links.is_joined(source, target):
-                break
-            await asyncio.sleep(waited_s)
-        else:
-            raise Unavailable(f"{address}: connection timed out")
-        await asyncio.sleep(2 * self.delay_s(source, target))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._shaken_hands(source, target)
+        except TimeoutError as error:
+            raise Unavailable(f"{address}: connection timed out") from error
         listener = self._listeners.get(address)
         if listener is None:
             raise Unavailable(f"{address}: connection refused")
@@ -158,6 +161,14 @@ class Network:
             yield channel
         finally:
             channel.close()
+
+    async def _shaken_hands(self, source: Machine, target: Machine) -> None:
+        """Return when both have heard each other: what got lost is sent again, later and later."""
+        wait_s = FIRST_RESEND_S
+        while not self.links.is_joined(source, target):
+            await asyncio.sleep(wait_s)
+            wait_s *= 2
+        await asyncio.sleep(2 * self.delay_s(source, target))
 
 
 class WaySet:

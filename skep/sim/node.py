@@ -1,4 +1,4 @@
-"""A simulated node: the real worker, its tasks and its session, on a pretended machine.
+"""A simulated node: the real agent, worker and tasks, on a pretended machine.
 
 The machine (what runs, what is on its disk) outlives the node process, as real ones do; power loss ends what
 runs and keeps the disk.
@@ -12,6 +12,7 @@ from skep.aio.clock import Clock
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
+from skep.node.agent import Agent
 from skep.node.contact import Contact
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.node.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
@@ -19,10 +20,11 @@ from skep.node.first import wait_first
 from skep.node.local import Peer
 from skep.node.managers import ManagerList
 from skep.node.reports import Reports
+from skep.node.revisions import SeenRevision
 from skep.node.task_files import RememberedTask, TaskFiles
 from skep.node.worker import Worker
 from skep.security.identity import Identity
-from skep.sim.agent import SimulatedAgent
+from skep.sim.credentials import NoLogs, SimulatedCredentials
 from skep.sim.network import Network
 
 
@@ -50,6 +52,8 @@ class SimulatedNode:
         self.tasks: dict[TaskId, AssignedTask] = {}
         """What each process on the machine was made for, for whoever looks at it from outside."""
         self._disk = MemoryFiles()
+        self._seen = SeenRevision(None, identity.cluster_id)
+        """On the disk too."""
         self._identity = identity
         self._description = description
         self._network = network
@@ -75,16 +79,17 @@ class SimulatedNode:
         worker = Worker(
             executor=executor, files=self._disk, reports=reports, clock=self._clock, contact=contact
         )
-        agent = SimulatedAgent(
-            self._identity,
-            self._network,
-            ManagerList(self._managers),
-            self._description,
+        agent = Agent(
+            credentials=SimulatedCredentials(self._identity, self._network),
+            managers=ManagerList(self._managers),
+            describe=lambda: self._description,
             sink=worker,
             reports=reports,
-            contact=contact,
+            logs=NoLogs(),
             clock=self._clock,
             random=self._random,
+            contact=contact,
+            seen=self._seen,
         )
         async with asyncio.TaskGroup() as group:
             group.create_task(worker.run(), name=f"{self.id} worker")

@@ -26,7 +26,7 @@ from skep.security.tls import joining_context
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import connected
-from tests.wire_rig import CLOCK, Cluster, a_worker, an_agent, put
+from tests.wire_rig import CLOCK, Cluster, a_worker, an_agent, pair_of, put
 
 
 class Earlier:
@@ -81,7 +81,7 @@ async def test_an_expired_certificate_makes_no_connection(cluster, tmp_path):
 async def test_a_known_node_comes_back_by_itself_within_the_window(cluster, tmp_path):
     pair = await a_node_off_for(cluster, tmp_path, days=10)
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
-        renewed = agent._credentials.pair
+        renewed = pair_of(agent)
         assert renewed.identity == pair.identity
         assert renewed.not_after > pair.not_after + timedelta(days=11)
         assert keypair.load(tmp_path).certificate_pem == renewed.certificate_pem

@@ -15,7 +15,7 @@ from skep.security.authority import Authority
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem
 from tests.contract.test_expired import Earlier
-from tests.wire_rig import Cluster, a_worker, an_agent, put, until
+from tests.wire_rig import Cluster, a_worker, an_agent, pair_of, put, until
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def aged(cluster: Cluster, pair: KeyPair, *, days: float) -> KeyPair:
 
 
 def serial(agent: Agent) -> int:
-    return agent._credentials.pair.certificate.serial_number
+    return pair_of(agent).certificate.serial_number
 
 
 async def renewed(cluster: Cluster, agent: Agent, before: int) -> None:
@@ -57,7 +57,7 @@ async def test_a_certificate_past_its_time_is_renewed_by_itself(cluster, tmp_pat
         if is_due:
             await until(lambda: serial(agent) != pair.certificate.serial_number)
             assert keypair.load(tmp_path).certificate.serial_number == serial(agent)
-            assert agent._credentials.pair.key_pem != pair.key_pem
+            assert pair_of(agent).key_pem != pair.key_pem
         else:
             assert serial(agent) == pair.certificate.serial_number
 
@@ -105,7 +105,7 @@ async def test_the_next_certificate_lives_as_long_as_the_cluster_says(cluster, t
     async with an_agent(cluster, pair, tmp_path) as (agent, _):
         await cluster.store.update(ask_to_renew, Renewal(agent.node_id))
         await renewed(cluster, agent, pair.certificate.serial_number)
-        left = agent._credentials.pair.not_after - datetime.now(UTC)
+        left = pair_of(agent).not_after - datetime.now(UTC)
         assert timedelta(hours=1, minutes=59) < left <= timedelta(hours=2)
 
 

@@ -17,7 +17,7 @@ from skep.model.task import Task, TaskState
 from skep.node.joining import join
 from skep.security.trust import is_issued_by
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
-from tests.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, put, service_task, until
+from tests.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, service_task, until
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ async def test_a_rotation_reaches_every_node_and_no_session_is_lost(cluster, tmp
         )
         assert {node.id: node.session for node in cluster.view.find(Node)} == sessions
         for agent, _, pair in agents:
-            assert agent._credentials.pair.root_pem == after.tls_info.trust_root.encode()
-            assert agent._credentials.pair.certificate_pem != pair.certificate_pem
+            assert pair_of(agent).root_pem == after.tls_info.trust_root.encode()
+            assert pair_of(agent).certificate_pem != pair.certificate_pem
         agents[0][1].report(task.id, TaskState.RUNNING)
         await cluster.until(lambda view: view.get(Task, task.id).status.state is TaskState.RUNNING)
         del manager
