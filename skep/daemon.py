@@ -46,6 +46,7 @@ from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
 from skep.node.features import detect
 from skep.node.founding import NewCluster
+from skep.node.last_heard import LastHeardFile, boot_id
 from skep.node.local import LocalNode
 from skep.node.machine import this_machine
 from skep.node.netprocess import process as net_process
@@ -174,6 +175,7 @@ class Daemon:
                     warnings=self._warnings,
                     clock=self._clock,
                     random=self._random,
+                    last_heard=LastHeardFile(paths.last_heard, self._clock.since_boot, boot_id()),
                     net=self._supervisor("net", hands_over=True, gives_up=False),
                     manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}, futile=FUTILE),
                     write_manager_files=self._write_manager_files,

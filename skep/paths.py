@@ -132,6 +132,11 @@ class Paths(msgspec.Struct, frozen=True):
     # --- run directory ----------------------------------------------------------------------------------------
 
     @property
+    def last_heard(self) -> Path:
+        """When a manager last heard this node."""
+        return self.run / "last-heard.json"
+
+    @property
     def api_socket(self) -> Path:
         return self.run / "skep.sock"
 

@@ -25,6 +25,7 @@ from skep.node.features import Features
 from skep.node.first import Overtaken, unless
 from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
+from skep.node.last_heard import LastHeard
 from skep.node.local import LocalNode
 from skep.node.local_api import LocalApi
 from skep.node.machine import Machine
@@ -64,6 +65,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
     clock: Clock
     random: Random
+    last_heard: LastHeard
     net: ManagerProcess
     manager: Callable[[], ManagerProcess]
     write_manager_files: Callable[[LocalNode, NewCluster | None], None]
@@ -102,7 +104,7 @@ class Node:
             events = NodeEvents(clock)
             workload = self._workload = await self._workload_of(events)
             reports = Reports()
-            contact = self._contact = Contact(clock)
+            contact = self._contact = Contact(clock, around.last_heard)
             worker = Worker(
                 executor=workload.executor,
                 files=TaskFiles(paths.tasks),

@@ -10,6 +10,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.node.first import Overtaken, unless
+from skep.node.last_heard import LastHeard
 
 log = structlog.get_logger()
 
@@ -19,8 +20,10 @@ FAREWELL_SECONDS_MAX = 1.0
 class Contact:
     """This node's contact with its managers, in the clock's monotonic time."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, last_heard: LastHeard | None = None) -> None:
+        """``last_heard``: what is known from earlier processes; None: this process is the first."""
         self._clock = clock
+        self._last_heard = last_heard or LastHeard(clock.monotonic, clock.monotonic())
         self._heard = clock.monotonic()
         self._has_manager = False
         self._gained = asyncio.Event()
@@ -38,12 +41,14 @@ class Contact:
         """A manager gave a session."""
         self._has_manager = True
         self._heard = self._clock.monotonic()
+        self._last_heard.note(0.0)
         self._gained.set()
         self._lost.clear()
 
     def heard(self, asked_at: float) -> None:
         """The manager answered what it was asked at ``asked_at``: then, at least, it knew this node to be alive."""
         self._heard = max(self._heard, asked_at)
+        self._last_heard.note(self._clock.monotonic() - self._heard)
 
     def lost(self) -> None:
         """The session has ended."""
@@ -52,8 +57,12 @@ class Contact:
         self._lost.set()
 
     def silence_s(self) -> float:
-        """Seconds since a manager is known to have heard this node."""
+        """Seconds since a manager is known to have heard this node, or since this process began to look for one."""
         return self._clock.monotonic() - self._heard
+
+    def unheard_s(self) -> float:
+        """Seconds since a manager is known to have heard this node, whichever process spoke for it."""
+        return self._last_heard.silence_s()
 
     async def wait_gained(self) -> None:
         """Return when there is a session."""

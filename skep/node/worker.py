@@ -199,7 +199,7 @@ class Worker:
         """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
         while True:
             await contact.wait_lost()
-            silence_s = contact.silence_s()
+            silence_s = contact.unheard_s()
             for driver in self._drivers.values():
                 reason = stop_reason(driver.task, silence_s)
                 if reason and not driver.status.state.is_terminal:

@@ -17,6 +17,7 @@ from skep.node.contact import Contact
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.node.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
 from skep.node.first import wait_first
+from skep.node.last_heard import LastHeard
 from skep.node.local import Peer
 from skep.node.managers import ManagerList
 from skep.node.reports import Reports
@@ -52,6 +53,7 @@ class SimulatedNode:
         self.tasks: dict[TaskId, AssignedTask] = {}
         """What each process on the machine was made for, for whoever looks at it from outside."""
         self._disk = MemoryFiles()
+        self._last_heard = LastHeard(clock.monotonic)
         self._seen = SeenRevision(None, identity.cluster_id)
         """On the disk too."""
         self._identity = identity
@@ -75,7 +77,7 @@ class SimulatedNode:
         """Be a node process until cancelled; what runs then goes on alone."""
         reports = Reports()
         executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
-        contact = Contact(self._clock)
+        contact = Contact(self._clock, self._last_heard)
         worker = Worker(
             executor=executor, files=self._disk, reports=reports, clock=self._clock, contact=contact
         )
@@ -97,6 +99,7 @@ class SimulatedNode:
 
     def lose_power(self) -> None:
         """Every process is gone; the disk stays."""
+        self._last_heard.forget()
         self.machine.lose_power()
 
 

@@ -105,6 +105,35 @@ def test_a_partition_ends_as_the_service_says(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_node_process_started_while_cut_off_stops_its_tasks_as_early_as_any(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        settle(cluster, a_spec(on_disconnect="stop"))
+        cut_off(cluster, [LOST])
+        cluster.run_for(20)
+        cluster.kill_node(LOST, keeps_containers=True)
+        cluster.run_for(5)
+        assert cluster.nodes[LOST].containers
+        cluster.start_node(LOST)
+        most = most_containers(cluster, 60)
+        assert not cluster.nodes[LOST].containers
+        assert most == REPLICAS, "no task ran twice"
+        assert cluster.running("web") == REPLICAS
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_machine_that_comes_back_cut_off_begins_nothing_that_runs_elsewhere(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        settle(cluster, a_spec(on_disconnect="stop"))
+        cut_off(cluster, [LOST])
+        cluster.kill_node(LOST)
+        cluster.run_for(60)
+        assert cluster.running("web") == REPLICAS
+        cluster.start_node(LOST)
+        assert most_containers(cluster, 60) == REPLICAS
+        assert not cluster.nodes[LOST].containers
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_storm_freezes_replacement_until_half_are_back(seed: int) -> None:
     with SimulatedCluster(managers=1, workers=6, seed=seed) as cluster:
         settle(cluster, a_spec())
