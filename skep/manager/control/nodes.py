@@ -98,9 +98,7 @@ def check_demotion(tx: Transaction, node: Node) -> None:
     """
     if not _has_vote(node):
         return
-    managers = [
-        other for other in tx.find(Node) if other.spec.role is NodeRole.MANAGER and _has_vote(other)
-    ]
+    managers = [other for other in tx.find(Node) if other.spec.role is NodeRole.MANAGER and _has_vote(other)]
     if len(managers) == 1:
         raise FailedPrecondition("attempting to demote the last manager of the swarm")
     staying = [other for other in managers if other.id != node.id]
