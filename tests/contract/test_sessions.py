@@ -135,7 +135,9 @@ async def test_new_roots_reach_the_node(cluster, tmp_path):
         await until(lambda: keypair.load(tmp_path).root_pem == both)
 
 
-async def test_a_node_that_stops_as_planned_is_waited_for_longer_than_one_that_falls_silent(cluster, tmp_path):
+async def test_a_node_that_stops_as_planned_is_waited_for_longer_than_one_that_falls_silent(
+    cluster, tmp_path
+):
     planned = await a_worker(cluster, tmp_path / "planned")
     sudden = await a_worker(cluster, tmp_path / "sudden")
     async with (
