@@ -1,5 +1,7 @@
 """Managers that die, and the sessions they held: nodes move on, and the dead ones among them are still found."""
 
+from collections import Counter
+
 import pytest
 
 from skep.model.ids import NodeId
@@ -37,6 +39,35 @@ def test_nodes_of_a_dead_manager_are_with_another_one_within_a_heartbeat(seed: i
         assert all(cluster.is_ready(id) for id in cluster.workers)
         assert cluster.created("web") == 12
         cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sessions_that_crowd_at_one_manager_spread_and_nothing_is_noticed(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=9, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=18))
+        cluster.run_until(lambda: cluster.running("web") == 18, within_s=5)
+        crowded, *others = cluster.managers
+        cut = cluster.links.cut(others, list(cluster.workers))
+        cluster.run_until(
+            lambda: all(session_owner(cluster, id) == crowded for id in cluster.workers), within_s=30
+        )
+        cluster.run_for(15)  # whoever took too long to find the only manager left has been replaced
+        cluster.run_until(lambda: cluster.running("web") == 18, within_s=10)
+        tasks, created = {task.id for task in cluster.wanted("web")}, cluster.created("web")
+        cluster.links.mend(cut)
+        cluster.run_until(lambda: sessions_of(cluster) == dict.fromkeys(cluster.managers, 3), within_s=300)
+        assert all(cluster.is_ready(id) for id in cluster.workers)
+        assert {task.id for task in cluster.wanted("web")} == tasks
+        owners = {id: session_owner(cluster, id) for id in cluster.workers}
+        cluster.run_for(120)
+        assert {id: session_owner(cluster, id) for id in cluster.workers} == owners, "then all stay"
+        assert all(cluster.is_ready(id) for id in cluster.workers)
+        assert cluster.created("web") == created
+        cluster.check_invariants()
+
+
+def sessions_of(cluster: SimulatedCluster) -> Counter[NodeId]:
+    return Counter(session_owner(cluster, id) for id in cluster.workers)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -36,6 +36,7 @@ from skep.manager.dispatcher.registration import (
     take_session,
 )
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
+from skep.manager.dispatcher.spreading import Spreading
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.manager.follow import follow
 from skep.model.gossip import GossipKey, decoded_keys
@@ -81,6 +82,14 @@ class Dispatcher:
         self._new_id = new_id
         self._random = random
         self._sessions = Sessions()
+        self._spreading = Spreading(
+            store,
+            own.node_id,
+            self._sessions,
+            clock,
+            send_on=self._send_on,
+            may_send_on=lambda: self._is_current,
+        )
         self._rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
@@ -121,6 +130,7 @@ class Dispatcher:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._find_silent(), name="find silent nodes")
             group.create_task(self._stay_current(), name="stay current")
+            group.create_task(self._spreading.run(), name="spread sessions")
 
     # -- what changed in the store ------------------------------------------------------------------------------
 
@@ -213,7 +223,9 @@ class Dispatcher:
                     await session.messages.wait()
                     continue
                 keys = decoded_keys(stored.data).keys
-            message = session_message(session.id, node, swarms[0], self._managers, keys)
+            message = session_message(
+                session.id, node, swarms[0], self._managers, keys, self._spreading.weights
+            )
             encoded = message.SerializeToString(deterministic=True)
             if encoded != sent:
                 sent = encoded
@@ -333,6 +345,12 @@ class Dispatcher:
                     self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
                 self._is_current = True
                 self._current_at = self._clock.monotonic()
+
+    def _send_on(self, node_id: NodeId) -> None:
+        """End a node's session so that it looks for another manager."""
+        grace_s = grace_after_absence(self._period_s, wished_s=self._wished_grace_s)
+        error = Unavailable("this manager has more than its share of nodes")
+        self._sessions.send_on(node_id, error, now=self._time.seconds, grace_s=grace_s)
 
     # -- assignments --------------------------------------------------------------------------------------------
 

@@ -1,9 +1,11 @@
 """The messages a node gets in its session: who it is, which managers there are, which roots to trust."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
+from skep.manager.dispatcher.shares import WEIGHT
 from skep.model.gossip import GossipKey
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node
@@ -11,9 +13,6 @@ from skep.model.swarm import Swarm
 from skep.wire import swarm_pb2 as pb
 from skep.wire.convert.network import gossip_key_to_pb
 from skep.wire.convert.node import node_to_pb
-
-MANAGER_WEIGHT = 10
-"""All managers are equal; SwarmKit's number."""
 
 
 class ManagerPeer(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -38,13 +37,20 @@ def session_message(
     swarm: Swarm,
     managers: Sequence[ManagerPeer],
     keys: Sequence[GossipKey] = (),
+    weights: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> pb.SessionMessage:
-    """What a node has to know of its cluster; the whole of it each time.  ``keys``: for docker nodes alone."""
+    """What a node has to know of its cluster; the whole of it each time.
+
+    ``keys``: for docker nodes alone; ``weights``: of the managers that are to have more or fewer nodes than others.
+    """
     return pb.SessionMessage(
         session_id=session_id,
         node=node_to_pb(node, swarm.data_path_port),
         managers=[
-            pb.WeightedPeer(peer=pb.Peer(node_id=manager.node_id, addr=manager.addr), weight=MANAGER_WEIGHT)
+            pb.WeightedPeer(
+                peer=pb.Peer(node_id=manager.node_id, addr=manager.addr),
+                weight=weights.get(manager.node_id, WEIGHT),
+            )
             for manager in managers
         ],
         network_bootstrap_keys=[gossip_key_to_pb(key) for key in keys],

@@ -153,6 +153,17 @@ class Sessions:
         if node_id not in self._live and (known is None or known.session_id != session_id):
             self._absent[node_id] = Absence(session_id=session_id, deadline=heard + grace_s, heard=heard)
 
+    def skep_nodes(self) -> list[NodeId]:
+        """Nodes of ours that are connected."""
+        return [session.node_id for session in self._live.values() if session.is_skep]
+
+    def send_on(self, node_id: NodeId, error: SkepError, *, now: float, grace_s: float) -> None:
+        """End one node's session so that it looks for another manager."""
+        session = self._live.pop(node_id, None)
+        if session is not None:
+            self.expect(node_id, session.id, heard=now, grace_s=grace_s)
+            session.end(error)
+
     def release_all(self, error: SkepError, *, now: float, grace_s: float) -> int:
         """End all sessions so that the nodes look for another manager; gives how many."""
         released = list(self._live.values())

@@ -1,0 +1,86 @@
+"""How sessions spread over the managers."""
+
+from collections.abc import Mapping
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.manager.dispatcher.shares import WEIGHT, WEIGHT_HEAVY, WEIGHT_LIGHT, held, sent_on, weights
+from skep.model.ids import NodeId, SessionId
+from skep.model.node import ManagerStatus, Node, NodeSession, NodeState, NodeStatus, Reachability
+from tests.builders import a_node
+
+M1, M2, M3 = NodeId("m1"), NodeId("m2"), NodeId("m3")
+
+
+def a_manager(id: NodeId, session: NodeId, reachability: Reachability = Reachability.REACHABLE) -> Node:
+    status = ManagerStatus(addr=f"{id}:2377", reachability=reachability)
+    return msgspec.structs.replace(a_worker(id, session), manager_status=status)
+
+
+def a_worker(id: str, session: NodeId, state: NodeState = NodeState.READY) -> Node:
+    return msgspec.structs.replace(
+        a_node(id),
+        status=NodeStatus(state=state),
+        session=NodeSession(manager_id=session, session_id=SessionId(f"of-{id}")),
+    )
+
+
+def test_only_managers_that_can_take_sessions_count_and_only_nodes_that_are_there():
+    nodes = [
+        a_manager(M1, M2),
+        a_manager(M2, M1),
+        a_manager(M3, M1, Reachability.UNREACHABLE),
+        a_worker("w1", M1),
+        a_worker("w2", M3),
+        a_worker("w3", M1, NodeState.DOWN),
+    ]
+    assert held(nodes, M1) == {M1: 3, M2: 1}
+    assert held([], M1) == {M1: 0}
+
+
+def test_nodes_are_told_where_there_is_room():
+    assert weights({M1: 4, M2: 1, M3: 0}) == {M1: WEIGHT_HEAVY, M2: WEIGHT, M3: WEIGHT_LIGHT}
+    assert weights({M1: 2, M2: 2, M3: 1}) == {M1: WEIGHT, M2: WEIGHT, M3: WEIGHT}
+    assert weights({M1: 7}) == {M1: WEIGHT}
+
+
+@pytest.mark.parametrize(
+    "counts", [{M1: 2, M2: 2, M3: 1}, {M1: 5}, {M1: 1, M2: 4}, {M1: 410, M2: 300, M3: 300}]
+)
+def test_who_has_about_its_share_sends_nobody_on(counts: Mapping[NodeId, int]):
+    assert sent_on(counts, M1, [NodeId(f"w{number}") for number in range(counts[M1])]) == ()
+
+
+def test_who_has_too_many_sends_a_few_on_at_a_time():
+    nodes = [NodeId(f"w{number:03}") for number in range(900)]
+    assert len(sent_on({M1: 4, M2: 1, M3: 0}, M1, nodes[:4])) == 1
+    assert len(sent_on({M1: 900, M2: 0, M3: 0}, M1, nodes)) == 60
+
+
+def test_nobody_is_sent_to_the_manager_of_its_own_machine():
+    assert sent_on({M1: 2, M2: 1, M3: 0}, M1, [M3]) == ()
+    assert sent_on({M1: 2, M2: 1, M3: 0}, M1, [M2, M3]) == (M2,)
+
+
+def test_what_cannot_move_quickly_stays():
+    assert sent_on({M1: 9, M2: 0}, M1, []) == ()
+
+
+@given(st.lists(st.integers(0, 200), min_size=2, max_size=7))
+def test_sending_on_comes_to_an_end(counts):
+    present = {NodeId(f"m{number}"): count for number, count in enumerate(counts)}
+    for _ in range(2000):
+        moves = [
+            (manager, len(sent_on(present, manager, [NodeId(f"w{n:03}") for n in range(count)])))
+            for manager, count in present.items()
+        ]
+        if not any(count for _, count in moves):
+            return
+        for manager, count in moves:
+            for _ in range(count):
+                present[manager] -= 1
+                present[min(present, key=present.__getitem__)] += 1
+    raise AssertionError(f"never at rest: {counts}")
