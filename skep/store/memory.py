@@ -25,7 +25,16 @@ from skep.store.leadership import FencedTerm, LeaderRecord, TermState, leader_na
 from skep.store.proposal import Exists, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
 from skep.store.state import KeyChange, State, differences
-from skep.store.updates import NO_LEADER, Committed, Conflict, Outcome, Updater, Updating, within_deadline
+from skep.store.updates import (
+    NO_LEADER,
+    SHOWN_S,
+    Committed,
+    Conflict,
+    Outcome,
+    Updater,
+    Updating,
+    within_deadline,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -296,7 +305,8 @@ class MemoryStore(Updating):
 
     def _updater_behind(self, term: TermState | None) -> Updater:
         lane = MemoryLane(self, term)
-        return Updater(self._replica, lane, self.barrier, self._clock, self._replica.reached)
+        shown_s = SHOWN_S if term is None else None
+        return Updater(self._replica, lane, self.barrier, self._clock, self._replica.reached, shown_s=shown_s)
 
     def _show(self, until: int) -> None:
         if self._replica.revision < self.cluster.compacted:

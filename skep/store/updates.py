@@ -31,7 +31,7 @@ DEADLINE_S = 5.0
 """For a whole update with all its attempts."""
 
 SHOWN_S = 2.0
-"""How long an acknowledged write may take to show in the replica before it is answered anyway."""
+"""How long a user's acknowledged write may take to show in the replica before it is answered anyway."""
 
 CHUNK = 500
 """Proposals of one ``update_each`` that are under way together."""
@@ -82,13 +82,25 @@ class Updater:
         barrier: Callable[[], Awaitable[None]],
         clock: Clock,
         reached: Callable[[int], Awaitable[None]],
+        *,
+        shown_s: float | None = SHOWN_S,
     ) -> None:
-        """``reached``: returns once the replica shows a revision; ``barrier``: once it shows the present."""
+        """
+        Args:
+            barrier: returns once the replica shows the present.
+            reached: returns once the replica shows a revision.
+            shown_s: how long a write may take to show before it is answered anyway; None: it is answered when it
+                shows, and nothing further is tried before.  A leader that does not see what it wrote would decide
+                the same again.
+        """
         self._replica = replica
         self._proposer = proposer
         self._barrier = barrier
         self._clock = clock
         self._reached = reached
+        self._shown_s = shown_s
+        self._written = 0
+        """The last revision of ours, where the next attempt waits for it."""
 
     async def update(
         self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
@@ -96,6 +108,7 @@ class Updater:
         """See ``interface.Updates.update``."""
         is_confirmed = False
         async with within_deadline():
+            await self._reached(self._written)
             while True:
                 try:
                     result, proposal = self._run(lambda tx: body(tx, *args, **kwargs))
@@ -130,6 +143,7 @@ class Updater:
         for chunk in batched(pending, CHUNK):
             try:
                 async with within_deadline():
+                    await self._reached(self._written)
                     while chunk:
                         chunk = await self._attempt(body, chunk, results)
             except Unavailable as error:
@@ -197,8 +211,10 @@ class Updater:
     async def _shown(self, revision: int) -> None:
         if self._replica.revision >= revision:
             return
+        if self._shown_s is None:
+            self._written = max(self._written, revision)
         try:
-            async with asyncio.timeout(SHOWN_S):
+            async with asyncio.timeout(self._shown_s):
                 await self._reached(revision)
         except TimeoutError:
             log.warning("replica does not show an acknowledged write", revision=revision)

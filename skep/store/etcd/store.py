@@ -26,7 +26,7 @@ from skep.store.interface import NotLeader, Object, Term, View, Watch
 from skep.store.leadership import FencedTerm, TermState, leader_named
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
-from skep.store.updates import Outcome, Updater, Updating, within_deadline
+from skep.store.updates import SHOWN_S, Outcome, Updater, Updating, within_deadline
 from skep.store.watches import CAPACITY
 
 T = TypeVar("T")
@@ -115,7 +115,12 @@ class EtcdStore(Updating):
 
     def _updater_behind(self, term: TermState | None) -> Updater:
         return Updater(
-            self._replica, Lane(self._batcher, term), self.barrier, self._clock, self._follower.reached
+            self._replica,
+            Lane(self._batcher, term),
+            self.barrier,
+            self._clock,
+            self._follower.reached,
+            shown_s=SHOWN_S if term is None else None,
         )
 
     async def _reach_present(self) -> None:

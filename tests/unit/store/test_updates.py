@@ -1,0 +1,93 @@
+"""When an update is answered: users hear of it soon, a leader when it sees what it wrote."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+
+from skep.errors import Unavailable
+from skep.sim.time import VirtualClock, VirtualLoop
+from skep.store.interface import Transaction
+from skep.store.proposal import Proposal
+from skep.store.replica import Replica
+from skep.store.state import State
+from skep.store.updates import DEADLINE_S, SHOWN_S, Committed, Updater
+from tests.builders import a_node
+
+REVISION = 7
+"""Of everything that is written here."""
+
+
+class Late:
+    """A store that commits at once, and a replica that shows it late."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self.loop = loop
+        self.state = State()
+        self.revision = 0
+        self.proposed = 0
+        self._shows = asyncio.Event()
+
+    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Committed]:
+        self.proposed += len(proposals)
+        return [Committed(REVISION) for _ in proposals]
+
+    async def reached(self, revision: int) -> None:
+        if self.revision < revision:
+            await self._shows.wait()
+
+    def shows_after(self, seconds: float) -> None:
+        self.loop.call_later(seconds, self._show)
+
+    def _show(self) -> None:
+        self.revision = REVISION
+        self._shows.set()
+
+    def updater(self, **settings: float | None) -> Updater:
+        return Updater(
+            cast("Replica", self), self, self._barrier, VirtualClock(self.loop), self.reached, **settings
+        )
+
+    async def _barrier(self) -> None:
+        return None
+
+    def took_s(self, update: Callable[[], Awaitable[Any]]) -> float:
+        async def run() -> float:
+            began = self.loop.time()
+            await update()
+            return self.loop.time() - began
+
+        return self.loop.run_until_complete(run())
+
+
+@pytest.fixture
+def late() -> Iterator[Late]:
+    loop = VirtualLoop()
+    yield Late(loop)
+    loop.close()
+
+
+def write(tx: Transaction, number: int = 1) -> None:
+    tx.put(a_node(f"n{number}"))
+
+
+def test_a_user_hears_of_a_write_that_does_not_show_yet(late: Late) -> None:
+    late.shows_after(SHOWN_S + 1)
+    assert late.took_s(lambda: late.updater().update(write)) == pytest.approx(SHOWN_S, abs=0.1)
+
+
+def test_a_leader_goes_on_when_it_sees_what_it_wrote(late: Late) -> None:
+    late.shows_after(SHOWN_S + 1)
+    leading = late.updater(shown_s=None)
+    assert late.took_s(lambda: leading.update_each(write, [1, 2])) == pytest.approx(SHOWN_S + 1, abs=0.1)
+
+
+def test_a_leader_that_does_not_see_what_it_wrote_writes_nothing_more(late: Late) -> None:
+    late.shows_after(1.5 * DEADLINE_S)
+    leading = late.updater(shown_s=None)
+    with pytest.raises(Unavailable):
+        late.took_s(lambda: leading.update(write))
+    assert late.proposed == 1
+    assert late.took_s(lambda: leading.update(write)) == pytest.approx(0.5 * DEADLINE_S, abs=0.1)
+    assert late.proposed == 2
