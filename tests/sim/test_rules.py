@@ -182,6 +182,14 @@ def test_with_start_first_a_task_that_stops_before_its_heir_runs_is_rejected() -
     assert history.violations == ["task old was stopped before ['new'] ran"]
 
 
+def test_a_slot_that_is_given_up_whole_has_no_heir_to_wait_for() -> None:
+    history = History(UpdatesKeepServing())
+    history.put(a_node(W1), a_service(UpdateOrder.START_FIRST))
+    history.put(a_task("old", node="w1", state=TaskState.RUNNING), a_task("new", image="app:2", node="w1"))
+    history.put(a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.REMOVE))
+    assert history.violations == []
+
+
 def test_a_task_written_by_who_does_not_lead_is_rejected() -> None:
     history = History(one_leader_writes)
     history.put(a_task("t1"))

@@ -130,6 +130,8 @@ class UpdatesKeepServing:
         node = view.lookup(Node, new.node_id)
         if service is None or service.removed_at is not None or not always_starts_first(service):
             return
+        if new.desired_state is TaskState.REMOVE:
+            return  # the whole slot goes, one task after the other
         if new.status.state is not TaskState.RUNNING or node is None or not _takes_tasks(node):
             return
         slot = view.find(Task, slot=f"{new.service_id}/{new.slot or new.node_id}")
