@@ -104,7 +104,7 @@ class ClusterLab:
         asyncio.run(self._playground.start(node.name))
 
     def cable(self, node: Node, *, connected: bool) -> None:
-        asyncio.run(self._playground.set_cable(node.name, connected=connected))
+        asyncio.run(self._playground.mend(node.name) if connected else self._playground.cut(node.name))
 
     # -- what it costs ---------------------------------------------------------------------------------------------
 

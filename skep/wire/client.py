@@ -11,12 +11,14 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from grpclib.client import Channel as GrpcChannel
-from grpclib.client import Stream
+from grpclib.client import Handler, Stream
 from grpclib.config import Configuration
 from grpclib.const import Cardinality
 from grpclib.exceptions import ProtocolError, StreamTerminatedError
+from grpclib.protocol import H2Protocol
 
 from skep.aio.grpc import breaks_of_grpclib
+from skep.aio.lean_grpc import CoalescingTransport, make_lean
 from skep.errors import InvalidArgument
 from skep.wire.errors import peer_errors
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
@@ -112,7 +114,8 @@ async def connected(
         http2_connection_window_size=64 * 1024 * 1024,
         http2_stream_window_size=4 * 1024 * 1024,
     )
-    channel = GrpcChannel(host, port, ssl=tls, config=config)
+    make_lean()
+    channel = _GrpcChannel(host, port, ssl=tls, config=config)
     try:
         with peer_errors(address):
             async with asyncio.timeout(timeout_s):
@@ -120,6 +123,17 @@ async def connected(
         yield Channel(address, channel)
     finally:
         channel.close()
+
+
+class _GrpcChannel(GrpcChannel):
+    def _protocol_factory(self) -> H2Protocol:
+        return _Connection(Handler(), self._config, self._h2_config)
+
+
+class _Connection(H2Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        super().connection_made(CoalescingTransport(transport))
 
 
 def split_address(address: str) -> tuple[str, int]:

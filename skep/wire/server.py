@@ -32,6 +32,7 @@ from grpclib.server import Stream
 from h2.settings import SettingCodes
 
 from skep.aio.groups import errors_as_they_are
+from skep.aio.lean_grpc import CoalescingTransport, make_lean
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
 from skep.security.identity import Identity, peer_identity
@@ -111,6 +112,7 @@ async def serve(
         Unavailable: the address cannot be bound.
     """
     asyncio.sslproto.SSLProtocol.max_size = TLS_READ_BYTES
+    make_lean()
     server = _Server(handlers, cluster_id, standing)
     listener = _listen(host, port)
     try:
@@ -299,7 +301,8 @@ class _Connection(H2Protocol):
             http2_stream_window_size=STRANGER_WINDOW if is_stranger else NODE_STREAM_WINDOW,
             http2_connection_window_size=STRANGER_WINDOW if is_stranger else NODE_CONNECTION_WINDOW,
         )
-        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        super().connection_made(CoalescingTransport(transport))
         streams = STRANGER_STREAMS_MAX if is_stranger else NODE_STREAMS_MAX
         self.connection._connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: streams})
         self.connection.flush()

@@ -201,7 +201,6 @@ def test_a_fresh_machine_is_plugged_in_and_belongs_to_no_swarm(trio: TestCluster
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--managers", "3"], "several managers in one swarm are not there yet"),
         (["--managers", "0"], "at least one manager"),
         (["--subnets", "0"], "--subnets is between 1 and"),
         (["--workers", "-1"], "no negative number"),
