@@ -134,7 +134,9 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
                 waiting = applicant.vote()
             else:
                 listening = _listening(config, pair, whereabouts)
-                waiting = wait_for_others(paths.manager_waiting, whereabouts, listening, clock)
+                waiting = wait_for_others(
+                    paths.manager_waiting, whereabouts, listening, clock, lambda: member.trouble
+                )
             meanwhile = (
                 group.create_task(asking, name="ask others"),
                 group.create_task(waiting, name="wait for a vote, or for others"),

@@ -4,6 +4,7 @@ It says so: the node process, which is asked meanwhile, looks.  And it looks for
 may have come back under other addresses than it knows.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -19,13 +20,20 @@ USUAL_S = 1.0
 
 
 async def wait_for_others(
-    mark: Path, whereabouts: Whereabouts, listening: AbstractAsyncContextManager[object], clock: Clock
+    mark: Path,
+    whereabouts: Whereabouts,
+    listening: AbstractAsyncContextManager[object],
+    clock: Clock,
+    trouble: Callable[[], str],
 ) -> None:
-    """Until cancelled, once a start has taken longer than usual: have ``mark`` exist, listen, and look around."""
+    """Until cancelled, once a start has taken longer than usual: have ``mark`` exist, listen, and look around.
+
+    ``trouble``: what keeps this manager itself from starting, in a sentence; it is written into the mark.
+    """
     mark.unlink(missing_ok=True)
     await clock.sleep(USUAL_S)
     log.warning("no quorum yet: looking for the other managers")
-    mark.touch()
+    mark.write_text(trouble())
     try:
         async with listening:
             await whereabouts.search()

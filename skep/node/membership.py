@@ -40,13 +40,13 @@ from skep.node.swarm_info import (
     IN_A_SWARM,
     LEAVING_LOCKED,
     LOCKED,
-    NO_LEADER,
     NO_SWARM,
     NOT_A_MANAGER,
     NOT_IN_A_SWARM,
     cluster_section,
     local_section,
     wait_ready,
+    why_waiting,
 )
 from skep.node.traces import clear_unfinished, wipe
 from skep.paths import Paths
@@ -330,8 +330,8 @@ class Membership:
             return local_section(None, status=self.status, trouble=LOCKED, managers=())
         managers = self._part.managers if self._part is not None else ()
         section = local_section(self.node, status=self.status, trouble=self._trouble, managers=managers)
-        if self._paths.manager_waiting.exists():
-            section |= {"ControlAvailable": True, "Error": NO_LEADER}
+        if waits_for := why_waiting(self._paths.manager_waiting):
+            section |= {"ControlAvailable": True, "Error": waits_for}
         elif self.is_manager and not self._trouble:
             section |= await cluster_section(self._manager_api)
         return section

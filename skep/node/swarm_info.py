@@ -4,6 +4,7 @@ Source: moby 20.10, daemon/cluster/{swarm,cluster}.go, cli/command/system/info.g
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -49,6 +50,15 @@ NO_LEADER = (
 )
 _PATIENCE_S = 7.0
 """A manager without a quorum says so after 5 s."""
+
+
+def why_waiting(mark: Path) -> str:
+    """What a starting manager waits for, as its ``mark`` tells; empty: it does not wait."""
+    try:
+        own_trouble = mark.read_text()
+    except OSError:
+        return ""
+    return f"{NO_LEADER} {own_trouble}".strip()
 
 
 def local_section(

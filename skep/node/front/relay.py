@@ -19,7 +19,6 @@ from skep.node.front.framing import (
     parse_response,
 )
 from skep.node.front.side import Gone, Side
-from skep.node.swarm_info import NO_LEADER
 
 _KEPT_MAX = 16
 _KEPT_S = 30.0
@@ -45,11 +44,11 @@ class Connections:
         path: Path,
         clock: Clock,
         chance: Callable[[], float],
-        waits_for_quorum: Callable[[], bool] = lambda: False,
+        why_waiting: Callable[[], str] = str,
     ) -> None:
-        """``waits_for_quorum``: whether the manager is there, but too few others are."""
+        """``why_waiting``: what a manager waits for that is there and serves nobody; empty: nothing is known."""
         self._path = path
-        self._waits_for_quorum = waits_for_quorum
+        self._why_waiting = why_waiting
         self._clock = clock
         self._chance = chance
         self._kept: deque[tuple[float, Side]] = deque()
@@ -73,7 +72,7 @@ class Connections:
             async with asyncio.timeout(_CONNECT_WAIT_S):
                 return await self._connect()
         except TimeoutError as error:
-            raise Unavailable(NO_LEADER if self._waits_for_quorum() else _NO_MANAGER) from error
+            raise Unavailable(self._why_waiting() or _NO_MANAGER) from error
         finally:
             self._waiting -= 1
 

@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from skep.node.front.relay import Connections, relay
 from skep.node.front.routing import Destination, Knowledge, route
 from skep.node.front.side import Gone, Side
 from skep.node.front.splice import splice
+from skep.node.swarm_info import why_waiting
 
 log = structlog.get_logger()
 
@@ -64,7 +66,7 @@ class Front:
         self._membership = membership
         self._engine_socket = engine_socket
         waiting = manager_socket.with_suffix(".waiting")  # as Paths.manager_waiting
-        self._connections = Connections(manager_socket, clock, chance, waiting.exists)
+        self._connections = Connections(manager_socket, clock, chance, partial(why_waiting, waiting))
         self._servers: list[asyncio.Server] = []
         self._open: set[asyncio.Task[None]] = set()
 

@@ -130,7 +130,7 @@ class Member:
         check_upgrade(read_version(settings.directory), self._binary.version)
         check_files(settings.data)
         missing = missing_bytes(settings.data)
-        if missing:
+        if missing and not (settings.data / "member").exists():
             raise FailedPrecondition(
                 f"{settings.directory}: {_megabytes(missing)} MB of disk space are missing for the store"
             )
@@ -253,8 +253,8 @@ class Member:
             if not self.trouble:
                 log.error("no space for the store", path=str(self.settings.directory), missing_bytes=missing)
             self.trouble = (
-                f"The store of this manager waits for disk space: {_megabytes(missing)} MB are missing at "
-                f"{self.settings.directory}. Free them; it goes on by itself."
+                f"{self.settings.directory}: {_megabytes(missing)} MB of disk space are missing for the store of this "
+                "manager. Make room: it goes on by itself."
             )
             await self._clock.sleep(1.0)
         self.trouble = ""

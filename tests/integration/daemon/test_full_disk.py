@@ -1,6 +1,7 @@
 """The disk of the leader runs full: nothing acknowledged is lost, and it goes on by itself when there is room."""
 
 import os
+import signal
 import subprocess
 from base64 import b64encode
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ import pytest
 
 from tests.integration.daemon.rig import INIT, DaemonRig, wait_until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
+MISSING = "MB of disk space are missing for the store of this manager. Make room: it goes on by itself."
 CONTENT = b64encode(os.urandom(700_000)).decode()
 
 
@@ -39,6 +41,17 @@ def free_bytes(rig: DaemonRig) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
+def check_said(rig: DaemonRig) -> None:
+    """Reads and writes are refused with what is wrong, and so says the node's state."""
+    for method, path in (("GET", "/configs"), ("POST", "/configs/create")):
+        status, answer = rig.ask(method, path, {"Name": "refused", "Data": "eA=="})
+        assert status == 503
+        assert answer["message"].startswith("The swarm does not have a leader.")
+        assert f"{rig.data}/manager/etcd: " in answer["message"]
+        assert MISSING in answer["message"]
+    assert MISSING in rig.swarm()["Error"]
+
+
 def test_a_full_disk_stops_writes_and_loses_none(small: DaemonRig) -> None:
     rig = small
     rig.start()
@@ -57,12 +70,13 @@ def test_a_full_disk_stops_writes_and_loses_none(small: DaemonRig) -> None:
     wait_until(
         lambda: "no space for the store" in rig.log.read_text(), "the log names the trouble", within_s=60
     )
-    for method, path in (("GET", "/configs"), ("POST", "/configs/create")):
-        status, answer = rig.ask(method, path, {"Name": "refused", "Data": "eA=="})
-        assert status == 503
-        assert answer["message"].startswith("The swarm does not have a leader.")
-        assert f"MB are missing at {rig.data}/manager/etcd. Free them" in answer["message"]
-    assert "waits for disk space" in rig.swarm()["Error"]
+    check_said(rig)
+    manager = rig.pid_of("manager")
+    assert manager is not None
+    os.kill(manager, signal.SIGKILL)
+    wait_until(lambda: rig.pid_of("manager") not in (None, manager), "a new manager waits, too")
+    wait_until(lambda: MISSING in rig.swarm()["Error"], "it says what for")
+    check_said(rig)
     filler.unlink()
     wait_until(lambda: put_config(rig, "after"), "writes go on by themselves", within_s=90)
     assert acknowledged | {"after"} <= configs(rig)
