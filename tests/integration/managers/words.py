@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from docker.errors import APIError
+from docker.errors import DockerException
 from requests.exceptions import RequestException
 
 from tests.integration.cluster import TestCluster, TestNode, wait_until
@@ -32,7 +32,7 @@ def roles(seen_by: TestNode) -> dict[str, str]:
     """Host name -> what ``node ls`` shows as MANAGER STATUS, in lower case; empty: this one does not answer."""
     try:
         nodes = seen_by.client().api.nodes()
-    except (APIError, RequestException):
+    except (DockerException, RequestException):
         return {}
     return {node["Description"]["Hostname"]: _status(node) for node in nodes}
 
@@ -76,7 +76,7 @@ def can_write(node: TestNode, name: str) -> bool:
     """Whether a write through this node is accepted now."""
     try:
         write(node, name)
-    except (APIError, RequestException):
+    except (DockerException, RequestException):
         return False
     return True
 
