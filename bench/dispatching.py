@@ -2,7 +2,7 @@
 
 ::
 
-    python -m bench.dispatching --agents 2000
+    python -m bench.dispatching --agents 500,1000,2000
 
 The figures to compare with are SwarmKit's (its dispatcher on its in-memory store, agents in the same process): here
 the store is the one in memory, too, and the agents are a second process, as SwarmKit's used both processors.  Each
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import resource
 import ssl
 import subprocess
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +30,8 @@ from typing import Any
 import msgspec
 import structlog
 
+from bench.machine import noise
+from bench.run import RESULTS, commit
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -54,7 +58,6 @@ from skep.wire.server import TLS_READ_BYTES, serve
 
 REGISTERING_AT_ONCE = 50
 HEARTBEAT_S = 5
-RESULTS = Path(__file__).parent / "results"
 SWARMKIT: dict[int, dict[str, float]] = {
     100: {"register_s": 0.185, "assign_s": 0.103, "status_s": 0.101, "memory_mib": 74},
     500: {"register_s": 1.035, "assign_s": 0.119, "status_s": 0.126, "memory_mib": 266},
@@ -65,8 +68,8 @@ SWARMKIT: dict[int, dict[str, float]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--agents", type=int, default=2000)
+    parser = argparse.ArgumentParser(prog="bench.dispatching", description=__doc__)
+    parser.add_argument("--agents", type=_counts, default=(500, 1000, 2000), help="how many, comma-separated")
     parser.add_argument("--as-agents", nargs=2, metavar=("DIRECTORY", "ADDRESS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
@@ -74,12 +77,49 @@ def main() -> None:
         directory, address = options.as_agents
         asyncio.run(Agents(Path(directory), address).run())
         return
-    measured = asyncio.run(measure(options.agents))
-    print(
-        json.dumps(
-            {"agents": options.agents, "skep": measured, "swarmkit": SWARMKIT.get(options.agents)}, indent=2
-        )
-    )
+    busy = noise()
+    measured = {}
+    for count in options.agents:
+        print(f"{count} agents ...", file=sys.stderr, flush=True)
+        measured[count] = asyncio.run(measure(count))
+    keep(measured, busy)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def keep(measured: dict[int, dict[str, float]], busy: float) -> None:
+    """Write the result files.  ``busy``: share of the machine that was busy before."""
+    now = datetime.now(UTC)
+    path = RESULTS / f"{now:%Y-%m-%d-%H%M}-{commit()}-dispatching"
+    result = {"machine_busy_before": busy, "skep": measured, "swarmkit": SWARMKIT}
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [
+        f"# Simulated agents on one manager, {now:%Y-%m-%d %H:%M UTC}, commit {commit()}",
+        "",
+        f"{os.cpu_count()} processors, {busy:.0%} of them busy before. SwarmKit's figures are of another run, on this",
+        "machine; its memory is that of dispatcher and agents together, and they share one process.",
+        "",
+        "| agents | what | SwarmKit | Skep | ratio | limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count, skep_values in measured.items():
+        swarmkit = SWARMKIT.get(count, {})
+        both = skep_values["memory_manager_mib"] + skep_values["memory_agents_mib"]
+        values = skep_values | {"memory_mib": both}
+        for metric, value in values.items():
+            beside = swarmkit.get(metric)
+            limit = 0.5 if metric == "memory_mib" else 2.0
+            compared = (
+                f"{beside:g} | {value:.3g} | {value / beside:.2f} | {limit}"
+                if beside
+                else f"| {value:.3g} | |"
+            )
+            lines.append(f"| {count} | {metric.replace('_', ' ')} | {compared} |")
+    text = "\n".join([*lines, ""])
+    path.with_suffix(".md").write_text(text)
+    print(text)
 
 
 async def measure(count: int) -> dict[str, float]:
@@ -149,7 +189,9 @@ async def _agents(directory: str, address: str) -> AsyncIterator[Callable[[str],
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(f"{word}\n".encode())
-        return float(await process.stdout.readline())
+        if not (line := await process.stdout.readline()):
+            raise ConnectionError("the agents have ended: what they said is above")
+        return float(line)
 
     try:
         await process.stdout.readline()  # ready

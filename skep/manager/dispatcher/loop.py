@@ -208,7 +208,7 @@ class Dispatcher:
 
     async def _session(self, request: pb.SessionRequest, caller: Caller) -> AsyncIterator[pb.SessionMessage]:
         session = await self._register(request, caller)
-        sent = b""
+        sent, seen = b"", None
         while True:
             session.require_open()
             view = self._store.view()
@@ -223,13 +223,14 @@ class Dispatcher:
                     await session.messages.wait()
                     continue
                 keys = decoded_keys(stored.data).keys
-            message = session_message(
-                session.id, node, swarms[0], self._managers, keys, self._spreading.weights
-            )
-            encoded = message.SerializeToString(deterministic=True)
-            if encoded != sent:
-                sent = encoded
-                yield message
+            found = (node, swarms[0], self._managers, keys, self._spreading.weights)
+            if found != seen:  # a node that has just registered is woken by its own registration
+                seen = found
+                message = session_message(session.id, *found)
+                encoded = message.SerializeToString(deterministic=True)
+                if encoded != sent:
+                    sent = encoded
+                    yield message
             await session.messages.wait()
 
     async def _register(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
