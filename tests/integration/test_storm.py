@@ -1,0 +1,104 @@
+"""The storm guard with real processes: most nodes fall silent at once, nothing is replaced, and all goes on."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import TestCluster, TestNode, containers, create, wait_running, wait_until
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
+
+WORKERS = ("w1", "w2", "w3", "w4")
+CUT = WORKERS[:3]
+FROZEN = "replacement of tasks is frozen"
+
+
+@pytest.fixture
+def five() -> Iterator[TestCluster]:
+    """One manager and four workers."""
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    cluster = TestCluster(directory, f"five{os.getpid()}")
+    try:
+        cluster.up(managers=1, workers=len(WORKERS))
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def down(m1: TestNode) -> dict[str, str]:
+    """Nodes that are down: name -> message."""
+    return {
+        node["Description"]["Hostname"]: node["Status"].get("Message", "")
+        for node in m1.client().api.nodes()
+        if node["Status"]["State"] == "down"
+    }
+
+
+def is_frozen(m1: TestNode) -> bool:
+    return any(FROZEN in warning for warning in m1.client().api.info().get("Warnings") or ())
+
+
+def wanted(m1: TestNode) -> dict[str, str]:
+    """Tasks that are to run: id -> node."""
+    return {
+        task["ID"]: task["NodeID"] for task in m1.client().api.tasks() if task["DesiredState"] == "running"
+    }
+
+
+def pids(cluster: TestCluster) -> dict[str, int]:
+    """First processes of all containers by their tasks."""
+    found = {}
+    for name in WORKERS:
+        api = cluster.node(name).client().api
+        for container in containers(cluster.node(name), "web"):
+            task = container["Labels"]["com.docker.swarm.task.id"]
+            found[task] = api.inspect_container(container["Id"])["State"]["Pid"]
+    return found
+
+
+def together(cluster: TestCluster, verb: str) -> None:
+    """``cut`` or ``mend`` them, all at the same time."""
+    with ThreadPoolExecutor(len(CUT)) as pool:
+        list(pool.map(lambda name: cluster.skep(verb, name), CUT))
+
+
+def test_three_of_five_nodes_that_are_cut_off_at_once_freeze_replacement_until_they_are_back(
+    five: TestCluster,
+) -> None:
+    m1 = five.node("m1")
+    create(m1, "web", 8, "--constraint", "node.role==worker", "--restart-delay", "0s")
+    wait_running(m1, "web", 8)
+    # Who leads anew takes what it finds for what has been so for long; else this would have to last a minute.
+    (leader,) = m1.pids("skep-manager")
+    m1.kill(leader)
+    wait_until(lambda: set(m1.pids("skep-manager")) - {leader}, "another manager process")
+    wait_until(lambda: m1.docker("node", "ls", check=False).returncode == 0, "it answers")
+    wait_running(m1, "web", 8)
+    before, tasks = pids(five), wanted(m1)
+    assert len(before) == 8
+
+    together(five, "cut")
+    wait_until(lambda: set(down(m1)) == set(CUT), "the three are down", within_s=40)
+    wait_until(lambda: is_frozen(m1), "the freeze is shown")
+    assert all(FROZEN in message for message in down(m1).values())
+    m1.docker("service", "scale", "--detach", "web=9")  # what is new is placed nevertheless
+    wait_until(lambda: len(containers(five.node("w4"), "web")) > 2, "one more")
+    now = wanted(m1)
+    # Two falls are none: the first ones' tasks may be replaced until the third node falls, which is within a second.
+    moved = {task: node for task, node in tasks.items() if task not in now}
+    assert len(set(moved.values())) < len(CUT)
+    assert len(now) == 9
+    kept = {task: pid for task, pid in before.items() if task not in moved}
+
+    together(five, "mend")
+    wait_until(lambda: not down(m1), "all are back")
+    wait_until(lambda: not is_frozen(m1), "the freeze is over")
+    wait_running(m1, "web", 9)
+    assert now == wanted(m1), "nothing more was replaced, neither in the freeze nor after it"
+    assert kept.items() < pids(five).items(), "and these containers never stopped"
