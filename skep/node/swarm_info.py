@@ -107,7 +107,7 @@ def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 async def wait_ready(manager_api: LocalApi, node_id: NodeId, clock: Clock) -> None:
     """Return when the manager of this node shows the node as ready."""
-    backoff = Backoff(0.01, 0.2)
+    backoff = Backoff(0.01, 0.05)
     while True:
         try:
             shown = await manager_api.get(f"/nodes/{node_id}")

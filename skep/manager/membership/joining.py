@@ -76,7 +76,8 @@ class Applicant:
 
         Raises: NotLetIn: it was removed meanwhile.
         """
-        backoff = Backoff(0.03, 1.0, chance=self._chance)
+        # Somebody waits for the join, and a store of usual size is there within half a second.
+        backoff = Backoff(0.03, 0.15, chance=self._chance)
         await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff)
 
     async def _ask(self, method: Unary[Q, A], request: Q, timeout_s: float, backoff: Backoff) -> A:
