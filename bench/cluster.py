@@ -76,6 +76,7 @@ class Round:
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _form(self) -> None:
+        self.noise.append(noise())
         self._take("swarm init, s", self.lab.init)
         for node in self.lab.nodes[1:]:
             began = time.monotonic()
