@@ -44,7 +44,7 @@ from skep.manager.config import (
 )
 from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
-from skep.node.features import detect
+from skep.node.features import Features, detect
 from skep.node.founding import NewCluster
 from skep.node.last_heard import LastHeardFile, boot_id
 from skep.node.local import LocalNode
@@ -165,7 +165,7 @@ class Daemon:
             _prepare(paths)
             _configure_logs(self._configuration)
             adopt_orphans()
-            features = await asyncio.to_thread(detect, paths.data, self._configuration.nft)
+            features = await asyncio.to_thread(self._features)
             node = Node(
                 self._configuration,
                 Surroundings(
@@ -194,6 +194,7 @@ class Daemon:
                 await node.farewell()
                 running.cancel()
             _forget_keys(paths)
+            paths.features.unlink(missing_ok=True)
 
     def _ready(self) -> None:
         log.info("ready")
@@ -212,6 +213,16 @@ class Daemon:
             tools if configuration.executor == "oci" else {},
             lambda: find_binary(configuration.etcd_binary).version,
         )
+
+    def _features(self) -> Features:
+        """What this machine can do.  After a crash what was found before still holds: a node must be back quickly."""
+        path = self._configuration.paths.features
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Features)
+        except (OSError, msgspec.DecodeError):
+            features = detect(self._configuration.paths.data, self._configuration.nft)
+        replace_file(path, msgspec.json.encode(features), mode=0o600, is_durable=False)
+        return features
 
     def _supervisor(
         self,

@@ -132,6 +132,11 @@ class Paths(msgspec.Struct, frozen=True):
     # --- run directory ----------------------------------------------------------------------------------------
 
     @property
+    def features(self) -> Path:
+        """What this machine can do, as found out at the start; an orderly stop removes it."""
+        return self.run / "features.json"
+
+    @property
     def last_heard(self) -> Path:
         """When a manager last heard this node."""
         return self.run / "last-heard.json"

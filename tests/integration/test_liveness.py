@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,13 +145,21 @@ def test_a_partition_that_a_service_sits_out_changes_nothing(three: TestCluster,
 
 
 def test_killed_node_processes_move_nothing(three: TestCluster, m1: TestNode) -> None:
+    ends_of_node_processes_move_nothing(three, m1, signal.SIGKILL)
+
+
+def test_planned_restarts_of_node_processes_move_nothing(three: TestCluster, m1: TestNode) -> None:
+    ends_of_node_processes_move_nothing(three, m1, signal.SIGTERM)
+
+
+def ends_of_node_processes_move_nothing(three: TestCluster, m1: TestNode, how: signal.Signals) -> None:
     create(m1, "web", 6, *ON_WORKERS)
     tasks = {task["ID"] for task in wait_running(m1, "web", 6)}
     before = all_pids(three, "web")
     for name in WORKERS:
         old = three.node(name).pids("skep-node")
         for pid in old:
-            three.node(name).kill(pid)
+            os.kill(pid, how)
         wait_until(
             lambda name=name, old=old: set(three.node(name).pids("skep-node")) - set(old), "a new process"
         )  # type: ignore[misc]
