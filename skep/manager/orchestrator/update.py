@@ -205,7 +205,8 @@ class _Rollout:
     def _recheck_progress(self) -> Iterator[Step]:
         """Look again when the deadline of the first lead that is not settled has passed."""
         leads = [view.lead for view in self._views if view.lead is not None]
-        due = [self._due_at(lead) for lead in leads if self._settled_at(lead) is None]
+        # A lead that is not wanted any more has no deadline: one of a lost node never ends.
+        due = [self._due_at(lead) for lead in leads if lead.is_wanted and self._settled_at(lead) is None]
         if due:
             yield Recheck(min(due))
 

@@ -5,6 +5,8 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import Recheck
 from skep.model.node import NodeState
 from skep.model.service import (
+    RestartCondition,
+    RestartPolicy,
     ServiceSpec,
     UpdateConfig,
     UpdateFailureAction,
@@ -90,6 +92,22 @@ def test_a_task_that_gets_nowhere_ends_the_update_after_its_deadline() -> None:
     world.settle()
     words = f"update paused because task {lead.id} made no progress within 40 s: it is new"
     assert (state(world), message(world)) == (UpdateState.PAUSED, words)
+
+
+def test_the_deadline_of_a_task_that_is_not_wanted_any_more_wakes_nobody() -> None:
+    """Its node is lost, so it never ends; to look again at a moment that has passed is to look without end."""
+    spec = deadline(30)
+    once = replace(spec.task_template, restart_policy=RestartPolicy(condition=RestartCondition.NONE))
+    world = a_world(replicas=2)
+    world.update(replace(spec, task_template=once))
+    world.settle()
+    (lead,) = wanted(world, "app:2")
+    world.nodes[a_node("n2").id] = a_node("n2", state=NodeState.DOWN)
+    world.put(replace(lead, node_id=a_node("n2").id, status=replace(lead.status, state=TaskState.PREPARING)))
+    world.settle()
+    world.now = 50.0
+    assert not world.tasks[lead.id].is_wanted
+    assert [step for step in world.steps() if isinstance(step, Recheck)] == []
 
 
 def test_an_overdue_task_rolls_the_update_back_or_lets_it_go_on_as_the_failure_action_says() -> None:
