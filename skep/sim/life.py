@@ -10,6 +10,7 @@ from typing import cast
 
 import msgspec
 
+from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.service import Service, UpdateState
@@ -31,8 +32,9 @@ CONVERGED_S = 90.0
 LOOK_S = 0.5
 STOPPED_S = 2.0
 """The longest stop of a container, and the report of it."""
-LEASE_S = 10.0
-"""An election, two seconds until the leader adopts the session, three heartbeats, and room."""
+LEASE_S = RECOVERY_GRACE_S + 6.0
+"""An election, two seconds until the leader adopts the session, the grace where that leader has itself come back a
+moment ago, and room."""
 
 
 class Outcome(msgspec.Struct):

@@ -6,11 +6,19 @@ from skep.sim.life import live
 from skep.sim.run import chunked, outcomes, report
 
 SEEDS = 200
+QUICK = 80
+"""As many in `make test`; they cost half a minute."""
 CHUNK = 20
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("first", [seeds[0] for seeds in chunked(range(SEEDS), CHUNK)])
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(seeds[0], marks=pytest.mark.slow if seeds[0] >= QUICK else ())
+        for seeds in chunked(range(SEEDS), CHUNK)
+    ],
+)
 def test_nothing_is_ever_wrong_and_in_the_end_all_is_as_asked_for(
     first: int, request: pytest.FixtureRequest
 ) -> None:
