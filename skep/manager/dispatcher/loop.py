@@ -5,8 +5,7 @@ clock.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
 from random import Random
 
 import structlog
@@ -14,8 +13,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
 from skep.errors import SkepError, Unavailable
-from skep.manager.dispatcher.assignments import difference, everything, matters
-from skep.manager.dispatcher.encoding import encoded
+from skep.manager.dispatcher.assignments import matters
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
     grace_after_absence,
@@ -38,6 +36,7 @@ from skep.manager.dispatcher.registration import (
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.spreading import Spreading
 from skep.manager.dispatcher.statuses import Report, record_status
+from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.follow import follow
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import IdSource, NodeId, SessionId, TaskId
@@ -82,6 +81,7 @@ class Dispatcher:
         self._new_id = new_id
         self._random = random
         self._sessions = Sessions()
+        self._assignments = AssignmentStreams(store, self._sessions)
         self._spreading = Spreading(
             store,
             own.node_id,
@@ -106,8 +106,7 @@ class Dispatcher:
             server_stream(methods.SESSION, self._session),
             unary(methods.HEARTBEAT, self._heartbeat),
             both_stream(methods.HEARTBEATS, self._heartbeats),
-            server_stream(methods.ASSIGNMENTS, self._assignments),
-            server_stream(methods.REVISED_ASSIGNMENTS, self._revised_assignments),
+            *self._assignments.services(),
             unary(methods.UPDATE_TASK_STATUS, self._update_task_status),
             unary(methods.DESCRIBE, self._describe),
         )
@@ -352,42 +351,6 @@ class Dispatcher:
         grace_s = grace_after_absence(self._period_s, wished_s=self._wished_grace_s)
         error = Unavailable("this manager has more than its share of nodes")
         self._sessions.send_on(node_id, error, now=self._time.seconds, grace_s=grace_s)
-
-    # -- assignments --------------------------------------------------------------------------------------------
-
-    async def _assignments(
-        self, request: pb.AssignmentsRequest, caller: Caller
-    ) -> AsyncIterator[pb.AssignmentsMessage]:
-        async with aclosing(self._assignment_messages(request, caller)) as messages:
-            async for _, message in messages:
-                yield message
-
-    async def _revised_assignments(
-        self, request: pb.AssignmentsRequest, caller: Caller
-    ) -> AsyncIterator[skep.RevisedAssignments]:
-        async with aclosing(self._assignment_messages(request, caller)) as messages:
-            async for revision, message in messages:
-                yield skep.RevisedAssignments(
-                    incarnation=self._store.incarnation, revision=revision, message=message
-                )
-
-    async def _assignment_messages(
-        self, request: pb.AssignmentsRequest, caller: Caller
-    ) -> AsyncGenerator[tuple[int, pb.AssignmentsMessage], None]:
-        """The chain of one stream: everything, then differences, each applying to the one before."""
-        session = self._sessions.require(caller.node_id, request.session_id)
-        with session.line() as line:
-            change, told = everything(self._store.view(), session.node_id)
-            number = 1
-            yield change.revision, await encoded(change, "", str(number))
-            while True:
-                changed = await line.wait()
-                session.require_open()
-                news, told = difference(self._store.view(), session.node_id, told, changed)
-                if news is None:
-                    continue
-                applies_to, number = str(number), number + 1
-                yield news.revision, await encoded(news, applies_to, str(number))
 
     # -- what nodes say -------------------------------------------------------------------------------------------
 
