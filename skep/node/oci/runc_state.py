@@ -45,6 +45,13 @@ class RuncState:
         """Whether runc has a container with this id."""
         return (self._root / id).exists()
 
+    def stage(self, id: ContainerId) -> str:
+        """``created`` while the first process waits to begin, ``running`` from then on; empty: there is none."""
+        home = self._root / id
+        if not (home / _STATE).is_file():
+            return ""
+        return "created" if (home / _FIFO).exists() else "running"
+
     async def start(self, id: ContainerId, process: ProcessName) -> bool:
         """Let a created container begin; return when it has taken that up.  False: the runtime has to do it.
 

@@ -159,11 +159,14 @@ class Runtime:
         await self.run("resume", id)
 
     async def status(self, id: ContainerId) -> str:
-        """``created``, ``running``, ``paused``, ``stopped``; empty for a container runc does not know."""
+        """``created``, ``running``, ``paused``, ``stopped``; empty for a container runc does not know.
+
+        Of one that it knows and cannot speak of at the moment (no memory for a process, say), its files do.
+        """
         try:
             answer = await self.run("state", id)
         except RuntimeFailed:
-            return ""
+            return self._state.stage(id)
         status: str = msgspec.json.decode(answer).get("status", "")
         return status
 
