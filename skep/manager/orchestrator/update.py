@@ -205,8 +205,7 @@ class _Rollout:
     def _recheck_progress(self) -> Iterator[Step]:
         """Look again when the deadline of the first lead that is not settled has passed."""
         leads = [view.lead for view in self._views if view.lead is not None]
-        # A lead that is not wanted any more has no deadline: one of a lost node never ends.
-        due = [self._due_at(lead) for lead in leads if lead.is_wanted and self._settled_at(lead) is None]
+        due = [self._due_at(lead) for lead in leads if self._settled_at(lead) is None]
         if due:
             yield Recheck(min(due))
 
@@ -215,7 +214,7 @@ class _Rollout:
 
     def _is_overdue(self, lead: Task) -> bool:
         is_open = self._seen.running(lead) is None and self._seen.ended(lead) is None
-        return is_open and lead.is_wanted and self._due_at(lead) <= self._now
+        return is_open and self._due_at(lead) <= self._now
 
     def _reason(self, lead: Task) -> str:
         """Docker's words, and what they leave out: the cause."""

@@ -94,8 +94,8 @@ def test_a_task_that_gets_nowhere_ends_the_update_after_its_deadline() -> None:
     assert (state(world), message(world)) == (UpdateState.PAUSED, words)
 
 
-def test_the_deadline_of_a_task_that_is_not_wanted_any_more_wakes_nobody() -> None:
-    """Its node is lost, so it never ends; to look again at a moment that has passed is to look without end."""
+def test_a_task_that_is_not_restarted_and_whose_node_is_lost_fails_the_update_at_its_deadline() -> None:
+    """It never ends, and nothing takes its place; afterwards nobody looks again at a moment that has passed."""
     spec = deadline(30)
     once = replace(spec.task_template, restart_policy=RestartPolicy(condition=RestartCondition.NONE))
     world = a_world(replicas=2)
@@ -107,6 +107,9 @@ def test_the_deadline_of_a_task_that_is_not_wanted_any_more_wakes_nobody() -> No
     world.settle()
     world.now = 50.0
     assert not world.tasks[lead.id].is_wanted
+    world.settle()
+    assert state(world) is UpdateState.PAUSED
+    assert lead.id in message(world)
     assert [step for step in world.steps() if isinstance(step, Recheck)] == []
 
 
