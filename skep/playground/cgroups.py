@@ -6,12 +6,15 @@ bottom-up after its last process is gone.
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from skep.errors import FailedPrecondition
 from skep.playground import names
+from skep.playground.commands import wait_until
 
 ROOT = Path("/sys/fs/cgroup")
+
+_GONE_WITHIN_S = 10
 
 
 def hierarchies() -> list[Path]:
@@ -58,20 +61,22 @@ def nodes(playground: str) -> list[str]:
     return sorted(found)
 
 
-def remove(playground: str, node: str) -> None:
+async def remove(playground: str, node: str) -> None:
     """Remove the node's cgroups bottom-up, and the common parent with the last playground.
 
-    Raises: FailedPrecondition: a process still lives in one.
+    A cgroup stays busy for a moment after its last process has ended.
+    Raises: Unavailable: a process lives in one for longer than that.
     """
     for hierarchy in hierarchies():
         top = hierarchy / names.cgroup(playground, node)
-        for directory, _, _ in os.walk(top, topdown=False):
-            try:
-                os.rmdir(directory)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise FailedPrecondition(f"cgroup {directory} cannot be removed: {error.strerror}") from error
+
+        async def gone(top: Path = top) -> bool:
+            for directory, _, _ in os.walk(top, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(directory)
+            return not top.exists()
+
+        await wait_until(gone, f"{top} can be removed", _GONE_WITHIN_S)
         try:
             (hierarchy / names.CGROUP_TOP).rmdir()
         except OSError:

@@ -130,9 +130,16 @@ class Playground:
         return await self._make(new)
 
     async def kill(self, name: str) -> None:
-        """Power loss: daemons, monitors and containers end at once."""
+        """Power loss: daemons, monitors and containers end at once.
+
+        The cable goes first, so that none of them can tell how another ended; afterwards it is as it was.
+        """
         cluster = self.cluster()
-        self._file.put(await node.kill(cluster.name, cluster.node(name)))
+        known = cluster.node(name)
+        was_connected = await underlay.is_connected(cluster.name, name)
+        await underlay.set_cable(cluster.name, name, connected=False)
+        self._file.put(await node.kill(cluster.name, known))
+        await underlay.set_cable(cluster.name, name, connected=was_connected)
 
     async def start(self, name: str) -> Node:
         """Switch a killed node on again, with its disk as it was.  Nothing happens to one that is up."""
@@ -265,7 +272,7 @@ class Playground:
             for pid in known.pids:
                 processes.kill_exactly(pid, known.started)
         await processes.kill_all(playground, name)
-        cgroups.remove(playground, name)
+        await cgroups.remove(playground, name)
         if cluster is not None:
             await node.remove_files(self._directory / name)
 
