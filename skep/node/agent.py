@@ -24,7 +24,7 @@ from skep.model.node import NodeDescription, NodeRole
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
 from skep.node.local import Peer
-from skep.node.managers import ManagerList, connect_patience, patience
+from skep.node.managers import ManagerList, patience
 from skep.node.renewal import Managers
 from skep.node.reports import Reports
 from skep.node.revisions import Revision, SeenRevision
@@ -173,7 +173,7 @@ class Agent:
             return Attempt.NONE
         had_session = is_there = False
         try:
-            timeout_s = connect_patience(self._managers.failures(peer), len(self._managers.peers))
+            timeout_s = self._managers.connect_patience(peer)
             address = self._address_of(peer)
             async with self._credentials.connected(address, timeout_s=timeout_s) as channel:
                 is_there = True
@@ -192,7 +192,7 @@ class Agent:
             had_session = self.registered.is_set()
             event = "session lost" if had_session else "no session"
             log.warning(event, manager=peer.addr, error=str(error))
-        self._managers.failed(peer)
+        self._managers.failed(peer, was_there=is_there)
         if had_session:
             return Attempt.SESSION
         return Attempt.NONE if is_there or self._managers.is_last_of_round(peer) else Attempt.NEXT

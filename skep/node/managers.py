@@ -23,11 +23,19 @@ def patience(period_s: float, managers: int) -> float:
     return min(max(period_s, ANSWER_SECONDS_MIN), ANSWER_SECONDS_MAX)
 
 
-def connect_patience(failures: int, managers: int) -> float:
-    """Seconds to wait for a connection: a machine without power answers nothing, a crowded one late."""
+def connect_patience(failures: int, managers: int, absent: int = 0) -> float:
+    """Seconds to wait for a connection: a machine without power answers nothing, a crowded one late.
+
+    While some managers answer and ``absent`` ones do not, all of those together take no longer than a single one may:
+    a node that went through the dead ones first would come back after its grace.
+    """
     if managers < 2:
         return ANSWER_SECONDS_MAX
-    return min(ANSWER_SECONDS_MIN * float(1 << min(failures, 8)), ANSWER_SECONDS_MAX)
+    is_answered = absent < managers
+    longest_s = (
+        max(ANSWER_SECONDS_MAX / max(absent, 1), ANSWER_SECONDS_MIN) if is_answered else ANSWER_SECONDS_MAX
+    )
+    return min(ANSWER_SECONDS_MIN * float(1 << min(failures, 8)), longest_s)
 
 
 def next_manager(
@@ -62,6 +70,7 @@ class ManagerList:
         self.peers = tuple(peers)
         self._changed = changed
         self._failures: dict[str, int] = {}
+        self._absent: set[str] = set()
         self._weights: dict[str, int] = {}
 
     def failures(self, peer: Peer) -> int:
@@ -72,9 +81,18 @@ class ManagerList:
         """The manager to try next; None: none is known."""
         return next_manager(self.peers, self._failures, own_id, random, self._weights)
 
-    def failed(self, peer: Peer) -> None:
-        """No session came about with ``peer``, or it broke."""
+    def connect_patience(self, peer: Peer) -> float:
+        """Seconds to wait for a connection to ``peer``."""
+        known = {one.addr for one in self.peers}
+        return connect_patience(self.failures(peer), len(known), len(self._absent & known))
+
+    def failed(self, peer: Peer, *, was_there: bool = True) -> None:
+        """No session came about with ``peer``, or it broke; ``was_there``: it took the connection."""
         self._failures[peer.addr] = self._failures.get(peer.addr, 0) + 1
+        if was_there:
+            self._absent.discard(peer.addr)
+        else:
+            self._absent.add(peer.addr)
 
     def is_last_of_round(self, peer: Peer) -> bool:
         """Whether every other one has failed as often as ``peer``.
@@ -86,6 +104,7 @@ class ManagerList:
     def worked(self, peer: Peer) -> None:
         """``peer`` gave a session: all start equal again."""
         self._failures.clear()
+        self._absent.clear()
 
     def replace(self, peers: Sequence[Peer], weights: Mapping[str, int] | None = None) -> None:
         """A manager said who they all are now.  An empty list is none of theirs and changes nothing.

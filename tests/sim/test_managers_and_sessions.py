@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.service import RestartPolicy
@@ -76,6 +77,7 @@ def test_a_node_that_dies_with_its_manager_is_judged_by_the_leader(seed: int) ->
     with SimulatedCluster(managers=3, workers=5, seed=seed) as cluster:
         cluster.create(a_service_spec("web", replicas=10))
         cluster.run_until(lambda: cluster.running("web") == 10, within_s=5)
+        cluster.run_for(RECOVERY_GRACE_S)  # managers that have just started are more patient
         dead = session_owner(cluster, NodeId("w1"))
         cluster.crash(dead)
         cluster.kill_node(NodeId("w1"))

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from skep.manager.control import swarm as control
 from skep.manager.control.tasks import known_status
+from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.manager.orchestrator.storm import READY_BEFORE_S
 from skep.model.ids import NodeId
 from skep.model.node import Node
@@ -224,6 +225,7 @@ def test_once_its_nodes_lease_is_over_a_task_is_never_shown_as_running(seed: int
     """Also when its manager died at the same moment, and the leader has to adopt the session first."""
     with SimulatedCluster(managers=3, workers=4, seed=seed) as cluster:
         settle(cluster, a_spec(on_disconnect="keep"))
+        cluster.run_for(RECOVERY_GRACE_S)  # managers that have just started are more patient
         session = cluster.view.get(Node, LOST).session
         assert session is not None
         cluster.kill_node(LOST)

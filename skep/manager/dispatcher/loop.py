@@ -93,8 +93,11 @@ class Dispatcher:
         self._rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
-        self._recovers_until = self._time.seconds
-        """In own time: until then nodes may be on their way back from having had no manager at all."""
+        self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
+        """In own time: until then nodes may be on their way back from having had no manager at all.
+
+        A manager that starts may be the one with which the quorum returns.
+        """
         self._is_current = True
         self._current_at = clock.monotonic()
         self._period_s = DEFAULT_PERIOD_S

@@ -267,7 +267,7 @@ def test_a_killed_node_process_leaves_the_others_running_and_the_next_adopts_the
     wait_until(lambda: swarm.swarm()["ControlAvailable"], "the manager answers")
     assert (swarm.pid_of("manager"), swarm.pid_of("net")) == before
     assert is_running(etcd)
-    assert swarm.swarm()["LocalNodeState"] == "active"
+    wait_until(lambda: swarm.swarm()["LocalNodeState"] == "active", "the node has its session again")
 
 
 def test_a_killed_manager_is_started_again_and_its_etcd_with_it(swarm: DaemonRig) -> None:

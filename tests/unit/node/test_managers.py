@@ -6,7 +6,7 @@ import pytest
 
 from skep.model.ids import NodeId
 from skep.node.local import Peer
-from skep.node.managers import ManagerList, next_manager
+from skep.node.managers import ANSWER_SECONDS_MAX, ManagerList, next_manager
 
 OWN, M2, M3 = (Peer(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
 
@@ -68,3 +68,20 @@ def test_a_round_ends_when_everybody_was_asked_as_often():
     managers.failed(M3)
     managers.failed(OWN)
     assert managers.is_last_of_round(OWN)
+
+
+def test_dead_managers_together_cost_no_longer_than_a_single_one_while_others_answer() -> None:
+    managers = ManagerList([OWN, M2, M3])
+    for _ in range(4):
+        managers.failed(M2, was_there=False)
+        managers.failed(M3, was_there=False)
+    managers.failed(OWN)
+    assert managers.connect_patience(M2) + managers.connect_patience(M3) == ANSWER_SECONDS_MAX
+
+
+def test_where_nobody_answers_each_gets_the_time_that_a_crowded_one_needs() -> None:
+    managers = ManagerList([M2, M3])
+    for _ in range(4):
+        managers.failed(M2, was_there=False)
+        managers.failed(M3, was_there=False)
+    assert managers.connect_patience(M2) == ANSWER_SECONDS_MAX
