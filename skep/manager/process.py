@@ -103,6 +103,11 @@ async def _live(config: ManagerConfig, clock: Clock) -> None:
                 raise
             log.warning("removed before the vote: coming in again")
             await asyncio.to_thread(shutil.rmtree, config.paths.etcd)
+        except Damaged as error:
+            if not _joining_mark(config.paths).exists():
+                raise
+            # Nothing of it was ever promised: etcd ended while it was still asking the others who they are.
+            raise NotLetIn(f"the store did not come up among the other managers: {error}") from error
 
 
 async def _take_part(config: ManagerConfig, clock: Clock) -> None:

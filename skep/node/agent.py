@@ -129,6 +129,10 @@ class Agent:
         """In the certificate."""
         return self._credentials.identity.role
 
+    def renew_certificate(self) -> None:
+        """Have the managers issue another one, as soon as one of them can."""
+        self._credentials.want_renewal()
+
     def _manager_to_renew_with(self) -> Peer | None:
         """The one that holds the session, for it is known to answer; without a session the next to try."""
         has_session = self.registered.is_set() and self._peer is not None

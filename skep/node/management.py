@@ -39,6 +39,7 @@ class Management:
         make: a manager process, not yet running.
         prepare: called before the first start of a promoted node's manager: writes what it reads.
         become: told what the node is now, before a manager starts and after one was ended.
+        renew: asks for another certificate.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Management:
         make: Callable[[], ManagerProcess],
         prepare: Callable[[], None],
         become: Callable[[bool], None],
+        renew: Callable[[], None],
     ) -> None:
         self._paths = paths
         self._is_manager = is_manager
@@ -56,9 +58,12 @@ class Management:
         self._make = make
         self._prepare = prepare
         self._become = become
+        self._renew = renew
         self._changed = asyncio.Event()
         self._backoff = Backoff(0.5, 30.0)
         self.process: ManagerProcess | None = None
+        self.is_removed = False
+        """Whether the other managers have just put this one out, and its certificate does not say so yet."""
 
     @property
     def trouble(self) -> str:
@@ -89,6 +94,7 @@ class Management:
             self._is_manager = True
             self._become(True)
         self.process = self._make()
+        self.is_removed = False
         async with asyncio.TaskGroup() as group:
             running = group.create_task(self.process.run(), name="manager process")
             while self._is_wanted and not running.done():
@@ -103,8 +109,11 @@ class Management:
     async def _start_over(self) -> None:
         """The others have removed this manager: what it knew counts for nothing, and it asks to be let in again.
 
-        They refuse it while it is to be none; a moment later its certificate says so, too.
+        They refuse it while it is to be none; a moment later its certificate says so, too.  One that is to be a manager
+        again by then needs another certificate as well: etcd's peers refuse the one that it was removed with.
         """
+        self.is_removed = True
+        self._renew()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._backoff.next_delay_s()):
                 await self._changed.wait()
@@ -115,7 +124,9 @@ class Management:
     async def _step_down(self) -> None:
         log.info("this node is no manager any more")
         self.process = None
+        self.is_removed = False
         self._is_manager = False
+        self._backoff.reset()
         await asyncio.to_thread(KeyLock(self._paths).turn, None)  # a worker is never asked for the unlock key
         self._become(False)
         await asyncio.to_thread(self._forget)

@@ -285,7 +285,7 @@ class Membership:
         """Why no manager of this node answers, in Docker's words; None: one does, or will in a moment."""
         if self.node is None:
             return NOT_IN_A_SWARM
-        if not self.node.is_manager:
+        if not self.node.is_manager or (self._part is not None and self._part.is_removed):
             return NOT_A_MANAGER
         if self.is_locked:
             return LOCKED

@@ -39,6 +39,9 @@ class AgentConnection(Protocol):
     def role(self) -> NodeRole:
         """In the node's certificate."""
 
+    def renew_certificate(self) -> None:
+        """Have the managers issue another one, as soon as one of them can."""
+
     async def run(self) -> None: ...
 
 
@@ -97,6 +100,7 @@ class Participation:
             make=parts.manager,
             prepare=lambda: parts.write_manager_files(self.node, None),
             become=self._become,
+            renew=self._renew_certificate,
         )
         self._agent = parts.agent(node, self._remember_managers, self._management.take_role)
         # What was cut off between a new certificate and its consequences goes on now.
@@ -120,6 +124,11 @@ class Participation:
     def manager_trouble(self) -> str:
         """Why the manager process is not going to be started again; empty: nothing speaks against it."""
         return self._management.trouble
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the other managers have just put this node's out."""
+        return self._management.is_removed
 
     def reload(self) -> None:
         """Have the manager of this node, if there is one, read its settings again."""
@@ -151,6 +160,9 @@ class Participation:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._agent.registered.wait()
+
+    def _renew_certificate(self) -> None:
+        self._agent.renew_certificate()
 
     def _remember_managers(self, managers: tuple[Peer, ...]) -> None:
         self._remember(msgspec.structs.replace(self.node, managers=managers))

@@ -15,7 +15,7 @@ from skep.model.node import Node
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
 from skep.node.joining import join
-from skep.security.trust import is_issued_by
+from skep.security.trust import is_issued_by, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
 from tests.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, service_task, until
 
@@ -90,6 +90,7 @@ async def test_after_a_rotation_old_tokens_and_old_certificates_count_for_nothin
     async with cluster.own_agent(tmp_path / "manager"):
         await rotate(cluster)
         await rotated(cluster)
+        await until(lambda: tls_info_of(cluster.tls.pair) == cluster.swarm.tls_info)
     with pytest.raises(FailedPrecondition, match="remote CA does not match fingerprint"):
         await join(cluster.address, old_token, SystemClock())
     pair = await join(cluster.address, cluster.swarm.join_tokens.worker, SystemClock())

@@ -33,8 +33,14 @@ class Rig:
         self.paths = Paths(directory / "data", directory / "run")
         self.made: list[FakeProcess] = []
         self.is_manager = is_manager
+        self.renewals = 0
         self.management = Management(
-            self.paths, is_manager=is_manager, make=self._make, prepare=self._prepare, become=self._become
+            self.paths,
+            is_manager=is_manager,
+            make=self._make,
+            prepare=self._prepare,
+            become=self._become,
+            renew=self._renew,
         )
         if is_manager:
             self._prepare()
@@ -68,6 +74,10 @@ class Rig:
     def _become(self, is_manager: bool) -> None:
         self.is_manager = is_manager
 
+    def _renew(self) -> None:
+        assert self.management.is_removed
+        self.renewals += 1
+
 
 async def test_a_promoted_node_starts_a_manager_and_a_demoted_one_forgets_it(tmp_path: Path) -> None:
     async with Rig(tmp_path, is_manager=False).running() as rig:
@@ -93,7 +103,7 @@ async def test_a_renewed_certificate_of_the_same_role_changes_nothing(tmp_path: 
 
 
 async def test_a_manager_that_was_removed_starts_over_with_nothing(tmp_path: Path) -> None:
-    """It is demoted and promoted again faster than its certificate follows."""
+    """It is demoted and promoted again faster than its certificate follows: the others refuse that one for good."""
     async with Rig(tmp_path, is_manager=True).running() as rig:
         await rig.wait_processes(1)
         (rig.paths.manager / "old").touch()
@@ -101,6 +111,8 @@ async def test_a_manager_that_was_removed_starts_over_with_nothing(tmp_path: Pat
         await rig.wait_processes(2)
         assert not (rig.paths.manager / "old").exists()
         assert not rig.management.trouble
+        assert not rig.management.is_removed
+        assert rig.renewals == 1
 
 
 async def test_a_manager_that_was_removed_and_demoted_stays_away(tmp_path: Path) -> None:
