@@ -30,6 +30,7 @@ from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
+from skep.linux.processes import boot_id
 from skep.logs import LogSettings
 from skep.manager import config as manager_config
 from skep.manager.config import (
@@ -46,7 +47,7 @@ from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
 from skep.node.features import Features, detect
 from skep.node.founding import NewCluster
-from skep.node.last_heard import LastHeardFile, boot_id
+from skep.node.last_heard import LastHeardFile
 from skep.node.local import LocalNode
 from skep.node.machine import this_machine
 from skep.node.netprocess import process as net_process

@@ -14,8 +14,6 @@ from skep.linux.files import replace_file
 
 log = structlog.get_logger()
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
 
 class LastHeard:
     """In memory.  ``since_boot``: seconds since the machine was started."""
@@ -68,8 +66,3 @@ class LastHeardFile(LastHeard):
             replace_file(self._path, content, mode=0o600, is_durable=False)
         except OSError as error:
             log.warning("not kept when a manager last heard this node", error=str(error))
-
-
-def boot_id() -> str:
-    """Differs from boot to boot."""
-    return _BOOT_ID.read_text().strip()

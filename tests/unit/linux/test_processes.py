@@ -1,7 +1,7 @@
 import os
 import subprocess
 
-from skep.linux.processes import Stat, open_pidfd, parsed_stat, start_ticks_of, stat_of
+from skep.linux.processes import Stat, boot_id, open_pidfd, parsed_stat, start_ticks_of, stat_of
 
 
 def test_a_command_with_blanks_and_parentheses_is_read() -> None:
@@ -26,3 +26,7 @@ def test_a_pid_with_another_start_time_is_another_process() -> None:
     descriptor = open_pidfd(pid, started)
     assert descriptor is not None
     os.close(descriptor)
+
+
+def test_a_boot_has_an_id() -> None:
+    assert boot_id() == boot_id() != ""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from skep.node.last_heard import LastHeardFile, boot_id
+from skep.node.last_heard import LastHeardFile
 
 
 def test_the_next_process_knows_it(tmp_path: Path) -> None:
@@ -27,7 +27,3 @@ def test_a_full_disk_costs_only_the_memory_of_it(tmp_path: Path) -> None:
     heard = LastHeardFile(tmp_path / "missing" / "heard", lambda: 5.0, "one")
     heard.note(1.0)
     assert heard.silence_s() == 1.0
-
-
-def test_a_boot_has_an_id() -> None:
-    assert boot_id() == boot_id() != ""
