@@ -7,14 +7,15 @@ from skep.model.ids import ServiceId
 from skep.model.meta import Version
 from skep.model.node import IssuedSerial
 from skep.model.service import ServiceSpec
+from skep.model.task import Task
 from skep.model.times import Timestamp
+from skep.store.interface import View
 
 ROOT_KEY_ID = "root-ca"
 """Id of the payload that holds the root's private key (PEM)."""
 
 NEXT_ROOT_KEY_ID = "root-ca-next"
 """Id of the payload that holds the key (PEM) of the root to which the cluster rotates."""
-
 
 GOSSIP_KEYS_ID = "gossip-keys"
 """Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
@@ -76,3 +77,16 @@ def previous_registry_auth_id(service_id: str) -> str:
 def spec_version_id(service_id: str, version: Version) -> str:
     """The id of the spec that ``service_id`` had at ``version``."""
     return f"{service_id}/{version.index}"
+
+
+def spec_version_of(view: View, task: Task) -> SpecVersion | None:
+    """The stored spec that ``task`` follows; None: it follows none, or one that is no longer kept."""
+    if task.spec_version is None:
+        return None
+    return view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
+
+
+def spec_of(view: View, task: Task) -> ServiceSpec | None:
+    """The service's spec as it was when ``task`` was made from it, if that is kept."""
+    version = spec_version_of(view, task)
+    return version.spec if version is not None else None

@@ -15,7 +15,7 @@ from skep.model.service import Service
 from skep.model.task import Task
 from skep.store import keys
 from skep.store.interface import Created, Deleted, Event, Updated
-from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.kinds import SpecVersion, spec_version_id, spec_version_of
 from skep.store.schema import SCHEMAS
 from skep.store.tables import PartChange, Table
 
@@ -142,18 +142,12 @@ class State:
 
     def _filled(self, task: Task) -> Task:
         """``task`` with the spec of the version it follows; kept in the table in place of the bare one."""
-        version = self.spec_of(task)
+        version = spec_version_of(self, task)
         if version is None or version.spec.task_template is task.spec:
             return task
         filled = msgspec.structs.replace(task, spec=version.spec.task_template)
         self.table_by_type[Task].objects[task.id] = filled
         return filled
-
-    def spec_of(self, task: Task) -> SpecVersion | None:
-        """The stored spec that ``task`` follows, if it follows one."""
-        if task.spec_version is None:
-            return None
-        return self.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
 
     def _refilled(self, spec_ids: set[str], done: set[str]) -> Iterable[Event]:
         """Tasks that were there before the spec they follow, or have lost it."""
@@ -164,7 +158,7 @@ class State:
                     continue
                 if spec_version_id(service_id, task.spec_version) not in spec_ids:
                     continue
-                version = self.spec_of(task)
+                version = spec_version_of(self, task)
                 spec = version.spec.task_template if version else tasks.codecs["spec"].defaults["spec"]
                 event = tasks.store(task.id, task, msgspec.structs.replace(task, spec=spec))
                 if event is not None:

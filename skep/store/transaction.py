@@ -18,7 +18,7 @@ from skep.model.times import ZERO_TIME, timestamp
 from skep.store.draft import Draft
 from skep.store.interface import InUse, Object
 from skep.store.keys import HEAD
-from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.kinds import SpecVersion, spec_version_id, spec_version_of
 from skep.store.proposal import Proposal
 from skep.store.state import Owner, State, resolved
 from skep.store.tables import NAME, Table
@@ -183,15 +183,10 @@ class Writing:
 
     def _filled(self, task: Task) -> Task:
         """``task`` with the spec of the version it follows, if that is stored."""
-        version = self._spec_of(task)
+        version = spec_version_of(self, task)
         if version is None or version.spec.task_template is task.spec:
             return task
         return msgspec.structs.replace(task, spec=version.spec.task_template)
-
-    def _spec_of(self, task: Task) -> SpecVersion | None:
-        if task.spec_version is None:
-            return None
-        return self.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
 
     def _keep_spec(self, service: Service) -> None:
         assert service.spec_version is not None, "stamped with the spec"
@@ -287,7 +282,7 @@ class Writing:
 
     def _rely_on_spec(self, draft: Draft, task: Task) -> None:
         """A new task needs its spec: it may not be cleared away in the same moment."""
-        version = self._spec_of(task)
+        version = spec_version_of(self, task)
         if version is not None:
             draft.expect(("spec", version.id))
 

@@ -47,7 +47,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
-from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.kinds import spec_of
 
 log = structlog.get_logger()
 
@@ -363,8 +363,4 @@ def _overlays(view: View, task: Task, networks: Networks) -> list[Network]:
 
 def _spec_of(view: View, task: Task) -> ServiceSpec:
     """The spec that the task was made from; the task's own template when that is no longer kept."""
-    if task.spec_version is not None:
-        version = view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
-        if version is not None:
-            return version.spec
-    return ServiceSpec(task_template=task.spec)
+    return spec_of(view, task) or ServiceSpec(task_template=task.spec)

@@ -9,7 +9,7 @@ from skep.model.node import Node, NodeState
 from skep.model.service import EndpointSpec, Service, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import View
-from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.kinds import spec_of
 
 
 def known_status(view: View, task: Task) -> TaskStatus:
@@ -41,12 +41,8 @@ def is_up_to_date(view: View, task: Task) -> bool:
         return True
     if _without_placement(task.spec) != _without_placement(service.spec.task_template):
         return False
-    if task.spec_version is None:
-        return True
-    made_from = view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
-    return made_from is None or _endpoint(made_from.spec.endpoint_spec) == _endpoint(
-        service.spec.endpoint_spec
-    )
+    made_from = spec_of(view, task)
+    return made_from is None or _endpoint(made_from.endpoint_spec) == _endpoint(service.spec.endpoint_spec)
 
 
 def _without_placement(spec: TaskSpec) -> TaskSpec:

@@ -22,12 +22,12 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId
 from skep.model.node import Node
-from skep.model.service import Service, ServiceSpec, UpdateStatus
+from skep.model.service import Service, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
-from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.kinds import spec_of
 
 log = structlog.get_logger()
 
@@ -172,13 +172,6 @@ class Orchestrator:
         service = view.lookup(Service, service_id)
         if service is None:
             return retire_all(tasks)
-
-        def spec_of(task: Task) -> ServiceSpec | None:
-            if task.spec_version is None:
-                return None
-            version = view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
-            return version.spec if version is not None else None
-
         return next_steps(
             Situation(
                 service=service,
@@ -186,7 +179,7 @@ class Orchestrator:
                 nodes=lambda: tuple(view.find(Node)),
                 node=lambda node_id: view.lookup(Node, node_id),
                 overcommitted=self._overcommitted_on,
-                spec_of=spec_of,
+                spec_of=lambda task: spec_of(view, task),
                 seen=self._seen,
                 now=self._clock.monotonic(),
                 is_frozen=self._freezer.is_frozen,

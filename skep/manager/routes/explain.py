@@ -13,10 +13,10 @@ from skep.manager.scheduler.explain import NodeVerdict, bookings, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.service import Service, ServiceSpec
+from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
-from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.kinds import spec_of
 
 routes = Routes()
 
@@ -47,10 +47,10 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
 
 async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:
     """What each node says of ``task``, or the one node that it was made for."""
-    own_spec = _spec_of(view, task)
+    own_spec = spec_of(view, task)
     nodes = view.find(Node)
     accounting = Accounting()
-    for number, accounting in enumerate(bookings(nodes, view.find(Task), lambda one: _spec_of(view, one))):  # noqa: B007
+    for number, accounting in enumerate(bookings(nodes, view.find(Task), lambda one: spec_of(view, one))):  # noqa: B007
         if number % _PIECE == 0:
             await asyncio.sleep(0)
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
@@ -61,10 +61,3 @@ async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:
         for account in accounting.accounts.values()
         if task.node_id in ("", account.node.id)
     ]
-
-
-def _spec_of(view: View, task: Task) -> ServiceSpec | None:
-    if task.spec_version is None:
-        return None
-    version = view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
-    return version.spec if version is not None else None

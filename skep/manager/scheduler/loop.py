@@ -30,7 +30,7 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
-from skep.store.kinds import SpecVersion, spec_version_id
+from skep.store.kinds import spec_of
 
 log = structlog.get_logger()
 
@@ -144,11 +144,7 @@ class Scheduler:
             self._guard.forget(group)
 
     def _spec_of(self, task: Task) -> ServiceSpec | None:
-        if task.spec_version is None:
-            return None
-        id = spec_version_id(task.service_id, task.spec_version)
-        version = self._term.view().lookup(SpecVersion, id)
-        return version.spec if version is not None else None
+        return spec_of(self._term.view(), task)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
