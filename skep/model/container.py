@@ -8,7 +8,10 @@ import msgspec
 from skep.model.encoding import ApiObject, FileMode, GoInt, always
 from skep.model.ids import ConfigId, SecretId
 from skep.model.meta import Driver
-from skep.model.times import Nanoseconds
+from skep.model.times import SECOND_NS, Nanoseconds
+
+DEFAULT_STOP_GRACE_NS = 10 * SECOND_NS
+"""What a container without a grace period of its own gets; Docker's."""
 
 
 class CredentialSpec(ApiObject):
@@ -196,3 +199,8 @@ class ContainerSpec(ApiObject):
     capability_drop: tuple[str, ...] = ()
     ulimits: tuple[Ulimit, ...] = ()
     oom_score_adj: int = 0
+
+    @property
+    def stop_grace_ns(self) -> int:
+        """What it gets between the stop signal and the end."""
+        return DEFAULT_STOP_GRACE_NS if self.stop_grace_period is None else self.stop_grace_period

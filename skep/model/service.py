@@ -10,7 +10,7 @@ from skep.model.container import ContainerSpec
 from skep.model.encoding import ApiObject, Float32, Uint32, Uint64, always
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Driver, Version
-from skep.model.times import ZERO_TIME, Nanoseconds, Timestamp
+from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
 
@@ -143,6 +143,11 @@ class TaskSpec(ApiObject):
     runtime: Annotated[str, msgspec.Meta(extra={"go": "swarm.RuntimeType"})] = ""
     networks: tuple[NetworkAttachmentConfig, ...] = ()
     log_driver: Driver | None = None
+
+    @property
+    def stop_grace_s(self) -> float:
+        """What a task gets between the stop signal and the end."""
+        return (self.container_spec or ContainerSpec()).stop_grace_ns / SECOND_NS
 
 
 class ReplicatedService(ApiObject):

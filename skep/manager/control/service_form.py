@@ -223,7 +223,6 @@ def _settled_mode(mode: ServiceMode) -> ServiceMode:
             return ServiceMode(replicated=ReplicatedService(replicas=1 if replicas is None else replicas))
 
 
-_DEFAULT_GRACE_NS = 10 * SECOND_NS
 _DEFAULT_RESTART = RestartPolicy(condition=RestartCondition.ANY, delay=5 * SECOND_NS, max_attempts=0)
 _DEFAULT_UPDATE = UpdateConfig(
     parallelism=1,
@@ -238,10 +237,9 @@ def with_defaults(spec: ServiceSpec) -> ServiceSpec:
     template = spec.task_template
     container = template.container_spec
     if container is not None:
-        grace = container.stop_grace_period
         container = replace(
             container,
-            stop_grace_period=_DEFAULT_GRACE_NS if grace is None else grace,
+            stop_grace_period=container.stop_grace_ns,
             dns_config=container.dns_config or DNSConfig(),
         )
     restart = template.restart_policy

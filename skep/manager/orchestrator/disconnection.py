@@ -10,10 +10,6 @@ from typing import assert_never
 
 from skep.model.labels import DisconnectPolicy, OnDisconnect
 from skep.model.task import Task
-from skep.model.times import SECOND_NS
-
-DEFAULT_STOP_GRACE_S = 10.0
-"""What a container without a grace period of its own gets between the stop signal and the end; Docker's."""
 
 
 def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_frozen: bool) -> float:
@@ -30,12 +26,6 @@ def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_froz
         case OnDisconnect.KEEP:
             return inf
         case OnDisconnect.STOP:
-            return down_at + policy.delay_s + _stop_grace_s(task)
+            return down_at + policy.delay_s + task.spec.stop_grace_s
         case _:
             assert_never(policy.action)
-
-
-def _stop_grace_s(task: Task) -> float:
-    container = task.spec.container_spec
-    grace_ns = container.stop_grace_period if container is not None else None
-    return grace_ns / SECOND_NS if grace_ns is not None else DEFAULT_STOP_GRACE_S

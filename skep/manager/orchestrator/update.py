@@ -45,7 +45,6 @@ from skep.model.ids import NodeId
 from skep.model.labels import progress_deadline_s
 from skep.model.service import (
     Service,
-    TaskSpec,
     UpdateConfig,
     UpdateFailureAction,
     UpdateOrder,
@@ -55,7 +54,6 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
-DEFAULT_STOP_GRACE_S = 10.0
 DEFAULTS = UpdateConfig(parallelism=1)
 
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
@@ -113,7 +111,8 @@ class _Rollout:
         self._starts_first = config.order is UpdateOrder.START_FIRST
         self._delay_s = config.delay / SECOND_NS
         self._monitor_s = config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
-        self._deadline_s = progress_deadline_s(spec.labels) + _stop_grace_s(spec.task_template)
+        # The task before may need its grace to stop, so long the new one waits for nothing of its own.
+        self._deadline_s = progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
 
     def finish(self, view: _SlotView) -> Iterator[Step]:
         """Retire what a current task of the same slot makes superfluous."""
@@ -241,13 +240,6 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     outdated = tuple(task for task in tasks if is_dirty(task, situation))
     current = tuple(task for task in wanted(tasks) if task not in outdated)
     return _SlotView(current, outdated, _lead(past, situation))
-
-
-def _stop_grace_s(template: TaskSpec) -> float:
-    """What the task before may need to stop, so long the new one waits for nothing of its own."""
-    container = template.container_spec
-    grace = container.stop_grace_period if container is not None else None
-    return DEFAULT_STOP_GRACE_S if grace is None else grace / SECOND_NS
 
 
 def _lead(past: Slot, situation: Situation) -> Task | None:

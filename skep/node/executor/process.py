@@ -26,7 +26,6 @@ from skep.node.oci.container import ProcessName
 from skep.node.oci.processes import is_alive, named, send_signal, wait_gone
 from skep.node.oci.signals import signal_number
 
-_DEFAULT_GRACE_S = 10.0
 _START_DEADLINE_S = 10.0
 _WRAPPER = """\
 cd "$1" || exit 126
@@ -143,10 +142,9 @@ class ProcessController:
         if started is None or not is_alive(started.command):
             return
         spec = self._spec()
-        grace_ns = spec.stop_grace_period
         send_signal(started.command, signal_number(spec.stop_signal or "SIGTERM"))
         try:
-            async with asyncio.timeout(_DEFAULT_GRACE_S if grace_ns is None else grace_ns / 1e9):
+            async with asyncio.timeout(spec.stop_grace_ns / 1e9):
                 await wait_gone(started.command)
         except TimeoutError:
             await _kill(self._path)

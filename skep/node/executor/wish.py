@@ -15,7 +15,6 @@ from skep.model.ids import NodeId
 from skep.model.meta import Driver
 from skep.model.service import PublishMode
 from skep.model.task import AssignedTask
-from skep.model.times import SECOND_NS
 from skep.node.executor.interface import Rejected
 from skep.node.executor.template import Context, expand
 from skep.node.oci import health
@@ -24,7 +23,6 @@ from skep.node.oci.images.image import ContainerDefaults
 from skep.node.oci.signals import signal_number
 from skep.node.oci.spec import merged_environment
 
-DEFAULT_GRACE_NS = 10 * SECOND_NS
 LABEL_TASK_ID = "com.docker.swarm.task.id"
 
 _LOG_DRIVERS = ("", "json-file", "local", "none")
@@ -116,7 +114,7 @@ def config(
         tty=spec.tty,
         open_stdin=spec.open_stdin,
         stop_signal=stop_signal(spec.stop_signal or image.stop_signal),
-        stop_grace_ns=DEFAULT_GRACE_NS if spec.stop_grace_period is None else spec.stop_grace_period,
+        stop_grace_ns=spec.stop_grace_ns,
         init=bool(spec.init),
         read_only=spec.read_only,
         mounts=tuple(mounts),
