@@ -5,9 +5,8 @@ loop stood still, or in which this manager was cut off, did not pass for any nod
 nodes down.
 """
 
-GRACE_PERIODS = 3
-GRACE_PERIODS_MIN = 2
-"""Less than this a grace cannot be set to: one lost heartbeat takes no node down."""
+from skep.manager.heartbeats import grace_period
+
 AWAY_GRACE_S = 12.0
 """Least grace of a node whose process said that it stops as planned: an upgrade moves nothing."""
 RECOVERY_GRACE_S = 12.0
@@ -19,21 +18,6 @@ STREAM_HEARTBEAT_COST_S = 2 * 11e-6
 """Processor time of one heartbeat on an open stream (a Skep node's), with its answer."""
 HEARTBEAT_SHARE_MAX = 0.05
 """Share of one core that heartbeats may take."""
-
-
-def grace_period(period_s: float, *, wished_s: float | None = None) -> float:
-    """Seconds for which a silent node is still believed alive.
-
-    Three heartbeats, so that a lost one never takes a node down; or as wished, but never less than two.
-
-    Args:
-        period_s: positive; the period last told to the node, jitter included.
-
-    Source: swarmkit, manager/dispatcher/nodes.go (gracePeriodMultiplier).
-    """
-    if wished_s is None:
-        return GRACE_PERIODS * period_s
-    return max(wished_s, GRACE_PERIODS_MIN * period_s)
 
 
 def grace_when_away(period_s: float, *, wished_s: float | None = None) -> float:

@@ -18,7 +18,6 @@ from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
     grace_after_absence,
     grace_after_adoption,
-    grace_period,
     grace_when_away,
     heartbeat_period,
 )
@@ -38,9 +37,9 @@ from skep.manager.dispatcher.spreading import Spreading
 from skep.manager.dispatcher.statuses import Report, record_status
 from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.follow import follow
+from skep.manager.heartbeats import DEFAULT_PERIOD_S, grace_period, wished_heartbeats
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import IdSource, NodeId, SessionId, TaskId
-from skep.model.labels import heartbeat_grace_s
 from skep.model.node import Node, NodeState
 from skep.model.planes import is_docker_node
 from skep.model.swarm import Swarm
@@ -65,7 +64,6 @@ CURRENT_CHECK_S = 0.5
 CURRENT_WITHIN_S = 2.0
 """A manager that cannot reach a quorum for this long ends its sessions, so that its nodes move on."""
 PERIOD_JITTER = 0.1
-DEFAULT_PERIOD_S = 5.0
 
 
 class Dispatcher:
@@ -290,10 +288,7 @@ class Dispatcher:
     def _set_period(self) -> None:
         """Fit the period to the wish and to the number of nodes; not at every heartbeat, for it counts them all."""
         skep_nodes, docker_nodes = self._sessions.count()
-        swarms = self._store.view().find(Swarm)
-        wished_ns = swarms[0].spec.dispatcher.heartbeat_period if swarms else 0
-        wished_s = wished_ns / SECOND_NS if wished_ns > 0 else DEFAULT_PERIOD_S
-        self._wished_grace_s = heartbeat_grace_s(swarms[0].spec.labels) if swarms else None
+        wished_s, self._wished_grace_s = wished_heartbeats(self._store.view())
         period_s = heartbeat_period(wished_s, skep_nodes=skep_nodes, docker_nodes=docker_nodes)
         if period_s > wished_s and period_s > 1.1 * self._period_s:
             log.info("heartbeats stretched", period_s=round(period_s, 2), nodes=skep_nodes + docker_nodes)

@@ -12,18 +12,16 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.follow import State
+from skep.manager.heartbeats import grace_period, wished_heartbeats
 from skep.manager.orchestrator.storm import FROZEN_S_MAX, NodeHistory, Trip, is_over
-from skep.model.labels import heartbeat_grace_s
 from skep.model.node import Node
 from skep.model.swarm import Freeze, Swarm
-from skep.model.times import SECOND_NS, Timestamp, timestamp
+from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, NotLeader, Transaction, View
 
 log = structlog.get_logger()
 
 CHECK_S = 0.5
-DEFAULT_PERIOD_S = 5.0
-GRACE_PERIODS = 3
 HALF_BACK = "half of the nodes are back"
 SETTLING_GRACES = 2
 """Graces for the other half: they register within seconds of each other, when the network is back."""
@@ -153,8 +151,5 @@ def _freeze(view: View) -> Freeze | None:
 
 def _grace_s(view: View) -> float:
     """The grace period of the cluster's nodes."""
-    for swarm in view.find(Swarm):
-        period_s = swarm.spec.dispatcher.heartbeat_period / SECOND_NS or DEFAULT_PERIOD_S
-        wished_s = heartbeat_grace_s(swarm.spec.labels)
-        return GRACE_PERIODS * period_s if wished_s is None else wished_s
-    return GRACE_PERIODS * DEFAULT_PERIOD_S
+    period_s, wished_s = wished_heartbeats(view)
+    return grace_period(period_s, wished_s=wished_s)

@@ -9,19 +9,12 @@ from skep.manager.dispatcher.liveness import (
     grace_after_absence,
     grace_after_adoption,
     grace_after_loss,
-    grace_period,
     heartbeat_period,
 )
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.model.ids import NodeId, SessionId
 
 TICK_S = 0.2
-
-
-def test_three_periods_of_grace_unless_the_cluster_wishes_another():
-    assert grace_period(1.0) == 3.0
-    assert grace_period(1.0, wished_s=10.0) == 10.0
-    assert grace_period(1.0, wished_s=0.1) == 2.0  # one lost heartbeat takes no node down
 
 
 def test_after_a_loss_of_quorum_every_node_gets_time_to_come_back():

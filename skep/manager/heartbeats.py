@@ -1,0 +1,36 @@
+"""How often the nodes of a cluster are to be heard, and for how long a silent one is still believed alive."""
+
+from skep.model.labels import heartbeat_grace_s
+from skep.model.swarm import Swarm
+from skep.model.times import SECOND_NS
+from skep.store.interface import View
+
+DEFAULT_PERIOD_S = 5.0
+"""Between heartbeats, where the cluster says nothing."""
+GRACE_PERIODS = 3
+GRACE_PERIODS_MIN = 2
+"""Less than this a grace cannot be set to: one lost heartbeat takes no node down."""
+
+
+def wished_heartbeats(view: View) -> tuple[float, float | None]:
+    """Seconds between heartbeats and of grace, as the cluster says; None: nothing of the grace."""
+    for swarm in view.find(Swarm):
+        period_ns = swarm.spec.dispatcher.heartbeat_period
+        period_s = period_ns / SECOND_NS if period_ns > 0 else DEFAULT_PERIOD_S
+        return period_s, heartbeat_grace_s(swarm.spec.labels)
+    return DEFAULT_PERIOD_S, None
+
+
+def grace_period(period_s: float, *, wished_s: float | None = None) -> float:
+    """Seconds for which a silent node is still believed alive.
+
+    Three heartbeats, so that a lost one never takes a node down; or as wished, but never less than two.
+
+    Args:
+        period_s: positive; the period last told to the node, jitter included.
+
+    Source: swarmkit, manager/dispatcher/nodes.go (gracePeriodMultiplier).
+    """
+    if wished_s is None:
+        return GRACE_PERIODS * period_s
+    return max(wished_s, GRACE_PERIODS_MIN * period_s)
