@@ -42,6 +42,11 @@ def timestamp(unix_ns: int) -> Timestamp:
     return Timestamp(f"{text}{fraction}Z")
 
 
+def moment(unix_ns: int) -> datetime:
+    """The same point as the certificates' libraries write it, in UTC; exact to the microsecond."""
+    return datetime.fromtimestamp(unix_ns / SECOND_NS, UTC)
+
+
 def unix_ns(stamp: str) -> int:
     """Nanoseconds since the epoch of an RFC 3339 timestamp.
 

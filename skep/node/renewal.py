@@ -10,7 +10,7 @@ Source: swarmkit, ca/renewer.go and certificates.go (calculateRandomExpiry).
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import Protocol
@@ -22,7 +22,7 @@ from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
-from skep.model.times import SECOND_NS
+from skep.model.times import moment
 from skep.node.joining import renew, renew_expired
 from skep.node.local import Peer
 from skep.security import keypair
@@ -179,7 +179,7 @@ class KeyPairCredentials:
         return not self.is_expired
 
     def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
+        return moment(self._clock.now_ns())
 
     def _adopt(self, pair: KeyPair) -> None:
         """Use ``pair`` from the next connection on; open ones stay."""

@@ -6,7 +6,7 @@ names ``swarm-ca`` and ``swarm-manager`` instead of addresses, so a manager may 
 Source: swarmkit, ca/certificates.go; docker's acceptance of each field was tried with engine 20.10.
 """
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skep.aio.clock import Clock, SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.node import NodeRole
-from skep.model.times import SECOND_NS
+from skep.model.times import moment
 from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
 from skep.security.keys import PrivateKey, load_private_key, new_private_key, private_pem
 
@@ -60,7 +60,7 @@ class Authority:
     @classmethod
     def create(cls, clock: Clock = _CLOCK) -> "Authority":
         """A new self-signed root, valid for 20 years."""
-        now = _now(clock)
+        now = moment(clock.now_ns())
         key = new_private_key()
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, ROOT_NAME)])
         builder = (
@@ -115,7 +115,7 @@ class Authority:
 
     def issue(self, public_key: PublicKey, identity: Identity, lifetime: timedelta = NODE_LIFETIME) -> bytes:
         """A certificate (PEM chain) that says: who holds this key is ``identity``.  It does not outlive its root."""
-        now = _now(self._clock)
+        now = moment(self._clock.now_ns())
         not_after = min(now + max(lifetime, NODE_LIFETIME_MIN), self._certificate.not_valid_after_utc)
         unit = ROLE_NAMES[identity.role]
         names = [unit, identity.node_id]
@@ -160,7 +160,7 @@ class Authority:
             .issuer_name(self._certificate.subject)
             .public_key(other.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(_now(self._clock) - BACKDATE)
+            .not_valid_before(moment(self._clock.now_ns()) - BACKDATE)
             .not_valid_after(min(other.not_valid_after_utc, self._certificate.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
@@ -211,10 +211,6 @@ def _subject_identifier(root: x509.Certificate) -> x509.SubjectKeyIdentifier:
 def pem(certificate: x509.Certificate) -> bytes:
     """A certificate as PEM, with a newline at its end."""
     return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _now(clock: Clock) -> datetime:
-    return datetime.fromtimestamp(clock.now_ns() / SECOND_NS, UTC)
 
 
 def _key_usage(**uses: bool) -> x509.KeyUsage:

@@ -5,7 +5,7 @@ while.  The root does not renew by itself.
 """
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Literal
 
 import msgspec
@@ -14,7 +14,7 @@ from cryptography import x509
 from skep.manager.ca.admission import lifetime_of
 from skep.model.node import Node
 from skep.model.swarm import Swarm
-from skep.model.times import unix_ns
+from skep.model.times import moment, unix_ns
 from skep.security.authority import BACKDATE
 from skep.store.interface import View
 
@@ -72,7 +72,7 @@ def expiry_of(node: Node) -> datetime | None:
     """When the node's certificate expires; None: that is not known."""
     if node.certificate is None or not node.certificate.not_after:
         return None
-    return datetime.fromtimestamp(unix_ns(node.certificate.not_after) / 1e9, UTC)
+    return moment(unix_ns(node.certificate.not_after))
 
 
 def _expires(not_after: datetime, now: datetime) -> str:

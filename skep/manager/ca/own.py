@@ -5,7 +5,7 @@ them, and they do not talk to it: its node's agent asks one of them, and the man
 """
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import structlog
 
@@ -14,7 +14,7 @@ from skep.errors import SkepError
 from skep.manager.ca.admission import Issued, lifetime_of, record_issue, renewing_identity
 from skep.manager.ca.authority import authority_of, cluster_of
 from skep.model.node import Availability
-from skep.model.times import SECOND_NS
+from skep.model.times import moment
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.reloading import KeyPairFiles
@@ -69,7 +69,7 @@ async def renewed_by_itself(store: Store, pair: KeyPair, files: KeyPairFiles, cl
         certificate_pem=authority.sign(csr_pem, identity, lifetime_of(swarm)),
         issuer=issuer_digest(tls_info(authority.root_pem)),
     )
-    await store.update(record_issue, issued, _now(clock), is_renewal=True)
+    await store.update(record_issue, issued, moment(clock.now_ns()), is_renewal=True)
     renewed = KeyPair(
         certificate_pem=issued.certificate_pem, key_pem=private_pem(key), root_pem=pair.root_pem
     )
@@ -80,8 +80,4 @@ async def renewed_by_itself(store: Store, pair: KeyPair, files: KeyPairFiles, cl
 
 def is_expired(pair: KeyPair, clock: Clock) -> bool:
     """Whether nobody takes it any more, or will in a moment."""
-    return _now(clock) >= pair.not_after - AHEAD
-
-
-def _now(clock: Clock) -> datetime:
-    return datetime.fromtimestamp(clock.now_ns() / SECOND_NS, UTC)
+    return moment(clock.now_ns()) >= pair.not_after - AHEAD

@@ -5,7 +5,7 @@ Source: swarmkit, ca/server.go.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 
 import structlog
@@ -23,7 +23,7 @@ from skep.manager.ca.admission import (
 from skep.manager.ca.authority import authority_of, cluster_of, root_bundle_of
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Availability
-from skep.model.times import SECOND_NS
+from skep.model.times import moment
 from skep.security.authority import requested_key
 from skep.security.expiry import proven_identity
 from skep.security.identity import Identity
@@ -157,7 +157,7 @@ class CertificateService:
         )
 
     def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
+        return moment(self._clock.now_ns())
 
     def _keep(self, issued: Issued) -> None:
         self._issued[issued.identity.node_id] = issued

@@ -6,7 +6,6 @@ is handed to the server, written where etcd reads it, and told to whoever asks f
 
 import asyncio
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import structlog
 from msgspec.structs import replace
@@ -21,7 +20,7 @@ from skep.manager.follow import follow
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.swarm import Swarm
-from skep.model.times import SECOND_NS
+from skep.model.times import moment
 from skep.security import keypair
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
@@ -162,7 +161,7 @@ class Upkeep:
     async def _warn(self) -> None:
         """Say once a day what expires soon."""
         while True:
-            now = datetime.fromtimestamp(self._clock.now_ns() / SECOND_NS, UTC)
+            now = moment(self._clock.now_ns())
             for expiry in expiring(self._store.view(), now):
                 log.warning("certificate expires soon", warning=expiry.warning)
                 self._tell(expiry)

@@ -3,8 +3,6 @@
 Source: moby 20.10, api/server/router/swarm/cluster_routes.go.
 """
 
-from datetime import UTC, datetime
-
 from aiohttp import web
 
 from skep.api.server import Routes, json_answer, read_json
@@ -14,7 +12,7 @@ from skep.manager.control import swarm as control
 from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
 from skep.manager.routes.shown import shown_swarm
 from skep.model.swarm import SwarmSpec, UnlockRequest
-from skep.model.times import SECOND_NS
+from skep.model.times import moment
 from skep.security.locking import shown_unlock_key
 
 routes = Routes()
@@ -38,7 +36,7 @@ async def update_swarm(request: web.Request) -> web.StreamResponse:
         unlock_key=_rotation(request, "rotateManagerUnlockKey"),
     )
     check_swarm_name(spec)
-    now = datetime.fromtimestamp(manager.clock.now_ns() / SECOND_NS, UTC)
+    now = moment(manager.clock.now_ns())
     was_locked = control.unlock_key_of(manager.store.view()) is not None
     await manager.update(control.update_swarm, spec, version, rotations, new_id=manager.new_id, now=now)
     if spec.encryption_config.auto_lock_managers and not was_locked:

@@ -1,13 +1,11 @@
 """``/_skep/warnings``: what ``docker info`` is to warn of.  Ours, on the manager's own socket only."""
 
-from datetime import UTC, datetime
-
 from aiohttp import web
 
 from skep.api.server import Routes, json_answer
 from skep.manager.ca.expiry import expiring
 from skep.manager.routes.access import manager_of
-from skep.model.times import SECOND_NS
+from skep.model.times import moment
 
 routes = Routes()
 
@@ -16,5 +14,5 @@ routes = Routes()
 async def warnings(request: web.Request) -> web.Response:
     """Sentences, the most urgent first; from this manager's own state, so a cluster without a leader has them too."""
     manager = manager_of(request)
-    now = datetime.fromtimestamp(manager.clock.now_ns() / SECOND_NS, UTC)
+    now = moment(manager.clock.now_ns())
     return json_answer([expiry.warning for expiry in expiring(manager.store.view(), now)])
