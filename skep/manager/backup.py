@@ -6,8 +6,8 @@ from typing import Any
 from skep import __version__
 from skep.aio.clock import Clock
 from skep.api.backups import BackupRequest, Manifest, Sealer
+from skep.manager.cluster import cluster_of
 from skep.manager.config import ManagerConfig
-from skep.manager.control.swarm import the_swarm
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.secret import Config, Secret
@@ -67,7 +67,7 @@ class Backups:
             incarnation=self._store.incarnation,
             skep_version=__version__,
             counts={name: len(view.find(kind)) for name, kind in _COUNTED.items()},
-            root_pem=the_swarm(view).tls_info.trust_root.encode(),
+            root_pem=cluster_of(view).tls_info.trust_root.encode(),
             root_key_pem=view.get(Payload, ROOT_KEY_ID).data,
             wrapping_key=self._wrapping_key(),
         )

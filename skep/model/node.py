@@ -152,3 +152,9 @@ class Node(ApiObject):
     """Of a manager: digest of the roots that its etcd has trusted since its last start."""
     silent_since: Timestamp | None = None
     """Of a node that is down: when it was last heard, on its judge's clock."""
+
+    @property
+    def is_reachable_manager(self) -> bool:
+        """Whether it is a manager that the leader hears."""
+        status = self.manager_status
+        return status is not None and status.reachability is Reachability.REACHABLE

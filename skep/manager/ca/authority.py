@@ -1,18 +1,11 @@
 """The cluster's certificate authority, as the store has it."""
 
 from skep.errors import FailedPrecondition
+from skep.manager.cluster import cluster_of
 from skep.model.swarm import Swarm
 from skep.security.authority import Authority
 from skep.store.interface import View
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
-
-
-def cluster_of(view: View) -> Swarm:
-    """The cluster object.  Raises: FailedPrecondition: this store holds no cluster yet."""
-    swarms = view.find(Swarm)
-    if not swarms:
-        raise FailedPrecondition("this node is not part of a swarm")
-    return swarms[0]
 
 
 def root_bundle_of(swarm: Swarm) -> bytes:

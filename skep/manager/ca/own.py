@@ -12,7 +12,8 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.ca.admission import Issued, lifetime_of, record_issue, renewing_identity
-from skep.manager.ca.authority import authority_of, cluster_of
+from skep.manager.ca.authority import authority_of
+from skep.manager.cluster import cluster_of
 from skep.model.node import Availability
 from skep.model.times import moment
 from skep.security.keypair import KeyPair

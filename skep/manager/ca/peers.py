@@ -8,7 +8,7 @@ leader's last, each only while the others have a quorum without it.
 from collections.abc import Iterable
 
 from skep.model.ids import NodeId
-from skep.model.node import Node, Reachability
+from skep.model.node import Node
 
 
 def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
@@ -19,21 +19,16 @@ def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
     """
     managers = [node for node in nodes if node.manager_status is not None]
     order = sorted(managers, key=lambda node: (_leads(node), node.id))
-    staying = sum(_is_reachable(node) for node in order if node.id != own)
+    staying = sum(node.is_reachable_manager for node in order if node.id != own)
     if staying <= len(managers) // 2 and len(managers) > 2:
         return False  # with two managers there is no way around a moment without a quorum
     for node in order:
         if node.id == own:
-            return _is_reachable(node) or len(managers) == 1
-        if _is_reachable(node) and node.peer_roots != wanted:
+            return node.is_reachable_manager or len(managers) == 1
+        if node.is_reachable_manager and node.peer_roots != wanted:
             return False
     return False
 
 
 def _leads(node: Node) -> bool:
     return node.manager_status is not None and node.manager_status.leader
-
-
-def _is_reachable(node: Node) -> bool:
-    status = node.manager_status
-    return status is not None and status.reachability is Reachability.REACHABLE

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from skep.manager.cluster import cluster_of
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Node, NodeState
 from skep.model.swarm import JoinTokens, Swarm
@@ -83,8 +84,7 @@ def ask_to_renew(tx: Transaction, renewal: Renewal) -> None:
 
 def finish(tx: Transaction, root: str, new_id: IdSource) -> bool:
     """Announce the new root: whom to trust, who signs, tokens that name it.  False: another rotation began."""
-    (swarm,) = tx.find(Swarm)
-    swarm = tx.get(Swarm, swarm.id)
+    swarm = tx.get(Swarm, cluster_of(tx).id)
     if swarm.rotation is None or swarm.rotation.root != root:
         return False
     root_pem = root.encode()

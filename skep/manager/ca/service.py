@@ -20,7 +20,8 @@ from skep.manager.ca.admission import (
     renew_window_of,
     renewing_identity,
 )
-from skep.manager.ca.authority import authority_of, cluster_of, root_bundle_of
+from skep.manager.ca.authority import authority_of, root_bundle_of
+from skep.manager.cluster import cluster_of
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Availability
 from skep.model.times import moment

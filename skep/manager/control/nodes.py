@@ -15,7 +15,7 @@ from skep.manager.revocation import revoke
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.meta import Version
-from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState, Reachability
+from skep.model.node import Availability, Node, NodeRole, NodeSpec, NodeState
 from skep.model.planes import is_docker_node
 from skep.store.interface import Transaction
 
@@ -102,15 +102,10 @@ def check_demotion(tx: Transaction, node: Node) -> None:
     if len(managers) == 1:
         raise FailedPrecondition("attempting to demote the last manager of the swarm")
     staying = [other for other in managers if other.id != node.id]
-    reachable = [other for other in staying if _is_reachable(other)]
+    reachable = [other for other in staying if other.is_reachable_manager]
     if len(reachable) <= len(staying) // 2:
         raise FailedPrecondition("can't remove member from the raft: this would result in a loss of quorum")
 
 
 def _has_vote(node: Node) -> bool:
     return node.manager_status is None or node.manager_status.has_vote
-
-
-def _is_reachable(node: Node) -> bool:
-    status = node.manager_status
-    return status is not None and status.reachability is Reachability.REACHABLE

@@ -19,6 +19,7 @@ from skep.api.swarm_requests import (
     merged_spec,
 )
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unimplemented
+from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import first_networks
 from skep.model.ids import ClusterId, IdSource
 from skep.model.labels import check_swarm_labels
@@ -87,12 +88,6 @@ def found_swarm(
     return tx.put(swarm)
 
 
-def the_swarm(view: View) -> Swarm:
-    """The cluster that ``view`` is of."""
-    (swarm,) = view.find(Swarm)
-    return swarm
-
-
 def update_swarm(
     tx: Transaction,
     spec: SwarmSpec,
@@ -112,7 +107,7 @@ def update_swarm(
         InvalidArgument: the spec can never work; Unimplemented: it asks for what this version cannot do.
         OutOfSequence: the cluster is at another version.
     """
-    swarm = tx.get(Swarm, the_swarm(tx).id)
+    swarm = tx.get(Swarm, cluster_of(tx).id)
     check_swarm_name(spec)
     wish = spec.ca_config  # with a root's key, which the merged settings do not have
     spec = merged_spec(spec)
@@ -128,7 +123,7 @@ def update_swarm(
 
 def resume_replacement(tx: Transaction) -> None:
     """Let tasks of nodes that are down be replaced again.  Raises: FailedPrecondition: nothing is frozen."""
-    swarm = tx.get(Swarm, the_swarm(tx).id)
+    swarm = tx.get(Swarm, cluster_of(tx).id)
     if swarm.freeze is None:
         raise FailedPrecondition("replacement is not frozen")
     tx.put(replace(swarm, freeze=None))

@@ -8,6 +8,7 @@ from aiohttp import web
 from skep.api.server import Routes, json_answer, read_json
 from skep.api.swarm_requests import check_swarm_name
 from skep.errors import AlreadyExists, InvalidArgument
+from skep.manager.cluster import cluster_of
 from skep.manager.control import swarm as control
 from skep.manager.routes.access import current_view, manager_of, strict_flag, version_parameter
 from skep.manager.routes.shown import shown_swarm
@@ -21,7 +22,7 @@ routes = Routes()
 @routes.get("/swarm")
 async def inspect_swarm(request: web.Request) -> web.StreamResponse:
     """The cluster with its join tokens."""
-    return json_answer(shown_swarm(control.the_swarm(await current_view(request))))
+    return json_answer(shown_swarm(cluster_of(await current_view(request))))
 
 
 @routes.post("/swarm/update")
