@@ -4,7 +4,7 @@ A loop runs each object's decision inside ``guarded``.  When it raises, the trac
 key backs off, and the loop goes on with the next object; what went wrong is kept to be written on the object.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import TypeVar
@@ -14,11 +14,12 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.store.interface import NotLeader, Transaction
+from skep.store.interface import NotLeader, Transaction, Updates
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 R = TypeVar("R")
 
 FIRST_DELAY_S = 0.5
@@ -91,3 +92,18 @@ def contained(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T],
             raise BadObject(f"{type(error).__name__}: {error}") from error
 
     return run
+
+
+async def write_each(
+    term: Updates, body: Callable[[Transaction, S], R], items: Sequence[S]
+) -> Sequence[R | SkepError]:
+    """``contained(body)`` once per item, each a transaction of its own, in as few raft entries as possible.
+
+    One result or error per item, in order.
+    Raises: NotLeader: the term is over.
+    """
+    results = await term.update_each(contained(body), items)
+    for result in results:
+        if isinstance(result, NotLeader):
+            raise result
+    return results

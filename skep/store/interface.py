@@ -146,6 +146,7 @@ class Updates(Protocol):
         """``update`` once per item, each a proposal of its own, committed in as few raft entries as possible.
 
         One item's conflict or error does not touch the others; the result has one entry per item, in order.
+        A store that does not answer, or a term that is over, is the error of every item.
         """
 
 

@@ -7,7 +7,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.allocator.attachments import (
     Attached,
@@ -37,7 +37,7 @@ from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
 from skep.manager.follow import State, follow
-from skep.manager.guard import Guard, contained
+from skep.manager.guard import Guard, write_each
 from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -46,7 +46,7 @@ from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 from skep.store.kinds import spec_of
 
 log = structlog.get_logger()
@@ -316,15 +316,8 @@ class Allocator:
         def write(tx: Transaction, grant: Grant) -> None:
             apply(tx, grant, now)
 
-        try:
-            results = await self._term.update_each(contained(write), grants)
-        except NotLeader:
-            raise
-        except Unavailable as error:
-            results = [error] * len(grants)
+        results = await write_each(self._term, write, grants)
         for grant, result in zip(grants, results, strict=True):
-            if isinstance(result, NotLeader):
-                raise result
             # Whatever the outcome, the store shows it now; what it does not show is not held.
             self._look_again(grant)
             if isinstance(result, SkepError):

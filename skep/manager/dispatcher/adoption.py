@@ -12,11 +12,12 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError
 from skep.manager.follow import State
+from skep.manager.guard import write_each
 from skep.model.ids import IdSource, NodeId, SessionId
 from skep.model.node import Node, NodeSession, NodeState
-from skep.store.interface import NotLeader, Transaction
+from skep.store.interface import Transaction
 
 log = structlog.get_logger(__name__)
 
@@ -89,21 +90,11 @@ class Adoption:
         def body(tx: Transaction, orphan: Orphan) -> bool:
             return adopt(tx, orphan, self._own, self._new_id)
 
-        try:
-            results = await self._term.update_each(body, found)
-        except NotLeader:
-            raise
-        except Unavailable as error:
-            log.warning("sessions not adopted yet", sessions=len(found), error=str(error))
-            return
-        for result in results:
-            if isinstance(result, NotLeader):
-                raise result
+        results = await write_each(self._term, body, found)
         adopted = [orphan for orphan, result in zip(found, results, strict=True) if result is True]
-        failed = sum(isinstance(result, SkepError) for result in results)
-        log.info(
-            "sessions adopted",
-            managers=sorted({orphan.session.manager_id for orphan in adopted}),
-            sessions=len(adopted),
-            failed=failed,
-        )
+        failed = [result for result in results if isinstance(result, SkepError)]
+        if failed:
+            log.warning("sessions not adopted yet", sessions=len(failed), error=str(failed[0]))
+        if adopted:
+            managers = sorted({orphan.session.manager_id for orphan in adopted})
+            log.info("sessions adopted", managers=managers, sessions=len(adopted))

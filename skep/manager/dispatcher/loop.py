@@ -308,11 +308,7 @@ class Dispatcher:
             def down(tx: Transaction, silence: Silence, now_ns: int = now_ns) -> bool:
                 return mark_down(tx, silence, now_ns)
 
-            try:
-                results = await self._store.update_each(down, silent)
-            except Unavailable as error:
-                log.warning("silent nodes not written yet", nodes=len(silent), error=str(error))
-                continue
+            results = await self._store.update_each(down, silent)
             for silence, result in zip(silent, results, strict=True):
                 if isinstance(result, SkepError):
                     log.warning("silent node not written yet", node=silence.node_id, error=str(result))

@@ -8,10 +8,10 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
-from skep.manager.guard import Guard, contained
+from skep.manager.guard import Guard, write_each
 from skep.manager.orchestrator.changes import Change, Recheck, apply
 from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.enforcement import is_out_of_place, overcommitted
@@ -26,7 +26,7 @@ from skep.model.service import Service, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 from skep.store.kinds import spec_of
 
 log = structlog.get_logger()
@@ -205,16 +205,11 @@ class Orchestrator:
         def write(tx: Transaction, change: Change) -> None:
             apply(tx, change, self._new_id, now)
 
-        try:
-            results = await self._term.update_each(contained(write), [change for _, change in changes])
-        except NotLeader:
-            raise
-        except Unavailable as error:
-            log.warning("changes not written, trying again", changes=len(changes), reason=str(error))
-            results = [error] * len(changes)
+        results = await write_each(self._term, write, [change for _, change in changes])
+        failed = [result for result in results if isinstance(result, SkepError)]
+        if failed:
+            log.warning("changes not written, trying again", changes=len(failed), reason=str(failed[0]))
         for (service_id, _), result in zip(changes, results, strict=True):
-            if isinstance(result, NotLeader):
-                raise result
             if isinstance(result, SkepError):
                 delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
                 self._agenda.add_at(service_id, self._clock.monotonic() + delay_s)

@@ -15,10 +15,10 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
-from skep.manager.guard import Guard, contained
+from skep.manager.guard import Guard, write_each
 from skep.manager.scheduler.accounting import Accounting, holds_resources
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, place
 from skep.manager.scheduler.requirements import host_ports, overlays_of, planes_of, requirements_of
@@ -29,7 +29,7 @@ from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp
-from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 from skep.store.kinds import spec_of
 
 log = structlog.get_logger()
@@ -219,17 +219,11 @@ class Scheduler:
         ids = [decision.task.id for decision in decisions]
         self._deciding.update(ids)
         try:
-            results = await self._term.update_each(contained(write), decisions)
-        except NotLeader:
-            raise
-        except Unavailable as error:
-            results = [error] * len(decisions)
+            results = await write_each(self._term, write, decisions)
         finally:
             self._deciding.difference_update(ids)
         failed: list[SkepError] = []
         for decision, result in zip(decisions, results, strict=True):
-            if isinstance(result, NotLeader):
-                raise result
             # Whatever the outcome, the store shows it now; a decision that it does not show holds no place.
             id = decision.task.id
             self._look_at(id)

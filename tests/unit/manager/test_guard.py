@@ -4,10 +4,14 @@ from random import Random
 
 import pytest
 
-from skep.errors import NotFound
-from skep.manager.guard import BadObject, Guard, contained
+from skep.aio.clock import SystemClock
+from skep.errors import NotFound, Unavailable
+from skep.manager.guard import BadObject, Guard, contained, write_each
+from skep.model.ids import ConfigId, NodeId
+from skep.model.secret import Config, ConfigSpec
 from skep.sim.time import VirtualClock, VirtualLoop
-from skep.store.interface import NotLeader
+from skep.store.interface import NotLeader, Transaction
+from skep.store.memory import MemoryStore
 
 
 @pytest.fixture
@@ -65,3 +69,40 @@ def test_a_change_that_breaks_fails_alone() -> None:
         run(None, "bad")  # type: ignore[arg-type]
     with pytest.raises(NotFound):
         run(None, "gone")  # type: ignore[arg-type]
+
+
+async def test_of_many_changes_one_that_breaks_fails_alone() -> None:
+    store = MemoryStore(SystemClock())
+    one, other = await write_each(store, _put_good, [_config("bad"), _config("good")])
+    assert isinstance(one, BadObject)
+    assert other == store.view().get(Config, "good")
+
+
+def test_a_store_that_does_not_answer_is_the_error_of_every_change() -> None:
+    loop = VirtualLoop()
+    store = MemoryStore(VirtualClock(loop))
+    store.cut()
+    results = loop.run_until_complete(write_each(store, _put_good, [_config("good"), _config("better")]))
+    loop.close()
+    assert [type(result) for result in results] == [Unavailable, Unavailable]
+
+
+async def test_changes_of_a_term_that_is_over_are_not_made() -> None:
+    store = MemoryStore(SystemClock())
+    term = await anext(store.terms(NodeId("m1"), ""))
+    other = MemoryStore(SystemClock(), store.cluster)
+    store.cluster.stand(other, NodeId("m2"))
+    store.cluster.elect(NodeId("m2"), quietly=True)
+    with pytest.raises(NotLeader):
+        await write_each(term, _put_good, [_config("good")])
+    assert store.view().lookup(Config, "good") is None
+
+
+def _config(id: str) -> Config:
+    return Config(id=ConfigId(id), spec=ConfigSpec(name=id))
+
+
+def _put_good(tx: Transaction, config: Config) -> Config:
+    if config.id == "bad":
+        raise KeyError(config.id)
+    return tx.put(config)

@@ -9,10 +9,10 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
-from skep.manager.guard import Guard, contained
+from skep.manager.guard import Guard, write_each
 from skep.manager.orchestrator.reaper.history import (
     history_limit,
     is_disposable,
@@ -27,7 +27,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp
-from skep.store.interface import Commit, Created, Deleted, NotLeader, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 from skep.store.kinds import SpecVersion
 
 log = structlog.get_logger()
@@ -160,15 +160,8 @@ class Reaper:
         def write(tx: Transaction, removal: Removal) -> None:
             _write(tx, removal, now)
 
-        try:
-            results = await self._term.update_each(contained(write), [removal for _, removal in removals])
-        except NotLeader:
-            raise
-        except Unavailable as error:
-            results = [error] * len(removals)
+        results = await write_each(self._term, write, [removal for _, removal in removals])
         for (key, _), result in zip(removals, results, strict=True):
-            if isinstance(result, NotLeader):
-                raise result
             if isinstance(result, SkepError):
                 log.warning("removal not written, trying again", key=key, reason=str(result))
                 delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
