@@ -232,6 +232,8 @@ class Membership:
                     await self._wait_ready(node, _JOIN_TIMEOUT_S)
                 await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
             except BaseException:
+                if is_manager:
+                    await self._parts.resign(plan.remote_addrs)  # it would keep the next one from coming in
                 await self._end()
                 raise
             log.info("swarm joined", node=node.node_id, cluster=node.cluster_id)
