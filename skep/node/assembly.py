@@ -13,6 +13,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
@@ -22,7 +23,6 @@ from skep.node.contact import Contact
 from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
-from skep.node.first import Overtaken, unless
 from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
 from skep.node.last_heard import LastHeard

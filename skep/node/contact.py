@@ -9,7 +9,7 @@ import asyncio
 import structlog
 
 from skep.aio.clock import Clock
-from skep.node.first import Overtaken, unless
+from skep.aio.first import Overtaken, unless
 from skep.node.last_heard import LastHeard
 
 log = structlog.get_logger()

@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.api.backups import Manifest, RestorePlan
 from skep.api.swarm_requests import Endpoints, founding, joining
 from skep.errors import AlreadyExists, Unavailable
@@ -358,10 +359,7 @@ class Membership:
     async def _wait_registered_or(self, taking_part: asyncio.Task[None]) -> None:
         """Return with the first session, or when there will be none."""
         assert self._part is not None, "begun before"
-        async with asyncio.TaskGroup() as group:
-            settled = group.create_task(self._part.wait_settled(), name="wait for a session")
-            await asyncio.wait({settled, taking_part}, return_when=asyncio.FIRST_COMPLETED)
-            settled.cancel()
+        await wait_first(self._part.wait_settled(), asyncio.wait((taking_part,)))
 
     async def _wait_ready(self, node: LocalNode, timeout_s: float) -> None:
         """Return when the manager shows this node as ready."""

@@ -12,12 +12,12 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless, wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
 from skep.model.times import SECOND_NS
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
-from skep.node.first import Overtaken, unless, wait_first
 from skep.node.publishing import LogPublisher
 from skep.node.reports import Reports
 from skep.node.revisions import Revision
@@ -128,7 +128,8 @@ class Session:
     async def _watch_description(self) -> None:
         """Say anew what the node is when that has changed, within the session if the manager knows how."""
         while True:
-            await self._wait_described_anew()
+            await wait_first(self._described_anew.wait(), self._clock.sleep(DESCRIPTION_CHECK_S))
+            self._described_anew.clear()
             description = self._describe()
             if description == self._described:
                 continue
@@ -138,17 +139,6 @@ class Session:
             except Unimplemented as error:  # a Docker manager hears of it with a new session
                 raise Unavailable("the node's description has changed") from error
             self._described = description
-
-    async def _wait_described_anew(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            waiting = [
-                group.create_task(self._described_anew.wait(), name="news"),
-                group.create_task(self._clock.sleep(DESCRIPTION_CHECK_S), name="look again"),
-            ]
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in waiting:
-                task.cancel()
-        self._described_anew.clear()
 
     # -- heartbeats -----------------------------------------------------------------------------------------------
 

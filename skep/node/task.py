@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
 from skep.errors import SkepError
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, TaskState, TaskStatus
@@ -24,7 +25,6 @@ from skep.model.times import timestamp
 from skep.node.attempts import CUT_OFF_S, next_attempt
 from skep.node.contact import Contact
 from skep.node.executor.interface import Controller, TaskExit
-from skep.node.first import Overtaken, unless
 
 log = structlog.get_logger()
 

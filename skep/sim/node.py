@@ -9,6 +9,7 @@ from random import Random
 from typing import Protocol
 
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.model.ids import NodeId, TaskId
 from skep.model.node import NodeDescription
 from skep.model.task import AssignedTask, Task
@@ -16,7 +17,6 @@ from skep.node.agent import Agent
 from skep.node.contact import Contact
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.node.executor.simulated import Behaviour, Machine, SimulatedController, SimulatedExecutor
-from skep.node.first import wait_first
 from skep.node.last_heard import LastHeard
 from skep.node.local import Peer
 from skep.node.managers import ManagerList

@@ -6,6 +6,7 @@ from random import Random
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.errors import SkepError
 from skep.manager.ca.rotation import Ask, Finish, Renewal, ask_to_renew, finish, next_step
 from skep.manager.follow import State, follow
@@ -94,14 +95,7 @@ class CertificateAuthority:
 
     async def _wait_or_recheck(self) -> None:
         """A node that says nothing causes no commit: look again after a while."""
-        async with asyncio.TaskGroup() as group:
-            waiting = [
-                group.create_task(self._changed.wait(), name="change"),
-                group.create_task(self._clock.sleep(RECHECK_S), name="recheck"),
-            ]
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in waiting:
-                task.cancel()
+        await wait_first(self._changed.wait(), self._clock.sleep(RECHECK_S))
         self._changed.set()
 
     async def _sweep(self) -> None:

@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.errors import NotFound
 from skep.model.ids import NodeId, TaskId
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
-from skep.node.first import wait_first
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,11 +18,11 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.first import finish
 from skep.aio.groups import errors_as_they_are
 from skep.errors import NotFound, SkepError
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME, timestamp
-from skep.node.first import finish
 from skep.node.oci import health
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles

@@ -13,11 +13,11 @@ from contextlib import suppress
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
 from skep.errors import NotFound, SkepError
 from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
 from skep.model.times import SECOND_NS, timestamp, unix_ns
-from skep.node.first import Overtaken, unless
 from skep.node.oci import health
 from skep.node.oci.attachment import Attachment
 from skep.node.oci.cgroups import Cgroups

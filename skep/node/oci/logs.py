@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from skep.aio.first import wait_first
 from skep.errors import InvalidArgument
 from skep.model.times import unix_ns
-from skep.node.first import wait_first
 from skep.node.oci.container import LogConfig, LogEntry, LogWish, Stream
 from skep.node.oci.filewatch import FileWatch
 

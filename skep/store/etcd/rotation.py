@@ -10,7 +10,6 @@ The leader's own record is the fence of its term; if it is under an old key, the
 a moment later, writes it anew.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -18,6 +17,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.errors import Unavailable
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
@@ -57,12 +57,7 @@ class KeyRotation:
 
     async def run(self, term: TermState, *, chance: Callable[[], float]) -> None:
         """Re-encrypt whenever there is something to, until the term is over."""
-        async with asyncio.TaskGroup() as group:
-            working = group.create_task(self._work(term, Backoff(longest_s=5.0, chance=chance)))
-            lost = group.create_task(term.wait_lost())
-            await asyncio.wait({working, lost}, return_when=asyncio.FIRST_COMPLETED)
-            working.cancel()
-            lost.cancel()
+        await wait_first(self._work(term, Backoff(longest_s=5.0, chance=chance)), term.wait_lost())
 
     async def _work(self, term: TermState, backoff: Backoff) -> None:
         while True:
