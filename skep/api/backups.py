@@ -19,7 +19,6 @@ Source: Hoang, Reyhanitabar, Rogaway, Vizár: Online Authenticated-Encryption an
 (STREAM); RFC 7914 (scrypt).
 """
 
-import os
 import secrets
 from collections.abc import Mapping
 from typing import Literal
@@ -271,13 +270,3 @@ class Opener:
 
 def _nonce(header: Header, number: int, *, is_last: bool) -> bytes:
     return header.prefix + number.to_bytes(4, "big") + (b"\x01" if is_last else b"\x00")
-
-
-def sync_file(path: str) -> None:
-    """Have a finished file and its name outlive a loss of power."""
-    for target, flags in ((path, os.O_RDONLY), (os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)):
-        descriptor = os.open(target, flags | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +19,11 @@ from skep.api.backups import (
     key_of,
     new_header,
     parsed_opening,
-    sync_file,
 )
 from skep.api.client import Client
-from skep.errors import InvalidArgument, SkepError
+from skep.cli.asking import errors_shown
+from skep.errors import InvalidArgument
+from skep.linux.files import sync_directory, sync_file
 
 _RESTORE_S = 300.0
 _READ_BYTES = 1024 * 1024
@@ -60,7 +60,7 @@ def backup(host: str, file: Path, passphrase_file: Path | None, key_file: Path |
       skep backup swarm.backup
       skep backup --key-file key /mnt/backups/swarm.backup
     """
-    with _errors():
+    with errors_shown():
         secret = _secret(passphrase_file, key_file, confirm=True)
         manifest = asyncio.run(_backup(host, file, secret))
     click.echo(f"{file}: {_described(manifest.counts)}, incarnation {manifest.incarnation}")
@@ -94,7 +94,7 @@ def restore(
       skep restore --dry-run swarm.backup
       skep restore --advertise-addr 10.0.0.7 swarm.backup
     """
-    with _errors():
+    with errors_shown():
         secret = _secret(passphrase_file, key_file, confirm=False)
         plan = asyncio.run(_restore(host, file, secret, advertise_addr, is_dry=True))
         for title, text in _about(plan):
@@ -126,9 +126,9 @@ async def _backup(host: str, file: Path, secret: Secret) -> Manifest:
                     opener.feed(piece)
                     out.write(piece)
         manifest = opener.check_whole()
-        sync_file(str(beside))
+        sync_file(beside)
         beside.replace(file)
-        sync_file(str(file))
+        sync_directory(file.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -198,11 +198,3 @@ def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
 
 def _described(counts: Any) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except (SkepError, OSError) as error:
-        raise click.ClickException(str(error)) from error

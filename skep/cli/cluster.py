@@ -1,12 +1,11 @@
 """``skep cluster``: what an operator tells the cluster that Docker has no command for."""
 
-import asyncio
 from typing import Any
 
 import click
 
 from skep.api.client import Client
-from skep.errors import SkepError
+from skep.cli.asking import answer_of
 from skep.model.labels import HEARTBEAT_GRACE
 
 _ANSWERS_WITHIN_S = 15.0
@@ -26,7 +25,7 @@ def resume(host: str) -> None:
     Examples:
       skep cluster resume
     """
-    _do(_resume(host))
+    answer_of(_resume(host))
     click.echo("Tasks of nodes that are down are replaced again.")
 
 
@@ -41,7 +40,7 @@ def grace(host: str, duration: str | None) -> None:
       skep cluster grace 10s
       skep cluster grace default
     """
-    click.echo(_do(_grace(host, duration)))
+    click.echo(answer_of(_grace(host, duration)))
 
 
 @cluster.command("rotate-keys")
@@ -55,15 +54,8 @@ def rotate_keys(host: str) -> None:
     Examples:
       skep cluster rotate-keys
     """
-    _do(_rotate_keys(host))
+    answer_of(_rotate_keys(host))
     click.echo("A new data key is in use; what was written before is re-encrypted in the background.")
-
-
-def _do(work: Any) -> Any:
-    try:
-        return asyncio.run(work)
-    except SkepError as error:
-        raise click.ClickException(str(error)) from error
 
 
 async def _resume(host: str) -> None:

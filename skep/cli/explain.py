@@ -1,13 +1,13 @@
 """``skep explain``: why a service or a task is not as wanted."""
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
 from skep.api.client import Client
-from skep.errors import NotFound, SkepError
+from skep.cli.asking import answer_of
+from skep.errors import NotFound
 
 _ANSWERS_WITHIN_S = 10.0
 
@@ -23,10 +23,7 @@ def explain(host: str, name: str) -> None:
       skep explain web
       skep explain web.3.kq4d1pzqx0wjv7h2m1o9d8s3t
     """
-    try:
-        lines = asyncio.run(_ask(host, name))
-    except SkepError as error:
-        raise click.ClickException(str(error)) from error
+    lines = answer_of(_ask(host, name))
     for line in lines:
         click.echo(line)
 

@@ -1,13 +1,12 @@
 """``skep runs``: what ended of a service or job, with exit codes and last lines."""
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
 from skep.api.client import Client
-from skep.errors import SkepError
+from skep.cli.asking import answer_of
 
 _ANSWERS_WITHIN_S = 20.0
 _HEAD = ("SLOT", "RUN", "STATE", "EXIT", "ENDED", "TASK")
@@ -25,10 +24,7 @@ def runs(host: str, service: str, tail: int) -> None:
       skep runs nightly
       skep runs nightly --tail 20
     """
-    try:
-        answer = asyncio.run(_ask(host, service, tail))
-    except SkepError as error:
-        raise click.ClickException(str(error)) from error
+    answer = answer_of(_ask(host, service, tail))
     for line in shown(answer):
         click.echo(line)
 

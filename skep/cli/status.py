@@ -1,6 +1,5 @@
 """``skep status``: one screen about the cluster, as one of its nodes sees it."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import click
 
 from skep.api.client import Client
+from skep.cli.asking import answer_of
 from skep.errors import SkepError
 
 _ANSWERS_WITHIN_S = 5.0
@@ -23,10 +23,7 @@ def status(host: str) -> None:
       skep status
       skep --host unix:///var/tmp/skep-demo/m1/skep.sock status
     """
-    try:
-        rows = asyncio.run(_ask(host))
-    except SkepError as error:
-        raise click.ClickException(str(error)) from error
+    rows = answer_of(_ask(host))
     width = max(len(title) for title, _ in rows)
     for title, text in rows:
         click.echo(f"{title.ljust(width)}  {text}")

@@ -33,9 +33,18 @@ def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) 
             os.fsync(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a finished file last; its name does with its directory."""
+    _sync(path, os.O_RDONLY)
+
+
 def sync_directory(path: Path) -> None:
     """Make names that were written in ``path`` last."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
