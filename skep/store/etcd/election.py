@@ -20,7 +20,7 @@ from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.client import Client
-from skep.store.etcd.requests import change_of, compared_ring, etcd_key
+from skep.store.etcd.requests import change_of, compared_leader, compared_ring, etcd_key
 from skep.store.leadership import LeaderRecord, TermState
 
 log = structlog.get_logger()
@@ -101,7 +101,7 @@ class Election:
         reply = await self._client.txn(
             pb.TxnRequest(
                 compare=[
-                    pb.Compare(key=name, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=seen),
+                    compared_leader(seen),
                     compared_ring(self._cipher.ring_revision),
                 ],
                 success=[

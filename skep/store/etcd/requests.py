@@ -40,7 +40,7 @@ def nested_txn(proposal: Proposal, fence: int | None, cipher: Cipher) -> tuple[p
     compare = [_compare(one) for one in proposal.compares]
     failure: list[pb.RequestOp] = []
     if fence is not None:
-        compare.append(_compare(Unchanged(keys.LEADER, fence)))
+        compare.append(compared_leader(fence))
         failure.append(_read(keys.LEADER))
     success: list[pb.RequestOp] = []
     witness: Witness | None = None
@@ -77,6 +77,16 @@ def batch_txn(
 def compared_ring(revision: int) -> pb.Compare:
     """That the key ring is still the one of ``revision``."""
     return _compare(Unchanged(keys.KEY_RING, revision))
+
+
+def compared_leader(revision: int) -> pb.Compare:
+    """That the leader key is still the one of ``revision``, a term's fence; 0: that nobody has led yet."""
+    return _compare(Unchanged(keys.LEADER, revision))
+
+
+def compared_key(key: bytes, revision: int) -> pb.Compare:
+    """That ``key`` (etcd's) was last written at ``revision``; 0: that it does not exist."""
+    return pb.Compare(key=key, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=revision)
 
 
 def is_fence_fallen(reply: pb.TxnResponse, fence: int) -> bool:
@@ -125,12 +135,7 @@ def _read(key: str) -> pb.RequestOp:
 def _compare(compare: Compare) -> pb.Compare:
     match compare:
         case Unchanged(key, revision):
-            return pb.Compare(
-                key=etcd_key(key),
-                target=pb.Compare.MOD,
-                result=pb.Compare.EQUAL,
-                mod_revision=revision,
-            )
+            return compared_key(etcd_key(key), revision)
         case Exists(key, create_revision):
             return pb.Compare(
                 key=etcd_key(key),

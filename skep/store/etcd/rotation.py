@@ -24,7 +24,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, KeyRing, Unreadable, decoded_ring
 from skep.store.etcd.client import LOAD_S, Client, prefix_end
 from skep.store.etcd.follow import PAGE_KEYS_FIRST, next_limit
-from skep.store.etcd.requests import PREFIX, compared_ring, etcd_key, is_clear
+from skep.store.etcd.requests import PREFIX, compared_key, compared_leader, compared_ring, etcd_key, is_clear
 from skep.store.leadership import TermState
 
 log = structlog.get_logger()
@@ -91,9 +91,7 @@ class KeyRotation:
                 count += len(batch)
                 await self._clock.sleep(PAUSE_S)
             after = page.kvs[-1].key + b"\0" if page.more else b""
-        fence = pb.Compare(
-            key=_LEADER, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=term.fence
-        )
+        fence = compared_leader(term.fence)
         if not await self._replace_ring(self._cipher.ring.without_old_keys(), (fence,)):
             raise _Superseded("the term is over, or the ring is another one")
         log.info("re-encrypted", values=count, data_key=self._cipher.ring.current)
@@ -107,9 +105,6 @@ class KeyRotation:
 
     async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> None:
         """Each value anew under the current key, unless it changed meanwhile.  Raises: _Superseded, Unavailable."""
-        fence = pb.Compare(
-            key=_LEADER, target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=term.fence
-        )
         operations: list[pb.RequestOp] = []
         for kv in batch:
             try:
@@ -117,16 +112,14 @@ class KeyRotation:
             except Unreadable as error:
                 log.error("stored value cannot be read", key=kv.key.decode(), error=str(error))
                 continue
-            unchanged = pb.Compare(
-                key=kv.key,
-                target=pb.Compare.MOD,
-                result=pb.Compare.EQUAL,
-                mod_revision=kv.mod_revision,
-            )
+            unchanged = compared_key(kv.key, kv.mod_revision)
             put = pb.RequestOp(request_put=pb.PutRequest(key=kv.key, value=value))
             operations.append(pb.RequestOp(request_txn=pb.TxnRequest(compare=[unchanged], success=[put])))
         reply = await self._client.txn(
-            pb.TxnRequest(compare=[fence, compared_ring(self._cipher.ring_revision)], success=operations)
+            pb.TxnRequest(
+                compare=[compared_leader(term.fence), compared_ring(self._cipher.ring_revision)],
+                success=operations,
+            )
         )
         if not reply.succeeded:
             raise _Superseded("the term is over, or the ring is another one")
