@@ -20,6 +20,7 @@ import msgspec
 
 from skep.aio.backoff import Backoff
 from skep.errors import Unavailable
+from skep.linux.commands import communicate
 from skep.model.ids import ContainerId
 from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
@@ -205,14 +206,9 @@ class Runtime:
             env={**os.environ, **RUNTIME_ENVIRONMENT},
         )
         try:
-            async with asyncio.timeout(COMMAND_DEADLINE_S):
-                output, errors = await process.communicate(stdin)
+            output, errors = await communicate(process, COMMAND_DEADLINE_S, stdin)
         except TimeoutError as error:
             raise Unavailable(f"runc {arguments[0]} did not end in {COMMAND_DEADLINE_S:g} s") from error
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
         if process.returncode:
             raise RuntimeFailed(plain(errors))
         return output

@@ -19,6 +19,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, SkepError
+from skep.linux.commands import communicate
 from skep.linux.files import BESIDE, sync_directory
 from skep.store.etcd.binary import Binary
 from skep.store.etcd.client import Client
@@ -145,13 +146,7 @@ async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
-    try:
-        async with asyncio.timeout(_RESTORE_S):
-            _, said = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    _, said = await communicate(process, _RESTORE_S)
     if process.returncode != 0:
         last = said.decode(errors="replace").strip().splitlines()[-1:]
         raise FailedPrecondition(f"the snapshot cannot be restored: {''.join(last)}")
