@@ -115,6 +115,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.manager / "etcd"
 
     @property
+    def joining_mark(self) -> Path:
+        """Exists from the moment in which this manager was let in until it has its vote."""
+        return self.etcd / "joining"
+
+    @property
     def recovery(self) -> Path:
         """The wish for a new life of the cluster on this manager alone, until it is fulfilled."""
         return self.manager / "recovery.json"

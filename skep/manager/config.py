@@ -15,7 +15,6 @@ from skep.paths import Paths
 REMOVED = 3
 """Exit code of a manager process whose member the other managers have removed."""
 
-
 FUTILE = 4
 """Exit code of a manager process that would fail again in the same way; its last words say what to do."""
 

@@ -99,12 +99,12 @@ async def _live(config: ManagerConfig, clock: Clock) -> None:
         try:
             return await _take_part(config, clock)
         except MemberRemoved:
-            if not _joining_mark(config.paths).exists():
+            if not config.paths.joining_mark.exists():
                 raise
             log.warning("removed before the vote: coming in again")
             await asyncio.to_thread(shutil.rmtree, config.paths.etcd)
         except Damaged as error:
-            if not _joining_mark(config.paths).exists():
+            if not config.paths.joining_mark.exists():
                 raise
             # Nothing of it was ever promised: etcd ended while it was still asking the others who they are.
             raise NotLetIn(f"the store did not come up among the other managers: {error}") from error
@@ -135,7 +135,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             asking = ask_others(
                 paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
             )
-            if _joining_mark(paths).exists():
+            if paths.joining_mark.exists():
                 waiting = applicant.vote()
             else:
                 listening = _listening(config, pair, whereabouts)
@@ -149,7 +149,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             await stack.enter_async_context(member.running())
             for task in meanwhile:
                 task.cancel()
-        _joining_mark(paths).unlink(missing_ok=True)
+        paths.joining_mark.unlink(missing_ok=True)
         await raise_if_restored(paths, paths.etcd_socket, clock)
         store = await _open(config, paths, pair, clock, random, stack)
         await finish_recovery(paths, store, config.node_id, config.advertise_addr)
@@ -205,14 +205,9 @@ async def _come_in(
     save_wrapping_key(paths, admission.wrapping_key)
     save_peers(paths.etcd, admission.peers)
     replace_file(paths.manager_config, encode(config), mode=0o600)
-    replace_file(_joining_mark(paths), b"")
+    replace_file(paths.joining_mark, b"")
     log.info("let in among the managers", addr=admission.addr, members=len(admission.peers))
     return config, settings
-
-
-def _joining_mark(paths: Paths) -> Path:
-    """Exists from the moment in which this manager was let in until it has its vote."""
-    return paths.etcd / "joining"
 
 
 def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> MemberSettings:

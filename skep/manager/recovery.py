@@ -54,8 +54,8 @@ async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Bina
     token = f"{settings.cluster_token}-{clock.now_ns()}"
     alone = msgspec.structs.replace(settings, is_solo=True, joins=(), cluster_token=token)
     await restore_store(snapshot, alone, binary, is_bare=recovery.is_bare)
-    for leftover in (MEMBERS_FILE, "joining"):
-        (paths.etcd / leftover).unlink(missing_ok=True)
+    for leftover in (paths.etcd / MEMBERS_FILE, paths.joining_mark):
+        leftover.unlink(missing_ok=True)
     save_recovery(paths, msgspec.structs.replace(recovery, stage="restored"))
     log.warning("the store was restored and is this manager's alone")
     return True

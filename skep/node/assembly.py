@@ -165,6 +165,7 @@ class Node:
                 knowledge=Knowledge(self._configuration, membership, workload),
                 membership=membership,
                 manager_socket=paths.manager_socket,
+                manager_waiting=paths.manager_waiting,
                 engine_socket=self._configuration.engine_socket,
                 clock=clock,
                 chance=chance,

@@ -57,6 +57,7 @@ class Front:
         knowledge: Knowledge,
         membership: Membership,
         manager_socket: Path,
+        manager_waiting: Path,
         engine_socket: Path | None,
         clock: Clock,
         chance: Callable[[], float],
@@ -65,8 +66,7 @@ class Front:
         self._knowledge = knowledge
         self._membership = membership
         self._engine_socket = engine_socket
-        waiting = manager_socket.with_suffix(".waiting")  # as Paths.manager_waiting
-        self._connections = Connections(manager_socket, clock, chance, partial(why_waiting, waiting))
+        self._connections = Connections(manager_socket, clock, chance, partial(why_waiting, manager_waiting))
         self._servers: list[asyncio.Server] = []
         self._open: set[asyncio.Task[None]] = set()
 

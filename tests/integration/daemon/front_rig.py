@@ -79,6 +79,7 @@ class Rig:
                 knowledge=Known(),
                 membership=self.member,
                 manager_socket=self.manager_socket,
+                manager_waiting=self.manager_socket.with_name("manager.waiting"),
                 engine_socket=self.engine_socket,
                 clock=SystemClock(),
                 chance=lambda: 0.5,
