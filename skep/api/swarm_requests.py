@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
+from skep.model.addresses import host_of, joined
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_SWARM_SPEC, InitRequest, JoinRequest, SwarmSpec
 
@@ -102,8 +103,8 @@ def founding(request: InitRequest, interfaces: Interfaces) -> Founding:
         spec = replace(spec, encryption_config=replace(spec.encryption_config, auto_lock_managers=True))
     return Founding(
         endpoints=Endpoints(
-            listen_addr=_joined(host, port),
-            advertise_addr=_joined(advertise_host, advertise_port),
+            listen_addr=joined(host, port),
+            advertise_addr=joined(advertise_host, advertise_port),
             local_addr=str(local_addr),
             data_path_addr=data_path_addr,
         ),
@@ -126,13 +127,13 @@ def joining(request: JoinRequest, interfaces: Interfaces) -> Joining:
     advertise_addr = ""
     if request.advertise_addr:
         try:
-            advertise_addr = _joined(*_advertise(request.advertise_addr, port, interfaces))
+            advertise_addr = joined(*_advertise(request.advertise_addr, port, interfaces))
         except InvalidArgument:
             pass  # the manager sees where the node comes from
-    local = advertise_addr.rpartition(":")[0].strip("[]") or str(host)
+    local = host_of(advertise_addr) or str(host)
     return Joining(
         endpoints=Endpoints(
-            listen_addr=_joined(host, port),
+            listen_addr=joined(host, port),
             advertise_addr=advertise_addr,
             local_addr=local,
             data_path_addr=_data_path(request.data_path_addr, interfaces),
@@ -148,7 +149,7 @@ def advertised(word: str, listen_addr: str, interfaces: Interfaces) -> str:
 
     Raises: InvalidArgument: it is neither.
     """
-    return _joined(*_advertise(word, listen_addr.rpartition(":")[2] or DEFAULT_PORT, interfaces))
+    return joined(*_advertise(word, listen_addr.rpartition(":")[2] or DEFAULT_PORT, interfaces))
 
 
 def availability(word: str) -> Availability:
@@ -254,7 +255,7 @@ def _with_port(noun: str, addr: str) -> str:
     host, port = _split(bare) or (bare.strip("[]"), DEFAULT_PORT)
     if not (port or DEFAULT_PORT).isdigit():
         return addr
-    return _joined(host or "0.0.0.0", port or DEFAULT_PORT)
+    return joined(host or "0.0.0.0", port or DEFAULT_PORT)
 
 
 def _split(addr: str) -> tuple[str, str] | None:
@@ -264,11 +265,6 @@ def _split(addr: str) -> tuple[str, str] | None:
         return (host, rest[1:]) if bracket and rest.startswith(":") else None
     host, colon, port = addr.rpartition(":")
     return (host, port) if colon and ":" not in host else None
-
-
-def _joined(host: Address | str, port: str) -> str:
-    text = str(host)
-    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 
 def _listen(addr: str, interfaces: Interfaces) -> tuple[Address, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import SkepError
+from skep.model.addresses import joined
 from skep.model.service import GenericResource
 from skep.paths import DEFAULT_DATA, DEFAULT_RUN, Paths
 
@@ -36,8 +37,7 @@ class TcpHost(msgspec.Struct, frozen=True):
     port: int
 
     def __str__(self) -> str:
-        address = f"[{self.address}]" if ":" in self.address else self.address
-        return f"tcp://{address}:{self.port}"
+        return f"tcp://{joined(self.address, self.port)}"
 
 
 Host = UnixHost | TcpHost

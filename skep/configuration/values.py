@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from skep.configuration.configuration import AddressPool, Host, TcpHost, UnixHost
+from skep.model.addresses import joined
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import SOCKET_PATH_BYTES_MAX
 
@@ -128,7 +129,7 @@ def address_and_port(value: Any) -> str:
         raise ValueError(
             f"is {written!r}: write an IP address or interface, and a port if you like: 192.0.2.1:2377"
         ) from error
-    return f"[{plain}]:{number}" if ":" in plain else f"{plain}:{number}"
+    return joined(plain, number)
 
 
 def one_of(*choices: str) -> Any:

@@ -17,6 +17,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
+from skep.model.addresses import joined, parted
 from skep.model.ids import NodeId
 from skep.model.node import NodeRole
 from skep.paths import Paths
@@ -134,6 +135,5 @@ async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> in
 
 def _manager_addr(peer: Peer) -> str:
     """Where the manager beside a member is served: the port before its peer port."""
-    port = peer.url.rpartition(":")[2]
-    host = f"[{peer.ip}]" if ":" in peer.ip else peer.ip
-    return f"{host}:{int(port) - 1}" if peer.ip and port.isdigit() else ""
+    _, port = parted(peer.url)
+    return joined(peer.ip, int(port) - 1) if peer.ip and port.isdigit() else ""

@@ -47,6 +47,7 @@ from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.own_network import OwnNetwork
 from skep.manager.presence import Presence
 from skep.manager.routes import ManagerApi, application
+from skep.model.addresses import host_of, parted
 from skep.model.ids import IdSource
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
@@ -131,7 +132,7 @@ class Manager:
             lag=LoopLag(),
             trouble=self._trouble,
         )
-        host, _, port = self._config.listen_addr.rpartition(":")
+        host, port = parted(self._config.listen_addr)
         handlers = (
             *self._certificates.services(),
             *self._dispatcher.services(),
@@ -144,7 +145,7 @@ class Manager:
         async with (
             serve(
                 handlers,
-                host=host.strip("[]"),
+                host=host,
                 port=int(port),
                 tls=self._tls.front,
                 cluster_id=self._config.cluster_id,
@@ -158,7 +159,7 @@ class Manager:
             group.create_task(self._link.run(), name="link")
             group.create_task(self._incarnation.run(), name="incarnation")
             group.create_task(events.run(), name="events")
-            relay = Relay(self._store, host.strip("[]"), self._clock, self._random)
+            relay = Relay(self._store, host, self._clock, self._random)
             group.create_task(relay.run(), name="gossip relay")
             book = keep_book(self._book, self._store, self._consensus, self._clock)
             group.create_task(book, name="address book")
@@ -211,7 +212,7 @@ class Manager:
                 group.create_task(managers.run(), name="managers")
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")
-                own_network = OwnNetwork(self._config.advertise_addr.rpartition(":")[0])
+                own_network = OwnNetwork(host_of(self._config.advertise_addr))
                 for loop in loops(term, self._clock, self._new_id, self._random, own_network.changed):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:

@@ -36,6 +36,7 @@ from skep.manager.membership.joining import Applicant, NotLetIn
 from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
 from skep.manager.waiting import wait_for_others
+from skep.model.addresses import joined, parted
 from skep.model.ids import new_id
 from skep.model.times import timestamp
 from skep.paths import Paths
@@ -179,10 +180,10 @@ def _listening(
     config: ManagerConfig, pair: KeyPair, whereabouts: Whereabouts
 ) -> AbstractAsyncContextManager[Bound]:
     """The manager's port while there is nothing yet to serve but where it is."""
-    host, _, port = config.listen_addr.rpartition(":")
+    host, port = parted(config.listen_addr)
     return serve(
         whereabouts.services(),
-        host=host.strip("[]"),
+        host=host,
         port=int(port),
         tls=ServerTls(pair).front,
         cluster_id=config.cluster_id,
@@ -194,7 +195,7 @@ async def _come_in(
 ) -> tuple[ManagerConfig, MemberSettings]:
     """Be let in among the managers; what it was told is kept.  Raises: SkepError: it will never be."""
     paths = config.paths
-    listen_port = config.listen_addr.rpartition(":")[2]
+    _, listen_port = parted(config.listen_addr)
     addr = config.advertise_addr or f":{listen_port}"
     admission = await applicant.admission(addr, int(settings.peer_listen.rpartition(":")[2]))
     config = msgspec.structs.replace(config, advertise_addr=admission.addr)
@@ -211,12 +212,12 @@ async def _come_in(
 
 
 def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> MemberSettings:
-    host, _, port = config.listen_addr.rpartition(":")
+    host, port = parted(config.listen_addr)
     return MemberSettings(
         name=config.node_id,
         directory=paths.etcd,
         socket=paths.etcd_socket,
-        peer_listen=f"{host}:{int(port) + PEER_PORT_OFFSET}",
+        peer_listen=joined(host, int(port) + PEER_PORT_OFFSET),
         peer_files=files,
         cluster_token=config.cluster_id,
         is_solo=len(load_peers(paths.etcd)) <= 1,

@@ -13,6 +13,7 @@ import msgspec
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Endpoints, Founding
 from skep.errors import InvalidArgument, Unavailable, Unimplemented
+from skep.model.addresses import joined, parted
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import SwarmSpec
@@ -109,8 +110,7 @@ def check_listening(listen_addr: str) -> None:
 
     Raises: Untranslated: they are not, in Docker's words.
     """
-    host, _, digits = listen_addr.rpartition(":")
-    host = host.strip("[]")
+    host, digits = parted(listen_addr)
     if not digits.isdigit() or int(digits) > 65535 - _PEER_PORT_OFFSET:
         raise Untranslated(f"{_LISTEN_FAILED}: address {digits}: invalid port")
     for port in (int(digits), int(digits) + _PEER_PORT_OFFSET):
@@ -122,5 +122,4 @@ def check_listening(listen_addr: str) -> None:
                 probe.listen(1)
             except OSError as error:
                 reason = _REASONS.get(error.errno or 0, error.strerror)
-                shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-                raise Untranslated(f"{_LISTEN_FAILED} {shown}: bind: {reason}") from error
+                raise Untranslated(f"{_LISTEN_FAILED} {joined(host, port)}: bind: {reason}") from error

@@ -15,6 +15,7 @@ from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Joining, advertised
 from skep.configuration.configuration import Configuration
 from skep.errors import InvalidArgument, SkepError
+from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
 from skep.model.planes import NODE_LABEL
@@ -158,9 +159,7 @@ class NodeParts:
         if wished:
             try:
                 addr = advertised(wished, node.listen_addr, await read_interfaces())
-                node = msgspec.structs.replace(
-                    node, advertise_addr=addr, local_addr=addr.rpartition(":")[0].strip("[]")
-                )
+                node = msgspec.structs.replace(node, advertise_addr=addr, local_addr=host_of(addr))
             except SkepError as error:
                 log.warning("the address of this node stays", configured=wished, reason=str(error))
         if node.is_manager:

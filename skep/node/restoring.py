@@ -13,6 +13,7 @@ from skep.api.backups import Manifest, Opener, RestorePlan
 from skep.api.swarm_requests import Endpoints, Interfaces, founding
 from skep.errors import SkepError
 from skep.linux.files import BESIDE, write_new
+from skep.model.addresses import host_of, parted
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import InitRequest
@@ -54,7 +55,7 @@ async def received(pieces: AsyncIterator[bytes], key: bytes, snapshot: Path) -> 
 
 def endpoints_for(manifest: Manifest, advertise_addr: str, interfaces: Interfaces) -> Endpoints:
     """Where the restored manager is served.  Raises: InvalidArgument, Untranslated: in Docker's words."""
-    port = manifest.listen_addr.rpartition(":")[2]
+    _, port = parted(manifest.listen_addr)
     wishes = [advertise_addr] if advertise_addr else [manifest.advertise_addr, ""]
     for wish in wishes:
         request = InitRequest(listen_addr=f"0.0.0.0:{port}", advertise_addr=wish)
@@ -64,7 +65,7 @@ def endpoints_for(manifest: Manifest, advertise_addr: str, interfaces: Interface
             if wish == wishes[-1]:
                 raise
             continue
-        if wish == wishes[-1] or wish.rpartition(":")[0].strip("[]") == endpoints.local_addr:
+        if wish == wishes[-1] or host_of(wish) == endpoints.local_addr:
             return endpoints
     raise AssertionError("the last wish is answered")
 

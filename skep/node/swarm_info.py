@@ -12,6 +12,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.node.local import LocalNode, Peer
 from skep.node.local_api import LocalApi
@@ -75,7 +76,7 @@ def local_section(
     }
     if node is not None:
         section["NodeID"] = node.node_id
-        section["NodeAddr"] = node.advertise_addr.rpartition(":")[0].strip("[]") or node.local_addr
+        section["NodeAddr"] = host_of(node.advertise_addr) or node.local_addr
         section["RemoteManagers"] = tuple(managers) or node.managers or None
     return section
 

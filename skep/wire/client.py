@@ -20,6 +20,7 @@ from grpclib.protocol import H2Protocol
 from skep.aio.grpc import breaks_of_grpclib
 from skep.aio.lean_grpc import CoalescingTransport, make_lean
 from skep.errors import InvalidArgument
+from skep.model.addresses import parted
 from skep.wire.errors import peer_errors
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
 
@@ -138,10 +139,10 @@ class _Connection(H2Protocol):
 
 def split_address(address: str) -> tuple[str, int]:
     """``"10.0.0.1:2377"`` or ``"[::1]:2377"`` -> host and port.  Raises: InvalidArgument."""
-    host, _, port = address.rpartition(":")
+    host, port = parted(address)
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise InvalidArgument(f"invalid address {address!r}: want host:port")
-    return host.strip("[]"), int(port)
+    return host, int(port)
 
 
 @contextmanager

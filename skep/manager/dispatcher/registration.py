@@ -7,6 +7,7 @@ owner sends is at least as new as what any manager sent before.
 import msgspec
 
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
+from skep.model.addresses import host_of
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
@@ -138,7 +139,7 @@ def _check_description(description: NodeDescription) -> None:
 
 def _reachable(node: Node, address: str) -> str:
     """The address others know the node by; a manager's own agent comes over loopback."""
-    if address.startswith("127.") or address == "::1":
-        manager = node.manager_status.addr.rpartition(":")[0] if node.manager_status else ""
-        return manager.strip("[]") or address
+    is_loopback = address.startswith("127.") or address == "::1"
+    if is_loopback and node.manager_status is not None:
+        return host_of(node.manager_status.addr) or address
     return address

@@ -14,6 +14,7 @@ from skep.aio.clock import Clock
 from skep.errors import Unavailable
 from skep.manager.follow import State, follow
 from skep.manager.membership.consensus import Consensus
+from skep.model.addresses import host_of, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import Peer
@@ -24,20 +25,13 @@ log = structlog.get_logger(__name__)
 RETRY_S = 1.0
 
 
-def host_of(addr: str) -> str:
-    """``10.0.0.1:2377`` or ``[::1]:2377`` -> the address without its port."""
-    return addr.rpartition(":")[0].strip("[]")
-
-
 def full_address(said: str, seen: str) -> str:
     """Where others reach a manager that calls itself ``said`` and whose calls come from ``seen``.
 
     Raises: InvalidArgument: it is no address.
     """
-    host, _, port = said.rpartition(":")
-    if not host.strip("[]"):
-        host = f"[{seen}]" if ":" in seen else seen
-    addr = f"{host}:{port}"
+    host, port = parted(said)
+    addr = joined(host or seen, port)
     split_address(addr)
     return addr
 

@@ -13,7 +13,8 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.membership.addresses import AddressBook, full_address, host_of
+from skep.manager.membership.addresses import AddressBook, full_address
+from skep.model.addresses import host_of, joined, parted
 from skep.model.ids import NodeId
 from skep.security.tls import MANAGER_NAME
 from skep.wire import methods
@@ -66,8 +67,8 @@ class Whereabouts:
             await self._clock.sleep(AGAIN_S)
 
     def _candidates(self) -> list[str]:
-        port = self._addr.rpartition(":")[2]
-        known = [_joined(peer.ip, port) for peer in self._book.peers if peer.name != self._own and peer.ip]
+        _, port = parted(self._addr)
+        known = [joined(peer.ip, port) for peer in self._book.peers if peer.name != self._own and peer.ip]
         return sorted({*known, *self._look_at} - {self._addr})
 
     async def _tell(self, addr: str) -> None:
@@ -91,7 +92,3 @@ class Whereabouts:
             addr=self._addr,
             moved=[pb.Member(name=peer.name, ip=peer.ip) for peer in self._book.moved],
         )
-
-
-def _joined(host: str, port: str) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from skep.errors import InvalidArgument
-from skep.manager.membership.addresses import AddressBook, full_address, host_of, peers_of, said_by
+from skep.manager.membership.addresses import AddressBook, full_address, peers_of, said_by
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node
 from skep.store.etcd.membership import RaftMember
@@ -64,10 +64,6 @@ def test_who_does_not_know_its_address_is_found_where_its_call_came_from(
 def test_what_is_no_address_is_refused(said: str) -> None:
     with pytest.raises(InvalidArgument):
         full_address(said, "192.0.2.1")
-
-
-def test_the_host_of_an_address_has_no_brackets() -> None:
-    assert host_of("[fd00::2]:2377") == "fd00::2"
 
 
 class Saved:

@@ -1,0 +1,18 @@
+"""``host:port`` as text; an IPv6 host stands in brackets: ``10.0.0.1:2377``, ``[fd00::1]:2377``."""
+
+
+def joined(host: object, port: int | str) -> str:
+    """An address of ``host``, which has no brackets yet, and ``port``."""
+    text = str(host)
+    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
+
+
+def parted(addr: str) -> tuple[str, str]:
+    """Host and port of ``addr``, the host without its brackets; either is empty where ``addr`` says nothing of it."""
+    host, _, port = addr.rpartition(":")
+    return host.strip("[]"), port
+
+
+def host_of(addr: str) -> str:
+    """``10.0.0.1:2377`` or ``[fd00::1]:2377`` -> the host alone, without brackets."""
+    return parted(addr)[0]
