@@ -9,7 +9,7 @@ from skep.manager.explanations import explain_service, explain_task
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.shown import service_status
 from skep.manager.scheduler.accounting import Accounting
-from skep.manager.scheduler.explain import NodeVerdict, bookings, verdict
+from skep.manager.scheduler.explain import NodeVerdict, book, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.model.network import Network
 from skep.model.node import Node
@@ -17,6 +17,7 @@ from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
 from skep.store.kinds import spec_of
+from skep.store.updates import batched
 
 routes = Routes()
 
@@ -48,11 +49,16 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
 async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:
     """What each node says of ``task``, or the one node that it was made for."""
     own_spec = spec_of(view, task)
-    nodes = view.find(Node)
+    nodes, tasks = view.find(Node), view.find(Task)
     accounting = Accounting()
-    for number, accounting in enumerate(bookings(nodes, view.find(Task), lambda one: spec_of(view, one))):  # noqa: B007
-        if number % _PIECE == 0:
-            await asyncio.sleep(0)
+    for some_nodes in batched(nodes, _PIECE):
+        for node in some_nodes:
+            accounting.set_node(node)
+        await asyncio.sleep(0)
+    for some_tasks in batched(tasks, _PIECE):
+        for one in some_tasks:
+            book(accounting, one, spec_of(view, one))
+        await asyncio.sleep(0)
     planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
     wish = requirements_of(task, own_spec, planes)
     copies = accounting.copies(task.service_id)

@@ -4,14 +4,11 @@ The loop counts refusals by filter, which is cheap enough for every decision; th
 a user wants to know.  It needs nothing but a view, so every manager can answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-
 from skep.manager.scheduler.accounting import Account, Accounting, holds_resources
 from skep.manager.scheduler.filters import filters_for
 from skep.manager.scheduler.requirements import Requirements, host_ports
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
-from skep.model.node import Node
 from skep.model.service import ServiceSpec
 from skep.model.task import Task
 
@@ -35,16 +32,7 @@ def verdict(wish: Requirements, account: Account, copies: int) -> NodeVerdict:
     return NodeVerdict(node_id=node.id, hostname=node.description.hostname, refusals=refusals)
 
 
-def bookings(
-    nodes: Iterable[Node], tasks: Iterable[Task], spec_of: Callable[[Task], ServiceSpec | None]
-) -> Iterator[Accounting]:
-    """The accounting as it grows, object by object, so that the caller can give way; the last one is complete."""
-    accounting = Accounting()
-    for node in nodes:
-        accounting.set_node(node)
-        yield accounting
-    for task in tasks:
-        if holds_resources(task):
-            accounting.add(task, host_ports(spec_of(task)))
-        yield accounting
-    yield accounting
+def book(accounting: Accounting, task: Task, spec: ServiceSpec | None) -> None:
+    """Count what ``task``, which was made from ``spec``, holds."""
+    if holds_resources(task):
+        accounting.add(task, host_ports(spec))

@@ -4,7 +4,8 @@ import pytest
 from msgspec.structs import replace
 
 from skep.manager.explanations import explain_service, explain_task, signal_of, summary
-from skep.manager.scheduler.explain import NodeVerdict, bookings, verdict
+from skep.manager.scheduler.accounting import Accounting
+from skep.manager.scheduler.explain import NodeVerdict, book, verdict
 from skep.manager.scheduler.requirements import requirements_of
 from skep.model.container import ContainerSpec
 from skep.model.node import Availability, Node, NodeState
@@ -14,7 +15,11 @@ from tests.builders import a_node, a_service, a_task
 
 
 def verdicts(task: Task, *nodes: Node, others: tuple[Task, ...] = ()) -> list[NodeVerdict]:
-    *_, books = bookings(nodes, others, lambda _: None)
+    books = Accounting()
+    for node in nodes:
+        books.set_node(node)
+    for other in others:
+        book(books, other, None)
     wish = requirements_of(task, None)
     return [
         verdict(wish, account, books.copies(task.service_id)[id]) for id, account in books.accounts.items()
