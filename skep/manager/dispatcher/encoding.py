@@ -17,7 +17,7 @@ TASKS_AT_ONCE = 50
 
 
 async def encoded(change: AssignmentSet, applies_to: str, results_in: str) -> pb.AssignmentsMessage:
-    """Encode in pieces, so that a node with a thousand tasks does not hold up all others."""
+    """``change`` as a message; it leads from the assignments called ``applies_to`` to ``results_in``."""
     kind = pb.AssignmentsMessage.COMPLETE if change.complete else pb.AssignmentsMessage.INCREMENTAL
     message = pb.AssignmentsMessage(type=kind, applies_to=applies_to, results_in=results_in)
     for piece in _pieces(change):

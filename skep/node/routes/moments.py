@@ -7,9 +7,8 @@ import re
 from datetime import UTC, datetime, timedelta
 
 from skep.errors import InvalidArgument
-from skep.model.times import duration_ns
+from skep.model.times import SECOND_NS, duration_ns
 
-_NS = 1_000_000_000
 _UNIX = re.compile(r"(-?\d{1,18})(?:\.(\d{1,9})\d*)?")
 _DATE = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(?:\.(\d{1,9})\d*)?)?)?)?(Z|[+-]\d\d:\d\d)?"
@@ -27,7 +26,7 @@ def parse_moment(text: str, now_ns: int) -> int:
     unix = _UNIX.fullmatch(text)
     if unix is not None:
         seconds, fraction = unix.groups()
-        return int(seconds) * _NS + int((fraction or "").ljust(9, "0"))
+        return int(seconds) * SECOND_NS + int((fraction or "").ljust(9, "0"))
     duration = duration_ns(text)
     if duration is not None:
         return now_ns - duration
@@ -44,4 +43,4 @@ def parse_moment(text: str, now_ns: int) -> int:
     if zone and zone != "Z":
         sign = 1 if zone[0] == "+" else -1
         moment -= sign * timedelta(hours=int(zone[1:3]), minutes=int(zone[4:6]))
-    return int(moment.timestamp()) * _NS + int((fraction or "").ljust(9, "0"))
+    return int(moment.timestamp()) * SECOND_NS + int((fraction or "").ljust(9, "0"))
