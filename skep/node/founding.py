@@ -46,24 +46,22 @@ class NewCluster(msgspec.Struct, frozen=True, kw_only=True):
 def found(plan: Founding, new_id: IdSource) -> tuple[LocalNode, KeyPair, bytes]:
     """A new cluster's first node, its certificate, and the key (PEM) of the cluster's new authority."""
     node_id, cluster_id = NodeId(new_id()), ClusterId(new_id())
-    authority, key = Authority.create(), new_private_key()
+    authority = Authority.create()
     identity = Identity(node_id=node_id, cluster_id=cluster_id, role=NodeRole.MANAGER)
-    pair = KeyPair(
-        certificate_pem=authority.issue(key.public_key(), identity),
-        key_pem=private_pem(key),
-        root_pem=authority.root_pem,
-    )
-    node = LocalNode(
-        node_id=node_id,
-        cluster_id=cluster_id,
-        is_manager=True,
-        listen_addr=plan.endpoints.listen_addr,
-        advertise_addr=plan.endpoints.advertise_addr,
-        local_addr=plan.endpoints.local_addr,
-        data_path_addr=plan.endpoints.data_path_addr,
-        managers=(Peer(node_id, plan.endpoints.advertise_addr),),
-    )
-    return node, pair, authority.key_pem
+    node = sole_manager(identity, plan.endpoints)
+    return node, key_pair(authority, identity, authority.root_pem), authority.key_pem
+
+
+def sole_manager(identity: Identity, at: Endpoints) -> LocalNode:
+    """The only manager of its cluster."""
+    return moved(LocalNode(node_id=identity.node_id, cluster_id=identity.cluster_id, is_manager=True), at)
+
+
+def key_pair(authority: Authority, identity: Identity, root_pem: bytes) -> KeyPair:
+    """A new key and its certificate.  ``root_pem``: the authority's root as the cluster knows it, byte by byte."""
+    key = new_private_key()
+    certificate_pem = authority.issue(key.public_key(), identity)
+    return KeyPair(certificate_pem=certificate_pem, key_pem=private_pem(key), root_pem=root_pem)
 
 
 def moved(node: LocalNode, to: Endpoints) -> LocalNode:

@@ -17,11 +17,11 @@ from skep.model.addresses import host_of, parted
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import InitRequest
-from skep.node.local import LocalNode, Peer
+from skep.node.founding import key_pair, sole_manager
+from skep.node.local import LocalNode
 from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
-from skep.security.keys import new_private_key, private_pem
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,25 +75,10 @@ def restored_node(manifest: Manifest, endpoints: Endpoints) -> tuple[LocalNode, 
 
     Raises: FailedPrecondition: the root in the backup and its key do not belong together.
     """
-    authority, key = Authority.load(manifest.root_key_pem, manifest.root_pem), new_private_key()
+    authority = Authority.load(manifest.root_key_pem, manifest.root_pem)
     node_id, cluster_id = NodeId(manifest.node_id), ClusterId(manifest.cluster_id)
     identity = Identity(node_id=node_id, cluster_id=cluster_id, role=NodeRole.MANAGER)
-    pair = KeyPair(
-        certificate_pem=authority.issue(key.public_key(), identity),
-        key_pem=private_pem(key),
-        root_pem=manifest.root_pem,
-    )
-    node = LocalNode(
-        node_id=node_id,
-        cluster_id=cluster_id,
-        is_manager=True,
-        listen_addr=endpoints.listen_addr,
-        advertise_addr=endpoints.advertise_addr,
-        local_addr=endpoints.local_addr,
-        data_path_addr=endpoints.data_path_addr,
-        managers=(Peer(node_id, endpoints.advertise_addr),),
-    )
-    return node, pair
+    return sole_manager(identity, endpoints), key_pair(authority, identity, manifest.root_pem)
 
 
 def plan_of(manifest: Manifest, advertise_addr: str, *, is_done: bool) -> RestorePlan:
