@@ -8,8 +8,9 @@ Source: moby, daemon/cluster/{swarm,cluster,noderunner}.go (the order of the che
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from skep.node.swarm_info import (
 from skep.node.traces import clear_unfinished, wipe
 from skep.paths import Paths
 from skep.security import keypair
+from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock, parsed_unlock_key
 
 log = structlog.get_logger()
@@ -118,17 +120,9 @@ class Membership:
             check_listening(plan.endpoints.listen_addr)
             await asyncio.to_thread(check_space, self._paths.data)
             node, pair, root_key_pem = await asyncio.to_thread(found, plan, self._new_id)
-            try:
-                await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
-                await asyncio.to_thread(
-                    self._parts.write_manager_files, node, NewCluster(plan=plan, root_key_pem=root_key_pem)
-                )
-                await self._come_in(node, _FOUNDING_TIMEOUT_S)
-                await self._wait_ready(node, _FOUNDING_TIMEOUT_S)
-                await asyncio.to_thread(write_local_node, self._paths.node_json, node)
-            except BaseException:
-                await self._end()
-                raise
+            new = NewCluster(plan=plan, root_key_pem=root_key_pem)
+            write_files = partial(self._parts.write_manager_files, node, new)
+            await self._settle(node, pair, write_files, _FOUNDING_TIMEOUT_S)
             log.info("swarm founded", node=node.node_id, cluster=node.cluster_id)
             return node.node_id
 
@@ -189,15 +183,8 @@ class Membership:
         restored = Restored(
             node=node, wrapping_key=manifest.wrapping_key, snapshot=snapshot, hostname=manifest.hostname
         )
-        try:
-            await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
-            await asyncio.to_thread(self._parts.write_restored_files, restored)
-            await self._come_in(node, _FOUNDING_TIMEOUT_S)
-            await self._wait_ready(node, _FOUNDING_TIMEOUT_S)
-            await asyncio.to_thread(write_local_node, self._paths.node_json, node)
-        except BaseException:
-            await self._end()
-            raise
+        write_files = partial(self._parts.write_restored_files, restored)
+        await self._settle(node, pair, write_files, _FOUNDING_TIMEOUT_S)
         log.warning("swarm restored", node=node.node_id, cluster=node.cluster_id)
 
     async def join(self, request: JoinRequest) -> None:
@@ -224,19 +211,8 @@ class Membership:
                 data_path_addr=plan.endpoints.data_path_addr,
                 managers=tuple(Peer(NodeId(""), remote) for remote in plan.remote_addrs),
             )
-            try:
-                await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
-                if is_manager:
-                    await asyncio.to_thread(self._parts.write_manager_files, node, None)
-                await self._come_in(node, _JOIN_TIMEOUT_S)
-                if is_manager:
-                    await self._wait_ready(node, _JOIN_TIMEOUT_S)
-                await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
-            except BaseException:
-                if is_manager:
-                    await self._parts.resign(plan.remote_addrs)  # it would keep the next one from coming in
-                await self._end()
-                raise
+            write_files = partial(self._parts.write_manager_files, node, None)
+            await self._settle(node, pair, write_files, _JOIN_TIMEOUT_S)
             log.info("swarm joined", node=node.node_id, cluster=node.cluster_id)
 
     async def leave(self, *, force: bool) -> None:
@@ -344,6 +320,27 @@ class Membership:
     @property
     def _trouble(self) -> str:
         return self._part.trouble if self._part is not None else ""
+
+    async def _settle(
+        self, node: LocalNode, pair: KeyPair, write_files: Callable[[], None], timeout_s: float
+    ) -> None:
+        """Take ``node``'s place in the cluster; on failure nothing of it is kept.
+
+        ``write_files``: writes what its manager reads, if it is to have one.
+        """
+        try:
+            await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
+            if node.is_manager:
+                await asyncio.to_thread(write_files)
+            await self._come_in(node, timeout_s)
+            if node.is_manager:
+                await self._wait_ready(node, timeout_s)
+            await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
+        except BaseException:
+            if node.is_manager and self._part is not None:
+                await self._parts.resign(self._part.other_managers)  # a place kept here keeps the next one out
+            await self._end()
+            raise
 
     async def _come_in(self, node: LocalNode, timeout_s: float) -> None:
         """Begin to take part; returns with the first session.  Raises: SkepError: it does not come to one."""
