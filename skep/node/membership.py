@@ -338,7 +338,9 @@ class Membership:
             await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
         except BaseException:
             if node.is_manager and self._part is not None:
-                await self._parts.resign(self._part.other_managers)  # a place kept here keeps the next one out
+                await self._parts.resign(
+                    self._part.other_managers
+                )  # a place kept here keeps the next one out
             await self._end()
             raise
 
