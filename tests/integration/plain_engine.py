@@ -12,6 +12,7 @@ from tests.integration.cluster import CLIS, wait_until
 
 # dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
 _START = """
+{before}
 mkdir -p /etc/docker /run/docker {dir}/cgroups
 mount --rbind /sys/fs/cgroup {dir}/cgroups && mount -t sysfs none /sys && mount --rbind {dir}/cgroups /sys/fs/cgroup
 mount --bind {dir}/etc /etc/docker && mount -t tmpfs none /run/docker
@@ -24,20 +25,32 @@ exec dockerd --data-root {dir}/data --exec-root {dir}/run --pidfile {dir}/docker
 def plain_engine() -> Iterator[Path]:
     """A dockerd in no swarm, without images.  Gives its socket."""
     directory = Path(tempfile.mkdtemp(prefix="skep-plain-", dir="/var/tmp"))
+    with engine_in(directory, "unshare", "-n", before="ip link set lo up") as socket:
+        yield socket
+
+
+@contextmanager
+def engine_in(directory: Path, *enter: str, before: str) -> Iterator[Path]:
+    """A dockerd with all its files in ``directory``, whose name is its cgroup's.  Gives its socket.
+
+    Args:
+        enter: the command that brings it into its network namespace; mounts are its own in any case.
+        before: what a shell does there first.
+    """
     for part in ("etc", "data", "run"):
         (directory / part).mkdir()
-    script = _START.format(dir=directory, name=directory.name)
+    script = _START.format(before=before, dir=directory, name=directory.name)
     socket = directory / "docker.sock"
     with (directory / "log").open("ab") as log:
         process = subprocess.Popen(
-            ["unshare", "-n", "-m", "--propagation", "private", "sh", "-c", f"ip link set lo up; {script}"],
+            [*enter, "unshare", "-m", "-u", "--propagation", "private", "sh", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
     try:
-        wait_until(lambda: _answers(socket), "dockerd answers", within_s=60)
+        wait_until(lambda: docker(socket, "version").returncode == 0, "dockerd answers", within_s=60)
         yield socket
     finally:
         process.terminate()
@@ -50,11 +63,11 @@ def plain_engine() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _answers(socket: Path) -> bool:
-    command = [CLIS[0], "-H", f"unix://{socket}", "version"]
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
-    return done.returncode == 0
+def docker(socket: Path, *words: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Run the docker command against this engine."""
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "DOCKER_HOST": f"unix://{socket}"}
+    command = [CLIS[0], *words]
+    return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=60, check=False)
 
 
 def _remove_cgroups(name: str) -> None:
