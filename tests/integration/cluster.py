@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,8 +120,10 @@ class TestCluster:
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name = directory, name
 
-    def up(self, managers: int = 1, workers: int = 0) -> None:
-        self.skep("up", "--managers", str(managers), "--workers", str(workers))
+    def up(self, **counts: int) -> subprocess.CompletedProcess[str]:
+        """``up(managers=1, docker_workers=2)``: as many of each; else one manager and nothing more."""
+        words = ({"managers": 1, "workers": 0} | counts).items()
+        return self.skep("up", *(f"--{name.replace('_', '-')}={count}" for name, count in words))
 
     def down(self) -> None:
         self.skep("down")
@@ -139,6 +143,60 @@ class TestCluster:
 
     def node(self, name: str) -> TestNode:
         return TestNode(self, name)
+
+
+@contextmanager
+def a_playground(name: str, **counts: int) -> Iterator[TestCluster]:
+    """A playground of a test's or a module's own, removed afterwards.  ``counts``: see ``TestCluster.up``."""
+    with _directory() as directory:
+        cluster = _named(directory, name)
+        try:
+            cluster.up(**counts)
+            yield cluster
+        finally:
+            cluster.down()
+
+
+@contextmanager
+def no_playground_yet(name: str) -> Iterator[TestCluster]:
+    """A playground that is not up; whatever is made of it is removed."""
+    with _directory() as directory:
+        cluster = _named(directory / "playground", name)
+        try:
+            yield cluster
+        finally:
+            cluster.skep("down", check=False)
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _named(directory: Path, name: str) -> TestCluster:
+    return TestCluster(directory, f"{name}{os.getpid()}"[:15])
+
+
+def nodes_by_name(seen_by: TestNode) -> dict[str, dict[str, Any]]:
+    """All nodes that have described themselves, as this one shows them."""
+    shown: list[dict[str, Any]] = seen_by.client().api.nodes()
+    return {node["Description"]["Hostname"]: node for node in shown if "Hostname" in node["Description"]}
+
+
+def ready(seen_by: TestNode) -> set[str]:
+    """Names of the nodes that are ready."""
+    return {name for name, node in nodes_by_name(seen_by).items() if node["Status"]["State"] == "ready"}
+
+
+def remove_services(node: TestNode) -> None:
+    """All there are."""
+    api = node.client().api
+    for service in api.services():
+        api.remove_service(service["ID"])
 
 
 def running(node: TestNode, service: str) -> list[dict[str, Any]]:

@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,8 +13,8 @@ from tests.integration.cluster import (
     CLIS,
     IDLE,
     IMAGE,
-    TestCluster,
     TestNode,
+    a_playground,
     create,
     wait_running,
     wait_until,
@@ -38,19 +36,13 @@ def engine_socket() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def node(engine_socket: Path) -> Iterator[TestNode]:
     """A manager with that engine."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"beside{os.getpid()}")
-    try:
-        cluster.up()
-        (directory / "m1" / "skep.toml").write_text(f'engine-socket = "{engine_socket}"\n')
+    with a_playground("beside") as cluster:
+        (cluster.directory / "m1" / "skep.toml").write_text(f'engine-socket = "{engine_socket}"\n')
         cluster.skep("kill", "m1")
         cluster.skep("start", "m1")
         m1 = cluster.node("m1")
         wait_until(lambda: m1.docker("node", "ls", check=False).returncode == 0, "the manager answers")
         yield m1
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def on_terminal(node: TestNode, *words: str) -> AbstractContextManager[Terminal]:

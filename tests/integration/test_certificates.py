@@ -1,10 +1,7 @@
 """Certificates of a running cluster: the root is rotated, nodes are removed, tokens change, with real processes."""
 
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +12,16 @@ from cryptography import x509
 
 from skep.security.authority import Authority
 from skep.security.tokens import join_token
-from tests.integration.cluster import TestCluster, TestNode, container_pids, create, wait_running, wait_until
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    create,
+    remove_services,
+    wait_running,
+    wait_until,
+)
 from tests.integration.roots import expire
 
 pytestmark = pytest.mark.timeout(240)
@@ -26,24 +32,16 @@ ROOT = Authority.create()
 @pytest.fixture(scope="module")
 def trio() -> Iterator[TestCluster]:
     """m1, w1 and w2."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"certs{os.getpid()}")
-    try:
-        cluster.up(managers=1, workers=2)
+    with a_playground("certs", managers=1, workers=2) as cluster:
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
 def m1(trio: TestCluster) -> Iterator[TestNode]:
     node = trio.node("m1")
     yield node
-    api = node.client().api
-    for service in api.services():
-        api.remove_service(service["ID"])
-    wait_until(lambda: not api.tasks(), "everything of the test is removed")
+    remove_services(node)
+    wait_until(lambda: not node.client().api.tasks(), "everything of the test is removed")
 
 
 def swarm_of(node: TestNode) -> dict[str, Any]:
@@ -264,10 +262,7 @@ def listening(netns: str, program: str, port: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.needs("dockerd")
 def test_an_unmodified_engine_goes_through_a_rotation_and_keeps_its_tasks():
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"mixed{os.getpid()}")
-    try:
-        cluster.skep("up", "--managers", "1", "--docker-workers", "1")
+    with a_playground("mixed", managers=1, docker_workers=1) as cluster:
         m1 = cluster.node("m1")
         create(m1, "web", 4, "--endpoint-mode", "dnsrr")
         wait_running(m1, "web", 4, within_s=60)
@@ -279,6 +274,3 @@ def test_an_unmodified_engine_goes_through_a_rotation_and_keeps_its_tasks():
         assert descriptions["d1"]["TLSInfo"] == descriptions["m1"]["TLSInfo"]
         assert {node["Status"]["State"] for node in nodes_of(m1)} == {"ready"}
         assert sorted(task["ID"] for task in wait_running(m1, "web", 4)) == tasks
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)

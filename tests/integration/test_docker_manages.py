@@ -1,14 +1,18 @@
 """A whole skep node as a worker of a real Docker manager: what it runs there, and what the manager sees of it."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import IMAGE, TestCluster, TestNode, containers, wait_running, wait_until
+from tests.integration.cluster import (
+    IMAGE,
+    TestCluster,
+    TestNode,
+    a_playground,
+    containers,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = [
     pytest.mark.point("3-9"),
@@ -24,10 +28,7 @@ WAITS = "trap 'exit 0' TERM; while :; do sleep 1; done"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[TestCluster]:
     """A Docker Engine that manages a swarm of its own, with the skep node w1 as its worker."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"dm{os.getpid()}")
-    try:
-        cluster.skep("up", "--managers", "1")  # the smallest playground; m1 takes no part
+    with a_playground("dm", managers=1) as cluster:
         cluster.skep("add", "--docker", "worker", "d1")
         cluster.skep("add", "worker", "w1")
         manager, worker = cluster.node("d1"), cluster.node("w1")
@@ -36,9 +37,6 @@ def cluster() -> Iterator[TestCluster]:
         token = manager.docker("swarm", "join-token", "-q", "worker").stdout.strip()
         worker.docker("swarm", "join", "--token", token, f"{address}:2377")
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,12 +1,8 @@
 """Unmodified Docker Engines as workers beside skep nodes: what a cluster of both kinds does."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -18,6 +14,7 @@ from tests.integration.cluster import (
     TestNode,
     containers,
     create,
+    no_playground_yet,
     running,
     wait_running,
     wait_until,
@@ -49,17 +46,12 @@ SERVES = ("busybox", "httpd", "-f", "-p", "80", "-h", "/etc")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[TestCluster]:
     """One manager, one skep worker, two Docker Engines with a label."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"dn{os.getpid()}")
-    try:
-        up = cluster.skep("up", "--managers", "1", "--workers", "1", "--docker-workers", "2")
+    with no_playground_yet("dn") as cluster:
+        up = cluster.up(workers=1, docker_workers=2)
         assert (NO_IPVS in up.stderr) is not has_ipvs()
         for name in ENGINES:
             cluster.node("m1").docker("node", "update", "--label-add", "kind=docker", name)
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,19 +1,16 @@
 """While both processors are kept busy no node is taken for dead: the judge measures in its own time."""
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, create, wait_running
+from tests.integration.cluster import TestNode, a_playground, create, wait_running
 
 BUSY = "while True: pass"
 
@@ -78,10 +75,7 @@ def keep_scaling(node: TestNode, replicas: int, seconds: float) -> None:
 def test_no_node_is_taken_for_dead_while_the_machine_is_busy(
     workers: int, replicas: int, seconds: float
 ) -> None:
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"busy{os.getpid()}")
-    try:
-        cluster.up(managers=1, workers=workers)
+    with a_playground("busy", managers=1, workers=workers) as cluster:
         m1 = cluster.node("m1")
         with node_events(m1) as heard, busy_processors():
             keep_scaling(m1, replicas, seconds)
@@ -90,6 +84,3 @@ def test_no_node_is_taken_for_dead_while_the_machine_is_busy(
         assert went_down(heard) == []
         tasks = m1.client().api.tasks(filters={"service": "load"})
         assert all(task["Status"]["State"] != "failed" for task in tasks)
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)

@@ -1,16 +1,24 @@
 """Managers and workers that die, are cut off and come back, with real processes: exactly what has to move moves."""
 
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, container_pids, create, wait_running, wait_until
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    create,
+    nodes_by_name,
+    ready,
+    remove_services,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -21,14 +29,8 @@ ON_WORKERS = ("--constraint", "node.role==worker", "--restart-delay", "0s")
 @pytest.fixture(scope="module")
 def three() -> Iterator[TestCluster]:
     """Three managers and three workers, shared by tests that leave it whole."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"three{os.getpid()}")
-    try:
-        cluster.up(managers=3, workers=len(WORKERS))
+    with a_playground("three", managers=3, workers=len(WORKERS)) as cluster:
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
@@ -36,28 +38,13 @@ def m1(three: TestCluster) -> Iterator[TestNode]:
     node = three.node("m1")
     wait_until(lambda: ready(node) == {"m1", "m2", "m3", *WORKERS}, "all nodes are ready")
     yield node
-    api = node.client().api
-    for service in api.services():
-        api.remove_service(service["ID"])
-    wait_until(lambda: not api.tasks(), "everything of the test is removed")
-
-
-def nodes(m: TestNode) -> dict[str, dict[str, Any]]:
-    """Nodes by name."""
-    return {
-        node["Description"]["Hostname"]: node
-        for node in m.client().api.nodes()
-        if "Hostname" in node["Description"]
-    }
-
-
-def ready(m: TestNode) -> set[str]:
-    return {name for name, node in nodes(m).items() if node["Status"]["State"] == "ready"}
+    remove_services(node)
+    wait_until(lambda: not node.client().api.tasks(), "everything of the test is removed")
 
 
 def tasks_on(m: TestNode, service: str, node: str) -> dict[str, dict[str, Any]]:
     """Tasks of a service on a node that are to run, by id."""
-    id = nodes(m)[node]["ID"]
+    id = nodes_by_name(m)[node]["ID"]
     tasks = m.client().api.tasks(filters={"service": service})
     return {
         task["ID"]: task for task in tasks if task.get("NodeID") == id and task["DesiredState"] == "running"
@@ -79,10 +66,12 @@ def test_a_dead_worker_is_down_its_tasks_are_unknown_and_only_they_move(
     assert lost
     three.skep("kill", "w1")
     try:
-        wait_until(lambda: nodes(m1)["w1"]["Status"]["State"] == "down", "w1 is down")
+        wait_until(lambda: nodes_by_name(m1)["w1"]["Status"]["State"] == "down", "w1 is down")
         states = {
             task["ID"]: task["Status"]
-            for task in m1.client().api.tasks(filters={"service": "web", "node": nodes(m1)["w1"]["ID"]})
+            for task in m1.client().api.tasks(
+                filters={"service": "web", "node": nodes_by_name(m1)["w1"]["ID"]}
+            )
         }
         assert {states[id]["State"] for id in lost} == {"unknown"}
         assert all("is down; the task was last known to be running" in states[id]["Message"] for id in lost)
@@ -99,12 +88,15 @@ def test_the_loss_of_a_manager_moves_nothing_that_ran_elsewhere(three: TestClust
     create(m1, "web", 6, *ON_WORKERS)
     wait_running(m1, "web", 6)
     before = all_pids(three, "web")
-    leader = next(name for name, node in nodes(m1).items() if node.get("ManagerStatus", {}).get("Leader"))
+    leader = next(
+        name for name, node in nodes_by_name(m1).items() if node.get("ManagerStatus", {}).get("Leader")
+    )
     other = three.node(next(name for name in ("m1", "m2", "m3") if name != leader))
     three.skep("kill", leader)
     try:
         wait_until(
-            lambda: answers(other) and nodes(other)[leader]["Status"]["State"] == "down", f"{leader} is down"
+            lambda: answers(other) and nodes_by_name(other)[leader]["Status"]["State"] == "down",
+            f"{leader} is down",
         )
         assert set(WORKERS) <= ready(other)
         assert all_pids(three, "web") == before

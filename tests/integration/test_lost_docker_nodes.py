@@ -1,15 +1,20 @@
 """Docker nodes when a manager is lost, and when the playground goes."""
 
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import IMAGE, TestCluster, containers, create, wait_running, wait_until
+from tests.integration.cluster import (
+    IMAGE,
+    TestCluster,
+    containers,
+    create,
+    no_playground_yet,
+    wait_running,
+    wait_until,
+)
 from tests.integration.engines import ENGINES, wait_inside
 
 pytestmark = [
@@ -65,10 +70,5 @@ def test_no_mount_and_no_process_of_an_engine_outlives_down(nothing_left: TestCl
 @pytest.fixture
 def nothing_left() -> Iterator[TestCluster]:
     """A playground that is not up."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory / "playground", f"dz{os.getpid()}")
-    try:
+    with no_playground_yet("dz") as cluster:
         yield cluster
-    finally:
-        cluster.skep("down", check=False)
-        shutil.rmtree(directory, ignore_errors=True)

@@ -2,17 +2,25 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from skep.linux.processes import stat_of
-from tests.integration.cluster import CLIS, IMAGE, SKEP, TestCluster, create, wait_running, wait_until
+from tests.integration.cluster import (
+    CLIS,
+    IMAGE,
+    SKEP,
+    TestCluster,
+    a_playground,
+    create,
+    no_playground_yet,
+    wait_running,
+    wait_until,
+)
 from tests.integration.footprint import inhabitants, machine, survivors
 
 pytestmark = pytest.mark.point("9")
@@ -21,26 +29,15 @@ pytestmark = pytest.mark.point("9")
 @pytest.fixture(scope="module")
 def trio() -> Iterator[TestCluster]:
     """One manager and two workers on two routed networks."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"trio{os.getpid()}")
-    try:
-        cluster.skep("up", "--managers", "1", "--workers", "2", "--subnets", "2")
+    with a_playground("trio", managers=1, workers=2, subnets=2) as cluster:
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
 def nowhere() -> Iterator[TestCluster]:
     """A playground that is not up; whatever the test makes of it is removed."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory / "playground", f"lone{os.getpid()}")
-    try:
+    with no_playground_yet("lone") as cluster:
         yield cluster
-    finally:
-        cluster.skep("down", check=False)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def states(cluster: TestCluster) -> dict[str, str]:

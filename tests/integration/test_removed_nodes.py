@@ -1,11 +1,9 @@
 """Certificates of removed and demoted nodes, at managers in machines of their own, with real etcds behind them."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, create, wait_running, wait_until
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    create,
+    nodes_by_name,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
@@ -26,14 +32,8 @@ CUT_OFF_WITHIN_S = 2.0
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[TestCluster]:
     """m1, m2, m3, w1 and w2."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"gone{os.getpid()}")
-    try:
-        cluster.up(managers=3, workers=2)
+    with a_playground("gone", managers=3, workers=2) as cluster:
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 class Watch:
@@ -77,8 +77,7 @@ def node_id(manager: TestNode, name: str) -> str:
 
 
 def node(manager: TestNode, name: str) -> dict[str, Any]:
-    found: list[dict[str, Any]] = manager.client().api.nodes()
-    return next(one for one in found if one["Description"]["Hostname"] == name)
+    return nodes_by_name(manager)[name]
 
 
 def addr(cluster: TestCluster, name: str) -> str:

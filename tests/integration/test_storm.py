@@ -1,15 +1,20 @@
 """The storm guard with real processes: most nodes fall silent at once, nothing is replaced, and all goes on."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, containers, create, wait_running, wait_until
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    containers,
+    create,
+    nodes_by_name,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
 
@@ -21,21 +26,15 @@ FROZEN = "replacement of tasks is frozen"
 @pytest.fixture
 def five() -> Iterator[TestCluster]:
     """One manager and four workers."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"five{os.getpid()}")
-    try:
-        cluster.up(managers=1, workers=len(WORKERS))
+    with a_playground("five", managers=1, workers=len(WORKERS)) as cluster:
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def down(m1: TestNode) -> dict[str, str]:
     """Nodes that are down: name -> message."""
     return {
-        node["Description"]["Hostname"]: node["Status"].get("Message", "")
-        for node in m1.client().api.nodes()
+        name: node["Status"].get("Message", "")
+        for name, node in nodes_by_name(m1).items()
         if node["Status"]["State"] == "down"
     }
 

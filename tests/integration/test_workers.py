@@ -1,11 +1,7 @@
 """A manager and two workers: services spread, workers fall and return, leave and are forgotten."""
 
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +9,11 @@ import pytest
 from tests.integration.cluster import (
     TestCluster,
     TestNode,
+    a_playground,
     container_pids,
     containers,
     create,
+    remove_services,
     running,
     wait_running,
     wait_until,
@@ -29,14 +27,8 @@ QUICK = ("--restart-delay", "0s")
 @pytest.fixture(scope="module")
 def trio() -> Iterator[TestCluster]:
     """m1, w1 and w2."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"trio{os.getpid()}")
-    try:
-        cluster.up(managers=1, workers=2)
+    with a_playground("trio", managers=1, workers=2) as cluster:
         yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
@@ -44,9 +36,8 @@ def m1(trio: TestCluster) -> Iterator[TestNode]:
     """The manager, with all nodes ready and active and no service, before and after."""
     node = trio.node("m1")
     yield node
+    remove_services(node)
     api = node.client().api
-    for service in api.services():
-        api.remove_service(service["ID"])
     for name in ("m1", "w1", "w2"):
         node.docker("node", "update", "--availability", "active", node_id(node, name))
     everywhere = [trio.node(name).client().api for name in ("m1", "w1", "w2")]

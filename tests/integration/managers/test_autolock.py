@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, wait_until
-from tests.integration.managers.words import a_playground, secrets, wait_managers, write
+from tests.integration.cluster import TestCluster, TestNode, a_playground, wait_until
+from tests.integration.managers.words import secrets, wait_managers, write
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 

@@ -20,9 +20,12 @@ from skep.store.etcd.requests import PREFIX
 from tests.integration.cluster import (
     TestCluster,
     TestNode,
+    a_playground,
     container_pids,
     containers,
     create,
+    nodes_by_name,
+    remove_services,
     running,
     wait_running,
     wait_until,
@@ -31,7 +34,6 @@ from tests.integration.kills import PAIRS, heartbeats, strike, wait_started_agai
 from tests.integration.managers.words import (
     UNREACHABLE,
     WORKER,
-    a_playground,
     can_write,
     others,
     roles,
@@ -65,18 +67,16 @@ def leads(five: TestCluster) -> Iterator[str]:
     wait_managers(watcher, *MANAGERS)
     wait_ready(watcher)
     assert {frozenset(secrets(five.node(name))) for name in MANAGERS} == {frozenset(secrets(watcher))}
-    for service in watcher.client().api.services():
-        watcher.client().api.remove_service(service["ID"])
+    remove_services(watcher)
     wait_until(lambda: not any(containers(five.node(name), "web") for name in NODES), "all is removed", 60)
 
 
 def nodes(seen_by: TestNode) -> dict[str, dict[str, Any]]:
     """Nodes by host name; none: this one does not answer."""
     try:
-        known = seen_by.client().api.nodes()
+        return nodes_by_name(seen_by)
     except (DockerException, RequestException):
         return {}
-    return {node["Description"]["Hostname"]: node for node in known}
 
 
 def ready(seen_by: TestNode) -> set[str]:

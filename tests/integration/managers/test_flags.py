@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, wait_until
-from tests.integration.managers.words import a_playground
+from tests.integration.cluster import TestCluster, TestNode, a_playground, wait_until
 
 pytestmark = [pytest.mark.point("3-join"), pytest.mark.timeout(300)]
 

@@ -13,8 +13,16 @@ from docker.errors import DockerException
 from requests.exceptions import RequestException
 
 from skep.store.etcd.client import Client
-from tests.integration.cluster import TestCluster, TestNode, create, running, wait_running, wait_until
-from tests.integration.managers.words import a_playground, leader, others, roles, wait_managers, write
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    create,
+    running,
+    wait_running,
+    wait_until,
+)
+from tests.integration.managers.words import leader, others, roles, wait_managers, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

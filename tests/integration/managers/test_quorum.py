@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, wait_running, wait_until
+from tests.integration.cluster import TestCluster, TestNode, a_playground, wait_running, wait_until
 from tests.integration.managers.words import (
-    a_playground,
     can_write,
     roles,
     secrets,

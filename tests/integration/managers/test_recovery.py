@@ -7,12 +7,13 @@ import pytest
 from tests.integration.cluster import (
     TestCluster,
     TestNode,
+    a_playground,
     container_pids,
     create,
     wait_running,
     wait_until,
 )
-from tests.integration.managers.words import a_playground, can_write, secrets, wait_managers, write
+from tests.integration.managers.words import can_write, secrets, wait_managers, write
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 

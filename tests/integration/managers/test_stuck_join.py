@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from tests.integration.cluster import TestNode, wait_until
-from tests.integration.managers.words import a_playground, roles, wait_managers, write
+from tests.integration.cluster import TestNode, a_playground, wait_until
+from tests.integration.managers.words import roles, wait_managers, write
 
 PEER_PORT = 2378
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import TestCluster, create, wait_running, wait_until
+from tests.integration.cluster import TestCluster, a_playground, create, wait_running, wait_until
 from tests.integration.managers.words import (
     LEADER,
     REACHABLE,
     UNREACHABLE,
     WORKER,
-    a_playground,
     can_write,
     leader,
     others,

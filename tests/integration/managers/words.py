@@ -1,31 +1,13 @@
 """Short words for tests of several managers."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
-from tests.integration.cluster import TestCluster, TestNode, wait_until
+from tests.integration.cluster import TestNode, wait_until
 
 LEADER, REACHABLE, UNREACHABLE, WORKER = "leader", "reachable", "unreachable", ""
-
-
-@contextmanager
-def a_playground(name: str, *, managers: int, workers: int = 0) -> Iterator[TestCluster]:
-    """A playground of the test's own, removed afterwards."""
-    directory = Path(tempfile.mkdtemp(prefix="skep-test-", dir="/var/tmp"))
-    cluster = TestCluster(directory, f"{name}{os.getpid()}"[:15])
-    try:
-        cluster.up(managers, workers)
-        yield cluster
-    finally:
-        cluster.down()
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def roles(seen_by: TestNode) -> dict[str, str]:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.integration.cluster import CLIS, TestCluster, TestNode, docker_version, wait_until
+from tests.integration.cluster import CLIS, TestCluster, TestNode, docker_version, remove_services, wait_until
 from tests.integration.side_by_side import records
 from tests.integration.side_by_side.lines import Place, by_line, comparable, groups, script
 
@@ -45,9 +45,8 @@ def _again_comparable(record: records.Record, place: Place) -> records.Record:
 
 def clear(node: TestNode) -> None:
     """Remove what a script may have left, and be in a swarm."""
+    remove_services(node)
     api = node.client().api
-    for service in api.services():
-        api.remove_service(service["ID"])
     wait_until(lambda: not api.tasks() and not api.containers(all=True), "everything is removed", within_s=60)
 
 
