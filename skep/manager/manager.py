@@ -206,9 +206,7 @@ class Manager:
         """Run the control loops for one term; returns early when a write found the term to be over."""
         try:
             async with asyncio.TaskGroup() as group:
-                managers = Managers(
-                    term, self._config.node_id, self._consensus, self._link.silent, self._clock
-                )
+                managers = Managers(term, self._config.node_id, self._consensus, self._link, self._clock)
                 group.create_task(managers.run(), name="managers")
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")

@@ -194,6 +194,12 @@ class Writing:
         self.put(
             SpecVersion(id=id, service_id=service.id, index=service.spec_version.index, spec=service.spec)
         )
+        for (
+            owner,
+            object,
+        ) in self._written.items():  # a version that this transaction changes for the second time
+            if isinstance(object, Task) and object.service_id == service.id:
+                self._written[owner] = self._filled(object)
 
     def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
         """Take what ``new`` claims and ``current`` did not, release the rest.  Raises: what ``taken`` says."""

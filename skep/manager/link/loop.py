@@ -5,7 +5,7 @@ either counts: what was sent arrives.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from random import Random
 
@@ -75,6 +75,10 @@ class ManagerLink:
     def silent(self, now: float) -> Mapping[NodeId, float]:
         """Managers that are silent at ``now`` (clock's monotonic time), and for how many seconds."""
         return self._heard.silent(self._time.after(now, TICK_S).seconds)
+
+    def heard(self, now: float) -> Set[NodeId]:
+        """Managers that have spoken and are not silent at ``now``."""
+        return self._heard.heard(self._time.after(now, TICK_S).seconds)
 
     def channel(self, manager: NodeId) -> Channel:
         """The open connection to a manager.  Raises: Unavailable: there is none at present."""

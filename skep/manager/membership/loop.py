@@ -1,10 +1,10 @@
 """The leader's loop over the managers: who answers, and roles as they are wished."""
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from contextlib import suppress
 from functools import partial
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import structlog
 from msgspec.structs import replace
@@ -36,6 +36,14 @@ LOOK_S = 0.5
 """Silence and learners announce nothing."""
 
 
+class Hearing(Protocol):
+    """What this manager hears of the others (``ManagerLink``); ``now``: the clock's monotonic time."""
+
+    def silent(self, now: float) -> Mapping[NodeId, float]: ...
+
+    def heard(self, now: float) -> Set[NodeId]: ...
+
+
 class Managers:
     """Keeps members, certificates and statuses of the managers as wished and as they are.  Leader only."""
 
@@ -44,14 +52,13 @@ class Managers:
         term: State,
         own: NodeId,
         consensus: Consensus,
-        silent: Callable[[float], Mapping[NodeId, float]],
+        hearing: Hearing,
         clock: Clock,
     ) -> None:
-        """``silent``: managers that are silent at a time, with the seconds since they were heard."""
         self._term = term
         self._own = own
         self._consensus = consensus
-        self._silent = silent
+        self._hearing = hearing
         self._clock = clock
         self._learners = Learners()
         self._held = ""
@@ -83,16 +90,16 @@ class Managers:
 
     async def _look(self) -> None:
         now = self._clock.monotonic()
-        silent = self._silent(now)
+        silent, heard = self._hearing.silent(now), self._hearing.heard(now)
         nodes = self._term.view().find(Node)
-        for mark in roll_call(nodes, silent, self._own):
+        for mark in roll_call(nodes, silent, heard, self._own):
             log.info("manager", node=mark.node_id, reachability=mark.reachability.value)
             await self._term.update(write_mark, mark)
         members = await self._consensus.all()
         for learner in self._learners.overdue(members, now):
             log.warning("a manager that never caught up is removed", node=learner.name)
             await self._withdraw(learner)
-        reachable = {member.name for member in members if member.name not in silent}
+        reachable = {member.name for member in members if member.name == self._own or member.name in heard}
         steps = next_steps(nodes, members, reachable, self._own)
         self._tell_held(steps)
         for step in steps:

@@ -17,10 +17,13 @@ class Mark(msgspec.Struct, frozen=True):
     reachability: Reachability
 
 
-def roll_call(nodes: Iterable[Node], silent: Collection[NodeId], own: NodeId) -> list[Mark]:
+def roll_call(
+    nodes: Iterable[Node], silent: Collection[NodeId], heard: Collection[NodeId], own: NodeId
+) -> list[Mark]:
     """What has changed: managers that fell silent, and those that are heard again.
 
-    A manager that is just coming in says itself when it is there.
+    A manager that is just coming in says itself when it is there; one that a leader who has just started did not hear
+    yet is as it was.
     """
     marks = []
     for node in nodes:
@@ -29,7 +32,7 @@ def roll_call(nodes: Iterable[Node], silent: Collection[NodeId], own: NodeId) ->
             continue
         if node.id in silent and status.reachability is Reachability.REACHABLE:
             marks.append(Mark(node.id, Reachability.UNREACHABLE))
-        elif node.id not in silent and status.reachability is Reachability.UNREACHABLE:
+        elif node.id in heard and status.reachability is Reachability.UNREACHABLE:
             marks.append(Mark(node.id, Reachability.REACHABLE))
     return marks
 

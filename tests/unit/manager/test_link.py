@@ -19,6 +19,19 @@ def test_a_manager_not_heard_for_two_seconds_is_silent_for_as_long() -> None:
     assert heard.silent(13.0) == {A: 2.0}
 
 
+def test_who_was_named_and_never_spoke_is_neither_silent_nor_heard() -> None:
+    heard = LastHeard()
+    heard.expect([A, B], 10.0)
+    heard.note(A, 10.5)
+    assert heard.heard(11.0) == {A}
+    assert heard.silent(11.0) == {}
+    assert heard.heard(13.0) == set()
+    heard.note(B, 13.0)
+    heard.expect([A], 13.0)
+    heard.expect([A, B], 13.0)
+    assert heard.heard(13.0) == set()
+
+
 def test_only_known_managers_count() -> None:
     heard = LastHeard()
     heard.expect([A], 0.0)

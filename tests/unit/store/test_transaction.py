@@ -205,6 +205,20 @@ class StoreMachine(RuleBasedStateMachine):
                 assert task.spec == version.spec.task_template
 
 
+def test_a_task_follows_a_spec_that_changes_again_in_the_same_transaction() -> None:
+    machine = StoreMachine()
+    machine.transact([("service", service_of("a", "web", (), 0, PublishMode.INGRESS))], False, False)
+    machine.transact([("network", "b")], False, False)
+    again = [
+        ("service", service_of("a", "web", ("b",), 0, PublishMode.INGRESS)),
+        ("task", "a"),
+        ("service", service_of("a", "web", (), 80, PublishMode.INGRESS)),
+    ]
+    machine.transact(again, False, False)
+    machine.tasks_follow_a_stored_spec()
+    machine.teardown()
+
+
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
 TestTransactions = StoreMachine.TestCase
 

@@ -30,18 +30,23 @@ def test_silence_and_its_end_are_marked_once() -> None:
         a_manager(B, Reachability.REACHABLE),
         a_manager(C, Reachability.UNREACHABLE),
     ]
-    assert roll_call(nodes, {B}, A) == [
+    assert roll_call(nodes, {B}, {C}, A) == [
         Mark(B, Reachability.UNREACHABLE),
         Mark(C, Reachability.REACHABLE),
     ]
-    assert roll_call(nodes[:2], set(), A) == []
-    assert roll_call([nodes[0], nodes[2]], {C}, A) == []
+    assert roll_call(nodes[:2], set(), {B}, A) == []
+    assert roll_call([nodes[0], nodes[2]], {C}, set(), A) == []
+
+
+def test_a_leader_that_has_just_started_takes_nobody_for_back_whom_it_did_not_hear() -> None:
+    nodes = [a_manager(A, Reachability.REACHABLE, leads=True), a_manager(B, Reachability.UNREACHABLE)]
+    assert roll_call(nodes, set(), set(), A) == []
 
 
 def test_a_manager_that_is_coming_in_says_itself_when_it_is_there() -> None:
     nodes = [a_manager(A, Reachability.REACHABLE), a_manager(B, Reachability.UNKNOWN)]
-    assert roll_call(nodes, {B}, A) == []
-    assert roll_call(nodes, set(), A) == []
+    assert roll_call(nodes, {B}, set(), A) == []
+    assert roll_call(nodes, set(), {B}, A) == []
     status = shown(*nodes, by=B, leads=False)[B]
     assert status is not None
     assert status.reachability is Reachability.REACHABLE
