@@ -6,11 +6,8 @@ Source: etcd 3.5, api/v3rpc/rpctypes/error.go; each meaning was provoked (etcd n
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
-from h2.exceptions import H2Error
-
-from skep.aio.grpc import breaks_of_grpclib
 from skep.errors import SkepError, Unavailable
+from skep.store.etcd.calls import CallFailed
 from skep.store.updates import NO_LEADER
 
 
@@ -76,24 +73,19 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
 """Text in the message -> meaning -> what a user reads.  First match wins."""
 
 
-CONNECTION_LOST = (OSError, TimeoutError, ProtocolError, StreamTerminatedError, H2Error)
-"""All the ways in which grpclib says that the connection is gone."""
-
-
 @contextmanager
 def answers_of_etcd() -> Iterator[None]:
-    """Raise our errors instead of grpclib's.
+    """Raise our errors instead of those of a call.
 
     Raises: Uncertain, Busy, OutOfSpace, NotServing, Compacted, Refused.
     """
     try:
-        with breaks_of_grpclib():
-            yield
-    except GRPCError as error:
-        raise meaning_of(error.message or "") from error
+        yield
+    except CallFailed as error:
+        raise meaning_of(str(error)) from error
     except TimeoutError as error:
         raise Uncertain(NO_LEADER) from error
-    except CONNECTION_LOST as error:
+    except OSError as error:
         raise Uncertain(f"the store does not answer: {error}") from error
 
 
