@@ -114,6 +114,10 @@ class Body:
     def take(self, data: bytes) -> tuple[bytes, bytes]:
         return b"", data
 
+    def ends_within(self, size: int) -> bool:
+        """Whether it is known that at most ``size`` bytes are still to come."""
+        return self.is_complete
+
 
 class NoBody(Body):
     pass
@@ -140,6 +144,9 @@ class Sized(Body):
         self._missing -= len(mine)
         self.is_complete = self._missing == 0
         return mine, rest
+
+    def ends_within(self, size: int) -> bool:
+        return self._missing <= size
 
 
 class Chunked(Body):

@@ -27,6 +27,8 @@ _CONNECT_WAIT_S = 5.0
 _WAITING_MAX = 256
 _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
+_SMALL_BODY = 64 * 1024
+"""A body of at most this is passed on when all of it is there."""
 _REPEATABLE = frozenset({"GET", "HEAD"})
 _NO_MANAGER = (
     "This node is not a swarm manager. Manager is being prepared or has trouble connecting to the cluster."
@@ -88,7 +90,7 @@ class Connections:
 
     def keep(self, side: Side) -> None:
         """Take back a connection whose exchange is complete."""
-        if len(self._kept) < _KEPT_MAX:
+        if len(self._kept) < _KEPT_MAX and not side.transport.is_closing():
             self._kept.append((self._clock.monotonic(), side))
         else:
             side.close()
@@ -109,6 +111,8 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
     """
     body = body_of_request(request)
     head = request.head.with_headers(without=(b"connection", b"keep-alive"))
+    if body.ends_within(_SMALL_BODY) and not request.head.all(b"expect"):
+        head += await _whole_body(client, body)  # one write, and the manager reads all of it at once
     repeatable = request.method in _REPEATABLE and body.is_complete
     manager = connections.kept()
     if manager is not None and repeatable:
@@ -121,18 +125,44 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
     return await _exchange(client, request, head, body, manager, connections)
 
 
+async def _whole_body(client: Side, body: Body) -> bytes:
+    """What is still to come of ``body``.  Raises: Gone."""
+    whole = b""
+    while not body.is_complete:
+        mine, rest = body.take(await _more(client))
+        client.put_back(rest)
+        whole += mine
+    return whole
+
+
+async def _more(client: Side) -> bytes:
+    data = await client.read()
+    if not data:
+        raise Gone("closed in the middle of a request")
+    return data
+
+
 async def _exchange(
     client: Side, request: Request, head: bytes, body: Body, manager: Side, connections: Connections
 ) -> bool:
     reusable = False
     try:
-        async with asyncio.TaskGroup() as group:
-            sending = group.create_task(_send_request(client, head, body, manager), name="request body")
-            is_last = await _send_response(manager, request.method, client)
-            sending.cancel()  # it watches for a client that goes away
+        with client.when_ended(manager.abort):  # the answer is for nobody any more
+            if body.is_complete:
+                await _send_to_manager(manager, head)
+                is_last = await _send_response(manager, request.method, client)
+            else:
+                async with asyncio.TaskGroup() as group:
+                    sending = group.create_task(
+                        _send_request(client, head, body, manager), name="request body"
+                    )
+                    is_last = await _send_response(manager, request.method, client)
+                    sending.cancel()  # the manager does not wait for it
         reusable = body.is_complete and not is_last
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from None
+    except (Unavailable, Gone, ExceptionGroup) as error:
+        if client.has_ended:
+            raise Gone("closed while waiting for the answer") from error
+        raise error.exceptions[0] if isinstance(error, ExceptionGroup) else error from None
     finally:
         if reusable:
             connections.keep(manager)
@@ -141,24 +171,23 @@ async def _exchange(
     return reusable and not request.head.is_last
 
 
-async def _send_request(client: Side, head: bytes, body: Body, manager: Side) -> None:
-    """Pass the request on, then watch the client until cancelled.  Raises: Gone: the client has gone."""
+async def _send_to_manager(manager: Side, data: bytes) -> bool:
+    """Whether it can still be sent to; if not, its answer, if any, is still to be read."""
     try:
-        await manager.send(head)
-        while not body.is_complete:
-            data = await client.read()
-            if not data:
-                raise Gone("closed in the middle of a request")
-            mine, rest = body.take(data)
-            client.put_back(rest)
-            if mine:
-                await manager.send(mine)
+        await manager.send(data)
     except Gone:
-        if client.has_ended:
-            raise
-        return  # the manager closed its end: its answer, if any, is read by the other direction
-    await client.wait_gone()
-    raise Gone("closed while waiting for the answer")
+        return False
+    return True
+
+
+async def _send_request(client: Side, head: bytes, body: Body, manager: Side) -> None:
+    """Pass the request on.  Raises: Gone: the client has gone."""
+    is_read = await _send_to_manager(manager, head)
+    while is_read and not body.is_complete:
+        mine, rest = body.take(await _more(client))
+        client.put_back(rest)
+        if mine:
+            is_read = await _send_to_manager(manager, mine)
 
 
 async def _send_response(manager: Side, method: str, client: Side) -> bool:
@@ -172,11 +201,13 @@ async def _send_response(manager: Side, method: str, client: Side) -> bool:
             raise Unavailable("the manager of this node ended before it answered: ask again")
         response = parse_response(raw)
         body = body_of_response(response, method)
-        await client.send(raw)
         if response.status >= 200 or response.status == 101:
             break
+        await client.send(raw)
     if response.status == 101:
         body = UntilClose()
+    mine, _ = body.take(manager.take())
+    await client.send(raw + mine)
     while not body.is_complete:
         data = await manager.read()
         if not data and isinstance(body, UntilClose):

@@ -119,12 +119,7 @@ class Front:
         try:
             while True:
                 await client.wait_begun()
-                try:
-                    async with asyncio.timeout(_HEAD_TIMEOUT_S):
-                        raw = await client.read_head()
-                except TimeoutError:
-                    raw = b""
-                if not raw:
+                if not (raw := client.head() or await _rest_of_head(client)):
                     client.close()
                     return
                 if not await self._answer(client, raw):
@@ -170,6 +165,15 @@ class Front:
         handler.data_received(raw + waiting)
         if ended:
             handler.eof_received()
+
+
+async def _rest_of_head(client: Side) -> bytes:
+    """A head whose beginning may have arrived; nothing if the rest takes too long or the client has closed."""
+    try:
+        async with asyncio.timeout(_HEAD_TIMEOUT_S):
+            return await client.read_head()
+    except TimeoutError:
+        return b""
 
 
 def refusal(error: SkepError) -> bytes:

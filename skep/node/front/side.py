@@ -1,8 +1,8 @@
 """One end of a connection: bytes in and out with back-pressure, half-closes passed on."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from skep.node.front.framing import HEAD_BYTES_MAX, Malformed
 
@@ -36,6 +36,7 @@ class Side(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._readable = asyncio.Event()
+        self._on_end: Callable[[], None] | None = None
 
     # --- called by the event loop -----------------------------------------------------------------------------
 
@@ -52,8 +53,7 @@ class Side(asyncio.Protocol):
         self._readable.set()
 
     def eof_received(self) -> bool:
-        self._ended = True
-        self._readable.set()
+        self._end()
         # the other direction stays open; TLS has no half-close in asyncio
         return self.transport.get_extra_info("sslcontext") is None
 
@@ -64,9 +64,15 @@ class Side(asyncio.Protocol):
         self._writable.set()
 
     def connection_lost(self, _error: Exception | None) -> None:
-        self._ended = self._lost = True
-        self._readable.set()
+        self._lost = True
+        self._end()
         self._writable.set()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._readable.set()
+        if self._on_end is not None:
+            self._on_end()
 
     # --- called by coroutines ---------------------------------------------------------------------------------
 
@@ -102,26 +108,36 @@ class Side(asyncio.Protocol):
             await self._readable.wait()
         return self.take()
 
+    def head(self, searched: int = 0) -> bytes | None:
+        """Everything up to and with the next empty line, if that has arrived.
+
+        ``searched``: bytes known to hold none.  Raises: Malformed: it is longer than 64 KiB.
+        """
+        end = self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))
+        if end < 0:
+            if len(self._buffer) > HEAD_BYTES_MAX:
+                raise Malformed("request header fields too large")
+            return None
+        head = bytes(self._buffer[: end + 4])
+        del self._buffer[: end + 4]
+        if not self._ended:
+            self.transport.resume_reading()
+        return head
+
     async def read_head(self) -> bytes:
-        """Everything up to and with the next empty line; ``b""`` if the other end closed before a first byte.
+        """``head()`` once it has arrived; ``b""`` if the other end closed before a first byte.
 
         Raises: Malformed: it is longer than 64 KiB; Gone: the other end closed in the middle.
         """
         searched = 0
-        while (end := self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))) < 0:
+        while (head := self.head(searched)) is None:
             searched = len(self._buffer)
-            if searched > HEAD_BYTES_MAX:
-                raise Malformed("request header fields too large")
-            if self._ended and searched:
+            if self._ended and self._buffer:
                 raise Gone("closed in the middle of a head")
             if self._ended:
                 return b""
             self._readable.clear()
             await self._readable.wait()
-        head = bytes(self._buffer[: end + 4])
-        del self._buffer[: end + 4]
-        if not self._ended:
-            self.transport.resume_reading()
         return head
 
     async def wait_begun(self) -> None:
@@ -130,11 +146,16 @@ class Side(asyncio.Protocol):
             self._readable.clear()
             await self._readable.wait()
 
-    async def wait_gone(self) -> None:
-        """Return when nothing more will arrive; what has arrived stays."""
-        while not self._ended:
-            self._readable.clear()
-            await self._readable.wait()
+    @contextmanager
+    def when_ended(self, react: Callable[[], None]) -> Iterator[None]:
+        """Within the context, ``react`` is called once nothing more will arrive; at once if that is so already."""
+        self._on_end = react
+        try:
+            if self._ended:
+                react()
+            yield
+        finally:
+            self._on_end = None
 
     async def send(self, data: bytes) -> None:
         """Send ``data``; return when there is room for more.  Raises: Gone."""

@@ -128,6 +128,73 @@ async def test_an_endless_answer_arrives_piece_by_piece_and_ends_with_its_client
             await ended.wait()
 
 
+@pytest.mark.parametrize("is_half", [False, True], ids=["closed", "half closed"])
+async def test_a_client_that_goes_away_before_its_answer_ends_the_request(
+    front_rig: Rig, is_half: bool
+) -> None:
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        if request.path == "/nodes":
+            return await echo(request)
+        await request.read()
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    async with front_rig.manager(hang), asyncio.timeout(5):
+        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+        writer.write(b"POST /services/create HTTP/1.1\r\nHost: d\r\nContent-Length: 2\r\n\r\n{}")
+        await asked.wait()
+        if is_half:
+            writer.write_eof()
+            assert await reader.read() == b""
+        writer.close()
+        await ended.wait()
+        async with front_rig.client() as client, client.get("/nodes") as response:
+            assert response.status == 200
+    assert front_rig.connections == 2  # the one of the hanging request is not used again
+
+
+async def test_a_small_request_reaches_the_manager_whole_however_it_came(front_rig: Rig) -> None:
+    """In one piece, so that it is woken once; a body that is to be asked for (100-continue) cannot be waited for."""
+    came: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(MIB):
+            await came.put(data)
+            if b"100-continue" in data:
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            else:
+                writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\n{}")
+
+    async with await asyncio.start_unix_server(answer, front_rig.manager_socket), asyncio.timeout(5):
+        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+        pieces = (
+            b"POST /services/create HTTP/1.1\r\nHost: d\r\nContent-Le",
+            b"ngth: 4\r\n\r\n{",
+            b"  ",
+            b"}",
+        )
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.01)
+        assert (await came.get()).endswith(b"\r\n\r\n{  }")
+        assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 201")
+        writer.write(
+            b"POST /services/create HTTP/1.1\r\nHost: d\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+        )
+        assert (await came.get()).endswith(b"\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"{}")
+        assert await came.get() == b"{}"
+        assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 201")
+        writer.close()
+
+
 async def test_outside_of_a_swarm_dockers_words_are_given(front_rig: Rig) -> None:
     front_rig.member.refusal = "This node is not a swarm manager."
     async with front_rig.client() as client, client.get("/services") as response:
