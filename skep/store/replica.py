@@ -72,9 +72,9 @@ class Replica:
             yield line
 
     def _arrived(self, commit: Commit) -> None:
+        self._wake()  # first: they end here, with an answer to somebody; for those who watch, work begins
         if commit.events:
             self._watches.publish(commit)
-        self._wake()
 
     def _wake(self) -> None:
         while self._waiting and self._waiting[0][0] <= self.revision:

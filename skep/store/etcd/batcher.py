@@ -24,7 +24,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, decoded_ring
 from skep.store.etcd.client import Client
 from skep.store.etcd.errors import Busy, Uncertain
-from skep.store.etcd.requests import Witness, batch_txn, etcd_key, is_fence_fallen, nested_txn
+from skep.store.etcd.requests import Witness, batch_txn, etcd_key, is_clear, is_fence_fallen, nested_txn
 from skep.store.interface import NotLeader
 from skep.store.proposal import Footprint, Proposal
 from skep.store.replica import Replica
@@ -139,7 +139,8 @@ class Batcher:
         self._backoff = backoff
         self._queue: deque[Pending] = deque()
         self._away: list[Footprint] = []
-        self._changed = asyncio.Event()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        """Those who send and have found nothing that may go now."""
         self._witnesses: dict[bytes, tuple[Witness, Pending]] = {}
         self._seen: dict[Pending, int] = {}
 
@@ -154,7 +155,7 @@ class Batcher:
             raise ResourceExhausted("too many writes are waiting for the store")
         pending = [Pending(proposal, fence) for proposal in proposals]
         self._queue.extend(pending)
-        self._changed.set()
+        self._wake_one()
         try:
             return [await one.outcome for one in pending]
         finally:
@@ -169,24 +170,31 @@ class Batcher:
                 group.create_task(self._send_entries(), name=f"batcher-{number}")
 
     def observe(self, key: bytes, value: bytes | None, revision: int) -> None:
-        """The replica has met this write.  Called before it shows in the replica."""
+        """The replica has met this write.  Called before it shows in the replica.
+
+        Its waiter need not wait for etcd's answer then, which as often as not comes after the watch, and behind all
+        that the commit wakes.  That goes for encrypted values alone: nobody else can have written the same.
+        """
         found = self._witnesses.get(key)
         if found is not None and found[0].value == value:
             self._seen[found[1]] = revision
+            if value is not None and not is_clear(key):
+                found[1].resolve(Committed(revision))
 
     async def _send_entries(self) -> None:
         while True:
             entry = next_entry(self._queue, self._away)
             if not entry.pending:
-                self._changed.clear()
-                await self._changed.wait()
+                self._idle.append(asyncio.get_running_loop().create_future())
+                await self._idle[-1]
                 continue
+            if self._queue:
+                self._wake_one()  # what is left may fit beside this entry
             self._away.append(entry.footprint)
             try:
                 await self._send(entry)
             finally:
                 self._away.remove(entry.footprint)
-                self._changed.set()
 
     async def _send(self, entry: Entry) -> None:
         nested: list[pb.TxnRequest] = []
@@ -269,4 +277,12 @@ class Batcher:
 
     def _requeue(self, pending: list[Pending]) -> None:
         self._queue.extendleft(reversed(pending))
-        self._changed.set()
+        self._wake_one()
+
+    def _wake_one(self) -> None:
+        """Have somebody look at the queue, unless all are sending: who has done that looks by itself."""
+        while self._idle:
+            waiter = self._idle.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return

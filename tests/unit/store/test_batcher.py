@@ -2,19 +2,29 @@
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.aio.backoff import Backoff
+from skep.aio.clock import SystemClock
+from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.batcher import (
     ENTRY_BYTES_MAX,
     ENTRY_PROPOSALS_MAX,
     ETCD_OPERATIONS_MAX,
+    Batcher,
     Entry,
     Pending,
     next_entry,
 )
+from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
+from skep.store.etcd.requests import etcd_key
 from skep.store.proposal import Exists, Footprint, NothingSince, Proposal, Unchanged
+from skep.store.replica import Replica
+from skep.store.updates import Committed
 
 
 def proposals() -> st.SearchStrategy[Proposal]:
@@ -139,3 +149,83 @@ def test_a_proposal_nobody_waits_for_is_not_sent():
         return [one.proposal.puts[0][0] for one in next_entry(queue, []).pending]
 
     assert in_loop(check) == ["o/b"]
+
+
+class Unanswering:
+    """etcd that takes entries and says nothing; ``entries``: what it took."""
+
+    def __init__(self) -> None:
+        self.entries: asyncio.Queue[pb.TxnRequest] = asyncio.Queue()
+
+    async def put(self, key: bytes, value: bytes) -> pb.PutResponse:
+        return pb.PutResponse(header=pb.ResponseHeader(revision=1))
+
+    async def txn(self, request: pb.TxnRequest) -> pb.TxnResponse:
+        self.entries.put_nowait(request)
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+
+@asynccontextmanager
+async def a_batcher(client: Unanswering) -> AsyncIterator[Batcher]:
+    key = new_wrapping_key()
+    cipher = Cipher(new_key_ring(key), key)
+    batcher = Batcher(client, cipher, Replica(), "w/m1", SystemClock(), lambda: Backoff(0.01, 0.1))  # type: ignore[arg-type]
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(batcher.run())
+        yield batcher
+        running.cancel()
+
+
+async def put_of(client: Unanswering) -> pb.PutRequest:
+    """The write of the one proposal in the next entry."""
+    entry = await client.entries.get()
+    return entry.success[0].request_txn.success[0].request_put
+
+
+async def test_a_write_that_the_watch_has_brought_is_committed_before_etcd_answers():
+    client = Unanswering()
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        proposing = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/1", b"v"),))], None))
+        put = await put_of(client)
+        batcher.observe(put.key, b"what another manager wrote there", 6)
+        batcher.observe(put.key, None, 7)
+        await asyncio.sleep(0)
+        assert not proposing.done()
+        batcher.observe(put.key, put.value, 8)
+        assert await proposing == [Committed(8)]
+
+
+async def test_what_others_may_have_written_as_well_waits_for_the_answer():
+    client = Unanswering()
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        clear = asyncio.create_task(batcher.propose([Proposal(puts=(("meta/level", b"1"),))], None))
+        put = await put_of(client)
+        batcher.observe(put.key, put.value, 6)
+        removal = asyncio.create_task(batcher.propose([Proposal(deletes=("o/a/1",))], None))
+        await client.entries.get()
+        batcher.observe(etcd_key("o/a/1"), None, 7)
+        await asyncio.sleep(0)
+        assert not clear.done()
+        assert not removal.done()
+        clear.cancel()
+        removal.cancel()
+
+
+async def test_no_more_than_two_entries_are_on_their_way():
+    client = Unanswering()
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        proposing = []
+        puts = []
+        for number in range(6):
+            proposal = Proposal(puts=((f"o/a/{number}", b"v"),))
+            proposing.append(asyncio.create_task(batcher.propose([proposal], None)))
+            if number < 2:
+                puts.append(await put_of(client))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert client.entries.empty()
+        for revision, put in enumerate(puts, 2):
+            batcher.observe(put.key, put.value, revision)
+            assert await proposing[revision - 2] == [Committed(revision)]
+        for one in proposing[2:]:
+            one.cancel()

@@ -1,0 +1,35 @@
+"""Who hears first of a commit."""
+
+import asyncio
+
+from skep.model.ids import SecretId
+from skep.model.secret import Secret, SecretSpec
+from skep.store.replica import Replica
+from skep.store.state import KeyChange
+from skep.store.transaction import Writing
+
+
+async def test_whoever_waits_for_a_revision_goes_on_before_those_who_watch_begin():
+    """An answer to a user does not wait behind the work that the write causes."""
+    replica = Replica()
+    order: list[str] = []
+
+    async def answer() -> None:
+        await replica.reached(5)
+        order.append("answer")
+
+    async def loop() -> None:
+        async with replica.watch(Secret) as watch:
+            async for commit in watch:
+                assert commit.revision == 5
+                order.append("loop")
+                return
+
+    tx = Writing(replica.state, 0)
+    tx.put(Secret(id=SecretId("s"), spec=SecretSpec(name="s")))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(loop())
+        group.create_task(answer())
+        await asyncio.sleep(0)
+        replica.apply(5, [KeyChange(key, value, 5, 5) for key, value in tx.proposal().puts])
+    assert order == ["answer", "loop"]
