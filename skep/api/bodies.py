@@ -139,18 +139,24 @@ class _Walk:
     def __init__(self, unrecognized: Unrecognized) -> None:
         self.problem: SkepError | None = None
         self._unrecognized = unrecognized
-        self._struct = ""
+        self._struct: inspect.Type | None = None
+        """The shape of the innermost object that the walk is in; None: of none."""
         self._path: list[str] = []
 
     def value(self, value: Any, shape: inspect.Type) -> Any:
         """``value`` cut to ``shape``; ``_MISSING`` where there is nothing to keep."""
         if value is None:
             return _MISSING
-        core = _core(shape)
+        return self._fitting(value, shape, _core(shape))
+
+    def _fitting(self, value: Any, shape: inspect.Type, core: inspect.Type) -> Any:
         match core:
+            case inspect.StrType():  # the most frequent ones first
+                if type(value) is str:
+                    return value
             case inspect.StructType():
                 if isinstance(value, dict):
-                    return self._object(value, core, _go_type(shape))
+                    return self._object(value, core.cls, shape)
             case inspect.DictType():
                 if isinstance(value, dict):
                     return self._mapping(value, core)
@@ -179,19 +185,19 @@ class _Walk:
                     return value
         return self._mismatch(_json_kind(value), shape)
 
-    def _object(self, value: dict[str, Any], shape: inspect.StructType, name: str) -> dict[str, Any]:
-        fields, folded = _fields_of(shape.cls)
+    def _object(self, value: dict[str, Any], cls: type, shape: inspect.Type) -> dict[str, Any]:
+        fields, folded = _fields_of(cls)
         clean: dict[str, Any] = {}
-        outer, self._struct = self._struct, name.rpartition(".")[2]
+        outer, self._struct = self._struct, shape
         for key, item in value.items():
             field = fields.get(key) or folded.get(key.casefold())
-            if field is None:
+            if field is None or item is None:
                 continue
-            self._path.append(field.encode_name)
-            kept = self.value(item, field.type)
+            self._path.append(field.name)
+            kept = self._fitting(item, field.shape, field.core)
             self._path.pop()
             if kept is not _MISSING:
-                clean[field.encode_name] = kept
+                clean[field.name] = kept
         self._struct = outer
         return clean
 
@@ -248,7 +254,10 @@ class _Walk:
         return number
 
     def _mismatch(self, found: str, shape: inspect.Type) -> object:
-        where = f"Go struct field {self._struct}.{'.'.join(self._path)}" if self._path else "Go value"
+        where = "Go value"
+        if self._path:
+            struct = _go_type(self._struct).rpartition(".")[2] if self._struct is not None else ""
+            where = f"Go struct field {struct}.{'.'.join(self._path)}"
         return self._refuse(
             InvalidArgument(f"json: cannot unmarshal {found} into {where} of type {_go_type(shape)}")
         )
@@ -259,13 +268,23 @@ class _Walk:
         return _MISSING
 
 
+class _Field(msgspec.Struct, frozen=True):
+    """A field of a Struct.  ``name``: in JSON; ``core``: what its shape comes down to."""
+
+    name: str
+    shape: inspect.Type
+    core: inspect.Type
+
+
 @lru_cache(maxsize=256)
-def _fields_of(cls: type) -> tuple[Mapping[str, inspect.Field], Mapping[str, inspect.Field]]:
+def _fields_of(cls: type) -> tuple[Mapping[str, _Field], Mapping[str, _Field]]:
     """The fields of a Struct by their JSON name, and by that name without regard to case."""
     shape = _core(_shape_of(cls))
     assert isinstance(shape, inspect.StructType)
-    by_name = {field.encode_name: field for field in shape.fields}
-    folded: dict[str, inspect.Field] = {}
+    by_name = {
+        field.encode_name: _Field(field.encode_name, field.type, _core(field.type)) for field in shape.fields
+    }
+    folded: dict[str, _Field] = {}
     for name, field in by_name.items():
         folded.setdefault(name.casefold(), field)
     return by_name, folded

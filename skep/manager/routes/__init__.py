@@ -32,10 +32,11 @@ __all__ = ["ManagerApi", "application"]
 def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Application:
     """An application that answers from ``api``.  ``newest``: the API version it announces."""
     app = engine_application(
-        swarm.routes,
-        nodes.routes,
+        # those asked for most stand first: the router tries one after another
         services.routes,
         tasks.routes,
+        nodes.routes,
+        swarm.routes,
         logs.routes,
         files.routes,
         networks.routes,
