@@ -46,7 +46,9 @@ def message(world: World) -> str:
 
 
 def advance(world: World) -> None:
-    """What was decided comes about: retired tasks stop, wanted ones run."""
+    """What was decided comes about: successors are prepared, retired tasks stop, wanted ones run."""
+    world.settle()
+    world.prepare_all()
     world.settle()
     world.stop_all()
     world.settle()

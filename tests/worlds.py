@@ -89,6 +89,12 @@ class World:
             if task.desired_state is TaskState.RUNNING and not task.status.state.is_terminal:
                 self.report(task.id, TaskState.RUNNING)
 
+    def prepare_all(self) -> None:
+        """Every task that is to be prepared is ready."""
+        for task in list(self.tasks.values()):
+            if task.desired_state is TaskState.READY and task.status.state < TaskState.READY:
+                self.report(task.id, TaskState.READY)
+
     def stop_all(self) -> None:
         """Every retired task has stopped."""
         for task in list(self.tasks.values()):

@@ -220,10 +220,17 @@ def _is_global(service: Service) -> bool:
 
 
 def _is_relevant(old: Task, new: Task) -> bool:
-    """Whether a change of a task can change a decision: what its agent does between ASSIGNED and RUNNING cannot."""
-    return old.desired_state != new.desired_state or (
-        old.status.state != new.status.state and new.status.state >= TaskState.RUNNING
-    )
+    """Whether a change of a task can change a decision: what its agent does between ASSIGNED and RUNNING cannot.
+
+    Except for one that is prepared while its predecessor runs: that it is ready, or finds no place, is waited for.
+    """
+    if old.desired_state != new.desired_state:
+        return True
+    state, is_news = new.status.state, old.status.state != new.status.state
+    if new.desired_state is TaskState.READY:
+        is_refused = state < TaskState.ASSIGNED and bool(new.status.err) and not old.status.err
+        return is_refused or (is_news and state >= TaskState.READY)
+    return is_news and state >= TaskState.RUNNING
 
 
 def _is_marked(service: Service | None) -> bool:

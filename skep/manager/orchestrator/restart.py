@@ -22,7 +22,7 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
 from skep.model.node import Availability
-from skep.model.service import RestartCondition, RestartPolicy
+from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
@@ -61,6 +61,8 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
     for task in wanted(slot):
         if task.desired_state is not TaskState.READY or task.status.state.is_terminal:
             continue
+        if _is_held_back(task, slot, situation):
+            continue  # the update retires what it is to take over from
         starts_at = start_time(task, slot, situation)
         yield StartTask(task) if starts_at <= situation.now else Recheck(starts_at)
 
@@ -101,20 +103,18 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     """
     if task.desired_state is not TaskState.READY:
         return situation.now
-    created_at = situation.seen.created(task)
-    starts_at = created_at
+    starts_at = situation.seen.created(task)
     predecessor = _predecessor(task, slot)
     if predecessor is not None and _is_delayed(predecessor, task, situation):
         starts_at += max(delay_s(predecessor), _damping_s(predecessor, slot))
-    if _is_waited_for(slot, situation):
-        starts_at = max(starts_at, created_at + STOP_TIMEOUT_S)
-    return starts_at
+    retired_at = [situation.seen.retired(other) for other in _waited_for(slot, situation)]
+    return max([starts_at, *(at + STOP_TIMEOUT_S for at in retired_at)])
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     """The task that takes the slot over; started at once where nothing has to be waited for."""
     delay = max(delay_s(task), _damping_s(task, slot))
-    starts_now = delay == 0 and not _is_waited_for(slot, situation)
+    starts_now = delay == 0 and not _waited_for(slot, situation) and not _is_held_back(task, slot, situation)
     starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
     return FillSlot(
         situation.service,
@@ -159,6 +159,12 @@ def _is_delayed(predecessor: Task, task: Task, situation: Situation) -> bool:
     return is_lost(node) and bool(predecessor.node_id) and not is_drained
 
 
-def _is_waited_for(slot: Slot, situation: Situation) -> bool:
-    """Whether something of the slot is still stopping, on a node that can be expected to say so."""
-    return any(is_stopping(task) and not is_lost(situation.node_of(task)) for task in slot)
+def _is_held_back(task: Task, slot: Slot, situation: Situation) -> bool:
+    """Whether ``task`` is only prepared while an older one is meant to run on: an update, stop-first."""
+    is_first = wanted(slot)[:1] in ((), (task,))
+    return not is_first and situation.rollout_config.order is not UpdateOrder.START_FIRST
+
+
+def _waited_for(slot: Slot, situation: Situation) -> list[Task]:
+    """What of the slot is still stopping, on a node that can be expected to say so."""
+    return [task for task in slot if is_stopping(task) and not is_lost(situation.node_of(task))]

@@ -18,6 +18,7 @@ class Sightings:
         self._began = began
         self._created: dict[TaskId, float] = {}
         self._running: dict[TaskId, float] = {}
+        self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
 
@@ -30,6 +31,10 @@ class Sightings:
         if task.id in self._running:
             return self._running[task.id]
         return self._began if task.status.state is TaskState.RUNNING else None
+
+    def retired(self, task: Task) -> float:
+        """When the task was first seen not to be wanted any more; only to be asked of one that is not."""
+        return self._retired.get(task.id, self._began)
 
     def ended(self, task: Task) -> float | None:
         """When it was first seen to have ended; None while it has not."""
@@ -51,6 +56,8 @@ class Sightings:
                 case Updated(Task() as old, Task() as task):
                     if old.status.state is TaskState.RUNNING:
                         self._running.setdefault(task.id, self._began)
+                    if old.is_wanted and not task.is_wanted:
+                        self._retired.setdefault(task.id, now)
                     self._note_state(task, now)
                 case Updated(Node() as before, Node() as node) if before.status.state != node.status.state:
                     self._down.pop(node.id, None)
@@ -59,7 +66,7 @@ class Sightings:
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
                 case Deleted(Task() as task):
-                    for stamps in (self._created, self._running, self._ended):
+                    for stamps in (self._created, self._running, self._retired, self._ended):
                         stamps.pop(task.id, None)
 
     def _note_state(self, task: Task, now: float) -> None:

@@ -12,8 +12,11 @@ from skep.manager.orchestrator.slots import is_unusable
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import disconnect_policy
 from skep.model.node import Availability, Node, NodeState
-from skep.model.service import Service, ServiceSpec
+from skep.model.service import Service, ServiceSpec, UpdateConfig, UpdateState
 from skep.model.task import Task
+
+ROLLBACKS = (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
+_DEFAULTS = UpdateConfig(parallelism=1)
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +38,13 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether tasks of nodes that are down keep their places (``storm``)."""
     replaces_from: float = -inf
     """Before this they keep them, too: a storm is just over."""
+
+    @property
+    def rollout_config(self) -> UpdateConfig:
+        """Settings of the update that is under way, or would be: those of a rollback while one is."""
+        status, spec = self.service.update_status, self.service.spec
+        is_rollback = status is not None and status.state in ROLLBACKS
+        return (spec.rollback_config if is_rollback else spec.update_config) or _DEFAULTS
 
     def node_of(self, task: Task) -> Node | None:
         return self.node(task.node_id) if task.node_id else None

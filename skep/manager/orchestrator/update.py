@@ -11,15 +11,20 @@ An update has no memory of its own: how far it is can be seen in the slots.
   the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
   or are ignored; the update's message names the last one and its cause.
 * The update is complete when every slot was begun with and the monitor time has passed since the last lead settled.
-  With start-first an old task may then still run beside the attempts at a new one, as in swarmkit.
+  An old task may then still run beside the attempts at a new one.
 
-stop-first retires the old task and creates the new one in one step; the new one is prepared meanwhile and starts when
-the old one has stopped.  start-first retires the old task when the new one runs; if that fails it is retried by the
-restart policy while the old one runs on.
+A task that runs is given up for nothing less than a successor that is ready.  stop-first has the new task placed and
+prepared first (desired READY), then retires the old one, and starts the new one when that has stopped; start-first
+retires the old task when the new one runs.  Either way a new task that does not get so far is retried by the restart
+policy while the old one runs on.  Only where the old task itself takes the room that the new one needs (reservations,
+host ports, addresses, replicas per node) is it retired for one that cannot be placed; and one that does not run is
+nothing to hold on to.
 
-Differences from swarmkit: nothing waits for the update delay after the last slot; a lead that we stop ourselves (a
-drained node, a scale down) is no failure; failures of tasks that a scale-up adds to the update count; a task that gets
-nowhere ends an update after the progress deadline, where swarmkit waits for ever.
+Differences from swarmkit: it retires the old task of a stop-first update at once, so that an image which cannot be
+pulled leaves nothing running (the order kept here is the one that its makers' talks tell); nothing waits for the update
+delay after the last slot; a lead that we stop ourselves (a drained node, a scale down) is no failure; failures of tasks
+that a scale-up adds to the update count; a task that gets nowhere ends an update after the progress deadline, where
+swarmkit waits for ever.
 
 Source: swarmkit, manager/orchestrator/update/updater.go.
 """
@@ -39,13 +44,17 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.dirty import is_dirty
-from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.situation import ROLLBACKS, Situation
 from skep.manager.orchestrator.slots import Slot, age, history, is_lost, wanted
+from skep.manager.resources import reservations_of
 from skep.model.ids import NodeId
 from skep.model.labels import progress_deadline_s
 from skep.model.service import (
+    Placement,
+    PublishMode,
+    Resources,
     Service,
-    UpdateConfig,
+    ServiceSpec,
     UpdateFailureAction,
     UpdateOrder,
     UpdateState,
@@ -54,8 +63,8 @@ from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
-DEFAULTS = UpdateConfig(parallelism=1)
 
+ROLLED_BACK = "update rolled back"
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 _ROLLING = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
 
@@ -90,7 +99,7 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
         steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
     if (verdict := rollout.verdict()) is not None:
         return [*steps, verdict]
-    if waiting := [view for view in outdated if not view.current]:
+    if waiting := [view for view in outdated if not view.current and view.lead is None]:
         return [*steps, *rollout.begin(waiting)]
     return [*steps, *rollout.complete()]
 
@@ -103,10 +112,10 @@ class _Rollout:
         self._views = views
         self._seen = situation.seen
         self._now = situation.now
+        self._spec_of = situation.spec_of
         self.state = service.update_status.state if service.update_status else None
-        self._is_rollback = self.state in (UpdateState.ROLLBACK_STARTED, UpdateState.ROLLBACK_PAUSED)
-        spec = service.spec
-        config = (spec.rollback_config if self._is_rollback else spec.update_config) or DEFAULTS
+        self._is_rollback = self.state in ROLLBACKS
+        config, spec = situation.rollout_config, service.spec
         self._config = config
         self._starts_first = config.order is UpdateOrder.START_FIRST
         self._delay_s = config.delay / SECOND_NS
@@ -118,8 +127,8 @@ class _Rollout:
         """Retire what a current task of the same slot makes superfluous."""
         if not view.current:
             return
-        is_up = any(task.status.state is TaskState.RUNNING for task in view.current)
-        if is_up or not self._starts_first:
+        serving = [task for task in view.outdated if _serves(task)]
+        if not serving or any(self._takes_over(task, serving) for task in view.current):
             yield from (RetireTask(task) for task in view.outdated if task.desired_state <= TaskState.RUNNING)
         if len(view.current) > 1:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
@@ -163,7 +172,7 @@ class _Rollout:
         if self._service.previous_spec is None:
             message = f"update paused {reason}: there is no previous spec to roll back to"
             return SetUpdateStatus(self._service, UpdateState.PAUSED, message)
-        return RollBack(self._service, f"update rolled back {reason}")
+        return RollBack(self._service, f"{ROLLED_BACK} {reason}")
 
     def complete(self) -> Iterator[Step]:
         """No slot is left to begin with: the update is over once every lead was watched for the monitor time."""
@@ -177,22 +186,39 @@ class _Rollout:
         if settled and over_at > self._now:
             yield Recheck(over_at)
         elif self._is_rollback:
-            yield SetUpdateStatus(self._service, UpdateState.ROLLBACK_COMPLETED, "rollback completed")
+            yield SetUpdateStatus(self._service, UpdateState.ROLLBACK_COMPLETED, self._rolled_back())
         else:
             yield SetUpdateStatus(self._service, UpdateState.COMPLETED, "update completed")
+
+    def _rolled_back(self) -> str:
+        """Docker's words, and what they forget: why the update was rolled back."""
+        status = self._service.update_status
+        cause = status.message if status is not None and status.message.startswith(ROLLED_BACK) else ""
+        return "rollback completed" + (f": {cause}" if cause else "")
 
     def _replace(self, outdated: Slot) -> Iterator[Step]:
         """Begin with one slot.  Of several outdated tasks (an update was overtaken by this one) the best counts."""
         *others, best = sorted(outdated, key=lambda task: (task.status.state is TaskState.RUNNING, age(task)))
         others = [task for task in others if task.desired_state <= TaskState.RUNNING]
         fill = FillSlot(self._service, best.slot, NodeId("") if best.slot else best.node_id)
-        if not self._starts_first and best.desired_state <= TaskState.RUNNING:
-            yield ReplaceTask(best, replace(fill, desired=TaskState.READY))
-        elif others:
-            yield ReplaceTask(others.pop(), fill)
-        else:
+        prepared = replace(fill, desired=TaskState.READY)
+        if best.desired_state > TaskState.RUNNING:
             yield fill
+        elif not _serves(best):
+            yield ReplaceTask(best, prepared)
+        else:
+            successor = fill if self._starts_first else prepared
+            yield ReplaceTask(others.pop(), successor) if others else successor
         yield from map(RetireTask, others)
+
+    def _takes_over(self, task: Task, serving: list[Task]) -> bool:
+        """Whether those that serve give way to ``task``: to one that runs, or (stop-first) that could start at once."""
+        if task.status.state is TaskState.RUNNING:
+            return True
+        if self._starts_first:
+            return False
+        is_prepared = TaskState.READY <= task.status.state < TaskState.RUNNING
+        return is_prepared or any(_is_in_the_way(old, task, self._spec_of(old)) for old in serving)
 
     def _settled_at(self, lead: Task) -> float | None:
         moments = (self._seen.running(lead), self._seen.ended(lead))
@@ -240,6 +266,25 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     outdated = tuple(task for task in tasks if is_dirty(task, situation))
     current = tuple(task for task in wanted(tasks) if task not in outdated)
     return _SlotView(current, outdated, _lead(past, situation))
+
+
+def _serves(task: Task) -> bool:
+    return task.desired_state <= TaskState.RUNNING and task.status.state is TaskState.RUNNING
+
+
+def _is_in_the_way(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
+    """Whether ``task`` was refused an address or a node, and ``serving``, of a service's ``spec``, takes the like."""
+    if not task.status.err:
+        return False
+    if task.status.state is TaskState.NEW:
+        return bool(serving.networks_attachments)
+    ports = spec.endpoint_spec.ports if spec is not None and spec.endpoint_spec is not None else ()
+    placement = serving.spec.placement or Placement()
+    return task.status.state is TaskState.PENDING and bool(
+        reservations_of(serving.spec) != Resources()
+        or placement.max_replicas
+        or any(port.publish_mode is PublishMode.HOST for port in ports)
+    )
 
 
 def _lead(past: Slot, situation: Situation) -> Task | None:

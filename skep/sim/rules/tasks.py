@@ -30,14 +30,21 @@ def _transition_violations(old: Task, new: Task) -> Iterable[str]:
 
 
 def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
-    """A slot has one wanted task; while an update starts the new one first, two."""
+    """A slot has one task that is to run, and beside it at most one that is prepared to follow.
+
+    Both are to run while an update starts the new one first.
+    """
     for event in change.events:
         match event:
             case Created(Task() as task) | Updated(_, Task() as task) if is_wanted(task):
                 slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
                 wanted = [one.id for one in slot if is_wanted(one)]
+                started = [
+                    one.id for one in slot if is_wanted(one) and one.desired_state is not TaskState.READY
+                ]
                 service = view.lookup(Service, task.service_id)
-                if len(wanted) > (2 if service is not None and may_start_first(service) else 1):
+                both = service is not None and may_start_first(service)
+                if len(wanted) > 2 or len(started) > (2 if both else 1):
                     yield f"slot {task.slot or task.node_id} of {task.service_id} is filled by {wanted}"
 
 

@@ -12,6 +12,7 @@ from skep.model.service import (
     UpdateFailureAction,
     UpdateOrder,
     UpdateState,
+    UpdateStatus,
 )
 from skep.model.task import TaskState
 from skep.model.times import SECOND_NS
@@ -60,9 +61,11 @@ def test_an_update_goes_on_when_the_node_of_its_first_task_is_lost() -> None:
     (lead,) = wanted(world, "app:2")
     world.put(replace(lead, node_id=a_node("n2").id, status=replace(lead.status, state=TaskState.PREPARING)))
     world.nodes[a_node("n2").id] = a_node("n2", state=NodeState.DOWN)
-    for _ in range(5):
+    for _ in range(6):
         world.settle()
         for task in list(world.tasks.values()):
+            if task.desired_state is TaskState.READY and task.node_id != "n2":
+                world.report(task.id, TaskState.READY)
             if task.node_id != "n2" and task.desired_state > RUNNING and not task.status.state.is_terminal:
                 world.report(task.id, TaskState.SHUTDOWN)
         world.run_all()
@@ -117,9 +120,11 @@ def test_an_overdue_task_rolls_the_update_back_or_lets_it_go_on_as_the_failure_a
     world = a_world(replicas=2)
     world.update(deadline(30, UpdateFailureAction.ROLLBACK))
     world.settle()
+    (lead,) = wanted(world, "app:2")
     world.now = 40.0
     world.settle()
-    assert state(world) is UpdateState.ROLLBACK_STARTED
+    assert state(world) is UpdateState.ROLLBACK_COMPLETED
+    assert f"task {lead.id} made no progress within 40 s" in message(world)
     world = a_world(replicas=2)
     world.update(deadline(30, UpdateFailureAction.CONTINUE))
     world.settle()
@@ -182,33 +187,71 @@ def test_an_update_that_goes_on_in_spite_of_failures_comes_to_an_end() -> None:
     assert len(wanted(world, "app:1")) == 2
 
 
-def test_a_rollback_returns_to_the_previous_spec() -> None:
-    update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK)
+def test_a_rollback_returns_to_the_previous_spec_and_says_why_to_the_end() -> None:
+    update = UpdateConfig(parallelism=2, failure_action=UpdateFailureAction.ROLLBACK)
     world = a_world(update)
     world.update(a_spec("app:2", update=update))
-    world.settle()
-    lead = wanted(world, "app:2")[0]
-    world.report(lead.id, TaskState.REJECTED)
-    world.settle()
-    assert state(world) is UpdateState.ROLLBACK_STARTED
-    assert message(world) == f"update rolled back due to failure or early termination of task {lead.id}"
-    assert world.service.previous_spec is None
     advance(world)
+    lead, other = wanted(world, "app:2")[:2]
+    world.report(lead.id, TaskState.FAILED)
+    world.settle()
+    cause = f"update rolled back due to failure or early termination of task {lead.id}"
+    assert (state(world), message(world)) == (UpdateState.ROLLBACK_STARTED, cause)
+    assert world.service.previous_spec is None
+    for _ in range(3):
+        advance(world)
     world.now += 5.0
     world.settle()
     assert len(wanted(world, "app:1")) == 4
+    assert not world.tasks[other.id].is_wanted
+    assert (state(world), message(world)) == (UpdateState.ROLLBACK_COMPLETED, f"rollback completed: {cause}")
+
+
+def test_what_could_not_be_prepared_is_rolled_back_without_a_stop() -> None:
+    update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK)
+    world = a_world(update)
+    before = wanted(world)
+    world.update(a_spec("app:2", update=update))
+    world.settle()
+    world.report(wanted(world, "app:2")[0].id, TaskState.REJECTED)
+    world.settle()
     assert state(world) is UpdateState.ROLLBACK_COMPLETED
-    assert message(world) == "rollback completed"
+    assert wanted(world) == before
 
 
 def test_a_rollback_that_fails_is_paused_and_not_rolled_back() -> None:
     update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK)
     world = a_world(update)
     world.update(a_spec("app:2", update=update))
+    advance(world)
+    world.report(wanted(world, "app:2")[0].id, TaskState.FAILED)
     world.settle()
-    world.report(wanted(world, "app:2")[0].id, TaskState.REJECTED)
-    world.settle()
+    assert state(world) is UpdateState.ROLLBACK_STARTED
     world.report(wanted(world, "app:1")[-1].id, TaskState.REJECTED)
     world.settle()
     assert state(world) is UpdateState.ROLLBACK_PAUSED
     assert message(world).startswith("rollback paused due to failure or early termination of task ")
+
+
+def test_a_rollback_has_settings_of_its_own() -> None:
+    """One at a time forwards, all at once back, and a failure on the way back does not stop it."""
+    update = UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.ROLLBACK, max_failure_ratio=0.5)
+    back = UpdateConfig(parallelism=0, failure_action=UpdateFailureAction.CONTINUE)
+    world = a_world(update)
+    world.update(replace(a_spec("app:2", update=update), rollback_config=back))
+    for _ in range(4):
+        advance(world)
+    assert len(wanted(world, "app:2")) == 4
+    spec = world.service.spec
+    swapped = UpdateStatus(state=UpdateState.ROLLBACK_STARTED, message="manually requested rollback")
+    before = replace(a_spec("app:1", update=update), rollback_config=back)
+    world.put(replace(world.service, spec=before, previous_spec=spec, update_status=swapped))
+    world.settle()
+    assert len(wanted(world, "app:1")) == 4
+    world.report(wanted(world, "app:1")[0].id, TaskState.REJECTED)
+    for _ in range(3):
+        advance(world)
+    world.now += 5.0
+    world.settle()
+    assert (state(world), message(world)) == (UpdateState.ROLLBACK_COMPLETED, "rollback completed")
+    assert wanted(world, "app:2") == []
