@@ -5,7 +5,8 @@ slot with desired state READY.  The successor is placed and prepared at once, so
 restart delay; it is started when the delay is over and nothing of the slot is still stopping.
 
 What cannot even be prepared (REJECTED: a missing image, say) is tried again later and later, also without a delay in
-the policy: an attempt that can fail in a millisecond must not keep the leader busy with nothing else.
+the policy: an attempt that can fail in a millisecond must not keep the leader busy with nothing else.  So is what ends
+soon after it ran, again and again: a crash loop without a delay of its own would start tasks as fast as it can.
 
 How often a slot was restarted is not counted anywhere: it is the number of tasks that the slot has had with the
 same version of the spec, less the first (the task history keeps as many as the policy needs).
@@ -29,6 +30,8 @@ from skep.model.times import SECOND_NS
 DEFAULT_DELAY_S = 5.0
 REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
 """Least delay after so many rejections in a row, one being none; the last one holds for any more."""
+CRASH_DELAYS_S = (0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""The same by how many tasks in a row crashed (``Sightings.crashes``).  A single crash costs nothing."""
 STOP_TIMEOUT_S = 60.0
 """A successor waits no longer than this for what it replaces to stop (swarmkit's defaultOldTaskTimeout)."""
 
@@ -106,14 +109,14 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     starts_at = situation.seen.created(task)
     predecessor = _predecessor(task, slot)
     if predecessor is not None and _is_delayed(predecessor, task, situation):
-        starts_at += max(delay_s(predecessor), _damping_s(predecessor, slot))
+        starts_at += max(delay_s(predecessor), _damping_s(predecessor, slot, situation.seen))
     retired_at = [situation.seen.retired(other) for other in _waited_for(slot, situation)]
     return max([starts_at, *(at + STOP_TIMEOUT_S for at in retired_at)])
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     """The task that takes the slot over; started at once where nothing has to be waited for."""
-    delay = max(delay_s(task), _damping_s(task, slot))
+    delay = max(delay_s(task), _damping_s(task, slot, situation.seen))
     starts_now = delay == 0 and not _waited_for(slot, situation) and not _is_held_back(task, slot, situation)
     starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
     return FillSlot(
@@ -124,15 +127,22 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     )
 
 
-def _damping_s(last: Task, slot: Slot) -> float:
-    """The least delay after ``last``, by how many tasks in a row up to it were rejected."""
+def _damping_s(last: Task, slot: Slot, seen: Sightings) -> float:
+    """The least delay after ``last``, by how many tasks in a row up to it were rejected, or crashed."""
+    if last.status.state is not TaskState.REJECTED:
+        return _nth(CRASH_DELAYS_S, seen.crashes(last)) if last.status.state.is_terminal else 0.0
     rejections = 0
     for task in history(slot):
         is_rejected = task.status.state is TaskState.REJECTED and task.spec_version == last.spec_version
         rejections = rejections + 1 if is_rejected else 0
         if task.id == last.id:
             break
-    return REJECTED_DELAYS_S[min(max(rejections - 1, 0), len(REJECTED_DELAYS_S) - 1)]
+    return _nth(REJECTED_DELAYS_S, rejections - 1)
+
+
+def _nth(delays_s: tuple[float, ...], index: int) -> float:
+    """The delay at ``index``; beyond the end the last one holds."""
+    return delays_s[min(max(index, 0), len(delays_s) - 1)]
 
 
 def _predecessor(task: Task, slot: Slot) -> Task | None:

@@ -4,10 +4,23 @@ Stamps in the objects come from other machines' clocks and are for people.  What
 counts as seen at its begin, so a new leader starts every delay again, bounded by its full length.
 """
 
+import msgspec
+
 from skep.model.ids import NodeId, TaskId
+from skep.model.meta import Version
 from skep.model.node import Node, NodeState
+from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Created, Deleted, Updated
+
+STABLE_S = 10.0
+"""A task that ran for so long before it ended is not part of a crash loop."""
+_BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED)
+
+
+class _Crashes(msgspec.Struct, frozen=True):
+    version: Version | None
+    count: int
 
 
 class Sightings:
@@ -21,6 +34,7 @@ class Sightings:
         self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
+        self._crashes: dict[str, _Crashes] = {}
 
     def created(self, task: Task) -> float:
         """When the task appeared."""
@@ -42,6 +56,11 @@ class Sightings:
             return None
         return self._ended.get(task.id, self._began)
 
+    def crashes(self, task: Task) -> int:
+        """How many tasks of its slot and version ended by themselves soon after they ran, in a row up to the last."""
+        crashes = self._crashes.get(_slot_of(task))
+        return crashes.count if crashes is not None and crashes.version == task.spec_version else 0
+
     def down(self, node: Node) -> float:
         """When the node was first seen down, of those times that it is down now."""
         return self._down.get(node.id, self._began)
@@ -58,6 +77,8 @@ class Sightings:
                         self._running.setdefault(task.id, self._began)
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
+                    if task.status.state != old.status.state and task.status.state in _BY_ITSELF:
+                        self._note_end(task, now)
                     self._note_state(task, now)
                 case Updated(Node() as before, Node() as node) if before.status.state != node.status.state:
                     self._down.pop(node.id, None)
@@ -65,12 +86,29 @@ class Sightings:
                         self._down[node.id] = now
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
+                case Deleted(Service() as service):
+                    for slot in [one for one in self._crashes if one.startswith(f"{service.id}/")]:
+                        del self._crashes[slot]
                 case Deleted(Task() as task):
                     for stamps in (self._created, self._running, self._retired, self._ended):
                         stamps.pop(task.id, None)
+
+    def _note_end(self, task: Task, now: float) -> None:
+        if not task.is_wanted:
+            return  # it was stopped
+        ran_at = self.running(task)
+        if ran_at is not None and now - ran_at >= STABLE_S:
+            self._crashes.pop(_slot_of(task), None)
+        else:
+            self._crashes[_slot_of(task)] = _Crashes(task.spec_version, self.crashes(task) + 1)
 
     def _note_state(self, task: Task, now: float) -> None:
         if task.status.state is TaskState.RUNNING:
             self._running.setdefault(task.id, now)
         elif task.status.state.is_terminal:
             self._ended.setdefault(task.id, now)
+
+
+def _slot_of(task: Task) -> str:
+    """The schema's index "slot"."""
+    return f"{task.service_id}/{task.slot or task.node_id}"

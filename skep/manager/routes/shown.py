@@ -1,21 +1,26 @@
 """Objects as the API shows them: without what is only ours."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from msgspec.structs import replace
 
 from skep.manager.control.service_form import with_defaults
 from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
-from skep.model.node import Node, NodeState
+from skep.manager.orchestrator.global_services import is_eligible
+from skep.model.ids import NodeId
+from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, ServiceStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
 _PIECE = 5_000
-"""Tasks counted before others get their turn."""
+"""Objects counted before others get their turn."""
+
+T = TypeVar("T")
 
 
 def shown_service(
@@ -65,25 +70,33 @@ def shown_task(view: View, task: Task) -> Task:
 async def service_status(view: View, service: Service) -> ServiceStatus:
     """How many tasks of ``service`` run, are wanted, and are done.  There may be 100,000: others get their turns.
 
+    Wanted of a global service are as many as there are nodes that may have one; SwarmKit counts its tasks there,
+    and so loses those that wait for their restart, and counts twice what is being updated.
+
     Source: swarmkit, manager/controlapi/service.go (ListServiceStatuses).
     """
     iteration = service.job_status.job_iteration if service.job_status is not None else None
-    tasks = view.find(Task, service_id=service.id)
     running = wanted = completed = 0
-    for start in range(0, len(tasks), _PIECE):
-        for task in tasks[start : start + _PIECE]:
-            if iteration is not None and task.job_iteration != iteration:
-                continue
-            state = known_status(view, task).state
-            running += state is TaskState.RUNNING
-            completed += state is TaskState.COMPLETE
-            wanted += _is_wanted(task)
-        await asyncio.sleep(0)
+    places: set[NodeId] = set()
+    async for task in _in_turns(view.find(Task, service_id=service.id)):
+        if iteration is not None and task.job_iteration != iteration:
+            continue
+        state = known_status(view, task).state
+        running += state is TaskState.RUNNING
+        completed += state is TaskState.COMPLETE
+        if task.is_wanted:
+            places.add(task.node_id)
+            wanted += state is not TaskState.COMPLETE  # of a global job
     mode = service.spec.mode
     if mode.replicated is not None:
         wanted = service.spec.replicas
     elif mode.replicated_job is not None:
         wanted = mode.replicated_job.max_concurrent or 0
+    elif mode.global_ is not None:
+        wanted = 0
+        async for node in _in_turns(view.find(Node)):
+            has_place = node.spec.availability is Availability.ACTIVE or node.id in places
+            wanted += has_place and is_eligible(node, service)
     return ServiceStatus(
         running_tasks=running,
         desired_tasks=wanted,
@@ -91,11 +104,12 @@ async def service_status(view: View, service: Service) -> ServiceStatus:
     )
 
 
-def _is_wanted(task: Task) -> bool:
-    """Whether a global service still counts on ``task``."""
-    if task.desired_state is TaskState.COMPLETE:
-        return task.status.state is not TaskState.COMPLETE
-    return task.desired_state is TaskState.RUNNING
+async def _in_turns(objects: Sequence[T]) -> AsyncIterator[T]:
+    """The objects, one after the other; now and then everything else gets its turn."""
+    for start in range(0, len(objects), _PIECE):
+        for object in objects[start : start + _PIECE]:
+            yield object
+        await asyncio.sleep(0)
 
 
 def has_labels(labels: Mapping[str, str], wanted: Iterable[str]) -> bool:

@@ -176,6 +176,71 @@ def test_what_cannot_be_prepared_at_all_is_tried_more_and_more_slowly() -> None:
     assert waits[-1] == 2.0
 
 
+def crash(world: World, *, ran_s: float = 0.1) -> float:
+    """The task runs and fails; the seconds until its successor may start."""
+    world.settle()
+    (task,) = wanted(world)
+    world.report(task.id, RUNNING)
+    world.now += ran_s
+    world.report(task.id, TaskState.FAILED)
+    failed_at = world.now
+    world.settle()
+    while next(iter(wanted(world))).desired_state is READY:
+        (recheck,) = world.steps()
+        assert isinstance(recheck, Recheck)
+        world.now = recheck.at
+        world.settle()
+    return world.now - failed_at
+
+
+def test_a_crash_loop_without_a_delay_is_damped_and_what_ran_well_begins_anew() -> None:
+    world = a_world(AT_ONCE)
+    assert [round(crash(world), 3) for _ in range(9)] == [0, 0, 0.5, 1, 2, 4, 8, 8, 8]
+    assert crash(world, ran_s=10.0) == 0.0
+    assert crash(world) == 0.0
+
+
+def test_a_delay_longer_than_the_damping_holds_alone() -> None:
+    world = a_world(RestartPolicy(delay=20 * SECOND_NS))
+    assert [round(crash(world), 3) for _ in range(9)] == [20.0] * 9
+
+
+def test_damping_does_not_need_the_history_of_the_slot() -> None:
+    world = a_world(AT_ONCE)
+    for _ in range(5):
+        crash(world)
+        for task in list(world.tasks.values()):
+            if task.status.state.is_terminal:
+                del world.tasks[task.id]
+    assert round(crash(world), 3) == 4.0
+
+
+def test_a_crash_loop_of_one_slot_costs_the_others_nothing() -> None:
+    world = a_world(AT_ONCE, replicas=2)
+    for _ in range(8):
+        world.settle()
+        looping = next(task for task in wanted(world) if task.slot == 1)
+        world.report(looping.id, TaskState.FAILED)
+    world.settle()
+    other = next(task for task in wanted(world) if task.slot == 2)
+    world.report(other.id, TaskState.FAILED)
+    world.settle()
+    desired = {task.slot: task.desired_state for task in wanted(world)}
+    assert desired == {1: READY, 2: RUNNING}
+
+
+def test_a_new_spec_knows_nothing_of_the_crashes_before() -> None:
+    world = a_world(AT_ONCE)
+    for _ in range(6):
+        crash(world)
+    world.update(a_service(replicas=1, restart=AT_ONCE, image="busybox:2").spec)
+    world.settle()
+    world.prepare_all()
+    world.settle()
+    world.stop_all()
+    assert crash(world) == 0.0
+
+
 def test_a_lost_node_is_not_waited_for_but_the_delay_holds() -> None:
     world = a_world(RestartPolicy(delay=3 * SECOND_NS))
     world.nodes[a_node("n1").id] = a_node("n1", state=NodeState.DOWN)

@@ -11,11 +11,11 @@ from skep.errors import Unavailable
 from skep.manager.control.service_form import settled
 from skep.manager.control.services import create_service
 from skep.manager.routes import application
-from skep.model.node import Node
-from skep.model.service import Service, ServiceSpec
-from skep.model.task import TaskState
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import ReplicatedJob, Service, ServiceMode, ServiceSpec
+from skep.model.task import Task, TaskState
 from skep.store.updates import NO_LEADER
-from tests.builders import a_service_spec, a_task
+from tests.builders import a_node, a_service_spec, a_task
 from tests.conformance.manager import a_manager_api
 from tests.own_time import own_time
 
@@ -84,6 +84,53 @@ async def test_a_status_counts_tasks(cluster):
     assert shown["ServiceStatus"] == {"RunningTasks": 1, "DesiredTasks": 3, "CompletedTasks": 0}
     (shown,) = await (await client.get("/v1.40/services?status=true")).json()
     assert "ServiceStatus" not in shown
+
+
+async def test_of_a_global_service_the_nodes_count_that_may_have_a_task(cluster):
+    """Not those of its tasks that wait, come twice during an update, or are on nodes that may have none."""
+    api, client = cluster
+    web = await a_stored_service(
+        api, a_service_spec("web", is_global=True, constraints=("node.labels.a==b",))
+    )
+    fits = {"a": "b"}
+    await put(
+        api,
+        a_node("n1", labels=fits),
+        a_node("n2", labels=fits),
+        a_node("n3"),
+        a_node("n4", labels=fits, state=NodeState.DOWN),
+        a_node("n5", labels=fits, availability=Availability.DRAIN),
+        a_node("n6", labels=fits, availability=Availability.PAUSE),
+        a_node("n7", labels=fits, availability=Availability.PAUSE),
+        a_task("t1", service=web, slot=0, node="n1"),
+        a_task("t2", service=web, slot=0, node="n1", state=TaskState.READY, desired=TaskState.READY),
+        a_task("t3", service=web, slot=0, node="n4"),
+        a_task("t4", service=web, slot=0, node="n7"),
+    )
+    (shown,) = await (await client.get("/v1.41/services?status=true")).json()
+    assert shown["ServiceStatus"]["DesiredTasks"] == 3
+
+
+async def test_of_a_job_its_runs_count_and_what_they_have_completed(cluster):
+    api, client = cluster
+    job = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=5))
+    job_service = await a_stored_service(api, replace(a_service_spec("job"), mode=job))
+    iteration = job_service.job_status.job_iteration
+
+    def run(id: str, slot: int, state: TaskState, desired: TaskState = TaskState.COMPLETE) -> Task:
+        return replace(
+            a_task(id, service=job_service, slot=slot, state=state, desired=desired), job_iteration=iteration
+        )
+
+    await put(
+        api,
+        run("t1", 1, TaskState.COMPLETE),
+        run("t2", 2, TaskState.FAILED, TaskState.SHUTDOWN),
+        run("t3", 2, TaskState.COMPLETE),
+        run("t4", 3, TaskState.RUNNING),
+    )
+    (shown,) = await (await client.get("/v1.41/services?status=true")).json()
+    assert shown["ServiceStatus"] == {"RunningTasks": 1, "DesiredTasks": 2, "CompletedTasks": 2}
 
 
 async def test_what_is_ours_is_not_shown(cluster):
