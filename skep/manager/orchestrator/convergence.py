@@ -21,7 +21,8 @@ from skep.model.node import Availability
 def next_steps(situation: Situation) -> list[Step]:
     """What to do for the service now, and when to look again.
 
-    Applying the changes and asking again, nothing else having happened, gives no further change.
+    Applying the changes and asking again, nothing else having happened, makes and retires no further task; a start may
+    follow that had to wait for a retirement.
     """
     service, tasks = situation.service, situation.tasks
     if service.removed_at is not None:

@@ -23,7 +23,7 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
 from skep.model.node import Availability
-from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
+from skep.model.service import RestartCondition, RestartPolicy, TaskSpec, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
@@ -108,7 +108,7 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
         return situation.now
     starts_at = situation.seen.created(task)
     predecessor = _predecessor(task, slot)
-    if predecessor is not None and _is_delayed(predecessor, task, situation):
+    if predecessor is not None and _is_delayed(predecessor, task.spec, situation):
         starts_at += max(delay_s(predecessor), _damping_s(predecessor, slot, situation.seen))
     retired_at = [situation.seen.retired(other) for other in _waited_for(slot, situation)]
     return max([starts_at, *(at + STOP_TIMEOUT_S for at in retired_at)])
@@ -116,7 +116,8 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     """The task that takes the slot over; started at once where nothing has to be waited for."""
-    delay = max(delay_s(task), _damping_s(task, slot, situation.seen))
+    is_delayed = _is_delayed(task, situation.service.spec.task_template, situation)
+    delay = max(delay_s(task), _damping_s(task, slot, situation.seen)) if is_delayed else 0.0
     starts_now = delay == 0 and not _waited_for(slot, situation) and not _is_held_back(task, slot, situation)
     starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
     return FillSlot(
@@ -154,13 +155,13 @@ def _predecessor(task: Task, slot: Slot) -> Task | None:
     return before
 
 
-def _is_delayed(predecessor: Task, task: Task, situation: Situation) -> bool:
-    """Whether ``task`` restarts ``predecessor`` under the restart delay.
+def _is_delayed(predecessor: Task, spec: TaskSpec, situation: Situation) -> bool:
+    """Whether a task of ``spec`` restarts ``predecessor`` under the restart delay.
 
     Not when what a task is has changed (an update is paced by its own settings), nor when the predecessor was
     stopped on purpose or had to leave a drained node.
     """
-    if predecessor.spec != task.spec:
+    if predecessor.spec != spec:
         return False
     if predecessor.status.state.is_terminal:
         return predecessor.status.state is not TaskState.SHUTDOWN

@@ -78,6 +78,8 @@ class _SlotView(msgspec.Struct, frozen=True):
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     lead: Task | None
     """The first task of the present version (``_lead``)."""
+    stops: bool
+    """Whether something of the slot stops, or would have to."""
 
 
 def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
@@ -148,7 +150,7 @@ class _Rollout:
                 room_at.append(settled_at + self._delay_s)
         room = (self._config.parallelism or len(waiting)) - busy
         for view in waiting[: max(room, 0)]:
-            yield from self._replace(view.outdated)
+            yield from self._replace(view)
         if len(waiting) > room and room_at:
             yield Recheck(min(room_at))
         yield from self._recheck_progress()
@@ -196,16 +198,18 @@ class _Rollout:
         cause = status.message if status is not None and status.message.startswith(ROLLED_BACK) else ""
         return "rollback completed" + (f": {cause}" if cause else "")
 
-    def _replace(self, outdated: Slot) -> Iterator[Step]:
+    def _replace(self, view: _SlotView) -> Iterator[Step]:
         """Begin with one slot.  Of several outdated tasks (an update was overtaken by this one) the best counts."""
-        *others, best = sorted(outdated, key=lambda task: (task.status.state is TaskState.RUNNING, age(task)))
+        *others, best = sorted(
+            view.outdated, key=lambda task: (task.status.state is TaskState.RUNNING, age(task))
+        )
         others = [task for task in others if task.desired_state <= TaskState.RUNNING]
         fill = FillSlot(self._service, best.slot, NodeId("") if best.slot else best.node_id)
         prepared = replace(fill, desired=TaskState.READY)
         if best.desired_state > TaskState.RUNNING:
             yield fill
         elif not _serves(best):
-            yield ReplaceTask(best, prepared)
+            yield ReplaceTask(best, prepared if view.stops else fill)
         else:
             successor = fill if self._starts_first else prepared
             yield ReplaceTask(others.pop(), successor) if others else successor
@@ -265,7 +269,8 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     tasks = wanted(past) or past[-1:]
     outdated = tuple(task for task in tasks if is_dirty(task, situation))
     current = tuple(task for task in wanted(tasks) if task not in outdated)
-    return _SlotView(current, outdated, _lead(past, situation))
+    stops = any(TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING for task in slot)
+    return _SlotView(current, outdated, _lead(past, situation), stops)
 
 
 def _serves(task: Task) -> bool:
