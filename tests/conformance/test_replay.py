@@ -113,6 +113,11 @@ def test_services_that_can_never_work_are_refused_in_the_engines_words(problems:
     assert problems == []
 
 
+@each(script.ODD_SPECS)
+def test_odd_specs_are_taken_or_refused_as_by_the_engine(problems: list[str]) -> None:
+    assert problems == []
+
+
 @each(script.FILES)
 def test_secrets_and_configs_answer_as_the_engines_do(problems: list[str]) -> None:
     assert problems == []

@@ -64,7 +64,11 @@ def settled(spec: ServiceSpec) -> ServiceSpec:
     template, mode = _settled_runtime(spec)
     return replace(
         spec,
-        task_template=replace(template, restart_policy=_settled_restart(template.restart_policy)),
+        task_template=replace(
+            template,
+            restart_policy=_settled_restart(template.restart_policy),
+            placement=_settled_placement(template.placement),
+        ),
         mode=_settled_mode(mode),
         update_config=_settled_update(spec.update_config),
         rollback_config=_settled_update(spec.rollback_config),
@@ -160,6 +164,15 @@ def _settled_bind_options(options: BindOptions | None) -> BindOptions | None:
     if options == BindOptions():
         return None  # SwarmKit has no way to say "given, but empty"
     return replace(options, propagation=propagation or "rprivate")
+
+
+def _settled_placement(placement: Placement | None) -> Placement | None:
+    """A preference for nothing is none."""
+    if placement is None:
+        return None
+    return replace(
+        placement, preferences=tuple(one for one in placement.preferences if one.spread is not None)
+    )
 
 
 def _settled_restart(policy: RestartPolicy | None) -> RestartPolicy | None:

@@ -8,6 +8,7 @@ from tests.conformance.script.cluster import AMBIGUOUS, LARGE, NODES, REMOVALS, 
 from tests.conformance.script.dialect import BAD_JSON, DIALECT, WRONG_TYPES
 from tests.conformance.script.founding import BEFORE_INIT, INIT, INITS
 from tests.conformance.script.objects import FILES, NETWORKS
+from tests.conformance.script.odd_specs import ODD_SPECS
 from tests.conformance.script.services import SERVICES, UPDATES
 from tests.conformance.script.specs import BAD_SPECS
 from tests.conformance.script.steps import Step, service
@@ -25,6 +26,7 @@ __all__ = [
     "LARGE",
     "NETWORKS",
     "NODES",
+    "ODD_SPECS",
     "REMOVALS",
     "SERVICES",
     "SWARM",
@@ -48,5 +50,6 @@ IN_SWARM = (
     *REMOVALS,
     *AMBIGUOUS,
     *LARGE,
+    *ODD_SPECS,
 )
 """What a manager is asked, with the node it runs on kept as ``node``."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import (
@@ -11,6 +12,7 @@ from skep.errors import (
     InvalidArgument,
     NotFound,
     OutOfSequence,
+    SkepError,
     Unimplemented,
 )
 from skep.manager.control.networks import first_networks
@@ -192,3 +194,30 @@ def test_a_settled_spec_settles_no_further():
     assert settled(spec) == spec
     assert spec.endpoint_spec.mode == "vip"
     assert spec.endpoint_spec.ports[0].protocol == "udp"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (a_service_spec(replicas=10**9), "at most 100000 tasks"),
+        (a_service_spec(constraints=("node.role",)), "constraint expected one operator"),
+        (
+            a_service_spec(ports=(PortConfig(target_port=80, published_port=8080),)),
+            "port '8080' is already in use",
+        ),
+    ],
+)
+async def test_of_what_is_refused_nothing_stays(store, spec, message):
+    """Neither its name nor its port is taken, and an update leaves the service as it was."""
+    first = await create(
+        store, a_service_spec("first", ports=(PortConfig(target_port=80, published_port=8080),))
+    )
+    other = await create(store, a_service_spec("other"))
+    before = store.view().find(Service)
+    with pytest.raises(SkepError, match=message):
+        await create(store, replace(spec, name="new"))
+    with pytest.raises(SkepError, match=message):
+        await update(store, other, replace(spec, name="other"))
+    assert store.view().find(Service) == before
+    await create(store, a_service_spec("new"))
+    assert store.view().get(Service, first.id) == first
