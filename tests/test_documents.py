@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import PAGES, ROOT, links, make_targets, quoted, shell_blocks
+from tests.test_status import exists
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -78,3 +79,19 @@ def test_check_formats_lints_types_and_looks_at_imports() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert project["mypy"]["strict"] is True
     assert project["importlinter"]["contracts"]
+
+
+def test_every_test_that_the_page_of_swarmkits_scenarios_names_exists() -> None:
+    page = ROOT / "docs" / "conformance" / "orchestration.md"
+    named = re.findall(r"`(tests/[^`]+)`", page.read_text())
+    assert len(named) > 60
+    assert [name for name in named if not exists(name)] == []
+
+
+def test_every_scenario_has_a_test_or_a_reason() -> None:
+    page = ROOT / "docs" / "conformance" / "orchestration.md"
+    rows = [line.split("|") for line in page.read_text().splitlines() if line.startswith("|")]
+    shown_by = [cells[3].strip() for cells in rows if len(cells) == 5]
+    assert [cell for cell in shown_by if "`tests/" not in cell and not cell.startswith("not ")] == [
+        cell for cell in shown_by if cell in ("---", "our tests, and differences")
+    ]

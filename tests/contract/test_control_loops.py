@@ -15,7 +15,7 @@ from skep.model.service import ReplicatedService, Service, ServiceMode
 from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.interface import NotLeader, Store, Transaction
-from tests.builders import a_node, a_service
+from tests.builders import a_node, a_service, a_task
 from tests.contract.store_rigs import FIRST, Rig
 
 REPLICAS = 50
@@ -84,6 +84,14 @@ async def test_a_service_comes_scales_and_goes(store: Store) -> None:
         await store.update(end_all)
         await wait_for(store, lambda: store.view().lookup(Service, "web") is None)
     assert tasks() == []
+
+
+async def test_a_new_leader_ends_tasks_whose_service_is_gone_and_fills_what_others_left(store: Store) -> None:
+    await store.update(lambda tx: [tx.put(a_node("n1")), tx.put(a_service("web", replicas=2))])
+    await store.update(lambda tx: tx.put(a_task("lost", node="n1", service="gone")))
+    async with leading(store):
+        await wait_for(store, lambda: store.view().get(Task, "lost").desired_state is TaskState.REMOVE)
+        await wait_for(store, lambda: len(store.view().find(Task, service_id="web")) == 2)
 
 
 async def test_loops_of_a_deposed_leader_end(rig: Rig) -> None:

@@ -1,0 +1,116 @@
+"""Updates and rollbacks through the docker command: what they stop, what they leave, and what they say in the end."""
+
+from typing import Any
+
+import pytest
+
+from tests.integration.cluster import IMAGE, TestNode, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+QUICK = ("--update-monitor", "500ms", "--restart-delay", "0s", "--stop-grace-period", "1s")
+SLEEP = ("sleep", "3600")
+
+
+def create(m1: TestNode, *words: str, command: tuple[str, ...] = SLEEP) -> None:
+    m1.docker("service", "create", "--name", "web", *QUICK, *words, IMAGE, *command)
+
+
+def update(m1: TestNode, *words: str) -> str:
+    """The command's output; it may say that the update failed."""
+    done = m1.docker("service", "update", *words, "web", check=False)
+    return str(done.stdout + done.stderr)
+
+
+def tasks(m1: TestNode) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = m1.client().api.tasks(filters={"service": "web"})
+    return found
+
+
+def running(m1: TestNode) -> set[str]:
+    return {task["ID"] for task in tasks(m1) if task["Status"]["State"] == "running"}
+
+
+def status(m1: TestNode) -> dict[str, Any]:
+    found: dict[str, Any] = m1.client().api.inspect_service("web").get("UpdateStatus") or {}
+    return found
+
+
+def test_an_image_that_does_not_exist_stops_nothing_and_the_next_update_goes_on(m1: TestNode) -> None:
+    create(m1, "--replicas", "2")
+    before = running(m1)
+    said = update(m1, "--image", "localhost:1/nosuch:1", "--no-resolve-image")
+    assert "update paused due to failure or early termination of task" in said
+    assert status(m1)["State"] == "paused"
+    assert running(m1) == before
+    update(m1, "--image", IMAGE, "--no-resolve-image", "--env-add", "A=1")
+    assert status(m1)["State"] == "completed"
+    assert len(running(m1)) == 2
+    assert not running(m1) & before
+
+
+def test_a_failing_update_is_rolled_back_and_says_why(m1: TestNode) -> None:
+    create(m1, "--replicas", "2", "--update-failure-action", "rollback")
+    said = update(m1, "--args", "false")
+    assert "update rolled back due to failure or early termination of task" in said
+    final = wait_until(
+        lambda: now if (now := status(m1)).get("State") == "rollback_completed" else {}, "it is rolled back"
+    )
+    assert "non-zero exit (1)" in final["Message"]
+    wait_until(lambda: len(running(m1)) == 2, "both replicas run again")
+    spec = m1.client().api.inspect_service("web")["Spec"]
+    assert spec["TaskTemplate"]["ContainerSpec"]["Args"] == list(SLEEP)
+
+
+def test_what_changes_no_task_starts_none_and_force_starts_all(m1: TestNode) -> None:
+    create(m1, "--replicas", "2", "--label", "a=1")
+    before = running(m1)
+    update(m1)
+    update(m1, "--label-add", "a=2")
+    update(m1, "--update-parallelism", "0", "--update-order", "start-first", "--rollback-monitor", "500ms")
+    update(m1, "--replicas", "3")
+    assert len(running(m1)) == 3
+    assert running(m1) > before
+    assert len(tasks(m1)) == 3
+    before = running(m1)
+    update(m1, "--force")
+    wait_until(
+        lambda: len(running(m1)) == 3 and not running(m1) & before, "three others run, and nothing else"
+    )
+
+
+def test_a_rollback_swaps_the_specs_and_so_does_the_next(m1: TestNode) -> None:
+    create(m1, "--env", "A=1", "--rollback-monitor", "500ms")
+    update(m1, "--env-add", "A=2")
+    for expected in ("A=1", "A=2"):
+        m1.docker("service", "rollback", "web")
+        spec = m1.client().api.inspect_service("web")["Spec"]
+        assert spec["TaskTemplate"]["ContainerSpec"]["Env"] == [expected]
+        assert status(m1)["State"] == "rollback_completed"
+
+
+def test_a_service_gives_its_name_port_and_network_back_at_once(m1: TestNode) -> None:
+    """Its container takes a second to stop; a hidden record owns it until then."""
+    m1.docker("network", "create", "--driver", "overlay", "own")
+    port = ("--publish", "published=8123,target=80,mode=host")
+    create(m1, *port)
+    (first,) = tasks(m1)
+    m1.docker("service", "create", "--name", "user", "--network", "own", "--replicas", "0", IMAGE)
+    assert "is in use by service" in m1.docker("network", "rm", "own", check=False).stderr
+    m1.docker("service", "rm", "user", "web")
+    m1.docker("network", "rm", "own")
+    m1.docker("service", "create", "--name", "web", "--detach", *QUICK, *port, IMAGE, *SLEEP)
+    wait_until(lambda: running(m1), "the new service has the port")
+    assert first["ID"] not in running(m1)
+
+
+def test_a_crash_loop_is_damped_and_the_service_beside_it_runs(m1: TestNode) -> None:
+    create(m1, "--detach", command=("false",))
+    m1.docker("service", "create", "--name", "calm", IMAGE, *SLEEP)
+    wait_until(
+        lambda: len([t for t in tasks(m1) if t["Status"]["State"] == "failed"]) >= 4, "it failed four times"
+    )
+    (last,) = [task for task in tasks(m1) if task["DesiredState"] in ("ready", "running")]
+    assert last["DesiredState"] == "ready"
+    (calm,) = m1.client().api.tasks(filters={"service": "calm"})
+    assert calm["Status"]["State"] == "running"
