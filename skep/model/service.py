@@ -14,6 +14,9 @@ from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
 ModeName = Literal["replicated", "global", "replicated-job", "global-job"]
 
+REPLICAS_MAX = 100_000
+"""Tasks of one service (DESIGN, "Conventions": cluster policy)."""
+
 
 class NamedResource(ApiObject):
     __go_name__: ClassVar[str | None] = "swarm.NamedGenericResource"

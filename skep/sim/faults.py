@@ -1,6 +1,6 @@
 """Faults that are not of machines: objects that make whoever decides about them raise, managers that show the past."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -65,6 +65,9 @@ class _PoisonedView:
         if self._poisoned.intersection(by.values()):
             raise Poison(f"{kind.__name__} by {by}")
         return self._view.find(kind, **by)
+
+    def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
+        return self._view.unreadable(kind)
 
     def resolve(self, kind: type[T], word: str) -> T:
         return self._view.resolve(kind, word)

@@ -45,11 +45,18 @@ class View(Protocol):
         ``view.find(Task, service_id=...)`` costs what it returns.  An unknown index is a bug (KeyError).
         """
 
+    def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
+        """Ids of objects of a kind that are stored but cannot be read, and why; empty unless something is damaged.
+
+        Such an object is not found (or found as it was before), which is not to be taken for its removal.
+        """
+
     def resolve(self, kind: type[T], word: str) -> T:
         """What a user means by ``word``: full id, else name, else unique prefix of an id (Docker's order).
 
         Removed services, still there as owners of their tasks, are not meant.
-        Raises: NotFound: "service web not found"; InvalidArgument: "... is ambiguous (2 matches found)".
+        Raises: NotFound: "service web not found"; InvalidArgument: "... is ambiguous (2 matches found)"; Unavailable:
+        it is there and cannot be read.
         """
 
 

@@ -5,12 +5,12 @@ or a network; ``replica`` publishes what it returns.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from skep.errors import InvalidArgument, NotFound
+from skep.errors import InvalidArgument, NotFound, Unavailable
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.store import keys
@@ -69,6 +69,9 @@ class State:
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
         return self.table_by_type[kind].find(by)
+
+    def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
+        return self.table_by_type[kind].unreadable
 
     def resolve(self, kind: type[T], word: str) -> T:
         found: T = resolved(self, self.table_by_type[kind], word)
@@ -206,7 +209,7 @@ def resolved(view: Any, table: Table, word: str) -> Any:
     """The one object that a user means by ``word``: id, else name, else unique prefix of an id.
 
     ``view`` gives ``lookup``, ``find`` and ``ids_with_prefix``: the state, or a transaction over it.
-    Raises: NotFound; InvalidArgument: several objects fit.
+    Raises: NotFound; InvalidArgument: several objects fit; Unavailable: what fits cannot be read.
 
     Source: moby, daemon/cluster/helpers.go.
     """
@@ -225,6 +228,8 @@ def resolved(view: Any, table: Table, word: str) -> Any:
         found = [one for one in candidates if one is not None and not schema.is_hidden(one)]
     match found:
         case []:
+            if word in table.unreadable:
+                raise Unavailable(f"{schema.name} {word} cannot be read: {table.unreadable[word]}")
             raise NotFound(f"{schema.name} {word} not found")
         case [one]:
             return one

@@ -53,6 +53,8 @@ class Table:
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
         self.marks: dict[str, Marks] = {}
+        self.unreadable: dict[str, str] = {}
+        """Id -> why its head cannot be read.  Such an object is not there, or is what it was before."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
@@ -124,6 +126,7 @@ class Table:
 
     def _removed(self, id: str, old: Any) -> Event | None:
         self.marks.pop(id, None)
+        self.unreadable.pop(id, None)
         if old is None:
             return None
         del self.objects[id]
@@ -154,7 +157,11 @@ class Table:
                     part=change.part,
                     error=str(error),
                 )
+                if change.part == HEAD:
+                    self.unreadable[id] = str(error)
                 continue
+            if change.part == HEAD:
+                self.unreadable.pop(id, None)
             fields |= values
             if codec.is_answer:
                 answers[change.part] = answered

@@ -5,7 +5,7 @@ and only the touched objects are compared with what they were.
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -84,6 +84,9 @@ class Writing:
             if object is not None and _is_found(table, object, by):
                 insort(found, id)
         return [written[id] if id in written else table.objects[id] for id in found]
+
+    def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
+        return self._state.unreadable(kind)
 
     def resolve(self, kind: type[T], word: str) -> T:
         found: T = resolved(self, self._state.table_by_type[kind], word)

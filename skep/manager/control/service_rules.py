@@ -20,6 +20,7 @@ from skep.model.container import (
 )
 from skep.model.labels import check_service_labels
 from skep.model.service import (
+    REPLICAS_MAX,
     EndpointSpec,
     Limits,
     PublishMode,
@@ -32,9 +33,6 @@ from skep.model.service import (
     UpdateConfig,
 )
 from skep.model.times import Nanoseconds
-
-REPLICAS_MAX = 100_000
-"""Tasks of one service (DESIGN, "Conventions": cluster policy)."""
 
 _SHORTEST_NS = 1_000_000
 _NANO_CPUS_MIN = 1_000_000

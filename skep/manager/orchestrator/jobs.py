@@ -15,6 +15,7 @@ from typing import Any
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, RemoveService, RetireTask, Step
 from skep.manager.orchestrator.global_services import is_eligible
+from skep.manager.orchestrator.replicated import check_number
 from skep.manager.orchestrator.restart import restart_steps, should_restart, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, first_state, group_by_node, group_by_slot, history, wanted
@@ -87,6 +88,7 @@ def _missing_runs(
 ) -> list[FillSlot]:
     """Runs to begin now: as many as may run beside those that do, and no more than are still to be completed."""
     total = job.total_completions or 0
+    check_number(total)
     done = {number for number, slot in slots.items() if is_done(slot)}
     under_way = {number for number, slot in slots.items() if wanted(slot)} - done
     given_up = {number for number in slots if _is_given_up(slots[number], situation)} - done - under_way

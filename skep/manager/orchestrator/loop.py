@@ -21,7 +21,7 @@ from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId
-from skep.model.node import Node
+from skep.model.node import Availability, Node, NodeSpec
 from skep.model.service import Service, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -171,13 +171,13 @@ class Orchestrator:
         tasks = tuple(view.find(Task, service_id=service_id))
         service = view.lookup(Service, service_id)
         if service is None:
-            return retire_all(tasks)
+            return () if service_id in view.unreadable(Service) else retire_all(tasks)
         return next_steps(
             Situation(
                 service=service,
                 tasks=tasks,
-                nodes=lambda: tuple(view.find(Node)),
-                node=lambda node_id: view.lookup(Node, node_id),
+                nodes=lambda: (*view.find(Node), *_unreadable_nodes(view)),
+                node=lambda node_id: view.lookup(Node, node_id) or _unreadable_node(view, node_id),
                 overcommitted=self._overcommitted_on,
                 spec_of=lambda task: spec_of(view, task),
                 seen=self._seen,
@@ -213,6 +213,18 @@ class Orchestrator:
             if isinstance(result, SkepError):
                 delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
                 self._agenda.add_at(service_id, self._clock.monotonic() + delay_s)
+
+
+def _unreadable_nodes(view: View) -> list[Node]:
+    found = (_unreadable_node(view, NodeId(id)) for id in sorted(view.unreadable(Node)))
+    return [node for node in found if node is not None and view.lookup(Node, node.id) is None]
+
+
+def _unreadable_node(view: View, node_id: NodeId) -> Node | None:
+    """What stands for a node whose record is damaged: it keeps what it has, and gets nothing new."""
+    if node_id not in view.unreadable(Node):
+        return None
+    return Node(id=node_id, spec=NodeSpec(availability=Availability.PAUSE))
 
 
 def _is_global(service: Service) -> bool:

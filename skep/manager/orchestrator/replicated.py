@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import count, islice
 
+from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
 from skep.manager.orchestrator.restart import should_restart
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.slots import Slot, first_state, group_by_slot, history, wanted
 from skep.model.ids import NodeId
-from skep.model.service import Service, UpdateState
+from skep.model.service import REPLICAS_MAX, Service, UpdateState
 from skep.model.task import Task, TaskState
 
 
@@ -20,8 +21,11 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = 
     service, so what stays is spread evenly.  A slot whose last task ended and is not to be restarted stays taken.
     Applying the result and asking again gives ``[]``.
 
+    Raises: InvalidArgument: more than any service may have; the users' interface lets none through.
+
     Source: swarmkit, manager/orchestrator/replicated/services.go.
     """
+    check_number(service.spec.replicas)
     slots = group_by_slot(tasks)
     held = {number: slot for number, slot in slots.items() if is_held(slot, service, seen or Sightings(0.0))}
     missing = service.spec.replicas - len(held)
@@ -42,6 +46,12 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = 
         for task in history(slot)
     ]
     return changes
+
+
+def check_number(tasks: int) -> None:
+    """Refuse to decide about more tasks than a service may have.  Raises: InvalidArgument."""
+    if tasks > REPLICAS_MAX:
+        raise InvalidArgument(f"a service can have at most {REPLICAS_MAX} tasks, not {tasks}")
 
 
 def retire_all(tasks: Iterable[Task]) -> list[Change]:
