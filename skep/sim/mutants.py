@@ -154,7 +154,7 @@ def _sent_again() -> list[Patch]:
 
 
 def _crowded_slots() -> list[Patch]:
-    return [Patch(restart, "_is_waited_for", lambda slot, situation: False)]
+    return [Patch(restart, "_waited_for", lambda slot, situation: [])]
 
 
 MUTANTS: tuple[Mutant, ...] = (
