@@ -198,7 +198,9 @@ def test_whatever_happens_runs_stay_within_their_numbers(
     world.settle()
     done = {task.slot for task in world.tasks.values() if task.status.state is TaskState.COMPLETE}
     assert len(done) + len(live(world)) <= total
-    assert world.steps() == []
+    assert world.changes() == []
+    world.now += 60.0  # those that crashed in a row wait for their next attempt
+    world.settle()
     while running := live(world):
         world.report(running[0].id, TaskState.COMPLETE)
         world.settle()
