@@ -65,6 +65,7 @@ class TaskState(Enum):
 
 
 _RUNNING = 512
+_COMPLETE = 576
 _NUMBERS = (0, 64, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 800, 832, -1)
 for _state, _number in zip(TaskState, _NUMBERS, strict=True):
     _state.number = _number
@@ -144,7 +145,7 @@ class Task(ApiObject):
     @property
     def is_wanted(self) -> bool:
         """Whether the task is meant to run (a job's: to its end); it may have ended all the same."""
-        return self.desired_state <= TaskState.COMPLETE
+        return self.desired_state.number <= _COMPLETE  # every loop asks for every task: no call of `__le__`
 
     @property
     def is_active(self) -> bool:

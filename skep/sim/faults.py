@@ -12,6 +12,7 @@ from skep.store.interface import Object, Store, Transaction, View, Watch
 
 T = TypeVar("T", bound=msgspec.Struct)
 R = TypeVar("R")
+Item = TypeVar("Item")
 P = ParamSpec("P")
 
 
@@ -39,7 +40,7 @@ class PoisonedState:
         return await self._term.update(body, *args, **kwargs)
 
     async def update_each(
-        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
+        self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
     ) -> Sequence[R | SkepError]:
         return await self._term.update_each(body, items)
 

@@ -6,6 +6,7 @@ from typing import Any
 from skep.errors import ResourceExhausted
 from skep.model.task import Task
 from skep.store import keys
+from skep.store.interface import nothing
 from skep.store.keys import HEAD
 from skep.store.kinds import SpecVersion, spec_version_id
 from skep.store.proposal import Compare, Exists, NothingSince, Proposal, Unchanged
@@ -39,6 +40,8 @@ class Draft:
         """The parts of ``object`` that differ from ``base``, its references and shared claims."""
         kind, id = owner
         is_head_written = False
+        marks = table.marks.get(id)
+        revisions = marks.revisions if marks is not None else {}
         for part, codec in table.codecs.items():
             if base is not None and codec.is_same(base, object):
                 continue
@@ -46,14 +49,14 @@ class Draft:
                 continue
             value = codec.encode(object)
             key = keys.object_key(kind, id, part)
-            known = self._revision(table, id, part)
+            known = revisions.get(part, 0)
             if value is None and not known:
                 continue
             if value is not None and len(value) > MAX_OBJECT_BYTES:
                 raise ResourceExhausted(f"{kind} {id} is too large: {len(value)} of {MAX_OBJECT_BYTES} bytes")
             is_head_written |= part == HEAD
             if base is not None or part == HEAD:
-                self._compare(Unchanged(key, known))
+                self._compares.setdefault((Unchanged, key), Unchanged(key, known))
             if value is None:
                 self._deletes[key] = None
             else:
@@ -61,7 +64,10 @@ class Draft:
         if base is not None and not is_head_written:
             self.expect(owner)
         schema = table.schema
-        self._members(owner, schema.references, base, object, keys.reference_key)
+        if schema.references is not nothing:
+            self._members(owner, schema.references, base, object, keys.reference_key)
+        if schema.shared_claims is nothing:
+            return
         self._members(
             owner, schema.shared_claims, base, object, lambda claim, user: keys.shared_key(claim, *user)
         )
@@ -151,6 +157,8 @@ class Draft:
         """Write the keys that say ``owner`` is a member of something, delete those that no longer hold."""
         before = set(of(base)) if base is not None else set()
         after = set(of(object)) if object is not None else set()
+        if before == after:
+            return
         for member in sorted(after - before):
             self._puts[key_of(member, owner)] = b"1"
         for member in sorted(before - after):

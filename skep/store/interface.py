@@ -23,6 +23,7 @@ Object: TypeAlias = msgspec.Struct
 
 T = TypeVar("T", bound=msgspec.Struct)
 R = TypeVar("R")
+Item = TypeVar("Item")
 P = ParamSpec("P")
 
 
@@ -148,7 +149,7 @@ class Updates(Protocol):
         """
 
     async def update_each(
-        self, body: Callable[[Transaction, T], R], items: Iterable[T], /
+        self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
     ) -> Sequence[R | SkepError]:
         """``update`` once per item, each a proposal of its own, committed in as few raft entries as possible.
 
@@ -207,6 +208,11 @@ class Term(Updates, Protocol):
         """Return when the term is over (another leader, or no word from the member for too long)."""
 
 
+def nothing(object: Any) -> Iterable[Any]:
+    """What objects of most kinds claim, share and refer to."""
+    return ()
+
+
 class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     """How one kind of object is stored (``schema.py`` lists them)."""
 
@@ -219,16 +225,16 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     answers: frozenset[str] = frozenset()
     """Parts that answer a spec: stored with its version, dropped by the merge when they answer an older one."""
 
-    claims: Callable[[Any], Iterable[str]] = lambda _: ()
+    claims: Callable[[Any], Iterable[str]] = nothing
     """Keys (``n/service/web``, ``p/tcp/8080``) that only one object may hold."""
 
-    shared_claims: Callable[[Any], Iterable[str]] = lambda _: ()
+    shared_claims: Callable[[Any], Iterable[str]] = nothing
     """Claims that many may hold together while nobody holds them alone (host-mode ports)."""
 
     taken: Callable[[str, Any, Any], SkepError]
     """``(claim, wanting object, holder) -> error``: the refusal in Docker's words."""
 
-    references: Callable[[Any], Iterable[tuple[str, str]]] = lambda _: ()
+    references: Callable[[Any], Iterable[tuple[str, str]]] = nothing
     """(kind name, id) of the objects it needs; these cannot be deleted meanwhile."""
 
     is_referable: bool = False

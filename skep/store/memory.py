@@ -136,9 +136,9 @@ class MemoryCluster:
         return entry.revision if entry is not None else 0
 
     def _holds(self, compare: Unchanged | Exists | NothingSince) -> bool:
+        if isinstance(compare, Unchanged):
+            return self._revision_of(compare.key) == compare.revision
         match compare:
-            case Unchanged(key, revision):
-                return self._revision_of(key) == revision
             case Exists(key, create_revision):
                 entry = self._entries.get(key)
                 return entry is not None and entry.create_revision == create_revision

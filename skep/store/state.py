@@ -5,7 +5,7 @@ or a network; ``replica`` publishes what it returns.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -95,14 +95,18 @@ class State:
 
     def apply(self, revision: int, changes: Iterable[KeyChange]) -> tuple[Event, ...]:
         """Take in everything that ``revision`` changed, and say what happened to which object."""
-        by_object: dict[Owner, list[PartChange]] = {}
+        by_kind: dict[str, dict[str, list[PartChange]]] = {}
         for change in changes:
             match change.key[:2]:
                 case "o/":
                     kind, id, part = keys.parsed_object_key(change.key)
-                    by_object.setdefault((kind, id), []).append(
-                        PartChange(part, change.value, change.revision, change.create_revision)
-                    )
+                    by_id = by_kind.get(kind)
+                    if by_id is None:
+                        by_id = by_kind[kind] = {}
+                    parts = by_id.get(id)
+                    if parts is None:
+                        parts = by_id[id] = []
+                    parts.append(PartChange(part, change.value, change.revision, change.create_revision))
                 case "n/" | "p/":
                     self._apply_claim(change)
                 case "s/":
@@ -112,7 +116,7 @@ class State:
                     used, user = keys.parsed_reference_key(change.key)
                     _set_member(self.users, used, user, present=change.value is not None)
         self.revision = max(self.revision, revision)
-        return tuple(self._merged(by_object))
+        return tuple(self._merged(by_kind))
 
     def _apply_claim(self, change: KeyChange) -> None:
         if change.value is None:
@@ -121,27 +125,32 @@ class State:
             kind, _, id = change.value.decode().partition("/")
             self.claims[change.key] = Claim((kind, id), change.revision)
 
-    def _merged(self, by_object: dict[Owner, list[PartChange]]) -> Iterable[Event]:
+    def _merged(self, by_kind: dict[str, dict[str, list[PartChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
-        for (kind, id), changes in sorted(by_object.items(), key=lambda item: _rank(item[0][0])):
-            table = self.table_by_name.get(kind)
-            if table is None:
-                continue  # a kind that only newer versions of Skep know
-            event = table.apply(id, changes)
-            if event is None:
-                continue
-            match event:
-                case Created(SpecVersion() as version) | Deleted(SpecVersion() as version):
-                    specs.add(version.id)
-                case Created(Task() as task):
-                    event = Created(self._filled(task))
-                case Updated(Task() as old, Task() as task):
-                    event = Updated(old, self._filled(task))
-                case _:
-                    pass
-            yield event
+        for (
+            table
+        ) in self.tables:  # a kind that is not among them is one that only newer versions of Skep know
+            kind = table.schema.type
+            for id, changes in by_kind.get(table.schema.name, {}).items():
+                event = table.apply(id, changes)
+                if event is None:
+                    continue
+                if kind is Task:
+                    event = self._with_spec(event)
+                elif kind is SpecVersion and not isinstance(event, Updated):
+                    specs.add(id)
+                yield event
         if specs:
-            yield from self._refilled(specs, {id for kind, id in by_object if kind == "task"})
+            yield from self._refilled(specs, by_kind.get("task", {}).keys())
+
+    def _with_spec(self, event: Event) -> Event:
+        if isinstance(event, Deleted):
+            return event
+        task: Any = event.new if isinstance(event, Updated) else event.object
+        filled = self._filled(task)
+        if filled is task:
+            return event
+        return Updated(event.old, filled) if isinstance(event, Updated) else Created(filled)
 
     def _filled(self, task: Task) -> Task:
         """``task`` with the spec of the version it follows; kept in the table in place of the bare one."""
@@ -152,7 +161,7 @@ class State:
         self.table_by_type[Task].objects[task.id] = filled
         return filled
 
-    def _refilled(self, spec_ids: set[str], done: set[str]) -> Iterable[Event]:
+    def _refilled(self, spec_ids: set[str], done: Collection[str]) -> Iterable[Event]:
         """Tasks that were there before the spec they follow, or have lost it."""
         tasks = self.table_by_type[Task]
         for service_id in sorted({id.rpartition("/")[0] for id in spec_ids}):
@@ -184,13 +193,6 @@ def differences(old: State, new: State) -> Iterator[Event]:
                 yield Created(other)
             elif one != other:
                 yield Updated(one, other)
-
-
-_RANKS: Final = {schema.name: rank for rank, schema in enumerate(SCHEMAS)}
-
-
-def _rank(kind: str) -> int:
-    return _RANKS.get(kind, len(_RANKS))
 
 
 def _set_member(lists: dict[Any, list[Owner]], key: Any, member: Owner, *, present: bool) -> None:

@@ -11,13 +11,19 @@ from typing import Any
 import msgspec
 import structlog
 
-from skep.store.codec import codecs_of
+from skep.model.service import Service
+from skep.store.codec import codecs_of, values_of
 from skep.store.interface import Created, Deleted, Event, KindSchema, Object, Updated
 from skep.store.keys import HEAD
 
 log = structlog.get_logger()
 
 NAME = "name"
+
+META = ("version", "created_at", "updated_at")
+"""What the store itself writes into heads."""
+
+NO_ANSWERS: Mapping[str, int] = {}
 
 
 class PartChange(msgspec.Struct, frozen=True, gc=False):
@@ -50,12 +56,17 @@ class Table:
     def __init__(self, schema: KindSchema) -> None:
         self.schema = schema
         self.codecs = codecs_of(schema)
+        own = {*META, "spec_version"} if schema.type is Service else set(META)
+        self.wish = values_of(name for name in self.codecs[HEAD].fields if name not in own)
+        """The head of an object but for what the store itself writes into it."""
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
         self.marks: dict[str, Marks] = {}
         self.unreadable: dict[str, str] = {}
         """Id -> why its head cannot be read.  Such an object is not there, or is what it was before."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
+        self._places = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
+        self._head_fields = frozenset(self.codecs[HEAD].fields)
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
         """Objects in order of id, all or those with one value of one index."""
@@ -84,25 +95,32 @@ class Table:
         """
         old = self.objects.get(id)
         marks = self.marks.get(id)
-        by_part = {change.part: change for change in changes}
-        head = by_part.get(HEAD)
+        changes = tuple(changes)
+        head: PartChange | None = None
+        for change in changes:
+            if change.part == HEAD:
+                head = change
         if head is not None and head.value is None:
             return self._removed(id, old)
         if head is None and old is None:
             return None  # a part that outlived its object, or came from a newer version of Skep
-        fields, answers = self._read(id, by_part.values(), marks)
-        if old is None and not set(self.codecs[HEAD].fields) <= fields.keys():
+        fields, answers = self._read(id, changes, marks)
+        if old is None and not self._head_fields <= fields.keys():
             return None  # the head could not be read
-        revisions = dict(marks.revisions) if marks else {}
-        for change in by_part.values():
+        revisions = dict(marks.revisions) if marks is not None else {}
+        for change in changes:
             if change.value is None:
                 revisions.pop(change.part, None)
             else:
                 revisions[change.part] = change.revision
-        created = head.create_revision if head is not None else marks.create_revision if marks else 0
+        created = (
+            head.create_revision if head is not None else marks.create_revision if marks is not None else 0
+        )
         self.marks[id] = Marks(created, revisions, answers)
         merged = self.schema.type(**fields) if old is None else msgspec.structs.replace(old, **fields)
-        return self.store(id, old, self.without_stale_answers(merged, answers))
+        if self.schema.answers:
+            merged = self.without_stale_answers(merged, answers)
+        return self.store(id, old, merged)
 
     def without_stale_answers(self, merged: Any, answers: Mapping[str, int]) -> Any:
         """``merged`` without the parts that answer another version of its spec."""
@@ -117,7 +135,10 @@ class Table:
     def store(self, id: str, old: Any, new: Any) -> Event | None:
         """Keep ``new`` in place of ``old`` and say what that means to an observer."""
         if old is None:
-            insort(self.ids, id)
+            if self.ids and id < self.ids[-1]:
+                insort(self.ids, id)
+            else:
+                self.ids.append(id)
         elif old == new:
             return None
         self.objects[id] = new
@@ -136,16 +157,16 @@ class Table:
 
     def _read(
         self, id: str, changes: Iterable[PartChange], marks: Marks | None
-    ) -> tuple[dict[str, Any], dict[str, int]]:
+    ) -> tuple[dict[str, Any], Mapping[str, int]]:
         fields: dict[str, Any] = {}
-        answers = dict(marks.answers) if marks else {}
+        answers: Mapping[str, int] = marks.answers if marks is not None else NO_ANSWERS
         for change in changes:
             codec = self.codecs.get(change.part)
             if codec is None:
                 continue  # a part that only newer versions of Skep know
             if change.value is None:
                 fields |= codec.defaults
-                answers.pop(change.part, None)
+                answers = {part: answered for part, answered in answers.items() if part != change.part}
                 continue
             try:
                 values, answered = codec.decode(change.value)
@@ -162,18 +183,17 @@ class Table:
                 continue
             if change.part == HEAD:
                 self.unreadable.pop(id, None)
-            fields |= values
+            fields = {**fields, **values} if fields else values
             if codec.is_answer:
-                answers[change.part] = answered
+                answers = {**answers, change.part: answered}
         return fields, answers
 
     def _index(self, id: str, old: Object | None, new: Object | None) -> None:
-        for name, value_of in self.schema.indexes.items():
+        for value_of, index in self._places:
             before = value_of(old) if old is not None else None
             after = value_of(new) if new is not None else None
             if before == after:
                 continue
-            index = self.indexes[name]
             if before is not None:
                 _take_out(index, before, id)
             if after is not None:

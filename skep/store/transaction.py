@@ -6,6 +6,7 @@ and only the touched objects are compared with what they were.
 
 from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,18 +15,16 @@ from skep.errors import NotFound
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
-from skep.model.times import ZERO_TIME, timestamp
+from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.store.draft import Draft
-from skep.store.interface import InUse, Object
+from skep.store.interface import InUse, Object, nothing
 from skep.store.keys import HEAD
 from skep.store.kinds import SpecVersion, spec_version_id, spec_version_of
 from skep.store.proposal import Proposal
 from skep.store.state import Owner, State, resolved
-from skep.store.tables import NAME, Table
+from skep.store.tables import META, NAME, Table
 
 T = TypeVar("T", bound=msgspec.Struct)
-
-_META = ("version", "created_at", "updated_at")
 
 
 class Writing:
@@ -135,8 +134,9 @@ class Writing:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _current(self, table: Table, id: str) -> Any:
-        owner = (table.schema.name, id)
-        return self._written[owner] if owner in self._written else table.objects.get(id)
+        if self._written and (owner := (table.schema.name, id)) in self._written:
+            return self._written[owner]
+        return table.objects.get(id)
 
     def _stamped(self, table: Table, base: Any, current: Any, object: Any) -> Any:
         """``object`` with version and stamps as the store sets them.
@@ -148,14 +148,18 @@ class Writing:
         if "version" not in head.fields:
             return object
         if current is None:
-            now = timestamp(self._now_ns)
+            now = self._now
             meta = {
                 "version": Version(index=max(1, self.revision)),
                 "created_at": now if object.created_at == ZERO_TIME else object.created_at,
                 "updated_at": now,
             }
-        elif base is not None and _is_same_wish(head.fields, base, object):
-            meta = {name: getattr(base, name) for name in _META}
+        elif base is not None and table.wish(base) == table.wish(object):
+            if table.schema.type is not Service and all(
+                getattr(base, one) is getattr(object, one) for one in META
+            ):
+                return object
+            meta = {name: getattr(base, name) for name in META}
         else:
             previous = (base or current).version.index
             meta = {
@@ -163,7 +167,7 @@ class Writing:
                 if base is None
                 else Version(index=max(previous + 1, self.revision)),
                 "created_at": current.created_at,
-                "updated_at": timestamp(self._now_ns),
+                "updated_at": self._now,
             }
         if not isinstance(object, Service):
             return msgspec.structs.replace(object, **meta)
@@ -173,6 +177,10 @@ class Writing:
             meta["spec_version"] = base.spec_version
         stamped = msgspec.structs.replace(object, service_status=None, **meta)
         return self._without_old_answers(table, base, stamped)
+
+    @cached_property
+    def _now(self) -> Timestamp:
+        return timestamp(self._now_ns)
 
     def _without_old_answers(self, table: Table, base: Any, stamped: Any) -> Any:
         """Answers that nobody touched speak of the spec before: the merge will drop them, so drop them here."""
@@ -207,6 +215,8 @@ class Writing:
     def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
         """Take what ``new`` claims and ``current`` did not, release the rest.  Raises: what ``taken`` says."""
         schema = table.schema
+        if schema.claims is nothing and schema.shared_claims is nothing:
+            return
         wanted = set(schema.claims(new))
         shared = set(schema.shared_claims(new))
         for claim in sorted(wanted):
@@ -227,8 +237,13 @@ class Writing:
 
     def _refer(self, table: Table, current: Any, new: Any) -> None:
         """Check that what ``new`` refers to, and ``current`` did not, exists.  Raises: NotFound."""
+        if table.schema.references is nothing:
+            return
+        used_now = set(table.schema.references(new))
+        if not used_now:
+            return
         before = set(table.schema.references(current)) if current is not None else set()
-        for used in sorted(set(table.schema.references(new)) - before):
+        for used in sorted(used_now - before):
             if self._object(used) is None:
                 raise NotFound(f"{used[0]} {used[1]} not found")
             self._existing.add(used)
@@ -294,17 +309,6 @@ class Writing:
         version = spec_version_of(self, task)
         if version is not None:
             draft.expect(("spec", version.id))
-
-
-def _is_same_wish(fields: Iterable[str], one: Any, other: Any) -> bool:
-    """Whether two objects' heads say the same, apart from what the store itself writes into them."""
-    for name in fields:
-        if name in _META or (name == "spec_version" and isinstance(one, Service)):
-            continue
-        first, second = getattr(one, name), getattr(other, name)
-        if first is not second and first != second:
-            return False
-    return True
 
 
 def _is_found(table: Table, object: Object, by: dict[str, str]) -> bool:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from skep.store.interface import Commit, Created, Deleted, Event, Object, Updated, View, WatchLagged
+from skep.store.interface import Commit, Event, Object, Updated, View, WatchLagged
 
 CAPACITY = 10_000
 """Commits that a reader may be behind."""
@@ -99,8 +99,4 @@ def _share(
 
 
 def _object_of(event: Event) -> Object:
-    match event:
-        case Created(object) | Deleted(object):
-            return object
-        case Updated(_, new):
-            return new
+    return event.new if isinstance(event, Updated) else event.object
