@@ -4,8 +4,7 @@ A loop runs each object's decision inside ``guarded``.  When it raises, the trac
 key backs off, and the loop goes on with the next object; what went wrong is kept to be written on the object.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import TypeVar
 
@@ -48,17 +47,20 @@ class Guard:
         self._random = random
         self._troubles: dict[str, Trouble] = {}
 
-    @contextmanager
-    def guarded(self, key: str) -> Iterator[None]:
+    def guarded(self, key: str) -> "_Guarded":
         """Run one object's decision; what it raises ends here, except that the term is over."""
-        try:
-            yield
-        except NotLeader:
-            raise
-        except Exception as error:
-            self._note(key, error)
-        else:
-            self._troubles.pop(key, None)
+        return _Guarded(self, key)
+
+    def note(self, key: str, error: Exception) -> None:
+        """A decision about ``key`` has raised."""
+        before = self._troubles.get(key)
+        failures = before.failures + 1 if before else 1
+        text = f"{type(error).__name__}: {error}"
+        if before is None or before.error != text:
+            log.error("decision failed", object=key, error=text, exc_info=error)
+        delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), LONGEST_DELAY_S)
+        retry_at = self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0)
+        self._troubles[key] = Trouble(error=text, failures=failures, retry_at=retry_at)
 
     def trouble(self, key: str) -> Trouble | None:
         """What went wrong the last time, if it did."""
@@ -68,15 +70,27 @@ class Guard:
         """The object is gone."""
         self._troubles.pop(key, None)
 
-    def _note(self, key: str, error: Exception) -> None:
-        before = self._troubles.get(key)
-        failures = before.failures + 1 if before else 1
-        text = f"{type(error).__name__}: {error}"
-        if before is None or before.error != text:
-            log.error("decision failed", object=key, error=text, exc_info=error)
-        delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), LONGEST_DELAY_S)
-        retry_at = self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0)
-        self._troubles[key] = Trouble(error=text, failures=failures, retry_at=retry_at)
+
+class _Guarded:
+    """One guarded decision.  A class, as a generator's frame would cost more than many a decision does."""
+
+    __slots__ = ("_guard", "_key")
+
+    def __init__(self, guard: Guard, key: str) -> None:
+        self._guard = guard
+        self._key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if error is None:
+            self._guard.forget(self._key)
+            return False
+        if isinstance(error, NotLeader) or not isinstance(error, Exception):
+            return False
+        self._guard.note(self._key, error)
+        return True
 
 
 def contained(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T], R]:

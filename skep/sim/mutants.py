@@ -104,13 +104,13 @@ def _any_state() -> list[Patch]:
 
 
 def _packed() -> list[Patch]:
-    def rank(self: spread.Spread, account: Account) -> tuple[int, int, int]:
-        return 0, -self._copies(account), 0
+    def fullest(self: spread.Spread) -> Account | None:
+        accounts = self._accounting.accounts
+        able = [accounts[id] for id, passes in self._candidates.can_pass.items() if passes]
+        with_room = [account for account in able if self.has_room(account)]
+        return max(with_room, key=self.copies, default=None)
 
-    def among_all(self: spread.Spread) -> Iterator[Account]:
-        return self._among(self._accounting.accounts.values())
-
-    return [Patch(spread.Spread, "_rank", rank), Patch(spread.Spread, "_from_least_loaded", among_all)]
+    return [Patch(spread.Spread, "next", fullest)]
 
 
 def _other_order() -> list[Patch]:

@@ -6,7 +6,8 @@ derived from the store, a new leader arrives at the same figures.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import takewhile
 
 import msgspec
 
@@ -16,6 +17,9 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import GenericResource
 from skep.model.task import Task, TaskState
+
+_ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
+_NO_COPIES: Counter[NodeId] = Counter()
 
 FAILURE_MEMORY_S = 300.0
 """How long a failure speaks against its node (swarmkit's monitorFailures)."""
@@ -37,17 +41,15 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 class Account:
     """One node and what is left of it."""
 
-    def __init__(self, node: Node, order: int) -> None:
+    def __init__(self, node: Node) -> None:
         self.node = node
-        self.order = order
-        """Breaks ties: nodes that joined earlier come first."""
         self.active = 0
         """Tasks meant to run here, of all services."""
         self.host_ports: Counter[HostPort] = Counter()
         self._set_resources(node)
 
     def update(self, node: Node, held: Iterable[Usage]) -> None:
-        """The node described itself anew; ``held``: what its tasks hold."""
+        """Count anew what is free: of ``node`` as it describes itself now, when its tasks hold ``held``."""
         self._set_resources(node)
         for usage in held:
             self._take(usage)
@@ -56,21 +58,23 @@ class Account:
     def add(self, usage: Usage) -> None:
         """A task takes its part."""
         self._take(usage)
-        self.host_ports.update(usage.host_ports)
+        if usage.host_ports:
+            self.host_ports.update(usage.host_ports)
         self.active += usage.is_active
 
     def remove(self, usage: Usage) -> None:
-        """A task gives its part back."""
+        """A task gives its part back; generic resources are given back by ``update``."""
         self.free_nano_cpus += usage.nano_cpus
         self.free_memory_bytes += usage.memory_bytes
-        self.generic.give_back(usage.generic)
-        self.host_ports.subtract(usage.host_ports)
+        if usage.host_ports:
+            self.host_ports.subtract(usage.host_ports)
         self.active -= usage.is_active
 
     def _take(self, usage: Usage) -> None:
         self.free_nano_cpus -= usage.nano_cpus
         self.free_memory_bytes -= usage.memory_bytes
-        self.generic.take(usage.generic)
+        if usage.generic:
+            self.generic.take(usage.generic)
 
     def _set_resources(self, node: Node) -> None:
         resources = node.description.resources
@@ -80,45 +84,52 @@ class Account:
 
 
 class Accounting:
-    """All nodes, found by how many tasks they have and by which services they serve."""
+    """All nodes, and which services they serve."""
 
     def __init__(self) -> None:
         self.accounts: dict[NodeId, Account] = {}
         self._usages: dict[NodeId, dict[TaskId, Usage]] = {}
         self._node_of: dict[TaskId, NodeId] = {}
         self._copies: dict[ServiceId, Counter[NodeId]] = {}
-        self._by_load: dict[int, dict[NodeId, None]] = {}
+        self._changed: dict[NodeId, int] = {}
+        """Node -> number of its latest event, in order of these numbers."""
+        self._changes = 0
         self._failures: dict[tuple[ServiceId, int], dict[NodeId, list[float]]] = {}
-        self._joined = 0
 
     # -- what is there -----------------------------------------------------------------------------------------
 
-    def in_order_of_load(self) -> Iterator[Account]:
-        """Accounts by number of tasks, fewest first.  A node that gets tasks meanwhile comes again, later."""
-        load = -1
-        while later := [bucket for bucket in self._by_load if bucket > load]:
-            load = min(later)
-            for node_id in list(self._by_load[load]):
-                account = self.accounts.get(node_id)
-                if account is not None and account.active == load:
-                    yield account
+    @property
+    def changes(self) -> int:
+        """Grows with each event that may make a node a better choice: it changed, or a task gave something back."""
+        return self._changes
+
+    def changed_since(self, changes: int) -> list[NodeId]:
+        """The nodes of the events after ``changes``, each once, the latest first."""
+        return [
+            id for id, number in takewhile(lambda item: item[1] > changes, reversed(self._changed.items()))
+        ]
 
     def copies(self, service_id: ServiceId) -> Counter[NodeId]:
-        """How many tasks of the service are meant to run on each node.  Not to be changed."""
-        return self._copies.get(service_id, Counter())
+        """How many tasks of the service are meant to run on each node.  Not to be changed.
+
+        Tasks without a service are copies of nothing.
+        """
+        return self._copies.get(service_id, _NO_COPIES)
 
     def failures(self, wish: Requirements, now: float) -> dict[NodeId, int]:
         """How often tasks like these failed lately, by node (``now``: the clock of ``note_failure``)."""
-        stamps = self._failures.get((wish.service_id, wish.version), {})
+        stamps = self._failures.get((wish.service_id, wish.version))
+        if stamps is None:
+            return {}
         counts = {
             node_id: sum(1 for at in times if now - at <= FAILURE_MEMORY_S)
             for node_id, times in stamps.items()
         }
         return {node_id: count for node_id, count in counts.items() if count}
 
-    def holds(self, task_id: TaskId) -> bool:
-        """Whether the task takes part of a node."""
-        return task_id in self._node_of
+    def node_of(self, task_id: TaskId) -> NodeId | None:
+        """The node of which the task takes part, if it does."""
+        return self._node_of.get(task_id)
 
     # -- what happened -------------------------------------------------------------------------------------------
 
@@ -127,35 +138,42 @@ class Accounting:
         account = self.accounts.get(node.id)
         held = self._usages.setdefault(node.id, {})
         if account is None:
-            self._joined += 1
-            account = self.accounts[node.id] = Account(node, self._joined)
+            account = self.accounts[node.id] = Account(node)
             for usage in held.values():
                 account.add(usage)
-            self._by_load.setdefault(account.active, {})[node.id] = None
         else:
             account.update(node, held.values())
+        self._note_change(node.id)
 
     def remove_node(self, node_id: NodeId) -> None:
         """A node left the cluster.  What its tasks hold is remembered in case it comes back before they end."""
-        account = self.accounts.pop(node_id, None)
-        if account is not None:
-            self._leave_load(node_id, account.active)
+        if self.accounts.pop(node_id, None) is not None:
+            self._note_change(node_id)
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
         """``task`` takes its part of its node (again, if it changed)."""
-        usage = _usage(task, host_ports)
-        if self._usages.get(task.node_id, {}).get(task.id) == usage:
+        self.book(task.id, _usage(task, host_ports))
+
+    def book(self, task_id: TaskId, usage: Usage) -> None:
+        """A task takes ``usage``, in place of what it had."""
+        node_id = usage.node_id
+        held = self._usages.get(node_id)
+        if held is None:
+            held = self._usages[node_id] = {}
+        elif held.get(task_id) == usage:
             return
-        self.remove(task.id)
-        self._usages.setdefault(task.node_id, {})[task.id] = usage
-        self._node_of[task.id] = task.node_id
-        if usage.is_active:
-            self._copies.setdefault(task.service_id, Counter())[task.node_id] += 1
-        account = self.accounts.get(task.node_id)
+        self.remove(task_id)
+        held = self._usages.setdefault(node_id, held)
+        held[task_id] = usage
+        self._node_of[task_id] = node_id
+        if usage.is_active and usage.service_id:
+            copies = self._copies.get(usage.service_id)
+            if copies is None:
+                copies = self._copies[usage.service_id] = Counter()
+            copies[node_id] += 1
+        account = self.accounts.get(node_id)
         if account is not None:
-            load = account.active
             account.add(usage)
-            self._move_load(task.node_id, load, account.active)
 
     def remove(self, task_id: TaskId) -> bool:
         """The task has ended or is gone; whether it had held anything."""
@@ -163,7 +181,7 @@ class Accounting:
         if node_id is None:
             return False
         usage = self._usages[node_id].pop(task_id)
-        if usage.is_active:
+        if usage.is_active and usage.service_id:
             copies = self._copies[usage.service_id]
             copies[node_id] -= 1
             if not copies[node_id]:
@@ -172,9 +190,11 @@ class Accounting:
                 del self._copies[usage.service_id]
         account = self.accounts.get(node_id)
         if account is not None:
-            load = account.active
             account.remove(usage)
-            self._move_load(node_id, load, account.active)
+            if usage.generic:
+                # The node may no longer have what is given back: what is free is counted anew.
+                account.update(account.node, self._usages[node_id].values())
+            self._note_change(node_id)
         elif not self._usages[node_id]:
             del self._usages[node_id]
         return True
@@ -194,21 +214,15 @@ class Accounting:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _move_load(self, node_id: NodeId, before: int, after: int) -> None:
-        if before != after:
-            self._leave_load(node_id, before)
-            self._by_load.setdefault(after, {})[node_id] = None
-
-    def _leave_load(self, node_id: NodeId, load: int) -> None:
-        bucket = self._by_load[load]
-        del bucket[node_id]
-        if not bucket:
-            del self._by_load[load]
+    def _note_change(self, node_id: NodeId) -> None:
+        self._changes += 1
+        self._changed.pop(node_id, None)
+        self._changed[node_id] = self._changes
 
 
 def holds_resources(task: Task) -> bool:
     """Whether a task occupies its node: from its assignment until it is seen to have ended."""
-    return bool(task.node_id) and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+    return bool(task.node_id) and _ASSIGNED <= task.status.state.number <= _RUNNING
 
 
 def _usage(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:

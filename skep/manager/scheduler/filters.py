@@ -33,6 +33,8 @@ class Filter(msgspec.Struct, frozen=True):
     """With ``{nodes}`` for "1 node" or "3 nodes"."""
     detail: Callable[[Requirements, Account, int], str]
     """The same of one node, with what was looked at."""
+    is_lasting: bool = False
+    """Whether it looks at the node alone, not at what its tasks have left."""
 
 
 def _is_ready(wish: Requirements, account: Account, copies: int) -> bool:
@@ -89,7 +91,13 @@ def _is_below_max_replicas(wish: Requirements, account: Account, copies: int) ->
 
 
 FILTERS = (
-    Filter(lambda wish: True, _is_ready, "{nodes} not available for new tasks", details.readiness),
+    Filter(
+        lambda wish: True,
+        _is_ready,
+        "{nodes} not available for new tasks",
+        details.readiness,
+        is_lasting=True,
+    ),
     Filter(
         lambda wish: bool(wish.nano_cpus or wish.memory_bytes or wish.generic),
         _has_resources,
@@ -102,22 +110,35 @@ FILTERS = (
         _is_on_plane(DOCKER),
         "overlay network belongs to docker nodes, which does not fit {nodes}",
         details.data_plane,
+        is_lasting=True,
     ),
     Filter(
         lambda wish: SKEP in wish.planes,
         _is_on_plane(SKEP),
         "overlay network belongs to skep nodes, which does not fit {nodes}",
         details.data_plane,
+        is_lasting=True,
     ),
-    Filter(lambda wish: bool(wish.plugins), _has_plugins, "missing plugin on {nodes}", details.plugins),
+    Filter(
+        lambda wish: bool(wish.plugins),
+        _has_plugins,
+        "missing plugin on {nodes}",
+        details.plugins,
+        is_lasting=True,
+    ),
     Filter(
         lambda wish: bool(wish.constraints),
         _meets_constraints,
         "scheduling constraints not satisfied on {nodes}",
         details.unmet_constraints,
+        is_lasting=True,
     ),
     Filter(
-        lambda wish: bool(wish.platforms), _is_platform, "unsupported platform on {nodes}", details.platform
+        lambda wish: bool(wish.platforms),
+        _is_platform,
+        "unsupported platform on {nodes}",
+        details.platform,
+        is_lasting=True,
     ),
     Filter(
         lambda wish: bool(wish.host_ports),

@@ -6,41 +6,54 @@ that could help: a node, or a task that ended.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from random import Random
-from typing import NewType
+from typing import NewType, TypeAlias, TypeVar
 
 import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, write_each
 from skep.manager.scheduler.accounting import Accounting, holds_resources
+from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, place
-from skep.manager.scheduler.requirements import host_ports, overlays_of, planes_of, requirements_of
+from skep.manager.scheduler.requirements import Requirements, host_ports, planes_of, requirements_of
+from skep.manager.scheduler.spread import Choices
+from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.network import Network
-from skep.model.node import Availability, Node, NodeState
-from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
+from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec
-from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import Timestamp, timestamp
+from skep.model.task import Task, TaskState
+from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
 from skep.store.kinds import spec_of
+from skep.store.updates import batched
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 Group = NewType("Group", str)
 """Tasks decided together: ``<service>/<version>``, or a single task's id."""
 
 BATCH = 250
 """Tasks decided in one go; about 10 ms on slow machines."""
+TOGETHER = 50
+"""Decisions in one transaction: two keys each, and room for the networks that they settle (``MAX_OPERATIONS``)."""
 RETRY_S = 0.5
 """Until the next attempt when the store did not take a decision (jittered)."""
+
+
+Firsts: TypeAlias = dict[Requirements, list[Task]]
+"""Single tasks whose services have nothing anywhere yet, by what they ask for: placed together."""
+
+_NOTHING = Placed()
 
 
 class Scheduler:
@@ -62,9 +75,12 @@ class Scheduler:
         self._guard = Guard(self._clock, self._random)
         self._books_guard = Guard(self._clock, self._random)
         self._accounting = Accounting()
+        self._choices = Choices(self._accounting)
         self._pending: dict[Group, dict[TaskId, None]] = {}
         self._group_of: dict[TaskId, Group] = {}
         self._refused: set[Group] = set()
+        self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None
+        """What was asked for last: tasks without a service often ask for the same one after another."""
         self._deciding: set[TaskId] = set()
         """Tasks whose decision is being written: they hold their place whatever older news says of them."""
 
@@ -81,20 +97,33 @@ class Scheduler:
         has_room = False
         for event in commit.events:
             match event:
+                case Updated(Task() as old, Task() as task):
+                    if self._is_booked_already(old, task):
+                        continue
+                    if _has_failed(old, task):
+                        self._accounting.note_failure(task, self._clock.monotonic())
+                    has_room |= self._look_at(task.id)
+                case Created(Task() as task) if is_pending(task) and not task.node_id:
+                    self._enter(task)
+                case Created(Task() as task) | Deleted(Task() as task):
+                    has_room |= self._look_at(task.id)
                 case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
                     self._look_at_node(node.id)
                     has_room = True
                 case Deleted(Service() as service):
                     self._accounting.forget_service(service.id)
-                case Updated(Task() as old, Task() as task):
-                    if _has_failed(old, task):
-                        self._accounting.note_failure(task, self._clock.monotonic())
-                    has_room |= self._look_at(task.id)
-                case Created(Task() as task) | Deleted(Task() as task):
-                    has_room |= self._look_at(task.id)
         if has_room and self._refused:
             self._agenda.add(sorted(self._refused))
             self._refused.clear()
+
+    def _is_booked_already(self, old: Task, task: Task) -> bool:
+        """Whether the books have the task as it is: most news are reports of tasks that go on."""
+        return (
+            task.desired_state is old.desired_state
+            and holds_resources(task)
+            and self._accounting.node_of(task.id) == task.node_id
+            and task.id not in self._group_of
+        )
 
     def _look_at_node(self, id: NodeId) -> None:
         node = self._term.view().lookup(Node, id)
@@ -118,7 +147,7 @@ class Scheduler:
             self._accounting.add(task, host_ports(self._spec_of(task)))
             return not task.is_wanted
         has_room = self._accounting.remove(id)
-        if task is not None and _is_pending(task):
+        if task is not None and is_pending(task):
             self._enter(task)
         else:
             self._leave(id)
@@ -150,20 +179,32 @@ class Scheduler:
 
     async def _work(self) -> None:
         while True:
-            decided = Placed()
+            assignments: list[Assignment] = []
+            refusals: list[Refusal] = []
+            firsts: Firsts = {}
+            room = BATCH
             for group in await self._agenda.take(BATCH):
-                room = BATCH - len(decided.assignments)
                 if room <= 0:
                     self._agenda.add((group,))
                     continue
-                decided = _together(decided, self._decided(group, room))
-            await self._commit([*decided.assignments, *decided.refusals])
+                placed = self._decided(group, room, firsts)
+                assignments += placed.assignments
+                refusals += placed.refusals
+                room -= len(placed.assignments) or 1
+            for shape, tasks in firsts.items():
+                placed = self._placed_first(shape, tasks)
+                assignments += placed.assignments
+                refusals += placed.refusals
+            await self._commit(assignments, [one for one in refusals if not _is_known(one)])
 
-    def _decided(self, group: Group, limit: int) -> Placed:
-        """Decide up to ``limit`` tasks of the group; the rest goes back on the agenda."""
+    def _decided(self, group: Group, limit: int, firsts: Firsts | None = None) -> Placed:
+        """Decide up to ``limit`` tasks of the group; the rest goes back on the agenda.
+
+        With ``firsts``, what may be placed together with tasks of other groups is put there instead.
+        """
         placed = Placed()
         with self._guard.guarded(group):
-            placed = self._placed(group, limit)
+            placed = self._placed(group, limit, firsts)
         if (trouble := self._guard.trouble(group)) is not None:
             self._agenda.add_at(group, trouble.retry_at)
             tasks = self._tasks_of(group)
@@ -176,20 +217,23 @@ class Scheduler:
             self._agenda.add((group,))
         return placed
 
-    def _placed(self, group: Group, limit: int) -> Placed:
+    def _placed(self, group: Group, limit: int, firsts: Firsts | None) -> Placed:
         tasks = self._tasks_of(group, limit)
         if not tasks:
-            return Placed()
-        view = self._term.view()
-        planes = planes_of(tasks[0], lambda network_id: view.lookup(Network, network_id))
-        wish = requirements_of(tasks[0], self._spec_of(tasks[0]), planes)
+            return _NOTHING
+        wish = self._wish_of(tasks[0])
         if tasks[0].node_id:
             match confirm(tasks[0], wish, self._accounting):
                 case Assignment() as assignment:
                     return Placed(assignments=(assignment,))
                 case Refusal() as refusal:
                     return Placed(refusals=(refusal,))
-        placed = place(tasks, wish, self._accounting, now=self._clock.monotonic(), limit=limit)
+        is_last = len(self._pending[group]) <= limit
+        now = self._clock.monotonic()
+        if firsts is not None and is_last and len(tasks) == 1 and self._choices.is_first(wish, now):
+            firsts.setdefault(shape_of(wish), []).append(tasks[0])
+            return _NOTHING
+        placed = place(tasks, wish, self._choices, now=now, limit=limit, is_last=is_last)
         if placed.refusals:
             # What holds for one of them holds for all that ask for the same.
             chosen = {assignment.task.id for assignment in placed.assignments}
@@ -197,35 +241,73 @@ class Scheduler:
             placed = replace(placed, refusals=_refusals(refused, placed.refusals[0].reason))
         return placed
 
+    def _placed_first(self, shape: Requirements, tasks: list[Task]) -> Placed:
+        """Nodes for single tasks of services that have nothing anywhere yet, which all ask for the same."""
+        placed: Placed | None = None
+        now = self._clock.monotonic()
+        with self._books_guard.guarded("first tasks"):
+            placed = place(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
+        if placed is None:
+            # One of them, or a node, is not as it should be: each by itself, and the trouble is its own.
+            alone = [self._decided(_group_of(task), 1) for task in tasks]
+            assignments = tuple(one for some in alone for one in some.assignments)
+            return Placed(
+                assignments=assignments, refusals=tuple(one for some in alone for one in some.refusals)
+            )
+        self._refused.update(_group_of(refusal.task) for refusal in placed.refusals)
+        return placed
+
+    def _wish_of(self, task: Task) -> Requirements:
+        view = self._term.view()
+        planes: tuple[str, ...] = ()
+        if task.networks_attachments:
+            planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
+        spec = self._spec_of(task)
+        if self._last is not None:
+            known, known_spec, wish = self._last
+            if (
+                spec is known_spec
+                and planes == wish.planes
+                and task.spec == known.spec
+                and task.service_id == known.service_id
+                and task.spec_version == known.spec_version
+                and task.networks_attachments == known.networks_attachments
+            ):
+                return wish
+        wish = requirements_of(task, spec, planes)
+        self._last = task, spec, wish
+        return wish
+
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""
         view = self._term.view()
-        ids = islice(self._pending.get(group, ()), limit)
-        found = (view.lookup(Task, id) for id in ids if id not in self._deciding)
-        return [task for task in found if task is not None and _is_pending(task)]
+        deciding, tasks = self._deciding, []
+        for id in islice(self._pending.get(group, ()), limit):
+            task = view.lookup(Task, id) if id not in deciding else None
+            if task is not None and is_pending(task):
+                tasks.append(task)
+        return tasks
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    async def _commit(self, decisions: list[Assignment | Refusal]) -> None:
-        """Write the decisions, each a transaction of its own, in as few raft entries as possible."""
-        decisions = [one for one in decisions if not _is_known(one)]
+    async def _commit(self, assignments: list[Assignment], refusals: list[Refusal]) -> None:
+        """Write the decisions, many in one transaction."""
+        decisions: list[Decision] = [*assignments, *refusals]
         if not decisions:
             return
-        now = timestamp(self._clock.now_ns())
-
-        def write(tx: Transaction, decision: Assignment | Refusal) -> None:
-            _write(tx, decision, now)
-
         ids = [decision.task.id for decision in decisions]
         self._deciding.update(ids)
         try:
-            results = await write_each(self._term, write, decisions)
+            results = await self._written(decisions)
         finally:
             self._deciding.difference_update(ids)
         failed: list[SkepError] = []
         for decision, result in zip(decisions, results, strict=True):
-            # Whatever the outcome, the store shows it now; a decision that it does not show holds no place.
             id = decision.task.id
+            if self._is_shown(decision):
+                self._leave(id)
+                continue
+            # Whatever the outcome, the store shows it now; a decision that it does not show holds no place.
             self._look_at(id)
             if isinstance(result, SkepError):
                 failed.append(result)
@@ -236,63 +318,39 @@ class Scheduler:
             log.warning("decisions not written, trying again", decisions=len(failed), reason=str(failed[0]))
         await asyncio.sleep(0)
 
+    async def _written(self, decisions: list[Decision]) -> list[SkepError | None]:
+        """Propose ``TOGETHER`` of them at once; those that cannot be written together, each by itself.
+
+        What holds one up (a task that cannot be encoded, a transaction too large) must not hold up the others.
+        """
+        now = timestamp(self._clock.now_ns())
+        writer = DecisionWriter(now)
+        results = await write_each(self._term, writer.write_all, list(batched(decisions, TOGETHER)))
+        written: list[SkepError | None] = []
+        for together, result in zip(batched(decisions, TOGETHER), results, strict=True):
+            if isinstance(result, SkepError) and not isinstance(result, Unavailable) and len(together) > 1:
+                written += await write_each(self._term, writer.write, together)
+            else:
+                written += [result] * len(together)
+        return written
+
+    def _is_shown(self, decision: Decision) -> bool:
+        """Whether the store shows an assignment as it was made; then the books have it already."""
+        if not isinstance(decision, Assignment):
+            return False
+        task = self._term.view().lookup(Task, decision.task.id)
+        return (
+            task is not None
+            and task.node_id == decision.node_id
+            and task.desired_state is decision.task.desired_state
+            and holds_resources(task)
+        )
+
     def _retry(self, id: TaskId) -> None:
         group = self._group_of.get(id)
         if group is not None:
             delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
             self._agenda.add_at(group, self._clock.monotonic() + delay_s)
-
-
-def _write(tx: Transaction, decision: Assignment | Refusal, now: Timestamp) -> None:
-    """Write a decision, unless its task or its node changed meanwhile: then a new one is due."""
-    task = tx.lookup(Task, decision.task.id)
-    if task is None or not _is_pending(task):
-        return
-    match decision:
-        case Refusal(_, reason):
-            if task.status.err != reason:
-                tx.put(replace(task, status=replace(task.status, err=reason, timestamp=now)))
-        case Assignment():
-            if not _is_available(tx, decision.node_id) or not _settle_planes(tx, task, decision.node_id):
-                return
-            status = TaskStatus(timestamp=now, state=TaskState.ASSIGNED, message=decision.message)
-            tx.put(
-                replace(
-                    task,
-                    node_id=decision.node_id,
-                    generic_resources=decision.generic_resources,
-                    status=status,
-                )
-            )
-
-
-def _settle_planes(tx: Transaction, task: Task, node_id: NodeId) -> bool:
-    """Overlay networks that belong to no data plane yet take the node's; False: one belongs to the other."""
-    node, overlays = tx.lookup(Node, node_id), list(overlays_of(task))
-    if node is None or not overlays:
-        return True
-    plane = plane_of_node(node)
-    networks = [tx.rely_on(Network, id) for id in overlays]
-    if any(network is not None and plane_of(network) not in ("", plane) for network in networks):
-        return False
-    for network in networks:
-        if network is not None and PLANE_OPTION not in network.driver_state.options:
-            options = {**network.driver_state.options, PLANE_OPTION: plane}
-            tx.put(replace(network, driver_state=replace(network.driver_state, options=options)))
-    return True
-
-
-def _is_available(tx: Transaction, node_id: NodeId) -> bool:
-    node = tx.lookup(Node, node_id)
-    return (
-        node is not None
-        and node.status.state is NodeState.READY
-        and node.spec.availability is Availability.ACTIVE
-    )
-
-
-def _is_pending(task: Task) -> bool:
-    return task.status.state is TaskState.PENDING and task.is_wanted
 
 
 def _is_known(decision: Assignment | Refusal) -> bool:
@@ -313,9 +371,3 @@ def _group_of(task: Task) -> Group:
 
 def _refusals(tasks: Iterable[Task], reason: str) -> tuple[Refusal, ...]:
     return tuple(Refusal(task, reason) for task in tasks)
-
-
-def _together(first: Placed, second: Placed) -> Placed:
-    return Placed(
-        assignments=first.assignments + second.assignments, refusals=first.refusals + second.refusals
-    )

@@ -3,22 +3,21 @@
 from collections.abc import Sequence
 
 import msgspec
-from msgspec.structs import replace
 
-from skep.manager.scheduler.accounting import Account, Accounting
+from skep.manager.scheduler.accounting import Account, Accounting, Usage
 from skep.manager.scheduler.filters import explanation, filters_for
 from skep.manager.scheduler.requirements import Requirements
-from skep.manager.scheduler.spread import Spread
+from skep.manager.scheduler.spread import Choices
 from skep.model.ids import NodeId
 from skep.model.service import GenericResource
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 
 ASSIGNED = "scheduler assigned task to node"
 CONFIRMED = "scheduler confirmed task can run on preassigned node"
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """A task gets a node, and the generic resources it asked for."""
+    """A wanted task gets a node, and the generic resources it asked for."""
 
     task: Task
     node_id: NodeId
@@ -43,21 +42,32 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def place(
-    tasks: Sequence[Task], wish: Requirements, accounting: Accounting, *, now: float, limit: int
+    tasks: Sequence[Task],
+    wish: Requirements,
+    choices: Choices,
+    *,
+    now: float,
+    limit: int,
+    is_last: bool = True,
 ) -> Placed:
-    """Nodes for up to ``limit`` of ``tasks``, which all ask for ``wish``.
+    """Nodes for up to ``limit`` of ``tasks``, which all ask for ``wish`` (or for its shape: ``Choices.is_first``).
 
-    Each assignment is entered into ``accounting`` as it is made, so the next one counts with it; who cannot
-    commit it takes it out again.  ``now``: on the clock that failures were noted with.
+    Each assignment is entered into the accounting as it is made, so the next one counts with it; who cannot
+    commit it takes it out again.  ``now``: on the clock that failures were noted with.  ``is_last``: no more tasks of
+    this wish wait.
     """
     batch = tasks[:limit]
-    choice = Spread(wish, accounting, now)
+    accounting = choices.accounting
+    choice = choices.spread(wish, now, is_last=is_last)
     assignments: list[Assignment] = []
-    for task in batch:
-        account = choice.next()
-        if account is None:
-            break
-        assignments.append(_assigned(task, account, wish, accounting))
+    try:
+        for task in batch:
+            account = choice.next()
+            if account is None:
+                break
+            assignments.append(_assigned(task, account, wish, accounting, ASSIGNED))
+    finally:
+        choice.close()
     refused = batch[len(assignments) :]
     refusals: list[Refusal] = []
     if refused:
@@ -78,20 +88,26 @@ def confirm(task: Task, wish: Requirements, accounting: Accounting) -> Assignmen
         return Refusal(task, f"node {task.node_id} is not part of the cluster")
     copies = accounting.copies(task.service_id)
     if all(filter.passes(wish, account, copies[task.node_id]) for filter in filters_for(wish)):
-        return replace(_assigned(task, account, wish, accounting), message=CONFIRMED)
+        return _assigned(task, account, wish, accounting, CONFIRMED)
     return Refusal(task, explanation(wish, [account], copies))
 
 
-def _assigned(task: Task, account: Account, wish: Requirements, accounting: Accounting) -> Assignment:
+def _assigned(
+    task: Task, account: Account, wish: Requirements, accounting: Accounting, message: str
+) -> Assignment:
+    node_id = account.node.id
     generic = account.generic.chosen(wish.generic) if wish.generic else ()
-    placed = replace(
-        task,
-        node_id=account.node.id,
-        generic_resources=generic,
-        status=replace(task.status, state=TaskState.ASSIGNED),
+    usage = Usage(
+        node_id=node_id,
+        service_id=task.service_id,
+        nano_cpus=wish.nano_cpus,
+        memory_bytes=wish.memory_bytes,
+        generic=generic,
+        host_ports=wish.host_ports,
+        is_active=True,
     )
-    accounting.add(placed, wish.host_ports)
-    return Assignment(task=task, node_id=account.node.id, generic_resources=generic)
+    accounting.book(task.id, usage)
+    return Assignment(task=task, node_id=node_id, generic_resources=generic, message=message)
 
 
 def _reason(wish: Requirements, accounting: Accounting) -> str:

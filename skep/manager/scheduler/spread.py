@@ -1,119 +1,236 @@
 """Which of the nodes that can take a task gets it.
 
-Nodes are compared by, in this order: repeated recent failures of the service there, tasks of the service, all
-tasks, and the order in which the nodes joined.  Placement preferences come before that: they divide the nodes into a
-tree of branches (by a label's values), and each task goes to the branch with the fewest tasks of the service.
+Nodes are compared by, in this order: repeated recent failures of the service there, tasks of the service, what is used
+of the tightest resource that the task reserves, all tasks, and last their ids.  Placement preferences come before
+that: they divide the nodes into a tree of branches (by a label's values), and each task goes to the branch with the
+fewest tasks of the service; among branches with equally many to the one with the best node.
 
-One ``Spread`` places tasks that ask for the same.  Each choice must be entered into the accounting before the next.
+One ``Spread`` places tasks of one service that ask for the same.  Each choice must be entered into the accounting
+before the next.
 
 Source: swarmkit, manager/scheduler/{scheduler,decision_tree,nodeset}.go.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
 
 from skep.manager.scheduler.accounting import Account, Accounting
-from skep.manager.scheduler.filters import filters_for
+from skep.manager.scheduler.candidates import Candidates, Leaf, Pools
+from skep.manager.scheduler.ranking import Entry, Rank, Ranking
 from skep.manager.scheduler.requirements import Requirements
-from skep.model.constraints import label_of
+from skep.model.ids import NodeId
 
 MAX_FAILURES = 5
 """From this many recent failures on, a node is only taken when no other will do."""
+
+KEPT_SPREADS = 16
+"""Large groups whose state of choice is kept between their batches."""
 
 
 class Spread:
     """Chooses nodes for tasks with the same requirements, one after another."""
 
-    def __init__(self, wish: Requirements, accounting: Accounting, now: float) -> None:
-        """``now``: on the clock that failures were noted with."""
+    def __init__(self, wish: Requirements, pools: Pools, failing: dict[NodeId, int]) -> None:
+        """``failing``: see ``failing_nodes``."""
         self._wish = wish
-        self._accounting = accounting
-        self._filters = filters_for(wish)
-        failures = accounting.failures(wish, now)
-        self._failing = {id: count for id, count in failures.items() if count >= MAX_FAILURES}
-        levels = [over for over in wish.spread_over if _is_label(over)]
-        if levels:
-            self._root: _Branch | Iterator[Account] = self._tree(list(accounting.accounts.values()), levels)
-        else:
-            self._root = self._from_least_loaded()
+        self._accounting = pools.accounting
+        self._candidates = pools.candidates(wish)
+        self.failing = failing
+        self._leaves: dict[Leaf, _Leaf] = {}
+        self._plant()
 
     def next(self) -> Account | None:
         """The node for the next task; None when no node will do any more."""
-        return next(self._root, None)
+        return self._root.take()
 
-    def _tree(self, accounts: list[Account], levels: Sequence[str]) -> "_Branch":
-        copies = self._accounting.copies(self._wish.service_id)
-        tasks = sum(copies[account.node.id] for account in accounts)
+    def catch_up(self) -> None:
+        """Tasks came and went since the last choice, nodes may have changed."""
+        self._candidates.catch_up()
+        if self._revision != self._candidates.revision:
+            self._leaves.clear()
+            self._plant()
+        elif self._seen != self._accounting.changes:
+            for id in self._accounting.changed_since(self._seen):
+                self._taken(id)
+            self._grow()
+
+    def close(self) -> None:
+        """Others choose now."""
+        for leaf in self._leaves.values():
+            leaf.put_back()
+
+    def copies(self, account: Account) -> int:
+        """Tasks of the service that are meant to run there."""
+        return self._accounting.copies(self._wish.service_id).get(account.node.id, 0)
+
+    def rank(self, account: Account) -> Rank:
+        """Of a node that has tasks of the service, or where they failed."""
+        failing = self.failing.get(account.node.id, 0)
+        return failing, self.copies(account), *self._candidates.rank(account)
+
+    def has_room(self, account: Account) -> bool:
+        return self._candidates.has_room(account, self.copies(account))
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _plant(self) -> None:
+        self._revision = self._candidates.revision
+        for id in {**self._accounting.copies(self._wish.service_id), **self.failing}:
+            self._taken(id)
+        self._grow()
+
+    def _taken(self, id: NodeId) -> None:
+        """Take a node into its leaf's own order if the service is, or has failed, there."""
+        leaf = self._candidates.leaf_of.get(id)
+        account = self._accounting.accounts.get(id)
+        if leaf is None or account is None:
+            return
+        own = self._leaf(leaf).own
+        if self._candidates.can_pass[id] and (id in self.failing or self.copies(account)):
+            own.enter(account)
+        else:
+            own.leave(id)
+
+    def _grow(self) -> None:
+        """The tree anew, with the tasks that are in each branch now."""
+        self._seen = self._accounting.changes
+        levels = len(self._candidates.levels)
         if not levels:
-            return _Branch(tasks, choices=self._among(accounts))
-        parts: dict[str, list[Account]] = {}
-        for account in accounts:
-            parts.setdefault(label_of(account.node, levels[0]) or "", []).append(account)
-        children = [self._tree(parts[value], levels[1:]) for value in sorted(parts)]
-        return _Branch(tasks, children=children)
+            self._root: _Leaf | _Fork = self._leaf(())
+            return
+        tasks: Counter[Leaf] = Counter()
+        for id, count in self._accounting.copies(self._wish.service_id).items():
+            leaf = self._candidates.leaf_of.get(id)
+            for depth in range(levels if leaf is not None else 0):
+                tasks[leaf[: depth + 1]] += count  # type: ignore[index]
+        branches: dict[Leaf, _Leaf | _Fork] = {leaf: self._leaf(leaf) for leaf in self._candidates.leaves}
+        for depth in reversed(range(levels)):
+            forks: dict[Leaf, list[tuple[int, Leaf, _Leaf | _Fork]]] = {(): []} if depth == 0 else {}
+            for path in sorted(branches):
+                forks.setdefault(path[:depth], []).append((tasks[path], path, branches[path]))
+            branches = {path: _Fork(children) for path, children in forks.items()}
+        self._root = branches[()]
 
-    def _from_least_loaded(self) -> Iterator[Account]:
-        """Nodes without a task of the service first, as few of them looked at as possible."""
-        copies = self._accounting.copies(self._wish.service_id)
-        taken = [
-            account
-            for id in {**copies, **self._failing}
-            if (account := self._accounting.accounts.get(id)) is not None
-        ]
-        for account in self._accounting.in_order_of_load():
+    def _leaf(self, path: Leaf) -> "_Leaf":
+        leaf = self._leaves.get(path)
+        if leaf is None:
+            leaf = self._leaves[path] = _Leaf(self, self._candidates, path)
+        return leaf
+
+
+class Choices:
+    """The spreads that may serve again: of large groups from batch to batch, and of the first tasks of all services."""
+
+    def __init__(self, accounting: Accounting) -> None:
+        self.accounting = accounting
+        self._pools = Pools(accounting)
+        self._kept: dict[Requirements, Spread] = {}
+
+    def is_first(self, wish: Requirements, now: float) -> bool:
+        """Whether a single task of ``wish`` may be placed by the shape of the wish, together with others.
+
+        To a service that has nothing anywhere and failed nowhere all nodes are alike.  ``now``: on the clock that
+        failures were noted with.
+        """
+        return (
+            not self.accounting.copies(wish.service_id)
+            and not wish.max_replicas  # two versions of one service share their limit
+            and not failing_nodes(self.accounting, wish, now)
+        )
+
+    def spread(self, wish: Requirements, now: float, *, is_last: bool) -> Spread:
+        """For one batch, after which it is to be closed.  ``is_last``: no more tasks of the group wait."""
+        failing = failing_nodes(self.accounting, wish, now)
+        spread = self._kept.pop(wish, None)
+        if spread is None or spread.failing != failing:
+            spread = Spread(wish, self._pools, failing)
+        else:
+            spread.catch_up()
+        if not is_last:
+            self._kept[wish] = spread
+            if len(self._kept) > KEPT_SPREADS:
+                del self._kept[next(iter(self._kept))]  # not used for longest
+        return spread
+
+
+def failing_nodes(accounting: Accounting, wish: Requirements, now: float) -> dict[NodeId, int]:
+    """Where tasks like these failed too often lately, and how often (``now``: the clock of ``note_failure``)."""
+    failures = accounting.failures(wish, now)
+    return {id: count for id, count in failures.items() if count >= MAX_FAILURES} if failures else {}
+
+
+class _Leaf:
+    """The nodes of one branch: those without a task of the service first, then its own."""
+
+    def __init__(self, spread: Spread, candidates: Candidates, path: Leaf) -> None:
+        self.own = Ranking(spread.rank, spread.has_room)
+        self._spread = spread
+        self._fresh = candidates.leaves.get(path)
+        self._aside: list[Entry] = []
+
+    def best(self) -> Rank | None:
+        """The rank of the node that ``take`` would give."""
+        fresh = self._fresh_first()
+        if fresh is not None:
+            return 0, 0, *fresh[0]
+        first = self.own.first()
+        return first[0] if first is not None else None
+
+    def take(self) -> Account | None:
+        """The best node, if there is one."""
+        first = self._fresh_first() or self.own.first()
+        return first[2] if first is not None else None
+
+    def put_back(self) -> None:
+        """Give back to all services what this one passed over."""
+        if self._aside:
+            assert self._fresh is not None
+            for entry in self._aside:
+                self._fresh.put_back(entry)
+            self._aside.clear()
+
+    def _fresh_first(self) -> Entry | None:
+        fresh = self._fresh
+        if fresh is None or (not self._aside and len(self.own) and fresh.is_within(self.own)):
+            return None
+        while (first := fresh.first()) is not None:
+            account = first[2]
             id = account.node.id
-            if id not in self._failing and not self._copies(account) and self._passes(account):
-                taken.append(account)
-                yield account
-        yield from self._among(taken)
+            if id not in self._spread.failing and not self._spread.copies(account):
+                return first
+            if id not in self.own:
+                self.own.enter(account)
+            self._aside.append(fresh.set_aside())
+        return None
 
-    def _among(self, accounts: Iterable[Account]) -> Iterator[Account]:
-        heap = [(*self._rank(account), account.order, account) for account in accounts]
-        heapq.heapify(heap)
-        while heap:
-            account = heap[0][-1]
-            if self._passes(account):
-                yield account
-                heapq.heapreplace(heap, (*self._rank(account), account.order, account))
+
+class _Fork:
+    """A part of the nodes that is divided further."""
+
+    def __init__(self, children: list[tuple[int, Leaf, "_Leaf | _Fork"]]) -> None:
+        self._heap: list[tuple[int, Rank, Leaf, _Leaf | _Fork]] = []
+        for tasks, path, child in children:
+            rank = child.best()
+            if rank is not None:
+                self._heap.append((tasks, rank, path, child))
+        heapq.heapify(self._heap)
+
+    def best(self) -> Rank | None:
+        while self._heap:
+            tasks, rank, path, child = self._heap[0]
+            present = child.best()
+            if present == rank:
+                return rank
+            if present is None:
+                heapq.heappop(self._heap)
             else:
-                heapq.heappop(heap)
+                heapq.heapreplace(self._heap, (tasks, present, path, child))
+        return None
 
-    def _rank(self, account: Account) -> tuple[int, int, int]:
-        return self._failing.get(account.node.id, 0), self._copies(account), account.active
-
-    def _copies(self, account: Account) -> int:
-        return self._accounting.copies(self._wish.service_id)[account.node.id]
-
-    def _passes(self, account: Account) -> bool:
-        copies = self._copies(account)
-        return all(filter.passes(self._wish, account, copies) for filter in self._filters)
-
-
-class _Branch:
-    """A part of the nodes: divided further, or chosen from."""
-
-    def __init__(
-        self, tasks: int, *, children: Iterable["_Branch"] = (), choices: Iterator[Account] | None = None
-    ) -> None:
-        self.tasks = tasks
-        self._open = list(children)
-        self._choices = choices or iter(())
-
-    def __iter__(self) -> "_Branch":
-        return self
-
-    def __next__(self) -> Account:
-        while self._open:
-            fewest = min(self._open, key=lambda branch: branch.tasks)
-            account = next(fewest, None)
-            if account is not None:
-                self.tasks += 1
-                return account
-            self._open.remove(fewest)
-        account = next(self._choices)
-        self.tasks += 1
+    def take(self) -> Account | None:
+        if self.best() is None:
+            return None
+        tasks, rank, path, child = self._heap[0]
+        account = child.take()
+        heapq.heapreplace(self._heap, (tasks + 1, rank, path, child))
         return account
-
-
-def _is_label(descriptor: str) -> bool:
-    return descriptor.lower().startswith(("node.labels.", "engine.labels."))

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.placement import Placed, Refusal, confirm, place
 from skep.manager.scheduler.requirements import planes_of, requirements_of
-from skep.manager.scheduler.spread import MAX_FAILURES
+from skep.manager.scheduler.spread import MAX_FAILURES, Choices
 from skep.model.ids import NodeId
 from skep.model.network import Network
 from skep.model.node import Availability, EngineDescription, EnginePlugin, Node, NodeRole, NodeState
@@ -47,7 +47,7 @@ def placed(service: Service, accounting: Accounting, *, count: int | None = None
         a_task(slot=slot + 1, service=service, state=PENDING)
         for slot in range(service.spec.replicas if count is None else count)
     ]
-    return place(tasks, requirements_of(tasks[0], service.spec), accounting, now=0.0, limit=limit)
+    return place(tasks, requirements_of(tasks[0], service.spec), Choices(accounting), now=0.0, limit=limit)
 
 
 def nodes_of(result: Placed) -> Counter[str]:
@@ -213,9 +213,11 @@ def test_platforms_accept_either_spelling_of_an_architecture() -> None:
     wish = requirements_of(a_task(service=web, state=PENDING), web.spec)
     amd, arm = Platform(architecture="amd64", os="linux"), Platform(architecture="arm64", os="linux")
     task = [a_task(service=web, state=PENDING)]
-    fits = place(task, replace(wish, platforms=(arm, amd)), accounting_of([node]), now=0.0, limit=ALL)
+    fits = place(
+        task, replace(wish, platforms=(arm, amd)), Choices(accounting_of([node])), now=0.0, limit=ALL
+    )
     assert nodes_of(fits) == {"n1": 1}
-    refused = place(task, replace(wish, platforms=(arm,)), accounting_of([node]), now=0.0, limit=ALL)
+    refused = place(task, replace(wish, platforms=(arm,)), Choices(accounting_of([node])), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (unsupported platform on 1 node)"
 
 
@@ -227,9 +229,9 @@ def test_plugins_are_looked_for_with_and_without_latest() -> None:
     task = [a_task(service=web, state=PENDING)]
     wish = requirements_of(task[0], web.spec)
     volume = replace(wish, plugins=(("Volume", "nfs"), ("Log", "json-file")))
-    assert nodes_of(place(task, volume, accounting_of([node]), now=0.0, limit=ALL)) == {"n1": 1}
+    assert nodes_of(place(task, volume, Choices(accounting_of([node])), now=0.0, limit=ALL)) == {"n1": 1}
     network = replace(wish, plugins=(("Network", "weave"),))
-    refused = place(task, network, accounting_of([node]), now=0.0, limit=ALL)
+    refused = place(task, network, Choices(accounting_of([node])), now=0.0, limit=ALL)
     assert reason(refused) == "no suitable node (missing plugin on 1 node)"
 
 
@@ -324,7 +326,7 @@ def placed_on(accounting: Accounting, *networks: Network) -> Placed:
     task = on_network(service, *networks)
     known = {network.id: network for network in networks}
     wish = requirements_of(task, service.spec, planes_of(task, known.get))
-    return place([task], wish, accounting, now=0.0, limit=ALL)
+    return place([task], wish, Choices(accounting), now=0.0, limit=ALL)
 
 
 def test_tasks_of_an_overlay_stay_on_nodes_of_its_data_plane() -> None:

@@ -1,0 +1,78 @@
+"""Nodes in order of preference, kept over many decisions without sorting them again.
+
+A node's rank gets worse by itself (it takes a task) far more often than better, so it is only looked up again when the
+node stands first.  Whoever makes it better (a task ended, the node changed) enters it anew.
+"""
+
+import heapq
+from collections.abc import Callable
+from itertools import count
+from typing import Any, TypeAlias
+
+from skep.manager.scheduler.accounting import Account
+from skep.model.ids import NodeId
+
+Rank: TypeAlias = tuple[Any, ...]
+"""Smaller is better; the last element is the node's id, so no two nodes are equal, whoever came first."""
+
+Entry: TypeAlias = tuple[Rank, int, Account]
+
+
+class Ranking:
+    """Accounts by rank, best first."""
+
+    def __init__(self, rank: Callable[[Account], Rank], fits: Callable[[Account], bool] | None) -> None:
+        """``fits``: whether an account has room (None: always).  One that has none is left out until it is entered
+        again."""
+        self._rank = rank
+        self._fits = fits
+        self._heap: list[Entry] = []
+        self._serials: dict[NodeId, int] = {}
+        """The latest entry of each node; older ones in the heap count for nothing."""
+        self._next_serial = count()
+
+    def __len__(self) -> int:
+        return len(self._serials)
+
+    def __contains__(self, id: NodeId) -> bool:
+        return id in self._serials
+
+    def is_within(self, other: "Ranking") -> bool:
+        """Whether all its nodes are in ``other``, too."""
+        return len(self) <= len(other) and self._serials.keys() <= other._serials.keys()
+
+    def enter(self, account: Account) -> None:
+        """``account`` is new here or its rank may have become better."""
+        serial = self._serials[account.node.id] = next(self._next_serial)
+        heapq.heappush(self._heap, (self._rank(account), serial, account))
+
+    def leave(self, id: NodeId) -> None:
+        """The node is not to be chosen any more."""
+        self._serials.pop(id, None)
+
+    def first(self) -> Entry | None:
+        """The best account that has room, with its present rank; it stays."""
+        heap, serials = self._heap, self._serials
+        while heap:
+            entry = heap[0]
+            rank, serial, account = entry
+            if serials.get(account.node.id) != serial:
+                heapq.heappop(heap)
+                continue
+            present = self._rank(account)
+            if present != rank:
+                heapq.heapreplace(heap, (present, serial, account))
+            elif self._fits is None or self._fits(account):
+                return entry
+            else:
+                heapq.heappop(heap)
+                del serials[account.node.id]
+        return None
+
+    def set_aside(self) -> Entry:
+        """Take what ``first`` gave out of the order, until ``put_back``."""
+        return heapq.heappop(self._heap)
+
+    def put_back(self, entry: Entry) -> None:
+        """Undo ``set_aside``."""
+        heapq.heappush(self._heap, entry)

@@ -1,0 +1,429 @@
+"""Choosing nodes step by step, beside a model that looks at everything anew for each task.
+
+``History`` lives through random placements, ends, failures and changes of nodes.  Each property is a check over a
+history or a cluster; each has a wrong twin of the production code, which some history must give away.
+"""
+
+from collections.abc import Callable, Iterator
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.scheduler import accounting as accounting_module
+from skep.manager.scheduler import candidates as candidates_module
+from skep.manager.scheduler import ranking as ranking_module
+from skep.manager.scheduler import spread as spread_module
+from skep.manager.scheduler.accounting import Account, Accounting
+from skep.manager.scheduler.candidates import fill, shape_of
+from skep.manager.scheduler.filters import filters_for
+from skep.manager.scheduler.placement import Assignment, place
+from skep.manager.scheduler.requirements import Requirements, host_ports, requirements_of
+from skep.manager.scheduler.spread import MAX_FAILURES, Choices, failing_nodes
+from skep.model.constraints import label_of
+from skep.model.ids import NodeId
+from skep.model.node import Availability, Node, NodeState
+from skep.model.service import (
+    DiscreteResource,
+    GenericResource,
+    NamedResource,
+    PortConfig,
+    PublishMode,
+    Resources,
+    Service,
+)
+from skep.model.task import Task, TaskState
+from tests.builders import a_node, a_service, a_task
+
+GIB = 1 << 30
+PORT = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+ONE_GPU = (GenericResource(discrete_resource_spec=DiscreteResource(kind="gpu", value=1)),)
+NAMED = tuple(GenericResource(named_resource_spec=NamedResource(kind="gpu", value=name)) for name in "abc")
+COUNTED = (GenericResource(discrete_resource_spec=DiscreteResource(kind="gpu", value=2)),)
+
+SERVICES: list[Service] = [
+    a_service("web"),
+    a_service("api", spread=("node.labels.zone",)),
+    a_service(
+        "db", spread=("node.labels.zone", "node.labels.rack"), reserve=Resources(memory_bytes=GIB // 2)
+    ),
+    a_service("big", reserve=Resources(memory_bytes=GIB, nano_cpus=500_000_000)),
+    a_service("disk", constraints=(" node.labels.disk  ==  ssd ",), reserve=Resources(nano_cpus=250_000_000)),
+    a_service("edge", ports=(PORT,)),
+    a_service("pair", max_replicas=2, constraints=("node.labels.zone!=a",)),
+    a_service("model", reserve=Resources(generic_resources=ONE_GPU)),
+]
+
+
+def random_node(random: Random, id: str) -> Node:
+    return a_node(
+        id,
+        labels={
+            "zone": random.choice("abc"),
+            "rack": random.choice("xy"),
+            "disk": random.choice(("ssd", "hdd")),
+        },
+        state=random.choice((NodeState.READY,) * 5 + (NodeState.DOWN,)),
+        availability=random.choice((Availability.ACTIVE,) * 5 + (Availability.DRAIN,)),
+        has=Resources(
+            nano_cpus=random.choice((1, 2, 4)) * 1_000_000_000,
+            memory_bytes=random.choice((1, 2, 4)) * GIB,
+            generic_resources=random.choice(((), NAMED, COUNTED)),
+        ),
+    )
+
+
+class History:
+    """A cluster's life as the scheduler sees it, from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.now = 0.0
+        self.accounting = Accounting()
+        self.choices = Choices(self.accounting)
+        self.nodes: dict[str, Node] = {}
+        self.tasks: dict[str, Task] = {}
+        for number in range(self.random.randint(1, 8)):
+            self._set_node(f"n{number}")
+
+    def steps(self) -> Iterator[tuple[Requirements, list[Task], bool]]:
+        """Tasks to place, one group after another; in between things happen."""
+        for _ in range(25):
+            for _ in range(self.random.randint(0, 3)):
+                self._something_happens()
+            service = self.random.choice(SERVICES)
+            count = self.random.randint(1, 6)
+            tasks = [a_task(slot=n + 1, service=service, state=TaskState.PENDING) for n in range(count)]
+            yield requirements_of(tasks[0], service.spec), tasks, self.random.random() < 0.5
+
+    def keep(self, assignment: Assignment) -> None:
+        self.tasks[assignment.task.id] = replace(
+            assignment.task,
+            node_id=assignment.node_id,
+            generic_resources=assignment.generic_resources,
+            status=replace(assignment.task.status, state=TaskState.ASSIGNED),
+        )
+
+    def _set_node(self, id: str) -> None:
+        self.nodes[id] = random_node(self.random, id)
+        self.accounting.set_node(self.nodes[id])
+
+    def _something_happens(self) -> None:
+        self.now += self.random.choice((0.0, 1.0, 200.0))
+        match self.random.randrange(5):
+            case 0:
+                self._set_node(f"n{self.random.randrange(10)}")
+            case 1 if self.nodes:
+                id = self.random.choice(sorted(self.nodes))
+                del self.nodes[id]
+                self.accounting.remove_node(NodeId(id))
+            case 2 if self.tasks:
+                for id in self.random.sample(sorted(self.tasks), self.random.randint(1, len(self.tasks))):
+                    self.accounting.remove(self.tasks.pop(id).id)
+            case 3 if self.tasks:
+                id = self.random.choice(sorted(self.tasks))
+                retired = self.tasks[id] = replace(self.tasks[id], desired_state=TaskState.SHUTDOWN)
+                self.accounting.add(retired, ports_of(retired))
+            case 4 if self.tasks:
+                task = self.tasks[self.random.choice(sorted(self.tasks))]
+                for _ in range(MAX_FAILURES):
+                    self.accounting.note_failure(task, self.now)
+
+
+def ports_of(task: Task) -> tuple[tuple[str, int], ...]:
+    (service,) = (one for one in SERVICES if one.id == task.service_id)
+    return host_ports(service.spec)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def model_choice(wish: Requirements, books: Accounting, now: float) -> str | None:
+    """The node for the next task, found by looking at all of them."""
+    failing = failing_nodes(books, wish, now)
+    copies = books.copies(wish.service_id)
+    accounts = list(books.accounts.values())
+
+    def rank(account: Account) -> tuple[object, ...]:
+        id = account.node.id
+        share = fill(wish, account) if wish.nano_cpus or wish.memory_bytes else 0.0
+        return failing.get(id, 0), copies[id], share, account.active, id
+
+    def best(among: list[Account], levels: tuple[str, ...]) -> tuple[object, ...] | None:
+        if not levels:
+            able = [
+                account
+                for account in among
+                if all(one.passes(wish, account, copies[account.node.id]) for one in filters_for(wish))
+            ]
+            return min(map(rank, able), default=None)
+        branches: dict[str, list[Account]] = {}
+        for account in among:
+            branches.setdefault(label_of(account.node, levels[0]) or "", []).append(account)
+        found = []
+        for branch in branches.values():
+            first = best(branch, levels[1:])
+            if first is not None:
+                found.append((sum(copies[account.node.id] for account in branch), first))
+        return min(found)[1] if found else None
+
+    first = best(accounts, wish.spread_over)
+    return str(first[-1]) if first is not None else None
+
+
+def check_every_choice_is_the_models(seed: int) -> None:
+    history = History(seed)
+    for wish, tasks, is_last in history.steps():
+        for task in tasks:
+            expected = model_choice(wish, history.accounting, history.now)
+            asked = wish
+            if is_last and history.choices.is_first(wish, history.now):
+                asked = shape_of(wish)
+            placed = place([task], asked, history.choices, now=history.now, limit=1, is_last=is_last)
+            assert [one.node_id for one in placed.assignments] == ([expected] if expected is not None else [])
+            for assignment in placed.assignments:
+                history.keep(assignment)
+
+
+def check_a_batch_is_its_tasks_one_by_one(seed: int) -> None:
+    together, alone = History(seed), History(seed)
+    for (wish, tasks, is_last), (other_wish, others, _) in zip(together.steps(), alone.steps(), strict=True):
+        batch = place(tasks, wish, together.choices, now=together.now, limit=len(tasks), is_last=is_last)
+        fresh = [
+            place([task], other_wish, Choices(alone.accounting), now=alone.now, limit=1).assignments
+            for task in others
+        ]
+        assert [one.node_id for one in batch.assignments] == [one.node_id for some in fresh for one in some]
+        for one, (other,) in zip(batch.assignments, filter(None, fresh), strict=True):
+            together.keep(one)
+            alone.keep(replace(other, task=replace(other.task, id=one.task.id)))
+            alone.accounting.remove(other.task.id)
+            alone.accounting.add(alone.tasks[one.task.id], other_wish.host_ports)
+
+
+def check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed(seed: int) -> None:
+    history = History(seed)
+    for wish, tasks, is_last in history.steps():
+        shrunk_before = {id for id, account in history.accounting.accounts.items() if is_over(account)}
+        placed = place(tasks, wish, history.choices, now=history.now, limit=4, is_last=is_last)
+        for assignment in placed.assignments:
+            history.keep(assignment)
+        anew = Accounting()
+        for task in sorted(history.tasks.values(), key=lambda task: task.id):
+            anew.add(task, ports_of(task))
+        for node in history.nodes.values():
+            anew.set_node(node)
+        assert figures(anew) == figures(history.accounting)
+        over = {id for id, account in anew.accounts.items() if is_over(account)}
+        assert over <= shrunk_before
+
+
+def check_asking_again_changes_nothing(seed: int) -> None:
+    history = History(seed)
+    for wish, tasks, is_last in history.steps():
+        placed = place(tasks, wish, history.choices, now=history.now, limit=len(tasks), is_last=is_last)
+        for assignment in placed.assignments:
+            history.keep(assignment)
+        if placed.refusals:
+            refused = [refusal.task for refusal in placed.refusals]
+            before = figures(history.accounting)
+            again = place(
+                refused, wish, history.choices, now=history.now, limit=len(refused), is_last=is_last
+            )
+            assert again.assignments == ()
+            assert again.refusals == placed.refusals
+            assert figures(history.accounting) == before
+
+
+def check_the_order_of_nodes_does_not_matter(seed: int) -> None:
+    random = Random(seed)
+    nodes = [random_node(random, f"n{number}") for number in range(random.randint(1, 8))]
+    service = random.choice(SERVICES)
+    tasks = [a_task(slot=n + 1, service=service, state=TaskState.PENDING) for n in range(8)]
+    results = []
+    for some in (nodes, nodes[::-1], random.sample(nodes, len(nodes))):
+        books = Accounting()
+        for node in some:
+            books.set_node(node)
+        wish = requirements_of(tasks[0], service.spec)
+        placed = place(tasks, wish, Choices(books), now=0.0, limit=len(tasks))
+        results.append([(one.task.id, one.node_id, one.generic_resources) for one in placed.assignments])
+    assert results[0] == results[1] == results[2]
+
+
+def figures(books: Accounting) -> dict[str, object]:
+    return {
+        id: (
+            account.active,
+            account.free_nano_cpus,
+            account.free_memory_bytes,
+            {port: number for port, number in account.host_ports.items() if number},
+            {kind: sorted(names) for kind, names in account.generic._names.items() if names},
+            dict(account.generic._counts),
+        )
+        for id, account in books.accounts.items()
+    }
+
+
+def is_over(account: Account) -> bool:
+    return (
+        account.free_nano_cpus < 0
+        or account.free_memory_bytes < 0
+        or any(count > 1 for count in account.host_ports.values())
+        or any(count < 0 for count in account.generic._counts.values())
+    )
+
+
+CHECKS: list[Callable[[int], None]] = [
+    check_every_choice_is_the_models,
+    check_a_batch_is_its_tasks_one_by_one,
+    check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed,
+    check_asking_again_changes_nothing,
+    check_the_order_of_nodes_does_not_matter,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@given(seed=st.integers(0, 1 << 32))
+@settings(max_examples=60, deadline=None)
+def test_properties_of_choices(check: Callable[[int], None], seed: int) -> None:
+    check(seed)
+
+
+# -- wrong twins -------------------------------------------------------------------------------------------------------
+
+
+def forgetful(patch: pytest.MonkeyPatch) -> None:
+    """What became better is not noticed."""
+    patch.setattr(
+        accounting_module.Accounting, "changed_since", lambda books, changes: list(books.accounts)[:1]
+    )
+
+
+def unsorted(patch: pytest.MonkeyPatch) -> None:
+    """A node keeps the rank it was entered with."""
+
+    def first(ranking: ranking_module.Ranking) -> ranking_module.Entry | None:
+        able = (entry for entry in ranking._heap if ranking._fits is None or ranking._fits(entry[2]))
+        return next(able, None)
+
+    patch.setattr(ranking_module.Ranking, "first", first)
+
+
+def unlimited(patch: pytest.MonkeyPatch) -> None:
+    """Once a node will do, it will do for ever."""
+    patch.setattr(candidates_module.Candidates, "has_room", lambda candidates, account, copies: True)
+
+
+def keeping_aside(patch: pytest.MonkeyPatch) -> None:
+    """Nodes that one service passed over are lost for the others."""
+    patch.setattr(spread_module._Leaf, "put_back", lambda leaf: leaf._aside.clear())
+
+
+def by_arrival(patch: pytest.MonkeyPatch) -> None:
+    """Among equals the node that was heard of first is taken."""
+
+    def rank(candidates: candidates_module.Candidates, account: Account) -> tuple[object, ...]:
+        return account.active, list(candidates._accounting.accounts).index(account.node.id)
+
+    patch.setattr(candidates_module.Candidates, "rank", rank)
+
+
+def shy(patch: pytest.MonkeyPatch) -> None:
+    """A node takes one task at a time."""
+    real = spread_module.Spread.next
+    served: set[tuple[int, str]] = set()
+
+    def once(spread: spread_module.Spread) -> Account | None:
+        account = real(spread)
+        if account is None or (id(spread), account.node.id) in served:
+            return None
+        served.add((id(spread), account.node.id))
+        return account
+
+    patch.setattr(spread_module.Spread, "next", once)
+
+
+def inventive(patch: pytest.MonkeyPatch) -> None:
+    """What a task gives back is free, whether the node still has it or not."""
+    real = accounting_module.Account.remove
+
+    def remove(account: Account, usage: accounting_module.Usage) -> None:
+        real(account, usage)
+        account.generic.give_back(usage.generic)
+        patch.setattr(account, "update", lambda node, held: None)
+
+    patch.setattr(accounting_module.Account, "remove", remove)
+
+
+@pytest.mark.parametrize(
+    ("twin", "check"),
+    [
+        (forgetful, check_every_choice_is_the_models),
+        (unsorted, check_every_choice_is_the_models),
+        (keeping_aside, check_a_batch_is_its_tasks_one_by_one),
+        (unlimited, check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed),
+        (inventive, check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed),
+        (shy, check_asking_again_changes_nothing),
+        (by_arrival, check_the_order_of_nodes_does_not_matter),
+    ],
+)
+def test_a_wrong_twin_is_rejected(
+    twin: Callable[[pytest.MonkeyPatch], None], check: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin(monkeypatch)
+    for seed in range(300):
+        try:
+            check(seed)
+        except AssertionError:
+            return
+    pytest.fail(f"{check.__name__} does not notice: {twin.__doc__}")
+
+
+# -- sizes (demand S3) -------------------------------------------------------------------------------------------------
+
+
+def largest_difference_of_fill() -> float:
+    """Two sizes of node, 300 services of one task: the largest difference of the nodes' reserved shares."""
+    books = Accounting()
+    for number in range(10):
+        books.set_node(a_node(f"small{number}", has=Resources(memory_bytes=8 * GIB)))
+        books.set_node(a_node(f"large{number}", has=Resources(memory_bytes=32 * GIB)))
+    choices = Choices(books)
+    random = Random(1)
+    for number in range(300):
+        service = a_service(f"s{number}", reserve=Resources(memory_bytes=random.randint(1, 8) * GIB // 10))
+        task = a_task(service=service, state=TaskState.PENDING)
+        place([task], requirements_of(task, service.spec), choices, now=0.0, limit=1)
+    shares = [
+        1 - account.free_memory_bytes / account.node.description.resources.memory_bytes
+        for account in books.accounts.values()
+    ]
+    return max(shares) - min(shares)
+
+
+def test_two_sizes_of_node_end_within_ten_percent_of_each_other() -> None:
+    assert largest_difference_of_fill() < 0.10
+
+
+def test_a_count_of_tasks_alone_would_fill_small_nodes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates_module, "fill", lambda wish, account: 0.0)
+    assert largest_difference_of_fill() > 0.10
+
+
+def test_services_of_one_task_use_all_branches_of_a_preference() -> None:
+    books = Accounting()
+    for number in range(6):
+        books.set_node(a_node(f"n{number}", labels={"zone": f"z{number % 3}"}))
+    choices = Choices(books)
+    counts = dict.fromkeys("012", 0)
+    for number in range(30):
+        service = a_service(f"s{number}", spread=("node.labels.zone",))
+        task = a_task(service=service, state=TaskState.PENDING)
+        (assignment,) = place(
+            [task], requirements_of(task, service.spec), choices, now=0.0, limit=1
+        ).assignments
+        counts[str(int(assignment.node_id[1:]) % 3)] += 1
+    assert set(counts.values()) == {10}
