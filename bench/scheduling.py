@@ -21,7 +21,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from random import Random
 from typing import Literal, get_args
@@ -93,6 +93,19 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     processor_s: float
     busy: float
     """Share of the machine that was busy just before."""
+    reference_ns: float
+    """See ``reference_ns``."""
+
+
+def reference_ns() -> float:
+    """Processor time of one turn of an empty loop now, the smallest of many: to compare runs of different moments."""
+    turns, best = 20_000, float("inf")
+    for _ in range(50):
+        began = time.process_time_ns()
+        for _ in range(turns):
+            pass
+        best = min(best, (time.process_time_ns() - began) / turns)
+    return best
 
 
 def main() -> None:
@@ -122,7 +135,7 @@ def measured(kind: Kind, nodes: int, tasks: int, repeat: int) -> tuple[tuple[str
         gc.collect()
         busy = noise()
         wall_s, processor_s = asyncio.run(operation(kind, nodes, tasks))
-        timings.append(Timing(wall_s=wall_s, processor_s=processor_s, busy=busy))
+        timings.append(Timing(wall_s=wall_s, processor_s=processor_s, busy=busy, reference_ns=reference_ns()))
     return (kind, nodes, tasks), timings
 
 
@@ -130,7 +143,7 @@ async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
     """Seconds (wall, processor) from the commit of ``nodes`` and ``tasks`` until all are assigned."""
     clock = SystemClock()
     store = MemoryStore(clock)
-    created = _proposal(store, [*_nodes(kind, nodes), *_tasks(kind, tasks)])
+    created = proposal_of(store, [*_nodes(kind, nodes), *_tasks(kind, tasks)])
     async for term in store.terms(NodeId("m1"), ""):
         scheduler = Scheduler(term, clock, new_id, Random(1))
         async with asyncio.TaskGroup() as group:
@@ -150,7 +163,7 @@ async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
     raise AssertionError("never elected")
 
 
-def _proposal(store: MemoryStore, objects: list[Object]) -> Proposal:
+def proposal_of(store: MemoryStore, objects: Sequence[Object]) -> Proposal:
     """One proposal for all objects; larger than a transaction may be, as SwarmKit's is."""
     puts: list[tuple[str, bytes]] = []
     for object in objects:
@@ -223,8 +236,8 @@ def _tasks(kind: Kind, count: int) -> Iterator[Task | SpecVersion]:
 
 
 HEADER = (
-    "| what | nodes | tasks | wall, s | processor, s | µs a task | SwarmKit, s | limit, s | of limit | busy |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| what | nodes | tasks | wall, s | processor, s | µs a task | SwarmKit, s | limit, s | of limit | busy "
+    "| reference, ns |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -255,7 +268,8 @@ def line(row: tuple[str, int, int], timings: list[Timing]) -> str:
             f"{theirs:.3g}" if theirs else "–",
             f"{limit:.3g}" if limit else "–",
             ratio,
-            f"{statistics.median(one.busy for one in timings):.0%} |",
+            f"{statistics.median(one.busy for one in timings):.0%}",
+            f"{statistics.median(one.reference_ns for one in timings):.1f} |",
         )
     )
 
@@ -269,6 +283,7 @@ def _keep(rows: list[tuple[tuple[str, int, int], list[Timing]]]) -> None:
             "Medians, smallest in brackets. `busy`: share of the machine that other work took just before; where it is",
             "high, processor time is the figure to read (and even that is larger than on a quiet machine). SwarmKit's:",
             "wall clock on a quiet machine of this size. The limit is half of it; with wishes, all of it.",
+            "`reference`: one turn of an empty loop in Python then, to compare with other runs.",
             "",
             HEADER,
             *(line(row, timings) for row, timings in rows),

@@ -155,10 +155,10 @@ class Draft:
         key_of: Callable[[Any, Owner], str],
     ) -> None:
         """Write the keys that say ``owner`` is a member of something, delete those that no longer hold."""
-        before = set(of(base)) if base is not None else set()
-        after = set(of(object)) if object is not None else set()
-        if before == after:
+        held, holds = of(base) if base is not None else (), of(object) if object is not None else ()
+        if held == holds:
             return
+        before, after = set(held), set(holds)
         for member in sorted(after - before):
             self._puts[key_of(member, owner)] = b"1"
         for member in sorted(before - after):

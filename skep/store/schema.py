@@ -6,7 +6,7 @@ versions").  The words of refusals are Docker's.
 Source: swarmkit, manager/controlapi/{service,network,secret,config}.go (conflicts), api/storeobject.go (names).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -76,11 +76,11 @@ def _service_references(service: Service) -> Iterator[tuple[str, str]]:
         yield "network", attachment.target
 
 
-def _task_references(task: Task) -> Iterator[tuple[str, str]]:
+def _task_references(task: Task) -> Sequence[tuple[str, str]]:
     """The networks of a plain container's attachment; a service's tasks are covered by their service."""
-    if task.spec.network_attachment_spec is not None:
-        for attachment in task.spec.networks:
-            yield "network", attachment.target
+    if task.spec.network_attachment_spec is None:
+        return ()
+    return [("network", attachment.target) for attachment in task.spec.networks]
 
 
 def _task_slot(task: Task) -> str:

@@ -239,11 +239,11 @@ class Writing:
         """Check that what ``new`` refers to, and ``current`` did not, exists.  Raises: NotFound."""
         if table.schema.references is nothing:
             return
-        used_now = set(table.schema.references(new))
-        if not used_now:
+        used_now = table.schema.references(new)
+        if used_now == ():
             return
         before = set(table.schema.references(current)) if current is not None else set()
-        for used in sorted(used_now - before):
+        for used in sorted(set(used_now) - before):
             if self._object(used) is None:
                 raise NotFound(f"{used[0]} {used[1]} not found")
             self._existing.add(used)

@@ -17,13 +17,14 @@ from skep.manager.resources import GenericStock, reservations_of
 from skep.model.constraints import is_satisfied
 from skep.model.ids import TaskId
 from skep.model.node import Availability, Node
-from skep.model.service import Placement
 from skep.model.task import Task, TaskState
 
 
 def is_out_of_place(task: Task, node: Node) -> bool:
     """Whether the active ``node`` no longer meets the constraints of its ``task``."""
-    constraints = (task.spec.placement or Placement()).constraints
+    constraints = task.spec.placement.constraints if task.spec.placement is not None else ()
+    if not constraints:
+        return False
     return node.spec.availability is Availability.ACTIVE and not is_satisfied(constraints, node)
 
 
@@ -33,10 +34,16 @@ def overcommitted(node: Node, tasks: Iterable[Task]) -> frozenset[TaskId]:
         return frozenset()
     resources = node.description.resources
     nano_cpus, memory_bytes = resources.nano_cpus, resources.memory_bytes
+    holding = [(task, reservations_of(task.spec)) for task in tasks if _holds(task)]
+    if (
+        sum(reserved.nano_cpus for _, reserved in holding) <= nano_cpus
+        and sum(reserved.memory_bytes for _, reserved in holding) <= memory_bytes
+        and not any(task.generic_resources for task, _ in holding)
+    ):
+        return frozenset()  # there is room for all, whoever came first
     stock = GenericStock(resources.generic_resources)
     surplus = set()
-    for task in sorted(filter(_holds, tasks), key=age):
-        reserved = reservations_of(task.spec)
+    for task, reserved in sorted(holding, key=lambda item: age(item[0])):
         has_room = reserved.nano_cpus <= nano_cpus and reserved.memory_bytes <= memory_bytes
         if not (has_room and all(map(stock.holds, task.generic_resources))):
             surplus.add(task.id)

@@ -20,7 +20,7 @@ def group_by_slot(tasks: Iterable[Task]) -> dict[int, Slot]:
     slots: dict[int, list[Task]] = {}
     for task in tasks:
         slots.setdefault(task.slot, []).append(task)
-    return {number: tuple(sorted(slots[number], key=age)) for number in sorted(slots)}
+    return {number: _by_age(slots[number]) for number in sorted(slots)}
 
 
 def group_by_node(tasks: Iterable[Task]) -> dict[NodeId, Slot]:
@@ -28,7 +28,11 @@ def group_by_node(tasks: Iterable[Task]) -> dict[NodeId, Slot]:
     slots: dict[NodeId, list[Task]] = {}
     for task in tasks:
         slots.setdefault(task.node_id, []).append(task)
-    return {node_id: tuple(sorted(slots[node_id], key=age)) for node_id in sorted(slots)}
+    return {node_id: _by_age(slots[node_id]) for node_id in sorted(slots)}
+
+
+def _by_age(tasks: list[Task]) -> Slot:
+    return tuple(sorted(tasks, key=age)) if len(tasks) > 1 else tuple(tasks)
 
 
 def age(task: Task) -> tuple[str, str]:
@@ -36,13 +40,17 @@ def age(task: Task) -> tuple[str, str]:
     return task.created_at.rstrip("Z"), task.id
 
 
-def wanted(slot: Iterable[Task]) -> Slot:
+def wanted(slot: Slot) -> Slot:
     """The tasks of a slot that are meant to run."""
+    if len(slot) == 1:  # most slots, and every decision asks
+        return slot if slot[0].is_wanted else ()
     return tuple(task for task in slot if task.is_wanted)
 
 
-def history(slot: Iterable[Task]) -> Slot:
+def history(slot: Slot) -> Slot:
     """The tasks of a slot without those on their way to removal, which no longer count for anything."""
+    if len(slot) == 1 and slot[0].is_wanted:
+        return slot
     return tuple(task for task in slot if task.desired_state < TaskState.REMOVE)
 
 

@@ -22,7 +22,7 @@ from skep.manager.guard import Guard, write_each
 from skep.manager.scheduler.accounting import Accounting, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, place
-from skep.manager.scheduler.requirements import Requirements, host_ports, planes_of, requirements_of
+from skep.manager.scheduler.requirements import Requirements, Wishes, host_ports, planes_of
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
 from skep.model.ids import IdSource, NodeId, TaskId
@@ -79,8 +79,7 @@ class Scheduler:
         self._pending: dict[Group, dict[TaskId, None]] = {}
         self._group_of: dict[TaskId, Group] = {}
         self._refused: set[Group] = set()
-        self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None
-        """What was asked for last: tasks without a service often ask for the same one after another."""
+        self._wishes = Wishes()
         self._deciding: set[TaskId] = set()
         """Tasks whose decision is being written: they hold their place whatever older news says of them."""
 
@@ -91,30 +90,41 @@ class Scheduler:
         for node in snapshot.find(Node):
             self._accounting.set_node(node)
         for task in snapshot.find(Task):
-            self._look_at(task.id)
+            with self._books_guard.guarded(task.id):
+                self._booked(task.id, task)
 
     def _note(self, commit: Commit) -> None:
         has_room = False
         for event in commit.events:
-            match event:
-                case Updated(Task() as old, Task() as task):
-                    if self._is_booked_already(old, task):
-                        continue
-                    if _has_failed(old, task):
-                        self._accounting.note_failure(task, self._clock.monotonic())
-                    has_room |= self._look_at(task.id)
-                case Created(Task() as task) if is_pending(task) and not task.node_id:
+            if isinstance(event, Updated):
+                if isinstance(event.new, Task):
+                    assert isinstance(event.old, Task)
+                    has_room |= self._note_task(event.old, event.new)
+                elif isinstance(event.new, Node):
+                    self._look_at_node(event.new.id)
+                    has_room = True
+                continue
+            match event.object:
+                case Task() as task if isinstance(event, Created) and is_pending(task) and not task.node_id:
                     self._enter(task)
-                case Created(Task() as task) | Deleted(Task() as task):
+                case Task() as task:
                     has_room |= self._look_at(task.id)
-                case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
+                case Node() as node:
                     self._look_at_node(node.id)
                     has_room = True
-                case Deleted(Service() as service):
+                case Service() as service if isinstance(event, Deleted):
                     self._accounting.forget_service(service.id)
         if has_room and self._refused:
             self._agenda.add(sorted(self._refused))
             self._refused.clear()
+
+    def _note_task(self, old: Task, task: Task) -> bool:
+        """A task changed; whether it gave something back."""
+        if self._is_booked_already(old, task):
+            return False
+        if _has_failed(old, task):
+            self._accounting.note_failure(task, self._clock.monotonic())
+        return self._look_at(task.id)
 
     def _is_booked_already(self, old: Task, task: Task) -> bool:
         """Whether the books have the task as it is: most news are reports of tasks that go on."""
@@ -137,11 +147,10 @@ class Scheduler:
         has_room = False
         if id not in self._deciding:
             with self._books_guard.guarded(id):
-                has_room = self._booked(id)
+                has_room = self._booked(id, self._term.view().lookup(Task, id))
         return has_room
 
-    def _booked(self, id: TaskId) -> bool:
-        task = self._term.view().lookup(Task, id)
+    def _booked(self, id: TaskId, task: Task | None) -> bool:
         if task is not None and holds_resources(task):
             self._leave(id)
             self._accounting.add(task, host_ports(self._spec_of(task)))
@@ -250,9 +259,9 @@ class Scheduler:
         if placed is None:
             # One of them, or a node, is not as it should be: each by itself, and the trouble is its own.
             alone = [self._decided(_group_of(task), 1) for task in tasks]
-            assignments = tuple(one for some in alone for one in some.assignments)
             return Placed(
-                assignments=assignments, refusals=tuple(one for some in alone for one in some.refusals)
+                assignments=tuple(one for some in alone for one in some.assignments),
+                refusals=tuple(one for some in alone for one in some.refusals),
             )
         self._refused.update(_group_of(refusal.task) for refusal in placed.refusals)
         return placed
@@ -262,21 +271,7 @@ class Scheduler:
         planes: tuple[str, ...] = ()
         if task.networks_attachments:
             planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
-        spec = self._spec_of(task)
-        if self._last is not None:
-            known, known_spec, wish = self._last
-            if (
-                spec is known_spec
-                and planes == wish.planes
-                and task.spec == known.spec
-                and task.service_id == known.service_id
-                and task.spec_version == known.spec_version
-                and task.networks_attachments == known.networks_attachments
-            ):
-                return wish
-        wish = requirements_of(task, spec, planes)
-        self._last = task, spec, wish
-        return wish
+        return self._wishes.of(task, self._spec_of(task), planes)
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""

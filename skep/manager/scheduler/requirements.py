@@ -76,6 +76,30 @@ def requirements_of(
     )
 
 
+class Wishes:
+    """``requirements_of``, remembering the last: tasks without a service often ask for the same one after another."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None
+
+    def of(self, task: Task, service_spec: ServiceSpec | None, planes: tuple[str, ...]) -> Requirements:
+        """See ``requirements_of``."""
+        if self._last is not None:
+            known, known_spec, wish = self._last
+            if (
+                service_spec is known_spec
+                and planes == wish.planes
+                and task.spec == known.spec
+                and task.service_id == known.service_id
+                and task.spec_version == known.spec_version
+                and task.networks_attachments == known.networks_attachments
+            ):
+                return wish
+        wish = requirements_of(task, service_spec, planes)
+        self._last = task, service_spec, wish
+        return wish
+
+
 def overlays_of(task: Task) -> Iterator[NetworkId]:
     """The overlay networks of a task; not the ingress network, which lies on both data planes."""
     for attachment in task.networks_attachments:

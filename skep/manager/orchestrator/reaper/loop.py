@@ -14,6 +14,7 @@ from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, write_each
 from skep.manager.orchestrator.reaper.history import (
+    goes_on,
     history_limit,
     is_disposable,
     is_orphaned,
@@ -85,7 +86,12 @@ class Reaper:
 
     def _start(self, snapshot: View) -> None:
         self._agenda.add(Key(service.id) for service in snapshot.find(Service))
-        self._agenda.add(_slot_key(task) for task in snapshot.find(Task))
+        # A slot has nothing to remove without a task that has ended, is not wanted, or has lost its node.
+        self._agenda.add(
+            _slot_key(task)
+            for task in snapshot.find(Task)
+            if not goes_on(task, snapshot.lookup(Node, task.node_id))
+        )
 
     def _note(self, commit: Commit) -> None:
         for event in commit.events:

@@ -1,0 +1,92 @@
+"""A change of one service costs the leader's loops the same in a small cluster and in one ten times as large.
+
+Counted in function calls, which do not depend on the machine; ``bench/loops.py`` measures time and larger clusters.
+"""
+
+import cProfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.follow import State
+from skep.manager.scheduler.loop import Scheduler
+from skep.model.service import ReplicatedService, Resources, Service, ServiceMode
+from skep.model.task import Task, TaskState
+from skep.store.interface import Object, Transaction
+from skep.store.memory import MemoryStore
+from tests.builders import a_node, a_service, a_task
+from tests.contract.test_control_loops import leading, wait_for
+
+NODES, REPLICAS = 20, 10
+
+
+def put(tx: Transaction, object: Object) -> None:
+    tx.put(object)
+
+
+async def calls_for_a_change(services: int) -> int:
+    """Function calls from scaling one service until its new tasks have nodes."""
+    store = MemoryStore(SystemClock())
+    await store.update_each(
+        put, [a_node(f"n{number}", has=Resources(memory_bytes=1 << 40)) for number in range(NODES)]
+    )
+    names = [f"s{number:04}" for number in range(services)]
+    reserve = Resources(memory_bytes=1 << 20)
+    await store.update_each(put, [a_service(name, replicas=REPLICAS, reserve=reserve) for name in names])
+    running = [
+        replace(
+            a_task(
+                f"{name}-{slot}",
+                slot=slot + 1,
+                node=f"n{slot}",
+                service=store.view().get(Service, name),
+                state=TaskState.RUNNING,
+            ),
+            spec_version=store.view().get(Service, name).spec_version,
+        )
+        for name in names
+        for slot in range(REPLICAS)
+    ]
+    await store.update_each(put, running)
+
+    def tasks_of(name: str, count: int) -> Callable[[], bool]:
+        return lambda: sum(bool(task.node_id) for task in store.view().find(Task, service_id=name)) >= count
+
+    def scale(tx: Transaction, name: str) -> None:
+        service = tx.get(Service, name)
+        mode = ServiceMode(replicated=ReplicatedService(replicas=REPLICAS + 5))
+        tx.put(replace(service, spec=replace(service.spec, mode=mode)))
+
+    async with leading(store):
+        # The last ones: until they are done the loops have looked at everything, and remember what they need.
+        for name in names[-2:]:
+            await store.update(scale, name)
+            await wait_for(store, tasks_of(name, REPLICAS + 5))
+        profile = cProfile.Profile()
+        profile.enable()
+        await store.update(scale, names[0])
+        await wait_for(store, tasks_of(names[0], REPLICAS + 5))
+        profile.disable()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+async def test_a_change_costs_the_same_in_a_cluster_ten_times_as_large() -> None:
+    small, large = await calls_for_a_change(10), await calls_for_a_change(100)
+    assert large < 1.2 * small, f"{small} calls among 10 services, {large} among 100"
+
+
+async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong twin: a scheduler that begins anew after every batch."""
+    real = Scheduler._commit
+
+    async def careful(self: Any, *decisions: Any) -> None:
+        await real(self, *decisions)
+        term: State = self._term
+        self._start(term.view())
+
+    monkeypatch.setattr(Scheduler, "_commit", careful)
+    small, large = await calls_for_a_change(10), await calls_for_a_change(100)
+    assert large > 1.2 * small
