@@ -19,7 +19,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from random import Random
@@ -208,7 +208,7 @@ def _service(id: ServiceId, replicas: int, memory_mib: int) -> Service:
     return Service(id=id, spec=ServiceSpec(name=id, task_template=template, mode=mode))
 
 
-def _tasks(services: list[Service]) -> Iterator[Task]:
+def _tasks(services: Sequence[Service]) -> Iterator[Task]:
     number = 0
     for service in services:
         if service.id == WAITING:

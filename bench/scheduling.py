@@ -122,8 +122,12 @@ def main() -> None:
         row = measured(options.kind, options.nodes or 1000, options.tasks or 1000, options.repeat)
         print(line(row[0], row[1]))
         return
-    rows = [measured(kind, nodes, tasks, options.repeat) for kind, nodes, tasks in TABLE]  # type: ignore[arg-type]
-    _keep(rows)
+    now, measured_commit, rows = datetime.now(UTC), commit(), []
+    print(HEADER)
+    for kind, nodes, tasks in TABLE:
+        rows.append(measured(kind, nodes, tasks, options.repeat))  # type: ignore[arg-type]
+        print(line(*rows[-1]), flush=True)
+    _keep(rows, now, measured_commit)
 
 
 def measured(kind: Kind, nodes: int, tasks: int, repeat: int) -> tuple[tuple[str, int, int], list[Timing]]:
@@ -274,11 +278,10 @@ def line(row: tuple[str, int, int], timings: list[Timing]) -> str:
     )
 
 
-def _keep(rows: list[tuple[tuple[str, int, int], list[Timing]]]) -> None:
-    now = datetime.now(UTC)
+def _keep(rows: list[tuple[tuple[str, int, int], list[Timing]]], now: datetime, at: str) -> None:
     text = "\n".join(
         (
-            f"# The scheduler beside SwarmKit's own benchmark, {now:%Y-%m-%d %H:%M} UTC, commit {commit()}",
+            f"# The scheduler beside SwarmKit's own benchmark, {now:%Y-%m-%d %H:%M} UTC, commit {at}",
             "",
             "Medians, smallest in brackets. `busy`: share of the machine that other work took just before; where it is",
             "high, processor time is the figure to read (and even that is larger than on a quiet machine). SwarmKit's:",
@@ -290,14 +293,13 @@ def _keep(rows: list[tuple[tuple[str, int, int], list[Timing]]]) -> None:
             "",
         )
     )
-    path = RESULTS / f"{now:%Y-%m-%d-%H%M}-{commit()}-scheduling"
+    path = RESULTS / f"{now:%Y-%m-%d-%H%M}-{at}-scheduling"
     path.with_suffix(".md").write_text(text)
     kept = [
         {"kind": kind, "nodes": nodes, "tasks": tasks, "timings": msgspec.to_builtins(timings)}
         for (kind, nodes, tasks), timings in rows
     ]
     path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Spread:
         if self._revision != self._candidates.revision:
             self._leaves.clear()
             self._plant()
-        elif self._seen != self._accounting.changes:
+        elif self._seen != self._accounting.changes or len(self._candidates.levels) > 1:
             for id in self._accounting.changed_since(self._seen):
                 self._taken(id)
             self._grow()
@@ -108,7 +108,9 @@ class Spread:
             forks: dict[Leaf, list[tuple[int, Leaf, _Leaf | _Fork]]] = {(): []} if depth == 0 else {}
             for path in sorted(branches):
                 forks.setdefault(path[:depth], []).append((tasks[path], path, branches[path]))
-            branches = {path: _Fork(children) for path, children in forks.items()}
+            # Tasks without a service are copies of nothing, and so are first tasks placed by their shape.
+            counts = bool(self._wish.service_id)
+            branches = {path: _Fork(children, counts=counts) for path, children in forks.items()}
         self._root = branches[()]
 
     def _leaf(self, path: Leaf) -> "_Leaf":
@@ -154,7 +156,12 @@ class Choices:
 
 
 def failing_nodes(accounting: Accounting, wish: Requirements, now: float) -> dict[NodeId, int]:
-    """Where tasks like these failed too often lately, and how often (``now``: the clock of ``note_failure``)."""
+    """Where tasks like these failed too often lately, and how often (``now``: the clock of ``note_failure``).
+
+    Tasks without a service have nothing in common, so that one failed says nothing of the next.
+    """
+    if not wish.service_id:
+        return {}
     failures = accounting.failures(wish, now)
     return {id: count for id, count in failures.items() if count >= MAX_FAILURES} if failures else {}
 
@@ -207,15 +214,25 @@ class _Leaf:
 class _Fork:
     """A part of the nodes that is divided further."""
 
-    def __init__(self, children: list[tuple[int, Leaf, "_Leaf | _Fork"]]) -> None:
+    def __init__(self, children: list[tuple[int, Leaf, "_Leaf | _Fork"]], *, counts: bool) -> None:
+        """``counts``: whether tasks that are placed now count for the next ones."""
+        self._counts = counts
         self._heap: list[tuple[int, Rank, Leaf, _Leaf | _Fork]] = []
+        self._taken: tuple[int, Leaf, _Leaf | _Fork] | None = None
+        """The child that gave the last node.  It is ranked anew before the next, when that node is booked: a child that
+        is divided further may have become better, as another of its branches has the fewest tasks now."""
         for tasks, path, child in children:
-            rank = child.best()
-            if rank is not None:
-                self._heap.append((tasks, rank, path, child))
-        heapq.heapify(self._heap)
+            self._enter(tasks, path, child)
+
+    def _enter(self, tasks: int, path: Leaf, child: "_Leaf | _Fork") -> None:
+        rank = child.best()
+        if rank is not None:
+            heapq.heappush(self._heap, (tasks, rank, path, child))
 
     def best(self) -> Rank | None:
+        if self._taken is not None:
+            taken, self._taken = self._taken, None
+            self._enter(*taken)
         while self._heap:
             tasks, rank, path, child = self._heap[0]
             present = child.best()
@@ -230,7 +247,6 @@ class _Fork:
     def take(self) -> Account | None:
         if self.best() is None:
             return None
-        tasks, rank, path, child = self._heap[0]
-        account = child.take()
-        heapq.heapreplace(self._heap, (tasks + 1, rank, path, child))
-        return account
+        tasks, _, path, child = heapq.heappop(self._heap)
+        self._taken = tasks + self._counts, path, child
+        return child.take()

@@ -175,12 +175,16 @@ def model_choice(wish: Requirements, books: Accounting, now: float) -> str | Non
 
 def check_every_choice_is_the_models(seed: int) -> None:
     history = History(seed)
-    for wish, tasks, is_last in history.steps():
+    for wish, tasks, is_alone in history.steps():
         for task in tasks:
+            is_last = is_alone
             expected = model_choice(wish, history.accounting, history.now)
             asked = wish
             if is_last and history.choices.is_first(wish, history.now):
-                asked = shape_of(wish)
+                asked, is_last = (
+                    shape_of(wish),
+                    False,
+                )  # as the loop does, with the first tasks of all services
             placed = place([task], asked, history.choices, now=history.now, limit=1, is_last=is_last)
             assert [one.node_id for one in placed.assignments] == ([expected] if expected is not None else [])
             for assignment in placed.assignments:

@@ -1,0 +1,144 @@
+"""The scheduler's loop on a store in memory: many decisions at once, and those that go wrong."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.scheduler import loop as loop_module
+from skep.manager.scheduler import spread
+from skep.manager.scheduler.loop import Scheduler
+from skep.manager.scheduler.writes import Decision, DecisionWriter
+from skep.model.ids import new_id
+from skep.model.service import Resources
+from skep.model.task import Task, TaskState
+from skep.store.interface import Object, Transaction
+from skep.store.memory import MemoryStore
+from tests.builders import a_node, a_service, a_task
+
+
+def put(tx: Transaction, object: Object) -> None:
+    tx.put(object)
+
+
+def waiting(count: int, *, constraints: tuple[str, ...] = (), name: str = "s") -> list[Task]:
+    """One pending task each of so many services, all asking for the same."""
+    reserve = Resources(memory_bytes=1 << 20)
+    services = [a_service(f"{name}{n:03}", reserve=reserve, constraints=constraints) for n in range(count)]
+    return [a_task(f"t-{one.id}", service=one, state=TaskState.PENDING) for one in services]
+
+
+@asynccontextmanager
+async def scheduling(store: MemoryStore) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(Scheduler(store, SystemClock(), new_id, Random(1)).run())
+        yield
+        running.cancel()
+
+
+async def wait_for(store: MemoryStore, condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20), store.watch(Task) as watch:
+        if condition():
+            return
+        async for _ in watch:
+            if condition():
+                return
+
+
+def nodes_of(store: MemoryStore) -> Counter[str]:
+    return Counter(task.node_id for task in store.view().find(Task))
+
+
+async def a_store(*objects: Object) -> MemoryStore:
+    store = MemoryStore(SystemClock())
+    await store.update_each(put, [a_node(f"n{n}", has=Resources(memory_bytes=1 << 40)) for n in range(10)])
+    await store.update_each(put, objects)
+    return store
+
+
+async def test_single_tasks_of_many_services_use_all_nodes_alike() -> None:
+    store = await a_store(*waiting(600))
+    async with scheduling(store):
+        await wait_for(store, lambda: "" not in nodes_of(store))
+    assert set(nodes_of(store).values()) == {60}
+
+
+async def tasks_on_one_node_here_and_three_there() -> set[int]:
+    """Tasks of each node, when 40 services of one task spread over two zones."""
+    store = MemoryStore(SystemClock())
+    await store.update_each(put, [a_node(f"n{n}", labels={"zone": "a" if n == 0 else "b"}) for n in range(4)])
+    services = [a_service(f"s{n:03}", spread=("node.labels.zone",)) for n in range(40)]
+    tasks = [a_task(f"t-{one.id}", service=one, state=TaskState.PENDING) for one in services]
+    await store.update_each(put, tasks)
+    async with scheduling(store):
+        await wait_for(store, lambda: "" not in nodes_of(store))
+    return set(nodes_of(store).values())
+
+
+async def test_single_tasks_with_a_preference_use_branches_of_different_size_by_their_nodes() -> None:
+    assert await tasks_on_one_node_here_and_three_there() == {10}
+
+
+async def test_first_tasks_that_count_as_copies_of_each_other_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = spread._Fork.__init__
+    monkeypatch.setattr(
+        spread._Fork, "__init__", lambda fork, children, counts: real(fork, children, counts=True)
+    )
+    assert await tasks_on_one_node_here_and_three_there() != {10}
+
+
+async def test_a_decision_that_cannot_be_written_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, attempts = DecisionWriter.write, Counter[str]()
+
+    def write(writer: DecisionWriter, tx: Transaction, decision: Decision) -> None:
+        attempts[decision.task.id] += 1
+        if decision.task.id == "t-s007" and attempts["t-s007"] <= 3:
+            raise ValueError("a bad object")
+        real(writer, tx, decision)
+
+    monkeypatch.setattr(DecisionWriter, "write", write)
+    monkeypatch.setattr(loop_module, "RETRY_S", 0.01)
+    store = await a_store(*waiting(100))
+    async with scheduling(store):
+        await wait_for(store, lambda: nodes_of(store)[""] == 1)
+        assert store.view().get(Task, "t-s007").node_id == ""
+        await wait_for(store, lambda: "" not in nodes_of(store))
+    assert max(nodes_of(store).values()) - min(nodes_of(store).values()) <= 1
+
+
+async def test_a_wish_that_cannot_be_read_is_the_trouble_of_its_task_alone() -> None:
+    bad = waiting(1, constraints=("node.labels.x ~ 1",), name="bad")
+    store = await a_store(*waiting(40), *bad)
+    async with scheduling(store):
+        await wait_for(
+            store, lambda: nodes_of(store)[""] == 1 and bool(store.view().get(Task, bad[0].id).status.err)
+        )
+    assert store.view().get(Task, bad[0].id).status.err.startswith("scheduling failed: InvalidArgument")
+    assert set(nodes_of(store).values()) == {1, 4}
+
+
+async def test_what_is_retired_while_its_decision_is_written_takes_no_place() -> None:
+    tasks = waiting(50)
+    store = await a_store(*tasks)
+
+    def retire(tx: Transaction) -> None:
+        tx.put(replace(tx.get(Task, "t-s000"), desired_state=TaskState.SHUTDOWN))
+
+    async with scheduling(store):
+        await asyncio.sleep(0)
+        await store.update(retire)
+        await wait_for(store, lambda: nodes_of(store)[""] <= 1)
+        await store.update_each(put, waiting(50, name="later"))
+        await wait_for(store, lambda: nodes_of(store)[""] <= 1)
+    retired = store.view().get(Task, "t-s000")
+    held = Counter(task.node_id for task in store.view().find(Task) if task.is_wanted)
+    assert retired.status.state in (TaskState.PENDING, TaskState.ASSIGNED)
+    assert sum(held.values()) == 99
+    assert max(held.values()) - min(held.values()) <= 1
