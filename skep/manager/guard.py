@@ -18,7 +18,6 @@ from skep.store.interface import NotLeader, Transaction, Updates
 log = structlog.get_logger()
 
 T = TypeVar("T")
-S = TypeVar("S", bound=msgspec.Struct)
 R = TypeVar("R")
 
 FIRST_DELAY_S = 0.5
@@ -109,7 +108,7 @@ def contained(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T],
 
 
 async def write_each(
-    term: Updates, body: Callable[[Transaction, S], R], items: Sequence[S]
+    term: Updates, body: Callable[[Transaction, T], R], items: Sequence[T]
 ) -> Sequence[R | SkepError]:
     """``contained(body)`` once per item, each a transaction of its own, in as few raft entries as possible.
 

@@ -127,9 +127,7 @@ class State:
 
     def _merged(self, by_kind: dict[str, dict[str, list[PartChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
-        for (
-            table
-        ) in self.tables:  # a kind that is not among them is one that only newer versions of Skep know
+        for table in self.tables:  # what is not among them, only newer versions of Skep know
             kind = table.schema.type
             for id, changes in by_kind.get(table.schema.name, {}).items():
                 event = table.apply(id, changes)

@@ -6,10 +6,10 @@ that could help: a node, or a task that ended.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from random import Random
-from typing import NewType, TypeAlias, TypeVar
+from typing import NewType, TypeAlias
 
 import structlog
 from msgspec.structs import replace
@@ -31,13 +31,11 @@ from skep.model.node import Node
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Updated, View
 from skep.store.kinds import spec_of
 from skep.store.updates import batched
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 Group = NewType("Group", str)
 """Tasks decided together: ``<service>/<version>``, or a single task's id."""
