@@ -165,7 +165,7 @@ class Table:
             if codec is None:
                 continue  # a part that only newer versions of Skep know
             if change.value is None:
-                fields |= codec.defaults
+                fields = {**fields, **codec.defaults}  # what was decoded is not ours to change
                 answers = {part: answered for part, answered in answers.items() if part != change.part}
                 continue
             try:

@@ -75,6 +75,18 @@ def test_parts_changed_one_after_another_end_in_the_new_object(old, new, order):
     assert {part for part in order if parts[part] is not None} == set(table.marks["t1"].revisions)
 
 
+def test_what_one_object_loses_no_other_of_the_same_head_does():
+    """Decoded values are shared by objects that say the same."""
+    head = parts_of(a_task("t1"))[""]
+    status = parts_of(a_task("t1", state=TaskState.RUNNING))["status"]
+    table = a_table(Task)
+    for id in ("t1", "t2"):
+        table.apply(id, [PartChange("", head, 1, 1), PartChange("status", status, 1, 1)])
+    table.apply("t1", [PartChange("", head, 2, 1), PartChange("status", None, 2, 1)])
+    table.apply("t2", [PartChange("", head, 3, 1)])
+    assert table.objects["t2"].status.state is TaskState.RUNNING
+
+
 def test_a_part_without_a_head_is_no_object():
     table = a_table(Task)
     assert table.apply("t1", [PartChange("status", parts_of(a_task("t1"))["status"], 1, 1)]) is None
