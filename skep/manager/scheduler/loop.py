@@ -21,7 +21,7 @@ from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, write_each
 from skep.manager.scheduler.accounting import Accounting, holds_resources
 from skep.manager.scheduler.candidates import shape_of
-from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, place
+from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
 from skep.manager.scheduler.requirements import Requirements, Wishes, host_ports, planes_of
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
@@ -240,7 +240,9 @@ class Scheduler:
         if firsts is not None and is_last and len(tasks) == 1 and self._choices.is_first(wish, now):
             firsts.setdefault(shape_of(wish), []).append(tasks[0])
             return _NOTHING
-        placed = place(tasks, wish, self._choices, now=now, limit=limit, is_last=is_last)
+        # A service that has nothing anywhere, the usual case, need not be asked slot by slot.
+        gone = leaving(tasks, self._term.view()) if self._accounting.copies(wish.service_id) else {}
+        placed = place(tasks, wish, self._choices, now=now, limit=limit, is_last=is_last, leaving=gone)
         if placed.refusals:
             # What holds for one of them holds for all that ask for the same.
             chosen = {assignment.task.id for assignment in placed.assignments}

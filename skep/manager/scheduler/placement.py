@@ -1,6 +1,8 @@
 """The scheduler's decision: nodes for a group of equal tasks, or the reason why there is none."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -11,6 +13,7 @@ from skep.manager.scheduler.spread import Choices
 from skep.model.ids import NodeId
 from skep.model.service import GenericResource
 from skep.model.task import Task
+from skep.store.interface import View
 
 ASSIGNED = "scheduler assigned task to node"
 CONFIRMED = "scheduler confirmed task can run on preassigned node"
@@ -49,16 +52,17 @@ def place(
     now: float,
     limit: int,
     is_last: bool = True,
+    leaving: Mapping[NodeId, int] = MappingProxyType({}),
 ) -> Placed:
     """Nodes for up to ``limit`` of ``tasks``, which all ask for ``wish`` (or for its shape: ``Choices.is_first``).
 
     Each assignment is entered into the accounting as it is made, so the next one counts with it; who cannot
     commit it takes it out again.  ``now``: on the clock that failures were noted with.  ``is_last``: no more tasks of
-    this wish wait.
+    this wish wait.  ``leaving``: how many tasks of the service, by node, give their slots to ``tasks``.
     """
     batch = tasks[:limit]
     accounting = choices.accounting
-    choice = choices.spread(wish, now, is_last=is_last)
+    choice = choices.spread(wish, now, is_last=is_last, leaving=leaving)
     assignments: list[Assignment] = []
     try:
         for task in batch:
@@ -79,6 +83,16 @@ def place(
         refusals=tuple(refusals),
         remaining=() if refused else tuple(tasks[limit:]),
     )
+
+
+def leaving(tasks: Iterable[Task], view: View) -> Counter[NodeId]:
+    """How many tasks each node has in the slots of ``tasks``: they go when these run."""
+    counts: Counter[NodeId] = Counter()
+    for task in tasks:
+        if task.slot:
+            slot = view.find(Task, slot=f"{task.service_id}/{task.slot}")
+            counts.update(other.node_id for other in slot if other.node_id and other.is_active)
+    return counts
 
 
 def confirm(task: Task, wish: Requirements, accounting: Accounting) -> Assignment | Refusal:

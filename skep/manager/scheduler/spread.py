@@ -1,9 +1,10 @@
 """Which of the nodes that can take a task gets it.
 
 Nodes are compared by, in this order: repeated recent failures of the service there, tasks of the service, what is used
-of the tightest resource that the task reserves, all tasks, and last their ids.  Placement preferences come before
-that: they divide the nodes into a tree of branches (by a label's values), and each task goes to the branch with the
-fewest tasks of the service; among branches with equally many to the one with the best node.
+of the tightest resource that the task reserves, all tasks, and last their ids.  Tasks whose slots are being placed
+anew do not count as tasks of the service: an update must not avoid the places that it makes free.  Placement
+preferences come before that: they divide the nodes into a tree of branches (by a label's values), and each task goes to
+the branch with the fewest tasks of the service; among branches with equally many to the one with the best node.
 
 One ``Spread`` places tasks of one service that ask for the same.  Each choice must be entered into the accounting
 before the next.
@@ -13,6 +14,8 @@ Source: swarmkit, manager/scheduler/{scheduler,decision_tree,nodeset}.go.
 
 import heapq
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.candidates import Candidates, Leaf, Pools
@@ -30,9 +33,20 @@ KEPT_SPREADS = 16
 class Spread:
     """Chooses nodes for tasks with the same requirements, one after another."""
 
-    def __init__(self, wish: Requirements, pools: Pools, failing: dict[NodeId, int]) -> None:
-        """``failing``: see ``failing_nodes``."""
+    def __init__(
+        self,
+        wish: Requirements,
+        pools: Pools,
+        failing: dict[NodeId, int],
+        leaving: Mapping[NodeId, int] = MappingProxyType({}),
+    ) -> None:
+        """
+        Args:
+            failing: see ``failing_nodes``.
+            leaving: tasks of the service, by node, that do not count where they are; their room is taken all the same.
+        """
         self._wish = wish
+        self._leaving = leaving
         self._accounting = pools.accounting
         self._candidates = pools.candidates(wish)
         self.failing = failing
@@ -60,8 +74,8 @@ class Spread:
             leaf.put_back()
 
     def copies(self, account: Account) -> int:
-        """Tasks of the service that are meant to run there."""
-        return self._accounting.copies(self._wish.service_id).get(account.node.id, 0)
+        """Tasks of the service that are meant to stay there."""
+        return self._present(account) - self._leaving.get(account.node.id, 0)
 
     def rank(self, account: Account) -> Rank:
         """Of a node that has tasks of the service, or where they failed."""
@@ -69,9 +83,13 @@ class Spread:
         return failing, self.copies(account), *self._candidates.rank(account)
 
     def has_room(self, account: Account) -> bool:
-        return self._candidates.has_room(account, self.copies(account))
+        return self._candidates.has_room(account, self._present(account))
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    def _present(self, account: Account) -> int:
+        """Tasks of the service that are meant to run there now."""
+        return self._accounting.copies(self._wish.service_id).get(account.node.id, 0)
 
     def _plant(self) -> None:
         self._revision = self._candidates.revision
@@ -102,7 +120,7 @@ class Spread:
         for id, count in self._accounting.copies(self._wish.service_id).items():
             leaf = self._candidates.leaf_of.get(id)
             for depth in range(levels if leaf is not None else 0):
-                tasks[leaf[: depth + 1]] += count  # type: ignore[index]
+                tasks[leaf[: depth + 1]] += count - self._leaving.get(id, 0)  # type: ignore[index]
         branches: dict[Leaf, _Leaf | _Fork] = {leaf: self._leaf(leaf) for leaf in self._candidates.leaves}
         for depth in reversed(range(levels)):
             forks: dict[Leaf, list[tuple[int, Leaf, _Leaf | _Fork]]] = {(): []} if depth == 0 else {}
@@ -140,9 +158,18 @@ class Choices:
             and not failing_nodes(self.accounting, wish, now)
         )
 
-    def spread(self, wish: Requirements, now: float, *, is_last: bool) -> Spread:
+    def spread(
+        self,
+        wish: Requirements,
+        now: float,
+        *,
+        is_last: bool,
+        leaving: Mapping[NodeId, int] = MappingProxyType({}),
+    ) -> Spread:
         """For one batch, after which it is to be closed.  ``is_last``: no more tasks of the group wait."""
         failing = failing_nodes(self.accounting, wish, now)
+        if leaving:
+            return Spread(wish, self._pools, failing, leaving)  # of this batch alone
         spread = self._kept.pop(wish, None)
         if spread is None or spread.failing != failing:
             spread = Spread(wish, self._pools, failing)
