@@ -142,6 +142,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "features.json"
 
     @property
+    def etcd_version(self) -> Path:
+        """Which version the etcd of this machine has, as it said when it was asked last."""
+        return self.run / "etcd-version.json"
+
+    @property
     def last_heard(self) -> Path:
         """When a manager last heard this node."""
         return self.run / "last-heard.json"

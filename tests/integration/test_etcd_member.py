@@ -14,10 +14,13 @@ from msgspec.structs import replace
 from skep.aio.backoff import Backoff
 from skep.errors import FailedPrecondition
 from skep.linux.processes import boot_id, start_ticks_of
+from skep.store.etcd import flags
 from skep.store.etcd.binary import find_binary
+from skep.store.etcd.client import Client
 from skep.store.etcd.damage import Damaged
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member, MemberFailed, MemberRemoved
+from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.orphans import write_pid
 from tests.etcd_rig import a_member, member_settings, peer_files
 from tests.integration.etcd_words import (
@@ -77,6 +80,28 @@ async def test_etcd_dies_with_its_manager(tmp_path: Path) -> None:
     await manager.wait()
     async with asyncio.timeout(5):
         await wait_ended(etcd)
+
+
+async def test_a_single_member_does_not_wait_for_its_own_election(
+    settings: MemberSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With timers that would have it wait for ten seconds at the least, at its first start and at the next."""
+    monkeypatch.setattr(flags, "TIMERS_MS", (10_000, 50_000))
+    async with asyncio.timeout(9), a_member(settings).running() as member:
+        pass
+    async with asyncio.timeout(9), a_member(settings).running() as member:
+        await member.restart(member.settings)
+        assert member.starts == 2
+
+
+async def test_a_member_that_takes_another_one_in_is_not_restarted(settings: MemberSettings) -> None:
+    """And one that never comes costs nothing: writes go on."""
+    async with founded(settings) as (member, store), Client(settings.socket) as client:
+        members = await RaftMembers(client, member).add("m2", "https://m2:2378")
+        assert [(one.name, one.is_learner) for one in members] == [("m1", False), ("m2", True)]
+        await store.update(put_secret, "s")
+        assert member.starts == 1
+        assert not member.settings.is_solo
 
 
 async def test_an_etcd_left_behind_is_ended_first(settings: MemberSettings) -> None:

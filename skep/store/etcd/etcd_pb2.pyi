@@ -1022,3 +1022,44 @@ class StatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse
+
+@_typing.final
+class RaftMessage(_message.Message):
+    """What a member says to another: raftpb.Message, at the peer port."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Type:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType
+
+    class _TypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RaftMessage._Type.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        HUP: RaftMessage._Type.ValueType  # 0
+        TIMEOUT_NOW: RaftMessage._Type.ValueType  # 14
+
+    class Type(_Type, metaclass=_TypeEnumTypeWrapper): ...
+    HUP: RaftMessage.Type.ValueType  # 0
+    TIMEOUT_NOW: RaftMessage.Type.ValueType  # 14
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    SENDER_FIELD_NUMBER: _builtins.int
+    type: Global___RaftMessage.Type.ValueType
+    to: _builtins.int
+    sender: _builtins.int
+    """"from" """
+    def __init__(
+        self,
+        *,
+        type: Global___RaftMessage.Type.ValueType = ...,
+        to: _builtins.int = ...,
+        sender: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sender", b"sender", "to", b"to", "type", b"type"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RaftMessage: _TypeAlias = RaftMessage

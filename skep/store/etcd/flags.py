@@ -13,10 +13,11 @@ MAX_REQUEST_BYTES = 1_572_864
 QUOTA_BYTES = 4 * 1024**3
 HISTORY_REVISIONS = 20_000
 
-SOLO_TIMERS_MS = (20, 100)
-"""Heartbeat and election of a single voter: nobody can be late, and the election is what users wait for."""
-
 TIMERS_MS = (100, 500)
+"""Heartbeat and election.  A single voter does not wait for its own (``campaign``)."""
+
+SEALED_OFF_TIMERS_MS = (20, 100)
+"""Of a member whom nobody can ask to elect itself."""
 
 SOLO_SNAPSHOT_COUNT = 1000
 SNAPSHOT_COUNT = 10_000
@@ -85,7 +86,7 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[str]:
     """etcd's arguments.  ``initial-...`` count at the first start only."""
-    heartbeat_ms, election_ms = SOLO_TIMERS_MS if settings.is_solo else TIMERS_MS
+    heartbeat_ms, election_ms = SEALED_OFF_TIMERS_MS if settings.is_sealed_off else TIMERS_MS
     files = settings.peer_files
     flags = {
         "name": settings.name,

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
@@ -23,6 +24,7 @@ from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.store.etcd import damage
 from skep.store.etcd.binary import Binary, check_upgrade
+from skep.store.etcd.campaign import campaign
 from skep.store.etcd.client import Client
 from skep.store.etcd.damage import check_files
 from skep.store.etcd.flags import MemberSettings, arguments, environment
@@ -99,6 +101,10 @@ class Member:
     async def wait_ready(self) -> None:
         """Return when the member serves, after a restart of it too."""
         await self._ready.wait()
+
+    def is_one_of_several(self) -> None:
+        """Others come in: from now on it is no failure to wait for them.  Limits of memory stay to the next start."""
+        self.settings = msgspec.structs.replace(self.settings, is_solo=False)
 
     async def restart(self, settings: MemberSettings) -> None:
         """Go on with other ``settings`` (of the same directory); returns when the member serves again."""
@@ -201,15 +207,25 @@ class Member:
     async def _announce_ready(self) -> None:
         started = self._clock.monotonic()
         self._had_data = (self.settings.directory / "etcd-version").exists()
-        async with Client(self.settings.socket) as client:
+        async with (
+            Client(self.settings.socket) as client,
+            errors_as_they_are(),
+            asyncio.TaskGroup() as group,
+        ):
+            campaigning = group.create_task(self._campaign(), name="etcd-campaign")
             while not await self._knows_leader(client):
                 if self.settings.is_solo and self._clock.monotonic() - started > self.settings.ready_s:
                     raise MemberFailed(self._not_ready())
                 await self._clock.sleep(POLL_S)
+            campaigning.cancel()
             await self._probe(client)
         write_version(self.settings.directory, self._binary.version)
         log.info("etcd ready", seconds=round(self._clock.monotonic() - started, 3))
         self._ready.set()
+
+    async def _campaign(self) -> None:
+        if self.settings.is_solo and not self.settings.is_sealed_off:
+            await campaign(self.settings, self._binary.version, self._clock)
 
     async def _probe(self, client: Client) -> None:
         """Finish a write.  A learner does when it has got its vote, one among several when there is a quorum."""

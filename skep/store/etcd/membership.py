@@ -44,18 +44,15 @@ class RaftMembers:
     async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
         """Take ``name`` in as a learner; gives all members.
 
-        A learner of that name is of an attempt that failed, and is removed first.  A single member takes the timers
-        of several before: it restarts, and writes wait for that moment.
+        A learner of that name is of an attempt that failed, and is removed first.
         Raises: Busy: another one is learning; Unavailable.
         """
         async with self._one_at_a_time:
-            if self._own.settings.is_solo:
-                log.info("the store prepares for several managers")
-                await self._own.restart(msgspec.structs.replace(self._own.settings, is_solo=False))
             for member in await self.all(is_current=True):
                 if member.name == name and member.is_learner:
                     await self._client.remove(member.id)
             reply = await self._client.add_learner(url)
+            self._own.is_one_of_several()
         log.info("manager learns", node=name)
         return parsed_members(reply.members)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from skep.errors import FailedPrecondition, SkepError
-from skep.store.etcd.binary import check_upgrade, check_version
+from skep.store.etcd.binary import check_upgrade, check_version, find_binary
 from skep.store.etcd.compile import DESCRIPTORS, HERE, STUB, compile_into
 from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, meaning_of
 from skep.store.etcd.flags import MemberSettings, PeerFiles, arguments, environment
@@ -43,12 +44,18 @@ def test_peers_speak_tls_with_certificates_of_managers_only():
     assert told["listen-client-urls"] == "unix:///run/e.sock"
 
 
-def test_a_single_member_elects_itself_fast_and_keeps_little_in_memory():
-    assert (flags()["heartbeat-interval"], flags()["election-timeout"]) == ("20", "100")
+def test_a_single_member_keeps_little_in_memory_and_has_the_timers_of_several():
+    """So it need not be restarted when another one comes in."""
+    timers = ("heartbeat-interval", "election-timeout")
+    assert [flags()[timer] for timer in timers] == ["100", "500"]
     assert environment(settings()) == {"GOMEMLIMIT": "64MiB"}
-    several = flags(is_solo=False)
-    assert (several["heartbeat-interval"], several["election-timeout"]) == ("100", "500")
+    assert [flags(is_solo=False)[timer] for timer in timers] == ["100", "500"]
     assert environment(settings(is_solo=False)) == {}
+
+
+def test_a_copy_that_nobody_reaches_does_not_wait_long_for_its_election():
+    sealed_off = replace(settings(), is_sealed_off=True)
+    assert "--election-timeout=100" in arguments(sealed_off, (3, 5, 30))
 
 
 def test_flags_are_those_of_the_minor_version():
@@ -58,6 +65,29 @@ def test_flags_are_those_of_the_minor_version():
 
 def test_fsync_is_on():
     assert "unsafe-no-fsync" not in flags()
+
+
+def test_a_file_is_asked_for_its_version_once(tmp_path):
+    """Another file in its place is asked again, though it has the same name and the same length."""
+    etcd, asked, remembered = tmp_path / "etcd", tmp_path / "asked", tmp_path / "remembered.json"
+
+    def put_in_place(version: str) -> None:
+        beside = tmp_path / "beside"
+        beside.write_text(f"#!/bin/sh\necho asked >>{asked}\necho 'etcd Version: {version}'\n")
+        beside.chmod(0o755)
+        beside.rename(etcd)
+
+    put_in_place("3.5.30")
+    assert [find_binary(etcd, remembered).version for _ in range(3)] == [(3, 5, 30)] * 3
+    assert asked.read_text() == "asked\n"
+    put_in_place("3.5.31")
+    assert find_binary(etcd, remembered).version == (3, 5, 31)
+    remembered.write_text("{")
+    assert find_binary(etcd, remembered).version == (3, 5, 31)
+    put_in_place("3.5.01")
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match="too old"):
+            find_binary(etcd, remembered)
 
 
 @given(st.tuples(st.integers(3, 4), st.integers(0, 8), st.integers(0, 40)))
