@@ -35,6 +35,7 @@ from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.joining import Applicant, NotLetIn
 from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
+from skep.manager.routes import compile_routes
 from skep.manager.waiting import wait_for_others
 from skep.model.addresses import joined, parted
 from skep.model.ids import new_id
@@ -75,6 +76,11 @@ def run(paths: Paths) -> None:
     logs.follow(config.paths.log_settings)
     watch_children_by_pidfd()
     asyncio.run(_until_stopped(config))
+
+
+def prepare() -> None:
+    """What is the same for every cluster, and takes time: for a process that stands by, ahead of ``run``."""
+    compile_routes()
 
 
 async def _until_stopped(config: ManagerConfig) -> None:
@@ -119,13 +125,15 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
     if len(load_peers(paths.etcd)) > 1:
         pair = await wait_renewed(files, pair, clock)
     applicant = Applicant(config.managers, pair, clock, random.random)
-    binary = await asyncio.to_thread(find_binary, Path(config.etcd_binary) if config.etcd_binary else None)
+    configured = Path(config.etcd_binary) if config.etcd_binary else None
+    binary = await asyncio.to_thread(find_binary, configured, paths.etcd_version)
     settings = _member_settings(config, paths, _write_peer_files(paths, pair))
     lives = read_lives(paths) if load_recovery(paths) is not None else check_lives(paths)
     if await restore_if_wanted(paths, settings, binary, clock):
         settings = _member_settings(config, paths, settings.peer_files)
     if config.managers and not (settings.data / "member").exists():
         config, settings = await _come_in(config, settings, applicant)
+    is_empty = not config.managers and not (settings.data / "member").exists()
     book = AddressBook(load_peers(paths.etcd), partial(save_peers, paths.etcd))
     whereabouts = Whereabouts(
         config.node_id, config.advertise_addr, book, config.look_at, partial(client_context, pair), clock
@@ -152,7 +160,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
                 task.cancel()
         paths.joining_mark.unlink(missing_ok=True)
         await raise_if_restored(paths, paths.etcd_socket, clock)
-        store = await _open(config, paths, pair, clock, random, stack)
+        store = await _open(config, paths, pair, clock, random, stack, is_empty=is_empty)
         await finish_recovery(paths, store, config.node_id, config.advertise_addr)
         pair = await renewed_by_itself(store, pair, files, clock)
         client = await stack.enter_async_context(Client(paths.etcd_socket))
@@ -203,10 +211,14 @@ async def _come_in(
         settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token
     )
     paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
-    save_wrapping_key(paths, admission.wrapping_key)
-    save_peers(paths.etcd, admission.peers)
-    replace_file(paths.manager_config, encode(config), mode=0o600)
-    replace_file(paths.joining_mark, b"")
+    kept = (
+        partial(save_wrapping_key, paths, admission.wrapping_key),
+        partial(save_peers, paths.etcd, admission.peers),
+        partial(replace_file, paths.manager_config, encode(config), mode=0o600),
+        partial(replace_file, paths.joining_mark, b""),
+    )
+    # The disk is waited for once.  Without a store all of it is written anew, so no order matters.
+    await asyncio.gather(*(asyncio.to_thread(keep) for keep in kept))
     log.info("let in among the managers", addr=admission.addr, members=len(admission.peers))
     return config, settings
 
@@ -238,34 +250,51 @@ def _write_peer_files(paths: Paths, pair: KeyPair) -> PeerFiles:
 
 
 async def _open(
-    config: ManagerConfig, paths: Paths, pair: KeyPair, clock: Clock, random: Random, stack: AsyncExitStack
+    config: ManagerConfig,
+    paths: Paths,
+    pair: KeyPair,
+    clock: Clock,
+    random: Random,
+    stack: AsyncExitStack,
+    *,
+    is_empty: bool,
 ) -> EtcdStore:
     """The cluster's store; founded first if there is none and this node was told to.
+
+    Args:
+        is_empty: nothing was ever written to it.
 
     Raises: FailedPrecondition: there is no cluster, and this manager was not told to found one.
     """
     wrapping_key = await asyncio.to_thread(founding_wrapping_key, paths)
+    if is_empty:
+        await _found(config, paths, pair, clock, wrapping_key)
     opening = open_store(paths.etcd_socket, config.node_id, wrapping_key, clock, chance=random.random)
     try:
         store = await stack.enter_async_context(opening)
     except Unfinished:
-        root_key = await asyncio.to_thread(paths.root_ca_key.read_bytes)
-        authority = Authority.load(root_key, pair.root_pem)
-        now = timestamp(clock.now_ns())
-        await initialize(
-            paths.etcd_socket,
-            wrapping_key,
-            clock,
-            found_cluster,
-            config,
-            authority,
-            pair.certificate,
-            new_id=new_id,
-            now=now,
-        )
-        log.info("cluster founded", cluster=config.cluster_id)
+        await _found(config, paths, pair, clock, wrapping_key)
         opening = open_store(paths.etcd_socket, config.node_id, wrapping_key, clock, chance=random.random)
         store = await stack.enter_async_context(opening)
     # From here on the root's key lies encrypted in the store, and nowhere else.
     paths.root_ca_key.unlink(missing_ok=True)
     return store
+
+
+async def _found(
+    config: ManagerConfig, paths: Paths, pair: KeyPair, clock: Clock, wrapping_key: bytes
+) -> None:
+    """Write a new cluster into the store.  Raises: as ``initialize``."""
+    root_key = await asyncio.to_thread(paths.root_ca_key.read_bytes)
+    await initialize(
+        paths.etcd_socket,
+        wrapping_key,
+        clock,
+        found_cluster,
+        config,
+        Authority.load(root_key, pair.root_pem),
+        pair.certificate,
+        new_id=new_id,
+        now=timestamp(clock.now_ns()),
+    )
+    log.info("cluster founded", cluster=config.cluster_id)

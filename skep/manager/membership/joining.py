@@ -26,7 +26,7 @@ from skep.wire.methods import Unary
 log = structlog.get_logger(__name__)
 
 ADD_S = 15.0
-"""For being let in: the only manager so far restarts its etcd before."""
+"""For being let in."""
 
 VOTE_S = 5.0
 
@@ -76,7 +76,7 @@ class Applicant:
 
         Raises: NotLetIn: it was removed meanwhile.
         """
-        # Somebody waits for the join, and a store of usual size is there within half a second.
+        # Somebody waits for the join.  The manager that is asked looks by itself, for as long as it usually takes.
         backoff = Backoff(0.03, 0.15, chance=self._chance)
         await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff)
 

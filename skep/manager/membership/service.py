@@ -13,7 +13,7 @@ from skep.manager.membership.addresses import AddressBook, full_address
 from skep.manager.membership.consensus import Consensus
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
-from skep.store.etcd.errors import NoMember
+from skep.store.etcd.errors import NoMember, StillLearning
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import peer_url
 from skep.store.interface import Store, Transaction
@@ -25,6 +25,12 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 RESIGN_S = 5.0
+
+CATCH_UP_S = 2.0
+"""How long a manager that asks for its vote is kept waiting for it; then it has to ask again."""
+
+LOOK_S = 0.02
+"""How often it is looked whether it has caught up meanwhile."""
 
 
 class MembersService:
@@ -87,11 +93,19 @@ class MembersService:
         ]
 
     async def _promote(self, _request: pb.PromoteMemberRequest, caller: Caller) -> pb.PromoteMemberResponse:
-        try:
-            await self._consensus.promote(caller.node_id)
-        except NoMember as error:
-            raise FailedPrecondition("this manager was removed while it was coming in") from error
-        return pb.PromoteMemberResponse()
+        """Give the caller its vote; waits for a while for it to catch up."""
+        until = self._clock.monotonic() + CATCH_UP_S
+        while True:
+            try:
+                await self._consensus.promote(caller.node_id)
+            except NoMember as error:
+                raise FailedPrecondition("this manager was removed while it was coming in") from error
+            except StillLearning:
+                if self._clock.monotonic() >= until:
+                    raise
+                await self._clock.sleep(LOOK_S)
+            else:
+                return pb.PromoteMemberResponse()
 
     async def _resign(self, _request: pb.ResignRequest, caller: Caller) -> pb.ResignResponse:
         """Demote the caller, which leaves; returns when it has no vote any more."""

@@ -26,27 +26,33 @@ from skep.manager.routes import (
 )
 from skep.manager.routes.access import MANAGER, ManagerApi
 
-__all__ = ["ManagerApi", "application"]
+__all__ = ["ManagerApi", "application", "compile_routes"]
+
+_TABLES = (
+    # those asked for most stand first: the router tries one after another
+    services.routes,
+    tasks.routes,
+    nodes.routes,
+    swarm.routes,
+    logs.routes,
+    files.routes,
+    networks.routes,
+    events.routes,
+    explain.routes,
+    runs.routes,
+    backup.routes,
+    lag.routes,
+    warnings.routes,
+)
 
 
 def application(api: ManagerApi, *, newest: ApiVersion = NEWEST) -> web.Application:
     """An application that answers from ``api``.  ``newest``: the API version it announces."""
-    app = engine_application(
-        # those asked for most stand first: the router tries one after another
-        services.routes,
-        tasks.routes,
-        nodes.routes,
-        swarm.routes,
-        logs.routes,
-        files.routes,
-        networks.routes,
-        events.routes,
-        explain.routes,
-        runs.routes,
-        backup.routes,
-        lag.routes,
-        warnings.routes,
-        newest=newest,
-    )
+    app = engine_application(*_TABLES, newest=newest)
     app[MANAGER] = api
     return app
+
+
+def compile_routes() -> None:
+    """Have the patterns of all routes compiled before the first application is made."""
+    engine_application(*_TABLES)

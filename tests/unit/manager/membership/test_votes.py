@@ -1,0 +1,99 @@
+"""A manager that asks for its vote is kept waiting while it catches up, and not for ever."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition
+from skep.manager.membership.addresses import AddressBook
+from skep.manager.membership.service import CATCH_UP_S, MembersService
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.security.identity import Identity
+from skep.store.etcd.errors import NoMember, StillLearning
+from skep.store.etcd.membership import RaftMember
+from skep.store.memory import MemoryStore
+from skep.wire import skep_pb2 as pb
+from skep.wire.access import Caller
+
+M2 = NodeId("m2")
+CALLER = Caller(
+    identity=Identity(node_id=M2, cluster_id=ClusterId("c"), role=NodeRole.MANAGER),
+    address="127.0.0.1",
+    disconnect=lambda: None,
+)
+
+
+class HandClock(SystemClock):
+    """Time passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def monotonic(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
+
+class Learning:
+    """A consensus in which one member learns until ``caught_up_at``, or is out (``is_out``)."""
+
+    def __init__(self, clock: HandClock, caught_up_at: float, *, is_out: bool = False) -> None:
+        self.voters: list[str] = []
+        self._clock = clock
+        self._caught_up_at = caught_up_at
+        self._is_out = is_out
+
+    async def promote(self, name: str) -> None:
+        if self._clock.time < self._caught_up_at:
+            raise StillLearning("this manager has not caught up yet")
+        if self._is_out:
+            raise NoMember(name)
+        self.voters.append(name)
+
+    async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
+        raise NotImplementedError
+
+    async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
+        raise NotImplementedError
+
+    async def remove(self, name: str) -> None:
+        raise NotImplementedError
+
+    async def move_leader(self, to: RaftMember) -> None:
+        raise NotImplementedError
+
+
+def asked(clock: HandClock, consensus: Learning) -> MembersService:
+    store = MemoryStore(clock)
+    return MembersService(store, consensus, AddressBook((), _forget), bytes, ClusterId("c"), clock)
+
+
+def _forget(_: Sequence[object]) -> None:
+    pass
+
+
+async def test_it_gets_its_vote_when_it_has_caught_up():
+    clock = HandClock()
+    consensus = Learning(clock, caught_up_at=1.0)
+    await asked(clock, consensus)._promote(pb.PromoteMemberRequest(), CALLER)
+    assert consensus.voters == [M2]
+    assert clock.time < 1.1
+
+
+async def test_one_that_takes_longer_has_to_ask_again():
+    clock = HandClock()
+    consensus = Learning(clock, caught_up_at=60.0)
+    with pytest.raises(StillLearning):
+        await asked(clock, consensus)._promote(pb.PromoteMemberRequest(), CALLER)
+    assert consensus.voters == []
+    assert CATCH_UP_S <= clock.time < CATCH_UP_S + 0.1
+
+
+async def test_one_that_was_removed_while_it_learned_hears_of_it():
+    clock = HandClock()
+    with pytest.raises(FailedPrecondition, match="removed while it was coming in"):
+        await asked(clock, Learning(clock, 0.5, is_out=True))._promote(pb.PromoteMemberRequest(), CALLER)
