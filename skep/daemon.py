@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     configuration = loaded.configuration
     logs.configure(debug=configuration.debug, log_format=configuration.log_format, process="node")
     os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
-    parent = zygote.start({"net": _net, "manager": _manager})
+    parent = zygote.start({"net": _net, "manager": _manager}, {"manager": _prepare_manager})
     set_title("skep-node")
     watch_children_by_pidfd()
     try:
@@ -132,6 +132,13 @@ def _manager(arguments: Sequence[str]) -> None:
         run(paths)
 
 
+def _prepare_manager() -> None:
+    """As much of the manager process as can be done before there is anything to manage."""
+    from skep.manager.process import prepare
+
+    prepare()
+
+
 def _paths(arguments: Sequence[str]) -> Paths:
     data, run = map(Path, arguments)
     return Paths(data, run)
@@ -179,6 +186,7 @@ class Daemon:
                     last_heard=LastHeardFile(paths.last_heard, self._clock.since_boot, boot_id()),
                     net=self._supervisor("net", hands_over=True, gives_up=False),
                     manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}, futile=FUTILE),
+                    manager_stands_by=lambda wanted: self._zygote.stand_by("manager", wanted=wanted),
                     write_manager_files=self._write_manager_files,
                     write_recovery_files=self._write_recovery_files,
                     write_restored_files=self._write_restored_files,
@@ -204,6 +212,7 @@ class Daemon:
     def _check_machine(self) -> Mapping[str, str]:
         """Versions of what this node starts.  Raises: Unfit."""
         configuration = self._configuration
+        configuration.paths.run.mkdir(mode=0o711, parents=True, exist_ok=True)  # for what etcd says
         tools = {
             requirements.RUNC: configuration.runc,
             requirements.CONMON: configuration.conmon,
@@ -212,7 +221,7 @@ class Daemon:
         return requirements.check(
             configuration.data_dir,
             tools if configuration.executor == "oci" else {},
-            lambda: find_binary(configuration.etcd_binary).version,
+            lambda: find_binary(configuration.etcd_binary, configuration.paths.etcd_version).version,
         )
 
     def _features(self) -> Features:

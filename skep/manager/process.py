@@ -43,10 +43,11 @@ from skep.model.times import timestamp
 from skep.paths import Paths
 from skep.security import keypair
 from skep.security.authority import Authority
+from skep.security.crl import revocation_list
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
-from skep.security.tls import ServerTls, client_context
+from skep.security.tls import ServerTls, client_context, unverified_context
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.client import Client
 from skep.store.etcd.damage import Damaged
@@ -79,8 +80,13 @@ def run(paths: Paths) -> None:
 
 
 def prepare() -> None:
-    """What is the same for every cluster, and takes time: for a process that stands by, ahead of ``run``."""
+    """What is the same for every cluster, and takes time: for a process that stands by, ahead of ``run``.
+
+    The first signature and the first TLS context of a process take far longer than the next ones.
+    """
     compile_routes()
+    revocation_list(())
+    unverified_context()
 
 
 async def _until_stopped(config: ManagerConfig) -> None:

@@ -17,6 +17,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.meta import TLSInfo
@@ -118,6 +119,7 @@ class Agent:
         self._contact = contact or Contact(clock)
         self._seen = seen or SeenRevision(None, credentials.identity.cluster_id)
         self._peer: Peer | None = None
+        self._hurried = asyncio.Event()
         self.registered = asyncio.Event()
 
     @property
@@ -151,12 +153,17 @@ class Agent:
             group.create_task(self._credentials.run(self._manager_to_renew_with), name="keep a certificate")
             group.create_task(self._seen.run(), name="keep the revision")
 
+    def try_now(self) -> None:
+        """A manager has just begun to serve: if there is no session, the next attempt is made at once."""
+        self._hurried.set()
+
     # -- sessions -------------------------------------------------------------------------------------------------
 
     async def _keep_session(self) -> None:
         backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             started = self._clock.monotonic()
+            self._hurried.clear()
             # A task of its own: a broken connection cancels whoever uses it, and that must not be this loop.
             async with asyncio.TaskGroup() as group:
                 attempt = group.create_task(self._attempt(), name="session attempt")
@@ -167,7 +174,7 @@ class Agent:
             if attempt.result() is Attempt.NEXT:
                 await self._clock.sleep(FIRST_RETRY_S * self._random.uniform(0.5, 1.0))
             else:
-                await backoff.sleep(self._clock)
+                await wait_first(backoff.sleep(self._clock), self._hurried.wait())
 
     async def _attempt(self) -> Attempt:
         """Hold one session until it breaks."""

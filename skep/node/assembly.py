@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
 from typing import Any
@@ -68,6 +68,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     last_heard: LastHeard
     net: ManagerProcess
     manager: Callable[[], ManagerProcess]
+    manager_stands_by: Callable[[bool], Awaitable[None]]
     write_manager_files: Callable[[LocalNode, NewCluster | None], None]
     write_recovery_files: Callable[[LocalNode], None]
     write_restored_files: Callable[[Restored], None]
@@ -127,6 +128,7 @@ class Node:
                 clock=clock,
                 random=around.random,
                 manager=around.manager,
+                manager_stands_by=around.manager_stands_by,
                 write_manager_files=around.write_manager_files,
                 write_recovery_files=around.write_recovery_files,
                 write_restored_files=around.write_restored_files,

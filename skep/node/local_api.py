@@ -41,6 +41,11 @@ class LocalApi:
         self._who = who
         self._session: aiohttp.ClientSession | None = None
 
+    @property
+    def has_socket(self) -> bool:
+        """Whether there is something to ask: who is only starting has no socket yet."""
+        return self._path.exists()
+
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         connector = aiohttp.UnixConnector(str(self._path), limit=16)

@@ -45,6 +45,7 @@ from skep.node.swarm_info import (
     NO_SWARM,
     NOT_A_MANAGER,
     NOT_IN_A_SWARM,
+    TIMED_OUT,
     cluster_section,
     local_section,
     wait_ready,
@@ -57,11 +58,6 @@ from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock, parsed_unlock_key
 
 log = structlog.get_logger()
-
-_TIMED_OUT = (
-    "Timeout was reached before node joined. The log of skep says what it waited for; "
-    "nothing of the attempt was kept."
-)
 
 _FOUNDING_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 20.0
@@ -100,6 +96,7 @@ class Membership:
                     self._begin(await self._placed(node))
                 else:
                     await clear_unfinished(self._paths, self._parts)
+                    await self._parts.manager_stands_by(True)
             await asyncio.Event().wait()
 
     # --- the swarm routes -------------------------------------------------------------------------------------
@@ -351,7 +348,7 @@ class Membership:
             async with asyncio.timeout(timeout_s):
                 await self._wait_registered_or(taking_part)
         except TimeoutError as error:
-            raise Unavailable(self._trouble or _TIMED_OUT) from error
+            raise Unavailable(self._trouble or TIMED_OUT) from error
         if self._trouble:
             raise Unavailable(self._trouble)
 
@@ -366,7 +363,7 @@ class Membership:
             async with asyncio.timeout(timeout_s):
                 await wait_ready(self._manager_api, node.node_id, self._clock)
         except TimeoutError as error:
-            raise Unavailable(self._trouble or _TIMED_OUT) from error
+            raise Unavailable(self._trouble or TIMED_OUT) from error
 
     async def _placed(self, node: LocalNode) -> LocalNode:
         """The node where its configuration says that it is now: its address may have changed while it was off."""
@@ -379,7 +376,7 @@ class Membership:
     def _begin(self, node: LocalNode) -> asyncio.Task[None]:
         assert self._group is not None, "used outside of run()"
         self._locked = None
-        self._part = Participation(node, self._parts, self._paths)
+        self._part = Participation(node, self._parts, self._paths, self._clock)
         self._taking_part = self._group.create_task(self._part.run(), name="swarm")
         return self._taking_part
 
@@ -396,3 +393,4 @@ class Membership:
         self._part = self._locked = None
         await self._parts.remove_tasks()
         await asyncio.to_thread(wipe, self._paths)
+        await self._parts.manager_stands_by(True)

@@ -6,11 +6,14 @@ What it learns on the way, the other managers and its own role, is kept in ``nod
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import structlog
 
+from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.api.swarm_requests import Joining
 from skep.errors import SkepError
 from skep.model.node import NodeRole
@@ -22,6 +25,9 @@ from skep.paths import Paths
 from skep.security.keypair import KeyPair
 
 log = structlog.get_logger()
+
+_OWN_MANAGER_S = 0.02
+"""How often it is looked whether the manager of this node serves, until there is a session."""
 
 _LOOK_S = 0.2
 """How often a wait for the first session looks whether it is in vain: nobody announces that a process was given up."""
@@ -44,12 +50,18 @@ class AgentConnection(Protocol):
 
     async def run(self) -> None: ...
 
+    def try_now(self) -> None:
+        """A manager has just begun to serve; without a session it is asked for one."""
+
 
 class Parts(Protocol):
     """What a node in a swarm is made of; the daemon composes it."""
 
     def manager(self) -> ManagerProcess:
         """The supervised manager process, not yet running."""
+
+    async def manager_stands_by(self, wanted: bool) -> None:
+        """Have a manager process ready to be started in an instant; without ``wanted`` none any more."""
 
     def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
         """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
@@ -87,12 +99,13 @@ class Parts(Protocol):
 class Participation:
     """A node in its swarm, from one start to the next stop."""
 
-    def __init__(self, node: LocalNode, parts: Parts, paths: Paths) -> None:
+    def __init__(self, node: LocalNode, parts: Parts, paths: Paths, clock: Clock) -> None:
         self.node = node
         self.is_active = False
         """Whether there has been a session; it stays so while managers are away."""
         self._parts = parts
         self._paths = paths
+        self._clock = clock
         self._error = ""
         self._management = Management(
             paths,
@@ -151,8 +164,20 @@ class Participation:
 
     async def wait_registered(self) -> None:
         """Return with the first session.  From then on the node is active, also while its manager is away."""
-        await self._agent.registered.wait()
+        await wait_first(self._agent.registered.wait(), self._watch_own_manager())
         self.is_active = True
+        if not self.node.is_manager:
+            await self._parts.manager_stands_by(False)
+
+    async def _watch_own_manager(self) -> None:
+        """While there is no session: have one asked for whenever the manager of this node begins to serve."""
+        known = None
+        while True:
+            serves = _identity(self._paths.manager_socket) if self.node.is_manager else None
+            if serves not in (None, known):
+                self._agent.try_now()
+            known = serves
+            await self._clock.sleep(_OWN_MANAGER_S)
 
     async def wait_settled(self) -> None:
         """Return with the first session, or when ``trouble`` says that there will be none."""
@@ -175,3 +200,12 @@ class Participation:
         self.node = node
         if self._paths.node_json.exists():
             write_local_node(self._paths.node_json, node)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the next one of its name; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns

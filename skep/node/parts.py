@@ -1,7 +1,7 @@
 """What a node in a swarm runs: its agent, its manager process; and what it says of itself when it registers."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -14,7 +14,7 @@ from skep.aio.clock import Clock
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Joining, advertised
 from skep.configuration.configuration import Configuration
-from skep.errors import InvalidArgument, SkepError
+from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
@@ -63,6 +63,7 @@ class NodeParts:
     Args:
         configuration: the present one; asked at each use, since it may be reloaded.
         manager: makes the supervisor of this node's manager process.
+        manager_stands_by: has one ready to be started in an instant (True), or none (False).
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
         place_manager: tells the manager of this node where it is, and where others may be.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
@@ -84,6 +85,7 @@ class NodeParts:
         clock: Clock,
         random: Random,
         manager: Callable[[], ManagerProcess],
+        manager_stands_by: Callable[[bool], Awaitable[None]],
         write_manager_files: Callable[[LocalNode, NewCluster | None], None],
         write_recovery_files: Callable[[LocalNode], None],
         write_restored_files: Callable[[Restored], None],
@@ -102,6 +104,7 @@ class NodeParts:
         self._clock = clock
         self._random = random
         self._manager = manager
+        self._manager_stands_by = manager_stands_by
         self._write_manager_files = write_manager_files
         self._write_recovery_files = write_recovery_files
         self._write_restored_files = write_restored_files
@@ -109,6 +112,12 @@ class NodeParts:
 
     def manager(self) -> ManagerProcess:
         return self._manager()
+
+    async def manager_stands_by(self, wanted: bool) -> None:
+        try:
+            await self._manager_stands_by(wanted)
+        except Unavailable as error:
+            log.warning("no manager process stands by", reason=str(error))
 
     def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
         self._write_manager_files(node, new)

@@ -38,6 +38,10 @@ LOCKED = (
 LEAVING_LOCKED = (
     "Swarm is encrypted and locked. Please unlock it first or use `--force` to ignore this message."
 )
+TIMED_OUT = (
+    "Timeout was reached before node joined. The log of skep says what it waited for; "
+    "nothing of the attempt was kept."
+)
 FROZEN = "replacement of tasks is frozen"
 """How a manager's reason begins."""
 TWO_MANAGERS = """WARNING: Running Swarm in a two-manager configuration. This configuration provides
@@ -108,12 +112,13 @@ def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 async def wait_ready(manager_api: LocalApi, node_id: NodeId, clock: Clock) -> None:
     """Return when the manager of this node shows the node as ready."""
-    backoff = Backoff(0.01, 0.05)
+    backoff = Backoff(0.01, 0.02)
     while True:
         try:
-            shown = await manager_api.get(f"/nodes/{node_id}")
-            if shown["Status"]["State"] == "ready":
-                return
+            if manager_api.has_socket:
+                shown = await manager_api.get(f"/nodes/{node_id}")
+                if shown["Status"]["State"] == "ready":
+                    return
         except SkepError as error:
             log.debug("manager not ready yet", reason=str(error))
         await backoff.sleep(clock)

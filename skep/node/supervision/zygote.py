@@ -6,6 +6,9 @@ anything, and asks it over a socket.  What the zygote forks lives in sessions of
 
 One request, one answer, with the request's number: ``Fork`` -> pid, ``Reap`` -> how that child ended.  The zygote ends
 when the node process does.
+
+What somebody will wait for can be had *standing by*: forked ahead, with its own imports done, too, and waiting for
+its arguments.  ``Fork`` then only hands them over.  What stands by ends with the zygote.
 """
 
 import asyncio
@@ -18,7 +21,9 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
@@ -27,6 +32,9 @@ from skep.node.supervision.detached import set_title
 
 Entry = Callable[[Sequence[str]], None]
 """What a forked process runs: blocks until its work is over.  An exception ends it with exit code 1."""
+
+Preparation = Callable[[], None]
+"""What can be done before the arguments are known."""
 
 _MESSAGE_BYTES_MAX = 64 * 1024
 _ANSWER_TIMEOUT_S = 10.0
@@ -41,11 +49,18 @@ class Reap(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class StandBy(msgspec.Struct, frozen=True, tag=True):
+    """Have a process for ``entry`` stand by, or none any more.  Again is harmless."""
+
+    entry: str
+    wanted: bool
+
+
 class Ask(msgspec.Struct, frozen=True):
     """A request with its number, which its answer repeats: one that nobody waits for any more is known by it."""
 
     number: int
-    request: Fork | Reap
+    request: Fork | Reap | StandBy
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -87,13 +102,20 @@ class Zygote:
             return None
         return None if status < 0 else os.waitstatus_to_exitcode(status)
 
+    async def stand_by(self, entry: str, *, wanted: bool) -> None:
+        """Have a process for ``entry`` ready for its ``fork``; without ``wanted`` none any more.
+
+        Raises: ZygoteGone, Unavailable.
+        """
+        await self._ask(StandBy(entry, wanted))
+
     def end(self) -> None:
         """Let it go and wait for its end; what it forked goes on."""
         self._connection.close()
         with suppress(ChildProcessError):
             os.waitpid(self._pid, 0)
 
-    async def _ask(self, request: Fork | Reap) -> int:
+    async def _ask(self, request: Fork | Reap | StandBy) -> int:
         loop = asyncio.get_running_loop()
         try:
             async with self._turn, asyncio.timeout(_ANSWER_TIMEOUT_S):
@@ -111,8 +133,14 @@ class Zygote:
         raise ZygoteGone
 
 
-def start(entries: Mapping[str, Entry]) -> Zygote:
-    """Fork the zygote.  To be called once, early: with a single thread and no event loop."""
+def start(
+    entries: Mapping[str, Entry], preparations: Mapping[str, Preparation] = MappingProxyType({})
+) -> Zygote:
+    """Fork the zygote.  To be called once, early: with a single thread and no event loop.
+
+    Args:
+        preparations: of the entries that can stand by.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     gc.collect()
     gc.freeze()  # what was imported is never looked at again, so its pages stay shared
@@ -121,13 +149,13 @@ def start(entries: Mapping[str, Entry]) -> Zygote:
     pid = os.fork()
     if pid == 0:
         ours.close()
-        _live(theirs, entries)
+        _live(theirs, _Children(entries, preparations))
     theirs.close()
     ours.setblocking(False)
     return Zygote(ours, pid)
 
 
-def _live(connection: socket.socket, entries: Mapping[str, Entry]) -> NoReturn:
+def _live(connection: socket.socket, children: "_Children") -> NoReturn:
     """The zygote: answer requests until the node process has gone."""
     os.setsid()
     set_title("skep-zygote")
@@ -136,14 +164,84 @@ def _live(connection: socket.socket, entries: Mapping[str, Entry]) -> NoReturn:
     while ask := _received(connection):
         match ask.request:
             case Fork(entry, arguments):
-                pid = os.fork()
-                if pid == 0:
-                    _become(entries[entry], arguments)
-                answer = pid
+                answer = children.fork(entry, arguments)
             case Reap(pid):
                 answer = _status_of(pid)
+            case StandBy(entry, wanted):
+                children.stand_by(entry, wanted=wanted)
+                answer = 0
         connection.send(msgspec.msgpack.encode(Told(ask.number, answer)))
     os._exit(0)
+
+
+class _Standby(NamedTuple):
+    """A process that waits for its arguments at the other end of ``pipe``."""
+
+    pid: int
+    pipe: int
+
+    def take(self, arguments: Sequence[str]) -> bool:
+        """Hand over what it waits for; False: it has ended."""
+        try:
+            has_ended = os.waitpid(self.pid, os.WNOHANG)[0] != 0
+            if not has_ended:
+                os.write(self.pipe, msgspec.msgpack.encode(arguments))
+        except BrokenPipeError:
+            has_ended = True
+            os.waitpid(self.pid, 0)
+        finally:
+            os.close(self.pipe)
+        return not has_ended
+
+    def dismiss(self) -> None:
+        """End it, whatever it is at."""
+        os.close(self.pipe)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+class _Children:
+    """What the zygote forks, and has standing by."""
+
+    def __init__(self, entries: Mapping[str, Entry], preparations: Mapping[str, Preparation]) -> None:
+        self._entries = entries
+        self._preparations = preparations
+        self._standing_by: dict[str, _Standby] = {}
+
+    def fork(self, name: str, arguments: Sequence[str]) -> int:
+        """A process that runs ``name``: the one that stands by for it, or a new one; its pid."""
+        standby = self._standing_by.pop(name, None)
+        if standby is not None and standby.take(arguments):
+            return standby.pid
+        entry = self._entries[name]
+        pid = os.fork()
+        if pid == 0:
+            _become(lambda: entry(arguments))
+        return pid
+
+    def stand_by(self, name: str, *, wanted: bool) -> None:
+        """Have one process for ``name`` waiting, or none."""
+        if wanted and name not in self._standing_by:
+            waits, hands_over = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                _become(partial(_wait, self._entries[name], self._preparations[name]), waits)
+            os.close(waits)
+            self._standing_by[name] = _Standby(pid, hands_over)
+        elif not wanted and (standby := self._standing_by.pop(name, None)) is not None:
+            standby.dismiss()
+
+
+def _wait(entry: Entry, prepare: Preparation) -> None:
+    """Stand by for ``entry``: without a word from the zygote it ends with it."""
+    set_title("skep-standby")
+    prepare()
+    gc.collect()
+    gc.freeze()
+    said = os.read(_KEPT, _MESSAGE_BYTES_MAX)
+    os.close(_KEPT)
+    if said:
+        entry(msgspec.msgpack.decode(said, type=tuple[str, ...]))
 
 
 def _received(connection: socket.socket) -> Ask | None:
@@ -161,8 +259,16 @@ def _status_of(pid: int) -> int:
         return -1
 
 
-def _become(entry: Entry, arguments: Sequence[str]) -> NoReturn:
-    """Run ``entry`` as a process that shares nothing with its origin but the imports and standard error."""
+_KEPT = 3
+"""The only descriptor besides the standard ones that a forked process may have from its origin."""
+
+
+def _become(work: Callable[[], None], kept: int | None = None) -> NoReturn:
+    """Run ``work`` as a process that shares nothing with its origin but the imports and standard error.
+
+    Args:
+        kept: a descriptor that it does share; it is ``_KEPT`` from then on.
+    """
     status = 1
     try:
         os.setsid()
@@ -170,10 +276,12 @@ def _become(entry: Entry, arguments: Sequence[str]) -> NoReturn:
             signal.signal(
                 number, signal.SIG_DFL
             )  # SIGHUP stays ignored until there is something that reads again
-        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        if kept is not None:
+            os.dup2(kept, _KEPT)
+        os.closerange(_KEPT if kept is None else _KEPT + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
-        entry(arguments)
+        work()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

@@ -1,0 +1,50 @@
+"""A node whose own manager is only starting: it has its session as soon as that one serves."""
+
+import asyncio
+from random import Random
+
+from skep.aio.clock import SystemClock
+from skep.node.agent import LONGEST_RETRY_S, Agent
+from skep.node.local import Peer
+from skep.node.managers import ManagerList
+from skep.node.renewal import KeyPairCredentials
+from tests.wire_rig import MANAGER_ID, Cluster, FakeWorker, a_worker, describe
+
+
+class StandingClock(SystemClock):
+    """No wait ever ends.  ``tired`` is set when somebody begins to wait for his next attempt."""
+
+    def __init__(self) -> None:
+        self.tired = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds <= LONGEST_RETRY_S:
+            self.tired.set()
+        await asyncio.Event().wait()
+
+
+async def test_an_agent_that_hears_of_a_manager_does_not_wait_for_its_next_attempt(tmp_path):
+    cluster = Cluster()
+    async with cluster.serving():
+        pair = await a_worker(cluster, tmp_path)
+    clock, worker = StandingClock(), FakeWorker()
+    agent = Agent(
+        credentials=KeyPairCredentials(tmp_path, clock, Random(1)),
+        managers=ManagerList([Peer(MANAGER_ID, cluster.address)]),
+        describe=describe,
+        sink=worker,
+        reports=worker.reports,
+        logs=worker,
+        clock=clock,
+        random=Random(1),
+    )
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(agent.run())
+        await clock.tired.wait()
+        assert not agent.registered.is_set()
+        async with cluster.serving(cluster.port):
+            agent.try_now()
+            await agent.registered.wait()
+            running.cancel()
+            await asyncio.wait([running])
+    assert agent.node_id == pair.identity.node_id
