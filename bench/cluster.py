@@ -3,6 +3,7 @@
 ::
 
     python -m bench.cluster --pairs 3
+    python -m bench.cluster --pairs 5 --steps form      # only init and join
 
 Each round makes fresh machines of one system, measures, and removes them; the systems take turns, so only one is on the
 machine at a time.  Of a lost leader the cable goes first and the power at once after, so that nobody hears a last word.
@@ -32,6 +33,9 @@ from skep.errors import SkepError
 from skep.playground.description import Node
 
 REPLICAS = 10
+SETTLE_S = 4.0
+"""How long machines that have just been switched on are left alone: a daemon's own start is no part of init."""
+
 REST_S, WATCHED_S = 8.0, 10.0
 """How long a new cluster rests before its idle cost is taken, and over how long its processor time is."""
 RETRY_S = 0.02
@@ -51,6 +55,7 @@ class Round:
         """Measure everything.  Raises what goes wrong; what was measured before that counts."""
         self._say("machines come up")
         self.lab.up()
+        time.sleep(SETTLE_S)
         self._form()
         first = self.lab.nodes[0]
         self.facts = {
@@ -316,7 +321,7 @@ def _options() -> argparse.Namespace:
         "--steps",
         type=lambda text: frozenset(text.split(",")),
         default=frozenset({"idle", "worker", "cable", "leader"}),
-        help="comma-separated: idle, worker, cable, leader (default all)",
+        help="comma-separated: form, idle, worker, cable, leader (default all); init and join are always part of it",
     )
     parser.add_argument(
         "--logs", type=Path, default=None, help="keep the daemons' logs of failed rounds here"
