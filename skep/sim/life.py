@@ -12,6 +12,7 @@ import msgspec
 
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId
+from skep.model.labels import PROGRESS_DEADLINE
 from skep.model.node import Node
 from skep.model.service import Service, UpdateState
 from skep.model.task import TaskState
@@ -21,8 +22,7 @@ from skep.sim.fate import Fate
 from skep.sim.node import image_of
 from skep.sim.rules.liveness import lease_violations
 from skep.sim.rules.rest import replica_violations
-from skep.sim.rules.tasks import is_wanted
-from skep.sim.users import BROKEN, CRASHING, CRASHING_AFTER_S, Users
+from skep.sim.users import BROKEN, ENDING_IMAGES, HANGING, HOPELESS, Users
 from skep.store.state import State
 
 STEPS = 20
@@ -72,7 +72,8 @@ def live(seed: int, steps: int = STEPS) -> Outcome:
 def _live(cluster: SimulatedCluster, steps: int) -> None:
     for node in cluster.nodes.values():
         node.broken_images.add(BROKEN)
-        node.crashing_images[CRASHING] = CRASHING_AFTER_S
+        node.hanging_images.add(HANGING)
+        node.ending_images.update(ENDING_IMAGES)
     users, fate, random = Users(cluster), Fate(cluster), cluster.random
     users.create()
     cluster.run_for(0.5)
@@ -118,27 +119,53 @@ def unmet(cluster: SimulatedCluster, service: Service) -> Iterable[str]:
     if service.removed_at is not None:
         yield f"{service.id} is not gone"
         return
-    wanted = [task for task in cluster.tasks(service.id) if is_wanted(task)]
+    if service.spec.mode.replicated_job is not None:
+        yield from _unmet_of_job(cluster, service)
+        return
+    wanted = [task for task in cluster.tasks(service.id) if task.is_wanted]
     slots = {task.slot or task.node_id for task in wanted}
     is_global = service.spec.mode.name == "global"
     if len(slots) != (number := len(cluster.workers) if is_global else service.spec.replicas):
         yield f"{service.id} has {len(slots)} slots of {number}"
         return
     container = service.spec.task_template.container_spec
-    if container is None or container.image in (BROKEN, CRASHING):
-        return
     status = service.update_status
+    is_under_way = status is not None and status.state in (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
+    if container is None or container.image in HOPELESS:
+        if is_under_way and PROGRESS_DEADLINE in service.spec.labels:
+            yield f"the update of {service.id} to {container and container.image} does not end"
+        return
     running = [task for task in wanted if task.status.state is TaskState.RUNNING]
     if status is not None and status.state in (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED):
-        hopeful = [task for task in wanted if image_of(task) not in (BROKEN, CRASHING)]
+        hopeful = [task for task in wanted if image_of(task) not in HOPELESS]
         if len(running) < len(hopeful):
             yield f"{service.id}: {len(running)} of {len(hopeful)} run, its update is paused"
         return
-    if status is not None and status.state in (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED):
-        yield f"{service.id} is still {status.state.value}"
+    if is_under_way:
+        yield f"{service.id} is still being updated"
     right = [task for task in running if image_of(task) == container.image]
     if not len(right) == len(slots) == len(wanted):
         yield f"{service.id}: {len(right)} of {len(slots)} run {container.image}, {len(wanted)} are wanted"
+
+
+def _unmet_of_job(cluster: SimulatedCluster, service: Service) -> Iterable[str]:
+    """What a job lacks: of runs that succeed all are completed, and nothing is left of earlier ones."""
+    job, status = service.spec.mode.replicated_job, service.job_status
+    assert job is not None
+    assert status is not None
+    container = service.spec.task_template.container_spec
+    tasks = cluster.tasks(service.id)
+    if any(task.is_active and task.job_iteration != status.job_iteration for task in tasks):
+        yield f"an earlier run of {service.id} goes on"
+    if container is None or container.image in HOPELESS:
+        return
+    done = {
+        task.slot
+        for task in tasks
+        if task.job_iteration == status.job_iteration and task.status.state is TaskState.COMPLETE
+    }
+    if len(done) != job.total_completions:
+        yield f"of {service.id} {len(done)} of {job.total_completions} runs are completed"
 
 
 def _check_rest(cluster: SimulatedCluster) -> None:

@@ -46,8 +46,10 @@ class SimulatedNode:
         self.id = identity.node_id
         self.broken_images: set[str] = set()
         """Images that cannot be prepared here."""
-        self.crashing_images: dict[str, float] = {}
-        """Images whose containers exit with 1 after so many seconds."""
+        self.hanging_images: set[str] = set()
+        """Images whose preparation does not end."""
+        self.ending_images: dict[str, tuple[float, int]] = {}
+        """Images whose containers end after so many seconds, with this exit code."""
         self.machine = WatchedMachine(self)
         self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
@@ -178,6 +180,8 @@ class _ImageController(SimulatedController):
         if self._image in self._node.broken_images:
             await self._clock.sleep(0.01)
             raise Rejected(f"No such image: {self._image}")
+        if self._image in self._node.hanging_images:
+            await asyncio.Event().wait()
         self._node.tasks[self._task.task.id] = self._task  # again, if it was removed before another attempt
         await super().prepare()
 
@@ -200,11 +204,11 @@ class _ImageController(SimulatedController):
         self._node.machine.has_ended(self._id)
 
     async def wait(self) -> TaskExit:
-        lasts_s = self._node.crashing_images.get(self._image)
-        if lasts_s is not None:
+        if (end := self._node.ending_images.get(self._image)) is not None:
+            lasts_s, exit_code = end
             process = self._require()
             await wait_first(self._clock.sleep(lasts_s), process.ended.wait())
-            process.end(1)
+            process.end(exit_code)
         ended = await super().wait()
         self._node.machine.has_ended(self._id)
         return ended

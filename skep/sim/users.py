@@ -16,9 +16,11 @@ from skep.manager.control.nodes import update_node
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId, ServiceId
+from skep.model.labels import PROGRESS_DEADLINE
 from skep.model.node import Availability, Node
 from skep.model.service import (
     GlobalService,
+    ReplicatedJob,
     ReplicatedService,
     ResourceRequirements,
     Resources,
@@ -38,10 +40,13 @@ from skep.store.etcd.store import EtcdStore
 SERVICES_MAX = 3
 NAMES = ("web", "api", "db")
 """Few, so that several users want the same one."""
-BROKEN, CRASHING = "broken:1", "crashing:1"
-"""Images that no node can prepare, and whose containers end soon."""
-CRASHING_AFTER_S = 0.4
-IMAGES = ("app:1", "app:2", "app:3", "app:4", BROKEN, CRASHING)
+BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
+"""Images that no node can prepare, whose containers fail soon, and whose preparation does not end."""
+HOPELESS = (BROKEN, CRASHING, HANGING)
+IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
+JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
+ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
+"""When their containers end (seconds), and with which exit code."""
 
 
 class Users:
@@ -150,6 +155,9 @@ class Users:
         def scaled(spec: ServiceSpec) -> ServiceSpec:
             if spec.mode.name == "global":
                 return spec
+            if (job := spec.mode.replicated_job) is not None:
+                wish = replace(job, total_completions=self._random.randint(0, 6))
+                return replace(spec, mode=ServiceMode(replicated_job=wish))
             replicas = self._random.randint(0, 6)
             return replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=replicas)))
 
@@ -159,8 +167,9 @@ class Users:
         def updated(spec: ServiceSpec) -> ServiceSpec:
             container = spec.task_template.container_spec
             assert container is not None
+            images = JOB_IMAGES if spec.mode.replicated_job is not None else IMAGES
             template = replace(
-                spec.task_template, container_spec=replace(container, image=self._random.choice(IMAGES))
+                spec.task_template, container_spec=replace(container, image=self._random.choice(images))
             )
             return replace(spec, task_template=template)
 
@@ -173,7 +182,8 @@ class Users:
         store = await self._store()
         service = store.view().get(Service, id)
         # No two requests ask for the same, so that each can be told by what it leaves.
-        spec = replace(change(service.spec), labels={"request": str(next(self._numbers))})
+        labels = {**service.spec.labels, "request": str(next(self._numbers))}
+        spec = replace(change(service.spec), labels=labels)
         self._promises.asked(id, spec)
         self._cluster.trace.add(f"user: update {id}")
         body = partial(update_service, now=timestamp(self._now_ns()))
@@ -256,27 +266,46 @@ class Users:
 
 def a_spec(name: str, random: Random) -> ServiceSpec:
     """Any service."""
-    starts_first = random.random() < 0.4
-    config = UpdateConfig(
-        parallelism=random.randint(0, 3),
-        delay=random.choice((0, SECOND_NS // 2)),
-        monitor=random.choice((SECOND_NS // 2, 2 * SECOND_NS)),
-        order=UpdateOrder.START_FIRST if starts_first else UpdateOrder.STOP_FIRST,
-        failure_action=random.choice(list(UpdateFailureAction)),
-        max_failure_ratio=random.choice((0.0, 0.5)),
-    )
-    rollback = UpdateConfig(order=config.order, monitor=SECOND_NS) if random.random() < 0.8 else None
+    mode = a_mode(random)
+    is_job = mode.replicated_job is not None
     memory = random.choice((0, 0, 512 << 20))
+    update = an_update_config(random)
+    rollback = UpdateConfig(order=update.order, monitor=SECOND_NS) if random.random() < 0.8 else None
     return ServiceSpec(
         name=name,
+        labels={PROGRESS_DEADLINE: "1s"} if random.random() < 0.7 else {},
         task_template=TaskSpec(
-            container_spec=ContainerSpec(image="app:1"),
+            container_spec=ContainerSpec(
+                image=random.choice(JOB_IMAGES[:2]) if is_job else "app:1", stop_grace_period=SECOND_NS
+            ),
             restart_policy=RestartPolicy(delay=random.choice((0, SECOND_NS // 2, 2 * SECOND_NS))),
             resources=ResourceRequirements(reservations=Resources(memory_bytes=memory)) if memory else None,
         ),
-        mode=ServiceMode(global_=GlobalService())
-        if random.random() < 0.2
-        else ServiceMode(replicated=ReplicatedService(replicas=random.randint(1, 5))),
-        update_config=config,
-        rollback_config=rollback,
+        mode=mode,
+        update_config=None if is_job else update,
+        rollback_config=None if is_job else rollback,
+    )
+
+
+def a_mode(random: Random) -> ServiceMode:
+    """Mostly replicated, sometimes global, sometimes a job."""
+    match random.choices(("replicated", "global", "job"), (65, 20, 15))[0]:
+        case "global":
+            return ServiceMode(global_=GlobalService())
+        case "job":
+            job = ReplicatedJob(max_concurrent=random.randint(1, 3), total_completions=random.randint(1, 6))
+            return ServiceMode(replicated_job=job)
+        case _:
+            return ServiceMode(replicated=ReplicatedService(replicas=random.randint(1, 5)))
+
+
+def an_update_config(random: Random) -> UpdateConfig:
+    """Any way to update a service."""
+    return UpdateConfig(
+        parallelism=random.randint(0, 3),
+        delay=random.choice((0, SECOND_NS // 2)),
+        monitor=random.choice((SECOND_NS // 2, 2 * SECOND_NS)),
+        order=UpdateOrder.START_FIRST if random.random() < 0.4 else UpdateOrder.STOP_FIRST,
+        failure_action=random.choice(list(UpdateFailureAction)),
+        max_failure_ratio=random.choice((0.0, 0.5)),
     )

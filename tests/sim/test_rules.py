@@ -8,7 +8,17 @@ import pytest
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
-from skep.model.service import Resources, RestartPolicy, Service, UpdateConfig, UpdateOrder
+from skep.model.service import (
+    ReplicatedJob,
+    Resources,
+    RestartPolicy,
+    Service,
+    ServiceMode,
+    ServiceSpec,
+    TaskSpec,
+    UpdateConfig,
+    UpdateOrder,
+)
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS
 from skep.sim.rules.containers import Containers
@@ -19,6 +29,7 @@ from skep.sim.rules.rest import replica_violations, rest_violations
 from skep.sim.rules.tasks import (
     TasksAreSpread,
     UpdatesKeepServing,
+    jobs_keep_within_bounds,
     names_are_unique,
     nodes_are_not_overcommitted,
     slots_are_filled_once,
@@ -140,6 +151,37 @@ def test_a_slot_with_too_many_wanted_tasks_is_rejected(order: UpdateOrder, allow
     assert history.violations == []
     history.put(a_task("t9"))
     assert len(history.violations) == 1
+
+
+def a_run(id: str, *, slot: int = 1, iteration: int = 1, **fields: object) -> Task:
+    """A task of a job."""
+    task = a_task(id, slot=slot, desired=TaskState.COMPLETE)
+    return msgspec.structs.replace(task, job_iteration=Version(index=iteration), **fields)
+
+
+def test_a_slot_of_a_job_with_two_wanted_tasks_of_one_iteration_is_rejected() -> None:
+    history = History(slots_are_filled_once)
+    history.put(a_service(), a_run("t1", iteration=1), a_run("t2", iteration=2))
+    assert history.violations == []
+    history.put(a_run("t3", iteration=2))
+    assert history.violations == ["slot 1 of web is filled by ['t2', 't3']"]
+
+
+def test_more_runs_of_a_job_at_a_time_than_allowed_are_rejected() -> None:
+    history = History(jobs_keep_within_bounds)
+    mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=2, total_completions=5))
+    history.put(
+        Service(id=ServiceId("web"), spec=ServiceSpec(name="web", mode=mode, task_template=TaskSpec()))
+    )
+    version = history.state.get(Service, "web").spec_version
+    history.put(*(a_run(f"t{slot}", slot=slot, spec_version=version) for slot in (1, 2)))
+    done = msgspec.structs.replace(
+        a_run("t1", spec_version=version), status=TaskStatus(state=TaskState.COMPLETE)
+    )
+    history.put(done, a_run("t3", slot=3, spec_version=version))
+    assert history.violations == []
+    history.put(a_run("t4", slot=4, spec_version=version))
+    assert history.violations == ["3 tasks of job web are under way, 2 may be"]
 
 
 def test_a_name_of_two_services_is_rejected() -> None:
@@ -292,6 +334,20 @@ def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> N
     assert history.violations == []
     history.after(-4).note(rule.started(W1, heir, history.now, history.state))
     assert history.violations == ["task t2 started 2.00 s after t1 failed, not 4.95"]
+
+
+def test_the_place_of_a_run_is_what_was_committed_though_its_node_counts_otherwise() -> None:
+    rule = Containers()
+    history = History(rule)
+    old, new = a_run("old", node_id=W1), a_run("new", node_id=W2)
+    history.put(a_node(W1), a_node(W2), a_service(), old)
+    history.after(100).note(
+        rule.started(W1, msgspec.structs.replace(old, slot=0), history.now, history.state)
+    )
+    history.put(msgspec.structs.replace(old, desired_state=TaskState.SHUTDOWN), new)
+    assert history.violations == []
+    history.after(10).note(rule.started(W2, msgspec.structs.replace(new, slot=0), history.now, history.state))
+    assert history.violations == ["task new started while old, which it replaces, still ran on w1"]
 
 
 class Told:

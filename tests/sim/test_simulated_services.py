@@ -117,7 +117,7 @@ def test_restarts_end_after_the_maximum_of_attempts(seed: int) -> None:
     policy = RestartPolicy(delay=SECOND_NS // 2, max_attempts=3)
     with SimulatedCluster(seed=seed) as cluster:
         for node in cluster.nodes.values():
-            node.crashing_images["bad:1"] = 0.2
+            node.ending_images["bad:1"] = (0.2, 1)
         cluster.create(a_service_spec("web", replicas=2, image="bad:1", restart=policy))
         cluster.run_for(30)
         assert cluster.created("web") == 2 * (1 + 3)
@@ -253,7 +253,7 @@ def test_an_update_goes_on_under_a_new_leader(seed: int) -> None:
 def test_a_failing_update_pauses_and_leaves_the_rest_alone(seed: int) -> None:
     with SimulatedCluster(workers=3, seed=seed) as cluster:
         for node in cluster.nodes.values():
-            node.crashing_images["app:2"] = 0.3
+            node.ending_images["app:2"] = (0.3, 1)
         update = UpdateConfig(parallelism=1, delay=SECOND_NS)
         cluster.create(a_service_spec("web", replicas=4, image="app:1", update=update))
         cluster.run_until(lambda: cluster.running("web") == 4, within_s=5)

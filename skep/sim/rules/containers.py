@@ -10,7 +10,7 @@ from skep.model.node import Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
-from skep.sim.rules.tasks import is_wanted, may_start_first
+from skep.sim.rules.tasks import may_start_first
 from skep.sim.truth import Change
 from skep.store.interface import Created, Deleted, Updated, View
 
@@ -68,7 +68,7 @@ class Containers:
     def stopped(self, node_id: NodeId, task_id: TaskId, view: View) -> Iterable[str]:
         """A node stops a container that runs: only what is no longer meant to run there."""
         task = view.lookup(Task, task_id)
-        if task is None or task.node_id != node_id or not is_wanted(task):
+        if task is None or task.node_id != node_id or not task.is_wanted:
             return
         if view.lookup(Node, node_id) is not None and not _may_stop_alone(view, task):
             yield f"{node_id} stopped the container of task {task_id}, which is to run there"
@@ -81,10 +81,10 @@ class Containers:
 
     def _note(self, record: Record, old: Task, new: Task, now: float) -> None:
         record.task = new
-        if is_wanted(old) and not is_wanted(new):
+        if old.is_wanted and not new.is_wanted:
             record.retired_at = now
         by_itself = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
-        if old.status.state != new.status.state and new.status.state in by_itself and is_wanted(old):
+        if old.status.state != new.status.state and new.status.state in by_itself and old.is_wanted:
             record.failed_at = now
 
     def _beside(self, task: Task, now: float, view: View) -> Iterable[str]:
@@ -92,10 +92,14 @@ class Containers:
         own = self._records.get(task.id)
         if service is None or own is None or may_start_first(service):
             return
-        slot = self._slots[_slot_of(task)]
+        slot = self._slots[_slot_of(own.task)]
         for id in slot[: slot.index(task.id)]:
             other, node_id = self._records[id], self.live.get(id)
-            if node_id is None or other.retired_at is None:
+            if (
+                node_id is None
+                or other.retired_at is None
+                or other.task.job_iteration != own.task.job_iteration
+            ):
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
             was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)
@@ -104,18 +108,31 @@ class Containers:
                 yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
 
     def _early(self, task: Task, now: float) -> Iterable[str]:
-        slot = self._slots.get(_slot_of(task), [])
-        place = slot.index(task.id) if task.id in slot else 0
+        own = self._records.get(
+            task.id
+        )  # as it was written: over the wire defaults are spelled out, slots otherwise
+        if own is None:
+            return
+        slot = self._slots[_slot_of(own.task)]
+        place = slot.index(task.id)
         if not place:
             return
         before = self._records[slot[place - 1]]
-        own = self._records[task.id]  # as it was written: what came over the wire spells defaults out
-        if before.failed_at is None or before.failed_at > own.created_at or before.task.spec != own.task.spec:
+        if (
+            before.failed_at is None
+            or before.failed_at > own.created_at
+            or not _is_same(before.task, own.task)
+        ):
             return
         delay_s = _delay_s(before.task) * TOLERANCE
         if now < before.failed_at + delay_s:
             waited_s = now - before.failed_at
             yield f"task {task.id} started {waited_s:.2f} s after {before.task.id} failed, not {delay_s:.2f}"
+
+
+def _is_same(before: Task, heir: Task) -> bool:
+    """Whether one task follows the other without anybody having asked for something else."""
+    return before.spec == heir.spec and before.job_iteration == heir.job_iteration
 
 
 def _is_down(view: View, node_id: NodeId) -> bool:

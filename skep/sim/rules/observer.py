@@ -11,6 +11,7 @@ from skep.sim.rules.promises import Promises
 from skep.sim.rules.tasks import (
     TasksAreSpread,
     UpdatesKeepServing,
+    jobs_keep_within_bounds,
     names_are_unique,
     nodes_are_not_overcommitted,
     slots_are_filled_once,
@@ -43,6 +44,7 @@ class Observer:
         self.rules: list[Rule] = [
             tasks_move_forward,
             slots_are_filled_once,
+            jobs_keep_within_bounds,
             names_are_unique,
             nodes_are_not_overcommitted,
             one_leader_writes,

@@ -13,10 +13,10 @@ def rest_violations(view: View, containers: Iterable[tuple[NodeId, Task]]) -> It
     running = {task.id: node_id for node_id, task in containers}
     for id, node_id in running.items():
         task = view.lookup(Task, id)
-        if task is None or task.desired_state > TaskState.RUNNING or task.node_id != node_id:
+        if task is None or not task.is_wanted or task.node_id != node_id:
             yield f"container of task {id} on {node_id} belongs to no task that is to run there"
     for task in view.find(Task):
-        is_up = task.status.state is TaskState.RUNNING and task.desired_state is TaskState.RUNNING
+        is_up = task.status.state is TaskState.RUNNING and task.is_wanted
         if is_up and task.id not in running:
             yield f"task {task.id} is said to run on {task.node_id} and does not"
 

@@ -30,22 +30,39 @@ def _transition_violations(old: Task, new: Task) -> Iterable[str]:
 
 
 def slots_are_filled_once(change: Change, view: View) -> Iterable[str]:
-    """A slot has one task that is to run, and beside it at most one that is prepared to follow.
+    """A slot (of a job: in each iteration) has one task that is to run, and beside it one at most that is to follow.
 
     Both are to run while an update starts the new one first.
     """
     for event in change.events:
         match event:
-            case Created(Task() as task) | Updated(_, Task() as task) if is_wanted(task):
+            case Created(Task() as task) | Updated(_, Task() as task) if task.is_wanted:
                 slot = view.find(Task, slot=f"{task.service_id}/{task.slot or task.node_id}")
-                wanted = [one.id for one in slot if is_wanted(one)]
-                started = [
-                    one.id for one in slot if is_wanted(one) and one.desired_state is not TaskState.READY
-                ]
+                slot = [one for one in slot if one.is_wanted and one.job_iteration == task.job_iteration]
+                wanted = [one.id for one in slot]
+                started = [one.id for one in slot if one.desired_state is not TaskState.READY]
                 service = view.lookup(Service, task.service_id)
                 both = service is not None and may_start_first(service)
                 if len(wanted) > 2 or len(started) > (2 if both else 1):
                     yield f"slot {task.slot or task.node_id} of {task.service_id} is filled by {wanted}"
+
+
+def jobs_keep_within_bounds(change: Change, view: View) -> Iterable[str]:
+    """Of a job no more tasks are under way than may be at a time."""
+    for event in change.events:
+        match event:
+            case Created(Task() as task) if task.job_iteration is not None:
+                service = view.lookup(Service, task.service_id)
+                job = service.spec.mode.replicated_job if service is not None else None
+                if service is None or job is None or service.spec_version != task.spec_version:
+                    continue
+                active = [
+                    one.id
+                    for one in view.find(Task, service_id=service.id)
+                    if one.is_active and one.job_iteration == task.job_iteration
+                ]
+                if len(active) > (job.max_concurrent or 0):
+                    yield f"{len(active)} tasks of job {service.id} are under way, {job.max_concurrent} may be"
 
 
 def names_are_unique(change: Change, view: View) -> Iterable[str]:
@@ -77,7 +94,7 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
     if sum(one.nano_cpus for one in held) > has.nano_cpus > 0:
         yield f"processors of {node.id} are over-committed"
     placement = task.spec.placement
-    copies = [one for one in here if one.service_id == task.service_id and is_wanted(one)]
+    copies = [one for one in here if one.service_id == task.service_id and one.is_wanted]
     if placement is not None and placement.max_replicas and len(copies) > placement.max_replicas:
         yield f"{node.id} has {len(copies)} copies of {task.service_id}"
 
@@ -113,7 +130,7 @@ class TasksAreSpread:
         others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
         if any(one.status.state in (TaskState.FAILED, TaskState.REJECTED) for one in others):
             return  # nodes where tasks failed are avoided
-        copies = Counter(one.node_id for one in others if one.node_id and is_wanted(one))
+        copies = Counter(one.node_id for one in others if one.node_id and one.is_wanted)
         nodes = [node.id for node in view.find(Node) if _takes_tasks(node)]
         least = min((copies[id] for id in nodes), default=0)
         if copies[task.node_id] > least + self.SLACK:
@@ -129,7 +146,7 @@ class UpdatesKeepServing:
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
-                case Updated(Task() as old, Task() as new) if is_wanted(old) and not is_wanted(new):
+                case Updated(Task() as old, Task() as new) if old.is_wanted and not new.is_wanted:
                     yield from self._violations(view, old, new)
 
     def _violations(self, view: View, old: Task, new: Task) -> Iterable[str]:
@@ -142,15 +159,10 @@ class UpdatesKeepServing:
         if new.status.state is not TaskState.RUNNING or node is None or not _takes_tasks(node):
             return
         slot = view.find(Task, slot=f"{new.service_id}/{new.slot or new.node_id}")
-        heirs = [one for one in slot if is_wanted(one)]
+        heirs = [one for one in slot if one.is_wanted]
         differs = any(heir.spec != new.spec for heir in heirs)
         if heirs and differs and not any(heir.status.state is TaskState.RUNNING for heir in heirs):
             yield f"task {new.id} was stopped before {[heir.id for heir in heirs]} ran"
-
-
-def is_wanted(task: Task) -> bool:
-    """Whether the task is meant to run."""
-    return task.desired_state <= TaskState.RUNNING
 
 
 def may_start_first(service: Service) -> bool:
