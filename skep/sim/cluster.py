@@ -318,6 +318,7 @@ class SimulatedCluster:
     def run_for(self, seconds: float) -> None:
         """Let virtual time pass."""
         self.do(asyncio.sleep(seconds))
+        self.observer.look()
 
     def run_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
         """Let time pass until ``condition``; the seconds it took.  AssertionError: it did not come."""

@@ -322,6 +322,37 @@ def test_a_container_that_a_node_starts_late_may_stand_beside_its_successor() ->
     assert history.violations == []
 
 
+@pytest.mark.parametrize(("order", "room"), [(UpdateOrder.STOP_FIRST, 1), (UpdateOrder.START_FIRST, 2)])
+def test_a_slot_that_has_too_many_containers_for_long_is_rejected(order: UpdateOrder, room: int) -> None:
+    rule = Containers()
+    history = History(rule)
+    crowd = [a_task(f"t{number}", node="w1", state=TaskState.RUNNING) for number in range(room + 1)]
+    history.put(a_node(W1), a_service(order), *crowd)
+    for task in crowd:
+        history.note(rule.started(W1, task, history.now, history.state))
+    calm_since = history.now + 100
+    for seconds in (0, 109, 2):
+        history.after(seconds).note(rule.lasting(history.now, calm_since, history.state))
+    assert history.violations == []
+    for _ in range(2):  # it is said once
+        history.after(2).note(rule.lasting(history.now, calm_since, history.state))
+    assert history.violations == [f"slot web/1 has {room + 1} containers, 13.0 s after the last fault"]
+
+
+def test_a_slot_that_has_two_containers_now_and_then_is_not_rejected() -> None:
+    rule = Containers()
+    history = History(rule)
+    both = [a_task(id, node="w1", state=TaskState.RUNNING) for id in ("t1", "t2")]
+    history.put(a_node(W1), a_service(), *both)
+    history.note(rule.started(W1, both[0], history.now, history.state))
+    for _ in range(5):
+        history.after(5).note(rule.started(W1, both[1], history.now, history.state))
+        history.note(rule.lasting(history.now, 0.0, history.state))
+        rule.ended(both[1].id)
+        history.after(5).note(rule.lasting(history.now, 0.0, history.state))
+    assert history.violations == []
+
+
 def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> None:
     rule = Containers()
     history = History(rule)

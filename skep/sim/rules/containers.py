@@ -1,6 +1,8 @@
 """Rules on what machines do: asked whenever a container starts or is stopped."""
 
+from collections import Counter
 from collections.abc import Iterable
+from math import inf
 
 import msgspec
 
@@ -19,6 +21,9 @@ STOP_TIMEOUT_S = 60.0
 TOLERANCE = 0.99
 """Clocks of machines run differently fast."""
 DEFAULT_DELAY_S = 5.0
+TWICE_S = 12.0
+"""How long a slot may have two containers once nothing is wrong any more: until a node that was cut off is back
+(retries of two seconds, a connection that takes five), hears of it, and has stopped its own."""
 
 
 class Record(msgspec.Struct):
@@ -40,6 +45,8 @@ class Containers:
         """Containers that run, and where."""
         self._records: dict[TaskId, Record] = {}
         self._slots: dict[str, list[TaskId]] = {}
+        self._twice_since: dict[str, float] = {}
+        """Since when a slot has more containers than it may have; infinity: that was told."""
         self._down_at: dict[NodeId, float] = {}
         """When a node was last known not to be ready."""
 
@@ -72,6 +79,16 @@ class Containers:
             return
         if view.lookup(Node, node_id) is not None and not _may_stop_alone(view, task):
             yield f"{node_id} stopped the container of task {task_id}, which is to run there"
+
+    def lasting(self, now: float, calm_since: float, view: View) -> Iterable[str]:
+        """No slot has two containers for long (three, where an update starts first); to be asked now and then."""
+        counts = Counter(_slot_of(self._records[id].task) for id in self.live)
+        crowded = sorted(slot for slot, count in counts.items() if count > _room(slot, view))
+        self._twice_since = {slot: self._twice_since.get(slot, now) for slot in crowded}
+        for slot, since in self._twice_since.items():
+            if (lasted_s := now - max(since, calm_since)) > TWICE_S:
+                self._twice_since[slot] = inf
+                yield f"slot {slot} has {counts[slot]} containers, {lasted_s:.1f} s after the last fault"
 
     def ended(self, task_id: TaskId) -> None:
         """A container is gone, however that came."""
@@ -128,6 +145,12 @@ class Containers:
         if now < before.failed_at + delay_s:
             waited_s = now - before.failed_at
             yield f"task {task.id} started {waited_s:.2f} s after {before.task.id} failed, not {delay_s:.2f}"
+
+
+def _room(slot: str, view: View) -> int:
+    """How many containers a slot may have for long."""
+    service = view.lookup(Service, slot.partition("/")[0])
+    return 2 if service is not None and may_start_first(service) else 1
 
 
 def _is_same(before: Task, heir: Task) -> bool:

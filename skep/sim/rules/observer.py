@@ -36,6 +36,7 @@ class Observer:
         self.traced: list[str] = []
         """What happened before the first violation."""
         self._truth = truth
+        self._calm_since = calm_since
         self._trace = trace
         self.violations: list[str] = []
         """In order of time."""
@@ -63,6 +64,11 @@ class Observer:
         if found and not self.violations:
             self.traced = self._trace.lines()
         self.violations += found
+
+    def look(self) -> None:
+        """Ask the rules on what lasts."""
+        now = self._truth.now()
+        self.note(now, self.containers.lasting(now, self._calm_since(), self._truth.view))
 
     # -- what machines tell: see node.ContainerWatcher ----------------------------------------------------------------
 
