@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from math import inf
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.dirty import is_dirty
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
@@ -48,7 +49,7 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
         if task is not current[-1]:
             # An update has already put a newer task into the slot.
             steps.append(RetireTask(task))
-        elif not should_restart(task, slot, situation.seen):
+        elif _is_superfluous(task, current, situation) or not should_restart(task, slot, situation.seen):
             steps.append(RetireTask(task))
         elif (starts_at := start_time(task, slot, situation)) > situation.now:
             # It could not even be prepared: its own delay holds for the next attempt too, or a missing
@@ -57,6 +58,20 @@ def restart_steps(slot: Slot, situation: Situation) -> list[Step]:
         else:
             steps.append(ReplaceTask(task, _successor(task, slot, situation)))
     return steps
+
+
+def _is_superfluous(task: Task, current: Slot, situation: Situation) -> bool:
+    """Whether another task of the slot, in its place, is what the service asks for now.
+
+    An update leaves such a one that was overtaken by another, and is returned to before it could run.
+    """
+    return any(
+        other is not task
+        and not other.status.state.is_terminal
+        and not situation.is_misplaced(other)
+        and not is_dirty(other, situation)
+        for other in current
+    )
 
 
 def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:

@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask
+from skep.model.ids import NodeId
 from skep.model.node import Availability, NodeState
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
-from tests.builders import a_node, a_service, a_task
+from tests.builders import a_node, a_service, a_service_spec, a_task
 from tests.worlds import World
 
 READY, RUNNING, SHUTDOWN = TaskState.READY, TaskState.RUNNING, TaskState.SHUTDOWN
@@ -84,6 +85,19 @@ def test_a_new_leader_starts_the_delay_again() -> None:
     world.seen = type(world.seen)(100.0)
     world.now = 101.0
     assert world.steps() == [Recheck(103.0)]
+
+
+def test_a_slot_that_has_a_task_of_the_present_spec_needs_no_other_when_the_youngest_is_lost() -> None:
+    """An update to what a later one returned to was still preparing; what ran meanwhile is the younger one."""
+    world = World(a_service(image="app:1"), nodes=[a_node("n1"), a_node("n2")])
+    world.put(a_task("attempt", node="n2", state=TaskState.PREPARING, service=world.service))
+    world.update(a_service_spec(image="app:2"))
+    world.put(a_task("younger", node="n1", service=world.service))
+    world.update(a_service_spec(image="app:1"))
+    world.nodes[NodeId("n1")] = a_node("n1", state=NodeState.DOWN)
+    assert [step.task.id for step in world.steps() if isinstance(step, RetireTask)] == ["younger"]
+    world.apply(world.changes())
+    assert [task.id for task in wanted(world)] == ["attempt"]
 
 
 @pytest.mark.parametrize(
