@@ -10,17 +10,15 @@ from typing import cast
 
 import msgspec
 
-from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId
 from skep.model.labels import PROGRESS_DEADLINE
-from skep.model.node import Node
 from skep.model.service import Service, UpdateState
 from skep.model.task import TaskState
 from skep.node.executor.simulated import Behaviour
 from skep.sim.cluster import SimulatedCluster
+from skep.sim.damping import lose_a_node, one_more_fault
 from skep.sim.fate import Fate
 from skep.sim.node import image_of
-from skep.sim.rules.liveness import lease_violations
 from skep.sim.rules.rest import replica_violations
 from skep.sim.users import BROKEN, ENDING_IMAGES, HANGING, HOPELESS, Users
 from skep.store.state import State
@@ -32,9 +30,6 @@ CONVERGED_S = 90.0
 LOOK_S = 0.5
 STOPPED_S = 2.0
 """The longest stop of a container, and the report of it."""
-LEASE_S = RECOVERY_GRACE_S + 6.0
-"""An election, two seconds until the leader adopts the session, the grace where that leader has itself come back a
-moment ago, and room."""
 
 
 class Outcome(msgspec.Struct):
@@ -96,8 +91,9 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
         _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
     cluster.run_for(2.0)
     _check_rest(cluster)
-    if random.random() < 0.15:
-        _outlive_a_lease(cluster)
+    if random.random() < 0.4:
+        one_more_fault(cluster)
+    lose_a_node(cluster)
 
 
 def _converge(cluster: SimulatedCluster) -> None:
@@ -179,20 +175,6 @@ def _check_rest(cluster: SimulatedCluster) -> None:
     note(now(), promises.broken(cluster.view, promises.given()))
     for id in cluster.managers:
         note(now(), cluster.do(_replica_violations(cluster, id)))
-
-
-def _outlive_a_lease(cluster: SimulatedCluster) -> None:
-    """A node dies for good, with the manager that has its session if the others can do without."""
-    lost = cluster.random.choice(cluster.workers)
-    session = cluster.view.get(Node, lost).session
-    if session is not None and len(cluster.managers) > 2:
-        cluster.crash(session.manager_id)
-    cluster.kill_node(lost)
-    cluster.trace.add(f"fault: {lost} dies for good")
-    cluster.run_for(LEASE_S)
-    for _ in range(4):
-        cluster.observer.note(cluster.loop.time(), lease_violations(cluster.view, lost))
-        cluster.run_for(LOOK_S)
 
 
 async def _replica_violations(cluster: SimulatedCluster, id: NodeId) -> list[str]:

@@ -1,29 +1,21 @@
 """Every rule rejects a history in which it was broken on purpose, and takes the same history without the fault."""
 
-from collections.abc import Callable, Iterable
-
 import msgspec
 import pytest
 
-from skep.model.ids import NodeId, ServiceId, TaskId
+from skep.model.ids import ServiceId
 from skep.model.meta import Version
-from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
+from skep.model.node import NodeState
 from skep.model.service import (
     ReplicatedJob,
-    Resources,
-    RestartPolicy,
     Service,
     ServiceMode,
     ServiceSpec,
     TaskSpec,
-    UpdateConfig,
     UpdateOrder,
 )
-from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import SECOND_NS
-from skep.sim.rules.containers import Containers
+from skep.model.task import TaskState, TaskStatus
 from skep.sim.rules.liveness import NoFalseAlarm, lease_violations
-from skep.sim.rules.observer import Rule
 from skep.sim.rules.promises import Promises
 from skep.sim.rules.rest import replica_violations, rest_violations
 from skep.sim.rules.tasks import (
@@ -36,96 +28,10 @@ from skep.sim.rules.tasks import (
     tasks_move_forward,
 )
 from skep.sim.rules.writers import one_leader_writes, owners_speak_for_their_nodes, sessions_are_taken
-from skep.sim.truth import Change
-from skep.store.interface import Transaction
-from skep.store.proposal import Proposal
-from skep.store.state import KeyChange, State
+from skep.store.state import State
 from skep.store.transaction import Writing
 from tests.builders import a_service_spec
-
-LEADER, OTHER = NodeId("m1"), NodeId("m2")
-W1, W2 = NodeId("w1"), NodeId("w2")
-
-
-class History:
-    """Commits one after the other, as the store would make them, without asking whether they may be made."""
-
-    def __init__(self, *rules: Rule) -> None:
-        self.state = State()
-        self.violations: list[str] = []
-        self.now = 100.0
-        self._rules = rules
-
-    def commit(self, body: Callable[[Transaction], object], *, by: NodeId = LEADER) -> None:
-        tx = Writing(self.state, 0)
-        body(tx)
-        self._publish(tx.proposal(), by)
-
-    def put(self, *objects: Task | Service | Node, by: NodeId = LEADER) -> None:
-        for one in objects:
-            self.commit(lambda tx, one=one: tx.put(one), by=by)  # type: ignore[misc]
-
-    def after(self, seconds: float) -> "History":
-        self.now += seconds
-        return self
-
-    def note(self, violations: Iterable[str]) -> None:
-        self.violations += violations
-
-    def _publish(self, proposal: Proposal, by: NodeId) -> None:
-        revision = self.state.revision + 1
-        created = {key for key, _ in proposal.puts}
-        keys = tuple(
-            [KeyChange(key, None, revision) for key in proposal.deletes]
-            + [KeyChange(key, value, revision, revision) for key, value in proposal.puts if key in created]
-        )
-        events = self.state.apply(revision, keys)
-        change = Change(self.now, by, LEADER, revision, keys, events)
-        for rule in self._rules:
-            self.violations += rule(change, self.state)
-
-
-def a_node(
-    id: NodeId, *, state: NodeState = NodeState.READY, owner: NodeId = LEADER, session: str = "s1"
-) -> Node:
-    return Node(
-        id=id,
-        status=NodeStatus(state=state),
-        description=NodeDescription(hostname=id, resources=Resources(memory_bytes=1 << 30)),
-        session=NodeSession(manager_id=owner, session_id=session),  # type: ignore[arg-type]
-    )
-
-
-def a_task(
-    id: str,
-    *,
-    slot: int = 1,
-    node: str = "",
-    state: TaskState = TaskState.NEW,
-    desired: TaskState = TaskState.RUNNING,
-    delay_s: int = 0,
-    memory: int = 0,
-    image: str = "app:1",
-) -> Task:
-    spec = a_service_spec(
-        image=image,
-        restart=RestartPolicy(delay=delay_s * SECOND_NS),
-        reserve=Resources(memory_bytes=memory) if memory else None,
-    ).task_template
-    return Task(
-        id=TaskId(id),
-        service_id=ServiceId("web"),
-        slot=slot,
-        node_id=NodeId(node),
-        spec=spec,
-        status=TaskStatus(state=state),
-        desired_state=desired,
-    )
-
-
-def a_service(order: UpdateOrder = UpdateOrder.STOP_FIRST, *, id: str = "web", name: str = "web") -> Service:
-    config = UpdateConfig(order=order)
-    return Service(id=ServiceId(id), spec=a_service_spec(name, update=config, rollback=config))
+from tests.sim.histories import LEADER, OTHER, W1, W2, History, a_node, a_run, a_service, a_task
 
 
 def test_a_state_that_goes_back_is_rejected() -> None:
@@ -151,12 +57,6 @@ def test_a_slot_with_too_many_wanted_tasks_is_rejected(order: UpdateOrder, allow
     assert history.violations == []
     history.put(a_task("t9"))
     assert len(history.violations) == 1
-
-
-def a_run(id: str, *, slot: int = 1, iteration: int = 1, **fields: object) -> Task:
-    """A task of a job."""
-    task = a_task(id, slot=slot, desired=TaskState.COMPLETE)
-    return msgspec.structs.replace(task, job_iteration=Version(index=iteration), **fields)
 
 
 def test_a_slot_of_a_job_with_two_wanted_tasks_of_one_iteration_is_rejected() -> None:
@@ -282,103 +182,6 @@ def test_a_task_shown_as_running_on_a_node_whose_lease_is_over_is_rejected() -> 
     assert list(lease_violations(history.state, W1)) == [
         "task t1 is shown as running on w1, which nobody hears"
     ]
-
-
-def test_a_container_stopped_though_it_is_to_run_is_rejected() -> None:
-    rule = Containers()
-    history = History(rule)
-    history.put(a_node(W1), a_task("t1", node="w1", state=TaskState.RUNNING))
-    history.note(rule.stopped(W1, TaskId("t1"), history.state))
-    assert history.violations == ["w1 stopped the container of task t1, which is to run there"]
-    history.put(a_task("t1", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
-    history.note(rule.stopped(W1, TaskId("t1"), history.state))
-    assert len(history.violations) == 1
-
-
-def test_a_container_started_beside_the_one_it_replaces_is_rejected() -> None:
-    rule = Containers()
-    history = History(rule)
-    history.put(a_node(W1), a_node(W2), a_service())
-    old = a_task("old", node="w1", state=TaskState.RUNNING)
-    history.put(old)
-    history.after(100).note(rule.started(W1, old, history.now, history.state))
-    history.put(msgspec.structs.replace(old, desired_state=TaskState.SHUTDOWN))
-    new = a_task("new", node="w2", state=TaskState.STARTING)
-    history.put(new)
-    history.note(rule.started(W2, new, history.now, history.state))
-    assert history.violations == ["task new started while old, which it replaces, still ran on w1"]
-
-
-def test_a_container_that_a_node_starts_late_may_stand_beside_its_successor() -> None:
-    """The node was cut off, and hears of the task when that has been replaced for long."""
-    rule = Containers()
-    history = History(rule)
-    late = a_task("late", node="w1", state=TaskState.ASSIGNED)
-    heir = a_task("heir", node="w2", state=TaskState.RUNNING)
-    history.put(a_node(W1), a_node(W2), a_service(), late, heir)
-    history.note(rule.started(W2, heir, history.now, history.state))
-    history.put(msgspec.structs.replace(heir, desired_state=TaskState.REMOVE))
-    history.note(rule.started(W1, late, history.now, history.state))
-    assert history.violations == []
-
-
-@pytest.mark.parametrize(("order", "room"), [(UpdateOrder.STOP_FIRST, 1), (UpdateOrder.START_FIRST, 2)])
-def test_a_slot_that_has_too_many_containers_for_long_is_rejected(order: UpdateOrder, room: int) -> None:
-    rule = Containers()
-    history = History(rule)
-    crowd = [a_task(f"t{number}", node="w1", state=TaskState.RUNNING) for number in range(room + 1)]
-    history.put(a_node(W1), a_service(order), *crowd)
-    for task in crowd:
-        history.note(rule.started(W1, task, history.now, history.state))
-    calm_since = history.now + 100
-    for seconds in (0, 109, 2):
-        history.after(seconds).note(rule.lasting(history.now, calm_since, history.state))
-    assert history.violations == []
-    for _ in range(2):  # it is said once
-        history.after(2).note(rule.lasting(history.now, calm_since, history.state))
-    assert history.violations == [f"slot web/1 has {room + 1} containers, 13.0 s after the last fault"]
-
-
-def test_a_slot_that_has_two_containers_now_and_then_is_not_rejected() -> None:
-    rule = Containers()
-    history = History(rule)
-    both = [a_task(id, node="w1", state=TaskState.RUNNING) for id in ("t1", "t2")]
-    history.put(a_node(W1), a_service(), *both)
-    history.note(rule.started(W1, both[0], history.now, history.state))
-    for _ in range(5):
-        history.after(5).note(rule.started(W1, both[1], history.now, history.state))
-        history.note(rule.lasting(history.now, 0.0, history.state))
-        rule.ended(both[1].id)
-        history.after(5).note(rule.lasting(history.now, 0.0, history.state))
-    assert history.violations == []
-
-
-def test_a_container_started_before_the_restart_delay_is_over_is_rejected() -> None:
-    rule = Containers()
-    history = History(rule)
-    failed = a_task("t1", node="w1", state=TaskState.RUNNING, delay_s=5)
-    history.put(a_node(W1), a_service(), failed)
-    history.put(msgspec.structs.replace(failed, status=TaskStatus(state=TaskState.FAILED)))
-    heir = a_task("t2", node="w1", state=TaskState.STARTING, delay_s=5)
-    history.put(heir)
-    history.after(6).note(rule.started(W1, heir, history.now, history.state))
-    assert history.violations == []
-    history.after(-4).note(rule.started(W1, heir, history.now, history.state))
-    assert history.violations == ["task t2 started 2.00 s after t1 failed, not 4.95"]
-
-
-def test_the_place_of_a_run_is_what_was_committed_though_its_node_counts_otherwise() -> None:
-    rule = Containers()
-    history = History(rule)
-    old, new = a_run("old", node_id=W1), a_run("new", node_id=W2)
-    history.put(a_node(W1), a_node(W2), a_service(), old)
-    history.after(100).note(
-        rule.started(W1, msgspec.structs.replace(old, slot=0), history.now, history.state)
-    )
-    history.put(msgspec.structs.replace(old, desired_state=TaskState.SHUTDOWN), new)
-    assert history.violations == []
-    history.after(10).note(rule.started(W2, msgspec.structs.replace(new, slot=0), history.now, history.state))
-    assert history.violations == ["task new started while old, which it replaces, still ran on w1"]
 
 
 class Told:

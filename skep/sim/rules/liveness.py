@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from skep.manager.control.tasks import known_status
+from skep.manager.control import tasks
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeState
 from skep.model.task import Task, TaskState
@@ -34,5 +34,5 @@ class NoFalseAlarm:
 def lease_violations(view: View, node_id: NodeId) -> Iterable[str]:
     """Of a node whose lease is over nothing is shown as running."""
     for task in view.find(Task, node_id=node_id):
-        if known_status(view, task).state is TaskState.RUNNING:
+        if tasks.known_status(view, task).state is TaskState.RUNNING:
             yield f"task {task.id} is shown as running on {node_id}, which nobody hears"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.task import Task
 from skep.sim.rules.containers import Containers
+from skep.sim.rules.damping import DecisionsStand
 from skep.sim.rules.liveness import NoFalseAlarm
 from skep.sim.rules.promises import Promises
 from skep.sim.rules.tasks import (
@@ -42,6 +43,8 @@ class Observer:
         """In order of time."""
         self.created: Counter[ServiceId] = Counter()
         """How many tasks each service has been given."""
+        self.started: Counter[ServiceId] = Counter()
+        """How many containers of each service were started."""
         self.rules: list[Rule] = [
             tasks_move_forward,
             slots_are_filled_once,
@@ -54,6 +57,7 @@ class Observer:
             TasksAreSpread(),
             UpdatesKeepServing(),
             NoFalseAlarm(calm_since),
+            DecisionsStand(),
             self.containers,
         ]
         truth.watchers.append(self._check)
@@ -75,6 +79,7 @@ class Observer:
     def container_started(self, node_id: NodeId, task: Task) -> None:
         now = self._truth.now()
         self._trace.add(f"{node_id} starts task {task.id[:6]}")
+        self.started[task.service_id] += 1
         self.note(now, self.containers.started(node_id, task, now, self._truth.view))
 
     def container_stopped(self, node_id: NodeId, task_id: TaskId) -> None:
