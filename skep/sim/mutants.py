@@ -1,4 +1,4 @@
-"""Do the rules find what they are there for?  Ten named rules of the product are broken, one at a time.
+"""Do the rules find what they are there for?  Named rules of the product are broken, one at a time.
 
 Each mutant replaces production functions at run time, and lives are lived until one goes wrong.  A mutant that lives
 through all of them means that the workload, the faults or the rules of the simulation are too weak.
@@ -7,24 +7,33 @@ through all of them means that the workload, the faults or the rules of the simu
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
+from skep.manager.control import tasks
+from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
-from skep.manager.dispatcher import statuses
-from skep.manager.orchestrator import restart, update
+from skep.manager.orchestrator import jobs, restart, update
+from skep.manager.orchestrator import loop as orchestrator_loop
+from skep.manager.orchestrator.changes import FillSlot
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.scheduler import spread
 from skep.manager.scheduler.accounting import Account
-from skep.model.ids import NodeId, SessionId
+from skep.model.assignment import AssignmentSet
+from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import Node
-from skep.model.task import TaskStatus
+from skep.model.service import ReplicatedJob, Service
+from skep.model.task import Task, TaskStatus
 from skep.node import revisions
+from skep.node.worker import Worker
 from skep.sim.run import outcomes
 from skep.store import transaction
 from skep.store.etcd import batcher, store
@@ -157,6 +166,55 @@ def _crowded_slots() -> list[Patch]:
     return [Patch(restart, "_waited_for", lambda slot, situation: [])]
 
 
+def _all_runs_at_once() -> list[Patch]:
+    real = jobs._missing_runs
+
+    def unbounded(
+        service: Service, job: ReplicatedJob, slots: Mapping[int, Slot], situation: Situation
+    ) -> list[FillSlot]:
+        return real(service, replace(job, max_concurrent=job.total_completions), slots, situation)
+
+    return [Patch(jobs, "_missing_runs", unbounded)]
+
+
+def _last_word_stands() -> list[Patch]:
+    return [Patch(tasks, "known_status", lambda view, task: task.status)]
+
+
+def _no_adoption() -> list[Patch]:
+    return [Patch(adoption, "orphans", lambda nodes, silent, own: [])]
+
+
+def _no_patience() -> list[Patch]:
+    def impatient(period_s: float, **_: object) -> float:
+        return 0.8 * period_s
+
+    return [
+        Patch(dispatcher_loop, name, impatient) for name in ("grace_after_absence", "grace_after_adoption")
+    ]
+
+
+def _crowding_out() -> list[Patch]:
+    def all_but_the_oldest(node: Node, tasks: Iterable[Task]) -> frozenset[TaskId]:
+        held = sorted((task for task in tasks if task.is_active), key=age)
+        return frozenset(task.id for task in held[1:])
+
+    return [Patch(orchestrator_loop, "overcommitted", all_but_the_oldest)]
+
+
+def _one_too_many() -> list[Patch]:
+    return [Patch(restart, "_is_superfluous", lambda task, current, situation: False)]
+
+
+def _keepsakes() -> list[Patch]:
+    real = Worker.assign
+
+    async def assign(self: Worker, change: AssignmentSet) -> None:
+        await real(self, replace(change, complete=False))
+
+    return [Patch(Worker, "assign", assign)]
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("fence", "the leader's writes compare the leader key", _unfenced),
     Mutant("session compare", "what a node says is written for its present session only", _any_session),
@@ -170,6 +228,13 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("barrier reads", "a read shows everything acknowledged before it", _stale_reads),
     Mutant("ticket", "a write of unknown outcome is settled before it is sent again", _sent_again),
     Mutant("one at a time", "a successor waits until what it replaces has stopped", _crowded_slots),
+    Mutant("job bounds", "of a job no more runs are under way than may be at a time", _all_runs_at_once),
+    Mutant("unknown since", "what ran on a node whose lease is over is shown as unknown", _last_word_stands),
+    Mutant("adoption", "the leader takes over the sessions of a manager that has gone", _no_adoption),
+    Mutant("patience", "a node whose manager went away gets time to find another one", _no_patience),
+    Mutant("room", "a placed task leaves its node only when that has too little room for it", _crowding_out),
+    Mutant("one attempt", "a slot that has a task of the present spec gets no second one", _one_too_many),
+    Mutant("clean return", "a node that is back stops what is no longer its own", _keepsakes),
 )
 
 
