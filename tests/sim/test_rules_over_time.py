@@ -145,12 +145,12 @@ def test_a_slot_that_has_too_many_containers_for_long_is_rejected(order: UpdateO
     for task in crowd:
         history.note(rule.started(W1, task, history.now, history.state))
     calm_since = history.now + 100
-    for seconds in (0, 109, 2):
+    for seconds in (0, 108, 1):
         history.after(seconds).note(rule.lasting(history.now, calm_since, history.state))
     assert history.violations == []
     for _ in range(2):  # it is said once
         history.after(2).note(rule.lasting(history.now, calm_since, history.state))
-    assert history.violations == [f"slot web/1 has {room + 1} containers, 13.0 s after the last fault"]
+    assert history.violations == [f"slot web/1 has {room + 1} containers, 11.0 s after the last fault"]
 
 
 def test_a_slot_that_has_two_containers_now_and_then_is_not_rejected() -> None:

@@ -21,7 +21,7 @@ STOP_TIMEOUT_S = 60.0
 TOLERANCE = 0.99
 """Clocks of machines run differently fast."""
 DEFAULT_DELAY_S = 5.0
-TWICE_S = 12.0
+TWICE_S = 9.0
 """How long a slot may have two containers once nothing is wrong any more: until a node that was cut off is back
 (retries of two seconds, a connection that takes five), hears of it, and has stopped its own."""
 
