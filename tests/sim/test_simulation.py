@@ -1,12 +1,16 @@
 """The simulation itself: virtual time, and that a seed gives the same run each time."""
 
 import asyncio
+from collections.abc import Iterable
 
 import pytest
 
 from skep.model.node import Availability
+from skep.model.service import Service
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.time import Deadlock, VirtualLoop
+from skep.sim.truth import Change
+from skep.store.interface import View
 from tests.builders import a_service_spec
 
 
@@ -25,6 +29,19 @@ def test_waiting_for_nothing_is_an_error() -> None:
     waiting.cancel()
     loop.run_until_complete(asyncio.gather(waiting, return_exceptions=True))
     loop.close()
+
+
+def test_a_rule_that_raises_is_a_violation_and_disturbs_nobody() -> None:
+    def rule(change: Change, view: View) -> Iterable[str]:
+        yield from () if view.lookup(Service, "web") is None else [{}["web"]]
+
+    with SimulatedCluster(seed=1) as cluster:
+        cluster.observer.rules.append(rule)
+        cluster.run_for(1)
+        assert cluster.observer.violations == []
+        cluster.create(a_service_spec("web", replicas=1))
+        cluster.run_until(lambda: cluster.running("web") == 1, within_s=5)
+        assert "a rule raised KeyError: 'web'" in cluster.observer.violations[0]
 
 
 def a_run(seed: int) -> list[tuple[str, ...]]:

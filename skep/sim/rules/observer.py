@@ -64,7 +64,12 @@ class Observer:
 
     def note(self, time_s: float, violations: Iterable[str]) -> None:
         """Something was wrong."""
-        found = [f"{time_s:.3f} s: {violation}" for violation in violations]
+        try:
+            found = [f"{time_s:.3f} s: {violation}" for violation in violations]
+        except (
+            Exception
+        ) as error:  # or it would be taken for a bug of the task, the store, that it was asked in
+            found = [f"{time_s:.3f} s: a rule raised {type(error).__name__}: {error}"]
         if found and not self.violations:
             self.traced = self._trace.lines()
         self.violations += found
