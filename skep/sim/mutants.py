@@ -27,13 +27,11 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.scheduler import spread
 from skep.manager.scheduler.accounting import Account
-from skep.model.assignment import AssignmentSet
 from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import Node
 from skep.model.service import ReplicatedJob, Service
 from skep.model.task import Task, TaskStatus
 from skep.node import revisions
-from skep.node.worker import Worker
 from skep.sim.run import outcomes
 from skep.store import transaction
 from skep.store.etcd import batcher, store
@@ -206,15 +204,6 @@ def _one_too_many() -> list[Patch]:
     return [Patch(restart, "_is_superfluous", lambda task, current, situation: False)]
 
 
-def _keepsakes() -> list[Patch]:
-    real = Worker.assign
-
-    async def assign(self: Worker, change: AssignmentSet) -> None:
-        await real(self, replace(change, complete=False))
-
-    return [Patch(Worker, "assign", assign)]
-
-
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("fence", "the leader's writes compare the leader key", _unfenced),
     Mutant("session compare", "what a node says is written for its present session only", _any_session),
@@ -234,7 +223,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("patience", "a node whose manager went away gets time to find another one", _no_patience),
     Mutant("room", "a placed task leaves its node only when that has too little room for it", _crowding_out),
     Mutant("one attempt", "a slot that has a task of the present spec gets no second one", _one_too_many),
-    Mutant("clean return", "a node that is back stops what is no longer its own", _keepsakes),
 )
 
 
