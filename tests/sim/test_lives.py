@@ -7,7 +7,7 @@ from skep.sim.run import chunked, outcomes, report
 
 SEEDS = 200
 QUICK = 80
-"""As many in `make test`; they cost half a minute."""
+"""As many in `make test`; they cost a minute of processor time."""
 CHUNK = 20
 
 
