@@ -54,6 +54,8 @@ def next_steps(situation: Situation) -> list[Step]:
             for key, slot in slots.items()
             if not any(_must_leave(task, situation) for task in wanted(slot))
         }
+    # A run that was replaced, its node being lost, has completed after all.
+    steps += [RetireTask(task) for slot in slots.values() if is_done(slot) for task in slot if task.is_active]
     filled = {fill.slot or fill.node_id for fill in fills}
     steps += fills
     for key, slot in slots.items():

@@ -102,7 +102,7 @@ def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
 class TasksAreSpread:
     """While all nodes are as they were, a task goes where the fewest tasks of its service are.
 
-    One more is allowed: the leader may not know of the last end yet.
+    One more is allowed: the leader may not know of the last end yet.  What is in its own slot goes when it runs.
     """
 
     QUIET_S = 5.0
@@ -130,7 +130,8 @@ class TasksAreSpread:
         others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
         if any(one.status.state in (TaskState.FAILED, TaskState.REJECTED) for one in others):
             return  # nodes where tasks failed are avoided
-        copies = Counter(one.node_id for one in others if one.node_id and one.is_wanted)
+        staying = [one for one in others if one.is_active and one.slot != task.slot]
+        copies = Counter(one.node_id for one in staying if one.node_id)
         nodes = [node.id for node in view.find(Node) if _takes_tasks(node)]
         least = min((copies[id] for id in nodes), default=0)
         if copies[task.node_id] > least + self.SLACK:

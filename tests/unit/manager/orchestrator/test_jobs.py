@@ -101,6 +101,21 @@ def test_a_slot_whose_attempts_are_used_up_is_given_up() -> None:
     assert [task.slot for task in live(world)] == [2]
 
 
+def test_a_run_that_was_replaced_and_completes_after_all_is_enough() -> None:
+    """Its node was believed lost; what took its place goes, and the next run begins."""
+    world = World(a_job(concurrent=1, total=2))
+    world.settle()
+    (lost,) = live(world)
+    world.put(replace(lost, desired_state=TaskState.SHUTDOWN))
+    world.settle()
+    (successor,) = live(world)
+    assert (successor.slot, successor.id != lost.id) == (1, True)
+    world.report(lost.id, TaskState.COMPLETE)
+    world.settle()
+    assert [task.slot for task in live(world)] == [2]
+    assert world.tasks[successor.id].desired_state is TaskState.SHUTDOWN
+
+
 def test_another_iteration_runs_everything_again_and_keeps_what_ended_as_history() -> None:
     world = World(a_job(concurrent=2, total=2))
     world.settle()
