@@ -5,7 +5,6 @@ Started by the node process, which it outlives.  The order is that of trust: wha
 """
 
 import asyncio
-import gc
 import shutil
 import signal
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -17,6 +16,7 @@ import msgspec
 import structlog
 
 from skep import logs
+from skep.aio import collector
 from skep.aio.backoff import Backoff
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
@@ -171,8 +171,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         pair = await renewed_by_itself(store, pair, files, clock)
         client = await stack.enter_async_context(Client(paths.etcd_socket))
         consensus = RaftMembers(client, member)
-        gc.collect()
-        gc.freeze()  # the loaded replica is looked at by no collection; it halves the time of one
+        collector.settle()  # the loaded replica is looked at by no collection; it halves the time of one
         manager = Manager(
             config,
             store,

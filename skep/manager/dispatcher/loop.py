@@ -6,6 +6,7 @@ clock.
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from hashlib import sha256
 from random import Random
 
 import structlog
@@ -208,6 +209,7 @@ class Dispatcher:
 
     async def _session(self, request: pb.SessionRequest, caller: Caller) -> AsyncIterator[pb.SessionMessage]:
         session = await self._register(request, caller)
+        del request  # thousands of these streams wait for hours: they hold no more than they need
         sent, seen = b"", None
         while True:
             session.require_open()
@@ -227,10 +229,11 @@ class Dispatcher:
             if found != seen:  # a node that has just registered is woken by its own registration
                 seen = found
                 message = session_message(session.id, *found)
-                encoded = message.SerializeToString(deterministic=True)
-                if encoded != sent:
-                    sent = encoded
+                digest = sha256(message.SerializeToString(deterministic=True)).digest()
+                if digest != sent:
+                    sent = digest
                     yield message
+                del message
             await session.messages.wait()
 
     async def _register(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
@@ -274,6 +277,7 @@ class Dispatcher:
             session = self._sessions.require(caller.node_id, request.session_id)
             session.is_skep = True
             yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session, is_away=request.away)))
+            del request
 
     def _beat(self, session: LiveSession, *, is_away: bool = False) -> int:
         """Note a heartbeat, ``is_away``: the last one before a planned stop; gives nanoseconds until the next one."""

@@ -4,12 +4,12 @@ Nothing here waits or writes; ``loop.py`` does.  What a stream has to look at is
 by the node's tasks however slowly the node reads.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import msgspec
 
+from skep.aio.lean_grpc import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.registration import NotRegistered, SessionInvalid, Silence
 from skep.model.ids import NodeId, SessionId, TaskId
@@ -18,9 +18,11 @@ from skep.model.ids import NodeId, SessionId, TaskId
 class Line:
     """What one open stream has to look at."""
 
+    __slots__ = ("_changed", "_event")
+
     def __init__(self) -> None:
         self._changed: set[TaskId] = set()
-        self._event = asyncio.Event()
+        self._event = Event()
 
     def wake(self, task_ids: Iterable[TaskId] = ()) -> None:
         """Something changed; ``task_ids`` among it."""
@@ -37,6 +39,18 @@ class Line:
 
 class LiveSession:
     """One node's session with this manager."""
+
+    __slots__ = (
+        "_disconnect",
+        "_error",
+        "_lines",
+        "deadline",
+        "heard",
+        "id",
+        "is_skep",
+        "messages",
+        "node_id",
+    )
 
     def __init__(
         self,

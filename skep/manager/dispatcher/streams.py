@@ -34,6 +34,7 @@ class AssignmentStreams:
         async with aclosing(self._messages(request, caller)) as messages:
             async for _, message in messages:
                 yield message
+                del message  # not held until the next one
 
     async def _revised_assignments(
         self, request: pb.AssignmentsRequest, caller: Caller
@@ -43,6 +44,7 @@ class AssignmentStreams:
                 yield skep.RevisedAssignments(
                     incarnation=self._store.incarnation, revision=revision, message=message
                 )
+                del message
 
     async def _messages(
         self, request: pb.AssignmentsRequest, caller: Caller
@@ -53,6 +55,7 @@ class AssignmentStreams:
             change, told = everything(self._store.view(), session.node_id)
             number = 1
             yield change.revision, await encoded(change, "", str(number))
+            del change
             while True:
                 changed = await line.wait()
                 session.require_open()
@@ -61,3 +64,4 @@ class AssignmentStreams:
                     continue
                 applies_to, number = str(number), number + 1
                 yield news.revision, await encoded(news, applies_to, str(number))
+                del news
