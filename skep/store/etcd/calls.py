@@ -15,8 +15,9 @@ from pathlib import Path
 from struct import Struct
 from urllib.parse import unquote
 
-from skep.store.etcd import http2
-from skep.store.etcd.http2 import Frame, Violation
+from skep.aio import http2
+from skep.aio.http2 import Frame, Violation
+from skep.store.etcd import headers
 
 STREAM_WINDOW = 8 * 1024 * 1024
 """How far a stream may be ahead of its reader, who has not yet taken what is whole."""
@@ -53,7 +54,7 @@ class Calls:
         async with asyncio.timeout(timeout_s):
             connection = await self._connected()
             with connection.stream() as stream:
-                stream.begin(http2.request_block(path, timeout_s), request, is_last=True)
+                stream.begin(headers.request_block(path, timeout_s), request, is_last=True)
                 return await stream.only_message()
 
     @asynccontextmanager
@@ -73,7 +74,7 @@ class Calls:
         async with asyncio.timeout(timeout_s):
             connection = await self._connected()
         with connection.stream() as stream:
-            stream.begin(http2.request_block(path, None, metadata), request, is_last=is_last)
+            stream.begin(headers.request_block(path, None, metadata), request, is_last=is_last)
             yield stream
 
     async def _connected(self) -> "_Connection":
@@ -240,7 +241,7 @@ class _Connection(asyncio.Protocol):
         finally:
             del self._streams[stream.id]
             if not (stream.has_ended and stream.has_said_all):
-                self.write(http2.frame(http2.RST_STREAM, 0, stream.id, http2.CANCEL.to_bytes(4, "big")))
+                self.write(http2.reset(stream.id, http2.Code.CANCEL))
 
     def write(self, data: bytes) -> None:
         """Send ``data``; what is sent after the connection was lost is lost, too."""
@@ -272,7 +273,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.write(http2.greeting(STREAM_WINDOW, CONNECTION_WINDOW))
+        transport.write(headers.greeting(STREAM_WINDOW, CONNECTION_WINDOW))
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -334,7 +335,7 @@ class _Connection(asyncio.Protocol):
             return
         self._begun = None
         if stream := self._streams.get(begun.stream_id):
-            stream.take_headers(http2.headers_of(block), is_last=bool(begun.flags & http2.END_STREAM))
+            stream.take_headers(headers.headers_of(block), is_last=bool(begun.flags & http2.END_STREAM))
 
     def _widen(self, stream_id: int, increment: int) -> None:
         if not stream_id:
