@@ -14,15 +14,15 @@ import asyncio
 import json
 import logging
 import os
-import resource
-import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,13 +30,14 @@ from typing import Any
 import msgspec
 import structlog
 
-from bench.machine import noise
+from bench.machine import noise, resident_mib
 from bench.run import RESULTS, commit
+from skep.aio import collector
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.model.ids import ClusterId, NodeId, TaskId, new_id
-from skep.model.node import Node, NodeDescription, NodeRole
+from skep.model.node import Node, NodeRole
 from skep.model.swarm import DEFAULT_SWARM_SPEC, DispatcherConfig, Swarm, SwarmSpec
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS
@@ -45,18 +46,11 @@ from skep.security.authority import Authority
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
 from skep.security.keys import new_private_key, private_pem, signing_request
-from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.security.tls import ServerTls
 from skep.store.interface import Object, Transaction
 from skep.store.memory import MemoryStore
-from skep.wire import methods
-from skep.wire import skep_pb2 as skep
-from skep.wire import swarm_pb2 as pb
-from skep.wire.client import Channel, connected
-from skep.wire.convert.node import description_to_pb
-from skep.wire.convert.task import status_to_pb
-from skep.wire.server import TLS_READ_BYTES, serve
+from skep.wire.server import serve
 
-REGISTERING_AT_ONCE = 50
 HEARTBEAT_S = 5
 SWARMKIT: dict[int, dict[str, float]] = {
     100: {"register_s": 0.185, "commit_and_assign_s": 0.105, "status_s": 0.101, "memory_mib": 74},
@@ -70,19 +64,21 @@ SWARMKIT: dict[int, dict[str, float]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.dispatching", description=__doc__)
     parser.add_argument("--agents", type=_counts, default=(500, 1000, 2000), help="how many, comma-separated")
-    parser.add_argument("--as-agents", nargs=2, metavar=("DIRECTORY", "ADDRESS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    if options.as_agents:
-        directory, address = options.as_agents
-        asyncio.run(Agents(Path(directory), address).run())
-        return
     busy = noise()
     measured = {}
-    for count in options.agents:
-        print(f"{count} agents ...", file=sys.stderr, flush=True)
-        measured[count] = asyncio.run(measure(count))
+    # Each number in a process of its own: one that has served 1,000 agents has memory to spare for the next ones.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as managers:
+        for count in options.agents:
+            print(f"{count} agents ...", file=sys.stderr, flush=True)
+            measured[count] = managers.submit(manage, count).result()
     keep(measured, busy)
+
+
+def manage(count: int) -> dict[str, float]:
+    """Be the manager's process."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    return asyncio.run(measure(count))
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -144,9 +140,21 @@ async def measure(count: int) -> dict[str, float]:
             running = asyncio.create_task(dispatcher.run())
             stack.callback(running.cancel)
             agents = await stack.enter_async_context(_agents(directory, f"127.0.0.1:{bound.port}"))
-            before_mib, busy = _memory_mib(), time.process_time()
-            result = {"register_s": await agents("register")}
-            result["register_processor_s"] = time.process_time() - busy
+            result: dict[str, float] = {}
+
+            @asynccontextmanager
+            async def measured(step: str) -> AsyncIterator[None]:
+                """Wall clock of a step, and processor time of either process."""
+                ours, theirs, began = time.process_time(), await agents("processor"), time.monotonic()
+                yield
+                result[f"{step}_s"] = time.monotonic() - began
+                result[f"{step}_manager_processor_s"] = time.process_time() - ours
+                result[f"{step}_agents_processor_s"] = await agents("processor") - theirs
+
+            before_mib = resident_mib()
+            collector.settle()  # as a manager does
+            async with measured("register"):
+                await agents("register")
 
             tasks = [
                 Task(
@@ -157,17 +165,15 @@ async def measure(count: int) -> dict[str, float]:
                 )
                 for number, id in enumerate(nodes)
             ]
-            began, busy = time.monotonic(), time.process_time()
-            waiting = asyncio.create_task(agents("assigned"))
-            await store.update_each(_put, tasks)
-            result["commit_s"] = time.monotonic() - began
-            await waiting
-            result["commit_and_assign_s"] = time.monotonic() - began
-            result["assign_processor_s"] = time.process_time() - busy
-            busy = time.process_time()
-            result["status_s"] = await agents("status")
-            result["status_processor_s"] = time.process_time() - busy
-            result["memory_manager_mib"] = _memory_mib()
+            async with measured("commit_and_assign"):
+                began = time.monotonic()
+                waiting = asyncio.create_task(agents("assigned"))
+                await store.update_each(_put, tasks)
+                result["commit_s"] = time.monotonic() - began
+                await waiting
+            async with measured("status"):
+                await agents("status")
+            result["memory_manager_mib"] = resident_mib()
             result["memory_before_mib"] = before_mib
             result["memory_agents_mib"] = await agents("memory")
             running_tasks = sum(task.status.state is TaskState.RUNNING for task in store.view().find(Task))
@@ -179,7 +185,7 @@ async def measure(count: int) -> dict[str, float]:
 async def _agents(directory: str, address: str) -> AsyncIterator[Callable[[str], Any]]:
     """The process of the agents; gives a function that has it do something and gives its figure."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench.dispatching", "--as-agents", directory, address,
+        sys.executable, "-m", "bench.simulated_agents", directory, address,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdin is not None
@@ -202,93 +208,6 @@ async def _agents(directory: str, address: str) -> AsyncIterator[Callable[[str],
         await process.wait()
 
 
-class Agents:
-    """The other process."""
-
-    def __init__(self, directory: Path, address: str) -> None:
-        self._address = address
-        self._directory = directory
-        self._sessions: list[tuple[Channel, str]] = []
-        self._assigned: dict[str, str] = {}
-        self._all_assigned = asyncio.Event()
-        self._count = 0
-
-    async def run(self) -> None:
-        asyncio.sslproto.SSLProtocol.max_size = TLS_READ_BYTES
-        contexts = [client_context(keypair.load(path)) for path in sorted(self._directory.iterdir())]
-        self._count = len(contexts)
-        reader = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
-        )
-        print("ready", flush=True)
-        async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-            while line := await reader.readline():
-                began = time.monotonic()
-                match line.decode().strip():
-                    case "register":
-                        await self._register(contexts, stack, group)
-                    case "assigned":
-                        await self._all_assigned.wait()
-                    case "status":
-                        await self._report()
-                    case "memory":
-                        print(_memory_mib(), flush=True)
-                        continue
-                print(time.monotonic() - began, flush=True)
-
-    async def _register(
-        self, contexts: list[ssl.SSLContext], stack: AsyncExitStack, group: asyncio.TaskGroup
-    ) -> None:
-        turn = asyncio.Semaphore(REGISTERING_AT_ONCE)
-
-        async def one(tls: ssl.SSLContext) -> None:
-            async with turn:
-                channel = await stack.enter_async_context(
-                    connected(self._address, tls, MANAGER_NAME, timeout_s=60)
-                )
-                call = await stack.enter_async_context(channel.stream(methods.SESSION))
-                request = pb.SessionRequest(description=description_to_pb(NodeDescription(hostname="agent")))
-                await call.send(request, end=True)
-                message = await call.receive()
-                assert message is not None
-                self._sessions.append((channel, message.session_id))
-            group.create_task(self._heartbeat(channel, message.session_id))
-            group.create_task(self._receive(channel, message.session_id))
-
-        await asyncio.gather(*map(one, contexts))
-
-    async def _heartbeat(self, channel: Channel, session_id: str) -> None:
-        async with channel.stream(methods.HEARTBEATS) as call:
-            while True:
-                await call.send(skep.Heartbeat(session_id=session_id))
-                reply = await call.receive()
-                assert reply is not None
-                await asyncio.sleep(reply.period.seconds + reply.period.nanos / 1e9)
-
-    async def _receive(self, channel: Channel, session_id: str) -> None:
-        async with channel.stream(methods.REVISED_ASSIGNMENTS) as call:
-            await call.send(pb.AssignmentsRequest(session_id=session_id), end=True)
-            async for revised in call:
-                for change in revised.message.changes:
-                    if change.assignment.HasField("task"):
-                        self._assigned[session_id] = change.assignment.task.id
-                if len(self._assigned) == self._count:
-                    self._all_assigned.set()
-
-    async def _report(self) -> None:
-        status = status_to_pb(TaskStatus(state=TaskState.RUNNING, message="started"))
-
-        async def one(channel: Channel, session_id: str) -> None:
-            update = pb.UpdateTaskStatusRequest.TaskStatusUpdate(
-                task_id=self._assigned[session_id], status=status
-            )
-            request = pb.UpdateTaskStatusRequest(session_id=session_id, updates=[update])
-            await channel.call(methods.UPDATE_TASK_STATUS, request, timeout_s=60)
-
-        await asyncio.gather(*(one(channel, id) for channel, id in self._sessions))
-
-
 def _spec() -> SwarmSpec:
     """Heartbeats as rare as SwarmKit's: agents that all share one processor cannot be punctual to the second."""
     dispatcher = DispatcherConfig(heartbeat_period=HEARTBEAT_S * SECOND_NS)
@@ -307,12 +226,6 @@ def _pair(authority: Authority, cluster: ClusterId, id: NodeId, role: NodeRole) 
         key_pem=private_pem(key),
         root_pem=authority.root_pem,
     )
-
-
-def _memory_mib() -> float:
-    """Resident memory of this process at present."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * resource.getpagesize() / 2**20, 1)
 
 
 if __name__ == "__main__":

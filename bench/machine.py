@@ -27,6 +27,12 @@ def noise(window_s: float = 0.5) -> float:
     return (busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
 
 
+def resident_mib() -> float:
+    """Resident memory of this process at present."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
 def _namespace(pid: str, kind: str) -> str | None:
     try:
         return os.readlink(f"/proc/{pid}/ns/{kind}")

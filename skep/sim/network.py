@@ -321,13 +321,12 @@ class MemoryCall(Generic[Q, A]):
 
 
 class _ServerStream:
-    """What handlers see of a stream; stands for ``grpclib.server.Stream``."""
+    """What handlers see of a stream; stands for ``wire.http2.stream.Stream``."""
 
     def __init__(self, up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
         self.down = down
         self._up = up
         self._unread = b""
-        self._stream = self
 
     async def recv_data(self, length: int) -> bytes:
         """Bytes of the framed requests, as they come from a connection; empty after the last."""

@@ -1,63 +1,57 @@
 """The gRPC server of a manager: one port for nodes, managers and machines that want to become nodes.
 
-grpclib does HTTP/2 and gRPC; what it leaves open is closed here:
+``http2`` speaks the protocol; who is let in, what they are granted, and which handler answers, is here:
 
-* ``Server.close`` leaves connections open without a last word, and engines then heartbeat into the void for
-  40 s and longer.  Here every connection gets a GOAWAY and is closed.
-* Its answer for an unknown method lacks a content type, which grpc-go takes for UNKNOWN, so an engine's
-  fallbacks on UNIMPLEMENTED never trigger.  Here an unknown method is a handler like any other.
+* Every connection that is ended gets a GOAWAY first: an engine that hears none heartbeats into the void for 40 s and
+  longer.
+* An unknown method is refused as gRPC refuses it (UNIMPLEMENTED, with a content type): an engine's fallbacks depend
+  on it.
 * A stranger (a connection without a certificate) gets little: few connections, few streams, small windows,
   small messages, little time.
-* asyncio keeps a read buffer of 256 KiB per TLS connection: most of what an idle node costs.
 """
 
 import asyncio
-import asyncio.sslproto
+import re
 import socket
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from typing import Any
 
 import structlog
-from google.protobuf.message import Message
-from grpclib import const
-from grpclib.config import Configuration
-from grpclib.protocol import H2Protocol
-from grpclib.server import Handler as ConnectionHandler
-from grpclib.server import Server as GrpcServer
-from grpclib.server import Stream
-from h2.settings import SettingCodes
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
 
+from skep.aio import http2
 from skep.aio.groups import errors_as_they_are
-from skep.aio.lean_grpc import CoalescingTransport, make_lean
+from skep.aio.lean_tls import make_lean
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
 from skep.security.identity import Identity, peer_identity
-from skep.wire import swarm_pb2 as swarm
 from skep.wire.access import Caller, Standing, authorize, in_good_standing
-from skep.wire.errors import to_status
+from skep.wire.errors import LOST_PEER, to_status
+from skep.wire.http2.connection import Connection, Limits
+from skep.wire.http2.stream import Stream
 from skep.wire.service import Handler, run_handler
+from skep.wire.service import Stream as HandledStream
 
 log = structlog.get_logger(__name__)
 
-TLS_READ_BYTES = 16 * 1024
 HANDSHAKE_SECONDS_MAX = 10.0
 CLOSE_SECONDS_MAX = 5.0
 
 NODE_CONNECTIONS_MAX = 32
 """Of one node at one time; it needs two, one of them for a moment."""
-NODE_STREAMS_MAX = 100
-NODE_STREAM_WINDOW = 128 * 1024
-NODE_CONNECTION_WINDOW = 16 * 1024 * 1024
-"""More than all streams' windows together: log streams that nobody reads never hold up heartbeats."""
+NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=16 * 1024 * 1024)
+"""All streams' windows together are smaller than the connection's: log streams that nobody reads never hold up
+heartbeats."""
 
 STRANGERS_MAX = 64
 STRANGER_SECONDS_MAX = 60.0
-STRANGER_STREAMS_MAX = 8
-STRANGER_WINDOW = 65_535
+STRANGER_LIMITS = Limits(streams=8, stream_window=http2.WINDOW, connection_window=http2.WINDOW)
+
+_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
+_UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 
 BACKLOG = 1024
@@ -88,7 +82,7 @@ class Bound:
         for connection in tuple(self._server.connections):
             caller = connection.caller
             if caller is not None and caller.identity is not None and who(caller.identity):
-                connection.say_goodbye()
+                connection.close()
 
 
 @asynccontextmanager
@@ -111,7 +105,6 @@ async def serve(
     Raises:
         Unavailable: the address cannot be bound.
     """
-    asyncio.sslproto.SSLProtocol.max_size = TLS_READ_BYTES
     make_lean()
     server = _Server(handlers, cluster_id, standing)
     listener = _listen(host, port)
@@ -172,17 +165,16 @@ async def _shake_hands(connection: socket.socket, server: "_Server", tls: ssl.SS
         log.debug("handshake failed", error=str(error) or type(error).__name__)
 
 
-class _Server(GrpcServer):
-    """grpclib's server without its listener: makes a protocol per connection and knows all of them."""
+class _Server:
+    """Makes a protocol per connection, knows all of them, and finds who answers a call."""
 
     def __init__(self, handlers: Iterable[Handler], cluster_id: ClusterId, standing: Standing) -> None:
-        super().__init__(())
         self._cluster_id = cluster_id
         self._standing = standing
-        self._methods = _Methods(self)
+        self._handlers: Mapping[str, Handler] = {
+            handler.method.path: self._guarded(handler) for handler in handlers
+        }
         self._is_flooded = False
-        for handler in handlers:
-            self._methods[handler.method.path] = self._bound(handler)
         self.connections: set[_Connection] = set()
         self.strangers: set[_Connection] = set()
         self.of_node: Counter[NodeId] = Counter()
@@ -210,8 +202,7 @@ class _Server(GrpcServer):
             task.cancel()
 
     def new_protocol(self) -> "_Connection":
-        handler = ConnectionHandler(self._methods, self._codec, None, self.__dispatch__)
-        return _Connection(self, handler, self._config, self._h2_config)
+        return _Connection(self)
 
     def refusal(self, identity: Identity | None) -> str:
         """Why a connection is not taken; empty: it is."""
@@ -231,141 +222,108 @@ class _Server(GrpcServer):
 
     def close_connections(self) -> None:
         for connection in tuple(self.connections):
-            connection.say_goodbye()
+            connection.close()
 
     async def wait_handlers(self) -> None:
         for connection in tuple(self.connections):
-            await connection.calls.wait_closed()
+            await connection.wait_closed()
 
-    def _bound(self, handler: Handler) -> const.Handler:
-        async def function(stream: Stream[Any, Any]) -> None:
-            caller = caller_of(stream)
+    async def answer(self, stream: Stream, caller: Caller) -> None:
+        """Answer one call, for as long as its client waits, and say how it ended."""
+        request = stream.request
+        with suppress(*LOST_PEER):
+            if request.method != "POST":
+                await stream.refuse(405)
+                return
+            if not request.content_type.startswith("application/grpc"):
+                await stream.refuse(415)
+                return
             try:
-                authorize(caller, handler.method.access, self._cluster_id, self._standing)
-            except SkepError as error:
-                raise to_status(error) from error
-            await run_handler(handler, stream, caller)
+                async with asyncio.timeout(_timeout_s(request.timeout)):
+                    await self._call(stream, caller)
+            except GRPCError as error:
+                await stream.send_status(error.status, error.message)
+            except TimeoutError:
+                await stream.send_status(Status.DEADLINE_EXCEEDED, "the call took too long")
+            else:
+                await stream.send_status(Status.OK)
 
-        return const.Handler(function, handler.cardinality, handler.method.request, handler.method.reply)
+    def _call(self, stream: Stream, caller: Caller) -> Coroutine[None, None, None]:
+        """Raises: GRPCError: nobody answers such calls."""
+        handler = self._handlers.get(stream.request.path)
+        if handler is None:
+            raise to_status(_unknown(stream.request.path))
+        return run_handler(handler, stream, caller)
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """``handler``, for those who may call it."""
+
+        def answer(stream: HandledStream, caller: Caller) -> Awaitable[None]:
+            authorize(caller, handler.method.access, self._cluster_id, self._standing)
+            return handler.answer(stream, caller)
+
+        return Handler(handler.method, answer)
 
 
-class _Methods(dict[str, const.Handler]):
-    """Method path -> handler; unknown ones get a handler that refuses."""
-
-    def __init__(self, server: _Server) -> None:
-        super().__init__()
-        self._refusal = const.Handler(
-            _refuse, const.Cardinality.STREAM_STREAM, swarm.PublishLogsResponse, swarm.PublishLogsResponse
-        )
-
-    def get(self, path: str, default: Any = None) -> const.Handler:
-        """The handler of ``path``; grpclib asks with ``get``."""
-        return super().get(path) or self._refusal
+def _timeout_s(timeout: str) -> float | None:
+    """How long a client waits; one that says it in no words that gRPC knows is not listened to."""
+    match = _TIMEOUT.fullmatch(timeout)
+    return int(match[1]) * _UNIT_S[match[2]] if match else None
 
 
-async def _refuse(stream: Stream[Message, Message]) -> None:
-    path = stream._method_name
+def _unknown(path: str) -> SkepError:
     if path.startswith("/docker.swarmkit.v1.RaftMembership/"):
         # `docker swarm join` prints this when an engine was given the manager token.
-        raise to_status(
-            FailedPrecondition(
-                "this cluster takes Docker engines as workers only: join with the worker token instead"
-            )
+        return FailedPrecondition(
+            "this cluster takes Docker engines as workers only: join with the worker token instead"
         )
-    raise to_status(Unimplemented(f"unknown method {path}"))
+    return Unimplemented(f"unknown method {path}")
 
 
-class _Connection(H2Protocol):
+class _Connection(Connection):
     """One connection.  What it is granted depends on whether the peer showed a certificate."""
 
-    def __init__(
-        self, server: _Server, handler: ConnectionHandler, config: Configuration, h2_config: Any
-    ) -> None:
-        super().__init__(handler, config, h2_config)
+    __slots__ = ("_server", "_time_limit", "caller")
+
+    def __init__(self, server: _Server) -> None:
+        super().__init__(self._answer_as_caller)
         self._server = server
-        self.calls = handler
         self.caller: Caller | None = None
         self._time_limit: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        identity = _identity_of(transport)
-        is_stranger = identity is None
+        assert isinstance(transport, asyncio.Transport)
+        identity, address = _identity_of(transport), _address_of(transport)
         if refusal := self._server.refusal(identity):
-            log.warning("connection refused", reason=refusal, peer=_address_of(transport))
-            assert isinstance(transport, asyncio.Transport)
+            log.warning("connection refused", reason=refusal, peer=address)
             transport.abort()
             return
-        self.caller = Caller(identity=identity, address=_address_of(transport), disconnect=self.say_goodbye)
-        self.config = replace(
-            self.config,
-            http2_stream_window_size=STRANGER_WINDOW if is_stranger else NODE_STREAM_WINDOW,
-            http2_connection_window_size=STRANGER_WINDOW if is_stranger else NODE_CONNECTION_WINDOW,
-        )
-        assert isinstance(transport, asyncio.Transport)
-        super().connection_made(CoalescingTransport(transport))
-        streams = STRANGER_STREAMS_MAX if is_stranger else NODE_STREAMS_MAX
-        self.connection._connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: streams})
-        self.connection.flush()
-        # grpclib hands a handler only the peer of its stream: let that one carry who it is.
-        self.connection.skep_caller = self.caller  # type: ignore[attr-defined]
+        self.caller = Caller(identity=identity, address=address, disconnect=self.close)
         self._server.connections.add(self)
         if identity is not None:
             self._server.of_node[identity.node_id] += 1
-        if is_stranger:
-            self._server.strangers.add(self)
-            loop = asyncio.get_running_loop()
-            self._time_limit = loop.call_later(STRANGER_SECONDS_MAX, self.say_goodbye)
-
-    def data_received(self, data: bytes) -> None:
-        if not hasattr(self, "processor"):
-            return  # refused above
-        try:
-            super().data_received(data)
-        except NotImplementedError:  # an HTTP/2 event grpclib does not know: no gRPC peer causes one
-            log.info("connection closed: not a gRPC peer", peer=self.caller and self.caller.address)
-            self.say_goodbye()
-
-    def pause_writing(self) -> None:
-        """The peer does not read: take no more of its pings and settings, each of which has an answer to hold."""
-        super().pause_writing()
-        self._transport().pause_reading()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._transport().resume_reading()
-
-    def _transport(self) -> asyncio.Transport:
-        transport = self.connection._transport
-        assert isinstance(transport, asyncio.Transport)
-        return transport
+            self.begin(transport, NODE_LIMITS)
+            return
+        self._server.strangers.add(self)
+        self._time_limit = asyncio.get_running_loop().call_later(STRANGER_SECONDS_MAX, self.close)
+        self.begin(transport, STRANGER_LIMITS)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self in self._server.connections:
             self._server.forget(self)
+        self.caller = None  # it knows how to end this connection: a cycle
         if self._time_limit is not None:
             self._time_limit.cancel()
-        if hasattr(self, "processor"):
-            super().connection_lost(exc)
+        super().connection_lost(exc)
 
-    def say_goodbye(self) -> None:
-        """End the connection with a GOAWAY, so that the peer looks for another one at once."""
-        if self.connection.is_closing():
-            return
-        self.connection._connection.close_connection()
-        self.connection.flush()
-        self.processor.close("the connection was closed")
+    def _answer_as_caller(self, stream: Stream) -> Coroutine[None, None, None]:
+        assert self.caller is not None
+        return self._server.answer(stream, self.caller)
 
 
-def caller_of(stream: Stream[Any, Any]) -> Caller:
-    """Who makes this call."""
-    caller: Caller = stream._stream.connection.skep_caller  # type: ignore[attr-defined]
-    return caller
-
-
-def _identity_of(transport: asyncio.BaseTransport) -> Identity | None:
+def _identity_of(transport: asyncio.Transport) -> Identity | None:
     """The node behind a connection; None: it showed no certificate (OpenSSL has verified the one it showed)."""
-    connection: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
-    certificate = connection.getpeercert() if connection is not None else None
+    certificate = transport.get_extra_info("peercert")
     if not certificate:
         return None
     try:
@@ -374,6 +332,6 @@ def _identity_of(transport: asyncio.BaseTransport) -> Identity | None:
         return None
 
 
-def _address_of(transport: asyncio.BaseTransport) -> str:
+def _address_of(transport: asyncio.Transport) -> str:
     peer = transport.get_extra_info("peername")
     return str(peer[0]) if peer else ""

@@ -8,14 +8,13 @@ stream for ever).
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import structlog
 from google.protobuf.message import DecodeError, Message
-from grpclib.const import Cardinality, Status
+from grpclib.const import Status
 from grpclib.exceptions import GRPCError
-from grpclib.server import Stream
 
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
 from skep.wire.access import Caller
@@ -37,54 +36,65 @@ UNARY_SECONDS_MAX = 60.0
 """A unary call ends after this even if the peer set no deadline."""
 
 
+class Stream(Protocol):
+    """What a handler's function has of a call: the bytes of the framed requests, and its answers."""
+
+    async def recv_data(self, size: int) -> bytes:
+        """Exactly ``size`` bytes; none after the last message.  Raises: AssertionError: it ends between."""
+
+    async def send_initial_metadata(self) -> None:
+        """Say that there will be an answer."""
+
+    async def send_message(self, message: Message) -> None:
+        """Waits while the peer reads slowly."""
+
+
 class Handler(msgspec.Struct, frozen=True):
     """One method with the function that answers it."""
 
     method: Method[Any, Any]
-    cardinality: Cardinality
-    answer: Callable[[Stream[Any, Any], Caller], Awaitable[None]]
+    answer: Callable[[Stream, Caller], Awaitable[None]]
 
 
 def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
-    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
+    async def answer(stream: Stream, caller: Caller) -> None:
         async with asyncio.timeout(UNARY_SECONDS_MAX):
             request = await _only_request(stream, method.request, caller)
             reply = await function(request, caller)
         await stream.send_message(reply)
 
-    return Handler(method, Cardinality.UNARY_UNARY, answer)
+    return Handler(method, answer)
 
 
 def server_stream(method: ServerStream[Q, A], function: Callable[[Q, Caller], AsyncIterator[A]]) -> Handler:
-    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
-        request = await _only_request(stream, method.request, caller)
-        await _send_all(stream, function(request, caller))
+    async def answer(stream: Stream, caller: Caller) -> None:
+        await _send_all(stream, function(await _only_request(stream, method.request, caller), caller))
 
-    return Handler(method, Cardinality.UNARY_STREAM, answer)
+    return Handler(method, answer)
 
 
 def client_stream(
     method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
 ) -> Handler:
-    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
+    async def answer(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method.request, caller)) as requests:
             reply = await function(requests, caller)
         await stream.send_message(reply)
 
-    return Handler(method, Cardinality.STREAM_UNARY, answer)
+    return Handler(method, answer)
 
 
 def both_stream(
     method: BothStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], AsyncIterator[A]]
 ) -> Handler:
-    async def answer(stream: Stream[Q, A], caller: Caller) -> None:
+    async def answer(stream: Stream, caller: Caller) -> None:
         async with aclosing(_requests(stream, method.request, caller)) as requests:
             await _send_all(stream, function(requests, caller))
 
-    return Handler(method, Cardinality.STREAM_STREAM, answer)
+    return Handler(method, answer)
 
 
-async def run_handler(handler: Handler, stream: Stream[Any, Any], caller: Caller) -> None:
+async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
     """Answer one call; whatever goes wrong becomes a status.  Raises: GRPCError."""
     try:
         await handler.answer(stream, caller)
@@ -101,39 +111,40 @@ async def run_handler(handler: Handler, stream: Stream[Any, Any], caller: Caller
         raise GRPCError(Status.INTERNAL, "internal error") from error
 
 
-async def _send_all(stream: Stream[Any, A], replies: AsyncIterator[A]) -> None:
+async def _send_all(stream: Stream, replies: AsyncIterator[A]) -> None:
     # Headers first: a peer that waits for them would otherwise wait for the first reply.
     await stream.send_initial_metadata()
     try:
         async for reply in replies:
             await stream.send_message(reply)
+            del reply  # a stream may wait for hours for its next one
     finally:
         close = getattr(replies, "aclose", None)
         if close is not None:
             await close()
 
 
-async def _only_request(stream: Stream[Q, Any], kind: type[Q], caller: Caller) -> Q:
+async def _only_request(stream: Stream, kind: type[Q], caller: Caller) -> Q:
     request = await _receive(stream, kind, caller)
     if request is None:
         raise InvalidArgument("the request is missing")
     return request
 
 
-async def _requests(stream: Stream[Q, Any], kind: type[Q], caller: Caller) -> AsyncGenerator[Q, None]:
+async def _requests(stream: Stream, kind: type[Q], caller: Caller) -> AsyncGenerator[Q, None]:
     while (request := await _receive(stream, kind, caller)) is not None:
         yield request
+        del request  # likewise
 
 
-async def _receive(stream: Stream[Q, Any], kind: type[Q], caller: Caller) -> Q | None:
+async def _receive(stream: Stream, kind: type[Q], caller: Caller) -> Q | None:
     """The next request, or None after the last.
 
-    Reads below grpclib's own ``recv_message``, which takes messages of any length: one stranger with one
-    certificate request made a manager hold 384 MiB.
+    Its length comes first: nobody can have a manager hold more than the limit.
     """
     limit = MESSAGE_BYTES_MAX if caller.identity else STRANGER_MESSAGE_BYTES_MAX
     try:
-        prefix = await stream._stream.recv_data(5)
+        prefix = await stream.recv_data(5)
         if not prefix:
             return None
         if prefix[0]:
@@ -141,6 +152,6 @@ async def _receive(stream: Stream[Q, Any], kind: type[Q], caller: Caller) -> Q |
         length = int.from_bytes(prefix[1:], "big")
         if length > limit:
             raise ResourceExhausted(f"grpc: received message larger than max ({length} vs. {limit})")
-        return kind.FromString(await stream._stream.recv_data(length))
-    except (DecodeError, AssertionError) as error:  # grpclib asserts that the stream did not end early
+        return kind.FromString(await stream.recv_data(length))
+    except (DecodeError, AssertionError) as error:
         raise InvalidArgument("the message cannot be decoded") from error

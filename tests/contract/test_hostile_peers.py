@@ -1,8 +1,10 @@
 """What somebody hostile can do to the port that nodes and managers meet at: little, at a bounded cost."""
 
 import asyncio
+import gc
 import resource
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import connected, split_address
+from skep.wire.http2.connection import Connection
 from skep.wire.server import HANDSHAKES_MAX, NODE_CONNECTIONS_MAX
 from tests.wire_calls import METHODS, call
 from tests.wire_rig import Cluster, a_session, a_worker, put, service_task, until
@@ -94,6 +97,21 @@ async def test_one_node_may_hold_so_many_connections_and_no_more(cluster, tmp_pa
         writer.close()
     await until(lambda: cluster.bound.connections == 0)
     assert await is_served(cluster, pair)
+
+
+async def test_connections_that_have_ended_leave_nothing_for_the_collector(cluster, tmp_path):
+    """Memory of those that come and go is free at once, however seldom cycles are looked for."""
+    pair = await a_worker(cluster, tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            assert await is_served(cluster, pair)
+        await until(lambda: cluster.bound.connections == 0)
+        kept = [type(one) for one in gc.get_objects() if isinstance(one, Connection | ssl.SSLObject)]
+    finally:
+        gc.enable()
+    assert kept == []
 
 
 @pytest.mark.parametrize("has_certificate", [True, False], ids=["a node", "a stranger"])

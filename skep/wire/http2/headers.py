@@ -1,0 +1,98 @@
+"""Header blocks (HPACK, RFC 7541): what peers send is decoded once, what we send is made once.
+
+Decoding is a function of the block and of the table that the blocks before it have built.  Nodes send each other's
+blocks: the first of each connection is the same for all of a kind, and so is the table after it.  Therefore tables are
+values, shared by all connections that have come to the same one, and the function remembers its last results.
+"""
+
+from collections import deque
+from functools import lru_cache
+
+import msgspec
+from hpack import Decoder
+from hpack.exceptions import HPACKError
+from hpack.hpack import encode_integer
+
+from skep.aio.http2 import Code, Violation
+
+HEADER_LIST_BYTES_MAX = 64 * 1024
+"""Of one request, decoded."""
+REMEMBERED = 256
+"""Blocks whose meaning is remembered, among all connections."""
+REMEMBERED_BYTES_MAX = 1024
+"""A longer block is decoded each time, so that nobody can fill memory with them."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a server of gRPC has to know of a call's headers; a missing one is empty."""
+
+    method: str
+    path: str
+    content_type: str
+    timeout: str
+    """As the client wrote it, such as ``5S``."""
+
+
+class Table:
+    """The dynamic table of a decoder, latest entry first.  Immutable, and compared by identity."""
+
+    __slots__ = ("entries", "size", "size_max")
+
+    def __init__(self, entries: tuple[tuple[bytes, bytes], ...], size: int, size_max: int) -> None:
+        self.entries = entries
+        self.size = size
+        """As the protocol counts it."""
+        self.size_max = size_max
+
+
+EMPTY = Table((), 0, 4096)
+"""What a connection begins with."""
+
+
+def decoded(table: Table, block: bytes) -> tuple[Request, Table]:
+    """The request of a header block, and the table after it.  Raises: Violation."""
+    return (_remembered if len(block) <= REMEMBERED_BYTES_MAX else _decoded)(table, block)
+
+
+def _decoded(table: Table, block: bytes) -> tuple[Request, Table]:
+    decoder = Decoder(max_header_list_size=HEADER_LIST_BYTES_MAX)
+    inner = decoder.header_table
+    inner.dynamic_entries = deque(table.entries)
+    inner._current_size, inner._maxsize = table.size, table.size_max
+    try:
+        headers = dict(decoder.decode(block, raw=True))
+    except HPACKError as error:
+        raise Violation(f"headers that cannot be decoded: {error}", Code.COMPRESSION_ERROR) from error
+    names = (b":method", b":path", b"content-type", b"grpc-timeout")
+    request = Request(*(headers.get(name, b"").decode("ascii", "replace") for name in names))
+    entries = tuple(inner.dynamic_entries)
+    if entries == table.entries and inner._maxsize == table.size_max:
+        return request, table
+    return request, Table(entries, inner._current_size, inner._maxsize)
+
+
+_remembered = lru_cache(REMEMBERED)(_decoded)
+
+
+def _literal(name: bytes, value: bytes) -> bytes:
+    """A header that enters no table."""
+    sizes = bytes(encode_integer(len(name), 7)), bytes(encode_integer(len(value), 7))
+    return b"\0" + sizes[0] + name + sizes[1] + value
+
+
+NO_TABLE = b"\x20"
+"""Said once, before the first block we send: what follows builds no table, whatever the peer allows."""
+_OK = b"\x88"  # `:status: 200` stands in the static table
+ANSWER = _OK + _literal(b"content-type", b"application/grpc+proto")
+"""Headers of an answer of gRPC."""
+TRAILERS_OK = _literal(b"grpc-status", b"0")
+
+
+def trailers(status: int, message: str) -> bytes:
+    """``message``: percent-encoded."""
+    return _literal(b"grpc-status", b"%d" % status) + _literal(b"grpc-message", message.encode("ascii"))
+
+
+def refusal(http_status: int) -> bytes:
+    """Headers for a request that is none of gRPC."""
+    return _literal(b":status", b"%d" % http_status)

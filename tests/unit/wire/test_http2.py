@@ -1,0 +1,308 @@
+"""HTTP/2 as the server speaks it, against another implementation of it (h2) as the client."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+from grpclib.const import Status
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    PingAckReceived,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    TrailersReceived,
+)
+from h2.settings import SettingCodes
+from hpack import Encoder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.aio import http2
+from skep.aio.http2 import Code, Violation
+from skep.wire.http2 import headers
+from skep.wire.http2.connection import HEADER_BLOCK_BYTES_MAX, Connection
+from skep.wire.http2.headers import Request
+from skep.wire.http2.stream import Stream
+from tests.http2_rig import LIMITS, REQUEST, Rig, Wire, framed, of
+
+
+@pytest.fixture
+async def rig() -> Rig:
+    rig = Rig()
+    await rig.turn()
+    return rig
+
+
+async def test_a_call_is_answered_with_headers_message_and_status(rig):
+    stream_id = rig.open()
+    rig.client.send_data(stream_id, framed(b"hello"), end_stream=True)
+    heard = await rig.turn()
+    assert rig.calls[0].request == Request("POST", "/a/B", "application/grpc", "5S")
+    assert of(ResponseReceived, heard)[0].headers == [
+        (":status", "200"),
+        ("content-type", "application/grpc+proto"),
+    ]
+    assert b"".join(event.data for event in of(DataReceived, heard)) == framed(b"hello")
+    assert of(TrailersReceived, heard)[0].headers == [("grpc-status", "0")]
+    assert [event.stream_id for event in of(StreamEnded, heard)] == [stream_id]
+
+
+async def test_a_refused_client_hears_why_and_is_told_to_stop(rig):
+    async def refuse(stream: Stream) -> None:
+        await stream.send_status(Status.NOT_FOUND, "no such node: ä%")
+
+    rig.answer = refuse
+    rig.open()
+    heard = await rig.turn()
+    assert of(ResponseReceived, heard)[0].headers[2:] == [
+        ("grpc-status", "5"),
+        ("grpc-message", "no such node: %C3%A4%25"),
+    ]
+    assert of(StreamReset, heard)[0].error_code == Code.NO_ERROR
+
+
+async def test_a_table_that_the_client_forbids_is_not_used(rig):
+    rig.client.update_settings({SettingCodes.HEADER_TABLE_SIZE: 0})
+    await rig.turn()
+    for _ in range(2):
+        rig.open(end=True)
+        heard = await rig.turn()
+        assert of(ResponseReceived, heard)[0].headers[2:] == [("grpc-status", "0")]
+
+
+async def test_large_messages_pass_through_small_windows(rig):
+    """Both ways; the client's window is smaller than a frame."""
+    rig.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1000})
+    await rig.turn()
+    stream_id = rig.open()
+    sending, answer = framed(b"x" * 1_000_000), b""
+    while sending:
+        room = min(rig.client.local_flow_control_window(stream_id) - 256, 16_000)
+        if room > 0:
+            rig.client.send_data(stream_id, sending[:room], pad_length=200)
+            sending = sending[room:]
+        answer += b"".join(event.data for event in of(DataReceived, await rig.turn()))
+    rig.client.end_stream(stream_id)
+    while len(answer) < 1_000_000:
+        answer += b"".join(event.data for event in of(DataReceived, await rig.turn()))
+    assert answer == framed(b"x" * 1_000_000)
+
+
+async def test_what_nobody_reads_is_not_sent_again_and_what_nobody_will_read_is(rig):
+    rig.answer = rig.wait_for_nothing
+    ids = [rig.open() for _ in range(2)]
+    for stream_id in ids:
+        rig.client.send_data(stream_id, b"x" * 10_000)
+        for _ in range(9):
+            rig.client.send_data(stream_id, b"x" * 10_000)
+            await rig.turn()
+    assert rig.client.local_flow_control_window(ids[0]) == 0
+    before = rig.client.outbound_flow_control_window
+    assert before == 50_000
+    for stream_id in ids:
+        rig.client.reset_stream(stream_id)
+    await rig.turn()
+    assert rig.client.outbound_flow_control_window == LIMITS.connection_window
+
+
+async def test_a_peer_that_sends_more_than_its_window_is_cut_off(rig):
+    rig.answer = rig.wait_for_nothing
+    stream_id = rig.open()
+    await rig.turn()
+    for _ in range(7):
+        rig.say(http2.frame(http2.DATA, 0, stream_id, b"x" * 16_000))
+    heard = await rig.turn()
+    assert of(ConnectionTerminated, heard)[0].error_code == Code.FLOW_CONTROL_ERROR
+    assert (rig.wire.is_closed, rig.ended) == (True, [stream_id])
+
+
+async def test_streams_that_were_reset_count_until_their_handlers_have_ended(rig):
+    release = asyncio.Event()
+
+    async def hold_on(stream: Stream) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await release.wait()
+
+    rig.answer = hold_on
+    for _ in range(LIMITS.streams):
+        stream_id = rig.open()
+        await rig.turn()
+        rig.client.reset_stream(stream_id)
+        await rig.turn()
+    refused = rig.open()
+    heard = await rig.turn()
+    assert [(event.stream_id, event.error_code) for event in of(StreamReset, heard)] == [
+        (refused, Code.REFUSED_STREAM)
+    ]
+    assert len(rig.calls) == LIMITS.streams
+    release.set()
+    await rig.turn()
+    rig.answer = rig.echo
+    rig.open(end=True)
+    assert of(StreamEnded, await rig.turn())
+
+
+async def test_data_for_a_call_that_has_ended_is_dropped(rig):
+    async def refuse(stream: Stream) -> None:
+        await stream.send_status(Status.UNIMPLEMENTED)
+
+    rig.answer = refuse
+    stream_id = rig.open()
+    rig.client.send_data(stream_id, b"x" * 100)
+    await rig.turn()
+    rig.say(http2.frame(http2.DATA, 0, stream_id, b"late"))
+    rig.say(http2.window_update(stream_id, 5) + http2.reset(stream_id, Code.NO_ERROR))
+    rig.answer = rig.echo
+    rig.open(end=True)
+    assert of(StreamEnded, await rig.turn())
+
+
+async def test_trailers_of_the_client_end_its_messages(rig):
+    stream_id = rig.open()
+    await rig.turn()
+    rig.client.send_headers(stream_id, [("x-last", "1")], end_stream=True)
+    assert of(StreamEnded, await rig.turn())
+
+
+async def test_a_peer_that_does_not_read_is_not_read_from_and_its_answers_wait(rig):
+    rig.connection.pause_writing()
+    assert not rig.wire.is_reading_now
+    stream_id = rig.open()
+    rig.client.send_data(stream_id, framed(b"a"), end_stream=True)
+    assert not await rig.turn()
+    rig.connection.resume_writing()
+    assert rig.wire.is_reading_now
+    assert of(StreamEnded, await rig.turn())
+
+
+async def test_a_connection_that_ends_says_so_and_ends_its_calls(rig):
+    rig.answer = rig.wait_for_nothing
+    ids = [rig.open(), rig.open()]
+    await rig.turn()
+    rig.connection.close()
+    await asyncio.wait_for(rig.connection.wait_closed(), 1)
+    assert rig.ended == ids
+    assert of(ConnectionTerminated, await rig.turn())[0].last_stream_id == ids[-1]
+    assert rig.wire.is_closed
+
+
+async def test_pings_are_answered(rig):
+    rig.client.ping(b"12345678")
+    assert of(PingAckReceived, await rig.turn())[0].ping_data == b"12345678"
+
+
+HEADERS, CONTINUATION = http2.HEADERS, http2.CONTINUATION
+BROKEN = {
+    "a frame that is too long": (http2.frame(http2.PING, 0, 0, b"x" * 16_385), Code.FRAME_SIZE_ERROR),
+    "data of no stream": (http2.frame(http2.DATA, 0, 0, b"x"), Code.PROTOCOL_ERROR),
+    "data of a stream to come": (http2.frame(http2.DATA, 0, 7, b"x"), Code.PROTOCOL_ERROR),
+    "a reset of a stream to come": (http2.reset(7, Code.NO_ERROR), Code.PROTOCOL_ERROR),
+    "an even stream": (http2.frame(HEADERS, 4, 8, b"\x83"), Code.PROTOCOL_ERROR),
+    "more padding than frame": (http2.frame(HEADERS, 0xC, 1, b"\x09\x83"), Code.PROTOCOL_ERROR),
+    "a priority that ends early": (http2.frame(HEADERS, 0x24, 1, b"\x83"), Code.PROTOCOL_ERROR),
+    "another frame amid headers": (
+        http2.frame(HEADERS, 0, 1, b"\x83") + http2.frame(http2.PING, 0, 0, b"12345678"),
+        Code.PROTOCOL_ERROR,
+    ),
+    "a continuation of nothing": (http2.frame(CONTINUATION, 4, 1, b"\x83"), Code.PROTOCOL_ERROR),
+    "empty continuations": (
+        http2.frame(HEADERS, 0, 1, b"\x83") + http2.frame(CONTINUATION, 0, 1),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+    "headers without end": (
+        http2.frame(HEADERS, 0, 1, b"\x83" * 16_000)
+        + http2.frame(CONTINUATION, 0, 1, b"\x83" * 16_000)
+        + http2.frame(CONTINUATION, 0, 1, b"\x83" * (HEADER_BLOCK_BYTES_MAX - 31_999)),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+    "headers that unfold": (
+        # One of 4,000 bytes that is said once and meant a hundred times.
+        http2.frame(HEADERS, 4, 1, b"\x40\x01a\x7f" + b"\xa1\x1e" + b"b" * 4000 + b"\xbe" * 100),
+        Code.COMPRESSION_ERROR,
+    ),
+    "an index of nothing": (http2.frame(HEADERS, 4, 1, b"\xff\x7f"), Code.COMPRESSION_ERROR),
+    "a window of zero more": (http2.window_update(0, 0), Code.FLOW_CONTROL_ERROR),
+    "a window beyond all": (http2.window_update(0, 2**31 - 1), Code.FLOW_CONTROL_ERROR),
+    "a setting that ends early": (http2.frame(http2.SETTINGS, 0, 0, b"x"), Code.FRAME_SIZE_ERROR),
+    "a ping of the wrong length": (http2.frame(http2.PING, 0, 0, b"x"), Code.FRAME_SIZE_ERROR),
+    "a ping of a stream": (http2.frame(http2.PING, 0, 1, b"12345678"), Code.PROTOCOL_ERROR),
+    "a push": (http2.frame(http2.PUSH_PROMISE, 4, 1, b"12345"), Code.PROTOCOL_ERROR),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+async def test_what_is_no_http2_ends_the_connection(rig, what):
+    raw, code = BROKEN[what]
+    rig.say(raw)
+    heard = await rig.turn()
+    assert [event.error_code for event in of(ConnectionTerminated, heard)] == [code]
+    assert rig.wire.is_closed
+    assert not rig.calls
+
+
+async def test_somebody_who_speaks_something_else_is_cut_off() -> None:
+    connection, wire = Connection(Rig().echo), Wire()
+    connection.begin(wire, LIMITS)
+    connection.data_received(b"GET / HTTP/1.1\r\n")
+    assert wire.is_closed
+
+
+@given(st.data())
+async def test_what_arrives_means_the_same_however_it_is_cut(data):
+    whole = http2.PREFACE + b"".join(
+        http2.frame(http2.PING, 0, 0, b"ping %03d" % number) for number in range(9)
+    )
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=30)))
+    connection, wire = Connection(Rig().echo), Wire()
+    connection.begin(wire, LIMITS)
+    for first, last in zip([0, *cuts], [*cuts, len(whole)], strict=True):
+        connection.data_received(whole[first:last])
+    await asyncio.sleep(0)
+    heard, _ = http2.split(bytes(wire.written))
+    assert [frame.payload for frame in heard if frame.kind == http2.PING] == [
+        b"ping %03d" % n for n in range(9)
+    ]
+
+
+PATHS = st.sampled_from(["/a/B", "/c/D", "/" + "long" * 500])
+
+
+@given(st.lists(st.lists(st.tuples(PATHS, st.integers(0, 99)), max_size=8), max_size=4))
+def test_header_blocks_mean_the_same_whoever_else_has_sent_them(connections):
+    """Each connection has a table of its own, though what others have said is remembered."""
+    for calls in connections:
+        encoder, table = Encoder(), headers.EMPTY
+        for path, number in calls:
+            block = encoder.encode([*REQUEST[:2], (":path", path), ("grpc-timeout", f"{number}S")])
+            request, table = headers.decoded(table, block)
+            assert request == Request("POST", path, "", f"{number}S")
+
+
+def test_a_decoder_that_was_told_to_shrink_its_table_does():
+    encoder = Encoder()
+    _, table = headers.decoded(headers.EMPTY, encoder.encode([(":path", "/a")]))
+    assert len(table.entries) == 1
+    encoder.header_table_size = 0
+    _, table = headers.decoded(table, encoder.encode([(":path", "/a")]))
+    assert (table.entries, table.size, table.size_max) == ((), 0, 0)
+
+
+@given(st.binary(max_size=200))
+def test_a_block_of_anything_is_a_request_or_a_fault(block):
+    with suppress(Violation):
+        headers.decoded(headers.EMPTY, block)
+
+
+@given(st.lists(st.binary(max_size=100), max_size=10))
+async def test_anything_after_the_preface_is_survived(pieces):
+    connection, wire = Connection(Rig().echo), Wire()
+    connection.begin(wire, LIMITS)
+    connection.data_received(http2.PREFACE)
+    for piece in pieces:
+        connection.data_received(piece)
+    connection.connection_lost(None)
+    await asyncio.wait_for(connection.wait_closed(), 5)

@@ -1,0 +1,92 @@
+"""What a call is answered before and beside its handler."""
+
+import asyncio
+
+import pytest
+from h2.events import ResponseReceived, StreamReset
+
+from skep.errors import PermissionDenied
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.security.identity import Identity
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Access, Caller
+from skep.wire.server import _Server
+from skep.wire.service import unary
+from tests.http2_rig import Rig, of
+
+CLUSTER = ClusterId("cluster")
+WORKER = Identity(node_id=NodeId("n1"), cluster_id=CLUSTER, role=NodeRole.WORKER)
+
+
+async def never(_request: pb.HeartbeatRequest, _caller: Caller) -> pb.HeartbeatResponse:
+    await asyncio.Event().wait()
+    return pb.HeartbeatResponse()
+
+
+async def answer_to(
+    standing=lambda *_: None, identity: Identity | None = WORKER, **headers: str
+) -> dict[str, str]:
+    """The headers that end a call of ``Heartbeat`` with an empty message, whose handler would wait for ever."""
+    server = _Server([unary(methods.HEARTBEAT, never)], CLUSTER, standing)
+    rig = Rig()
+    caller = Caller(identity=identity, address="10.0.0.1", disconnect=rig.connection.close)
+    rig.answer = lambda stream: server.answer(stream, caller)
+    await rig.turn()
+    stream_id = rig.open(**{"path": methods.HEARTBEAT.path} | headers)
+    rig.client.send_data(stream_id, bytes(5), end_stream=False)
+    heard = []
+    async with asyncio.timeout(5):
+        while not of(ResponseReceived, heard):
+            heard += await rig.turn()
+    assert of(StreamReset, heard)
+    return dict(of(ResponseReceived, heard)[0].headers)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"method": "GET"}, "405"), ({"content_type": "application/json"}, "415")],
+    ids=["no POST", "no gRPC"],
+)
+async def test_something_else_than_grpc_hears_so_in_its_own_words(headers, status):
+    assert await answer_to(**headers) == {":status": status}
+
+
+async def test_an_unknown_method_is_unimplemented_in_words_that_grpc_go_takes_for_that():
+    answer = await answer_to(path="/x/Y")
+    assert answer == {
+        ":status": "200",
+        "content-type": "application/grpc+proto",
+        "grpc-status": "12",
+        "grpc-message": "unknown method /x/Y",
+    }
+
+
+async def test_an_engine_with_the_managers_token_is_told_what_to_do():
+    answer = await answer_to(path="/docker.swarmkit.v1.RaftMembership/Join")
+    assert answer["grpc-status"] == "9"
+    assert "join with the worker token" in answer["grpc-message"]
+
+
+async def test_a_call_ends_when_its_client_waits_no_longer():
+    assert (await answer_to(grpc_timeout="10m"))["grpc-status"] == "4"
+
+
+async def test_a_stranger_is_refused():
+    assert (await answer_to(identity=None))["grpc-status"] == "7"
+
+
+async def test_somebody_whose_certificate_counts_no_more_is_refused():
+    def removed(_identity: Identity, _access: Access) -> None:
+        raise PermissionDenied("removed")
+
+    assert (await answer_to(standing=removed))["grpc-message"] == "removed"
+
+
+async def test_a_mistake_of_ours_is_not_explained():
+    def broken(_identity: Identity, _access: Access) -> None:
+        raise ZeroDivisionError("secret")
+
+    answer = await answer_to(standing=broken)
+    assert (answer["grpc-status"], answer["grpc-message"]) == ("13", "internal error")
