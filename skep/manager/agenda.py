@@ -12,6 +12,9 @@ from skep.aio.clock import Clock
 
 K = TypeVar("K", bound=str)
 
+LEAST_WAIT_S = 1e-6
+"""A wait that is lost in the rounding of a clock's time would never end where that time moves by such waits alone."""
+
 
 class Agenda(Generic[K]):
     """Keys in the order in which they became due."""
@@ -63,4 +66,4 @@ class Agenda(Generic[K]):
     def _wait_s(self) -> float | None:
         if not self._later:
             return None
-        return max(self._later[0][0] - self._clock.monotonic(), 0.0)
+        return max(self._later[0][0] - self._clock.monotonic(), LEAST_WAIT_S)

@@ -1,6 +1,7 @@
 """When a control loop looks at what."""
 
 import asyncio
+import math
 
 from skep.manager.agenda import Agenda
 from skep.sim.time import VirtualClock, VirtualLoop
@@ -62,3 +63,16 @@ def test_a_key_that_becomes_due_wakes_who_waits_for_a_later_one() -> None:
     keys, at = run(work(), loop)  # type: ignore[misc]
     assert keys == ["now"]
     assert 5.0 <= at < 5.01
+
+
+def test_a_time_that_is_nearer_than_a_clock_can_tell_comes_all_the_same() -> None:
+    loop = VirtualLoop()
+    clock = VirtualClock(loop, drift=0.5)
+    agenda: Agenda[str] = Agenda(clock)
+
+    async def work() -> list[str]:
+        await asyncio.sleep(1e6)
+        agenda.add_at("a", math.nextafter(clock.monotonic(), math.inf))
+        return await agenda.take(1)
+
+    assert run(work(), loop) == ["a"]
