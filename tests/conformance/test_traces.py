@@ -59,7 +59,7 @@ def played(actions: tuple[Action, ...], seed: int) -> list[Seen]:
     """The trace of the same actions in a simulated cluster of one manager and one worker."""
     with SimulatedCluster(workers=1, seed=seed) as cluster:
         (node_id,) = cluster.nodes
-        cluster.nodes[node_id].crashing_images[CRASHES] = CRASHES_AFTER_S
+        cluster.nodes[node_id].ending_images[CRASHES] = CRASHES_AFTER_S, 1
         cluster.nodes[node_id].broken_images.add(MISSING)
         cluster.run_for(5)
         observer, began = Observer(), cluster.loop.time()
