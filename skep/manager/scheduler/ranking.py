@@ -18,6 +18,10 @@ Rank: TypeAlias = tuple[Any, ...]
 Entry: TypeAlias = tuple[Rank, int, Account]
 
 
+STALE_MAX = 64
+"""Entries that count for nothing, beside as many as there are nodes, before they are dropped."""
+
+
 class Ranking:
     """Accounts by rank, best first."""
 
@@ -45,6 +49,8 @@ class Ranking:
         """``account`` is new here or its rank may have become better."""
         serial = self._serials[account.node.id] = next(self._next_serial)
         heapq.heappush(self._heap, (self._rank(account), serial, account))
+        if len(self._heap) > STALE_MAX + 2 * len(self._serials):
+            self._drop_stale()
 
     def leave(self, id: NodeId) -> None:
         """The node is not to be chosen any more."""
@@ -68,6 +74,11 @@ class Ranking:
                 heapq.heappop(heap)
                 del serials[account.node.id]
         return None
+
+    def _drop_stale(self) -> None:
+        """Those of nodes that never come first would stay for ever, and each change of a node adds one."""
+        self._heap = [entry for entry in self._heap if self._serials.get(entry[2].node.id) == entry[1]]
+        heapq.heapify(self._heap)
 
     def set_aside(self) -> Entry:
         """Take what ``first`` gave out of the order, until ``put_back``."""
