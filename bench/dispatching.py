@@ -11,7 +11,6 @@ agent has a certificate and a TLS connection of its own and keeps its streams op
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import subprocess
@@ -31,7 +30,7 @@ import msgspec
 import structlog
 
 from bench.machine import noise, resident_mib
-from bench.run import RESULTS, commit
+from bench.run import commit, result_name, write_result
 from skep.aio import collector
 from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.loop import Dispatcher
@@ -88,9 +87,7 @@ def _counts(text: str) -> tuple[int, ...]:
 def keep(measured: dict[int, dict[str, float]], busy: float) -> None:
     """Write the result files.  ``busy``: share of the machine that was busy before."""
     now = datetime.now(UTC)
-    path = RESULTS / f"{now:%Y-%m-%d-%H%M}-{commit()}-dispatching"
     result = {"machine_busy_before": busy, "skep": measured, "swarmkit": SWARMKIT}
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
         f"# Simulated agents on one manager, {now:%Y-%m-%d %H:%M UTC}, commit {commit()}",
         "",
@@ -114,7 +111,7 @@ def keep(measured: dict[int, dict[str, float]], busy: float) -> None:
             )
             lines.append(f"| {count} | {metric.replace('_', ' ')} | {compared} |")
     text = "\n".join([*lines, ""])
-    path.with_suffix(".md").write_text(text)
+    write_result(result_name(now, commit(), "dispatching"), text, result)
     print(text)
 
 

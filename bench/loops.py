@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import cProfile
 import gc
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ import msgspec
 from msgspec.structs import replace
 
 from bench.machine import noise
-from bench.run import RESULTS, commit
+from bench.run import commit, result_name, write_result
 from bench.scheduling import proposal_of, reference_ns
 from skep.aio.clock import SystemClock
 from skep.manager.loops import loops
@@ -268,9 +267,7 @@ def _keep(results: list[Result]) -> None:
             "",
         )
     )
-    path = RESULTS / f"{now:%Y-%m-%d-%H%M}-{commit()}-loops"
-    path.with_suffix(".md").write_text(text)
-    path.with_suffix(".json").write_text(json.dumps(msgspec.to_builtins(results), indent=1) + "\n")
+    write_result(result_name(now, commit(), "loops"), text, msgspec.to_builtins(results))
     print(text)
 
 

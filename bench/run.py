@@ -102,11 +102,20 @@ def keep(result: dict[str, Any], subject: str = "") -> None:
     """Write the result files, for programs and for people.  ``subject`` ends their name."""
     RESULTS.mkdir(exist_ok=True)
     minute = result["date"].removesuffix(" UTC").replace(" ", "-").replace(":", "")
-    name = f"{minute}-{result['commit']}{subject}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     text = document(result)
-    (RESULTS / f"{name}.md").write_text(text)
+    write_result(f"{minute}-{result['commit']}{subject}", text, result)
     print(text)
+
+
+def result_name(now: datetime, at: str, subject: str) -> str:
+    """The name of the files of a result measured ``now`` at the commit ``at``."""
+    return f"{now:%Y-%m-%d-%H%M}-{at}-{subject}"
+
+
+def write_result(name: str, text: str, result: Any) -> None:
+    """Write one result twice: ``text`` for people, ``result`` (plain values) for programs."""
+    (RESULTS / f"{name}.md").write_text(text)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def commit() -> str:

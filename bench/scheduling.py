@@ -18,7 +18,6 @@ whose spec is stored once, as in a real cluster.
 import argparse
 import asyncio
 import gc
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from typing import Literal, get_args
 import msgspec
 
 from bench.machine import noise
-from bench.run import RESULTS, commit
+from bench.run import commit, result_name, write_result
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, new_id
@@ -293,13 +292,11 @@ def _keep(rows: list[tuple[tuple[str, int, int], list[Timing]]], now: datetime, 
             "",
         )
     )
-    path = RESULTS / f"{now:%Y-%m-%d-%H%M}-{at}-scheduling"
-    path.with_suffix(".md").write_text(text)
     kept = [
         {"kind": kind, "nodes": nodes, "tasks": tasks, "timings": msgspec.to_builtins(timings)}
         for (kind, nodes, tasks), timings in rows
     ]
-    path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+    write_result(result_name(now, at, "scheduling"), text, kept)
 
 
 if __name__ == "__main__":

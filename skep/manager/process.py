@@ -210,7 +210,7 @@ async def _come_in(
     paths = config.paths
     _, listen_port = parted(config.listen_addr)
     addr = config.advertise_addr or f":{listen_port}"
-    admission = await applicant.admission(addr, int(settings.peer_listen.rpartition(":")[2]))
+    admission = await applicant.admission(addr, settings.peer_port)
     config = msgspec.structs.replace(config, advertise_addr=admission.addr)
     settings = msgspec.structs.replace(
         settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token

@@ -1,5 +1,7 @@
 """``host:port`` as text; an IPv6 host stands in brackets: ``10.0.0.1:2377``, ``[fd00::1]:2377``."""
 
+_FROM_HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
 
 def joined(host: object, port: int | str) -> str:
     """An address of ``host``, which has no brackets yet, and ``port``."""
@@ -16,3 +18,9 @@ def parted(addr: str) -> tuple[str, str]:
 def host_of(addr: str) -> str:
     """``10.0.0.1:2377`` or ``[fd00::1]:2377`` -> the host alone, without brackets."""
     return parted(addr)[0]
+
+
+def from_here(addr: str) -> str:
+    """Where a listener on ``addr`` is reached from its own machine: one on all addresses at the loopback."""
+    host, port = parted(addr)
+    return joined(_FROM_HERE.get(host, host), port)

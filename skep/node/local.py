@@ -6,6 +6,7 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
+from skep.model.addresses import from_here
 from skep.model.ids import ClusterId, NodeId
 
 
@@ -37,11 +38,7 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
         """
         if peer.node_id != self.node_id or not self.listen_addr:
             return peer.addr
-        host, _, port = self.listen_addr.rpartition(":")
-        return f"{_LOOPBACK.get(host, host)}:{port}"
-
-
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+        return from_here(self.listen_addr)
 
 
 def read_local_node(path: Path) -> LocalNode | None:

@@ -21,7 +21,7 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import Unavailable
-from skep.model.addresses import parted
+from skep.model.addresses import from_here, parted
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.flags import MANAGER_NAME, MemberSettings
 
@@ -54,10 +54,10 @@ async def campaign(settings: MemberSettings, version: tuple[int, int, int], cloc
 
 def ask_once(settings: MemberSettings, version: tuple[int, int, int]) -> None:
     """Ask the member once; blocks for as long as it answers.  Raises: Unavailable: it does not."""
-    host, port = parted(settings.peer_listen)
+    host, port = parted(from_here(settings.peer_listen))
     try:
         with (
-            socket.create_connection((_reached(host), int(port)), ANSWER_S) as plain,
+            socket.create_connection((host, int(port)), ANSWER_S) as plain,
             _context(settings).wrap_socket(plain, server_hostname=MANAGER_NAME) as connection,
         ):
             peer = http.client.HTTPConnection(settings.name)
@@ -98,8 +98,3 @@ def _context(settings: MemberSettings) -> ssl.SSLContext:
     context.load_verify_locations(settings.peer_files.roots)
     context.load_cert_chain(settings.peer_files.certificate, settings.peer_files.key)
     return context
-
-
-def _reached(host: str) -> str:
-    """Where a listener on ``host`` is reached from here."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from skep.model.addresses import parted
 from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
 
 MAX_OPERATIONS = 129
@@ -74,9 +75,14 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
         return self.directory / "data"
 
     @property
+    def peer_port(self) -> int:
+        """Where it listens to other members."""
+        return int(parted(self.peer_listen)[1])
+
+    @property
     def peer_url(self) -> str:
         """Where other members reach it: by name, so that addresses may change."""
-        return peer_url(self.name, int(self.peer_listen.rpartition(":")[2]))
+        return peer_url(self.name, self.peer_port)
 
     @property
     def hosts(self) -> Path | None:
