@@ -283,6 +283,10 @@ class UpdateState(Enum):
     ROLLBACK_COMPLETED = "rollback_completed"
 
 
+UNDER_WAY = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
+"""Tasks are being replaced."""
+
+
 class UpdateStatus(ApiObject):
     state: UpdateState | None = None
     started_at: Timestamp | None = None

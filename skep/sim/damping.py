@@ -6,7 +6,7 @@ from collections.abc import Callable
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId, ServiceId
 from skep.model.node import Node
-from skep.model.service import Service, UpdateState
+from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.node import image_of
@@ -56,11 +56,10 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
 def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
     """Whether nothing of the service is under way, and nothing ends by itself."""
     status = service.update_status
-    rolling = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
     return (
         service.removed_at is None
         and service.job_status is None
-        and (status is None or status.state not in rolling)
+        and (status is None or status.state not in UNDER_WAY)
         and all(_is_steady(task) for task in cluster.wanted(service.id))
     )
 

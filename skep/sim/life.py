@@ -12,7 +12,7 @@ import msgspec
 
 from skep.model.ids import NodeId
 from skep.model.labels import PROGRESS_DEADLINE
-from skep.model.service import Service, UpdateState
+from skep.model.service import UNDER_WAY, Service, UpdateState
 from skep.model.task import TaskState
 from skep.node.executor.simulated import Behaviour
 from skep.sim.cluster import SimulatedCluster
@@ -126,7 +126,7 @@ def unmet(cluster: SimulatedCluster, service: Service) -> Iterable[str]:
         return
     container = service.spec.task_template.container_spec
     status = service.update_status
-    is_under_way = status is not None and status.state in (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
+    is_under_way = status is not None and status.state in UNDER_WAY
     if container is None or container.image in HOPELESS:
         if is_under_way and PROGRESS_DEADLINE in service.spec.labels:
             yield f"the update of {service.id} to {container and container.image} does not end"

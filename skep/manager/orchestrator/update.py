@@ -50,6 +50,7 @@ from skep.manager.resources import reservations_of
 from skep.model.ids import NodeId
 from skep.model.labels import progress_deadline_s
 from skep.model.service import (
+    UNDER_WAY,
     Placement,
     PublishMode,
     Resources,
@@ -66,7 +67,6 @@ DEFAULT_MONITOR_S = 5.0
 
 ROLLED_BACK = "update rolled back"
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
-_ROLLING = (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED)
 
 
 class _SlotView(msgspec.Struct, frozen=True):
@@ -95,7 +95,7 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
     if state in _PAUSED:
         return steps
     outdated = [view for view in views if view.outdated]
-    if not outdated and state not in _ROLLING:
+    if not outdated and state not in UNDER_WAY:
         return steps
     if state is None:
         steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
@@ -178,7 +178,7 @@ class _Rollout:
 
     def complete(self) -> Iterator[Step]:
         """No slot is left to begin with: the update is over once every lead was watched for the monitor time."""
-        if self.state not in _ROLLING:
+        if self.state not in UNDER_WAY:
             return
         settled = [self._settled_at(view.lead) for view in self._views if view.lead is not None]
         if any(at is None for at in settled):
