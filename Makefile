@@ -63,8 +63,8 @@ integration: setup ## every test, the slow ones too (real runc, etcd, nftables);
 	@mkdir -p bench/results
 	@$(PYTEST) --whole --durations 20 $(call kept,integration)
 
-soak: setup ## hours of load and faults; log kept in bench/results/
-	@$(BIN)/python -m bench.soak
+soak: setup ## an hour of load and faults on 3 managers and 5 workers (MINUTES=120); log kept in bench/results/
+	@$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60)
 
 bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/
 	@$(BIN)/python -m bench.run

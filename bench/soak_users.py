@@ -1,0 +1,158 @@
+"""What users do during a soak, and how patient they are with a cluster whose daemons are being killed."""
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bench.engine import Engine, EngineError
+from bench.scenarios import WORKLOAD
+
+DEADLINE_S = 120.0
+"""Until a request is taken, and until what was asked for is there."""
+SERVICES_MAX = 6
+REPLICAS_MAX = 8
+T = TypeVar("T")
+
+
+class Log:
+    """Lines with the time of day, to the file and to whoever watches."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        line = f"{datetime.now(UTC):%H:%M:%S} {text}"
+        print(line, file=sys.stderr, flush=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+class Users:
+    """One random step at a time; ``wanted`` is what the cluster was asked for: service name -> replicas."""
+
+    def __init__(self, engine: Callable[[], Engine], image: str, chance: random.Random) -> None:
+        """``engine``: whom to ask, again for each attempt."""
+        self._engine, self._image, self._random = engine, image, chance
+        self.wanted: dict[str, int] = {}
+        self._steps = 0
+
+    def step(self) -> str:
+        """Ask for something new; what it was."""
+        self._steps += 1
+        if len(self.wanted) < 2:
+            return self._create()
+        return self._random.choice([self._create, self._scale, self._update, self._remove_one])()
+
+    def remove_all(self) -> None:
+        for name in list(self.wanted):
+            self._remove(name)
+
+    def difference(self) -> str:
+        """How services and running tasks differ from what was asked for, or nothing."""
+        engine = self._engine()
+        tasks = engine.get("/tasks")
+        names = {service["ID"]: service["Spec"]["Name"] for service in engine.get("/services")}
+        if sorted(names.values()) != sorted(self.wanted):
+            return f"services {sorted(names.values())} instead of {sorted(self.wanted)}"
+        running = counted(
+            names.get(task["ServiceID"], "?")
+            for task in tasks
+            if task["Status"]["State"] == "running" and task["DesiredState"] == "running"
+        )
+        wanted = self.wanted_running()
+        return "" if running == wanted else f"running tasks {running} instead of {wanted}"
+
+    def wanted_running(self) -> dict[str, int]:
+        return {name: replicas for name, replicas in self.wanted.items() if replicas}
+
+    def until_answered(self, attempt: Callable[[], T]) -> T:
+        """Repeat while nobody answers, or nobody can at present."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                return attempt()
+            except (OSError, EngineError) as error:
+                will_pass = not isinstance(error, EngineError) or error.status in (500, 503)
+                if not will_pass or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    # -- the steps -------------------------------------------------------------------------------------------------
+
+    def _create(self) -> str:
+        if len(self.wanted) >= SERVICES_MAX:
+            return self._remove_one()
+        name, replicas = f"s{self._steps}", self._random.randint(0, REPLICAS_MAX)
+        self._patiently("POST", "/services/create", self._spec(name, replicas))
+        self.wanted[name] = replicas
+        return f"create {name} x {replicas}"
+
+    def _scale(self) -> str:
+        name, replicas = self._any(), self._random.randint(0, REPLICAS_MAX)
+        self._change(name, lambda spec: spec["Mode"]["Replicated"].update(Replicas=replicas))
+        self.wanted[name] = replicas
+        return f"scale {name} to {replicas}"
+
+    def _update(self) -> str:
+        name, number = self._any(), self._steps
+        self._change(name, lambda spec: spec["TaskTemplate"]["ContainerSpec"].update(Env=[f"STEP={number}"]))
+        return f"update {name}"
+
+    def _remove_one(self) -> str:
+        name = self._any()
+        self._remove(name)
+        return f"remove {name}"
+
+    def _remove(self, name: str) -> None:
+        self._patiently("DELETE", f"/services/{name}", gone_is_fine=True)
+        del self.wanted[name]
+
+    def _change(self, name: str, edit: Callable[[Any], None]) -> None:
+        def attempt() -> None:
+            engine = self._engine()
+            service = engine.get(f"/services/{name}")
+            edit(service["Spec"])
+            engine.post(f"/services/{name}/update", service["Spec"], version=service["Version"]["Index"])
+
+        self.until_answered(attempt)
+
+    def _patiently(self, method: str, path: str, body: Any = None, *, gone_is_fine: bool = False) -> None:
+        """A request that is repeated until it was taken; one whose answer was lost may have been taken before."""
+        tries = 0
+
+        def attempt() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                self._engine().call(method, path, body)
+            except EngineError as error:
+                was_taken_before = tries > 1 and error.status == 409
+                if not was_taken_before and not (gone_is_fine and error.status == 404):
+                    raise
+
+        self.until_answered(attempt)
+
+    def _any(self) -> str:
+        return self._random.choice(sorted(self.wanted))
+
+    def _spec(self, name: str, replicas: int) -> dict[str, Any]:
+        return {
+            "Name": name,
+            "TaskTemplate": {
+                "ContainerSpec": {"Image": self._image, "Command": WORKLOAD},
+                "RestartPolicy": {"Condition": "any", "Delay": 0},
+            },
+            "UpdateConfig": {"Parallelism": 0, "Monitor": 1},
+            "Mode": {"Replicated": {"Replicas": replicas}},
+        }
+
+
+def counted(words: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for word in words:
+        counts[word] = counts.get(word, 0) + 1
+    return counts
