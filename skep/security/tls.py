@@ -16,7 +16,7 @@ from skep.errors import FailedPrecondition
 from skep.security.keypair import KeyPair
 
 MANAGER_NAME = "swarm-manager"
-"""Name for which a node verifies its manager's certificate; addresses are never looked at."""
+"""The name that managers' certificates, and no others, carry: callers verify it, and never look at addresses."""
 
 
 class ServerTls:

@@ -22,8 +22,9 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import Unavailable
 from skep.model.addresses import from_here, parted
+from skep.security.tls import MANAGER_NAME
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.flags import MANAGER_NAME, MemberSettings
+from skep.store.etcd.flags import MemberSettings
 
 ANSWER_S = 1.0
 OLDEST_PEER = "3.0.0"

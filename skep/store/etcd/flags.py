@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from skep.model.addresses import parted
+from skep.security.tls import MANAGER_NAME
 from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
 
 MAX_OPERATIONS = 129
@@ -25,9 +26,6 @@ SNAPSHOT_COUNT = 10_000
 
 SOLO_MEMORY_LIMIT = "64MiB"
 """For Go's collector.  A small raft log and this keep a single member's memory at a quarter."""
-
-MANAGER_NAME = "swarm-manager"
-"""The DNS name that certificates of managers, and no others, carry."""
 
 
 class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
