@@ -156,6 +156,10 @@ def test_a_demoted_managers_certificate_is_refused_in_that_role_and_at_the_peer_
         lambda: node(cluster.node("m1"), "m3")["ManagerStatus"].get("Reachability") == "reachable",
         "m3 is back",
     )
+    m3 = cluster.node("m3")
+    wait_until(
+        lambda: m3.docker("node", "ls", check=False).returncode == 0, "m3 is in contact with the others"
+    )
     id = steal(cluster, "m2", stolen)
     others = ("m1", "m3")
     asked = [addr(cluster, name) for name in others] + [peer(cluster, name) for name in others]

@@ -1,10 +1,11 @@
 """The storm guard with real processes: most nodes fall silent at once, nothing is replaced, and all goes on."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
+from skep.playground.playground import Playground
 from tests.integration.cluster import (
     TestCluster,
     TestNode,
@@ -61,10 +62,10 @@ def pids(cluster: TestCluster) -> dict[str, int]:
     return found
 
 
-def together(cluster: TestCluster, verb: str) -> None:
-    """``cut`` or ``mend`` them, all at the same time."""
-    with ThreadPoolExecutor(len(CUT)) as pool:
-        list(pool.map(lambda name: cluster.skep(verb, name), CUT))
+async def together(cluster: TestCluster, verb: Callable[[Playground, str], Awaitable[None]]) -> None:
+    """``cut`` or ``mend`` them at one moment; commands would be apart by as long as they take to start."""
+    playground = Playground(cluster.directory, cluster.name, lambda _: None)
+    await asyncio.gather(*(verb(playground, name) for name in CUT))
 
 
 def test_three_of_five_nodes_that_are_cut_off_at_once_freeze_replacement_until_they_are_back(
@@ -82,7 +83,7 @@ def test_three_of_five_nodes_that_are_cut_off_at_once_freeze_replacement_until_t
     before, tasks = pids(five), wanted(m1)
     assert len(before) == 8
 
-    together(five, "cut")
+    asyncio.run(together(five, Playground.cut))
     wait_until(lambda: set(down(m1)) == set(CUT), "the three are down", within_s=40)
     wait_until(lambda: is_frozen(m1), "the freeze is shown")
     assert all(FROZEN in message for message in down(m1).values())
@@ -95,7 +96,7 @@ def test_three_of_five_nodes_that_are_cut_off_at_once_freeze_replacement_until_t
     assert len(now) == 9
     kept = {task: pid for task, pid in before.items() if task not in moved}
 
-    together(five, "mend")
+    asyncio.run(together(five, Playground.mend))
     wait_until(lambda: not down(m1), "all are back")
     wait_until(lambda: not is_frozen(m1), "the freeze is over")
     wait_running(m1, "web", 9)
