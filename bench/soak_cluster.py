@@ -195,7 +195,7 @@ class ClusterSoak:
         )
 
     def _calm(self) -> dict[str, list[float]]:
-        """All machines back, some work, then the memory of Skep's daemons on each manager, MiB, by role."""
+        """All machines back, some work, then the memory of the daemons on each manager, MiB, by role."""
         self._come_back(all_of_them=True)
         self._settle("all are back")
         deadline = time.monotonic() + DEADLINE_S
@@ -212,7 +212,9 @@ class ClusterSoak:
                 self._say(f"{node.name}: {held.skep_mib:.1f} MiB, etcd {held.etcd_mib:.1f} ({held.each})")
                 limit = soak_daemons.ETCD_MIB_MAX
                 assert held.etcd_mib <= limit, f"etcd of {node.name} has grown to {held.etcd_mib:.0f} MiB"
-                found["leader" if node.name == leader else "other manager"].append(held.skep_mib)
+                found["leader" if node.name == leader else "other manager"].append(
+                    held.skep_mib + held.etcd_mib
+                )
         return {role: sorted(values) for role, values in found.items()}
 
     def _missing(self) -> str:
