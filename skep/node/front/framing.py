@@ -93,11 +93,13 @@ def parse_response(raw: bytes) -> Response:
 
 
 def _parse(raw: bytes) -> Head:
+    if b"\0" in raw or raw.count(b"\n") != raw.count(b"\r\n"):
+        raise Malformed("malformed header")
     first_line, *lines = raw.removesuffix(b"\r\n\r\n").split(b"\r\n")
     headers = []
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not name or name != name.strip() or b" " in name or b"\n" in line or b"\0" in line:
+        if not colon or not name or name != name.strip() or b" " in name:
             raise Malformed("malformed header")
         headers.append((name.lower(), value.strip(b" \t")))
     return Head(first_line, tuple(headers))
@@ -133,20 +135,20 @@ class UntilClose(Body):
 
 
 class Sized(Body):
-    """Ends after so many bytes."""
+    """Ends after so many bytes; ``missing``: are still to come."""
 
     def __init__(self, length: int) -> None:
-        self._missing = length
+        self.missing = length
         self.is_complete = length == 0
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
-        mine, rest = data[: self._missing], data[self._missing :]
-        self._missing -= len(mine)
-        self.is_complete = self._missing == 0
+        mine, rest = data[: self.missing], data[self.missing :]
+        self.missing -= len(mine)
+        self.is_complete = self.missing == 0
         return mine, rest
 
     def ends_within(self, size: int) -> bool:
-        return self._missing <= size
+        return self.missing <= size
 
 
 class Chunked(Body):

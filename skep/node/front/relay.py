@@ -12,6 +12,7 @@ from skep.aio.clock import Clock
 from skep.errors import Unavailable
 from skep.node.front.framing import (
     Body,
+    NoBody,
     Request,
     UntilClose,
     body_of_request,
@@ -27,7 +28,7 @@ _CONNECT_WAIT_S = 5.0
 _WAITING_MAX = 256
 _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
-_SMALL_BODY = 64 * 1024
+SMALL_BODY = 64 * 1024
 """A body of at most this is passed on when all of it is there."""
 _REPEATABLE = frozenset({"GET", "HEAD"})
 _NO_MANAGER = (
@@ -110,8 +111,8 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
         Malformed: the request's framing; nothing was sent to the client.
     """
     body = body_of_request(request)
-    head = request.head.with_headers(without=(b"connection", b"keep-alive"))
-    if body.ends_within(_SMALL_BODY) and not request.head.all(b"expect"):
+    head = sent_on(request)
+    if body.ends_within(SMALL_BODY) and not request.head.all(b"expect"):
         head += await _whole_body(client, body)  # one write, and the manager reads all of it at once
     repeatable = request.method in _REPEATABLE and body.is_complete
     manager = connections.kept()
@@ -123,6 +124,22 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
     if manager is None:
         manager = await connections.fresh()
     return await _exchange(client, request, head, body, manager, connections)
+
+
+def sent_on(request: Request) -> bytes:
+    """The head of ``request`` as the manager gets it."""
+    return request.head.with_headers(without=(b"connection", b"keep-alive"))
+
+
+async def go_on(client: Side, request: Request, sent: bytes, manager: Side, connections: Connections) -> bool:
+    """``relay`` for a ``request`` that ``manager`` was sent as ``sent``, whole, over a connection used before."""
+    try:
+        return await _exchange(client, request, b"", NoBody(), manager, connections)
+    except Unavailable:
+        if request.method not in _REPEATABLE:
+            raise
+    fresh = await connections.fresh()  # that one was closed just when we used it
+    return await _exchange(client, request, sent, NoBody(), fresh, connections)
 
 
 async def _whole_body(client: Side, body: Body) -> bytes:

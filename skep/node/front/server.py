@@ -5,7 +5,7 @@ import grp
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from skep.api.errors import status_of
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.node.front.framing import Malformed, Request, parse_request
-from skep.node.front.relay import Connections, relay
+from skep.node.front.quick import QuickRelay
+from skep.node.front.relay import Connections, go_on, relay
 from skep.node.front.routing import Destination, Knowledge, route
 from skep.node.front.side import Gone, Side
 from skep.node.front.splice import splice
@@ -116,8 +117,16 @@ class Front:
 
     async def _serve(self, client: Side) -> None:
         """Answer the requests of one connection, one after another."""
+        quick = QuickRelay(client, self._connections, self._is_for_manager)
         try:
             while True:
+                if (under_way := await quick.wait_needed()) is not None:
+                    going_on = go_on(
+                        client, under_way.request, under_way.sent, under_way.manager, self._connections
+                    )
+                    if not await self._asked(client, going_on):
+                        return
+                    continue
                 await client.wait_begun()
                 if not (raw := client.head() or await _rest_of_head(client)):
                     client.close()
@@ -151,10 +160,20 @@ class Front:
     async def _ask_manager(self, client: Side, request: Request) -> bool:
         if (reason := self._membership.manager_refusal()) is not None:
             raise Unavailable(reason)
-        if await relay(client, request, self._connections):
+        return await self._asked(client, relay(client, request, self._connections))
+
+    async def _asked(self, client: Side, relaying: Coroutine[None, None, bool]) -> bool:
+        if await relaying:
             return True
         await client.linger()  # it may still be sending a body that the manager did not want to read
         return False
+
+    def _is_for_manager(self, request: Request) -> bool:
+        """Whether the manager answers ``request``, and there is no word against asking it."""
+        return (
+            route(request.method, request.target, self._knowledge) is Destination.MANAGER
+            and self._membership.manager_refusal() is None
+        )
 
     def _hand_over(self, client: Side, raw: bytes) -> None:
         """Give the connection, with what was read of it, to the application."""

@@ -37,6 +37,7 @@ class Side(asyncio.Protocol):
         self._writable.set()
         self._readable = asyncio.Event()
         self._on_end: Callable[[], None] | None = None
+        self._watcher: Callable[[], None] | None = None
 
     # --- called by the event loop -----------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ class Side(asyncio.Protocol):
         self._buffer += data
         if len(self._buffer) >= _BUFFER_BYTES_MAX:
             self.transport.pause_reading()
-        self._readable.set()
+        self._changed()
 
     def eof_received(self) -> bool:
         self._end()
@@ -70,9 +71,16 @@ class Side(asyncio.Protocol):
 
     def _end(self) -> None:
         self._ended = True
-        self._readable.set()
         if self._on_end is not None:
             self._on_end()
+        self._changed()
+
+    def _changed(self) -> None:
+        """Tell who waits: whoever watches, else who reads."""
+        if self._watcher is not None:
+            self._watcher()
+        else:
+            self._readable.set()
 
     # --- called by coroutines ---------------------------------------------------------------------------------
 
@@ -86,10 +94,20 @@ class Side(asyncio.Protocol):
         """Nothing more will arrive (what has arrived may still wait)."""
         return self._ended
 
-    def take(self) -> bytes:
-        """Everything that has arrived."""
-        data = bytes(self._buffer)
-        self._buffer.clear()
+    @property
+    def waiting_bytes(self) -> int:
+        """How much has arrived and was not yet read."""
+        return len(self._buffer)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether what is sent now leaves at once, as far as can be known."""
+        return self._writable.is_set() and not self._lost and not self.transport.is_closing()
+
+    def take(self, size: int | None = None) -> bytes:
+        """Everything that has arrived, or the first ``size`` bytes of it."""
+        data = bytes(self._buffer if size is None else self._buffer[:size])
+        del self._buffer[:size]
         if not self._ended:
             self._readable.clear()
             self.transport.resume_reading()
@@ -113,16 +131,33 @@ class Side(asyncio.Protocol):
 
         ``searched``: bytes known to hold none.  Raises: Malformed: it is longer than 64 KiB.
         """
-        end = self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))
-        if end < 0:
+        head = self.next_head(searched)
+        if head is None:
             if len(self._buffer) > HEAD_BYTES_MAX:
                 raise Malformed("request header fields too large")
             return None
-        head = bytes(self._buffer[: end + 4])
-        del self._buffer[: end + 4]
+        del self._buffer[: len(head)]
         if not self._ended:
             self.transport.resume_reading()
         return head
+
+    def next_head(self, searched: int = 0) -> bytes | None:
+        """What ``head`` would give, left where it is."""
+        end = self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))
+        return bytes(self._buffer[: end + 4]) if end >= 0 else None
+
+    def watch(self, watcher: Callable[[], None] | None) -> None:
+        """From now on ``watcher`` is called for whatever arrives, and at the end, in place of those who read."""
+        self._watcher = watcher
+
+    @contextmanager
+    def watched(self, watcher: Callable[[], None]) -> Iterator[None]:
+        """``watch`` within the context."""
+        self.watch(watcher)
+        try:
+            yield
+        finally:
+            self.watch(None)
 
     async def read_head(self) -> bytes:
         """``head()`` once it has arrived; ``b""`` if the other end closed before a first byte.

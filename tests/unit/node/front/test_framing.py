@@ -47,6 +47,8 @@ def test_the_absolute_form_of_a_target_is_understood() -> None:
         ("GET /info HTTP/1.1", "A: b", " folded"),
         ("GET /info HTTP/1.1", ": no name"),
         ("GET /info HTTP/1.1", "A: b\nB: c"),
+        ("GET /in\nfo HTTP/1.1",),
+        ("GET /info HTTP/1.1", "A: b\0c"),
         ("GET /\u00e4 HTTP/1.1",),
     ],
 )
