@@ -36,6 +36,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.sent = 0
+        self.hanging = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.metadata: dict[str, Any] = {}
 
@@ -49,6 +50,7 @@ class Peer:
 
     async def hang(self, stream: Any) -> None:
         await stream.recv_message()
+        self.hanging.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -199,6 +201,59 @@ async def test_both_talk_on_one_stream(peer: Peer, calls: Calls) -> None:
         stream.send(b"three")
         assert await stream.receive() == b"TWO"
         assert await stream.receive() == b"THREE"
+
+
+async def test_who_takes_messages_gets_those_that_come_while_the_reader_waits(
+    peer: Peer, calls: Calls
+) -> None:
+    """In order, and what it leaves is the reader's."""
+    taken: list[bytes] = []
+
+    def take(message: bytes) -> bool:
+        if message.startswith(b"NOT"):
+            return False
+        taken.append(message)
+        return True
+
+    async with calls.stream("/t/talk", b"one", timeout_s=TIMEOUT_S) as stream:
+        assert await stream.receive() == b"ONE"
+        stream.offer_to(take)
+        for message in (b"two", b"three", b"not this", b"four"):
+            stream.send(message)
+        assert await stream.receive() == b"NOT THIS"
+        assert taken == [b"TWO", b"THREE"]
+        # The last came with the one that the reader was woken for, or comes now; either way after it.
+        stream.send(b"not that")
+        rest = [await stream.receive()]
+        if rest == [b"FOUR"]:
+            rest.append(await stream.receive())
+        assert taken[2:] + rest == [b"FOUR", b"NOT THAT"]
+
+
+async def test_what_who_takes_messages_raises_the_reader_gets(peer: Peer, calls: Calls) -> None:
+    def fail(message: bytes) -> bool:
+        raise LookupError(message)
+
+    async with calls.stream("/t/talk", b"one", timeout_s=TIMEOUT_S) as stream:
+        assert await stream.receive() == b"ONE"
+        stream.offer_to(fail)
+        stream.send(b"two")
+        with pytest.raises(LookupError, match="TWO"):
+            await stream.receive()
+    assert await calls.unary("/t/echo", b"still there", TIMEOUT_S) == b"still there"
+
+
+async def test_a_call_that_was_begun_is_on_its_way_before_it_is_awaited(peer: Peer, calls: Calls) -> None:
+    assert calls.begin("/t/echo", b"nobody is there yet", TIMEOUT_S) is None
+    assert await calls.unary("/t/echo", b"now", TIMEOUT_S) == b"now"
+    call, late = calls.begin("/t/echo", b"one", TIMEOUT_S), calls.begin("/t/hang", b"", 0.05)
+    assert call is not None
+    assert late is not None
+    await asyncio.wait_for(peer.hanging.wait(), TIMEOUT_S)  # though nobody awaits its answer
+    assert await call.answer() == b"one"
+    with pytest.raises(TimeoutError):
+        await late.answer()
+    await asyncio.wait_for(peer.cancelled.wait(), TIMEOUT_S)
 
 
 async def test_metadata_and_deadline_reach_the_peer(peer: Peer, calls: Calls) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from random import Random
 from typing import TypeVar, cast
@@ -161,6 +161,9 @@ class SimulatedWatching(Watching):
                 return cast("pb.WatchResponse", self._next())
             self._news.clear()
             await self._news.wait()
+
+    def offer_to(self, take: Callable[[pb.WatchResponse], bool]) -> None:
+        """Everything here comes by ``receive``."""
 
     async def request_progress(self) -> None:
         self._answers.append(_Response(_Header(min(self._sent, self._shown))))

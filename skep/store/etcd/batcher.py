@@ -13,7 +13,7 @@ again.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
@@ -24,7 +24,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, decoded_ring
 from skep.store.etcd.client import Client
 from skep.store.etcd.errors import Busy, Uncertain
-from skep.store.etcd.requests import Witness, batch_txn, etcd_key, is_clear, is_fence_fallen, nested_txn
+from skep.store.etcd.requests import Witness, etcd_key, fill_txn, guard, is_clear, is_fence_fallen
 from skep.store.interface import NotLeader
 from skep.store.proposal import Footprint, Proposal
 from skep.store.replica import Replica
@@ -118,6 +118,21 @@ def next_entry(queue: deque[Pending], away: list[Footprint]) -> Entry:
     return entry
 
 
+class Sending:
+    """An entry on its way, or about to be: ``answer`` is there as soon as it has left.
+
+    ``loads``: how often the replica had been loaded anew before; ``ring_revision``: of the key ring, at the same time.
+    """
+
+    def __init__(self, entry: Entry, loads: int, ring_revision: int) -> None:
+        self.entry = entry
+        self.loads = loads
+        self.ring_revision = ring_revision
+        self.request = pb.TxnRequest()
+        self.witnesses: list[Witness] = []
+        self.answer: Awaitable[pb.TxnResponse] | None = None
+
+
 class Batcher:
     """Sends proposals.  ``run`` must be running."""
 
@@ -139,8 +154,8 @@ class Batcher:
         self._backoff = backoff
         self._queue: deque[Pending] = deque()
         self._away: list[Footprint] = []
-        self._idle: deque[asyncio.Future[None]] = deque()
-        """Those who send and have found nothing that may go now."""
+        self._idle: deque[asyncio.Future[Sending]] = deque()
+        """Those who see to entries and have none."""
         self._witnesses: dict[bytes, tuple[Witness, Pending]] = {}
         self._seen: dict[Pending, int] = {}
 
@@ -155,7 +170,7 @@ class Batcher:
             raise ResourceExhausted("too many writes are waiting for the store")
         pending = [Pending(proposal, fence) for proposal in proposals]
         self._queue.extend(pending)
-        self._wake_one()
+        self._send_on()
         try:
             return [await one.outcome for one in pending]
         finally:
@@ -167,7 +182,7 @@ class Batcher:
         await self._move_ticket()
         async with asyncio.TaskGroup() as group:
             for number in range(IN_FLIGHT):
-                group.create_task(self._send_entries(), name=f"batcher-{number}")
+                group.create_task(self._see_to_entries(), name=f"batcher-{number}")
 
     def observe(self, key: bytes, value: bytes | None, revision: int) -> None:
         """The replica has met this write.  Called before it shows in the replica.
@@ -181,38 +196,61 @@ class Batcher:
             if value is not None and not is_clear(key):
                 found[1].resolve(Committed(revision))
 
-    async def _send_entries(self) -> None:
+    async def _see_to_entries(self) -> None:
         while True:
+            given: asyncio.Future[Sending] = asyncio.get_running_loop().create_future()
+            self._idle.append(given)
+            self._send_on()
+            sending = await given
+            try:
+                await self._see_to(sending)
+            finally:
+                self._away.remove(sending.entry.footprint)
+
+    def _send_on(self) -> None:
+        """Give entries of what may go now to those who are idle.
+
+        A small one leaves before this returns, and not when the turn of who sees to it comes in the event loop.
+        """
+        while self._queue and self._idle:
+            if self._idle[0].done():
+                self._idle.popleft()  # it ends
+                continue
             entry = next_entry(self._queue, self._away)
             if not entry.pending:
-                self._idle.append(asyncio.get_running_loop().create_future())
-                await self._idle[-1]
-                continue
-            if self._queue:
-                self._wake_one()  # what is left may fit beside this entry
+                return
             self._away.append(entry.footprint)
-            try:
-                await self._send(entry)
-            finally:
-                self._away.remove(entry.footprint)
+            sending = Sending(entry, self._replica.resets, self._cipher.ring_revision)
+            self._idle.popleft().set_result(sending)
+            if len(entry.pending) < BREATH:
+                for pending in entry.pending:
+                    self._encode(pending, sending)
+                self._send(sending)
 
-    async def _send(self, entry: Entry) -> None:
-        nested: list[pb.TxnRequest] = []
-        witnesses: list[Witness] = []
-        for pending in entry.pending:
-            if len(nested) % BREATH == BREATH - 1:
-                await asyncio.sleep(0)  # others' turn; this entry is already counted as on its way
-            txn, witness = nested_txn(pending.proposal, pending.fence, self._cipher)
-            nested.append(txn)
-            witnesses.append(witness)
-            self._witnesses[witness.key] = (witness, pending)
-        loads = self._replica.resets
+    def _encode(self, pending: Pending, sending: Sending) -> None:
+        txn = sending.request.success.add().request_txn
+        witness = fill_txn(txn, pending.proposal, pending.fence, self._cipher)
+        sending.witnesses.append(witness)
+        self._witnesses[witness.key] = (witness, pending)
+
+    def _send(self, sending: Sending) -> None:
+        sending.request.MergeFrom(guard(self._ticket, self._ticket_revision, sending.ring_revision))
+        sending.answer = self._client.txn(sending.request)
+
+    async def _see_to(self, sending: Sending) -> None:
+        entry = sending.entry
         try:
-            request = batch_txn(nested, self._ticket, self._ticket_revision, self._cipher.ring_revision)
-            reply = await self._client.txn(request)
+            for pending in entry.pending[len(sending.witnesses) :]:
+                self._encode(pending, sending)
+                if len(sending.witnesses) % BREATH == 0:
+                    await asyncio.sleep(0)  # others' turn; this entry is already counted as on its way
+            if sending.answer is None:
+                self._send(sending)
+            assert sending.answer is not None, "it was just sent"
+            reply = await sending.answer
         except Uncertain as error:
             log.warning("outcome of writes unknown", proposals=len(entry.pending), error=str(error))
-            await self._settle(entry, loads)
+            await self._settle(entry, sending.loads)
         except Busy:
             await self._backoff().sleep(self._clock)
             self._requeue(entry.pending)
@@ -222,7 +260,7 @@ class Batcher:
         else:
             self._answer(entry, reply)
         finally:
-            for pending, witness in zip(entry.pending, witnesses, strict=True):
+            for pending, witness in zip(entry.pending, sending.witnesses, strict=False):
                 self._seen.pop(pending, None)
                 del self._witnesses[witness.key]
 
@@ -277,12 +315,4 @@ class Batcher:
 
     def _requeue(self, pending: list[Pending]) -> None:
         self._queue.extendleft(reversed(pending))
-        self._wake_one()
-
-    def _wake_one(self) -> None:
-        """Have somebody look at the queue, unless all are sending: who has done that looks by itself."""
-        while self._idle:
-            waiter = self._idle.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
+        self._send_on()

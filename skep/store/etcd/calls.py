@@ -9,7 +9,7 @@ The peer is trusted not to fill the memory with one message, and to take any num
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from struct import Struct
@@ -51,11 +51,21 @@ class Calls:
 
     async def unary(self, path: str, request: bytes, timeout_s: float) -> bytes:
         """The answer to ``request``.  Raises: CallFailed; TimeoutError; OSError: no connection, or it broke."""
-        async with asyncio.timeout(timeout_s):
-            connection = await self._connected()
-            with connection.stream() as stream:
-                stream.begin(headers.request_block(path, timeout_s), request, is_last=True)
-                return await stream.only_message()
+        call = self.begin(path, request, timeout_s)
+        if call is None:
+            deadline = asyncio.get_running_loop().time() + timeout_s
+            async with asyncio.timeout_at(deadline):
+                connection = await self._connected()
+            left_s = deadline - asyncio.get_running_loop().time()
+            call = Call(connection, headers.request_block(path, timeout_s), request, left_s)
+        return await call.answer()
+
+    def begin(self, path: str, request: bytes, timeout_s: float) -> "Call | None":
+        """Send ``request`` now, and have its answer awaited later.  None: no connection stands."""
+        connection = self._connection
+        if connection is None or connection.is_lost or connection.is_used_up:
+            return None
+        return Call(connection, headers.request_block(path, timeout_s), request, timeout_s)
 
     @asynccontextmanager
     async def stream(
@@ -86,6 +96,25 @@ class Calls:
         return self._connection
 
 
+class Call:
+    """A request that was sent, whose one answer is to be awaited."""
+
+    def __init__(self, connection: "_Connection", block: bytes, request: bytes, timeout_s: float) -> None:
+        self._connection = connection
+        self._stream = connection.open()
+        # A timer alone costs a third of what asyncio.timeout does, which knows about tasks and cancelling.
+        self._expiry = asyncio.get_running_loop().call_later(timeout_s, self._stream.expire)
+        self._stream.begin(block, request, is_last=True)
+
+    async def answer(self) -> bytes:
+        """Raises: CallFailed; TimeoutError; Lost."""
+        try:
+            return await self._stream.only_message()
+        finally:
+            self._expiry.cancel()
+            self._connection.close(self._stream)
+
+
 class Stream:
     """One call: messages out, messages in.  For one reader."""
 
@@ -102,8 +131,10 @@ class Stream:
         self._spent_bytes = 0
         """Of the peer's window, to be given back."""
         self._trailers: Mapping[str, str] | None = None
-        self._error: Lost | None = None
+        self._error: Exception | None = None
+        self._is_expired = False
         self._waiter: asyncio.Future[None] | None = None
+        self._taker: Callable[[bytes], bool] | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -144,11 +175,28 @@ class Stream:
     async def only_message(self) -> bytes:
         """The answer of a call that has one.  Raises: CallFailed, Lost."""
         while not self.has_ended:
+            if self._is_expired:
+                raise TimeoutError
             await self._changed()
-        message = await self.receive()
-        if message is None or await self.receive() is not None:
+        if self._error is not None:
+            raise self._error
+        if self._trailers is not None:
+            _check_status(self._trailers)
+        if len(self._messages) != 1:
             raise Lost("not one message in answer")
-        return message
+        return self._messages.popleft()
+
+    def expire(self) -> None:
+        """Who waits for the only message does so no longer."""
+        self._is_expired = True
+        self._wake()
+
+    def offer_to(self, taker: Callable[[bytes], bool]) -> None:
+        """Messages that come while the reader waits are shown to ``taker`` first, and are done with if it says so.
+
+        What it raises, the reader gets.
+        """
+        self._taker = taker
 
     async def _changed(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -187,13 +235,25 @@ class Stream:
                 if begin + size > len(received):
                     break
                 start = begin + size
-                self._messages.append(bytes(received[begin:start]))
+                message = bytes(received[begin:start])
+                if not self._is_taken(message):
+                    self._messages.append(message)
         del self._partial[:start]
         if self._messages:
             self._unread_bytes += window_bytes
+            self._wake()
         else:
             self._give_back(window_bytes)  # a message may be longer than the window
-        self._wake()
+
+    def _is_taken(self, message: bytes) -> bool:
+        if self._taker is None or self._messages or self._waiter is None or self._waiter.done():
+            return False
+        try:
+            return self._taker(message)
+        except Exception as error:  # the reader's business: it climbs there
+            self._error = error
+            self._wake()
+            return True
 
     def take_headers(self, headers: Mapping[str, str], *, is_last: bool) -> None:
         """Headers, or with ``is_last`` the trailers, which may come alone."""
@@ -227,21 +287,35 @@ class _Connection(asyncio.Protocol):
         self._begun: tuple[Frame, bytes] | None = None
         """A HEADERS frame that goes on in CONTINUATION frames, and its block so far."""
 
+    @property
+    def is_used_up(self) -> bool:
+        """Whether there is no id left for another call."""
+        return self._next_id > http2.STREAM_ID_MAX
+
     @contextmanager
     def stream(self) -> Iterator[Stream]:
-        """A call of the next id.  Raises: Lost: there are no more; a new connection begins anew."""
-        if self._next_id > http2.STREAM_ID_MAX:
+        """A call of the next id, until the end of the context.  Raises: as ``open``."""
+        stream = self.open()
+        try:
+            yield stream
+        finally:
+            self.close(stream)
+
+    def open(self) -> Stream:
+        """A call of the next id; ``close`` it.  Raises: Lost: there are no more; a new connection begins anew."""
+        if self.is_used_up:
             self.abort()
             raise Lost("all streams of the connection are used up")
         stream = Stream(self, self._next_id, self._stream_send_window)
         self._next_id += 2
         self._streams[stream.id] = stream
-        try:
-            yield stream
-        finally:
-            del self._streams[stream.id]
-            if not (stream.has_ended and stream.has_said_all):
-                self.write(http2.reset(stream.id, http2.Code.CANCEL))
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Be done with a call, whether it has ended or not."""
+        del self._streams[stream.id]
+        if not (stream.has_ended and stream.has_said_all):
+            self.write(http2.reset(stream.id, http2.Code.CANCEL))
 
     def write(self, data: bytes) -> None:
         """Send ``data``; what is sent after the connection was lost is lost, too."""

@@ -60,6 +60,8 @@ class Follower:
         self._backoff = backoff
         self._watching: Watching | None = None
         self._cluster_id = 0
+        self._held: list[pb.Event] = []
+        """Of a change that comes in fragments."""
         self._loaded = asyncio.Event()
         self._needs_load = True
 
@@ -137,7 +139,8 @@ class Follower:
 
     async def _follow(self) -> None:
         async with self._client.watch(PREFIX, self._replica.revision) as watching:
-            held: list[pb.Event] = []
+            self._held = []
+            watching.offer_to(self._is_taken_in)
             try:
                 while True:
                     response = await watching.receive()
@@ -145,13 +148,13 @@ class Follower:
                     if response.created:
                         self._watching = watching
                         self._backoff.reset()
-                    held.extend(response.events)
+                    self._held.extend(response.events)
                     if response.fragment:
                         continue
-                    await self._take_in(held)
-                    if not held and not response.created:
+                    await self._take_in(self._held)
+                    if not self._held and not response.created:
                         self._replica.advance(response.header.revision)
-                    held = []
+                    self._held = []
             finally:
                 self._watching = None
 
@@ -167,22 +170,41 @@ class Follower:
             # A watch from a future revision is accepted, and then silent for ever.
             raise Compacted("the store was restored to an older state")
 
+    def _is_taken_in(self, response: pb.WatchResponse) -> bool:
+        """Take in what is small and plain where it arrives; whether it was.  All else is for ``_follow``."""
+        events = response.events
+        if not 0 < len(events) < SLICE or self._held or response.fragment or response.created:
+            return False
+        try:
+            self._check(response)
+        except Unavailable:
+            return False
+        for revision, group in by_revision(events):
+            changes = (self._change(event, revision) for event in group)
+            self._replica.apply(revision, [change for change in changes if change is not None])
+        return True
+
     async def _take_in(self, events: list[pb.Event]) -> None:
         taken = 0
         for revision, group in by_revision(events):
             changes: list[KeyChange] = []
             for event in group:
-                is_delete = event.type == pb.Event.DELETE
-                if event.kv.key == _KEY_RING and not is_delete:
-                    self._use_key_ring(event.kv.value, event.kv.mod_revision)
-                self._observe(event.kv.key, None if is_delete else event.kv.value, revision)
-                change = change_of(event.kv, self._cipher, is_delete=is_delete)
+                change = self._change(event, revision)
                 if change is not None:
                     changes.append(change)
                 taken += 1
                 if taken % SLICE == 0:
                     await asyncio.sleep(0)
             self._replica.apply(revision, changes)
+
+    def _change(self, event: pb.Event, revision: int) -> KeyChange | None:
+        """What one key of the store has become; None: it cannot be read."""
+        kv = event.kv
+        is_delete = event.type == pb.Event.DELETE
+        if kv.key == _KEY_RING and not is_delete:
+            self._use_key_ring(kv.value, kv.mod_revision)
+        self._observe(kv.key, None if is_delete else kv.value, revision)
+        return change_of(kv, self._cipher, is_delete=is_delete)
 
     def _use_key_ring(self, encoded: bytes, revision: int) -> None:
         """Values encrypted with a new data key come after the ring that holds it."""

@@ -17,7 +17,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, KeyRing, decoded_ring, new_key_ring
 from skep.store.etcd.client import LOAD_S, Client
 from skep.store.etcd.errors import Uncertain
-from skep.store.etcd.requests import etcd_key, nested_txn
+from skep.store.etcd.requests import etcd_key, fill_txn
 from skep.store.interface import Transaction
 from skep.store.proposal import Proposal, Unchanged
 from skep.store.state import State
@@ -92,7 +92,8 @@ async def initialize_on(
             *first.puts,
         ),
     )
-    request, _ = nested_txn(founding, None, Cipher(ring, wrapping_key))
+    request = pb.TxnRequest()
+    fill_txn(request, founding, None, Cipher(ring, wrapping_key))
     try:
         reply = await client.txn(request, timeout_s=LOAD_S)
         is_in = reply.succeeded

@@ -1,6 +1,7 @@
 """Proposals as etcd's requests, etcd's keys as ours.  Pure but for the nonces of encryption."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import msgspec
 import structlog
@@ -35,38 +36,40 @@ class Witness(msgspec.Struct, frozen=True):
     value: bytes | None
 
 
-def nested_txn(proposal: Proposal, fence: int | None, cipher: Cipher) -> tuple[pb.TxnRequest, Witness]:
-    """One proposal as a transaction within a batch.  With a ``fence``, the failure branch reads the leader key."""
-    compare = [_compare(one) for one in proposal.compares]
-    failure: list[pb.RequestOp] = []
+def fill_txn(txn: pb.TxnRequest, proposal: Proposal, fence: int | None, cipher: Cipher) -> Witness:
+    """Write a proposal into an empty transaction.  With a ``fence``, the failure branch reads the leader key.
+
+    Messages are filled where they lie: one that is handed to another's constructor is copied with all that is in it.
+    """
+    for compare in proposal.compares:
+        _add_compare(txn, compare)
     if fence is not None:
-        compare.append(compared_leader(fence))
-        failure.append(_read(keys.LEADER))
-    success: list[pb.RequestOp] = []
+        _add_compare(txn, Unchanged(keys.LEADER, fence))
+        txn.failure.append(_READ_LEADER)
     witness: Witness | None = None
     for key, value in proposal.puts:
         name = etcd_key(key)
         stored = value if key.startswith(_CLEAR) else cipher.encrypt(name, value)
-        success.append(pb.RequestOp(request_put=pb.PutRequest(key=name, value=stored)))
+        put = txn.success.add().request_put
+        put.key = name
+        put.value = stored
         witness = witness or Witness(name, stored)
     for key in proposal.deletes:
         name = etcd_key(key)
-        success.append(pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=name)))
+        txn.success.add().request_delete_range.key = name
         witness = witness or Witness(name, None)
     assert witness is not None, "an empty proposal is never sent"
-    return pb.TxnRequest(compare=compare, success=success, failure=failure), witness
+    return witness
 
 
-def batch_txn(
-    nested: Iterable[pb.TxnRequest], ticket: str, ticket_revision: int, ring_revision: int
-) -> pb.TxnRequest:
-    """Many proposals in one raft entry, void as soon as this manager has moved its ticket or there is another key ring.
+@lru_cache(maxsize=4)
+def guard(ticket: str, ticket_revision: int, ring_revision: int) -> pb.TxnRequest:
+    """What makes an entry void as soon as this manager has moved its ticket or there is another key ring.
 
-    Its failure branch reads both.
+    Its failure branch reads both.  To be merged into the entry, not to be changed.
     """
     return pb.TxnRequest(
-        compare=[_compare(Unchanged(ticket, ticket_revision)), compared_ring(ring_revision)],
-        success=[pb.RequestOp(request_txn=txn) for txn in nested],
+        compare=[compared_key(etcd_key(ticket), ticket_revision), compared_ring(ring_revision)],
         failure=[
             _read(ticket),
             pb.RequestOp(request_range=pb.RangeRequest(key=etcd_key(keys.KEY_RING))),
@@ -76,12 +79,12 @@ def batch_txn(
 
 def compared_ring(revision: int) -> pb.Compare:
     """That the key ring is still the one of ``revision``."""
-    return _compare(Unchanged(keys.KEY_RING, revision))
+    return compared_key(etcd_key(keys.KEY_RING), revision)
 
 
 def compared_leader(revision: int) -> pb.Compare:
     """That the leader key is still the one of ``revision``, a term's fence; 0: that nobody has led yet."""
-    return _compare(Unchanged(keys.LEADER, revision))
+    return compared_key(etcd_key(keys.LEADER), revision)
 
 
 def compared_key(key: bytes, revision: int) -> pb.Compare:
@@ -132,12 +135,17 @@ def _read(key: str) -> pb.RequestOp:
     return pb.RequestOp(request_range=pb.RangeRequest(key=etcd_key(key), keys_only=True))
 
 
-def _compare(compare: Compare) -> pb.Compare:
+_READ_LEADER = _read(keys.LEADER)
+
+
+def _add_compare(txn: pb.TxnRequest, compare: Compare) -> None:
     match compare:
         case Unchanged(key, revision):
-            return compared_key(etcd_key(key), revision)
+            txn.compare.add(
+                key=etcd_key(key), target=pb.Compare.MOD, result=pb.Compare.EQUAL, mod_revision=revision
+            )
         case Exists(key, create_revision):
-            return pb.Compare(
+            txn.compare.add(
                 key=etcd_key(key),
                 target=pb.Compare.CREATE,
                 result=pb.Compare.EQUAL,
@@ -146,7 +154,7 @@ def _compare(compare: Compare) -> pb.Compare:
         case NothingSince(prefix, revision):
             first = etcd_key(prefix)
             # Of an empty range etcd compares a key of revision 0, which is older than any.
-            return pb.Compare(
+            txn.compare.add(
                 key=first,
                 range_end=prefix_end(first),
                 target=pb.Compare.MOD,

@@ -1,7 +1,7 @@
 """A new data key: new values use it at once, the leader re-encrypts the others, then the old keys go.
 
 The ring in the store says everything, so a rotation that was interrupted goes on with the next term: more than one
-key in the ring means that older values may be left.  Every write compares the ring it encrypted with (``batch_txn``),
+key in the ring means that older values may be left.  Every write compares the ring it encrypted with (``guard``),
 so nothing is written under an old key after the ring changed, and one pass over all keys finds everything.  What
 somebody else writes during the pass needs no second look.
 

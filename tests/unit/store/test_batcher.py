@@ -229,3 +229,59 @@ async def test_no_more_than_two_entries_are_on_their_way():
             assert await proposing[revision - 2] == [Committed(revision)]
         for one in proposing[2:]:
             one.cancel()
+
+
+class Taking(Unanswering):
+    """etcd whose calls are on their way as soon as they are made, as those of the real client."""
+
+    def txn(self, request: pb.TxnRequest) -> asyncio.Future[pb.TxnResponse]:  # type: ignore[override]
+        self.entries.put_nowait(request)
+        return asyncio.get_running_loop().create_future()
+
+
+async def test_a_small_entry_has_left_before_its_proposer_waits():
+    client = Taking()
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        first = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/0", b"v"),))], None))
+        await client.entries.get()  # those who send are there now
+        second = batcher.propose([Proposal(puts=(("o/a/1", b"v"),))], None)
+        second.send(None)  # up to its first wait
+        assert client.entries.get_nowait().success[0].request_txn.success[0].request_put.key == etcd_key(
+            "o/a/1"
+        )
+        second.close()
+        first.cancel()
+
+
+async def test_proposals_that_come_together_go_together_whoever_has_come_first():
+    client = Taking()
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
+        proposing = asyncio.create_task(batcher.propose(many, None))
+        entry = await client.entries.get()
+        assert [txn.request_txn.success[0].request_put.key for txn in entry.success] == [
+            etcd_key(f"o/a/{number}") for number in range(60)
+        ]
+        proposing.cancel()
+
+
+async def test_an_entry_compares_the_ring_of_before_its_first_value_was_encrypted():
+    """A new ring that comes while a long entry is being encoded voids it: its first values are under the old key."""
+    client = Taking()
+    key = new_wrapping_key()
+    cipher = Cipher(new_key_ring(key), key, 5)
+    batcher = Batcher(client, cipher, Replica(), "w/m1", SystemClock(), lambda: Backoff(0.01, 0.1))  # type: ignore[arg-type]
+    async with asyncio.TaskGroup() as group, asyncio.timeout(5):
+        running = group.create_task(batcher.run())
+        many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
+        proposing = group.create_task(batcher.propose(many, None))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert client.entries.empty()  # it is under way, and has given way to others
+        cipher.use(cipher.new_ring(), 6)
+        entry = await client.entries.get()
+        assert [
+            compare.mod_revision for compare in entry.compare if compare.key == etcd_key("meta/keys")
+        ] == [5]
+        proposing.cancel()
+        running.cancel()
