@@ -22,16 +22,17 @@ IdSource = Callable[[], str]
 """Gives a fresh object id at each call."""
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_PAIRS = [first + second for first in _DIGITS for second in _DIGITS]
 ID_LENGTH = 25
 
 
 def base36(number: int, width: int) -> str:
     """``number`` in lower-case base 36, left-padded with zeros to ``width`` characters."""
-    digits = []
+    pairs = []
     while number:
-        number, rest = divmod(number, 36)
-        digits.append(_DIGITS[rest])
-    return "".join(reversed(digits)).rjust(width, "0")
+        number, rest = divmod(number, 36 * 36)
+        pairs.append(_PAIRS[rest])
+    return "".join(reversed(pairs)).lstrip("0").rjust(width, "0")
 
 
 def new_id() -> str:

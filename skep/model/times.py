@@ -6,6 +6,7 @@ Timestamps of different machines are shown, never subtracted (DESIGN, "Failure r
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, NewType
 
 import msgspec
@@ -37,9 +38,13 @@ _PATTERN = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(
 def timestamp(unix_ns: int) -> Timestamp:
     """The point ``unix_ns`` nanoseconds after the epoch, without trailing zeros (Go's RFC3339Nano)."""
     seconds, nanoseconds = divmod(unix_ns, SECOND_NS)
-    text = datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat(timespec="seconds")
     fraction = f".{nanoseconds:09d}".rstrip("0").rstrip(".") if nanoseconds else ""
-    return Timestamp(f"{text}{fraction}Z")
+    return Timestamp(f"{_second(seconds)}{fraction}Z")
+
+
+@lru_cache(maxsize=16)
+def _second(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).replace(tzinfo=None).isoformat(timespec="seconds")
 
 
 def moment(unix_ns: int) -> datetime:

@@ -6,9 +6,9 @@ older than the call, so that a lagging replica cannot say "not found" of what wa
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
+from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -247,11 +247,24 @@ def _swapped(body: Callable[[Transaction, T], R], item: T, tx: Transaction) -> R
     return body(tx, item)
 
 
-@asynccontextmanager
-async def within_deadline(seconds: float = DEADLINE_S) -> AsyncIterator[None]:
-    """Raises: Unavailable: the block took longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise Unavailable(NO_LEADER) from error
+class within_deadline:  # noqa: N801 (it is used like a function)
+    """Raises: Unavailable: the block took longer.
+
+    A class, since a generator behind a context manager costs a small request more than the timeout itself.
+    """
+
+    def __init__(self, seconds: float = DEADLINE_S) -> None:
+        self._timeout = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+            if isinstance(error, TimeoutError):
+                raise error
+        except TimeoutError as late:
+            raise Unavailable(NO_LEADER) from late

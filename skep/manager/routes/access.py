@@ -12,7 +12,7 @@ from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
-from skep.errors import InvalidArgument, Unavailable
+from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.control.names import NameSource
 from skep.manager.events import ClusterEvents
 from skep.model.ids import IdSource
@@ -69,8 +69,11 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
         self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Run an operation of ``manager.control``; its errors get the wording of SwarmKit's API."""
-        with rpc_errors(), self.own_trouble():
+        try:
             return await self.store.update(operation, *args, **kwargs)
+        except SkepError:
+            with rpc_errors(), self.own_trouble():
+                raise
 
     @contextmanager
     def own_trouble(self) -> Iterator[None]:
