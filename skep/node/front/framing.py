@@ -4,6 +4,7 @@ Whatever could be read in two ways (a length twice, a length beside chunks, fold
 behind us must see the same messages as we do.
 """
 
+import re
 from collections.abc import Iterable
 
 import msgspec
@@ -105,6 +106,47 @@ def _parse(raw: bytes) -> Head:
     return Head(first_line, tuple(headers))
 
 
+class PlainRequest(msgspec.Struct, frozen=True):
+    """As much as is asked of a request that goes on as it came.  ``body_bytes``: at most 99,999."""
+
+    method: str
+    target: str
+    body_bytes: int
+
+
+def plain_request(raw: bytes) -> PlainRequest | None:
+    """A request that has its body's length at most, and says nothing about the connection; None: another, or none.
+
+    Such a one need not be taken apart: what ``parse_request`` and ``body_of_request`` say of it is known.
+    """
+    match = _PLAIN_REQUEST.fullmatch(raw)
+    if match is None:
+        return None
+    method, target, length = match.groups()
+    return PlainRequest(method.decode(), target.decode(), int(length or 0))
+
+
+def plain_answer_bytes(raw: bytes) -> int | None:
+    """The length of the body behind the head of a likewise plain answer to a GET, POST, PUT or DELETE."""
+    match = _PLAIN_ANSWER.fullmatch(raw)
+    return int(match[1]) if match is not None else None
+
+
+_OTHER_LINES = (
+    rb"(?:(?!content-length:|transfer-encoding:|connection:|keep-alive:|expect:|upgrade:)"
+    rb"[!#-'*+.0-9A-Z^-z|~-]+:[^\r\n\0]*\r\n)*"
+)
+_LENGTH_LINE = rb"content-length:[ \t]*([0-9]{1,5})[ \t]*\r\n"
+_PLAIN_REQUEST = re.compile(
+    rb"(GET|POST|PUT|DELETE) (/[!-~]*) HTTP/1\.1\r\n(?i:%s(?:%s%s)?)\r\n"
+    % (_OTHER_LINES, _LENGTH_LINE, _OTHER_LINES)
+)
+_PLAIN_ANSWER = re.compile(
+    rb"HTTP/1\.1 (?!204|304)[2-5][0-9][0-9] [^\r\n\0]*\r\n(?i:%s%s%s)\r\n"
+    % (_OTHER_LINES, _LENGTH_LINE, _OTHER_LINES)
+)
+
+
 class Body:
     """Finds the end of one body in a stream of bytes.
 
@@ -135,20 +177,20 @@ class UntilClose(Body):
 
 
 class Sized(Body):
-    """Ends after so many bytes; ``missing``: are still to come."""
+    """Ends after so many bytes."""
 
     def __init__(self, length: int) -> None:
-        self.missing = length
+        self._missing = length
         self.is_complete = length == 0
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
-        mine, rest = data[: self.missing], data[self.missing :]
-        self.missing -= len(mine)
-        self.is_complete = self.missing == 0
+        mine, rest = data[: self._missing], data[self._missing :]
+        self._missing -= len(mine)
+        self.is_complete = self._missing == 0
         return mine, rest
 
     def ends_within(self, size: int) -> bool:
-        return self.missing <= size
+        return self._missing <= size
 
 
 class Chunked(Body):

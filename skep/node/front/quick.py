@@ -11,33 +11,27 @@ from collections.abc import Callable
 
 import msgspec
 
-from skep.errors import SkepError
-from skep.node.front.framing import (
-    Body,
-    Request,
-    Response,
-    Sized,
-    body_of_request,
-    body_of_response,
-    parse_request,
-    parse_response,
-)
-from skep.node.front.relay import SMALL_BODY, Connections, sent_on
+from skep.node.front.framing import PlainRequest, Request, parse_request, plain_answer_bytes, plain_request
+from skep.node.front.relay import SMALL_BODY, Connections
 from skep.node.front.side import Side
 
 
 class UnderWay(msgspec.Struct, frozen=True):
-    """A whole request that ``manager`` was sent, in these bytes, and whose answer is still to be passed on."""
+    """A request that ``manager`` was sent, whole, and whose answer is still to be passed on."""
 
-    request: Request
     sent: bytes
+    head_bytes: int
     manager: Side
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return parse_request(self.sent[: self.head_bytes])
 
 
 class _Waiting(msgspec.Struct, frozen=True):
     """A request whose body is still to arrive.  ``size_bytes``: with its head."""
 
-    request: Request
     head_bytes: int
     size_bytes: int
 
@@ -46,11 +40,11 @@ class QuickRelay:
     """Serves one client's connection for as long as its requests are small ones to the manager.
 
     Args:
-        is_for_manager: whether the manager answers a request, and may be asked.
+        is_for_manager: whether the manager answers a request of this method and target, and may be asked.
     """
 
     def __init__(
-        self, client: Side, connections: Connections, is_for_manager: Callable[[Request], bool]
+        self, client: Side, connections: Connections, is_for_manager: Callable[[str, str], bool]
     ) -> None:
         self._client = client
         self._connections = connections
@@ -86,18 +80,14 @@ class QuickRelay:
         """Something has arrived from the client, or it has closed."""
         if self._needed is None or self._needed.done():
             return
-        if self._client.has_ended:
-            self._leave()
-        elif self._under_way is None and self._client.waiting_bytes:
-            try:
-                is_left = not self._passed_on()
-            except SkepError:
-                is_left = True  # the task meets the same error, and knows what to say
-            if is_left:
-                self._leave()
+        if not self._client.has_ended:
+            is_idle = self._under_way is None and self._client.waiting_bytes
+            if not is_idle or self._is_passed_on():
+                return
+        self._leave()
 
-    def _passed_on(self) -> bool:
-        """Whether the next request is on its way, or can be as soon as it is whole.  Raises: SkepError."""
+    def _is_passed_on(self) -> bool:
+        """Whether the next request is on its way, or can be as soon as it is whole."""
         waiting = self._waiting or self._next()
         if waiting is None:
             return False
@@ -110,50 +100,40 @@ class QuickRelay:
         if not manager.has_room:
             self._connections.keep(manager)
             return False
-        whole = self._client.take(waiting.size_bytes)
-        sent = sent_on(waiting.request) + whole[waiting.head_bytes :]
+        sent = self._client.take(waiting.size_bytes)
         self._waiting = None
-        self._under_way = UnderWay(waiting.request, sent, manager)
+        self._under_way = UnderWay(sent, waiting.head_bytes, manager)
         manager.watch(self._manager_said)
         manager.transport.write(sent)
         return True
 
     def _next(self) -> _Waiting | None:
-        """The request that has begun to arrive, if it is one for us.  Raises: Malformed."""
+        """The request that has begun to arrive, if it is one for us."""
         raw = self._client.next_head()
-        if raw is None:
+        asked = plain_request(raw) if raw is not None else None
+        if raw is None or asked is None or not self._is_ours(asked):
             return None
-        request = parse_request(raw)
-        body_bytes = _small(body_of_request(request))
-        if body_bytes is None or request.head.is_last or request.upgrades or request.head.all(b"expect"):
-            return None
-        if not self._is_for_manager(request):
-            return None
-        return _Waiting(request, len(raw), len(raw) + body_bytes)
+        return _Waiting(len(raw), len(raw) + asked.body_bytes)
+
+    def _is_ours(self, asked: PlainRequest) -> bool:
+        return asked.body_bytes <= SMALL_BODY and self._is_for_manager(asked.method, asked.target)
 
     def _manager_said(self) -> None:
         """Something has arrived from the manager, or it has closed."""
-        under_way = self._under_way
-        if under_way is None:
+        if self._under_way is None:
             return
-        try:
-            is_passed_on = self._answered(under_way)
-        except SkepError:
-            is_passed_on = False
-        if not is_passed_on:
-            self._leave()
-        elif self._under_way is None:
+        if self._is_answered(self._under_way.manager):
             self._client_said()  # a request sent ahead may wait
+        else:
+            self._leave()
 
-    def _answered(self, under_way: UnderWay) -> bool:
-        """Whether the answer is passed on, or can be as soon as it is whole.  Raises: SkepError."""
-        manager = under_way.manager
+    def _is_answered(self, manager: Side) -> bool:
+        """Whether the answer is passed on, or can be as soon as it is whole."""
         raw = manager.next_head()
-        if raw is None or manager.has_ended or not self._client.has_room:
+        body_bytes = plain_answer_bytes(raw) if raw is not None else None
+        if raw is None or body_bytes is None or body_bytes > SMALL_BODY:
             return False
-        response = parse_response(raw)
-        body_bytes = _small(body_of_response(response, under_way.request.method))
-        if body_bytes is None or not _is_plain(response):
+        if manager.has_ended or not self._client.has_room:
             return False
         size_bytes = len(raw) + body_bytes
         if manager.waiting_bytes < size_bytes:
@@ -163,15 +143,3 @@ class QuickRelay:
         manager.watch(None)
         self._connections.keep(manager)
         return True
-
-
-def _small(body: Body) -> int | None:
-    """The length of a body that is known to be small; None: it may be long."""
-    if isinstance(body, Sized) and body.ends_within(SMALL_BODY):
-        return body.missing
-    return 0 if body.is_complete else None
-
-
-def _is_plain(response: Response) -> bool:
-    """Whether a response is the only and last word to its request, and says nothing about the connection."""
-    return response.status >= 200 and not response.head.is_last

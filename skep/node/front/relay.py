@@ -111,7 +111,7 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
         Malformed: the request's framing; nothing was sent to the client.
     """
     body = body_of_request(request)
-    head = sent_on(request)
+    head = request.head.with_headers(without=(b"connection", b"keep-alive"))
     if body.ends_within(SMALL_BODY) and not request.head.all(b"expect"):
         head += await _whole_body(client, body)  # one write, and the manager reads all of it at once
     repeatable = request.method in _REPEATABLE and body.is_complete
@@ -124,11 +124,6 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
     if manager is None:
         manager = await connections.fresh()
     return await _exchange(client, request, head, body, manager, connections)
-
-
-def sent_on(request: Request) -> bytes:
-    """The head of ``request`` as the manager gets it."""
-    return request.head.with_headers(without=(b"connection", b"keep-alive"))
 
 
 async def go_on(client: Side, request: Request, sent: bytes, manager: Side, connections: Connections) -> bool:

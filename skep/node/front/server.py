@@ -168,10 +168,10 @@ class Front:
         await client.linger()  # it may still be sending a body that the manager did not want to read
         return False
 
-    def _is_for_manager(self, request: Request) -> bool:
-        """Whether the manager answers ``request``, and there is no word against asking it."""
+    def _is_for_manager(self, method: str, target: str) -> bool:
+        """Whether the manager answers ``method`` on ``target``, and there is no word against asking it."""
         return (
-            route(request.method, request.target, self._knowledge) is Destination.MANAGER
+            route(method, target, self._knowledge) is Destination.MANAGER
             and self._membership.manager_refusal() is None
         )
 

@@ -10,12 +10,15 @@ from skep.node.front.framing import (
     Chunked,
     Malformed,
     NoBody,
+    PlainRequest,
     Sized,
     UntilClose,
     body_of_request,
     body_of_response,
     parse_request,
     parse_response,
+    plain_answer_bytes,
+    plain_request,
 )
 
 
@@ -55,6 +58,98 @@ def test_the_absolute_form_of_a_target_is_understood() -> None:
 def test_what_is_no_request_is_refused(lines: tuple[str, ...]) -> None:
     with pytest.raises(Malformed):
         parse_request(head(*lines))
+
+
+_FIRST_LINES = (
+    "GET /tasks HTTP/1.1",
+    "POST /v1.41/services/create?a=b HTTP/1.1",
+    "get / HTTP/1.1",
+    "GET / HTTP/1.0",
+)
+_LINES = (
+    "Host: docker",
+    "content-length: 17",
+    "CONTENT-LENGTH:\t4 ",
+    "Content-Length: 4, 4",
+    "Content-Length: x",
+    "Content-Length : 4",
+    "X-Content-Length: 5",
+    "Transfer-Encoding: chunked",
+    "Connection: keep-alive",
+    "Keep-Alive: 5",
+    "Expect: 100-continue",
+    "Upgrade: tcp",
+    " folded: yes",
+    "X-Registry-Auth: \u00fc\t,",
+    "A: b\nB: c",
+    "nothing",
+)
+
+
+@given(st.sampled_from(_FIRST_LINES), st.lists(st.sampled_from(_LINES), max_size=4))
+def test_a_plain_request_is_what_the_parser_says_it_is(first_line, lines):
+    raw = head(first_line, *lines)
+    plain = plain_request(raw)
+    if plain is None:
+        return
+    request = parse_request(raw)
+    assert (plain.method, plain.target) == (request.method, request.target)
+    body = body_of_request(request)
+    assert body.ends_within(plain.body_bytes)
+    assert plain.body_bytes == 0 or not body.ends_within(plain.body_bytes - 1)
+    assert not request.upgrades
+    assert not request.head.is_last
+    assert not request.head.all(b"expect")
+    assert request.head.with_headers(without=(b"connection", b"keep-alive")).lower() == _without_blanks(raw)
+
+
+def _without_blanks(raw: bytes) -> bytes:
+    """A head in lower case, its values without outer blanks."""
+    first_line, *lines = raw.removesuffix(b"\r\n\r\n").lower().split(b"\r\n")
+    pairs = [line.partition(b":") for line in lines]
+    return b"\r\n".join([first_line, *(name + b": " + value.strip(b" \t") for name, _, value in pairs)]) + (
+        b"\r\n\r\n"
+    )
+
+
+@given(
+    st.sampled_from(["HTTP/1.1 201 Created", "HTTP/1.1 204 No Content", "HTTP/1.1 101 X", "HTTP/1.0 200 OK"]),
+    st.lists(st.sampled_from(_LINES), max_size=4),
+)
+def test_a_plain_answer_is_what_the_parser_says_it_is(first_line, lines):
+    raw = head(first_line, *lines)
+    body_bytes = plain_answer_bytes(raw)
+    if body_bytes is None:
+        return
+    response = parse_response(raw)
+    body = body_of_response(response, "POST")
+    assert isinstance(body, Sized)
+    assert body.ends_within(body_bytes)
+    assert body_bytes == 0 or not body.ends_within(body_bytes - 1)
+    assert response.status >= 200
+    assert not response.head.is_last
+
+
+def test_what_clients_and_managers_usually_send_is_plain():
+    asked = plain_request(
+        head(
+            "POST /v1.41/services/create HTTP/1.1",
+            "Host: docker",
+            "User-Agent: Docker-Client/20.10.24+dfsg1 (linux)",
+            "Content-Length: 231",
+            "Content-Type: application/json",
+            "X-Registry-Auth: e30=",
+        )
+    )
+    assert asked == PlainRequest("POST", "/v1.41/services/create", 231)
+    assert plain_request(head("GET /services HTTP/1.1", "Host: d")) == PlainRequest("GET", "/services", 0)
+    answer = (
+        "Content-Type: application/json",
+        "Api-Version: 1.41",
+        "Content-Length: 35",
+        "Server: Skep/0.1.0",
+    )
+    assert plain_answer_bytes(head("HTTP/1.1 201 Created", *answer)) == 35
 
 
 @pytest.mark.parametrize(
