@@ -12,7 +12,8 @@ from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError
 from grpclib.server import Server
 
-from skep.store.etcd.calls import CONNECTION_WINDOW, STREAM_WINDOW, CallFailed, Calls, Lost
+from skep.store.etcd.calls import Calls
+from skep.store.etcd.connection import CONNECTION_WINDOW, STREAM_WINDOW, CallFailed, Lost
 from tests.etcd_rig import Relay
 
 MEGABYTE = bytes(range(256)) * 4096

@@ -12,7 +12,8 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.calls import Calls, Stream
+from skep.store.etcd.calls import Calls
+from skep.store.etcd.connection import Stream
 from skep.store.etcd.errors import Uncertain, answers_of_etcd
 
 A = TypeVar("A", bound=Message)
