@@ -19,7 +19,7 @@ from skep.aio.clock import Clock
 from skep.api.errors import status_of
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.node.front.framing import Malformed, Request, parse_request
+from skep.node.front.framing import Malformed, Request, parse_request, plain_request
 from skep.node.front.quick import QuickRelay
 from skep.node.front.relay import Connections, go_on, relay
 from skep.node.front.routing import Destination, Knowledge, route
@@ -146,12 +146,12 @@ class Front:
 
     async def _answer(self, client: Side, raw: bytes) -> bool:
         """Have one request answered; whether this loop reads the next one of this connection.  Raises: SkepError."""
-        request = parse_request(raw)
-        match route(request.method, request.target, self._knowledge):
+        asked = plain_request(raw) or parse_request(raw)
+        match route(asked.method, asked.target, self._knowledge):
             case Destination.MANAGER:
-                return await self._ask_manager(client, request)
+                return await self._ask_manager(client, parse_request(raw))
             case Destination.ENGINE if self._engine_socket is not None:
-                await splice(client, request, self._engine_socket)
+                await splice(client, parse_request(raw), self._engine_socket)
                 return False
             case _:
                 self._hand_over(client, raw)
