@@ -116,7 +116,7 @@ def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> Ke
 
 def is_clear(key: bytes) -> bool:
     """Whether the value of this key (etcd's) is not encrypted."""
-    return key[len(PREFIX) :].startswith(tuple(prefix.encode() for prefix in _CLEAR))
+    return key.startswith(_CLEAR_IN_ETCD)
 
 
 def by_revision(events: Sequence[pb.Event]) -> Iterable[tuple[int, list[pb.Event]]]:
@@ -136,6 +136,7 @@ def _read(key: str) -> pb.RequestOp:
 
 
 _READ_LEADER = _read(keys.LEADER)
+_CLEAR_IN_ETCD = tuple(etcd_key(prefix) for prefix in _CLEAR)
 
 
 def _add_compare(txn: pb.TxnRequest, compare: Compare) -> None:
