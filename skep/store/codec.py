@@ -45,19 +45,36 @@ class PartCodec:
         self._defaults = (
             None if part == HEAD else {name: getattr(self._struct(), name) for name in self.fields}
         )
+        # A head's version is made anew whenever the head changes (`Writing._stamped`), and tells by itself.
+        self._is_versioned = part == HEAD and "version" in self.fields
+        self._telling = attrgetter("version") if self._is_versioned else self._get
         self._last: tuple[bytes | None, dict[str, Any], int] = (None, {}, 0)
         """What was decoded last: many tasks get the same status in one moment, and share it then."""
+        self._last_encoded: tuple[Any, bytes] = (object(), b"")
+        """The same of what was encoded, of a single field."""
         self._default_values = tuple(self._defaults.values()) if self._defaults is not None else None
 
     def encode(self, object: Object) -> bytes | None:
         """This part of ``object``; None when it holds nothing but defaults, and so needs no key."""
-        found = self._get(object)
-        values: tuple[Any, ...] = (found,) if self._is_single else found
+        values = self._get(object)
+        if self._is_single:
+            return self._encoded_single(object, values)
         if values == self._default_values:
             return None
         if self.is_answer:
             values = (*values, _answered(object))
         return _encode(self._struct(*values))
+
+    def _encoded_single(self, object: Object, value: Any) -> bytes | None:
+        if value is self._last_encoded[0]:
+            return self._last_encoded[1]
+        if self._default_values == (value,):
+            return None
+        if self.is_answer:
+            return _encode(self._struct(value, _answered(object)))
+        encoded = _encode(self._struct(value))
+        self._last_encoded = value, encoded
+        return encoded
 
     def decode(self, data: bytes) -> tuple[dict[str, Any], int]:
         """The fields of this part, not to be changed, and the spec version it answers (0: none).
@@ -78,8 +95,8 @@ class PartCodec:
 
     def is_same(self, one: Object, other: Object) -> bool:
         """Whether two objects agree in this part."""
-        first, second = self._get(one), self._get(other)
-        return first is second or bool(first == second)
+        first, second = self._telling(one), self._telling(other)
+        return first is second or (not self._is_versioned and bool(first == second))
 
 
 def values_of(fields: Iterable[str]) -> Callable[[Object], tuple[Any, ...]]:
@@ -87,8 +104,8 @@ def values_of(fields: Iterable[str]) -> Callable[[Object], tuple[Any, ...]]:
     fields = tuple(fields)
     if len(fields) > 1:
         return attrgetter(*fields)
-    (only,) = map(attrgetter, fields)
-    return lambda one: (only(one),)
+    getters = tuple(map(attrgetter, fields))
+    return lambda one: tuple(get(one) for get in getters)
 
 
 def codecs_of(schema: KindSchema) -> Mapping[str, PartCodec]:
@@ -108,6 +125,9 @@ def _field_like(known: msgspec.structs.FieldInfo) -> Any:
     """A field with the name and default that ``known`` has."""
     if known.default is not msgspec.NODEFAULT:
         return msgspec.field(name=known.encode_name, default=known.default)
+    if known.default_factory is not msgspec.NODEFAULT and not known.default_factory():
+        # What answers always show, even empty, need not be written: it would be read again for every object.
+        return msgspec.field(name=known.encode_name, default=known.default_factory())
     if known.default_factory is not msgspec.NODEFAULT:
         return msgspec.field(name=known.encode_name, default_factory=known.default_factory)
     return msgspec.field(name=known.encode_name)

@@ -28,7 +28,7 @@ class Draft:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._compares: dict[tuple[type[Compare], str], Compare] = {}
+        self._compares: dict[Compare, None] = {}
         self._puts: dict[str, bytes] = {}
         self._deletes: dict[str, None] = {}
 
@@ -39,24 +39,23 @@ class Draft:
     def write(self, table: Table, owner: Owner, base: Any, object: Any) -> None:
         """The parts of ``object`` that differ from ``base``, its references and shared claims."""
         kind, id = owner
+        head_key = keys.object_key(kind, id)
         is_head_written = False
-        marks = table.marks.get(id)
-        revisions = marks.revisions if marks is not None else {}
         for part, codec in table.codecs.items():
             if base is not None and codec.is_same(base, object):
                 continue
             if part == "spec" and isinstance(object, Task) and self._is_spec_stored(object):
                 continue
             value = codec.encode(object)
-            key = keys.object_key(kind, id, part)
-            known = revisions.get(part, 0)
+            key = f"{head_key}.{part}" if part else head_key
+            known = table.revision(id, part)
             if value is None and not known:
                 continue
             if value is not None and len(value) > MAX_OBJECT_BYTES:
                 raise ResourceExhausted(f"{kind} {id} is too large: {len(value)} of {MAX_OBJECT_BYTES} bytes")
             is_head_written |= part == HEAD
             if base is not None or part == HEAD:
-                self._compares.setdefault((Unchanged, key), Unchanged(key, known))
+                self._compares[Unchanged(key, known)] = None
             if value is None:
                 self._deletes[key] = None
             else:
@@ -89,12 +88,12 @@ class Draft:
         kind, id = owner
         for part in table.codecs:
             # A part first written meanwhile would outlive its object, so absent ones are compared too.
-            known = self._revision(table, id, part)
-            self._compare(Unchanged(keys.object_key(kind, id, part), known))
+            known = table.revision(id, part)
+            self._compares[Unchanged(keys.object_key(kind, id, part), known)] = None
             if known:
                 self._deletes[keys.object_key(kind, id, part)] = None
         if table.schema.is_referable:
-            self._compare(NothingSince(keys.reference_prefix(kind, id), self._state.revision))
+            self._compares[NothingSince(keys.reference_prefix(kind, id), self._state.revision)] = None
         self._members(owner, table.schema.references, base, None, keys.reference_key)
         self._members(
             owner, table.schema.shared_claims, base, None, lambda claim, user: keys.shared_key(claim, *user)
@@ -105,36 +104,36 @@ class Draft:
         held = self._state.holder(claim)
         if (held.owner if held is not None else None) == claimant:
             return
-        self._compare(Unchanged(claim, held.revision if held is not None else 0))
+        self._compares[Unchanged(claim, held.revision if held is not None else 0)] = None
         if claimant is None:
             self._deletes[claim] = None
         else:
             self._puts[claim] = "/".join(claimant).encode()
             if claim.startswith("p/"):
-                self._compare(NothingSince(keys.shared_prefix(claim), self._state.revision))
+                self._compares[NothingSince(keys.shared_prefix(claim), self._state.revision)] = None
 
     def rely_on(self, table: Table, id: str, parts: set[str] | None) -> None:
         """The object has not changed (in these parts); if there was none, there is none."""
         kind = table.schema.name
         if id not in table.objects:
-            self._compare(Unchanged(keys.object_key(kind, id), 0))
+            self._compares[Unchanged(keys.object_key(kind, id), 0)] = None
             return
         for part in table.codecs if parts is None else sorted(parts):
-            self._compare(Unchanged(keys.object_key(kind, id, part), self._revision(table, id, part)))
+            self._compares[Unchanged(keys.object_key(kind, id, part), table.revision(id, part))] = None
         if parts is not None and HEAD not in parts:
             self.expect((kind, id))
 
     def expect(self, owner: Owner) -> None:
         """The object still exists; one that this transaction creates needs no asking."""
         table = self._state.table_by_name[owner[0]]
-        marks = table.marks.get(owner[1])
-        if marks is not None:
-            self._compare(Exists(keys.object_key(*owner), marks.create_revision))
+        created = table.created.get(owner[1])
+        if created is not None:
+            self._compares[Exists(keys.object_key(*owner), created)] = None
 
     def proposal(self) -> Proposal:
         """The whole.  Raises: ResourceExhausted."""
         proposal = Proposal(
-            compares=tuple(self._compares.values()),
+            compares=tuple(self._compares),
             puts=tuple(self._puts.items()),
             deletes=tuple(key for key in self._deletes if key not in self._puts),
         )
@@ -167,14 +166,6 @@ class Draft:
     def _expect_unclaimed(self, claim: str, owner: Owner) -> None:
         held = self._state.holder(claim)
         if held is None:
-            self._compare(Unchanged(claim, 0))
+            self._compares[Unchanged(claim, 0)] = None
         elif held.owner == owner:
-            self._compare(Unchanged(claim, held.revision))
-
-    def _compare(self, compare: Compare) -> None:
-        where = compare.prefix if isinstance(compare, NothingSince) else compare.key
-        self._compares.setdefault((type(compare), where), compare)
-
-    def _revision(self, table: Table, id: str, part: str) -> int:
-        marks = table.marks.get(id)
-        return marks.revisions.get(part, 0) if marks is not None else 0
+            self._compares[Unchanged(claim, held.revision)] = None

@@ -94,23 +94,23 @@ class InUse(SkepError):
         self.users = users
 
 
-class Created(msgspec.Struct, frozen=True):
+class Created(msgspec.Struct, frozen=True, gc=False):
     object: Object
 
 
-class Updated(msgspec.Struct, frozen=True):
+class Updated(msgspec.Struct, frozen=True, gc=False):
     old: Object
     new: Object
 
 
-class Deleted(msgspec.Struct, frozen=True):
+class Deleted(msgspec.Struct, frozen=True, gc=False):
     object: Object
 
 
 Event: TypeAlias = Created | Updated | Deleted
 
 
-class Commit(msgspec.Struct, frozen=True):
+class Commit(msgspec.Struct, frozen=True, gc=False):
     """Everything that one revision changed, merged per object."""
 
     revision: int
@@ -241,7 +241,10 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     """Whether objects of other kinds may refer to this one, so that its removal has to ask."""
 
     indexes: Mapping[str, Callable[[Any], str | None]] = {}
-    """Index name -> value of an object (None: not in this index).  ``name`` is without regard to case."""
+    """Index name -> value of an object (None or empty: not in this index).  ``name`` is without regard to case."""
+
+    indexed_part: str = ""
+    """The part that all indexes look at; "" is the head.  While it stays as it is, so do they."""
 
     is_hidden: Callable[[Any], bool] = lambda _: False
     """Whether users no longer see it (a removed service)."""

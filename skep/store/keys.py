@@ -34,9 +34,7 @@ def object_key(kind: str, id: str, part: str = HEAD) -> str:
 def parsed_object_key(key: str) -> tuple[str, str, str]:
     """``(kind, id, part)`` of an ``o/`` key.  Object ids hold no full stop, so the first one ends the id."""
     _, kind, rest = key.split("/", 2)
-    if "." not in rest:
-        return kind, rest, HEAD
-    id, _, part = rest.partition(".")
+    id, _, part = rest.partition(".")  # without a full stop it is the head's, and the part is empty
     return kind, id, part
 
 

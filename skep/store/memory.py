@@ -68,12 +68,6 @@ class Faults(msgspec.Struct):
     is_cut: bool = False
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    value: bytes
-    revision: int
-    create_revision: int
-
-
 class MemoryCluster:
     """The keys all managers share, and who leads.
 
@@ -87,7 +81,7 @@ class MemoryCluster:
         """Replicas behind this revision have to load everything again."""
         self.stores: list[MemoryStore] = []
         self.incarnation = 1
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, KeyChange] = {}
         self._ranged: list[str] = []
         """Keys below prefixes that are compared as a whole, sorted."""
         self._history: list[tuple[int, tuple[KeyChange, ...]]] = []
@@ -102,8 +96,9 @@ class MemoryCluster:
         """Execute ``proposal`` as etcd would.  Raises: NotLeader: ``fence`` is not the leader key's revision."""
         if fence is not None and self._revision_of(LEADER) != fence:
             raise NotLeader("another manager leads")
-        if not all(map(self._holds, proposal.compares)):
-            return Conflict(self.revision)
+        for compare in proposal.compares:
+            if not self._holds(compare):
+                return Conflict(self.revision)
         self.revision += 1
         self._publish([*((key, None) for key in proposal.deletes), *proposal.puts])
         return Committed(self.revision)
@@ -113,10 +108,7 @@ class MemoryCluster:
         state = State()
         state.apply(
             self.revision,
-            [
-                KeyChange(key, entry.value, entry.revision, entry.create_revision)
-                for key, entry in sorted(self._entries.items())
-            ],
+            [self._entries[key] for key in sorted(self._entries)],
         )
         leader = self._entries.get(LEADER)
         return state, leader.value if leader else None
@@ -136,9 +128,10 @@ class MemoryCluster:
         return entry.revision if entry is not None else 0
 
     def _holds(self, compare: Unchanged | Exists | NothingSince) -> bool:
-        if isinstance(compare, Unchanged):
-            return self._revision_of(compare.key) == compare.revision
         match compare:
+            case Unchanged():
+                entry = self._entries.get(compare.key)
+                return (entry.revision if entry is not None else 0) == compare.revision
             case Exists(key, create_revision):
                 entry = self._entries.get(key)
                 return entry is not None and entry.create_revision == create_revision
@@ -163,11 +156,14 @@ class MemoryCluster:
                     del self._ranged[bisect_left(self._ranged, key)]
                 changes.append(KeyChange(key, None, self.revision))
             else:
-                created = old.create_revision if old else self.revision
-                self._entries[key] = _Entry(value, self.revision, created)
-                if old is None and key[0] in "rs":
-                    insort(self._ranged, key)
-                changes.append(KeyChange(key, value, self.revision, created))
+                if old is not None:
+                    key, created = old.key, old.create_revision
+                else:
+                    created = self.revision
+                    if key[0] in "rs":
+                        insort(self._ranged, key)
+                self._entries[key] = entry = KeyChange(key, value, self.revision, created)
+                changes.append(entry)
         self._history.append((self.revision, tuple(changes)))
         for store in self.stores:
             store.hear()

@@ -12,21 +12,21 @@ import msgspec
 from skep.store.keys import covering_prefix
 
 
-class Unchanged(msgspec.Struct, frozen=True):
+class Unchanged(msgspec.Struct, frozen=True, gc=False):
     """``key`` still has this modification revision; 0: it does not exist."""
 
     key: str
     revision: int
 
 
-class Exists(msgspec.Struct, frozen=True):
+class Exists(msgspec.Struct, frozen=True, gc=False):
     """``key`` is the one that was created at this revision, whatever was written to it since."""
 
     key: str
     create_revision: int
 
 
-class NothingSince(msgspec.Struct, frozen=True):
+class NothingSince(msgspec.Struct, frozen=True, gc=False):
     """No key below ``prefix`` was written after ``revision``.
 
     The proposer has seen what stood there at that revision, and found nothing in the way.
@@ -39,7 +39,7 @@ class NothingSince(msgspec.Struct, frozen=True):
 Compare: TypeAlias = Unchanged | Exists | NothingSince
 
 
-class Proposal(msgspec.Struct, frozen=True):
+class Proposal(msgspec.Struct, frozen=True, gc=False):
     """One transaction's effect.  Keys are without the store's prefix, values in clear."""
 
     compares: tuple[Compare, ...] = ()

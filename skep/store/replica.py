@@ -4,7 +4,7 @@ Feeding it (from etcd's watch, or from the memory cluster) is the business of it
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from heapq import heappop, heappush
 from itertools import count
@@ -36,9 +36,8 @@ class Replica:
         """The last revision that is wholly in here."""
         return self.state.revision
 
-    def apply(self, revision: int, changes: Iterable[KeyChange]) -> None:
+    def apply(self, revision: int, changes: Sequence[KeyChange]) -> None:
         """Take in one whole revision and tell everybody."""
-        changes = list(changes)
         for change in changes:
             if change.key == LEADER:
                 self.leader_record = change.value

@@ -7,6 +7,7 @@ Source: swarmkit, manager/controlapi/{service,network,secret,config}.go (conflic
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -111,7 +112,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         name="spec",
         type=SpecVersion,
         taken=_nothing_taken,
-        indexes={"service_id": lambda version: version.service_id},
+        indexes={"service_id": attrgetter("service_id")},
     ),
     KindSchema(
         name="service",
@@ -140,8 +141,8 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         taken=_nothing_taken,
         references=_task_references,
         indexes={
-            "service_id": lambda task: task.service_id or None,
-            "node_id": lambda task: task.node_id or None,
+            "service_id": attrgetter("service_id"),
+            "node_id": attrgetter("node_id"),
             "slot": _task_slot,
         },
     ),
@@ -156,7 +157,8 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "manager": ("manager_status", "peer_roots"),
         },
         taken=_nothing_taken,
-        indexes={"name": lambda node: node.description.hostname.lower() or None},
+        indexes={"name": lambda node: node.description.hostname.lower()},
+        indexed_part="status",
     ),
     KindSchema(
         name="swarm",

@@ -6,6 +6,7 @@ or a network; ``replica`` publishes what it returns.
 
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -49,6 +50,7 @@ class State:
         self.tables = [Table(schema) for schema in SCHEMAS]
         self.table_by_name: Final = {table.schema.name: table for table in self.tables}
         self.table_by_type: Final = {table.schema.type: table for table in self.tables}
+        self.table_by_type[Task].completed = partial(_filled, self.table_by_type[SpecVersion].objects)
         self.claims: dict[str, Claim] = {}
         self.sharers: dict[str, list[Owner]] = {}
         """Claim -> those who share it, sorted."""
@@ -103,10 +105,11 @@ class State:
                     by_id = by_kind.get(kind)
                     if by_id is None:
                         by_id = by_kind[kind] = {}
-                    parts = by_id.get(id)
-                    if parts is None:
-                        parts = by_id[id] = []
-                    parts.append(PartChange(part, change.value, change.revision, change.create_revision))
+                    found = PartChange(part, change.value, change.revision, change.create_revision)
+                    if id in by_id:
+                        by_id[id].append(found)
+                    else:
+                        by_id[id] = [found]
                 case "n/" | "p/":
                     self._apply_claim(change)
                 case "s/":
@@ -133,31 +136,11 @@ class State:
                 event = table.apply(id, changes)
                 if event is None:
                     continue
-                if kind is Task:
-                    event = self._with_spec(event)
-                elif kind is SpecVersion and not isinstance(event, Updated):
+                if kind is SpecVersion and not isinstance(event, Updated):
                     specs.add(id)
                 yield event
         if specs:
             yield from self._refilled(specs, by_kind.get("task", {}).keys())
-
-    def _with_spec(self, event: Event) -> Event:
-        if isinstance(event, Deleted):
-            return event
-        task: Any = event.new if isinstance(event, Updated) else event.object
-        filled = self._filled(task)
-        if filled is task:
-            return event
-        return Updated(event.old, filled) if isinstance(event, Updated) else Created(filled)
-
-    def _filled(self, task: Task) -> Task:
-        """``task`` with the spec of the version it follows; kept in the table in place of the bare one."""
-        version = spec_version_of(self, task)
-        if version is None or version.spec.task_template is task.spec:
-            return task
-        filled = msgspec.structs.replace(task, spec=version.spec.task_template)
-        self.table_by_type[Task].objects[task.id] = filled
-        return filled
 
     def _refilled(self, spec_ids: set[str], done: Collection[str]) -> Iterable[Event]:
         """Tasks that were there before the spec they follow, or have lost it."""
@@ -170,9 +153,19 @@ class State:
                     continue
                 version = spec_version_of(self, task)
                 spec = version.spec.task_template if version else tasks.codecs["spec"].defaults["spec"]
-                event = tasks.store(task.id, task, msgspec.structs.replace(task, spec=spec))
+                event = tasks.store(task.id, task, msgspec.structs.replace(task, spec=spec), moves=False)
                 if event is not None:
                     yield event
+
+
+def _filled(versions: Mapping[str, SpecVersion], task: Task) -> Task:
+    """``task`` with the spec of the version it follows, if that is stored."""
+    if task.spec_version is None:
+        return task
+    version = versions.get(spec_version_id(task.service_id, task.spec_version))
+    if version is None or version.spec.task_template is task.spec:
+        return task
+    return msgspec.structs.replace(task, spec=version.spec.task_template)
 
 
 def differences(old: State, new: State) -> Iterator[Event]:

@@ -5,7 +5,7 @@ key was last written, which is what transactions compare.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,8 +23,6 @@ NAME = "name"
 META = ("version", "created_at", "updated_at")
 """What the store itself writes into heads."""
 
-NO_ANSWERS: Mapping[str, int] = {}
-
 
 class PartChange(msgspec.Struct, frozen=True, gc=False):
     """One key of an object as the store now has it.  ``value`` None: deleted."""
@@ -33,17 +31,6 @@ class PartChange(msgspec.Struct, frozen=True, gc=False):
     value: bytes | None
     revision: int
     create_revision: int = 0
-
-
-class Marks(msgspec.Struct, frozen=True, gc=False):
-    """Where the keys of one object stand.  ``revisions``: part -> modification revision, existing keys only.
-
-    ``answers``: part -> spec version it answers, for parts that answer one.
-    """
-
-    create_revision: int
-    revisions: Mapping[str, int]
-    answers: Mapping[str, int] = {}
 
 
 class Table:
@@ -56,17 +43,27 @@ class Table:
     def __init__(self, schema: KindSchema) -> None:
         self.schema = schema
         self.codecs = codecs_of(schema)
+        self.is_versioned = "version" in self.codecs[HEAD].fields
         own = {*META, "spec_version"} if schema.type is Service else set(META)
         self.wish = values_of(name for name in self.codecs[HEAD].fields if name not in own)
         """The head of an object but for what the store itself writes into it."""
         self.objects: dict[str, Any] = {}
         self.ids: list[str] = []
-        self.marks: dict[str, Marks] = {}
+        self.completed: Callable[[Any], Any] | None = None
+        """Gives an object that was put together from its keys what it has from another one (a task: its spec)."""
+        self.created: dict[str, int] = {}
+        """Id -> revision at which its head was created."""
+        self.revisions: dict[str, dict[str, int]] = {part: {} for part in self.codecs}
+        """Part -> id -> revision at which that key was last written; existing keys only."""
+        self.answers: dict[str, dict[str, int]] = {part: {} for part in schema.answers}
+        """Part -> id -> spec version that it answers."""
         self.unreadable: dict[str, str] = {}
         """Id -> why its head cannot be read.  Such an object is not there, or is what it was before."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
         self._places = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
-        self._head_fields = frozenset(self.codecs[HEAD].fields)
+        self._decode_head = msgspec.json.Decoder(schema.type).decode
+        self._elsewhere = tuple(field for part in schema.parts.values() for field in part)
+        """The fields of the other parts."""
 
     def find(self, by: Mapping[str, str]) -> list[Any]:
         """Objects in order of id, all or those with one value of one index."""
@@ -88,52 +85,107 @@ class Table:
             last += 1
         return self.ids[first:last]
 
-    def apply(self, id: str, changes: Iterable[PartChange]) -> Event | None:
+    def revision(self, id: str, part: str) -> int:
+        """When this key was last written; 0: it does not exist."""
+        return self.revisions[part].get(id, 0)
+
+    def apply(self, id: str, changes: Sequence[PartChange]) -> Event | None:
         """Merge what one revision changed in one object; None when nothing that can be seen did.
 
         A value that cannot be read leaves its part as it was: one bad key must not stop a manager.
         """
-        old = self.objects.get(id)
-        marks = self.marks.get(id)
-        changes = tuple(changes)
-        head: PartChange | None = None
+        old: Any = self.objects.get(id)
+        merged = old
+        if old is not None:
+            id = old.id
+        fields: dict[str, Any] = {}
+        moves = False
         for change in changes:
-            if change.part == HEAD:
-                head = change
-        if head is not None and head.value is None:
-            return self._removed(id, old)
-        if head is None and old is None:
-            return None  # a part that outlived its object, or came from a newer version of Skep
-        fields, answers = self._read(id, changes, marks)
-        if old is None and not self._head_fields <= fields.keys():
-            return None  # the head could not be read
-        revisions = dict(marks.revisions) if marks is not None else {}
-        for change in changes:
-            if change.value is None:
-                revisions.pop(change.part, None)
+            part, value = change.part, change.value
+            revisions = self.revisions.get(part)
+            if revisions is None:
+                continue  # only newer versions of Skep know it
+            moves |= part == self.schema.indexed_part
+            if value is not None:
+                revisions[id] = change.revision
+                if part == HEAD:
+                    self.created[id] = change.create_revision
+                    merged = self._read_head(id, old, value)
+                else:
+                    fields |= self._read(id, part, value)
+            elif part == HEAD:
+                return self._removed(id, old)
             else:
-                revisions[change.part] = change.revision
-        created = (
-            head.create_revision if head is not None else marks.create_revision if marks is not None else 0
-        )
-        self.marks[id] = Marks(created, revisions, answers)
-        merged = self.schema.type(**fields) if old is None else msgspec.structs.replace(old, **fields)
-        if self.schema.answers:
-            merged = self.without_stale_answers(merged, answers)
-        return self.store(id, old, merged)
+                revisions.pop(id, None)
+                if part in self.answers:
+                    self.answers[part].pop(id, None)
+                fields |= self.codecs[part].defaults
+        if merged is None:
+            self._unmark(id)
+            return None  # no head that can be read, or a part that outlived its object
+        if merged is not old:
+            fields["id"] = (
+                id  # one and the same string wherever the object is filed: it is found without a comparison
+            )
+            if old is not None:
+                for name in self._elsewhere:
+                    if name not in fields:
+                        fields[name] = getattr(old, name)
+        if fields:
+            merged = msgspec.structs.replace(merged, **fields)
+        if self.answers:
+            merged = self._without_stale_answers(id, merged)
+        if self.completed is not None:
+            merged = self.completed(merged)
+        return self.store(id, old, merged, moves=moves)
 
-    def without_stale_answers(self, merged: Any, answers: Mapping[str, int]) -> Any:
+    def _read_head(self, id: str, old: Any, value: bytes) -> Any:
+        """A head as an object whose other parts hold their defaults; ``old`` when it cannot be read.
+
+        That takes half as long as to read its fields and lay them over ``old``: there are more of them than of others.
+        """
+        try:
+            head = self._decode_head(value)
+        except msgspec.MsgspecError as error:
+            self._complain(id, HEAD, error)
+            self.unreadable[id] = str(error)
+            return old
+        if self.unreadable:
+            self.unreadable.pop(id, None)
+        return head
+
+    def _read(self, id: str, part: str, value: bytes) -> Mapping[str, Any]:
+        """The fields of a part that is not the head; none when it cannot be read."""
+        codec = self.codecs[part]
+        try:
+            fields, answered = codec.decode(value)
+        except msgspec.MsgspecError as error:
+            self._complain(id, part, error)
+            return {}
+        if codec.is_answer:
+            self.answers[part][id] = answered
+        return fields
+
+    def _complain(self, id: str, part: str, error: Exception) -> None:
+        kind = self.schema.name
+        log.error("stored value cannot be read", kind=kind, id=id, part=part, error=str(error))
+
+    def _without_stale_answers(self, id: str, merged: Any) -> Any:
         """``merged`` without the parts that answer another version of its spec."""
-        if not self.schema.answers or merged.spec_version is None:
+        if merged.spec_version is None:
             return merged
+        current = merged.spec_version.index
         stale: dict[str, Any] = {}
-        for part in self.schema.answers:
-            if answers.get(part, merged.spec_version.index) != merged.spec_version.index:
+        for part, answered in self.answers.items():
+            if answered.get(id, current) != current:
                 stale |= self.codecs[part].defaults
         return msgspec.structs.replace(merged, **stale) if stale else merged
 
-    def store(self, id: str, old: Any, new: Any) -> Event | None:
-        """Keep ``new`` in place of ``old`` and say what that means to an observer."""
+    def store(self, id: str, old: Any, new: Any, *, moves: bool) -> Event | None:
+        """Keep ``new`` in place of ``old`` and say what that means to an observer.
+
+        ``moves``: whether that may change its places in the indexes.
+        """
         if old is None:
             if self.ids and id < self.ids[-1]:
                 insort(self.ids, id)
@@ -142,11 +194,12 @@ class Table:
         elif old == new:
             return None
         self.objects[id] = new
-        self._index(id, old, new)
+        if moves or old is None:
+            self._index(id, old, new)
         return Created(new) if old is None else Updated(old, new)
 
     def _removed(self, id: str, old: Any) -> Event | None:
-        self.marks.pop(id, None)
+        self._unmark(id)
         self.unreadable.pop(id, None)
         if old is None:
             return None
@@ -155,38 +208,9 @@ class Table:
         self._index(id, old, None)
         return Deleted(old)
 
-    def _read(
-        self, id: str, changes: Iterable[PartChange], marks: Marks | None
-    ) -> tuple[dict[str, Any], Mapping[str, int]]:
-        fields: dict[str, Any] = {}
-        answers: Mapping[str, int] = marks.answers if marks is not None else NO_ANSWERS
-        for change in changes:
-            codec = self.codecs.get(change.part)
-            if codec is None:
-                continue  # a part that only newer versions of Skep know
-            if change.value is None:
-                fields = {**fields, **codec.defaults}  # what was decoded is not ours to change
-                answers = {part: answered for part, answered in answers.items() if part != change.part}
-                continue
-            try:
-                values, answered = codec.decode(change.value)
-            except msgspec.MsgspecError as error:
-                log.error(
-                    "stored value cannot be read",
-                    kind=self.schema.name,
-                    id=id,
-                    part=change.part,
-                    error=str(error),
-                )
-                if change.part == HEAD:
-                    self.unreadable[id] = str(error)
-                continue
-            if change.part == HEAD:
-                self.unreadable.pop(id, None)
-            fields = {**fields, **values} if fields else values
-            if codec.is_answer:
-                answers = {**answers, change.part: answered}
-        return fields, answers
+    def _unmark(self, id: str) -> None:
+        for revisions in (self.created, *self.revisions.values(), *self.answers.values()):
+            revisions.pop(id, None)
 
     def _index(self, id: str, old: Object | None, new: Object | None) -> None:
         for value_of, index in self._places:
@@ -194,9 +218,9 @@ class Table:
             after = value_of(new) if new is not None else None
             if before == after:
                 continue
-            if before is not None:
+            if before:
                 _take_out(index, before, id)
-            if after is not None:
+            if after:
                 _put_in(index, after, id)
 
 
@@ -206,6 +230,8 @@ def _put_in(index: dict[str, str | list[str]], value: str, id: str) -> None:
         index[value] = id
     elif isinstance(found, str):
         index[value] = sorted((found, id))
+    elif found[-1] < id:
+        found.append(id)
     else:
         insort(found, id)
 

@@ -16,15 +16,17 @@ from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
+from skep.store.codec import values_of
 from skep.store.draft import Draft
 from skep.store.interface import InUse, Object, nothing
-from skep.store.keys import HEAD
 from skep.store.kinds import SpecVersion, spec_version_id, spec_version_of
 from skep.store.proposal import Proposal
 from skep.store.state import Owner, State, resolved
 from skep.store.tables import META, NAME, Table
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+_meta_of = values_of(META)
 
 
 class Writing:
@@ -101,14 +103,18 @@ class Writing:
 
     def put(self, object: T) -> T:
         table = self._state.table_by_type[type(object)]
+        schema = table.schema
         id: str = object.id  # type: ignore[attr-defined]
-        current = self._current(table, id)
-        stored: Any = self._stamped(table, table.objects.get(id), current, object)
-        if isinstance(stored, Task):
+        owner = (schema.name, id)
+        base = table.objects.get(id)
+        current = self._written.get(owner, base)
+        stored: Any = self._stamped(table, base, current, object) if table.is_versioned else object
+        if isinstance(stored, Task) and stored.spec_version is not None:
             stored = self._filled(stored)
-        owner = (table.schema.name, id)
-        self._claim(table, owner, current, stored)
-        self._refer(table, current, stored)
+        if schema.claims is not nothing or schema.shared_claims is not nothing:
+            self._claim(table, owner, current, stored)
+        if schema.references is not nothing:
+            self._refer(table, current, stored)
         self._written[owner] = stored
         if isinstance(stored, Service) and (current is None or current.spec != stored.spec):
             self._keep_spec(stored)
@@ -144,9 +150,6 @@ class Writing:
         The version moves once per transaction and only with the head, so that a status report never makes a
         user's update "out of sequence".
         """
-        head = table.codecs[HEAD]
-        if "version" not in head.fields:
-            return object
         if current is None:
             now = self._now
             meta = {
@@ -155,11 +158,13 @@ class Writing:
                 "updated_at": now,
             }
         elif base is not None and table.wish(base) == table.wish(object):
-            if table.schema.type is not Service and all(
-                getattr(base, one) is getattr(object, one) for one in META
+            if (
+                base.version is object.version
+                and table.schema.type is not Service
+                and _meta_of(base) == _meta_of(object)
             ):
                 return object
-            meta = {name: getattr(base, name) for name in META}
+            meta = dict(zip(META, _meta_of(base), strict=True))
         else:
             previous = (base or current).version.index
             meta = {
@@ -215,8 +220,6 @@ class Writing:
     def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
         """Take what ``new`` claims and ``current`` did not, release the rest.  Raises: what ``taken`` says."""
         schema = table.schema
-        if schema.claims is nothing and schema.shared_claims is nothing:
-            return
         wanted = set(schema.claims(new))
         shared = set(schema.shared_claims(new))
         for claim in sorted(wanted):
@@ -237,8 +240,6 @@ class Writing:
 
     def _refer(self, table: Table, current: Any, new: Any) -> None:
         """Check that what ``new`` refers to, and ``current`` did not, exists.  Raises: NotFound."""
-        if table.schema.references is nothing:
-            return
         used_now = table.schema.references(new)
         if used_now == ():
             return

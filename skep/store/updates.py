@@ -46,13 +46,13 @@ NO_LEADER = (
 """Docker's sentence for a cluster without quorum."""
 
 
-class Committed(msgspec.Struct, frozen=True):
+class Committed(msgspec.Struct, frozen=True, gc=False):
     """The proposal is in, at this revision."""
 
     revision: int
 
 
-class Conflict(msgspec.Struct, frozen=True):
+class Conflict(msgspec.Struct, frozen=True, gc=False):
     """A compare failed.  The reason is visible at this revision at the latest."""
 
     revision: int

@@ -25,7 +25,7 @@ FAILURE_MEMORY_S = 300.0
 """How long a failure speaks against its node (swarmkit's monitorFailures)."""
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
+class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one task holds on its node."""
 
     node_id: NodeId
@@ -162,8 +162,9 @@ class Accounting:
             held = self._usages[node_id] = {}
         elif held.get(task_id) == usage:
             return
-        self.remove(task_id)
-        held = self._usages.setdefault(node_id, held)
+        if task_id in self._node_of:
+            self.remove(task_id)
+            held = self._usages.setdefault(node_id, held)
         held[task_id] = usage
         self._node_of[task_id] = node_id
         if usage.is_active and usage.service_id:

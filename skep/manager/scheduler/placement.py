@@ -19,7 +19,7 @@ ASSIGNED = "scheduler assigned task to node"
 CONFIRMED = "scheduler confirmed task can run on preassigned node"
 
 
-class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A wanted task gets a node, and the generic resources it asked for."""
 
     task: Task
@@ -28,7 +28,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ASSIGNED
 
 
-class Refusal(msgspec.Struct, frozen=True):
+class Refusal(msgspec.Struct, frozen=True, gc=False):
     """No node will do for now; ``reason`` is what the user reads on the task."""
 
     task: Task

@@ -166,7 +166,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert (state.claims, state.sharers, state.users) == (fresh.claims, fresh.sharers, fresh.users)
             for table, other in zip(state.tables, fresh.tables, strict=True):
                 assert table.indexes == other.indexes
-                assert table.marks == other.marks
+                assert (table.created, table.revisions) == (other.created, other.revisions)
+                assert table.answers == other.answers
 
     @invariant()
     def names_and_ports_have_one_owner_and_references_their_objects(self) -> None:
