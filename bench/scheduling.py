@@ -29,6 +29,7 @@ import msgspec
 
 from bench.machine import noise
 from bench.run import commit, result_name, write_result
+from skep.aio import collector
 from skep.aio.clock import SystemClock
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId, new_id
@@ -147,6 +148,7 @@ async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
     clock = SystemClock()
     store = MemoryStore(clock)
     created = proposal_of(store, [*_nodes(kind, nodes), *_tasks(kind, tasks)])
+    thresholds = gc.get_threshold()
     async for term in store.terms(NodeId("m1"), ""):
         scheduler = Scheduler(term, clock, new_id, Random(1))
         async with asyncio.TaskGroup() as group:
@@ -154,14 +156,14 @@ async def operation(kind: Kind, nodes: int, tasks: int) -> tuple[float, float]:
             running = group.create_task(scheduler.run())
             for _ in range(5):
                 await asyncio.sleep(0)  # both watch
-            gc.collect()
-            gc.freeze()  # as the manager does with what it has loaded
+            collector.settle()  # as the manager's process does when it has loaded what there is
             began, processor = time.perf_counter(), time.process_time()
             store.cluster.commit(created, None)
             await assigned
             took = time.perf_counter() - began, time.process_time() - processor
             running.cancel()
         gc.unfreeze()
+        gc.set_threshold(*thresholds)
         return took
     raise AssertionError("never elected")
 

@@ -5,6 +5,7 @@ A key stands on the agenda once, however often it is added; so the agenda is bou
 
 import asyncio
 import heapq
+from collections import deque
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
@@ -21,7 +22,8 @@ class Agenda(Generic[K]):
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._due: dict[K, None] = {}
+        self._due: deque[K] = deque()
+        self._is_due: set[K] = set()
         self._later: list[tuple[float, K]] = []
         self._times: dict[K, float] = {}
         self._changed = asyncio.Event()
@@ -29,7 +31,9 @@ class Agenda(Generic[K]):
     def add(self, keys: Iterable[K]) -> None:
         """Look at ``keys`` as soon as possible."""
         for key in keys:
-            self._due[key] = None
+            if key not in self._is_due:
+                self._is_due.add(key)
+                self._due.append(key)
         if self._due:
             self._changed.set()
 
@@ -57,10 +61,9 @@ class Agenda(Generic[K]):
             at, key = heapq.heappop(self._later)
             if self._times.get(key) == at:
                 del self._times[key]
-                self._due[key] = None
-        keys = list(self._due)[:limit]
-        for key in keys:
-            del self._due[key]
+                self.add((key,))
+        keys = [self._due.popleft() for _ in range(min(limit, len(self._due)))]
+        self._is_due.difference_update(keys)
         return keys
 
     def _wait_s(self) -> float | None:

@@ -6,10 +6,10 @@ that could help: a node, or a task that ended.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from random import Random
-from typing import NewType, TypeAlias
+from typing import TypeAlias
 
 import structlog
 from msgspec.structs import replace
@@ -37,7 +37,7 @@ from skep.store.updates import batched
 
 log = structlog.get_logger()
 
-Group = NewType("Group", str)
+Group: TypeAlias = str
 """Tasks decided together: ``<service>/<version>``, or a single task's id."""
 
 BATCH = 250
@@ -50,8 +50,6 @@ RETRY_S = 0.5
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
 """Single tasks whose services have nothing anywhere yet, by what they ask for: placed together."""
-
-_NOTHING = Placed()
 
 
 class Scheduler:
@@ -74,8 +72,10 @@ class Scheduler:
         self._books_guard = Guard(self._clock, self._random)
         self._accounting = Accounting()
         self._choices = Choices(self._accounting)
-        self._pending: dict[Group, dict[TaskId, None]] = {}
         self._group_of: dict[TaskId, Group] = {}
+        """Of every task that waits."""
+        self._pending: dict[Group, dict[TaskId, None]] = {}
+        """The tasks of a group, those that wait longest first; not of a single task, whose group is its id."""
         self._refused: set[Group] = set()
         self._wishes = Wishes()
         self._deciding: set[TaskId] = set()
@@ -161,23 +161,28 @@ class Scheduler:
         return has_room
 
     def _enter(self, task: Task) -> None:
-        group = _group_of(task)
-        if self._group_of.get(task.id) == group:
+        group, before = _group_of(task), self._group_of.get(task.id)
+        if before == group:
             return
-        self._leave(task.id)
+        if before is not None:
+            self._leave(task.id)
         self._group_of[task.id] = group
-        self._pending.setdefault(group, {})[task.id] = None
+        if group != task.id:
+            self._pending.setdefault(group, {})[task.id] = None
         self._agenda.add((group,))
 
     def _leave(self, id: TaskId) -> None:
         group = self._group_of.pop(id, None)
         if group is None:
             return
-        del self._pending[group][id]
-        if not self._pending[group]:
+        if group != id:
+            others = self._pending[group]
+            del others[id]
+            if others:
+                return
             del self._pending[group]
-            self._refused.discard(group)
-            self._guard.forget(group)
+        self._refused.discard(group)
+        self._guard.forget(group)
 
     def _spec_of(self, task: Task) -> ServiceSpec | None:
         return spec_of(self._term.view(), task)
@@ -186,32 +191,47 @@ class Scheduler:
 
     async def _work(self) -> None:
         while True:
+            groups = await self._agenda.take(BATCH)
+            now = self._clock.monotonic()
+            firsts, others = self._sorted_out(groups, now)
             assignments: list[Assignment] = []
             refusals: list[Refusal] = []
-            firsts: Firsts = {}
-            room = BATCH
-            for group in await self._agenda.take(BATCH):
+            for shape, tasks in firsts.items():
+                placed = self._placed_first(shape, tasks, now)
+                assignments += placed.assignments
+                refusals += placed.refusals
+            room = BATCH - len(groups) + len(others)
+            for group in others:
                 if room <= 0:
                     self._agenda.add((group,))
                     continue
-                placed = self._decided(group, room, firsts)
+                placed = self._decided(group, room, now)
                 assignments += placed.assignments
                 refusals += placed.refusals
                 room -= len(placed.assignments) or 1
-            for shape, tasks in firsts.items():
-                placed = self._placed_first(shape, tasks)
-                assignments += placed.assignments
-                refusals += placed.refusals
             await self._commit(assignments, [one for one in refusals if not _is_known(one)])
 
-    def _decided(self, group: Group, limit: int, firsts: Firsts | None = None) -> Placed:
-        """Decide up to ``limit`` tasks of the group; the rest goes back on the agenda.
+    def _sorted_out(self, groups: Sequence[Group], now: float) -> tuple[Firsts, Sequence[Group]]:
+        """Single tasks that may be placed together, and the groups that are to be decided each by itself."""
+        firsts: Firsts = {}
+        others: list[Group] = []
+        with self._books_guard.guarded("single tasks"):
+            for group in groups:
+                task = self._single(group)
+                if task is not None and not task.node_id:
+                    wish = self._wish_of(task)
+                    if self._choices.is_first(wish, now):
+                        firsts.setdefault(shape_of(wish), []).append(task)
+                        continue
+                others.append(group)
+            return firsts, others
+        return {}, groups  # one of them is not as it should be, and the trouble is its own
 
-        With ``firsts``, what may be placed together with tasks of other groups is put there instead.
-        """
+    def _decided(self, group: Group, limit: int, now: float) -> Placed:
+        """Decide up to ``limit`` tasks of the group; the rest goes back on the agenda."""
         placed = Placed()
         with self._guard.guarded(group):
-            placed = self._placed(group, limit, firsts)
+            placed = self._placed(group, limit, now)
         if (trouble := self._guard.trouble(group)) is not None:
             self._agenda.add_at(group, trouble.retry_at)
             tasks = self._tasks_of(group)
@@ -220,14 +240,14 @@ class Scheduler:
             return Placed(refusals=_refusals(tasks, f"scheduling failed: {trouble.error}"))
         if placed.refusals:
             self._refused.add(group)
-        elif len(self._pending.get(group, ())) > limit:
+        elif self._waiting_in(group) > limit:
             self._agenda.add((group,))
         return placed
 
-    def _placed(self, group: Group, limit: int, firsts: Firsts | None) -> Placed:
+    def _placed(self, group: Group, limit: int, now: float) -> Placed:
         tasks = self._tasks_of(group, limit)
         if not tasks:
-            return _NOTHING
+            return Placed()
         wish = self._wish_of(tasks[0])
         if tasks[0].node_id:
             match confirm(tasks[0], wish, self._accounting):
@@ -235,11 +255,7 @@ class Scheduler:
                     return Placed(assignments=(assignment,))
                 case Refusal() as refusal:
                     return Placed(refusals=(refusal,))
-        is_last = len(self._pending[group]) <= limit
-        now = self._clock.monotonic()
-        if firsts is not None and is_last and len(tasks) == 1 and self._choices.is_first(wish, now):
-            firsts.setdefault(shape_of(wish), []).append(tasks[0])
-            return _NOTHING
+        is_last = self._waiting_in(group) <= limit
         # A service that has nothing anywhere, the usual case, need not be asked slot by slot.
         gone = leaving(tasks, self._term.view()) if self._accounting.copies(wish.service_id) else {}
         placed = place(tasks, wish, self._choices, now=now, limit=limit, is_last=is_last, leaving=gone)
@@ -250,15 +266,14 @@ class Scheduler:
             placed = replace(placed, refusals=_refusals(refused, placed.refusals[0].reason))
         return placed
 
-    def _placed_first(self, shape: Requirements, tasks: list[Task]) -> Placed:
+    def _placed_first(self, shape: Requirements, tasks: list[Task], now: float) -> Placed:
         """Nodes for single tasks of services that have nothing anywhere yet, which all ask for the same."""
         placed: Placed | None = None
-        now = self._clock.monotonic()
         with self._books_guard.guarded("first tasks"):
             placed = place(tasks, shape, self._choices, now=now, limit=len(tasks), is_last=False)
         if placed is None:
             # One of them, or a node, is not as it should be: each by itself, and the trouble is its own.
-            alone = [self._decided(_group_of(task), 1) for task in tasks]
+            alone = [self._decided(_group_of(task), 1, now) for task in tasks]
             return Placed(
                 assignments=tuple(one for some in alone for one in some.assignments),
                 refusals=tuple(one for some in alone for one in some.refusals),
@@ -275,13 +290,24 @@ class Scheduler:
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""
-        view = self._term.view()
-        deciding, tasks = self._deciding, []
-        for id in islice(self._pending.get(group, ()), limit):
-            task = view.lookup(Task, id) if id not in deciding else None
+        view, tasks = self._term.view(), []
+        for id in islice(self._pending.get(group, (group,)), limit):
+            task = view.lookup(Task, id) if id in self._group_of and id not in self._deciding else None
             if task is not None and is_pending(task):
                 tasks.append(task)
         return tasks
+
+    def _single(self, group: Group) -> Task | None:
+        """The task of a group in which no other waits."""
+        ids = self._pending.get(group)
+        if ids is not None and len(ids) > 1:
+            return None
+        tasks = self._tasks_of(group)
+        return tasks[0] if tasks else None
+
+    def _waiting_in(self, group: Group) -> int:
+        """How many tasks of the group wait."""
+        return len(self._pending[group]) if group in self._pending else int(group in self._group_of)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -297,9 +323,10 @@ class Scheduler:
         finally:
             self._deciding.difference_update(ids)
         failed: list[SkepError] = []
+        view = self._term.view()
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
-            if self._is_shown(decision):
+            if isinstance(decision, Assignment) and _shows(view, decision):
                 self._leave(id)
                 continue
             # Whatever the outcome, the store shows it now; a decision that it does not show holds no place.
@@ -329,18 +356,6 @@ class Scheduler:
                 written += [result] * len(together)
         return written
 
-    def _is_shown(self, decision: Decision) -> bool:
-        """Whether the store shows an assignment as it was made; then the books have it already."""
-        if not isinstance(decision, Assignment):
-            return False
-        task = self._term.view().lookup(Task, decision.task.id)
-        return (
-            task is not None
-            and task.node_id == decision.node_id
-            and task.desired_state is decision.task.desired_state
-            and holds_resources(task)
-        )
-
     def _retry(self, id: TaskId) -> None:
         group = self._group_of.get(id)
         if group is not None:
@@ -353,6 +368,17 @@ def _is_known(decision: Assignment | Refusal) -> bool:
     return isinstance(decision, Refusal) and decision.task.status.err == decision.reason
 
 
+def _shows(view: View, decision: Assignment) -> bool:
+    """Whether the store shows an assignment as it was made; then the books have it already."""
+    task = view.lookup(Task, decision.task.id)
+    return (
+        task is not None
+        and task.node_id == decision.node_id
+        and task.desired_state is decision.task.desired_state
+        and holds_resources(task)
+    )
+
+
 def _has_failed(old: Task, new: Task) -> bool:
     failed = (TaskState.FAILED, TaskState.REJECTED)
     return new.status.state in failed and old.status.state not in failed and bool(new.node_id)
@@ -360,8 +386,8 @@ def _has_failed(old: Task, new: Task) -> bool:
 
 def _group_of(task: Task) -> Group:
     if task.node_id or task.spec_version is None:
-        return Group(task.id)
-    return Group(f"{task.service_id}/{task.spec_version.index}")
+        return task.id
+    return f"{task.service_id}/{task.spec_version.index}"
 
 
 def _refusals(tasks: Iterable[Task], reason: str) -> tuple[Refusal, ...]:

@@ -27,7 +27,7 @@ Plugin: TypeAlias = tuple[str, str]
 """Type (Volume, Network, Log) and name."""
 
 
-class Requirements(msgspec.Struct, frozen=True, kw_only=True):
+class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """All that filters and preferences look at."""
 
     service_id: ServiceId

@@ -75,7 +75,8 @@ class Spread:
 
     def copies(self, account: Account) -> int:
         """Tasks of the service that are meant to stay there."""
-        return self._present(account) - self._leaving.get(account.node.id, 0)
+        id = account.node.id
+        return self._accounting.copies(self._wish.service_id).get(id, 0) - self._leaving.get(id, 0)
 
     def rank(self, account: Account) -> Rank:
         """Of a node that has tasks of the service, or where they failed."""
