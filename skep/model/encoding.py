@@ -7,6 +7,7 @@ the store and the tests.  Go's ``omitempty`` decides per field whether an empty 
 * ``always(default)`` is written even when it is the default.
 """
 
+from itertools import repeat
 from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 import msgspec
@@ -62,8 +63,9 @@ class ApiObject(
 
 def always(default: T) -> T:
     """A default that is written even when nothing else was given (Go without ``omitempty``)."""
-    # msgspec leaves out a value that equals a plain default; a factory hides the default from it.
-    return msgspec.field(default_factory=lambda: default)
+    # msgspec leaves out a value that equals a plain default; a factory hides the default from it.  Every object that is
+    # read without the field asks the factory, so it is none that is written in Python.
+    return msgspec.field(default_factory=repeat(default).__next__)
 
 
 def to_json(value: Any) -> bytes:

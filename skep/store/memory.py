@@ -96,9 +96,8 @@ class MemoryCluster:
         """Execute ``proposal`` as etcd would.  Raises: NotLeader: ``fence`` is not the leader key's revision."""
         if fence is not None and self._revision_of(LEADER) != fence:
             raise NotLeader("another manager leads")
-        for compare in proposal.compares:
-            if not self._holds(compare):
-                return Conflict(self.revision)
+        if not all(map(self._holds, proposal.compares)):
+            return Conflict(self.revision)
         self.revision += 1
         self._publish([*((key, None) for key in proposal.deletes), *proposal.puts])
         return Committed(self.revision)

@@ -105,11 +105,10 @@ class State:
                     by_id = by_kind.get(kind)
                     if by_id is None:
                         by_id = by_kind[kind] = {}
-                    found = PartChange(part, change.value, change.revision, change.create_revision)
-                    if id in by_id:
-                        by_id[id].append(found)
-                    else:
-                        by_id[id] = [found]
+                    parts = by_id.get(id)
+                    if parts is None:
+                        parts = by_id[id] = []
+                    parts.append(PartChange(part, change.value, change.revision, change.create_revision))
                 case "n/" | "p/":
                     self._apply_claim(change)
                 case "s/":

@@ -181,7 +181,7 @@ class Table:
                 stale |= self.codecs[part].defaults
         return msgspec.structs.replace(merged, **stale) if stale else merged
 
-    def store(self, id: str, old: Any, new: Any, *, moves: bool) -> Event | None:
+    def store(self, id: str, old: Any, new: Any, *, moves: bool = True) -> Event | None:
         """Keep ``new`` in place of ``old`` and say what that means to an observer.
 
         ``moves``: whether that may change its places in the indexes.

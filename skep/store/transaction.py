@@ -37,6 +37,7 @@ class Writing:
 
     def __init__(self, state: State, now_ns: int) -> None:
         self._state = state
+        self.revision = state.revision
         self._now_ns = now_ns
         self._written: dict[Owner, Any] = {}
         """What this transaction put (None: deleted), by kind name and id, in the order of the first write."""
@@ -47,13 +48,8 @@ class Writing:
 
     # -- View ------------------------------------------------------------------------------------------------
 
-    @property
-    def revision(self) -> int:
-        return self._state.revision
-
     def lookup(self, kind: type[T], id: str) -> T | None:
-        table = self._state.table_by_type[kind]
-        found: T | None = self._current(table, id)
+        found: T | None = self._current(self._state.table_by_type[kind], id)
         return found
 
     def get(self, kind: type[T], id: str) -> T:
@@ -140,9 +136,7 @@ class Writing:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _current(self, table: Table, id: str) -> Any:
-        if self._written and (owner := (table.schema.name, id)) in self._written:
-            return self._written[owner]
-        return table.objects.get(id)
+        return self._written.get((table.schema.name, id), table.objects.get(id))
 
     def _stamped(self, table: Table, base: Any, current: Any, object: Any) -> Any:
         """``object`` with version and stamps as the store sets them.

@@ -60,7 +60,10 @@ class Candidates:
 
     def has_room(self, account: Account, copies: int) -> bool:
         """Whether it can take one more task now; ``copies``: of the task's service, there already."""
-        return all(one.passes(self._wish, account, copies) for one in self._passing)
+        for one in self._passing:  # noqa: SIM110  it is asked for each choice, and `all` makes a generator
+            if not one.passes(self._wish, account, copies):
+                return False
+        return True
 
     def _look_at(self, id: NodeId) -> None:
         account = self._accounting.accounts.get(id)

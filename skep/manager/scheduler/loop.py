@@ -185,7 +185,7 @@ class Scheduler:
         self._guard.forget(group)
 
     def _spec_of(self, task: Task) -> ServiceSpec | None:
-        return spec_of(self._term.view(), task)
+        return spec_of(self._term.view(), task) if task.spec_version is not None else None
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 

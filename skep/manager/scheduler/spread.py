@@ -207,14 +207,14 @@ class _Leaf:
         """The rank of the node that ``take`` would give."""
         fresh = self._fresh_first()
         if fresh is not None:
-            return 0, 0, *fresh[0]
+            return 0, 0, *fresh[:-2]
         first = self.own.first()
-        return first[0] if first is not None else None
+        return first[:-2] if first is not None else None
 
     def take(self) -> Account | None:
         """The best node, if there is one."""
         first = self._fresh_first() or self.own.first()
-        return first[2] if first is not None else None
+        return first[-1] if first is not None else None
 
     def put_back(self) -> None:
         """Give back to all services what this one passed over."""
@@ -229,7 +229,7 @@ class _Leaf:
         if fresh is None or (not self._aside and len(self.own) and fresh.is_within(self.own)):
             return None
         while (first := fresh.first()) is not None:
-            account = first[2]
+            account = first[-1]
             id = account.node.id
             if id not in self._spread.failing and not self._spread.copies(account):
                 return first

@@ -95,6 +95,29 @@ def test_a_part_without_a_head_is_no_object():
     assert table.objects == {}
 
 
+def test_where_its_keys_stand_is_remembered_while_there_is_an_object():
+    table = a_table(Task)
+    orphan = PartChange("status", parts_of(a_task("t1", state=TaskState.RUNNING))["status"], 1, 1)
+    table.apply("t1", [orphan])
+    assert table.revision("t1", "status") == 0
+    table.apply("t1", whole(a_task("t1"), revision=2))
+    table.apply("t1", [PartChange("status", orphan.value, 3, 2)])
+    assert (table.created["t1"], table.revision("t1", ""), table.revision("t1", "status")) == (2, 2, 3)
+    table.apply("t1", [PartChange("", None, 4)])
+    assert (table.created, table.revision("t1", ""), table.revision("t1", "status")) == ({}, 0, 0)
+
+
+def test_a_node_is_found_by_the_name_that_it_has_now():
+    """The name lies in another part than the head."""
+    table = a_table(Node)
+    node = a_node("n1")
+    table.apply("n1", whole(node))
+    renamed = replace(node, description=replace(node.description, hostname="Other"))
+    table.apply("n1", [PartChange("status", parts_of(renamed)["status"], 2, 1)])
+    assert table.find({"name": "other"}) == [renamed]
+    assert table.find({"name": node.description.hostname}) == []
+
+
 def test_a_value_that_cannot_be_read_leaves_its_part_as_it_was():
     table = a_table(Task)
     task = a_task("t1", state=TaskState.RUNNING)

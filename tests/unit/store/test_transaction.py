@@ -252,6 +252,14 @@ def test_only_changed_parts_are_written():
     assert set(proposal.compares) == {Unchanged("o/task/t1.status", 1), Exists("o/task/t1", 1)}
 
 
+def test_what_is_removed_and_made_anew_in_one_transaction_is_written():
+    state = written(State(), a_task("t1", slot=1))
+    tx = Writing(state, 0)
+    tx.delete(Task, "t1")
+    tx.put(a_task("t1", slot=2))
+    assert [key for key, _ in tx.proposal().puts] == ["o/task/t1"]
+
+
 def test_putting_an_object_unchanged_writes_nothing():
     state = written(State(), a_service("web"))
     tx = Writing(state, 0)

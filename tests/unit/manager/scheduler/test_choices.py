@@ -310,7 +310,7 @@ def unsorted(patch: pytest.MonkeyPatch) -> None:
     """A node keeps the rank it was entered with."""
 
     def first(ranking: ranking_module.Ranking) -> ranking_module.Entry | None:
-        able = (entry for entry in ranking._heap if ranking._fits is None or ranking._fits(entry[2]))
+        able = (entry for entry in ranking._heap if ranking._fits is None or ranking._fits(entry[-1]))
         return next(able, None)
 
     patch.setattr(ranking_module.Ranking, "first", first)
