@@ -37,6 +37,7 @@ from skep.node.local import Peer
 from skep.node.managers import ManagerList
 from skep.node.renewal import KeyPairCredentials
 from skep.node.reports import Reports
+from skep.node.session import unknown_load
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.identity import Identity
@@ -311,7 +312,12 @@ def describe(hostname: str = "worker") -> NodeDescription:
 
 @asynccontextmanager
 async def an_agent_of(
-    managers: Sequence[Peer], pair: KeyPair, directory: Path, worker: FakeWorker, random: Random
+    managers: Sequence[Peer],
+    pair: KeyPair,
+    directory: Path,
+    worker: FakeWorker,
+    random: Random,
+    load: Callable[[], float | None] = unknown_load,
 ) -> AsyncIterator[Agent]:
     """An agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
@@ -324,6 +330,7 @@ async def an_agent_of(
         logs=worker,
         clock=SystemClock(),
         random=random,
+        load=load,
     )
     running = asyncio.create_task(agent.run())
     try:
@@ -342,12 +349,16 @@ def pair_of(agent: Agent) -> KeyPair:
 
 @asynccontextmanager
 async def an_agent(
-    cluster: Cluster, pair: KeyPair, directory: Path, worker: FakeWorker | None = None
+    cluster: Cluster,
+    pair: KeyPair,
+    directory: Path,
+    worker: FakeWorker | None = None,
+    load: Callable[[], float | None] = unknown_load,
 ) -> AsyncIterator[tuple[Agent, FakeWorker]]:
     """An agent with a fake worker, registered with the cluster's manager."""
     worker = worker or FakeWorker()
     peers = [Peer(MANAGER_ID, cluster.address)]
-    async with an_agent_of(peers, pair, directory, worker, Random(1)) as agent:
+    async with an_agent_of(peers, pair, directory, worker, Random(1), load) as agent:
         yield agent, worker
 
 

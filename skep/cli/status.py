@@ -11,6 +11,8 @@ from skep.cli.asking import answer_of
 from skep.errors import SkepError
 
 _ANSWERS_WITHIN_S = 5.0
+_BUSIEST = 10
+"""Nodes whose load is listed."""
 
 
 @click.command()
@@ -68,12 +70,15 @@ def about_node(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def about_cluster(nodes: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The nodes, counted by state; those that are not ready by name."""
+    """The nodes, counted by state; the busiest, and those that are not ready, by name."""
     known = sorted(nodes, key=lambda node: node["Description"].get("Hostname", ""))
     states = Counter(node["Status"]["State"] for node in known)
     yield "nodes", ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     leaders = [node for node in known if (node.get("ManagerStatus") or {}).get("Leader")]
     yield "leader", leaders[0]["Description"].get("Hostname", "") if leaders else "none"
+    if busy := sorted((node for node in known if node.get("Load")), key=lambda node: -node["Load"]):
+        words = [f"{node['Description'].get('Hostname', node['ID'])} {node['Load']:.0%}" for node in busy]
+        yield "load", ", ".join(words[:_BUSIEST]).replace("%", " %")
     for node in known:
         if node["Status"]["State"] != "ready":
             message = node["Status"].get("Message", "")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from enum import Enum
 
+from msgspec.structs import replace
+
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, SessionId
 from skep.model.meta import TLSInfo, Version
@@ -131,9 +133,9 @@ class NodeCertificate(ApiObject):
 class Node(ApiObject):
     """A machine of the cluster.
 
-    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_since``; whoever takes it:
-    ``session``; CA: ``certificate``; leader: ``attachments``; that manager itself: ``manager_status``,
-    ``peer_roots``.
+    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_since``, and as a part of its
+    own ``load``; whoever takes it: ``session``; CA: ``certificate``; leader: ``attachments``; that manager itself:
+    ``manager_status``, ``peer_roots``.
     What follows ``manager_status`` is internal and left out of API answers.
     """
 
@@ -144,6 +146,9 @@ class Node(ApiObject):
     spec: NodeSpec = always(NodeSpec())
     description: NodeDescription = always(NodeDescription())
     status: NodeStatus = always(NodeStatus())
+    load: float | None = None
+    """Share of the node in use, 0 to 1, as it measured and as far as it matters to placement; None: it has not said.
+    Not in Docker's answers."""
     manager_status: ManagerStatus | None = None
     session: NodeSession | None = None
     certificate: NodeCertificate | None = None
@@ -158,3 +163,8 @@ class Node(ApiObject):
         """Whether it is a manager that the leader hears."""
         status = self.manager_status
         return status is not None and status.reachability is Reachability.REACHABLE
+
+
+def differ_in_load_alone(one: Node, other: Node) -> bool:
+    """Whether the load is all that has changed: news for the choice of nodes and for nothing else."""
+    return one.load != other.load and replace(one, load=other.load) == other

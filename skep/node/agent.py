@@ -29,7 +29,7 @@ from skep.node.managers import ManagerList, patience
 from skep.node.renewal import Managers
 from skep.node.reports import Reports
 from skep.node.revisions import Revision, SeenRevision
-from skep.node.session import Session
+from skep.node.session import Session, unknown_load
 from skep.security.identity import Identity
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
@@ -99,6 +99,7 @@ class Agent:
         contact: Contact | None = None,
         seen: SeenRevision | None = None,
         address_of: Callable[[Peer], str] = lambda peer: peer.addr,
+        load: Callable[[], float | None] = unknown_load,
     ) -> None:
         """
         Args:
@@ -106,9 +107,11 @@ class Agent:
             contact: told about every session and heartbeat.
             seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
+            load: see ``Session``.
         """
         self._managers = managers
         self._address_of = address_of
+        self._load = load
         self._describe = describe
         self._sink = sink
         self._reports = reports
@@ -197,6 +200,7 @@ class Agent:
                     self._clock,
                     self._description,
                     self._credentials.news,
+                    self._load,
                 )
                 await session.run()
         except SkepError as error:

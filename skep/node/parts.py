@@ -28,10 +28,12 @@ from skep.node.features import Features, labels
 from skep.node.founding import NewCluster
 from skep.node.interfaces import read_interfaces
 from skep.node.joining import join
+from skep.node.load import LoadMeter, reader_of
 from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.managers import ManagerList
+from skep.node.oci.cgroups import Cgroups
 from skep.node.participation import AgentConnection
 from skep.node.renewal import KeyPairCredentials
 from skep.node.reports import Reports
@@ -109,6 +111,7 @@ class NodeParts:
         self._write_recovery_files = write_recovery_files
         self._write_restored_files = write_restored_files
         self._place_manager = place_manager
+        self._meter = LoadMeter(reader_of(machine, Cgroups(configuration().cgroup_parent)), clock)
 
     def manager(self) -> ManagerProcess:
         return self._manager()
@@ -153,6 +156,7 @@ class NodeParts:
             random=self._random,
             address_of=node.reach,
             contact=self._contact,
+            load=self._meter.load,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
 

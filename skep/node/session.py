@@ -41,6 +41,10 @@ STATUS_SECONDS_MAX = 15.0
 """A manager answers when a status is written, which takes until its store has a leader again."""
 
 
+def unknown_load() -> None:
+    """Of a node that does not measure its load."""
+
+
 class SessionHost(Protocol):
     """What a session tells the agent around it."""
 
@@ -74,8 +78,13 @@ class Session:
         clock: Clock,
         describe: Callable[[], NodeDescription],
         described_anew: asyncio.Event | None = None,
+        load: Callable[[], float | None] = unknown_load,
     ) -> None:
-        """``described_anew``: set when ``describe`` gives something else; it is looked at now and then anyway."""
+        """
+        Args:
+            described_anew: set when ``describe`` gives something else; it is looked at now and then anyway.
+            load: the share of the node in use, 0 to 1, None while it is not known; told with each heartbeat.
+        """
         self._channel = channel
         self._host = host
         self._sink = sink
@@ -83,6 +92,7 @@ class Session:
         self._clock = clock
         self._describe = describe
         self._described_anew = described_anew or asyncio.Event()
+        self._load = load
         self._publisher = LogPublisher(channel, logs)
         self._id = ""
         self._described = NodeDescription()
@@ -170,7 +180,9 @@ class Session:
     async def _beat(
         self, call: Call[skep.Heartbeat, skep.HeartbeatPeriod], is_away: bool
     ) -> skep.HeartbeatPeriod | None:
-        await call.send(skep.Heartbeat(session_id=self._id, away=is_away))
+        load = self._load()
+        thousandths = round(1000 * load) if load is not None else None
+        await call.send(skep.Heartbeat(session_id=self._id, away=is_away, load=thousandths))
         return await call.receive()
 
     async def _lose_patience(self, period_s: float) -> None:

@@ -151,6 +151,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         type=Node,
         parts={
             "status": ("description", "status", "silent_since"),
+            "load": ("load",),
             "session": ("session",),
             "certificate": ("certificate",),
             "attachments": ("attachments",),

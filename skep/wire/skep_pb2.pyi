@@ -69,20 +69,28 @@ class Heartbeat(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AWAY_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     away: _builtins.bool
     """The node process stops as planned and means to be back soon: it is waited for longer."""
+    load: _builtins.int
+    """Thousandths of the node in use, measured and smoothed.  Left out while it is not known; an older manager passes it
+    over, and to a manager an older node is one that says nothing, as every engine is.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         away: _builtins.bool = ...,
+        load: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "load", b"load"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "session_id", b"session_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "away", b"away", "load", b"load", "session_id", b"session_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__load: _TypeAlias = _typing.Literal["load"]
+    _WhichOneofArgType__load: _TypeAlias = _typing.Literal["_load", b"_load"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load) -> _WhichOneofReturnType__load | None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat
 

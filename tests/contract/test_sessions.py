@@ -15,6 +15,7 @@ from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
 from skep.wire import methods
+from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
 from tests.wire_rig import (
     MANAGER_ID,
@@ -150,3 +151,47 @@ async def test_a_node_that_stops_as_planned_is_waited_for_longer_than_one_that_f
     async with an_agent(cluster, planned, tmp_path / "planned") as (back, _):
         assert cluster.node(back.node_id).status.state is NodeState.READY
     await cluster.until(lambda view: view.get(Node, back.node_id).status.state is NodeState.DOWN)
+
+
+async def test_a_load_goes_with_the_heartbeats_to_the_node_that_the_scheduler_sees(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    told: list[float | None] = [None]
+    async with an_agent(cluster, pair, tmp_path, load=lambda: told[0]) as (agent, _):
+        assert cluster.node(agent.node_id).load is None
+        told[0] = 0.634
+        await cluster.until(lambda view: view.get(Node, agent.node_id).load is not None)
+        assert cluster.node(agent.node_id).load == 0.6
+        described = cluster.node(agent.node_id)
+        assert (described.status.state, described.description.hostname) == (NodeState.READY, "worker")
+
+
+async def test_a_manager_passes_over_what_a_heartbeat_says_in_fields_it_does_not_know(cluster, tmp_path):
+    """As an older one does with the load, and SwarmKit's with everything of ours."""
+    pair = await a_worker(cluster, tmp_path)
+    async with (
+        a_session(cluster, pair) as (channel, session_id),
+        channel.stream(methods.HEARTBEATS) as call,
+    ):
+        odd = skep.Heartbeat.FromString(
+            skep.Heartbeat(session_id=session_id, load=700).SerializeToString()
+            + b"\xf8\x3f\x07"  # field 1023
+        )
+        async with asyncio.timeout(10):
+            while cluster.node(pair.identity.node_id).load is None:
+                await call.send(odd)
+                reply = await call.receive()
+                assert reply is not None
+                await asyncio.sleep(reply.period.ToTimedelta().total_seconds())
+        assert cluster.node(pair.identity.node_id).load == 0.7
+
+
+async def test_a_node_that_heartbeats_as_engines_do_has_no_load(cluster, tmp_path):
+    engine = await a_worker(cluster, tmp_path / "engine")
+    ours = await a_worker(cluster, tmp_path / "ours")
+    async with (
+        a_session(cluster, engine) as (channel, session_id),
+        an_agent(cluster, ours, tmp_path / "ours", load=lambda: 0.5) as (agent, _),
+    ):
+        await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=session_id), timeout_s=5)
+        await cluster.until(lambda view: view.get(Node, agent.node_id).load == 0.5)
+        assert cluster.node(engine.identity.node_id).load is None

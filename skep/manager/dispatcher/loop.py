@@ -22,6 +22,7 @@ from skep.manager.dispatcher.liveness import (
     grace_when_away,
     heartbeat_period,
 )
+from skep.manager.dispatcher.loads import Loads, told_load
 from skep.manager.dispatcher.messages import ManagerPeer, managers_of, session_message
 from skep.manager.dispatcher.registration import (
     NotRegistered,
@@ -41,7 +42,7 @@ from skep.manager.follow import follow
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, grace_period, wished_heartbeats
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import IdSource, NodeId, SessionId, TaskId
-from skep.model.node import Node, NodeState
+from skep.model.node import Node, NodeState, differ_in_load_alone
 from skep.model.planes import is_docker_node
 from skep.model.swarm import Swarm
 from skep.model.task import Task
@@ -89,6 +90,7 @@ class Dispatcher:
             send_on=self._send_on,
             may_send_on=lambda: self._is_current,
         )
+        self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
         self._rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
@@ -132,6 +134,7 @@ class Dispatcher:
             group.create_task(self._find_silent(), name="find silent nodes")
             group.create_task(self._stay_current(), name="stay current")
             group.create_task(self._spreading.run(), name="spread sessions")
+            group.create_task(self._loads.run(), name="write loads")
 
     # -- what changed in the store ------------------------------------------------------------------------------
 
@@ -157,7 +160,7 @@ class Dispatcher:
                     self._wake(new.node_id, new.id)
                 case Created(Node() as node):
                     has_new_managers |= node.manager_status is not None
-                case Updated(Node() as old, Node() as node):
+                case Updated(Node() as old, Node() as node) if not differ_in_load_alone(old, node):
                     has_new_managers |= old.manager_status != node.manager_status
                     self._note_node(node)
                     if old.attachments != node.attachments:
@@ -276,6 +279,8 @@ class Dispatcher:
         async for request in requests:
             session = self._sessions.require(caller.node_id, request.session_id)
             session.is_skep = True
+            if request.HasField("load"):
+                session.load = told_load(request.load)
             yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session, is_away=request.away)))
             del request
 

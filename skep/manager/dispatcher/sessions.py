@@ -48,6 +48,8 @@ class LiveSession:
         "heard",
         "id",
         "is_skep",
+        "load",
+        "load_written",
         "messages",
         "node_id",
     )
@@ -69,6 +71,10 @@ class LiveSession:
         """In the owner's own time: when the last heartbeat came."""
         self.is_skep = False
         """Whether it heartbeats on a stream; Docker's engines cannot."""
+        self.load: float | None = None
+        """The share of the node in use as its last heartbeat said, 0 to 1; None: it has said nothing."""
+        self.load_written: float | None = None
+        """On the manager's clock: when a load was last written in this session."""
         self.messages = Line()
         """Wakes the stream of session messages."""
         self._disconnect = disconnect

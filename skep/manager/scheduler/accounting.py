@@ -12,6 +12,7 @@ from itertools import takewhile
 import msgspec
 
 from skep.manager.resources import GenericStock, reservations_of
+from skep.manager.scheduler.load import MeanLoad
 from skep.manager.scheduler.requirements import HostPort, Requirements
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
@@ -45,6 +46,8 @@ class Account:
         self.node = node
         self.active = 0
         """Tasks meant to run here, of all services."""
+        self.load = 0.0
+        """The share of the node in use as it measures it itself; of one that does not, the mean of all that do."""
         self.host_ports: Counter[HostPort] = Counter()
         self._set_resources(node)
 
@@ -95,6 +98,7 @@ class Accounting:
         """Node -> number of its latest event, in order of these numbers."""
         self._changes = 0
         self._failures: dict[tuple[ServiceId, int], dict[NodeId, list[float]]] = {}
+        self._loads = MeanLoad()
 
     # -- what is there -----------------------------------------------------------------------------------------
 
@@ -143,11 +147,13 @@ class Accounting:
                 account.add(usage)
         else:
             account.update(node, held.values())
+        self._set_load(node.id, node.load)
         self._note_change(node.id)
 
     def remove_node(self, node_id: NodeId) -> None:
         """A node left the cluster.  What its tasks hold is remembered in case it comes back before they end."""
         if self.accounts.pop(node_id, None) is not None:
+            self._set_load(node_id, None)
             self._note_change(node_id)
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
@@ -214,6 +220,18 @@ class Accounting:
             del self._failures[key]
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _set_load(self, node_id: NodeId, load: float | None) -> None:
+        """A node says how busy it is; that moves the mean, which stands for all that say nothing."""
+        neutral = self._loads.mean
+        self._loads.set(node_id, load)
+        if self._loads.mean != neutral:
+            for id, account in self.accounts.items():
+                if account.node.load is None:
+                    account.load = self._loads.mean
+                    self._note_change(id)
+        if (own := self.accounts.get(node_id)) is not None:
+            own.load = load if load is not None else self._loads.mean
 
     def _note_change(self, node_id: NodeId) -> None:
         self._changes += 1

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.filters import filters_for
+from skep.manager.scheduler.load import crowding, filled
 from skep.manager.scheduler.ranking import Rank, Ranking
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import ENGINE_LABEL, NODE_LABEL, label_of
@@ -54,9 +55,11 @@ class Candidates:
 
     def rank(self, account: Account) -> Rank:
         """For all services alike: what is in use of the tightest resource afterwards, then the number of tasks."""
+        load, tasks = account.load, account.active + 1
+        crowd = crowding(tasks, load) if load else tasks  # asked some million times for 100,000 tasks
         if not self._reserves:
-            return account.active, account.node.id
-        return fill(self._wish, account), account.active, account.node.id
+            return crowd, account.node.id
+        return filled(fill(self._wish, account), load), crowd, account.node.id
 
     def has_room(self, account: Account, copies: int) -> bool:
         """Whether it can take one more task now; ``copies``: of the task's service, there already."""

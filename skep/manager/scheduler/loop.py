@@ -27,7 +27,7 @@ from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
@@ -99,8 +99,9 @@ class Scheduler:
                     assert isinstance(event.old, Task)
                     has_room |= self._note_task(event.old, event.new)
                 elif isinstance(event.new, Node):
+                    assert isinstance(event.old, Node)
                     self._look_at_node(event.new.id)
-                    has_room = True
+                    has_room |= not differ_in_load_alone(event.old, event.new)
                 continue
             match event.object:
                 case Task() as task if isinstance(event, Created) and is_pending(task) and not task.node_id:

@@ -1,10 +1,11 @@
 """Which of the nodes that can take a task gets it.
 
 Nodes are compared by, in this order: repeated recent failures of the service there, tasks of the service, what is used
-of the tightest resource that the task reserves, all tasks, and last their ids.  Tasks whose slots are being placed
-anew do not count as tasks of the service: an update must not avoid the places that it makes free.  Placement
-preferences come before that: they divide the nodes into a tree of branches (by a label's values), and each task goes to
-the branch with the fewest tasks of the service; among branches with equally many to the one with the best node.
+of the tightest resource that the task reserves, all tasks (both in the part of the node that its measured load leaves
+free, ``load.py``), and last their ids.  Tasks whose slots are being placed anew do not count as tasks of the service:
+an update must not avoid the places that it makes free.  Placement preferences come before that: they divide the nodes
+into a tree of branches (by a label's values), and each task goes to the branch with the fewest tasks of the service;
+among branches with equally many to the one with the best node.
 
 One ``Spread`` places tasks of one service that ask for the same.  Each choice must be entered into the accounting
 before the next.

@@ -58,6 +58,15 @@ class Cgroups:
         root = self._roots.get("" if self.is_v2 else controller)
         return None if root is None else root / self.path_of(container_id).lstrip("/")
 
+    def parent_directory(self, controller: str) -> Path:
+        """Where files of ``controller`` are for everything below the parent.  Raises: KeyError: it is not mounted."""
+        return self._roots["" if self.is_v2 else controller] / self.parent
+
+    def hold_this_process(self) -> bool:
+        """Whether the calling process lives below the parent itself, as nodes that share a machine do."""
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        return any(f"{line.split(':', 2)[2]}/".startswith(f"/{self.parent}/") for line in lines)
+
     def pids(self, container_id: ContainerId) -> frozenset[int]:
         """The processes of a container, nested groups included.  Empty when it has none."""
         directory = self.directory(container_id, "pids") or self.directory(container_id, "memory")

@@ -43,6 +43,15 @@ def test_a_node_that_is_down_is_named() -> None:
     assert ("node", "w1 is down") in rows
 
 
+def test_the_busiest_nodes_are_named_and_those_that_say_nothing_are_not() -> None:
+    quiet = [a_node("w3") | {"Load": 0.0}, a_node("d1")]
+    rows = dict(about_cluster([a_node("w1") | {"Load": 0.2}, a_node("w2") | {"Load": 0.9}, *quiet]))
+    assert rows["load"] == "w2 90 %, w1 20 %"
+    assert "load" not in dict(about_cluster(quiet))
+    many = [a_node(f"n{number}") | {"Load": 0.5} for number in range(30)]
+    assert len(dict(about_cluster(many))["load"].split(", ")) == 10
+
+
 def test_a_service_that_lacks_tasks_is_named() -> None:
     rows = list(about_services([a_service("web", 2, 3), a_service("db", 1, 1)]))
     assert rows == [("services", "2, 1 of them as wanted"), ("service", "web has 2 of 3 tasks running")]

@@ -76,7 +76,7 @@ from tests.builders import an_overlay
 WITHOUT_WORDS: dict[type, dict[str, Any]] = {
     Mount: {"image_options": None, "cluster_options": None},
     NetworkSpec: {"scope": ""},
-    Node: {"session": None, "peer_roots": "", "silent_since": None},
+    Node: {"load": None, "session": None, "peer_roots": "", "silent_since": None},
     ManagerStatus: {"has_vote": True},
     NodeCertificate: {
         "not_after": Timestamp(""),

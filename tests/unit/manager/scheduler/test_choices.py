@@ -58,7 +58,7 @@ SERVICES: list[Service] = [
 
 
 def random_node(random: Random, id: str) -> Node:
-    return a_node(
+    node = a_node(
         id,
         labels={
             "zone": random.choice("abc"),
@@ -73,6 +73,7 @@ def random_node(random: Random, id: str) -> Node:
             generic_resources=random.choice(((), NAMED, COUNTED)),
         ),
     )
+    return replace(node, load=random.choice((None, None, 0.0, 0.3, 0.5, 1.0)))
 
 
 class History:
@@ -112,7 +113,11 @@ class History:
 
     def _something_happens(self) -> None:
         self.now += self.random.choice((0.0, 1.0, 200.0))
-        match self.random.randrange(5):
+        match self.random.randrange(6):
+            case 5 if self.nodes:
+                id = self.random.choice(sorted(self.nodes))
+                self.nodes[id] = replace(self.nodes[id], load=self.random.choice((None, 0.0, 0.4, 0.8)))
+                self.accounting.set_node(self.nodes[id])
             case 0:
                 self._set_node(f"n{self.random.randrange(10)}")
             case 1 if self.nodes:
@@ -145,11 +150,15 @@ def model_choice(wish: Requirements, books: Accounting, now: float) -> str | Non
     failing = failing_nodes(books, wish, now)
     copies = books.copies(wish.service_id)
     accounts = list(books.accounts.values())
+    told = [account.node.load for account in accounts if account.node.load is not None]
+    neutral = round(10 * sum(told) / len(told)) / 10 if told else 0.0
 
     def rank(account: Account) -> tuple[object, ...]:
         id = account.node.id
-        share = fill(wish, account) if wish.nano_cpus or wish.memory_bytes else 0.0
-        return failing.get(id, 0), copies[id], share, account.active, id
+        load = account.node.load if account.node.load is not None else neutral
+        free = 1 - min(load, 0.9)
+        share = 1 - (1 - fill(wish, account)) * free if wish.nano_cpus or wish.memory_bytes else 0.0
+        return failing.get(id, 0), copies[id], share, (account.active + 1) / free, id
 
     def best(among: list[Account], levels: tuple[str, ...]) -> tuple[object, ...] | None:
         if not levels:
@@ -181,10 +190,8 @@ def check_every_choice_is_the_models(seed: int) -> None:
             expected = model_choice(wish, history.accounting, history.now)
             asked = wish
             if is_last and history.choices.is_first(wish, history.now):
-                asked, is_last = (
-                    shape_of(wish),
-                    False,
-                )  # as the loop does, with the first tasks of all services
+                # As the loop does, with the first tasks of all services.
+                asked, is_last = shape_of(wish), False
             placed = place([task], asked, history.choices, now=history.now, limit=1, is_last=is_last)
             assert [one.node_id for one in placed.assignments] == ([expected] if expected is not None else [])
             for assignment in placed.assignments:
@@ -261,6 +268,7 @@ def figures(books: Accounting) -> dict[str, object]:
     return {
         id: (
             account.active,
+            account.load,
             account.free_nano_cpus,
             account.free_memory_bytes,
             {port: number for port, number in account.host_ports.items() if number},
@@ -330,9 +338,14 @@ def by_arrival(patch: pytest.MonkeyPatch) -> None:
     """Among equals the node that was heard of first is taken."""
 
     def rank(candidates: candidates_module.Candidates, account: Account) -> tuple[object, ...]:
-        return account.active, list(candidates._accounting.accounts).index(account.node.id)
+        return account.active, account.load, list(candidates._accounting.accounts).index(account.node.id)
 
     patch.setattr(candidates_module.Candidates, "rank", rank)
+
+
+def deaf(patch: pytest.MonkeyPatch) -> None:
+    """What a node says of its load is not heard."""
+    patch.setattr(accounting_module.Accounting, "_set_load", lambda books, node_id, load: None)
 
 
 def shy(patch: pytest.MonkeyPatch) -> None:
@@ -366,6 +379,7 @@ def inventive(patch: pytest.MonkeyPatch) -> None:
     ("twin", "check"),
     [
         (forgetful, check_every_choice_is_the_models),
+        (deaf, check_every_choice_is_the_models),
         (unsorted, check_every_choice_is_the_models),
         (keeping_aside, check_a_batch_is_its_tasks_one_by_one),
         (unlimited, check_a_new_leader_arrives_at_the_same_figures_and_no_node_is_over_committed),

@@ -1,0 +1,140 @@
+"""How busy this node is: measured, smoothed, told with every heartbeat, for whoever chooses among nodes that are alike.
+
+The load is the share in use of the tighter of two: of the processors (time that was not idle, whoever used or stole
+it), and of the memory (what could not be had without taking it from somebody; caches can).  It is averaged with
+weights that fall off exponentially, ``TIME_CONSTANT_S``, so that a burst of work says little and half a minute of it
+much, and is not told before one time constant has been seen: a node process that starts is busy with itself.
+
+The node is its whole machine, unless this process lives in the cgroup below which it runs containers.  Then the machine
+is shared with other nodes (a playground) and the node is that cgroup: everybody in it, against all processors and the
+memory that the node offers.
+
+Source: proc(5), /proc/stat and /proc/meminfo; the kernel's cgroup-v1/cpuacct and cgroup-v2 documents.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.model.times import SECOND_NS
+from skep.node.machine import Machine
+from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.stats import flat_keyed
+
+log = structlog.get_logger()
+
+TIME_CONSTANT_S = 30.0
+"""After a lasting change the average has gone 63 % of the way in this time, 95 % in three times it."""
+SAMPLE_S = 5.0
+"""Least time between two measurements."""
+
+_IDLE, _IOWAIT, _STEAL = 3, 4, 7
+"""Places in the first line of /proc/stat, after its name; what follows ``steal`` is counted in ``user`` already."""
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """What the counters show at one moment."""
+
+    busy: float
+    """Processor time used since some moment of the past, in any unit."""
+    capacity: float
+    """Processor time that there was since then, in the same unit."""
+    memory: float
+    """Share of the memory in use now."""
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """The average so far, and what the next reading is compared with.  Times: of the caller's monotonic clock."""
+
+    reading: Reading
+    since: float
+    at: float
+    load: float | None = None
+    """The average, 0 to 1; None after the first reading, which measures nothing yet."""
+
+    def told(self, now: float) -> float | None:
+        """What the managers may know at ``now``: nothing before one time constant has been seen."""
+        return self.load if now - self.since >= TIME_CONSTANT_S else None
+
+
+def share(before: Reading, now: Reading) -> float:
+    """How much of the tighter resource was in use between two readings, 0 to 1."""
+    capacity = now.capacity - before.capacity
+    processors = (now.busy - before.busy) / capacity if capacity > 0 else 0.0
+    return min(max(processors, now.memory, 0.0), 1.0)
+
+
+def smoothed(average: float, share: float, elapsed_s: float) -> float:
+    """``average`` after ``share`` was in use for ``elapsed_s``; the same however that time is cut into pieces."""
+    return average + (share - average) * -math.expm1(-elapsed_s / TIME_CONSTANT_S)
+
+
+def measured(before: Measured | None, reading: Reading, now: float) -> Measured:
+    """``before`` with one more reading."""
+    if before is None:
+        return Measured(reading=reading, since=now, at=now)
+    part = share(before.reading, reading)
+    load = part if before.load is None else smoothed(before.load, part, now - before.at)
+    return Measured(reading=reading, since=before.since, at=now, load=load)
+
+
+def reading_of_machine(stat: str, meminfo: str) -> Reading:
+    """From the text of /proc/stat and /proc/meminfo.  Raises: ValueError, LookupError: they look otherwise."""
+    ticks = [int(word) for word in stat.partition("\n")[0].split()[1 : _STEAL + 2]]
+    memory = {
+        name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in meminfo.splitlines())
+    }
+    return Reading(
+        busy=sum(ticks) - ticks[_IDLE] - ticks[_IOWAIT],
+        capacity=sum(ticks),
+        memory=1 - memory["MemAvailable"] / memory["MemTotal"],
+    )
+
+
+class LoadMeter:
+    """Keeps the average of one node.  It measures when it is asked, so it costs nothing while nobody listens."""
+
+    def __init__(self, read: Callable[[float], Reading], clock: Clock) -> None:
+        """``read``: the counters at a time of the clock; ``None`` is told while it raises OSError, ValueError or
+        LookupError."""
+        self._read = read
+        self._clock = clock
+        self._measured: Measured | None = None
+        self._is_readable = True
+
+    def load(self) -> float | None:
+        """The load to tell now, 0 to 1; None: not known yet."""
+        now = self._clock.monotonic()
+        if self._measured is None or now - self._measured.at >= SAMPLE_S:
+            try:
+                self._measured = measured(self._measured, self._read(now), now)
+            except (OSError, ValueError, LookupError) as error:
+                if self._is_readable:
+                    log.warning("the load of this node cannot be measured", error=str(error))
+                self._is_readable, self._measured = False, None
+                return None
+            self._is_readable = True
+        return self._measured.told(now)
+
+
+def reader_of(machine: Machine, cgroups: Cgroups) -> Callable[[float], Reading]:
+    """Reads what this node is: its cgroup if this process lives there, else the machine."""
+    if cgroups.hold_this_process():
+        return lambda now: _reading_of_group(machine, cgroups, now)
+    return lambda _: reading_of_machine(Path("/proc/stat").read_text(), Path("/proc/meminfo").read_text())
+
+
+def _reading_of_group(machine: Machine, cgroups: Cgroups, now: float) -> Reading:
+    processors, memory = cgroups.parent_directory("cpuacct"), cgroups.parent_directory("memory")
+    if cgroups.is_v2:
+        busy = flat_keyed((processors / "cpu.stat").read_text())["usage_usec"] / 1e6
+        used, cache = "memory.current", "inactive_file"
+    else:
+        busy = int((processors / "cpuacct.usage").read_text()) / SECOND_NS
+        used, cache = "memory.usage_in_bytes", "total_inactive_file"
+    in_use = int((memory / used).read_text()) - flat_keyed((memory / "memory.stat").read_text())[cache]
+    return Reading(busy=busy, capacity=now * machine.cpus, memory=in_use / machine.memory_bytes)
