@@ -42,3 +42,19 @@ def test_what_does_not_exist_is_said_to_be_neither(m1: TestNode) -> None:
     command = [SKEP, "--host", m1.socket, "explain", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr.strip()) == (1, "Error: no such service or task: nothing")
+
+
+def test_a_task_with_a_cluster_volume_waits_and_says_so_in_dockers_words(m1: TestNode) -> None:
+    """There are none yet: as in a cluster of engines in which nobody has made that volume."""
+    mount = ("--mount", "type=cluster,source=data,target=/data")
+    m1.docker("service", "create", "--detach", "--name", "web", *mount, IMAGE, "sleep", "60")
+    refusal = "no suitable node (cannot fulfill requested CSI volume mounts on 1 node)"
+
+    def listed() -> str:
+        return m1.docker("service", "ps", "--no-trunc", "web").stdout
+
+    wait_until(lambda: refusal in listed(), "docker service ps tells the refusal")
+    assert "Pending" in listed()
+    assert refusal in explained(m1, "web")
+    (task,) = m1.client().api.tasks(filters={"service": "web"})
+    assert "no such cluster volume: data" in explained(m1, task["ID"])

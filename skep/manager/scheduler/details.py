@@ -64,6 +64,11 @@ def replicas(wish: Requirements, account: Account, copies: int) -> str:
     return f"max replicas per node: {copies} of {wish.max_replicas} are there"
 
 
+def cluster_volumes(wish: Requirements, account: Account, copies: int) -> str:
+    """The cluster volumes that are asked for, none of which exists."""
+    return f"no such cluster volume: {', '.join(wish.cluster_volumes)}"
+
+
 def _shortages(wish: Requirements, account: Account) -> Iterator[str]:
     if wish.nano_cpus > account.free_nano_cpus:
         wanted, free = wish.nano_cpus / _CPU_NANO, max(account.free_nano_cpus, 0) / _CPU_NANO

@@ -90,6 +90,11 @@ def _is_below_max_replicas(wish: Requirements, account: Account, copies: int) ->
     return copies < wish.max_replicas
 
 
+def _has_cluster_volumes(wish: Requirements, account: Account, copies: int) -> bool:
+    """There are no cluster volumes here, as in a cluster of engines where nobody has made any."""
+    return False
+
+
 FILTERS = (
     Filter(
         lambda wish: True,
@@ -151,6 +156,13 @@ FILTERS = (
         _is_below_max_replicas,
         "max replicas per node limit exceed",  # Docker's spelling
         details.replicas,
+    ),
+    Filter(
+        lambda wish: bool(wish.cluster_volumes),
+        _has_cluster_volumes,
+        "cannot fulfill requested CSI volume mounts on {nodes}",
+        details.cluster_volumes,
+        is_lasting=True,
     ),
 )
 

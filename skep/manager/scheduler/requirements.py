@@ -43,6 +43,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     max_replicas: int = 0
     planes: tuple[str, ...] = ()
     """Data planes that its overlay networks belong to; none when no network belongs to one yet."""
+    cluster_volumes: tuple[str, ...] = ()
+    """Sources of its mounts of type ``cluster``: a volume's name, or ``group:`` and the name of a group."""
 
 
 def requirements_of(
@@ -73,6 +75,7 @@ def requirements_of(
         host_ports=host_ports(service_spec),
         max_replicas=placement.max_replicas,
         planes=planes,
+        cluster_volumes=tuple(_cluster_volumes(task)),
     )
 
 
@@ -123,6 +126,11 @@ def host_ports(spec: ServiceSpec | None) -> tuple[HostPort, ...]:
         for port in spec.endpoint_spec.ports
         if port.publish_mode is PublishMode.HOST and port.published_port
     )
+
+
+def _cluster_volumes(task: Task) -> Iterator[str]:
+    container = task.spec.container_spec
+    yield from (mount.source for mount in container.mounts if mount.type == "cluster") if container else ()
 
 
 def _plugins(task: Task) -> Iterator[Plugin]:

@@ -12,6 +12,7 @@ from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.placement import Placed, Refusal, confirm, place
 from skep.manager.scheduler.requirements import planes_of, requirements_of
 from skep.manager.scheduler.spread import MAX_FAILURES, Choices
+from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId
 from skep.model.network import Network
 from skep.model.node import Availability, EngineDescription, EnginePlugin, Node, NodeRole, NodeState
@@ -368,3 +369,24 @@ def test_while_no_plane_is_decided_a_node_has_to_have_overlays_at_all() -> None:
 def test_the_ingress_network_lies_on_both_planes() -> None:
     ingress = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
     assert nodes_of(placed_on(accounting_of([a_node("w1")]), ingress)) == {"w1": 1}
+
+
+def test_a_cluster_volume_waits_for_one_that_does_not_exist_and_says_so() -> None:
+    mounts = (
+        Mount(type="cluster", source="group:fast", target="/data"),
+        Mount(type="volume", target="/cache"),
+    )
+    for nodes, where in (([a_node("n1")], "1 node"), ([a_node("n1"), a_docker_node("d1")], "2 nodes")):
+        refused = placed(with_mounts(a_service(replicas=2), *mounts), accounting_of(nodes))
+        words = f"no suitable node (cannot fulfill requested CSI volume mounts on {where})"
+        assert (len(refused.refusals), reason(refused)) == (2, words)
+    local = with_mounts(a_service(replicas=2), *mounts[1:])
+    assert nodes_of(placed(local, accounting_of([a_node("n1")]))) == {"n1": 2}
+
+
+def with_mounts(service: Service, *mounts: Mount) -> Service:
+    template = service.spec.task_template
+    container = replace(template.container_spec or ContainerSpec(), mounts=mounts)
+    return replace(
+        service, spec=replace(service.spec, task_template=replace(template, container_spec=container))
+    )
