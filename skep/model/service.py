@@ -311,7 +311,8 @@ class Service(ApiObject):
     """A service.
 
     Writers: API: ``spec``, ``previous_spec``, ``version``, ``spec_version``, ``removed_at``; leader:
-    ``update_status``, ``endpoint``, ``job_status``.  ``service_status`` exists in answers only.
+    ``update_status``, ``endpoint``, ``job_status``.  ``service_status`` and ``damage`` exist in
+    answers only.
     """
 
     id: ServiceId
@@ -325,6 +326,8 @@ class Service(ApiObject):
     endpoint: Endpoint = always(Endpoint())
     update_status: UpdateStatus | None = None
     service_status: ServiceStatus | None = None
+    damage: str = ""
+    """What of it cannot be read; not in Docker's answers."""
     job_status: JobStatus | None = None
     removed_at: Timestamp | None = None
     """Set when the user removed it: hidden from the API, owner of its tasks until the last has stopped."""

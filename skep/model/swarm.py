@@ -150,6 +150,8 @@ class Swarm(ApiObject):
     join_tokens: JoinTokens = always(JoinTokens())
     rotation: RootRotation | None = None
     freeze: Freeze | None = None
+    damage: str = ""
+    """What of it cannot be read; in answers only, and not in Docker's."""
 
 
 DEFAULT_SWARM_SPEC = SwarmSpec(

@@ -52,6 +52,12 @@ class View(Protocol):
         Such an object is not found (or found as it was before), which is not to be taken for its removal.
         """
 
+    def damaged(self, kind: type[Object], id: str) -> Mapping[str, str]:
+        """Parts of an object beside its head that are stored but cannot be read, and why; usually none.
+
+        Such a part is as it was before, or as if it were not there.  Whoever writes it mends it.
+        """
+
     def resolve(self, kind: type[T], word: str) -> T:
         """What a user means by ``word``: full id, else name, else unique prefix of an id (Docker's order).
 

@@ -204,6 +204,6 @@ SCHEMA_BY_TYPE: Final = {schema.type: schema for schema in SCHEMAS}
 
 
 def head_fields(schema: KindSchema) -> tuple[str, ...]:
-    """The fields of a kind that no other part holds; ``service_status`` exists in answers only."""
-    elsewhere = {field for fields in schema.parts.values() for field in fields} | {"service_status"}
+    """The fields of a kind that no other part holds; ``service_status`` and ``damage`` exist in answers only."""
+    elsewhere = {field for fields in schema.parts.values() for field in fields} | {"service_status", "damage"}
     return tuple(field.name for field in msgspec.structs.fields(schema.type) if field.name not in elsewhere)

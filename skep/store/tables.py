@@ -59,6 +59,8 @@ class Table:
         """Part -> id -> spec version that it answers."""
         self.unreadable: dict[str, str] = {}
         """Id -> why its head cannot be read.  Such an object is not there, or is what it was before."""
+        self.damaged: dict[str, dict[str, str]] = {}
+        """Id -> part -> why that cannot be read.  Such a part is not there, or is what it was before."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
         self._places = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
         self._decode_head = msgspec.json.Decoder(schema.type).decode
@@ -117,6 +119,7 @@ class Table:
                 return self._removed(id, old)
             else:
                 revisions.pop(id, None)
+                self._mended(id, part)
                 if part in self.answers:
                     self.answers[part].pop(id, None)
                 fields |= self.codecs[part].defaults
@@ -124,9 +127,8 @@ class Table:
             self._unmark(id)
             return None  # no head that can be read, or a part that outlived its object
         if merged is not old:
-            fields["id"] = (
-                id  # one and the same string wherever the object is filed: it is found without a comparison
-            )
+            # One and the same string wherever the object is filed: it is found without a comparison.
+            fields["id"] = id
             if old is not None:
                 for name in self._elsewhere:
                     if name not in fields:
@@ -161,7 +163,9 @@ class Table:
             fields, answered = codec.decode(value)
         except msgspec.MsgspecError as error:
             self._complain(id, part, error)
+            self.damaged.setdefault(id, {})[part] = str(error)
             return {}
+        self._mended(id, part)
         if codec.is_answer:
             self.answers[part][id] = answered
         return fields
@@ -201,6 +205,7 @@ class Table:
     def _removed(self, id: str, old: Any) -> Event | None:
         self._unmark(id)
         self.unreadable.pop(id, None)
+        self.damaged.pop(id, None)
         if old is None:
             return None
         del self.objects[id]
@@ -211,6 +216,15 @@ class Table:
     def _unmark(self, id: str) -> None:
         for revisions in (self.created, *self.revisions.values(), *self.answers.values()):
             revisions.pop(id, None)
+
+    def _mended(self, id: str, part: str) -> None:
+        """The part was written anew, or removed."""
+        if not self.damaged:
+            return
+        parts = self.damaged.get(id, {})
+        parts.pop(part, None)
+        if not parts:
+            self.damaged.pop(id, None)
 
     def _index(self, id: str, old: Object | None, new: Object | None) -> None:
         for value_of, index in self._places:

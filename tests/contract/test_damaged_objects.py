@@ -2,12 +2,16 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
+from skep.manager.routes import application
+from skep.model.ids import ClusterId
 from skep.model.network import IPAMConfig, IPAMOptions
 from skep.model.service import (
     NetworkAttachmentConfig,
@@ -17,6 +21,7 @@ from skep.model.service import (
     ServiceMode,
     TaskSpec,
 )
+from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
 from skep.store import keys
 from skep.store.interface import Transaction
@@ -24,17 +29,22 @@ from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Proposal
 from skep.store.schema import SCHEMAS
 from tests.builders import a_node, a_service, a_service_spec, a_task, an_overlay
+from tests.conformance.manager import a_manager_api
 from tests.contract.test_control_loops import leading, wait_for
 
 pytestmark = pytest.mark.timeout(30)
 
 
-async def damaged(cluster: MemoryCluster, kind: str, id: str) -> MemoryStore:
-    """A replica loaded after the head of an object was damaged."""
+async def damaged(cluster: MemoryCluster, kind: str, id: str, part: str = "") -> MemoryStore:
+    """A replica loaded after the head of an object, or another part of it, was damaged."""
     revision = cluster.revision
-    cluster.commit(Proposal(puts=((keys.object_key(kind, id), b'{"ID": 7, "Spec'),)), None)
+    damage(cluster, kind, id, part)
     assert cluster.revision == revision + 1
     return MemoryStore(SystemClock(), cluster)
+
+
+def damage(cluster: MemoryCluster, kind: str, id: str, part: str) -> None:
+    cluster.commit(Proposal(puts=((keys.object_key(kind, id, part), b'{"ID": 7, "Spec'),)), None)
 
 
 async def a_good_service_converges(store: MemoryStore) -> None:
@@ -72,6 +82,77 @@ def test_an_object_that_cannot_be_read_stops_nobody_and_says_so(kind: str) -> No
             store.view().resolve(schema.type, "broken")
 
     asyncio.run(live())
+
+
+PARTS = [(schema.name, part) for schema in SCHEMAS for part in schema.parts]
+
+
+def an_object(kind: str, id: str) -> Any:
+    match kind:
+        case "service":
+            return a_service(id, replicas=1)
+        case "task":
+            return a_task(id, slot=1, node="n1", service=a_service("of-task"))
+        case "node":
+            return a_node(id)
+        case "swarm":
+            return Swarm(id=ClusterId(id), spec=DEFAULT_SWARM_SPEC)
+    return an_overlay(id)
+
+
+@pytest.mark.parametrize(("kind", "part"), PARTS)
+def test_a_part_that_cannot_be_read_stops_nobody_and_is_told_until_it_is_written_anew(
+    kind: str, part: str
+) -> None:
+    cluster = cluster_with(a_node("n1"), a_node("n2"), an_object(kind, "broken"))
+
+    async def live() -> None:
+        store = await damaged(cluster, kind, "broken", part)
+        (schema,) = (one for one in SCHEMAS if one.name == kind)
+        assert list(store.view().damaged(schema.type, "broken")) == [part]
+        async with leading(store):
+            await a_good_service_converges(store)
+        fresh, _ = cluster.load()  # whoever loads the store later is told the same
+        assert store.view().damaged(schema.type, "broken") == fresh.damaged(schema.type, "broken")
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "path", "told_in"),
+    [
+        ("service", "endpoint", "/services/web", "Damage"),
+        ("task", "status", "/tasks/t1", "Status.Err"),
+        ("task", "status", "/skep/tasks/t1/explain", "Err"),
+        ("service", "job", "/skep/services/web/explain", "Summary"),
+        ("node", "status", "/nodes/n1", "Status.Message"),
+        ("swarm", "freeze", "/swarm", "Damage"),
+        ("network", "allocation", "/networks/net1", "Damage"),
+    ],
+)
+async def test_an_object_with_a_part_that_cannot_be_read_says_so_itself(
+    kind: str, part: str, path: str, told_in: str
+) -> None:
+    web = a_service("web")
+    task = a_task("t1", slot=1, node="n1", service=web)
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        store = api.store
+        assert isinstance(store, MemoryStore)
+        await store.update(lambda tx: [tx.put(one) for one in (a_node("n1"), web, task, an_overlay("net1"))])
+        (swarm,) = store.view().find(Swarm)
+        id = {"service": "web", "task": "t1", "node": "n1", "network": "net1"}.get(kind, swarm.id)
+
+        async def told() -> str:
+            answer: Any = await (await client.get(path)).json()
+            for name in told_in.split("."):
+                answer = answer.get(name, "")
+            return str(answer)
+
+        assert "cannot be read" not in await told()
+        damage(store.cluster, kind, id, part)
+        assert f"its {part} cannot be read: " in await told()
+        store.cluster.commit(Proposal(puts=((keys.object_key(kind, id, part), b"{}"),)), None)
+        assert "cannot be read" not in await told()
 
 
 def test_a_service_that_cannot_be_read_keeps_its_tasks() -> None:

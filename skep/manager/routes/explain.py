@@ -3,11 +3,12 @@
 import asyncio
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from skep.api.server import Routes, json_answer
 from skep.manager.explanations import explain_service, explain_task
 from skep.manager.routes.access import current_view, manager_of
-from skep.manager.routes.shown import service_status
+from skep.manager.routes.shown import damage_of, service_status, with_damage
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.explain import NodeVerdict, book, verdict
 from skep.manager.scheduler.requirements import planes_of, requirements_of
@@ -31,6 +32,7 @@ async def explain_one_task(request: web.Request) -> web.StreamResponse:
     view = await current_view(request)
     task = view.resolve(Task, request.match_info["id"])
     verdicts = await _verdicts(view, task) if task.status.state is TaskState.PENDING else []
+    task = with_damage(view, task)
     return json_answer(explain_task(task, view.lookup(Node, task.node_id), verdicts))
 
 
@@ -41,9 +43,11 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     service = view.resolve(Service, request.match_info["id"])
     status = await service_status(view, service)
     view = manager_of(request).store.view()
-    tasks = view.find(Task, service_id=service.id)
+    tasks = [with_damage(view, task) for task in view.find(Task, service_id=service.id)]
     nodes = {node.id: node for node in view.find(Node)}
-    return json_answer(explain_service(service, tasks, wanted=status.desired_tasks, nodes=nodes))
+    answer = explain_service(service, tasks, wanted=status.desired_tasks, nodes=nodes)
+    damage = damage_of(view, Service, service.id)
+    return json_answer(replace(answer, summary=f"{answer.summary}; {damage}") if damage else answer)
 
 
 async def _verdicts(view: View, task: Task) -> list[NodeVerdict]:

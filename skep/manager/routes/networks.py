@@ -5,6 +5,7 @@ Source: moby 20.10, api/server/router/network/network_routes.go, daemon/cluster/
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -14,6 +15,7 @@ from skep.api.server import Filters, Routes, json_answer, json_list_answer, read
 from skep.errors import AlreadyExists, InvalidArgument, NotFound
 from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
+from skep.manager.routes.shown import damage_of
 from skep.model.encoding import ApiObject, always
 from skep.model.meta import Driver
 from skep.model.network import ConfigReference, IPAMConfig, IPAMOptions, Network, NetworkSpec
@@ -67,7 +69,9 @@ async def list_networks(request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown("dangling", "driver", "id", "label", "name", "scope", "type")
     view = await current_view(request)
-    return json_list_answer([network for network in _visible(view) if _fits(network, filters)], _shown)
+    return json_list_answer(
+        [network for network in _visible(view) if _fits(network, filters)], partial(_shown, view)
+    )
 
 
 @routes.get("/networks/{id}")
@@ -75,7 +79,7 @@ async def inspect_network(request: web.Request) -> web.StreamResponse:
     """One network of the cluster."""
     wrapped_flag(request, "verbose")
     view = await current_view(request)
-    return json_answer(_shown(_resolve(view, request.match_info["id"])))
+    return json_answer(_shown(view, _resolve(view, request.match_info["id"])))
 
 
 @routes.post("/networks/create")
@@ -205,7 +209,7 @@ def _driver(network: Network) -> Driver:
     return network.spec.driver_configuration or Driver()
 
 
-def _shown(network: Network) -> dict[str, Any]:
+def _shown(view: View, network: Network) -> dict[str, Any]:
     """A cluster's network in the flat form of ``/networks``."""
     spec, driver = network.spec, _driver(network)
     ipam = network.ipam_options or spec.ipam_options or IPAMOptions()
@@ -232,4 +236,5 @@ def _shown(network: Network) -> dict[str, Any]:
         "Containers": None,
         "Options": dict(driver.options) or None,
         "Labels": dict(spec.labels) or None,
+        **({"Damage": damage} if (damage := damage_of(view, Network, network.id)) else {}),
     }

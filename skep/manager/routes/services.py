@@ -4,6 +4,7 @@ Source: moby 20.10, api/server/router/swarm/cluster_routes.go and daemon/cluster
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 from aiohttp import web
 from msgspec.structs import replace
@@ -38,12 +39,16 @@ async def list_services(request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "mode", "runtime")
     status = wrapped_flag(request, "status") if api_version(request) >= _V1_41 else False
-    services = list(_fitting(await current_view(request), filters))
+    view = await current_view(request)
+    services = list(_fitting(view, filters))
     if not status:
-        return json_list_answer(services, shown_service)
+        return json_list_answer(services, partial(shown_service, view))
     store = manager_of(request).store
     return json_list_answer(
-        [shown_service(service, status=await service_status(store.view(), service)) for service in services]
+        [
+            shown_service(view, service, status=await service_status(store.view(), service))
+            for service in services
+        ]
     )
 
 
@@ -82,8 +87,9 @@ async def create_service(request: web.Request) -> web.StreamResponse:
 async def inspect_service(request: web.Request) -> web.StreamResponse:
     """One service; with ``insertDefaults`` also what its spec leaves out."""
     insert_defaults = wrapped_flag(request, "insertDefaults")
-    service = (await current_view(request)).resolve(Service, request.match_info["id"])
-    return json_answer(shown_service(service, insert_defaults=insert_defaults))
+    view = await current_view(request)
+    service = view.resolve(Service, request.match_info["id"])
+    return json_answer(shown_service(view, service, insert_defaults=insert_defaults))
 
 
 @routes.post("/services/{id}/update")

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from skep.manager.control.service_form import with_defaults
@@ -23,8 +24,14 @@ _PIECE = 5_000
 T = TypeVar("T")
 
 
+def damage_of(view: View, kind: type[Struct], id: str) -> str:
+    """What of an object cannot be read, in a sentence; empty: nothing."""
+    damaged = sorted(view.damaged(kind, id).items())
+    return "; ".join(f"its {part} cannot be read: {why}" for part, why in damaged)
+
+
 def shown_service(
-    service: Service, *, insert_defaults: bool = False, status: ServiceStatus | None = None
+    view: View, service: Service, *, insert_defaults: bool = False, status: ServiceStatus | None = None
 ) -> Service:
     """``service`` for an answer."""
     return replace(
@@ -32,6 +39,7 @@ def shown_service(
         spec=with_defaults(service.spec) if insert_defaults else service.spec,
         spec_version=None,
         service_status=status,
+        damage=damage_of(view, Service, service.id),
     )
 
 
@@ -41,6 +49,8 @@ def shown_node(view: View, node: Node) -> Node:
     freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
     if freeze is not None and status.state is NodeState.DOWN:
         status = replace(status, message=f"{status.message}; {frozen_message(freeze)}")
+    if damage := damage_of(view, Node, node.id):
+        status = replace(status, message="; ".join(filter(None, (status.message, damage))))
     manager = node.manager_status
     if manager is not None:
         manager = replace(manager, has_vote=True)  # and so left out
@@ -48,9 +58,9 @@ def shown_node(view: View, node: Node) -> Node:
     return replace(node, session=None, certificate=None, attachments=(), peer_roots="", silent_since=None)
 
 
-def shown_swarm(swarm: Swarm) -> Swarm:
+def shown_swarm(view: View, swarm: Swarm) -> Swarm:
     """``swarm`` for an answer."""
-    return replace(swarm, rotation=None, freeze=None)
+    return replace(swarm, rotation=None, freeze=None, damage=damage_of(view, Swarm, swarm.id))
 
 
 def shown_task(view: View, task: Task) -> Task:
@@ -58,6 +68,7 @@ def shown_task(view: View, task: Task) -> Task:
 
     A task whose node is not heard any more is shown as unknown, never as running.
     """
+    task = with_damage(view, task)
     return replace(
         task,
         status=known_status(view, task),
@@ -65,6 +76,14 @@ def shown_task(view: View, task: Task) -> Task:
         spec_version=None,
         spec=replace(task.spec, runtime=""),
     )
+
+
+def with_damage(view: View, task: Task) -> Task:
+    """``task`` with what of it cannot be read as its error."""
+    damage = damage_of(view, Task, task.id)
+    if not damage:
+        return task
+    return replace(task, status=replace(task.status, err="; ".join(filter(None, (damage, task.status.err)))))
 
 
 async def service_status(view: View, service: Service) -> ServiceStatus:

@@ -22,7 +22,8 @@ routes = Routes()
 @routes.get("/swarm")
 async def inspect_swarm(request: web.Request) -> web.StreamResponse:
     """The cluster with its join tokens."""
-    return json_answer(shown_swarm(cluster_of(await current_view(request))))
+    view = await current_view(request)
+    return json_answer(shown_swarm(view, cluster_of(view)))
 
 
 @routes.post("/swarm/update")
