@@ -42,6 +42,9 @@ def test_an_image_that_does_not_exist_stops_nothing_and_the_next_update_goes_on(
     said = update(m1, "--image", "localhost:1/nosuch:1", "--no-resolve-image")
     assert "update paused due to failure or early termination of task" in said
     assert status(m1)["State"] == "paused"
+    refused = [task["ID"] for task in tasks(m1) if task["Status"]["State"] == "rejected"]
+    assert [id for id in refused if id in status(m1)["Message"]] != []
+    assert "localhost:1" in status(m1)["Message"]
     assert running(m1) == before
     update(m1, "--image", IMAGE, "--no-resolve-image", "--env-add", "A=1")
     assert status(m1)["State"] == "completed"
@@ -114,3 +117,54 @@ def test_a_crash_loop_is_damped_and_the_service_beside_it_runs(m1: TestNode) -> 
     assert last["DesiredState"] == "ready"
     (calm,) = m1.client().api.tasks(filters={"service": "calm"})
     assert calm["Status"]["State"] == "running"
+
+
+def test_an_update_to_a_crash_loop_ends_and_its_status_names_task_and_cause(m1: TestNode) -> None:
+    create(m1, "--replicas", "2")
+    before = running(m1)
+    said = update(m1, "--args", "sh -c 'exit 3'")
+    assert "update paused due to failure or early termination of task" in said
+    final = status(m1)
+    assert final["State"] == "paused"
+    failed = {task["ID"] for task in tasks(m1) if task["Status"]["State"] == "failed"}
+    assert [id for id in failed if id in final["Message"]] != []
+    assert "non-zero exit (3)" in final["Message"]
+    assert len(running(m1) & before) == 1  # what was not touched yet runs on
+
+
+def test_attempts_end_at_the_maximum_and_those_outside_of_the_window_do_not_count(m1: TestNode) -> None:
+    words = ("--detach", "--restart-delay", "0s", "--restart-max-attempts", "2")
+    m1.docker("service", "create", "--name", "few", *words, IMAGE, "false")
+    window = ("--restart-window", "1s")
+    m1.docker("service", "create", "--name", "web", *words, *window, IMAGE, "sh", "-c", "sleep 2; false")
+
+    def ended(service: str) -> set[str]:
+        found = m1.client().api.tasks(filters={"service": service})
+        return {task["ID"] for task in found if task["Status"]["State"] == "failed"}
+
+    attempts: set[str] = set()  # of a slot one more than its attempts are kept
+
+    def has_gone_on() -> bool:
+        attempts.update(ended("web"))
+        return len(attempts) >= 5
+
+    wait_until(lambda: len(ended("few")) == 3, "one task and two attempts")
+    wait_until(has_gone_on, "attempts go on", within_s=60)
+    few = m1.client().api.tasks(filters={"service": "few"})
+    assert {task["ID"] for task in few} == ended("few")
+    assert len(few) == 3
+
+
+def test_a_service_that_is_scaled_during_its_update_has_all_tasks_and_all_are_new(m1: TestNode) -> None:
+    create(m1, "--replicas", "3", "--update-delay", "2s")
+    before = running(m1)
+    update(m1, "--detach", "--env-add", "A=1")
+    wait_until(lambda: len(running(m1) - before) == 1 and running(m1) & before, "the first is new")
+    m1.docker("service", "scale", "--detach", "web=5")
+    wait_until(lambda: len(running(m1)) == 5, "five run")
+    assert status(m1)["State"] == "updating"
+    wait_until(lambda: status(m1)["State"] == "completed", "the update is complete")
+    assert len(running(m1)) == 5
+    assert not running(m1) & before
+    specs = [task["Spec"]["ContainerSpec"] for task in tasks(m1) if task["ID"] in running(m1)]
+    assert [spec.get("Env") for spec in specs] == [["A=1"]] * 5

@@ -235,3 +235,124 @@ def test_the_manager_comes_back_to_workers_that_went_on(trio: TestCluster, m1: T
     )
     wait_running(m1, "web", 4)
     assert {name: container_pids(trio.node(name), "web") for name in ("w1", "w2")} == before
+
+
+def test_tasks_leave_a_node_that_was_labelled_anew_but_not_while_it_is_paused(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    first, other = node_id(m1, "w1"), node_id(m1, "w2")
+    m1.docker("node", "update", "--label-add", "zone=north", first)
+    create(m1, "web", 2, *QUICK, "--constraint", "node.labels.zone==north")
+    wait_running(m1, "web", 2)
+    before = container_pids(trio.node("w1"), "web")
+    assert len(before) == 2
+    m1.docker("node", "update", "--availability", "pause", first)
+    m1.docker("node", "update", "--label-rm", "zone", first)
+    m1.docker("node", "update", "--label-add", "zone=north", other)
+    m1.docker("service", "scale", "--detach", "web=4")
+    wait_running(m1, "web", 4)  # by now the leader has looked at all that was changed before
+    assert spread(m1, "web") == {"w1": 2, "w2": 2}
+    assert container_pids(trio.node("w1"), "web") == before
+    m1.docker("node", "update", "--availability", "active", first)
+    wait_until(lambda: spread(m1, "web") == {"w2": 4}, "those that are out of place have moved")
+    wait_until(lambda: not containers(trio.node("w1"), "web"), "their containers are stopped")
+    m1.docker("node", "update", "--label-rm", "zone", other)
+
+
+def give_gpus(cluster: TestCluster, name: str, count: int) -> None:
+    """Have a node start again with so many; its containers run on."""
+    node = cluster.node(name)
+    (cluster.directory / name / "skep.toml").write_text(
+        f'generic-resources = ["gpu={count}"]\n' if count else ""
+    )
+    for pid in node.pids("skep-node"):
+        node.kill(pid)
+    seen_by = cluster.node("m1")
+
+    def gpus() -> int:
+        (shown,) = nodes(seen_by, name)
+        resources = shown["Description"]["Resources"].get("GenericResources") or []
+        return sum(resource["DiscreteResourceSpec"]["Value"] for resource in resources)
+
+    wait_until(lambda: gpus() == count and state_of(seen_by, name) == "ready", f"{name} has {count}")
+
+
+@pytest.mark.slow
+def test_the_youngest_tasks_leave_a_node_that_has_less_than_is_reserved(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    # On a busy machine a daemon may need longer to come back than the three seconds a silent node is given.
+    m1.docker("swarm", "update", "--dispatcher-heartbeat", "5s")
+    try:
+        give_gpus(trio, "w1", 3)
+        create(m1, "web", 1, *QUICK, "--generic-resource", "gpu=1")
+        (oldest,) = wait_running(m1, "web", 1)
+        m1.docker("service", "scale", "--detach", "web=3")
+        wait_running(m1, "web", 3)
+        assert spread(m1, "web") == {"w1": 3}
+        give_gpus(trio, "w2", 2)
+        assert spread(m1, "web") == {"w1": 3}
+        give_gpus(trio, "w1", 1)
+        wait_until(lambda: spread(m1, "web") == {"w1": 1, "w2": 2}, "two have moved")
+        assert oldest["ID"] in {task["ID"] for task in running(m1, "web")}
+    finally:
+        remove_services(m1)
+        for name in ("w1", "w2"):
+            give_gpus(trio, name, 0)
+        m1.docker("swarm", "update", "--dispatcher-heartbeat", "1s")
+
+
+def update_status(manager: TestNode) -> dict[str, Any]:
+    found: dict[str, Any] = manager.client().api.inspect_service("web").get("UpdateStatus") or {}
+    return found
+
+
+def lose_w1_during_an_update(trio: TestCluster, m1: TestNode, replicas: int, *words: str) -> set[str]:
+    """Kill w1 when the first task there is new; gives the tasks from before the update."""
+    settings = ("--update-monitor", "500ms", "--update-delay", "2s", "--stop-grace-period", "1s")
+    create(m1, "web", replicas, *QUICK, *settings, *words)
+    before = {task["ID"] for task in wait_running(m1, "web", replicas)}
+    m1.docker("service", "update", "--detach", "--env-add", "A=1", "web")
+    first = node_id(m1, "w1")
+    wait_until(
+        lambda: any(t["NodeID"] == first and t["ID"] not in before for t in running(m1, "web")),
+        "a new task runs on w1",
+    )
+    assert update_status(m1)["State"] == "updating"
+    trio.skep("kill", "w1")
+    return before
+
+
+def bring_back_w1(trio: TestCluster, m1: TestNode) -> None:
+    trio.skep("start", "w1")
+    wait_until(lambda: state_of(m1, "w1") == "ready", "it is back")
+
+
+@pytest.mark.slow
+def test_an_update_that_loses_a_node_midway_is_completed_on_the_others(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    before = lose_w1_during_an_update(trio, m1, 4, "--constraint", "node.role==worker")
+    try:
+        wait_until(lambda: update_status(m1)["State"] == "completed", "the update is complete", within_s=60)
+        wait_until(lambda: spread(m1, "web") == {"w2": 4}, "all run on the other one")
+        assert not before & {task["ID"] for task in running(m1, "web")}
+    finally:
+        bring_back_w1(trio, m1)
+
+
+@pytest.mark.slow
+def test_an_update_that_loses_its_only_node_midway_ends_and_names_task_and_cause(
+    trio: TestCluster, m1: TestNode
+) -> None:
+    only = ("--constraint", "node.hostname==w1", "--label", "skep.progress-deadline=5s")
+    lose_w1_during_an_update(trio, m1, 2, *only)
+    try:
+        wait_until(lambda: update_status(m1)["State"] == "paused", "the update has ended", within_s=60)
+        message = update_status(m1)["Message"]
+        known = {task["ID"] for task in m1.client().api.tasks(filters={"service": "web"})}
+        assert [id for id in known if id in message] != []
+        assert "made no progress within" in message
+        assert "no suitable node" in message
+    finally:
+        bring_back_w1(trio, m1)
