@@ -49,6 +49,9 @@ def about_service(name: str, answer: Mapping[str, Any]) -> Iterator[str]:
     update = answer.get("UpdateStatus") or {}
     if update.get("Message"):
         yield f"  update: {update['Message']}"
+    if progress := answer.get("Update"):
+        until = f", until {progress['Deadline']}" if progress.get("Deadline") else ""
+        yield f"  update: {progress['Step']}; it waits for {progress['WaitingFor']}{until}"
     for title, reasons in (("waiting", answer["Reasons"]), ("failed", answer["Failures"])):
         for reason in reasons:
             yield f"  {reason['Tasks']} {title}: {reason['Summary']}  (skep explain {reason['Example']})"

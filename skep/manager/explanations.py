@@ -5,9 +5,10 @@ Everything here is read off the objects; nothing is remembered for it.
 
 import signal
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from skep.manager.scheduler.explain import NodeVerdict
+from skep.manager.update_explanations import UpdateExplanation, explain_update
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
@@ -62,6 +63,8 @@ class ServiceExplanation(ApiObject):
     failures: tuple[Reason, ...] = always(())
     """Of tasks that ended by themselves and are kept as history."""
     update_status: UpdateStatus | None = None
+    update: UpdateExplanation | None = None
+    """Of an update that is under way."""
 
 
 def explain_task(task: Task, node: Node | None, verdicts: Sequence[NodeVerdict] = ()) -> TaskExplanation:
@@ -84,9 +87,17 @@ def explain_task(task: Task, node: Node | None, verdicts: Sequence[NodeVerdict] 
 
 
 def explain_service(
-    service: Service, tasks: Iterable[Task], *, wanted: int, nodes: dict[NodeId, Node]
+    service: Service,
+    tasks: Sequence[Task],
+    *,
+    wanted: int,
+    nodes: dict[NodeId, Node],
+    is_new: Callable[[Task], bool] = lambda _: True,
 ) -> ServiceExplanation:
-    """Why ``service`` is not at its ``wanted`` number of running tasks, if it is not."""
+    """Why ``service`` is not at its ``wanted`` number of running tasks, if it is not.
+
+    ``is_new``: whether a task is what the service asks for now.
+    """
     waiting: list[tuple[Task, str]] = []
     failed: list[tuple[Task, str]] = []
     running = 0
@@ -107,6 +118,7 @@ def explain_service(
         reasons=reasons,
         failures=failures,
         update_status=service.update_status,
+        update=explain_update(service, tasks, is_new=is_new, nodes=nodes, summary=summary),
     )
 
 

@@ -308,19 +308,26 @@ def update_status(manager: TestNode) -> dict[str, Any]:
 
 
 def lose_w1_during_an_update(trio: TestCluster, m1: TestNode, replicas: int, *words: str) -> set[str]:
-    """Kill w1 when the first task there is new; gives the tasks from before the update."""
-    settings = ("--update-monitor", "500ms", "--update-delay", "2s", "--stop-grace-period", "1s")
+    """Kill w1 when the first half of the tasks is new; gives the tasks from before the update."""
+    step = ("--update-parallelism", str(replicas // 2), "--update-delay", "10s", "--update-monitor", "500ms")
+    settings = (*step, "--stop-grace-period", "1s")
     create(m1, "web", replicas, *QUICK, *settings, *words)
     before = {task["ID"] for task in wait_running(m1, "web", replicas)}
     m1.docker("service", "update", "--detach", "--env-add", "A=1", "web")
-    first = node_id(m1, "w1")
     wait_until(
-        lambda: any(t["NodeID"] == first and t["ID"] not in before for t in running(m1, "web")),
-        "a new task runs on w1",
+        lambda: any(task["ID"] not in before for task in running(m1, "web")), "a new task runs", within_s=20
     )
-    assert update_status(m1)["State"] == "updating"
     trio.skep("kill", "w1")
+    assert update_status(m1)["State"] == "updating"
     return before
+
+
+def waiting_update(manager: TestNode) -> dict[str, Any] | None:
+    """Where the update stands, once it waits for something with a deadline."""
+    api = manager.client().api
+    answer = api._result(api._get(api._url("/skep/services/web/explain")), json=True)
+    update: dict[str, Any] = answer.get("Update") or {}
+    return update if "no suitable node" in update.get("WaitingFor", "") and update.get("Deadline") else None
 
 
 def bring_back_w1(trio: TestCluster, m1: TestNode) -> None:
@@ -348,6 +355,9 @@ def test_an_update_that_loses_its_only_node_midway_ends_and_names_task_and_cause
     only = ("--constraint", "node.hostname==w1", "--label", "skep.progress-deadline=5s")
     lose_w1_during_an_update(trio, m1, 2, *only)
     try:
+        told = wait_until(lambda: waiting_update(m1), "the update tells what it waits for")
+        assert "no suitable node" in told["WaitingFor"]
+        assert told["Step"].endswith("of 2 tasks are new")
         wait_until(lambda: update_status(m1)["State"] == "paused", "the update has ended", within_s=60)
         message = update_status(m1)["Message"]
         known = {task["ID"] for task in m1.client().api.tasks(filters={"service": "web"})}

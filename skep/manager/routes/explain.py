@@ -6,6 +6,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from skep.api.server import Routes, json_answer
+from skep.manager.control.tasks import is_up_to_date
 from skep.manager.explanations import explain_service, explain_task
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.shown import damage_of, service_status, with_damage
@@ -45,7 +46,13 @@ async def explain_one_service(request: web.Request) -> web.StreamResponse:
     view = manager_of(request).store.view()
     tasks = [with_damage(view, task) for task in view.find(Task, service_id=service.id)]
     nodes = {node.id: node for node in view.find(Node)}
-    answer = explain_service(service, tasks, wanted=status.desired_tasks, nodes=nodes)
+    answer = explain_service(
+        service,
+        tasks,
+        wanted=status.desired_tasks,
+        nodes=nodes,
+        is_new=lambda task: is_up_to_date(view, task),
+    )
     damage = damage_of(view, Service, service.id)
     return json_answer(replace(answer, summary=f"{answer.summary}; {damage}") if damage else answer)
 

@@ -1,0 +1,96 @@
+"""What an update that is under way says of itself."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.cli.explain import about_service
+from skep.manager.explanations import explain_service
+from skep.manager.update_explanations import UpdateExplanation
+from skep.model.encoding import to_json
+from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import Timestamp
+from tests.builders import a_node, a_service, a_task
+
+STARTED = Timestamp("2026-01-31T12:00:00Z")
+
+
+def updated(state: UpdateState | None = UpdateState.UPDATING) -> Service:
+    web = a_service("web", replicas=3)
+    spec = replace(web.spec, labels={"skep.progress-deadline": "30s"})
+    return replace(web, spec=spec, update_status=UpdateStatus(state=state, message="update in progress"))
+
+
+def told(service: Service, *tasks: Task, new: tuple[str, ...] = ()) -> UpdateExplanation | None:
+    nodes = {a_node("n1").id: a_node("n1")}
+    return explain_service(service, tasks, wanted=3, nodes=nodes, is_new=lambda task: task.id in new).update
+
+
+def slots(*states: TaskState) -> list[Task]:
+    """One task each, ``t1`` to ``t3``."""
+    return [
+        replace(a_task(f"t{n}", slot=n, node="n1", state=state), created_at=STARTED)
+        for n, state in enumerate(states, 1)
+    ]
+
+
+RUNNING, PENDING = TaskState.RUNNING, TaskState.PENDING
+
+
+def test_it_names_the_task_that_it_waits_for_and_until_when() -> None:
+    done, lead, old = slots(RUNNING, PENDING, RUNNING)
+    lead = replace(lead, status=TaskStatus(state=PENDING, err="no suitable node"), node_id="")
+    predecessor = replace(old, id="t2-before", slot=2)
+    found = told(updated(), done, lead, predecessor, old, new=("t1", "t2"))
+    assert found == UpdateExplanation(
+        step="1 of 3 tasks are new",
+        waiting_for="task t2: no suitable node",
+        deadline=Timestamp("2026-01-31T12:00:40Z"),  # and ten seconds for its predecessor to stop
+    )
+
+
+def test_the_one_that_waits_for_longest_is_named() -> None:
+    tasks = slots(PENDING, PENDING, PENDING)
+    later = [replace(task, created_at=Timestamp("2026-01-31T12:00:05Z")) for task in tasks[:2]]
+    found = told(updated(), *later, tasks[2], new=("t1", "t2", "t3"))
+    assert found is not None
+    assert found.waiting_for.startswith("task t3: ")
+
+
+@pytest.mark.parametrize(
+    ("new", "step", "waits_for"),
+    [
+        (("t1",), "1 of 3 tasks are new", "the delay before the next step"),
+        (("t1", "t2", "t3"), "3 of 3 tasks are new", "the monitor time of the last step"),
+    ],
+)
+def test_without_such_a_task_it_waits_for_time_to_pass(
+    new: tuple[str, ...], step: str, waits_for: str
+) -> None:
+    found = told(updated(), *slots(RUNNING, RUNNING, RUNNING), new=new)
+    assert found == UpdateExplanation(step=step, waiting_for=waits_for)
+
+
+@pytest.mark.parametrize("state", [None, *UpdateState])
+def test_only_an_update_that_is_under_way_has_steps(state: UpdateState | None) -> None:
+    found = told(updated(state), *slots(RUNNING, RUNNING, RUNNING))
+    assert (found is not None) == (state in (UpdateState.UPDATING, UpdateState.ROLLBACK_STARTED))
+
+
+@given(st.permutations(range(3)), st.sets(st.sampled_from(["t1", "t2", "t3"])))
+def test_the_order_of_tasks_does_not_matter(order: list[int], new: set[str]) -> None:
+    tasks = slots(PENDING, RUNNING, TaskState.PREPARING)
+    shuffled = [tasks[place] for place in order]
+    assert told(updated(), *shuffled, new=tuple(new)) == told(updated(), *tasks, new=tuple(new))
+
+
+def test_people_read_it_in_one_line() -> None:
+    found = explain_service(updated(), slots(RUNNING, PENDING, RUNNING), wanted=3, nodes={})
+    lines = list(about_service("web", msgspec.json.decode(to_json(found))))
+    assert (
+        "  update: 2 of 3 tasks are new; it waits for task t2: it waits for a node, until 2026-01-31T12:00:40Z"
+        in lines
+    )
