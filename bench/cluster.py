@@ -4,6 +4,7 @@
 
     python -m bench.cluster --pairs 3
     python -m bench.cluster --pairs 5 --steps form      # only init and join
+    python -m bench.cluster --pairs 3 --steps update    # rolling updates
 
 Each round makes fresh machines of one system, measures, and removes them; the systems take turns, so only one is on the
 machine at a time.  Of a lost leader the cable goes first and the power at once after, so that nobody hears a last word.
@@ -27,12 +28,12 @@ from bench.cluster_lab import ANSWER_S, MANAGERS, WORKERS, ClusterLab, System, a
 from bench.engine import EngineError
 from bench.facts import fsync
 from bench.machine import noise
+from bench.rollouts import ORDERS, REPLICAS, TIMES, rolling_update
 from bench.run import commit, keep
 from bench.scenarios import WORKLOAD
 from skep.errors import SkepError
 from skep.playground.description import Node
 
-REPLICAS = 10
 SETTLE_S = 4.0
 """How long machines that have just been switched on are left alone: a daemon's own start is no part of init."""
 
@@ -65,6 +66,7 @@ class Round:
         }
         steps: dict[str, Callable[[], None]] = {
             "idle": self._idle,
+            "update": self._update,
             "worker": lambda: self._lose_worker(0, "worker killed", self.lab.kill, self.lab.start),
             "cable": lambda: self._lose_worker(
                 1,
@@ -100,6 +102,16 @@ class Round:
             self._note(f"idle {node.role}, % of a processor", spent * 100)
         for node in self.lab.nodes:
             self._note(f"idle {node.role}, memory (PSS), MiB", self.lab.memory_mib(node))
+
+    def _update(self) -> None:
+        """Rolling updates in both orders, on all machines."""
+        via = engine(self.lab.nodes[0])
+        service = self._service("rolled", REPLICAS)
+        for round in range(TIMES * len(ORDERS)):
+            self.noise.append(noise())
+            for metric, value in rolling_update(via, service, ORDERS[round % len(ORDERS)], round).items():
+                self._note(metric, value)
+        self._remove(service)
 
     def _lose_worker(
         self, which: int, what: str, lose: Callable[[Node], None], give_back: Callable[[Node], None]
@@ -320,8 +332,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=lambda text: frozenset(text.split(",")),
-        default=frozenset({"idle", "worker", "cable", "leader"}),
-        help="comma-separated: form, idle, worker, cable, leader (default all); init and join are always part of it",
+        default=frozenset({"idle", "update", "worker", "cable", "leader"}),
+        help="comma-separated: form, idle, update, worker, cable, leader (default all); init and join always are",
     )
     parser.add_argument(
         "--logs", type=Path, default=None, help="keep the daemons' logs of failed rounds here"
