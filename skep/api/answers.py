@@ -4,23 +4,59 @@ The event loop is never held longer than it takes to encode one piece.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from enum import IntEnum
+from functools import partial
 from itertools import islice
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import msgspec
 from aiohttp import web
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 _PIECE = 128
 """List items encoded at once: about a millisecond of tasks."""
+_KNOWN_PIECE = 512
+"""The same where most of them are known: a quarter of a millisecond; 5 ms for the first who asks."""
 
 RAW_STREAM = "application/vnd.docker.raw-stream"
 MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
 
 _encoder = msgspec.json.Encoder()
+
+
+class KnownJson:
+    """The JSON of objects that never change, kept from one long list to the next: most of it is what it was.
+
+    An object is known by its id and by being the same one, shown in the same circumstances: whatever else its answer
+    depends on.  What is not listed any more is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[object, object, bytes]] = {}
+        self._circumstances: object = None
+
+    def agreed(self, circumstances: C) -> C:
+        """Those of the last list if they are equal: they, too, are known by being the same."""
+        if circumstances == self._circumstances:
+            return cast("C", self._circumstances)
+        self._circumstances = circumstances
+        return circumstances
+
+    def of(self, id: str, object: T, circumstances: C, show: Callable[[C, T], Any]) -> bytes:
+        """The JSON of what ``show`` makes of ``object``.  ``circumstances``: as agreed."""
+        known = self._known.get(id)
+        if known is None or known[0] is not object or known[1] is not circumstances:
+            known = self._known[id] = (object, circumstances, _encoder.encode(show(circumstances, object)))
+        return known[2]
+
+    def keep_only(self, ids: Collection[str]) -> None:
+        """Forget all others, if there are any."""
+        if len(self._known) > len(ids):
+            wanted = frozenset(ids)
+            self._known = {id: known for id, known in self._known.items() if id in wanted}
 
 
 def json_answer(value: Any, status: int = 200) -> web.Response:
@@ -33,24 +69,43 @@ def json_list_answer(items: Sequence[T], show: Callable[[T], Any] = lambda item:
     shown = map(show, items)
     if len(items) <= _PIECE:
         return json_answer(list(shown))
-    return web.Response(body=_list_pieces(shown), content_type="application/json")
+    return web.Response(body=_list_of(_pieces(shown)), content_type="application/json")
 
 
-async def _list_pieces(items: Iterable[Any]) -> AsyncIterator[bytes]:
-    async for piece in _pieces(items):
-        yield piece
-    yield b"\n"
+def known_list_answer(
+    items: Sequence[T], show: Callable[[C, T], Any], circumstances: C, known: KnownJson
+) -> web.Response:
+    """The same for all objects of a kind, which have an ``id``; of a long list only what is new is encoded."""
+    if len(items) <= _PIECE:
+        return json_list_answer(items, partial(show, circumstances))
+    pieces = _known_pieces(items, show, known.agreed(circumstances), known)
+    return web.Response(body=_list_of(pieces), content_type="application/json")
+
+
+async def _list_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The JSON list of the items in ``pieces``, of which there are some."""
+    lead = b"["
+    async for piece in pieces:
+        yield lead + piece
+        lead = b","
+        await asyncio.sleep(0)  # others' turn
+    yield b"]\n"
 
 
 async def _pieces(items: Iterable[Any]) -> AsyncIterator[bytes]:
-    """The JSON list of ``items``, cut between items."""
     iterator = iter(items)
-    lead = b"["
     while batch := list(islice(iterator, _PIECE)):
-        yield lead + _encoder.encode(batch)[1:-1]
-        lead = b","
-        await asyncio.sleep(0)  # others' turn
-    yield b"]" if lead == b"," else b"[]"
+        yield _encoder.encode(batch)[1:-1]
+
+
+async def _known_pieces(
+    items: Sequence[T], show: Callable[[C, T], Any], circumstances: C, known: KnownJson
+) -> AsyncIterator[bytes]:
+    ids: list[str] = [item.id for item in items]  # type: ignore[attr-defined]
+    for start in range(0, len(items), _KNOWN_PIECE):
+        batch = zip(ids[start : start + _KNOWN_PIECE], items[start : start + _KNOWN_PIECE], strict=True)
+        yield b",".join([known.of(id, item, circumstances, show) for id, item in batch])
+    known.keep_only(ids)
 
 
 class ChunkedAnswer:

@@ -29,6 +29,7 @@ from skep.api.answers import (
     frame,
     json_answer,
     json_list_answer,
+    known_list_answer,
 )
 from skep.api.bodies import Unrecognized, decode_body
 from skep.api.errors import NotModified, status_of
@@ -50,6 +51,7 @@ __all__ = [
     "frame",
     "json_answer",
     "json_list_answer",
+    "known_list_answer",
     "read_body",
     "read_json",
     "runner",

@@ -70,8 +70,8 @@ class _PoisonedView:
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
         return self._view.unreadable(kind)
 
-    def damaged(self, kind: type[Object], id: str) -> Mapping[str, str]:
-        return self._view.damaged(kind, id)
+    def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
+        return self._view.damaged(kind)
 
     def resolve(self, kind: type[T], word: str) -> T:
         return self._view.resolve(kind, word)

@@ -52,8 +52,8 @@ class View(Protocol):
         Such an object is not found (or found as it was before), which is not to be taken for its removal.
         """
 
-    def damaged(self, kind: type[Object], id: str) -> Mapping[str, str]:
-        """Parts of an object beside its head that are stored but cannot be read, and why; usually none.
+    def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
+        """Id -> parts beside the head that are stored but cannot be read -> why; usually none.
 
         Such a part is as it was before, or as if it were not there.  Whoever writes it mends it.
         """

@@ -75,8 +75,8 @@ class State:
     def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
         return self.table_by_type[kind].unreadable
 
-    def damaged(self, kind: type[msgspec.Struct], id: str) -> Mapping[str, str]:
-        return self.table_by_type[kind].damaged.get(id, {})
+    def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:
+        return self.table_by_type[kind].damaged
 
     def resolve(self, kind: type[T], word: str) -> T:
         found: T = resolved(self, self.table_by_type[kind], word)

@@ -85,8 +85,8 @@ class Writing:
     def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
         return self._state.unreadable(kind)
 
-    def damaged(self, kind: type[msgspec.Struct], id: str) -> Mapping[str, str]:
-        return self._state.damaged(kind, id)
+    def damaged(self, kind: type[msgspec.Struct]) -> Mapping[str, Mapping[str, str]]:
+        return self._state.damaged(kind)
 
     def resolve(self, kind: type[T], word: str) -> T:
         found: T = resolved(self, self._state.table_by_type[kind], word)

@@ -109,11 +109,11 @@ def test_a_part_that_cannot_be_read_stops_nobody_and_is_told_until_it_is_written
     async def live() -> None:
         store = await damaged(cluster, kind, "broken", part)
         (schema,) = (one for one in SCHEMAS if one.name == kind)
-        assert list(store.view().damaged(schema.type, "broken")) == [part]
+        assert list(store.view().damaged(schema.type)["broken"]) == [part]
         async with leading(store):
             await a_good_service_converges(store)
         fresh, _ = cluster.load()  # whoever loads the store later is told the same
-        assert store.view().damaged(schema.type, "broken") == fresh.damaged(schema.type, "broken")
+        assert store.view().damaged(schema.type) == fresh.damaged(schema.type)
 
     asyncio.run(live())
 

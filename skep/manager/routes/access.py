@@ -10,6 +10,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.loop_lag import LoopLag
+from skep.api.answers import KnownJson
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
 from skep.errors import InvalidArgument, SkepError, Unavailable
@@ -58,6 +59,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_name: NameSource
     backups: Backing
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
+    nodes: KnownJson = msgspec.field(default_factory=KnownJson)
+    services: KnownJson = msgspec.field(default_factory=KnownJson)
     trouble: Callable[[], str] = str
     """Why this manager's own part of the store is not there, in a sentence; empty: it is, or nobody knows."""
 

@@ -10,10 +10,10 @@ from typing import TypeVar
 from aiohttp import web
 
 from skep.api.errors import Untranslated
-from skep.api.server import Filters, Routes, flag, json_answer, json_list_answer, read_json
+from skep.api.server import Filters, Routes, flag, json_answer, json_list_answer, known_list_answer, read_json
 from skep.manager.control import nodes as control
 from skep.manager.routes.access import current_view, manager_of, version_parameter
-from skep.manager.routes.shown import has_labels, shown_node
+from skep.manager.routes.shown import has_labels, shown_node, trouble_of
 from skep.model.node import Node, NodeRole
 from skep.store.interface import View
 
@@ -35,7 +35,10 @@ async def list_nodes(request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown("name", "id", "label", "role", "membership", "node.label")
     view = await current_view(request)
-    return json_list_answer(_fitting(view, filters), partial(shown_node, view))
+    trouble = trouble_of(view, Node)
+    if not filters:
+        return known_list_answer(view.find(Node), shown_node, trouble, manager_of(request).nodes)
+    return json_list_answer(_fitting(view, filters), partial(shown_node, trouble))
 
 
 def _fitting(view: View, filters: Filters) -> list[Node]:
@@ -67,7 +70,7 @@ def _members(cls: type[E], filters: Filters, key: str) -> set[E]:
 async def inspect_node(request: web.Request) -> web.StreamResponse:
     """One node."""
     view = await current_view(request)
-    return json_answer(shown_node(view, view.resolve(Node, request.match_info["id"])))
+    return json_answer(shown_node(trouble_of(view, Node), view.resolve(Node, request.match_info["id"])))
 
 
 @routes.post("/nodes/{id}/update")

@@ -17,12 +17,13 @@ from skep.api.server import (
     api_version,
     json_answer,
     json_list_answer,
+    known_list_answer,
     read_json,
 )
 from skep.manager.control import services as control
 from skep.manager.control.service_form import UNRECOGNIZED, settled
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
-from skep.manager.routes.shown import has_labels, service_status, shown_service
+from skep.manager.routes.shown import has_labels, service_status, shown_service, trouble_of
 from skep.model.container import ContainerSpec
 from skep.model.service import Service, ServiceSpec
 from skep.store.interface import View
@@ -41,12 +42,15 @@ async def list_services(request: web.Request) -> web.StreamResponse:
     status = wrapped_flag(request, "status") if api_version(request) >= _V1_41 else False
     view = await current_view(request)
     services = list(_fitting(view, filters))
+    trouble = trouble_of(view, Service)
+    if not status and not filters:
+        return known_list_answer(services, shown_service, trouble, manager_of(request).services)
     if not status:
-        return json_list_answer(services, partial(shown_service, view))
+        return json_list_answer(services, partial(shown_service, trouble))
     store = manager_of(request).store
     return json_list_answer(
         [
-            shown_service(view, service, status=await service_status(store.view(), service))
+            shown_service(trouble, service, status=await service_status(store.view(), service))
             for service in services
         ]
     )
@@ -89,7 +93,7 @@ async def inspect_service(request: web.Request) -> web.StreamResponse:
     insert_defaults = wrapped_flag(request, "insertDefaults")
     view = await current_view(request)
     service = view.resolve(Service, request.match_info["id"])
-    return json_answer(shown_service(view, service, insert_defaults=insert_defaults))
+    return json_answer(shown_service(trouble_of(view, Service), service, insert_defaults=insert_defaults))
 
 
 @routes.post("/services/{id}/update")

@@ -14,7 +14,7 @@ from skep.manager.orchestrator.global_services import is_eligible
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, ServiceStatus
-from skep.model.swarm import Swarm
+from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
@@ -24,14 +24,33 @@ _PIECE = 5_000
 T = TypeVar("T")
 
 
+class Trouble(Struct, frozen=True):
+    """What an answer tells of objects beside what they are.
+
+    ``freeze``: why nothing is replaced at present, if so; ``damages``: id -> what of that object cannot be read.
+    """
+
+    freeze: Freeze | None
+    damages: Mapping[str, str]
+
+
+def trouble_of(view: View, kind: type[Struct]) -> Trouble:
+    """For answers about objects of ``kind``."""
+    freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
+    return Trouble(freeze, {id: _damage(parts) for id, parts in view.damaged(kind).items()})
+
+
 def damage_of(view: View, kind: type[Struct], id: str) -> str:
     """What of an object cannot be read, in a sentence; empty: nothing."""
-    damaged = sorted(view.damaged(kind, id).items())
-    return "; ".join(f"its {part} cannot be read: {why}" for part, why in damaged)
+    return _damage(view.damaged(kind).get(id, {}))
+
+
+def _damage(parts: Mapping[str, str]) -> str:
+    return "; ".join(f"its {part} cannot be read: {why}" for part, why in sorted(parts.items()))
 
 
 def shown_service(
-    view: View, service: Service, *, insert_defaults: bool = False, status: ServiceStatus | None = None
+    trouble: Trouble, service: Service, *, insert_defaults: bool = False, status: ServiceStatus | None = None
 ) -> Service:
     """``service`` for an answer."""
     return replace(
@@ -39,23 +58,30 @@ def shown_service(
         spec=with_defaults(service.spec) if insert_defaults else service.spec,
         spec_version=None,
         service_status=status,
-        damage=damage_of(view, Service, service.id),
+        damage=trouble.damages.get(service.id, ""),
     )
 
 
-def shown_node(view: View, node: Node) -> Node:
+def shown_node(trouble: Trouble, node: Node) -> Node:
     """``node`` for an answer; one that is down says it, too, when no task is replaced for its sake."""
     status = node.status
-    freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
-    if freeze is not None and status.state is NodeState.DOWN:
-        status = replace(status, message=f"{status.message}; {frozen_message(freeze)}")
-    if damage := damage_of(view, Node, node.id):
+    if trouble.freeze is not None and status.state is NodeState.DOWN:
+        status = replace(status, message=f"{status.message}; {frozen_message(trouble.freeze)}")
+    if damage := trouble.damages.get(node.id):
         status = replace(status, message="; ".join(filter(None, (status.message, damage))))
     manager = node.manager_status
     if manager is not None:
         manager = replace(manager, has_vote=True)  # and so left out
-    node = replace(node, status=status, manager_status=manager)
-    return replace(node, session=None, certificate=None, attachments=(), peer_roots="", silent_since=None)
+    return replace(
+        node,
+        status=status,
+        manager_status=manager,
+        session=None,
+        certificate=None,
+        attachments=(),
+        peer_roots="",
+        silent_since=None,
+    )
 
 
 def shown_swarm(view: View, swarm: Swarm) -> Swarm:

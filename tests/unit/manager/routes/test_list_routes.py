@@ -13,6 +13,7 @@ from skep.manager.control.services import create_service
 from skep.manager.routes import application
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import ReplicatedJob, Service, ServiceMode, ServiceSpec
+from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
 from skep.store.updates import NO_LEADER
 from tests.builders import a_node, a_service_spec, a_task
@@ -31,7 +32,7 @@ async def a_stored_service(api, spec: ServiceSpec) -> Service:
 
 
 async def put(api, *objects) -> None:
-    await api.store.update(lambda tx: [tx.put(object) for object in objects])
+    await api.store.update_each(lambda tx, one: tx.put(one), objects)
 
 
 async def ids(client, path: str, **filters: str) -> list[str]:
@@ -206,3 +207,58 @@ async def test_bits_of_javascript_and_paths_in_names_are_only_words(cluster):
     for word in ("..", "%2e%2e%2fetc", "a%00b", "%3Cscript%3E", "x" * 5000):
         answer = await client.get(f"/services/{word}")
         assert answer.status == 404
+
+
+async def listed(client, path: str) -> dict[str, dict]:
+    return {item["ID"]: item for item in await (await client.get(path)).json()}
+
+
+async def test_a_long_list_of_nodes_shows_every_change(cluster):
+    api, client = cluster
+    nodes = [a_node(id) for id in ids_of(1500)]
+    await put(api, *nodes)
+    assert len(await listed(client, "/nodes")) == 1501
+    await put(api, replace(nodes[7], spec=replace(nodes[7].spec, availability=Availability.DRAIN)))
+    await api.store.update(lambda tx: tx.delete(Node, "n0008"))
+    shown = await listed(client, "/nodes")
+    assert shown["n0007"]["Spec"]["Availability"] == "drain"
+    assert shown["n0006"]["Spec"]["Availability"] == "active"
+    assert "n0008" not in shown
+    assert len(shown) == 1500
+
+
+async def test_a_freeze_shows_on_nodes_that_were_listed_before_it(cluster):
+    api, client = cluster
+    ready = [a_node(id) for id in ids_of(200)]
+    down = [replace(node, status=replace(node.status, state=NodeState.DOWN)) for node in ready]
+    await put(api, *down)
+
+    async def messages() -> set[str]:
+        shown = await listed(client, "/nodes")
+        return {shown[node.id]["Status"].get("Message", "") for node in down}
+
+    before = await messages()
+    assert len(before) == 1
+    (swarm,) = api.store.view().find(Swarm)
+    freeze = Freeze(since="2026-01-01T00:00:00Z", nodes=tuple(node.id for node in down), ready_before=201)
+    await put(api, replace(swarm, freeze=freeze))
+    (frozen,) = await messages()
+    assert "200 of 201 nodes went down at once" in frozen
+    (swarm,) = api.store.view().find(Swarm)
+    await put(api, replace(swarm, freeze=None))
+    assert await messages() == before
+
+
+def ids_of(count: int) -> list[str]:
+    return [f"n{number:04}" for number in range(count)]
+
+
+async def test_a_long_list_of_services_shows_every_change(cluster):
+    api, client = cluster
+    stored = [await a_stored_service(api, a_service_spec(name)) for name in ids_of(200)]
+    assert len(await listed(client, "/services")) == 200
+    changed = replace(stored[3], spec=replace(stored[3].spec, labels={"a": "b"}))
+    await put(api, changed)
+    shown = await listed(client, "/services")
+    assert shown[changed.id]["Spec"]["Labels"] == {"a": "b"}
+    assert shown[stored[4].id]["Spec"]["Labels"] == {}
