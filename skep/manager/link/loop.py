@@ -17,6 +17,7 @@ from skep.aio.own_time import OwnTime
 from skep.errors import SkepError, Unavailable
 from skep.manager.follow import follow
 from skep.manager.link.silence import LastHeard
+from skep.manager.roster import concerns_managers
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.store.interface import Commit, Store, View
@@ -103,7 +104,8 @@ class ManagerLink:
         self._changed.set()
 
     def _note(self, commit: Commit) -> None:
-        self._start(self._store.view())
+        if concerns_managers(commit):
+            self._start(self._store.view())
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:

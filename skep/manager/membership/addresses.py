@@ -14,10 +14,12 @@ from skep.aio.clock import Clock
 from skep.errors import Unavailable
 from skep.manager.follow import State, follow
 from skep.manager.membership.consensus import Consensus
+from skep.manager.roster import concerns_managers
 from skep.model.addresses import host_of, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import Peer
+from skep.store.interface import Commit
 from skep.wire.client import split_address
 
 log = structlog.get_logger(__name__)
@@ -107,8 +109,12 @@ class AddressBook:
 
 
 async def keep_book(book: AddressBook, store: State, consensus: Consensus, clock: Clock) -> None:
-    """Follow the nodes until cancelled."""
+    """Follow the managers until cancelled."""
     changed = asyncio.Event()
+
+    def note(commit: Commit) -> None:
+        if concerns_managers(commit):
+            changed.set()
 
     async def keep() -> None:
         while True:
@@ -125,6 +131,6 @@ async def keep_book(book: AddressBook, store: State, consensus: Consensus, clock
         store,
         (Node,),
         start=lambda _: changed.set(),
-        note=lambda _: changed.set(),
+        note=note,
         work=keep,
     )

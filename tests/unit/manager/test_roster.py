@@ -1,0 +1,46 @@
+"""Who looks at the managers alone hears of them, and of nobody else."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.roster import concerns_managers
+from skep.model.node import (
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeRole,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
+from skep.store.interface import Commit, Created, Deleted, Event, Updated
+from tests.builders import a_node, a_service
+
+WORKER = a_node("w1")
+BACK = replace(WORKER, status=NodeStatus(state=NodeState.DOWN))
+TO_BE = replace(WORKER, spec=NodeSpec(role=NodeRole.MANAGER))
+CERTIFIED = replace(WORKER, certificate=NodeCertificate(role=NodeRole.MANAGER))
+PRESENT = replace(
+    WORKER, manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr="10.0.0.1:2377")
+)
+
+
+def commit(*events: Event) -> Commit:
+    return Commit(7, events)
+
+
+def test_thousands_of_workers_come_change_and_go_unheard() -> None:
+    service = a_service("web")
+    assert not concerns_managers(
+        commit(Created(WORKER), Updated(WORKER, BACK), Deleted(BACK), Created(service))
+    )
+
+
+@pytest.mark.parametrize("manager", [TO_BE, CERTIFIED, PRESENT])
+def test_a_manager_is_heard_of_when_it_comes_changes_goes_and_becomes_one(manager: Node) -> None:
+    assert concerns_managers(commit(Created(WORKER), Created(manager)))
+    assert concerns_managers(commit(Deleted(manager)))
+    assert concerns_managers(commit(Updated(manager, replace(manager, description=manager.description))))
+    assert concerns_managers(commit(Updated(WORKER, manager)))
+    assert concerns_managers(commit(Updated(manager, WORKER)))
