@@ -7,6 +7,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.aio.slices import Slices
 from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.allocator.attachments import (
@@ -308,7 +309,11 @@ class Allocator:
 
     async def _commit(self, decided: Iterable[list[Grant]]) -> None:
         """Write the grants, each a transaction of its own, in as few raft entries as possible."""
-        grants = [grant for grants in decided for grant in grants]
+        grants: list[Grant] = []
+        slices = Slices(self._clock)
+        for some in decided:
+            grants += some
+            await slices.give_way()
         if not grants:
             return
         now = timestamp(self._clock.now_ns())
@@ -317,11 +322,14 @@ class Allocator:
             apply(tx, grant, now)
 
         results = await write_each(self._term, write, grants)
+        failed = [result for result in results if isinstance(result, SkepError)]
+        if failed:
+            log.warning("grants not written, trying again", grants=len(failed), reason=str(failed[0]))
         for grant, result in zip(grants, results, strict=True):
+            await slices.give_way()
             # Whatever the outcome, the store shows it now; what it does not show is not held.
             self._look_again(grant)
             if isinstance(result, SkepError):
-                log.warning("allocation not written, trying again", reason=str(result))
                 delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
                 self._agenda.add_at(key_of(grant), self._clock.monotonic() + delay_s)
 

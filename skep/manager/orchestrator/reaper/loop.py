@@ -9,6 +9,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.aio.slices import Slices
 from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
@@ -109,13 +110,16 @@ class Reaper:
                 case Deleted(Node() as node):
                     tasks = self._term.view().find(Task, node_id=node.id)
                     self._agenda.add(_slot_key(task) for task in tasks)
-                case Updated(Swarm(), Swarm()):
+                case Updated(Swarm() as old_swarm, Swarm() as swarm) if _limit(old_swarm) != _limit(swarm):
                     self._agenda.add(_slot_key(task) for task in self._term.view().find(Task))
 
     async def _work(self) -> None:
         while True:
             removals: list[tuple[Key, Removal]] = []
-            for key in await self._agenda.take(BATCH):
+            due = await self._agenda.take(BATCH)
+            slices = Slices(self._clock)
+            for key in due:
+                await slices.give_way()
                 with self._guard.guarded(key):
                     removals += [(key, removal) for removal in self._removals(key)]
                 if (trouble := self._guard.trouble(key)) is not None:
@@ -169,9 +173,11 @@ class Reaper:
             _write(tx, removal, now)
 
         results = await write_each(self._term, write, [removal for _, removal in removals])
+        failed = [result for result in results if isinstance(result, SkepError)]
+        if failed:
+            log.warning("removals not written, trying again", removals=len(failed), reason=str(failed[0]))
         for (key, _), result in zip(removals, results, strict=True):
             if isinstance(result, SkepError):
-                log.warning("removal not written, trying again", key=key, reason=str(result))
                 delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
                 self._agenda.add_at(key, self._clock.monotonic() + delay_s)
 
@@ -207,4 +213,8 @@ def _slot_key(task: Task) -> Key:
 
 def _cluster_limit(view: View) -> int | None:
     swarms = view.find(Swarm)
-    return swarms[0].spec.orchestration.task_history_retention_limit if swarms else None
+    return _limit(swarms[0]) if swarms else None
+
+
+def _limit(swarm: Swarm) -> int | None:
+    return swarm.spec.orchestration.task_history_retention_limit
