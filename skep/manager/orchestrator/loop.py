@@ -8,6 +8,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.aio.slices import Slices
 from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
@@ -33,8 +34,9 @@ log = structlog.get_logger()
 
 BATCH = 100
 """Services looked at before their changes are committed together."""
-SLICE_S = 0.01
-"""Deciding gives way to everything else after this long."""
+REST_S_PER_TASK = 25e-6
+"""Three times what one task costs a decision."""
+REST_S_MIN, REST_S_MAX = 0.01, 0.25
 FAILED = "orchestration failed"
 """How the message of a service begins whose decision raised."""
 RETRY_S = 0.5
@@ -63,6 +65,8 @@ class Orchestrator:
         self._seen = Sightings(clock.monotonic())
         self._global: set[ServiceId] = set()
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
+        self._rested_at: dict[ServiceId, float] = {}
+        """Until when large services rest."""
 
     async def run(self) -> None:
         """Converge until cancelled.  Runs on the leader only."""
@@ -94,6 +98,7 @@ class Orchestrator:
                     yield service.id
                 case Deleted(Service() as service):
                     self._global.discard(service.id)
+                    self._rested_at.pop(service.id, None)
                     self._guard.forget(service.id)
                     yield service.id
                 case Created(Task() as task) | Deleted(Task() as task):
@@ -138,13 +143,24 @@ class Orchestrator:
     async def _work(self) -> None:
         while True:
             changes: list[tuple[ServiceId, Change]] = []
-            began = self._clock.monotonic()
-            for service_id in await self._agenda.take(BATCH):
-                changes += await self._decided(service_id)
-                if self._clock.monotonic() - began > SLICE_S:
-                    await asyncio.sleep(0)
-                    began = self._clock.monotonic()
+            due = await self._agenda.take(BATCH)
+            slices = Slices(self._clock)
+            for service_id in due:
+                if not self._rests(service_id):
+                    changes += await self._decided(service_id)
+                    await slices.give_way()
             await self._commit(changes)
+
+    def _rests(self, service_id: ServiceId) -> bool:
+        """Whether a large service was looked at a moment ago; it is looked at again when it has rested."""
+        until = self._rested_at.get(service_id)
+        if until is None:
+            return False
+        if until > self._clock.monotonic():
+            self._agenda.add_at(service_id, until)
+            return True
+        del self._rested_at[service_id]
+        return False
 
     async def _decided(self, service_id: ServiceId) -> list[tuple[ServiceId, Change]]:
         """The changes for one service; a decision that raises is written on the service and tried again later."""
@@ -169,6 +185,8 @@ class Orchestrator:
     def _steps(self, service_id: ServiceId) -> Iterable[Change | Recheck]:
         view = self._term.view()
         tasks = tuple(view.find(Task, service_id=service_id))
+        if (rest := rest_s(len(tasks))) > 0:
+            self._rested_at[service_id] = self._clock.monotonic() + rest
         service = view.lookup(Service, service_id)
         if service is None:
             return () if service_id in view.unreadable(Service) else retire_all(tasks)
@@ -213,6 +231,15 @@ class Orchestrator:
             if isinstance(result, SkepError):
                 delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
                 self._agenda.add_at(service_id, self._clock.monotonic() + delay_s)
+
+
+def rest_s(tasks: int) -> float:
+    """Seconds until a service with so many tasks is looked at again, at the earliest.
+
+    A decision about thousands of tasks takes tens of milliseconds: what their nodes report meanwhile is taken in one.
+    """
+    wished = tasks * REST_S_PER_TASK
+    return min(wished, REST_S_MAX) if wished >= REST_S_MIN else 0.0
 
 
 def _unreadable_nodes(view: View) -> list[Node]:

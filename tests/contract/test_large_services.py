@@ -1,0 +1,72 @@
+"""A service of a thousand tasks does not keep the leader busy with nothing else."""
+
+import asyncio
+from random import Random
+from unittest.mock import patch
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.orchestrator import loop as orchestrator
+from skep.manager.orchestrator.loop import REST_S_MAX, Orchestrator, rest_s
+from skep.model.ids import new_id
+from skep.model.service import Service
+from skep.model.task import Task, TaskState
+from skep.store.interface import Transaction
+from skep.store.memory import MemoryStore
+from tests.builders import a_node, a_service, a_task
+
+TASKS, REPORTS = 1000, 200
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rests_s"), [(0, 0), (20, 0), (399, 0), (400, 0.01), (2000, 0.05), (10**6, REST_S_MAX)]
+)
+def test_only_large_services_rest(tasks: int, rests_s: float) -> None:
+    assert rest_s(tasks) == pytest.approx(rests_s)
+
+
+def put(tx: Transaction, object: Service | Task) -> None:
+    tx.put(object)
+
+
+def report(tx: Transaction, slot: int) -> None:
+    task = tx.get(Task, f"t{slot:04}")
+    tx.put(replace(task, status=replace(task.status, state=TaskState.RUNNING)))
+
+
+class HandClock(SystemClock):
+    """Its time passes when a test says so."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+async def test_many_reports_of_one_service_are_decided_upon_together() -> None:
+    store, clock = MemoryStore(SystemClock()), HandClock()
+    await store.update(lambda tx: tx.put(a_node("n1")))
+    await store.update(lambda tx: tx.put(a_service("web", replicas=TASKS)))
+    web = store.view().get(Service, "web")
+    tasks = [
+        replace(
+            a_task(f"t{slot:04}", slot=slot, node="n1", service=web, state=TaskState.STARTING),
+            spec_version=web.spec_version,
+        )
+        for slot in range(1, TASKS + 1)
+    ]
+    await store.update_each(put, tasks)
+    with patch.object(orchestrator, "next_steps", wraps=orchestrator.next_steps) as decided:
+        async with asyncio.TaskGroup() as group, store.watch(Task) as watch:
+            running = group.create_task(Orchestrator(store, clock, new_id, Random(1)).run())
+            for slot in range(1, REPORTS + 1):
+                await store.update(report, slot)
+            await store.update(lambda tx: tx.delete(Task, "t0999"))
+            assert decided.call_count == 1
+            clock.now += rest_s(TASKS)  # what came while the service rested is looked at now
+            while len(store.view().find(Task)) < TASKS:
+                await anext(watch)
+            assert decided.call_count == 2
+            running.cancel()
