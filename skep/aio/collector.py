@@ -7,12 +7,19 @@ reports of 1,500 nodes, since what a burst has in hand moves to the oldest gener
 
 import gc
 
-YOUNG_OBJECTS_MAX = 25_000
-"""New objects, less those that went, between two looks: about 2 ms of looking."""
+YOUNG_OBJECTS_MAX = 10_000
+"""New objects, less those that went, between two looks.  When thousands of nodes register all of them stay, and a look
+takes a microsecond for each: the loop is held for that long."""
+
+MIDDLE_LOOKS = 3
+"""After so many of them comes one at all that stayed since the last such one; it has to be short, too."""
+
+OLD_LOOKS = 100
+"""After so many of those comes one at all that is not settled: 25 ms for each 1,000 nodes."""
 
 
 def settle() -> None:
     """Call it when a process has loaded what it keeps: that is never looked at again, and the rest less often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS_MAX, 10, 10)
+    gc.set_threshold(YOUNG_OBJECTS_MAX, MIDDLE_LOOKS, OLD_LOOKS)
