@@ -13,22 +13,21 @@ import argparse
 import asyncio
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import msgspec
 import structlog
 
+from bench.crowd import crowd
 from bench.machine import noise, resident_mib
 from bench.run import commit, result_name, write_result
 from skep.aio import collector
@@ -136,7 +135,9 @@ async def measure(count: int) -> dict[str, float]:
             )
             running = asyncio.create_task(dispatcher.run())
             stack.callback(running.cancel)
-            agents = await stack.enter_async_context(_agents(directory, f"127.0.0.1:{bound.port}"))
+            agents = await stack.enter_async_context(
+                crowd("bench.simulated_agents", directory, f"127.0.0.1:{bound.port}")
+            )
             result: dict[str, float] = {}
 
             @asynccontextmanager
@@ -176,33 +177,6 @@ async def measure(count: int) -> dict[str, float]:
             running_tasks = sum(task.status.state is TaskState.RUNNING for task in store.view().find(Task))
             assert running_tasks == count, f"{running_tasks} of {count} statuses were stored"
             return result
-
-
-@asynccontextmanager
-async def _agents(directory: str, address: str) -> AsyncIterator[Callable[[str], Any]]:
-    """The process of the agents; gives a function that has it do something and gives its figure."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench.simulated_agents", directory, address,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    async def ask(word: str) -> float:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(f"{word}\n".encode())
-        if not (line := await process.stdout.readline()):
-            raise ConnectionError("the agents have ended: what they said is above")
-        return float(line)
-
-    try:
-        await process.stdout.readline()  # ready
-        yield ask
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 def _spec() -> SwarmSpec:

@@ -1,13 +1,14 @@
 """The other process of ``bench.dispatching``: agents, each with a certificate, a TLS connection and three streams.
 
 A load generator, so that the manager is measured and not this: the protocol is the real one, but each agent makes the
-same four calls in the same order, so their headers are encoded once for all.
+same calls in the same order, so their headers are encoded once for all.
 """
 
 import asyncio
 import ssl
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hpack import Encoder
@@ -31,13 +32,20 @@ WINDOW = 2**30
 """More than an agent is ever sent."""
 CALLS = (methods.SESSION, methods.HEARTBEATS, methods.REVISED_ASSIGNMENTS, methods.UPDATE_TASK_STATUS)
 SESSION, HEARTBEATS, ASSIGNMENTS, STATUS = 1, 3, 5, 7
-"""Their streams: the order is part of the headers' encoding."""
+"""Their streams: the order is part of the headers' encoding.  Later ones are statuses again."""
+CLOSED = ConnectionResetError("the manager has closed the connection")
+RUNS = TaskStatus(state=TaskState.RUNNING, message="started")
 
 
 async def run(directory: Path, address: str) -> None:
     """Do what standard input says, a word a line; each is answered with a figure (seconds, or MiB)."""
     lean_tls.make_lean()
-    crowd = _Crowd(address, [client_context(keypair.load(path)) for path in sorted(directory.iterdir())])
+    crowd = _Patient(address, [client_context(keypair.load(path)) for path in sorted(directory.iterdir())])
+    await obey(crowd)
+
+
+async def obey(crowd: "Crowd") -> None:
+    """Have the crowd do what standard input says."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
@@ -46,56 +54,58 @@ async def run(directory: Path, address: str) -> None:
     print("ready", flush=True)
     while line := await reader.readline():
         began = time.monotonic()
-        match line.decode().strip():
-            case "register":
-                await crowd.register()
-            case "assigned":
-                await crowd.assigned.wait()
-            case "status":
-                await crowd.report()
-            case "memory":
-                print(resident_mib(), flush=True)
-                continue
-            case "processor":
-                print(time.process_time(), flush=True)
-                continue
-        print(time.monotonic() - began, flush=True)
+        figure = await crowd.obey(line.decode().strip())
+        print(time.monotonic() - began if figure is None else figure, flush=True)
 
 
-class _Crowd:
+class Crowd:
     """All agents."""
 
-    def __init__(self, address: str, contexts: list[ssl.SSLContext]) -> None:
+    def __init__(self, address: str, contexts: Sequence[ssl.SSLContext]) -> None:
         self._address = address
         self._contexts = contexts
-        self._agents: list[_Agent] = []
-        self._missing = len(contexts)
-        self.assigned = asyncio.Event()
-        """Every agent has its task."""
+        self.agents: list[Agent] = []
         encoder = Encoder()
-        self.headers = [encoder.encode(_headers(address, method.path)) for method in CALLS]
+        calls = (*CALLS, CALLS[-1])  # from the second time on the headers of a call are told by number alone
+        self.headers = [encoder.encode(_headers(address, method.path)) for method in calls]
 
-    def note_assigned(self) -> None:
-        self._missing -= 1
-        if not self._missing:
-            self.assigned.set()
+    def agent(self) -> "Agent":
+        """A new one."""
+        raise NotImplementedError
+
+    async def obey(self, word: str) -> float | None:
+        """Do it; None: what it took is the figure.  Raises: ValueError: nobody knows how."""
+        match word:
+            case "register":
+                await self.register()
+            case "memory":
+                return resident_mib()
+            case "processor":
+                return time.process_time()
+            case _:
+                raise ValueError(word)
+        return None
 
     async def register(self) -> None:
-        loop, turn = asyncio.get_running_loop(), asyncio.Semaphore(REGISTERING_AT_ONCE)
-        host, port = split_address(self._address)
+        """Connect all agents, some at a time; returns when each has its session."""
+        turn = asyncio.Semaphore(REGISTERING_AT_ONCE)
 
         async def one(tls: ssl.SSLContext) -> None:
-            async with turn, asyncio.timeout(CONNECT_SECONDS_MAX):
-                _, agent = await loop.create_connection(
-                    lambda: _Agent(self), host, port, ssl=tls, server_hostname=MANAGER_NAME
-                )
-                self._agents.append(agent)
-                await agent.registered
+            async with turn:
+                await self.connect(tls, self.agent)
 
         await asyncio.gather(*map(one, self._contexts))
 
-    async def report(self) -> None:
-        await asyncio.gather(*[agent.report() for agent in self._agents])
+    async def connect(self, tls: ssl.SSLContext, new: Callable[[], "Agent"]) -> None:
+        """Return when the agent has its session.  Raises: OSError, TimeoutError."""
+        host, port = split_address(self._address)
+        async with asyncio.timeout(CONNECT_SECONDS_MAX):
+            _, agent = await asyncio.get_running_loop().create_connection(
+                new, host, port, ssl=tls, server_hostname=MANAGER_NAME
+            )
+            agent.tls = tls
+            await agent.registered
+            self.agents.append(agent)
 
 
 def _headers(address: str, path: str) -> list[tuple[str, str]]:
@@ -110,35 +120,40 @@ def _headers(address: str, path: str) -> list[tuple[str, str]]:
     ]
 
 
-class _Agent(asyncio.Protocol):
+class Agent(asyncio.Protocol):
     """One agent: registers when it is connected, then opens its other streams, and heartbeats as it is told to."""
 
-    __slots__ = (
-        "_assigned",
-        "_crowd",
-        "_messages",
-        "_received",
-        "_reported",
-        "_session_id",
-        "_transport",
-        "registered",
-    )
+    __slots__ = ("_crowd", "_messages", "_received", "_session_id", "_transport", "registered", "tls")
 
-    def __init__(self, crowd: _Crowd) -> None:
+    tls: ssl.SSLContext
+
+    description = NodeDescription(hostname="agent")
+
+    def __init__(self, crowd: Crowd) -> None:
         self._crowd = crowd
         self._received = b""
         self._messages: dict[int, bytes] = {}
         """Of each stream what has come of a message that is not complete."""
-        loop = asyncio.get_running_loop()
-        self.registered: asyncio.Future[None] = loop.create_future()
-        self._reported: asyncio.Future[None] = loop.create_future()
-        self._assigned = ""
+        self.registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def take_assignments(self, message: pb.AssignmentsMessage) -> None:
+        """The manager said what the node is to run."""
+        raise NotImplementedError
+
+    def answered(self, stream_id: int) -> None:
+        """The call with statuses has ended."""
+        raise NotImplementedError
+
+    def ended(self, stream_id: int) -> None:
+        """A call has ended, which only that of the statuses may: well, if an answer came before."""
+        assert stream_id >= STATUS, f"call {CALLS[stream_id // 2].path} has ended"
+        self.answered(stream_id)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         settings = http2.settings({http2.ENABLE_PUSH: 0, http2.INITIAL_WINDOW_SIZE: WINDOW})
-        request = pb.SessionRequest(description=description_to_pb(NodeDescription(hostname="agent")))
+        request = pb.SessionRequest(description=description_to_pb(self.description))
         transport.write(
             http2.PREFACE
             + settings
@@ -154,7 +169,7 @@ class _Agent(asyncio.Protocol):
             elif frame.kind == http2.DATA:
                 self._take(frame.stream_id, self._messages.pop(frame.stream_id, b"") + frame.payload)
             elif frame.kind == http2.HEADERS and frame.flags & http2.END_STREAM:
-                self._end(frame)
+                self.ended(frame.stream_id)
 
     def _take(self, stream_id: int, data: bytes) -> None:
         while len(data) >= 5 and len(data) >= 5 + (size := int.from_bytes(data[1:5], "big")):
@@ -175,40 +190,94 @@ class _Agent(asyncio.Protocol):
             period = skep.HeartbeatPeriod.FromString(message).period
             wait_s = period.seconds + period.nanos / 1e9
             asyncio.get_running_loop().call_later(wait_s, self._beat)
-        elif stream_id == ASSIGNMENTS and not self._assigned:
-            for change in skep.RevisedAssignments.FromString(message).message.changes:
-                self._assigned = change.assignment.task.id
-                self._crowd.note_assigned()
+        elif stream_id == ASSIGNMENTS:
+            self.take_assignments(skep.RevisedAssignments.FromString(message).message)
 
-    def _end(self, frame: http2.Frame) -> None:
-        """A call has ended, which only that of the status may: well, if an answer came before."""
-        assert frame.stream_id == STATUS, f"call {CALLS[frame.stream_id // 2].path} has ended"
-        self._reported.set_result(None)
-
-    async def report(self) -> None:
-        """Say that the task runs; returns when the manager has answered."""
-        status = status_to_pb(TaskStatus(state=TaskState.RUNNING, message="started"))
-        update = pb.UpdateTaskStatusRequest.TaskStatusUpdate(task_id=self._assigned, status=status)
-        request = pb.UpdateTaskStatusRequest(session_id=self._session_id, updates=[update])
-        self._transport.write(self._call(STATUS, request.SerializeToString(), is_last=True))
-        await self._reported
+    def send_statuses(self, stream_id: int, states: Mapping[str, TaskStatus]) -> None:
+        """Tell the manager, in a call on a stream that no call had before."""
+        updates = [
+            pb.UpdateTaskStatusRequest.TaskStatusUpdate(task_id=id, status=status_to_pb(status))
+            for id, status in states.items()
+        ]
+        request = pb.UpdateTaskStatusRequest(session_id=self._session_id, updates=updates)
+        self._transport.write(self._call(stream_id, request.SerializeToString(), is_last=True))
 
     def _beat(self) -> None:
-        self._transport.write(_data(HEARTBEATS, self._heartbeat()))
+        if not self._transport.is_closing():
+            self._transport.write(_data(HEARTBEATS, self._heartbeat()))
 
     def _heartbeat(self) -> bytes:
         return skep.Heartbeat(session_id=self._session_id).SerializeToString()
 
     def _call(self, stream_id: int, message: bytes, *, is_last: bool = False) -> bytes:
-        headers = self._crowd.headers[stream_id // 2]
+        headers = self._crowd.headers[min(stream_id // 2, len(self._crowd.headers) - 1)]
         return http2.frame(http2.HEADERS, http2.END_HEADERS, stream_id, headers) + _data(
             stream_id, message, is_last=is_last
         )
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        for waiter in (self.registered, self._reported):
-            if not waiter.done():
-                waiter.set_exception(ConnectionResetError("the manager has closed the connection"))
+        if not self.registered.done():
+            self.registered.set_exception(CLOSED)
+
+
+class _Patient(Crowd):
+    """Its agents wait for a task each, and say that it runs when they are told to."""
+
+    def __init__(self, address: str, contexts: Sequence[ssl.SSLContext]) -> None:
+        super().__init__(address, contexts)
+        self._missing = len(contexts)
+        self._assigned = asyncio.Event()
+        """Every agent has its task."""
+
+    def agent(self) -> Agent:
+        return _PatientAgent(self)
+
+    def note_assigned(self) -> None:
+        self._missing -= 1
+        if not self._missing:
+            self._assigned.set()
+
+    async def obey(self, word: str) -> float | None:
+        match word:
+            case "assigned":
+                await self._assigned.wait()
+            case "status":
+                await asyncio.gather(
+                    *[agent.report() for agent in self.agents if isinstance(agent, _PatientAgent)]
+                )
+            case _:
+                return await super().obey(word)
+        return None
+
+
+class _PatientAgent(Agent):
+    __slots__ = ("_assigned", "_patients", "_reported")
+
+    def __init__(self, patients: _Patient) -> None:
+        super().__init__(patients)
+        self._patients = patients
+        self._reported: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._assigned = ""
+
+    def take_assignments(self, message: pb.AssignmentsMessage) -> None:
+        if self._assigned:
+            return
+        for change in message.changes:
+            self._assigned = change.assignment.task.id
+            self._patients.note_assigned()
+
+    async def report(self) -> None:
+        """Say that the task runs; returns when the manager has answered."""
+        self.send_statuses(STATUS, {self._assigned: RUNS})
+        await self._reported
+
+    def answered(self, stream_id: int) -> None:
+        self._reported.set_result(None)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        if not self._reported.done():
+            self._reported.set_exception(CLOSED)
 
 
 def _data(stream_id: int, message: bytes, *, is_last: bool = False) -> bytes:

@@ -1,0 +1,37 @@
+"""A process of simulated agents, driven by words on its standard input, each answered with a figure."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeAlias
+
+Ask: TypeAlias = Callable[[str], Awaitable[float]]
+"""Has the process do something and gives its figure: seconds, unless the word asks for another one."""
+
+
+@asynccontextmanager
+async def crowd(module: str, *arguments: str) -> AsyncIterator[Ask]:
+    """Run ``module`` until the context is left; begins when it is ready."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    async def ask(word: str) -> float:
+        stdin.write(f"{word}\n".encode())
+        if not (line := await stdout.readline()):
+            raise ConnectionError("the agents have ended: what they said is above")
+        return float(line)
+
+    try:
+        if not await stdout.readline():
+            raise ConnectionError("the agents did not come up: what they said is above")
+        yield ask
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

@@ -1,0 +1,218 @@
+"""The other process of ``bench.thousands``: nodes that join, and do with every task at once what they are told to.
+
+They have no containers: what is to run runs as soon as it is assigned, what is to end has ended.  As a real agent does,
+each makes one call with statuses at a time, and sends of each task only the latest.
+"""
+
+import asyncio
+import random
+import ssl
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from bench.simulated_agents import STATUS, Agent, Crowd, obey
+from skep.aio import lean_tls
+from skep.model.node import EngineDescription, NodeDescription
+from skep.model.planes import NODE_LABEL
+from skep.model.service import Platform, Resources
+from skep.model.task import TaskState, TaskStatus
+from skep.node.joining import fetch_root
+from skep.security.identity import ROOT_NAME
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.tls import client_context, joining_context
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.client import Channel, connected
+
+JOINING_AT_ONCE = 8
+ANSWER_S = 60.0
+RETURN_S = 1.0
+"""After which a node that lost its session tries again, on the average."""
+ENDED = TaskStatus(state=TaskState.SHUTDOWN, message="shutdown")
+STATUSES = {
+    state: TaskStatus(state=state, message=state.value) for state in (TaskState.READY, TaskState.RUNNING)
+}
+"""What becomes of a task that is to be READY, or to be RUNNING; any other desired state ends it."""
+
+
+async def run(count: int, address: str, token: str) -> None:
+    """Join with so many nodes, then do what standard input says."""
+    lean_tls.make_lean()
+    pairs = await joined(count, address, token)
+    await obey(Nodes(address, [client_context(pair) for pair in pairs]))
+
+
+async def joined(count: int, address: str, token: str) -> Sequence[KeyPair]:
+    """Certificates from the cluster.  A machine is known by its key, so several can ask over one connection."""
+    root_pem = await fetch_root(address, token)
+    waiting = list(range(count))
+    pairs: list[KeyPair] = []
+
+    async def ask() -> None:
+        async with connected(address, joining_context(root_pem), ROOT_NAME, timeout_s=ANSWER_S) as channel:
+            while waiting:
+                waiting.pop()
+                pairs.append(await _joined(channel, root_pem, token))
+
+    await asyncio.gather(*[ask() for _ in range(JOINING_AT_ONCE)])
+    return pairs
+
+
+async def _joined(channel: Channel, root_pem: bytes, token: str) -> KeyPair:
+    key = new_private_key()
+    request = pb.IssueNodeCertificateRequest(csr=signing_request(key), token=token)
+    reply = await channel.call(methods.SKEP_ISSUE_NODE_CERTIFICATE, request, timeout_s=ANSWER_S)
+    status = await channel.call(
+        methods.NODE_CERTIFICATE_STATUS,
+        pb.NodeCertificateStatusRequest(node_id=reply.node_id),
+        timeout_s=ANSWER_S,
+    )
+    return KeyPair(
+        certificate_pem=status.certificate.certificate, key_pem=private_pem(key), root_pem=root_pem
+    )
+
+
+class Nodes(Crowd):
+    """All nodes."""
+
+    def __init__(self, address: str, contexts: Sequence[ssl.SSLContext]) -> None:
+        super().__init__(address, contexts)
+        self.closed = 0
+        """Sessions that the manager ended."""
+        self._returning: set[asyncio.Task[None]] = set()
+
+    def agent(self) -> Agent:
+        return _Node(self)
+
+    def lost(self, node: "_Node") -> None:
+        """A node lost its session: it comes back with what it has, as often as it takes."""
+        self.closed += 1
+        self.agents.remove(node)
+        returning = asyncio.create_task(self._return(node))
+        self._returning.add(returning)
+        returning.add_done_callback(self._returning.discard)
+
+    async def _return(self, node: "_Node") -> None:
+        while True:
+            await asyncio.sleep(random.uniform(0.5, 1.5) * RETURN_S)
+            with suppress(OSError, TimeoutError):
+                return await self.connect(node.tls, lambda: _Node(self, node))
+
+    async def obey(self, word: str) -> float | None:
+        nodes = [agent for agent in self.agents if isinstance(agent, _Node)]
+        match word:
+            case "running":
+                return sum(node.running for node in nodes)
+            case "closed":
+                return self.closed
+            case "lose":
+                lost = max(nodes, key=lambda node: node.running)
+                self.agents.remove(lost)
+                return lost.vanish()
+            case _:
+                return await super().obey(word)
+
+
+class _Node(Agent):
+    __slots__ = ("_answered", "_calls", "_is_gone", "_nodes", "_running", "_sent", "_states", "_unsent")
+
+    description = NodeDescription(
+        hostname="simulated",
+        platform=Platform(architecture="x86_64", os="linux"),
+        resources=Resources(nano_cpus=16_000_000_000, memory_bytes=64 << 30),
+        engine=EngineDescription(engine_version="28.2.2", labels={NODE_LABEL: "true"}),
+    )
+
+    def __init__(self, nodes: Nodes, before: "_Node | None" = None) -> None:
+        """``before``: the same node in its last session."""
+        super().__init__(nodes)
+        self._nodes = nodes
+        self._states: dict[str, TaskState] = before._states if before is not None else {}
+        """Of each task that it was told."""
+        self._unsent: dict[str, TaskStatus] = {
+            id: STATUSES.get(state, ENDED) for id, state in self._states.items()
+        }
+        self._sent: dict[str, TaskStatus] = {}
+        """What the call says that was not answered yet; empty: there is none."""
+        self._calls = 0
+        self._answered: set[int] = set()
+        """Calls with statuses that were answered and have not ended yet."""
+        self._is_gone = False
+        self._running: set[str] = set()
+        """Tasks of which the manager has taken that they run, and that it does not want to end."""
+
+    @property
+    def running(self) -> int:
+        """How many tasks run, as the manager knows."""
+        return len(self._running)
+
+    def take_assignments(self, message: pb.AssignmentsMessage) -> None:
+        if message.type == pb.AssignmentsMessage.COMPLETE:
+            told = {change.assignment.task.id for change in message.changes}
+            for id in self._states.keys() - told:
+                self._forget(id)
+        for change in message.changes:
+            if not change.assignment.HasField("task"):
+                continue
+            task = change.assignment.task
+            if change.action == pb.AssignmentChange.REMOVE:
+                self._forget(task.id)
+                continue
+            status = STATUSES.get(TaskState.from_number(task.desired_state), ENDED)
+            before = self._states.get(task.id)
+            if before is None or before < status.state:
+                self._running.discard(task.id)
+                self._states[task.id] = status.state
+                self._unsent[task.id] = status
+        self._send()
+
+    def _forget(self, id: str) -> None:
+        self._states.pop(id, None)
+        self._unsent.pop(id, None)
+        self._running.discard(id)
+
+    def _send(self) -> None:
+        if self._sent or not self._unsent or self._is_gone:
+            return
+        self._sent, self._unsent = self._unsent, {}
+        self.send_statuses(STATUS + 2 * self._calls, self._sent)
+        self._calls += 1
+
+    def answered(self, stream_id: int) -> None:
+        sent, self._sent = self._sent, {}
+        self._running |= {
+            id for id, status in sent.items() if status.state is TaskState.RUNNING is self._states.get(id)
+        }
+        self._send()
+
+    def ended(self, stream_id: int) -> None:
+        if stream_id >= STATUS and stream_id in self._answered:
+            self._answered.discard(stream_id)
+            self.answered(stream_id)
+        else:
+            self._transport.abort()  # as an agent does: it begins another session
+
+    def _hear(self, stream_id: int, message: bytes) -> None:
+        if stream_id >= STATUS:
+            self._answered.add(stream_id)
+        else:
+            super()._hear(stream_id, message)
+
+    def vanish(self) -> int:
+        """Fall silent for ever, as a machine without power; gives how many tasks ran here."""
+        self._is_gone = True
+        self._transport.abort()
+        return self.running
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if not self.registered.done():
+            super().connection_lost(exc)
+        elif not self._is_gone:
+            self._is_gone = True
+            self._nodes.lost(self)
+
+
+if __name__ == "__main__":
+    asyncio.run(run(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
