@@ -72,14 +72,18 @@ _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 class _SlotView(msgspec.Struct, frozen=True):
     """One slot as the update sees it."""
 
+    slot: Slot
     current: Slot
     """Wanted tasks made from the present spec."""
     outdated: Slot
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     lead: Task | None
     """The first task of the present version (``_lead``)."""
-    stops: bool
-    """Whether something of the slot stops, or would have to."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether something of the slot stops, or would have to."""
+        return any(TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING for task in self.slot)
 
 
 def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
@@ -265,12 +269,18 @@ class _Rollout:
 
 
 def _view(slot: Slot, situation: Situation) -> _SlotView:
+    # Asked of every slot of a service at every decision: no loop where there is one task, as nearly always.
     past = history(slot)
-    tasks = wanted(past) or past[-1:]
-    outdated = tuple(task for task in tasks if is_dirty(task, situation))
-    current = tuple(task for task in wanted(tasks) if task not in outdated)
-    stops = any(TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING for task in slot)
-    return _SlotView(current, outdated, _lead(past, situation), stops)
+    kept = wanted(past)
+    current: Slot
+    outdated: Slot
+    if len(kept) == 1:
+        outdated = kept if is_dirty(kept[0], situation) else ()
+        current = () if outdated else kept
+    else:
+        outdated = tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
+        current = tuple([task for task in kept if task not in outdated])
+    return _SlotView(slot, current, outdated, _lead(past, situation))
 
 
 def _serves(task: Task) -> bool:
