@@ -187,7 +187,7 @@ class _Run:
 
     async def _is_completed(self, service: str) -> bool:
         shown = await asyncio.to_thread(self._lab.engine().get, f"/services/{service}")
-        return bool(shown["UpdateStatus"].get("State") == "completed")
+        return (shown.get("UpdateStatus") or {}).get("State") == "completed"
 
     async def _wait_running(self, wanted: Callable[[], int]) -> None:
         async def are_running() -> bool:
