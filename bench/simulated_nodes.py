@@ -89,7 +89,8 @@ class Nodes(Crowd):
     def lost(self, node: "_Node") -> None:
         """A node lost its session: it comes back with what it has, as often as it takes."""
         self.closed += 1
-        self.agents.remove(node)
+        if node in self.agents:  # else it was lost as soon as it was registered
+            self.agents.remove(node)
         returning = asyncio.create_task(self._return(node))
         self._returning.add(returning)
         returning.add_done_callback(self._returning.discard)
