@@ -7,15 +7,15 @@ reports of 1,500 nodes, since what a burst has in hand moves to the oldest gener
 
 import gc
 
-YOUNG_OBJECTS_MAX = 10_000
-"""New objects, less those that went, between two looks.  When thousands of nodes register all of them stay, and a look
-takes a microsecond for each: the loop is held for that long."""
+YOUNG_OBJECTS_MAX = 5_000
+"""New objects, less those that went, between two looks.  When thousands of nodes register all of them stay, and the
+loop is held for half a microsecond for each."""
 
-MIDDLE_LOOKS = 3
+MIDDLE_LOOKS = 2
 """After so many of them comes one at all that stayed since the last such one; it has to be short, too."""
 
-OLD_LOOKS = 100
-"""After so many of those comes one at all that is not settled: 25 ms for each 1,000 nodes."""
+OLD_LOOKS = 1_000
+"""After so many of those comes one at all that is not settled: 25 ms for each 1,000 nodes, so it has to be rare."""
 
 
 def settle() -> None:
