@@ -36,14 +36,14 @@ class KnownJson:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[object, object, bytes]] = {}
-        self._circumstances: object = None
+        self._circumstances: Any = None
 
     def agreed(self, circumstances: C) -> C:
         """Those of the last list if they are equal: they, too, are known by being the same."""
-        if circumstances == self._circumstances:
-            return cast("C", self._circumstances)
-        self._circumstances = circumstances
-        return circumstances
+        if circumstances != self._circumstances:
+            self._circumstances = circumstances
+        agreed: C = self._circumstances
+        return agreed
 
     def of(self, id: str, object: T, circumstances: C, show: Callable[[C, T], Any]) -> bytes:
         """The JSON of what ``show`` makes of ``object``.  ``circumstances``: as agreed."""
