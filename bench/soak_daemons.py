@@ -13,7 +13,7 @@ GIVEN_UP = frozenset({"skep-manager", "etcd"})
 GIVEN_UP_KILLS_MAX = 3
 """Of those together, on one node within that minute."""
 ETCD_MIB_MAX = 128
-"""etcd's collector is told to keep to 64 MiB; it begins far below, so its growth by itself means nothing."""
+"""etcd keeps 5,000 entries of its log in memory and begins with none, so its growth by itself means nothing."""
 
 
 class Held(msgspec.Struct, frozen=True):

@@ -24,8 +24,9 @@ SEALED_OFF_TIMERS_MS = (20, 100)
 SOLO_SNAPSHOT_COUNT = 1000
 SNAPSHOT_COUNT = 10_000
 
-SOLO_MEMORY_LIMIT = "64MiB"
-"""For Go's collector.  A small raft log and this keep a single member's memory at a quarter."""
+SOLO_HEAP_GROWTH = "50"
+"""For Go's collector: how much, in percent, a heap grows until the next collection.  With a small raft log that keeps
+a single member's memory small; a limit in bytes has it collect all the time once its keys alone are beyond it."""
 
 
 class PeerFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +145,7 @@ def environment(settings: MemberSettings) -> dict[str, str]:
     Go's own resolver reads the hosts file again when it changes.
     """
     resolver = {"GODEBUG": "netdns=go"} if settings.has_hosts else {}
-    return ({"GOMEMLIMIT": SOLO_MEMORY_LIMIT} if settings.is_solo else {}) | resolver
+    return ({"GOGC": SOLO_HEAP_GROWTH} if settings.is_solo else {}) | resolver
 
 
 def _by_minor(minor: int) -> dict[str, str]:

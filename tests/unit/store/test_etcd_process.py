@@ -48,7 +48,7 @@ def test_a_single_member_keeps_little_in_memory_and_has_the_timers_of_several():
     """So it need not be restarted when another one comes in."""
     timers = ("heartbeat-interval", "election-timeout")
     assert [flags()[timer] for timer in timers] == ["100", "500"]
-    assert environment(settings()) == {"GOMEMLIMIT": "64MiB"}
+    assert environment(settings()) == {"GOGC": "50"}
     assert [flags(is_solo=False)[timer] for timer in timers] == ["100", "500"]
     assert environment(settings(is_solo=False)) == {}
 
