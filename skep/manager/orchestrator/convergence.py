@@ -45,7 +45,7 @@ def next_steps(situation: Situation) -> list[Step]:
     changed.update(map(_slot_of, steps))
     steps += [
         step
-        for step in update_steps(kept.values(), situation)
+        for step in update_steps(_updatable(kept, situation), situation)
         if _slot_of(step) is None or _slot_of(step) not in changed
     ]
     changed.update(map(_slot_of, steps))
@@ -53,6 +53,15 @@ def next_steps(situation: Situation) -> list[Step]:
         if key not in changed:
             steps += start_steps(slot, situation)
     return steps
+
+
+def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:
+    """Of a global service a node that may not have a task has nothing to update, whatever it once had."""
+    service = situation.service
+    if service.spec.mode.name != "global":
+        return list(slots.values())
+    eligible = {node.id for node in situation.nodes() if global_services.is_eligible(node, service)}
+    return [slot for node_id, slot in slots.items() if node_id in eligible]
 
 
 def _on_active_nodes(slots: Mapping[NodeId, Slot], situation: Situation) -> dict[NodeId, Slot]:

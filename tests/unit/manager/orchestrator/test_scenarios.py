@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from skep.manager.orchestrator.changes import FillSlot, RetireTask
 from skep.manager.orchestrator.enforcement import overcommitted
 from skep.model.ids import NodeId, TaskId
+from skep.model.meta import Version
 from skep.model.node import Availability, NodeState
 from skep.model.service import Resources, RestartPolicy
 from skep.model.task import Task, TaskState
@@ -49,6 +50,17 @@ def test_what_ends_of_a_global_service_is_replaced_on_its_node_after_the_delay(s
     world.now = 3.0
     world.settle()
     assert world.tasks[successor.id].desired_state is RUNNING
+
+
+def test_a_node_that_is_down_gets_no_task_for_what_an_update_left_there() -> None:
+    world = a_global_world("n1", "n2")
+    ended = a_task("late", slot=0, node="n2", state=TaskState.SHUTDOWN, desired=TaskState.SHUTDOWN, version=2)
+    world.put(replace(ended, spec=a_service_spec(image="app:2").task_template, service_id=world.service.id))
+    world.service = replace(world.service, spec_version=Version(index=3))  # rolled back from version 2
+    world.nodes[NodeId("n2")] = a_node("n2", state=NodeState.DOWN)
+    world.settle()
+    assert {task.id for task in world.tasks.values()} == {"t-n1", "t-n2", "late"}
+    assert [task.id for task in wanted(world)] == ["t-n1"]
 
 
 def test_a_task_that_vanished_is_made_again() -> None:
