@@ -233,8 +233,9 @@ class _Leaf:
             account = first[-1]
             id = account.node.id
             if id not in self._spread.failing and not self._spread.copies(account):
-                return first
-            if id not in self.own:
+                if self._spread.has_room(account):
+                    return first  # if a task was to leave, there is room for one more all the same
+            elif id not in self.own:
                 self.own.enter(account)
             self._aside.append(fresh.set_aside())
         return None

@@ -167,6 +167,17 @@ def test_max_replicas_per_node_limits_each_node() -> None:
     assert reason(result) == "no suitable node (max replicas per node limit exceed)"
 
 
+def test_a_task_that_is_to_leave_counts_for_the_limit_for_as_long_as_it_is_there() -> None:
+    service = a_service(replicas=2, max_replicas=1)
+    accounting = accounting_of([a_node("n1"), a_node("n2")])
+    accounting.add(a_task("old1", slot=1, node="n1", service=service), ())
+    new = [a_task(slot=slot, service=service, state=PENDING) for slot in (1, 2)]
+    wish = requirements_of(new[0], service.spec)
+    result = place(new, wish, Choices(accounting), now=0.0, limit=ALL, leaving=Counter({NodeId("n1"): 1}))
+    assert nodes_of(result) == {"n2": 1}
+    assert reason(result) == "no suitable node (max replicas per node limit exceed)"
+
+
 def test_a_host_port_is_taken_once_per_node() -> None:
     port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     result = placed(a_service(replicas=3, ports=(port,)), accounting_of([a_node("n1"), a_node("n2")]))
