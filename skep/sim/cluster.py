@@ -13,6 +13,7 @@ The same seed gives the same run, to the last commit.
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from math import inf
 from random import Random
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -37,7 +38,7 @@ from skep.security.identity import Identity
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.etcd.raft import Raft
 from skep.sim.joined import CLUSTER, address_of, joined
-from skep.sim.links import Links
+from skep.sim.links import Links, Uptime
 from skep.sim.manager import SimulatedManager
 from skep.sim.network import Network
 from skep.sim.node import SimulatedNode, image_of
@@ -75,15 +76,17 @@ class SimulatedCluster:
         capacity: Resources | None = None,
         latency_s: float = 0.002,
         skew: bool = False,
+        turns_max: int | None = None,
     ) -> None:
         """
         Args:
             capacity: of each worker.
             latency_s: what a write to the store takes, on average.
             skew: whether the machines' clocks disagree.
+            turns_max: of the event loop, for a run that may spin.
         """
         self.random = Random(seed)
-        self.loop = VirtualLoop()
+        self.loop = VirtualLoop(turns_max)
         self.poisoned: set[str] = set()
         """Services whose decisions raise."""
         self.links = Links()
@@ -95,7 +98,8 @@ class SimulatedCluster:
         self.disturbances = 0
         """Faults that last at present."""
         self._disturbed_at = 0.0
-        self.observer = Observer(self.truth, self.trace, self._calm_since)
+        self._uptime = Uptime(self.loop.time, self.links)
+        self.observer = Observer(self.truth, self.trace, self._calm_since, self._uptime.since)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
         self.clocks = {id: self._clock(id, skew) for id in (*self.managers, *self.workers)}
@@ -242,11 +246,13 @@ class SimulatedCluster:
         """Start a worker's node process."""
         self.disturb()
         self._processes[id] = self.loop.create_task(self.nodes[id].run(), name=id)
+        self._uptime.start(id)
 
     def kill_node(self, id: NodeId, *, keeps_containers: bool = False) -> None:
         """Power loss of a worker, or (``keeps_containers``) only the end of its node process."""
         self.disturb()
         self._stop(id)
+        self._uptime.stop(id)
         if not keeps_containers:
             self.nodes[id].lose_power()
 
@@ -306,8 +312,10 @@ class SimulatedCluster:
 
     def rest_violations(self) -> list[str]:
         """Containers that belong to nobody, and tasks that are said to run and do not."""
-        containers = [(node.id, task) for node in self.nodes.values() for task in node.containers.values()]
-        return list(rest_violations(self.truth.view, containers))
+        nodes = self.nodes.values()
+        containers = [(node.id, task) for node in nodes for task in node.containers.values()]
+        kept = [(node.id, task_id) for node in nodes for task_id in node.kept]
+        return list(rest_violations(self.truth.view, containers, kept))
 
     def disturb(self) -> None:
         """Something breaks, or is mended: nobody may be blamed for a while."""
@@ -346,7 +354,7 @@ class SimulatedCluster:
     def _calm_since(self) -> float:
         """When the last fault was over; infinity while there is one."""
         is_whole = self.links.is_whole and len(self._processes) == len(self.managers) + len(self.workers)
-        return self._disturbed_at if is_whole and not self.disturbances else float("inf")
+        return self._disturbed_at if is_whole and not self.disturbances else inf
 
     async def _write(self, body: Callable[[Transaction], object]) -> None:
         async with asyncio.timeout(WRITE_S):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from skep.manager.dispatcher.liveness import RECOVERY_GRACE_S
 from skep.model.ids import NodeId, ServiceId
+from skep.model.labels import OnDisconnect, disconnect_policy
 from skep.model.node import Node
 from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
@@ -12,7 +13,7 @@ from skep.sim.cluster import SimulatedCluster
 from skep.sim.node import image_of
 from skep.sim.rules.damping import surplus_violations
 from skep.sim.rules.liveness import lease_violations
-from skep.sim.users import HOPELESS
+from skep.sim.wishes import HOPELESS
 
 Lost = Counter[ServiceId]
 """How many running tasks of each service a fault took."""
@@ -54,10 +55,11 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
 
 
 def is_steady(cluster: SimulatedCluster, service: Service) -> bool:
-    """Whether nothing of the service is under way, and nothing ends by itself."""
+    """Whether nothing of the service is under way, and nothing ends by itself or is stopped by its node."""
     status = service.update_status
     return (
         service.removed_at is None
+        and disconnect_policy(service.spec.labels).action is not OnDisconnect.STOP
         and service.job_status is None
         and (status is None or status.state not in UNDER_WAY)
         and all(_is_steady(task) for task in cluster.wanted(service.id))

@@ -1,12 +1,16 @@
 """What breaks: faults of machines, processes, disks, clocks and the network between them, by chance, and their end."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 
 import msgspec
 
 from skep.model.ids import NodeId
+from skep.model.node import Node
 from skep.sim.cluster import SimulatedCluster
+from skep.sim.truth import Change
+from skep.store.interface import View
 
 Undo = Callable[[], None]
 
@@ -36,7 +40,7 @@ class Fate:
             *(self._cut_off, self._cut_off, self._split, self._split, self._lose_session_path),
             *(self._slow_machine, self._slow_member, self._slow_watch, self._slow_disk),
             *(self._compaction, self._depose, self._depose, self._clock_jumps),
-            *(self._poison, self._show_the_past),
+            *(self._poison, self._show_the_past, self._last_words),
         )
 
     def act(self) -> None:
@@ -147,6 +151,34 @@ class Fate:
         cut = self._cluster.links.cut([worker], [manager], both_ways=self._random.random() < 0.5)
         self._begin("no way", [], lambda: self._cluster.links.mend(cut), detail=f"{worker} to {manager}")
 
+    def _last_words(self) -> None:
+        """A node moves on to another manager; what it said to the one before arrives there a moment later.
+
+        That one does not show yet that the node has moved on.
+        """
+        worker = self._victim(self._cluster.workers)
+        node = self._cluster.view.lookup(Node, worker) if worker is not None else None
+        old = node.session if node is not None else None
+        if worker is None or old is None or len(self._cluster.managers) == 1:
+            return
+        member = self._cluster.raft.members[old.manager_id]
+        member.watch_lag_s = self._random.uniform(0.5, 1.8)
+        cut = self._cluster.links.cut([worker], [old.manager_id], both_ways=self._random.random() < 0.5)
+        undo = partial(self._cluster.links.mend, cut)
+        lost = self._begin("no way", [worker], undo, (6.0,), detail=f" to {old.manager_id}")
+        undo_lag = partial(setattr, member, "watch_lag_s", 0.0)
+        self._begin("watch lags", [], undo_lag, (9.0,), detail=member.id)
+        for task in list(self._cluster.nodes[worker].containers.values())[:1]:
+            self._cluster.kill_container(task)  # so that there is something to say
+
+        def look(change: Change, view: View) -> None:
+            now = view.lookup(Node, worker)
+            if now is None or now.session != old:
+                self._cluster.truth.watchers.remove(look)
+                self._cluster.loop.call_later(self._random.uniform(0.0, 0.3), self._end_early, lost)
+
+        self._cluster.truth.watchers.append(look)
+
     def _slow_machine(self) -> None:
         id = self._random.choice(self._machines())
         if id not in self._cluster.network.slow:
@@ -237,12 +269,18 @@ class Fate:
         lasts_s: Sequence[float] = (0.3, 1.5, 6.0),
         *,
         detail: str = "",
-    ) -> None:
+    ) -> Trouble:
         lasting_s = self._random.choice(lasts_s) * self._random.uniform(0.5, 1.5)
         until = self._cluster.loop.time() + lasting_s
-        self._troubles.append(Trouble(name, until, undo, frozenset(hits)))
+        trouble = Trouble(name, until, undo, frozenset(hits))
+        self._troubles.append(trouble)
         self._cluster.disturbances += 1
         self._tell(f"{name} {','.join(hits)}{detail} for {lasting_s:.2f} s")
+        return trouble
+
+    def _end_early(self, trouble: Trouble) -> None:
+        if any(one is trouble for one in self._troubles):
+            self._end(trouble)
 
     def _end(self, trouble: Trouble) -> None:
         self._troubles.remove(trouble)

@@ -11,22 +11,23 @@ from typing import cast
 import msgspec
 
 from skep.model.ids import NodeId
-from skep.model.labels import PROGRESS_DEADLINE
-from skep.model.service import UNDER_WAY, Service, UpdateState
-from skep.model.task import TaskState
+from skep.model.service import Service
 from skep.node.executor.simulated import Behaviour
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.damping import lose_a_node, one_more_fault
 from skep.sim.fate import Fate
-from skep.sim.node import image_of
 from skep.sim.rules.rest import replica_violations
-from skep.sim.users import BROKEN, ENDING_IMAGES, HANGING, HOPELESS, Users
+from skep.sim.settled import unmet
+from skep.sim.users import Users
+from skep.sim.wishes import BROKEN, ENDING_IMAGES, HANGING
 from skep.store.state import State
 
 STEPS = 20
 PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
 CONVERGED_S = 90.0
 """From the last fault until everything is as was asked for, at most."""
+TURNS_MAX = 150_000
+"""Of the event loop in one life, which takes 16,000 on average: one that takes more than ten times that spins."""
 LOOK_S = 0.5
 STOPPED_S = 2.0
 """The longest stop of a container, and the report of it."""
@@ -53,6 +54,7 @@ def live(seed: int, steps: int = STEPS) -> Outcome:
         seed=seed,
         behaviour=behaviour,
         skew=True,
+        turns_max=TURNS_MAX,
     )
     try:
         with cluster:
@@ -97,7 +99,7 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
 
 
 def _converge(cluster: SimulatedCluster) -> None:
-    _until(cluster, lambda: [text for one in cluster.view.find(Service) for text in unmet(cluster, one)])
+    _until(cluster, lambda: [text for one in cluster.view.find(Service) for text in unmet(cluster.view, one)])
 
 
 def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> None:
@@ -108,60 +110,6 @@ def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> N
             cluster.observer.note(cluster.loop.time(), [f"not after {CONVERGED_S} s: {lacking}"])
             return
         cluster.run_for(LOOK_S)
-
-
-def unmet(cluster: SimulatedCluster, service: Service) -> Iterable[str]:
-    """What a service lacks of what its spec says; with an image that never works, only as many attempts as slots."""
-    if service.removed_at is not None:
-        yield f"{service.id} is not gone"
-        return
-    if service.spec.mode.replicated_job is not None:
-        yield from _unmet_of_job(cluster, service)
-        return
-    wanted = [task for task in cluster.tasks(service.id) if task.is_wanted]
-    slots = {task.slot or task.node_id for task in wanted}
-    is_global = service.spec.mode.name == "global"
-    if len(slots) != (number := len(cluster.workers) if is_global else service.spec.replicas):
-        yield f"{service.id} has {len(slots)} slots of {number}"
-        return
-    container = service.spec.task_template.container_spec
-    status = service.update_status
-    is_under_way = status is not None and status.state in UNDER_WAY
-    if container is None or container.image in HOPELESS:
-        if is_under_way and PROGRESS_DEADLINE in service.spec.labels:
-            yield f"the update of {service.id} to {container and container.image} does not end"
-        return
-    running = [task for task in wanted if task.status.state is TaskState.RUNNING]
-    if status is not None and status.state in (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED):
-        hopeful = [task for task in wanted if image_of(task) not in HOPELESS]
-        if len(running) < len(hopeful):
-            yield f"{service.id}: {len(running)} of {len(hopeful)} run, its update is paused"
-        return
-    if is_under_way:
-        yield f"{service.id} is still being updated"
-    right = [task for task in running if image_of(task) == container.image]
-    if not len(right) == len(slots) == len(wanted):
-        yield f"{service.id}: {len(right)} of {len(slots)} run {container.image}, {len(wanted)} are wanted"
-
-
-def _unmet_of_job(cluster: SimulatedCluster, service: Service) -> Iterable[str]:
-    """What a job lacks: of runs that succeed all are completed, and nothing is left of earlier ones."""
-    job, status = service.spec.mode.replicated_job, service.job_status
-    assert job is not None
-    assert status is not None
-    container = service.spec.task_template.container_spec
-    tasks = cluster.tasks(service.id)
-    if any(task.is_active and task.job_iteration != status.job_iteration for task in tasks):
-        yield f"an earlier run of {service.id} goes on"
-    if container is None or container.image in HOPELESS:
-        return
-    done = {
-        task.slot
-        for task in tasks
-        if task.job_iteration == status.job_iteration and task.status.state is TaskState.COMPLETE
-    }
-    if len(done) != job.total_completions:
-        yield f"of {service.id} {len(done)} of {job.total_completions} runs are completed"
 
 
 def _check_rest(cluster: SimulatedCluster) -> None:

@@ -6,6 +6,7 @@ A frozen machine (SIGSTOP, a hypervisor that does not run it) neither sends nor 
 import asyncio
 from collections.abc import Callable, Iterable
 from itertools import product
+from math import inf
 
 Machine = str
 """The id of the node that lives there."""
@@ -77,3 +78,32 @@ class Links:
         self.is_whole = not self._cuts and not self._frozen
         for changed in self.changed:
             changed()
+
+
+class Uptime:
+    """Since when processes run without a break; a frozen machine is one."""
+
+    def __init__(self, now: Callable[[], float], links: Links) -> None:
+        self._now = now
+        self._links = links
+        self._since: dict[Machine, float] = {}
+        self._still: set[Machine] = set()
+        links.changed.append(self._look)
+
+    def start(self, machine: Machine) -> None:
+        self._since[machine] = self._now()
+
+    def stop(self, machine: Machine) -> None:
+        self._since.pop(machine, None)
+
+    def since(self, machine: Machine) -> float:
+        """Infinity: it does not run."""
+        return inf if self._links.is_frozen(machine) else self._since.get(machine, inf)
+
+    def _look(self) -> None:
+        for machine in self._since:
+            if self._links.is_frozen(machine):
+                self._still.add(machine)
+            elif machine in self._still:
+                self._still.remove(machine)
+                self._since[machine] = self._now()

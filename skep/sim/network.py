@@ -30,6 +30,8 @@ A = TypeVar("A", bound=Message)
 
 FIRST_RESEND_S = 1.0
 """TCP's first wait for an answer to a SYN."""
+GAP_S = 1e-6
+"""Between two things that arrive on one way: what ends a call comes after what the call said, and that was heard."""
 IN_FLIGHT_MAX = 100_000
 """Messages of one stream that nobody has read: more means that a reader is stuck, which is a bug."""
 
@@ -97,7 +99,7 @@ class Way:
         else:
             loop = self._network.loop
             delay_s = self._network.delay_s(self._source, self._target)
-            self._free_at = max(self._free_at, loop.time() + delay_s)
+            self._free_at = max(self._free_at + GAP_S, loop.time() + delay_s)
             loop.call_at(self._free_at, arrive)
 
     def flush(self) -> bool:

@@ -75,6 +75,12 @@ class SimulatedNode:
             if process.started and process.exit_code is None
         }
 
+    @property
+    def kept(self) -> list[TaskId]:
+        """Tasks of which the machine keeps anything: on its disk, or a container that may have ended."""
+        remembered = (one.assigned.task.id for one in self._disk.load())
+        return sorted({*remembered, *self.machine.processes})
+
     async def run(self) -> None:
         """Be a node process until cancelled; what runs then goes on alone."""
         reports = Reports()

@@ -22,11 +22,17 @@ class Deadlock(Exception):
     """Somebody waits, and nothing will ever happen."""
 
 
+class Spinning(Exception):
+    """More has happened than ever should: somebody works without end, and hardly any time passes."""
+
+
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop on virtual time, beginning at 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns_max: int | None = None) -> None:
+        """``turns_max``: after so many turns ``Spinning`` is raised, once; None: never."""
         self._now = 0.0
+        self._turns_left = turns_max
         super().__init__(_JumpingSelector(self))
         numbers = count()
         self.set_task_factory(
@@ -51,6 +57,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Let time pass."""
         self._now += seconds
 
+    def turn(self) -> None:
+        """The loop turns once more.  Raises: Spinning."""
+        if self._turns_left is None:
+            return
+        self._turns_left -= 1
+        if self._turns_left < 0:
+            self._turns_left = None  # what is left is to end in peace
+            raise Spinning(f"more turns of the loop than a life may take, at {self._now:.3f} s")
+
 
 class _NumberedTask(asyncio.Task[Any]):
     """A task that lies in sets by its number, not by its address: groups then cancel in the same order each time."""
@@ -74,6 +89,7 @@ class _JumpingSelector(selectors.SelectSelector):
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._loop.turn()
         if timeout is None:
             raise Deadlock("nothing is left that could happen")
         if timeout > 0:

@@ -61,7 +61,7 @@ class Truth:
                 self.leader = msgspec.json.decode(change.value, type=LeaderRecord).node
         happened = self._state.apply(revision, changes)
         told = Change(self.now(), origin, leader, revision, changes, happened)
-        for watcher in self.watchers:
+        for watcher in tuple(self.watchers):
             watcher(told, self._state)
 
     def past(self, events: list[pb.Event]) -> State:

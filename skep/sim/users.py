@@ -1,52 +1,42 @@
 """What users do: requests to managers of their choice, by the control functions that the API calls.
 
-Requests run beside each other and beside every fault.  What was answered is kept in ``Promises``.
+Requests run beside each other and beside every fault.  What was answered is kept in ``Promises``, and compared with
+what Docker answers (``Answers``).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from itertools import count
-from random import Random
+from typing import TypeVar
 
 from msgspec.structs import replace
 
+from skep.api.errors import status_of
 from skep.errors import SkepError, Unavailable
 from skep.manager.control.nodes import update_node
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
-from skep.model.container import ContainerSpec
 from skep.model.ids import NodeId, ServiceId
-from skep.model.labels import PROGRESS_DEADLINE
-from skep.model.node import Availability, Node
+from skep.model.node import Availability, Node, NodeSpec
 from skep.model.service import (
     GlobalService,
-    ReplicatedJob,
     ReplicatedService,
-    ResourceRequirements,
-    Resources,
-    RestartPolicy,
     Service,
     ServiceMode,
     ServiceSpec,
-    TaskSpec,
-    UpdateConfig,
-    UpdateFailureAction,
-    UpdateOrder,
 )
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.times import timestamp
+from skep.sim.answers import Answers
 from skep.sim.cluster import SimulatedCluster
+from skep.sim.reference import Create, Remove, Request, Rollback, SetNode, Update
+from skep.sim.wishes import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, a_spec, made_odd
 from skep.store.etcd.store import EtcdStore
 
+T = TypeVar("T")
+
 SERVICES_MAX = 3
-NAMES = ("web", "api", "db")
-"""Few, so that several users want the same one."""
-BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
-"""Images that no node can prepare, whose containers fail soon, and whose preparation does not end."""
-HOPELESS = (BROKEN, CRASHING, HANGING)
-IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
-JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
-ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
-"""When their containers end (seconds), and with which exit code."""
+LATE = 0.1
+"""How often somebody changes a service or node as it was a version ago."""
 
 
 class Users:
@@ -56,7 +46,8 @@ class Users:
         self._cluster = cluster
         self._random = cluster.random
         self._promises = cluster.observer.promises
-        cluster.observer.rules.append(self._promises)
+        self._answers = Answers(cluster.view)
+        cluster.observer.rules += [self._promises, self._answers]
         self._numbers = count(1)
         self._requests: set[asyncio.Task[None]] = set()
         self._deeds: tuple[Callable[[], Awaitable[None]], ...] = (
@@ -64,6 +55,7 @@ class Users:
             *(self._scale,) * 3,
             *(self._update,) * 3,
             *(self._rollback, self._remove, self._availability, self._read, self._read),
+            *(self._label, self._ask_what_is_refused),
         )
 
     def act(self) -> None:
@@ -125,7 +117,7 @@ class Users:
         assert store is not None
         given = self._promises.given()
         await store.barrier()
-        self._cluster.observer.note(self._cluster.loop.time(), self._promises.broken(store.view(), given))
+        self._note(self._promises.broken(store.view(), given))
         return store
 
     async def _read(self) -> None:
@@ -134,26 +126,27 @@ class Users:
     async def _create(self) -> None:
         if len(self._living()) >= SERVICES_MAX:
             return
+        since = self._answers.present
         store = await self._store()
         id = ServiceId(f"s{len(self._promises.services) + 1}")
-        spec = self._new_spec(self._random.choice(NAMES))
+        await self._created(store, since, id, a_spec(self._random.choice(NAMES), self._random))
+
+    async def _created(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
         promise = self._promises.asked(id, spec)
         self._cluster.trace.add(f"user: create {id} {spec.name}")
         body = partial(create_service, new_id=lambda: id, new_name=lambda: id, now=timestamp(self._now_ns()))
         try:
-            service = await store.update(body, spec)
+            service = await self._answered(Create(id, spec), since, store.update(body, spec))
         except Unavailable:
             raise
         except SkepError:
-            self._cluster.observer.note(
-                self._cluster.loop.time(), self._promises.refused(promise, self._cluster.view)
-            )
+            self._note(self._promises.refused(promise, self._cluster.view))
             raise
         self._told(service)
 
     async def _scale(self) -> None:
         def scaled(spec: ServiceSpec) -> ServiceSpec:
-            if spec.mode.name == "global":
+            if spec.mode.name in ("global", "global-job"):
                 return spec
             if (job := spec.mode.replicated_job) is not None:
                 wish = replace(job, total_completions=self._random.randint(0, 6))
@@ -167,7 +160,7 @@ class Users:
         def updated(spec: ServiceSpec) -> ServiceSpec:
             container = spec.task_template.container_spec
             assert container is not None
-            images = JOB_IMAGES if spec.mode.replicated_job is not None else IMAGES
+            images = JOB_IMAGES if spec.mode.name in ("replicated-job", "global-job") else IMAGES
             template = replace(
                 spec.task_template, container_spec=replace(container, image=self._random.choice(images))
             )
@@ -179,46 +172,66 @@ class Users:
         if not (living := self._living()):
             return
         id = self._random.choice(living)
+        since = self._answers.present
         store = await self._store()
         service = store.view().get(Service, id)
         # No two requests ask for the same, so that each can be told by what it leaves.
-        labels = {**service.spec.labels, "request": str(next(self._numbers))}
-        spec = replace(change(service.spec), labels=labels)
+        wish = change(service.spec)
+        spec = replace(wish, labels={**wish.labels, "request": str(next(self._numbers))})
         self._promises.asked(id, spec)
-        self._cluster.trace.add(f"user: update {id}")
+        version = self._version(service.version.index)
+        self._cluster.trace.add(f"user: update {id} at {version}")
         body = partial(update_service, now=timestamp(self._now_ns()))
         try:
-            updated = await store.update(body, id, spec, service.version.index)
+            updated = await self._answered(
+                Update(id, spec, version), since, store.update(body, id, spec, version)
+            )
         except Unavailable:
             raise
         except SkepError:
-            self._cluster.observer.note(
-                self._cluster.loop.time(), self._promises.refused_update(id, spec, self._cluster.view)
-            )
+            self._note(self._promises.refused_update(id, spec, self._cluster.view))
             raise
         self._told(updated)
+
+    async def _ask_what_is_refused(self) -> None:
+        """Something odd, another mode or another name."""
+        since = self._answers.present
+        if self._random.random() < 0.5:
+            store = await self._store()
+            id = ServiceId(f"s{len(self._promises.services) + 1}")
+            spec = a_spec(self._random.choice(NAMES), self._random)
+            await self._created(store, since, id, made_odd(spec, self._random))
+            return
+        await self._changed(self._random.choice((self._odd, _of_another_mode, _renamed)))
+
+    def _odd(self, spec: ServiceSpec) -> ServiceSpec:
+        return made_odd(spec, self._random)
 
     async def _rollback(self) -> None:
         if not (living := self._living()):
             return
         id = self._random.choice(living)
+        since = self._answers.present
         store = await self._store()
         service = store.view().get(Service, id)
-        self._cluster.trace.add(f"user: rollback {id}")
+        version = self._version(service.version.index)
+        self._cluster.trace.add(f"user: rollback {id} at {version}")
         body = partial(rollback_service, now=timestamp(self._now_ns()))
-        self._told(await store.update(body, id, service.spec, service.version.index))
+        writing = store.update(body, id, service.spec, version)
+        self._told(await self._answered(Rollback(id, version), since, writing))
 
     async def _remove(self) -> None:
         if living := self._living():
             await self._removed(self._random.choice(living))
 
     async def _removed(self, id: ServiceId) -> None:
-        promise = self._promises.services[id]
+        promise, since = self._promises.services[id], self._answers.present
         try:
             store = await self._store()
             promise.is_removal_asked = True
             self._cluster.trace.add(f"user: remove {id}")
-            await store.update(partial(remove_service, now=timestamp(self._now_ns())), id)
+            body = partial(remove_service, now=timestamp(self._now_ns()))
+            await self._answered(Remove(id), since, store.update(body, id))
         except Unavailable:
             return
         except SkepError:  # it is gone: an earlier attempt of unknown outcome
@@ -230,17 +243,49 @@ class Users:
         wish = self._random.choice((Availability.DRAIN, Availability.PAUSE, *(Availability.ACTIVE,) * 2))
         await self._set_availability(id, wish)
 
+    async def _label(self) -> None:
+        """A node moves to another zone, or to none."""
+        zone = self._random.choice((*ZONES, ""))
+
+        def labelled(spec: NodeSpec) -> NodeSpec:
+            return replace(spec, labels={ZONE: zone} if zone else {})
+
+        await self._set_node(self._random.choice(self._cluster.workers), labelled)
+
     async def _set_availability(self, id: NodeId, availability: Availability) -> bool:
-        self._cluster.trace.add(f"user: {id} {availability.value}")
+        return await self._set_node(id, lambda spec: replace(spec, availability=availability))
+
+    async def _set_node(self, id: NodeId, change: Callable[[NodeSpec], NodeSpec]) -> bool:
+        """Gives whether the node is as was asked."""
+        since = self._answers.present
         try:
             store = await self._store()
             node = store.view().get(Node, id)
-            if node.spec.availability is not availability:
-                wish = replace(node.spec, availability=availability)
-                await store.update(update_node, id, wish, node.version.index)
+            spec, version = change(node.spec), node.version.index
+            self._cluster.trace.add(f"user: {id} {spec.availability.value} {dict(spec.labels)}")
+            if spec != node.spec:
+                writing = store.update(update_node, id, spec, version)
+                await self._answered(SetNode(id, spec, version), since, writing)
         except SkepError:
             return False
         return True
+
+    async def _answered(self, request: Request, since: int, writing: Awaitable[T]) -> T:
+        """Do as asked, and compare the answer with Docker's.  Raises: what it was answered."""
+        asked = self._answers.asked(request, since)
+        try:
+            result = await writing
+        except Unavailable:
+            raise  # nobody knows what comes of it
+        except SkepError as error:
+            self._note(self._answers.refused(asked, status_of(error)))
+            raise
+        self._note(self._answers.accepted(asked))
+        return result
+
+    def _version(self, present: int) -> int:
+        """Mostly the present one."""
+        return present if self._random.random() >= LATE else present - 1
 
     # -- what they know --------------------------------------------------------------------------------------------
 
@@ -253,59 +298,20 @@ class Users:
 
     def _told(self, service: Service) -> None:
         self._cluster.trace.add(f"user: told that {service.id} is at {service.version.index}")
-        self._cluster.observer.note(
-            self._cluster.loop.time(), self._promises.told(service, self._cluster.truth.view)
-        )
+        self._note(self._promises.told(service, self._cluster.truth.view))
+
+    def _note(self, violations: Iterable[str]) -> None:
+        self._cluster.observer.note(self._cluster.loop.time(), violations)
 
     def _now_ns(self) -> int:
         return self._cluster.clocks[self._cluster.managers[0]].now_ns()
 
-    def _new_spec(self, name: str) -> ServiceSpec:
-        return a_spec(name, self._random)
+
+def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:
+    if spec.mode.name == "global":
+        return replace(spec, mode=ServiceMode(replicated=ReplicatedService(replicas=1)))
+    return replace(spec, mode=ServiceMode(global_=GlobalService()), update_config=None)
 
 
-def a_spec(name: str, random: Random) -> ServiceSpec:
-    """Any service."""
-    mode = a_mode(random)
-    is_job = mode.replicated_job is not None
-    memory = random.choice((0, 0, 512 << 20))
-    update = an_update_config(random)
-    rollback = UpdateConfig(order=update.order, monitor=SECOND_NS) if random.random() < 0.8 else None
-    return ServiceSpec(
-        name=name,
-        labels={PROGRESS_DEADLINE: "1s"} if random.random() < 0.7 else {},
-        task_template=TaskSpec(
-            container_spec=ContainerSpec(
-                image=random.choice(JOB_IMAGES[:2]) if is_job else "app:1", stop_grace_period=SECOND_NS
-            ),
-            restart_policy=RestartPolicy(delay=random.choice((0, SECOND_NS // 2, 2 * SECOND_NS))),
-            resources=ResourceRequirements(reservations=Resources(memory_bytes=memory)) if memory else None,
-        ),
-        mode=mode,
-        update_config=None if is_job else update,
-        rollback_config=None if is_job else rollback,
-    )
-
-
-def a_mode(random: Random) -> ServiceMode:
-    """Mostly replicated, sometimes global, sometimes a job."""
-    match random.choices(("replicated", "global", "job"), (65, 20, 15))[0]:
-        case "global":
-            return ServiceMode(global_=GlobalService())
-        case "job":
-            job = ReplicatedJob(max_concurrent=random.randint(1, 3), total_completions=random.randint(1, 6))
-            return ServiceMode(replicated_job=job)
-        case _:
-            return ServiceMode(replicated=ReplicatedService(replicas=random.randint(1, 5)))
-
-
-def an_update_config(random: Random) -> UpdateConfig:
-    """Any way to update a service."""
-    return UpdateConfig(
-        parallelism=random.randint(0, 3),
-        delay=random.choice((0, SECOND_NS // 2)),
-        monitor=random.choice((SECOND_NS // 2, 2 * SECOND_NS)),
-        order=UpdateOrder.START_FIRST if random.random() < 0.4 else UpdateOrder.STOP_FIRST,
-        failure_action=random.choice(list(UpdateFailureAction)),
-        max_failure_ratio=random.choice((0.0, 0.5)),
-    )
+def _renamed(spec: ServiceSpec) -> ServiceSpec:
+    return replace(spec, name=f"{spec.name}2")

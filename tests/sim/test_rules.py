@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from skep.model.ids import ServiceId
+from skep.model.ids import ServiceId, TaskId
 from skep.model.meta import Version
 from skep.model.node import NodeState
 from skep.model.service import (
@@ -254,6 +254,16 @@ def test_a_container_that_nobody_wants_is_rejected_at_rest() -> None:
     stranger = a_task("t9", node="w1", state=TaskState.RUNNING)
     assert list(rest_violations(State(), [(W1, stranger)])) == [
         "container of task t9 on w1 belongs to no task that is to run there"
+    ]
+
+
+def test_what_a_node_keeps_of_a_task_that_is_gone_is_rejected_at_rest() -> None:
+    history = History()
+    history.put(a_task("here", node=W1, state=TaskState.COMPLETE, desired=TaskState.SHUTDOWN))
+    kept = [(W1, TaskId("here")), (W1, TaskId("gone")), (W2, TaskId("here"))]
+    assert list(rest_violations(history.state, [], kept)) == [
+        "w1 keeps what is left of task gone, which is not its own",
+        "w2 keeps what is left of task here, which is not its own",
     ]
 
 

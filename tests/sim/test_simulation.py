@@ -8,7 +8,7 @@ import pytest
 from skep.model.node import Availability
 from skep.model.service import Service
 from skep.sim.cluster import SimulatedCluster
-from skep.sim.time import Deadlock, VirtualLoop
+from skep.sim.time import Deadlock, Spinning, VirtualLoop
 from skep.sim.truth import Change
 from skep.store.interface import View
 from tests.builders import a_service_spec
@@ -28,6 +28,19 @@ def test_waiting_for_nothing_is_an_error() -> None:
         loop.run_until_complete(waiting)
     waiting.cancel()
     loop.run_until_complete(asyncio.gather(waiting, return_exceptions=True))
+    loop.close()
+
+
+def test_a_run_that_spins_is_ended_and_what_is_left_ends_in_peace() -> None:
+    loop = VirtualLoop(turns_max=1000)
+
+    def spin() -> None:
+        loop.call_soon(spin)
+
+    spin()
+    with pytest.raises(Spinning):
+        loop.run_until_complete(asyncio.sleep(1))
+    loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
 

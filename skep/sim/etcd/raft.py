@@ -22,6 +22,8 @@ from skep.sim.links import Links
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain
 
+REFUSED_S = 0.0002
+"""How long it takes to find out that nobody listens: whoever asks again at once lets some time pass all the same."""
 ELECTION_S = (0.5, 1.0)
 """How long a member waits for its leader before it stands itself; as long a leader does for its quorum."""
 
@@ -113,8 +115,7 @@ class Raft:
 
         May never return: there is no leader, or it is cut off.  Raises: Uncertain: ``member`` crashed.
         """
-        if not member.is_running:
-            raise Uncertain("the store does not answer: connection refused")
+        await self._wait_connected(member)
         entry = Entry(member, request, self.loop.create_future())
         member.entries.append(entry)
         leadership = member.leadership
@@ -127,6 +128,12 @@ class Raft:
         finally:
             if entry in member.entries:
                 member.entries.remove(entry)
+
+    async def _wait_connected(self, member: Member) -> None:
+        """Raises: Uncertain: ``member`` does not run."""
+        if not member.is_running:
+            await asyncio.sleep(REFUSED_S)
+            raise Uncertain("the store does not answer: connection refused")
 
     def _append(self, leadership: Leadership, entry: Entry) -> None:
         if leadership.is_over:
@@ -194,8 +201,7 @@ class Raft:
 
     async def wait_readable(self, member: Member) -> None:
         """Return when ``member`` shows all that was committed before this call.  May never return."""
-        if not member.is_running:
-            raise Uncertain("the store does not answer: connection refused")
+        await self._wait_connected(member)
         while True:
             leadership = member.leadership
             if (

@@ -1,17 +1,18 @@
 """Rules on what machines do: asked whenever a container starts or is stopped."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import inf
 
 import msgspec
 
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import ON_DISCONNECT, OnDisconnect
+from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.node import Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
+from skep.sim.rules.placement import port_violations
 from skep.sim.rules.tasks import may_start_first
 from skep.sim.truth import Change
 from skep.store.interface import Created, Deleted, Updated, View
@@ -21,6 +22,8 @@ STOP_TIMEOUT_S = 60.0
 TOLERANCE = 0.99
 """Clocks of machines run differently fast."""
 DEFAULT_DELAY_S = 5.0
+STOPPING_S = 2.0
+"""Until a node sees that its containers are to be stopped, and has stopped them; and room."""
 TWICE_S = 9.0
 """How long a slot may have two containers once nothing is wrong any more: until a node that was cut off is back
 (retries of two seconds, a connection that takes five), hears of it, and has stopped its own."""
@@ -40,7 +43,9 @@ class Record(msgspec.Struct):
 class Containers:
     """Remembers what was committed when, and judges each start and each stop by it."""
 
-    def __init__(self) -> None:
+    def __init__(self, working_since: Callable[[NodeId], float] = lambda _: inf) -> None:
+        """``working_since``: since when a node's process and its machine run; infinity: they do not."""
+        self._working_since = working_since
         self.live: dict[TaskId, NodeId] = {}
         """Containers that run, and where."""
         self._records: dict[TaskId, Record] = {}
@@ -69,6 +74,10 @@ class Containers:
     def started(self, node_id: NodeId, task: Task, now: float, view: View) -> Iterable[str]:
         """A container starts: not beside one that is to make room for it, and not before the restart delay."""
         self.live[task.id] = node_id
+        others = [
+            self._records[id].task for id, at in self.live.items() if at == node_id and id in self._records
+        ]
+        yield from port_violations(node_id, task, others, view)
         yield from self._beside(task, now, view)
         yield from self._early(task, now)
 
@@ -120,9 +129,20 @@ class Containers:
                 continue
             is_reported = other.task.status.state > TaskState.RUNNING
             was_lost = self._down_at.get(node_id, -1.0) >= other.retired_at or _is_down(view, node_id)
+            if was_lost and self._must_have_stopped(other.task, own.task, now, service):
+                yield f"task {task.id} started while {id}, which {node_id} was to stop by itself, still ran there"
             is_overdue = now - own.created_at > STOP_TIMEOUT_S * TOLERANCE
             if not is_reported and not was_lost and not is_overdue:
                 yield f"task {task.id} started while {id}, which it replaces, still ran on {node_id}"
+
+    def _must_have_stopped(self, other: Task, heir: Task, now: float, service: Service) -> bool:
+        """Whether the node of ``other`` had the time to stop it for lack of a manager, before its heir came."""
+        policy = disconnect_policy(service.spec.labels)
+        if policy.action is not OnDisconnect.STOP or other.spec != heir.spec:
+            return False
+        return (
+            now - self._working_since(other.node_id) > policy.delay_s + other.spec.stop_grace_s + STOPPING_S
+        )
 
     def _early(self, task: Task, now: float) -> Iterable[str]:
         own = self._records.get(

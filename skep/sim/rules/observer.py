@@ -7,7 +7,9 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.task import Task
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.damping import DecisionsStand
+from skep.sim.rules.disconnection import PlacesAreKept
 from skep.sim.rules.liveness import NoFalseAlarm
+from skep.sim.rules.placement import global_jobs_run_once
 from skep.sim.rules.promises import Promises
 from skep.sim.rules.tasks import (
     TasksAreSpread,
@@ -29,9 +31,19 @@ Rule = Callable[[Change, View], Iterable[str]]
 class Observer:
     """Collects what was ever wrong in a run."""
 
-    def __init__(self, truth: Truth, trace: Trace, calm_since: Callable[[], float]) -> None:
-        """``calm_since``: when the last fault was over; infinity while there is one."""
-        self.containers = Containers()
+    def __init__(
+        self,
+        truth: Truth,
+        trace: Trace,
+        calm_since: Callable[[], float],
+        working_since: Callable[[NodeId], float],
+    ) -> None:
+        """
+        Args:
+            calm_since: when the last fault was over; infinity while there is one.
+            working_since: since when a node's process and its machine run; infinity: they do not.
+        """
+        self.containers = Containers(working_since)
         self.promises = Promises()
         """A rule as soon as there are users who keep it."""
         self.traced: list[str] = []
@@ -58,6 +70,8 @@ class Observer:
             UpdatesKeepServing(),
             NoFalseAlarm(calm_since),
             DecisionsStand(),
+            PlacesAreKept(),
+            global_jobs_run_once,
             self.containers,
         ]
         truth.watchers.append(self._check)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
+from skep.sim.rules.placement import constraints_of, host_ports, meets
 from skep.sim.truth import Change
 from skep.store.interface import Created, Updated, View
 
@@ -125,7 +126,13 @@ class TasksAreSpread:
                         yield from self._violations(view, new)
 
     def _violations(self, view: View, task: Task) -> Iterable[str]:
-        if _reservations(task) != Resources() or _has_placement(task):
+        service = view.lookup(Service, task.service_id)
+        if (
+            _reservations(task) != Resources()
+            or _has_placement(task)
+            or service is None
+            or host_ports(service.spec)
+        ):
             return  # other reasons count too
         others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
         if any(one.status.state in (TaskState.FAILED, TaskState.REJECTED) for one in others):
@@ -162,6 +169,9 @@ class UpdatesKeepServing:
         slot = view.find(Task, slot=f"{new.service_id}/{new.slot or new.node_id}")
         heirs = [one for one in slot if one.is_wanted]
         differs = any(heir.spec != new.spec for heir in heirs)
+        refused = any(heir.status.state is TaskState.PENDING and heir.status.err for heir in heirs)
+        if refused or not meets(constraints_of(service.spec), node):
+            return  # it takes the room that its heir needs, or may not stay
         if heirs and differs and not any(heir.status.state is TaskState.RUNNING for heir in heirs):
             yield f"task {new.id} was stopped before {[heir.id for heir in heirs]} ran"
 

@@ -1,0 +1,195 @@
+"""What Docker answers to requests about services and nodes, and what is there afterwards: a reference of its own.
+
+Written from Docker's API reference and documents and from recorded answers of an engine
+(``tests/conformance/recorded/in_swarm.json``), not from ``manager/control``, with which it shares nothing but the
+objects.  What users of the simulation ask for is covered, and nothing else.
+
+Statuses are those of the HTTP API.  503 is no answer: whoever gets it knows nothing.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias, assert_never
+
+import msgspec
+
+from skep.model.ids import NodeId, ServiceId
+from skep.model.node import NodeSpec
+from skep.model.service import PublishMode, ServiceSpec, UpdateFailureAction
+
+BAD, MISSING, TAKEN, UNKNOWN, NOT_OFFERED = 400, 404, 409, 500, 501
+"""UNKNOWN: errors of SwarmKit that have no code; constraints that cannot be read, and updates out of sequence."""
+
+_NAME = re.compile(r"[a-zA-Z0-9]+(?:[a-zA-Z0-9-_]*[a-zA-Z0-9]+)?")
+_CONSTRAINT = re.compile(r"\s*[a-z_][\w.]*\s*(==|!=)\s*\w[\w.-]*\s*")
+"""Of what Docker takes only what users of the simulation write."""
+_MEMORY_MIN = 4 << 20
+_DISCONNECT_WORDS = (None, "keep", "replace", "stop")
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A service that users can see."""
+
+    spec: ServiceSpec
+    previous: ServiceSpec | None
+    version: int
+    runs: int = 0
+    """Of a job: how often it was asked for again."""
+
+
+class State(msgspec.Struct, frozen=True):
+    """All that an answer depends on."""
+
+    services: Mapping[ServiceId, Held] = {}
+    nodes: Mapping[NodeId, tuple[NodeSpec, int]] = {}
+    """What was asked of each, and its version."""
+
+
+class Create(msgspec.Struct, frozen=True):
+    id: ServiceId
+    spec: ServiceSpec
+
+
+class Update(msgspec.Struct, frozen=True):
+    id: ServiceId
+    spec: ServiceSpec
+    version: int
+
+
+class Rollback(msgspec.Struct, frozen=True):
+    id: ServiceId
+    version: int
+
+
+class Remove(msgspec.Struct, frozen=True):
+    id: ServiceId
+
+
+class SetNode(msgspec.Struct, frozen=True):
+    id: NodeId
+    spec: NodeSpec
+    version: int
+
+
+Request: TypeAlias = Create | Update | Rollback | Remove | SetNode
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """``service``: as it is from then on, but for its version; None: it is gone, or it was about a node."""
+
+    service: Held | None = None
+
+
+class Refused(msgspec.Struct, frozen=True):
+    status: int
+
+
+def answer(state: State, request: Request) -> Accepted | Refused:
+    """What ``request`` is answered in ``state``."""
+    match request:
+        case Create(_, spec):
+            return _created(state, spec)
+        case Update(id, spec, version):
+            return _updated(state.services.get(id), spec, version)
+        case Rollback(id, version):
+            return _rolled_back(state.services.get(id), version)
+        case Remove(id):
+            return Accepted() if id in state.services else Refused(MISSING)
+        case SetNode(id, _, version):
+            known = state.nodes.get(id)
+            if known is None:
+                return Refused(MISSING)
+            return Accepted() if known[1] == version else Refused(UNKNOWN)
+        case _:
+            assert_never(request)
+
+
+def rolled_back_by_itself(held: Held) -> Held | None:
+    """The service after a rollback that its own settings ask for, which leaves no previous spec; None: they do not."""
+    config = held.spec.update_config
+    if config is None or config.failure_action is not UpdateFailureAction.ROLLBACK or held.previous is None:
+        return None
+    return Held(held.previous, None, 0)
+
+
+def fault_of(spec: ServiceSpec) -> int | None:
+    """The status with which a spec is refused that can never work; None: there is nothing wrong with it."""
+    template, container = spec.task_template, spec.task_template.container_spec
+    if _NAME.fullmatch(spec.name) is None or len(spec.name) > 63:
+        return BAD
+    if spec.labels.get("skep.on-disconnect") not in _DISCONNECT_WORDS:
+        return BAD
+    reserved = template.resources.reservations if template.resources is not None else None
+    if reserved is not None and 0 != reserved.memory_bytes < _MEMORY_MIN:
+        return BAD
+    if template.restart_policy is not None and (template.restart_policy.delay or 0) < 0:
+        return BAD
+    if template.placement is not None and not all(map(_CONSTRAINT.fullmatch, template.placement.constraints)):
+        return UNKNOWN
+    if container is None or not container.image:
+        return BAD
+    update = spec.update_config
+    if update is not None and (is_job(spec) or not 0 <= update.max_failure_ratio <= 1):
+        return BAD
+    ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
+    published = [(port.protocol, port.published_port) for port in ports if port.published_port]
+    return BAD if len(set(published)) < len(published) else None
+
+
+def is_job(spec: ServiceSpec) -> bool:
+    return spec.mode.replicated_job is not None or spec.mode.global_job is not None
+
+
+def _created(state: State, spec: ServiceSpec) -> Accepted | Refused:
+    if (fault := fault_of(spec)) is not None:
+        return Refused(fault)
+    if _needs_ingress(spec):
+        return Refused(BAD)
+    if _is_taken(spec.name, state.services.values()):
+        return Refused(TAKEN)
+    return Accepted(Held(spec, None, 0))
+
+
+def _is_taken(name: str, services: Iterable[Held]) -> bool:
+    """Names are compared without regard to case."""
+    return any(held.spec.name.casefold() == name.casefold() for held in services)
+
+
+def _updated(held: Held | None, spec: ServiceSpec, version: int) -> Accepted | Refused:
+    if (fault := fault_of(spec)) is not None:
+        return Refused(fault)
+    if held is None:
+        return Refused(MISSING)
+    if _kind(held.spec) != _kind(spec) or held.spec.name != spec.name:
+        return Refused(NOT_OFFERED)
+    if _needs_ingress(spec):
+        return Refused(BAD)
+    if held.version != version:
+        return Refused(UNKNOWN)
+    return Accepted(Held(spec, held.spec, 0, _next_run(held)))
+
+
+def _rolled_back(held: Held | None, version: int) -> Accepted | Refused:
+    if held is None:
+        return Refused(MISSING)
+    if held.version != version:
+        return Refused(UNKNOWN)
+    if held.previous is None:
+        return Refused(BAD)
+    return Accepted(Held(held.previous, held.spec, 0, _next_run(held)))
+
+
+def _needs_ingress(spec: ServiceSpec) -> bool:
+    """There is no ingress network in a simulated cluster."""
+    ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
+    return any(port.publish_mode is PublishMode.INGRESS for port in ports)
+
+
+def _kind(spec: ServiceSpec) -> tuple[bool, bool, bool]:
+    mode = spec.mode
+    return mode.global_ is not None, mode.replicated_job is not None, mode.global_job is not None
+
+
+def _next_run(held: Held) -> int:
+    """An update of a job runs it again."""
+    return held.runs + 1 if is_job(held.spec) else 0

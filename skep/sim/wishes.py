@@ -1,0 +1,191 @@
+"""What random users wish for: any service, and now and then something that Docker refuses.
+
+Names, labels, zones and ports are few, so that users get into each other's way.
+"""
+
+from collections.abc import Callable
+from random import Random
+
+from msgspec.structs import replace
+
+from skep.model.container import ContainerSpec
+from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE
+from skep.model.service import (
+    EndpointSpec,
+    GlobalJob,
+    GlobalService,
+    Placement,
+    PortConfig,
+    PublishMode,
+    ReplicatedJob,
+    ReplicatedService,
+    ResourceRequirements,
+    Resources,
+    RestartPolicy,
+    ServiceMode,
+    ServiceSpec,
+    TaskSpec,
+    UpdateConfig,
+    UpdateFailureAction,
+    UpdateOrder,
+)
+from skep.model.times import SECOND_NS
+
+BROKEN, CRASHING, HANGING = "broken:1", "crashing:1", "hanging:1"
+"""Images that no node can prepare, whose containers fail soon, and whose preparation does not end."""
+HOPELESS = (BROKEN, CRASHING, HANGING)
+IMAGES = ("app:1", "app:2", "app:3", "app:4", *HOPELESS)
+JOB_IMAGES = ("job:1", "job:2", BROKEN, CRASHING)
+ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
+"""When their containers end (seconds), and with which exit code."""
+
+NAMES = ("web", "api", "db", "WEB")
+ZONE, ZONES = "zone", ("north", "south")
+HOST_PORTS = (8080, 8081)
+CONSTRAINTS = (
+    "node.labels.zone==north",
+    "node.labels.zone != north",
+    " node.labels.zone == south ",
+    "node.hostname!=w1",
+    "node.role==worker",
+)
+
+
+def a_spec(name: str, random: Random) -> ServiceSpec:
+    """Any service."""
+    mode = a_mode(random)
+    is_job = mode.name in ("replicated-job", "global-job")
+    memory = random.choice((0, 0, 512 << 20))
+    update = an_update_config(random)
+    rollback = UpdateConfig(order=update.order, monitor=SECOND_NS) if random.random() < 0.8 else None
+    return ServiceSpec(
+        name=name,
+        labels=some_labels(random),
+        task_template=TaskSpec(
+            container_spec=ContainerSpec(
+                image=random.choice(JOB_IMAGES[:2]) if is_job else "app:1", stop_grace_period=SECOND_NS
+            ),
+            restart_policy=RestartPolicy(delay=random.choice((0, SECOND_NS // 2, 2 * SECOND_NS))),
+            resources=ResourceRequirements(reservations=Resources(memory_bytes=memory)) if memory else None,
+            placement=a_placement(random),
+        ),
+        mode=mode,
+        update_config=None if is_job else update,
+        rollback_config=None if is_job else rollback,
+        endpoint_spec=some_ports(random),
+    )
+
+
+def a_mode(random: Random) -> ServiceMode:
+    """Mostly replicated, sometimes global, sometimes a job."""
+    match random.choices(("replicated", "global", "job", "global job"), (60, 20, 10, 10))[0]:
+        case "global":
+            return ServiceMode(global_=GlobalService())
+        case "job":
+            job = ReplicatedJob(max_concurrent=random.randint(1, 3), total_completions=random.randint(1, 6))
+            return ServiceMode(replicated_job=job)
+        case "global job":
+            return ServiceMode(global_job=GlobalJob())
+        case _:
+            return ServiceMode(replicated=ReplicatedService(replicas=random.randint(1, 5)))
+
+
+def an_update_config(random: Random) -> UpdateConfig:
+    """Any way to update a service."""
+    return UpdateConfig(
+        parallelism=random.randint(0, 3),
+        delay=random.choice((0, SECOND_NS // 2)),
+        monitor=random.choice((SECOND_NS // 2, 2 * SECOND_NS)),
+        order=UpdateOrder.START_FIRST if random.random() < 0.4 else UpdateOrder.STOP_FIRST,
+        failure_action=random.choice(list(UpdateFailureAction)),
+        max_failure_ratio=random.choice((0.0, 0.5)),
+    )
+
+
+def some_labels(random: Random) -> dict[str, str]:
+    """A deadline for updates, and what is to become of tasks on nodes that are cut off."""
+    labels = {PROGRESS_DEADLINE: "1s"} if random.random() < 0.7 else {}
+    match random.choices(("", "keep", "replace", "stop"), (70, 10, 10, 10))[0]:
+        case "":
+            return labels
+        case "keep":
+            return {**labels, ON_DISCONNECT: "keep"}
+        case word:
+            delay = random.choice(("2s", "5s"))
+            return {**labels, ON_DISCONNECT: word, ON_DISCONNECT_DELAY: delay}
+
+
+def a_placement(random: Random) -> Placement | None:
+    """Mostly none."""
+    constraints = (random.choice(CONSTRAINTS),) if random.random() < 0.2 else ()
+    max_replicas = random.randint(1, 2) if random.random() < 0.15 else 0
+    if not constraints and not max_replicas:
+        return None
+    return Placement(constraints=constraints, max_replicas=max_replicas)
+
+
+def some_ports(random: Random) -> EndpointSpec | None:
+    """Mostly none; otherwise one on each node that has a task."""
+    if random.random() >= 0.15:
+        return None
+    port = PortConfig(target_port=80, published_port=random.choice(HOST_PORTS), publish_mode=PublishMode.HOST)
+    return EndpointSpec(ports=(port,))
+
+
+def made_odd(spec: ServiceSpec, random: Random) -> ServiceSpec:
+    """The same with one thing in it that Docker refuses."""
+    return random.choice(_ODDITIES)(spec)
+
+
+def _placed(constraint: str) -> Callable[[ServiceSpec], ServiceSpec]:
+    def placed(spec: ServiceSpec) -> ServiceSpec:
+        placement = Placement(constraints=(constraint,))
+        return replace(spec, task_template=replace(spec.task_template, placement=placement))
+
+    return placed
+
+
+def _called(spec: ServiceSpec) -> ServiceSpec:
+    return replace(spec, name=f"-{spec.name}")
+
+
+def _without_image(spec: ServiceSpec) -> ServiceSpec:
+    return replace(spec, task_template=replace(spec.task_template, container_spec=ContainerSpec()))
+
+
+def _too_small(spec: ServiceSpec) -> ServiceSpec:
+    few = ResourceRequirements(reservations=Resources(memory_bytes=1024))
+    return replace(spec, task_template=replace(spec.task_template, resources=few))
+
+
+def _hurried(spec: ServiceSpec) -> ServiceSpec:
+    policy = RestartPolicy(delay=-SECOND_NS)
+    return replace(spec, task_template=replace(spec.task_template, restart_policy=policy))
+
+
+def _beyond_all(spec: ServiceSpec) -> ServiceSpec:
+    """A job may not even have an update config."""
+    return replace(spec, update_config=UpdateConfig(max_failure_ratio=1.5))
+
+
+def _twice_published(spec: ServiceSpec) -> ServiceSpec:
+    port = PortConfig(target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    return replace(spec, endpoint_spec=EndpointSpec(ports=(port, replace(port, target_port=81))))
+
+
+def _without_ingress(spec: ServiceSpec) -> ServiceSpec:
+    """There is no ingress network in a simulated cluster."""
+    return replace(spec, endpoint_spec=EndpointSpec(ports=(PortConfig(target_port=80, published_port=90),)))
+
+
+def _undecided(spec: ServiceSpec) -> ServiceSpec:
+    return replace(spec, labels={**spec.labels, ON_DISCONNECT: "perhaps"})
+
+
+_ODDITIES = (
+    _placed("node.labels.zone=north"),
+    _placed("node role==worker"),
+    _placed("node.role==~"),
+    *(_called, _without_image, _too_small, _hurried, _beyond_all, _twice_published, _without_ingress),
+    _undecided,
+)
