@@ -17,21 +17,24 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.control import tasks
+from skep.manager.control import services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
-from skep.manager.orchestrator import jobs, restart, update
+from skep.manager.orchestrator import jobs, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, age
-from skep.manager.scheduler import spread
+from skep.manager.orchestrator.slots import Slot, age, wanted
+from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
-from skep.model.ids import NodeId, SessionId, TaskId
+from skep.model.assignment import AssignmentSet
+from skep.model.ids import NodeId, ServiceId, SessionId, TaskId
+from skep.model.labels import DisconnectPolicy
 from skep.model.node import Node
-from skep.model.service import ReplicatedJob, Service
+from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.task import Task, TaskStatus
-from skep.node import revisions
+from skep.node import revisions, worker
+from skep.node.worker import Worker
 from skep.sim.run import outcomes
 from skep.store import transaction
 from skep.store.etcd import batcher, store
@@ -204,6 +207,45 @@ def _one_too_many() -> list[Patch]:
     return [Patch(restart, "_is_superfluous", lambda task, current, situation: False)]
 
 
+def _keepsakes() -> list[Patch]:
+    real = Worker.assign
+
+    async def assign(self: Worker, change: AssignmentSet) -> None:
+        await real(self, replace(change, complete=False))
+
+    return [Patch(Worker, "assign", assign)]
+
+
+def _any_version() -> list[Patch]:
+    real = services._changeable
+
+    def careless(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:
+        present = tx.lookup(Service, id)
+        return real(tx, id, spec, present.version.index if present is not None else version)
+
+    return [Patch(services, "_changeable", careless)]
+
+
+def _shared_ports() -> list[Patch]:
+    return [Patch(requirements, "host_ports", lambda spec: ())]
+
+
+def _anywhere() -> list[Patch]:
+    return [Patch(requirements, "parsed", lambda constraints: ())]
+
+
+def _always_replaced() -> list[Patch]:
+    return [Patch(situation, "disconnect_policy", lambda labels: DisconnectPolicy())]
+
+
+def _never_stopped() -> list[Patch]:
+    return [Patch(worker, "stop_reason", lambda assigned, silence_s: "")]
+
+
+def _again_and_again() -> list[Patch]:
+    return [Patch(jobs, "_is_taken", lambda slot, situation: bool(wanted(slot)))]
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("fence", "the leader's writes compare the leader key", _unfenced),
     Mutant("session compare", "what a node says is written for its present session only", _any_session),
@@ -223,21 +265,33 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("patience", "a node whose manager went away gets time to find another one", _no_patience),
     Mutant("room", "a placed task leaves its node only when that has too little room for it", _crowding_out),
     Mutant("one attempt", "a slot that has a task of the present spec gets no second one", _one_too_many),
+    Mutant("clean return", "a node that is back forgets what is no longer its own", _keepsakes),
+    Mutant("sequence", "a service is changed only as it is at the version that is named", _any_version),
+    Mutant("host ports", "a port of a node is held by one task", _shared_ports),
+    Mutant("constraints", "tasks are on nodes that meet their constraints", _anywhere),
+    Mutant("keep", "on-disconnect: tasks of a node that is down keep their places", _always_replaced),
+    Mutant("stop", "on-disconnect: a node that nobody hears stops its tasks by itself", _never_stopped),
+    Mutant("once per node", "a global job runs once on each node", _again_and_again),
 )
 
 
 def main() -> int:
     """Print the table; gives 1 if a mutant lived."""
+    clock = SystemClock()
+    began = clock.monotonic()
     sys.stdout.write(f"{'mutant':<18}{'found by seed':>14}{'lives':>7}{'seconds':>9}  violation\n")
     with ProcessPoolExecutor() as pool:
-        verdicts = list(pool.map(_judged, range(len(MUTANTS))))
-    for verdict in verdicts:
-        seed = "never" if verdict.seed is None else verdict.seed
-        sys.stdout.write(
-            f"{verdict.mutant:<18}{seed:>14}{verdict.lives:>7}{verdict.seconds:>9.1f}  "
-            f"{verdict.violation.splitlines()[0] if verdict.violation else ''}\n"
-        )
-    return 1 if any(verdict.seed is None for verdict in verdicts) else 0
+        verdicts = [pool.submit(_judged, number) for number in range(len(MUTANTS))]
+        for verdict in (future.result() for future in verdicts):
+            seed = "never" if verdict.seed is None else verdict.seed
+            sys.stdout.write(
+                f"{verdict.mutant:<18}{seed:>14}{verdict.lives:>7}{verdict.seconds:>9.1f}  "
+                f"{verdict.violation.splitlines()[0] if verdict.violation else ''}\n"
+            )
+            sys.stdout.flush()
+    lived = sum(future.result().seed is None for future in verdicts)
+    sys.stdout.write(f"{len(verdicts)} mutants, {lived} lived, {clock.monotonic() - began:.0f} s\n")
+    return 1 if lived else 0
 
 
 def _judged(number: int) -> Verdict:
