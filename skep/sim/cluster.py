@@ -99,7 +99,7 @@ class SimulatedCluster:
         """Faults that last at present."""
         self._disturbed_at = 0.0
         self._uptime = Uptime(self.loop.time, self.links)
-        self.observer = Observer(self.truth, self.trace, self._calm_since, self._uptime.since)
+        self.observer = Observer(self.truth, self.trace, self._calm_since, self._uptime)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
         self.clocks = {id: self._clock(id, skew) for id in (*self.managers, *self.workers)}
@@ -224,6 +224,7 @@ class SimulatedCluster:
             poisoned=self.poisoned,
         )
         self._processes[id] = self.loop.create_task(manager.run(), name=id)
+        self._uptime.start(id)
 
     def crash(self, id: NodeId) -> None:
         """kill -9 of a manager and its member: its nodes find another one, and another one leads."""

@@ -133,7 +133,7 @@ class Fate:
                     cut = self._cluster.links.cut(others, [id], both_ways=False)
                 case _:
                     cut = self._cluster.links.cut([id], others, both_ways=False)
-            self._begin("cut off", [id], lambda: self._cluster.links.mend(cut))
+            self._begin("cut off", [id], lambda: self._cluster.links.mend(cut), (0.3, 1.5, 6.0, 12.0))
 
     def _split(self) -> None:
         """Everybody is on one of two sides."""

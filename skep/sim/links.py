@@ -87,11 +87,16 @@ class Uptime:
         self._now = now
         self._links = links
         self._since: dict[Machine, float] = {}
+        self._began: dict[Machine, float] = {}
         self._still: set[Machine] = set()
         links.changed.append(self._look)
 
     def start(self, machine: Machine) -> None:
-        self._since[machine] = self._now()
+        self._since[machine] = self._began[machine] = self._now()
+
+    def began(self, machine: Machine) -> float:
+        """When its process was last started."""
+        return self._began[machine]
 
     def stop(self, machine: Machine) -> None:
         self._since.pop(machine, None)

@@ -24,7 +24,7 @@ from skep.manager.orchestrator import jobs, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import Slot, age, wanted
+from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
 from skep.model.assignment import AssignmentSet
@@ -243,7 +243,7 @@ def _never_stopped() -> list[Patch]:
 
 
 def _again_and_again() -> list[Patch]:
-    return [Patch(jobs, "_is_taken", lambda slot, situation: bool(wanted(slot)))]
+    return [Patch(jobs, "is_done", lambda slot: False)]
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -271,7 +271,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("constraints", "tasks are on nodes that meet their constraints", _anywhere),
     Mutant("keep", "on-disconnect: tasks of a node that is down keep their places", _always_replaced),
     Mutant("stop", "on-disconnect: a node that nobody hears stops its tasks by itself", _never_stopped),
-    Mutant("once per node", "a global job runs once on each node", _again_and_again),
+    Mutant("done once", "a run of a job that is completed is not begun again", _again_and_again),
 )
 
 

@@ -105,13 +105,13 @@ def an_update_config(random: Random) -> UpdateConfig:
 def some_labels(random: Random) -> dict[str, str]:
     """A deadline for updates, and what is to become of tasks on nodes that are cut off."""
     labels = {PROGRESS_DEADLINE: "1s"} if random.random() < 0.7 else {}
-    match random.choices(("", "keep", "replace", "stop"), (70, 10, 10, 10))[0]:
+    match random.choices(("", "keep", "replace", "stop"), (60, 10, 10, 20))[0]:
         case "":
             return labels
         case "keep":
             return {**labels, ON_DISCONNECT: "keep"}
         case word:
-            delay = random.choice(("2s", "5s"))
+            delay = random.choice(("1s", "4s"))
             return {**labels, ON_DISCONNECT: word, ON_DISCONNECT_DELAY: delay}
 
 

@@ -124,6 +124,14 @@ def test_with_start_first_a_task_that_stops_before_its_heir_runs_is_rejected() -
     assert history.violations == ["task old was stopped before ['new'] ran"]
 
 
+def test_with_start_first_a_task_that_has_just_come_to_run_may_be_stopped_by_who_did_not_know() -> None:
+    history = History(UpdatesKeepServing())
+    history.put(a_node(W1), a_service(UpdateOrder.START_FIRST), a_task("old", node="w1"))
+    history.put(a_task("new", image="app:2", node="w1"), a_task("old", node="w1", state=TaskState.RUNNING))
+    history.after(1).put(a_task("old", node="w1", state=TaskState.RUNNING, desired=TaskState.SHUTDOWN))
+    assert history.violations == []
+
+
 def test_a_slot_that_is_given_up_whole_has_no_heir_to_wait_for() -> None:
     history = History(UpdatesKeepServing())
     history.put(a_node(W1), a_service(UpdateOrder.START_FIRST))
@@ -166,12 +174,20 @@ def test_a_session_that_is_given_away_is_rejected() -> None:
 
 
 def test_a_node_called_down_without_a_fault_is_rejected() -> None:
-    history = History(NoFalseAlarm(lambda: 90.0))
+    history = History(NoFalseAlarm(lambda: 90.0, lambda manager: 0.0))
     history.put(a_node(W1), a_node(W2))
     history.put(a_node(W1, state=NodeState.DOWN))
     assert history.violations == [], "something was wrong ten seconds ago"
     history.after(10).put(a_node(W2, state=NodeState.DOWN))
     assert history.violations == ["w2 was called down after 20.0 s without a fault"]
+
+
+def test_a_node_called_down_by_a_manager_that_has_just_begun_is_rejected() -> None:
+    history = History(NoFalseAlarm(lambda: 99.0, lambda manager: 99.0))
+    history.put(a_node(W1), a_node(W2))
+    history.put(a_node(W1, state=NodeState.DOWN))
+    history.after(4).put(a_node(W2, state=NodeState.DOWN))
+    assert history.violations == ["w1 was called down by m1, 1.0 s after that began"]
 
 
 def test_a_task_shown_as_running_on_a_node_whose_lease_is_over_is_rejected() -> None:

@@ -13,12 +13,21 @@ CALM_S = 15.0
 """Longer than any grace, and than finding another manager."""
 
 
-class NoFalseAlarm:
-    """While nothing was wrong anywhere for a while, nobody is down."""
+YOUNG_S = 2.0
+"""Less than any grace: a manager that has just begun cannot have missed a node for so long."""
 
-    def __init__(self, calm_since: Callable[[], float]) -> None:
-        """``calm_since``: when the last fault was over; infinity while there is one."""
+
+class NoFalseAlarm:
+    """While nothing was wrong anywhere for a while, nobody is down; who has just begun gives nodes time to come."""
+
+    def __init__(self, calm_since: Callable[[], float], began: Callable[[NodeId], float]) -> None:
+        """
+        Args:
+            calm_since: when the last fault was over; infinity while there is one.
+            began: when a manager's process did.
+        """
         self._calm_since = calm_since
+        self._began = began
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -29,6 +38,8 @@ class NoFalseAlarm:
                     calm_s = change.time_s - self._calm_since()
                     if calm_s > CALM_S:
                         yield f"{after.id} was called down after {calm_s:.1f} s without a fault"
+                    if (age_s := change.time_s - self._began(change.origin)) < YOUNG_S:
+                        yield f"{after.id} was called down by {change.origin}, {age_s:.1f} s after that began"
 
 
 def lease_violations(view: View, node_id: NodeId) -> Iterable[str]:

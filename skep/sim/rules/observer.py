@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.task import Task
+from skep.sim.links import Uptime
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.damping import DecisionsStand
 from skep.sim.rules.disconnection import PlacesAreKept
@@ -31,19 +32,13 @@ Rule = Callable[[Change, View], Iterable[str]]
 class Observer:
     """Collects what was ever wrong in a run."""
 
-    def __init__(
-        self,
-        truth: Truth,
-        trace: Trace,
-        calm_since: Callable[[], float],
-        working_since: Callable[[NodeId], float],
-    ) -> None:
+    def __init__(self, truth: Truth, trace: Trace, calm_since: Callable[[], float], uptime: Uptime) -> None:
         """
         Args:
             calm_since: when the last fault was over; infinity while there is one.
-            working_since: since when a node's process and its machine run; infinity: they do not.
+            uptime: of every machine's process.
         """
-        self.containers = Containers(working_since)
+        self.containers = Containers(uptime.since)
         self.promises = Promises()
         """A rule as soon as there are users who keep it."""
         self.traced: list[str] = []
@@ -68,7 +63,7 @@ class Observer:
             sessions_are_taken,
             TasksAreSpread(),
             UpdatesKeepServing(),
-            NoFalseAlarm(calm_since),
+            NoFalseAlarm(calm_since, uptime.began),
             DecisionsStand(),
             PlacesAreKept(),
             global_jobs_run_once,

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from math import inf
 
+from skep.model.ids import TaskId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
@@ -149,13 +151,24 @@ class TasksAreSpread:
 
 
 class UpdatesKeepServing:
-    """With start-first, the only running task of a slot is not retired while another is to take its place."""
+    """With start-first, the only running task of a slot is not retired while another is to take its place.
+
+    One that has run for less than ``KNOWN_S`` may be: the leader decides before it knows, and its disk may be slow.
+    """
+
+    KNOWN_S = 3.0
+
+    def __init__(self) -> None:
+        self._running_at: dict[TaskId, float] = {}
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
                 case Updated(Task() as old, Task() as new) if old.is_wanted and not new.is_wanted:
-                    yield from self._violations(view, old, new)
+                    if change.time_s - self._running_at.get(new.id, -inf) > self.KNOWN_S:
+                        yield from self._violations(view, old, new)
+                case Updated(Task() as old, Task() as new) if new.status.state is TaskState.RUNNING:
+                    self._running_at.setdefault(new.id, change.time_s)
 
     def _violations(self, view: View, old: Task, new: Task) -> Iterable[str]:
         service = view.lookup(Service, new.service_id)
