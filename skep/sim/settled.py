@@ -13,6 +13,7 @@ from skep.model.labels import PROGRESS_DEADLINE
 from skep.model.node import Node
 from skep.model.service import UNDER_WAY, Service, UpdateState
 from skep.model.task import Task, TaskState
+from skep.model.times import ZERO_TIME, unix_ns
 from skep.sim.node import image_of
 from skep.sim.rules.placement import (
     completed_on,
@@ -102,8 +103,10 @@ def _unmet_of_job(view: View, service: Service) -> Iterable[str]:
             yield f"of {service.id} {len(done)} of {job.total_completions} runs are completed"
         return
     completed = completed_on(view, service, status.job_iteration)
+    asked_at = unix_ns(status.last_execution or ZERO_TIME)
     for node in _eligible(view, service):
-        if not completed[node.id]:
+        # By its stamps a node may have joined after the job was asked for, when a clock was set back between.
+        if not completed[node.id] and unix_ns(node.created_at) < asked_at:
             yield f"{service.id} has not run on {node.id}"
 
 

@@ -23,6 +23,7 @@ from skep.model.service import (
     UpdateStatus,
 )
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, timestamp
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.disconnection import PlacesAreKept
 from skep.sim.rules.placement import global_jobs_run_once, meets, port_violations
@@ -233,7 +234,7 @@ def test_more_replicas_on_a_node_than_may_be_are_not_settled() -> None:
 
 def test_a_global_job_that_has_not_run_on_a_node_is_not_settled() -> None:
     spec = a_spec(mode=ServiceMode(global_job=GlobalJob()))
-    status = JobStatus(job_iteration=Version(index=1))
+    status = JobStatus(job_iteration=Version(index=1), last_execution=timestamp(2 * SECOND_NS))
     done = [
         replace(a_run(f"t{node}", slot=0, node_id=node), status=TaskStatus(state=TaskState.COMPLETE))
         for node in (W1, W2)

@@ -44,8 +44,8 @@ class DecisionsStand:
         self._changed_at: dict[NodeId, float] = {}
         self._decided_at: dict[TaskId, float] = {}
         """When a task was made, or got its node."""
-        self._given_up: dict[tuple[str, int], int] = {}
-        """Slots (of a job: of an iteration) that were scaled away, and in which revision."""
+        self._given_up: dict[tuple[str, int], tuple[int, float]] = {}
+        """Slots (of a job: of an iteration) that were scaled away, in which revision and when."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
@@ -57,7 +57,7 @@ class DecisionsStand:
                     yield from self._filled_again(task)
                 case Updated(Task() as old, Task() as new):
                     if old.desired_state < TaskState.REMOVE <= new.desired_state:
-                        self._given_up[_place_of(new)] = change.revision
+                        self._given_up[_place_of(new)] = change.revision, change.time_s
                     if old.is_active and not new.is_wanted:
                         yield from self._taken_back(old, change.time_s, view)
                     if not old.node_id and new.node_id:
@@ -82,7 +82,11 @@ class DecisionsStand:
     def _filled_again(self, task: Task) -> Iterable[str]:
         """Whether a slot is filled that was scaled away, and nobody has asked for more since."""
         given_up = self._given_up.pop(_place_of(task), None)
-        if given_up is not None and self._asked_in.get(task.service_id, 0) < given_up:
+        if given_up is None:
+            return
+        revision, at = given_up
+        asked_at = self._asked_at.get(task.service_id, 0.0)
+        if self._asked_in.get(task.service_id, 0) < revision and asked_at < at - KNOWN_S:
             yield f"slot {task.slot or task.node_id} of {task.service_id} is filled again, though it was given up"
 
     def _taken_back(self, task: Task, now: float, view: View) -> Iterable[str]:
