@@ -81,7 +81,9 @@ class Users:
     async def remove_all(self) -> None:
         """Remove every service, however often that has to be asked."""
         for promise in list(self._promises.services.values()):
-            while not promise.is_removed and promise.acknowledged:
+            # One whose create was never answered may be there all the same.
+            is_there = self._cluster.view.lookup(Service, promise.id) is not None
+            while not promise.is_removed and (promise.acknowledged or is_there):
                 await self._removed(promise.id)
                 await asyncio.sleep(0.1)
 
