@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,5 @@ async def test_what_is_no_http2_is_a_lost_call(socket: Path, calls: Calls) -> No
     async def talk_nonsense(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
-    async with await asyncio.start_unix_server(talk_nonsense, socket):
-        with pytest.raises(Lost):
-            await calls.unary("/t/echo", b"", TIMEOUT_S)
+    with closing(await asyncio.start_unix_server(talk_nonsense, socket)), pytest.raises(Lost):
+        await calls.unary("/t/echo", b"", TIMEOUT_S)

@@ -342,7 +342,10 @@ async def _offer(settings: MemberSettings, context: ssl.SSLContext) -> None:
 
 
 def _context(settings: MemberSettings, files: object = None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(settings.peer_files.roots))
+    context = ssl.SSLContext(
+        ssl.PROTOCOL_TLS_CLIENT
+    )  # the default one is strict about what nobody here looks at
+    context.load_verify_locations(settings.peer_files.roots)
     context.check_hostname = False
     if files is not None:
         context.load_cert_chain(files.certificate, files.key)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -176,28 +177,29 @@ async def test_a_small_request_reaches_the_manager_whole_however_it_came(front_r
             else:
                 writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\n{}")
 
-    async with await asyncio.start_unix_server(answer, front_rig.manager_socket), asyncio.timeout(5):
-        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
-        pieces = (
-            b"POST /services/create HTTP/1.1\r\nHost: d\r\nContent-Le",
-            b"ngth: 4\r\n\r\n{",
-            b"  ",
-            b"}",
-        )
-        for piece in pieces:
-            writer.write(piece)
-            await asyncio.sleep(0.01)
-        assert (await came.get()).endswith(b"\r\n\r\n{  }")
-        assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 201")
-        writer.write(
-            b"POST /services/create HTTP/1.1\r\nHost: d\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
-        )
-        assert (await came.get()).endswith(b"\r\n\r\n")
-        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        writer.write(b"{}")
-        assert await came.get() == b"{}"
-        assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 201")
-        writer.close()
+    with closing(await asyncio.start_unix_server(answer, front_rig.manager_socket)):
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+            pieces = (
+                b"POST /services/create HTTP/1.1\r\nHost: d\r\nContent-Le",
+                b"ngth: 4\r\n\r\n{",
+                b"  ",
+                b"}",
+            )
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.01)
+            assert (await came.get()).endswith(b"\r\n\r\n{  }")
+            assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 201")
+            writer.write(
+                b"POST /services/create HTTP/1.1\r\nHost: d\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+            )
+            assert (await came.get()).endswith(b"\r\n\r\n")
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(b"{}")
+            assert await came.get() == b"{}"
+            assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 201")
+            writer.close()
 
 
 async def test_outside_of_a_swarm_dockers_words_are_given(front_rig: Rig) -> None:

@@ -1,6 +1,7 @@
 """Requests to the manager over connections that were used before: most of them go on without waking a task."""
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 
 from aiohttp import web
@@ -22,12 +23,13 @@ async def test_a_request_that_may_be_repeated_goes_again_when_its_kept_connectio
         writer.close()
 
     request = b"GET /tasks HTTP/1.1\r\nhost: d\r\ncontent-length: 4\r\n\r\nbody"
-    async with await asyncio.start_unix_server(answer_once, front_rig.manager_socket), asyncio.timeout(5):
-        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
-        for _ in range(2):
-            writer.write(request)
-            assert await reader.readuntil(b"{}") == b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
-        writer.close()
+    with closing(await asyncio.start_unix_server(answer_once, front_rig.manager_socket)):
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+            for _ in range(2):
+                writer.write(request)
+                assert await reader.readuntil(b"{}") == b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+            writer.close()
     assert came == [request, request, request]
 
 
@@ -57,16 +59,17 @@ async def test_answers_of_every_shape_pass_over_a_kept_connection(front_rig: Rig
                 await asyncio.sleep(0.005)
         writer.close()
 
-    async with await asyncio.start_unix_server(answer, front_rig.manager_socket), asyncio.timeout(5):
-        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
-        writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
-        await reader.readuntil(b"\r\n\r\n")
-        for pieces in answers:
+    with closing(await asyncio.start_unix_server(answer, front_rig.manager_socket)):
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_unix_connection(front_rig.socket)
             writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
-            expected = b"".join(pieces)
-            assert await reader.readexactly(len(expected)) == expected
-        assert await reader.read() == b""
-        writer.close()
+            await reader.readuntil(b"\r\n\r\n")
+            for pieces in answers:
+                writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
+                expected = b"".join(pieces)
+                assert await reader.readexactly(len(expected)) == expected
+            assert await reader.read() == b""
+            writer.close()
     assert opened == 1
 
 
@@ -79,13 +82,14 @@ async def test_a_manager_that_dies_within_a_small_answer_breaks_the_clients_conn
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + text)
         writer.close()
 
-    async with await asyncio.start_unix_server(answer, front_rig.manager_socket), asyncio.timeout(5):
-        reader, writer = await asyncio.open_unix_connection(front_rig.socket)
-        writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
-        await reader.readuntil(b"what")
-        writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
-        assert not (await reader.read()).endswith(b"what")
-        writer.close()
+    with closing(await asyncio.start_unix_server(answer, front_rig.manager_socket)):
+        async with asyncio.timeout(5):
+            reader, writer = await asyncio.open_unix_connection(front_rig.socket)
+            writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
+            await reader.readuntil(b"what")
+            writer.write(b"GET /tasks HTTP/1.1\r\nHost: d\r\n\r\n")
+            assert not (await reader.read()).endswith(b"what")
+            writer.close()
 
 
 async def test_a_front_that_ends_lets_go_of_what_is_under_way(tmp_path: Path) -> None:

@@ -298,13 +298,13 @@ async def test_an_exec_starts_once_and_needs_a_running_container(run: Runner, co
 
 
 async def test_top_shows_the_containers_processes_only(run: Runner, containers: Containers) -> None:
-    container = await run.start("sh", "-c", "sleep 77 & wait")
+    container = await run.start("sh", "-c", "/bin/sleep 77 & wait")
     for _ in range(100):
         listed = await containers.top(container.id)
         if len(listed.processes) == 2:
             break
         await asyncio.sleep(0.02)
-    assert sorted(row[-1] for row in listed.processes) == ["sh -c sleep 77 & wait", "sleep 77"]
+    assert sorted(row[-1] for row in listed.processes) == ["/bin/sleep 77", "sh -c /bin/sleep 77 & wait"]
     assert "PID" in listed.titles
     with pytest.raises(InvalidArgument, match="Couldn't find PID field"):
         await containers.top(container.id, "-o comm")
