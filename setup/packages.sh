@@ -34,6 +34,19 @@ first_known() {
     echo "$1"
 }
 
+# first_released SUITE PACKAGE...: PACKAGE/SUITE of the first that the suite itself has, not only its updates.
+first_released() {
+    local suite=$1 package
+    shift
+    for package in "$@"; do
+        if apt-cache madison "$package" 2>/dev/null | grep -q " $suite/"; then
+            echo "$package/$suite"
+            return
+        fi
+    done
+    echo "$1/$suite"
+}
+
 # take_out COMMAND PLACE PACKAGE: the command alone, to a place below the target, without installing its package.
 take_out() {
     local work place=$target/$2
@@ -83,7 +96,11 @@ for line in "${missing[@]}"; do
     package=$(first_known $packages)
     case $how in
     unpack) unpack+=("${what#unpacked:} $package") ;;
-    release) unpack+=("${what#unpacked:} $package/$(. /etc/os-release && echo "$VERSION_CODENAME")") ;;
+    release)
+        suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
+        # shellcheck disable=SC2086
+        unpack+=("${what#unpacked:} $(first_released "$suite" $packages)")
+        ;;
     *) install+=("$package") ;;
     esac
 done
