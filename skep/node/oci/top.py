@@ -4,6 +4,7 @@ Source: moby, daemon/top_unix.go (validatePSArgs, parsePSOutput).
 """
 
 import asyncio
+import os
 import re
 import shlex
 from collections.abc import Set as AbstractSet
@@ -13,6 +14,8 @@ from skep.linux.commands import communicate
 from skep.node.oci.container import Top
 
 _DEADLINE_S = 10.0
+_COLUMNS = "100000"
+"""How wide lines may be: some versions of ps cut them at the width of the terminal that the daemon was started from."""
 _RENAMED_COLUMN = re.compile(r"\s+(\S*)=\s*(PID\S*)")
 
 
@@ -34,6 +37,7 @@ async def processes(pids: AbstractSet[int], ps_args: str) -> Top:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "COLUMNS": _COLUMNS},
     )
     try:
         output, errors = await communicate(process, _DEADLINE_S)

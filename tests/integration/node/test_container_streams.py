@@ -297,7 +297,11 @@ async def test_an_exec_starts_once_and_needs_a_running_container(run: Runner, co
         containers.execs.get(id)
 
 
-async def test_top_shows_the_containers_processes_only(run: Runner, containers: Containers) -> None:
+async def test_top_shows_the_containers_processes_only(
+    run: Runner, containers: Containers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their commands whole, however narrow the terminal is that the daemon was started from."""
+    monkeypatch.setenv("COLUMNS", "40")
     container = await run.start("sh", "-c", "/bin/sleep 77 & wait")
     for _ in range(100):
         listed = await containers.top(container.id)
