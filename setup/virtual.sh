@@ -4,9 +4,8 @@
 # version 2 alone, the distribution's modules (VXLAN, IPVS, WireGuard, ...), a file system without overlays below it.
 # It has no way to the outside; what needs one is done before it boots.  Its processor is emulated, so everything takes
 # some five times as long; KVM=1 asks for the real one.
-# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (1: emulated in parallel, newer
-# kernels fell over now and then) and MEMORY_MB (4096) are its size, DEADLINE_S (3600)
-# is how long it may run.
+# Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (1: several, emulated in parallel, made newer kernels fall
+# over) and MEMORY_MB (4096) are its size, DEADLINE_S (3600) is how long it may run.
 # Exit code: that of the first command that failed.  Everything it made is removed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
