@@ -23,6 +23,10 @@ class Volumes:
 
     def path(self, name: str) -> Path:
         """Where a volume's files are.  Raises: InvalidArgument, with Docker's words: no name for a volume."""
+        if len(name) == 1:
+            raise InvalidArgument(
+                f"create {name}: volume name is too short, names should be at least two alphanumeric characters"
+            )
         if not _NAME.fullmatch(name):
             raise InvalidArgument(
                 f'create {name}: "{name}" includes invalid characters for a local volume name,'

@@ -192,6 +192,10 @@ async def test_mounts_that_cannot_be_are_rejected(executor: OciExecutor) -> None
             Mount(type="volume", source="a/b", target="/x"),
             "includes invalid characters for a local volume name",
         ),
+        (
+            Mount(type="volume", source="a", target="/x"),
+            "create a: volume name is too short, names should be",
+        ),
         (Mount(type="npipe", source="x", target="/x"), "not supported"),
         (Mount(type="tmpfs", target="relative"), "must be an absolute path"),
     ):
