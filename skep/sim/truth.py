@@ -11,7 +11,8 @@ from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.requests import by_revision, change_of
 from skep.store.interface import Event, View
 from skep.store.leadership import LeaderRecord
-from skep.store.state import KeyChange, State
+from skep.store.state import State
+from skep.store.tables import KeyChange
 
 
 class Change(msgspec.Struct, frozen=True):

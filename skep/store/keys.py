@@ -32,10 +32,24 @@ def object_key(kind: str, id: str, part: str = HEAD) -> str:
 
 
 def parsed_object_key(key: str) -> tuple[str, str, str]:
-    """``(kind, id, part)`` of an ``o/`` key.  Object ids hold no full stop, so the first one ends the id."""
-    _, kind, rest = key.split("/", 2)
-    id, _, part = rest.partition(".")  # without a full stop it is the head's, and the part is empty
-    return kind, id, part
+    """``(kind, id, part)`` of an ``o/`` key."""
+    head, part = head_and_part(key)
+    return *parsed_head_key(head), part
+
+
+def head_and_part(key: str) -> tuple[str, str]:
+    """The key of the head of the object to which an ``o/`` key belongs, and that key's part.
+
+    Object ids hold no full stop, so the first one ends the id; without one it is the head's own key.
+    """
+    head, _, part = key.partition(".")
+    return head, part
+
+
+def parsed_head_key(head: str) -> tuple[str, str]:
+    """``(kind, id)`` of the key of a head."""
+    _, kind, id = head.split("/", 2)
+    return kind, id
 
 
 def name_claim(kind: str, name: str) -> str:

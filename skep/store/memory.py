@@ -24,7 +24,8 @@ from skep.store.keys import LEADER
 from skep.store.leadership import FencedTerm, LeaderRecord, TermState, leader_named
 from skep.store.proposal import Exists, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
-from skep.store.state import KeyChange, State, differences
+from skep.store.state import State, differences
+from skep.store.tables import KeyChange
 from skep.store.updates import (
     NO_LEADER,
     SHOWN_S,

@@ -12,7 +12,8 @@ from itertools import count
 from skep.store.interface import Commit, Event, Object, Watch
 from skep.store.keys import LEADER
 from skep.store.schema import SCHEMA_BY_TYPE
-from skep.store.state import KeyChange, State
+from skep.store.state import State
+from skep.store.tables import KeyChange
 from skep.store.watches import CAPACITY, Watches
 
 _EVERY_KIND = frozenset(SCHEMA_BY_TYPE)

@@ -18,21 +18,12 @@ from skep.store import keys
 from skep.store.interface import Created, Deleted, Event, Updated
 from skep.store.kinds import SpecVersion, spec_version_id, spec_version_of
 from skep.store.schema import SCHEMAS
-from skep.store.tables import PartChange, Table
+from skep.store.tables import KeyChange, Table
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 Owner = tuple[str, str]
 """(kind name, id) of an object."""
-
-
-class KeyChange(msgspec.Struct, frozen=True, gc=False):
-    """One key as the store now has it, its value in clear.  ``value`` None: deleted."""
-
-    key: str
-    value: bytes | None
-    revision: int
-    create_revision: int = 0
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
@@ -100,27 +91,30 @@ class State:
 
     def apply(self, revision: int, changes: Iterable[KeyChange]) -> tuple[Event, ...]:
         """Take in everything that ``revision`` changed, and say what happened to which object."""
-        by_kind: dict[str, dict[str, list[PartChange]]] = {}
+        objects: dict[str, dict[str, KeyChange]] = {}
+        """Key of a head -> part -> what became of that part's key."""
         for change in changes:
-            match change.key[:2]:
+            key = change.key
+            match key[:2]:
                 case "o/":
-                    kind, id, part = keys.parsed_object_key(change.key)
-                    by_id = by_kind.get(kind)
-                    if by_id is None:
-                        by_id = by_kind[kind] = {}
-                    parts = by_id.get(id)
+                    head, part = keys.head_and_part(key)
+                    parts = objects.get(head)
                     if parts is None:
-                        parts = by_id[id] = []
-                    parts.append(PartChange(part, change.value, change.revision, change.create_revision))
+                        parts = objects[head] = {}
+                    parts[part] = change
                 case "n/" | "p/":
                     self._apply_claim(change)
                 case "s/":
-                    claim, owner = keys.parsed_shared_key(change.key)
+                    claim, owner = keys.parsed_shared_key(key)
                     _set_member(self.sharers, claim, owner, present=change.value is not None)
                 case "r/":
-                    used, user = keys.parsed_reference_key(change.key)
+                    used, user = keys.parsed_reference_key(key)
                     _set_member(self.users, used, user, present=change.value is not None)
         self.revision = max(self.revision, revision)
+        by_kind: dict[str, dict[str, dict[str, KeyChange]]] = {}
+        for head, parts in objects.items():
+            kind, id = keys.parsed_head_key(head)
+            by_kind.setdefault(kind, {})[id] = parts
         return tuple(self._merged(by_kind))
 
     def _apply_claim(self, change: KeyChange) -> None:
@@ -130,7 +124,7 @@ class State:
             kind, _, id = change.value.decode().partition("/")
             self.claims[change.key] = Claim((kind, id), change.revision)
 
-    def _merged(self, by_kind: dict[str, dict[str, list[PartChange]]]) -> Iterable[Event]:
+    def _merged(self, by_kind: dict[str, dict[str, dict[str, KeyChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
         for table in self.tables:  # what is not among them, only newer versions of Skep know
             kind = table.schema.type

@@ -24,10 +24,10 @@ META = ("version", "created_at", "updated_at")
 """What the store itself writes into heads."""
 
 
-class PartChange(msgspec.Struct, frozen=True, gc=False):
-    """One key of an object as the store now has it.  ``value`` None: deleted."""
+class KeyChange(msgspec.Struct, frozen=True, gc=False):
+    """One key as the store now has it, its value in clear.  ``value`` None: deleted."""
 
-    part: str
+    key: str
     value: bytes | None
     revision: int
     create_revision: int = 0
@@ -91,55 +91,57 @@ class Table:
         """When this key was last written; 0: it does not exist."""
         return self.revisions[part].get(id, 0)
 
-    def apply(self, id: str, changes: Sequence[PartChange]) -> Event | None:
-        """Merge what one revision changed in one object; None when nothing that can be seen did.
+    def apply(self, id: str, changes: Mapping[str, KeyChange]) -> Event | None:
+        """Merge what one revision changed in one object, by part; None when nothing that can be seen did.
 
         A value that cannot be read leaves its part as it was: one bad key must not stop a manager.
         """
         old: Any = self.objects.get(id)
-        merged = old
         if old is not None:
+            # One and the same string wherever the object is filed: it is found without a comparison.
             id = old.id
+        merged = old
         fields: dict[str, Any] = {}
-        moves = False
-        for change in changes:
-            part, value = change.part, change.value
+        for part, change in changes.items():
             revisions = self.revisions.get(part)
             if revisions is None:
                 continue  # only newer versions of Skep know it
-            moves |= part == self.schema.indexed_part
-            if value is not None:
-                revisions[id] = change.revision
+            value = change.value
+            if value is None:
                 if part == HEAD:
-                    self.created[id] = change.create_revision
-                    merged = self._read_head(id, old, value)
-                else:
-                    fields |= self._read(id, part, value)
-            elif part == HEAD:
-                return self._removed(id, old)
+                    return self._removed(id, old)
+                fields |= self._part_removed(id, part)
+                continue
+            revisions[id] = change.revision
+            if part == HEAD:
+                self.created[id] = change.create_revision
+                merged = self._read_head(id, old, value)
             else:
-                revisions.pop(id, None)
-                self._mended(id, part)
-                if part in self.answers:
-                    self.answers[part].pop(id, None)
-                fields |= self.codecs[part].defaults
+                fields |= self._read(id, part, value)
         if merged is None:
             self._unmark(id)
             return None  # no head that can be read, or a part that outlived its object
         if merged is not old:
-            # One and the same string wherever the object is filed: it is found without a comparison.
-            fields["id"] = id
             if old is not None:
                 for name in self._elsewhere:
                     if name not in fields:
                         fields[name] = getattr(old, name)
+            fields["id"] = id
         if fields:
             merged = msgspec.structs.replace(merged, **fields)
         if self.answers:
             merged = self._without_stale_answers(id, merged)
         if self.completed is not None:
             merged = self.completed(merged)
-        return self.store(id, old, merged, moves=moves)
+        return self.store(id, old, merged, moves=self.schema.indexed_part in changes)
+
+    def _part_removed(self, id: str, part: str) -> Mapping[str, Any]:
+        """What the fields of a part are without it."""
+        self.revisions[part].pop(id, None)
+        if part in self.answers:
+            self.answers[part].pop(id, None)
+        self._mended(id, part)
+        return self.codecs[part].defaults
 
     def _read_head(self, id: str, old: Any, value: bytes) -> Any:
         """A head as an object whose other parts hold their defaults; ``old`` when it cannot be read.

@@ -20,7 +20,8 @@ from skep.sim.rules.observer import Rule
 from skep.sim.truth import Change
 from skep.store.interface import Transaction
 from skep.store.proposal import Proposal
-from skep.store.state import KeyChange, State
+from skep.store.state import State
+from skep.store.tables import KeyChange
 from skep.store.transaction import Writing
 from tests.builders import a_service_spec
 

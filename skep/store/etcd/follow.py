@@ -22,7 +22,8 @@ from skep.store.etcd.errors import Compacted, Uncertain
 from skep.store.etcd.requests import PREFIX, by_revision, change_of
 from skep.store.interface import Event
 from skep.store.replica import Replica
-from skep.store.state import KeyChange, State, differences
+from skep.store.state import State, differences
+from skep.store.tables import KeyChange
 
 log = structlog.get_logger()
 

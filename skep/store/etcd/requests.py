@@ -11,7 +11,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, Unreadable
 from skep.store.etcd.client import prefix_end
 from skep.store.proposal import Compare, Exists, NothingSince, Proposal, Unchanged
-from skep.store.state import KeyChange
+from skep.store.tables import KeyChange
 
 log = structlog.get_logger()
 

@@ -1,5 +1,7 @@
 """Parts put together: any order of arrival, damaged values, answers to older specs."""
 
+from collections.abc import Mapping
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +14,8 @@ from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.store.codec import PartCodec
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.schema import SCHEMA_BY_TYPE
-from skep.store.state import KeyChange, State, differences
-from skep.store.tables import PartChange, Table
+from skep.store.state import State, differences
+from skep.store.tables import KeyChange, Table
 from tests.builders import a_node, a_service, a_task
 
 
@@ -26,8 +28,19 @@ def a_table(kind: type[msgspec.Struct]) -> Table:
     return Table(SCHEMA_BY_TYPE[kind])
 
 
-def whole(object: msgspec.Struct, revision: int = 1) -> list[PartChange]:
-    return [PartChange(part, value, revision, revision) for part, value in parts_of(object).items() if value]
+def change(part: str, value: bytes | None, revision: int, created: int = 0) -> dict[str, KeyChange]:
+    return {part: KeyChange(f"of {part}", value, revision, created)}
+
+
+def whole(object: msgspec.Struct, revision: int = 1) -> dict[str, KeyChange]:
+    return all_of({part: value for part, value in parts_of(object).items() if value}, revision)
+
+
+def all_of(parts: Mapping[str, bytes | None], revision: int, created: int = 0) -> dict[str, KeyChange]:
+    changes: dict[str, KeyChange] = {}
+    for part, value in parts.items():
+        changes |= change(part, value, revision, created or revision)
+    return changes
 
 
 def changes_of(*objects: msgspec.Struct, revision: int = 1) -> list[KeyChange]:
@@ -59,7 +72,7 @@ tasks = st.builds(
 def test_a_new_object_is_the_same_in_whatever_order_its_parts_are_listed(task, order):
     parts = parts_of(task)
     table = a_table(Task)
-    table.apply("t1", [PartChange(part, parts[part], 1, 1) for part in order if parts[part] is not None])
+    table.apply("t1", all_of({part: parts[part] for part in order if parts[part] is not None}, 1))
     assert table.objects["t1"] == task
 
 
@@ -69,7 +82,7 @@ def test_parts_changed_one_after_another_end_in_the_new_object(old, new, order):
     table.apply("t1", whole(old))
     parts = parts_of(new)
     for revision, part in enumerate(order, start=2):
-        table.apply("t1", [PartChange(part, parts[part], revision, 1)])
+        table.apply("t1", change(part, parts[part], revision, 1))
     assert table.objects["t1"] == new
     assert table.find({"slot": f"web/{new.slot or new.node_id}"}) == [new]
     assert {part for part in order if parts[part] is not None} == {
@@ -83,27 +96,27 @@ def test_what_one_object_loses_no_other_of_the_same_head_does():
     status = parts_of(a_task("t1", state=TaskState.RUNNING))["status"]
     table = a_table(Task)
     for id in ("t1", "t2"):
-        table.apply(id, [PartChange("", head, 1, 1), PartChange("status", status, 1, 1)])
-    table.apply("t1", [PartChange("", head, 2, 1), PartChange("status", None, 2, 1)])
-    table.apply("t2", [PartChange("", head, 3, 1)])
+        table.apply(id, all_of({"": head, "status": status}, 1))
+    table.apply("t1", all_of({"": head, "status": None}, 2, 1))
+    table.apply("t2", change("", head, 3, 1))
     assert table.objects["t2"].status.state is TaskState.RUNNING
 
 
 def test_a_part_without_a_head_is_no_object():
     table = a_table(Task)
-    assert table.apply("t1", [PartChange("status", parts_of(a_task("t1"))["status"], 1, 1)]) is None
+    assert table.apply("t1", change("status", parts_of(a_task("t1"))["status"], 1, 1)) is None
     assert table.objects == {}
 
 
 def test_where_its_keys_stand_is_remembered_while_there_is_an_object():
     table = a_table(Task)
-    orphan = PartChange("status", parts_of(a_task("t1", state=TaskState.RUNNING))["status"], 1, 1)
-    table.apply("t1", [orphan])
+    status = parts_of(a_task("t1", state=TaskState.RUNNING))["status"]
+    table.apply("t1", change("status", status, 1, 1))
     assert table.revision("t1", "status") == 0
     table.apply("t1", whole(a_task("t1"), revision=2))
-    table.apply("t1", [PartChange("status", orphan.value, 3, 2)])
+    table.apply("t1", change("status", status, 3, 2))
     assert (table.created["t1"], table.revision("t1", ""), table.revision("t1", "status")) == (2, 2, 3)
-    table.apply("t1", [PartChange("", None, 4)])
+    table.apply("t1", change("", None, 4))
     assert (table.created, table.revision("t1", ""), table.revision("t1", "status")) == ({}, 0, 0)
 
 
@@ -113,7 +126,7 @@ def test_a_node_is_found_by_the_name_that_it_has_now():
     node = a_node("n1")
     table.apply("n1", whole(node))
     renamed = replace(node, description=replace(node.description, hostname="Other"))
-    table.apply("n1", [PartChange("status", parts_of(renamed)["status"], 2, 1)])
+    table.apply("n1", change("status", parts_of(renamed)["status"], 2, 1))
     assert table.find({"name": "other"}) == [renamed]
     assert table.find({"name": node.description.hostname}) == []
 
@@ -123,9 +136,9 @@ def test_a_value_that_cannot_be_read_leaves_its_part_as_it_was():
     task = a_task("t1", state=TaskState.RUNNING)
     table.apply("t1", whole(task))
     for damaged in (b"", b"[", b'{"Status": 5}', b'{"Status": {"State": "confused"}}'):
-        assert table.apply("t1", [PartChange("status", damaged, 2, 1)]) is None
+        assert table.apply("t1", change("status", damaged, 2, 1)) is None
     assert table.objects["t1"] == task
-    assert table.apply("t2", [PartChange("", b"{}", 2, 2)]) is None
+    assert table.apply("t2", change("", b"{}", 2, 2)) is None
     assert list(table.objects) == ["t1"]
 
 
@@ -147,7 +160,7 @@ def test_a_removed_part_takes_its_defaults():
     table = a_table(Node)
     node = replace(a_node("n1"), session=NodeSession(manager_id="m1"))  # type: ignore[arg-type]
     table.apply("n1", whole(node))
-    event = table.apply("n1", [PartChange("session", None, 2)])
+    event = table.apply("n1", change("session", None, 2))
     assert event == Updated(node, replace(node, session=None))
 
 
@@ -156,7 +169,7 @@ def answered(spec_version: int, answers: int) -> Service:
     table = a_table(Service)
     status = UpdateStatus(state=UpdateState.UPDATING)
     table.apply("web", whole(replace(a_service("web", version=answers), update_status=status)))
-    table.apply("web", [PartChange("", parts_of(a_service("web", version=spec_version))[""], 2, 1)])
+    table.apply("web", change("", parts_of(a_service("web", version=spec_version))[""], 2, 1))
     service = table.objects["web"]
     assert isinstance(service, Service)
     return service

@@ -5,7 +5,7 @@ import asyncio
 from skep.model.ids import SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.store.replica import Replica
-from skep.store.state import KeyChange
+from skep.store.tables import KeyChange
 from skep.store.transaction import Writing
 
 

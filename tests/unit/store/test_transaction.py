@@ -226,7 +226,7 @@ TestTransactions = StoreMachine.TestCase
 
 def written(state: State, *objects: Any) -> State:
     """``state`` after a transaction that puts ``objects``."""
-    from skep.store.state import KeyChange
+    from skep.store.tables import KeyChange
 
     tx = Writing(state, 0)
     for object in objects:
