@@ -22,11 +22,10 @@ from skep.manager.guard import Guard, write_each
 from skep.manager.scheduler.accounting import Accounting, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
-from skep.manager.scheduler.requirements import Requirements, Wishes, host_ports, planes_of
+from skep.manager.scheduler.requirements import Requirements, Wishes, host_ports
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
 from skep.model.ids import IdSource, NodeId, TaskId
-from skep.model.network import Network
 from skep.model.node import Node, differ_in_load_alone
 from skep.model.service import Service, ServiceSpec
 from skep.model.task import Task, TaskState
@@ -216,11 +215,12 @@ class Scheduler:
         """Single tasks that may be placed together, and the groups that are to be decided each by itself."""
         firsts: Firsts = {}
         others: list[Group] = []
+        view = self._term.view()
         with self._books_guard.guarded("single tasks"):
             for group in groups:
                 task = self._single(group)
                 if task is not None and not task.node_id:
-                    wish = self._wish_of(task)
+                    wish = self._wishes.of(task, view)
                     if self._choices.is_first(wish, now):
                         firsts.setdefault(shape_of(wish), []).append(task)
                         continue
@@ -249,7 +249,7 @@ class Scheduler:
         tasks = self._tasks_of(group, limit)
         if not tasks:
             return Placed()
-        wish = self._wish_of(tasks[0])
+        wish = self._wishes.of(tasks[0], self._term.view())
         if tasks[0].node_id:
             match confirm(tasks[0], wish, self._accounting):
                 case Assignment() as assignment:
@@ -281,13 +281,6 @@ class Scheduler:
             )
         self._refused.update(_group_of(refusal.task) for refusal in placed.refusals)
         return placed
-
-    def _wish_of(self, task: Task) -> Requirements:
-        view = self._term.view()
-        planes: tuple[str, ...] = ()
-        if task.networks_attachments:
-            planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
-        return self._wishes.of(task, self._spec_of(task), planes)
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""

@@ -1,6 +1,6 @@
 """What a task asks of a node.  Tasks of one service and version ask for the same, so it is derived once for all."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import msgspec
@@ -18,7 +18,9 @@ from skep.model.service import (
     PublishMode,
     ServiceSpec,
 )
-from skep.model.task import Task
+from skep.model.task import NetworkAttachment, Task
+from skep.store.interface import View
+from skep.store.kinds import spec_of
 
 HostPort: TypeAlias = tuple[str, int]
 """Protocol and port number on a node."""
@@ -84,9 +86,15 @@ class Wishes:
 
     def __init__(self) -> None:
         self._last: tuple[Task, ServiceSpec | None, Requirements] | None = None
+        self._attachments: tuple[NetworkAttachment, ...] = ()
+        self._revision = 0
+        self._planes: tuple[str, ...] = ()
+        """Those of ``_attachments`` at ``_revision``."""
 
-    def of(self, task: Task, service_spec: ServiceSpec | None, planes: tuple[str, ...]) -> Requirements:
-        """See ``requirements_of``."""
+    def of(self, task: Task, view: View) -> Requirements:
+        """What ``task`` asks for as things are in ``view``."""
+        service_spec = spec_of(view, task) if task.spec_version is not None else None
+        planes = self._planes_of(task, view) if task.networks_attachments else ()
         if self._last is not None:
             known, known_spec, wish = self._last
             if (
@@ -102,10 +110,16 @@ class Wishes:
         self._last = task, service_spec, wish
         return wish
 
+    def _planes_of(self, task: Task, view: View) -> tuple[str, ...]:
+        if task.networks_attachments is not self._attachments or view.revision != self._revision:
+            self._planes = planes_of(task, lambda network_id: view.lookup(Network, network_id))
+            self._attachments, self._revision = task.networks_attachments, view.revision
+        return self._planes
 
-def overlays_of(task: Task) -> Iterator[NetworkId]:
-    """The overlay networks of a task; not the ingress network, which lies on both data planes."""
-    for attachment in task.networks_attachments:
+
+def overlays_of(attachments: Iterable[NetworkAttachment]) -> Iterator[NetworkId]:
+    """The overlay networks among a task's; not the ingress network, which lies on both data planes."""
+    for attachment in attachments:
         network = attachment.network
         if network is not None and is_overlay(network) and not network.spec.ingress:
             yield network.id
@@ -113,7 +127,7 @@ def overlays_of(task: Task) -> Iterator[NetworkId]:
 
 def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tuple[str, ...]:
     """The data planes that the task's overlay networks belong to, sorted; undecided ones left out."""
-    found = (network(id) for id in overlays_of(task))
+    found = (network(id) for id in overlays_of(task.networks_attachments))
     return tuple(sorted({plane_of(one) for one in found if one is not None} - {""}))
 
 

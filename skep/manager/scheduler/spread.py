@@ -51,6 +51,9 @@ class Spread:
         self._accounting = pools.accounting
         self._candidates = pools.candidates(wish)
         self.failing = failing
+        self.counts = bool(wish.service_id)
+        """Whether tasks that are placed count for the next ones.  Those without a service are copies of nothing, and so
+        are first tasks placed by their shape."""
         self._leaves: dict[Leaf, _Leaf] = {}
         self._plant()
 
@@ -128,9 +131,7 @@ class Spread:
             forks: dict[Leaf, list[tuple[int, Leaf, _Leaf | _Fork]]] = {(): []} if depth == 0 else {}
             for path in sorted(branches):
                 forks.setdefault(path[:depth], []).append((tasks[path], path, branches[path]))
-            # Tasks without a service are copies of nothing, and so are first tasks placed by their shape.
-            counts = bool(self._wish.service_id)
-            branches = {path: _Fork(children, counts=counts) for path, children in forks.items()}
+            branches = {path: _Fork(children, counts=self.counts) for path, children in forks.items()}
         self._root = branches[()]
 
     def _leaf(self, path: Leaf) -> "_Leaf":
@@ -229,6 +230,8 @@ class _Leaf:
         fresh = self._fresh
         if fresh is None or (not self._aside and len(self.own) and fresh.is_within(self.own)):
             return None
+        if not self._spread.counts:
+            return fresh.first()
         while (first := fresh.first()) is not None:
             account = first[-1]
             id = account.node.id
@@ -245,7 +248,7 @@ class _Fork:
     """A part of the nodes that is divided further."""
 
     def __init__(self, children: list[tuple[int, Leaf, "_Leaf | _Fork"]], *, counts: bool) -> None:
-        """``counts``: whether tasks that are placed now count for the next ones."""
+        """``counts``: see ``Spread``."""
         self._counts = counts
         self._heap: list[tuple[int, Rank, Leaf, _Leaf | _Fork]] = []
         self._taken: tuple[int, Leaf, _Leaf | _Fork] | None = None

@@ -1,17 +1,17 @@
 """How decisions are written: each transaction checks again that its tasks still wait and that their nodes are there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from msgspec.structs import replace
 
 from skep.manager.scheduler.placement import Assignment, Refusal
 from skep.manager.scheduler.requirements import overlays_of
-from skep.model.ids import NodeId
+from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.node import Availability, Node, NodeState
 from skep.model.planes import PLANE_OPTION, plane_of, plane_of_node
-from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.store.interface import Transaction
 
@@ -24,6 +24,8 @@ class DecisionWriter:
     def __init__(self, now: Timestamp) -> None:
         self._now = now
         self._assigned: dict[str, TaskStatus] = {}
+        self._planes: _Planes | None = None
+        """Of the transaction that is being written."""
 
     def write_all(self, tx: Transaction, decisions: Sequence[Decision]) -> None:
         """Write several decisions in one transaction."""
@@ -37,7 +39,10 @@ class DecisionWriter:
             return
         match decision:
             case Assignment():
-                if not _is_available(tx, decision.node_id) or not _settle_planes(tx, task, decision.node_id):
+                node = tx.lookup(Node, decision.node_id)
+                if node is None or not _is_available(node):
+                    return
+                if task.networks_attachments and not self._settle_planes(tx, task, node):
                     return
                 tx.put(
                     replace(
@@ -50,6 +55,11 @@ class DecisionWriter:
             case Refusal(_, reason):
                 if task.status.err != reason:
                     tx.put(replace(task, status=replace(task.status, err=reason, timestamp=self._now)))
+
+    def _settle_planes(self, tx: Transaction, task: Task, node: Node) -> bool:
+        if self._planes is None or self._planes.tx is not tx:
+            self._planes = _Planes(tx)
+        return self._planes.settle(task.networks_attachments, node)
 
     def _status(self, message: str) -> TaskStatus:
         """One value for all tasks: it is encoded and decoded once."""
@@ -65,27 +75,37 @@ def is_pending(task: Task) -> bool:
     return task.status.state is TaskState.PENDING and task.is_wanted
 
 
-def _settle_planes(tx: Transaction, task: Task, node_id: NodeId) -> bool:
-    """Overlay networks that belong to no data plane yet take the node's; False: one belongs to the other."""
-    overlays = list(overlays_of(task)) if task.networks_attachments else ()
-    node = tx.lookup(Node, node_id) if overlays else None
-    if node is None:
+class _Planes:
+    """The data planes of overlay networks, as one transaction settles them."""
+
+    def __init__(self, tx: Transaction) -> None:
+        self.tx = tx
+        self._last: tuple[tuple[NetworkAttachment, ...], str, bool] | None = None
+
+    def settle(self, attachments: tuple[NetworkAttachment, ...], node: Node) -> bool:
+        """Overlay networks that belong to no data plane yet take the node's; False: one belongs to the other.
+
+        Neither answer changes within the transaction, and tasks with the same attachments often follow each other.
+        """
+        plane = plane_of_node(node)
+        if self._last is not None:
+            known, known_plane, is_settled = self._last
+            if known is attachments and known_plane == plane:
+                return is_settled
+        is_settled = self._settled(overlays_of(attachments), plane)
+        self._last = attachments, plane, is_settled
+        return is_settled
+
+    def _settled(self, overlays: Iterable[NetworkId], plane: str) -> bool:
+        networks = [self.tx.rely_on(Network, id) for id in overlays]
+        if any(network is not None and plane_of(network) not in ("", plane) for network in networks):
+            return False
+        for network in networks:
+            if network is not None and PLANE_OPTION not in network.driver_state.options:
+                options = {**network.driver_state.options, PLANE_OPTION: plane}
+                self.tx.put(replace(network, driver_state=replace(network.driver_state, options=options)))
         return True
-    plane = plane_of_node(node)
-    networks = [tx.rely_on(Network, id) for id in overlays]
-    if any(network is not None and plane_of(network) not in ("", plane) for network in networks):
-        return False
-    for network in networks:
-        if network is not None and PLANE_OPTION not in network.driver_state.options:
-            options = {**network.driver_state.options, PLANE_OPTION: plane}
-            tx.put(replace(network, driver_state=replace(network.driver_state, options=options)))
-    return True
 
 
-def _is_available(tx: Transaction, node_id: NodeId) -> bool:
-    node = tx.lookup(Node, node_id)
-    return (
-        node is not None
-        and node.status.state is NodeState.READY
-        and node.spec.availability is Availability.ACTIVE
-    )
+def _is_available(node: Node) -> bool:
+    return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
