@@ -48,7 +48,7 @@ class PartCodec:
         # A head's version is made anew whenever the head changes (`Writing._stamped`), and tells by itself.
         self._is_versioned = part == HEAD and "version" in self.fields
         self._telling = attrgetter("version") if self._is_versioned else self._get
-        self._last: tuple[bytes | None, dict[str, Any], int] = (None, {}, 0)
+        self._last: tuple[bytes | None, tuple[dict[str, Any], int]] = (None, ({}, 0))
         """What was decoded last: many tasks get the same status in one moment, and share it then."""
         self._last_encoded: tuple[Any, bytes] = (object(), b"")
         """The same of what was encoded, of a single field."""
@@ -81,11 +81,13 @@ class PartCodec:
 
         Raises: msgspec.ValidationError.
         """
-        if data == self._last[0]:
-            return self._last[1:]
+        known, decoded = self._last
+        if data == known:
+            return decoded
         values = msgspec.structs.asdict(self._decoder.decode(data))
-        self._last = data, values, values.pop(_ANSWERS, 0) if self.is_answer else 0
-        return self._last[1:]
+        decoded = values, values.pop(_ANSWERS, 0) if self.is_answer else 0
+        self._last = data, decoded
+        return decoded
 
     @property
     def defaults(self) -> Mapping[str, Any]:

@@ -13,6 +13,8 @@
     w/<node id>                    a manager's ticket: moving it voids that manager's writes in flight
 """
 
+from collections.abc import Callable
+from operator import methodcaller
 from typing import Final
 from urllib.parse import quote
 
@@ -33,17 +35,15 @@ def object_key(kind: str, id: str, part: str = HEAD) -> str:
 
 def parsed_object_key(key: str) -> tuple[str, str, str]:
     """``(kind, id, part)`` of an ``o/`` key."""
-    head, part = head_and_part(key)
+    head, _, part = parted(key)
     return *parsed_head_key(head), part
 
 
-def head_and_part(key: str) -> tuple[str, str]:
-    """The key of the head of the object to which an ``o/`` key belongs, and that key's part.
+parted: Callable[[str], tuple[str, str, str]] = methodcaller("partition", ".")
+"""The key of its object's head, the full stop, and the part of an ``o/`` key.
 
-    Object ids hold no full stop, so the first one ends the id; without one it is the head's own key.
-    """
-    head, _, part = key.partition(".")
-    return head, part
+Object ids hold no full stop, so the first one ends the id; without one it is the head's own key.
+"""
 
 
 def parsed_head_key(head: str) -> tuple[str, str]:

@@ -97,7 +97,7 @@ class State:
             key = change.key
             match key[:2]:
                 case "o/":
-                    head, part = keys.head_and_part(key)
+                    head, _, part = keys.parted(key)
                     parts = objects.get(head)
                     if parts is None:
                         parts = objects[head] = {}

@@ -18,6 +18,8 @@ from skep.store.keys import HEAD
 
 log = structlog.get_logger()
 
+_set = msgspec.structs.force_setattr
+
 NAME = "name"
 
 META = ("version", "created_at", "updated_at")
@@ -122,12 +124,8 @@ class Table:
             self._unmark(id)
             return None  # no head that can be read, or a part that outlived its object
         if merged is not old:
-            if old is not None:
-                for name in self._elsewhere:
-                    if name not in fields:
-                        fields[name] = getattr(old, name)
-            fields["id"] = id
-        if fields:
+            self._complete(merged, id, old, fields)
+        elif fields:
             merged = msgspec.structs.replace(merged, **fields)
         if self.answers:
             merged = self._without_stale_answers(id, merged)
@@ -135,12 +133,26 @@ class Table:
             merged = self.completed(merged)
         return self.store(id, old, merged, moves=self.schema.indexed_part in changes)
 
+    def _complete(self, head: Any, id: str, old: Any, fields: Mapping[str, Any]) -> None:
+        """Lay over ``head`` what the other parts say now (``fields``) or have said (``old``).
+
+        It was decoded just now and nobody else has it, so it is changed in place: a copy takes twice as long.
+        """
+        _set(head, "id", id)
+        for name, value in fields.items():
+            _set(head, name, value)
+        if old is not None:
+            for name in self._elsewhere:
+                if name not in fields:
+                    _set(head, name, getattr(old, name))
+
     def _part_removed(self, id: str, part: str) -> Mapping[str, Any]:
         """What the fields of a part are without it."""
         self.revisions[part].pop(id, None)
         if part in self.answers:
             self.answers[part].pop(id, None)
-        self._mended(id, part)
+        if self.damaged:
+            self._mended(id, part)
         return self.codecs[part].defaults
 
     def _read_head(self, id: str, old: Any, value: bytes) -> Any:
@@ -167,7 +179,8 @@ class Table:
             self._complain(id, part, error)
             self.damaged.setdefault(id, {})[part] = str(error)
             return {}
-        self._mended(id, part)
+        if self.damaged:
+            self._mended(id, part)
         if codec.is_answer:
             self.answers[part][id] = answered
         return fields
@@ -197,12 +210,15 @@ class Table:
                 insort(self.ids, id)
             else:
                 self.ids.append(id)
-        elif old == new:
+            self.objects[id] = new
+            self._enter(id, new)
+            return Created(new)
+        if old == new:
             return None
         self.objects[id] = new
-        if moves or old is None:
-            self._index(id, old, new)
-        return Created(new) if old is None else Updated(old, new)
+        if moves:
+            self._move(id, old, new)
+        return Updated(old, new)
 
     def _removed(self, id: str, old: Any) -> Event | None:
         self._unmark(id)
@@ -212,7 +228,7 @@ class Table:
             return None
         del self.objects[id]
         del self.ids[bisect_left(self.ids, id)]
-        self._index(id, old, None)
+        self._leave(id, old)
         return Deleted(old)
 
     def _unmark(self, id: str) -> None:
@@ -221,23 +237,30 @@ class Table:
 
     def _mended(self, id: str, part: str) -> None:
         """The part was written anew, or removed."""
-        if not self.damaged:
-            return
         parts = self.damaged.get(id, {})
         parts.pop(part, None)
         if not parts:
             self.damaged.pop(id, None)
 
-    def _index(self, id: str, old: Object | None, new: Object | None) -> None:
+    def _enter(self, id: str, new: Object) -> None:
         for value_of, index in self._places:
-            before = value_of(old) if old is not None else None
-            after = value_of(new) if new is not None else None
+            if value := value_of(new):
+                _put_in(index, value, id)
+
+    def _move(self, id: str, old: Object, new: Object) -> None:
+        for value_of, index in self._places:
+            before, after = value_of(old), value_of(new)
             if before == after:
                 continue
             if before:
                 _take_out(index, before, id)
             if after:
                 _put_in(index, after, id)
+
+    def _leave(self, id: str, old: Object) -> None:
+        for value_of, index in self._places:
+            if value := value_of(old):
+                _take_out(index, value, id)
 
 
 def _put_in(index: dict[str, str | list[str]], value: str, id: str) -> None:

@@ -49,7 +49,8 @@ class Writing:
     # -- View ------------------------------------------------------------------------------------------------
 
     def lookup(self, kind: type[T], id: str) -> T | None:
-        found: T | None = self._current(self._state.table_by_type[kind], id)
+        table = self._state.table_by_type[kind]
+        found: T | None = self._written.get((table.schema.name, id), table.objects.get(id))
         return found
 
     def get(self, kind: type[T], id: str) -> T:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from skep.store.interface import Commit, Event, Object, Updated, View, WatchLagged
+from skep.store.interface import Commit, Object, Updated, View, WatchLagged
 
 CAPACITY = 10_000
 """Commits that a reader may be behind."""
@@ -62,7 +62,7 @@ class Watches:
 
     def publish(self, commit: Commit) -> None:
         """Hand every reader what concerns it; readers of the same kinds share the work."""
-        kinds = [type(_object_of(event)) for event in commit.events]
+        kinds = [type(event.new if isinstance(event, Updated) else event.object) for event in commit.events]
         present = frozenset(kinds)
         shares: dict[frozenset[type[Object]], Commit | None] = {}
         for line in self._lines:
@@ -96,7 +96,3 @@ def _share(
         return None
     events = zip(commit.events, kinds, strict=True)
     return Commit(commit.revision, tuple(event for event, kind in events if kind in wanted))
-
-
-def _object_of(event: Event) -> Object:
-    return event.new if isinstance(event, Updated) else event.object
