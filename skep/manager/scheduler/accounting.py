@@ -48,6 +48,8 @@ class Account:
         """Tasks meant to run here, of all services."""
         self.load = 0.0
         """The share of the node in use as it measures it itself; of one that does not, the mean of all that do."""
+        self.changes = 0
+        """Grows with all that may move the node in an order of preference."""
         self.host_ports: Counter[HostPort] = Counter()
         self._set_resources(node)
 
@@ -57,6 +59,12 @@ class Account:
         for usage in held:
             self._take(usage)
         self.node = node
+        self.changes += 1
+
+    def set_load(self, load: float) -> None:
+        """See ``load``."""
+        self.load = load
+        self.changes += 1
 
     def add(self, usage: Usage) -> None:
         """A task takes its part."""
@@ -64,6 +72,7 @@ class Account:
         if usage.host_ports:
             self.host_ports.update(usage.host_ports)
         self.active += usage.is_active
+        self.changes += 1
 
     def remove(self, usage: Usage) -> None:
         """A task gives its part back; generic resources are given back by ``update``."""
@@ -72,6 +81,7 @@ class Account:
         if usage.host_ports:
             self.host_ports.subtract(usage.host_ports)
         self.active -= usage.is_active
+        self.changes += 1
 
     def _take(self, usage: Usage) -> None:
         self.free_nano_cpus -= usage.nano_cpus
@@ -228,10 +238,10 @@ class Accounting:
         if self._loads.mean != neutral:
             for id, account in self.accounts.items():
                 if account.node.load is None:
-                    account.load = self._loads.mean
+                    account.set_load(self._loads.mean)
                     self._note_change(id)
         if (own := self.accounts.get(node_id)) is not None:
-            own.load = load if load is not None else self._loads.mean
+            own.set_load(load if load is not None else self._loads.mean)
 
     def _note_change(self, node_id: NodeId) -> None:
         self._changes += 1

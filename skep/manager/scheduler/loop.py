@@ -6,7 +6,7 @@ that could help: a node, or a task that ended.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from random import Random
 from typing import TypeAlias
@@ -45,7 +45,7 @@ TOGETHER = 50
 """Decisions in one transaction: two keys each, and room for the networks that they settle (``MAX_OPERATIONS``)."""
 RETRY_S = 0.5
 """Until the next attempt when the store did not take a decision (jittered)."""
-
+_FAILED = (TaskState.FAILED, TaskState.REJECTED)
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
 """Single tasks whose services have nothing anywhere yet, by what they ask for: placed together."""
@@ -127,10 +127,10 @@ class Scheduler:
     def _is_booked_already(self, old: Task, task: Task) -> bool:
         """Whether the books have the task as it is: most news are reports of tasks that go on."""
         return (
-            task.desired_state is old.desired_state
+            task.id not in self._group_of
+            and task.desired_state is old.desired_state
             and holds_resources(task)
             and self._accounting.node_of(task.id) == task.node_id
-            and task.id not in self._group_of
         )
 
     def _look_at_node(self, id: NodeId) -> None:
@@ -216,15 +216,23 @@ class Scheduler:
         firsts: Firsts = {}
         others: list[Group] = []
         view = self._term.view()
+        last_wish: Requirements | None = None
+        together: list[Task] | None = None
         with self._books_guard.guarded("single tasks"):
             for group in groups:
-                task = self._single(group)
-                if task is not None and not task.node_id:
-                    wish = self._wishes.of(task, view)
+                task = self._single(group, view)
+                if task is None or task.node_id:
+                    others.append(group)
+                    continue
+                wish = self._wishes.of(task, view)
+                if wish is not last_wish:  # many that ask for the same often follow each other
+                    last_wish, together = wish, None
                     if self._choices.is_first(wish, now):
-                        firsts.setdefault(shape_of(wish), []).append(task)
-                        continue
-                others.append(group)
+                        together = firsts.setdefault(shape_of(wish), [])
+                if together is not None:
+                    together.append(task)
+                else:
+                    others.append(group)
             return firsts, others
         return {}, groups  # one of them is not as it should be, and the trouble is its own
 
@@ -284,20 +292,24 @@ class Scheduler:
 
     def _tasks_of(self, group: Group, limit: int | None = None) -> list[Task]:
         """The group's pending tasks, those that wait longest first."""
-        view, tasks = self._term.view(), []
-        for id in islice(self._pending.get(group, (group,)), limit):
-            task = view.lookup(Task, id) if id in self._group_of and id not in self._deciding else None
-            if task is not None and is_pending(task):
-                tasks.append(task)
-        return tasks
+        view = self._term.view()
+        tasks = (self._waiting(id, view) for id in islice(self._ids_of(group), limit))
+        return [task for task in tasks if task is not None]
 
-    def _single(self, group: Group) -> Task | None:
-        """The task of a group in which no other waits."""
-        ids = self._pending.get(group)
-        if ids is not None and len(ids) > 1:
+    def _waiting(self, id: TaskId, view: View) -> Task | None:
+        """The task, if it waits for a decision."""
+        if id not in self._group_of or id in self._deciding:
             return None
-        tasks = self._tasks_of(group)
-        return tasks[0] if tasks else None
+        task = view.lookup(Task, id)
+        return task if task is not None and is_pending(task) else None
+
+    def _single(self, group: Group, view: View) -> Task | None:
+        """The task of a group in which no other waits."""
+        ids = self._ids_of(group)
+        return self._waiting(next(iter(ids)), view) if len(ids) == 1 else None
+
+    def _ids_of(self, group: Group) -> Collection[TaskId]:
+        return self._pending.get(group) or (TaskId(group),)
 
     def _waiting_in(self, group: Group) -> int:
         """How many tasks of the group wait."""
@@ -374,8 +386,7 @@ def _shows(view: View, decision: Assignment) -> bool:
 
 
 def _has_failed(old: Task, new: Task) -> bool:
-    failed = (TaskState.FAILED, TaskState.REJECTED)
-    return new.status.state in failed and old.status.state not in failed and bool(new.node_id)
+    return new.status.state in _FAILED and old.status.state not in _FAILED and bool(new.node_id)
 
 
 def _group_of(task: Task) -> Group:

@@ -16,19 +16,27 @@ Rank: TypeAlias = tuple[Any, ...]
 """Smaller is better; the last element is the node's id, so no two nodes are equal, whoever came first."""
 
 Entry: TypeAlias = tuple[Any, ...]
-"""``(*rank, serial, account)``: flat, as a heap compares entries that are tuples in tuples half as fast."""
+"""``(*rank, serial, changes of the account, account)``: flat, as a heap compares tuples in tuples half as fast."""
 
 
 STALE_MAX = 64
 """Entries that count for nothing, beside as many as there are nodes, before they are dropped."""
 
 
+def rank_of(entry: Entry) -> Rank:
+    """The rank of an entry's account."""
+    return entry[:-3]
+
+
 class Ranking:
     """Accounts by rank, best first."""
 
     def __init__(self, rank: Callable[[Account], Rank], fits: Callable[[Account], bool] | None) -> None:
-        """``fits``: whether an account has room (None: always).  One that has none is left out until it is entered
-        again."""
+        """
+        Args:
+            rank: of an account; another one only when the account has changed (``Account.changes``).
+            fits: whether an account has room (None: always).  One that has none is left out until it is entered again.
+        """
         self._rank = rank
         self._fits = fits
         self._heap: list[Entry] = []
@@ -49,7 +57,7 @@ class Ranking:
     def enter(self, account: Account) -> None:
         """``account`` is new here or its rank may have become better."""
         serial = self._serials[account.node.id] = next(self._next_serial)
-        heapq.heappush(self._heap, (*self._rank(account), serial, account))
+        heapq.heappush(self._heap, self._entry(account, serial))
         if len(self._heap) > STALE_MAX + 2 * len(self._serials):
             self._drop_stale()
 
@@ -62,13 +70,11 @@ class Ranking:
         heap, serials = self._heap, self._serials
         while heap:
             entry = heap[0]
-            serial, account = entry[-2:]
+            serial, changes, account = entry[-3:]
             if serials.get(account.node.id) != serial:
                 heapq.heappop(heap)
-                continue
-            present = self._rank(account)
-            if present != entry[:-2]:
-                heapq.heapreplace(heap, (*present, serial, account))
+            elif account.changes != changes:
+                heapq.heapreplace(heap, self._entry(account, serial))
             elif self._fits is None or self._fits(account):
                 return entry
             else:
@@ -76,9 +82,12 @@ class Ranking:
                 del serials[account.node.id]
         return None
 
+    def _entry(self, account: Account, serial: int) -> Entry:
+        return *self._rank(account), serial, account.changes, account
+
     def _drop_stale(self) -> None:
         """Those of nodes that never come first would stay for ever, and each change of a node adds one."""
-        self._heap = [entry for entry in self._heap if self._serials.get(entry[-1].node.id) == entry[-2]]
+        self._heap = [entry for entry in self._heap if self._serials.get(entry[-1].node.id) == entry[-3]]
         heapq.heapify(self._heap)
 
     def set_aside(self) -> Entry:

@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 from skep.manager.scheduler.accounting import Account, Accounting
 from skep.manager.scheduler.candidates import Candidates, Leaf, Pools
-from skep.manager.scheduler.ranking import Entry, Rank, Ranking
+from skep.manager.scheduler.ranking import Entry, Rank, Ranking, rank_of
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.ids import NodeId
 
@@ -209,9 +209,9 @@ class _Leaf:
         """The rank of the node that ``take`` would give."""
         fresh = self._fresh_first()
         if fresh is not None:
-            return 0, 0, *fresh[:-2]
+            return 0, 0, *rank_of(fresh)
         first = self.own.first()
-        return first[:-2] if first is not None else None
+        return rank_of(first) if first is not None else None
 
     def take(self) -> Account | None:
         """The best node, if there is one."""
@@ -228,10 +228,12 @@ class _Leaf:
 
     def _fresh_first(self) -> Entry | None:
         fresh = self._fresh
-        if fresh is None or (not self._aside and len(self.own) and fresh.is_within(self.own)):
+        if fresh is None:
             return None
         if not self._spread.counts:
             return fresh.first()
+        if not self._aside and len(self.own) and fresh.is_within(self.own):
+            return None
         while (first := fresh.first()) is not None:
             account = first[-1]
             id = account.node.id
