@@ -134,9 +134,13 @@ class TaskDriver:
         return len(self._attempts)
 
     def stop(self, reason: str) -> None:
-        """Stop the task for good, whatever is desired: its node is cut off, and its service wants that."""
-        self._stopped = self._stopped or reason
-        self._desired_changed.set()
+        """Stop the task for good, whatever is desired: its node is cut off, and its service wants that.
+
+        Asked again, it changes nothing: a stop that is under way would begin anew, and the container's time with it.
+        """
+        if not self._stopped:
+            self._stopped = reason
+            self._desired_changed.set()
 
     def assign(self, task: AssignedTask) -> bool:
         """Take over a newer assignment; whether its limits differ, so that the container needs an update."""

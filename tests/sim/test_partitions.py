@@ -15,6 +15,7 @@ from skep.model.service import RestartPolicy, ServiceSpec
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import TaskState
 from skep.model.times import timestamp
+from skep.node.executor.simulated import Behaviour
 from skep.sim.cluster import SimulatedCluster
 from tests.builders import a_service_spec
 
@@ -119,6 +120,17 @@ def test_a_node_process_started_while_cut_off_stops_its_tasks_as_early_as_any(se
         assert not cluster.nodes[LOST].containers
         assert most == REPLICAS, "no task ran twice"
         assert cluster.running("web") == REPLICAS
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_node_that_is_cut_off_stops_containers_that_take_their_time(seed: int) -> None:
+    slowly = Behaviour(shutdown_s=4.0)
+    with SimulatedCluster(managers=3, workers=3, seed=seed, behaviour=slowly) as cluster:
+        settle(cluster, a_spec(on_disconnect="stop", on_disconnect_delay="5s"))
+        cut_off(cluster, [LOST])
+        assert most_containers(cluster, 30) == REPLICAS, "no task ran twice"
+        assert not cluster.nodes[LOST].containers
+        cluster.check_invariants(at_rest=False)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
