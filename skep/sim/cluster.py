@@ -38,7 +38,7 @@ from skep.security.identity import Identity
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.etcd.raft import Raft
 from skep.sim.joined import CLUSTER, address_of, joined
-from skep.sim.links import Links, Uptime
+from skep.sim.links import Isolation, Links, Uptime
 from skep.sim.manager import SimulatedManager
 from skep.sim.network import Network
 from skep.sim.node import SimulatedNode, image_of
@@ -99,9 +99,10 @@ class SimulatedCluster:
         """Faults that last at present."""
         self._disturbed_at = 0.0
         self._uptime = Uptime(self.loop.time, self.links)
-        self.observer = Observer(self.truth, self.trace, self._calm_since, self._uptime)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
+        isolation = Isolation(self.loop.time, self.links, self.workers, self.managers)
+        self.observer = Observer(self.truth, self.trace, self._calm_since, self._uptime, isolation)
         self.clocks = {id: self._clock(id, skew) for id in (*self.managers, *self.workers)}
         peers = tuple(Peer(id, address_of(id)) for id in self.managers)
         resources = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)

@@ -47,7 +47,7 @@ def _damped(cluster: SimulatedCluster, fault: Callable[[SimulatedCluster], Lost]
     created, started = cluster.observer.created.copy(), cluster.observer.started.copy()
     cluster.trace.add(f"fault: {name}, in a cluster at rest")
     lost = fault(cluster)
-    _pass(cluster, AFTERMATH_S)
+    pass_time(cluster, AFTERMATH_S)
     expected = {id: lost[id] for id in steady}
     note, now = cluster.observer.note, cluster.loop.time()
     note(now, surplus_violations(f"'{name}'", expected, created, cluster.observer.created))
@@ -74,8 +74,8 @@ def _on(cluster: SimulatedCluster, node: NodeId) -> Lost:
     return Counter(task.service_id for task in cluster.view.find(Task, node_id=node) if task.is_wanted)
 
 
-def _pass(cluster: SimulatedCluster, seconds: float) -> None:
-    """Let time pass, and look now and then."""
+def pass_time(cluster: SimulatedCluster, seconds: float) -> None:
+    """Let virtual time pass, and look now and then."""
     until = cluster.loop.time() + seconds
     while (left_s := until - cluster.loop.time()) > 0:
         cluster.run_for(min(left_s, LOOK_S))
@@ -105,7 +105,7 @@ def _power_is_back(cluster: SimulatedCluster) -> Lost:
     id = cluster.random.choice(cluster.workers)
     lost = _on(cluster, id)
     cluster.kill_node(id)
-    _pass(cluster, cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S)))
+    pass_time(cluster, cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S)))
     cluster.start_node(id)
     return lost
 
@@ -113,7 +113,7 @@ def _power_is_back(cluster: SimulatedCluster) -> Lost:
 def _manager_restarts(cluster: SimulatedCluster) -> Lost:
     id = cluster.random.choice(cluster.managers)
     cluster.crash(id)
-    _pass(cluster, cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S)))
+    pass_time(cluster, cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S)))
     cluster.start_manager(id)
     return Counter()
 
@@ -129,7 +129,7 @@ def _cut_off(cluster: SimulatedCluster) -> Lost:
     lasts_s = cluster.random.choice((WITHIN_GRACE_S, BEYOND_GRACE_S))
     lost = _on(cluster, id) if lasts_s > WITHIN_GRACE_S else Counter[ServiceId]()
     cut = cluster.links.cut([id], [*cluster.managers, *(other for other in cluster.workers if other != id)])
-    _pass(cluster, lasts_s)
+    pass_time(cluster, lasts_s)
     cluster.links.mend(cut)
     return lost
 
@@ -142,7 +142,7 @@ def _node_dies(cluster: SimulatedCluster) -> Lost:
     if session is not None and len(cluster.managers) > 2:
         cluster.crash(session.manager_id)
     cluster.kill_node(id)
-    _pass(cluster, LEASE_S)
+    pass_time(cluster, LEASE_S)
     stores = [manager.store for manager in cluster.running_managers.values() if manager.store is not None]
     for view in (cluster.view, *(store.view() for store in stores)):
         cluster.observer.note(cluster.loop.time(), lease_violations(view, id))

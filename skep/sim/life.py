@@ -15,6 +15,7 @@ from skep.model.service import Service
 from skep.node.executor.simulated import Behaviour
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.damping import lose_a_node, one_more_fault
+from skep.sim.drills import cut_off_for_long, restart_before_it_runs, show_the_past, take_an_update_back
 from skep.sim.fate import Fate
 from skep.sim.rules.rest import replica_violations
 from skep.sim.settled import unmet
@@ -95,6 +96,10 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
     _check_rest(cluster)
     if random.random() < 0.4:
         one_more_fault(cluster)
+    cut_off_for_long(cluster)
+    restart_before_it_runs(cluster)
+    take_an_update_back(cluster, users)
+    show_the_past(cluster)
     lose_a_node(cluster)
 
 

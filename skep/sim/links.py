@@ -80,6 +80,31 @@ class Links:
             changed()
 
 
+class Isolation:
+    """Since when machines are joined to none of certain others."""
+
+    def __init__(
+        self, now: Callable[[], float], links: Links, of: Iterable[Machine], others: Iterable[Machine]
+    ) -> None:
+        """``of``: whom is asked about; ``others``: whom they may reach."""
+        self._now = now
+        self._links = links
+        self._others = list(others)
+        self._since = dict.fromkeys(of, inf)
+        links.changed.append(self._look)
+
+    def since(self, machine: Machine) -> float:
+        """Infinity: it and one of the others reach each other."""
+        return self._since[machine]
+
+    def _look(self) -> None:
+        for machine, since in self._since.items():
+            if any(self._links.is_joined(machine, other) for other in self._others):
+                self._since[machine] = inf
+            else:
+                self._since[machine] = min(since, self._now())
+
+
 class Uptime:
     """Since when processes run without a break; a frozen machine is one."""
 

@@ -189,6 +189,8 @@ class _ImageController(SimulatedController):
         if self._image in self._node.hanging_images:
             await asyncio.Event().wait()
         self._node.tasks[self._task.task.id] = self._task  # again, if it was removed before another attempt
+        if self._id in self._node.machine.processes:
+            await self._executor.take(self._executor.behaviour.prepare_s)  # to find out that it was prepared
         await super().prepare()
 
     async def start(self) -> Running:

@@ -63,6 +63,14 @@ class Users:
         for _ in range(self._random.choice((1, 1, 1, 2))):
             self._begin(self._random.choice(self._deeds))
 
+    def update(self, id: ServiceId, image: str) -> None:
+        """Somebody begins to update a service to ``image``."""
+
+        async def updated() -> None:
+            await self._changed(partial(_with_image, image=image), id)
+
+        self._begin(updated)
+
     def create(self) -> None:
         """Somebody begins to create a service."""
         self._begin(self._create)
@@ -160,20 +168,18 @@ class Users:
 
     async def _update(self) -> None:
         def updated(spec: ServiceSpec) -> ServiceSpec:
-            container = spec.task_template.container_spec
-            assert container is not None
             images = JOB_IMAGES if spec.mode.name in ("replicated-job", "global-job") else IMAGES
-            template = replace(
-                spec.task_template, container_spec=replace(container, image=self._random.choice(images))
-            )
-            return replace(spec, task_template=template)
+            return _with_image(spec, self._random.choice(images))
 
         await self._changed(updated)
 
-    async def _changed(self, change: Callable[[ServiceSpec], ServiceSpec]) -> None:
+    async def _changed(
+        self, change: Callable[[ServiceSpec], ServiceSpec], id: ServiceId | None = None
+    ) -> None:
+        """``id``: None for any service."""
         if not (living := self._living()):
             return
-        id = self._random.choice(living)
+        id = id or self._random.choice(living)
         since = self._answers.present
         store = await self._store()
         service = store.view().get(Service, id)
@@ -317,3 +323,11 @@ def _of_another_mode(spec: ServiceSpec) -> ServiceSpec:
 
 def _renamed(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, name=f"{spec.name}2")
+
+
+def _with_image(spec: ServiceSpec, image: str) -> ServiceSpec:
+    container = spec.task_template.container_spec
+    assert container is not None
+    return replace(
+        spec, task_template=replace(spec.task_template, container_spec=replace(container, image=image))
+    )

@@ -178,6 +178,27 @@ def test_a_container_that_its_node_had_the_time_to_stop_by_itself_has_no_success
     assert history.violations == (told if is_wrong else [])
 
 
+@pytest.mark.parametrize(
+    ("since_s", "on_disconnect", "is_wrong"),
+    [(30.0, "stop", True), (15.0, "stop", False), (30.0, "keep", False)],
+)
+def test_a_container_that_its_node_had_to_stop_because_it_is_cut_off_is_gone(
+    since_s: float, on_disconnect: str, is_wrong: bool
+) -> None:
+    containers = Containers(lambda node_id: 0.0, lambda node_id: 140.0 - since_s)
+    history = History(containers)
+    delay = {ON_DISCONNECT_DELAY: "5s"} if on_disconnect == "stop" else {}
+    spec = a_spec(labels={ON_DISCONNECT: on_disconnect, **delay})
+    history.put(a_node(W1), Service(id=ServiceId("web"), spec=spec))
+    task = of(a_task("t1", node=W1, state=RUNNING), spec)
+    history.put(task)
+    history.note(containers.started(W1, task, history.now, history.state))
+    for _ in range(2):  # it is told once
+        history.note(containers.outlasting(140.0, history.state))
+    told = ["task t1 still runs on w1, which was to stop it and is cut off for 30.0 s"]
+    assert history.violations == (told if is_wrong else [])
+
+
 # -- what has to be there in the end ---------------------------------------------------------------------------------
 
 

@@ -8,9 +8,11 @@ import pytest
 from skep.model.ids import ServiceId, TaskId
 from skep.model.node import NodeState
 from skep.model.service import (
+    Service,
     UpdateOrder,
 )
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.sim.rules.attempts import OneAttempt
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.damping import DecisionsStand, surplus_violations
 from tests.builders import a_service_spec
@@ -25,6 +27,50 @@ def test_more_tasks_than_a_fault_took_are_rejected() -> None:
     assert list(surplus_violations("'a fault'", {web: 1}, before, after)) == [
         "2 of web were begun, though 'a fault' took 1"
     ]
+
+
+def begin(history: History, task: Task) -> None:
+    """As a leader does that knows the present spec."""
+    service = history.state.get(Service, "web")
+    history.put(msgspec.structs.replace(task, spec_version=service.spec_version))
+
+
+def ask_for(history: History, image: str) -> None:
+    service = history.state.get(Service, "web")
+    history.put(msgspec.structs.replace(service, spec=a_service_spec("web", image=image)))
+
+
+def an_update_that_is_taken_back(first: TaskState = TaskState.RUNNING) -> History:
+    """A slot with its task, beside which another one was begun and has failed."""
+    history = History(OneAttempt())
+    history.put(a_node(W1), a_service())
+    ask_for(history, "app:1")
+    begin(history.after(30), a_task("t1", node=W1, state=first))
+    ask_for(history, "app:2")
+    begin(history, a_task("t2", node=W1, state=TaskState.FAILED))
+    ask_for(history, "app:1")
+    return history
+
+
+def test_a_second_task_of_what_is_asked_for_is_rejected() -> None:
+    history = an_update_that_is_taken_back()
+    begin(history, a_task("t3", slot=2))
+    history.put(a_task("t4"))
+    assert history.violations == [], "another slot; and a leader that knew another spec"
+    begin(history, a_task("t5"))
+    assert history.violations == ["task t5 was begun beside t1, which is what is asked for and well"]
+
+
+def test_a_second_task_is_begun_where_the_first_has_ended_or_is_another_or_not_well() -> None:
+    ended = an_update_that_is_taken_back(TaskState.FAILED)
+    begin(ended, a_task("t5"))
+    another = an_update_that_is_taken_back()
+    ask_for(another, "app:3")
+    begin(another, a_task("t5"))
+    unwell = an_update_that_is_taken_back()
+    unwell.put(a_node(W1, state=NodeState.DOWN), a_node(W1))
+    begin(unwell, a_task("t5"))
+    assert ended.violations == another.violations == unwell.violations == []
 
 
 class Decided:

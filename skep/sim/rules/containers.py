@@ -7,7 +7,7 @@ from math import inf
 import msgspec
 
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
+from skep.model.labels import ON_DISCONNECT, DisconnectPolicy, OnDisconnect, disconnect_policy
 from skep.model.node import Node, NodeState
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
@@ -24,6 +24,8 @@ TOLERANCE = 0.99
 DEFAULT_DELAY_S = 5.0
 STOPPING_S = 2.0
 """Until a node sees that its containers are to be stopped, and has stopped them; and room."""
+NOTICED_S = 7.0
+"""Until a node that is cut off knows it: a heartbeat's period, and the longest that it waits for an answer."""
 TWICE_S = 9.0
 """How long a slot may have two containers once nothing is wrong any more: until a node that was cut off is back
 (retries of two seconds, a connection that takes five), hears of it, and has stopped its own."""
@@ -43,15 +45,26 @@ class Record(msgspec.Struct):
 class Containers:
     """Remembers what was committed when, and judges each start and each stop by it."""
 
-    def __init__(self, working_since: Callable[[NodeId], float] = lambda _: inf) -> None:
-        """``working_since``: since when a node's process and its machine run; infinity: they do not."""
+    def __init__(
+        self,
+        working_since: Callable[[NodeId], float] = lambda _: inf,
+        alone_since: Callable[[NodeId], float] = lambda _: inf,
+    ) -> None:
+        """
+        Args:
+            working_since: since when a node's process and its machine run; infinity: they do not.
+            alone_since: since when it reaches no manager; infinity: it does.
+        """
         self._working_since = working_since
+        self._alone_since = alone_since
         self.live: dict[TaskId, NodeId] = {}
         """Containers that run, and where."""
         self._records: dict[TaskId, Record] = {}
         self._slots: dict[str, list[TaskId]] = {}
         self._twice_since: dict[str, float] = {}
         """Since when a slot has more containers than it may have; infinity: that was told."""
+        self._told: set[TaskId] = set()
+        """What was told to outlast its node's contact with managers."""
         self._down_at: dict[NodeId, float] = {}
         """When a node was last known not to be ready."""
 
@@ -98,6 +111,20 @@ class Containers:
             if (lasted_s := now - max(since, calm_since)) > TWICE_S:
                 self._twice_since[slot] = inf
                 yield f"slot {slot} has {counts[slot]} containers, {lasted_s:.1f} s after the last fault"
+
+    def outlasting(self, now: float, view: View) -> Iterable[str]:
+        """A node that reaches no manager has stopped by itself what is to be stopped then; to be asked now and then."""
+        for task_id, node_id in sorted(self.live.items()):
+            alone_s = now - max(self._alone_since(node_id), self._working_since(node_id))
+            if alone_s < NOTICED_S or task_id in self._told:
+                continue
+            task = self._records[task_id].task
+            service = view.lookup(Service, task.service_id)
+            policy = disconnect_policy(service.spec.labels) if service is not None else DisconnectPolicy()
+            stopped_s = max(policy.delay_s, NOTICED_S) + task.spec.stop_grace_s + STOPPING_S
+            if policy.action is OnDisconnect.STOP and alone_s > stopped_s:
+                self._told.add(task_id)
+                yield f"task {task_id} still runs on {node_id}, which was to stop it and is cut off for {alone_s:.1f} s"
 
     def ended(self, task_id: TaskId) -> None:
         """A container is gone, however that came."""

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.task import Task
-from skep.sim.links import Uptime
+from skep.sim.links import Isolation, Uptime
+from skep.sim.rules.attempts import OneAttempt
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.damping import DecisionsStand
 from skep.sim.rules.disconnection import PlacesAreKept
@@ -32,13 +33,21 @@ Rule = Callable[[Change, View], Iterable[str]]
 class Observer:
     """Collects what was ever wrong in a run."""
 
-    def __init__(self, truth: Truth, trace: Trace, calm_since: Callable[[], float], uptime: Uptime) -> None:
+    def __init__(
+        self,
+        truth: Truth,
+        trace: Trace,
+        calm_since: Callable[[], float],
+        uptime: Uptime,
+        isolation: Isolation,
+    ) -> None:
         """
         Args:
             calm_since: when the last fault was over; infinity while there is one.
             uptime: of every machine's process.
+            isolation: of nodes from all managers.
         """
-        self.containers = Containers(uptime.since)
+        self.containers = Containers(uptime.since, isolation.since)
         self.promises = Promises()
         """A rule as soon as there are users who keep it."""
         self.traced: list[str] = []
@@ -65,6 +74,7 @@ class Observer:
             UpdatesKeepServing(),
             NoFalseAlarm(calm_since, uptime.began),
             DecisionsStand(),
+            OneAttempt(),
             PlacesAreKept(),
             global_jobs_run_once,
             self.containers,
@@ -87,6 +97,7 @@ class Observer:
         """Ask the rules on what lasts."""
         now = self._truth.now()
         self.note(now, self.containers.lasting(now, self._calm_since(), self._truth.view))
+        self.note(now, self.containers.outlasting(now, self._truth.view))
 
     # -- what machines tell: see node.ContainerWatcher ----------------------------------------------------------------
 

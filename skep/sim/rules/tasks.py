@@ -91,7 +91,7 @@ def nodes_are_not_overcommitted(change: Change, view: View) -> Iterable[str]:
 def _node_violations(view: View, node: Node, task: Task) -> Iterable[str]:
     here = [one for one in view.find(Task, node_id=node.id) if _holds(one)]
     has = node.description.resources
-    held = [_reservations(one) for one in here]
+    held = [reservations(one) for one in here]
     if sum(one.memory_bytes for one in held) > has.memory_bytes > 0:
         yield f"memory of {node.id} is over-committed"
     if sum(one.nano_cpus for one in held) > has.nano_cpus > 0:
@@ -130,8 +130,8 @@ class TasksAreSpread:
     def _violations(self, view: View, task: Task) -> Iterable[str]:
         service = view.lookup(Service, task.service_id)
         if (
-            _reservations(task) != Resources()
-            or _has_placement(task)
+            reservations(task) != Resources()
+            or has_placement(task)
             or service is None
             or host_ports(service.spec)
         ):
@@ -210,7 +210,7 @@ def _takes_tasks(node: Node) -> bool:
     return node.status.state is NodeState.READY and node.spec.availability is Availability.ACTIVE
 
 
-def _has_placement(task: Task) -> bool:
+def has_placement(task: Task) -> bool:
     placement = task.spec.placement
     return placement is not None and bool(
         placement.constraints or placement.preferences or placement.max_replicas
@@ -221,6 +221,6 @@ def _holds(task: Task) -> bool:
     return TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
 
 
-def _reservations(task: Task) -> Resources:
+def reservations(task: Task) -> Resources:
     resources = task.spec.resources
     return (resources.reservations if resources else None) or Resources()
