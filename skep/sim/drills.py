@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from skep.model.ids import NodeId
 from skep.model.labels import OnDisconnect, disconnect_policy
+from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.sim.cluster import SimulatedCluster
@@ -21,6 +22,12 @@ WAITED_S = 4.0
 AWAY_S = (0.01, 0.1)
 ATTEMPTED_S = 0.5
 """Until an update has begun, and its first task was rejected."""
+LAG_S = 3.0
+SLOW_MANAGER_S = 1.6
+SLOW_NODE_S = 0.4
+"""So that a call to the slow manager takes longer than to register with another one, which takes three ways."""
+PATIENCE_S = (0.6, 2.0)
+"""When a node gives up a manager that answers too late."""
 SHOWN_S = 1.0
 REVISIONS = (50, 150, 400)
 UNDECIDED_S = 3.0
@@ -89,6 +96,7 @@ def take_an_update_back(cluster: SimulatedCluster, users: Users) -> None:
     users.update(service.id, container.image)
     cluster.run_for(UNDECIDED_S)
     cluster.poisoned.discard(service.id)
+    cluster.disturb()
     cluster.do(users.finished())
     pass_time(cluster, BACK_S)
 
@@ -107,6 +115,34 @@ def show_the_past(cluster: SimulatedCluster) -> None:
             cluster.start_manager(id)
             pass_time(cluster, BACK_S)
             return
+
+
+def move_while_a_report_is_on_its_way(cluster: SimulatedCluster) -> None:
+    """What a node says to a slow manager arrives there when the node has moved on, and has not said it again yet.
+
+    That manager does not show yet that the node has moved on.
+    """
+    nodes = _nodes_of(task for node in cluster.nodes.values() for task in node.containers.values())
+    if not nodes or len(cluster.managers) == 1:
+        return
+    id = cluster.random.choice(nodes)
+    session = cluster.view.get(Node, id).session
+    if session is None:
+        return
+    member, slow = cluster.raft.members[session.manager_id], cluster.network.slow
+    cluster.trace.add(
+        f"fault: {session.manager_id} is slow and its watch lags, {id} is slow, in a cluster at rest"
+    )
+    cluster.disturb()
+    member.watch_lag_s, slow[session.manager_id], slow[id] = LAG_S, SLOW_MANAGER_S, SLOW_NODE_S
+    cluster.run_for(cluster.random.uniform(*PATIENCE_S))
+    for task in list(cluster.nodes[id].containers.values())[:1]:
+        cluster.kill_container(task)
+    cluster.run_for(2 * SLOW_MANAGER_S)
+    del slow[session.manager_id], slow[id]
+    member.watch_lag_s = 0.0
+    cluster.disturb()
+    pass_time(cluster, BACK_S)
 
 
 def _is_updatable(service: Service) -> bool:

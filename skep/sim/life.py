@@ -15,7 +15,13 @@ from skep.model.service import Service
 from skep.node.executor.simulated import Behaviour
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.damping import lose_a_node, one_more_fault
-from skep.sim.drills import cut_off_for_long, restart_before_it_runs, show_the_past, take_an_update_back
+from skep.sim.drills import (
+    cut_off_for_long,
+    move_while_a_report_is_on_its_way,
+    restart_before_it_runs,
+    show_the_past,
+    take_an_update_back,
+)
 from skep.sim.fate import Fate
 from skep.sim.rules.rest import replica_violations
 from skep.sim.settled import unmet
@@ -100,6 +106,7 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
     restart_before_it_runs(cluster)
     take_an_update_back(cluster, users)
     show_the_past(cluster)
+    move_while_a_report_is_on_its_way(cluster)
     lose_a_node(cluster)
 
 

@@ -20,6 +20,7 @@ from skep.aio.clock import SystemClock
 from skep.manager.control import services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
+from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.orchestrator import jobs, restart, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
@@ -101,7 +102,10 @@ def _unfenced() -> list[Patch]:
 
 def _any_session() -> list[Patch]:
     def careless(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:
-        return tx.get(Node, node_id)
+        node = tx.lookup(Node, node_id)  # unlike `get`, which would compare the whole node at the commit
+        if node is None:
+            raise SessionInvalid
+        return node
 
     return [Patch(statuses, "require_session", careless)]
 
