@@ -33,8 +33,8 @@ STEPS = 20
 PAUSES_S = (0.01, 0.05, 0.2, 0.8, 2.0)
 CONVERGED_S = 90.0
 """From the last fault until everything is as was asked for, at most."""
-TURNS_MAX = 150_000
-"""Of the event loop in one life, which takes 16,000 on average: one that takes more than ten times that spins."""
+TURNS_MAX = 240_000
+"""Of the event loop in one life, which takes 24,000 on average: one that takes more than ten times that spins."""
 LOOK_S = 0.5
 STOPPED_S = 2.0
 """The longest stop of a container, and the report of it."""
