@@ -11,6 +11,10 @@ from typing import assert_never
 from skep.model.labels import DisconnectPolicy, OnDisconnect
 from skep.model.task import Task
 
+NOTICED_S = 5.0
+"""How long after it was taken for dead a node may still wait for an answer of its only manager, not knowing that it is
+cut off (``node.managers``): it does not begin to count a shorter delay earlier."""
+
 
 def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_frozen: bool) -> float:
     """When ``task``, whose node is down since ``down_at``, is to be replaced; infinity: not for now.
@@ -26,6 +30,6 @@ def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_froz
         case OnDisconnect.KEEP:
             return inf
         case OnDisconnect.STOP:
-            return down_at + policy.delay_s + task.spec.stop_grace_s
+            return down_at + max(policy.delay_s, NOTICED_S) + task.spec.stop_grace_s
         case _:
             assert_never(policy.action)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.errors import InvalidArgument
-from skep.manager.orchestrator.disconnection import replaced_at
+from skep.manager.orchestrator.disconnection import NOTICED_S, replaced_at
 from skep.model.container import ContainerSpec
 from skep.model.labels import (
     DEFAULT_STOP_DELAY_S,
@@ -20,6 +20,7 @@ from skep.model.labels import (
     heartbeat_grace_s,
 )
 from skep.model.times import SECOND_NS
+from skep.node.managers import ANSWER_SECONDS_MAX
 from tests.builders import a_task
 
 
@@ -46,6 +47,12 @@ def test_what_its_node_stops_is_replaced_when_it_has_surely_stopped() -> None:
         task, spec=replace(task.spec, container_spec=ContainerSpec(stop_grace_period=60 * SECOND_NS))
     )
     assert replaced_at(policy, slow, 7.0, is_frozen=False) == 7.0 + DEFAULT_STOP_DELAY_S + 60.0
+
+
+def test_however_short_the_delay_a_node_has_the_time_to_find_out_that_it_is_cut_off() -> None:
+    policy = disconnect_policy({"skep.on-disconnect": "stop", "skep.on-disconnect-delay": "1s"})
+    assert NOTICED_S >= ANSWER_SECONDS_MAX
+    assert replaced_at(policy, a_task("t"), 7.0, is_frozen=False) == 7.0 + NOTICED_S + 10.0
 
 
 @given(st.sampled_from(OnDisconnect), st.floats(0, 1e6), st.floats(0, 1e6))
