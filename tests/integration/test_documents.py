@@ -27,6 +27,7 @@ RUN_ELSEWHERE = {
     ("README.md", 0): "tests/integration/test_demo.py; `make test` is what runs this test",
     ("bench/README.md", 0): "`make bench`; its results are kept",
     ("bench/README.md", 1): "run by hand before a release; its results are kept",
+    ("bench/README.md", 2): "run by hand before a release; its results are kept",
 }
 """Blocks of documents (page, number on the page) that other tests run, and which."""
 

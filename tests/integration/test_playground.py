@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,8 @@ def test_a_node_that_a_tool_killed_by_its_pids_starts_again(trio: TestCluster) -
     """As measuring tools do it: SIGKILL for the named processes, then for all that live in the namespace."""
     node = trio.node("w2")
     for pid in [*node.description["pids"], *(pid for pid, _ in node.processes())]:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it went with another one
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not list(node.processes()), "the node is dead")
     assert states(trio)["w2"] == "down"
     trio.skep("start", "w2")
