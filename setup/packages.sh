@@ -34,17 +34,19 @@ first_known() {
     echo "$1"
 }
 
-# first_released SUITE PACKAGE...: PACKAGE/SUITE of the first that the suite itself has, not only its updates.
+# first_released SUITE PACKAGE...: PACKAGE=VERSION of the first that the suite itself has, not only its updates.
+# (Of PACKAGE/SUITE apt takes an update where that goes by the same codename.)
 first_released() {
-    local suite=$1 package
+    local suite=$1 package version
     shift
     for package in "$@"; do
-        if apt-cache madison "$package" 2>/dev/null | grep -q " $suite/"; then
-            echo "$package/$suite"
+        version=$(apt-cache madison "$package" 2>/dev/null | awk -v place=" $suite/" 'index($0, place) { print $3; exit }')
+        if [ -n "$version" ]; then
+            echo "$package=$version"
             return
         fi
     done
-    echo "$1/$suite"
+    echo "$1"
 }
 
 # take_out COMMAND PLACE PACKAGE: the command alone, to a place below the target, without installing its package.
