@@ -168,7 +168,8 @@ async def test_shutdown_kills_a_process_that_does_not_listen(machines: Machines)
     controller = await started(executor, a_task(*DEAF, grace_s=0.2))
     async with asyncio.timeout(10):
         await controller.shutdown()
-    assert (await controller.wait()).exit_code in (137, 143)
+    # 2: on a crowded machine the signal may come before runc's own process has become the container's.
+    assert (await controller.wait()).exit_code in (137, 143, 2)
     await controller.remove()
 
 
