@@ -13,15 +13,19 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.manager.agenda import Agenda
 from skep.store.interface import NotLeader, Transaction, Updates
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 R = TypeVar("R")
+K = TypeVar("K", bound=str)
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
+RETRY_S = 0.5
+"""Until the next attempt when the store did not take a change (jittered)."""
 
 
 class BadObject(SkepError):
@@ -68,6 +72,15 @@ class Guard:
     def forget(self, key: str) -> None:
         """The object is gone."""
         self._troubles.pop(key, None)
+
+    def try_again(self, agenda: Agenda[K], what: str, failed: Sequence[tuple[K, SkepError]]) -> None:
+        """Have the keys whose changes the store did not take looked at again soon; ``what`` they are is logged once."""
+        if not failed:
+            return
+        log.warning("not written, trying again", what=what, count=len(failed), reason=str(failed[0][1]))
+        now = self._clock.monotonic()
+        for key, _ in failed:
+            agenda.add_at(key, now + RETRY_S * self._random.uniform(0.5, 1.0))
 
 
 class _Guarded:

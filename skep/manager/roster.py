@@ -4,6 +4,8 @@ A cluster has a handful of managers and thousands of workers, each of which regi
 whenever one of them changed would do so thousands of times for nothing.
 """
 
+from collections.abc import Callable
+
 from skep.model.node import Node, NodeRole
 from skep.store.interface import Commit, Created, Deleted, Updated
 
@@ -19,6 +21,16 @@ def concerns_managers(commit: Commit) -> bool:
                 if _is_manager(old) or _is_manager(new):
                     return True
     return False
+
+
+def on_change_of_managers(act: Callable[[], None]) -> Callable[[Commit], None]:
+    """A ``note`` for ``follow``: calls ``act`` for each commit that concerns managers."""
+
+    def note(commit: Commit) -> None:
+        if concerns_managers(commit):
+            act()
+
+    return note
 
 
 def _is_manager(node: Node) -> bool:

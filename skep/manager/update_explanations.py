@@ -6,9 +6,9 @@ wrote the task; a new leader may give it up to its full length once more.
 
 from collections.abc import Callable, Iterable, Mapping
 
+from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
-from skep.model.labels import progress_deadline_s
 from skep.model.node import Node
 from skep.model.service import UNDER_WAY, Service
 from skep.model.task import Task, TaskState
@@ -42,26 +42,19 @@ def explain_update(
         return None
     wanted = [task for task in tasks if task.is_wanted]
     new = [task for task in wanted if is_new(task)]
-    slots, done = (
-        {_slot(task) for task in some}
-        for some in (wanted, [task for task in new if task.status.state is TaskState.RUNNING])
-    )
+    slots = set(map(_slot, wanted))
+    done = {_slot(task) for task in new if task.status.state is TaskState.RUNNING}
     step = f"{len(done)} of {len(slots)} tasks are new"
     leads = [task for task in new if task.status.state is not TaskState.RUNNING]
     if not leads:
-        words = (
-            "the delay before the next step"
-            if len(done) < len(slots)
-            else "the monitor time of the last step"
-        )
+        is_last = len(done) == len(slots)
+        words = "the monitor time of the last step" if is_last else "the delay before the next step"
         return UpdateExplanation(step=step, waiting_for=words)
     first = min(leads, key=lambda task: (task.created_at, task.id))
-    spec = service.spec
-    limit_s = progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
     return UpdateExplanation(
         step=step,
         waiting_for=f"task {first.id}: {summary(first, nodes.get(first.node_id))}",
-        deadline=timestamp(unix_ns(first.created_at) + round(limit_s * SECOND_NS)),
+        deadline=timestamp(unix_ns(first.created_at) + round(step_seconds_max(service.spec) * SECOND_NS)),
     )
 
 

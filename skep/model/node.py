@@ -12,6 +12,9 @@ from skep.model.service import Platform, Resources
 from skep.model.task import NetworkAttachment
 from skep.model.times import ZERO_TIME, Timestamp
 
+ANSWER_SECONDS_MAX = 5.0
+"""How long a node waits for an answer of a manager where there is no other to go to."""
+
 
 class NodeRole(Enum):
     __go_name__ = "swarm.NodeRole"

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from skep.model.ids import NodeId
+from skep.model.node import ANSWER_SECONDS_MAX
 from skep.node.local import Peer
 
-ANSWER_SECONDS_MAX = 5.0
-"""How long to wait for a manager where there is no other to go to."""
 ANSWER_SECONDS_MIN = 1.0
 DEFAULT_WEIGHT = 10
 

@@ -47,7 +47,7 @@ class Draft:
             if part == "spec" and isinstance(object, Task) and self._is_spec_stored(object):
                 continue
             value = codec.encode(object)
-            key = f"{head_key}.{part}" if part else head_key
+            key = keys.part_key(head_key, part)
             known = table.revision(id, part)
             if value is None and not known:
                 continue

@@ -30,7 +30,12 @@ HEAD: Final = ""
 
 def object_key(kind: str, id: str, part: str = HEAD) -> str:
     """The key of one part of an object."""
-    return f"o/{kind}/{id}.{part}" if part else f"o/{kind}/{id}"
+    return part_key(f"o/{kind}/{id}", part)
+
+
+def part_key(head_key: str, part: str) -> str:
+    """The key of another part of the object with this head."""
+    return f"{head_key}.{part}" if part else head_key
 
 
 def parsed_object_key(key: str) -> tuple[str, str, str]:

@@ -1,6 +1,7 @@
 """Kinds of objects that only the store's users inside a manager see: no API shows them."""
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import ServiceId
@@ -84,6 +85,13 @@ def spec_version_of(view: View, task: Task) -> SpecVersion | None:
     if task.spec_version is None:
         return None
     return view.lookup(SpecVersion, spec_version_id(task.service_id, task.spec_version))
+
+
+def filled(task: Task, version: SpecVersion | None) -> Task:
+    """``task`` with the spec of the ``version`` it follows, if that is stored."""
+    if version is None or version.spec.task_template is task.spec:
+        return task
+    return replace(task, spec=version.spec.task_template)
 
 
 def spec_of(view: View, task: Task) -> ServiceSpec | None:

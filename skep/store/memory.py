@@ -129,9 +129,8 @@ class MemoryCluster:
 
     def _holds(self, compare: Unchanged | Exists | NothingSince) -> bool:
         match compare:
-            case Unchanged():
-                entry = self._entries.get(compare.key)
-                return (entry.revision if entry is not None else 0) == compare.revision
+            case Unchanged(key, revision):
+                return self._revision_of(key) == revision
             case Exists(key, create_revision):
                 entry = self._entries.get(key)
                 return entry is not None and entry.create_revision == create_revision

@@ -16,7 +16,7 @@ from skep.model.service import Service
 from skep.model.task import Task
 from skep.store import keys
 from skep.store.interface import Created, Deleted, Event, Updated
-from skep.store.kinds import SpecVersion, spec_version_id, spec_version_of
+from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
 from skep.store.schema import SCHEMAS
 from skep.store.tables import KeyChange, Table
 
@@ -158,10 +158,7 @@ def _filled(versions: Mapping[str, SpecVersion], task: Task) -> Task:
     """``task`` with the spec of the version it follows, if that is stored."""
     if task.spec_version is None:
         return task
-    version = versions.get(spec_version_id(task.service_id, task.spec_version))
-    if version is None or version.spec.task_template is task.spec:
-        return task
-    return msgspec.structs.replace(task, spec=version.spec.task_template)
+    return filled(task, versions.get(spec_version_id(task.service_id, task.spec_version)))
 
 
 def differences(old: State, new: State) -> Iterator[Event]:

@@ -19,7 +19,7 @@ from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.store.codec import values_of
 from skep.store.draft import Draft
 from skep.store.interface import InUse, Object, nothing
-from skep.store.kinds import SpecVersion, spec_version_id, spec_version_of
+from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
 from skep.store.proposal import Proposal
 from skep.store.state import Owner, State, resolved
 from skep.store.tables import META, NAME, Table
@@ -49,8 +49,7 @@ class Writing:
     # -- View ------------------------------------------------------------------------------------------------
 
     def lookup(self, kind: type[T], id: str) -> T | None:
-        table = self._state.table_by_type[kind]
-        found: T | None = self._written.get((table.schema.name, id), table.objects.get(id))
+        found: T | None = self._current(self._state.table_by_type[kind], id)
         return found
 
     def get(self, kind: type[T], id: str) -> T:
@@ -110,7 +109,7 @@ class Writing:
         current = self._written.get(owner, base)
         stored: Any = self._stamped(table, base, current, object) if table.is_versioned else object
         if isinstance(stored, Task) and stored.spec_version is not None:
-            stored = self._filled(stored)
+            stored = filled(stored, spec_version_of(self, stored))
         if schema.claims is not nothing or schema.shared_claims is not nothing:
             self._claim(table, owner, current, stored)
         if schema.references is not nothing:
@@ -195,13 +194,6 @@ class Writing:
                 stale |= table.codecs[part].defaults
         return msgspec.structs.replace(stamped, **stale) if stale else stamped
 
-    def _filled(self, task: Task) -> Task:
-        """``task`` with the spec of the version it follows, if that is stored."""
-        version = spec_version_of(self, task)
-        if version is None or version.spec.task_template is task.spec:
-            return task
-        return msgspec.structs.replace(task, spec=version.spec.task_template)
-
     def _keep_spec(self, service: Service) -> None:
         assert service.spec_version is not None, "stamped with the spec"
         id = spec_version_id(service.id, service.spec_version)
@@ -213,7 +205,7 @@ class Writing:
             object,
         ) in self._written.items():  # a version that this transaction changes for the second time
             if isinstance(object, Task) and object.service_id == service.id:
-                self._written[owner] = self._filled(object)
+                self._written[owner] = filled(object, spec_version_of(self, object))
 
     def _claim(self, table: Table, owner: Owner, current: Any, new: Any) -> None:
         """Take what ``new`` claims and ``current`` did not, release the rest.  Raises: what ``taken`` says."""

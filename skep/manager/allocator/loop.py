@@ -54,8 +54,6 @@ log = structlog.get_logger()
 
 BATCH = 500
 """Objects looked at before their changes are committed together."""
-RETRY_S = 0.5
-"""Until the next attempt when the store did not take a change (jittered)."""
 
 
 class Allocator:
@@ -322,16 +320,14 @@ class Allocator:
             apply(tx, grant, now)
 
         results = await write_each(self._term, write, grants)
-        failed = [result for result in results if isinstance(result, SkepError)]
-        if failed:
-            log.warning("grants not written, trying again", grants=len(failed), reason=str(failed[0]))
+        failed: list[tuple[str, SkepError]] = []
         for grant, result in zip(grants, results, strict=True):
             await slices.give_way()
             # Whatever the outcome, the store shows it now; what it does not show is not held.
             self._look_again(grant)
             if isinstance(result, SkepError):
-                delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
-                self._agenda.add_at(key_of(grant), self._clock.monotonic() + delay_s)
+                failed.append((key_of(grant), result))
+        self._guard.try_again(self._agenda, "grants", failed)
 
     def _look_again(self, grant: Grant) -> None:
         match grant:

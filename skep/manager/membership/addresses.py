@@ -14,12 +14,11 @@ from skep.aio.clock import Clock
 from skep.errors import Unavailable
 from skep.manager.follow import State, follow
 from skep.manager.membership.consensus import Consensus
-from skep.manager.roster import concerns_managers
+from skep.manager.roster import on_change_of_managers
 from skep.model.addresses import host_of, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import Peer
-from skep.store.interface import Commit
 from skep.wire.client import split_address
 
 log = structlog.get_logger(__name__)
@@ -112,10 +111,6 @@ async def keep_book(book: AddressBook, store: State, consensus: Consensus, clock
     """Follow the managers until cancelled."""
     changed = asyncio.Event()
 
-    def note(commit: Commit) -> None:
-        if concerns_managers(commit):
-            changed.set()
-
     async def keep() -> None:
         while True:
             await changed.wait()
@@ -131,6 +126,6 @@ async def keep_book(book: AddressBook, store: State, consensus: Consensus, clock
         store,
         (Node,),
         start=lambda _: changed.set(),
-        note=note,
+        note=on_change_of_managers(changed.set),
         work=keep,
     )

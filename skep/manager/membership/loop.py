@@ -25,11 +25,11 @@ from skep.manager.membership.roles import (
 )
 from skep.manager.membership.roll_call import roll_call, write_mark
 from skep.manager.revocation import revoke
-from skep.manager.roster import concerns_managers
+from skep.manager.roster import on_change_of_managers
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.store.etcd.membership import RaftMember
-from skep.store.interface import Commit, NotLeader, Transaction
+from skep.store.interface import NotLeader, Transaction
 
 log = structlog.get_logger(__name__)
 
@@ -68,15 +68,11 @@ class Managers:
         """Look at every change of a manager, and twice a second, until cancelled."""
         changed = asyncio.Event()
 
-        def note(commit: Commit) -> None:
-            if concerns_managers(commit):
-                changed.set()
-
         await follow(
             self._term,
             (Node,),
             start=lambda _: changed.set(),
-            note=note,
+            note=on_change_of_managers(changed.set),
             work=partial(self._work, changed),
         )
 

@@ -9,18 +9,16 @@ from math import inf
 from typing import assert_never
 
 from skep.model.labels import DisconnectPolicy, OnDisconnect
+from skep.model.node import ANSWER_SECONDS_MAX
 from skep.model.task import Task
-
-NOTICED_S = 5.0
-"""How long after it was taken for dead a node may still wait for an answer of its only manager, not knowing that it is
-cut off (``node.managers``): it does not begin to count a shorter delay earlier."""
 
 
 def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_frozen: bool) -> float:
     """When ``task``, whose node is down since ``down_at``, is to be replaced; infinity: not for now.
 
     STOP: the node counts its delay from when it was last heard, which is before ``down_at``, and then gives the
-    container its time to stop; so with both added nothing runs twice.
+    container its time to stop; so with both added nothing runs twice.  One that still waits for an answer of its only
+    manager does not know that it is cut off, so a shorter delay begins no earlier.
     """
     if is_frozen:
         return inf
@@ -30,6 +28,6 @@ def replaced_at(policy: DisconnectPolicy, task: Task, down_at: float, *, is_froz
         case OnDisconnect.KEEP:
             return inf
         case OnDisconnect.STOP:
-            return down_at + max(policy.delay_s, NOTICED_S) + task.spec.stop_grace_s
+            return down_at + max(policy.delay_s, ANSWER_SECONDS_MAX) + task.spec.stop_grace_s
         case _:
             assert_never(policy.action)

@@ -224,13 +224,9 @@ class Orchestrator:
             apply(tx, change, self._new_id, now)
 
         results = await write_each(self._term, write, [change for _, change in changes])
-        failed = [result for result in results if isinstance(result, SkepError)]
-        if failed:
-            log.warning("changes not written, trying again", changes=len(failed), reason=str(failed[0]))
-        for (service_id, _), result in zip(changes, results, strict=True):
-            if isinstance(result, SkepError):
-                delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
-                self._agenda.add_at(service_id, self._clock.monotonic() + delay_s)
+        outcomes = zip(changes, results, strict=True)
+        failed = [(id, result) for (id, _), result in outcomes if isinstance(result, SkepError)]
+        self._guard.try_again(self._agenda, "changes", failed)
 
 
 def rest_s(tasks: int) -> float:

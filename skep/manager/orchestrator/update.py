@@ -86,6 +86,14 @@ class _SlotView(msgspec.Struct, frozen=True):
         return any(TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING for task in self.slot)
 
 
+def step_seconds_max(spec: ServiceSpec) -> float:
+    """How long a step may get nowhere before the update ends.
+
+    The task before may need its grace to stop; so long the new one waits for nothing of its own.
+    """
+    return progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
+
+
 def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
     """The next steps of the update of a service's ``slots`` (those that stay), if there is anything to update.
 
@@ -126,8 +134,7 @@ class _Rollout:
         self._starts_first = config.order is UpdateOrder.START_FIRST
         self._delay_s = config.delay / SECOND_NS
         self._monitor_s = config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
-        # The task before may need its grace to stop, so long the new one waits for nothing of its own.
-        self._deadline_s = progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
+        self._deadline_s = step_seconds_max(spec)
 
     def finish(self, view: _SlotView) -> Iterator[Step]:
         """Retire what a current task of the same slot makes superfluous."""

@@ -43,8 +43,6 @@ BATCH = 250
 """Tasks decided in one go; about 10 ms on slow machines."""
 TOGETHER = 50
 """Decisions in one transaction: two keys each, and room for the networks that they settle (``MAX_OPERATIONS``)."""
-RETRY_S = 0.5
-"""Until the next attempt when the store did not take a decision (jittered)."""
 _FAILED = (TaskState.FAILED, TaskState.REJECTED)
 
 Firsts: TypeAlias = dict[Requirements, list[Task]]
@@ -328,7 +326,7 @@ class Scheduler:
             results = await self._written(decisions)
         finally:
             self._deciding.difference_update(ids)
-        failed: list[SkepError] = []
+        failed: list[tuple[str, SkepError]] = []
         view = self._term.view()
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
@@ -337,13 +335,14 @@ class Scheduler:
                 continue
             # Whatever the outcome, the store shows it now; a decision that it does not show holds no place.
             self._look_at(id)
+            group = self._group_of.get(id)
+            if group is None:
+                continue
             if isinstance(result, SkepError):
-                failed.append(result)
-                self._retry(id)
-            elif isinstance(decision, Assignment) and (group := self._group_of.get(id)) is not None:
+                failed.append((group, result))
+            elif isinstance(decision, Assignment):
                 self._agenda.add((group,))  # its node went away at the same moment
-        if failed:
-            log.warning("decisions not written, trying again", decisions=len(failed), reason=str(failed[0]))
+        self._guard.try_again(self._agenda, "decisions", failed)
         await asyncio.sleep(0)
 
     async def _written(self, decisions: list[Decision]) -> list[SkepError | None]:
@@ -361,12 +360,6 @@ class Scheduler:
             else:
                 written += [result] * len(together)
         return written
-
-    def _retry(self, id: TaskId) -> None:
-        group = self._group_of.get(id)
-        if group is not None:
-            delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
-            self._agenda.add_at(group, self._clock.monotonic() + delay_s)
 
 
 def _is_known(decision: Assignment | Refusal) -> bool:

@@ -114,27 +114,30 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
     head = request.head.with_headers(without=(b"connection", b"keep-alive"))
     if body.ends_within(SMALL_BODY) and not request.head.all(b"expect"):
         head += await _whole_body(client, body)  # one write, and the manager reads all of it at once
-    repeatable = request.method in _REPEATABLE and body.is_complete
     manager = connections.kept()
-    if manager is not None and repeatable:
-        try:
-            return await _exchange(client, request, head, body, manager, connections)
-        except Unavailable:
-            manager = None  # it was closed just when we used it
     if manager is None:
-        manager = await connections.fresh()
-    return await _exchange(client, request, head, body, manager, connections)
+        return await _exchange(client, request, head, body, await connections.fresh(), connections)
+    if not body.is_complete:
+        return await _exchange(client, request, head, body, manager, connections)
+    return await _go_on(client, request, head, head, manager, connections)
 
 
 async def go_on(client: Side, request: Request, sent: bytes, manager: Side, connections: Connections) -> bool:
     """``relay`` for a ``request`` that ``manager`` was sent as ``sent``, whole, over a connection used before."""
+    return await _go_on(client, request, b"", sent, manager, connections)
+
+
+async def _go_on(
+    client: Side, request: Request, rest: bytes, whole: bytes, manager: Side, connections: Connections
+) -> bool:
+    """Send ``manager`` the ``rest`` of the ``whole`` request over a connection used before; if need be, all anew."""
     try:
-        return await _exchange(client, request, b"", NoBody(), manager, connections)
+        return await _exchange(client, request, rest, NoBody(), manager, connections)
     except Unavailable:
         if request.method not in _REPEATABLE:
             raise
     fresh = await connections.fresh()  # that one was closed just when we used it
-    return await _exchange(client, request, sent, NoBody(), fresh, connections)
+    return await _exchange(client, request, whole, NoBody(), fresh, connections)
 
 
 async def _whole_body(client: Side, body: Body) -> bytes:

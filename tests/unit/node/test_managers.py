@@ -5,8 +5,9 @@ from random import Random
 import pytest
 
 from skep.model.ids import NodeId
+from skep.model.node import ANSWER_SECONDS_MAX
 from skep.node.local import Peer
-from skep.node.managers import ANSWER_SECONDS_MAX, ManagerList, next_manager
+from skep.node.managers import ManagerList, next_manager
 
 OWN, M2, M3 = (Peer(NodeId(f"m{number}"), f"10.0.0.{number}:2377") for number in (1, 2, 3))
 

@@ -36,8 +36,6 @@ log = structlog.get_logger()
 
 BATCH = 500
 """Slots and services looked at before their changes are committed together."""
-RETRY_S = 0.5
-"""Until the next attempt when the store did not take a change (jittered)."""
 
 Key = NewType("Key", str)
 """A slot (``<service>/<slot or node>``) or a service (its id)."""
@@ -173,13 +171,9 @@ class Reaper:
             _write(tx, removal, now)
 
         results = await write_each(self._term, write, [removal for _, removal in removals])
-        failed = [result for result in results if isinstance(result, SkepError)]
-        if failed:
-            log.warning("removals not written, trying again", removals=len(failed), reason=str(failed[0]))
-        for (key, _), result in zip(removals, results, strict=True):
-            if isinstance(result, SkepError):
-                delay_s = RETRY_S * self._random.uniform(0.5, 1.0)
-                self._agenda.add_at(key, self._clock.monotonic() + delay_s)
+        outcomes = zip(removals, results, strict=True)
+        failed = [(key, result) for (key, _), result in outcomes if isinstance(result, SkepError)]
+        self._guard.try_again(self._agenda, "removals", failed)
 
 
 def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:

@@ -1,0 +1,182 @@
+"""Network tables: what a node has to know of the networks it takes part in.
+
+A table is derived from the store by the managers, for one network of skep nodes, and is the same for every node on
+it: where each container is (so that frames find it), which services there are, and which of their tasks serve.
+Nodes get a table whole, then changes; what a node knows has a revision, so it can be compared and acknowledged.
+"""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+
+K = TypeVar("K", bound=str)
+V = TypeVar("V")
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """One subnet of a network with the VXLAN that carries it.  ``subnet``: ``10.0.1.0/24``."""
+
+    subnet: str
+    gateway: str
+    vni: int
+
+
+class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
+    """The network itself."""
+
+    id: NetworkId
+    name: str
+    segments: tuple[Segment, ...] = ()
+    mtu: int = 0
+    """As the user wished; 0: as measured."""
+    port: int = 4789
+    """UDP port of its VXLAN."""
+    is_ingress: bool = False
+    is_internal: bool = False
+    is_encrypted: bool = False
+
+
+class TableNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that takes part in the network."""
+
+    id: NodeId
+    underlay: str
+    """Address that its VXLAN leaves from and arrives at."""
+    addresses: tuple[str, ...] = ()
+    """Its own on the network (ingress only), without a length."""
+
+
+class TableEndpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A task's container on the network; there from its assignment until it has ended."""
+
+    task_id: TaskId
+    node_id: NodeId
+    service_id: ServiceId = ServiceId("")
+    """Empty: a plain container on an attachable network."""
+    slot: int = 0
+    """0: of a global service."""
+    name: str = ""
+    """The container's."""
+    aliases: tuple[str, ...] = ()
+    """Further names of this container alone."""
+    addresses: tuple[str, ...] = ()
+    """Without a length, IPv4 first."""
+    is_running: bool = False
+    """Its process runs, healthy or not."""
+    is_serving: bool = False
+    """It is to get new connections: it runs, is healthy, and is not to stop."""
+
+
+class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """A published port of a service, in ingress mode."""
+
+    protocol: str
+    published: int
+    target: int
+
+
+class TableService(msgspec.Struct, frozen=True, kw_only=True):
+    """A service with tasks on the network."""
+
+    id: ServiceId
+    name: str
+    aliases: tuple[str, ...] = ()
+    virtual_ips: tuple[str, ...] = ()
+    """Without a length; empty: names give the tasks' own addresses (DNSRR)."""
+    ports: tuple[TablePort, ...] = ()
+    """On the ingress network; elsewhere empty."""
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is known of one network, as of ``revision`` of the store."""
+
+    head: NetworkHead
+    revision: int = 0
+    nodes: Mapping[NodeId, TableNode] = {}
+    endpoints: Mapping[TaskId, TableEndpoint] = {}
+    services: Mapping[ServiceId, TableService] = {}
+
+
+class TableChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes one table into the next.  ``is_whole``: nothing else is left of the table before."""
+
+    head: NetworkHead
+    revision: int
+    is_whole: bool = False
+    nodes: tuple[TableNode, ...] = ()
+    removed_nodes: tuple[NodeId, ...] = ()
+    endpoints: tuple[TableEndpoint, ...] = ()
+    removed_endpoints: tuple[TaskId, ...] = ()
+    services: tuple[TableService, ...] = ()
+    removed_services: tuple[ServiceId, ...] = ()
+
+
+class TableSet(msgspec.Struct, frozen=True, kw_only=True):
+    """One message to a node.  ``is_complete``: networks that are not named are none of its any more."""
+
+    revision: int
+    is_complete: bool = False
+    changes: tuple[TableChange, ...] = ()
+    removed: tuple[NetworkId, ...] = ()
+
+
+def whole(table: Table) -> TableChange:
+    """The change that gives ``table`` from nothing."""
+    return TableChange(
+        head=table.head,
+        revision=table.revision,
+        is_whole=True,
+        nodes=tuple(table.nodes.values()),
+        endpoints=tuple(table.endpoints.values()),
+        services=tuple(table.services.values()),
+    )
+
+
+def difference(old: Table, new: Table) -> TableChange | None:
+    """What to tell who knows ``old``; None: nothing, whatever their revisions are."""
+    nodes, removed_nodes = _differing(old.nodes, new.nodes)
+    endpoints, removed_endpoints = _differing(old.endpoints, new.endpoints)
+    services, removed_services = _differing(old.services, new.services)
+    change = TableChange(
+        head=new.head,
+        revision=new.revision,
+        nodes=nodes,
+        removed_nodes=removed_nodes,
+        endpoints=endpoints,
+        removed_endpoints=removed_endpoints,
+        services=services,
+        removed_services=removed_services,
+    )
+    nothing = TableChange(head=old.head, revision=new.revision)
+    return None if change == nothing else change
+
+
+def changed(old: Table | None, change: TableChange) -> Table:
+    """The table after ``change``; ``old`` is None only for a whole one."""
+    before = None if change.is_whole else old
+    return Table(
+        head=change.head,
+        revision=change.revision,
+        nodes=_merged(before.nodes if before else {}, change.removed_nodes, {n.id: n for n in change.nodes}),
+        endpoints=_merged(
+            before.endpoints if before else {},
+            change.removed_endpoints,
+            {one.task_id: one for one in change.endpoints},
+        ),
+        services=_merged(
+            before.services if before else {}, change.removed_services, {s.id: s for s in change.services}
+        ),
+    )
+
+
+def _differing(old: Mapping[K, V], new: Mapping[K, V]) -> tuple[tuple[V, ...], tuple[K, ...]]:
+    put = tuple(value for key, value in sorted(new.items()) if old.get(key) != value)
+    return put, tuple(sorted(old.keys() - new.keys()))
+
+
+def _merged(old: Mapping[K, V], removed: tuple[K, ...], put: Mapping[K, V]) -> Mapping[K, V]:
+    kept = {key: value for key, value in old.items() if key not in removed}
+    return kept | dict(put)
