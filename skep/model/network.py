@@ -10,9 +10,12 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class IPAMConfig(ApiObject):
+    """One subnet of a network.  ``auxiliary_addresses``: name -> address that is never given out."""
+
     subnet: str = ""
     range: str = ""
     gateway: str = ""
+    auxiliary_addresses: Mapping[str, str] = {}
 
 
 class IPAMOptions(ApiObject):
