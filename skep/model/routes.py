@@ -11,6 +11,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
+from skep.linux.routes import read_routes
 from skep.model.node import Node
 
 ROUTES_LABEL: Final = "skep.routes"
@@ -58,6 +59,11 @@ def routes_label(routes: Iterable[MachineRoute]) -> str:
         joined += (MachineRoute(subnet, interface) for subnet in six)
     joined.sort(key=lambda route: (route.subnet.version, route.subnet.prefixlen, str(route)))
     return " ".join(map(str, joined[:ROUTES_MAX]))
+
+
+def own_routes_label() -> str:
+    """The label for this machine's routes, as they are now."""
+    return routes_label(MachineRoute(subnet, interface) for subnet, interface in read_routes())
 
 
 def routes_of(node: Node) -> tuple[MachineRoute, ...]:

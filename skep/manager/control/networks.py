@@ -18,7 +18,7 @@ from skep.manager.control.network_specs import (
 )
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
 from skep.model.node import Node
 from skep.model.planes import is_overlay
 from skep.model.routes import Subnet, clashes, overlap
@@ -27,7 +27,6 @@ from skep.model.task import Task
 from skep.model.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
 
-INTERNAL_LABEL = "com.docker.swarm.internal"
 OVERLAP_LABEL = "skep.allow-overlap"
 """Label or driver option by which a user says that a clash with a machine's own network is meant."""
 _NODE_LOCAL = ("bridge", "host")
@@ -120,12 +119,6 @@ def first_networks(*, new_id: IdSource, now: Timestamp) -> tuple[Network, ...]:
         for name in _NODE_LOCAL
     )
     return tuple(Network(id=NetworkId(new_id()), created_at=now, spec=spec) for spec in (ingress, *local))
-
-
-def is_ingress(network: Network) -> bool:
-    """Whether this is the network that carries published ports from node to node."""
-    spec = network.spec
-    return spec.ingress or (spec.name == "ingress" and INTERNAL_LABEL in spec.labels)
 
 
 def ingress_network(view: View) -> Network | None:

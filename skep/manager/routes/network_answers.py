@@ -5,19 +5,18 @@ daemon/network.go (buildDetailedNetworkResources).
 """
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Iterable
 from ipaddress import ip_interface
 from typing import Any
 
-from skep.api.networks import SWARM, Facts, SubnetBody
+from skep.api.network_form import endpoint_id, flat_form, known_driver
+from skep.api.networks import SWARM, Facts
 from skep.manager.allocator.addresses import usage_of
 from skep.manager.control import networks as control
 from skep.manager.control.network_specs import PREDEFINED_LABEL
 from skep.manager.routes.shown import damage_of
 from skep.model.ids import NodeId
-from skep.model.meta import Driver
-from skep.model.network import IPAMOptions, Network
+from skep.model.network import Network, is_ingress
 from skep.model.node import Node
 from skep.model.planes import is_overlay
 from skep.model.routes import clashes
@@ -39,7 +38,7 @@ def facts_of(network: Network, used: frozenset[str]) -> Facts:
     return Facts(
         id=network.id,
         name=network.spec.name,
-        driver=driver_of(network).name,
+        driver=known_driver(network).name,
         scope=SWARM,
         labels=network.spec.labels,
         is_used=network.id in used,
@@ -58,47 +57,10 @@ def used_networks(view: View) -> frozenset[str]:
     return frozenset(used)
 
 
-def driver_of(network: Network) -> Driver:
-    """What was allocated; before that, what was wished for."""
-    if network.driver_state.name:
-        return network.driver_state
-    return network.spec.driver_configuration or Driver()
-
-
 def shown(view: View, network: Network) -> dict[str, Any]:
     """A cluster's network as the list has it."""
-    spec, driver = network.spec, driver_of(network)
-    ipam = network.ipam_options or spec.ipam_options or IPAMOptions()
-    return {
-        "Name": spec.name,
-        "Id": network.id,
-        "Created": network.created_at,
-        "Scope": SWARM,
-        "Driver": driver.name,
-        "EnableIPv6": spec.ipv6_enabled,
-        "IPAM": {
-            "Driver": ipam.driver.name,
-            "Options": dict(ipam.driver.options) or None,
-            "Config": [
-                SubnetBody(
-                    subnet=config.subnet,
-                    ip_range=config.range,
-                    gateway=config.gateway,
-                    auxiliary_addresses=config.auxiliary_addresses,
-                )
-                for config in ipam.configs
-            ],
-        },
-        "Internal": spec.internal,
-        "Attachable": spec.attachable,
-        "Ingress": control.is_ingress(network),
-        "ConfigFrom": {"Network": spec.config_from.network if spec.config_from else ""},
-        "ConfigOnly": False,
-        "Containers": None,
-        "Options": dict(driver.options) or None,
-        "Labels": dict(spec.labels) or None,
-        **({"Damage": damage} if (damage := damage_of(view, Network, network.id)) else {}),
-    }
+    damage = damage_of(view, Network, network.id)
+    return {**flat_form(network), **({"Damage": damage} if damage else {})}
 
 
 async def inspected(view: View, network: Network, *, verbose: bool) -> dict[str, Any]:
@@ -189,7 +151,7 @@ class _Users:
             await asyncio.sleep(0)
 
     def _concerns(self, service: Service) -> bool:
-        if control.is_ingress(self._network):
+        if is_ingress(self._network):
             return bool(_ports(service))
         return any(one.target == self._network.id for one in _attachments(service))
 
@@ -211,15 +173,10 @@ class _Users:
         }
 
 
-def endpoint_id(task_id: str, network_id: str) -> str:
-    """The id of a task's place on a network: the same wherever and whenever it is asked for."""
-    return hashlib.sha256(f"{network_id}/{task_id}".encode()).hexdigest()
-
-
 def _service_entry(
     service: Service, virtual: list[str], lines: list[dict[str, Any]], network: Network
 ) -> dict[str, Any]:
-    ports = _ports(service) if control.is_ingress(network) else []
+    ports = _ports(service) if is_ingress(network) else []
     return {
         "VIP": str(ip_interface(virtual[0]).ip) if virtual else "<nil>",
         "Ports": [f"Target: {target}, Publish: {published}" for target, published in ports],

@@ -25,7 +25,7 @@ from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
 from skep.manager.routes.network_answers import facts_of, inspected, is_predefined, shown, used_networks
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
 from skep.model.times import unix_ns
 from skep.store.interface import View
 
@@ -79,7 +79,7 @@ async def prune_networks(request: web.Request) -> web.StreamResponse:
     view = await current_view(request)
     removed = []
     for network in _visible(view):
-        if control.is_ingress(network) or not _is_prunable(network, filters, moments):
+        if is_ingress(network) or not _is_prunable(network, filters, moments):
             continue
         try:
             await manager.update(control.remove_network, network.id)
