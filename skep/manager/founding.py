@@ -8,6 +8,7 @@ from skep.manager.config import ManagerConfig
 from skep.manager.control.swarm import found_swarm
 from skep.model.ids import IdSource
 from skep.model.node import (
+    EngineDescription,
     ManagerStatus,
     Node,
     NodeDescription,
@@ -15,6 +16,7 @@ from skep.model.node import (
     NodeSpec,
     Reachability,
 )
+from skep.model.routes import ROUTES_LABEL, own_routes_label
 from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
 from skep.security.authority import Authority
@@ -49,7 +51,11 @@ def found_cluster(
     first = Node(
         id=config.node_id,
         spec=NodeSpec(role=NodeRole.MANAGER, availability=wish.availability),
-        description=NodeDescription(hostname=config.hostname),
+        description=NodeDescription(
+            hostname=config.hostname,
+            # Known before the first networks are allocated: they avoid what this machine has.
+            engine=EngineDescription(labels={ROUTES_LABEL: own_routes_label()}),
+        ),
         manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=config.advertise_addr),
         certificate=issued_certificate(
             NodeRole.MANAGER,

@@ -10,9 +10,12 @@ from skep.model.times import ZERO_TIME, Timestamp
 
 
 class IPAMConfig(ApiObject):
+    """One subnet of a network.  ``auxiliary_addresses``: name -> address that is never given out."""
+
     subnet: str = ""
     range: str = ""
     gateway: str = ""
+    auxiliary_addresses: Mapping[str, str] = {}
 
 
 class IPAMOptions(ApiObject):
@@ -53,3 +56,13 @@ class Network(ApiObject):
     spec: NetworkSpec = always(NetworkSpec())
     driver_state: Driver = always(Driver())
     ipam_options: IPAMOptions | None = None
+
+
+def is_ingress(network: Network) -> bool:
+    """Whether this is the network that carries published ports from node to node."""
+    spec = network.spec
+    return spec.ingress or (spec.name == "ingress" and _INTERNAL_LABEL in spec.labels)
+
+
+_INTERNAL_LABEL = "com.docker.swarm.internal"
+"""By this the first swarms knew their ingress network."""

@@ -17,7 +17,7 @@ from skep.aio.first import Overtaken, unless
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
-from skep.model.ids import new_id
+from skep.model.ids import new_container_id, new_id
 from skep.node import info
 from skep.node.contact import Contact
 from skep.node.engine import Engine, with_containers_of
@@ -32,12 +32,14 @@ from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.membership import Membership
 from skep.node.netprocess.client import NetClient
+from skep.node.network.local.keeper import LocalNetworks
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
 from skep.node.reports import Reports
 from skep.node.restoring import Restored
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
+from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.system import NodeSystem, engine_id
 from skep.node.task_files import TaskFiles
@@ -147,7 +149,22 @@ class Node:
                 engine=engine,
                 warnings=around.warnings,
             )
-            routes = workload.routes
+            local = LocalNetworks(
+                paths.networks / "local", workload.gateway, clock=clock, new_id=new_container_id
+            )
+            await asyncio.to_thread(local.open)
+            networks = network_routes(
+                NetworkParts(
+                    member=membership,
+                    manager=manager_api,
+                    engine=engine.api if engine is not None else None,
+                    local=local,
+                    tasks=worker,
+                    containers=workload.list_containers,
+                    container=workload.container,
+                )
+            )
+            routes: tuple[web.AbstractRouteDef, ...] = (*networks, *workload.routes)
             if engine is not None:
                 beside = plain_container_routes(engine, workload.images)
                 routes = (*with_containers_of(engine, routes), *beside)

@@ -85,6 +85,20 @@ class LocalApi:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(f"{self._who} does not answer: {error}") from error
 
+    async def ask(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """The whole answer to a small request, whatever it says, within a minute.  Raises: Unavailable: it is away."""
+        try:
+            async with (
+                asyncio.timeout(_POST_TIMEOUT_S),
+                self._required().request(method, path, data=body or None, headers=headers) as response,
+            ):
+                kind = response.headers.get("Content-Type", "")
+                return Answer(response.status, kind, await response.read())
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"{self._who} does not answer: {error}") from error
+
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncIterator[AsyncIterator[bytes]]:
         """The lines of an endless answer, as they come.  Raises: Unavailable."""

@@ -275,6 +275,10 @@ class Membership:
         return self._part.node if self._part is not None else self._locked
 
     @property
+    def is_in_swarm(self) -> bool:
+        return self.node is not None
+
+    @property
     def is_manager(self) -> bool:
         return self.node is not None and self.node.is_manager
 

@@ -19,6 +19,7 @@ from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
 from skep.model.planes import NODE_LABEL
+from skep.model.routes import ROUTES_LABEL, own_routes_label
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
@@ -213,7 +214,12 @@ class NodeParts:
             ),
             engine=EngineDescription(
                 engine_version=__version__,
-                labels={**labels(self._features), **configuration.labels, NODE_LABEL: "true"},
+                labels={
+                    **labels(self._features),
+                    **configuration.labels,
+                    NODE_LABEL: "true",
+                    ROUTES_LABEL: own_routes_label(),
+                },
                 plugins=_PLUGINS,
             ),
         )

@@ -1,7 +1,7 @@
 """What runs tasks on this node: the executor that is configured, with its containers and images if it has any."""
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import msgspec
@@ -19,8 +19,9 @@ from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.mounts.volumes import Volumes
+from skep.node.network.local.keeper import GatewayBridge
 from skep.node.network.ports import PortReservations
-from skep.node.oci.container import ContainerState
+from skep.node.oci.container import Container, ContainerState
 from skep.node.oci.containers import Containers
 from skep.node.oci.images.local import ImageEvent
 from skep.node.oci.images.registry import Policy
@@ -42,6 +43,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     payloads: PayloadSink | None = None
     containers: Containers | None = None
     images: ImageStore | None = None
+    gateway: GatewayBridge | None = None
+    """None: its tasks have no networks of their own."""
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def counts(self) -> Counts:
@@ -54,6 +57,16 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
             stopped=len(states) - running - paused,
             images=len(self.images.images()) if self.images is not None else 0,
         )
+
+    def list_containers(self) -> Collection[Container]:
+        """Every container of ours."""
+        return self.containers.list() if self.containers is not None else ()
+
+    def container(self, word: str) -> Container:
+        """By id, name or prefix.  Raises: NotFound."""
+        if self.containers is None:
+            raise NotFound(f"No such container: {word}")
+        return self.containers.get(word)
 
     def knows_container(self, word: str) -> bool:
         """Whether ``word`` means a container of ours."""
@@ -125,6 +138,7 @@ async def oci_workload(
         payloads=executor.payloads,
         containers=executor.containers,
         images=images,
+        gateway=executor.gateway,
         routes=routes,
     )
 

@@ -2,36 +2,62 @@
 
 What is held is derived from the store: virtual IPs of services, attachments of tasks that have not ended, one
 address per network of every docker node.  So a new leader arrives at the same book.  The next address is looked
-for behind the last one given: an address that was just given back is not given again at once.
+for behind the last one given, or behind the highest one held where none was given yet: an address that was just
+given back is not given again at once.
 
 Source: moby, libnetwork/ipams/default (RequestAddress, serial allocation); swarmkit, manager/allocator/cnmallocator.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
+from typing import TypeAlias
+
+import msgspec
 
 from skep.errors import SkepError
+from skep.manager.allocator.subnets import network_of, subnet_of
 from skep.model.ids import NetworkId
 from skep.model.network import IPAMConfig, Network
+
+Address: TypeAlias = IPv4Address | IPv6Address
+
+_LAST_KEY: TypeAlias = tuple[NetworkId, int]
+
+NEARLY_FULL = 0.8
+"""Share of a network's addresses in use from which on the user is warned."""
 
 
 class NoAddress(SkepError):
     """The network has no address left, or not the one that was wished for."""
 
 
+class Usage(msgspec.Struct, frozen=True):
+    """How many IPv4 addresses of a network are in use, and how many there are."""
+
+    used: int
+    size: int
+
+    @property
+    def is_nearly_full(self) -> bool:
+        return self.used >= NEARLY_FULL * self.size
+
+    def __str__(self) -> str:
+        return f"{self.used} of {self.size} addresses are in use"
+
+
 class AddressBook:
     """Which address of which network belongs to whom."""
 
     def __init__(self) -> None:
-        self._taken: dict[NetworkId, Counter[IPv4Address]] = {}
-        self._held: dict[str, tuple[tuple[NetworkId, IPv4Address], ...]] = {}
-        self._last: dict[NetworkId, IPv4Address] = {}
+        self._taken: dict[NetworkId, Counter[Address]] = {}
+        self._held: dict[str, tuple[tuple[NetworkId, Address], ...]] = {}
+        self._last: dict[_LAST_KEY, Address] = {}
 
     def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
         """``owner`` holds exactly ``addresses`` (``ip/length``) from now on."""
         self.release(owner)
-        held = tuple((network_id, IPv4Interface(text).ip) for network_id, text in addresses)
+        held = tuple((network_id, ip_interface(text).ip) for network_id, text in addresses)
         for network_id, address in held:
             self._taken.setdefault(network_id, Counter())[address] += 1
         if held:
@@ -53,65 +79,122 @@ class AddressBook:
         """Whether anybody holds an address of the network."""
         return network_id in self._taken
 
+    def usage(self, network: Network) -> Usage:
+        """How full an allocated network is."""
+        return usage_of(network, self._taken.get(network.id, ()))
+
     def give(self, owner: str, network: Network, wished: str = "") -> str:
-        """An address of an allocated network for ``owner``, as ``ip/length``.  ``wished``: that one (``--ip``).
+        """An IPv4 address of an allocated network for ``owner``, as ``ip/length``.  ``wished``: that one (``--ip``).
 
         Raises: NoAddress.
         """
+        return self._give(owner, network, wished, 4)
+
+    def give_all(self, owner: str, network: Network, wished: str = "") -> tuple[str, ...]:
+        """An address of each version that the network has, IPv4 first.  Raises: NoAddress: nothing is given."""
+        before = self._held.get(owner, ())
+        is_6 = ":" in wished
+        try:
+            given: tuple[str, ...] = (self._give(owner, network, "" if is_6 else wished, 4),)
+            if has_ipv6(network):
+                given = (*given, self._give(owner, network, wished if is_6 else "", 6))
+        except NoAddress:
+            self.hold(owner, [(network_id, str(address)) for network_id, address in before])
+            raise
+        return given
+
+    def give_6(self, owner: str, network: Network) -> str:
+        """An IPv6 address of a network that has such.  Raises: NoAddress."""
+        return self._give(owner, network, "", 6)
+
+    def _give(self, owner: str, network: Network, wished: str, version: int) -> str:
         taken = self._taken.get(network.id, Counter())
-        address, length = _wished(network, wished, taken) if wished else self._next(network, taken)
+        if wished:
+            address, length = _wished(network, wished, taken)
+        else:
+            address, length = self._next(network, taken, version)
         self._taken.setdefault(network.id, Counter())[address] += 1
         self._held[owner] = (*self._held.get(owner, ()), (network.id, address))
         return f"{address}/{length}"
 
-    def _next(self, network: Network, taken: Counter[IPv4Address]) -> tuple[IPv4Address, int]:
+    def _next(self, network: Network, taken: Counter[Address], version: int) -> tuple[Address, int]:
         """Behind the last one given, and from the start again when the end is reached."""
-        last = self._last.get(network.id)
-        pools = list(_pools(network))
+        key = (network.id, version)
+        if key not in self._last and (held := [one for one in taken if one.version == version]):
+            self._last[key] = max(held, key=int)  # a new leader: what was given before it is not known
+        last = self._last.get(key)
+        pools = [pool for pool in _pools(network) if pool.version == version]
         current = [pool for pool in pools if last is not None and last in pool.hosts]
         for pool, after in (*((pool, last) for pool in current), *((pool, None) for pool in pools)):
             address = pool.first_free(taken, after)
             if address is not None:
-                self._last[network.id] = address
+                self._last[key] = address
                 return address, pool.length
         raise NoAddress(
-            f"no available IPv4 addresses on this network's address pools: {network.spec.name} ({network.id})"
+            f"no available IPv{version} addresses on this network's address pools: "
+            f"{network.spec.name} ({network.id})"
         )
 
 
+def has_ipv6(network: Network) -> bool:
+    """Whether the network gives IPv6 addresses too."""
+    configs = network.ipam_options.configs if network.ipam_options is not None else ()
+    return any(":" in config.subnet for config in configs)
+
+
+def usage_of(network: Network, taken: Iterable[Address]) -> Usage:
+    """How full an allocated network is, of which ``taken`` are in use."""
+    pools = [pool for pool in _pools(network) if pool.version == 4]
+    used = {address for address in taken if any(address in pool.hosts for pool in pools)}
+    return Usage(len(used), sum(pool.size for pool in pools))
+
+
 class _Pool:
-    """What can be given out of one subnet: its range, without network, broadcast and gateway."""
+    """What can be given out of one subnet: its range, without gateway, auxiliary, first and last addresses."""
 
     def __init__(self, config: IPAMConfig) -> None:
-        subnet = IPv4Interface(config.subnet).network
-        self.hosts = IPv4Interface(config.range).network if config.range else subnet
+        subnet = subnet_of(config)
+        self.version = subnet.version
+        self.hosts = network_of(config.range) if config.range else subnet
         self.length = subnet.prefixlen
-        self._reserved = {subnet.network_address, subnet.broadcast_address}
+        self._reserved: set[Address] = {subnet.network_address}
+        if subnet.version == 4:
+            self._reserved.add(subnet.broadcast_address)
+        self._reserved |= {ip_address(text) for text in config.auxiliary_addresses.values()}
         if config.gateway:
-            self._reserved.add(IPv4Address(config.gateway))
+            self._reserved.add(ip_address(config.gateway))
 
-    def may_give(self, address: IPv4Address, taken: Counter[IPv4Address]) -> bool:
+    @property
+    def size(self) -> int:
+        return self.hosts.num_addresses - sum(address in self.hosts for address in self._reserved)
+
+    def may_give(self, address: Address, taken: Counter[Address]) -> bool:
         return address not in self._reserved and address not in taken
 
-    def first_free(self, taken: Counter[IPv4Address], after: IPv4Address | None) -> IPv4Address | None:
-        first, last = int(self.hosts.network_address), int(self.hosts.broadcast_address)
-        start = int(after) + 1 if after is not None else first
-        candidates = (IPv4Address(number) for number in range(start, last + 1))
-        return next((address for address in candidates if self.may_give(address, taken)), None)
+    def first_free(self, taken: Counter[Address], after: Address | None) -> Address | None:
+        number = int(after) + 1 if after is not None else int(self.hosts.network_address)
+        last = int(self.hosts.broadcast_address)
+        make = IPv4Address if self.version == 4 else IPv6Address
+        while number <= last:
+            address = make(number)
+            if self.may_give(address, taken):
+                return address
+            number += 1
+        return None
 
 
 def _pools(network: Network) -> Iterator[_Pool]:
     configs = network.ipam_options.configs if network.ipam_options is not None else ()
-    return (_Pool(config) for config in configs if ":" not in config.subnet)
+    return (_Pool(config) for config in configs)
 
 
-def _wished(network: Network, wished: str, taken: Counter[IPv4Address]) -> tuple[IPv4Address, int]:
+def _wished(network: Network, wished: str, taken: Counter[Address]) -> tuple[Address, int]:
     try:
-        address = IPv4Interface(wished).ip
+        address = ip_interface(wished).ip
     except ValueError:
-        raise NoAddress(f"{wished} is not an IPv4 address") from None
+        raise NoAddress(f"{wished} is not an IP address") from None
     for config in network.ipam_options.configs if network.ipam_options is not None else ():
-        if ":" in config.subnet or address not in IPv4Network(config.subnet, strict=False):
+        if address not in subnet_of(config):
             continue
         pool = _Pool(config)
         if pool.may_give(address, taken):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from skep.manager.allocator.addresses import NoAddress
-from skep.manager.allocator.subnets import is_allocated
+from skep.manager.allocator.subnets import has_addresses
 from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.planes import is_overlay
@@ -46,13 +46,14 @@ class Networks(msgspec.Struct, frozen=True, kw_only=True):
 def attachments_for(
     spec: ServiceSpec,
     networks: Networks,
-    give: Callable[[Network, str], str],
+    give: Callable[[Network, str], tuple[str, ...]],
     wished: Sequence[NetworkAttachment] = (),
 ) -> Attached | NotAttached:
     """The attachments of a task made from ``spec``, or why there are none yet.
 
     Args:
-        give: gives an address of a network; the second argument is the wished one.  Raises: NoAddress.
+        give: gives addresses of a network, one of each version; the second argument is a wished one.  Raises:
+            NoAddress.
         wished: attachments that name an address (``docker run --ip``).
     """
     attachments = []
@@ -64,14 +65,14 @@ def attachments_for(
         if not is_overlay(network):
             attachments.append(NetworkAttachment(network=network, aliases=wanted.aliases))
             continue
-        if not is_allocated(network):
+        if not has_addresses(network):
             name = network.spec.name or network.id
             return NotAttached(f"network {name} is not allocated: {networks.trouble(network.id)}")
         try:
-            address = give(network, addresses.get(network.id, ""))
+            given = give(network, addresses.get(network.id, ""))
         except NoAddress as error:
             return NotAttached(str(error))
-        attachments.append(NetworkAttachment(network=network, addresses=(address,), aliases=wanted.aliases))
+        attachments.append(NetworkAttachment(network=network, addresses=given, aliases=wanted.aliases))
     return Attached(tuple(attachments))
 
 

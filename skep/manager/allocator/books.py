@@ -93,6 +93,14 @@ class Books:
         """An address for a service, task or node.  Raises: NoAddress."""
         return self.addresses.give(owner, network, wished)
 
+    def give_all(self, owner: str, network: Network, wished: str = "") -> tuple[str, ...]:
+        """An address of each version that the network has, IPv4 first.  Raises: NoAddress."""
+        return self.addresses.give_all(owner, network, wished)
+
+    def give_virtual(self, owner: str, network: Network, version: int) -> str:
+        """A service's virtual address of one version.  Raises: NoAddress."""
+        return (self.addresses.give_6 if version == 6 else self.addresses.give)(owner, network)
+
     def _hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
         before = self.addresses.release(owner)
         self.addresses.hold(owner, addresses)

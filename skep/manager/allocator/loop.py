@@ -43,6 +43,7 @@ from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
+from skep.model.routes import routes_of
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -134,6 +135,8 @@ class Allocator:
         gave_back = self._books.leave_task(task.id) if current is None else self._books.enter_task(current)
         if gave_back:
             self._note_node_of(task)
+            # A removed network's subnet is free once its last task has ended: another may wait for it.
+            self._agenda.add([network_key(id) for id in self._unallocated])
             if self._is_short:
                 self._is_short = False
                 self._agenda.add(self._new)
@@ -202,7 +205,14 @@ class Allocator:
         grants: list[Grant] = []
         with self._guard.guarded(network_key(id)):
             try:
-                given = allocated(network, self._books.networks, pools, length)
+                given = allocated(
+                    network,
+                    self._books.networks,
+                    pools,
+                    length,
+                    routes=[route.subnet for node in view.find(Node) for route in routes_of(node)],
+                    cluster=swarms[0].id,
+                )
             except NotAllocated as error:
                 if id not in self._unallocated:
                     log.warning("network not allocated", network=network.spec.name, reason=str(error))
@@ -223,7 +233,9 @@ class Allocator:
             return []
         with self._guard.guarded(service_id):
             owner = service_owner(service_id)
-            virtual_ips = virtual_ips_for(service, networks, lambda network: self._books.give(owner, network))
+            virtual_ips = virtual_ips_for(
+                service, networks, lambda network, version: self._books.give_virtual(owner, network, version)
+            )
             endpoint = endpoint_for(service, self._books.ports.is_free_for(service_id), virtual_ips)
             if endpoint != service.endpoint:
                 # Entered at once, so that the next service of this batch gets another number.
@@ -280,8 +292,8 @@ class Allocator:
         spec = _spec_of(view, task)
         self._books.leave_task(task.id)  # what an attempt before this one took
 
-        def give(network: Network, wished: str) -> str:
-            return self._books.give(task.id, network, wished)
+        def give(network: Network, wished: str) -> tuple[str, ...]:
+            return self._books.give_all(task.id, network, wished)
 
         match attachments_for(spec, networks, give, task.networks_attachments):
             case Attached(attachments):

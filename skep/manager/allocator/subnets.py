@@ -1,12 +1,21 @@
-"""What an overlay network gets: a VXLAN id, a subnet and a gateway, in the form Docker Engines expect.
+"""What an overlay network gets: VXLAN ids, subnets and gateways, in the form Docker Engines expect.
+
+A network has at least one IPv4 subnet, with a VXLAN id each.  With ``--ipv6`` it has IPv6 subnets too, which share
+the first VXLAN: named ones, or one of the cluster's own unique local addresses (RFC 4193).  Then it belongs to skep
+nodes, unless the user says otherwise: engines give such addresses out each for itself.
+
+Subnets that nobody named avoid the routes of the machines.  A route as wide as a whole pool says nothing about where
+in it there is room; such a pool is used when no other has room.
 
 Source: moby, libnetwork/drivers/overlay/ovmanager (VXLAN ids from 4096), swarmkit, manager/allocator/cnmallocator
 (allocatePools, allocateDriverState); moby, daemon/cluster/swarm.go (default address pools).
 """
 
 import bisect
+import hashlib
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Interface, IPv4Network
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_interface
 
 from msgspec.structs import replace
 
@@ -14,7 +23,8 @@ from skep.errors import SkepError
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
-from skep.model.planes import driver_of, is_overlay
+from skep.model.planes import DOCKER, PLANE_OPTION, SKEP, driver_of, is_overlay, plane_of
+from skep.model.routes import Subnet, overlap
 
 VXLAN_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 FIRST_VXLAN_ID = 4096
@@ -30,13 +40,12 @@ class NetworkBook:
 
     def __init__(self) -> None:
         self._vxlan_ids: dict[NetworkId, frozenset[int]] = {}
-        self._subnets: dict[NetworkId, tuple[IPv4Network, ...]] = {}
+        self._subnets: dict[NetworkId, tuple[Subnet, ...]] = {}
 
     def enter(self, network: Network) -> None:
         """A network as it is now; one without an allocation holds nothing."""
-        self._vxlan_ids[network.id] = frozenset(_vxlan_ids(network))
-        configs = network.ipam_options.configs if network.ipam_options is not None else ()
-        self._subnets[network.id] = tuple(_subnet(config) for config in configs if ":" not in config.subnet)
+        self._vxlan_ids[network.id] = frozenset(vxlan_ids(network))
+        self._subnets[network.id] = tuple(subnet_of(config) for config in _given(network))
 
     def leave(self, network_id: NetworkId) -> None:
         """The network holds nothing any more."""
@@ -50,7 +59,7 @@ class NetworkBook:
         """Ids that other networks hold."""
         return frozenset().union(*(ids for id, ids in self._vxlan_ids.items() if id != network_id))
 
-    def subnets_but(self, network_id: NetworkId) -> list[IPv4Network]:
+    def subnets_but(self, network_id: NetworkId) -> list[Subnet]:
         """Subnets that other networks hold."""
         return [one for id, subnets in self._subnets.items() if id != network_id for one in subnets]
 
@@ -59,60 +68,165 @@ def is_allocated(network: Network) -> bool:
     """Whether the network has all it needs."""
     if not network.driver_state.name:
         return False
-    return not is_overlay(network) or network.ipam_options is not None
+    return not is_overlay(network) or (network.ipam_options is not None and not _missing(network))
 
 
-def allocated(network: Network, book: NetworkBook, pools: Sequence[str], prefix_length: int) -> Network:
-    """``network`` with its driver's state and its addresses.
+def has_addresses(network: Network) -> bool:
+    """Whether the network has a subnet to give of; another may still be to come."""
+    return bool(network.driver_state.name) and (not is_overlay(network) or bool(_given(network)))
 
-    ``pools``, ``prefix_length``: where a subnet comes from for which the user named none (``--default-addr-pool``).
+
+def allocated(
+    network: Network,
+    book: NetworkBook,
+    pools: Sequence[str],
+    prefix_length: int,
+    *,
+    routes: Iterable[Subnet] = (),
+    cluster: str = "",
+) -> Network:
+    """``network`` with its driver's state and its addresses.  What it has already stays.
+
+    Args:
+        pools, prefix_length: where a subnet comes from for which the user named none (``--default-addr-pool``).
+        routes: what the nodes reach by themselves; avoided where the user named nothing.
+        cluster: the cluster's id; its IPv6 addresses are derived from it.
 
     Raises: NotAllocated: no subnet or id is free, or the one that the user named is not.
     """
     wished = network.spec.driver_configuration or Driver()
     if not is_overlay(network):
         return replace(network, driver_state=Driver(name=driver_of(network), options=wished.options))
-    configs = network.spec.ipam_options.configs if network.spec.ipam_options is not None else ()
-    # Engines do addresses of the sixth version on overlays for themselves.
-    named = [config for config in configs if config.subnet and ":" not in config.subnet]
-    taken = book.subnets_but(network.id)
-    if named:
-        given = [_checked(config, taken) for config in named]
-    else:
-        given = [IPAMConfig(subnet=str(free_subnet(pools, prefix_length, taken)))]
-    options = {**wished.options, VXLAN_OPTION: ",".join(map(str, _ids_for(network, book, len(given))))}
+    taken = book.subnets_but(network.id) + [subnet_of(config) for config in _given(network)]
+    given = list(_given(network))
+    for config in _missing(network):
+        if config.subnet:
+            config = _checked(config, taken)
+        elif config is _LOCAL_6:
+            config = IPAMConfig(subnet=str(_unique_local(cluster, taken)))
+        else:
+            subnet = free_subnet(pools, prefix_length, _only_4(taken), _only_4(routes))
+            config = replace(config, subnet=str(subnet))
+        given.append(_with_gateway(config))
+        taken.append(subnet_of(config))
+    given.sort(key=lambda config: ":" in config.subnet)  # engines take the first for that of IPv4
+    count = sum(":" not in config.subnet for config in given)
+    ids = _ids_for(network, book, count)
+    options = {**wished.options, **network.driver_state.options, VXLAN_OPTION: ",".join(map(str, ids))}
+    if _has_ipv6(network) and not plane_of(network):
+        options[PLANE_OPTION] = SKEP
     return replace(
         network,
         driver_state=Driver(name=driver_of(network), options=options),
         ipam_options=IPAMOptions(
-            driver=Driver(name="default", options=_ipam_options(network)),
-            configs=tuple(_with_gateway(config) for config in given),
+            driver=Driver(name="default", options=_ipam_options(network)), configs=tuple(given)
         ),
     )
 
 
-def free_subnet(pools: Iterable[str], prefix_length: int, taken: Iterable[IPv4Network]) -> IPv4Network:
-    """The lowest subnet of the pools that overlaps with none of ``taken``.  Raises: NotAllocated."""
-    spans = sorted((int(subnet.network_address), int(subnet.broadcast_address)) for subnet in taken)
-    starts = [first for first, _ in spans]
-    size = 2 ** (32 - prefix_length)
-    for text in pools:
-        pool = IPv4Network(text, strict=False)
-        start, end = int(pool.network_address), int(pool.broadcast_address)
-        while start + size - 1 <= end:
-            # Spans do not overlap each other, so only the last one that begins in or before the candidate counts.
-            index = bisect.bisect_right(starts, start + size - 1) - 1
-            if index < 0 or spans[index][1] < start:
-                return IPv4Network((start, prefix_length))
-            start = (spans[index][1] // size + 1) * size
+def free_subnet(
+    pools: Iterable[str],
+    prefix_length: int,
+    taken: Iterable[IPv4Network],
+    routes: Iterable[IPv4Network] = (),
+) -> IPv4Network:
+    """The lowest subnet of the pools that overlaps with none of ``taken``, nor with a route.
+
+    Where every pool is full or lies within a route, routes that contain a whole pool do not count.
+    Raises: NotAllocated.
+    """
+    held, reached = list(taken), list(routes)
+    for passes_over_wide in (False, True):
+        for text in pools:
+            pool = IPv4Network(text, strict=False)
+            avoided = [one for one in reached if not (passes_over_wide and pool.subnet_of(one))]
+            if (found := _free_in(pool, prefix_length, [*held, *avoided])) is not None:
+                return found
     raise NotAllocated(
         "could not find an available, non-overlapping IPv4 address pool among the defaults to assign to the network"
     )
 
 
-def _checked(config: IPAMConfig, taken: Iterable[IPv4Network]) -> IPAMConfig:
-    subnet = _subnet(config)
-    if any(subnet.overlaps(other) for other in taken):
+def subnet_of(config: IPAMConfig) -> Subnet:
+    """The subnet itself, without the host bits that a user may have written."""
+    return network_of(config.subnet)
+
+
+@lru_cache(4096)
+def network_of(text: str) -> Subnet:
+    """The network of an ``address/length``.  Asked for every task, and there are few."""
+    return ip_interface(text).network
+
+
+def vxlan_ids(network: Network) -> list[int]:
+    """Those that the network has, one per IPv4 subnet in the order of ``ipam_options``."""
+    return _numbers(network.driver_state.options.get(VXLAN_OPTION, ""))
+
+
+_LOCAL_6 = IPAMConfig()
+"""Stands for an IPv6 subnet that nobody named; its identity counts."""
+
+
+def _missing(network: Network) -> list[IPAMConfig]:
+    """What the network is to have and has not: named subnets, and those without a name to be found."""
+    wished = network.spec.ipam_options.configs if network.spec.ipam_options is not None else ()
+    present = {subnet_of(config) for config in _given(network)}
+    named = [config for config in wished if config.subnet]
+    named_4 = [config for config in named if ":" not in config.subnet]
+    named_6 = [config for config in named if ":" in config.subnet] if _has_ipv6(network) else []
+    missing = [config for config in named_4 + named_6 if subnet_of(config) not in present]
+    ours = present - {subnet_of(config) for config in named}
+    blanks = [config for config in wished if not config.subnet]
+    if not blanks and not named_4:
+        blanks = [IPAMConfig()]
+    missing += blanks[sum(subnet.version == 4 for subnet in ours) :]
+    if _has_ipv6(network) and not named_6 and not any(subnet.version == 6 for subnet in ours):
+        missing.append(_LOCAL_6)
+    return missing
+
+
+def _has_ipv6(network: Network) -> bool:
+    return network.spec.ipv6_enabled and plane_of(network) != DOCKER
+
+
+def _given(network: Network) -> tuple[IPAMConfig, ...]:
+    return network.ipam_options.configs if network.ipam_options is not None else ()
+
+
+def _free_in(pool: IPv4Network, prefix_length: int, taken: Iterable[IPv4Network]) -> IPv4Network | None:
+    spans = [
+        (int(one.network_address), int(one.broadcast_address)) for one in sorted(collapse_addresses(taken))
+    ]
+    starts = [first for first, _ in spans]
+    size = 2 ** (32 - prefix_length)
+    start, end = int(pool.network_address), int(pool.broadcast_address)
+    while start + size - 1 <= end:
+        # Spans do not overlap each other, so only the last one that begins in or before the candidate counts.
+        index = bisect.bisect_right(starts, start + size - 1) - 1
+        if index < 0 or spans[index][1] < start:
+            return IPv4Network((start, prefix_length))
+        start = (spans[index][1] // size + 1) * size
+    return None
+
+
+def _unique_local(cluster: str, taken: Iterable[Subnet]) -> IPv6Network:
+    """The lowest free /64 of the cluster's own /48: ``fd``, and 40 bits that no other cluster has (RFC 4193)."""
+    prefix = 0xFD << 120 | int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:5]) << 80
+    held = [one for one in taken if one.version == 6]
+    for number in range(2**16):
+        subnet = IPv6Network((prefix | number << 64, 64))
+        if not any(overlap(subnet, other) for other in held):
+            return subnet
+    raise NotAllocated("could not find an available, non-overlapping IPv6 address pool for the network")
+
+
+def _only_4(subnets: Iterable[Subnet]) -> list[IPv4Network]:
+    return [subnet for subnet in subnets if isinstance(subnet, IPv4Network)]
+
+
+def _checked(config: IPAMConfig, taken: Iterable[Subnet]) -> IPAMConfig:
+    subnet = subnet_of(config)
+    if any(overlap(subnet, other) for other in taken):
         raise NotAllocated(f"Pool overlaps with other one on this address space: {config.subnet}")
     return replace(config, subnet=str(subnet))
 
@@ -120,29 +234,28 @@ def _checked(config: IPAMConfig, taken: Iterable[IPv4Network]) -> IPAMConfig:
 def _with_gateway(config: IPAMConfig) -> IPAMConfig:
     if config.gateway:
         return config
-    within = IPv4Interface(config.range or config.subnet).network
-    first = within.network_address
-    if first == _subnet(config).network_address:
-        first += 1
-    return replace(config, gateway=str(first))
+    within = network_of(config.range or config.subnet)
+    candidate = within.network_address
+    auxiliary = {ip_interface(text).ip for text in config.auxiliary_addresses.values()}
+    while candidate == subnet_of(config).network_address or candidate in auxiliary:
+        candidate += 1
+    return replace(config, gateway=str(candidate))
 
 
 def _ids_for(network: Network, book: NetworkBook, count: int) -> list[int]:
-    """One VXLAN id per subnet: those the user named, else the lowest free ones."""
+    """One VXLAN id per IPv4 subnet: those it has, those the user named, else the lowest free ones."""
     taken = book.vxlan_ids_but(network.id)
     wished = network.spec.driver_configuration
     named = wished.options.get(VXLAN_OPTION, "") if wished is not None else ""
-    if named:
-        ids = [int(word) for word in named.split(",") if word.strip().isdigit()]
+    ids = vxlan_ids(network)
+    if named and not ids:
+        ids = _numbers(named)
         if len(ids) != count or not taken.isdisjoint(ids):
             raise NotAllocated(f"VXLAN ids {named} are not {count} free numbers")
-        return ids
     # 4096 is the ingress network's, as in Docker, also while it is not there.
-    first = FIRST_VXLAN_ID if network.spec.ingress else FIRST_VXLAN_ID + 1
-    ids = []
-    number = first
+    number = FIRST_VXLAN_ID if network.spec.ingress else FIRST_VXLAN_ID + 1
     while len(ids) < count and number <= LAST_VXLAN_ID:
-        if number not in taken:
+        if number not in taken and number not in ids:
             ids.append(number)
         number += 1
     if len(ids) < count:
@@ -150,13 +263,8 @@ def _ids_for(network: Network, book: NetworkBook, count: int) -> list[int]:
     return ids
 
 
-def _vxlan_ids(network: Network) -> Iterable[int]:
-    words = network.driver_state.options.get(VXLAN_OPTION, "").split(",")
-    return (int(word) for word in words if word.strip().isdigit())
-
-
-def _subnet(config: IPAMConfig) -> IPv4Network:
-    return IPv4Interface(config.subnet).network
+def _numbers(words: str) -> list[int]:
+    return [int(word) for word in words.split(",") if word.strip().isdigit()]
 
 
 def _ipam_options(network: Network) -> dict[str, str]:

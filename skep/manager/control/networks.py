@@ -3,41 +3,86 @@
 Source: swarmkit, manager/controlapi/network.go; moby 20.10, daemon/cluster/networks.go.
 """
 
-import ipaddress
-from collections.abc import Iterable
+from collections.abc import Sequence
+from ipaddress import ip_interface
 
-from skep.api.errors import Forbidden
-from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, PermissionDenied, Unimplemented
-from skep.manager.control.names import check_dns_name
+from msgspec.structs import replace
+
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from skep.manager.control.network_specs import (
+    PREDEFINED_LABEL,
+    SUBNETS_MAX,
+    VXLAN_IDS_OPTION,
+    check_network_spec,
+    check_subnets,
+)
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
-from skep.model.planes import PLANE_OPTION, PLANES
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
+from skep.model.node import Node
+from skep.model.planes import is_overlay
+from skep.model.routes import Subnet, clashes, overlap
 from skep.model.service import PublishMode, Service
+from skep.model.task import Task
 from skep.model.times import Timestamp
 from skep.store.interface import InUse, Transaction, View
 
-PREDEFINED_LABEL = "com.docker.swarm.predefined"
-INTERNAL_LABEL = "com.docker.swarm.internal"
-_DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
+OVERLAP_LABEL = "skep.allow-overlap"
+"""Label or driver option by which a user says that a clash with a machine's own network is meant."""
 _NODE_LOCAL = ("bridge", "host")
-_NAMES_OF_THE_ENGINE = frozenset({"bridge", "host", "none", "default"})
 
 
 def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now: Timestamp) -> Network:
     """Create a network that services can be attached to.
 
     Raises:
-        Forbidden: the name is one of the engine's own networks.
         InvalidArgument, PermissionDenied, Unimplemented: the spec can never work.
         AlreadyExists: the name is taken, or there is an ingress network already.
+        FailedPrecondition: its subnet or VXLAN id belongs to another network, or a machine has that subnet.
     """
-    _check_network_spec(spec)
+    check_network_spec(spec)
     if spec.ingress:
         present = ingress_network(tx)
         if present is not None:
             raise AlreadyExists(f"ingress network ({present.id}) is already present")
-    return tx.put(Network(id=NetworkId(new_id()), created_at=now, spec=spec))
+    network = Network(id=NetworkId(new_id()), created_at=now, spec=spec)
+    if is_overlay(network):
+        _check_vxlan_ids(tx, spec)
+        _check_room(tx, network, spec.ipam_options.configs if spec.ipam_options is not None else ())
+    return tx.put(network)
+
+
+def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -> Network:
+    """Give a network more room; what it has stays.  A config without a subnet gets one of the default pools.
+
+    Raises:
+        NotFound; InvalidArgument; FailedPrecondition: as of ``create_network``, or the network has no subnets.
+    """
+    network = tx.get(Network, id)
+    if not is_overlay(network):
+        raise FailedPrecondition(f"network {network.spec.name} has no subnets of the cluster's")
+    options = network.spec.ipam_options or IPAMOptions(driver=Driver(name="default"))
+    present = options.configs
+    if not any(config.subnet and ":" not in config.subnet for config in present):
+        # What was chosen for it is no longer all it has: say that it is wished for.
+        present = present if any(not config.subnet for config in present) else (IPAMConfig(), *present)
+    given = network.ipam_options.configs if network.ipam_options is not None else ()
+    new = tuple(config for config in configs if config.subnet)
+    check_subnets(new)
+    if any(":" in config.subnet for config in new) and not network.spec.ipv6_enabled:
+        raise InvalidArgument(f"network {network.spec.name} was made without IPv6")
+    if any(not config.subnet and config != IPAMConfig() for config in configs):
+        raise InvalidArgument("every ip-range or gateway must have a corresponding subnet")
+    if len(present) + len(configs) > SUBNETS_MAX:
+        raise InvalidArgument(f"ipam configuration: more than {SUBNETS_MAX} subnets")
+    check_subnets((*(config for config in given if _subnet(config) not in map(_subnet, new)), *new))
+    new = tuple(config for config in new if _subnet(config) not in [_subnet(one) for one in given])
+    blank = tuple(config for config in configs if not config.subnet)
+    if not new and not blank:
+        return network
+    _check_room(tx, network, new)
+    wished = replace(options, configs=(*present, *new, *blank))
+    return tx.put(replace(network, spec=replace(network.spec, ipam_options=wished)))
 
 
 def remove_network(tx: Transaction, id: NetworkId) -> None:
@@ -58,13 +103,7 @@ def remove_network(tx: Transaction, id: NetworkId) -> None:
         tx.delete(Network, id)
     except InUse as error:
         kind, user = error.users[0]
-        raise FailedPrecondition(f"network {id} is in use by {kind} {user}") from error
-
-
-def check_name(name: str) -> None:
-    """Refuse the names of the engine's own networks.  Raises: Forbidden, in the engine's words."""
-    if name in _NAMES_OF_THE_ENGINE:
-        raise Forbidden(f"{name} is a pre-defined network and cannot be created")
+        raise FailedPrecondition(f"network {id} is in use by {kind} {user}{_names(tx, error)}") from error
 
 
 def first_networks(*, new_id: IdSource, now: Timestamp) -> tuple[Network, ...]:
@@ -82,12 +121,6 @@ def first_networks(*, new_id: IdSource, now: Timestamp) -> tuple[Network, ...]:
     return tuple(Network(id=NetworkId(new_id()), created_at=now, spec=spec) for spec in (ingress, *local))
 
 
-def is_ingress(network: Network) -> bool:
-    """Whether this is the network that carries published ports from node to node."""
-    spec = network.spec
-    return spec.ingress or (spec.name == "ingress" and INTERNAL_LABEL in spec.labels)
-
-
 def ingress_network(view: View) -> Network | None:
     """The cluster's ingress network, if it has one."""
     return next(filter(is_ingress, view.find(Network)), None)
@@ -103,79 +136,73 @@ def _check_ingress_unused(tx: Transaction) -> None:
             )
 
 
-def _check_network_spec(spec: NetworkSpec) -> None:
+def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:
+    """Raises: FailedPrecondition: another network has one of the named ids."""
     driver = spec.driver_configuration
-    if spec.ingress and driver is not None and driver.name != "overlay":
-        raise Unimplemented("only overlay driver is currently supported for ingress network")
-    if spec.attachable and spec.ingress:
-        raise InvalidArgument("ingress network cannot be attachable")
-    check_dns_name(spec.name)
-    if PREDEFINED_LABEL in spec.labels:
-        raise PermissionDenied(
-            f"label {PREDEFINED_LABEL} is for internally created predefined networks and cannot be applied by users"
+    wanted = _vxlan_ids(driver) if driver is not None else set()
+    for other in tx.find(Network) if wanted else ():
+        theirs = _vxlan_ids(other.driver_state) | _vxlan_ids(other.spec.driver_configuration or Driver())
+        for number in sorted(wanted & theirs):
+            raise FailedPrecondition(
+                f"could not obtain vxlan id {number}: requested bit is already allocated "
+                f"(to network {other.spec.name})"
+            )
+
+
+def _vxlan_ids(driver: Driver) -> set[int]:
+    words = driver.options.get(VXLAN_IDS_OPTION, "").split(",")
+    return {int(word) for word in words if word.strip().isdigit()}
+
+
+def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]) -> None:
+    """Raises: FailedPrecondition: a subnet is another network's, or a machine reaches it by itself."""
+    wanted = [_subnet(config) for config in configs if config.subnet]
+    for other in tx.find(Network) if wanted else ():
+        for theirs in subnets_of(other) if other.id != network.id else ():
+            for mine in wanted:
+                if overlap(mine, theirs):
+                    raise FailedPrecondition(
+                        "Pool overlaps with other one on this address space: "
+                        f"{mine} and {theirs} of network {other.spec.name}"
+                    )
+    driver = network.spec.driver_configuration
+    allowed = {**network.spec.labels, **(driver.options if driver is not None else {})}.get(OVERLAP_LABEL)
+    if not wanted or allowed == "true":
+        return
+    for clash in clashes(wanted, tx.find(Node)):
+        raise FailedPrecondition(
+            f"Pool overlaps with other one on this address space: {clash} "
+            f"(label {OVERLAP_LABEL}=true takes it all the same)"
         )
-    if driver is not None:
-        _check_driver(driver)
-    _check_plane(spec)
-    if spec.ipam_options is not None:
-        _check_addresses(spec.ipam_options.driver, spec.ipam_options.configs)
 
 
-def _check_plane(spec: NetworkSpec) -> None:
-    named = (
-        spec.labels.get(PLANE_OPTION),
-        spec.driver_configuration and (spec.driver_configuration.options.get(PLANE_OPTION)),
-    )
-    for plane in named:
-        if plane is not None and plane not in PLANES:
-            raise InvalidArgument(f"{PLANE_OPTION} is docker or skep, not {plane!r}")
+def subnets_of(network: Network) -> list[Subnet]:
+    """What the network has, and what it will get."""
+    both = (network.ipam_options, network.spec.ipam_options)
+    configs = [config for options in both if options is not None for config in options.configs]
+    return [_subnet(config) for config in configs if config.subnet] if is_overlay(network) else []
 
 
-def _check_driver(driver: Driver) -> None:
-    if not driver.name:
-        raise InvalidArgument("driver name: if driver is specified name is required")
-    if driver.name not in _DRIVERS:
-        raise InvalidArgument(f"error during lookup of plugin {driver.name}")
+def _subnet(config: IPAMConfig) -> Subnet:
+    return ip_interface(config.subnet).network
 
 
-def _check_addresses(driver: Driver, configs: Iterable[IPAMConfig]) -> None:
-    if not driver.name:
-        raise InvalidArgument("driver name: if driver is specified name is required")
-    if driver.name.lower() != "default":
-        raise InvalidArgument(f"error during lookup of plugin {driver.name}")
-    for config in configs:
-        _check_subnet(config)
+_NAMED_MAX = 5
+"""As many users of a network are named where it cannot be removed."""
 
 
-def is_subnet(text: str) -> bool:
-    """Whether ``text`` is an address with the length of a prefix (``10.0.9.0/24``)."""
-    address, slash, length = text.partition("/")
-    try:
-        ipaddress.ip_interface(text)
-    except ValueError:
-        return False
-    return bool(address and slash) and length.isdigit()
-
-
-def _check_subnet(config: IPAMConfig) -> None:
-    if not is_subnet(config.subnet):
-        raise InvalidArgument(f"ipam configuration: invalid subnet {config.subnet}")
-    subnet = ipaddress.ip_interface(config.subnet).network
-    if config.range:
-        try:
-            inner = ipaddress.ip_interface(config.range).ip
-        except ValueError:
-            raise InvalidArgument(f"ipam configuration: invalid range {config.range}") from None
-        if inner not in subnet:
-            raise InvalidArgument(
-                f"ipam configuration: subnet {config.subnet} does not contain range {config.range}"
-            )
-    if config.gateway:
-        try:
-            gateway = ipaddress.ip_address(config.gateway)
-        except ValueError:
-            raise InvalidArgument(f"ipam configuration: invalid gateway {config.gateway}") from None
-        if gateway not in subnet:
-            raise InvalidArgument(
-                f"ipam configuration: subnet {config.subnet} does not contain gateway {config.gateway}"
-            )
+def _names(tx: Transaction, error: InUse) -> str:
+    """Names of those who use something, in parentheses; what has none is not named."""
+    names = []
+    for kind, id in error.users:
+        if kind == "service" and (service := tx.lookup(Service, id)) is not None:
+            names.append(f"service {service.spec.name}")
+        elif kind == "task" and (task := tx.lookup(Task, id)) is not None:
+            attachment, node = task.spec.network_attachment_spec, tx.lookup(Node, task.node_id)
+            where = node.description.hostname or node.id if node is not None else task.node_id
+            if attachment is not None:
+                names.append(f"container {attachment.container_id[:12]} on node {where}")
+    if not names:
+        return ""
+    rest = f" and {len(names) - _NAMED_MAX} more" if len(names) > _NAMED_MAX else ""
+    return f" ({', '.join(names[:_NAMED_MAX])}{rest})"

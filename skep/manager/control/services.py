@@ -14,12 +14,12 @@ from msgspec.structs import replace
 from skep.api.errors import Untranslated
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence, Unimplemented
 from skep.manager.control.names import NameSource
-from skep.manager.control.networks import ingress_network, is_ingress
+from skep.manager.control.networks import ingress_network
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
-from skep.model.network import Network
+from skep.model.network import Network, is_ingress
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     JobStatus,

@@ -1,99 +1,104 @@
-"""``/networks``: those of the cluster.  The front adds a node's own.
+"""``/networks``: those of the cluster.  The node adds its own (``node/routes/networks.py``).
 
-Source: moby 20.10, api/server/router/network/network_routes.go, daemon/cluster/convert/network.go.
+Source: moby 20.10, api/server/router/network/network_routes.go, daemon/cluster/convert/network.go, daemon/prune.go.
 """
 
-import re
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
+import structlog
 from aiohttp import web
 
-from skep.api.errors import Untranslated
+from skep.api.moments import parse_moment
+from skep.api.networks import (
+    PRUNE_FILTERS,
+    NetworkBody,
+    SubnetBody,
+    SubnetsBody,
+    check_form,
+    check_list_filters,
+    check_name,
+    fits,
+)
 from skep.api.server import Filters, Routes, json_answer, json_list_answer, read_json
-from skep.errors import AlreadyExists, InvalidArgument, NotFound
+from skep.errors import AlreadyExists, FailedPrecondition, NotFound
 from skep.manager.control import networks as control
 from skep.manager.routes.access import current_view, manager_of, wrapped_flag
-from skep.manager.routes.shown import damage_of
-from skep.model.encoding import ApiObject, always
+from skep.manager.routes.network_answers import facts_of, inspected, is_predefined, shown, used_networks
 from skep.model.meta import Driver
-from skep.model.network import ConfigReference, IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
+from skep.model.times import unix_ns
 from skep.store.interface import View
 
+log = structlog.get_logger()
+
 routes = Routes()
-
-
-class _Addresses(ApiObject):
-    """One range of a network's addresses, in the spelling of ``/networks``."""
-
-    __go_name__ = "network.IPAMConfig"
-
-    subnet: str = ""
-    ip_range: str = ""
-    gateway: str = ""
-    auxiliary_addresses: Mapping[str, str] = {}
-
-
-class _IPAM(ApiObject):
-    __go_name__ = "network.IPAM"
-
-    driver: str = always("")
-    options: Mapping[str, str] | None = always(None)
-    config: tuple[_Addresses, ...] = always(())
-
-
-class _NetworkBody(ApiObject):
-    """Body of ``POST /networks/create``."""
-
-    __go_name__ = "types.NetworkCreateRequest"
-
-    name: str = ""
-    check_duplicate: bool = False
-    driver: str = ""
-    scope: str = ""
-    enable_ipv6: bool = False
-    ipam: _IPAM | None = None
-    internal: bool = False
-    attachable: bool = False
-    ingress: bool = False
-    config_only: bool = False
-    config_from: ConfigReference | None = None
-    options: Mapping[str, str] = {}
-    labels: Mapping[str, str] = {}
 
 
 @routes.get("/networks")
 async def list_networks(request: web.Request) -> web.StreamResponse:
     """The cluster's networks that fit the filters."""
     filters = Filters.of(request)
-    filters.refuse_unknown("dangling", "driver", "id", "label", "name", "scope", "type")
+    check_list_filters(filters)
     view = await current_view(request)
-    return json_list_answer(
-        [network for network in _visible(view) if _fits(network, filters)], partial(_shown, view)
-    )
+    used = used_networks(view) if filters["dangling"] else frozenset[str]()
+    found = [network for network in _visible(view) if fits(facts_of(network, used), filters)]
+    return json_list_answer(found, partial(shown, view))
 
 
 @routes.get("/networks/{id}")
 async def inspect_network(request: web.Request) -> web.StreamResponse:
     """One network of the cluster."""
-    wrapped_flag(request, "verbose")
+    verbose = wrapped_flag(request, "verbose")
     view = await current_view(request)
-    return json_answer(_shown(view, _resolve(view, request.match_info["id"])))
+    network = _resolve(view, request.match_info["id"])
+    return json_answer(await inspected(view, network, verbose=verbose))
 
 
 @routes.post("/networks/create")
 async def create_network(request: web.Request) -> web.StreamResponse:
     """Create a network of the cluster."""
     manager = manager_of(request)
-    body = await read_json(request, _NetworkBody)
+    body = await read_json(request, NetworkBody)
     _check_free(await current_view(request), body.name)
-    _check_subnets(body)
-    control.check_name(body.name)
+    check_name(body.name)
+    check_form(body)
     network = await manager.update(
         control.create_network, _spec(body), new_id=manager.new_id, now=manager.now()
     )
     return json_answer({"Id": network.id, "Warning": ""}, 201)
+
+
+@routes.post("/networks/prune")
+async def prune_networks(request: web.Request) -> web.StreamResponse:
+    """Remove every network of the cluster that nobody uses and that the filters mean; never the ingress network."""
+    filters = Filters.of(request)
+    filters.refuse_unknown(*PRUNE_FILTERS)
+    manager = manager_of(request)
+    now_ns = manager.clock.now_ns()
+    moments = [parse_moment(text, now_ns) for text in filters["until"]]
+    view = await current_view(request)
+    removed = []
+    for network in _visible(view):
+        if is_ingress(network) or not _is_prunable(network, filters, moments):
+            continue
+        try:
+            await manager.update(control.remove_network, network.id)
+        except (FailedPrecondition, NotFound) as error:  # in use, or somebody else was faster
+            log.debug("network not pruned", network=network.spec.name, reason=str(error))
+            continue
+        removed.append(network.spec.name)
+    return json_answer({"NetworksDeleted": removed or None})
+
+
+@routes.post("/networks/{id}/update")
+async def update_network(request: web.Request) -> web.StreamResponse:
+    """Add subnets to a network of the cluster, an operation of ours; the same twice changes nothing."""
+    body = await read_json(request, SubnetsBody)
+    network = _resolve(await current_view(request), request.match_info["id"])
+    await manager_of(request).update(
+        control.add_subnets, network.id, [_config(one) for one in body.subnets_add]
+    )
+    return web.Response(status=200)
 
 
 @routes.delete("/networks/{id}")
@@ -105,12 +110,7 @@ async def remove_network(request: web.Request) -> web.StreamResponse:
 
 
 def _visible(view: View) -> list[Network]:
-    """The node-local networks every cluster has are shown by each node for itself."""
-    return [
-        network
-        for network in view.find(Network)
-        if network.spec.labels.get(control.PREDEFINED_LABEL) != "true"
-    ]
+    return [network for network in view.find(Network) if not is_predefined(network)]
 
 
 def _resolve(view: View, word: str) -> Network:
@@ -127,22 +127,22 @@ def _check_free(view: View, name: str) -> None:
         raise AlreadyExists(f"network with name {name} already exists")
 
 
-def _check_subnets(body: _NetworkBody) -> None:
-    """The engine reads subnets before it asks the cluster, and gives that error no class.  Raises: Untranslated."""
-    for config in body.ipam.config if body.ipam is not None else ():
-        if config.subnet and not control.is_subnet(config.subnet):
-            raise Untranslated(f"Invalid subnet {config.subnet} : invalid CIDR address: {config.subnet}")
+def _is_prunable(network: Network, filters: Filters, moments: list[int]) -> bool:
+    labels = network.spec.labels
+    unwanted = Filters({"label": filters["label!"]})
+    return (
+        filters.matches_labels("label", labels)
+        and not (filters["label!"] and unwanted.matches_labels("label", labels))
+        and all(unix_ns(network.created_at) < moment for moment in moments)
+    )
 
 
-def _spec(body: _NetworkBody) -> NetworkSpec:
+def _spec(body: NetworkBody) -> NetworkSpec:
     ipam = None
     if body.ipam is not None:
         ipam = IPAMOptions(
             driver=Driver(name=body.ipam.driver or "default", options=body.ipam.options or {}),
-            configs=tuple(
-                IPAMConfig(subnet=config.subnet, range=config.ip_range, gateway=config.gateway)
-                for config in body.ipam.config
-            ),
+            configs=tuple(map(_config, body.ipam.config)),
         )
     return NetworkSpec(
         name=body.name,
@@ -154,87 +154,14 @@ def _spec(body: _NetworkBody) -> NetworkSpec:
         ingress=body.ingress,
         ipam_options=ipam,
         scope="swarm",
-        config_from=body.config_from if body.config_from and body.config_from.network else None,
+        config_from=body.config_from if body.config_source else None,
     )
 
 
-def _fits(network: Network, filters: Filters) -> bool:
-    return (
-        filters.matches("driver", _driver(network).name)
-        and _matches_pattern(filters["name"], network.spec.name)
-        and _matches_pattern(filters["id"], network.id)
-        and filters.matches_labels("label", network.spec.labels)
-        and filters.matches("scope", "swarm")
-        and _is_of_type(filters)
-        and _is_dangling(filters)
+def _config(body: SubnetBody) -> IPAMConfig:
+    return IPAMConfig(
+        subnet=body.subnet,
+        range=body.ip_range,
+        gateway=body.gateway,
+        auxiliary_addresses=body.auxiliary_addresses,
     )
-
-
-def _matches_pattern(wanted: tuple[str, ...], text: str) -> bool:
-    """The engine takes these for regular expressions; here they are parts of the text.
-
-    A regular expression from outside could keep the manager busy for hours.
-    """
-    return not wanted or any(re.search(re.escape(word.strip("^$")), text) for word in wanted)
-
-
-def _is_of_type(filters: Filters) -> bool:
-    for word in filters["type"]:
-        if word not in {"custom", "builtin"}:
-            raise InvalidArgument(f"invalid filter: 'type'='{word}'")
-    return filters.matches("type", "custom")
-
-
-def _is_dangling(filters: Filters) -> bool:
-    """Whether anybody uses a cluster's network is not known here; none counts as dangling."""
-    match filters["dangling"]:
-        case ():
-            return True
-        case (word,) if word.lower() in {"0", "f", "false"}:
-            return True
-        case (word,) if word.lower() in {"1", "t", "true"}:
-            return False
-        case (_,):
-            raise InvalidArgument(
-                'invalid value for filter \'dangling\', must be "true" (or "1"), or "false" (or "0")'
-            )
-        case _:
-            raise InvalidArgument('got more than one value for filter key "dangling"')
-
-
-def _driver(network: Network) -> Driver:
-    """What was allocated; before that, what was wished for."""
-    if network.driver_state.name:
-        return network.driver_state
-    return network.spec.driver_configuration or Driver()
-
-
-def _shown(view: View, network: Network) -> dict[str, Any]:
-    """A cluster's network in the flat form of ``/networks``."""
-    spec, driver = network.spec, _driver(network)
-    ipam = network.ipam_options or spec.ipam_options or IPAMOptions()
-    return {
-        "Name": spec.name,
-        "Id": network.id,
-        "Created": network.created_at,
-        "Scope": "swarm",
-        "Driver": driver.name,
-        "EnableIPv6": spec.ipv6_enabled,
-        "IPAM": {
-            "Driver": ipam.driver.name,
-            "Options": dict(ipam.driver.options) or None,
-            "Config": [
-                _Addresses(subnet=config.subnet, ip_range=config.range, gateway=config.gateway)
-                for config in ipam.configs
-            ],
-        },
-        "Internal": spec.internal,
-        "Attachable": spec.attachable,
-        "Ingress": control.is_ingress(network),
-        "ConfigFrom": {"Network": spec.config_from.network if spec.config_from else ""},
-        "ConfigOnly": False,
-        "Containers": None,
-        "Options": dict(driver.options) or None,
-        "Labels": dict(spec.labels) or None,
-        **({"Damage": damage} if (damage := damage_of(view, Network, network.id)) else {}),
-    }

@@ -77,15 +77,16 @@ def oci_executor(
         cgroups=cgroups,
         capacity=capacity,
     )
+    gateway = Gateway(
+        namespaces=namespaces,
+        ports=ports or OwnReservations(namespaces),
+        state=paths.networks / "gateway",
+    )
     containers = Containers(
         bundles=bundles,
         runtime=runtime,
         cgroups=cgroups,
-        network=Gateway(
-            namespaces=namespaces,
-            ports=ports or OwnReservations(namespaces),
-            state=paths.networks / "gateway",
-        ),
+        network=gateway,
         clock=clock,
         new_id=new_container_id,
         starts_max=2 * (os.cpu_count() or 1),
@@ -99,6 +100,7 @@ def oci_executor(
         clock=clock,
         hostname=hostname,
         log_default=log_default,
+        gateway=gateway,
     )
 
 

@@ -27,6 +27,7 @@ from skep.node.executor.wish import LABEL_TASK_ID, NodeFacts
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.network.connections import inbound_of
+from skep.node.network.local.keeper import GatewayBridge
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
 from skep.node.oci.containers import Containers
@@ -57,13 +58,19 @@ class OciExecutor:
         clock: Clock,
         hostname: str,
         log_default: Driver | None = None,
+        gateway: GatewayBridge | None = None,
     ) -> None:
-        """``log_default``: the node's log driver with its options, for tasks that name none."""
+        """
+        Args:
+            log_default: the node's log driver with its options, for tasks that name none.
+            gateway: the bridge by which containers reach the world; whoever shows the node's networks asks for it.
+        """
         self.containers = containers
         self.bundles = bundles
         self.images = images
         self.payloads = payloads
         self.volumes = volumes
+        self.gateway = gateway
         self.pulling = Pulling(images, clock)
         self.clock = clock
         self.log_default = log_default or Driver(name="json-file")

@@ -94,10 +94,6 @@ def _owner_of_image(asked: _Asked, name: str) -> Destination:
     return Destination.HERE if asked.knowledge.knows_image(name) else _others(asked)
 
 
-def _owner_of_networks(asked: _Asked, _name: str) -> Destination:
-    return Destination.MANAGER if asked.knowledge.is_manager else _others(asked)
-
-
 def _rule(pattern: str, decide: Callable[[_Asked, str], Destination]) -> _Rule:
     return _Rule(re.compile(pattern), decide)
 
@@ -108,7 +104,8 @@ _RULES = (
     # the node's own membership works without a manager; all else about the swarm is the manager's
     _rule(r"/swarm/(?:init|join|leave|unlock)", _here),
     _rule(r"/(?:swarm|services|tasks|nodes|secrets|configs)(?:/.*)?", _manager),
-    _rule(r"/networks(?:/.*)?", _owner_of_networks),
+    # networks: the cluster's, the engine's and the node's own in one list
+    _rule(r"/networks(?:/.*)?", _here),
     # ours: what Docker has no word for
     _rule(r"/skep/restore", _here),
     _rule(r"/skep/(?:backup|cluster/.+|(?:tasks|services)/.+)", _manager),

@@ -57,6 +57,10 @@ class Addresses:
         if address in self.subnet:
             self._last = max(self._last, int(address))
 
+    def owners(self) -> tuple[str, ...]:
+        """Who has an address."""
+        return tuple(self._used.values())
+
     def release(self, address: IPv4Address, owner: str) -> None:
         """Give it back; ignored when it is not ``owner``'s."""
         if self._used.get(address) == owner:

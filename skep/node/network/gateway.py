@@ -18,7 +18,8 @@ import structlog
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from skep.errors import SkepError, Unavailable
+from skep.api.errors import Forbidden
+from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId
 from skep.model.service import PortConfig, PublishMode
@@ -116,6 +117,46 @@ class Gateway:
     async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Free everything that ``attach`` gave; harmless when it is free already."""
         await self._undo(container_id, IPv4Address(endpoint.address), endpoint.ports)
+
+    # --- another subnet ---------------------------------------------------------------------------------------
+
+    @property
+    def bridge(self) -> str:
+        """Name of its link."""
+        return self._bridge
+
+    @property
+    def subnet(self) -> IPv4Network | None:
+        """None: it is not made yet."""
+        return self._addresses.subnet if self._addresses is not None else None
+
+    def users(self) -> Sequence[str]:
+        """Ids of the containers on it."""
+        return self._addresses.owners() if self._addresses is not None else ()
+
+    async def move(self, subnet: IPv4Network | None) -> None:
+        """Give the bridge another subnet; None: one that is free.
+
+        Raises: FailedPrecondition: a container is on it; Forbidden: the machine has that network; SkepError.
+        """
+        if subnet is not None:
+            async with self._namespaces.netlink(self._namespaces.home) as home:
+                taken = await _networks_except(home, await _index(home, self._bridge))
+            for network in taken:
+                if network.prefixlen and network.overlaps(subnet):
+                    raise Forbidden(
+                        f"Pool overlaps with other one on this address space: {subnet} and {network}, "
+                        "which this machine reaches by itself"
+                    )
+        if self.users():
+            raise FailedPrecondition("containers are on the node's gateway bridge")
+        self._addresses = None  # nobody gets an address of the old subnet any more
+        if subnet is None:
+            self._state.unlink(missing_ok=True)
+        else:
+            self._state.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._state, f"{subnet}\n".encode(), is_durable=False)
+        await self.restore({})
 
     # --- ports ------------------------------------------------------------------------------------------------
 

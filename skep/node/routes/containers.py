@@ -15,6 +15,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
 from skep.api.errors import NotModified, Untranslated
+from skep.api.moments import parse_moment
 from skep.api.server import (
     Filters,
     JsonLines,
@@ -39,7 +40,6 @@ from skep.node.routes import container_answers
 from skep.node.routes.container_listing import Wish, ancestors, select
 from skep.node.routes.container_output import output_routes
 from skep.node.routes.exec import exec_routes
-from skep.node.routes.moments import parse_moment
 from skep.node.routes.queries import integer
 
 _LINES_AT_ONCE = 128

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
 from skep.api.errors import Untranslated
+from skep.api.moments import parse_moment
 from skep.api.server import Filters, api_version, flag, json_answer, json_list_answer
 from skep.api.tables import Table
 from skep.errors import InvalidArgument, NotFound, SkepError, Unimplemented
@@ -26,7 +27,6 @@ from skep.node.oci.images.registry import decode_credentials
 from skep.node.oci.images.removal import ImageUser
 from skep.node.oci.images.store import ImageStore, Removed
 from skep.node.routes import image_answers
-from skep.node.routes.moments import parse_moment
 from skep.node.routes.progress import answer_with_progress
 
 _PIECE_BYTES = 1 << 18

@@ -132,6 +132,7 @@ def _ipam_to_pb(options: IPAMOptions) -> pb.IPAMOptions:
                 subnet=config.subnet,
                 range=config.range,
                 gateway=config.gateway,
+                reserved=config.auxiliary_addresses,
             )
             for config in options.configs
         ],
@@ -142,7 +143,12 @@ def _ipam_from_pb(message: pb.IPAMOptions) -> IPAMOptions:
     return IPAMOptions(
         driver=driver_from_pb(message.driver),
         configs=tuple(
-            IPAMConfig(subnet=config.subnet, range=config.range, gateway=config.gateway)
+            IPAMConfig(
+                subnet=config.subnet,
+                range=config.range,
+                gateway=config.gateway,
+                auxiliary_addresses=dict(config.reserved),
+            )
             for config in message.configs
         ),
     )

@@ -1,5 +1,7 @@
 """Addresses of networks: each has one holder."""
 
+from ipaddress import IPv6Network
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from msgspec.structs import replace
 
 from skep.manager.allocator.addresses import AddressBook, NoAddress
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions
+from skep.model.network import IPAMConfig, IPAMOptions, Network
 from tests.builders import an_overlay
 
 NET = an_overlay("net1", subnet="10.0.1.0/29")
@@ -34,7 +36,7 @@ def test_an_address_that_somebody_has_cannot_be_wished_for() -> None:
     assert book.give("a", NET, "10.0.1.4") == "10.0.1.4/29"
     with pytest.raises(NoAddress, match=r"address 10\.0\.1\.4 of network net1 is already in use"):
         book.give("b", NET, "10.0.1.4")
-    with pytest.raises(NoAddress, match="is not an IPv4 address"):
+    with pytest.raises(NoAddress, match="is not an IP address"):
         book.give("b", NET, "nonsense")
 
 
@@ -68,3 +70,67 @@ def test_nobody_shares_an_address(steps: list[tuple[int, bool]]) -> None:
             continue
         assert address not in held.values()
         held[owner] = address
+
+
+def with_both(subnet_6: str = "fd00:1::/64", **fields: object) -> Network:
+    configs = (
+        IPAMConfig(subnet="10.0.1.0/29", gateway="10.0.1.1"),
+        IPAMConfig(subnet=subnet_6, gateway=str(IPv6Network(subnet_6)[1])),
+    )
+    return replace(NET, ipam_options=IPAMOptions(driver=Driver(name="default"), configs=configs), **fields)
+
+
+def test_a_network_of_both_versions_gives_an_address_of_each() -> None:
+    book = AddressBook()
+    net = with_both()
+    assert book.give_all("a", net) == ("10.0.1.2/29", "fd00:1::2/64")
+    assert book.give_all("b", net) == ("10.0.1.3/29", "fd00:1::3/64")
+    book.release("a")
+    assert book.give_all("c", net, "10.0.1.2") == ("10.0.1.2/29", "fd00:1::4/64")
+    assert book.give_all("d", net, "fd00:1::77") == ("10.0.1.4/29", "fd00:1::77/64")
+
+
+def test_a_network_that_lacks_addresses_of_one_version_gives_none_of_the_other() -> None:
+    book = AddressBook()
+    net = with_both("fd00:1::/126")
+    assert [len(book.give_all(owner, net)) for owner in "ab"] == [2, 2]
+    with pytest.raises(NoAddress, match="no available IPv6 addresses on this network's address pools: net1"):
+        book.give_all("c", net)
+    assert book.usage(net).used == 2
+    assert book.give("c", net) == "10.0.1.5/29"  # what was tried comes again only in its turn
+
+
+def test_auxiliary_addresses_are_never_given() -> None:
+    config = IPAMConfig(subnet="10.0.1.0/29", gateway="10.0.1.1", auxiliary_addresses={"nas": "10.0.1.3"})
+    net = replace(NET, ipam_options=IPAMOptions(driver=Driver(name="default"), configs=(config,)))
+    book = AddressBook()
+    assert [book.give(owner, net) for owner in "abcd"] == [f"10.0.1.{host}/29" for host in (2, 4, 5, 6)]
+    assert str(book.usage(net)) == "4 of 4 addresses are in use"
+    with pytest.raises(NoAddress):
+        book.give("e", net)
+
+
+def test_a_network_is_nearly_full_from_four_fifths_on() -> None:
+    book = AddressBook()
+    given_ones = [book.give(owner, NET) for owner in "abc"]
+    assert not book.usage(NET).is_nearly_full
+    book.give("d", NET)
+    assert book.usage(NET).is_nearly_full, given_ones
+
+
+def test_a_new_leader_does_not_give_again_what_may_just_have_been_given_back() -> None:
+    book = AddressBook()
+    book.hold("a", [(NET.id, "10.0.1.4/29")])
+    assert book.give("b", NET) == "10.0.1.5/29"
+
+
+def test_a_thousand_tasks_come_and_go_in_a_small_network() -> None:
+    net = an_overlay("tiny", subnet="10.0.1.0/28")
+    book = AddressBook()
+    before = ""
+    for number in range(1000):
+        address = book.give(f"t{number}", net)
+        assert address != before
+        before = address
+        book.release(f"t{number}")
+    assert not book.is_used(net.id)

@@ -30,7 +30,7 @@ def attachments(
 ) -> Attached | NotAttached:
     book = AddressBook()
     return attachments_for(
-        spec, networks, lambda network, address: book.give("task", network, address), wished
+        spec, networks, lambda network, address: book.give_all("task", network, address), wished
     )
 
 
@@ -73,7 +73,9 @@ def test_a_task_waits_when_every_address_is_taken() -> None:
     networks = Networks(find=lambda _: tiny)
     book = AddressBook()
     book.give("other", tiny)
-    waiting = attachments_for(attached_to("net1"), networks, lambda network, _: book.give("task", network))
+    waiting = attachments_for(
+        attached_to("net1"), networks, lambda network, _: book.give_all("task", network)
+    )
     assert waiting == NotAttached("no available IPv4 addresses on this network's address pools: net1 (net1)")
 
 

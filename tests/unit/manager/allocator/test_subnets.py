@@ -1,6 +1,6 @@
 """Which VXLAN ids, subnets and gateways networks get."""
 
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 
 import pytest
 from hypothesis import given
@@ -18,6 +18,7 @@ from skep.manager.allocator.subnets import (
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.planes import DOCKER, PLANE_OPTION, SKEP
 from tests.builders import an_overlay
 
 POOLS = ("10.0.0.0/8",)
@@ -101,3 +102,88 @@ def test_a_free_subnet_overlaps_with_nothing_and_is_the_lowest(taken: set[int], 
     else:
         with pytest.raises(NotAllocated):
             free_subnet((str(pool),), length, held)
+
+
+def test_the_routes_of_machines_are_avoided() -> None:
+    routes = [IPv4Network("10.0.0.0/24"), IPv4Network("10.0.2.0/23"), IPv4Network("192.168.0.0/16")]
+    book = NetworkBook()
+    names = ("net1", "net2", "net3")
+    subnets = []
+    for name in names:
+        network = allocated(an_overlay(name, subnet=""), book, POOLS, 24, routes=routes)
+        book.enter(network)
+        subnets.append(config_of(network).subnet)
+    assert subnets == ["10.0.1.0/24", "10.0.4.0/24", "10.0.5.0/24"]
+
+
+def test_another_pool_is_taken_before_one_that_a_route_contains() -> None:
+    routes = [IPv4Network("10.0.0.0/8"), IPv4Network("10.0.0.0/24")]
+    assert free_subnet(("10.0.0.0/8", "172.30.0.0/16"), 24, [], routes) == IPv4Network("172.30.0.0/24")
+    assert free_subnet(("10.0.0.0/8",), 24, [], routes) == IPv4Network("10.0.1.0/24")
+
+
+def test_a_network_with_ipv6_has_a_subnet_of_each_version_and_belongs_to_skep_nodes() -> None:
+    book = NetworkBook()
+    first = allocated(an_overlay("net1", subnet="", ipv6_enabled=True), book, POOLS, 24, cluster="c1")
+    book.enter(first)
+    second = allocated(an_overlay("net2", subnet="", ipv6_enabled=True), book, POOLS, 24, cluster="c1")
+    other = allocated(
+        an_overlay("net1", subnet="", ipv6_enabled=True), NetworkBook(), POOLS, 24, cluster="c2"
+    )
+    v4, v6 = first.ipam_options.configs if first.ipam_options else ()
+    assert (v4.subnet, IPv6Network(v6.subnet).prefixlen) == ("10.0.0.0/24", 64)
+    assert IPv6Network(v6.subnet).subnet_of(IPv6Network("fd00::/8"))
+    assert v6.gateway == str(IPv6Network(v6.subnet)[1])
+    assert first.driver_state.options == {VXLAN_OPTION: "4097", PLANE_OPTION: SKEP}
+    assert second.ipam_options is not None
+    assert second.ipam_options.configs[1].subnet != v6.subnet
+    assert other.ipam_options is not None
+    assert other.ipam_options.configs[1].subnet != v6.subnet
+    assert is_allocated(first)
+
+
+def test_named_subnets_of_both_versions_are_kept_ipv4_first() -> None:
+    configs = (IPAMConfig(subnet="2001:db8::/64"), IPAMConfig(subnet="10.9.0.0/24"))
+    named = IPAMOptions(driver=Driver(name="default"), configs=configs)
+    network = allocated(
+        an_overlay("n", subnet="", ipv6_enabled=True, ipam_options=named), NetworkBook(), POOLS, 24
+    )
+    assert network.ipam_options is not None
+    assert [(one.subnet, one.gateway) for one in network.ipam_options.configs] == [
+        ("10.9.0.0/24", "10.9.0.1"),
+        ("2001:db8::/64", "2001:db8::1"),
+    ]
+
+
+def test_engines_give_ipv6_addresses_for_themselves() -> None:
+    wished = an_overlay("n", subnet="", ipv6_enabled=True, labels={PLANE_OPTION: DOCKER})
+    assert config_of(allocated(wished, NetworkBook(), POOLS, 24)).subnet == "10.0.0.0/24"
+
+
+def test_the_gateway_is_no_auxiliary_address() -> None:
+    config = IPAMConfig(subnet="10.9.0.0/24", auxiliary_addresses={"a": "10.9.0.1", "b": "10.9.0.2"})
+    named = IPAMOptions(driver=Driver(name="default"), configs=(config,))
+    network = allocated(an_overlay("n", subnet="", ipam_options=named), NetworkBook(), POOLS, 24)
+    assert config_of(network).gateway == "10.9.0.3"
+
+
+@given(
+    st.sets(st.integers(0, 63), max_size=30),
+    st.lists(st.tuples(st.integers(0, 2**10 - 1), st.integers(22, 32)), max_size=8),
+)
+def test_a_free_subnet_avoids_routes_that_lie_across_each_other(
+    taken: set[int], routes: list[tuple[int, int]]
+) -> None:
+    held = [IPv4Network((0x0A000000 + number * 16, 28)) for number in taken]
+    reached = [IPv4Network((0x0A000000 + offset, length), strict=False) for offset, length in routes]
+    pool = IPv4Network("10.0.0.0/22")
+    narrow = [one for one in reached if not pool.subnet_of(one)]
+    for avoided in (held + reached, held + narrow):
+        free = [
+            one for one in pool.subnets(new_prefix=27) if not any(one.overlaps(other) for other in avoided)
+        ]
+        if free:
+            assert free_subnet((str(pool),), 27, held, reached) == free[0]
+            return
+    with pytest.raises(NotAllocated):
+        free_subnet((str(pool),), 27, held, reached)

@@ -90,7 +90,9 @@ def test_everything_else_is_the_engines_if_there_is_one(method: str, target: str
     assert route(method, target, Known(has_engine=False)) is HERE
 
 
-def test_networks_are_the_clusters_on_a_manager_only() -> None:
-    assert route("GET", "/v1.41/networks", Known(has_engine=True)) is MANAGER
-    assert route("GET", "/networks/x", Known(is_manager=False, has_engine=True)) is ENGINE
-    assert route("GET", "/networks/x", Known(is_manager=False)) is HERE
+@pytest.mark.parametrize("is_manager", [True, False])
+def test_networks_of_cluster_engine_and_node_are_one_list(is_manager: bool) -> None:
+    for has_engine in (True, False):
+        known = Known(is_manager=is_manager, has_engine=has_engine)
+        assert route("GET", "/v1.41/networks", known) is HERE
+        assert route("POST", "/networks/x/connect", known) is HERE

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.api.moments import parse_moment
 from skep.errors import InvalidArgument
 from skep.node.routes.ages import age
-from skep.node.routes.moments import parse_moment
 
 NOW = 1_800_000_000_000_000_000
 SECOND = 1_000_000_000

@@ -1,0 +1,62 @@
+"""A cluster's network in the flat form of ``/networks``.
+
+Source: moby 20.10, daemon/cluster/convert/network.go (BasicNetworkFromGRPC), api/types/types.go (NetworkResource).
+"""
+
+import hashlib
+from typing import Any
+
+from skep.api.networks import SWARM, SubnetBody
+from skep.model.meta import Driver
+from skep.model.network import IPAMOptions, Network, is_ingress
+from skep.model.planes import is_overlay
+
+
+def known_driver(network: Network) -> Driver:
+    """What was allocated; before that, what was wished for."""
+    if network.driver_state.name:
+        return network.driver_state
+    return network.spec.driver_configuration or Driver()
+
+
+def endpoint_id(user: str, network_id: str) -> str:
+    """The id of a task's or container's place on a network: the same wherever and whenever it is asked for."""
+    return hashlib.sha256(f"{network_id}/{user}".encode()).hexdigest()
+
+
+def flat_form(network: Network) -> dict[str, Any]:
+    """The network as lists have it: without who is on it."""
+    spec, driver = network.spec, known_driver(network)
+    wished = (
+        spec.ipam_options if is_overlay(network) else None
+    )  # of others the cluster gives no addresses out
+    ipam = network.ipam_options or wished or IPAMOptions()
+    return {
+        "Name": spec.name,
+        "Id": network.id,
+        "Created": network.created_at,
+        "Scope": SWARM,
+        "Driver": driver.name,
+        "EnableIPv6": spec.ipv6_enabled,
+        "IPAM": {
+            "Driver": ipam.driver.name,
+            "Options": dict(ipam.driver.options) or None,
+            "Config": [
+                SubnetBody(
+                    subnet=config.subnet,
+                    ip_range=config.range,
+                    gateway=config.gateway,
+                    auxiliary_addresses=config.auxiliary_addresses,
+                )
+                for config in ipam.configs
+            ],
+        },
+        "Internal": spec.internal,
+        "Attachable": spec.attachable,
+        "Ingress": is_ingress(network),
+        "ConfigFrom": {"Network": spec.config_from.network if spec.config_from else ""},
+        "ConfigOnly": False,
+        "Containers": None,
+        "Options": dict(driver.options) or None,
+        "Labels": dict(spec.labels) or None,
+    }

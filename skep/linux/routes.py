@@ -1,0 +1,52 @@
+"""The networks that this machine reaches, as the kernel lists its routes: /proc/net/route and /proc/net/ipv6_route."""
+
+from collections.abc import Iterator
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+
+_BYTES_MAX = 1 << 20
+"""A router may have a million routes; the first 8,000 lines have to do."""
+_UP = 0x1
+_REJECT = 0x200
+_LOOPBACK = "lo"
+
+
+def read_routes(proc: Path = Path("/proc/net")) -> list[tuple[IPv4Network | IPv6Network, str]]:
+    """Every network with the interface it is reached by, without default routes and the machine's own addresses."""
+    return [*_routes_4(_text(proc / "route")), *_routes_6(_text(proc / "ipv6_route"))]
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(_BYTES_MAX).decode("ascii", "replace")
+    except OSError:  # a kernel without IPv6 has no such file
+        return ""
+
+
+def _routes_4(text: str) -> Iterator[tuple[IPv4Network, str]]:
+    """Columns: interface, destination, gateway, flags, three counters, mask; addresses as the kernel's integers."""
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        try:
+            interface, flags = words[0], int(words[3], 16)
+            address, mask = (bytes.fromhex(words[column])[::-1] for column in (1, 7))
+            length = int.from_bytes(mask).bit_count()
+            if flags & _UP and not flags & _REJECT and length and interface != _LOOPBACK:
+                yield IPv4Network((address, length), strict=False), interface
+        except (IndexError, ValueError):
+            continue
+
+
+def _routes_6(text: str) -> Iterator[tuple[IPv6Network, str]]:
+    """Columns: destination, its length, source, its length, next hop, four numbers (the last: flags), interface."""
+    for line in text.splitlines():
+        words = line.split()
+        try:
+            subnet = IPv6Network((bytes.fromhex(words[0]), int(words[1], 16)), strict=False)
+            flags, interface = int(words[8], 16), words[9]
+        except (IndexError, ValueError):
+            continue
+        is_network = 0 < subnet.prefixlen < 128 and not subnet.is_link_local and not subnet.is_multicast
+        if is_network and flags & _UP and not flags & _REJECT and interface != _LOOPBACK:
+            yield subnet, interface

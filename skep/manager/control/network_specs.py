@@ -1,0 +1,176 @@
+"""Which wishes for a network can be fulfilled.
+
+Docker's managers look at subnets and options only when they allocate, and a network that cannot be allocated stays
+without addresses and says nothing.  Here what can be known at once is refused at once, in the words that Docker's
+allocator, its drivers or its command have for it.
+
+Source: swarmkit, manager/controlapi/network.go; moby, libnetwork/drivers/overlay (mtu), ovmanager (vxlan ids),
+cli/command/network/create.go (auxiliary addresses, overlaps within a network).
+"""
+
+from collections.abc import Sequence
+from ipaddress import ip_address, ip_interface
+from itertools import combinations
+
+from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
+from skep.manager.control.names import check_dns_name
+from skep.model.meta import Driver
+from skep.model.network import IPAMConfig, NetworkSpec
+from skep.model.planes import PLANE_OPTION, PLANES
+from skep.model.routes import Subnet, overlap
+
+PREDEFINED_LABEL = "com.docker.swarm.predefined"
+MTU_OPTION = "com.docker.network.driver.mtu"
+VXLAN_IDS_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
+SUBNETS_MAX = 64
+_DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
+_VXLAN_ID_MAX = 2**24 - 1
+_MTU_MIN = 576
+_MTU_MIN_6 = 1280
+_MTU_MAX = 65535
+
+
+def check_network_spec(spec: NetworkSpec) -> None:
+    """Refuse what can never work.  Raises: InvalidArgument, PermissionDenied, Unimplemented."""
+    driver = spec.driver_configuration
+    if spec.ingress and driver is not None and driver.name != "overlay":
+        raise Unimplemented("only overlay driver is currently supported for ingress network")
+    if spec.attachable and spec.ingress:
+        raise InvalidArgument("ingress network cannot be attachable")
+    check_dns_name(spec.name)
+    if PREDEFINED_LABEL in spec.labels:
+        raise PermissionDenied(
+            f"label {PREDEFINED_LABEL} is for internally created predefined networks and cannot be applied by users"
+        )
+    if driver is not None:
+        _check_driver(driver, spec)
+    _check_plane(spec)
+    if spec.ipam_options is not None:
+        _check_ipam_driver(spec.ipam_options.driver)
+        check_subnets(spec.ipam_options.configs)
+
+
+def check_subnets(configs: Sequence[IPAMConfig]) -> None:
+    """Refuse subnets of one network that cannot be, by themselves or together.  Raises: InvalidArgument."""
+    if len(configs) > SUBNETS_MAX:
+        raise InvalidArgument(f"ipam configuration: more than {SUBNETS_MAX} subnets")
+    for config in configs:
+        _check_subnet(config)
+    for one, other in combinations(configs, 2):
+        if overlap(_subnet(one), _subnet(other)):
+            raise InvalidArgument("multiple overlapping subnet configuration is not supported")
+
+
+def is_subnet(text: str) -> bool:
+    """Whether ``text`` is an address with the length of a prefix (``10.0.9.0/24``)."""
+    address, slash, length = text.partition("/")
+    try:
+        ip_interface(text)
+    except ValueError:
+        return False
+    return bool(address and slash) and length.isdigit()
+
+
+def _check_driver(driver: Driver, spec: NetworkSpec) -> None:
+    if not driver.name:
+        raise InvalidArgument("driver name: if driver is specified name is required")
+    if driver.name not in _DRIVERS:
+        raise InvalidArgument(f"error during lookup of plugin {driver.name}")
+    if driver.name != "overlay":
+        return
+    mtu = driver.options.get(MTU_OPTION)
+    if mtu is not None:
+        _check_mtu(mtu, _MTU_MIN_6 if spec.ipv6_enabled else _MTU_MIN)
+    for word in (
+        driver.options.get(VXLAN_IDS_OPTION, "").split(",") if VXLAN_IDS_OPTION in driver.options else ()
+    ):
+        if not _is_number(word) or not 0 < int(word) <= _VXLAN_ID_MAX:
+            raise InvalidArgument(f"invalid vxlan id value {_quoted(word)} passed")
+
+
+def _check_mtu(word: str, least: int) -> None:
+    if not _is_number(word.removeprefix("-")):
+        raise InvalidArgument(
+            f"failed to parse {word}: strconv.Atoi: parsing {_quoted(word)}: invalid syntax"
+        )
+    if not least <= int(word) <= _MTU_MAX:
+        raise InvalidArgument(f"invalid MTU value: {word}")
+
+
+def _check_plane(spec: NetworkSpec) -> None:
+    named = (
+        spec.labels.get(PLANE_OPTION),
+        spec.driver_configuration and (spec.driver_configuration.options.get(PLANE_OPTION)),
+    )
+    for plane in named:
+        if plane is not None and plane not in PLANES:
+            raise InvalidArgument(f"{PLANE_OPTION} is docker or skep, not {plane!r}")
+
+
+def _check_ipam_driver(driver: Driver) -> None:
+    if not driver.name:
+        raise InvalidArgument("driver name: if driver is specified name is required")
+    if driver.name.lower() != "default":
+        raise InvalidArgument(f"error during lookup of plugin {driver.name}")
+
+
+def _check_subnet(config: IPAMConfig) -> None:
+    if not is_subnet(config.subnet):
+        raise InvalidArgument(f"ipam configuration: invalid subnet {config.subnet}")
+    subnet = _subnet(config)
+    if subnet.is_multicast or subnet.is_loopback or subnet.network_address.is_unspecified:
+        raise InvalidArgument(f"ipam configuration: invalid subnet {config.subnet}")
+    if subnet.num_addresses < 4:
+        raise InvalidArgument(f"ipam configuration: subnet {config.subnet} has no addresses for containers")
+    if config.range:
+        _check_range(config, subnet)
+    if config.gateway:
+        try:
+            gateway = ip_address(config.gateway)
+        except ValueError:
+            raise InvalidArgument(f"ipam configuration: invalid gateway {config.gateway}") from None
+        if gateway not in subnet:
+            raise InvalidArgument(
+                f"ipam configuration: subnet {config.subnet} does not contain gateway {config.gateway}"
+            )
+    _check_auxiliary(config, subnet)
+
+
+def _check_range(config: IPAMConfig, subnet: Subnet) -> None:
+    try:
+        inner = ip_interface(config.range)
+    except ValueError:
+        raise InvalidArgument(f"ipam configuration: invalid range {config.range}") from None
+    if inner.ip not in subnet or inner.network.prefixlen < subnet.prefixlen:
+        raise InvalidArgument(
+            f"ipam configuration: subnet {config.subnet} does not contain range {config.range}"
+        )
+
+
+def _check_auxiliary(config: IPAMConfig, subnet: Subnet) -> None:
+    if len(config.auxiliary_addresses) > 1024:
+        raise InvalidArgument("ipam configuration: more than 1024 auxiliary addresses")
+    gateway = ip_address(config.gateway) if config.gateway else None
+    for name, text in config.auxiliary_addresses.items():
+        try:
+            address = ip_address(text)
+        except ValueError:
+            address = None
+        if address is None or address not in subnet:
+            raise InvalidArgument(f"no matching subnet for aux-address {text}")
+        if address == gateway:
+            raise InvalidArgument(
+                f"failed to allocate secondary ip address ({name}:{text}): Address already in use"
+            )
+
+
+def _subnet(config: IPAMConfig) -> Subnet:
+    return ip_interface(config.subnet).network
+
+
+def _is_number(word: str) -> bool:
+    return 0 < len(word) <= 9 and word.isascii() and word.isdigit()
+
+
+def _quoted(word: str) -> str:
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,100 @@
+"""Which networks a machine reaches by itself, as its node tells the managers.
+
+An overlay whose subnet is also that of a machine's own network cuts the containers there off from that network.  So
+skep nodes report their routes, in an engine label of the node, which the wire carries already and the user can read:
+``10.0.0.0/24=eth0 192.168.7.0/24=eth1``.
+"""
+
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from typing import Final, TypeAlias
+
+import msgspec
+
+from skep.linux.routes import read_routes
+from skep.model.node import Node
+
+ROUTES_LABEL: Final = "skep.routes"
+ROUTES_MAX: Final = 64
+"""As many of a node are told and heard of; of more than that, the widest."""
+_LABEL_CHARACTERS_MAX = 8192
+
+Subnet: TypeAlias = IPv4Network | IPv6Network
+
+
+class MachineRoute(msgspec.Struct, frozen=True):
+    """A network that a machine reaches through one of its interfaces."""
+
+    subnet: Subnet
+    interface: str
+
+    def __str__(self) -> str:
+        return f"{self.subnet}={self.interface}"
+
+
+class Clash(msgspec.Struct, frozen=True):
+    """A subnet of the cluster lies across a route of a node."""
+
+    subnet: Subnet
+    node: str
+    """Its name, or its id where it has none."""
+    route: MachineRoute
+
+    def __str__(self) -> str:
+        return (
+            f"{self.subnet} overlaps with {self.route.subnet} on {self.route.interface} of node {self.node}"
+        )
+
+
+def routes_label(routes: Iterable[MachineRoute]) -> str:
+    """The label for ``routes``: without those that others of their interface contain, the widest first."""
+    by_interface: dict[str, list[Subnet]] = {}
+    for route in routes:
+        by_interface.setdefault(route.interface, []).append(route.subnet)
+    joined: list[MachineRoute] = []
+    for interface, subnets in by_interface.items():
+        four = collapse_addresses(one for one in subnets if isinstance(one, IPv4Network))
+        six = collapse_addresses(one for one in subnets if isinstance(one, IPv6Network))
+        joined += (MachineRoute(subnet, interface) for subnet in four)
+        joined += (MachineRoute(subnet, interface) for subnet in six)
+    joined.sort(key=lambda route: (route.subnet.version, route.subnet.prefixlen, str(route)))
+    return " ".join(map(str, joined[:ROUTES_MAX]))
+
+
+def own_routes_label() -> str:
+    """The label for this machine's routes, as they are now."""
+    return routes_label(MachineRoute(subnet, interface) for subnet, interface in read_routes())
+
+
+def routes_of(node: Node) -> tuple[MachineRoute, ...]:
+    """What the node reports; words that are no routes are passed over."""
+    words = node.description.engine.labels.get(ROUTES_LABEL, "")[:_LABEL_CHARACTERS_MAX].split()
+    routes = []
+    for word in words[:ROUTES_MAX]:
+        text, _, interface = word.partition("=")
+        try:
+            routes.append(MachineRoute(ip_network(text), interface))
+        except ValueError:
+            continue
+    return tuple(route for route in routes if route.subnet.prefixlen)
+
+
+def clashes(subnets: Iterable[Subnet], nodes: Iterable[Node]) -> list[Clash]:
+    """Where ``subnets`` lie across routes of ``nodes``, in their order."""
+    wanted = list(subnets)
+    return [
+        Clash(subnet, node.description.hostname or node.id, route)
+        for node in nodes
+        for route in routes_of(node)
+        for subnet in wanted
+        if overlap(subnet, route.subnet)
+    ]
+
+
+def overlap(one: Subnet, other: Subnet) -> bool:
+    """Whether two subnets have an address in common; those of different versions have none."""
+    match one, other:
+        case (IPv4Network(), IPv4Network()) | (IPv6Network(), IPv6Network()):
+            return one.overlaps(other)
+        case _:
+            return False

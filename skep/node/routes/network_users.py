@@ -1,0 +1,74 @@
+"""The containers of this node on its networks, as ``docker network inspect`` shows them."""
+
+from collections.abc import Collection, Iterable, Mapping
+from ipaddress import IPv4Interface, ip_interface
+from typing import Any
+
+from skep.api.network_form import endpoint_id
+from skep.model.ids import TaskId
+from skep.model.network import Network
+from skep.model.planes import is_overlay
+from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.node.network.addresses import mac_of
+from skep.node.network.local.objects import LocalNetwork
+from skep.node.oci.container import Container
+
+_TASK_LABEL = "com.docker.swarm.task.id"
+
+
+def networks_in_use(
+    tasks: Mapping[TaskId, AssignedTask], statuses: Mapping[TaskId, TaskStatus]
+) -> dict[str, Network]:
+    """The overlay networks that a task of this node uses which has not ended, by id."""
+    return {
+        attachment.network.id: attachment.network
+        for id, assigned in tasks.items()
+        if id not in statuses or statuses[id].state <= TaskState.RUNNING
+        for attachment in assigned.task.networks_attachments
+        if attachment.network is not None and is_overlay(attachment.network)
+    }
+
+
+def on_overlay(
+    network_id: str, tasks: Mapping[TaskId, AssignedTask], containers: Collection[Container]
+) -> dict[str, Any]:
+    """Entries of ``Containers``, by container id."""
+    entries: dict[str, Any] = {}
+    for container in containers:
+        assigned = tasks.get(TaskId(container.labels.get(_TASK_LABEL, "")))
+        if assigned is None or not container.is_running:
+            continue
+        for attachment in assigned.task.networks_attachments:
+            if attachment.network is not None and attachment.network.id == network_id:
+                endpoint = endpoint_id(assigned.task.id, network_id)
+                entries[container.id] = _entry(container.name, endpoint, attachment.addresses)
+    return entries
+
+
+def on_gateway(
+    gateway: LocalNetwork, users: Iterable[str], containers: Collection[Container]
+) -> dict[str, Any]:
+    """The same of the gateway bridge, under the names that Docker has for these places."""
+    wanted = set(users)
+    return {
+        one.id: _entry(
+            f"gateway_{one.id[:12]}",
+            endpoint_id(one.id, gateway.id),
+            (f"{one.endpoint.address}/{one.endpoint.prefix_length}",),
+        )
+        for one in containers
+        if one.id in wanted and one.endpoint is not None
+    }
+
+
+def _entry(name: str, endpoint: str, addresses: Iterable[str]) -> dict[str, Any]:
+    found = [ip_interface(address) for address in addresses]
+    four = next((one for one in found if isinstance(one, IPv4Interface)), None)
+    six = next((one for one in found if not isinstance(one, IPv4Interface)), None)
+    return {
+        "Name": name,
+        "EndpointID": endpoint,
+        "MacAddress": mac_of(four.ip) if four is not None else "",
+        "IPv4Address": str(four or ""),
+        "IPv6Address": str(six or ""),
+    }
