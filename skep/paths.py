@@ -187,6 +187,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "netns"
 
     @property
+    def overlays(self) -> Path:
+        """The namespaces of overlay networks; containers' are in ``netns``."""
+        return self.run / "overlays"
+
+    @property
     def runc(self) -> Path:
         return self.run / "runc"
 
