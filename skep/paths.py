@@ -192,6 +192,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "tables"
 
     @property
+    def overlays(self) -> Path:
+        """The namespaces of overlay networks; containers' are in ``netns``."""
+        return self.run / "overlays"
+
+    @property
     def runc(self) -> Path:
         return self.run / "runc"
 

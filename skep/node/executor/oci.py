@@ -28,6 +28,7 @@ from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.network.connections import inbound_of
 from skep.node.network.local.keeper import GatewayBridge
+from skep.node.network.overlay.overlays import Overlays
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
 from skep.node.oci.containers import Containers
@@ -58,6 +59,7 @@ class OciExecutor:
         clock: Clock,
         hostname: str,
         log_default: Driver | None = None,
+        overlays: Overlays,
         gateway: GatewayBridge | None = None,
     ) -> None:
         """
@@ -71,6 +73,7 @@ class OciExecutor:
         self.payloads = payloads
         self.volumes = volumes
         self.gateway = gateway
+        self.overlays = overlays
         self.pulling = Pulling(images, clock)
         self.clock = clock
         self.log_default = log_default or Driver(name="json-file")
@@ -98,6 +101,7 @@ class OciExecutor:
 
     def identify(self, node_id: NodeId) -> None:
         self.node = msgspec.structs.replace(self.node, id=node_id)
+        self.overlays.identify(node_id)
 
     async def remove_container(self, container: Container) -> None:
         """Remove a task's container with its secrets and its nameless volumes."""

@@ -180,7 +180,7 @@ class Bundles:
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
         """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user mounts his own there."""
         config, path = container.config, self.path(container.id)
-        address = container.endpoint.address if container.endpoint is not None else ""
+        address = container.endpoint.first_address if container.endpoint is not None else ""
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
         contents: Mapping[str, str] = {
             "hosts": hosts_file(config.hostname, address, config.hosts),
