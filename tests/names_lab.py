@@ -8,7 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -89,6 +89,11 @@ class NamesLab:
         self._opened: list[socket.socket] = []
         self._backends: list[asyncio.AbstractServer | asyncio.DatagramTransport] = []
         self._processes: list[ProcessIdentity] = []
+
+    @property
+    def zygote_pid(self) -> int:
+        """Of the process that forks net processes."""
+        return self._zygote.pid
 
     async def start_process(self) -> ProcessIdentity:
         """Start a net process; it takes over from the one before, if there is one."""
@@ -262,19 +267,18 @@ class _SaysItsName(asyncio.DatagramProtocol):
     def __init__(self, id: str) -> None:
         self._id = id
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override]
         self._transport = transport
 
     def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
-        assert isinstance(self._transport, asyncio.DatagramTransport)
         self._transport.sendto(f"{self._id} {address[0]} ".encode() + data, address)
 
 
-async def eventually(condition: Callable[[], bool], what: str, *, within_s: float = 5.0) -> None:
-    """Return once ``condition`` holds."""
+async def wait_until(condition: Callable[[], Awaitable[bool]], *, within_s: float = 5.0) -> None:
+    """Return once ``condition`` holds; it is one of other processes, or of the kernel."""
     async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110  another process's condition
-            await asyncio.sleep(0.01)
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
 
 def shell(command: str) -> str:

@@ -58,7 +58,7 @@ def forget_flows(leads: Leads) -> int:
         with closing(socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)) as netlink:
             netlink.settimeout(_TIMEOUT_S)
             netlink.bind((0, 0))
-            found = [entry for entry in _entries(netlink, family) if _is_astray(entry, family, leads)]
+            found = [entry for entry in entries(netlink, family) if _is_astray(entry, family, leads)]
             for number, entry in enumerate(found, start=1):
                 deleted += _delete(netlink, family, number, entry)
     return deleted
@@ -78,7 +78,7 @@ def _is_astray(entry: dict[int, bytes], family: int, leads: Leads) -> bool:
     return backends is not None and socket.inet_ntop(family, backend) not in backends
 
 
-def _entries(netlink: socket.socket, family: int) -> Iterator[dict[int, bytes]]:
+def entries(netlink: socket.socket, family: int) -> Iterator[dict[int, bytes]]:
     """All entries of ``family``, as their attributes."""
     netlink.send(_message(_GET, _REQUEST | _DUMP, 0, family, b""))
     while True:

@@ -39,9 +39,8 @@ class VirtualAddresses:
         self._turn = asyncio.Lock()
         self._loaded = loaded
         self._usable = loaded
-        self._is_out_of_date = False
         self._there: There = {}
-        self._is_distrusted = bool(loaded)
+        self._is_out_of_date = self._is_distrusted = bool(loaded)
 
     @property
     def loaded(self) -> Services:

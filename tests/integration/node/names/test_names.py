@@ -362,6 +362,19 @@ async def test_no_question_is_lost_while_the_process_is_replaced(lab: NamesLab) 
     assert asked == 1000
 
 
+async def test_names_go_on_without_the_node_process(lab: NamesLab) -> None:
+    """What started the net process, and talked to it, is killed."""
+    await served(lab)
+    resolver = await lab.resolver("c1")
+    lab.client.close()
+    os.kill(lab.zygote_pid, signal.SIGKILL)
+    for _ in range(1000):
+        assert await resolver.addresses("web") == ["10.0.1.2"]
+    assert [one.id for one in (await lab.client.listing()).served] == ["c1"], (
+        "and the next node process finds it"
+    )
+
+
 async def test_a_question_that_waits_is_answered_by_the_next_process(lab: NamesLab) -> None:
     held = asyncio.Event()
     seen: list[int] = []
