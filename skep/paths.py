@@ -183,6 +183,16 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "net-ports.json"
 
     @property
+    def tables(self) -> Path:
+        """Tables of networks as the net process reads them, a file per network."""
+        return self.run / "tables"
+
+    @property
+    def names(self) -> Path:
+        """What the net process serves in each container's namespace, for the one that follows it."""
+        return self.run / "names"
+
+    @property
     def netns(self) -> Path:
         return self.run / "netns"
 
