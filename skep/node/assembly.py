@@ -42,6 +42,8 @@ from skep.node.routes import system as system_routes
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.system import NodeSystem, engine_id
+from skep.node.tables.files import SharedTables, StoredTables
+from skep.node.tables.keeper import TableKeeper
 from skep.node.task_files import TaskFiles
 from skep.node.worker import Worker
 from skep.node.workload import Workload, forward_container_events, oci_workload, policy, process_workload
@@ -116,6 +118,11 @@ class Node:
                 payloads=workload.payloads,
                 contact=contact,
             )
+            tables = TableKeeper(
+                StoredTables(paths.networks, clock), (SharedTables(paths.tables),), clock, chance
+            )
+            if paths.node_json.exists():
+                await asyncio.to_thread(tables.load)
             parts = NodeParts(
                 certificates=paths.certificates,
                 lock=KeyLock(paths),
@@ -127,6 +134,7 @@ class Node:
                 reports=reports,
                 contact=contact,
                 logs=workload.logs,
+                tables=tables,
                 clock=clock,
                 random=around.random,
                 manager=around.manager,
@@ -193,6 +201,7 @@ class Node:
             if engine is not None:
                 group.create_task(engine.follow(clock, chance), name="docker engine")
             group.create_task(worker.run(), name="worker")
+            group.create_task(tables.run(), name="network tables")
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
             group.create_task(membership.run(), name="membership")

@@ -40,7 +40,7 @@ class Stirred(msgspec.Struct, frozen=True, kw_only=True):
     networks: frozenset[NetworkId] = frozenset()
     """Their tables changed, or are no more."""
     nodes: frozenset[NodeId] = frozenset()
-    """They take part in other networks than before."""
+    """They take part in other networks than before, or have another session."""
     is_everybody: bool = False
     """Every node takes part in another network than before."""
 
@@ -244,10 +244,10 @@ class Ledger:
     def _enter_node(self, node: Node) -> None:
         before = self._nodes.get(node.id)
         self._nodes[node.id] = node
-        if node.session is not None:
-            self.sessions[node.id] = node.session.session_id
-        else:
-            self.sessions.pop(node.id, None)
+        session_id = node.session.session_id if node.session is not None else ""
+        if self.sessions.get(node.id, "") != session_id:
+            self.sessions[node.id] = session_id
+            self._stale.takers.add(node.id)
         if before is None or (before.status, before.description, before.attachments) != (
             node.status,
             node.description,
