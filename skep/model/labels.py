@@ -30,6 +30,9 @@ DRAIN = "skep.drain"
 of its connections."""
 DEFAULT_DRAIN_S = 1.0
 
+LABEL_TASK_ID = "com.docker.swarm.task.id"
+"""Docker's, on a task's container: by it the container is found again."""
+
 DELAY_S_MAX = 365 * 24 * 3600.0
 
 

@@ -119,7 +119,10 @@ class Node:
                 contact=contact,
             )
             tables = TableKeeper(
-                StoredTables(paths.networks, clock), (SharedTables(paths.tables),), clock, chance
+                StoredTables(paths.networks / "tables", clock),
+                (SharedTables(paths.tables), *workload.table_listeners),
+                clock,
+                chance,
             )
             if paths.node_json.exists():
                 await asyncio.to_thread(tables.load)
@@ -216,9 +219,13 @@ class Node:
         if self._configuration.executor == "process":
             return process_workload(self._configuration)
         around = self._around
-        net = NetClient(self._configuration.paths.net_socket, around.clock, around.random.random)
+
+        def net() -> NetClient:
+            """A connection of its own: ports do not wait for the names of a thousand containers."""
+            return NetClient(self._configuration.paths.net_socket, around.clock, around.random.random)
+
         return await oci_workload(
-            self._configuration, around.machine, ports=net, events=events, clock=around.clock
+            self._configuration, around.machine, ports=net(), names=net(), events=events, clock=around.clock
         )
 
     async def farewell(self) -> None:

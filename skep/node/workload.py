@@ -1,7 +1,7 @@
 """What runs tasks on this node: the executor that is configured, with its containers and images if it has any."""
 
 import shutil
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,7 @@ from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.mounts.volumes import Volumes
 from skep.node.network.local.keeper import GatewayBridge
+from skep.node.network.naming import NameService
 from skep.node.network.ports import PortReservations
 from skep.node.oci.container import Container, ContainerState
 from skep.node.oci.containers import Containers
@@ -31,6 +32,7 @@ from skep.node.routes.containers import container_routes, image_users
 from skep.node.routes.disk_usage import DiskUsage
 from skep.node.routes.images import image_routes
 from skep.node.routes.volumes import volume_routes
+from skep.node.tables.keeper import TableListener
 from skep.node.task_logs import TaskLogs
 from skep.node.worker import PayloadSink
 
@@ -45,6 +47,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     images: ImageStore | None = None
     gateway: GatewayBridge | None = None
     """None: its tasks have no networks of their own."""
+    table_listeners: Sequence[TableListener] = ()
+    """What acts on tables of networks, in the order in which it is to."""
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def counts(self) -> Counts:
@@ -103,6 +107,7 @@ async def oci_workload(
     machine: Machine,
     *,
     ports: PortReservations,
+    names: NameService,
     events: NodeEvents,
     clock: Clock,
 ) -> Workload:
@@ -121,6 +126,7 @@ async def oci_workload(
         hostname=machine.hostname,
         cgroup_parent=configuration.cgroup_parent,
         ports=ports,
+        names=names,
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
     )
@@ -139,6 +145,7 @@ async def oci_workload(
         containers=executor.containers,
         images=images,
         gateway=executor.gateway,
+        table_listeners=executor.table_listeners,
         routes=routes,
     )
 

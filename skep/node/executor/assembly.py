@@ -16,6 +16,7 @@ from skep.node.mounts.volumes import Volumes
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.gateway import BRIDGE, Gateway
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.naming import NameService, Naming
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays, home_domain
 from skep.node.network.overlay.repairs import Repairs
@@ -54,6 +55,7 @@ def oci_executor(
     hostname: str,
     cgroup_parent: str = "skep",
     ports: PortReservations | None = None,
+    names: NameService | None = None,
     namespaces: Namespaces | None = None,
     log_default: Driver | None = None,
     programs: Programs | None = None,
@@ -64,6 +66,7 @@ def oci_executor(
     Args:
         cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
         ports: holds published ports; None: this process does, for as long as it lives.
+        names: answers for names in containers' namespaces; None: nobody does.
         namespaces: None: containers' in ``paths.netns``, the node's own being this process's.
         log_default: log driver and options of tasks that name none.
         resolver: name servers for containers that name none.
@@ -81,8 +84,13 @@ def oci_executor(
         cgroups=cgroups,
         capacity=capacity,
     )
+    naming = Naming(names, resolver) if names is not None else None
     network = container_network(
-        paths, namespaces=namespaces, ports=ports or OwnReservations(namespaces), clock=clock
+        paths,
+        namespaces=namespaces,
+        ports=ports or OwnReservations(namespaces),
+        clock=clock,
+        naming=naming,
     )
     containers = Containers(
         bundles=bundles,
@@ -104,11 +112,17 @@ def oci_executor(
         log_default=log_default,
         gateway=network.gateway,
         overlays=network.overlays,
+        table_listeners=(network.overlays, *((naming,) if naming is not None else ())),
     )
 
 
 def container_network(
-    paths: Paths, *, namespaces: Namespaces, ports: PortReservations, clock: Clock
+    paths: Paths,
+    *,
+    namespaces: Namespaces,
+    ports: PortReservations,
+    clock: Clock,
+    naming: Naming | None = None,
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
     repairs, healing = Repairs(), Healing(namespaces, clock)
@@ -123,7 +137,12 @@ def container_network(
     )
     gateway = Gateway(namespaces=namespaces, home=home, ports=ports, state=paths.networks / "gateway")
     return ContainerNetwork(
-        namespaces=namespaces, home=home, gateway=gateway, overlays=overlays, healing=healing
+        namespaces=namespaces,
+        home=home,
+        gateway=gateway,
+        overlays=overlays,
+        healing=healing,
+        naming=naming,
     )
 
 

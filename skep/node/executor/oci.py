@@ -15,7 +15,7 @@ from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import drain_s
+from skep.model.labels import LABEL_TASK_ID, drain_s
 from skep.model.meta import Driver
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, ContainerStatus
@@ -23,7 +23,7 @@ from skep.node.executor import wish
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
 from skep.node.executor.pulling import Images, Pulling
 from skep.node.executor.template import expand
-from skep.node.executor.wish import LABEL_TASK_ID, NodeFacts
+from skep.node.executor.wish import NodeFacts
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.network.connections import inbound_of
@@ -33,6 +33,7 @@ from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
 from skep.node.oci.containers import Containers
 from skep.node.oci.health import HealthStatus
+from skep.node.tables.keeper import TableListener
 
 log = structlog.get_logger()
 
@@ -61,10 +62,12 @@ class OciExecutor:
         log_default: Driver | None = None,
         overlays: Overlays,
         gateway: GatewayBridge | None = None,
+        table_listeners: Sequence[TableListener] = (),
     ) -> None:
         """
         Args:
             log_default: the node's log driver with its options, for tasks that name none.
+            table_listeners: what acts on tables of networks, in the order in which it is to.
             gateway: the bridge by which containers reach the world; whoever shows the node's networks asks for it.
         """
         self.containers = containers
@@ -73,6 +76,7 @@ class OciExecutor:
         self.payloads = payloads
         self.volumes = volumes
         self.gateway = gateway
+        self.table_listeners = table_listeners
         self.overlays = overlays
         self.pulling = Pulling(images, clock)
         self.clock = clock

@@ -12,6 +12,7 @@ import msgspec
 from skep.errors import InvalidArgument
 from skep.model.container import ContainerSpec, Mount, Privileges, TmpfsOptions
 from skep.model.ids import NodeId
+from skep.model.labels import LABEL_TASK_ID
 from skep.model.meta import Driver
 from skep.model.service import PublishMode
 from skep.model.task import AssignedTask
@@ -23,8 +24,6 @@ from skep.node.oci.container import ContainerConfig, LogConfig, MountPoint
 from skep.node.oci.images.image import ContainerDefaults
 from skep.node.oci.signals import signal_number
 from skep.node.oci.spec import merged_environment
-
-LABEL_TASK_ID = "com.docker.swarm.task.id"
 
 _LOG_DRIVERS = ("", "json-file", "local", "none")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKmMgGtT])?[iI]?[bB]?")

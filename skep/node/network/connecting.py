@@ -1,7 +1,7 @@
 """A container's whole network: a namespace, its overlays, and the gateway bridge last."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -9,13 +9,13 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
-from skep.model.service import PortConfig
 from skep.node.network.gateway import Gateway
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.naming import Naming
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays
-from skep.node.oci.container import Endpoint, Place
+from skep.node.oci.container import Container, Endpoint, Place
 
 _CONTAINER_SYSCTLS = {
     "net/ipv4/conf/all/rp_filter": "0",
@@ -29,13 +29,22 @@ class ContainerNetwork:
     """Gives containers their places (``oci.networking.Networking``)."""
 
     def __init__(
-        self, *, namespaces: Namespaces, home: Domain, gateway: Gateway, overlays: Overlays, healing: Healing
+        self,
+        *,
+        namespaces: Namespaces,
+        home: Domain,
+        gateway: Gateway,
+        overlays: Overlays,
+        healing: Healing,
+        naming: Naming | None = None,
     ) -> None:
+        """``naming``: None where nobody answers for names."""
         self._namespaces = namespaces
         self._home = home
         self.gateway = gateway
         self.overlays = overlays
         self._healing = healing
+        self._naming = naming
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -47,28 +56,30 @@ class ContainerNetwork:
             finally:
                 healing.cancel()
 
-    async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+    async def restore(self, live: Collection[Container]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
 
         Raises: SkepError: this node cannot network containers.
         """
-        self.overlays.restore(live)
-        await self.gateway.restore(live)
+        endpoints = {one.id: one.endpoint for one in live if one.endpoint is not None}
+        self.overlays.restore(endpoints)
+        await self.gateway.restore(endpoints)
         await self._healing.watch(self._home)
-        for id, endpoint in live.items():
+        for id, endpoint in endpoints.items():
             await self.overlays.adopt_container(id, endpoint)
+        if self._naming is not None:
+            await self._naming.restore(live)
         for pinned in self._namespaces.pinned():
-            if pinned not in live:
+            if pinned not in endpoints:
                 await self._namespaces.destroy(pinned)
 
-    async def attach(
-        self, container_id: ContainerId, ports: Sequence[PortConfig], places: Sequence[Place]
-    ) -> Endpoint:
-        """A namespace with ``eth0`` and so on: ``places`` in their order, then the gateway bridge.
+    async def attach(self, container: Container) -> Endpoint:
+        """A namespace with ``eth0`` and so on: its places in their order, then the gateway bridge; and names in it.
 
         Who is on internal networks only has no way out, and no ports of the node.  Raises: AlreadyExists: a port is
         taken; SkepError.
         """
+        container_id, places = container.id, container.config.places
         endpoint = Endpoint(netns=str(self._namespaces.path(container_id)))
         try:
             netns = await self._namespaces.create(container_id, _CONTAINER_SYSCTLS)
@@ -76,9 +87,11 @@ class ContainerNetwork:
             endpoint = msgspec.structs.replace(endpoint, places=connected)
             if has_way_out(places):
                 interface = f"eth{len(places)}"
-                endpoint = await self.gateway.connect(container_id, netns, interface, ports)
+                endpoint = await self.gateway.connect(container_id, netns, interface, container.config.ports)
                 endpoint = msgspec.structs.replace(endpoint, places=connected)
             await self.overlays.settle_container(container_id, endpoint)
+            if self._naming is not None:
+                await self._naming.attach(msgspec.structs.replace(container, endpoint=endpoint))
         except BaseException as error:
             await asyncio.shield(self._undo(container_id, endpoint))
             if isinstance(error, OSError | NetlinkError):
@@ -92,6 +105,8 @@ class ContainerNetwork:
 
     async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         try:
+            if self._naming is not None and endpoint.places:
+                await self._naming.detach(container_id)
             await self.overlays.disconnect(container_id, endpoint.places)
         except SkepError:
             pass  # it is noticed by the next comparison

@@ -186,7 +186,11 @@ class Bundles:
             "hosts": hosts_file(config.hostname, address, config.hosts),
             "hostname": f"{config.hostname}\n",
             "resolv.conf": resolver_file(
-                node_resolver, config.nameservers, config.search_domains, config.dns_options
+                node_resolver,
+                config.nameservers,
+                config.search_domains,
+                config.dns_options,
+                is_named=bool(config.places),
             ),
         }
         taken = {point.destination for point in config.mounts}

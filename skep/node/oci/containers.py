@@ -32,7 +32,6 @@ from skep.node.oci.container import (
     Container,
     ContainerState,
     ContainerWish,
-    Endpoint,
     NotRunning,
     StillRunning,
 )
@@ -40,7 +39,7 @@ from skep.node.oci.events import Events
 from skep.node.oci.execs import Execs
 from skep.node.oci.health_checks import HealthChecks
 from skep.node.oci.log_keeping import LogKeeper
-from skep.node.oci.networking import Networking, kept_endpoints
+from skep.node.oci.networking import Networking, kept
 from skep.node.oci.processes import send_signal
 from skep.node.oci.reading import ContainerReader
 from skep.node.oci.registry import Registry
@@ -94,10 +93,11 @@ class Containers(ContainerReader):
                 self._registry.add(container)
             for id in unknown:
                 await self._remove_unknown(id)
-            kept = kept_endpoints(known)
-            await self._network.restore(kept)
+            live = kept(known)
+            await self._network.restore(live)
+            connected = {one.id for one in live}
             for container in self._registry.list():
-                await self._adopt(container, has_network=container.id in kept)
+                await self._adopt(container, has_network=container.id in connected)
             self._spawn(self.log_keeper.run(), name="log-rotation")
             try:
                 yield
@@ -234,7 +234,7 @@ class Containers(ContainerReader):
     async def _make(self, container: Container) -> Container:
         try:
             self._bundles.make(container)
-            endpoint = await self._attach(container)
+            endpoint = await self._network.attach(container)
             container = self._registry.change(container.id, endpoint=endpoint)
             await asyncio.to_thread(self._bundles.prepare, container)
             return container
@@ -333,13 +333,10 @@ class Containers(ContainerReader):
         self._registry.change(id, process=None, monitor=None, exit_code=code, error=str(error))
 
     async def _ready_again(self, container: Container) -> Container:
-        endpoint = await self._attach(container)
+        endpoint = await self._network.attach(container)
         container = self._registry.change(container.id, endpoint=endpoint)
         await asyncio.to_thread(self._bundles.prepare, container)
         return container
-
-    async def _attach(self, container: Container) -> Endpoint:
-        return await self._network.attach(container.id, container.config.ports, container.config.places)
 
     async def _discard(self, id: ContainerId) -> None:
         container = self.get(id)
