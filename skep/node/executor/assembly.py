@@ -110,7 +110,8 @@ def container_network(
     paths: Paths, *, namespaces: Namespaces, ports: PortReservations, clock: Clock
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
-    repairs, healing = Repairs(), Healing(namespaces, clock)
+    repairs = Repairs()
+    healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
     overlays = Overlays(
         namespaces=namespaces,

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
+from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.model.service import PortConfig
@@ -36,11 +37,12 @@ class ContainerNetwork:
         self._gateway = gateway
         self.overlays = overlays
         self._healing = healing
+        self.repairs = healing.repairs
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep what containers are given, whatever others change, until the block ends."""
-        async with asyncio.TaskGroup() as group:
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
             healing = group.create_task(self._healing.run(), name="healing of networks")
             try:
                 yield

@@ -70,6 +70,7 @@ class Overlays:
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
         self._knows_tables = False
+        self._restored = asyncio.Event()
         self._heads: dict[NetworkId, NetworkHead] = {}
         self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
         self._domains: dict[NetworkId, Domain] = {}
@@ -88,9 +89,13 @@ class Overlays:
 
         Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
         """
+        await self._restored.wait()  # who is here already has to be known, or their ports were taken for nobody's
         is_first = not self._knows_tables
         self._tables, self._knows_tables = dict(tables), True
-        self._home.is_ours = True
+        if is_first:
+            self._home.is_ours = True
+            for domain in (self._home, *self._domains.values()):
+                domain.doubt()
         self._underlays = await self._find_underlays()
         refused: list[SkepError] = []
         await self._tried(self._settle_home(), refused)
@@ -127,6 +132,7 @@ class Overlays:
         for id, endpoint in live.items():
             for connected in endpoint.places:
                 self._enter(id, endpoint.netns, connected)
+        self._restored.set()
 
     async def connect(
         self, container_id: ContainerId, netns: Path, places: Sequence[Place]
@@ -271,15 +277,30 @@ class Overlays:
         domain = self._domains.pop(id, None)
         if domain is not None:
             self._healing.forget(domain)
+            await self._empty(domain, id)
             await self._pins.destroy(id)
         elif self._home.has(id):
             self._home.unwish(id)
             await self._home.settle()
 
+    async def _empty(self, domain: Domain, id: NetworkId) -> None:
+        """The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once."""
+        domain.unwish(id)
+        try:
+            await domain.settle()
+        except (SkepError, OSError) as error:
+            log.warning("network not cleared", network=id, error=str(error))
+
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
         for id in self._pins.pinned():
             if id not in self._domains:
+                path = self._pins.path(id)
+                if os.path.ismount(path):
+                    leftover = Domain(
+                        f"former network {id}", path, self._pins, self._repairs, selects=every_link
+                    )
+                    await self._empty(leftover, NetworkId(id))
                 await self._pins.destroy(id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
