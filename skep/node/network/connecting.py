@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
@@ -38,6 +39,11 @@ class ContainerNetwork:
         self.overlays = overlays
         self._healing = healing
         self.repairs = healing.repairs
+
+    @property
+    def home(self) -> Path:
+        """The node's own network namespace."""
+        return self._home.path
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -13,7 +13,7 @@ from skep.node.oci.container import Endpoint
 from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
 HEALED_SECONDS_MAX = 5.0
-UNSTEADY = "s/@[^ ]*//; s/,LOWER_UP//; s/,M-DOWN//; s/NO-CARRIER,//; s/qdisc [a-z]*//; s/ state.*//"
+UNSTEADY = "s/@[^ :]*//; s/,LOWER_UP//; s/,M-DOWN//; s/NO-CARRIER,//; s/qdisc [a-z]*//; s/ state.*//"
 
 
 class Scene(msgspec.Struct):
@@ -40,12 +40,12 @@ class Scene(msgspec.Struct):
         commands = (
             f"ip -o link | sed '{UNSTEADY}' | cut -d: -f2- | sort",
             "ip -o link | grep -E ' (br0|eth[0-9]|skep-gw|skep-ingress)[:@]' | grep -o 'ether [^ ]*' | sort",
-            "bridge -o -d link | grep -o ' [^ ]*: .*\\|learning [a-z]* flood [a-z]*' | sed 's/state.*//' | sort",
+            f"bridge -o -d link | grep -o ' [^ ]*: .*\\|learning [a-z]* flood [a-z]*' | sed '{UNSTEADY}' | sort",
             "ip -o addr | grep -v 'scope link' | awk '{print $2,$4}' | sort",
             "ip route | sort; ip -6 route | grep -v fe80 | sort",
             "bridge fdb | grep -E 'static|dst' | sed 's/ link-netnsid.*//' | sort",
             "ip neigh | grep PERMANENT | sort; ip -6 neigh | grep PERMANENT | sort",
-            "nft list ruleset",
+            "nft list tables | sort | while read -r one; do nft list $one; done",
             "cat /proc/sys/net/ipv4/conf/*/rp_filter",
         )
         spaces = ("overlay", "home", "container")

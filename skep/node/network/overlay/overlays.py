@@ -89,7 +89,9 @@ class Overlays:
 
         Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
         """
-        await self._restored.wait()  # who is here already has to be known, or their ports were taken for nobody's
+        await (
+            self._restored.wait()
+        )  # who is here already has to be known, or their ports were taken for nobody's
         is_first = not self._knows_tables
         self._tables, self._knows_tables = dict(tables), True
         if is_first:
