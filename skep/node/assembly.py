@@ -116,11 +116,10 @@ class Node:
                 payloads=workload.payloads,
                 contact=contact,
             )
-            tables = TableKeeper(
-                StoredTables(paths.networks, clock), (SharedTables(paths.tables),), clock, chance
-            )
+            shared = SharedTables(paths.tables)
+            tables = TableKeeper(StoredTables(paths.networks, clock), (shared,), clock, chance)
             if paths.node_json.exists():
-                await asyncio.to_thread(tables.load)
+                tables.load(await asyncio.to_thread(shared.load))
             parts = NodeParts(
                 certificates=paths.certificates,
                 lock=KeyLock(paths),
