@@ -70,7 +70,10 @@ class Overlays:
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
         self._knows_tables = False
+        self._is_cleared = False
         self._restored = asyncio.Event()
+        self._identified = asyncio.Event()
+        self._applying = asyncio.Lock()
         self._heads: dict[NetworkId, NetworkHead] = {}
         self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
         self._domains: dict[NetworkId, Domain] = {}
@@ -81,6 +84,8 @@ class Overlays:
     def identify(self, node_id: NodeId) -> None:
         """Who this node is in the tables."""
         self._node_id = node_id
+        if node_id:
+            self._identified.set()
 
     # --- tables -----------------------------------------------------------------------------------------------
 
@@ -89,17 +94,29 @@ class Overlays:
 
         Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
         """
-        await (
-            self._restored.wait()
-        )  # who is here already has to be known, or their ports were taken for nobody's
-        is_first = not self._knows_tables
+        async with self._applying:
+            # Who is here already has to be known first: their ports would be taken for nobody's.
+            await self._restored.wait()
+            if tables:
+                await self._identified.wait()
+            await self._apply(tables, changed)
+
+    async def apply_nothing(self) -> None:
+        """This node has no tables: what earlier processes left of networks is cleared up."""
+        try:
+            await self.apply({}, frozenset())
+        except SkepError as error:
+            log.warning("networks not cleared", error=str(error))
+
+    async def _apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        is_first = not self._is_cleared
         self._tables, self._knows_tables = dict(tables), True
         if is_first:
             self._home.is_ours = True
             for domain in (self._home, *self._domains.values()):
                 domain.doubt()
-        self._underlays = await self._find_underlays()
         refused: list[SkepError] = []
+        await self._tried(self._find_underlays(), refused)
         await self._tried(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
         for id in sorted(concerned):
@@ -109,6 +126,7 @@ class Overlays:
             await self._tried(self._clear_pins(), refused)
         if refused:
             raise refused[0]
+        self._is_cleared = True
 
     async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
         try:
@@ -317,11 +335,12 @@ class Overlays:
             return None
         return self._underlays.get(node.underlay, Underlay(node.underlay))
 
-    async def _find_underlays(self) -> dict[str, Underlay]:
+    async def _find_underlays(self) -> None:
         """The addresses that this node's VXLANs leave from, with the MTU of their devices."""
         own = (table.nodes.get(self._node_id) for table in self._tables.values())
         wanted = {node.underlay for node in own if node is not None and node.underlay}
-        return await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
+        found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
+        self._underlays = found
 
 
 def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
