@@ -118,14 +118,17 @@ class Node:
                 payloads=workload.payloads,
                 contact=contact,
             )
+            shared = SharedTables(paths.tables)
+            # A way first, then names that lead there.
+            acting = (workload.overlays, shared, workload.naming)
             tables = TableKeeper(
                 StoredTables(paths.networks / "tables", clock),
-                (SharedTables(paths.tables), *workload.table_listeners),
+                [one for one in acting if one is not None],
                 clock,
                 chance,
             )
             if paths.node_json.exists():
-                await asyncio.to_thread(tables.load)
+                tables.load(await asyncio.to_thread(shared.load))
             parts = NodeParts(
                 certificates=paths.certificates,
                 lock=KeyLock(paths),
@@ -204,6 +207,8 @@ class Node:
             if engine is not None:
                 group.create_task(engine.follow(clock, chance), name="docker engine")
             group.create_task(worker.run(), name="worker")
+            if workload.overlays is not None and not tables.tables:
+                group.create_task(workload.overlays.apply_nothing(), name="networks of an earlier process")
             group.create_task(tables.run(), name="network tables")
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")

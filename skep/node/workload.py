@@ -1,7 +1,7 @@
 """What runs tasks on this node: the executor that is configured, with its containers and images if it has any."""
 
 import shutil
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,8 @@ from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.mounts.volumes import Volumes
 from skep.node.network.local.keeper import GatewayBridge
-from skep.node.network.naming import NameService
+from skep.node.network.naming import NameService, Naming
+from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.ports import PortReservations
 from skep.node.oci.container import Container, ContainerState
 from skep.node.oci.containers import Containers
@@ -32,7 +33,6 @@ from skep.node.routes.containers import container_routes, image_users
 from skep.node.routes.disk_usage import DiskUsage
 from skep.node.routes.images import image_routes
 from skep.node.routes.volumes import volume_routes
-from skep.node.tables.keeper import TableListener
 from skep.node.task_logs import TaskLogs
 from skep.node.worker import PayloadSink
 
@@ -47,8 +47,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     images: ImageStore | None = None
     gateway: GatewayBridge | None = None
     """None: its tasks have no networks of their own."""
-    table_listeners: Sequence[TableListener] = ()
-    """What acts on tables of networks, in the order in which it is to."""
+    overlays: Overlays | None = None
+    naming: Naming | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def counts(self) -> Counts:
@@ -145,7 +145,8 @@ async def oci_workload(
         containers=executor.containers,
         images=images,
         gateway=executor.gateway,
-        table_listeners=executor.table_listeners,
+        overlays=executor.overlays,
+        naming=executor.naming,
         routes=routes,
     )
 

@@ -112,7 +112,7 @@ def oci_executor(
         log_default=log_default,
         gateway=network.gateway,
         overlays=network.overlays,
-        table_listeners=(network.overlays, *((naming,) if naming is not None else ())),
+        naming=naming,
     )
 
 
@@ -125,7 +125,8 @@ def container_network(
     naming: Naming | None = None,
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
-    repairs, healing = Repairs(), Healing(namespaces, clock)
+    repairs = Repairs()
+    healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
     overlays = Overlays(
         namespaces=namespaces,

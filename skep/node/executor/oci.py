@@ -28,12 +28,12 @@ from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.network.connections import inbound_of
 from skep.node.network.local.keeper import GatewayBridge
+from skep.node.network.naming import Naming
 from skep.node.network.overlay.overlays import Overlays
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
 from skep.node.oci.containers import Containers
 from skep.node.oci.health import HealthStatus
-from skep.node.tables.keeper import TableListener
 
 log = structlog.get_logger()
 
@@ -62,12 +62,12 @@ class OciExecutor:
         log_default: Driver | None = None,
         overlays: Overlays,
         gateway: GatewayBridge | None = None,
-        table_listeners: Sequence[TableListener] = (),
+        naming: Naming | None = None,
     ) -> None:
         """
         Args:
             log_default: the node's log driver with its options, for tasks that name none.
-            table_listeners: what acts on tables of networks, in the order in which it is to.
+            naming: has names answered in containers; None: nobody does.
             gateway: the bridge by which containers reach the world; whoever shows the node's networks asks for it.
         """
         self.containers = containers
@@ -76,7 +76,7 @@ class OciExecutor:
         self.payloads = payloads
         self.volumes = volumes
         self.gateway = gateway
-        self.table_listeners = table_listeners
+        self.naming = naming
         self.overlays = overlays
         self.pulling = Pulling(images, clock)
         self.clock = clock

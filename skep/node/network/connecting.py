@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
+from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.node.network.gateway import Gateway
@@ -45,11 +47,17 @@ class ContainerNetwork:
         self.overlays = overlays
         self._healing = healing
         self._naming = naming
+        self.repairs = healing.repairs
+
+    @property
+    def home(self) -> Path:
+        """The node's own network namespace."""
+        return self._home.path
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep what containers are given, whatever others change, until the block ends."""
-        async with asyncio.TaskGroup() as group:
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
             healing = group.create_task(self._healing.run(), name="healing of networks")
             try:
                 yield

@@ -5,7 +5,7 @@ change; the Engine API's ``docker ps`` and ``docker inspect`` are renderings of 
 but what the user put into the environment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -179,9 +179,18 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """In the order of its interfaces."""
 
     @property
-    def first_address(self) -> str:
-        """What its own name means in the container: the address on its first network."""
-        return self.places[0].address if self.places else self.address
+    def own_addresses(self) -> Sequence[str]:
+        """What its own name means in the container: its addresses on its networks, ingress left out, as in Docker.
+
+        Where that leaves none, the one on the gateway bridge.
+        """
+        found = [
+            one.partition("/")[0]
+            for connected in self.places
+            if not connected.place.head.is_ingress
+            for one in connected.place.addresses
+        ]
+        return found or [one for one in (self.address,) if one]
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,10 @@ say it again.
 """
 
 import asyncio
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -16,6 +18,8 @@ from skep.linux.files import replace_file
 from skep.model.ids import NetworkId
 from skep.model.tables import Table
 from skep.node.revisions import Revision
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +40,13 @@ class SharedTables:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._is_swept = False
+
+    def load(self) -> Mapping[NetworkId, Table]:
+        """What an earlier process of this node had in force when it ended; nothing after a reboot."""
+        if not self._directory.is_dir():
+            return {}
+        found = ((path, _read(path, _decode_table)) for path in sorted(self._directory.iterdir()))
+        return {table.head.id: table for path, table in found if table and _is_named(path, table)}
 
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         """Write what changed, remove what is gone; the first time also what an earlier process left."""
@@ -63,21 +74,18 @@ class StoredTables:
         self._clock = clock
         self._dirty: dict[NetworkId, Kept | None] = {}
         self._is_dirty = asyncio.Event()
-        self._writing = asyncio.Lock()
+        self._flushing = asyncio.Lock()
+        self._writing = threading.Lock()
+        self._has_ended = False
+        """No thread that is late writes over what was written last."""
 
     def load(self) -> tuple[Mapping[NetworkId, Table], Revision]:
         """What was kept, and the newest revision among it."""
         tables: dict[NetworkId, Table] = {}
         newest = Revision()
         for path in sorted(self._directory.iterdir()) if self._directory and self._directory.is_dir() else ():
-            try:
-                kept = _decode(path.read_bytes())
-                if kept.table.head.id != path.name:
-                    raise msgspec.ValidationError(f"it is the table of network {kept.table.head.id!r}")
-            except (OSError, msgspec.DecodeError) as error:
-                log.warning("network table cannot be read: dropped", path=str(path), error=str(error))
-                path.unlink(missing_ok=True)
-            else:
+            kept = _read(path, _decode_kept)
+            if kept is not None and _is_named(path, kept.table):
                 tables[kept.table.head.id] = kept.table
                 newest = max(newest, Revision(kept.incarnation, kept.table.revision))
         return tables, newest
@@ -97,20 +105,27 @@ class StoredTables:
                 await self.flush()
                 await self._clock.sleep(WRITE_PAUSE_S)
         finally:
-            self._write(self._dirty)
+            with self._writing:
+                self._write(self._dirty)
+                self._has_ended = True
 
     async def flush(self) -> None:
         """Write now what is to be written; returns when it is, and when nothing else is being written."""
-        async with self._writing:
+        async with self._flushing:
             self._is_dirty.clear()
             batch, self._dirty = self._dirty, {}
             if not batch or self._directory is None:
                 return
             try:
-                await asyncio.to_thread(self._write, batch)
+                await asyncio.to_thread(self._write_unless_ended, batch)
             except asyncio.CancelledError:
                 self._dirty = {**batch, **self._dirty}  # the thread may have written it or not
                 raise
+
+    def _write_unless_ended(self, batch: Mapping[NetworkId, Kept | None]) -> None:
+        with self._writing:
+            if not self._has_ended:
+                self._write(batch)
 
     def _write(self, batch: Mapping[NetworkId, Kept | None]) -> None:
         assert self._directory is not None, "nothing is written without a directory"
@@ -126,4 +141,27 @@ class StoredTables:
             log.warning("network tables not kept", path=str(self._directory), error=str(error))
 
 
-_decode = msgspec.msgpack.Decoder(Kept).decode
+def _read(path: Path, decode: Callable[[bytes], T]) -> T | None:
+    """What a file says; None: nothing that can be read, and it is gone."""
+    try:
+        return decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        _drop(path, str(error))
+        return None
+
+
+def _is_named(path: Path, table: Table) -> bool:
+    """Whether the file is that of the table's network; if not, it is gone."""
+    if table.head.id == path.name:
+        return True
+    _drop(path, f"it is the table of network {table.head.id!r}")
+    return False
+
+
+def _drop(path: Path, reason: str) -> None:
+    log.warning("network table cannot be read: dropped", path=str(path), error=reason)
+    path.unlink(missing_ok=True)
+
+
+_decode_kept = msgspec.msgpack.Decoder(Kept).decode
+_decode_table = msgspec.msgpack.Decoder(Table).decode

@@ -70,9 +70,18 @@ class TableKeeper:
         """Network -> as of when its table is in force with every part of the node."""
         return self._applied
 
-    def load(self) -> None:
-        """Begin with what an earlier process of this node kept.  Before ``run``; it reads the disk."""
-        self._tables, self._seen = self._stored.load()
+    def load(self, in_force: Mapping[NetworkId, Table] = NOTHING) -> None:
+        """Begin with what an earlier process of this node kept.  Before ``run``; it reads the disk.
+
+        ``in_force``: what that process had in force when it ended, which the disk may lag behind a little.
+        """
+        kept, seen = self._stored.load()
+        newest = max((table.revision for table in in_force.values()), default=0)
+        self._seen = max(seen, Revision(seen.incarnation, newest))
+        self._tables = {**kept, **in_force}
+        for id, table in in_force.items():
+            if kept.get(id) != table:
+                self._stored.note(id, table, self._seen.incarnation)
         self._note(frozenset(self._tables))
 
     def take(self, news: TableSet, incarnation: int) -> None:

@@ -66,6 +66,8 @@ class Domain:
         self._changing = asyncio.Lock()
         self._parts: dict[str, tuple[State, tuple[RuleTable, ...]]] = {}
         self._wanted: State | None = None
+        self._goal: State | None = None
+        self._goal_rules: Mapping[str, RuleTable] = {}
         self._believed: State | None = None
         self._rules: dict[str, RuleTable] = {}
         self._listings: dict[str, str] = {}
@@ -113,6 +115,7 @@ class Domain:
         """
         async with self._changing:
             wanted, believed = self.wanted, self._believed
+            self._goal, self._goal_rules = wanted, self.wanted_rules
             await self._settle_rules()
             if believed is None:
                 believed = await self._read(wanted)
@@ -121,19 +124,25 @@ class Domain:
             self._believed = wanted
 
     async def heal(self) -> int:
-        """Compare with the kernel and put right what differs; gives the number of repairs.
+        """Compare with the kernel and put right what differs from the last wish that was settled.
 
-        Raises: KernelRefused, NftFailed, OSError.
+        Gives the number of repairs; what a refused ``settle`` left to be done is none.  Raises: KernelRefused,
+        NftFailed, OSError.
         """
         async with self._changing:
+            wanted, was_there = self._goal, self._believed is not None
+            if wanted is None:
+                return 0
             repaired = await self._heal_rules()
-            wanted = self.wanted
             operations = difference(wanted, await self._read(wanted), is_ours=self.is_ours)
             if operations:
                 self._believed = None
                 await self._do(operations)
                 repaired += [kind_of(one) for one in operations]
             self._believed = wanted
+        self._repairs.comparisons += 1
+        if not was_there:
+            return 0
         if repaired:
             self._repairs.count(repaired)
             log.warning("network repaired", where=self.name, **_as_keys(repaired))
@@ -143,9 +152,14 @@ class Domain:
         """Make the link ``name`` anew, whatever has its name now.  Raises: KernelRefused; OSError."""
         async with self._changing:
             self._believed = None
+            goal = self._goal or State()
             await carry_out(self._namespaces, self.path, [DeleteLink(name)])
-            await self._do(difference(self.wanted, await self._read(self.wanted), is_ours=self.is_ours))
-            self._believed = self.wanted
+            await self._do(difference(goal, await self._read(goal), is_ours=self.is_ours))
+            self._believed = goal
+
+    def doubt(self) -> None:
+        """Look before the next change: what others left may be there."""
+        self._believed = None
 
     def forget(self) -> None:
         """The namespace is a new one: nothing of it is known."""
@@ -162,7 +176,8 @@ class Domain:
         return found.state
 
     def _selects(self, link: Link) -> bool:
-        return link.name in self.wanted.links or (self._selection is not None and self._selection(link))
+        is_wanted = self._goal is not None and link.name in self._goal.links
+        return is_wanted or (self._selection is not None and self._selection(link))
 
     async def _do(self, operations: Sequence[Operation]) -> None:
         missing = [one.link.name for one in operations if isinstance(one, AddLink)]
@@ -172,7 +187,8 @@ class Domain:
             for name in missing:
                 await self._remake(name)
             # Now they are there, and bare.
-            operations = difference(self.wanted, await self._read(self.wanted), is_ours=self.is_ours)
+            goal = self._goal or State()
+            operations = difference(goal, await self._read(goal), is_ours=self.is_ours)
             if any(isinstance(one, AddLink) for one in operations):
                 raise KernelRefused(f"an interface of {self.name} cannot be made again")
         await carry_out(self._namespaces, self.path, operations)
@@ -180,11 +196,11 @@ class Domain:
     # --- rules ------------------------------------------------------------------------------------------------
 
     async def _settle_rules(self) -> None:
-        for name in sorted(self._rules.keys() - self.wanted_rules.keys()):
+        for name in sorted(self._rules.keys() - self._goal_rules.keys()):
             await self._run(f"add table {name}\ndelete table {name}\n")
             del self._rules[name]
             self._listings.pop(name, None)
-        for name, table in self.wanted_rules.items():
+        for name, table in self._goal_rules.items():
             old = self._rules.get(name)
             if old == table:
                 continue
@@ -193,7 +209,7 @@ class Domain:
 
     async def _heal_rules(self) -> list[str]:
         repaired = []
-        for name, table in self.wanted_rules.items():
+        for name, table in self._goal_rules.items():
             if self._rules.get(name) == table and await self._listing(name) == self._listings.get(name):
                 continue
             await self._apply(table, tables.whole(table))

@@ -18,6 +18,7 @@ from skep.errors import SkepError
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay import netlink
 from skep.node.network.overlay.domain import Domain
+from skep.node.network.overlay.repairs import Repairs
 
 log = structlog.get_logger()
 
@@ -42,11 +43,13 @@ class Healing:
         self,
         namespaces: Namespaces,
         clock: Clock,
+        repairs: Repairs,
         *,
         chance: Callable[[], float] = random.random,
         share: float = SHARE,
     ) -> None:
         """``share``: of one core, for the slow round."""
+        self.repairs = repairs
         self._namespaces = namespaces
         self._clock = clock
         self._chance = chance

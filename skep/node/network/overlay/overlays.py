@@ -70,6 +70,10 @@ class Overlays:
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
         self._knows_tables = False
+        self._is_cleared = False
+        self._restored = asyncio.Event()
+        self._identified = asyncio.Event()
+        self._applying = asyncio.Lock()
         self._heads: dict[NetworkId, NetworkHead] = {}
         self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
         self._domains: dict[NetworkId, Domain] = {}
@@ -80,6 +84,8 @@ class Overlays:
     def identify(self, node_id: NodeId) -> None:
         """Who this node is in the tables."""
         self._node_id = node_id
+        if node_id:
+            self._identified.set()
 
     # --- tables -----------------------------------------------------------------------------------------------
 
@@ -88,11 +94,29 @@ class Overlays:
 
         Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
         """
-        is_first = not self._knows_tables
+        async with self._applying:
+            # Who is here already has to be known first: their ports would be taken for nobody's.
+            await self._restored.wait()
+            if tables:
+                await self._identified.wait()
+            await self._apply(tables, changed)
+
+    async def apply_nothing(self) -> None:
+        """This node has no tables: what earlier processes left of networks is cleared up."""
+        try:
+            await self.apply({}, frozenset())
+        except SkepError as error:
+            log.warning("networks not cleared", error=str(error))
+
+    async def _apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        is_first = not self._is_cleared
         self._tables, self._knows_tables = dict(tables), True
-        self._home.is_ours = True
-        self._underlays = await self._find_underlays()
+        if is_first:
+            self._home.is_ours = True
+            for domain in (self._home, *self._domains.values()):
+                domain.doubt()
         refused: list[SkepError] = []
+        await self._tried(self._find_underlays(), refused)
         await self._tried(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
         for id in sorted(concerned):
@@ -102,6 +126,7 @@ class Overlays:
             await self._tried(self._clear_pins(), refused)
         if refused:
             raise refused[0]
+        self._is_cleared = True
 
     async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
         try:
@@ -127,6 +152,7 @@ class Overlays:
         for id, endpoint in live.items():
             for connected in endpoint.places:
                 self._enter(id, endpoint.netns, connected)
+        self._restored.set()
 
     async def connect(
         self, container_id: ContainerId, netns: Path, places: Sequence[Place]
@@ -271,15 +297,30 @@ class Overlays:
         domain = self._domains.pop(id, None)
         if domain is not None:
             self._healing.forget(domain)
+            await self._empty(domain, id)
             await self._pins.destroy(id)
         elif self._home.has(id):
             self._home.unwish(id)
             await self._home.settle()
 
+    async def _empty(self, domain: Domain, id: NetworkId) -> None:
+        """The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once."""
+        domain.unwish(id)
+        try:
+            await domain.settle()
+        except (SkepError, OSError) as error:
+            log.warning("network not cleared", network=id, error=str(error))
+
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
         for id in self._pins.pinned():
             if id not in self._domains:
+                path = self._pins.path(id)
+                if os.path.ismount(path):
+                    leftover = Domain(
+                        f"former network {id}", path, self._pins, self._repairs, selects=every_link
+                    )
+                    await self._empty(leftover, NetworkId(id))
                 await self._pins.destroy(id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
@@ -294,11 +335,12 @@ class Overlays:
             return None
         return self._underlays.get(node.underlay, Underlay(node.underlay))
 
-    async def _find_underlays(self) -> dict[str, Underlay]:
+    async def _find_underlays(self) -> None:
         """The addresses that this node's VXLANs leave from, with the MTU of their devices."""
         own = (table.nodes.get(self._node_id) for table in self._tables.values())
         wanted = {node.underlay for node in own if node is not None and node.underlay}
-        return await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
+        found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
+        self._underlays = found
 
 
 def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:

@@ -15,6 +15,8 @@ class Repairs:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self.comparisons = 0
+        """Of a namespace with its wish, whatever came of it."""
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -102,7 +102,7 @@ def network_state(
         links=links,
         addresses=frozenset(Address(bridge, one) for one in own),
         entries=entries,
-        sysctls=_bridge_sysctls(bridge, own),
+        sysctls=_sysctls(bridge, devices, is_dual=any(":" in one.subnet for one in head.segments)),
     )
 
 
@@ -199,13 +199,16 @@ def _own_addresses(head: NetworkHead, table: Table | None, node_id: NodeId) -> l
     return found
 
 
-def _bridge_sysctls(bridge: str, own: Iterable[str]) -> dict[str, str]:
+def _sysctls(bridge: str, devices: Iterable[str], *, is_dual: bool) -> dict[str, str]:
     sysctls = {f"net/ipv4/conf/{bridge}/rp_filter": "0"}
-    if any(":" in one for one in own):
-        sysctls |= {
-            f"net/ipv6/conf/{bridge}/disable_ipv6": "0",
-            f"net/ipv6/conf/{bridge}/accept_dad": "0",
-        }
+    if is_dual:
+        for (
+            device
+        ) in devices:  # a device answers for neighbours only where IPv6 is on; it needs no address for that
+            sysctls[f"net/ipv6/conf/{device}/addr_gen_mode"] = "1"
+            sysctls[f"net/ipv6/conf/{device}/disable_ipv6"] = "0"
+        sysctls[f"net/ipv6/conf/{bridge}/accept_dad"] = "0"
+        sysctls[f"net/ipv6/conf/{bridge}/disable_ipv6"] = "0"
     return sysctls
 
 

@@ -210,6 +210,29 @@ async def test_tables_are_found_again_and_each_file_is_a_table(tmp_path: Path) -
     assert set(again.tables[A].nodes) == {"n2"}
 
 
+async def test_what_was_in_force_is_newer_than_the_disk(tmp_path: Path) -> None:
+    """A process that is killed has written its disk up to a second before."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "a").write_bytes(msgspec.msgpack.encode(Kept(2, a_table("a", revision=5))))
+    (disk / "b").write_bytes(msgspec.msgpack.encode(Kept(2, a_table("b", revision=5))))
+    shared = SharedTables(tmp_path / "run")
+    newer = a_table("a", "n1", revision=7)
+    await shared.apply({A: newer}, frozenset({A}))
+    part = Part()
+    keeper = a_keeper(part, directory=disk)
+    (tmp_path / "run" / "b").write_bytes(b"damaged")
+    keeper.load(shared.load())
+    assert keeper.tables == {A: newer, B: a_table("b", revision=5)}
+    with pytest.raises(FailedPrecondition):
+        keeper.take(told(a_table("a", revision=6)), 2)
+    async with running(keeper):
+        await until(keeper, lambda: keeper.applied)
+    again = a_keeper(directory=disk)
+    again.load()
+    assert again.tables == keeper.tables
+
+
 def test_damaged_files_are_told_and_dropped(tmp_path: Path) -> None:
     good = msgspec.msgpack.encode(Kept(1, a_table("a")))
     (tmp_path / "a").write_bytes(good)
