@@ -54,11 +54,15 @@ REVISION_FILE = "seen.json"
 
 _REMOVAL_TIMEOUT_S = 60.0
 _PLUGINS = (
-    # Without "overlay": tasks on overlay networks stay away until containers here can join them.
     *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
     EnginePlugin(type="Log", name="json-file"),
     EnginePlugin(type="Volume", name="local"),
 )
+
+
+_OVERLAY = EnginePlugin(type="Network", name="overlay")
+_OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
+"""Tasks on overlay networks stay away from a machine that lacks one of these."""
 
 
 class NodeParts:
@@ -226,6 +230,6 @@ class NodeParts:
             engine=EngineDescription(
                 engine_version=__version__,
                 labels={**labels(self._features), **configuration.labels, **own},
-                plugins=_PLUGINS,
+                plugins=(*_PLUGINS, _OVERLAY) if all(map(self._features.has, _OVERLAY_NEEDS)) else _PLUGINS,
             ),
         )
