@@ -128,7 +128,7 @@ class _Users:
         """The network is nearly or quite full, or has nothing to give yet."""
         if self._network.ipam_options is None:
             return
-        usage = usage_of(self._network, (ip_interface(text).ip for text in self._addresses))
+        usage = usage_of(self._network, len({text for text in self._addresses if ":" not in text}))
         if usage.is_nearly_full:
             name = self._network.spec.name
             yield f"{usage}: give the network another subnet (skep network update --subnet-add SUBNET {name})"
