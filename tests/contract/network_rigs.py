@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import IPv4Network
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -120,6 +121,8 @@ async def a_rig(folder: Path) -> AsyncIterator[Rig]:
             tasks=work,
             containers=lambda: work.containers,
             container=work.container,
+            clock=SystemClock(),
+            chance=Random(1).random,
         )
         client = await stack.enter_async_context(TestClient(TestServer(application(network_routes(parts)))))
         yield Rig(client, manager, member, work, gateway, local)

@@ -1,5 +1,6 @@
 """``/networks`` of a node: its own, those of its manager, and on a worker those that its tasks use."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -157,6 +158,27 @@ async def test_the_gateway_bridge_stays_while_containers_are_on_it(rig: Rig) -> 
     assert message == (
         f"error while removing network: network docker_gwbridge id {shown['Id']} has active endpoints"
     )
+
+
+async def test_the_gateway_bridge_is_back_when_a_container_needs_it(rig: Rig) -> None:
+    before = (await rig.ask("GET", "/networks/docker_gwbridge"))[1]["Id"]
+    await rig.ask("DELETE", "/networks/docker_gwbridge")
+    assert (await rig.message("DELETE", "/networks/docker_gwbridge"))[0] == 404
+    rig.gateway.on_it = ("c" * 64,)
+    _, shown = await rig.ask("GET", "/networks/docker_gwbridge")
+    assert shown["Id"] != before
+    rig.gateway.on_it = ()
+    assert (await rig.ask("GET", "/networks/docker_gwbridge"))[1]["Id"] == shown["Id"]
+
+
+async def test_a_manager_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    async with a_rig(tmp_path) as rig, asyncio.TaskGroup() as group:
+        (tmp_path / "m.sock").rename(tmp_path / "away")
+        asked = group.create_task(rig.names())
+        answered, _ = await asyncio.wait([asked], timeout=0.2)
+        assert not answered
+        (tmp_path / "away").rename(tmp_path / "m.sock")
+        assert "ingress" in await asked
 
 
 @pytest.mark.parametrize(
