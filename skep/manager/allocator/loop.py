@@ -104,6 +104,7 @@ class Allocator:
                 case Deleted(Service() as service):
                     self._look_at_service(service.id)
                     self._new.pop(service.id, None)
+                    self._note_unallocated()
                     self._guard.forget(service.id)
                     self._guard.forget(f"tasks of {service.id}")
                 case Created(Task() as task):
@@ -121,7 +122,7 @@ class Allocator:
                     self._books.leave_network(network)
                     self._unallocated.pop(network.id, None)
                     self._nearly_full.discard(network.id)
-                    self._agenda.add([network_key(id) for id in self._unallocated])
+                    self._note_unallocated()
                     self._agenda.add(node_key(id) for id in sorted(self._books.docker_nodes))
                 case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
                     self._look_at_node(node)
@@ -138,8 +139,7 @@ class Allocator:
         gave_back = self._books.leave_task(task.id) if current is None else self._books.enter_task(current)
         if gave_back:
             self._note_node_of(task)
-            # A removed network's subnet is free once its last task has ended: another may wait for it.
-            self._agenda.add([network_key(id) for id in self._unallocated])
+            self._note_unallocated()
             if self._is_short:
                 self._is_short = False
                 self._agenda.add(self._new)
@@ -150,8 +150,11 @@ class Allocator:
         is_known = node.id in self._books.docker_nodes
         if current is None:
             self._books.leave_node(node)
+        else:
+            self._books.enter_node(current)
+        self._note_unallocated()
+        if current is None:
             return
-        self._books.enter_node(current)
         if is_docker_node(current) and not is_known:
             self._agenda.add((node_key(node.id),))
             if not had_docker_nodes:
@@ -176,6 +179,10 @@ class Allocator:
         self._agenda.add(self._new)  # those that wait for a network may be among them
         if network.spec.ingress:
             self._note_ingress()
+
+    def _note_unallocated(self) -> None:
+        """A removed network's subnet is free once nobody holds an address of it: another may wait for that."""
+        self._agenda.add([network_key(id) for id in self._unallocated])
 
     def _note_ingress(self) -> None:
         """From now on published ports and docker nodes need the ingress network."""
