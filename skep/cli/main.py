@@ -29,6 +29,7 @@ COMMANDS = {
     "cluster": Place(
         "skep.cli.cluster:cluster", "What Docker has no command for: resume replacement, set the grace."
     ),
+    "network": Place("skep.cli.network:network", "Networks: docker's commands, and giving one more room."),
     "backup": Place("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
     "restore": Place("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),
     "runs": Place("skep.cli.runs:runs", "What ended of a service or job: exit codes and last lines."),

@@ -21,11 +21,11 @@ NOUNS = frozenset(f"{_OBJECTS} {_ACTIONS}".split())
 """First words that docker understands.  Those of Skep's own commands win."""
 
 
-def command(noun: str) -> click.Command:
-    """A command that becomes docker, with every word behind ``noun`` as it is, ``--help`` too."""
+def command(*nouns: str) -> click.Command:
+    """A command that becomes docker, with every word behind ``nouns`` as it is, ``--help`` too."""
 
     @click.command(
-        noun,
+        nouns[-1],
         context_settings={
             "ignore_unknown_options": True,
             "allow_interspersed_args": False,
@@ -36,7 +36,7 @@ def command(noun: str) -> click.Command:
     @click.pass_obj
     def run(host: str, words: Sequence[str]) -> None:
         docker = find_docker()
-        os.execv(docker, [docker, "--host", host, noun, *words])
+        os.execv(docker, [docker, "--host", host, *nouns, *words])
 
     return run
 

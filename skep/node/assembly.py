@@ -176,6 +176,8 @@ class Node:
                     tasks=worker,
                     containers=workload.list_containers,
                     container=workload.container,
+                    clock=clock,
+                    chance=chance,
                 )
             )
             routes: tuple[web.AbstractRouteDef, ...] = (*networks, *workload.routes)

@@ -1,7 +1,7 @@
 """Questions of the node process to those beside it on this machine: the manager process, the Docker Engine."""
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from urllib.parse import urlencode
 import aiohttp
 import msgspec
 
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
 from skep.api.errors import error_of
 from skep.errors import SkepError, Unavailable
 
@@ -45,6 +47,24 @@ class LocalApi:
     def has_socket(self) -> bool:
         """Whether there is something to ask: who is only starting has no socket yet."""
         return self._path.exists()
+
+    async def wait_listening(self, clock: Clock, chance: Callable[[], float], within_s: float) -> None:
+        """Return once somebody listens: who restarts is back in a moment.  Raises: Unavailable."""
+        backoff = Backoff(0.02, 0.5, chance=chance)
+        try:
+            async with asyncio.timeout(within_s):
+                while not await self._listens():
+                    await backoff.sleep(clock)
+        except TimeoutError as error:
+            raise Unavailable(f"{self._who} does not answer") from error
+
+    async def _listens(self) -> bool:
+        try:
+            _, writer = await asyncio.open_unix_connection(str(self._path))
+        except OSError:
+            return False
+        writer.close()
+        return True
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:

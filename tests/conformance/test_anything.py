@@ -75,6 +75,8 @@ POSTS = (
     "/secrets/create",
     "/configs/create",
     "/networks/create",
+    "/networks/ov1/update",
+    "/networks/prune",
     "/swarm/update?version=1",
     "/swarm/unlock",
     "/nodes/m1/update?version=1",

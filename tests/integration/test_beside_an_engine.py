@@ -155,12 +155,81 @@ def test_an_image_is_built(node: TestNode, tmp_path: Path) -> None:
     assert node.docker("run", "--rm", "made:1").stdout == "built\n"
 
 
-def test_volumes_and_networks_are_the_engines(node: TestNode, engine_socket: Path) -> None:
+def test_volumes_are_the_engines(node: TestNode, engine_socket: Path) -> None:
     node.docker("volume", "create", "data")
     assert "data" in engine_says(engine_socket, "volume", "ls", "-q").split()
     node.docker("run", "--rm", "-v", "data:/data", IMAGE, "sh", "-c", "echo kept >/data/file")
     assert node.docker("run", "--rm", "-v", "data:/data", IMAGE, "cat", "/data/file").stdout == "kept\n"
     node.docker("volume", "rm", "data")
+
+
+def test_networks_of_the_engine_and_of_the_cluster_are_one_list(node: TestNode, engine_socket: Path) -> None:
+    names = ("network", "ls", "--format", "{{.Name}} {{.Scope}}")
+    node.docker("network", "create", "-d", "overlay", "--attachable", "ours")
+    try:
+        node.docker("network", "create", "--label", "a=b", "theirs")
+        listed = node.docker(*names).stdout.split("\n")
+        expected = ("bridge local", "docker_gwbridge local", "host local", "ingress swarm", "none local")
+        assert sorted(filter(None, listed)) == sorted((*expected, "ours swarm", "theirs local"))
+        assert node.docker(*names, "--filter", "label=a=b").stdout == "theirs local\n"
+        assert "theirs" in engine_says(engine_socket, *names)
+        assert "ours" not in engine_says(engine_socket, *names)
+        for name in ("ours", "theirs"):
+            for words in ((), ("-d", "overlay"), ("--config-only",)):
+                taken = node.docker("network", "create", *words, name, check=False)
+                assert f"network with name {name} already exists" in taken.stderr
+        shown = node.docker("network", "inspect", "ours", "theirs", "--format", "{{.Driver}} {{.Scope}}")
+        assert shown.stdout == "overlay swarm\nbridge local\n"
+        assert node.docker("network", "prune", "-f").stdout.split() == [
+            "Deleted",
+            "Networks:",
+            "ours",
+            "theirs",
+        ]
+        assert node.docker(*names).stdout.split("\n")[:-1] == sorted(expected)
+    finally:
+        node.docker("network", "rm", "ours", "theirs", check=False)
+
+
+def test_plain_containers_meet_by_name_and_alias_on_a_bridge_network(node: TestNode) -> None:
+    node.docker("network", "create", "--subnet", "172.30.9.0/24", "meeting")
+    try:
+        node.docker(
+            *("run", "-d", "--name", "one", "--network", "meeting", "--network-alias", "first"), IMAGE, *IDLE
+        )
+        node.docker("run", "-d", "--name", "two", IMAGE, *IDLE)
+        node.docker("network", "connect", "--alias", "second", "meeting", "two")
+        for name in ("one", "first", "second"):
+            found = node.docker("exec", "two", "ping", "-c", "1", "-W", "5", name).stdout
+            assert "172.30.9." in found, found
+        refused = node.docker("network", "rm", "meeting", check=False)
+        assert "has active endpoints" in refused.stderr
+        node.docker("network", "disconnect", "meeting", "two")
+        assert node.docker("exec", "two", "ping", "-c", "1", "-W", "2", "one", check=False).returncode != 0
+    finally:
+        node.docker("rm", "-f", "one", "two", check=False)
+        node.docker("network", "rm", "meeting")
+
+
+def test_why_a_container_joins_no_network_of_the_cluster(node: TestNode) -> None:
+    node.docker("network", "create", "-d", "overlay", "closed")
+    node.docker("network", "create", "-d", "overlay", "--attachable", "open")
+    node.docker("run", "-d", "--name", "plain", IMAGE, *IDLE)
+    try:
+        for words, message in (
+            (("closed", "plain"), "network closed not manually attachable"),
+            (("open", "plain"), "takes no part in the cluster"),
+            (("open", "nosuch"), "No such container: nosuch"),
+            (("nosuch", "plain"), "network nosuch not found"),
+        ):
+            done = node.docker("network", "connect", *words, check=False)
+            assert done.returncode == 1
+            assert message in done.stderr
+        done = node.docker("network", "disconnect", "open", "plain", check=False)
+        assert "is not connected to network open" in done.stderr
+    finally:
+        node.docker("rm", "-f", "plain")
+        node.docker("network", "rm", "closed", "open")
 
 
 def test_events_of_both_are_one_stream(node: TestNode) -> None:

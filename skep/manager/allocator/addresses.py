@@ -22,7 +22,8 @@ from skep.model.network import IPAMConfig, Network
 
 Address: TypeAlias = IPv4Address | IPv6Address
 
-_LAST_KEY: TypeAlias = tuple[NetworkId, int]
+_Key: TypeAlias = tuple[NetworkId, int]
+"""A network and a version of IP."""
 
 NEARLY_FULL = 0.8
 """Share of a network's addresses in use from which on the user is warned."""
@@ -50,16 +51,16 @@ class AddressBook:
     """Which address of which network belongs to whom."""
 
     def __init__(self) -> None:
-        self._taken: dict[NetworkId, Counter[Address]] = {}
+        self._taken: dict[_Key, Counter[Address]] = {}
         self._held: dict[str, tuple[tuple[NetworkId, Address], ...]] = {}
-        self._last: dict[_LAST_KEY, Address] = {}
+        self._last: dict[_Key, Address] = {}
 
     def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
         """``owner`` holds exactly ``addresses`` (``ip/length``) from now on."""
         self.release(owner)
         held = tuple((network_id, ip_interface(text).ip) for network_id, text in addresses)
         for network_id, address in held:
-            self._taken.setdefault(network_id, Counter())[address] += 1
+            self._taken.setdefault((network_id, address.version), Counter())[address] += 1
         if held:
             self._held[owner] = held
 
@@ -67,21 +68,22 @@ class AddressBook:
         """``owner`` holds nothing any more; gives the networks on which it did."""
         held = self._held.pop(owner, ())
         for network_id, address in held:
-            taken = self._taken[network_id]
+            key = (network_id, address.version)
+            taken = self._taken[key]
             taken[address] -= 1
             if not taken[address]:
                 del taken[address]
             if not taken:
-                del self._taken[network_id]
+                del self._taken[key]
         return frozenset(network_id for network_id, _ in held)
 
     def is_used(self, network_id: NetworkId) -> bool:
         """Whether anybody holds an address of the network."""
-        return network_id in self._taken
+        return (network_id, 4) in self._taken or (network_id, 6) in self._taken
 
     def usage(self, network: Network) -> Usage:
-        """How full an allocated network is."""
-        return usage_of(network, self._taken.get(network.id, ()))
+        """How full an allocated network is.  Costs nothing to speak of: it is asked for every task."""
+        return usage_of(network, len(self._taken.get((network.id, 4), ())))
 
     def give(self, owner: str, network: Network, wished: str = "") -> str:
         """An IPv4 address of an allocated network for ``owner``, as ``ip/length``.  ``wished``: that one (``--ip``).
@@ -108,20 +110,21 @@ class AddressBook:
         return self._give(owner, network, "", 6)
 
     def _give(self, owner: str, network: Network, wished: str, version: int) -> str:
-        taken = self._taken.get(network.id, Counter())
+        version = 6 if ":" in wished else version
+        taken: Counter[Address] = self._taken.get((network.id, version), Counter())
         if wished:
             address, length = _wished(network, wished, taken)
         else:
             address, length = self._next(network, taken, version)
-        self._taken.setdefault(network.id, Counter())[address] += 1
+        self._taken.setdefault((network.id, address.version), Counter())[address] += 1
         self._held[owner] = (*self._held.get(owner, ()), (network.id, address))
         return f"{address}/{length}"
 
     def _next(self, network: Network, taken: Counter[Address], version: int) -> tuple[Address, int]:
         """Behind the last one given, and from the start again when the end is reached."""
         key = (network.id, version)
-        if key not in self._last and (held := [one for one in taken if one.version == version]):
-            self._last[key] = max(held, key=int)  # a new leader: what was given before it is not known
+        if key not in self._last and taken:
+            self._last[key] = max(taken, key=int)  # a new leader: what was given before it is not known
         last = self._last.get(key)
         pools = [pool for pool in _pools(network) if pool.version == version]
         current = [pool for pool in pools if last is not None and last in pool.hosts]
@@ -142,11 +145,10 @@ def has_ipv6(network: Network) -> bool:
     return any(":" in config.subnet for config in configs)
 
 
-def usage_of(network: Network, taken: Iterable[Address]) -> Usage:
-    """How full an allocated network is, of which ``taken`` are in use."""
-    pools = [pool for pool in _pools(network) if pool.version == 4]
-    used = {address for address in taken if any(address in pool.hosts for pool in pools)}
-    return Usage(len(used), sum(pool.size for pool in pools))
+def usage_of(network: Network, used: int) -> Usage:
+    """How full an allocated network is, of which ``used`` IPv4 addresses are taken."""
+    size = sum(pool.size for pool in _pools(network) if pool.version == 4)
+    return Usage(min(used, size), size)
 
 
 class _Pool:

@@ -71,6 +71,8 @@ class Allocator:
         """Tasks not yet released, by service: work is in proportion to them, not to what the service has."""
         self._unallocated: dict[NetworkId, str] = {}
         """Networks that cannot have what they ask for, and why."""
+        self._nearly_full: set[NetworkId] = set()
+        """Networks of which that was said."""
         self._is_short = False
         """Whether a task waits for something: the next address given back is news."""
 
@@ -101,6 +103,7 @@ class Allocator:
                 case Deleted(Service() as service):
                     self._look_at_service(service.id)
                     self._new.pop(service.id, None)
+                    self._note_unallocated()
                     self._guard.forget(service.id)
                     self._guard.forget(f"tasks of {service.id}")
                 case Created(Task() as task):
@@ -117,7 +120,8 @@ class Allocator:
                 case Deleted(Network() as network):
                     self._books.leave_network(network)
                     self._unallocated.pop(network.id, None)
-                    self._agenda.add([network_key(id) for id in self._unallocated])
+                    self._nearly_full.discard(network.id)
+                    self._note_unallocated()
                     self._note_nodes()
                 case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
                     self._look_at_node(node)
@@ -137,8 +141,7 @@ class Allocator:
         gave_back = self._books.leave_task(task.id) if current is None else self._books.enter_task(current)
         if gave_back:
             self._note_node_of(task)
-            # A removed network's subnet is free once its last task has ended: another may wait for it.
-            self._agenda.add([network_key(id) for id in self._unallocated])
+            self._note_unallocated()
             if self._is_short:
                 self._is_short = False
                 self._agenda.add(self._new)
@@ -148,8 +151,11 @@ class Allocator:
         is_known = node.id in self._books.docker_nodes
         if current is None:
             self._books.leave_node(node)
+        else:
+            self._books.enter_node(current)
+        self._note_unallocated()
+        if current is None:
             return
-        self._books.enter_node(current)
         if (is_docker_node(current) and not is_known) or self._is_to_come_to_ingress(current):
             self._agenda.add((node_key(node.id),))
 
@@ -186,6 +192,10 @@ class Allocator:
         self._agenda.add(self._new)  # those that wait for a network may be among them
         if network.spec.ingress:
             self._note_ingress()
+
+    def _note_unallocated(self) -> None:
+        """A removed network's subnet is free once nobody holds an address of it: another may wait for that."""
+        self._agenda.add([network_key(id) for id in self._unallocated])
 
     def _note_ingress(self) -> None:
         """From now on published ports have the ingress network, and nodes their places on it."""
@@ -312,11 +322,24 @@ class Allocator:
 
         match attachments_for(spec, networks, give, task.networks_attachments):
             case Attached(attachments):
+                self._warn_of_full(one.network for one in attachments)
                 return Release(task, attachments)
             case NotAttached(reason):
                 self._books.leave_task(task.id)
                 self._is_short = True
                 return Explain(task, reason)
+
+    def _warn_of_full(self, networks: Iterable[Network | None]) -> None:
+        """Log once when a network is nearly full, and again when it has had room meanwhile."""
+        for network in networks:
+            if network is None or not is_overlay(network):
+                continue
+            usage = self._books.addresses.usage(network)
+            if not usage.is_nearly_full:
+                self._nearly_full.discard(network.id)
+            elif network.id not in self._nearly_full:
+                self._nearly_full.add(network.id)
+                log.warning("network nearly full", network=network.spec.name, usage=str(usage))
 
     def _networks(self) -> Networks:
         """An ingress network that has no addresses yet is one to wait for."""

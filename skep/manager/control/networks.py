@@ -180,7 +180,8 @@ def subnets_of(network: Network) -> list[Subnet]:
     """What the network has, and what it will get."""
     both = (network.ipam_options, network.spec.ipam_options)
     configs = [config for options in both if options is not None for config in options.configs]
-    return [_subnet(config) for config in configs if config.subnet] if is_overlay(network) else []
+    found = dict.fromkeys(_subnet(config) for config in configs if config.subnet)
+    return list(found) if is_overlay(network) else []
 
 
 def _subnet(config: IPAMConfig) -> Subnet:

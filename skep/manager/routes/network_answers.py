@@ -12,6 +12,7 @@ from typing import Any
 from skep.api.network_form import endpoint_id, flat_form, known_driver
 from skep.api.networks import SWARM, Facts
 from skep.manager.allocator.addresses import usage_of
+from skep.manager.allocator.subnets import NetworkBook, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
 from skep.manager.control.network_specs import PREDEFINED_LABEL
 from skep.manager.routes.shown import damage_of
@@ -21,6 +22,7 @@ from skep.model.node import Node
 from skep.model.planes import is_overlay
 from skep.model.routes import clashes
 from skep.model.service import PublishMode, Service
+from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
@@ -126,9 +128,10 @@ class _Users:
 
     def warnings(self) -> Iterable[str]:
         """The network is nearly or quite full, or has nothing to give yet."""
-        if self._network.ipam_options is None:
+        if not has_addresses(self._network):
+            yield from _why_without_addresses(self._view, self._network)
             return
-        usage = usage_of(self._network, (ip_interface(text).ip for text in self._addresses))
+        usage = usage_of(self._network, len({text for text in self._addresses if ":" not in text}))
         if usage.is_nearly_full:
             name = self._network.spec.name
             yield f"{usage}: give the network another subnet (skep network update --subnet-add SUBNET {name})"
@@ -183,6 +186,20 @@ def _service_entry(
         "LocalLBIndex": 0,
         "Tasks": lines,
     }
+
+
+def _why_without_addresses(view: View, network: Network) -> list[str]:
+    """What the leader finds when it looks at a network that has none; nothing, if it only has not looked yet."""
+    book = NetworkBook()
+    for other in view.find(Network):
+        book.enter(other)
+    swarms = view.find(Swarm)
+    pools = swarms[0].default_addr_pool if swarms else ()
+    try:
+        allocated(network, book, pools, swarms[0].subnet_size if swarms else 24)
+    except NotAllocated as error:
+        return [f"not allocated: {error}"]
+    return []
 
 
 def _clash_warnings(view: View, network: Network) -> list[str]:

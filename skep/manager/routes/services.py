@@ -23,6 +23,7 @@ from skep.api.server import (
 from skep.manager.control import services as control
 from skep.manager.control.service_form import UNRECOGNIZED, settled
 from skep.manager.routes.access import current_view, manager_of, version_parameter, wrapped_flag
+from skep.manager.routes.network_room import room_warnings
 from skep.manager.routes.shown import has_labels, service_status, shown_service, trouble_of
 from skep.model.container import ContainerSpec
 from skep.model.service import Service, ServiceSpec
@@ -84,7 +85,8 @@ async def create_service(request: web.Request) -> web.StreamResponse:
         now=manager.now(),
         registry_auth=request.headers.get("X-Registry-Auth", ""),
     )
-    return json_answer({"ID": service.id}, 201)
+    warnings = room_warnings(manager.store.view(), service) if control.names_networks(spec) else []
+    return json_answer({"ID": service.id, **({"Warnings": warnings} if warnings else {})}, 201)
 
 
 @routes.get("/services/{id}")
@@ -121,7 +123,10 @@ async def update_service(request: web.Request) -> web.StreamResponse:
             await manager.update(control.rollback_service, service.id, spec, version, now=manager.now())
         case word:
             raise Untranslated(f"unrecognized rollback option {word}")
-    return json_answer({"Warnings": None})
+    view = manager.store.view()
+    changed = view.lookup(Service, service.id)
+    warnings = room_warnings(view, changed) if changed is not None else []
+    return json_answer({"Warnings": warnings or None})
 
 
 @routes.delete("/services/{id}")

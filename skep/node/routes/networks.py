@@ -14,6 +14,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from skep.aio.clock import Clock
 from skep.api import network_form
 from skep.api.bodies import decode_body
 from skep.api.errors import Forbidden
@@ -51,6 +52,7 @@ from skep.node.routes.network_users import networks_in_use, on_gateway, on_overl
 
 log = structlog.get_logger()
 
+_MANAGER_WAIT_S = 5.0
 _PASSED_ON = ("Content-Type", "X-Skep-Stale")
 _FROM_A_WORKER = (
     "Cannot create a multi-host network from a worker node. Please create the network from a manager node."
@@ -89,6 +91,8 @@ class NetworkParts(msgspec.Struct, frozen=True, kw_only=True):
     containers: Callable[[], Collection[Container]]
     container: Callable[[str], Container]
     """By id, name or prefix.  Raises: NotFound."""
+    clock: Clock
+    chance: Callable[[], float]
 
 
 def network_routes(parts: NetworkParts) -> Routes:
@@ -260,7 +264,7 @@ class _NodeNetworks:
             path = f"/networks/{quote(word, safe='')}"
             headers = _headers(request)
             suffix = "?" + "&".join(f"{key}={quote(value)}" for key, value in query.items()) if query else ""
-            answer = await self._parts.manager.ask("GET", path + suffix, headers=headers)
+            answer = await self._asked_manager("GET", path + suffix, b"", headers)
             if answer.status == 404:
                 return None
             if answer.status >= 300:
@@ -282,20 +286,29 @@ class _NodeNetworks:
         return found
 
     async def _check_cluster_lacks(self, name: str) -> None:
-        try:
-            found = await self._parts.manager.get(f"/networks/{quote(name, safe='')}")
-        except (NotFound, InvalidArgument):
-            return
-        if found["Name"] == name:
+        answer = await self._asked_manager("GET", f"/networks/{quote(name, safe='')}", b"", {})
+        if answer.status == 200 and msgspec.json.decode(answer.body)["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
     def _attached(self) -> dict[str, Network]:
         return networks_in_use(self._parts.tasks.tasks(), self._parts.tasks.statuses())
 
     async def _ask_manager(self, request: web.Request, body: bytes = b"") -> Answer:
+        return await self._asked_manager(request.method, request.path_qs, body, _headers(request))
+
+    async def _asked_manager(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """What the manager answers; one that restarts is waited for.  Raises: Unavailable."""
         if (refusal := self._parts.member.manager_refusal()) is not None:
             raise Unavailable(refusal)
-        return await self._parts.manager.ask(request.method, request.path_qs, body, _headers(request))
+        manager = self._parts.manager
+        for attempts_left in (1, 0) if method == "GET" else (0,):
+            await manager.wait_listening(self._parts.clock, self._parts.chance, _MANAGER_WAIT_S)
+            try:
+                return await manager.ask(method, path, body, headers)
+            except Unavailable:
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
     # --- the engine's, and the node's own ---------------------------------------------------------------------
 

@@ -99,12 +99,18 @@ class LocalNetworks:
         return list(self._opened().configurations)
 
     def gateway(self) -> LocalNetwork | None:
-        """The gateway bridge; None: there is none, or the user removed it and nobody needed it since."""
+        """The gateway bridge; None: there is none, or the user removed it and nobody needed it since.
+
+        Who finds a container on a removed one notes that it is back.
+        """
         kept = self._opened()
         if self._gateway is None or self._gateway.subnet is None:
             return None
-        if kept.is_gateway_removed and not self._gateway.users():
-            return None
+        if kept.is_gateway_removed:
+            if not self._gateway.users():
+                return None
+            kept = replace(kept, is_gateway_removed=False)
+            self._keep(kept)
         subnet = self._gateway.subnet
         config = SubnetBody(subnet=str(subnet), gateway=str(subnet[1]))
         options = {**kept.gateway.options, "com.docker.network.bridge.name": self._gateway.bridge}

@@ -1,0 +1,62 @@
+"""``skep network``: docker's, and what docker has no word for: a network that grows."""
+
+from collections.abc import Sequence
+
+import click
+
+from skep.api.client import Client
+from skep.cli import passthrough
+from skep.cli.asking import answer_of
+
+AUTOMATIC = "auto"
+
+
+class _Network(click.Group):
+    """Every verb but ours is docker's."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, cmd_name) or passthrough.command("network", cmd_name)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write_text("Everything else is docker's: skep network create, ls, inspect, rm, prune, ...")
+
+
+@click.group(cls=_Network)
+def network() -> None:
+    """Networks.
+
+    \b
+    Examples:
+      skep network ls
+      skep network update --subnet-add 10.20.0.0/24 backend
+    """
+
+
+@network.command()
+@click.option(
+    "--subnet-add",
+    "subnets",
+    metavar="SUBNET",
+    multiple=True,
+    required=True,
+    help=f"Give it this subnet too ({AUTOMATIC}: one of the default address pools); may be given several times.",
+)
+@click.argument("name", metavar="NETWORK")
+@click.pass_obj
+def update(host: str, subnets: Sequence[str], name: str) -> None:
+    """Give an overlay network more addresses, while it is in use.
+
+    \b
+    Examples:
+      skep network update --subnet-add 10.20.0.0/24 backend
+      skep network update --subnet-add auto backend
+    """
+    answer_of(_update(host, name, subnets))
+    click.echo(name)
+
+
+async def _update(host: str, name: str, subnets: Sequence[str]) -> None:
+    added = [{} if subnet == AUTOMATIC else {"Subnet": subnet} for subnet in subnets]
+    async with Client.at(host) as client:
+        await client.post(f"/networks/{name}/update", {"SubnetsAdd": added})

@@ -1,0 +1,128 @@
+"""A node's ``/networks`` with a real manager behind it; tasks, containers and the gateway bridge are made up."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import IPv4Network
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from skep.aio.clock import SystemClock
+from skep.api.server import application
+from skep.errors import FailedPrecondition, NotFound
+from skep.manager.routes import ManagerApi
+from skep.manager.routes import application as manager_application
+from skep.model.ids import TaskId, new_container_id
+from skep.model.task import AssignedTask, TaskStatus
+from skep.node.local_api import LocalApi
+from skep.node.network.local.keeper import LocalNetworks
+from skep.node.oci.container import Container
+from skep.node.routes.networks import NetworkParts, network_routes
+from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
+from tests.conformance.manager import a_manager_api
+
+
+class AMember(msgspec.Struct):
+    is_manager: bool = True
+    is_in_swarm: bool = True
+
+    def manager_refusal(self) -> str | None:
+        if self.is_manager:
+            return None
+        return NOT_A_MANAGER if self.is_in_swarm else NOT_IN_A_SWARM
+
+
+class AWorkload(msgspec.Struct):
+    """Tasks and containers."""
+
+    assigned: dict[TaskId, AssignedTask] = {}
+    states: dict[TaskId, TaskStatus] = {}
+    containers: tuple[Container, ...] = ()
+
+    def tasks(self) -> dict[TaskId, AssignedTask]:
+        return self.assigned
+
+    def statuses(self) -> dict[TaskId, TaskStatus]:
+        return self.states
+
+    def container(self, word: str) -> Container:
+        for one in self.containers:
+            if word in (one.id, one.name):
+                return one
+        raise NotFound(f"No such container: {word}")
+
+
+class AGateway:
+    """The gateway bridge without a kernel; the real one is tested in namespaces."""
+
+    bridge = "skep-gw"
+
+    def __init__(self) -> None:
+        self.subnet: IPv4Network | None = IPv4Network("172.18.0.0/16")
+        self.on_it: tuple[str, ...] = ()
+
+    def users(self) -> tuple[str, ...]:
+        return self.on_it
+
+    async def move(self, subnet: IPv4Network | None) -> None:
+        if self.on_it:
+            raise FailedPrecondition("containers are on the node's gateway bridge")
+        self.subnet = subnet or IPv4Network("172.18.0.0/16")
+
+
+class Rig(msgspec.Struct):
+    """A node and what it asks."""
+
+    client: TestClient[Any, Any]
+    manager: ManagerApi
+    member: AMember
+    work: AWorkload
+    gateway: AGateway
+    local: LocalNetworks
+
+    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        async with self.client.request(method, path, json=body) as answer:
+            raw = await answer.read()
+            return answer.status, msgspec.json.decode(raw) if raw else None
+
+    async def message(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
+        status, answer = await self.ask(method, path, body)
+        return status, answer["message"]
+
+    async def names(self, **filters: str) -> set[str]:
+        wanted = msgspec.json.encode({key: [value] for key, value in filters.items()}).decode()
+        async with self.client.get("/networks", params={"filters": wanted}) as answer:
+            assert answer.status == 200, await answer.text()
+            return {one["Name"] for one in await answer.json()}
+
+
+@asynccontextmanager
+async def a_rig(folder: Path) -> AsyncIterator[Rig]:
+    async with AsyncExitStack() as stack:
+        manager = await stack.enter_async_context(a_manager_api())
+        runner = web.AppRunner(manager_application(manager))
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.UnixSite(runner, str(folder / "m.sock")).start()
+        api = LocalApi(folder / "m.sock", "the manager")
+        await stack.enter_async_context(api.open())
+        member, work, gateway = AMember(), AWorkload(), AGateway()
+        local = LocalNetworks(folder / "local", gateway, clock=SystemClock(), new_id=new_container_id)
+        local.open()
+        parts = NetworkParts(
+            member=member,
+            manager=api,
+            engine=None,
+            local=local,
+            tasks=work,
+            containers=lambda: work.containers,
+            container=work.container,
+            clock=SystemClock(),
+            chance=Random(1).random,
+        )
+        client = await stack.enter_async_context(TestClient(TestServer(application(network_routes(parts)))))
+        yield Rig(client, manager, member, work, gateway, local)

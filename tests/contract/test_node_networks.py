@@ -1,0 +1,321 @@
+"""``/networks`` of a node: its own, those of its manager, and on a worker those that its tasks use."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.allocator.subnets import NetworkBook, allocated
+from skep.model.ids import ContainerId, NetworkId, new_container_id
+from skep.model.network import Network
+from skep.model.service import Endpoint as ServiceEndpoint
+from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig
+from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState
+from skep.node.network.local.keeper import LocalNetworks
+from skep.node.oci.container import Container, ContainerConfig, ContainerState, Endpoint
+from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
+from tests.builders import a_node, a_service, a_task, an_overlay
+from tests.contract.network_rigs import Rig, a_rig
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with a_rig(tmp_path) as made:
+        yield made
+
+
+LOCAL = {"bridge", "host", "none", "docker_gwbridge"}
+
+
+async def test_a_manager_lists_the_clusters_networks_and_its_own(rig: Rig) -> None:
+    assert await rig.names() == {*LOCAL, "ingress"}
+    assert await rig.names(scope="local") == LOCAL
+    assert await rig.names(type="builtin") == {"bridge", "host", "none"}
+    assert await rig.names(driver="overlay") == {"ingress"}
+    assert await rig.names(name="^in") == {"ingress"}
+    assert (await rig.message("GET", '/networks?filters={"bogus":["1"]}')) == (400, "Invalid filter 'bogus'")
+
+
+async def test_the_ids_of_a_nodes_own_networks_outlive_its_process(rig: Rig, tmp_path: Path) -> None:
+    before = {one.name: one.id for one in (*rig.local.predefined(), rig.local.gateway()) if one}
+    again = LocalNetworks(tmp_path / "local", rig.gateway, clock=SystemClock(), new_id=new_container_id)
+    again.open()
+    assert {one.name: one.id for one in (*again.predefined(), again.gateway()) if one} == before
+    assert all(len(id) == 64 for id in before.values())
+
+
+async def test_outside_of_a_swarm_there_are_the_three_that_docker_has(rig: Rig) -> None:
+    rig.member.is_manager = rig.member.is_in_swarm = False
+    assert await rig.names() == {"bridge", "host", "none"}
+    overlay = {"Name": "o1", "Driver": "overlay"}
+    assert await rig.message("POST", "/networks/create", overlay) == (503, NOT_IN_A_SWARM)
+
+
+def on(network: Network, task: Task, address: str) -> Task:
+    return replace(task, networks_attachments=(NetworkAttachment(network=network, addresses=(address,)),))
+
+
+def a_container_of(task: Task, id: str) -> Container:
+    endpoint = Endpoint(
+        netns="",
+        address="172.18.0.2",
+        prefix_length=16,
+        gateway="172.18.0.1",
+        mac_address="02:42:ac:12:00:02",
+    )
+    return Container(
+        id=ContainerId(id),
+        name=f"web.1.{task.id}",
+        image="busybox:1",
+        image_id="",
+        config=ContainerConfig(path="sh"),
+        labels={"com.docker.swarm.task.id": task.id, "com.docker.swarm.service.name": "web"},
+        endpoint=endpoint,
+        state=ContainerState.RUNNING,
+    )
+
+
+async def test_a_worker_lists_an_overlay_only_while_a_task_of_its_own_uses_it(rig: Rig) -> None:
+    rig.member.is_manager = False
+    overlay = an_overlay("net1", subnet="10.0.9.0/24")
+    task = on(overlay, a_task("t1", state=TaskState.RUNNING), "10.0.9.3/24")
+    assert await rig.names() == LOCAL
+    assert (await rig.message("GET", "/networks/net1")) == (404, "network net1 not found")
+    rig.work.assigned[task.id] = AssignedTask(task=task, service_name="web")
+    rig.work.containers = (a_container_of(task, "c" * 64),)
+    rig.work.states[task.id] = task.status
+    assert await rig.names() == {*LOCAL, "net1"}
+    status, shown = await rig.ask("GET", "/networks/net1")
+    assert (status, shown["Scope"], shown["IPAM"]["Config"][0]["Subnet"]) == (200, "swarm", "10.0.9.0/24")
+    (entry,) = shown["Containers"].values()
+    assert (entry["Name"], entry["IPv4Address"]) == ("web.1.t1", "10.0.9.3/24")
+    assert entry["MacAddress"] == "02:42:0a:00:09:03"
+    rig.work.states[task.id] = replace(task.status, state=TaskState.SHUTDOWN)
+    assert await rig.names() == LOCAL
+
+
+async def test_a_worker_makes_and_removes_no_network_of_the_cluster(rig: Rig) -> None:
+    rig.member.is_manager = False
+    status, message = await rig.message("POST", "/networks/create", {"Name": "o1", "Driver": "overlay"})
+    assert (status, message) == (
+        403,
+        "Cannot create a multi-host network from a worker node. Please create the network from a manager node.",
+    )
+    assert await rig.message("POST", "/networks/net1/update", {"SubnetsAdd": [{}]}) == (503, NOT_A_MANAGER)
+    assert (await rig.ask("POST", "/networks/prune"))[1] == {"NetworksDeleted": None}
+
+
+async def test_a_node_without_an_engine_says_why_it_has_no_bridge_networks(rig: Rig) -> None:
+    status, message = await rig.message("POST", "/networks/create", {"Name": "b1", "Driver": "bridge"})
+    assert status == 501
+    assert "--engine-socket" in message
+    assert await rig.names() == {*LOCAL, "ingress"}
+
+
+async def test_names_are_free_once_over_the_node_and_the_cluster(rig: Rig) -> None:
+    assert (await rig.ask("POST", "/networks/create", {"Name": "o1", "Driver": "overlay"}))[0] == 201
+    taken = (409, "network with name o1 already exists")
+    assert await rig.message("POST", "/networks/create", {"Name": "o1", "ConfigOnly": True}) == taken
+    assert (await rig.ask("POST", "/networks/create", {"Name": "c1", "ConfigOnly": True}))[0] == 201
+    taken = (409, "network with name c1 already exists")
+    assert await rig.message("POST", "/networks/create", {"Name": "c1", "Driver": "overlay"}) == taken
+    assert await rig.names() == {*LOCAL, "ingress", "o1", "c1"}
+    assert (await rig.ask("DELETE", "/networks/c1"))[0] == 204
+    assert (await rig.ask("DELETE", "/networks/o1"))[0] == 204
+    assert await rig.message("DELETE", "/networks/o1") == (404, "network o1 not found")
+
+
+@pytest.mark.parametrize("name", ["bridge", "host", "none"])
+async def test_predefined_networks_stay(rig: Rig, name: str) -> None:
+    words = f"{name} is a pre-defined network and cannot be removed"
+    assert await rig.message("DELETE", f"/networks/{name}") == (403, words)
+
+
+async def test_the_gateway_bridge_is_removed_and_made_again_with_another_subnet(rig: Rig) -> None:
+    assert (await rig.ask("DELETE", "/networks/docker_gwbridge"))[0] == 204
+    assert "docker_gwbridge" not in await rig.names()
+    wish = {"Name": "docker_gwbridge", "IPAM": {"Config": [{"Subnet": "172.29.0.0/16"}]}}
+    assert (await rig.ask("POST", "/networks/create", wish))[0] == 201
+    _, shown = await rig.ask("GET", "/networks/docker_gwbridge")
+    assert shown["IPAM"]["Config"] == [{"Subnet": "172.29.0.0/16", "Gateway": "172.29.0.1"}]
+    taken = (409, "network with name docker_gwbridge already exists")
+    assert await rig.message("POST", "/networks/create", wish) == taken
+
+
+async def test_the_gateway_bridge_stays_while_containers_are_on_it(rig: Rig) -> None:
+    task = a_task("t1")
+    rig.work.containers = (a_container_of(task, "c" * 64),)
+    rig.gateway.on_it = ("c" * 64,)
+    _, shown = await rig.ask("GET", "/networks/docker_gwbridge")
+    assert shown["Containers"]["c" * 64]["Name"] == "gateway_cccccccccccc"
+    status, message = await rig.message("DELETE", "/networks/docker_gwbridge")
+    assert status == 403
+    assert message == (
+        f"error while removing network: network docker_gwbridge id {shown['Id']} has active endpoints"
+    )
+
+
+async def test_the_gateway_bridge_is_back_when_a_container_needs_it(rig: Rig) -> None:
+    before = (await rig.ask("GET", "/networks/docker_gwbridge"))[1]["Id"]
+    await rig.ask("DELETE", "/networks/docker_gwbridge")
+    assert (await rig.message("DELETE", "/networks/docker_gwbridge"))[0] == 404
+    rig.gateway.on_it = ("c" * 64,)
+    _, shown = await rig.ask("GET", "/networks/docker_gwbridge")
+    assert shown["Id"] != before
+    rig.gateway.on_it = ()
+    assert (await rig.ask("GET", "/networks/docker_gwbridge"))[1]["Id"] == shown["Id"]
+
+
+async def test_a_manager_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    async with a_rig(tmp_path) as rig, asyncio.TaskGroup() as group:
+        (tmp_path / "m.sock").rename(tmp_path / "away")
+        asked = group.create_task(rig.names())
+        answered, _ = await asyncio.wait([asked], timeout=0.2)
+        assert not answered
+        (tmp_path / "away").rename(tmp_path / "m.sock")
+        assert "ingress" in await asked
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [{"Subnet": "nonsense/24"}],
+        [{"Subnet": "10.1.0.0/31"}],
+        [{"Subnet": "fd00::/64"}],
+        [{"Subnet": "10.1.0.0/24", "Gateway": "10.1.0.9"}],
+        [{"Subnet": "10.1.0.0/24"}, {"Subnet": "10.2.0.0/24"}],
+    ],
+)
+async def test_a_gateway_bridge_that_cannot_be_is_refused(rig: Rig, config: Any) -> None:
+    await rig.ask("DELETE", "/networks/docker_gwbridge")
+    wish = {"Name": "docker_gwbridge", "IPAM": {"Config": config}}
+    status, _ = await rig.message("POST", "/networks/create", wish)
+    assert status in (400, 500)
+    assert rig.gateway.subnet == IPv4Network("172.18.0.0/16")
+    assert "docker_gwbridge" not in await rig.names()
+
+
+async def test_containers_of_tasks_are_not_connected_by_hand(rig: Rig) -> None:
+    rig.work.containers = (a_container_of(a_task("t1"), "c" * 64),)
+    await rig.ask("POST", "/networks/create", {"Name": "o1", "Driver": "overlay", "Attachable": True})
+    for verb in ("connect", "disconnect"):
+        status, message = await rig.message("POST", f"/networks/o1/{verb}", {"Container": "c" * 64})
+        assert status == 400
+        assert "docker service update --network-add" in message
+        unknown = (404, "No such container: nosuch")
+        assert await rig.message("POST", f"/networks/o1/{verb}", {"Container": "nosuch"}) == unknown
+        nameless = (400, 'invalid name or ID supplied: ""')
+        assert await rig.message("POST", f"/networks/o1/{verb}", {}) == nameless
+
+
+async def allocate(rig: Rig, name: str) -> Network:
+    """As the leader does."""
+    view = rig.manager.store.view()
+    book = NetworkBook()
+    for other in view.find(Network):
+        book.enter(other)
+    network = view.find(Network, name=name)[0]
+    return await rig.manager.store.update(lambda tx: tx.put(allocated(network, book, ("10.0.0.0/8",), 24)))
+
+
+async def test_inspect_shows_services_tasks_peers_and_that_the_network_is_nearly_full(rig: Rig) -> None:
+    wish = {
+        "Name": "o1",
+        "Driver": "overlay",
+        "IPAM": {"Config": [{"Subnet": "10.9.0.0/29"}]},
+    }
+    assert (await rig.ask("POST", "/networks/create", wish))[0] == 201
+    network = await allocate(rig, "o1")
+    node = replace(a_node("n2"), status=replace(a_node("n2").status, addr="10.77.0.2"))
+    service = a_service("web")
+    spec = replace(
+        service.spec,
+        task_template=replace(
+            service.spec.task_template, networks=(NetworkAttachmentConfig(target=network.id),)
+        ),
+    )
+    virtual = EndpointVirtualIP(network_id=NetworkId(network.id), addr="10.9.0.2/29")
+    service = replace(service, spec=spec, endpoint=ServiceEndpoint(virtual_ips=(virtual,)))
+    tasks = [
+        on(network, a_task(f"t{host}", service=service, slot=host, node="n2"), f"10.9.0.{host}/29")
+        for host in (3, 4)
+    ]
+    await rig.manager.store.update_each(lambda tx, one: tx.put(one), (node, service, *tasks))
+    _, shown = await rig.ask("GET", "/networks/o1?verbose=true")
+    assert shown["Peers"] == [{"Name": node.description.hostname or "n2", "IP": "10.77.0.2"}]
+    entry = shown["Services"]["web"]
+    assert (entry["VIP"], entry["Ports"]) == ("10.9.0.2", [])
+    assert [(one["Name"], one["EndpointIP"], one["Info"]) for one in entry["Tasks"]] == [
+        ("web.3.t3", "10.9.0.3", {"Host IP": "10.77.0.2"}),
+        ("web.4.t4", "10.9.0.4", {"Host IP": "10.77.0.2"}),
+    ]
+    assert "Warnings" not in shown
+    fourth = on(network, a_task("t5", service=service, slot=5, node="n2"), "10.9.0.5/29")
+    await rig.manager.store.update(lambda tx: tx.put(fourth))
+    _, shown = await rig.ask("GET", "/networks/o1")
+    assert shown["Warnings"] == [
+        "4 of 5 addresses are in use: give the network another subnet (skep network update --subnet-add SUBNET o1)"
+    ]
+    assert "Services" not in shown
+    assert (await rig.ask("POST", "/networks/o1/update", {"SubnetsAdd": [{"Subnet": "10.9.1.0/24"}]}))[
+        0
+    ] == 200
+    await allocate(rig, "o1")
+    assert "Warnings" not in (await rig.ask("GET", "/networks/o1"))[1]
+
+
+async def test_a_clash_with_a_node_that_came_later_is_reported(rig: Rig) -> None:
+    wish = {"Name": "o1", "Driver": "overlay", "IPAM": {"Config": [{"Subnet": "10.9.0.0/24"}]}}
+    assert (await rig.ask("POST", "/networks/create", wish))[0] == 201
+    await allocate(rig, "o1")
+    node = a_node("n9")
+    engine = replace(node.description.engine, labels={"skep.node": "true", "skep.routes": "10.9.0.0/16=eth3"})
+    late = replace(node, description=replace(node.description, hostname="late", engine=engine))
+    await rig.manager.store.update(lambda tx: tx.put(late))
+    _, shown = await rig.ask("GET", "/networks/o1")
+    assert shown["Warnings"] == [
+        "10.9.0.0/24 overlaps with 10.9.0.0/16 on eth3 of node late: containers there cannot reach that network"
+    ]
+    other = {"Name": "o2", "Driver": "overlay", "IPAM": {"Config": [{"Subnet": "10.9.7.0/24"}]}}
+    status, message = await rig.message("POST", "/networks/create", other)
+    assert status == 400
+    assert "10.9.7.0/24 overlaps with 10.9.0.0/16 on eth3 of node late" in message
+
+
+async def test_prune_takes_what_nobody_uses_and_the_filters_mean(rig: Rig) -> None:
+    for name, labels in (("o1", {"keep": "1"}), ("o2", {}), ("o3", {})):
+        body = {"Name": name, "Driver": "overlay", "Labels": labels}
+        assert (await rig.ask("POST", "/networks/create", body))[0] == 201
+    used = rig.manager.store.view().find(Network, name="o3")[0]
+    service = a_service("web")
+    template = replace(service.spec.task_template, networks=(NetworkAttachmentConfig(target=used.id),))
+    attached = replace(service, spec=replace(service.spec, task_template=template))
+    await rig.manager.store.update(lambda tx: tx.put(attached))
+    prune = "/networks/prune?filters="
+    assert (await rig.ask("POST", prune + '{"label":["nosuch"]}'))[1] == {"NetworksDeleted": None}
+    assert (await rig.ask("POST", prune + '{"until":["1h"]}'))[1] == {"NetworksDeleted": None}
+    assert (await rig.message("POST", prune + '{"bogus":["1"]}'))[0] == 400
+    assert (await rig.ask("POST", prune + '{"label!":["keep"]}'))[1] == {"NetworksDeleted": ["o2"]}
+    assert (await rig.ask("POST", "/networks/prune"))[1] == {"NetworksDeleted": ["o1"]}
+    assert await rig.names(scope="swarm") == {"ingress", "o3"}
+    assert await rig.names(dangling="true", scope="swarm") == {"ingress"}
+
+
+@pytest.mark.parametrize("length", [4, 12, 25])
+async def test_networks_of_the_cluster_are_found_by_the_beginning_of_their_id(rig: Rig, length: int) -> None:
+    _, made = await rig.ask("POST", "/networks/create", {"Name": "o1", "Driver": "overlay"})
+    assert (await rig.ask("GET", f"/networks/{made['Id'][:length]}"))[1]["Name"] == "o1"
+    assert (await rig.ask("DELETE", f"/networks/{made['Id'][:length]}"))[0] == 204
+
+
+async def test_a_list_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "local").write_text("{broken")
+    local = LocalNetworks(tmp_path / "local", None, clock=SystemClock(), new_id=new_container_id)
+    local.open()
+    assert [one.name for one in local.predefined()] == ["bridge", "host", "none"]
+    assert local.gateway() is None

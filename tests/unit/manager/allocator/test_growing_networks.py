@@ -1,0 +1,80 @@
+"""Whatever is created, grown and removed in whatever order: no two networks share a subnet or a VXLAN id."""
+
+from ipaddress import ip_network
+from itertools import combinations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.manager.allocator.subnets import NetworkBook, NotAllocated, allocated, is_allocated, vxlan_ids
+from skep.model.meta import Driver
+from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.model.routes import overlap
+from tests.builders import an_overlay
+
+POOLS = ("10.0.0.0/24", "10.0.4.0/25")
+ROUTES = [ip_network("10.0.0.32/28"), ip_network("10.0.4.0/24")]
+
+names = st.sampled_from(["net1", "net2", "net3", "net4"])
+configs = st.just(IPAMConfig()) | st.builds(
+    lambda number, length: IPAMConfig(
+        subnet=str(ip_network((0x0A000000 + 16 * number, length), strict=False))
+    ),
+    st.integers(0, 20),
+    st.integers(24, 29),
+)
+steps = st.lists(
+    st.tuples(st.sampled_from(["create", "grow", "remove"]), names, configs, st.booleans()), max_size=25
+)
+
+
+def wishing(network: Network, *wished: IPAMConfig) -> Network:
+    options = IPAMOptions(driver=Driver(name="default"), configs=wished)
+    return replace(network, spec=replace(network.spec, ipam_options=options))
+
+
+def wished_by(network: Network) -> tuple[IPAMConfig, ...]:
+    options = network.spec.ipam_options
+    return (options.configs if options is not None else ()) or (IPAMConfig(),)
+
+
+@given(steps)
+def test_networks_never_share_what_they_have(steps: list[tuple[str, str, IPAMConfig, bool]]) -> None:
+    book = NetworkBook()
+    networks: dict[str, Network] = {}
+    for verb, name, config, has_ipv6 in steps:
+        present = networks.get(name)
+        if verb == "remove":
+            networks.pop(name, None)
+            book.leave(an_overlay(name).id)
+            continue
+        if verb == "create" and present is None:
+            wanted = wishing(an_overlay(name, subnet="", ipv6_enabled=has_ipv6), config)
+        elif verb == "grow" and present is not None:
+            wanted = wishing(present, *wished_by(present), config)
+        else:
+            continue
+        try:
+            given_network = allocated(wanted, book, POOLS, 27, routes=ROUTES, cluster="c1")
+        except NotAllocated:
+            continue  # and nothing has changed
+        kept = (
+            present.ipam_options.configs if present is not None and present.ipam_options is not None else ()
+        )
+        assert given_network.ipam_options is not None
+        assert set(map(str, kept)) <= set(map(str, given_network.ipam_options.configs))
+        assert is_allocated(given_network)
+        assert allocated(given_network, book, POOLS, 27, routes=ROUTES, cluster="c1") == given_network
+        if present is not None:
+            assert vxlan_ids(given_network)[: len(vxlan_ids(present))] == vxlan_ids(present)
+        networks[name] = given_network
+        book.enter(given_network)
+    subnets = [
+        ip_network(config.subnet)
+        for network in networks.values()
+        for config in (network.ipam_options.configs if network.ipam_options is not None else ())
+    ]
+    assert not any(overlap(one, other) for one, other in combinations(subnets, 2))
+    ids = [id for network in networks.values() for id in vxlan_ids(network)]
+    assert len(ids) == len(set(ids)) == sum(subnet.version == 4 for subnet in subnets)

@@ -1,0 +1,81 @@
+"""A service that fills its network is made, and says so; a network without addresses says why."""
+
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from skep.manager.allocator.subnets import NetworkBook, allocated
+from skep.manager.routes import ManagerApi, application
+from skep.model.ids import NetworkId
+from skep.model.meta import Driver
+from skep.model.network import Network, NetworkSpec
+from tests.conformance.manager import a_manager_api
+
+
+@pytest.fixture
+async def cluster():
+    async with a_manager_api() as api, TestClient(TestServer(application(api))) as client:
+        yield api, client
+
+
+async def a_network(api: ManagerApi, client: TestClient[Any, Any], name: str, subnet: str) -> str:
+    body = {"Name": name, "Driver": "overlay", "IPAM": {"Config": [{"Subnet": subnet}]}}
+    async with client.post("/networks/create", json=body) as answer:
+        id = (await answer.json())["Id"]
+    network = api.store.view().get(Network, id)
+    await api.store.update(lambda tx: tx.put(allocated(network, NetworkBook(), (), 24)))
+    return str(id)
+
+
+def a_wish(name: str, network: str, **fields: Any) -> dict[str, Any]:
+    template = {"ContainerSpec": {"Image": "busybox:1"}, "Networks": [{"Target": network}]}
+    return {"Name": name, "TaskTemplate": template, **fields}
+
+
+def replicated(replicas: int) -> dict[str, Any]:
+    return {"Mode": {"Replicated": {"Replicas": replicas}}}
+
+
+async def test_a_service_that_fills_its_network_says_so_when_it_is_made_and_changed(cluster) -> None:
+    api, client = cluster
+    id = await a_network(api, client, "tiny", "10.9.0.0/28")  # 13 addresses
+    async with client.post("/services/create", json=a_wish("one", id, **replicated(5))) as answer:
+        assert "Warnings" not in await answer.json()
+    async with client.post("/services/create", json=a_wish("two", id, **replicated(5))) as answer:
+        made = await answer.json()
+    (warning,) = made["Warnings"]
+    assert warning.startswith(
+        "network tiny has 13 addresses, and its services wish for 12: skep network update"
+    )
+    index = (await (await client.get("/services/two")).json())["Version"]["Index"]
+    path = f"/services/two/update?version={index}"
+    async with client.post(path, json=a_wish("two", id, **replicated(1))) as answer:
+        assert await answer.json() == {"Warnings": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"Mode": {"Global": {}}}, 2),  # one node
+        ({**replicated(3), "EndpointSpec": {"Mode": "dnsrr"}}, 3),
+        ({"Mode": {"ReplicatedJob": {"MaxConcurrent": 4}}}, 5),
+    ],
+)
+async def test_what_a_service_wishes_for_depends_on_its_mode(cluster, fields, wanted) -> None:
+    api, client = cluster
+    id = await a_network(api, client, "tiny", "10.9.0.0/30")  # one address
+    async with client.post("/services/create", json=a_wish("web", id, **fields)) as answer:
+        (warning,) = (await answer.json())["Warnings"]
+    assert f"wish for {wanted}:" in warning
+
+
+async def test_a_network_without_addresses_says_why(cluster) -> None:
+    api, client = cluster
+    await a_network(api, client, "first", "10.9.0.0/24")
+    # Two creates at the same moment both passed; this one comes second.
+    options = {"com.docker.network.driver.overlay.vxlanid_list": "1,2"}
+    spec = NetworkSpec(name="second", driver_configuration=Driver(name="overlay", options=options))
+    await api.store.update(lambda tx: tx.put(Network(id=NetworkId("second"), spec=spec)))
+    async with client.get("/networks/second") as answer:
+        assert (await answer.json())["Warnings"] == ["not allocated: VXLAN ids 1,2 are not 1 free numbers"]
