@@ -6,7 +6,7 @@ node that reads slowly is told less often and nothing twice.
 """
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -18,10 +18,12 @@ from skep.aio.lean_grpc import Event
 from skep.aio.slices import Slices
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.discovery.acknowledgements import Acknowledgements
+from skep.manager.discovery.derive import places_of
 from skep.manager.discovery.encoding import Encoder
 from skep.manager.discovery.ledger import KINDS, Ledger, Stirred
 from skep.manager.follow import follow
 from skep.model.ids import NetworkId, NodeId
+from skep.model.task import Task
 from skep.store.interface import Commit, Store, View, WatchLagged
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -76,6 +78,8 @@ class Discovery:
         self._has_commits = Event()
         self._encoder = Encoder(clock)
         self._streams: dict[NodeId, _Stream] = {}
+        self._waiting: dict[Event, None] = {}
+        """Set whenever the tables may have changed."""
         self.acknowledgements = Acknowledgements()
 
     def services(self) -> Sequence[Handler]:
@@ -85,6 +89,32 @@ class Discovery:
     async def run(self) -> None:
         """Keep the tables until cancelled."""
         await follow(self._store, KINDS, start=self._start, note=self._note, work=self._work)
+
+    # -- for the draining of tasks ------------------------------------------------------------------------------
+
+    def nodes_on(self, network_id: NetworkId) -> Iterable[NodeId] | None:
+        """The nodes that are told of a network; None: all there are."""
+        return self._ledger.nodes_on(network_id)
+
+    async def wait_not_serving(self, task: Task, revision: int) -> Mapping[NetworkId, int]:
+        """Return when the tables show ``revision``, and the task serves in none of them any more.
+
+        Gives since which revision, for each of its networks.
+        """
+        moved = Event()
+        self._waiting[moved] = None
+        try:
+            while True:
+                await self._is_loaded.wait()
+                books = [self._ledger.books[id] for id in places_of(task) if id in self._ledger.books]
+                found = (book.endpoints.get(task.id) for book in books)
+                is_serving = any(endpoint is not None and endpoint.is_serving for endpoint in found)
+                if self._ledger.revision >= revision and not is_serving:
+                    return {book.id: book.endpoint_changed_at(task.id) for book in books}
+                moved.clear()
+                await moved.wait()
+        finally:
+            del self._waiting[moved]
 
     # -- keeping up with the store ------------------------------------------------------------------------------
 
@@ -112,6 +142,8 @@ class Discovery:
             while self._commits:
                 self._wake(self._ledger.note(self._commits.popleft()))
                 await slices.give_way()
+            for moved in self._waiting:
+                moved.set()
             self._has_commits.clear()
             await self._has_commits.wait()
             slices = Slices(self._clock)
