@@ -5,6 +5,7 @@ knows of each network only the revision that it told last, and what it tells is 
 node that reads slowly is told less often and nothing twice.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +14,6 @@ from typing import Protocol
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
 from skep.aio.lean_grpc import Event
 from skep.aio.slices import Slices
 from skep.errors import InvalidArgument, SkepError, Unavailable
@@ -171,19 +171,24 @@ class Discovery:
         session = self._session(caller.node_id, first.session_id)
         del first
         with session.aside() as line, self._open(_Stream(caller.node_id, session, line)) as stream:
-            try:
-                await unless(self._tell(stream, send), self._hear(stream, requests))
-            except Overtaken:
-                if stream.error is not None:
-                    raise stream.error from None
+            # One task more, and no more: there are thousands of these streams.
+            async with asyncio.TaskGroup() as group:
+                hearing = group.create_task(self._hear(stream, requests), name="hear what is applied")
+                try:
+                    await self._tell(stream, send)
+                except (SkepError, *LOST_PEER) as error:
+                    stream.end(error)
+                finally:
+                    hearing.cancel()
+        if stream.error is not None:
+            raise stream.error
 
     @contextmanager
     def _open(self, stream: "_Stream") -> "Iterator[_Stream]":
         """The only stream of its node: an earlier one ends."""
         earlier = self._streams.get(stream.node_id)
         if earlier is not None:
-            earlier.is_replaced = True
-            earlier.line.wake()
+            earlier.end(Unavailable("the node has opened another stream of tables"))
             self.acknowledgements.gone(stream.node_id)
         self._streams[stream.node_id] = stream
         # It may have tables of an earlier session in force.
@@ -196,20 +201,19 @@ class Discovery:
                 self.acknowledgements.gone(stream.node_id)
 
     async def _hear(self, stream: "_Stream", requests: AsyncIterator[skep.AppliedTables]) -> None:
-        """What the node has applied; returns when it says no more.  A failure is kept: it is raised by who waits."""
+        """What the node has applied; the stream ends when it says no more."""
         try:
             async for request in requests:
                 for id, revision in request.revisions.items():
                     network_id = NetworkId(id)
                     told = stream.told.get(network_id)
-                    if told is not None and not stream.is_replaced:
+                    if told is not None and stream.error is None:
                         # More than it was told it cannot know.
                         self.acknowledgements.applied(stream.node_id, network_id, min(revision, told))
                 del request
-        except SkepError as error:
-            stream.error = error
-        except LOST_PEER as error:
-            stream.error = Unavailable(f"the node is gone: {error}")
+            stream.end(Unavailable("the node has ended the stream"))
+        except (SkepError, *LOST_PEER) as error:
+            stream.end(error)
 
     async def _tell(self, stream: "_Stream", send: Send) -> None:
         """Everything, then what changes, for as long as the session lasts."""
@@ -268,7 +272,7 @@ class Discovery:
 class _Stream:
     """One node's."""
 
-    __slots__ = ("error", "is_replaced", "line", "node_id", "session", "told")
+    __slots__ = ("error", "line", "node_id", "session", "told")
 
     def __init__(self, node_id: NodeId, session: Session, line: Line) -> None:
         self.node_id = node_id
@@ -276,11 +280,16 @@ class _Stream:
         self.line = line
         self.told: dict[NetworkId, int] = {}
         """The networks it was told of, and up to which revision."""
-        self.is_replaced = False
-        self.error: SkepError | None = None
+        self.error: Exception | None = None
+        """Why it is over."""
+
+    def end(self, error: Exception) -> None:
+        """The first reason counts."""
+        self.error = self.error or error
+        self.line.wake()
 
     def require_open(self) -> None:
         """Raises: why the stream is over."""
         self.session.require_open()
-        if self.is_replaced:
-            raise Unavailable("the node has opened another stream of tables")
+        if self.error is not None:
+            raise self.error
