@@ -4,6 +4,9 @@ A pair of nodes has two keys per epoch, one for each direction, which no other n
 every rotation; the epochs before it still open what is under way.
 """
 
+from collections.abc import Mapping
+from enum import Enum
+
 import msgspec
 
 from skep.model.ids import NodeId
@@ -11,6 +14,19 @@ from skep.model.ids import NodeId
 KEY_BYTES = 32
 EPOCHS_KEPT = 3
 """The newest, and two before it: a node that missed one rotation, or two, still shares one with everybody."""
+
+
+ENCRYPTION_LABEL = "skep.encryption"
+"""Engine label by which a skep node says how it encrypts: a ``Method``; a node without it does not."""
+
+
+class Method(Enum):
+    """How frames of encrypted networks leave a node."""
+
+    WIREGUARD = "wireguard"
+    """VXLAN inside the kernel's WireGuard."""
+    USER_SPACE = "aes-gcm"
+    """A TAP and the forwarder process."""
 
 
 class PairKey(msgspec.Struct, frozen=True):
@@ -33,13 +49,32 @@ class PeerKeys(msgspec.Struct, frozen=True, kw_only=True):
     """The other's public key for kernel WireGuard; empty: one of the two cannot, both take the path in user space."""
 
 
-class NodeKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one node is told.  It replaces what it was told before."""
+class KeysTold(msgspec.Struct, frozen=True, kw_only=True):
+    """One message to a node.  ``is_complete``: peers that are not named are none of its any more."""
 
-    node_id: NodeId
     peers: tuple[PeerKeys, ...] = ()
+    removed: tuple[NodeId, ...] = ()
+    is_complete: bool = False
     wireguard_private: bytes = b""
-    """Its own; empty unless some peer is reached by kernel WireGuard."""
+    """Its own; empty: no peer is reached by kernel WireGuard."""
 
     def __repr__(self) -> str:
-        return f"NodeKeys(node_id={self.node_id!r}, peers={[peer.node_id for peer in self.peers]!r})"
+        return f"KeysTold(peers={[peer.node_id for peer in self.peers]!r}, removed={self.removed!r})"
+
+
+class NodeKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one node has been told."""
+
+    peers: Mapping[NodeId, PeerKeys] = {}
+    wireguard_private: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"NodeKeys(peers={list(self.peers)!r})"
+
+
+def after(keys: NodeKeys, told: KeysTold) -> NodeKeys:
+    """What a node knows that knew ``keys`` and is told this."""
+    kept = {} if told.is_complete else {id: one for id, one in keys.peers.items() if id not in told.removed}
+    return NodeKeys(
+        peers=kept | {one.node_id: one for one in told.peers}, wireguard_private=told.wireguard_private
+    )

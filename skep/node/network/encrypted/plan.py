@@ -66,23 +66,29 @@ def planned_segment(
 
 
 def plan_of(
-    tables: Iterable[Table], keys: NodeKeys, segments: Iterable[PlannedSegment], *, address: str, mtu: int
+    own: NodeId,
+    tables: Iterable[Table],
+    keys: NodeKeys,
+    segments: Iterable[PlannedSegment],
+    *,
+    address: str,
+    mtu: int,
 ) -> Plan:
-    """The plan of node ``keys.node_id`` for its encrypted networks.  ``address``: its underlay's; ``mtu``: of that.
+    """The plan of node ``own`` for its encrypted networks.  ``address``: its underlay's; ``mtu``: of that.
 
     A node without keys yet is a peer without keys: nothing goes to it, and nothing comes from it.
     """
     encrypted = [table for table in tables if table.head.is_encrypted]
-    known = {peer.node_id: peer.keys for peer in keys.peers}
+    known = {id: peer.keys for id, peer in keys.peers.items()}
     nodes = {node.id: node.underlay for table in encrypted for node in table.nodes.values()}
     peers = (
         PlannedPeer(node_id=id, address=underlay, keys=known.get(id, ()))
         for id, underlay in sorted(nodes.items())
-        if id != keys.node_id
+        if id != own
     )
     port = next((table.head.port for table in encrypted), 4789) + PORT_OFFSET
     return Plan(
-        node_id=keys.node_id,
+        node_id=own,
         address=address,
         port=port,
         mtu=mtu,
