@@ -22,6 +22,7 @@ from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
+from skep.model.pair_keys import KeysTold
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
 from skep.node.local import Peer
@@ -100,6 +101,7 @@ class Agent:
         seen: SeenRevision | None = None,
         address_of: Callable[[Peer], str] = lambda peer: peer.addr,
         load: Callable[[], float | None] = unknown_load,
+        overlay_keys: Callable[[KeysTold], None] | None = None,
     ) -> None:
         """
         Args:
@@ -107,11 +109,12 @@ class Agent:
             contact: told about every session and heartbeat.
             seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
-            load: see ``Session``.
+            load, overlay_keys: see ``Session``.
         """
         self._managers = managers
         self._address_of = address_of
         self._load = load
+        self._overlay_keys = overlay_keys
         self._describe = describe
         self._sink = sink
         self._reports = reports
@@ -201,6 +204,7 @@ class Agent:
                     self._description,
                     self._credentials.news,
                     self._load,
+                    self._overlay_keys,
                 )
                 await session.run()
         except SkepError as error:

@@ -100,14 +100,13 @@ class Forwarder:
 
         A segment whose device cannot be made is left out, tried again by ``tick``, and named in ``status``.
 
-        Raises: OSError: the address is not this machine's, or the port is taken.
+        Raises: OSError: the address is not this machine's, or the port is taken; ``tick`` tries that again, too.
         """
-        if plan.address and (plan.address, plan.port) != self._bound:
-            self._listen(plan.address, plan.port)
         self._plan = plan
         with self._lock:
             self._use_peers(plan)
         self._use_segments(plan)
+        self._listen_where_planned()
 
     def tick(self) -> None:
         """Greet who is to be greeted, make what could not be made; every ``TICK_S``."""
@@ -122,6 +121,8 @@ class Forwarder:
             self._look_at = now + _LOOK_S
             if self._wrong_devices():
                 self._use_segments(self._plan)
+            with suppress(OSError):
+                self._listen_where_planned()
         while self._retired and self._retired[0][0] <= now:
             os.close(self._retired.pop(0)[1])
 
@@ -156,6 +157,11 @@ class Forwarder:
             os.close(tap)
         self._devices, self._retired = {}, []
 
+    def _listen_where_planned(self) -> None:
+        plan = self._plan
+        if plan.address and (plan.address, plan.port) != self._bound:
+            self._listen(plan.address, plan.port)
+
     def _listen(self, address: str, port: int) -> None:
         self._end_threads()
         self._socket = _opened(address, port)
@@ -180,7 +186,7 @@ class Forwarder:
         if self._socket is not None and self._sender is not None:
             self._sender.close()
             self._socket.close()
-        self._socket = self._bound = None
+        self._socket = self._bound = self._sender = self._receiver = None
 
     def _use_peers(self, plan: Plan) -> None:
         """Peers that stay keep their sessions; one at another address begins anew."""

@@ -1,7 +1,7 @@
 """What the forwarder is to do: said to it whole, each time anything of it changes."""
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, ip_address, ip_network
+from ipaddress import ip_address, ip_network
 
 import msgspec
 
@@ -11,6 +11,11 @@ from skep.model.tables import Segment, Table
 
 PORT_OFFSET = 10
 """The forwarder's UDP port is that of VXLAN plus this (4799): it moves with the cluster's data-path port."""
+
+
+def device_of(segment: Segment) -> str:
+    """Name of the TAP that carries ``segment`` in its network's namespace."""
+    return f"enc{segment.vni}"
 
 
 class PlannedPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,12 +60,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 def planned_segment(
     table: Table, segment: Segment, own: NodeId, namespace: str, device: str
 ) -> PlannedSegment:
-    """What carries ``segment`` of an encrypted network on node ``own``: where everybody else's containers are."""
+    """What carries ``segment`` of an encrypted network on node ``own``: where everybody else's containers are.
+
+    An endpoint belongs to the subnet of its first address, as on VXLAN: a frame for it leaves by one device.
+    """
     subnet = ip_network(segment.subnet)
     endpoints = (
         PlannedEndpoint(node_id=one.node_id, mac=mac_of(one.addresses), addresses=one.addresses)
         for _, one in sorted(table.endpoints.items())
-        if one.node_id != own and any(ip_address(address) in subnet for address in one.addresses)
+        if one.node_id != own and one.addresses and ip_address(one.addresses[0]) in subnet
     )
     return PlannedSegment(vni=segment.vni, namespace=namespace, device=device, endpoints=tuple(endpoints))
 
@@ -98,11 +106,10 @@ def plan_of(
 
 
 def mac_of(addresses: Iterable[str]) -> bytes:
-    """The MAC address of a container with ``addresses``: ``02:42`` and its IPv4 address, or the end of its IPv6 one.
+    """The MAC address of a container: ``02:42`` and its IPv4 address, else the last four bytes of its first one.
 
     Source: moby, libnetwork/netutils/utils.go (GenerateMACFromIP).
     """
     parsed = sorted((ip_address(address) for address in addresses), key=lambda one: one.version)
     assert parsed, "an endpoint has an address"
-    first = parsed[0]
-    return b"\x02\x42" + (first.packed if isinstance(first, IPv4Address) else first.packed[-4:])
+    return b"\x02\x42" + parsed[0].packed[-4:]

@@ -7,11 +7,14 @@ import asyncio
 import os
 import random
 import signal
+from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import structlog
 
+from skep import logs
 from skep.aio.clock import SystemClock
 from skep.errors import SkepError
 from skep.linux.files import replace_file
@@ -35,6 +38,15 @@ log = structlog.get_logger(__name__)
 
 NAME = "forwarder"
 _PREDECESSOR_ENDS_S = 5.0
+
+
+def enter(arguments: Sequence[str]) -> None:
+    """What the zygote forks; ``arguments``: data and run directory."""
+    logs.name_process(NAME)
+    data, run_directory = map(Path, arguments)
+    paths = Paths(data, run_directory)
+    logs.follow(paths.log_settings)
+    run(paths)
 
 
 def run(paths: Paths) -> None:

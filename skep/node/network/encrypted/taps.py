@@ -5,6 +5,9 @@ import os
 import struct
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from skep.node.network.namespaces import inside
 
 _TUNSETIFF = 0x400454CA
@@ -41,6 +44,23 @@ def is_attached(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def try_carrier() -> None:
+    """Do once what the path in user space needs, in the present namespace, which has to be a scratch one.
+
+    Raises: OSError: what is missing.
+    """
+    descriptor = _open("probe0")
+    try:
+        fcntl.ioctl(descriptor, _TUNSETPERSIST, 0)
+    finally:
+        os.close(descriptor)
+    nonce, key = bytes(12), bytes(32)
+    try:
+        AESGCM(key).decrypt(nonce, AESGCM(key).encrypt(nonce, b"probe", b""), b"")
+    except UnsupportedAlgorithm as error:
+        raise OSError(f"AES-256-GCM: {error}") from error
 
 
 def _open(name: str) -> int:
