@@ -117,9 +117,18 @@ class OverlayPair:
         for side in (self.a, self.b):
             side.start_forwarder()
         await self.tell(epochs)
+        self.attach()
+        await self.wait_agreed()
+
+    def attach(self) -> None:
+        """Both bridges carry by the encrypting device."""
         for side in (self.a, self.b):
             side.attach()
-        await self.wait_agreed()
+
+    def detach(self) -> None:
+        """They do not any more."""
+        for side in (self.a, self.b):
+            sh("ip", "-n", side.overlay, "link", "set", DEVICE, "nomaster")
 
     async def tell(self, epochs: Sequence[int]) -> None:
         """Both sides have keys of these epochs from now on."""

@@ -1,10 +1,13 @@
-"""The forwarder: TAP devices on one side, UDP on the other, and the threads between them.
+"""The forwarder: TAP devices on one side, UDP on the other, and the thread between them.
 
-Three threads: one sends, one receives, and the caller's applies plans and lets peers be greeted (``tick``).  The
-first two see one immutable ``Routes`` at a time; what changes a peer holds the lock.
+One thread carries in both directions, and the caller's applies plans and lets peers be greeted (``tick``).  Two
+threads, one for each direction, were tried: they carry no faster, since the interpreter lets one work at a time, cost
+a quarter more processor time, and give what waits less time to be sealed together.  The carrying thread sees one
+immutable ``Routes`` at a time; what changes a peer holds the lock.
 """
 
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -31,7 +34,9 @@ TICK_S = 0.05
 _BUFFER_BYTES = 8 << 20
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _CLOSE_AFTER_S = 1.0
-"""A descriptor may still be in use by a thread's turn that began before; a turn takes milliseconds."""
+"""A descriptor may still be in use by a turn that began before; a turn takes milliseconds."""
+_WAIT_S = 0.5
+"""After which the carrying thread looks whether it is to end."""
 _LOOK_S = 1.0
 """Between two looks whether all devices are still there."""
 _PIECE_BYTES_MAX = 65000
@@ -90,7 +95,8 @@ class Forwarder:
         self._bound: tuple[str, int] | None = None
         self._look_at = 0.0
         self._is_over = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
+        self._poll: select.epoll | None = None
         self._socket: socket.socket | None = None
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
@@ -149,8 +155,8 @@ class Forwarder:
         )
 
     def close(self) -> None:
-        """End the threads and close everything; devices stay where they are."""
-        self._end_threads()
+        """End the thread and close everything; devices stay where they are."""
+        self._end_thread()
         for device in self._devices.values():
             os.close(device.tap)
         for _, tap in self._retired:
@@ -163,30 +169,53 @@ class Forwarder:
             self._listen(plan.address, plan.port)
 
     def _listen(self, address: str, port: int) -> None:
-        self._end_threads()
+        self._end_thread()
         self._socket = _opened(address, port)
         self._bound = (address, port)
-        self._sender = Sender(self._socket, port, lambda: self._routes)
-        self._receiver = Receiver(self._socket, lambda: self._routes, self._lock, self._now)
+        self._sender = sender = Sender(self._socket, port)
+        self._receiver = receiver = Receiver(self._socket, lambda: self._routes, self._lock, self._now)
+        self._poll = poll = select.epoll()
+        poll.register(self._socket, select.EPOLLIN)
         for device in self._devices.values():
-            self._sender.watch(device.tap)
-        self._is_over = threading.Event()
-        self._threads = [
-            threading.Thread(target=run, args=(self._is_over.is_set,), name=name)
-            for name, run in (("send", self._sender.run), ("receive", self._receiver.run))
-        ]
-        for thread in self._threads:
-            thread.start()
+            self._watch(device.tap)
+        self._is_over = is_over = threading.Event()
 
-    def _end_threads(self) -> None:
+        def carry() -> None:
+            while not is_over.is_set():
+                for ready, _ in poll.poll(_WAIT_S):
+                    self._turn(ready, sender, receiver)
+
+        self._thread = threading.Thread(target=carry, name="carry")
+        self._thread.start()
+
+    def _turn(self, ready: int, sender: Sender, receiver: Receiver) -> None:
+        """Something waits at a TAP, or at the socket; on the carrying thread."""
+        routes = self._routes
+        carrier = routes.by_tap.get(ready)
+        if carrier is None:
+            receiver.turn()
+        elif not sender.turn(carrier, routes.piece):
+            self._unwatch(ready)  # it was deleted: the next look makes it anew
+
+    def _watch(self, tap: int) -> None:
+        if self._poll is not None:
+            self._poll.register(tap, select.EPOLLIN)
+
+    def _unwatch(self, tap: int) -> None:
+        """Again and again is harmless."""
+        if self._poll is not None:
+            with suppress(OSError):
+                self._poll.unregister(tap)
+
+    def _end_thread(self) -> None:
         self._is_over.set()
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-        if self._socket is not None and self._sender is not None:
-            self._sender.close()
+        if self._thread is not None:
+            self._thread.join()
+        if self._poll is not None:
+            self._poll.close()
+        if self._socket is not None:
             self._socket.close()
-        self._socket = self._bound = self._sender = self._receiver = None
+        self._thread = self._poll = self._socket = self._bound = self._sender = self._receiver = None
 
     def _use_peers(self, plan: Plan) -> None:
         """Peers that stay keep their sessions; one at another address begins anew."""
@@ -227,12 +256,10 @@ class Forwarder:
         self._devices = devices
         self._routes = self._routes_of(plan, carriers)
         for device in surplus:
-            if self._sender is not None:
-                self._sender.unwatch(device.tap)
+            self._unwatch(device.tap)
             self._retired.append((self._now() + _CLOSE_AFTER_S, device.tap))
         for device in fresh:
-            if self._sender is not None:
-                self._sender.watch(device.tap)
+            self._watch(device.tap)
 
     def _routes_of(self, plan: Plan, carriers: Mapping[int, Carrier]) -> Routes:
         is_ipv6 = ":" in plan.address

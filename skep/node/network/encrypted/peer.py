@@ -1,7 +1,7 @@
 """One other node, as the forwarder knows it: keys, session, greetings.  No I/O; time and chance are arguments.
 
-The receiving thread and the controlling one call it under the forwarder's lock; the sending thread reads ``sealer``
-alone, which is replaced, never altered.
+The forwarder's lock is held while it changes.  The carrying thread reads ``sealer`` and openers without it: they are
+replaced, never altered by another thread.
 """
 
 from collections.abc import Callable, Iterable

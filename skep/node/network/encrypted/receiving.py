@@ -1,7 +1,6 @@
-"""From the other nodes to the TAPs: one thread.  Every byte that arrives may be an enemy's."""
+"""From the other nodes to the TAPs.  Every byte that arrives may be an enemy's."""
 
 import os
-import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +31,10 @@ _DATAGRAM_BYTES_MAX = 1 << 16
 _ANCILLARY_BYTES = 64
 _DATAGRAMS_PER_TURN = 64
 _UNIT_BYTES_MAX = LENGTH.size + FRAME_BYTES_MAX + TAG_BYTES
-_WAIT_S = 0.5
 
 
 class Receiver:
-    """Opens what arrives and writes the frames.
+    """Opens what arrives and writes the frames.  The carrying thread's.
 
     Args:
         lock: held while a peer is changed (greetings here, plans on the controlling thread).
@@ -51,14 +49,6 @@ class Receiver:
         self._routes = routes
         self._lock = lock
         self._now = now
-
-    def run(self, is_over: Callable[[], bool]) -> None:
-        """Until ``is_over`` (noticed within half a second)."""
-        with select.epoll() as poll:
-            poll.register(self._socket, select.EPOLLIN)
-            while not is_over():
-                if poll.poll(_WAIT_S):
-                    self.turn()
 
     def turn(self) -> None:
         """Take what waits in the socket, up to 64 calls' worth."""

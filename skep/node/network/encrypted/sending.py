@@ -1,19 +1,15 @@
-"""From the TAPs to the other nodes: one thread."""
+"""From the TAPs to the other nodes."""
 
 import errno
 import os
-import select
 import socket
 import struct
-import time
-from collections.abc import Callable
-from contextlib import suppress
 
 from skep.node.network.encrypted.answers import answer, is_neighbours_talk
 from skep.node.network.encrypted.counters import Counters
 from skep.node.network.encrypted.frames import FRAME_BYTES_MAX, LENGTH, VNET_BYTES, pack, room
 from skep.node.network.encrypted.peer import Peer
-from skep.node.network.encrypted.routes import Carrier, Routes
+from skep.node.network.encrypted.routes import Carrier
 
 SOL_UDP, UDP_SEGMENT = 17, 103
 _SEGMENTS_MAX = 64
@@ -22,58 +18,33 @@ _SEGMENTED_BYTES_MAX = 65000
 _FRAMES_PER_TURN = 64
 """Of one TAP before the next one's turn."""
 _MULTICAST = 1
-_WAIT_S = 0.5
 _UNSEGMENTED = (errno.EINVAL, errno.EIO, errno.EMSGSIZE)
 """What the kernel says where segmentation does not work: a device without checksums, a smaller MTU on the way."""
 
 
 class Sender:
-    """Reads frames, seals them, sends them.  ``routes`` gives the present ones; asked once per turn."""
+    """Reads frames, seals them, sends them.  The carrying thread's."""
 
-    def __init__(self, sock: socket.socket, port: int, routes: Callable[[], Routes]) -> None:
+    def __init__(self, sock: socket.socket, port: int) -> None:
         self.counters = Counters()
         self._socket = sock
         self._port = port
-        self._routes = routes
-        self._poll = select.epoll()
         self._buffer = bytearray(LENGTH.size + FRAME_BYTES_MAX)
         self._view = memoryview(self._buffer)
 
-    def watch(self, tap: int) -> None:
-        """Frames of this TAP are to be sent, too; any thread may call."""
-        self._poll.register(tap, select.EPOLLIN)
-
-    def unwatch(self, tap: int) -> None:
-        """Not any more, again and again; any thread may call."""
-        with suppress(OSError):
-            self._poll.unregister(tap)
-
-    def run(self, is_over: Callable[[], bool]) -> None:
-        """Until ``is_over`` (noticed within half a second)."""
-        while not is_over():
-            for tap, _ in self._poll.poll(_WAIT_S):
-                routes = self._routes()
-                carrier = routes.by_tap.get(tap)
-                if carrier is None:
-                    time.sleep(0)  # it is being taken away; let the controlling thread go on
-                    continue
-                self.turn(carrier, routes.piece)
-
-    def close(self) -> None:
-        self._poll.close()
-
-    def turn(self, carrier: Carrier, piece: int) -> None:
-        """Send what waits in one TAP, up to 64 frames."""
+    def turn(self, carrier: Carrier, piece: int) -> bool:
+        """Send what waits in one TAP, up to 64 frames; whether the device is still there."""
         small: dict[Peer, list[bytes]] = {}
         sizes: dict[Peer, int] = {}
         space = room(piece)
+        is_there = True
         for _ in range(_FRAMES_PER_TURN):
             try:
                 length = os.readv(carrier.tap, [self._view[LENGTH.size :]])
             except BlockingIOError:
                 break
             except OSError:
-                self.unwatch(carrier.tap)  # it was deleted: the controlling thread makes it anew
+                is_there = False
                 self.counters.drop("device gone")
                 break
             frame = self._view[LENGTH.size : LENGTH.size + length]
@@ -94,6 +65,7 @@ class Sender:
                 sizes[peer] = sizes.get(peer, 0) + whole
         for peer, frames in small.items():
             self._send(carrier.vni, peer, pack(frames), piece)
+        return is_there
 
     def _nobody(self, carrier: Carrier, frame: memoryview) -> None:
         """A frame that does not go to another node: questions are answered, the rest is dropped, never flooded."""

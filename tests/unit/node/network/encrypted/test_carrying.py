@@ -40,7 +40,7 @@ class Carrying:
         self.wire.settimeout(2)
         self.out = _udp()
         third = Ends().b_at_a
-        self.sender = Sender(self.out, self.wire.getsockname()[1], Routes)
+        self.sender = Sender(self.out, self.wire.getsockname()[1])
         self.ends.b_at_a.address = "127.0.0.1"
         self.carrier_a = Carrier(VNI, self.tap_a.fileno(), {MAC_B: self.ends.b_at_a}, {bytes(4): MAC_B})
         macs: dict[bytes, Peer] = {MAC_A: self.ends.a_at_b, MAC_C: third}
@@ -80,7 +80,6 @@ class Carrying:
         return dict(self.receiver.counters.dropped)
 
     def close(self) -> None:
-        self.sender.close()
         for one in (
             self.tap_a,
             self.tap_b,
