@@ -19,7 +19,7 @@ from skep.model.ids import NodeId
 from skep.model.pair_keys import PairKey
 from skep.node.network.encrypted.client import ForwarderClient
 from skep.node.network.encrypted.forwarder import Status
-from skep.node.network.encrypted.frames import inner_mtu
+from skep.node.network.encrypted.frames import GSO_BYTES_MAX, inner_mtu
 from skep.node.network.encrypted.plan import Plan, PlannedEndpoint, PlannedPeer, PlannedSegment
 from skep.paths import Paths
 
@@ -78,6 +78,7 @@ class Side:
         """Make the carrying device a port of the bridge, as the node's overlay does when it appears."""
         sh("ip", "-n", self.overlay, "link", "set", DEVICE, "master", "br0", "up")
         sh("ip", "-n", self.overlay, "link", "set", DEVICE, "type", "bridge_slave", "learning", "off")
+        sh("ip", "-n", self.container, "link", "set", "eth0", "gso_max_size", str(GSO_BYTES_MAX))
 
     def plan(self, other: "Side", keys: Sequence[PairKey], *, mac: bytes | None = None) -> Plan:
         """What this side's forwarder is to do.  ``mac``: that of the other's container, if not its own."""
@@ -155,6 +156,7 @@ class OverlayPair:
             neighbour = (other.address, "lladdr", other.mac_text, "dev", "vx0", "nud", "permanent")
             sh("ip", "-n", own.overlay, "neigh", "replace", *neighbour)
             self._set_container_mtu(own, 1450)
+            sh("ip", "-n", own.container, "link", "set", "eth0", "gso_max_size", "65536")
 
     def uncarry(self) -> None:
         """Take the VXLAN devices away again."""

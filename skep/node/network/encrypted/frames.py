@@ -30,6 +30,10 @@ VNET_BYTES = 10
 ETHERNET_BYTES = 14
 FRAME_BYTES_MAX = VNET_BYTES + ETHERNET_BYTES + 4 + 65535
 """What a TAP gives at most: virtio header, Ethernet header with a VLAN tag, one IP packet."""
+GSO_BYTES_MAX = 61440
+"""For ``gso_max_size`` of containers' interfaces on encrypted networks: a TCP frame's pieces then go out and come in
+with one call each, which takes a fifth less processor time.  Larger frames work as well.
+"""
 PIECES_MAX = 255
 PIECE_BYTES_MIN = 512
 
