@@ -15,8 +15,13 @@ from skep.manager.discovery.overlay_keys import decoded_ring, pair_keys
 from skep.model.ids import NetworkId, NodeId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
-from skep.model.pair_keys import NodeKeys, after
+from skep.model.pair_keys import KeysTold, NodeKeys, after
 from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.node.agent import Agent
+from skep.node.local import Peer
+from skep.node.managers import ManagerList
+from skep.node.renewal import KeyPairCredentials
+from skep.security import keypair
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.store.kinds import OVERLAY_KEYS_ID, Payload
@@ -27,7 +32,16 @@ from skep.wire.client import connected
 from skep.wire.convert.overlay_keys import keys_from_pb
 from skep.wire.server import serve
 from tests.builders import a_task
-from tests.wire_rig import Cluster, a_worker, put
+from tests.wire_rig import (
+    MANAGER_ID,
+    Cluster,
+    FakeWorker,
+    a_worker,
+    describe,
+    put,
+    until,
+    with_all_methods,
+)
 
 CLOCK = SystemClock()
 SECURE = Network(
@@ -190,3 +204,47 @@ async def test_without_an_encrypted_network_there_are_no_secrets(cluster: Cluste
             async with cluster.store.watch(Payload) as watch:
                 while cluster.view.lookup(Payload, OVERLAY_KEYS_ID) is None:
                     await anext(aiter(watch))
+
+
+async def test_an_agent_hears_its_keys_in_its_session(cluster: Cluster, tmp_path: Path) -> None:
+    """And keeps its session with a manager that does not know of keys (the rig's answers UNIMPLEMENTED)."""
+    (a, pair_a), (b, _), _ = await three(cluster, tmp_path)
+    heard: list[KeysTold] = []
+    worker = FakeWorker()
+    keypair.save(pair_a, tmp_path)
+    service = KeyService(cluster.store, CLOCK)
+    for services in ((), service.services()):
+        async with (
+            serve(
+                with_all_methods([*cluster.dispatcher.services(), *cluster.logs.services(), *services]),
+                host="127.0.0.1",
+                port=0,
+                tls=cluster.tls.front,
+                cluster_id=cluster.id,
+            ) as bound,
+            asyncio.TaskGroup() as group,
+        ):
+            agent = Agent(
+                credentials=KeyPairCredentials(tmp_path, CLOCK, SystemRandom()),
+                managers=ManagerList([Peer(MANAGER_ID, f"127.0.0.1:{bound.port}")]),
+                describe=describe,
+                sink=worker,
+                reports=worker.reports,
+                logs=worker,
+                clock=CLOCK,
+                random=SystemRandom(),
+                overlay_keys=heard.append,
+            )
+            running = [group.create_task(agent.run()), group.create_task(service.run())]
+            async with asyncio.timeout(10):
+                await agent.registered.wait()
+            if services:
+                await put(cluster, SECURE, on_secure("t1", a), on_secure("t2", b))
+                async with rotating(cluster.store, 3600):
+                    await until(lambda: heard and [peer.node_id for peer in heard[-1].peers] == [b])
+            else:
+                await until(lambda: worker.sets)
+                assert heard == []
+                assert agent.registered.is_set()
+            for task in running:
+                task.cancel()
