@@ -63,8 +63,7 @@ class ContainerNetwork:
         self.overlays.restore(live)
         await self._gateway.restore(live)
         await self._healing.watch(self._home)
-        for id, endpoint in live.items():
-            await self.overlays.adopt_container(id, endpoint)
+        await self.overlays.begin(live)
         for pinned in self._namespaces.pinned():
             if pinned not in live:
                 await self._namespaces.destroy(pinned)
