@@ -29,6 +29,7 @@ from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
 from skep.manager.discovery.key_service import KeyService
+from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -90,6 +91,7 @@ class Manager:
         self._certificates = CertificateService(store, new_id)
         own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
         self._dispatcher = Dispatcher(store, own, clock, new_id, random)
+        self._discovery = Discovery(store, self._dispatcher.session, clock)
         self._incarnation = Incarnation(config.paths, store.incarnation)
         self._link = ManagerLink(
             store,
@@ -138,6 +140,7 @@ class Manager:
         handlers = (
             *self._certificates.services(),
             *self._dispatcher.services(),
+            *self._discovery.services(),
             *self._logs.services(),
             *self._attachments.services(),
             *self._overlay_keys.services(),
@@ -158,6 +161,7 @@ class Manager:
         ):
             group.create_task(api.lag.run(self._clock), name="loop lag")
             group.create_task(self._dispatcher.run(), name="dispatcher")
+            group.create_task(self._discovery.run(), name="discovery")
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
             group.create_task(self._overlay_keys.run(), name="overlay keys")

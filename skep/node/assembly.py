@@ -45,6 +45,8 @@ from skep.node.routes import system as system_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.supervision.identity import read_pid_file
 from skep.node.system import NodeSystem, engine_id
+from skep.node.tables.files import SharedTables, StoredTables
+from skep.node.tables.keeper import TableKeeper
 from skep.node.task_files import TaskFiles
 from skep.node.worker import Worker
 from skep.node.workload import Workload, forward_container_events, oci_workload, policy, process_workload
@@ -130,6 +132,11 @@ class Node:
                 payloads=workload.payloads,
                 contact=contact,
             )
+            shared = SharedTables(paths.tables)
+            listeners = (workload.overlays, shared) if workload.overlays is not None else (shared,)
+            tables = TableKeeper(StoredTables(paths.networks, clock), listeners, clock, chance)
+            if paths.node_json.exists():
+                tables.load(await asyncio.to_thread(shared.load))
             parts = NodeParts(
                 certificates=paths.certificates,
                 lock=KeyLock(paths),
@@ -141,6 +148,7 @@ class Node:
                 reports=reports,
                 contact=contact,
                 logs=workload.logs,
+                tables=tables,
                 clock=clock,
                 random=around.random,
                 manager=around.manager,
@@ -194,6 +202,9 @@ class Node:
             if engine is not None:
                 group.create_task(engine.follow(clock, chance), name="docker engine")
             group.create_task(worker.run(), name="worker")
+            if workload.overlays is not None and not tables.tables:
+                group.create_task(workload.overlays.apply_nothing(), name="networks of an earlier process")
+            group.create_task(tables.run(), name="network tables")
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
             group.create_task(membership.run(), name="membership")

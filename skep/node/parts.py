@@ -19,7 +19,7 @@ from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
 from skep.model.pair_keys import KeysTold, Method
-from skep.model.planes import NODE_LABEL
+from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
@@ -42,6 +42,7 @@ from skep.node.reports import Reports
 from skep.node.resigning import resign
 from skep.node.restoring import Restored
 from skep.node.revisions import SeenRevision
+from skep.node.tables.keeper import TableKeeper
 from skep.node.worker import Worker
 from skep.security import keypair
 from skep.security.keypair import KeyPair
@@ -54,8 +55,7 @@ REVISION_FILE = "seen.json"
 
 _REMOVAL_TIMEOUT_S = 60.0
 _PLUGINS = (
-    # Without "overlay": tasks on overlay networks stay away until containers here can join them.
-    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
+    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null", "overlay")),
     EnginePlugin(type="Log", name="json-file"),
     EnginePlugin(type="Volume", name="local"),
 )
@@ -87,6 +87,7 @@ class NodeParts:
         reports: Reports,
         contact: Contact,
         logs: LogSource,
+        tables: TableKeeper,
         clock: Clock,
         random: Random,
         manager: Callable[[], ManagerProcess],
@@ -108,6 +109,7 @@ class NodeParts:
         self._reports = reports
         self._contact = contact
         self._logs = logs
+        self._tables = tables
         self._clock = clock
         self._random = random
         self._manager = manager
@@ -155,7 +157,7 @@ class NodeParts:
         return Agent(
             credentials=credentials,
             managers=ManagerList(self._known_managers(node), remember),
-            describe=self.description,
+            describe=lambda: self.description(node.data_path_addr),
             sink=self._worker,
             reports=self._reports,
             logs=self._logs,
@@ -165,6 +167,7 @@ class NodeParts:
             contact=self._contact,
             load=self._meter.load,
             overlay_keys=self._overlay_keys,
+            tables=self._tables,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
 
@@ -205,12 +208,17 @@ class NodeParts:
             async with asyncio.timeout(_REMOVAL_TIMEOUT_S):
                 while await self._executor.leftovers():
                     await backoff.sleep(self._clock)
+                await self._tables.clear()
         except TimeoutError:
             log.error("tasks left behind", tasks=await self._executor.leftovers())
 
-    def description(self) -> NodeDescription:
-        """What the managers know of this machine."""
+    def description(self, data_path_addr: str = "") -> NodeDescription:
+        """What the managers know of this machine.
+
+        ``data_path_addr``: where its VXLAN arrives; empty: where it connects from.
+        """
         configuration = self._configuration()
+        own = {NODE_LABEL: "true", **({DATA_PATH_LABEL: data_path_addr} if data_path_addr else {})}
         return NodeDescription(
             hostname=self._machine.hostname,
             platform=Platform(architecture=self._machine.architecture, os="linux"),
@@ -225,7 +233,7 @@ class NodeParts:
                     **labels(self._features),
                     **configuration.labels,
                     **label(self._method),
-                    NODE_LABEL: "true",
+                    **own,
                 },
                 plugins=_PLUGINS,
             ),

@@ -19,6 +19,7 @@ from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.mounts.volumes import Volumes
+from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.ports import PortReservations
 from skep.node.oci.container import ContainerState
 from skep.node.oci.containers import Containers
@@ -42,6 +43,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     payloads: PayloadSink | None = None
     containers: Containers | None = None
     images: ImageStore | None = None
+    overlays: Overlays | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def counts(self) -> Counts:
@@ -125,6 +127,7 @@ async def oci_workload(
         payloads=executor.payloads,
         containers=executor.containers,
         images=images,
+        overlays=executor.overlays,
         routes=routes,
     )
 

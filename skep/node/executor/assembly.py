@@ -13,8 +13,12 @@ from skep.node.executor.oci import OciExecutor
 from skep.node.executor.pulling import Images
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes
-from skep.node.network.gateway import Gateway
+from skep.node.network.connecting import ContainerNetwork
+from skep.node.network.gateway import BRIDGE, Gateway
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay.healing import Healing
+from skep.node.network.overlay.overlays import Overlays, home_domain
+from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.ports import OwnReservations, PortReservations
 from skep.node.oci import capabilities, seccomp
 from skep.node.oci.bundle import Bundles
@@ -77,15 +81,14 @@ def oci_executor(
         cgroups=cgroups,
         capacity=capacity,
     )
+    network = container_network(
+        paths, namespaces=namespaces, ports=ports or OwnReservations(namespaces), clock=clock
+    )
     containers = Containers(
         bundles=bundles,
         runtime=runtime,
         cgroups=cgroups,
-        network=Gateway(
-            namespaces=namespaces,
-            ports=ports or OwnReservations(namespaces),
-            state=paths.networks / "gateway",
-        ),
+        network=network,
         clock=clock,
         new_id=new_container_id,
         starts_max=2 * (os.cpu_count() or 1),
@@ -99,6 +102,28 @@ def oci_executor(
         clock=clock,
         hostname=hostname,
         log_default=log_default,
+        overlays=network.overlays,
+    )
+
+
+def container_network(
+    paths: Paths, *, namespaces: Namespaces, ports: PortReservations, clock: Clock
+) -> ContainerNetwork:
+    """All networks of one node's containers."""
+    repairs = Repairs()
+    healing = Healing(namespaces, clock, repairs)
+    home = home_domain(namespaces, repairs)
+    overlays = Overlays(
+        namespaces=namespaces,
+        pins=Namespaces(paths.overlays, namespaces.home),
+        home=home,
+        repairs=repairs,
+        healing=healing,
+        bridges=(BRIDGE,),
+    )
+    gateway = Gateway(namespaces=namespaces, home=home, ports=ports, state=paths.networks / "gateway")
+    return ContainerNetwork(
+        namespaces=namespaces, home=home, gateway=gateway, overlays=overlays, healing=healing
     )
 
 

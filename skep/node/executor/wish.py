@@ -16,6 +16,7 @@ from skep.model.meta import Driver
 from skep.model.service import PublishMode
 from skep.model.task import AssignedTask
 from skep.node.executor.interface import Rejected
+from skep.node.executor.places import places
 from skep.node.executor.template import Context, expand
 from skep.node.oci import health
 from skep.node.oci.container import ContainerConfig, LogConfig, MountPoint
@@ -134,6 +135,7 @@ def config(
         search_domains=dns.search if dns else (),
         dns_options=dns.options if dns else (),
         ports=tuple(port for port in task.ports if port.publish_mode is PublishMode.HOST),
+        places=places(task.task),
         exposed_ports=tuple(sorted(image.exposed_ports or {})),
         healthcheck=health.merged(spec.healthcheck, image.healthcheck),
         log=log_config(task.task.spec.log_driver or log_default),
