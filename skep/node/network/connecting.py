@@ -73,8 +73,7 @@ class ContainerNetwork:
         self.overlays.restore(endpoints)
         await self.gateway.restore(endpoints)
         await self._healing.watch(self._home)
-        for id, endpoint in endpoints.items():
-            await self.overlays.adopt_container(id, endpoint)
+        await self.overlays.begin(endpoints)
         if self._naming is not None:
             await self._naming.restore(live)
         for pinned in self._namespaces.pinned():
