@@ -49,8 +49,11 @@ def take(path: Path) -> Held | None:
     except OSError as error:
         log.warning("predecessor does not hand over", reason=str(error))
         return None
-    by_name = {(sock.proto, sock.getsockname()[1]): sock for sock in received}
-    names = {held: (PROTOCOL_NUMBERS[held.protocol], held.port) for held in answer.reservations}
+    by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received}
+    names = {
+        held: (PROTOCOL_NUMBERS[held.protocol], held.address or "0.0.0.0", held.port)
+        for held in answer.reservations
+    }
     return {held: by_name[name] for held, name in names.items() if name in by_name}
 
 

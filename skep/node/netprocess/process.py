@@ -27,6 +27,7 @@ from skep.node.netprocess.protocol import (
     read_frame,
 )
 from skep.node.netprocess.reservations import Reservations, reopened
+from skep.node.network.ports import AddressNotHere
 from skep.node.supervision.detached import detached
 from skep.paths import Paths
 
@@ -87,13 +88,17 @@ async def _serve(paths: Paths, reservations: Reservations) -> None:
 
 def _answer(request: Request, reservations: Reservations) -> Answer:
     match request:
-        case Reserve(kind, port, token):
+        case Reserve(kind, port, token, address):
             try:
-                return Reserved(reservations.reserve(kind, port, token))
+                return Reserved(reservations.reserve(kind, port, token, address))
             except SkepError as error:
-                return Refused(str(error), is_taken=isinstance(error, AlreadyExists))
-        case Release(kind, port):
-            reservations.release(kind, port)
+                return Refused(
+                    str(error),
+                    is_taken=isinstance(error, AlreadyExists),
+                    is_elsewhere=isinstance(error, AddressNotHere),
+                )
+        case Release(kind, port, address):
+            reservations.release(kind, port, address)
             return Done()
         case List():
             return Listing(tuple(reservations.list()))

@@ -143,15 +143,17 @@ class Gateway:
     async def _restore_ports(self) -> None:
         held = set(await self._reservations.held())
         wanted = {
-            (port.protocol, port.published_port) for ports in self._published.values() for port in ports
+            (port.protocol, port.published_port, port.host_ip)
+            for ports in self._published.values()
+            for port in ports
         }
-        for protocol, number in sorted(wanted - held):
+        for protocol, number, address in sorted(wanted - held):
             try:
-                await self._reservations.reserve(protocol, number)
+                await self._reservations.reserve(protocol, number, address)
             except SkepError as error:  # the container has it by the rules all the same
                 log.warning("host port not reserved again", protocol=protocol, port=number, error=str(error))
-        for protocol, number in sorted(held - wanted):  # of containers that are gone
-            await self._reservations.release(protocol, number)
+        for protocol, number, address in sorted(held - wanted):  # of containers that are gone
+            await self._reservations.release(protocol, number, address)
 
     # --- links ------------------------------------------------------------------------------------------------
 

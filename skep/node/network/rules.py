@@ -19,6 +19,8 @@ class HostPort(msgspec.Struct, frozen=True, order=True):
     published_port: int
     address: str
     target_port: int
+    host_ip: str = ""
+    """The only address of the node that it answers on; empty: all."""
 
 
 def setup(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> str:

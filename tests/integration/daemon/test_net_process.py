@@ -92,7 +92,7 @@ async def test_a_reserved_port_is_taken_for_everybody_else_until_it_is_released(
         with pytest.raises(AlreadyExists, match="port is already allocated"):
             await client.reserve("tcp", port)
         assert await client.reserve("udp", port) == port, "another protocol is another port"
-        assert set(await client.held()) == {("tcp", port), ("udp", port)}
+        assert set(await client.held()) == {("tcp", port, ""), ("udp", port, "")}
         await client.release("tcp", port)
         await client.release("tcp", port)
         assert is_free(port)
@@ -111,7 +111,7 @@ async def test_ports_are_held_again_after_a_crash_and_calls_wait_for_it(paths: P
         crashed = net_process(paths)
         os.kill(crashed.pid, signal.SIGKILL)
         await wait_end(crashed)
-        assert list(await client.held()) == [("tcp", port)]
+        assert list(await client.held()) == [("tcp", port, "")]
         assert net_process(paths) != crashed
         assert not is_free(port)
 
@@ -128,7 +128,7 @@ async def test_the_next_version_takes_the_sockets_over_without_a_gap(paths: Path
         new_pid = await started.fork("net", ())
         await wait_end(old)
         assert not any(is_free(port) for port in held)
-        assert {port for _, port in await client.held()} == set(held)
+        assert {port for _, port, _ in await client.held()} == set(held)
         new = identify(new_pid)
         assert new is not None
         client.close()
