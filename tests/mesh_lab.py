@@ -7,6 +7,7 @@ import asyncio
 import random
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -29,7 +30,8 @@ from skep.model.tables import (
 from skep.node.network import nft
 from skep.node.network.addresses import mac_of
 from skep.node.network.ingress.mesh import Mesh
-from skep.node.network.namespaces import Namespaces
+from skep.node.network.ingress.relay import Relays
+from skep.node.network.namespaces import Namespaces, _inside
 from skep.node.network.node_tables import NodeTables
 from skep.node.network.ports import OwnReservations
 
@@ -117,7 +119,7 @@ class LabNode:
         self.namespaces = Namespaces(lab.root / "ns", self.netns)
         self.reservations = OwnReservations(self.namespaces)
         self.tables = NodeTables(self.namespaces, SystemClock(), random.random)
-        self.relays = lab.root / f"relays-{number}.json"
+        self.relays = lab.root / f"run-{number}" / "relays.json"
         self.mesh = self.new_mesh()
 
     def new_mesh(self) -> Mesh:
@@ -132,6 +134,22 @@ class LabNode:
         )
         mesh.identify(self.id)
         return mesh
+
+    @asynccontextmanager
+    async def relaying(self) -> AsyncIterator[None]:
+        """The relays of this node, which the net process has otherwise."""
+        with ThreadPoolExecutor(1) as thread:
+
+            def in_namespace(call: Callable[[], socket.socket]) -> socket.socket:
+                return thread.submit(_inside, self.netns, call).result()
+
+            relays = Relays(self.relays, SystemClock(), random.random, in_namespace)
+            running = asyncio.create_task(relays.run())
+            try:
+                yield
+            finally:
+                running.cancel()
+                await asyncio.wait([running])
 
     async def nft(self, text: str) -> str:
         """What somebody else on the node does to nftables."""

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import random
 import signal
 from contextlib import closing
 
 import msgspec
 import structlog
 
+from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, SkepError
 from skep.node.netprocess import handover
 from skep.node.netprocess.protocol import (
@@ -27,6 +29,7 @@ from skep.node.netprocess.protocol import (
     read_frame,
 )
 from skep.node.netprocess.reservations import Reservations, reopened
+from skep.node.network.ingress.relay import Relays
 from skep.node.network.ports import AddressNotHere
 from skep.node.supervision.detached import detached
 from skep.paths import Paths
@@ -41,7 +44,17 @@ def run(paths: Paths) -> None:
     held = handover.take(paths.net_socket)
     with detached(paths, "net", lock_wait_s=_PREDECESSOR_ENDS_S):
         reservations = Reservations(paths.net_ports, reopened(paths.net_ports) if held is None else held)
-        asyncio.run(_serve(paths, reservations))
+        asyncio.run(_run(paths, reservations))
+
+
+async def _run(paths: Paths, reservations: Reservations) -> None:
+    async with asyncio.TaskGroup() as group:
+        relays = Relays(paths.relays, SystemClock(), random.random)
+        relaying = group.create_task(relays.run(), name="relays")
+        try:
+            await _serve(paths, reservations)
+        finally:
+            relaying.cancel()
 
 
 async def _serve(paths: Paths, reservations: Reservations) -> None:

@@ -142,11 +142,13 @@ class NodeTables:
         names = {line.removeprefix("table ") for line in present.splitlines()}
         return not names.issuperset(self._kept)
 
-    async def _listing(self, table: str) -> str:
+    async def _listing(self, table: str) -> list[str]:
+        """What is in ``table``, whatever its order, in which elements and chains are not always listed alike."""
         try:
-            return await self._namespaces.run(self._namespaces.home, nft.run, f"list table {table}")
+            text = await self._namespaces.run(self._namespaces.home, nft.run, f"list table {table}")
         except nft.NftFailed:
-            return ""  # there is none
+            return []  # there is none
+        return sorted(text.replace(",", " ").split())
 
     async def _run(self, text: str) -> None:
         before, after = await self._namespaces.run(self._namespaces.home, _counted, text)

@@ -80,6 +80,8 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     try:
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if protocol != "udp":  # connections of a server that has ended do not count, one that listens does
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((address, port))
         if protocol != "udp":
             opened.listen(1)

@@ -6,16 +6,21 @@ import random
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, Unavailable
+from skep.linux.files import replace_file
 from skep.node.netprocess import process
 from skep.node.netprocess.client import NetClient
+from skep.node.network.ingress.relays import RelayPort
+from skep.node.network.ports import AddressNotHere
 from skep.node.supervision import zygote
 from skep.node.supervision.identity import ProcessIdentity, identify, read_pid_file
 from skep.node.supervision.supervisor import Supervisor, terminate, wait_end
@@ -163,3 +168,61 @@ async def test_without_its_zygote_nothing_can_be_started(paths: Paths) -> None:
         os.kill(started.pid, signal.SIGKILL)
         with pytest.raises(Unavailable, match="restart skep"):
             await started.fork("net", ())
+
+
+async def test_a_port_is_held_on_one_address_for_one_owner_and_handed_over_so(paths: Paths) -> None:
+    async with forks(paths) as started:
+        old = identify(await started.fork("net", ()))
+        assert old is not None
+        client = NetClient(paths.net_socket, SystemClock(), random.random)
+        mesh = NetClient(paths.net_socket, SystemClock(), random.random, owner="mesh")
+        port = await mesh.reserve("tcp", 0, "127.0.0.1")
+        assert await client.reserve("tcp", port, "127.0.0.2") == port, "another address is another port"
+        with pytest.raises(AlreadyExists, match=rf"Bind for 127\.0\.0\.1:{port} failed"):
+            await client.reserve("tcp", port, "127.0.0.1")
+        with pytest.raises(AddressNotHere, match="cannot assign requested address"):
+            await client.reserve("tcp", port, "192.0.2.1")
+        assert list(await mesh.held()) == [("tcp", port, "127.0.0.1")]
+        assert list(await client.held()) == [("tcp", port, "127.0.0.2")]
+        new = identify(await started.fork("net", ()))
+        assert new is not None
+        await wait_end(old)
+        assert list(await mesh.held()) == [("tcp", port, "127.0.0.1")]
+        await mesh.release("tcp", port, "127.0.0.1")
+        assert list(await client.held()) == [("tcp", port, "127.0.0.2")]
+        mesh.close()
+        client.close()
+        await terminate(new, 5.0)
+
+
+async def test_what_is_written_down_is_relayed_and_again_after_a_crash(paths: Paths) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_server(("::1", 0), family=socket.AF_INET6) as reserved:
+        port = reserved.getsockname()[1]
+        reserved.close()
+        relay = RelayPort(
+            protocol="tcp", address="::1", port=port, backends=(("127.0.0.1", server.getsockname()[1]),)
+        )
+        paths.relays.parent.mkdir()
+        async with forks(paths) as started, net(paths, started) as client:
+            await client.held()
+            replace_file(paths.relays, msgspec.json.encode([relay]), is_durable=False)
+            await asyncio.to_thread(exchange_by_relay, port, server)
+            os.kill(net_process(paths).pid, signal.SIGKILL)
+            await asyncio.to_thread(exchange_by_relay, port, server)
+
+
+def exchange_by_relay(port: int, server: socket.socket) -> None:
+    """A word through the relay, as soon as it listens."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with socket.create_connection(("::1", port), timeout=3) as connection:
+                accepted, _ = server.accept()
+                with accepted:
+                    connection.sendall(b"hello")
+                    assert accepted.recv(5) == b"hello"
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "nobody relays"
+            time.sleep(0.02)

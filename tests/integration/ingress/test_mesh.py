@@ -63,6 +63,17 @@ async def test_connections_are_spread_evenly_over_all_tasks(lab: MeshLab, node_c
     assert all(abs(count - share) < 5 * (share * (1 - 1 / node_count)) ** 0.5 for count in answers.values())
 
 
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+async def test_tasks_that_come_later_serve_every_protocol(lab: MeshLab, protocol: str) -> None:
+    """A count of tasks that is new gets a chain of its own, in a later transaction than the maps."""
+    await spread_tasks(lab, 1)
+    for count in range(2, 5):
+        await lab.add_task(f"t{count}", lab.nodes[count % 3])
+        await lab.spread()
+        answers = {await lab.ask(lab.nodes[0].address, 8080, protocol) for _ in range(40)}
+        assert len(answers) == count
+
+
 async def test_a_port_without_a_serving_task_refuses_at_once(lab: MeshLab) -> None:
     await spread_tasks(lab, 3)
     lab.tasks[0].is_serving = False

@@ -134,6 +134,7 @@ class Mesh:
             return
         await self._returns.apply(wanted)
         await self._write(wanted)
+        self._relays.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self._relays, msgspec.json.encode(relay_ports(wanted)), is_durable=False)
         await self._move_flows(wanted)
         await self._release(wanted)

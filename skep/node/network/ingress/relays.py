@@ -5,7 +5,7 @@ with a PROXY header.  The net process serves these (``relay.py``), so that they 
 writes down for it what is to be served.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import msgspec
@@ -59,3 +59,14 @@ def sticky_slot(client: str) -> int:
     for byte in packed:  # FNV-1a
         number = (number ^ byte) * 16777619 & 0xFFFFFFFF
     return number % STICKY_SLOTS
+
+
+def backend_order(port: RelayPort, client: str, chance: Callable[[], float]) -> tuple[tuple[str, int], ...]:
+    """All tasks that serve, each once; the first is the client's, the others in case it cannot be reached.
+
+    ``chance``: numbers from 0 to 1, less than 1.
+    """
+    if not port.backends:
+        return ()
+    first = sticky_slot(client) if port.is_sticky else int(chance() * len(port.backends))
+    return tuple(dict.fromkeys((*port.backends[first:], *port.backends[:first])))

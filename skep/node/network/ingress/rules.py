@@ -6,8 +6,8 @@ it to ``pick_<n>`` for a port with n backends, or to ``sticky``; these read the 
 of backends changes elements of maps and no rule: a tenth of the time, and nothing that is under way notices.  Only
 the first packet of a connection comes here; the others follow it by connection tracking, whatever changes.
 
-The data of ``backends`` are said to be ``tcp dport``, whatever the protocol: nft 1.0.6 cannot use a map of ``th dport``
-again that it reads back from the kernel.
+Address and port of a backend are in two maps, ``backends`` and ``targets``: nft 1.0.6 reads a map whose data are
+both back from the kernel wrongly, and adds a test for TCP to rules that use it.
 
 A port without a backend is refused by ``input``, which the packets reach because nobody leads them elsewhere.
 """
@@ -54,7 +54,7 @@ class MeshRules(msgspec.Struct, frozen=True):
     elements: Mapping[str, Elements]
 
 
-_SETS = ("ports", "bound", "backends", "refused", "bound_refused")
+_SETS = ("ports", "bound", "backends", "targets", "refused", "bound_refused")
 
 
 def mesh_rules(plan: Plan, family: Family) -> MeshRules:
@@ -79,6 +79,7 @@ def mesh_rules(plan: Plan, family: Family) -> MeshRules:
             verdict = f"goto {_STICKY}" if port.options.is_sticky else f"goto pick_{len(backends)}"
             found["bound" if port.only_address else "ports"][bound if port.only_address else key] = verdict
             found["backends"].update(_backends(port, key, backends))
+            found["targets"][key] = str(backends[0].port)
             if not port.options.is_sticky:
                 counts.add(len(backends))
     return MeshRules(frozenset(counts), found)
@@ -94,7 +95,8 @@ def whole(rules: MeshRules, family: Family) -> str:
 add table {table}
 delete table {table}
 add table {table}
-add map {table} backends {{ typeof {key} . numgen random mod 65536 : {family.name} daddr . tcp dport; }}
+add map {table} backends {{ typeof {key} . numgen random mod 65536 : {family.name} daddr; }}
+add map {table} targets {{ type inet_proto . inet_service : inet_service; }}
 add map {table} ports {{ type inet_proto . inet_service : verdict; }}
 add map {table} bound {{ type {family.address_type} . inet_proto . inet_service : verdict; }}
 add set {table} refused {{ type inet_proto . inet_service; }}
@@ -107,7 +109,7 @@ add chain {table} out {{ type nat hook output priority -100; }}
 add chain {table} post {{ type nat hook postrouting priority 100; }}
 add chain {table} input {{ type filter hook input priority 0; }}
 add chain {table} forward {{ type filter hook forward priority 0; }}
-add rule {table} {_STICKY} dnat {family.name} to {key} . {sticky} map @backends
+add rule {table} {_STICKY} {_dnat(family, sticky)}
 add rule {table} refuse meta l4proto tcp reject with tcp reset
 add rule {table} refuse reject
 {localhost}"""
@@ -137,9 +139,8 @@ def difference(old: MeshRules, new: MeshRules, family: Family) -> str:
     table = family.table
     text = ""
     for count in sorted(new.counts - old.counts):
-        pick = f"meta l4proto . th dport . numgen random mod {count}"
         text += f"add chain {table} pick_{count}\n"
-        text += f"add rule {table} pick_{count} dnat {family.name} to {pick} map @backends\n"
+        text += f"add rule {table} pick_{count} {_dnat(family, f'numgen random mod {count}')}\n"
     for name in _SETS:
         before, after = old.elements.get(name, {}), new.elements.get(name, {})
         gone = [key for key in before if after.get(key) != before[key]]
@@ -160,4 +161,10 @@ def absent(family: Family) -> str:
 
 def _backends(port: MeshPort, key: str, backends: tuple[Backend, ...]) -> Elements:
     chosen = sticky_slots(backends) if port.options.is_sticky else backends
-    return {f"{key} . {number}": f"{one.address} . {one.port}" for number, one in enumerate(chosen)}
+    return {f"{key} . {number}": one.address for number, one in enumerate(chosen)}
+
+
+def _dnat(family: Family, number: str) -> str:
+    """Lead to the backend of this number."""
+    key = "meta l4proto . th dport"
+    return f"dnat {family.name} to {key} . {number} map @backends : {key} map @targets"

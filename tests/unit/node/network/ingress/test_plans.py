@@ -131,7 +131,8 @@ def test_a_port_goes_to_a_choice_among_as_many_as_there_are() -> None:
     rules = mesh_rules(Plan(ports=(a_port("t1", "t2", "t3"),)), IPV4)
     assert rules.counts == {3}
     assert rules.elements["ports"] == {"tcp . 80": "goto pick_3"}
-    assert rules.elements["backends"] == {f"tcp . 80 . {n}": f"10.0.0.{n + 1} . 8000" for n in range(3)}
+    assert rules.elements["backends"] == {f"tcp . 80 . {n}": f"10.0.0.{n + 1}" for n in range(3)}
+    assert rules.elements["targets"] == {"tcp . 80": "8000"}
     assert "numgen random mod 3 map @backends" in whole(rules, IPV4)
 
 
@@ -142,7 +143,7 @@ def test_a_change_of_backends_touches_elements_only() -> None:
     assert text.splitlines() == [
         "delete element ip skep_ingress ports { tcp . 80 }",
         "add element ip skep_ingress ports { tcp . 80 : goto pick_3 }",
-        "add element ip skep_ingress backends { tcp . 80 . 2 : 10.0.0.3 . 8000 }",
+        "add element ip skep_ingress backends { tcp . 80 . 2 : 10.0.0.3 }",
     ]
     assert difference(after, after, IPV4) == ""
 
