@@ -192,6 +192,16 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "netns"
 
     @property
+    def overlays(self) -> Path:
+        """The namespaces of overlay networks; containers' are in ``netns``."""
+        return self.run / "overlays"
+
+    @property
+    def tables(self) -> Path:
+        """The tables of this node's networks, one file each, for the net process (``model.tables.Table``)."""
+        return self.run / "tables"
+
+    @property
     def runc(self) -> Path:
         return self.run / "runc"
 

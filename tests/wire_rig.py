@@ -19,6 +19,7 @@ from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
+from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.gossip.keys import first_keys
@@ -38,6 +39,7 @@ from skep.node.managers import ManagerList
 from skep.node.renewal import KeyPairCredentials
 from skep.node.reports import Reports
 from skep.node.session import unknown_load
+from skep.node.tables.stream import TableSink
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.identity import Identity
@@ -76,6 +78,7 @@ class Cluster:
         self.heartbeat_s = heartbeat_s
         self.logs: LogBroker
         self.dispatcher: Dispatcher
+        self.discovery: Discovery
         self.tls: ServerTls
         self.bound: Bound
 
@@ -114,6 +117,7 @@ class Cluster:
             own = ManagerPeer(node_id=MANAGER_ID, addr=f"{self.host}:{port or self.port}")
             self.dispatcher = Dispatcher(self.store, own, clock, new_id, Random(1))
             self.logs = LogBroker(self.store, new_id)
+            self.discovery = self.make_discovery(clock)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             certificates = CertificateService(self.store, new_id)
             bound = await stack.enter_async_context(
@@ -129,14 +133,17 @@ class Cluster:
             self.bound = bound
             self.port = bound.port
             await self.store.update(self._set_address)
-            for loop in (self.dispatcher.run(), self.logs.run()):
+            for loop in (self.dispatcher.run(), self.logs.run(), self.discovery.run()):
                 stack.push_async_callback(_ended, asyncio.create_task(loop))
             yield self
 
     def _services(self, certificates: CertificateService, clock: SystemClock) -> Sequence[Handler]:
         attachments = AttachmentService(self.store, clock, new_id)
-        parts = (certificates, self.dispatcher, self.logs, attachments)
+        parts = (certificates, self.dispatcher, self.logs, self.discovery, attachments)
         return [handler for part in parts for handler in part.services()]
+
+    def make_discovery(self, clock: SystemClock) -> Discovery:
+        return Discovery(self.store, self.dispatcher.session, clock)
 
     @asynccontextmanager
     async def leading(self) -> AsyncIterator[None]:
@@ -318,6 +325,7 @@ async def an_agent_of(
     worker: FakeWorker,
     random: Random,
     load: Callable[[], float | None] = unknown_load,
+    tables: TableSink | None = None,
 ) -> AsyncIterator[Agent]:
     """An agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
@@ -331,6 +339,7 @@ async def an_agent_of(
         clock=SystemClock(),
         random=random,
         load=load,
+        tables=tables,
     )
     running = asyncio.create_task(agent.run())
     try:
@@ -354,11 +363,12 @@ async def an_agent(
     directory: Path,
     worker: FakeWorker | None = None,
     load: Callable[[], float | None] = unknown_load,
+    tables: TableSink | None = None,
 ) -> AsyncIterator[tuple[Agent, FakeWorker]]:
     """An agent with a fake worker, registered with the cluster's manager."""
     worker = worker or FakeWorker()
     peers = [Peer(MANAGER_ID, cluster.address)]
-    async with an_agent_of(peers, pair, directory, worker, Random(1), load) as agent:
+    async with an_agent_of(peers, pair, directory, worker, Random(1), load, tables) as agent:
         yield agent, worker
 
 

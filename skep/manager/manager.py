@@ -28,6 +28,7 @@ from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
+from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -89,6 +90,7 @@ class Manager:
         self._certificates = CertificateService(store, new_id)
         own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
         self._dispatcher = Dispatcher(store, own, clock, new_id, random)
+        self._discovery = Discovery(store, self._dispatcher.session, clock)
         self._incarnation = Incarnation(config.paths, store.incarnation)
         self._link = ManagerLink(
             store,
@@ -136,6 +138,7 @@ class Manager:
         handlers = (
             *self._certificates.services(),
             *self._dispatcher.services(),
+            *self._discovery.services(),
             *self._logs.services(),
             *self._attachments.services(),
             *self._link.services(),
@@ -155,6 +158,7 @@ class Manager:
         ):
             group.create_task(api.lag.run(self._clock), name="loop lag")
             group.create_task(self._dispatcher.run(), name="dispatcher")
+            group.create_task(self._discovery.run(), name="discovery")
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
             group.create_task(self._incarnation.run(), name="incarnation")

@@ -20,6 +20,9 @@ PLANE_OPTION: Final = "skep.data-plane"
 NODE_LABEL: Final = "skep.node"
 """Engine label by which a skep node says what it is; Docker Engines do not know it."""
 
+DATA_PATH_LABEL: Final = "skep.data-path-addr"
+"""Engine label by which a skep node says which of its addresses VXLAN leaves from and arrives at."""
+
 NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "ipvlan"})
 """Drivers of networks that live on one node."""
 

@@ -260,6 +260,12 @@ class ServiceSpec(ApiObject):
             return 1
         return replicated.replicas
 
+    @property
+    def publishes_in_ingress(self) -> bool:
+        """Whether it has ports that every node shall answer for."""
+        ports = self.endpoint_spec.ports if self.endpoint_spec is not None else ()
+        return any(port.publish_mode is PublishMode.INGRESS for port in ports)
+
 
 class EndpointVirtualIP(ApiObject):
     network_id: NetworkId = NetworkId("")

@@ -180,5 +180,6 @@ def _differing(old: Mapping[K, V], new: Mapping[K, V]) -> tuple[tuple[V, ...], t
 
 
 def _merged(old: Mapping[K, V], removed: tuple[K, ...], put: Mapping[K, V]) -> Mapping[K, V]:
-    kept = {key: value for key, value in old.items() if key not in removed}
+    gone = frozenset(removed)
+    kept = {key: value for key, value in old.items() if key not in gone}
     return kept | dict(put)

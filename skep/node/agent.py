@@ -30,6 +30,7 @@ from skep.node.renewal import Managers
 from skep.node.reports import Reports
 from skep.node.revisions import Revision, SeenRevision
 from skep.node.session import Session, unknown_load
+from skep.node.tables.stream import TableSink
 from skep.security.identity import Identity
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
@@ -100,6 +101,7 @@ class Agent:
         seen: SeenRevision | None = None,
         address_of: Callable[[Peer], str] = lambda peer: peer.addr,
         load: Callable[[], float | None] = unknown_load,
+        tables: TableSink | None = None,
     ) -> None:
         """
         Args:
@@ -107,11 +109,12 @@ class Agent:
             contact: told about every session and heartbeat.
             seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
-            load: see ``Session``.
+            load, tables: see ``Session``.
         """
         self._managers = managers
         self._address_of = address_of
         self._load = load
+        self._tables = tables
         self._describe = describe
         self._sink = sink
         self._reports = reports
@@ -201,6 +204,7 @@ class Agent:
                     self._description,
                     self._credentials.news,
                     self._load,
+                    self._tables,
                 )
                 await session.run()
         except SkepError as error:

@@ -40,6 +40,8 @@ from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.system import NodeSystem, engine_id
+from skep.node.tables.files import SharedTables, StoredTables
+from skep.node.tables.keeper import TableKeeper
 from skep.node.task_files import TaskFiles
 from skep.node.worker import Worker
 from skep.node.workload import Workload, forward_container_events, oci_workload, policy, process_workload
@@ -114,6 +116,12 @@ class Node:
                 payloads=workload.payloads,
                 contact=contact,
             )
+            shared = SharedTables(paths.tables)
+            parts_of_tables = (workload.overlays, workload.mesh, shared)
+            listeners = tuple(one for one in parts_of_tables if one is not None)
+            tables = TableKeeper(StoredTables(paths.networks, clock), listeners, clock, chance)
+            if paths.node_json.exists():
+                tables.load(await asyncio.to_thread(shared.load))
             parts = NodeParts(
                 certificates=paths.certificates,
                 lock=KeyLock(paths),
@@ -125,6 +133,7 @@ class Node:
                 reports=reports,
                 contact=contact,
                 logs=workload.logs,
+                tables=tables,
                 clock=clock,
                 random=around.random,
                 manager=around.manager,
@@ -176,6 +185,9 @@ class Node:
             if engine is not None:
                 group.create_task(engine.follow(clock, chance), name="docker engine")
             group.create_task(worker.run(), name="worker")
+            if workload.overlays is not None and not tables.tables:
+                group.create_task(workload.overlays.apply_nothing(), name="networks of an earlier process")
+            group.create_task(tables.run(), name="network tables")
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
             group.create_task(membership.run(), name="membership")
@@ -190,9 +202,18 @@ class Node:
         if self._configuration.executor == "process":
             return process_workload(self._configuration)
         around = self._around
-        net = NetClient(self._configuration.paths.net_socket, around.clock, around.random.random)
+
+        def held_for(owner: str) -> NetClient:
+            path = self._configuration.paths.net_socket
+            return NetClient(path, around.clock, around.random.random, owner)
+
         return await oci_workload(
-            self._configuration, around.machine, ports=net, events=events, clock=around.clock
+            self._configuration,
+            around.machine,
+            ports=held_for(""),
+            mesh_ports=held_for("mesh"),
+            events=events,
+            clock=around.clock,
         )
 
     async def farewell(self) -> None:

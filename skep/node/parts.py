@@ -18,7 +18,7 @@ from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
-from skep.model.planes import NODE_LABEL
+from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
@@ -40,6 +40,7 @@ from skep.node.reports import Reports
 from skep.node.resigning import resign
 from skep.node.restoring import Restored
 from skep.node.revisions import SeenRevision
+from skep.node.tables.keeper import TableKeeper
 from skep.node.worker import Worker
 from skep.security import keypair
 from skep.security.keypair import KeyPair
@@ -84,6 +85,7 @@ class NodeParts:
         reports: Reports,
         contact: Contact,
         logs: LogSource,
+        tables: TableKeeper,
         clock: Clock,
         random: Random,
         manager: Callable[[], ManagerProcess],
@@ -103,6 +105,7 @@ class NodeParts:
         self._reports = reports
         self._contact = contact
         self._logs = logs
+        self._tables = tables
         self._clock = clock
         self._random = random
         self._manager = manager
@@ -148,7 +151,7 @@ class NodeParts:
         return Agent(
             credentials=credentials,
             managers=ManagerList(self._known_managers(node), remember),
-            describe=self.description,
+            describe=lambda: self.description(node.data_path_addr),
             sink=self._worker,
             reports=self._reports,
             logs=self._logs,
@@ -157,6 +160,7 @@ class NodeParts:
             address_of=node.reach,
             contact=self._contact,
             load=self._meter.load,
+            tables=self._tables,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
 
@@ -197,12 +201,17 @@ class NodeParts:
             async with asyncio.timeout(_REMOVAL_TIMEOUT_S):
                 while await self._executor.leftovers():
                     await backoff.sleep(self._clock)
+                await self._tables.clear()
         except TimeoutError:
             log.error("tasks left behind", tasks=await self._executor.leftovers())
 
-    def description(self) -> NodeDescription:
-        """What the managers know of this machine."""
+    def description(self, data_path_addr: str = "") -> NodeDescription:
+        """What the managers know of this machine.
+
+        ``data_path_addr``: where its VXLAN arrives; empty: where it connects from.
+        """
         configuration = self._configuration()
+        own = {NODE_LABEL: "true", **({DATA_PATH_LABEL: data_path_addr} if data_path_addr else {})}
         return NodeDescription(
             hostname=self._machine.hostname,
             platform=Platform(architecture=self._machine.architecture, os="linux"),
@@ -213,7 +222,7 @@ class NodeParts:
             ),
             engine=EngineDescription(
                 engine_version=__version__,
-                labels={**labels(self._features), **configuration.labels, NODE_LABEL: "true"},
+                labels={**labels(self._features), **configuration.labels, **own},
                 plugins=_PLUGINS,
             ),
         )

@@ -21,6 +21,7 @@ from skep.node.contact import Contact
 from skep.node.publishing import LogPublisher
 from skep.node.reports import Reports
 from skep.node.revisions import Revision
+from skep.node.tables.stream import TableSink, TableStream
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -79,11 +80,13 @@ class Session:
         describe: Callable[[], NodeDescription],
         described_anew: asyncio.Event | None = None,
         load: Callable[[], float | None] = unknown_load,
+        tables: TableSink | None = None,
     ) -> None:
         """
         Args:
             described_anew: set when ``describe`` gives something else; it is looked at now and then anyway.
             load: the share of the node in use, 0 to 1, None while it is not known; told with each heartbeat.
+            tables: takes what the manager says of networks; None: the node has none of its own.
         """
         self._channel = channel
         self._host = host
@@ -94,6 +97,7 @@ class Session:
         self._described_anew = described_anew or asyncio.Event()
         self._load = load
         self._publisher = LogPublisher(channel, logs)
+        self._tables = TableStream(channel, tables) if tables is not None else None
         self._id = ""
         self._described = NodeDescription()
 
@@ -131,6 +135,8 @@ class Session:
                 }
                 for name, part in parts.items():
                     group.create_task(part(), name=f"session {name}")
+                if self._tables is not None:
+                    group.create_task(self._tables.run(self._id), name="session tables")
                 async for message in call:
                     self._host.session_message(message)
         raise Unavailable(f"{self._channel.address} ended the session")

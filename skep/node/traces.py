@@ -15,7 +15,7 @@ log = structlog.get_logger()
 def wipe(paths: Paths) -> None:
     """Forget the swarm.  ``node.json`` goes first: without it the rest is an unfinished leave."""
     paths.node_json.unlink(missing_ok=True)
-    for directory in (paths.certificates, paths.manager):
+    for directory in (paths.certificates, paths.manager, paths.networks, paths.tables):
         shutil.rmtree(directory, ignore_errors=True)
 
 

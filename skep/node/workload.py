@@ -19,6 +19,8 @@ from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.mounts.volumes import Volumes
+from skep.node.network.ingress.mesh import Mesh
+from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.ports import PortReservations
 from skep.node.oci.container import ContainerState
 from skep.node.oci.containers import Containers
@@ -42,6 +44,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     payloads: PayloadSink | None = None
     containers: Containers | None = None
     images: ImageStore | None = None
+    overlays: Overlays | None = None
+    mesh: Mesh | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def counts(self) -> Counts:
@@ -90,6 +94,7 @@ async def oci_workload(
     machine: Machine,
     *,
     ports: PortReservations,
+    mesh_ports: PortReservations,
     events: NodeEvents,
     clock: Clock,
 ) -> Workload:
@@ -108,6 +113,7 @@ async def oci_workload(
         hostname=machine.hostname,
         cgroup_parent=configuration.cgroup_parent,
         ports=ports,
+        mesh_ports=mesh_ports,
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
     )
@@ -125,6 +131,8 @@ async def oci_workload(
         payloads=executor.payloads,
         containers=executor.containers,
         images=images,
+        overlays=executor.overlays,
+        mesh=executor.mesh,
         routes=routes,
     )
 

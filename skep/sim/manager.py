@@ -8,6 +8,7 @@ from typing import cast
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import Unavailable
+from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -92,10 +93,12 @@ class SimulatedManager:
             cast("Store", self._shown), own, self._clock, self._new_id, self._random
         )
         logs = LogBroker(store, self._new_id)
+        discovery = Discovery(store, dispatcher.session, self._clock)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random)
-        handlers = (*dispatcher.services(), *logs.services(), *link.services())
+        handlers = (*dispatcher.services(), *discovery.services(), *logs.services(), *link.services())
         async with self._network.listening(self._addr, handlers), asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run(), name=f"{self._id} dispatcher")
+            group.create_task(discovery.run(), name=f"{self._id} discovery")
             group.create_task(link.run(), name=f"{self._id} link")
             group.create_task(self._stand(store, link), name=f"{self._id} election")
 

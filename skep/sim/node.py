@@ -22,6 +22,8 @@ from skep.node.local import Peer
 from skep.node.managers import ManagerList
 from skep.node.reports import Reports
 from skep.node.revisions import SeenRevision
+from skep.node.tables.files import StoredTables
+from skep.node.tables.keeper import TableKeeper
 from skep.node.task_files import RememberedTask, TaskFiles
 from skep.node.worker import Worker
 from skep.security.identity import Identity
@@ -89,6 +91,7 @@ class SimulatedNode:
         worker = Worker(
             executor=executor, files=self._disk, reports=reports, clock=self._clock, contact=contact
         )
+        tables = TableKeeper(StoredTables(None, self._clock), (), self._clock, self._random.random)
         agent = Agent(
             credentials=SimulatedCredentials(self._identity, self._network),
             managers=ManagerList(self._managers),
@@ -100,9 +103,11 @@ class SimulatedNode:
             random=self._random,
             contact=contact,
             seen=self._seen,
+            tables=tables,
         )
         async with asyncio.TaskGroup() as group:
             group.create_task(worker.run(), name=f"{self.id} worker")
+            group.create_task(tables.run(), name=f"{self.id} tables")
             group.create_task(agent.run(), name=f"{self.id} agent")
 
     def lose_power(self) -> None:

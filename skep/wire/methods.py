@@ -119,6 +119,7 @@ PROMOTE_MEMBER = Unary(
 )
 PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER)
 RELAY_LOGS = ServerStream("/skep.v1.ManagerLink/RelayLogs", skep.LogRelay, skep.RelayedLogs, Access.MANAGER)
+NETWORKS = BothStream("/skep.v1.NodeLink/Networks", skep.AppliedTables, skep.NetworkTables)
 DESCRIBE = Unary("/skep.v1.NodeLink/Describe", skep.DescribeRequest, skep.DescribeResponse)
 RENEW_EXPIRED = Unary(
     "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN

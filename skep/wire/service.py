@@ -94,6 +94,23 @@ def both_stream(
     return Handler(method, answer)
 
 
+def duplex(
+    method: BothStream[Q, A],
+    function: Callable[[AsyncIterator[Q], Callable[[A], Awaitable[None]], Caller], Awaitable[None]],
+) -> Handler:
+    """Like ``both_stream`` for who listens and speaks at the same time: ``function`` gets the requests and how to send.
+
+    The stream ends when it returns.
+    """
+
+    async def answer(stream: Stream, caller: Caller) -> None:
+        await stream.send_initial_metadata()
+        async with aclosing(_requests(stream, method.request, caller)) as requests:
+            await function(requests, stream.send_message, caller)
+
+    return Handler(method, answer)
+
+
 async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
     """Answer one call; whatever goes wrong becomes a status.  Raises: GRPCError."""
     try:

@@ -26,6 +26,351 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class AppliedTables(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RevisionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    REVISIONS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """In the first message."""
+    @_builtins.property
+    def revisions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Network -> the revision of its table that is in force on the node."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        revisions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revisions", b"revisions", "session_id", b"session_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedTables: _TypeAlias = AppliedTables
+
+@_typing.final
+class NetworkTables(_message.Message):
+    """A set of changes, or a piece of one: nothing of a set counts before its last piece is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    """Raised by every restore and forced new cluster; revisions of different incarnations do not compare."""
+    revision: _builtins.int
+    """Everything that happened up to here is in the tables after this set."""
+    more: _builtins.bool
+    """More pieces of this set follow."""
+    complete: _builtins.bool
+    """Networks that the set does not name are none of the node's any more."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkChange]: ...
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+        revision: _builtins.int = ...,
+        more: _builtins.bool = ...,
+        complete: _builtins.bool = ...,
+        changes: _abc.Iterable[Global___NetworkChange] | None = ...,
+        removed: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "complete", b"complete", "incarnation", b"incarnation", "more", b"more", "removed", b"removed", "revision", b"revision"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkTables: _TypeAlias = NetworkTables
+
+@_typing.final
+class NetworkChange(_message.Message):
+    """What leads from the table that the node has to the one as of the set's revision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    REMOVED_NODES_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    REMOVED_ENDPOINTS_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
+    REMOVED_SERVICES_FIELD_NUMBER: _builtins.int
+    whole: _builtins.bool
+    """Nothing is left of an earlier table."""
+    @_builtins.property
+    def head(self) -> Global___NetworkHead: ...
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkNode]: ...
+    @_builtins.property
+    def removed_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkEndpoint]: ...
+    @_builtins.property
+    def removed_endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def services(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkService]: ...
+    @_builtins.property
+    def removed_services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        head: Global___NetworkHead | None = ...,
+        whole: _builtins.bool = ...,
+        nodes: _abc.Iterable[Global___NetworkNode] | None = ...,
+        removed_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        endpoints: _abc.Iterable[Global___NetworkEndpoint] | None = ...,
+        removed_endpoints: _abc.Iterable[_builtins.str] | None = ...,
+        services: _abc.Iterable[Global___NetworkService] | None = ...,
+        removed_services: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "head", b"head", "nodes", b"nodes", "removed_endpoints", b"removed_endpoints", "removed_nodes", b"removed_nodes", "removed_services", b"removed_services", "services", b"services", "whole", b"whole"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkChange: _TypeAlias = NetworkChange
+
+@_typing.final
+class NetworkHead(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Segment(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SUBNET_FIELD_NUMBER: _builtins.int
+        GATEWAY_FIELD_NUMBER: _builtins.int
+        VNI_FIELD_NUMBER: _builtins.int
+        subnet: _builtins.str
+        gateway: _builtins.str
+        vni: _builtins.int
+        def __init__(
+            self,
+            *,
+            subnet: _builtins.str = ...,
+            gateway: _builtins.str = ...,
+            vni: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "subnet", b"subnet", "vni", b"vni"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    INGRESS_FIELD_NUMBER: _builtins.int
+    INTERNAL_FIELD_NUMBER: _builtins.int
+    ENCRYPTED_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    name: _builtins.str
+    mtu: _builtins.int
+    """0: as measured."""
+    port: _builtins.int
+    """UDP, of the VXLAN."""
+    ingress: _builtins.bool
+    internal: _builtins.bool
+    encrypted: _builtins.bool
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkHead.Segment]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        segments: _abc.Iterable[Global___NetworkHead.Segment] | None = ...,
+        mtu: _builtins.int = ...,
+        port: _builtins.int = ...,
+        ingress: _builtins.bool = ...,
+        internal: _builtins.bool = ...,
+        encrypted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encrypted", b"encrypted", "id", b"id", "ingress", b"ingress", "internal", b"internal", "mtu", b"mtu", "name", b"name", "port", b"port", "segments", b"segments"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkHead: _TypeAlias = NetworkHead
+
+@_typing.final
+class NetworkNode(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    UNDERLAY_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    underlay: _builtins.str
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        underlay: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "id", b"id", "underlay", b"underlay"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkNode: _TypeAlias = NetworkNode
+
+@_typing.final
+class NetworkEndpoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    SERVICE_ID_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    node_id: _builtins.str
+    service_id: _builtins.str
+    slot: _builtins.int
+    name: _builtins.str
+    running: _builtins.bool
+    serving: _builtins.bool
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        service_id: _builtins.str = ...,
+        slot: _builtins.int = ...,
+        name: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        running: _builtins.bool = ...,
+        serving: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "aliases", b"aliases", "name", b"name", "node_id", b"node_id", "running", b"running", "service_id", b"service_id", "serving", b"serving", "slot", b"slot", "task_id", b"task_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkEndpoint: _TypeAlias = NetworkEndpoint
+
+@_typing.final
+class NetworkService(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Port(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PROTOCOL_FIELD_NUMBER: _builtins.int
+        PUBLISHED_FIELD_NUMBER: _builtins.int
+        TARGET_FIELD_NUMBER: _builtins.int
+        HOST_IP_FIELD_NUMBER: _builtins.int
+        STICKY_FIELD_NUMBER: _builtins.int
+        PREFERS_LOCAL_FIELD_NUMBER: _builtins.int
+        PROXY_PROTOCOL_FIELD_NUMBER: _builtins.int
+        protocol: _builtins.str
+        published: _builtins.int
+        target: _builtins.int
+        host_ip: _builtins.str
+        """empty, as from an older manager: all addresses"""
+        sticky: _builtins.bool
+        prefers_local: _builtins.bool
+        proxy_protocol: _builtins.int
+        def __init__(
+            self,
+            *,
+            protocol: _builtins.str = ...,
+            published: _builtins.int = ...,
+            target: _builtins.int = ...,
+            host_ip: _builtins.str = ...,
+            sticky: _builtins.bool = ...,
+            prefers_local: _builtins.bool = ...,
+            proxy_protocol: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["host_ip", b"host_ip", "prefers_local", b"prefers_local", "protocol", b"protocol", "proxy_protocol", b"proxy_protocol", "published", b"published", "sticky", b"sticky", "target", b"target"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    VIRTUAL_IPS_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    name: _builtins.str
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def virtual_ips(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkService.Port]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        virtual_ips: _abc.Iterable[_builtins.str] | None = ...,
+        ports: _abc.Iterable[Global___NetworkService.Port] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "id", b"id", "name", b"name", "ports", b"ports", "virtual_ips", b"virtual_ips"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkService: _TypeAlias = NetworkService
+
+@_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

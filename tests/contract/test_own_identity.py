@@ -69,6 +69,7 @@ async def test_another_nodes_session_is_of_no_use(cluster, victim, thief, has_ow
         "HEARTBEATS",
         "ASSIGNMENTS",
         "REVISED_ASSIGNMENTS",
+        "NETWORKS",
         "UPDATE_TASK_STATUS",
         "DESCRIBE",
     } <= set(IN_A_SESSION)

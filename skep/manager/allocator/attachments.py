@@ -2,8 +2,8 @@
 
 Networks of the node itself (``host``, ``bridge``, ``none``) need nothing from the cluster.  On an overlay network a
 task gets an address of its own, and stays NEW, saying why, until there is one: it never runs without a network
-that it asked for.  While there are docker nodes, a task that publishes ports in ingress mode is on the ingress
-network too, before all others.
+that it asked for.  A task that publishes ports in ingress mode is on the ingress network too, before all others: the
+one network that both data planes have, each for its own nodes' tasks.
 
 Source: swarmkit, manager/allocator/network.go (taskCreateNetworkAttachments).
 """
@@ -17,7 +17,7 @@ from skep.manager.allocator.subnets import is_allocated
 from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.planes import is_overlay
-from skep.model.service import NetworkAttachmentConfig, PublishMode, ServiceSpec
+from skep.model.service import NetworkAttachmentConfig, ServiceSpec
 from skep.model.task import NetworkAttachment
 
 
@@ -38,7 +38,7 @@ class Networks(msgspec.Struct, frozen=True, kw_only=True):
 
     find: Callable[[NetworkId], Network | None]
     ingress: Network | None = None
-    """The network of published ports; None: nobody needs it."""
+    """The network of published ports, as far as it is allocated; None: there is none."""
     trouble: Callable[[NetworkId], str] = lambda _: "not yet"
     """Why a network has no addresses to give."""
 
@@ -78,12 +78,6 @@ def attachments_for(
 def wanted_networks(spec: ServiceSpec, ingress: Network | None) -> list[NetworkAttachmentConfig]:
     """The task template's networks; the service's own list is the older spelling of the same."""
     wanted = spec.task_template.networks or spec.networks
-    if ingress is not None and publishes_in_ingress(spec):
+    if ingress is not None and spec.publishes_in_ingress:
         return [NetworkAttachmentConfig(target=ingress.id), *wanted]
     return list(wanted)
-
-
-def publishes_in_ingress(spec: ServiceSpec) -> bool:
-    """Whether the service has ports that every node shall answer for."""
-    ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
-    return any(port.publish_mode is PublishMode.INGRESS for port in ports)

@@ -16,13 +16,15 @@ from skep.store.interface import View
 
 
 class Books:
-    """Ports, addresses, subnets and VXLAN ids with their holders; which nodes are docker nodes."""
+    """Ports, addresses, subnets and VXLAN ids with their holders; which nodes are docker nodes, who publishes."""
 
     def __init__(self) -> None:
         self.ports = PortBook()
         self.addresses = AddressBook()
         self.networks = NetworkBook()
         self.docker_nodes: set[str] = set()
+        self.publishing: set[ServiceId] = set()
+        """Services with ports that every node answers."""
         self._gone: set[NetworkId] = set()
         """Networks that were removed while tasks still had addresses on them: their subnets stay taken."""
 
@@ -51,11 +53,16 @@ class Books:
 
     def enter_service(self, service: Service) -> None:
         self.ports.enter(service)
+        if service.removed_at is None and service.spec.publishes_in_ingress:
+            self.publishing.add(service.id)
+        else:
+            self.publishing.discard(service.id)
         addresses = [(one.network_id, one.addr) for one in service.endpoint.virtual_ips if one.addr]
         self._hold(service_owner(service.id), addresses)
 
     def leave_service(self, id: ServiceId) -> None:
         self.ports.leave(id)
+        self.publishing.discard(id)
         self._forget_gone(self.addresses.release(service_owner(id)))
 
     def enter_task(self, task: Task) -> bool:

@@ -32,7 +32,7 @@ class GiveEndpoint(msgspec.Struct, frozen=True):
 
 
 class AttachNode(msgspec.Struct, frozen=True):
-    """A docker node gets its own places on networks."""
+    """A node gets its own places on networks."""
 
     node_id: NodeId
     attachments: tuple[NetworkAttachment, ...]

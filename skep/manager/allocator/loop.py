@@ -15,7 +15,6 @@ from skep.manager.allocator.attachments import (
     Networks,
     NotAttached,
     attachments_for,
-    publishes_in_ingress,
     wanted_networks,
 )
 from skep.manager.allocator.books import Books, node_owner, service_owner
@@ -33,7 +32,7 @@ from skep.manager.allocator.grants import (
     network_key,
     node_key,
 )
-from skep.manager.allocator.nodes import networks_of_node, node_attachments
+from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
@@ -57,7 +56,7 @@ BATCH = 500
 
 
 class Allocator:
-    """Gives networks, services, docker nodes and tasks what they need before a task can be placed."""
+    """Gives networks, services, nodes and tasks what they need before a task can be placed."""
 
     def __init__(self, term: State, clock: Clock, new_id: IdSource, random: Random) -> None:
         self._term = term
@@ -89,7 +88,7 @@ class Allocator:
         self._agenda.add(service.id for service in snapshot.find(Service))
         for task in snapshot.find(Task):
             self._note_new(task)
-        self._agenda.add(node_key(id) for id in sorted(self._books.docker_nodes))
+        self._note_nodes()
 
     def _note(self, commit: Commit) -> None:
         """Enter what the store shows *now*: an older state would give back what was given since."""
@@ -118,16 +117,19 @@ class Allocator:
                     self._books.leave_network(network)
                     self._unallocated.pop(network.id, None)
                     self._agenda.add([network_key(id) for id in self._unallocated])
-                    self._agenda.add(node_key(id) for id in sorted(self._books.docker_nodes))
+                    self._note_nodes()
                 case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
                     self._look_at_node(node)
 
     def _look_at_service(self, id: ServiceId) -> None:
         service = self._term.view().lookup(Service, id)
+        was_published = bool(self._books.publishing)
         if service is None:
             self._books.leave_service(id)
         else:
             self._books.enter_service(service)
+        if self._books.publishing and not was_published:
+            self._note_nodes()
 
     def _look_at_task(self, task: Task) -> None:
         current = self._term.view().lookup(Task, task.id)
@@ -140,16 +142,27 @@ class Allocator:
 
     def _look_at_node(self, node: Node) -> None:
         current = self._term.view().lookup(Node, node.id)
-        had_docker_nodes = bool(self._books.docker_nodes)
         is_known = node.id in self._books.docker_nodes
         if current is None:
             self._books.leave_node(node)
             return
         self._books.enter_node(current)
-        if is_docker_node(current) and not is_known:
+        if (is_docker_node(current) and not is_known) or self._is_to_come_to_ingress(current):
             self._agenda.add((node_key(node.id),))
-            if not had_docker_nodes:
-                self._note_ingress()
+
+    def _is_to_come_to_ingress(self, node: Node) -> bool:
+        """Whether a skep node is to answer for published ports, and has no address for it yet."""
+        return bool(self._books.publishing) and not node.attachments and is_ready(node)
+
+    def _note_nodes(self) -> None:
+        """Look at every node whose places may not be what they should be."""
+        known = self._books.docker_nodes
+        nodes = self._term.view().find(Node)
+        self._agenda.add(
+            node_key(node.id)
+            for node in nodes
+            if node.id in known or node.attachments or self._is_to_come_to_ingress(node)
+        )
 
     def _note_new(self, task: Task) -> None:
         if _is_new(task):
@@ -172,10 +185,10 @@ class Allocator:
             self._note_ingress()
 
     def _note_ingress(self) -> None:
-        """From now on published ports and docker nodes need the ingress network."""
+        """From now on published ports have the ingress network, and nodes their places on it."""
         services = self._term.view().find(Service)
-        self._agenda.add(service.id for service in services if publishes_in_ingress(service.spec))
-        self._agenda.add(node_key(id) for id in sorted(self._books.docker_nodes))
+        self._agenda.add(service.id for service in services if service.spec.publishes_in_ingress)
+        self._note_nodes()
 
     # -- deciding ----------------------------------------------------------------------------------------------
 
@@ -232,15 +245,17 @@ class Allocator:
         return []
 
     def _attached_node(self, node_id: str, networks: Networks) -> list[Grant]:
-        """A docker node's own addresses, where they are not what they should be."""
+        """A node's own addresses, where they are not what they should be."""
         view = self._term.view()
         node = view.lookup(Node, node_id)
         if node is None:
             return []
         with self._guard.guarded(node_key(node_id)):
-            tasks = view.find(Task, node_id=node_id)
+            tasks = view.find(Task, node_id=node_id) if is_docker_node(node) else ()
             to_come = [one for task in tasks if _is_new(task) for one in _overlays(view, task, networks)]
-            wanted = networks_of_node(node, tasks, networks.ingress, to_come)
+            ingress = networks.ingress if networks.ingress and is_allocated(networks.ingress) else None
+            is_published = bool(self._books.publishing)
+            wanted = networks_of_node(node, tasks, ingress, to_come, is_published=is_published)
             attachments = node_attachments(
                 node, wanted, lambda network: self._books.give(node_owner(node_id), network)
             )
@@ -292,11 +307,9 @@ class Allocator:
                 return Explain(task, reason)
 
     def _networks(self) -> Networks:
-        """Docker nodes alone need the ingress network: for others no address of it is spent."""
-        ingress = None
-        if self._books.docker_nodes:
-            known = self._term.view().find(Network)
-            ingress = next((one for one in known if one.spec.ingress and is_allocated(one)), None)
+        """An ingress network that has no addresses yet is one to wait for."""
+        known = self._term.view().find(Network)
+        ingress = next((one for one in known if one.spec.ingress), None)
         return Networks(
             find=lambda network_id: self._term.view().lookup(Network, network_id),
             ingress=ingress,

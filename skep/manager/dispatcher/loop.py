@@ -115,6 +115,10 @@ class Dispatcher:
             unary(methods.DESCRIBE, self._describe),
         )
 
+    def session(self, node_id: NodeId, session_id: str) -> LiveSession:
+        """A session held here.  Raises: NotRegistered; SessionInvalid: the node has a later one."""
+        return self._sessions.require(node_id, session_id)
+
     def is_current(self) -> bool:
         """Whether this manager had contact with a quorum within the last ``CURRENT_WITHIN_S``."""
         return self._is_current and self._clock.monotonic() - self._current_at < CURRENT_WITHIN_S

@@ -79,14 +79,26 @@ class LiveSession:
         """Wakes the stream of session messages."""
         self._disconnect = disconnect
         # Ordered, unlike a set: a simulation must run the same way twice.
-        self._lines: dict[Line, None] = {self.messages: None}
+        self._lines: dict[Line, bool] = {self.messages: False}
+        """Every line, and whether it hears of assignments."""
         self._error: SkepError | None = None
 
     @contextmanager
     def line(self) -> Iterator[Line]:
         """A line for one stream of assignments, for as long as the stream is open."""
+        with self._opened(hears_assignments=True) as line:
+            yield line
+
+    @contextmanager
+    def aside(self) -> Iterator[Line]:
+        """A line for a stream of something else: whoever opens it wakes it, and the session's end does."""
+        with self._opened(hears_assignments=False) as line:
+            yield line
+
+    @contextmanager
+    def _opened(self, *, hears_assignments: bool) -> Iterator[Line]:
         line = Line()
-        self._lines[line] = None
+        self._lines[line] = hears_assignments
         try:
             yield line
         finally:
@@ -94,8 +106,8 @@ class LiveSession:
 
     def wake_assignments(self, task_ids: Iterable[TaskId]) -> None:
         ids = tuple(task_ids)
-        for line in self._lines:
-            if line is not self.messages:
+        for line, hears_assignments in self._lines.items():
+            if hears_assignments:
                 line.wake(ids)
 
     def require_open(self) -> None:

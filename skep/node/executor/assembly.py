@@ -1,6 +1,7 @@
 """Puts the ``oci`` executor together from its pieces."""
 
 import os
+import random
 import resource
 from pathlib import Path
 
@@ -13,8 +14,14 @@ from skep.node.executor.oci import OciExecutor
 from skep.node.executor.pulling import Images
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes
-from skep.node.network.gateway import Gateway
+from skep.node.network.connecting import ContainerNetwork
+from skep.node.network.gateway import BRIDGE, Gateway
+from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.node_tables import NodeTables
+from skep.node.network.overlay.healing import Healing
+from skep.node.network.overlay.overlays import Overlays, home_domain
+from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.ports import OwnReservations, PortReservations
 from skep.node.oci import capabilities, seccomp
 from skep.node.oci.bundle import Bundles
@@ -50,6 +57,7 @@ def oci_executor(
     hostname: str,
     cgroup_parent: str = "skep",
     ports: PortReservations | None = None,
+    mesh_ports: PortReservations | None = None,
     namespaces: Namespaces | None = None,
     log_default: Driver | None = None,
     programs: Programs | None = None,
@@ -59,7 +67,8 @@ def oci_executor(
 
     Args:
         cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
-        ports: holds published ports; None: this process does, for as long as it lives.
+        ports: holds published ports in host mode; None: this process does, for as long as it lives.
+        mesh_ports: the same for those of the routing mesh.
         namespaces: None: containers' in ``paths.netns``, the node's own being this process's.
         log_default: log driver and options of tasks that name none.
         resolver: name servers for containers that name none.
@@ -77,15 +86,18 @@ def oci_executor(
         cgroups=cgroups,
         capacity=capacity,
     )
+    network = container_network(
+        paths,
+        namespaces=namespaces,
+        ports=ports or OwnReservations(namespaces),
+        mesh_ports=mesh_ports or OwnReservations(namespaces),
+        clock=clock,
+    )
     containers = Containers(
         bundles=bundles,
         runtime=runtime,
         cgroups=cgroups,
-        network=Gateway(
-            namespaces=namespaces,
-            ports=ports or OwnReservations(namespaces),
-            state=paths.networks / "gateway",
-        ),
+        network=network,
         clock=clock,
         new_id=new_container_id,
         starts_max=2 * (os.cpu_count() or 1),
@@ -99,6 +111,42 @@ def oci_executor(
         clock=clock,
         hostname=hostname,
         log_default=log_default,
+        overlays=network.overlays,
+        mesh=network.mesh,
+    )
+
+
+def container_network(
+    paths: Paths,
+    *,
+    namespaces: Namespaces,
+    ports: PortReservations,
+    mesh_ports: PortReservations,
+    clock: Clock,
+) -> ContainerNetwork:
+    """All networks of one node's containers."""
+    repairs = Repairs()
+    healing = Healing(namespaces, clock, repairs)
+    home = home_domain(namespaces, repairs)
+    overlays = Overlays(
+        namespaces=namespaces,
+        pins=Namespaces(paths.overlays, namespaces.home),
+        home=home,
+        repairs=repairs,
+        healing=healing,
+        bridges=(BRIDGE,),
+    )
+    gateway = Gateway(namespaces=namespaces, home=home, ports=ports, state=paths.networks / "gateway")
+    mesh = Mesh(
+        namespaces=namespaces,
+        tables=NodeTables(namespaces, clock, random.random),
+        ports=mesh_ports,
+        relays=paths.relays,
+        clock=clock,
+        chance=random.random,
+    )
+    return ContainerNetwork(
+        namespaces=namespaces, home=home, gateway=gateway, overlays=overlays, mesh=mesh, healing=healing
     )
 
 

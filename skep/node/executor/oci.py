@@ -24,6 +24,8 @@ from skep.node.executor.template import expand
 from skep.node.executor.wish import LABEL_TASK_ID, NodeFacts
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
+from skep.node.network.ingress.mesh import Mesh
+from skep.node.network.overlay.overlays import Overlays
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
 from skep.node.oci.containers import Containers
@@ -51,6 +53,8 @@ class OciExecutor:
         clock: Clock,
         hostname: str,
         log_default: Driver | None = None,
+        overlays: Overlays,
+        mesh: Mesh,
     ) -> None:
         """``log_default``: the node's log driver with its options, for tasks that name none."""
         self.containers = containers
@@ -58,6 +62,8 @@ class OciExecutor:
         self.images = images
         self.payloads = payloads
         self.volumes = volumes
+        self.overlays = overlays
+        self.mesh = mesh
         self.pulling = Pulling(images, clock)
         self.log_default = log_default or Driver(name="json-file")
         self.node = NodeFacts(id=NodeId(""), hostname=hostname, architecture=os.uname().machine)
@@ -84,6 +90,8 @@ class OciExecutor:
 
     def identify(self, node_id: NodeId) -> None:
         self.node = msgspec.structs.replace(self.node, id=node_id)
+        self.overlays.identify(node_id)
+        self.mesh.identify(node_id)
 
     async def remove_container(self, container: Container) -> None:
         """Remove a task's container with its secrets and its nameless volumes."""

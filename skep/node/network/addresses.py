@@ -1,7 +1,7 @@
 """Which addresses the node's own networks use: pure choices."""
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from itertools import chain
 
 from skep.errors import ResourceExhausted
@@ -63,6 +63,16 @@ class Addresses:
             del self._used[address]
 
 
-def mac_of(address: IPv4Address) -> str:
-    """Docker's MAC address of a container: 02:42 and its IPv4 address."""
-    return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed))
+def mac_of(address: IPv4Address | IPv6Address) -> str:
+    """Docker's MAC address of a container: 02:42 and its IPv4 address; the last four bytes of another address."""
+    return ":".join(f"{byte:02x}" for byte in (0x02, 0x42, *address.packed[-4:]))
+
+
+def mac_for(addresses: Iterable[str]) -> str:
+    """The MAC address of an endpoint: from its first IPv4 address, else from its first one; empty without any.
+
+    ``addresses``: without a length.
+    """
+    given = list(addresses)
+    chosen = next((one for one in given if ":" not in one), given[0] if given else "")
+    return mac_of(ip_address(chosen)) if chosen else ""

@@ -1,44 +1,38 @@
 """The gateway bridge: every container's way out, and the way in by host-mode ports.
 
-One bridge per node with a subnet that collides with no route of the machine.  Each container gets a
-namespace of its own with ``eth0`` on the bridge.  ``restore`` puts everything right after a restart,
-whatever was left half done.
+One bridge per node with a subnet that collides with no route of the machine.  Each container gets an address on it,
+and an interface with the default route.  What of it is in the kernel is a part of the wish for the node's own
+namespace (``Domain``), so that it is healed as everything else.
 """
 
 import asyncio
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
 from pyroute2 import AsyncIPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.errors import SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId
-from skep.model.service import PortConfig, PublishMode
-from skep.node.network import nft, rules
+from skep.model.service import PublishMode
 from skep.node.network.addresses import Addresses, free_subnet, mac_of
-from skep.node.network.namespaces import Namespaces, set_sysctl
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay.domain import Domain
+from skep.node.network.overlay.rules import Owner, spoofing
+from skep.node.network.overlay.state import Address, Link, Peer, State
 from skep.node.network.ports import PortReservations
-from skep.node.network.rules import HostPort
-from skep.node.oci.container import Endpoint
+from skep.node.network.rules import HostPort, gateway_table
+from skep.node.oci.container import Endpoint, NodePort
 
 log = structlog.get_logger()
 
 BRIDGE = "skep-gw"
-INTERFACE = "eth0"
-_CONTAINER_SYSCTLS = {
-    "net/ipv4/conf/all/rp_filter": "0",
-    "net/ipv4/conf/default/rp_filter": "0",
-    "net/ipv6/conf/all/disable_ipv6": "1",
-    "net/ipv6/conf/default/disable_ipv6": "1",
-}
+_PART = "gateway"
 _HOME_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
     # Bridged frames are not the node's own traffic: its nat chains must not see them.
@@ -52,100 +46,107 @@ class Gateway:
     """The gateway bridge of one node.  ``state``: file that remembers the chosen subnet."""
 
     def __init__(
-        self, *, namespaces: Namespaces, ports: PortReservations, state: Path, bridge: str = BRIDGE
+        self,
+        *,
+        namespaces: Namespaces,
+        home: Domain,
+        ports: PortReservations,
+        state: Path,
+        bridge: str = BRIDGE,
     ) -> None:
         self._namespaces = namespaces
+        self._home = home
         self._reservations = ports
         self._state = state
         self._bridge = bridge
-        self._bridge_index = 0
         self._addresses: Addresses | None = None
-        self._published: dict[ContainerId, tuple[HostPort, ...]] = {}
+        self._endpoints: dict[ContainerId, Endpoint] = {}
         self._changing = asyncio.Lock()
 
     async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
-        """Make bridge and rules, keep what belongs to the ``live`` containers and free everything else.
+        """Make bridge and rules, keep what belongs to the ``live`` containers and free all other ports.
 
         Raises: SkepError: this node cannot network containers.
         """
-        async with self._changing, self._namespaces.netlink(self._namespaces.home) as home:
-            subnet = await self._make_bridge(home)
+        async with self._changing:
+            async with self._namespaces.netlink(self._namespaces.home) as home:
+                subnet = await self._choose_subnet(home)
             self._addresses = Addresses(subnet)
             for id, endpoint in live.items():
-                self._addresses.claim(IPv4Address(endpoint.address), id)
-                self._published[id] = tuple(_host_ports(endpoint.address, endpoint.ports))
+                if endpoint.address:
+                    self._addresses.claim(IPv4Address(endpoint.address), id)
+                    self._endpoints[id] = endpoint
             await self._restore_ports()
-            await self._in_home(self._apply_setup, subnet)
-        for pinned in self._namespaces.pinned():
-            if pinned not in live:
-                await self._namespaces.destroy(pinned)
+            await self._settle()
 
-    async def attach(self, container_id: ContainerId, ports: Sequence[PortConfig]) -> Endpoint:
-        """A namespace for a container with a way out, and its host-mode ``ports`` published.
+    async def connect(
+        self, container_id: ContainerId, netns: Path, interface: str, ports: Sequence[NodePort]
+    ) -> Endpoint:
+        """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
 
         Raises: AlreadyExists: a port is taken; SkepError.
         """
         addresses = self._opened()
         address = addresses.take(container_id)
-        reserved: list[PortConfig] = []
+        reserved: list[NodePort] = []
         try:
             for port in ports:
                 if port.publish_mode is PublishMode.HOST:
-                    number = await self._reservations.reserve(port.protocol, port.published_port)
+                    number = await self._reservations.reserve(
+                        port.protocol, port.published_port, port.host_ip
+                    )
                     reserved.append(msgspec.structs.replace(port, published_port=number))
-            netns = await self._namespaces.create(container_id, _CONTAINER_SYSCTLS)
-            mac = mac_of(address)
-            await self._connect(netns, address, mac)
             endpoint = Endpoint(
                 netns=str(netns),
                 address=str(address),
                 prefix_length=addresses.subnet.prefixlen,
                 gateway=str(addresses.gateway),
-                mac_address=mac,
+                mac_address=mac_of(address),
                 network=self._bridge,
+                interface=interface,
+                port=new_port_name(),
                 ports=tuple(reserved),
             )
-            await self._publish(container_id, endpoint)
-        except BaseException as error:
-            await asyncio.shield(self._undo(container_id, address, reserved))
-            if isinstance(error, (OSError, NetlinkError)):
-                raise Unavailable(f"cannot connect the container to {self._bridge}: {error}") from error
+            self._endpoints[container_id] = endpoint
+            await self._settle()
+        except BaseException:
+            await asyncio.shield(self._undo(container_id, str(address), reserved))
             raise
         return endpoint
 
-    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
-        """Free everything that ``attach`` gave; harmless when it is free already."""
-        await self._undo(container_id, IPv4Address(endpoint.address), endpoint.ports)
+    async def disconnect(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Free everything that ``connect`` gave; harmless when it is free already."""
+        if endpoint.address:
+            await self._undo(container_id, endpoint.address, endpoint.ports)
 
-    # --- ports ------------------------------------------------------------------------------------------------
-
-    async def _publish(self, container_id: ContainerId, endpoint: Endpoint) -> None:
-        published = tuple(_host_ports(endpoint.address, endpoint.ports))
-        if published:
-            await self._in_home(nft.run, rules.published(published))
-            self._published[container_id] = published
-
-    async def _undo(
-        self, container_id: ContainerId, address: IPv4Address, ports: Sequence[PortConfig]
-    ) -> None:
-        published = self._published.pop(container_id, ())
-        if published:
-            try:
-                await self._in_home(nft.run, rules.withdrawn(published))
-            except nft.NftFailed as error:  # somebody else changed our table
-                log.warning("host port was not withdrawn", container=container_id, error=str(error))
-        await self._namespaces.destroy(container_id)
+    async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[NodePort]) -> None:
+        self._endpoints.pop(container_id, None)
+        try:
+            await self._settle()
+        except SkepError as error:  # the next comparison removes it
+            log.warning("the gateway was not cleared", container=container_id, error=str(error))
         for port in ports:
             if port.publish_mode is PublishMode.HOST:
-                await self._reservations.release(port.protocol, port.published_port)
-        self._opened().release(address, container_id)
+                await self._reservations.release(port.protocol, port.published_port, port.host_ip)
+        self._opened().release(IPv4Address(address), container_id)
+
+    async def _settle(self) -> None:
+        """Bring bridge, ports and rules about.  Raises: SkepError."""
+        subnet, endpoints = self._opened().subnet, self._endpoints.values()
+        state = gateway_state(self._bridge, subnet, endpoints)
+        owners = [Owner(one.port, one.mac_address, (one.address,)) for one in endpoints if one.port]
+        host_ports = [port for one in endpoints for port in _host_ports(one.address, one.ports)]
+        self._home.wish(_PART, state, gateway_table(self._bridge, subnet, host_ports), spoofing(owners))
+        await self._home.settle()
+
+    # --- ports ------------------------------------------------------------------------------------------------
 
     async def _restore_ports(self) -> None:
         held = set(await self._reservations.held())
         wanted = {
             (port.protocol, port.published_port, port.host_ip)
-            for ports in self._published.values()
-            for port in ports
+            for one in self._endpoints.values()
+            for port in one.ports
         }
         for protocol, number, address in sorted(wanted - held):
             try:
@@ -155,29 +156,11 @@ class Gateway:
         for protocol, number, address in sorted(held - wanted):  # of containers that are gone
             await self._reservations.release(protocol, number, address)
 
-    # --- links ------------------------------------------------------------------------------------------------
-
-    async def _make_bridge(self, home: AsyncIPRoute) -> IPv4Network:
-        """The bridge, up, with its address; gives its subnet."""
-        self._bridge_index = await _index(home, self._bridge)
-        if not self._bridge_index:
-            await home.link("add", ifname=self._bridge, kind="bridge", br_mcast_snooping=0)
-            self._bridge_index = await _index(home, self._bridge)
-        subnet = await self._choose_subnet(home)
-        present = await _addresses_of(home, self._bridge_index)
-        if (str(subnet[1]), subnet.prefixlen) not in present:
-            for address, length in present:
-                await home.addr("del", index=self._bridge_index, address=address, prefixlen=length)
-            await home.addr(
-                "add", index=self._bridge_index, address=str(subnet[1]), prefixlen=subnet.prefixlen
-            )
-        # Without an address of its own a bridge takes its lowest port's, and changes it with the ports.
-        await home.link("set", index=self._bridge_index, address=mac_of(subnet[1]), state="up")
-        return subnet
+    # --- subnet -----------------------------------------------------------------------------------------------
 
     async def _choose_subnet(self, home: AsyncIPRoute) -> IPv4Network:
         """The remembered subnet, unless a route of the machine collides with it by now."""
-        taken = await _networks_except(home, self._bridge_index)
+        taken = await _networks_except(home, await _index(home, self._bridge))
         try:
             remembered = IPv4Network(self._state.read_text().strip())
             if not any(remembered.overlaps(network) for network in taken if network.prefixlen):
@@ -190,43 +173,32 @@ class Gateway:
         replace_file(self._state, f"{subnet}\n".encode(), is_durable=False)
         return subnet
 
-    async def _connect(self, netns: Path, address: IPv4Address, mac: str) -> None:
-        """A veth from the bridge to ``eth0`` in the container's namespace, with address and default route."""
-        addresses = self._opened()
-        port = new_port_name()
-        with netns.open("rb") as namespace:
-            async with self._namespaces.netlink(self._namespaces.home) as home:
-                await home.link(
-                    "add",
-                    ifname=port,
-                    kind="veth",
-                    master=self._bridge_index,
-                    state="up",
-                    peer={"ifname": INTERFACE, "net_ns_fd": namespace.fileno(), "address": mac},
-                )
-        async with self._namespaces.netlink(netns) as inside:
-            index = await _index(inside, INTERFACE)
-            await inside.link("set", index=1, state="up")
-            await inside.addr("add", index=index, address=str(address), prefixlen=addresses.subnet.prefixlen)
-            await inside.link("set", index=index, state="up")
-            await inside.route("add", dst="default", gateway=str(addresses.gateway))
-
-    def _apply_setup(self, subnet: IPv4Network) -> None:
-        for name, value in _HOME_SYSCTLS.items():
-            set_sysctl(name, value)
-        # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw``).
-        set_sysctl(f"net/ipv4/conf/{self._bridge}/route_localnet", "1")
-        set_sysctl(f"net/ipv4/conf/{self._bridge}/rp_filter", "0")
-        host_ports = [port for ports in self._published.values() for port in ports]
-        nft.run(rules.setup(self._bridge, subnet, host_ports))
-
-    async def _in_home(self, call: Any, *arguments: Any) -> None:
-        await self._namespaces.run(self._namespaces.home, call, *arguments)
-
     def _opened(self) -> Addresses:
         if self._addresses is None:
             raise Unavailable("the node's network is not set up yet")
         return self._addresses
+
+
+def gateway_state(bridge: str, subnet: IPv4Network, endpoints: Iterable[Endpoint]) -> State:
+    """What the node's own namespace has to hold of the gateway network.
+
+    The bridge has a MAC address of its own: without one it takes its lowest port's, and changes it with the ports.
+    """
+    links = {bridge: Link(name=bridge, kind="bridge", mac=mac_of(subnet[1]))}
+    for one in endpoints:
+        if one.port:
+            peer = Peer(netns=one.netns, interface=one.interface, mac=one.mac_address)
+            links[one.port] = Link(name=one.port, kind="veth", master=bridge, peer=peer)
+    return State(
+        links=links,
+        addresses=frozenset({Address(bridge, f"{subnet[1]}/{subnet.prefixlen}")}),
+        sysctls={
+            **_HOME_SYSCTLS,
+            # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw``).
+            f"net/ipv4/conf/{bridge}/route_localnet": "1",
+            f"net/ipv4/conf/{bridge}/rp_filter": "0",
+        },
+    )
 
 
 def new_port_name() -> str:
@@ -237,9 +209,9 @@ def new_port_name() -> str:
     return f"vs{secrets.token_hex(6)}"
 
 
-def _host_ports(address: str, ports: Sequence[PortConfig]) -> list[HostPort]:
+def _host_ports(address: str, ports: Sequence[NodePort]) -> list[HostPort]:
     return [
-        HostPort(port.protocol, port.published_port, address, port.target_port)
+        HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
         for port in ports
         if port.publish_mode is PublishMode.HOST
     ]
@@ -249,11 +221,6 @@ async def _index(route: AsyncIPRoute, name: str) -> int:
     """Index of a link, 0 when there is none."""
     found = await route.link_lookup(ifname=name)
     return found[0] if found else 0
-
-
-async def _addresses_of(route: AsyncIPRoute, index: int) -> list[tuple[str, int]]:
-    answers = await route.addr("dump", index=index, family=socket.AF_INET)
-    return [(answer.get("address"), answer["prefixlen"]) async for answer in answers]
 
 
 async def _networks_except(route: AsyncIPRoute, index: int) -> list[IPv4Network]:

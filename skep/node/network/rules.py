@@ -1,7 +1,7 @@
-"""The node's nftables rules for containers: text only.
+"""The node's nftables rules for containers: data only.
 
-One table, ``ip skep``.  ``host_ports`` leads from a published port of the node to a container; everything
-else is fixed.
+One table, ``ip skep``.  ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
+that answers on one address only; everything else is fixed.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,10 @@ from ipaddress import IPv4Network
 
 import msgspec
 
+from skep.node.network.overlay.tables import RuleTable
+
 TABLE = "ip skep"
+_BOUND = "ip daddr . meta l4proto . th dport"
 
 
 class HostPort(msgspec.Struct, frozen=True, order=True):
@@ -23,8 +26,8 @@ class HostPort(msgspec.Struct, frozen=True, order=True):
     """The only address of the node that it answers on; empty: all."""
 
 
-def setup(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> str:
-    """The whole table, whatever it was before, as one transaction: ``host_ports`` are all that remain.
+def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> RuleTable:
+    """The whole table with all ``host_ports``.
 
     Packets to a published port are led to the container, from outside (``pre``) and from the node itself
     (``out``).  What containers send elsewhere leaves under the node's address.  A container answers to the
@@ -32,49 +35,41 @@ def setup(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> s
     address, because the answer must come back the same way.  From outside nothing else is forwarded to
     containers.
     """
-    elements = "".join(
-        f"add element {TABLE} host_ports {{ {_element(port)} }}\n" for port in sorted(host_ports)
-    )
-    return f"""\
-add table {TABLE}
-add map {TABLE} host_ports {{ type inet_proto . inet_service : ipv4_addr . inet_service; }}
-add chain {TABLE} raw {{ type filter hook prerouting priority -300; }}
-add chain {TABLE} pre {{ type nat hook prerouting priority -100; }}
-add chain {TABLE} out {{ type nat hook output priority -100; }}
-add chain {TABLE} post {{ type nat hook postrouting priority 100; }}
-add chain {TABLE} forward {{ type filter hook forward priority 0; }}
-flush map {TABLE} host_ports
-flush chain {TABLE} raw
-flush chain {TABLE} pre
-flush chain {TABLE} out
-flush chain {TABLE} post
-flush chain {TABLE} forward
-add rule {TABLE} raw iif != "lo" ip daddr 127.0.0.0/8 drop
-add rule {TABLE} pre fib daddr type local dnat ip to meta l4proto . th dport map @host_ports
-add rule {TABLE} out fib daddr type local dnat ip to meta l4proto . th dport map @host_ports
-add rule {TABLE} post ip saddr {subnet} oifname != "{bridge}" masquerade
-add rule {TABLE} post oifname "{bridge}" fib saddr type local masquerade
-add rule {TABLE} post oifname "{bridge}" ip saddr {subnet} ct status dnat masquerade
-add rule {TABLE} forward oifname != "{bridge}" accept
-add rule {TABLE} forward iifname "{bridge}" accept
-add rule {TABLE} forward ct state established,related accept
-add rule {TABLE} forward ct status dnat accept
-add rule {TABLE} forward drop
-{elements}"""
-
-
-def published(host_ports: Iterable[HostPort]) -> str:
-    """Add host ports."""
-    return "".join(f"add element {TABLE} host_ports {{ {_element(port)} }}\n" for port in host_ports)
-
-
-def withdrawn(host_ports: Iterable[HostPort]) -> str:
-    """Remove host ports."""
-    return "".join(
-        f"delete element {TABLE} host_ports {{ {port.protocol} . {port.published_port} }}\n"
-        for port in host_ports
+    return RuleTable(
+        name=TABLE,
+        sets=(
+            ("host_ports", "type inet_proto . inet_service : ipv4_addr . inet_service"),
+            ("bound_ports", "type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service"),
+        ),
+        chains=(
+            ("raw", "{ type filter hook prerouting priority -300; }"),
+            ("pre", "{ type nat hook prerouting priority -100; }"),
+            ("out", "{ type nat hook output priority -100; }"),
+            ("post", "{ type nat hook postrouting priority 100; }"),
+            ("forward", "{ type filter hook forward priority 0; }"),
+        ),
+        rules=(
+            ("raw", 'iif != "lo" ip daddr 127.0.0.0/8 drop'),
+            ("pre", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),
+            ("pre", "fib daddr type local dnat ip to meta l4proto . th dport map @host_ports"),
+            ("out", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),
+            ("out", "fib daddr type local dnat ip to meta l4proto . th dport map @host_ports"),
+            ("post", f'ip saddr {subnet} oifname != "{bridge}" masquerade'),
+            ("post", f'oifname "{bridge}" fib saddr type local masquerade'),
+            ("post", f'oifname "{bridge}" ip saddr {subnet} ct status dnat masquerade'),
+            ("forward", f'oifname != "{bridge}" accept'),
+            ("forward", f'iifname "{bridge}" accept'),
+            ("forward", "ct state established,related accept"),
+            ("forward", "ct status dnat accept"),
+            ("forward", "drop"),
+        ),
+        elements=frozenset(_element(port) for port in host_ports),
     )
 
 
-def _element(port: HostPort) -> str:
-    return f"{port.protocol} . {port.published_port} : {port.address} . {port.target_port}"
+def _element(port: HostPort) -> tuple[str, str]:
+    """The name of the map, and the element."""
+    led = f"{port.protocol} . {port.published_port} : {port.address} . {port.target_port}"
+    if port.host_ip in ("", "0.0.0.0"):
+        return "host_ports", led
+    return "bound_ports", f"{port.host_ip} . {led}"

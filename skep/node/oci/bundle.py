@@ -180,10 +180,10 @@ class Bundles:
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
         """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user mounts his own there."""
         config, path = container.config, self.path(container.id)
-        address = container.endpoint.address if container.endpoint is not None else ""
+        addresses = container.endpoint.own_addresses if container.endpoint is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
         contents: Mapping[str, str] = {
-            "hosts": hosts_file(config.hostname, address, config.hosts),
+            "hosts": hosts_file(config.hostname, addresses, config.hosts),
             "hostname": f"{config.hostname}\n",
             "resolv.conf": resolver_file(
                 node_resolver, config.nameservers, config.search_domains, config.dns_options

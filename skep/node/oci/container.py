@@ -5,7 +5,7 @@ change; the Engine API's ``docker ps`` and ``docker inspect`` are renderings of 
 but what the user put into the environment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -13,8 +13,9 @@ import msgspec
 
 from skep.errors import AlreadyExists
 from skep.model.container import HealthConfig, Ulimit
-from skep.model.ids import ContainerId
+from skep.model.ids import ContainerId, NetworkId
 from skep.model.service import PortConfig
+from skep.model.tables import NetworkHead
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 from skep.node.oci.health import Health
 
@@ -70,6 +71,48 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_files: int = 1
 
 
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that a container is to be on.  ``addresses``: ``ip/length``, IPv4 first."""
+
+    head: NetworkHead
+    addresses: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    """Further names of this container alone."""
+
+
+class ConnectedPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that a container is on, by ``interface`` in its namespace and ``port`` on the network's bridge."""
+
+    place: Place
+    interface: str
+    port: str
+    mac_address: str
+
+    @property
+    def network_id(self) -> NetworkId:
+        return self.place.head.id
+
+    @property
+    def network_name(self) -> str:
+        return self.place.head.name
+
+    @property
+    def address(self) -> str:
+        """Its first address, without a length."""
+        return self.place.addresses[0].partition("/")[0]
+
+    @property
+    def prefix_length(self) -> int:
+        """Length of the subnet that its first address is in."""
+        return int(self.place.addresses[0].partition("/")[2])
+
+
+class NodePort(PortConfig):
+    """A port of the node, as a container has it.  ``host_ip``: the only address it answers on; empty: all."""
+
+    host_ip: str = ""
+
+
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The wish, with the image's defaults already merged in.  Limits: 0 means none."""
 
@@ -110,27 +153,50 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     nameservers: tuple[str, ...] = ()
     search_domains: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
-    ports: tuple[PortConfig, ...] = ()
+    ports: tuple[NodePort, ...] = ()
     """Host-mode ports to publish on the node."""
+    places: tuple[Place, ...] = ()
+    """Networks it is on, in the order of its interfaces; none: the node's gateway bridge alone."""
     exposed_ports: tuple[str, ...] = ()
     healthcheck: HealthConfig | None = None
     log: LogConfig = LogConfig()
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """The container's place on the node's gateway bridge.
+    """The container's places: on its networks, and last on the node's gateway bridge.
 
-    ``netns``: path of its network namespace; ``ports``: host-mode ports as opened.
+    ``netns``: path of its network namespace; ``ports``: host-mode ports as opened.  ``address`` and what follows it
+    are those on the gateway bridge, empty where the container has no way out (internal networks only).
     """
 
     netns: str
-    address: str
-    prefix_length: int
-    gateway: str
-    mac_address: str
+    address: str = ""
+    prefix_length: int = 0
+    gateway: str = ""
+    mac_address: str = ""
     network: str = ""
     """Name of the bridge network."""
-    ports: tuple[PortConfig, ...] = ()
+    interface: str = "eth0"
+    """Of the gateway bridge, in the container's namespace."""
+    port: str = ""
+    """The container's port on the gateway bridge."""
+    ports: tuple[NodePort, ...] = ()
+    places: tuple[ConnectedPlace, ...] = ()
+    """In the order of its interfaces."""
+
+    @property
+    def own_addresses(self) -> Sequence[str]:
+        """What its own name means in the container: its addresses on its networks, ingress left out, as in Docker.
+
+        Where that leaves none, the one on the gateway bridge.
+        """
+        found = [
+            one.partition("/")[0]
+            for connected in self.places
+            if not connected.place.head.is_ingress
+            for one in connected.place.addresses
+        ]
+        return found or [one for one in (self.address,) if one]
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):

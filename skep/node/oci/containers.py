@@ -32,6 +32,7 @@ from skep.node.oci.container import (
     Container,
     ContainerState,
     ContainerWish,
+    Endpoint,
     NotRunning,
     StillRunning,
 )
@@ -86,7 +87,7 @@ class Containers(ContainerReader):
 
         The containers go on when the block ends.
         """
-        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+        async with errors_as_they_are(), asyncio.TaskGroup() as group, self._network.running():
             self._group = group
             known, unknown = await asyncio.to_thread(self._bundles.load)
             for container in known:
@@ -233,7 +234,7 @@ class Containers(ContainerReader):
     async def _make(self, container: Container) -> Container:
         try:
             self._bundles.make(container)
-            endpoint = await self._network.attach(container.id, container.config.ports)
+            endpoint = await self._attach(container)
             container = self._registry.change(container.id, endpoint=endpoint)
             await asyncio.to_thread(self._bundles.prepare, container)
             return container
@@ -332,10 +333,13 @@ class Containers(ContainerReader):
         self._registry.change(id, process=None, monitor=None, exit_code=code, error=str(error))
 
     async def _ready_again(self, container: Container) -> Container:
-        endpoint = await self._network.attach(container.id, container.config.ports)
+        endpoint = await self._attach(container)
         container = self._registry.change(container.id, endpoint=endpoint)
         await asyncio.to_thread(self._bundles.prepare, container)
         return container
+
+    async def _attach(self, container: Container) -> Endpoint:
+        return await self._network.attach(container.id, container.config.ports, container.config.places)
 
     async def _discard(self, id: ContainerId) -> None:
         container = self.get(id)

@@ -15,15 +15,17 @@ _PUBLIC_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")
 """Docker's choice where the node's own resolver cannot be reached from a container."""
 
 
-def hosts_file(hostname: str, address: str, extra: Iterable[str]) -> str:
-    """/etc/hosts; ``extra``: lines of ``address name...``, as a service carries them."""
+def hosts_file(hostname: str, addresses: Iterable[str], extra: Iterable[str]) -> str:
+    """/etc/hosts with the container's own ``addresses``.
+
+    ``extra``: lines of ``address name...``, as a service carries them.
+    """
     lines = []
     for line in extra:
         words = line.split()
         if len(words) >= 2:
             lines.append("\t".join((words[0], " ".join(words[1:]))))
-    if address:
-        lines.append(f"{address}\t{hostname}")
+    lines += [f"{address}\t{hostname}" for address in addresses]
     return _LOCAL + "".join(f"{line}\n" for line in lines)
 
 

@@ -2,22 +2,27 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from skep.model.ids import ContainerId
-from skep.model.service import PortConfig
-from skep.node.oci.container import Container, Endpoint
+from skep.node.oci.container import Container, Endpoint, NodePort, Place
 from skep.node.oci.processes import is_alive
 
 
 class Networking(Protocol):
-    """Gives containers their place on the network (``node/network/gateway.py``)."""
+    """Gives containers their places on networks (``node/network/connecting.py``)."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Keep what containers are given, whatever others change, until the block ends."""
 
     async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free everything else."""
 
-    async def attach(self, container_id: ContainerId, ports: Sequence[PortConfig]) -> Endpoint:
-        """A network namespace with a way out, its host-mode ``ports`` published.  Raises: SkepError."""
+    async def attach(
+        self, container_id: ContainerId, ports: Sequence[NodePort], places: Sequence[Place]
+    ) -> Endpoint:
+        """A network namespace with ``places`` and a way out, host-mode ``ports`` published.  Raises: SkepError."""
 
     async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Free all of it.  Harmless when nothing is left."""

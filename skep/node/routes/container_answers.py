@@ -14,6 +14,7 @@ from skep.node.oci.container import Container, ContainerState, MountPoint
 from skep.node.oci.health import HealthStatus
 from skep.node.oci.images.store import ImageStore
 from skep.node.routes.ages import age
+from skep.node.routes.network_answers import network_settings, networks
 
 _NS = 1_000_000_000
 
@@ -116,7 +117,7 @@ def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -
         },
         "Mounts": _mounts(container),
         "Config": _config(container),
-        "NetworkSettings": _network_settings(container),
+        "NetworkSettings": network_settings(container),
     }
 
 
@@ -134,7 +135,7 @@ def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, 
         "State": container.state.value,
         "Status": status(container, now_ns),
         "HostConfig": {"NetworkMode": "default"},
-        "NetworkSettings": {"Networks": _networks(container)},
+        "NetworkSettings": {"Networks": networks(container)},
         "Mounts": _mounts(container),
     }
 
@@ -168,7 +169,7 @@ def ports(container: Container) -> list[dict[str, Any]]:
     """Published and exposed ports."""
     published = [
         {
-            "IP": "0.0.0.0",  # what a published port listens on
+            "IP": port.host_ip or "0.0.0.0",
             "PrivatePort": port.target_port,
             "PublicPort": port.published_port,
             "Type": port.protocol,
@@ -305,70 +306,6 @@ def _mount(mount: MountPoint) -> dict[str, Any]:
         "Propagation": mount.propagation,
     }
     return {key: value for key, value in answer.items() if value != "" or key not in ("Name", "Driver")}
-
-
-def _network_settings(container: Container) -> dict[str, Any]:
-    """Where it is reached; empty once it has ended, as in the engine."""
-    endpoint = container.endpoint if container.is_running else None
-    settings: dict[str, Any] = {
-        "Bridge": "",
-        "SandboxID": "",
-        "HairpinMode": False,
-        "LinkLocalIPv6Address": "",
-        "LinkLocalIPv6PrefixLen": 0,
-        "Ports": {},
-        "SandboxKey": "",
-        "SecondaryIPAddresses": None,
-        "SecondaryIPv6Addresses": None,
-        "EndpointID": "",
-        "Gateway": "",
-        "GlobalIPv6Address": "",
-        "GlobalIPv6PrefixLen": 0,
-        "IPAddress": "",
-        "IPPrefixLen": 0,
-        "IPv6Gateway": "",
-        "MacAddress": "",
-        "Networks": _networks(container),
-    }
-    if endpoint is None:
-        return settings
-    bound: dict[str, Any] = dict.fromkeys(container.config.exposed_ports)
-    for port in endpoint.ports:
-        key = f"{port.target_port}/{port.protocol}"
-        bound[key] = [*(bound.get(key) or ()), {"HostIp": "0.0.0.0", "HostPort": str(port.published_port)}]
-    return settings | {
-        "SandboxID": container.id,
-        "SandboxKey": endpoint.netns,
-        "Ports": bound,
-        "Gateway": endpoint.gateway,
-        "IPAddress": endpoint.address,
-        "IPPrefixLen": endpoint.prefix_length,
-        "MacAddress": endpoint.mac_address,
-    }
-
-
-def _networks(container: Container) -> dict[str, Any]:
-    endpoint = container.endpoint
-    if endpoint is None:
-        return {}
-    is_up = container.is_running
-    return {
-        endpoint.network or "bridge": {
-            "IPAMConfig": None,
-            "Links": None,
-            "Aliases": None,
-            "NetworkID": "",
-            "EndpointID": "",
-            "Gateway": endpoint.gateway if is_up else "",
-            "IPAddress": endpoint.address if is_up else "",
-            "IPPrefixLen": endpoint.prefix_length if is_up else 0,
-            "IPv6Gateway": "",
-            "GlobalIPv6Address": "",
-            "GlobalIPv6PrefixLen": 0,
-            "MacAddress": endpoint.mac_address if is_up else "",
-            "DriverOpts": None,
-        }
-    }
 
 
 def _command(container: Container) -> str:

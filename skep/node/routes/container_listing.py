@@ -148,7 +148,12 @@ def _matches_volume(container: Container, wanted: Sequence[str]) -> bool:
 
 
 def _networks(container: Container) -> Sequence[str]:
-    return (container.endpoint.network,) if container.endpoint else ()
+    endpoint = container.endpoint
+    if endpoint is None:
+        return ()
+    if endpoint.places:
+        return [word for one in endpoint.places for word in (one.network_name, one.network_id)]
+    return (endpoint.network,)
 
 
 def _published(container: Container) -> Sequence[str]:

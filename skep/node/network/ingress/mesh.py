@@ -82,7 +82,7 @@ class Mesh:
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         """Publish what the ingress network's table says; without one nothing is published.
 
-        What fails is logged and tried again.
+        A port that somebody else has is tried again by itself.  Raises: SkepError: the rest is not as it should be.
         """
         self._table = next((table for table in tables.values() if table.head.is_ingress), None)
         await self._follow()
@@ -92,6 +92,7 @@ class Mesh:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._try_again(), name="mesh-retries")
             group.create_task(self._watch_bridge(), name="mesh-bridge")
+            group.create_task(self._tables.watch(), name="mesh-rules")
 
     async def joined(self, container_id: ContainerId, netns: Path, interface: str = INTERFACE) -> None:
         """A container is on the ingress network; returns when its answers find their way to clients.
@@ -117,9 +118,8 @@ class Mesh:
             try:
                 await self._publish(wanted)
             except (SkepError, OSError) as error:
-                log.warning("published ports are not as they should be", reason=str(error))
-                self._plan = None
-                self._again.set()
+                self._plan = None  # nobody knows what is in force
+                raise SkepError(f"published ports are not as they should be: {error}") from error
             if self.conflicts:
                 self._again.set()
             else:
@@ -222,7 +222,11 @@ class Mesh:
             await self._again.wait()
             await self._backoff.sleep(self._clock)
             self._again.clear()
-            await self._follow()
+            try:
+                await self._follow()
+            except SkepError as error:
+                log.warning("ports are not published", reason=str(error))
+                self._again.set()
 
     async def _watch_bridge(self) -> None:
         """The bridge may be made later than its rules, or anew: its settings begin with it."""

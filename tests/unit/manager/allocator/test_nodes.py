@@ -1,10 +1,11 @@
-"""A docker node's own addresses on networks."""
+"""A node's own addresses on networks."""
 
 from msgspec.structs import replace
 
 from skep.manager.allocator.addresses import AddressBook
 from skep.manager.allocator.nodes import networks_of_node, node_attachments
 from skep.model.network import Network
+from skep.model.node import Node, NodeState
 from skep.model.task import NetworkAttachment, Task, TaskState
 from tests.builders import a_docker_node, a_node, a_task, an_overlay
 
@@ -22,8 +23,16 @@ def test_an_engine_needs_the_ingress_network_and_those_of_its_tasks() -> None:
     assert set(networks_of_node(a_docker_node(), (), None, (NET2,))) == {"net2"}
 
 
-def test_a_skep_node_needs_none() -> None:
-    assert networks_of_node(a_node(), [on(NET1)], INGRESS, ()) == {}
+def test_a_skep_node_needs_the_ingress_network_alone_once_a_port_is_published_and_keeps_it() -> None:
+    def wanted(node: Node, *, is_published: bool) -> set[str]:
+        return set(networks_of_node(node, [on(NET1)], INGRESS, (), is_published=is_published))
+
+    placed = replace(a_node(state=NodeState.DOWN), attachments=(NetworkAttachment(network=INGRESS),))
+    assert wanted(a_node(), is_published=False) == set()
+    assert wanted(a_node(), is_published=True) == {"ingress"}
+    assert wanted(a_node(state=NodeState.DOWN), is_published=True) == set()
+    assert wanted(placed, is_published=False) == {"ingress"}
+    assert networks_of_node(placed, (), None, (), is_published=True) == {}
 
 
 def test_addresses_that_a_node_has_stay_with_it() -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from skep.errors import ResourceExhausted
 from skep.node.network.addresses import POOL, Addresses, free_subnet, mac_of
-from skep.node.network.rules import HostPort, published, setup, withdrawn
+from skep.node.network.overlay.tables import changes, whole
+from skep.node.network.rules import HostPort, gateway_table
 
 
 def test_the_first_subnet_without_a_collision_is_taken() -> None:
@@ -59,9 +60,17 @@ def test_the_mac_address_is_dockers() -> None:
 
 
 def test_rules_name_each_published_port_once() -> None:
-    port = HostPort("tcp", 8080, "172.18.0.2", 80)
-    text = setup("skep-gw", IPv4Network("172.18.0.0/16"), [port])
+    subnet, port = IPv4Network("172.18.0.0/16"), HostPort("tcp", 8080, "172.18.0.2", 80)
+    published, nothing = gateway_table("skep-gw", subnet, [port]), gateway_table("skep-gw", subnet, [])
+    text = whole(published)
     assert text.count("tcp . 8080 : 172.18.0.2 . 80") == 1
     assert 'ip saddr 172.18.0.0/16 oifname != "skep-gw" masquerade' in text
-    assert published([port]) == "add element ip skep host_ports { tcp . 8080 : 172.18.0.2 . 80 }\n"
-    assert withdrawn([port]) == "delete element ip skep host_ports { tcp . 8080 }\n"
+    assert changes(nothing, published) == "add element ip skep host_ports { tcp . 8080 : 172.18.0.2 . 80 }\n"
+    assert changes(published, nothing) == "delete element ip skep host_ports { tcp . 8080 }\n"
+    assert changes(published, published) == ""
+
+
+def test_a_table_with_other_rules_is_made_anew() -> None:
+    old = gateway_table("skep-gw", IPv4Network("172.18.0.0/16"), [])
+    new = gateway_table("skep-gw", IPv4Network("172.19.0.0/16"), [])
+    assert changes(old, new) == whole(new)

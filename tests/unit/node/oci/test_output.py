@@ -104,7 +104,7 @@ def test_ps_output_without_pids_is_refused_with_dockers_words() -> None:
 
 
 def test_the_hosts_file_names_the_container_and_extra_hosts() -> None:
-    lines = hosts_file("web", "172.18.0.2", ("10.0.0.1 a b", "malformed")).splitlines()
+    lines = hosts_file("web", ("172.18.0.2",), ("10.0.0.1 a b", "malformed")).splitlines()
     assert lines[0] == "127.0.0.1\tlocalhost"
     assert lines[-2:] == ["10.0.0.1\ta b", "172.18.0.2\tweb"]
 

@@ -1,0 +1,217 @@
+"""The table of one network, from what the store shows.  Pure; ``ledger.py`` does the same piece by piece.
+
+* An endpoint is in the table from its task's assignment until the task has ended or its node is down: so it can be
+  reached before it starts, and until its last connection is closed.
+* It serves while its task is RUNNING, which it is not before it is healthy, and is wanted to run.
+* A service is in the table while it has a virtual address or a task there.  Between the end of its only task and the
+  start of the next it stays, so that its name and its address do not come and go.
+* Aliases of a service's network are names of the service (and of its virtual address), as in Docker; a container's own
+  further name is the short form of its id, which is its host name too.
+
+Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), daemon/container_operations.go
+(updateNetworkConfig, the short id); libnetwork, drivers/overlay/ov_network.go (options).
+"""
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from skep.model.ids import NetworkId
+from skep.model.network import Network
+from skep.model.node import Node, NodeState
+from skep.model.planes import DATA_PATH_LABEL, is_docker_node, is_overlay
+from skep.model.publishing import publish_options
+from skep.model.service import PublishMode, Service
+from skep.model.swarm import Swarm
+from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode, TablePort, TableService
+from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.store.interface import View
+
+K = TypeVar("K", bound=str)
+V = TypeVar("V")
+
+VXLAN_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
+MTU_OPTION = "com.docker.network.driver.mtu"
+ENCRYPTED_OPTION = "encrypted"
+SHORT_ID_CHARACTERS = 12
+DEFAULT_PORT = 4789
+
+
+def table_of(view: View, network: Network) -> Table:
+    """Everything about ``network``, as of the view's revision; the cost is that of going through all tasks."""
+    tasks = [task for task in view.find(Task) if network.id in places_of(task)]
+    services = {service.id: service for service in view.find(Service)}
+    nodes = {node.id: node for node in view.find(Node)}
+    publishes = any(is_publishing(service) for service in services.values())
+    with_tasks = {task.service_id for task in tasks}
+    hosts = {task.node_id for task in tasks}
+    is_everywhere = network.spec.ingress and publishes
+    return Table(
+        head=head_of(network, data_path_port(view.find(Swarm))),
+        revision=view.revision,
+        nodes=_present(
+            (node.id, node_on(node, network)) for node in nodes.values() if is_everywhere or node.id in hosts
+        ),
+        endpoints=_present(
+            (task.id, endpoint_of(task, services.get(task.service_id), nodes.get(task.node_id), network.id))
+            for task in tasks
+        ),
+        services=_present(
+            (service.id, service_on(service, network, has_tasks=service.id in with_tasks))
+            for service in services.values()
+        ),
+    )
+
+
+def _present(entries: Iterable[tuple[K, V | None]]) -> Mapping[K, V]:
+    return {id: entry for id, entry in entries if entry is not None}
+
+
+# -- the parts of a table ----------------------------------------------------------------------------------------
+
+
+def head_of(network: Network, port: int) -> NetworkHead:
+    """The network itself.  ``port``: UDP, of the cluster's VXLAN."""
+    wished = network.spec.driver_configuration
+    options = {**(wished.options if wished is not None else {}), **network.driver_state.options}
+    configs = network.ipam_options.configs if network.ipam_options is not None else ()
+    numbers = [int(word) for word in options.get(VXLAN_OPTION, "").split(",") if word.strip().isdigit()]
+    mtu = options.get(MTU_OPTION, "")
+    return NetworkHead(
+        id=network.id,
+        name=network.spec.name,
+        segments=tuple(
+            Segment(subnet=config.subnet, gateway=_bare(config.gateway), vni=vni)
+            for config, vni in zip(configs, numbers, strict=False)
+        ),
+        mtu=int(mtu) if mtu.isascii() and mtu.isdigit() else 0,
+        port=port,
+        is_ingress=network.spec.ingress,
+        is_internal=network.spec.internal,
+        is_encrypted=ENCRYPTED_OPTION in options,
+    )
+
+
+def endpoint_of(
+    task: Task, service: Service | None, node: Node | None, network_id: NetworkId
+) -> TableEndpoint | None:
+    """The task's container on the network; None: it is not there, or not on a skep node that is up."""
+    place = places_of(task).get(network_id)
+    if place is None or node is None or not is_up(node) or is_docker_node(node):
+        return None
+    state = task.status.state
+    container = task.status.container_status
+    short_id = container.container_id[:SHORT_ID_CHARACTERS] if container is not None else ""
+    name, aliases = "", [short_id]
+    if service is not None:
+        # As its node names it: by the slot that it is shown.
+        name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
+    else:
+        aliases += place.aliases
+    return TableEndpoint(
+        task_id=task.id,
+        node_id=task.node_id,
+        service_id=task.service_id,
+        slot=task.shown_slot,
+        name=name,
+        aliases=tuple(alias for alias in aliases if alias),
+        addresses=_addresses(place),
+        # Of a task that is STARTING managers do not know more; a container that is not healthy yet is one of these.
+        is_running=state in (TaskState.STARTING, TaskState.RUNNING),
+        is_serving=state is TaskState.RUNNING and task.is_wanted,
+    )
+
+
+def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableService | None:
+    """The service on the network.  ``has_tasks``: there, on whatever nodes.  None: it is removed, or not there."""
+    addresses = [
+        one.addr for one in service.endpoint.virtual_ips if one.network_id == network.id and one.addr
+    ]
+    if service.removed_at is not None or not (addresses or has_tasks):
+        return None
+    spec = service.spec
+    wanted = spec.task_template.networks or spec.networks
+    aliases = dict.fromkeys(alias for one in wanted if one.target == network.id for alias in one.aliases)
+    ports = service.endpoint.ports if network.spec.ingress else ()
+    return TableService(
+        id=service.id,
+        name=spec.name,
+        aliases=tuple(aliases),
+        virtual_ips=tuple(map(_bare, addresses)),
+        ports=tuple(
+            sorted(
+                TablePort(
+                    protocol=port.protocol,
+                    published=port.published_port,
+                    target=port.target_port,
+                    options=publish_options(spec.labels, port),
+                )
+                for port in ports
+                if port.publish_mode is PublishMode.INGRESS and port.published_port
+            )
+        ),
+    )
+
+
+def node_on(node: Node, network: Network) -> TableNode | None:
+    """A node that takes part; None: it is down, or an engine, or nobody knows yet where it is."""
+    underlay = underlay_of(node)
+    if not underlay or not is_up(node) or is_docker_node(node):
+        return None
+    own = [one for one in node.attachments if one.network is not None and one.network.id == network.id]
+    addresses = tuple(address for one in own for address in _addresses(one)) if network.spec.ingress else ()
+    return TableNode(id=node.id, underlay=underlay, addresses=addresses)
+
+
+# -- who takes part ----------------------------------------------------------------------------------------------
+
+
+def places_of(task: Task) -> Mapping[NetworkId, NetworkAttachment]:
+    """The task's places on overlay networks, while it has a node and has not ended."""
+    if not task.networks_attachments or not task.node_id:
+        return {}
+    if not TaskState.ASSIGNED.number <= task.status.state.number <= TaskState.RUNNING.number:
+        return {}
+    return {
+        place.network.id: place
+        for place in task.networks_attachments
+        if place.network is not None and place.addresses and is_overlay(place.network)
+    }
+
+
+def is_publishing(service: Service) -> bool:
+    """Whether every node shall answer for ports of the service."""
+    return service.removed_at is None and service.spec.publishes_in_ingress
+
+
+def is_up(node: Node) -> bool:
+    """A node that has not been judged to be down."""
+    return node.status.state is not NodeState.DOWN
+
+
+def underlay_of(node: Node) -> str:
+    """The address that the node's VXLAN leaves from: as it says itself, else the one it connects from."""
+    said = node.description.engine.labels.get(DATA_PATH_LABEL, "")
+    return said if _is_address(said) else node.status.addr
+
+
+def data_path_port(swarms: Iterable[Swarm]) -> int:
+    """The cluster's UDP port for VXLAN."""
+    return next((swarm.data_path_port for swarm in swarms if swarm.data_path_port), DEFAULT_PORT)
+
+
+def _addresses(place: NetworkAttachment) -> tuple[str, ...]:
+    """Without lengths, IPv4 first."""
+    return tuple(sorted(map(_bare, place.addresses), key=lambda address: ":" in address))
+
+
+def _bare(address: str) -> str:
+    return address.partition("/")[0]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,254 @@
+"""Discovery: keeps the tables of all networks and streams them to the skep nodes that take part.
+
+Active on every manager, for the nodes that have a session here.  Tables are worked out once for all of them; a stream
+knows of each network only the revision that it told last, and what it tells is always the way from there to now, so a
+node that reads slowly is told less often and nothing twice.
+"""
+
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
+from skep.aio.lean_grpc import Event
+from skep.aio.slices import Slices
+from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.manager.discovery.acknowledgements import Acknowledgements
+from skep.manager.discovery.encoding import Encoder
+from skep.manager.discovery.ledger import KINDS, Ledger, Stirred
+from skep.manager.follow import follow
+from skep.model.ids import NetworkId, NodeId
+from skep.store.interface import Commit, Store, View, WatchLagged
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.convert.tables import messages_of
+from skep.wire.errors import LOST_PEER
+from skep.wire.service import Handler, duplex
+
+log = structlog.get_logger(__name__)
+
+PAUSE_S = 0.01
+"""After news: what comes within it is told at once."""
+COMMITS_MAX = 10_000
+"""That wait to be taken in; more, and everything is read anew."""
+
+Send = Callable[[skep.NetworkTables], Awaitable[None]]
+
+
+class Line(Protocol):
+    """What wakes one stream."""
+
+    def wake(self) -> None: ...
+
+    async def wait(self) -> object: ...
+
+
+class Session(Protocol):
+    """A node's session with this manager."""
+
+    @property
+    def id(self) -> str: ...
+
+    def require_open(self) -> None:
+        """Raises: what ended the session."""
+
+    def aside(self) -> AbstractContextManager[Line]:
+        """A line that the session's end wakes."""
+
+
+class Discovery:
+    """What the nodes here know of their networks."""
+
+    def __init__(self, store: Store, session: Callable[[NodeId, str], Session], clock: Clock) -> None:
+        """``session``: a node's session here, by its id; raises SkepError if there is no such one."""
+        self._store = store
+        self._session = session
+        self._clock = clock
+        self._ledger = Ledger()
+        self._is_loaded = Event()
+        self._loading: Iterator[None] = iter(())
+        self._commits: deque[Commit] = deque()
+        self._has_commits = Event()
+        self._encoder = Encoder(clock)
+        self._streams: dict[NodeId, _Stream] = {}
+        self.acknowledgements = Acknowledgements()
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (duplex(methods.NETWORKS, self._networks),)
+
+    async def run(self) -> None:
+        """Keep the tables until cancelled."""
+        await follow(self._store, KINDS, start=self._start, note=self._note, work=self._work)
+
+    # -- keeping up with the store ------------------------------------------------------------------------------
+
+    def _start(self, view: View) -> None:
+        self._is_loaded.clear()
+        self._commits.clear()
+        self._ledger = Ledger()
+        self._loading = self._ledger.begin(view)
+        next(self._loading, None)  # the view is good until the next pause
+
+    def _note(self, commit: Commit) -> None:
+        if len(self._commits) >= COMMITS_MAX:
+            raise WatchLagged(f"{COMMITS_MAX} commits wait to become tables")
+        self._commits.append(commit)
+        self._has_commits.set()
+
+    async def _work(self) -> None:
+        slices = Slices(self._clock)
+        for _ in self._loading:
+            await slices.give_way()
+        self._is_loaded.set()
+        for stream in self._streams.values():
+            stream.line.wake()
+        while True:
+            while self._commits:
+                self._wake(self._ledger.note(self._commits.popleft()))
+                await slices.give_way()
+            self._has_commits.clear()
+            await self._has_commits.wait()
+            slices = Slices(self._clock)
+
+    def _wake(self, stirred: Stirred) -> None:
+        """Have the streams look that may have news."""
+        if stirred.is_everybody:
+            woken = set(self._streams)
+        else:
+            woken = {id for id in stirred.nodes if id in self._streams}
+            for network_id in stirred.networks:
+                nodes = self._ledger.nodes_on(network_id)
+                woken.update(self._streams if nodes is None else (id for id in nodes if id in self._streams))
+        for node_id in sorted(woken):
+            self._streams[node_id].line.wake()
+
+    # -- streams ------------------------------------------------------------------------------------------------
+
+    async def _networks(
+        self, requests: AsyncIterator[skep.AppliedTables], send: Send, caller: Caller
+    ) -> None:
+        first = await anext(requests, None)
+        if first is None:
+            raise InvalidArgument("the session is missing")
+        session = self._session(caller.node_id, first.session_id)
+        del first
+        with session.aside() as line, self._open(_Stream(caller.node_id, session, line)) as stream:
+            try:
+                await unless(self._tell(stream, send), self._hear(stream, requests))
+            except Overtaken:
+                if stream.error is not None:
+                    raise stream.error from None
+
+    @contextmanager
+    def _open(self, stream: "_Stream") -> "Iterator[_Stream]":
+        """The only stream of its node: an earlier one ends."""
+        earlier = self._streams.get(stream.node_id)
+        if earlier is not None:
+            earlier.is_replaced = True
+            earlier.line.wake()
+            self.acknowledgements.gone(stream.node_id)
+        self._streams[stream.node_id] = stream
+        # It may have tables of an earlier session in force.
+        self.acknowledgements.take_part(stream.node_id, self._ledger.networks_of(stream.node_id))
+        try:
+            yield stream
+        finally:
+            if self._streams.get(stream.node_id) is stream:
+                del self._streams[stream.node_id]
+                self.acknowledgements.gone(stream.node_id)
+
+    async def _hear(self, stream: "_Stream", requests: AsyncIterator[skep.AppliedTables]) -> None:
+        """What the node has applied; returns when it says no more.  A failure is kept: it is raised by who waits."""
+        try:
+            async for request in requests:
+                for id, revision in request.revisions.items():
+                    network_id = NetworkId(id)
+                    told = stream.told.get(network_id)
+                    if told is not None and not stream.is_replaced:
+                        # More than it was told it cannot know.
+                        self.acknowledgements.applied(stream.node_id, network_id, min(revision, told))
+                del request
+        except SkepError as error:
+            stream.error = error
+        except LOST_PEER as error:
+            stream.error = Unavailable(f"the node is gone: {error}")
+
+    async def _tell(self, stream: "_Stream", send: Send) -> None:
+        """Everything, then what changes, for as long as the session lasts."""
+        await self._wait_for_session(stream)
+        is_complete = True
+        while True:
+            ledger = self._ledger
+            wanted = ledger.networks_of(stream.node_id)
+            gone = sorted(stream.told.keys() - set(wanted))
+            news = [
+                (id, stream.told.get(id))
+                for id in wanted
+                if ledger.books[id].is_news_for(stream.told.get(id))
+            ]
+            self.acknowledgements.take_part(stream.node_id, wanted)
+            if news or gone or is_complete:
+                revision = ledger.revision
+                for id in gone:
+                    del stream.told[id]
+                for id, _ in news:
+                    # From now on the node may say that it has it; and what comes later is told later.
+                    stream.told[id] = revision
+                pieces: list[skep.NetworkChange] = []
+                for id, told in news:
+                    if (book := ledger.books.get(id)) is not None:
+                        pieces += await self._encoder.pieces(book, told, revision)
+                for message in messages_of(
+                    pieces,
+                    incarnation=self._store.incarnation,
+                    revision=revision,
+                    is_complete=is_complete,
+                    removed=gone,
+                ):
+                    stream.require_open()
+                    await send(message)
+                    del message
+                del pieces
+                is_complete = False
+            del news, gone, wanted, ledger
+            await stream.line.wait()
+            stream.require_open()
+            await self._clock.sleep(PAUSE_S)
+            stream.require_open()
+            await self._is_loaded.wait()
+
+    async def _wait_for_session(self, stream: "_Stream") -> None:
+        """Return when the tables show the write with which the node registered, and so all that others told it."""
+        while True:
+            stream.require_open()
+            await self._is_loaded.wait()
+            if self._ledger.sessions.get(stream.node_id) == stream.session.id:
+                return
+            await stream.line.wait()
+
+
+class _Stream:
+    """One node's."""
+
+    __slots__ = ("error", "is_replaced", "line", "node_id", "session", "told")
+
+    def __init__(self, node_id: NodeId, session: Session, line: Line) -> None:
+        self.node_id = node_id
+        self.session = session
+        self.line = line
+        self.told: dict[NetworkId, int] = {}
+        """The networks it was told of, and up to which revision."""
+        self.is_replaced = False
+        self.error: SkepError | None = None
+
+    def require_open(self) -> None:
+        """Raises: why the stream is over."""
+        self.session.require_open()
+        if self.is_replaced:
+            raise Unavailable("the node has opened another stream of tables")

@@ -1,0 +1,137 @@
+"""A container's whole network: a namespace, its overlays, and the gateway bridge last."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from pyroute2.netlink.exceptions import NetlinkError
+
+from skep.aio.groups import errors_as_they_are
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import ContainerId
+from skep.node.network.gateway import Gateway
+from skep.node.network.ingress.mesh import Mesh
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay.domain import Domain
+from skep.node.network.overlay.healing import Healing
+from skep.node.network.overlay.overlays import Overlays
+from skep.node.oci.container import Endpoint, NodePort, Place
+
+_CONTAINER_SYSCTLS = {
+    "net/ipv4/conf/all/rp_filter": "0",
+    "net/ipv4/conf/default/rp_filter": "0",
+    "net/ipv6/conf/all/disable_ipv6": "1",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+}
+
+
+class ContainerNetwork:
+    """Gives containers their places (``oci.networking.Networking``)."""
+
+    def __init__(
+        self,
+        *,
+        namespaces: Namespaces,
+        home: Domain,
+        gateway: Gateway,
+        overlays: Overlays,
+        mesh: Mesh,
+        healing: Healing,
+    ) -> None:
+        self._namespaces = namespaces
+        self._home = home
+        self._gateway = gateway
+        self.overlays = overlays
+        self.mesh = mesh
+        self._healing = healing
+        self.repairs = healing.repairs
+
+    @property
+    def home(self) -> Path:
+        """The node's own network namespace."""
+        return self._home.path
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep what containers are given, whatever others change, until the block ends."""
+        async with errors_as_they_are(), asyncio.TaskGroup() as group:
+            healing = group.create_task(self._healing.run(), name="healing of networks")
+            publishing = group.create_task(self.mesh.run(), name="published ports")
+            try:
+                yield
+            finally:
+                healing.cancel()
+                publishing.cancel()
+
+    async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+        """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
+
+        Raises: SkepError: this node cannot network containers.
+        """
+        self.overlays.restore(live)
+        await self._gateway.restore(live)
+        await self._healing.watch(self._home)
+        for id, endpoint in live.items():
+            await self.overlays.adopt_container(id, endpoint)
+            await self._join_mesh(id, endpoint)
+        for pinned in self._namespaces.pinned():
+            if pinned not in live:
+                await self._namespaces.destroy(pinned)
+
+    async def attach(
+        self, container_id: ContainerId, ports: Sequence[NodePort], places: Sequence[Place]
+    ) -> Endpoint:
+        """A namespace with ``eth0`` and so on: ``places`` in their order, then the gateway bridge.
+
+        Who is on internal networks only has no way out, and no ports of the node.  Raises: AlreadyExists: a port is
+        taken; SkepError.
+        """
+        endpoint = Endpoint(netns=str(self._namespaces.path(container_id)))
+        try:
+            netns = await self._namespaces.create(container_id, _CONTAINER_SYSCTLS)
+            connected = await self.overlays.connect(container_id, netns, places)
+            endpoint = msgspec.structs.replace(endpoint, places=connected)
+            if has_way_out(places):
+                interface = f"eth{len(places)}"
+                endpoint = await self._gateway.connect(container_id, netns, interface, ports)
+                endpoint = msgspec.structs.replace(endpoint, places=connected)
+            await self.overlays.settle_container(container_id, endpoint)
+            await self._join_mesh(container_id, endpoint)
+        except BaseException as error:
+            await asyncio.shield(self._undo(container_id, endpoint))
+            if isinstance(error, OSError | NetlinkError):
+                raise Unavailable(f"cannot connect the container to its networks: {error}") from error
+            raise
+        return endpoint
+
+    async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Free everything that ``attach`` gave; harmless when it is free already."""
+        await self._undo(container_id, endpoint)
+
+    async def _join_mesh(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Answers of a container that serves published ports go back the way their questions came."""
+        for one in endpoint.places:
+            if one.place.head.is_ingress:
+                await self.mesh.joined(container_id, Path(endpoint.netns), one.interface)
+
+    async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        self.mesh.left(container_id)
+        try:
+            await self.overlays.disconnect(container_id, endpoint.places)
+        except SkepError:
+            pass  # it is noticed by the next comparison
+        finally:
+            try:
+                await self._gateway.disconnect(container_id, endpoint)
+            finally:
+                await self._namespaces.destroy(container_id)
+
+
+def has_way_out(places: Sequence[Place]) -> bool:
+    """Whether the container gets the gateway bridge.
+
+    Source: moby, libnetwork/default_gateway.go (needDefaultGW).
+    """
+    return not places or any(not place.head.is_internal for place in places)

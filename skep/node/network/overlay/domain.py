@@ -1,0 +1,257 @@
+"""One network namespace that is brought to what is wanted in it, and kept there."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.node.network import nft
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay import actual, tables
+from skep.node.network.overlay.actual import Selection
+from skep.node.network.overlay.changing import KernelRefused, carry_out
+from skep.node.network.overlay.difference import AddLink, DeleteLink, Operation, difference
+from skep.node.network.overlay.repairs import Repairs, kind_of
+from skep.node.network.overlay.state import Link, State
+from skep.node.network.overlay.tables import RuleTable
+
+log = structlog.get_logger()
+
+Remaking = Callable[[str], Awaitable[None]]
+"""Makes a link, by its name, whose other end is in a namespace that somebody else keeps."""
+
+
+def every_link(link: Link) -> bool:
+    """A namespace of our own: all its links are ours."""
+    return link.kind != "loopback"
+
+
+class Domain:
+    """A namespace, what is wanted in it, and what it is believed to hold.
+
+    The wish comes in parts (a network, the gateway), each from whoever knows it.  ``settle`` brings the latest wish
+    about and trusts that what was done before is still there; ``heal`` looks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        namespaces: Namespaces,
+        repairs: Repairs,
+        *,
+        is_ours: bool = True,
+        selects: Selection | None = None,
+        has_own_routes: bool = True,
+        remake: Remaking | None = None,
+    ) -> None:
+        """``name``: for the log.  ``is_ours``: what is not wanted is removed.
+
+        ``selects``: the links that are looked at besides the wanted ones.  ``has_own_routes``: routes by these links
+        are nobody else's.  ``remake``: makes missing links, where they cannot be made from here (a container's, whose
+        bridges are elsewhere).
+        """
+        self.name = name
+        self.path = path
+        self.is_ours = is_ours
+        self.is_container = remake is not None
+        self._namespaces = namespaces
+        self._repairs = repairs
+        self._selection = selects
+        self._has_own_routes = has_own_routes
+        self._remake = remake
+        self._changing = asyncio.Lock()
+        self._parts: dict[str, tuple[State, tuple[RuleTable, ...]]] = {}
+        self._wanted: State | None = None
+        self._goal: State | None = None
+        self._goal_rules: Mapping[str, RuleTable] = {}
+        self._believed: State | None = None
+        self._rules: dict[str, RuleTable] = {}
+        self._listings: dict[str, str] = {}
+        self.indices: frozenset[int] | None = None
+        """Of the links that matter, None: not known at present."""
+
+    def wish(self, part: str, state: State, *rules: RuleTable) -> None:
+        """What ``part`` wants from now on, instead of what it wanted before."""
+        self._parts[part] = (state, rules)
+        self._wanted = None
+
+    def unwish(self, part: str) -> None:
+        """``part`` wants nothing any more."""
+        self._parts.pop(part, None)
+        self._wanted = None
+
+    def has(self, part: str) -> bool:
+        """Whether ``part`` wants anything."""
+        return part in self._parts
+
+    @property
+    def wanted(self) -> State:
+        """What all parts want together."""
+        if self._wanted is None:
+            self._wanted = _together([state for state, _ in self._parts.values()])
+        return self._wanted
+
+    @property
+    def wanted_rules(self) -> Mapping[str, RuleTable]:
+        """The tables that all parts want, by name.  Parts that share one differ in its elements only."""
+        found: dict[str, RuleTable] = {}
+        for _, rules in self._parts.values():
+            for table in rules:
+                elements = table.elements | (
+                    found[table.name].elements if table.name in found else frozenset()
+                )
+                found[table.name] = msgspec.structs.replace(table, elements=elements)
+        return found
+
+    async def settle(self) -> None:
+        """Bring about what is wanted now.
+
+        Rules come first: nothing is open for a moment.  Raises: KernelRefused, NftFailed: it is not all there, and the
+        next ``heal`` goes on.
+        """
+        async with self._changing:
+            wanted, believed = self.wanted, self._believed
+            self._goal, self._goal_rules = wanted, self.wanted_rules
+            await self._settle_rules()
+            if believed is None:
+                believed = await self._read(wanted)
+            self._believed = None
+            await self._do(difference(wanted, believed, is_ours=self.is_ours))
+            self._believed = wanted
+
+    async def heal(self) -> int:
+        """Compare with the kernel and put right what differs from the last wish that was settled.
+
+        Gives the number of repairs; what a refused ``settle`` left to be done is none.  Raises: KernelRefused,
+        NftFailed, OSError.
+        """
+        async with self._changing:
+            wanted, was_there = self._goal, self._believed is not None
+            if wanted is None:
+                return 0
+            repaired = await self._heal_rules()
+            operations = difference(wanted, await self._read(wanted), is_ours=self.is_ours)
+            if operations:
+                self._believed = None
+                await self._do(operations)
+                repaired += [kind_of(one) for one in operations]
+            self._believed = wanted
+        self._repairs.comparisons += 1
+        if not was_there:
+            return 0
+        if repaired:
+            self._repairs.count(repaired)
+            log.warning("network repaired", where=self.name, **_as_keys(repaired))
+        return len(repaired)
+
+    async def remake(self, name: str) -> None:
+        """Make the link ``name`` anew, whatever has its name now.  Raises: KernelRefused; OSError."""
+        async with self._changing:
+            self._believed = None
+            goal = self._goal or State()
+            await carry_out(self._namespaces, self.path, [DeleteLink(name)])
+            await self._do(difference(goal, await self._read(goal), is_ours=self.is_ours))
+            self._believed = goal
+
+    def doubt(self) -> None:
+        """Look before the next change: what others left may be there."""
+        self._believed = None
+
+    def forget(self) -> None:
+        """The namespace is a new one: nothing of it is known."""
+        self._believed = None
+        self.indices = None
+        self._rules.clear()
+        self._listings.clear()
+
+    async def _read(self, wanted: State) -> State:
+        found = await self._namespaces.run(self.path, actual.read, self._selects, wanted.sysctls)
+        self.indices = frozenset(found.indices[name] for name in found.state.links)
+        if not self._has_own_routes:
+            return msgspec.structs.replace(found.state, routes=found.state.routes & wanted.routes)
+        return found.state
+
+    def _selects(self, link: Link) -> bool:
+        is_wanted = self._goal is not None and link.name in self._goal.links
+        return is_wanted or (self._selection is not None and self._selection(link))
+
+    async def _do(self, operations: Sequence[Operation]) -> None:
+        missing = [one.link.name for one in operations if isinstance(one, AddLink)]
+        if missing or any(isinstance(one, DeleteLink) for one in operations):
+            self.indices = None
+        if missing and self._remake is not None:
+            for name in missing:
+                await self._remake(name)
+            # Now they are there, and bare.
+            goal = self._goal or State()
+            operations = difference(goal, await self._read(goal), is_ours=self.is_ours)
+            if any(isinstance(one, AddLink) for one in operations):
+                raise KernelRefused(f"an interface of {self.name} cannot be made again")
+        await carry_out(self._namespaces, self.path, operations)
+
+    # --- rules ------------------------------------------------------------------------------------------------
+
+    async def _settle_rules(self) -> None:
+        for name in sorted(self._rules.keys() - self._goal_rules.keys()):
+            await self._run(f"add table {name}\ndelete table {name}\n")
+            del self._rules[name]
+            self._listings.pop(name, None)
+        for name, table in self._goal_rules.items():
+            old = self._rules.get(name)
+            if old == table:
+                continue
+            text = tables.changes(old, table) if old is not None else tables.whole(table)
+            await self._apply(table, text)
+
+    async def _heal_rules(self) -> list[str]:
+        repaired = []
+        for name, table in self._goal_rules.items():
+            if self._rules.get(name) == table and await self._listing(name) == self._listings.get(name):
+                continue
+            await self._apply(table, tables.whole(table))
+            repaired.append("rules")
+        return repaired
+
+    async def _apply(self, table: RuleTable, text: str) -> None:
+        self._rules.pop(table.name, None)
+        try:
+            await self._run(text)
+        except nft.NftFailed:  # somebody else changed our table
+            await self._run(tables.whole(table))
+        self._listings[table.name] = await self._listing(table.name)
+        self._rules[table.name] = table
+
+    async def _listing(self, name: str) -> str:
+        """The table as the kernel shows it; empty when it is not there."""
+        try:
+            return await self._namespaces.run(self.path, nft.run, f"list table {name}")
+        except nft.NftFailed:
+            return ""
+
+    async def _run(self, text: str) -> None:
+        await self._namespaces.run(self.path, nft.run, text)
+
+
+def _together(states: Sequence[State]) -> State:
+    if len(states) == 1:
+        return states[0]
+    links: dict[str, Link] = {}
+    sysctls: dict[str, str] = {}
+    for state in states:
+        links |= state.links
+        sysctls |= state.sysctls
+    return State(
+        links=links,
+        addresses=frozenset().union(*(state.addresses for state in states)),
+        routes=frozenset().union(*(state.routes for state in states)),
+        entries=frozenset().union(*(state.entries for state in states)),
+        sysctls=sysctls,
+    )
+
+
+def _as_keys(kinds: Sequence[str]) -> dict[str, int]:
+    return {kind.replace(" ", "_"): number for kind, number in Counter(kinds).items()}

@@ -1,0 +1,165 @@
+"""Notices what somebody else changed in a namespace of ours, and has it put right.
+
+The kernel tells of changes (links, addresses, routes, neighbours, nftables): each notice makes its namespace due for a
+comparison, which tells our own changes from others'.  A namespace is compared once a second at most.  Beside that one
+namespace after the other is compared in a slow round, for what is not told (sysctls) and for a notice that was lost.
+"""
+
+import asyncio
+import random
+import socket
+from collections.abc import Callable
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import SkepError
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay import netlink
+from skep.node.network.overlay.domain import Domain
+from skep.node.network.overlay.repairs import Repairs
+
+log = structlog.get_logger()
+
+PAUSE_SECONDS = 1.0
+"""Between two comparisons of one namespace: somebody who changes much is answered once."""
+GATHERING_SECONDS = 0.05
+"""What belongs to one change comes as several notices."""
+ROUND_PAUSE_SECONDS_MIN = 0.2
+SHARE = 0.02
+"""Of the time that the slow round may take, comparisons and repairs included."""
+
+_LINK, _NEIGHBOUR, _ADDRESS4, _ROUTE4, _ADDRESS6, _ROUTE6 = 1, 3, 5, 7, 9, 11
+_NETFILTER, _NFTABLES = 12, 7
+_NEIGHBOUR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
+_BYTES_MAX = 1 << 16
+
+
+class Healing:
+    """Comparisons of all namespaces of a node with what is wanted in them."""
+
+    def __init__(
+        self,
+        namespaces: Namespaces,
+        clock: Clock,
+        repairs: Repairs,
+        *,
+        chance: Callable[[], float] = random.random,
+        share: float = SHARE,
+    ) -> None:
+        """``share``: of one core, for the slow round."""
+        self.repairs = repairs
+        self._namespaces = namespaces
+        self._clock = clock
+        self._chance = chance
+        self._share = share
+        self._sockets: dict[Domain, list[socket.socket]] = {}
+        self._due: dict[Domain, None] = {}
+        self._wake = asyncio.Event()
+
+    async def watch(self, domain: Domain) -> None:
+        """Notice changes in ``domain`` from now on.  Raises: OSError."""
+        if domain in self._sockets:
+            return
+        self._sockets[domain] = []
+        groups = [_LINK, _ADDRESS4, _ROUTE4, _ADDRESS6, _ROUTE6]
+        if not domain.is_container:  # whose neighbours are its own
+            groups.append(_NEIGHBOUR)
+        opened = [await self._namespaces.run(domain.path, netlink.listening, socket.NETLINK_ROUTE, groups)]
+        if not domain.is_container:
+            opened.append(await self._namespaces.run(domain.path, netlink.listening, _NETFILTER, [_NFTABLES]))
+        if domain not in self._sockets:  # forgotten meanwhile
+            for one in opened:
+                one.close()
+            return
+        self._sockets[domain] = opened
+        loop = asyncio.get_running_loop()
+        for one in opened:
+            loop.add_reader(one, self._hear, domain, one)
+
+    def forget(self, domain: Domain) -> None:
+        """Look at ``domain`` no more."""
+        loop = asyncio.get_running_loop()
+        for one in self._sockets.pop(domain, ()):
+            loop.remove_reader(one)
+            one.close()
+        self._due.pop(domain, None)
+
+    def close(self) -> None:
+        """Forget all."""
+        for domain in tuple(self._sockets):
+            self.forget(domain)
+
+    async def run(self) -> None:
+        """Heal until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._heal_due(), name="changed namespaces")
+                group.create_task(self._go_round(), name="all namespaces")
+        finally:
+            self.close()
+
+    # --- notices ----------------------------------------------------------------------------------------------
+
+    def _hear(self, domain: Domain, source: socket.socket) -> None:
+        is_due = False
+        while True:
+            try:
+                data = memoryview(source.recv(_BYTES_MAX))
+            except BlockingIOError:
+                break
+            except OSError:  # ENOBUFS: something was told that did not fit
+                is_due = True
+                break
+            is_due = is_due or any(_concerns(domain, kind, body) for kind, body in netlink.messages(data))
+        if is_due:
+            self._due[domain] = None
+            self._wake.set()
+
+    async def _heal_due(self) -> None:
+        backoff = Backoff(first_s=PAUSE_SECONDS, longest_s=4 * PAUSE_SECONDS, chance=self._chance)
+        while True:
+            await self._wake.wait()
+            await self._clock.sleep(GATHERING_SECONDS)
+            self._wake.clear()
+            due = tuple(self._due)
+            self._due.clear()
+            failed = [domain for domain in due if not await self._heal(domain)]
+            if failed:
+                self._due.update(dict.fromkeys(one for one in failed if one in self._sockets))
+                self._wake.set()
+                await backoff.sleep(self._clock)
+            else:
+                backoff.reset()
+                await self._clock.sleep(PAUSE_SECONDS)
+
+    async def _go_round(self) -> None:
+        while True:
+            domains = tuple(self._sockets)
+            for domain in domains:
+                began = self._clock.monotonic()
+                await self._heal(domain)
+                spent = self._clock.monotonic() - began
+                await self._clock.sleep(max(spent / self._share - spent, ROUND_PAUSE_SECONDS_MIN))
+            if not domains:
+                await self._clock.sleep(PAUSE_SECONDS)
+
+    async def _heal(self, domain: Domain) -> bool:
+        """Whether ``domain`` is as it shall be now."""
+        if domain not in self._sockets:
+            return True
+        try:
+            await domain.heal()
+        except (SkepError, OSError) as error:
+            if domain in self._sockets:  # otherwise it was removed meanwhile
+                log.warning("network not repaired yet", where=domain.name, error=str(error))
+                return False
+        return True
+
+
+def _concerns(domain: Domain, kind: int, body: memoryview) -> bool:
+    """Whether a notice can mean a deviation: neighbours of other devices come and go all the time."""
+    if kind in _NEIGHBOUR_MESSAGES and domain.indices is not None:
+        return int.from_bytes(body[4:8], netlink.BYTE_ORDER) in domain.indices
+    return True

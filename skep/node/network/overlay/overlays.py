@@ -1,0 +1,364 @@
+"""The overlay networks of one node: a namespace for each, with bridge and VXLAN; the ingress network's at home.
+
+A network's namespace is made by whichever comes first, its table or a container on it, and removed with the last of
+them.  Pins lie in a folder beside the containers'.  What earlier processes of this node left is used as it is; it is
+cleared up when the first tables have come, because before that nobody knows what belongs to whom.
+"""
+
+import asyncio
+import os
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from skep.errors import SkepError, Unimplemented
+from skep.model.ids import ContainerId, NetworkId, NodeId
+from skep.model.tables import NetworkHead, Table
+from skep.node.network.addresses import mac_for
+from skep.node.network.gateway import new_port_name
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay import underlays
+from skep.node.network.overlay.changing import KernelRefused
+from skep.node.network.overlay.domain import Domain, every_link
+from skep.node.network.overlay.healing import Healing
+from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.rules import owner, spoofing, strangers
+from skep.node.network.overlay.state import Link, State
+from skep.node.network.overlay.wanted import (
+    INGRESS_BRIDGE,
+    INGRESS_VXLAN,
+    OVERLAY_SYSCTLS,
+    LocalPlace,
+    Underlay,
+    container_state,
+    mtu_of,
+    network_state,
+)
+from skep.node.oci.container import ConnectedPlace, Endpoint, Place
+
+log = structlog.get_logger()
+
+_STRANGERS_PART = "strangers"
+
+
+class Overlays:
+    """All overlay networks of this node, and the insides of its containers' namespaces.
+
+    ``pins``: where networks' namespaces are pinned.  ``home``: the node's own namespace.  ``bridges``: those in it that
+    packets of containers come from.
+    """
+
+    def __init__(
+        self,
+        *,
+        namespaces: Namespaces,
+        pins: Namespaces,
+        home: Domain,
+        repairs: Repairs,
+        healing: Healing,
+        bridges: Iterable[str] = (),
+    ) -> None:
+        self._namespaces = namespaces
+        self._pins = pins
+        self._home = home
+        self._repairs = repairs
+        self._healing = healing
+        self._bridges = tuple(bridges)
+        self._node_id = NodeId("")
+        self._tables: Mapping[NetworkId, Table] = {}
+        self._knows_tables = False
+        self._is_cleared = False
+        self._restored = asyncio.Event()
+        self._identified = asyncio.Event()
+        self._applying = asyncio.Lock()
+        self._heads: dict[NetworkId, NetworkHead] = {}
+        self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
+        self._domains: dict[NetworkId, Domain] = {}
+        self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
+        self._underlays: dict[str, Underlay] = {}
+        self._locks: dict[NetworkId, asyncio.Lock] = {}
+
+    def identify(self, node_id: NodeId) -> None:
+        """Who this node is in the tables."""
+        self._node_id = node_id
+        if node_id:
+            self._identified.set()
+
+    # --- tables -----------------------------------------------------------------------------------------------
+
+    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        """All ``tables`` of this node's networks, of which those ``changed`` since the last call.
+
+        Every network is tried.  Raises: SkepError: one was refused by the kernel; it is tried again by itself, too.
+        """
+        async with self._applying:
+            # Who is here already has to be known first: their ports would be taken for nobody's.
+            await self._restored.wait()
+            if tables:
+                await self._identified.wait()
+            await self._apply(tables, changed)
+
+    async def apply_nothing(self) -> None:
+        """This node has no tables: what earlier processes left of networks is cleared up."""
+        try:
+            await self.apply({}, frozenset())
+        except SkepError as error:
+            log.warning("networks not cleared", error=str(error))
+
+    async def _apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        is_first = not self._is_cleared
+        self._tables, self._knows_tables = dict(tables), True
+        if is_first:
+            self._home.is_ours = True
+            for domain in (self._home, *self._domains.values()):
+                domain.doubt()
+        refused: list[SkepError] = []
+        await self._tried(self._find_underlays(), refused)
+        await self._tried(self._settle_home(), refused)
+        concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
+        for id in sorted(concerned):
+            await self._tried(self._settle(id), refused)
+            await self._tried(self._settle_containers(id), refused)
+        if is_first:
+            await self._tried(self._clear_pins(), refused)
+        if refused:
+            raise refused[0]
+        self._is_cleared = True
+
+    async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
+        try:
+            await work
+        except SkepError as error:
+            refused.append(error)
+        except OSError as error:
+            refused.append(SkepError(str(error)))
+
+    async def _settle_home(self) -> None:
+        """Who may send VXLAN here, before any device takes it."""
+        if self._tables:
+            table = strangers(self._tables, self._node_id, self._bridges)
+            self._home.wish(_STRANGERS_PART, State(), table)
+        else:
+            self._home.unwish(_STRANGERS_PART)
+        await self._home.settle()
+
+    # --- containers -------------------------------------------------------------------------------------------
+
+    def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
+        """Containers of earlier processes that go on; nothing of them is touched."""
+        for id, endpoint in live.items():
+            for connected in endpoint.places:
+                self._enter(id, endpoint.netns, connected)
+        self._restored.set()
+
+    async def connect(
+        self, container_id: ContainerId, netns: Path, places: Sequence[Place]
+    ) -> tuple[ConnectedPlace, ...]:
+        """A port on the bridge of each network, with ``eth0`` and so on in the container's namespace as far ends.
+
+        Addresses come with ``settle_container``.  Raises: SkepError.
+        """
+        for place in places:
+            if place.head.is_encrypted:
+                raise Unimplemented(
+                    f"network {place.head.name} is encrypted, which this node cannot do yet: nothing is sent in clear"
+                )
+        connected = tuple(
+            ConnectedPlace(
+                place=place,
+                interface=f"eth{number}",
+                port=new_port_name(),
+                mac_address=mac_for(one.partition("/")[0] for one in place.addresses),
+            )
+            for number, place in enumerate(places)
+        )
+        try:
+            for one in connected:
+                self._enter(container_id, str(netns), one)
+                await self._settle(one.network_id)
+        except BaseException:
+            await asyncio.shield(self.disconnect(container_id, connected))
+            raise
+        return connected
+
+    async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
+        domain = await self._watch_container(container_id, endpoint)
+        await domain.settle()
+
+    async def adopt_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """The same for a container that runs: nothing is done now."""
+        await self._watch_container(container_id, endpoint)
+
+    async def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
+        """Remove its ports, and networks that nobody needs any more.  Harmless when they are gone.
+
+        Raises: SkepError: a port could not be removed; it goes with its container's namespace.
+        """
+        found = self._containers.pop(container_id, None)
+        if found is not None:
+            self._healing.forget(found[0])
+        refused: list[SkepError] = []
+        for one in connected:
+            self._places.get(one.network_id, {}).pop(container_id, None)
+            await self._tried(self._settle(one.network_id), refused)
+        if refused:
+            raise refused[0]
+
+    def _enter(self, container_id: ContainerId, netns: str, connected: ConnectedPlace) -> None:
+        self._heads.setdefault(connected.network_id, connected.place.head)
+        places = self._places.setdefault(connected.network_id, {})
+        places[container_id] = LocalPlace(netns, connected)
+
+    async def _watch_container(self, container_id: ContainerId, endpoint: Endpoint) -> Domain:
+        domain = Domain(
+            f"container {container_id[:12]}",
+            Path(endpoint.netns),
+            self._namespaces,
+            self._repairs,
+            is_ours=False,
+            remake=partial(self._remake, endpoint),
+        )
+        domain.wish("container", container_state(endpoint, self._networks_of(endpoint)))
+        self._containers[container_id] = (domain, endpoint)
+        await self._healing.watch(domain)
+        return domain
+
+    async def _remake(self, endpoint: Endpoint, interface: str) -> None:
+        """Make an interface of a container anew, from its bridge."""
+        for one in endpoint.places:
+            if one.interface == interface:
+                is_ingress = self._head_of(one.network_id).is_ingress
+                domain = self._home if is_ingress else self._domains.get(one.network_id)
+                if domain is None:
+                    raise KernelRefused(f"nothing is known of network {one.network_name} yet")
+                await domain.remake(one.port)
+        if interface == endpoint.interface and endpoint.port:
+            await self._home.remake(endpoint.port)
+
+    async def _settle_containers(self, id: NetworkId) -> None:
+        """The MTU may be another one now."""
+        for container_id in tuple(self._places.get(id, {})):
+            if container_id in self._containers:
+                domain, endpoint = self._containers[container_id]
+                state = container_state(endpoint, self._networks_of(endpoint))
+                if state != domain.wanted:
+                    domain.wish("container", state)
+                    await domain.settle()
+
+    def _networks_of(self, endpoint: Endpoint) -> dict[NetworkId, tuple[NetworkHead, int]]:
+        found = {}
+        for one in endpoint.places:
+            head, table = self._head_of(one.network_id), self._tables.get(one.network_id)
+            found[one.network_id] = (head, mtu_of(head, self._underlay_of(table)))
+        return found
+
+    # --- networks ---------------------------------------------------------------------------------------------
+
+    async def _settle(self, id: NetworkId) -> None:
+        """Bring about what is known of one network by now.  Raises: SkepError; OSError."""
+        async with self._locks.setdefault(id, asyncio.Lock()):
+            table, places = self._tables.get(id), tuple(self._places.get(id, {}).values())
+            if table is None and not places:
+                await self._remove(id)
+                return
+            head = self._head_of(id)
+            state = network_state(
+                head, table, places, node_id=self._node_id, underlay=self._underlay_of(table)
+            )
+            domain = await self._domain(id, head)
+            domain.wish(id, state, spoofing(owner(place.connected) for place in places))
+            await domain.settle()
+
+    async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
+        if head.is_ingress:
+            return self._home
+        path = self._pins.path(id)
+        domain = self._domains.get(id)
+        if domain is None:
+            domain = self._domains[id] = Domain(
+                f"network {head.name}", path, self._pins, self._repairs, selects=every_link
+            )
+        if not os.path.ismount(path):
+            await self._pins.destroy(id)
+            await self._pins.create(id, OVERLAY_SYSCTLS)
+            domain.forget()
+            self._healing.forget(domain)
+        domain.is_ours = self._knows_tables
+        await self._healing.watch(domain)
+        return domain
+
+    async def _remove(self, id: NetworkId) -> None:
+        self._heads.pop(id, None)
+        self._places.pop(id, None)
+        domain = self._domains.pop(id, None)
+        if domain is not None:
+            self._healing.forget(domain)
+            await self._empty(domain, id)
+            await self._pins.destroy(id)
+        elif self._home.has(id):
+            self._home.unwish(id)
+            await self._home.settle()
+
+    async def _empty(self, domain: Domain, id: NetworkId) -> None:
+        """The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once."""
+        domain.unwish(id)
+        try:
+            await domain.settle()
+        except (SkepError, OSError) as error:
+            log.warning("network not cleared", network=id, error=str(error))
+
+    async def _clear_pins(self) -> None:
+        """Remove namespaces of networks that this node has no part in any more."""
+        for id in self._pins.pinned():
+            if id not in self._domains:
+                path = self._pins.path(id)
+                if os.path.ismount(path):
+                    leftover = Domain(
+                        f"former network {id}", path, self._pins, self._repairs, selects=every_link
+                    )
+                    await self._empty(leftover, NetworkId(id))
+                await self._pins.destroy(id)
+
+    def _head_of(self, id: NetworkId) -> NetworkHead:
+        table = self._tables.get(id)
+        return table.head if table is not None else self._heads[id]
+
+    # --- underlay ---------------------------------------------------------------------------------------------
+
+    def _underlay_of(self, table: Table | None) -> Underlay | None:
+        node = table.nodes.get(self._node_id) if table is not None else None
+        if node is None or not node.underlay:
+            return None
+        return self._underlays.get(node.underlay, Underlay(node.underlay))
+
+    async def _find_underlays(self) -> None:
+        """The addresses that this node's VXLANs leave from, with the MTU of their devices."""
+        own = (table.nodes.get(self._node_id) for table in self._tables.values())
+        wanted = {node.underlay for node in own if node is not None and node.underlay}
+        found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
+        self._underlays = found
+
+
+def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
+    """The node's own namespace, in which others have devices and routes too.
+
+    Until tables have come nobody knows what there belongs to no one, so nothing is removed.
+    """
+    return Domain(
+        "node",
+        namespaces.home,
+        namespaces,
+        repairs,
+        is_ours=False,
+        selects=_is_of_ingress,
+        has_own_routes=False,
+    )
+
+
+def _is_of_ingress(link: Link) -> bool:
+    is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
+    return is_ours or (link.kind == "veth" and link.master == INGRESS_BRIDGE)

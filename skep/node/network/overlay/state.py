@@ -1,0 +1,86 @@
+"""What one network namespace holds, as data: wished or found."""
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import NamedTuple
+
+import msgspec
+
+
+class Vxlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What cannot be changed of a VXLAN device once it is made.  ``local``: address that its packets leave from."""
+
+    vni: int
+    port: int
+    local: str
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True):
+    """The far end of a veth: an interface in the namespace at path ``netns``."""
+
+    netns: str
+    interface: str
+    mac: str
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """A network device.  In a wish, 0, empty and None mean: whatever it is.
+
+    ``is_closed_port``: as a port of a bridge it neither learns addresses nor gets what is meant for unknown ones.
+    ``peer`` is of wishes only: where the other end of a veth is to be made.
+    """
+
+    name: str
+    kind: str
+    mtu: int = 0
+    mac: str = ""
+    master: str = ""
+    is_up: bool = True
+    is_closed_port: bool = False
+    vxlan: Vxlan | None = None
+    peer: Peer | None = None
+
+
+class EntryKind(IntEnum):
+    """Which of the kernel's tables of neighbours an entry is in."""
+
+    FORWARD = 1
+    """VXLAN: frames for ``mac`` go to the node at ``address``."""
+    PORT = 2
+    """Bridge: frames for ``mac`` leave by this port; ``address`` is empty."""
+    NEIGHBOUR = 3
+    """``address`` (IPv4 or IPv6) has ``mac``: what the device answers with when a container asks."""
+
+
+class Entry(NamedTuple):
+    """A permanent entry; tuples, because a large network has thousands."""
+
+    kind: EntryKind
+    link: str
+    mac: str
+    address: str = ""
+
+
+class Address(NamedTuple):
+    """An address of a device; ``interface``: ``10.0.1.5/24``."""
+
+    link: str
+    interface: str
+
+
+class Route(NamedTuple):
+    """A route of the main table.  ``destination``: ``0.0.0.0/0`` for the default; ``gateway`` empty: on the link."""
+
+    link: str
+    destination: str
+    gateway: str = ""
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """All that matters of one namespace.  ``sysctls``: ``net/...`` to value."""
+
+    links: Mapping[str, Link] = {}
+    addresses: frozenset[Address] = frozenset()
+    routes: frozenset[Route] = frozenset()
+    entries: frozenset[Entry] = frozenset()
+    sysctls: Mapping[str, str] = {}

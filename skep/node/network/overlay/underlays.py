@@ -1,0 +1,32 @@
+"""Which device has an address of the underlay, and what it carries."""
+
+import struct
+import sys
+from collections.abc import Collection
+from socket import inet_ntop
+
+from skep.node.network.overlay.netlink import GETADDR, GETLINK, attributes, dumped
+from skep.node.network.overlay.wanted import Underlay, plain_address
+
+_IFINFO = struct.Struct("=BxHiII")
+_IFADDR = struct.Struct("=BBBBi")
+_MTU, _ADDRESS, _LOCAL = 4, 1, 2
+
+
+def find(addresses: Collection[str]) -> dict[str, Underlay]:
+    """Those of ``addresses`` that the calling thread's namespace has.  Blocks.  Raises: OSError."""
+    if not addresses:
+        return {}
+    wanted = {plain_address(one): one for one in addresses}
+    mtus = {}
+    for _, body in dumped(GETLINK, _IFINFO.pack(0, 0, 0, 0, 0)):
+        found = dict(attributes(body[_IFINFO.size :]))
+        mtus[_IFINFO.unpack_from(body)[2]] = int.from_bytes(found[_MTU], sys.byteorder)
+    underlays = {}
+    for _, body in dumped(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
+        family, _, _, _, index = _IFADDR.unpack_from(body)
+        found = dict(attributes(body[_IFADDR.size :]))
+        address = inet_ntop(family, found.get(_LOCAL, found[_ADDRESS]))
+        if address in wanted and index in mtus:
+            underlays[wanted[address]] = Underlay(wanted[address], mtus[index])
+    return underlays

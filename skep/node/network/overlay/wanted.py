@@ -1,0 +1,255 @@
+"""What the node's namespaces have to hold, from tables and local containers.  Pure.
+
+An overlay network has one bridge on a node, whatever number of subnets it has, and one VXLAN device for each subnet's
+VXLAN id.  Everything is known beforehand: where a frame for an address goes (``FORWARD``, ``PORT``) and what a
+container that asks for an address is answered (``NEIGHBOUR``), so nothing is flooded and nothing learned; who is in no
+table cannot be reached.  An endpoint is on the device of the subnet that its first address is in.  All subnets of a
+network are on the link of each of its containers, so that frames between them need no router.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
+
+import msgspec
+
+from skep.model.ids import NetworkId, NodeId
+from skep.model.tables import NetworkHead, Segment, Table
+from skep.node.network.addresses import mac_for
+from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
+from skep.node.oci.container import ConnectedPlace, Endpoint
+
+INGRESS_BRIDGE = "skep-ingress"
+"""The ingress network's bridge, in the node's own namespace."""
+INGRESS_VXLAN = "skep-vx"
+BRIDGE = "br0"
+VXLAN = "vx"
+OVERHEAD_V4, OVERHEAD_V6 = 50, 70
+"""Bytes that VXLAN puts around a frame: its own header, UDP, IP, and the inner Ethernet header."""
+USUAL_MTU = 1500
+LOOPBACK = "lo"
+
+OVERLAY_SYSCTLS = {
+    "net/ipv4/conf/all/rp_filter": "0",
+    "net/ipv4/conf/default/rp_filter": "0",
+    "net/ipv4/ip_forward": "0",
+    "net/ipv6/conf/all/disable_ipv6": "1",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/bridge/bridge-nf-call-iptables": "0",
+    "net/bridge/bridge-nf-call-ip6tables": "0",
+    "net/bridge/bridge-nf-call-arptables": "0",
+}
+"""Of a network's namespace.  Bridged frames are nobody's routed traffic: no chain of the kernel's may see them."""
+
+
+class LocalPlace(msgspec.Struct, frozen=True):
+    """A container of this node on a network: its namespace and its connection."""
+
+    netns: str
+    connected: ConnectedPlace
+
+
+class Underlay(msgspec.Struct, frozen=True):
+    """The node's address on the network between the nodes, and the MTU of the device that has it."""
+
+    address: str
+    mtu: int = USUAL_MTU
+
+
+def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
+    """MTU of a network's interfaces: as wished, else what the underlay leaves."""
+    if head.mtu:
+        return head.mtu
+    if underlay is None:
+        return USUAL_MTU - OVERHEAD_V4
+    return underlay.mtu - (OVERHEAD_V6 if ":" in underlay.address else OVERHEAD_V4)
+
+
+def network_state(
+    head: NetworkHead,
+    table: Table | None,
+    places: Sequence[LocalPlace],
+    *,
+    node_id: NodeId,
+    underlay: Underlay | None,
+) -> State:
+    """One network on this node.
+
+    Without a table there are only the local containers on their bridge; without an ``underlay`` no other node can be
+    reached.  An encrypted network leaves the node by no plain VXLAN.
+    """
+    bridge, mtu = bridge_of(head), mtu_of(head, underlay)
+    devices = _devices(head, underlay, bridge, mtu) if table is not None else {}
+    own = _own_addresses(head, table, node_id)
+    links = {bridge: Link(name=bridge, kind="bridge", mtu=mtu, mac=mac_for(one.split("/")[0] for one in own))}
+    links |= devices
+    links |= {
+        place.connected.port: Link(
+            name=place.connected.port,
+            kind="veth",
+            mtu=mtu,
+            master=bridge,
+            is_closed_port=True,
+            peer=Peer(
+                netns=place.netns, interface=place.connected.interface, mac=place.connected.mac_address
+            ),
+        )
+        for place in places
+    }
+    remote = remote_entries(table, node_id, underlay) if table is not None and devices else frozenset()
+    entries = _one_place_each(remote, places, table, node_id)
+    return State(
+        links=links,
+        addresses=frozenset(Address(bridge, one) for one in own),
+        entries=entries,
+        sysctls=_sysctls(bridge, devices, is_dual=any(":" in one.subnet for one in head.segments)),
+    )
+
+
+def bridge_of(head: NetworkHead) -> str:
+    """Name of the network's bridge."""
+    return INGRESS_BRIDGE if head.is_ingress else BRIDGE
+
+
+def device_of(head: NetworkHead, segment: Segment) -> str:
+    """Name of a subnet's VXLAN device."""
+    return f"{INGRESS_VXLAN if head.is_ingress else VXLAN}{segment.vni}"
+
+
+def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> frozenset[Entry]:
+    """How every endpoint, and every other node's own address, is reached over VXLAN."""
+    if underlay is None:
+        return frozenset()
+    family = ":" in underlay.address
+    reached = {
+        node.id: node.underlay
+        for node in table.nodes.values()
+        if node.id != node_id and (":" in node.underlay) == family
+    }
+    found: set[Entry] = set()
+    for endpoint in table.endpoints.values():
+        if endpoint.node_id in reached:
+            found.update(_entries(table.head, endpoint.addresses, reached[endpoint.node_id]))
+    for node in table.nodes.values():
+        if node.id in reached:
+            found.update(_entries(table.head, node.addresses, reached[node.id]))
+    return frozenset(found)
+
+
+def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:
+    """A container's namespace: its interfaces with their addresses, and its routes.
+
+    ``networks``: its networks as they are known by now, with their MTU.
+    """
+    links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback")}
+    addresses: set[Address] = set()
+    routes: set[Route] = set()
+    sysctls: dict[str, str] = {}
+    for place in endpoint.places:
+        name, (head, mtu) = place.interface, networks[place.network_id]
+        links[name] = Link(name=name, kind="veth", mtu=mtu, mac=place.mac_address)
+        held = [ip_interface(one) for one in place.place.addresses]
+        addresses |= {Address(name, str(one)) for one in held}
+        if any(one.version == 6 for one in held):
+            sysctls |= {
+                f"net/ipv6/conf/{name}/disable_ipv6": "0",
+                f"net/ipv6/conf/{name}/accept_dad": "0",
+                f"net/ipv6/conf/{name}/accept_ra": "0",
+            }
+        versions = {one.version for one in held}
+        reached = {one.network for one in held}
+        for segment in head.segments:
+            subnet = subnet_of(segment.subnet)
+            if subnet not in reached and subnet.version in versions:
+                routes.add(Route(name, str(subnet)))
+    if endpoint.interface and endpoint.address:
+        links[endpoint.interface] = Link(name=endpoint.interface, kind="veth", mac=endpoint.mac_address)
+        addresses.add(Address(endpoint.interface, f"{endpoint.address}/{endpoint.prefix_length}"))
+        routes.add(Route(endpoint.interface, "0.0.0.0/0", endpoint.gateway))
+    return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
+
+
+def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int) -> dict[str, Link]:
+    if underlay is None or head.is_encrypted:
+        return {}
+    found = {}
+    for segment in head.segments:
+        name = device_of(head, segment)
+        found[name] = Link(
+            name=name,
+            kind="vxlan",
+            mtu=mtu,
+            master=bridge,
+            is_closed_port=True,
+            vxlan=Vxlan(vni=segment.vni, port=head.port, local=plain_address(underlay.address)),
+        )
+    return found
+
+
+def _own_addresses(head: NetworkHead, table: Table | None, node_id: NodeId) -> list[str]:
+    """The bridge's: the networks' gateways, the same on every node; on the ingress network the node's own."""
+    if not head.is_ingress:
+        return [f"{one.gateway}/{subnet_of(one.subnet).prefixlen}" for one in head.segments if one.gateway]
+    node = table.nodes.get(node_id) if table is not None else None
+    found = []
+    for address in node.addresses if node is not None else ():
+        segment = _segment_of(head, address)
+        if segment is not None:
+            found.append(f"{address}/{subnet_of(segment.subnet).prefixlen}")
+    return found
+
+
+def _sysctls(bridge: str, devices: Iterable[str], *, is_dual: bool) -> dict[str, str]:
+    sysctls = {f"net/ipv4/conf/{bridge}/rp_filter": "0"}
+    if is_dual:
+        for (
+            device
+        ) in devices:  # a device answers for neighbours only where IPv6 is on; it needs no address for that
+            sysctls[f"net/ipv6/conf/{device}/addr_gen_mode"] = "1"
+            sysctls[f"net/ipv6/conf/{device}/disable_ipv6"] = "0"
+        sysctls[f"net/ipv6/conf/{bridge}/accept_dad"] = "0"
+        sysctls[f"net/ipv6/conf/{bridge}/disable_ipv6"] = "0"
+    return sysctls
+
+
+def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iterable[Entry]:
+    segment = next((found for one in addresses if (found := _segment_of(head, one)) is not None), None)
+    if segment is None:
+        return
+    device, mac = device_of(head, segment), mac_for(addresses)
+    yield Entry(EntryKind.FORWARD, device, mac, plain_address(underlay))
+    yield Entry(EntryKind.PORT, device, mac)
+    for address in addresses:
+        yield Entry(EntryKind.NEIGHBOUR, device, mac, plain_address(address))
+
+
+def _one_place_each(
+    remote: frozenset[Entry], places: Sequence[LocalPlace], table: Table | None, node_id: NodeId
+) -> frozenset[Entry]:
+    """All entries, with one place for each MAC.
+
+    What the table gives to another node is there: a container that has not heard yet that it is to end may still hold
+    the address here.  Of two containers here the later one has it.
+    """
+    endpoints = table.endpoints.values() if table is not None else ()
+    local = {mac_for(one.addresses) for one in endpoints if one.node_id == node_id}
+    elsewhere = {one.mac for one in remote if one.kind is EntryKind.FORWARD} - local
+    ports = {place.connected.mac_address: place.connected.port for place in places}
+    here = {Entry(EntryKind.PORT, port, mac) for mac, port in ports.items() if mac not in elsewhere}
+    return frozenset(one for one in remote if one.mac not in local) | here if local else remote | here
+
+
+def _segment_of(head: NetworkHead, address: str) -> Segment | None:
+    wanted = ip_address(address)
+    return next((one for one in head.segments if wanted in subnet_of(one.subnet)), None)
+
+
+@lru_cache(maxsize=4096)
+def subnet_of(text: str) -> IPv4Network | IPv6Network:
+    """``ip_network``, remembered: a table names few subnets and many addresses."""
+    return ip_network(text)
+
+
+def plain_address(text: str) -> str:
+    """``text`` as the kernel's answers are spelled; IPv4 has one spelling only."""
+    return str(ip_address(text)) if ":" in text else text

@@ -1,0 +1,219 @@
+"""Tables of networks: cut into pieces by the manager, put together again by the node."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from skep.errors import InvalidArgument
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.publishing import PublishOptions
+from skep.model.tables import (
+    NetworkHead,
+    Segment,
+    TableChange,
+    TableEndpoint,
+    TableNode,
+    TablePort,
+    TableService,
+    TableSet,
+)
+from skep.wire import skep_pb2 as pb
+
+M = TypeVar("M", bound=Message)
+
+PIECE_BYTES = 128 * 1024
+"""Of a change; some 5 ms of encoding, and a message takes several."""
+
+
+def pieces_of(change: TableChange) -> Iterator[pb.NetworkChange]:
+    """``change`` in pieces of some ``PIECE_BYTES``, at least one; only the first may be whole.
+
+    Revisions belong to the message around them.
+    """
+    piece = pb.NetworkChange(head=_head_to_pb(change.head), whole=change.is_whole)
+    piece.removed_nodes.extend(change.removed_nodes)
+    piece.removed_endpoints.extend(change.removed_endpoints)
+    piece.removed_services.extend(change.removed_services)
+    size = piece.ByteSize()
+    for entry in _entries_to_pb(change):
+        if size >= PIECE_BYTES:
+            yield piece
+            piece, size = pb.NetworkChange(head=_head_to_pb(change.head)), 0
+        size += entry.ByteSize()
+        match entry:
+            case pb.NetworkNode():
+                piece.nodes.append(entry)
+            case pb.NetworkEndpoint():
+                piece.endpoints.append(entry)
+            case pb.NetworkService():
+                piece.services.append(entry)
+    yield piece
+
+
+def messages_of(
+    changes: Iterable[pb.NetworkChange],
+    *,
+    incarnation: int,
+    revision: int,
+    is_complete: bool,
+    removed: Sequence[NetworkId] = (),
+    message_bytes: int = 8 * PIECE_BYTES,
+) -> Iterator[pb.NetworkTables]:
+    """The messages of one set, at least one, each of about ``message_bytes`` at most."""
+
+    def message() -> pb.NetworkTables:
+        return pb.NetworkTables(incarnation=incarnation, revision=revision, complete=is_complete)
+
+    current = message()
+    current.removed.extend(removed)
+    size = current.ByteSize()
+    for change in changes:
+        change_size = change.ByteSize()
+        if current.changes and size + change_size > message_bytes:
+            current.more = True
+            yield current
+            current, size = message(), 0
+        current.changes.append(change)
+        size += change_size
+    yield current
+
+
+def table_set_from_pb(messages: Sequence[pb.NetworkTables]) -> TableSet:
+    """The set that ``messages`` are the pieces of, in their order.
+
+    A network may be named by several changes, which follow each other.
+    Raises: InvalidArgument: they are not of one set, or a change is of no network.
+    """
+    first = messages[0]
+    if any((one.incarnation, one.revision) != (first.incarnation, first.revision) for one in messages):
+        raise InvalidArgument("pieces of different sets of tables")
+    return TableSet(
+        revision=first.revision,
+        is_complete=first.complete,
+        changes=tuple(_change_from_pb(one, first.revision) for piece in messages for one in piece.changes),
+        removed=tuple(NetworkId(id) for piece in messages for id in piece.removed),
+    )
+
+
+def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkEndpoint | pb.NetworkService]:
+    for node in change.nodes:
+        yield pb.NetworkNode(id=node.id, underlay=node.underlay, addresses=node.addresses)
+    for service in change.services:
+        yield pb.NetworkService(
+            id=service.id,
+            name=service.name,
+            aliases=service.aliases,
+            virtual_ips=service.virtual_ips,
+            ports=[
+                pb.NetworkService.Port(
+                    protocol=port.protocol,
+                    published=port.published,
+                    target=port.target,
+                    host_ip=port.options.host_ip,
+                    sticky=port.options.is_sticky,
+                    prefers_local=port.options.prefers_local,
+                    proxy_protocol=port.options.proxy_protocol,
+                )
+                for port in service.ports
+            ],
+        )
+    for endpoint in change.endpoints:
+        yield pb.NetworkEndpoint(
+            task_id=endpoint.task_id,
+            node_id=endpoint.node_id,
+            service_id=endpoint.service_id,
+            slot=endpoint.slot,
+            name=endpoint.name,
+            aliases=endpoint.aliases,
+            addresses=endpoint.addresses,
+            running=endpoint.is_running,
+            serving=endpoint.is_serving,
+        )
+
+
+def _head_to_pb(head: NetworkHead) -> pb.NetworkHead:
+    return pb.NetworkHead(
+        id=head.id,
+        name=head.name,
+        segments=[
+            pb.NetworkHead.Segment(subnet=one.subnet, gateway=one.gateway, vni=one.vni)
+            for one in head.segments
+        ],
+        mtu=head.mtu,
+        port=head.port,
+        ingress=head.is_ingress,
+        internal=head.is_internal,
+        encrypted=head.is_encrypted,
+    )
+
+
+def _change_from_pb(change: pb.NetworkChange, revision: int) -> TableChange:
+    return TableChange(
+        head=_head_from_pb(change.head),
+        revision=revision,
+        is_whole=change.whole,
+        nodes=tuple(map(_node_from_pb, change.nodes)),
+        removed_nodes=tuple(map(NodeId, change.removed_nodes)),
+        endpoints=tuple(map(_endpoint_from_pb, change.endpoints)),
+        removed_endpoints=tuple(map(TaskId, change.removed_endpoints)),
+        services=tuple(map(_service_from_pb, change.services)),
+        removed_services=tuple(map(ServiceId, change.removed_services)),
+    )
+
+
+def _head_from_pb(head: pb.NetworkHead) -> NetworkHead:
+    # The id names files on the node.
+    if not (head.id.isascii() and head.id.isalnum()):
+        raise InvalidArgument(f"{head.id!r} is no network's id")
+    return NetworkHead(
+        id=NetworkId(head.id),
+        name=head.name,
+        segments=tuple(Segment(subnet=one.subnet, gateway=one.gateway, vni=one.vni) for one in head.segments),
+        mtu=head.mtu,
+        port=head.port,
+        is_ingress=head.ingress,
+        is_internal=head.internal,
+        is_encrypted=head.encrypted,
+    )
+
+
+def _node_from_pb(node: pb.NetworkNode) -> TableNode:
+    return TableNode(id=NodeId(node.id), underlay=node.underlay, addresses=tuple(node.addresses))
+
+
+def _endpoint_from_pb(endpoint: pb.NetworkEndpoint) -> TableEndpoint:
+    return TableEndpoint(
+        task_id=TaskId(endpoint.task_id),
+        node_id=NodeId(endpoint.node_id),
+        service_id=ServiceId(endpoint.service_id),
+        slot=endpoint.slot,
+        name=endpoint.name,
+        aliases=tuple(endpoint.aliases),
+        addresses=tuple(endpoint.addresses),
+        is_running=endpoint.running,
+        is_serving=endpoint.serving,
+    )
+
+
+def _service_from_pb(service: pb.NetworkService) -> TableService:
+    return TableService(
+        id=ServiceId(service.id),
+        name=service.name,
+        aliases=tuple(service.aliases),
+        virtual_ips=tuple(service.virtual_ips),
+        ports=tuple(
+            TablePort(
+                protocol=port.protocol,
+                published=port.published,
+                target=port.target,
+                options=PublishOptions(
+                    host_ip=port.host_ip,
+                    is_sticky=port.sticky,
+                    prefers_local=port.prefers_local,
+                    proxy_protocol=port.proxy_protocol,
+                ),
+            )
+            for port in service.ports
+        ),
+    )

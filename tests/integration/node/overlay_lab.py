@@ -1,0 +1,202 @@
+"""Nodes for tests of overlay networks: each a namespace with containers' namespaces, joined by an underlay."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from skep.aio.clock import SystemClock
+from skep.model.ids import ContainerId, NetworkId, NodeId, TaskId, new_container_id
+from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode
+from skep.node.executor.assembly import container_network
+from skep.node.network.connecting import ContainerNetwork
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.ports import OwnReservations
+from skep.node.oci.container import Endpoint, Place
+from skep.paths import Paths
+
+WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
+TWO_SUBNETS = NetworkHead(
+    id=NetworkId("twonet"),
+    name="two",
+    segments=(Segment("10.0.2.0/24", "10.0.2.1", 4098), Segment("10.0.3.0/24", "10.0.3.1", 4099)),
+)
+DUAL = NetworkHead(
+    id=NetworkId("dualnet"),
+    name="dual",
+    segments=(Segment("10.0.4.0/24", "10.0.4.1", 4100), Segment("fd04::/64", "fd04::1", 4100)),
+)
+INGRESS = NetworkHead(
+    id=NetworkId("ingressnet"),
+    name="ingress",
+    segments=(Segment("10.0.0.0/24", "10.0.0.1", 4096),),
+    is_ingress=True,
+)
+
+
+class LabNode:
+    """One machine with the networking of its containers; a new ``network`` is what a restarted process makes."""
+
+    def __init__(self, root: Path, id: NodeId, home: Path, underlay: str) -> None:
+        self.id = id
+        self.home = home
+        self.underlay = underlay
+        self.paths = Paths(root / "data", root / "run")
+        self.namespaces = Namespaces(self.paths.netns, home)
+        self.endpoints: dict[ContainerId, Endpoint] = {}
+        self._ports: OwnReservations | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[ContainerNetwork]:
+        """A node process: takes over what is there, and leaves it."""
+        ports = OwnReservations(self.namespaces)
+        network = container_network(self.paths, namespaces=self.namespaces, ports=ports, clock=SystemClock())
+        network.overlays.identify(self.id)
+        try:
+            async with network.running():
+                await network.restore(dict(self.endpoints))
+                yield network
+        finally:
+            ports.close()
+
+    async def attach(self, network: ContainerNetwork, *places: Place) -> Endpoint:
+        """A container's namespace."""
+        id = new_container_id()
+        self.endpoints[id] = await network.attach(id, (), places)
+        return self.endpoints[id]
+
+    async def detach(self, network: ContainerNetwork, endpoint: Endpoint) -> None:
+        id = next(id for id, one in self.endpoints.items() if one == endpoint)
+        await network.detach(id, self.endpoints.pop(id))
+
+
+class OverlayLab:
+    """Several nodes on one underlay, and the tables that managers would send them."""
+
+    def __init__(self, root: Path, *, is_v6: bool = False) -> None:
+        self._root = root
+        self._spaces = Namespaces(root / "homes")
+        self._is_v6 = is_v6
+        self.nodes: list[LabNode] = []
+        self.tables: dict[NetworkId, Table] = {}
+
+    @asynccontextmanager
+    async def running(self, count: int) -> AsyncIterator["OverlayLab"]:
+        """``count`` nodes with a cable each to one bridge."""
+        wire = await self._spaces.create("wire", {})
+        try:
+            await shell(wire, "ip link add sw type bridge mcast_snooping 0 && ip link set sw up")
+            for number in range(1, count + 1):
+                home = await self._spaces.create(f"n{number}", {})
+                underlay = f"fd09::{number}" if self._is_v6 else f"192.0.2.{number}"
+                length = 64 if self._is_v6 else 24
+                await shell(wire, f"ip link add p{number} type veth peer name under netns {home}")
+                await shell(wire, f"ip link set p{number} master sw up")
+                await shell(
+                    home, f"ip addr add {underlay}/{length} dev under {'nodad' if self._is_v6 else ''}"
+                )
+                await shell(home, "ip link set under up && ip link set lo up")
+                self.nodes.append(LabNode(self._root / f"n{number}", NodeId(f"n{number}"), home, underlay))
+            yield self
+        finally:
+            for node in self.nodes:
+                for space in (node.namespaces, Namespaces(node.paths.overlays)):
+                    for id in space.pinned():
+                        await space.destroy(id)
+                    space.close()
+            for id in self._spaces.pinned():
+                await self._spaces.destroy(id)
+            self._spaces.close()
+
+    @asynccontextmanager
+    async def networks(self) -> AsyncIterator[list[ContainerNetwork]]:
+        """A node process on each node."""
+        async with AsyncExitStack() as stack:
+            yield [await stack.enter_async_context(node.running()) for node in self.nodes]
+
+    def tell(self, head: NetworkHead, *, ingress_addresses: Mapping[str, str] | None = None) -> Table:
+        """The table of a network with all containers as they are attached at present."""
+        own = ingress_addresses or {}
+        nodes = {
+            one.id: TableNode(
+                id=one.id, underlay=one.underlay, addresses=(own[one.id],) if one.id in own else ()
+            )
+            for one in self.nodes
+        }
+        endpoints = {}
+        for node in self.nodes:
+            for id, endpoint in node.endpoints.items():
+                for place in endpoint.places:
+                    if place.network_id == head.id:
+                        addresses = tuple(one.partition("/")[0] for one in place.place.addresses)
+                        task = TaskId(id[:25])
+                        endpoints[task] = TableEndpoint(task_id=task, node_id=node.id, addresses=addresses)
+        table = Table(head=head, nodes=nodes, endpoints=endpoints)
+        self.tables[head.id] = table
+        return table
+
+    async def apply(self, networks: Sequence[ContainerNetwork], *ids: NetworkId) -> None:
+        """Every node gets the tables; ``ids``: changed ones."""
+        for network in networks:
+            await network.overlays.apply(self.tables, frozenset(ids or self.tables))
+
+
+def place(head: NetworkHead, *addresses: str) -> Place:
+    return Place(head=head, addresses=addresses)
+
+
+async def shell(namespace: Path | str, command: str) -> str:
+    """What ``command`` prints in a namespace; it has to succeed."""
+    code, output = await tried(namespace, command)
+    assert code == 0, f"{command}: {output}"
+    return output
+
+
+async def tried(namespace: Path | str, command: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        "nsenter",
+        f"--net={namespace}",
+        "sh",
+        "-c",
+        command,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    return process.returncode or 0, output.decode(errors="replace")
+
+
+async def reaches(source: Endpoint, address: str) -> bool:
+    """Whether one of three pings is answered."""
+    code, _ = await tried(
+        source.netns, f"busybox ping -c 1 -W 1 {address} || busybox ping -c 2 -W 2 {address}"
+    )
+    return code == 0
+
+
+async def carried(namespaces: Namespaces, server: Endpoint, client: Endpoint, address: str, size: int) -> int:
+    """Bytes that arrive of ``size`` sent over TCP from ``client`` to ``address``, which is the ``server``'s."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = await namespaces.run(
+        Path(server.netns), lambda: socket.create_server((address, 7000), family=family)
+    )
+
+    def send() -> None:
+        with socket.create_connection((address, 7000), timeout=10) as connection:
+            connection.sendall(b"x" * size)
+
+    def receive() -> int:
+        total = 0
+        listener.settimeout(10)
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(10)
+            while piece := connection.recv(1 << 16):
+                total += len(piece)
+        return total
+
+    with listener:
+        receiving = asyncio.to_thread(receive)
+        _, total = await asyncio.gather(namespaces.run(Path(client.netns), send), receiving)
+    return total

@@ -1,0 +1,61 @@
+"""Containers under runc on overlay networks of their node."""
+
+from skep.model.ids import NetworkId
+from skep.model.tables import NetworkHead, Segment
+from skep.node.oci.container import Place
+from skep.node.oci.containers import Containers
+from tests.integration.node.conftest import Runner
+from tests.runc_lab import Lab
+
+WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
+INNER = NetworkHead(
+    id=NetworkId("innernet"),
+    name="inner",
+    segments=(Segment("10.0.2.0/24", "10.0.2.1", 4098),),
+    is_internal=True,
+)
+
+
+async def test_a_container_is_reached_on_its_network(run: Runner, containers: Containers, lab: Lab) -> None:
+    server = await run.start(
+        *("httpd", "-f", "-p", "80", "-h", "/etc"), places=(Place(head=WEB, addresses=("10.0.1.5/24",)),)
+    )
+    command = "for i in $(seq 100); do wget -q -O - http://10.0.1.5/group && break; sleep 0.05; done"
+    places = (Place(head=WEB, addresses=("10.0.1.6/24",)), Place(head=INNER, addresses=("10.0.2.6/24",)))
+    assert "staff" in await run.output("sh", "-c", command, places=places)
+    await containers.remove(server.id, force=True)
+    assert lab.remains() == []
+    assert [path.name for path in lab.paths.overlays.iterdir()] == []
+
+
+async def test_the_hosts_file_names_the_container_on_each_network(run: Runner) -> None:
+    places = (Place(head=WEB, addresses=("10.0.1.6/24",)), Place(head=INNER, addresses=("10.0.2.6/24",)))
+    lines = (await run.output("cat", "/etc/hosts", hostname="me", places=places)).splitlines()
+    assert lines[-2:] == ["10.0.1.6\tme", "10.0.2.6\tme"]
+
+
+async def test_a_container_is_started_again_on_its_networks(run: Runner, containers: Containers) -> None:
+    places = (Place(head=INNER, addresses=("10.0.2.6/24",)),)
+    container = await run.start("ip", "-o", "-4", "addr", places=places)
+    await containers.wait(container.id)
+    await containers.start(container.id)
+    await containers.wait(container.id)
+    assert (await run.logs(container)).count("10.0.2.6/24") == 2
+
+
+async def test_a_new_process_finds_the_interfaces_again(lab: Lab) -> None:
+    """The container is reached all the time, and what it had is freed when it ends."""
+    first = lab.executor()
+    async with first.running():
+        run = Runner(lab, first.containers)
+        places = (Place(head=WEB, addresses=("10.0.1.5/24",)),)
+        server = await run.start("sleep", "1000", places=places)
+    second = lab.executor()
+    async with second.running():
+        run = Runner(lab, second.containers)
+        await second.overlays.apply({}, frozenset())
+        assert second.containers.get(server.id).endpoint == server.endpoint
+        places = (Place(head=WEB, addresses=("10.0.1.6/24",)),)
+        assert "1 packets received" in await run.output("ping", "-c", "1", "10.0.1.5", places=places)
+        await second.containers.remove(server.id, force=True)
+        assert list(lab.paths.overlays.iterdir()) == []

@@ -1,0 +1,61 @@
+"""What all nodes here have in force of a network."""
+
+import asyncio
+
+from skep.manager.discovery.acknowledgements import Acknowledgements
+from skep.model.ids import NetworkId, NodeId
+
+NET, OTHER = NetworkId("net"), NetworkId("other")
+N1, N2 = NodeId("n1"), NodeId("n2")
+
+
+def of_two() -> Acknowledgements:
+    known = Acknowledgements()
+    known.take_part(N1, (NET,))
+    known.take_part(N2, (NET, OTHER))
+    return known
+
+
+def test_the_slowest_node_counts() -> None:
+    known = of_two()
+    known.applied(N1, NET, 7)
+    assert (known.smallest(NET), known.has_applied(NET, 5)) == (0, False)
+    known.applied(N2, NET, 5)
+    assert (known.smallest(NET), known.has_applied(NET, 5), known.has_applied(NET, 6)) == (5, True, False)
+
+
+def test_nobody_is_waited_for_where_nobody_takes_part() -> None:
+    known = Acknowledgements()
+    assert (known.smallest(NET), known.has_applied(NET, 5)) == (None, True)
+
+
+def test_what_was_acknowledged_is_not_taken_back_and_does_not_come_from_elsewhere() -> None:
+    known = of_two()
+    known.applied(N1, NET, 7)
+    known.applied(N1, NET, 6)
+    known.applied(N1, OTHER, 9)
+    known.applied(NodeId("stranger"), NET, 1)
+    known.take_part(N2, (OTHER,))
+    assert (known.smallest(NET), known.smallest(OTHER)) == (7, 0)
+
+
+def test_who_comes_back_has_said_nothing_yet() -> None:
+    known = of_two()
+    known.applied(N1, NET, 7)
+    known.gone(N1)
+    known.take_part(N1, (NET,))
+    known.applied(N2, NET, 7)
+    assert known.smallest(NET) == 0
+
+
+async def test_a_wait_ends_with_the_last_acknowledgement_or_when_who_owes_it_has_gone() -> None:
+    known = of_two()
+    async with asyncio.TaskGroup() as group:
+        waits = [group.create_task(known.wait_applied(NET, revision)) for revision in (5, 6)]
+        await asyncio.sleep(0)
+        known.applied(N1, NET, 9)
+        known.applied(N2, NET, 5)
+        await waits[0]
+        assert not waits[1].done()
+        known.gone(N2)
+    assert known.has_applied(NET, 9)

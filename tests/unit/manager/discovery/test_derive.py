@@ -1,0 +1,210 @@
+"""What is in a network's table, and what is not."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.discovery.derive import head_of, table_of, underlay_of
+from skep.model.ids import NetworkId, TaskId
+from skep.model.meta import Driver
+from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
+from skep.model.planes import DATA_PATH_LABEL
+from skep.model.service import (
+    Endpoint,
+    EndpointVirtualIP,
+    NetworkAttachmentConfig,
+    PortConfig,
+    PublishMode,
+    Service,
+)
+from skep.model.tables import Segment, Table, TablePort
+from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState, TaskStatus
+from skep.model.times import Timestamp
+from skep.store.memory import MemoryStore
+from tests.builders import a_docker_node, a_node, a_service, a_task, an_overlay
+
+NET = an_overlay("net1")
+INGRESS = an_overlay("ingress", subnet="10.0.0.0/24", ingress=True)
+WEB = replace(
+    a_service("web"),
+    endpoint=Endpoint(virtual_ips=(EndpointVirtualIP(network_id=NET.id, addr="10.0.1.2/24"),)),
+)
+
+
+def a_skep_node(id: str = "n1", address: str = "192.168.0.1", **wish: Any) -> Node:
+    node = a_node(id, **wish)
+    return replace(node, status=replace(node.status, addr=address))
+
+
+def on(network: Network, task: Task, address: str = "10.0.1.5/24", aliases: tuple[str, ...] = ()) -> Task:
+    place = NetworkAttachment(network=network, addresses=(address,), aliases=aliases)
+    return replace(task, networks_attachments=(*task.networks_attachments, place))
+
+
+def derived(network: Network, *objects: Any) -> Table:
+    async def run() -> Table:
+        store = MemoryStore(SystemClock())
+        await store.update(lambda tx: [tx.put(one) for one in (network, *objects)])
+        return table_of(store.view(), network)
+
+    return asyncio.run(run())
+
+
+def endpoint(task: Task, *objects: Any) -> Any:
+    return derived(NET, a_skep_node(), WEB, *objects, on(NET, task)).endpoints.get(task.id)
+
+
+def test_a_container_is_in_the_table_with_its_name_its_address_and_its_short_id() -> None:
+    task = a_task("t1", slot=3, node="n1", service=WEB)
+    status = replace(task.status, container_status=ContainerStatus(container_id="abcdef0123456789"))
+    found = endpoint(replace(task, status=status))
+    assert (found.name, found.slot, found.service_id) == ("web.3.t1", 3, "web")
+    assert found.addresses == ("10.0.1.5",)
+    assert found.aliases == ("abcdef012345",)
+
+
+def test_a_global_services_container_is_named_by_its_node() -> None:
+    assert endpoint(a_task("t1", slot=0, node="n1", service=WEB)).name == "web.n1.t1"
+
+
+@pytest.mark.parametrize(
+    ("state", "desired", "expected"),
+    [
+        (TaskState.PENDING, TaskState.RUNNING, None),
+        (TaskState.ASSIGNED, TaskState.RUNNING, (False, False)),
+        (TaskState.READY, TaskState.READY, (False, False)),
+        (TaskState.STARTING, TaskState.RUNNING, (True, False)),
+        (TaskState.RUNNING, TaskState.RUNNING, (True, True)),
+        (TaskState.RUNNING, TaskState.COMPLETE, (True, True)),
+        (TaskState.RUNNING, TaskState.SHUTDOWN, (True, False)),
+        (TaskState.RUNNING, TaskState.REMOVE, (True, False)),
+        (TaskState.SHUTDOWN, TaskState.SHUTDOWN, None),
+        (TaskState.FAILED, TaskState.RUNNING, None),
+        (TaskState.ORPHANED, TaskState.RUNNING, None),
+    ],
+)
+def test_from_its_assignment_until_it_has_ended_and_serving_while_it_runs_and_is_wanted(
+    state: TaskState, desired: TaskState, expected: tuple[bool, bool] | None
+) -> None:
+    found = endpoint(a_task("t1", node="n1", state=state, desired=desired, service=WEB))
+    assert (found and (found.is_running, found.is_serving)) == expected
+
+
+def test_what_is_on_engines_and_on_nodes_that_are_down_is_not_in_the_table() -> None:
+    tasks = [a_task(f"t{n}", node=node, service=WEB) for n, node in enumerate(("n1", "n2", "d1", "gone"))]
+    nodes = [a_skep_node("n1"), a_skep_node("n2", state=NodeState.DOWN), a_docker_node("d1")]
+    table = derived(NET, WEB, *nodes, *(on(NET, task) for task in tasks))
+    assert {one.node_id for one in table.endpoints.values()} == {"n1"}
+    assert set(table.nodes) == {"n1"}
+
+
+def test_a_service_has_its_aliases_its_address_and_stays_between_two_tasks() -> None:
+    wanted = (NetworkAttachmentConfig(target=NET.id, aliases=("db", "store", "db")),)
+    template = replace(WEB.spec.task_template, networks=wanted)
+    web = replace(WEB, spec=replace(WEB.spec, task_template=template))
+    task = a_task("t1", node="n1", service=web)
+    table = derived(NET, web, a_skep_node(), on(NET, task, aliases=("db", "store")))
+    service = table.services[web.id]
+    assert (service.name, service.aliases, service.virtual_ips) == ("web", ("db", "store"), ("10.0.1.2",))
+    assert table.endpoints[task.id].aliases == ()  # they are names of the service, as in Docker
+    assert set(derived(NET, web).services) == {"web"}
+
+
+def test_without_a_virtual_address_a_service_is_there_with_its_tasks_and_a_removed_one_is_not() -> None:
+    plain = a_service("plain")
+    task = on(NET, a_task("t1", node="n1", service=plain))
+    assert derived(NET, plain, a_skep_node()).services == {}
+    assert derived(NET, plain, a_skep_node(), task).services[plain.id].virtual_ips == ()
+    removed = replace(plain, removed_at=Timestamp("2026-01-01T00:00:00Z"))
+    table = derived(NET, removed, a_skep_node(), task)
+    assert (set(table.services), set(table.endpoints)) == (set(), {"t1"})
+
+
+def test_a_plain_containers_aliases_are_its_own() -> None:
+    task = replace(a_task("t1", node="n1"), service_id="", slot=0)  # type: ignore[arg-type]
+    table = derived(NET, a_skep_node(), on(NET, task, aliases=("db",)))
+    found = table.endpoints[TaskId("t1")]
+    assert (found.service_id, found.name, found.aliases) == ("", "", ("db",))
+
+
+def published(*ports: PortConfig) -> Service:
+    service = a_service("pub", ports=ports)
+    vip = EndpointVirtualIP(network_id=INGRESS.id, addr="10.0.0.2/24")
+    return replace(service, endpoint=Endpoint(ports=ports, virtual_ips=(vip,)))
+
+
+def test_ports_of_the_mesh_and_every_node_are_on_the_ingress_network_alone() -> None:
+    mesh = PortConfig(target_port=80, published_port=8080)
+    host = PortConfig(target_port=81, published_port=8081, publish_mode=PublishMode.HOST)
+    service = published(host, mesh)
+    own = (NetworkAttachment(network=INGRESS, addresses=("10.0.0.9/24",)),)
+    nodes = [
+        replace(a_skep_node("n1"), attachments=own),
+        a_skep_node("n2", "192.168.0.2"),
+        a_docker_node("d1"),
+        a_skep_node("n3", state=NodeState.DOWN),
+    ]
+    table = derived(INGRESS, service, *nodes)
+    assert table.services[service.id].ports == (TablePort(protocol="tcp", published=8080, target=80),)
+    assert {id: node.addresses for id, node in table.nodes.items()} == {"n1": ("10.0.0.9",), "n2": ()}
+    assert derived(INGRESS, WEB, *nodes).nodes == {}  # nobody publishes anything
+
+
+def test_where_a_nodes_vxlan_arrives_is_what_it_says_itself_or_where_it_connects_from() -> None:
+    def saying(word: str) -> Node:
+        node = a_skep_node()
+        engine = EngineDescription(engine_version="1", labels={"skep.node": "true", DATA_PATH_LABEL: word})
+        return replace(node, description=replace(node.description, engine=engine))
+
+    assert underlay_of(saying("10.9.0.1")) == "10.9.0.1"
+    assert underlay_of(saying("fd00::1")) == "fd00::1"
+    assert underlay_of(saying("not; an address")) == "192.168.0.1"
+    unseen = replace(a_node("n9"), status=NodeStatus())
+    assert set(derived(NET, WEB, unseen, on(NET, a_task("t1", node="n9", service=WEB))).nodes) == set()
+
+
+def test_the_head_says_what_the_network_is_made_of() -> None:
+    options = {
+        "com.docker.network.driver.overlay.vxlanid_list": "4097,4098",
+        "com.docker.network.driver.mtu": "1400",
+        "encrypted": "",
+    }
+    configs = (
+        IPAMConfig(subnet="10.1.0.0/24", gateway="10.1.0.1"),
+        IPAMConfig(subnet="10.2.0.0/24", gateway="10.2.0.1/24"),
+    )
+    network = replace(
+        an_overlay("net2", subnet="", internal=True),
+        id=NetworkId("i2"),
+        driver_state=Driver(name="overlay", options=options),
+        ipam_options=IPAMOptions(configs=configs),
+    )
+    head = head_of(network, 4790)
+    assert head.segments == (
+        Segment(subnet="10.1.0.0/24", gateway="10.1.0.1", vni=4097),
+        Segment(subnet="10.2.0.0/24", gateway="10.2.0.1", vni=4098),
+    )
+    assert (head.id, head.name, head.mtu, head.port) == ("i2", "net2", 1400, 4790)
+    assert (head.is_internal, head.is_encrypted, head.is_ingress) == (True, True, False)
+    plain = head_of(replace(network, driver_state=Driver(options={"com.docker.network.driver.mtu": "-1"})), 1)
+    assert (plain.mtu, plain.is_encrypted, plain.segments) == (0, False, ())
+
+
+def test_an_unknown_status_is_not_down() -> None:
+    node = replace(a_skep_node(), status=NodeStatus(state=NodeState.UNKNOWN, addr="192.168.0.1"))
+    table = derived(NET, WEB, node, on(NET, a_task("t1", node="n1", service=WEB)))
+    assert set(table.endpoints) == {"t1"}
+
+
+def test_a_task_without_an_address_is_not_reached() -> None:
+    task = replace(
+        a_task("t1", node="n1", service=WEB), networks_attachments=(NetworkAttachment(network=NET),)
+    )
+    assert (
+        derived(NET, WEB, a_skep_node(), replace(task, status=TaskStatus(state=TaskState.RUNNING))).endpoints
+        == {}
+    )

@@ -1,0 +1,289 @@
+"""Tables that are kept up commit by commit are those that the store's state gives, for every reader."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.discovery import book as books
+from skep.manager.discovery.derive import is_publishing, places_of, table_of
+from skep.manager.discovery.ledger import KINDS, Ledger
+from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.meta import Driver
+from skep.model.network import Network
+from skep.model.node import EngineDescription, Node, NodeState
+from skep.model.planes import NODE_LABEL, is_docker_node
+from skep.model.service import Endpoint, EndpointVirtualIP, PortConfig, Service
+from skep.model.swarm import Swarm
+from skep.model.tables import Table, changed
+from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.times import Timestamp
+from skep.store.interface import Transaction, View
+from skep.store.memory import MemoryStore
+from tests.builders import a_node, a_service, a_task, an_overlay
+
+NETWORKS = [
+    an_overlay("net1"),
+    an_overlay("net2", subnet="10.0.2.0/24"),
+    an_overlay("ingress", subnet="10.0.0.0/24", ingress=True),
+]
+NODES = ("n1", "n2", "n3")
+SERVICES = ("a", "b")
+TASKS = tuple(f"t{number}" for number in range(6))
+REMOVED_AT = Timestamp("2026-01-01T00:00:00Z")
+STATES = (TaskState.PENDING, TaskState.ASSIGNED, TaskState.RUNNING, TaskState.FAILED)
+
+Step = Callable[[Transaction], Any]
+
+
+def put_node(id: str, state: NodeState, is_engine: bool, has_place: bool, address: str) -> Step:
+    node = a_node(id, state=state)
+    labels = {} if is_engine else {NODE_LABEL: "true"}
+    engine = EngineDescription(engine_version="1", labels=labels)
+    own = (
+        (NetworkAttachment(network=NETWORKS[2], addresses=(f"10.0.0.{ord(id[1])}/24",)),) if has_place else ()
+    )
+    return lambda tx: tx.put(
+        replace(
+            node,
+            description=replace(node.description, engine=engine),
+            status=replace(node.status, addr=address),
+            attachments=own,
+        )
+    )
+
+
+def put_service(id: str, publishes: bool, is_removed: bool, networks: set[int]) -> Step:
+    ports = (PortConfig(target_port=80, published_port=8000 + ord(id)),) if publishes else ()
+    vips = tuple(
+        EndpointVirtualIP(network_id=NETWORKS[one].id, addr=f"10.0.{one}.{ord(id)}/24")
+        for one in sorted(networks)
+    )
+    service = replace(
+        a_service(id, ports=ports),
+        endpoint=Endpoint(ports=ports, virtual_ips=vips),
+        removed_at=REMOVED_AT if is_removed else None,
+    )
+    return lambda tx: tx.put(service)
+
+
+def put_task(id: str, service: str, node: str, state: TaskState, wanted: bool, networks: set[int]) -> Step:
+    desired = TaskState.RUNNING if wanted else TaskState.SHUTDOWN
+    places = tuple(
+        NetworkAttachment(network=NETWORKS[one], addresses=(f"10.0.{one}.1{id[1]}/24",))
+        for one in sorted(networks)
+    )
+    task = replace(
+        a_task(id, node=node, state=state, desired=desired, service=service), networks_attachments=places
+    )
+    return lambda tx: tx.put(task)
+
+
+def put_network(number: int, mtu: int) -> Step:
+    network = NETWORKS[number]
+    options = {**network.driver_state.options, "com.docker.network.driver.mtu": str(mtu)}
+    return lambda tx: tx.put(replace(network, driver_state=Driver(name="overlay", options=options)))
+
+
+def delete(kind: type[Any], id: str) -> Step:
+    return lambda tx: tx.delete(kind, id) if tx.lookup(kind, id) is not None else None
+
+
+def put_swarm(port: int) -> Step:
+    return lambda tx: tx.put(Swarm(id="c", data_path_port=port))  # type: ignore[arg-type]
+
+
+def put_marker(number: int) -> Step:
+    service = a_service("marker")
+    return lambda tx: tx.put(replace(service, spec=replace(service.spec, labels={"number": str(number)})))
+
+
+SOME_NETWORKS = st.sets(st.integers(0, 2), max_size=2)
+STEPS = st.one_of(
+    st.builds(
+        put_node,
+        st.sampled_from(NODES),
+        st.sampled_from([NodeState.READY, NodeState.READY, NodeState.DOWN]),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from(["", "192.168.0.1", "192.168.0.2"]),
+    ),
+    st.builds(put_service, st.sampled_from(SERVICES), st.booleans(), st.booleans(), SOME_NETWORKS),
+    st.builds(
+        put_task,
+        st.sampled_from(TASKS),
+        st.sampled_from(SERVICES),
+        st.sampled_from(NODES),
+        st.sampled_from(STATES),
+        st.booleans(),
+        SOME_NETWORKS,
+    ),
+    st.builds(put_network, st.integers(0, 2), st.sampled_from([0, 1400])),
+    st.builds(delete, st.just(Node), st.sampled_from(NODES)),
+    st.builds(delete, st.just(Service), st.sampled_from(SERVICES)),
+    st.builds(delete, st.just(Task), st.sampled_from(TASKS)),
+    st.builds(delete, st.just(Network), st.sampled_from([one.id for one in NETWORKS])),
+    st.builds(put_swarm, st.sampled_from([4789, 4790])),
+)
+
+
+def from_scratch(view: View) -> dict[NetworkId, Table]:
+    """Tables of the networks that there are, and of those that were removed while tasks use them."""
+    networks = {network.id: network for network in view.find(Network)}
+    for task in view.find(Task):
+        for id, place in places_of(task).items():
+            assert place.network is not None
+            networks.setdefault(id, place.network)
+    return {id: table_of(view, network) for id, network in networks.items()}
+
+
+def takers(view: View) -> dict[NodeId, list[NetworkId]]:
+    """Which networks each node is told of."""
+    publishes = any(map(is_publishing, view.find(Service)))
+    everywhere = {id for id, table in from_scratch(view).items() if table.head.is_ingress and publishes}
+    nodes = {node.id for node in view.find(Node)} | {task.node_id for task in view.find(Task)}
+    return {
+        id: sorted(everywhere.union(*map(places_of, view.find(Task, node_id=id)))) for id in sorted(nodes)
+    }
+
+
+class Reader:
+    """Knows one table as of some revision, and catches up now and then."""
+
+    def __init__(self) -> None:
+        self.tables: dict[NetworkId, Table] = {}
+        self.told: dict[NetworkId, int] = {}
+
+    def catch_up(self, ledger: Ledger) -> None:
+        for id in self.tables.keys() - ledger.books.keys():
+            del self.tables[id], self.told[id]
+        for id, book in ledger.books.items():
+            told = self.told.get(id)
+            if book.is_news_for(told):
+                self.tables[id] = changed(self.tables.get(id), book.since(told, ledger.revision))
+            self.told[id] = ledger.revision
+
+
+def without_revision(tables: dict[NetworkId, Table]) -> dict[NetworkId, Table]:
+    return {id: replace(table, revision=0) for id, table in tables.items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    batches=st.lists(st.tuples(st.lists(STEPS, min_size=1, max_size=4), st.booleans()), max_size=25),
+    remembered=st.sampled_from([1, 3, 1000]),
+    begin=st.integers(0, 5),
+)
+def test_what_is_kept_up_is_what_is_derived_from_scratch(
+    batches: list[tuple[list[Step], bool]], remembered: int, begin: int
+) -> None:
+    async def run() -> None:
+        store = MemoryStore(SystemClock())
+        often, seldom = Reader(), Reader()
+        for steps, _ in batches[:begin]:
+            await store.update(lambda tx, steps=steps: [step(tx) for step in steps])
+        async with store.watch(*KINDS) as watch:
+            ledger = Ledger()
+            for _ in ledger.begin(watch.snapshot):
+                pass
+            often.catch_up(ledger)
+            for number, (steps, is_read) in enumerate(batches[begin:]):
+                # One thing that changes in any case, so that there is a commit to wait for.
+                steps = [*steps, put_marker(number)]
+                await store.update(lambda tx, steps=steps: [step(tx) for step in steps])
+                known = {id: book.table(0) for id, book in ledger.books.items()}
+                told_before = {id: ledger.networks_of(id) for id in map(NodeId, NODES)}
+                stirred = ledger.note(await anext(aiter(watch)))
+                now = {id: book.table(0) for id, book in ledger.books.items()}
+                assert now == without_revision(from_scratch(store.view()))
+                differing = {id for id in known.keys() | now.keys() if known.get(id) != now.get(id)}
+                assert stirred.networks >= differing
+                expected = takers(store.view())
+                for id in map(NodeId, NODES):
+                    assert ledger.networks_of(id) == expected.get(id, ledger.networks_of(id))
+                    if ledger.networks_of(id) != told_before[id]:
+                        assert stirred.is_everybody or id in stirred.nodes or differing & {*told_before[id]}
+                often.catch_up(ledger)
+                if is_read:
+                    seldom.catch_up(ledger)
+                assert without_revision(often.tables) == now
+            seldom.catch_up(ledger)
+            assert without_revision(seldom.tables) == without_revision(often.tables)
+
+    minimum, books.REMEMBERED_MIN = books.REMEMBERED_MIN, remembered
+    try:
+        asyncio.run(run())
+    finally:
+        books.REMEMBERED_MIN = minimum
+
+
+def test_a_tasks_report_costs_no_look_at_the_others() -> None:
+    """500 services with 20 tasks each: one report is taken in without reading anything of 9,999 tasks."""
+    looked_at = 0
+
+    class Counting(dict[TaskId, Task]):
+        def get(self, key: TaskId, default: Any = None) -> Any:  # type: ignore[override]
+            nonlocal looked_at
+            looked_at += 1
+            return super().get(key, default)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("all tasks are gone through")
+
+    async def run() -> None:
+        nonlocal looked_at
+        store = MemoryStore(SystemClock())
+        await store.update(lambda tx: tx.put(NETWORKS[0]))
+        await store.update(lambda tx: put_node("n1", NodeState.READY, False, False, "192.168.0.1")(tx))
+        ledger = Ledger()
+        for number in range(500):
+            service = replace(a_service(f"s{number}"), id=ServiceId(f"s{number:03}"))
+            await store.update(lambda tx, service=service: tx.put(service))
+            tasks = [
+                put_task(f"t{n}x{number:03}", service.id, "n1", TaskState.ASSIGNED, True, {0})
+                for n in range(20)
+            ]
+            await store.update(lambda tx, tasks=tasks: [task(tx) for task in tasks])
+        async with store.watch(*KINDS) as watch:
+            for _ in ledger.begin(watch.snapshot):
+                pass
+            told = ledger.revision
+            ledger._tasks = Counting(ledger._tasks)
+            ledger.books[NETWORKS[0].id].endpoints = book = _Unread(ledger.books[NETWORKS[0].id].endpoints)
+            await store.update(put_task("t7x123", "s123", "n1", TaskState.RUNNING, True, {0}))
+            stirred = ledger.note(await anext(aiter(watch)))
+            assert (stirred.networks, looked_at) == ({"net1"}, 1)
+            change = ledger.books[NETWORKS[0].id].since(told, ledger.revision)
+            assert [one.task_id for one in change.endpoints] == ["t7x123"]
+            assert (change.nodes, change.services, change.is_whole) == ((), (), False)
+            assert len(book) == 10_000
+
+    asyncio.run(run())
+
+
+class _Unread(dict[TaskId, Any]):
+    def __iter__(self) -> Any:
+        raise AssertionError("all endpoints are gone through")
+
+
+def test_engines_are_told_of_nothing_of_ours() -> None:
+    """A docker node's tasks take part in no table; the node is one that nobody streams tables to."""
+    engine = put_node("n1", NodeState.READY, True, False, "192.168.0.1")
+
+    async def run() -> Table:
+        store = MemoryStore(SystemClock())
+        await store.update(
+            lambda tx: [engine(tx), tx.put(NETWORKS[0]), put_task("t1", "a", "n1", STATES[2], True, {0})(tx)]
+        )
+        assert is_docker_node(store.view().get(Node, "n1"))
+        ledger = Ledger()
+        for _ in ledger.begin(store.view()):
+            pass
+        return ledger.books[NETWORKS[0].id].table(0)
+
+    table = asyncio.run(run())
+    assert (table.nodes, table.endpoints) == ({}, {})
