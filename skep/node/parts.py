@@ -53,8 +53,7 @@ REVISION_FILE = "seen.json"
 
 _REMOVAL_TIMEOUT_S = 60.0
 _PLUGINS = (
-    # Without "overlay": tasks on overlay networks stay away until containers here can join them.
-    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
+    *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null", "overlay")),
     EnginePlugin(type="Log", name="json-file"),
     EnginePlugin(type="Volume", name="local"),
 )

@@ -73,8 +73,8 @@ class ContainerNetwork:
         self.overlays.restore(live)
         await self._gateway.restore(live)
         await self._healing.watch(self._home)
+        await self.overlays.begin(live)
         for id, endpoint in live.items():
-            await self.overlays.adopt_container(id, endpoint)
             await self._join_mesh(id, endpoint)
         for pinned in self._namespaces.pinned():
             if pinned not in live:
