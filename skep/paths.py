@@ -202,6 +202,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "forwarder.plan"
 
     @property
+    def relays(self) -> Path:
+        """The published ports that the net process serves itself."""
+        return self.run / "ingress" / "relays.json"
+
+    @property
     def netns(self) -> Path:
         return self.run / "netns"
 

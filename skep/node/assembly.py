@@ -136,7 +136,7 @@ class Node:
             )
             shared = SharedTables(paths.tables)
             # A way first, then names that lead there.
-            acting = (workload.overlays, shared, workload.naming)
+            acting = (workload.overlays, workload.mesh, shared, workload.naming)
             tables = TableKeeper(
                 StoredTables(paths.networks / "tables", clock),
                 [one for one in acting if one is not None],
@@ -245,12 +245,19 @@ class Node:
             return process_workload(self._configuration)
         around = self._around
 
-        def net() -> NetClient:
+        def net(owner: str = "") -> NetClient:
             """A connection of its own: ports do not wait for the names of a thousand containers."""
-            return NetClient(self._configuration.paths.net_socket, around.clock, around.random.random)
+            path = self._configuration.paths.net_socket
+            return NetClient(path, around.clock, around.random.random, owner)
 
         return await oci_workload(
-            self._configuration, around.machine, ports=net(), names=net(), events=events, clock=around.clock
+            self._configuration,
+            around.machine,
+            ports=net(),
+            mesh_ports=net("mesh"),
+            names=net(),
+            events=events,
+            clock=around.clock,
         )
 
     async def farewell(self) -> None:

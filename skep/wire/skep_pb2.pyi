@@ -311,19 +311,32 @@ class NetworkService(_message.Message):
         PROTOCOL_FIELD_NUMBER: _builtins.int
         PUBLISHED_FIELD_NUMBER: _builtins.int
         TARGET_FIELD_NUMBER: _builtins.int
+        HOST_IP_FIELD_NUMBER: _builtins.int
+        STICKY_FIELD_NUMBER: _builtins.int
+        PREFERS_LOCAL_FIELD_NUMBER: _builtins.int
+        PROXY_PROTOCOL_FIELD_NUMBER: _builtins.int
         protocol: _builtins.str
         published: _builtins.int
         target: _builtins.int
+        host_ip: _builtins.str
+        """empty, as from an older manager: all addresses"""
+        sticky: _builtins.bool
+        prefers_local: _builtins.bool
+        proxy_protocol: _builtins.int
         def __init__(
             self,
             *,
             protocol: _builtins.str = ...,
             published: _builtins.int = ...,
             target: _builtins.int = ...,
+            host_ip: _builtins.str = ...,
+            sticky: _builtins.bool = ...,
+            prefers_local: _builtins.bool = ...,
+            proxy_protocol: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "published", b"published", "target", b"target"]
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["host_ip", b"host_ip", "prefers_local", b"prefers_local", "protocol", b"protocol", "proxy_protocol", b"proxy_protocol", "published", b"published", "sticky", b"sticky", "target", b"target"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
