@@ -1,0 +1,64 @@
+"""A web server that stops as one should: on SIGTERM it finishes what it has, and says ``Connection: close``.
+
+``graceful_server.py PORT``.  Answers with its host's name and the client's address; ``/slow/SECONDS`` takes that long.
+It ends when its last client has gone.
+"""
+
+import signal
+import socket
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+NAME = socket.gethostname()
+stopping = threading.Event()
+clients = threading.Semaphore(0)
+open_now = 0
+turn = threading.Condition()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        global open_now
+        with turn:
+            open_now += 1
+        super().setup()
+
+    def finish(self) -> None:
+        global open_now
+        super().finish()
+        with turn:
+            open_now -= 1
+            turn.notify_all()
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/slow/"):
+            time.sleep(float(self.path.rpartition("/")[2]))
+        body = f"{NAME} {self.client_address[0]}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        if stopping.is_set():
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *words: object) -> None:
+        pass
+
+
+def main() -> None:
+    server = ThreadingHTTPServer(("", int(sys.argv[1])), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    while not stopping.wait(0.1):
+        pass
+    with turn:
+        turn.wait_for(lambda: not open_now)
+
+
+main()
