@@ -8,7 +8,7 @@ node that reads slowly is told less often and nothing twice.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import structlog
@@ -38,6 +38,11 @@ PAUSE_S = 0.01
 """After news: what comes within it is told at once."""
 COMMITS_MAX = 10_000
 """That wait to be taken in; more, and everything is read anew."""
+
+LARGE_PIECES = 2
+LARGE_AT_ONCE = 8
+"""Sets of more pieces that are under way: a thousand nodes that come at once would be a thousand copies of a table."""
+SET_SECONDS_MAX = 60.0
 
 Send = Callable[[skep.NetworkTables], Awaitable[None]]
 
@@ -77,6 +82,7 @@ class Discovery:
         self._commits: deque[Commit] = deque()
         self._has_commits = Event()
         self._encoder = Encoder(clock)
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._streams: dict[NodeId, _Stream] = {}
         self._waiting: dict[Event, None] = {}
         """Set whenever the tables may have changed."""
@@ -204,12 +210,11 @@ class Discovery:
         """What the node has applied; the stream ends when it says no more."""
         try:
             async for request in requests:
-                for id, revision in request.revisions.items():
-                    network_id = NetworkId(id)
-                    told = stream.told.get(network_id)
-                    if told is not None and stream.error is None:
+                for network_id, told in stream.told.items() if stream.error is None else ():
+                    if network_id in request.revisions:
                         # More than it was told it cannot know.
-                        self.acknowledgements.applied(stream.node_id, network_id, min(revision, told))
+                        applied = min(request.revisions[network_id], told)
+                        self.acknowledgements.applied(stream.node_id, network_id, applied)
                 del request
             stream.end(Unavailable("the node has ended the stream"))
         except (SkepError, *LOST_PEER) as error:
@@ -240,17 +245,16 @@ class Discovery:
                 for id, told in news:
                     if (book := ledger.books.get(id)) is not None:
                         pieces += await self._encoder.pieces(book, told, revision)
-                for message in messages_of(
+                messages = messages_of(
                     pieces,
                     incarnation=self._store.incarnation,
                     revision=revision,
                     is_complete=is_complete,
                     removed=gone,
-                ):
-                    stream.require_open()
-                    await send(message)
-                    del message
-                del pieces
+                )
+                async with self._large if len(pieces) > LARGE_PIECES else nullcontext():
+                    await _send_all(stream, send, messages)
+                del pieces, messages
                 is_complete = False
             del news, gone, wanted, ledger
             await stream.line.wait()
@@ -267,6 +271,18 @@ class Discovery:
             if self._ledger.sessions.get(stream.node_id) == stream.session.id:
                 return
             await stream.line.wait()
+
+
+async def _send_all(stream: "_Stream", send: Send, messages: Iterator[skep.NetworkTables]) -> None:
+    """Raises: Unavailable: the node does not read."""
+    try:
+        async with asyncio.timeout(SET_SECONDS_MAX):
+            for message in messages:
+                stream.require_open()
+                await send(message)
+                del message
+    except TimeoutError as error:
+        raise Unavailable("the node does not read its tables") from error
 
 
 class _Stream:
