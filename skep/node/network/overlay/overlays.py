@@ -26,6 +26,7 @@ from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import owner, spoofing, strangers
+from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Link, State
 from skep.node.network.overlay.wanted import (
     INGRESS_BRIDGE,
@@ -34,6 +35,7 @@ from skep.node.network.overlay.wanted import (
     LocalPlace,
     Underlay,
     container_state,
+    just_made,
     mtu_of,
     network_state,
 )
@@ -59,6 +61,7 @@ class Overlays:
         home: Domain,
         repairs: Repairs,
         healing: Healing,
+        settling: Settling,
         bridges: Iterable[str] = (),
     ) -> None:
         self._namespaces = namespaces
@@ -66,6 +69,7 @@ class Overlays:
         self._home = home
         self._repairs = repairs
         self._healing = healing
+        self._settling = settling
         self._bridges = tuple(bridges)
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
@@ -185,29 +189,32 @@ class Overlays:
                 self._enter(container_id, str(netns), one)
                 await self._settle(one.network_id)
         except BaseException:
-            await asyncio.shield(self.disconnect(container_id, connected))
+            self.disconnect(container_id, connected)
             raise
         return connected
 
     async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
         domain = await self._watch_container(container_id, endpoint)
+        domain.believe(just_made(domain.wanted))
         await domain.settle()
 
-    async def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
-        """Remove its ports, and networks that nobody needs any more.  Harmless when they are gone.
+    def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
+        """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
 
-        Raises: SkepError: a port could not be removed; it goes with its container's namespace.
+        Harmless when all of that is gone.
         """
         found = self._containers.pop(container_id, None)
         if found is not None:
             self._healing.forget(found[0])
-        refused: list[SkepError] = []
         for one in connected:
-            self._places.get(one.network_id, {}).pop(container_id, None)
-            await self._tried(self._settle(one.network_id), refused)
-        if refused:
-            raise refused[0]
+            id = one.network_id
+            if self._places.get(id, {}).pop(container_id, None) is None:
+                continue
+            domain = self._home if self._head_of(id).is_ingress else self._domains.get(id)
+            if domain is not None:
+                domain.let_go(one.port)
+            self._settling.soon(id, partial(self._settle, id))
 
     def _enter(self, container_id: ContainerId, netns: str, connected: ConnectedPlace) -> None:
         self._heads.setdefault(connected.network_id, connected.place.head)

@@ -169,6 +169,14 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
     return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
 
 
+def just_made(wanted: State) -> State:
+    """A container's namespace when its interfaces have just been made: they are down, and bare."""
+    return State(
+        links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
+        sysctls=dict.fromkeys(wanted.sysctls, ""),
+    )
+
+
 def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int) -> dict[str, Link]:
     if underlay is None or head.is_encrypted:
         return {}
