@@ -20,8 +20,9 @@ from skep.model.tables import NetworkHead, Table
 from skep.node.network.addresses import mac_for
 from skep.node.network.gateway import new_port_name
 from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay import underlays
-from skep.node.network.overlay.changing import KernelRefused
+from skep.node.network.overlay import actual, underlays
+from skep.node.network.overlay.changing import KernelRefused, carry_out
+from skep.node.network.overlay.difference import DeleteLink
 from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
@@ -43,6 +44,8 @@ from skep.node.oci.container import ConnectedPlace, Endpoint, Place
 
 log = structlog.get_logger()
 
+_AT_ONCE = 8
+"""Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
 _STRANGERS_PART = "strangers"
 
 
@@ -123,14 +126,20 @@ class Overlays:
         await self._tried(self._find_underlays(), refused)
         await self._tried(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
-        for id in sorted(concerned):
-            await self._tried(self._settle(id), refused)
-            await self._tried(self._settle_containers(id), refused)
+        limit = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for id in sorted(concerned):
+                group.create_task(self._settle_whole(id, limit, refused), name=f"network {id}")
         if is_first:
             await self._tried(self._clear_pins(), refused)
         if refused:
             raise refused[0]
         self._is_cleared = True
+
+    async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
+        async with limit:
+            await self._tried(self._settle(id), refused)
+            await self._tried(self._settle_containers(id), refused)
 
     async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
         try:
@@ -305,19 +314,20 @@ class Overlays:
         domain = self._domains.pop(id, None)
         if domain is not None:
             self._healing.forget(domain)
-            await self._empty(domain, id)
+            await self._empty(domain.path)
             await self._pins.destroy(id)
         elif self._home.has(id):
             self._home.unwish(id)
             await self._home.settle()
 
-    async def _empty(self, domain: Domain, id: NetworkId) -> None:
+    async def _empty(self, path: Path) -> None:
         """The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once."""
-        domain.unwish(id)
         try:
-            await domain.settle()
+            found = await self._pins.run(path, actual.read, every_link, ())
+            gone = [name for name, link in found.state.links.items() if link.kind == "vxlan"]
+            await carry_out(self._pins, path, [DeleteLink(name) for name in gone])
         except (SkepError, OSError) as error:
-            log.warning("network not cleared", network=id, error=str(error))
+            log.warning("network not cleared", path=str(path), error=str(error))
 
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
@@ -325,10 +335,7 @@ class Overlays:
             if id not in self._domains:
                 path = self._pins.path(id)
                 if os.path.ismount(path):
-                    leftover = Domain(
-                        f"former network {id}", path, self._pins, self._repairs, selects=every_link
-                    )
-                    await self._empty(leftover, NetworkId(id))
+                    await self._empty(path)
                 await self._pins.destroy(id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
