@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from skep.errors import SkepError, Unimplemented
+from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.node.network.addresses import mac_for
@@ -147,7 +147,9 @@ class Overlays:
         except SkepError as error:
             refused.append(error)
         except OSError as error:
-            refused.append(SkepError(str(error)))
+            refused.append(KernelRefused(str(error)))
+        except ValueError as error:  # a table that makes no sense; the other networks go on
+            refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
 
     async def _settle_home(self) -> None:
         """Who may send VXLAN here, before any device takes it."""
@@ -293,6 +295,8 @@ class Overlays:
     async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
         if head.is_ingress:
             return self._home
+        if not id.isalnum():  # it becomes the name of a file
+            raise InvalidArgument(f"invalid network id {id!r}")
         path = self._pins.path(id)
         domain = self._domains.get(id)
         if domain is None:

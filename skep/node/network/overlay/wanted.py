@@ -152,9 +152,9 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
             sysctls |= {
-                f"net/ipv6/conf/{name}/disable_ipv6": "0",
                 f"net/ipv6/conf/{name}/accept_dad": "0",
                 f"net/ipv6/conf/{name}/accept_ra": "0",
+                f"net/ipv6/conf/{name}/disable_ipv6": "0",
             }
         versions = {one.version for one in held}
         reached = {one.network for one in held}
