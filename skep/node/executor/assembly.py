@@ -111,6 +111,9 @@ def container_network(
     paths: Paths, *, namespaces: Namespaces, ports: PortReservations, clock: Clock
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
+    former = paths.networks / "gateway"  # where versions before networks had tables kept it
+    if former.is_file() and not paths.gateway.exists():
+        former.rename(paths.gateway)
     repairs, settling = Repairs(), Settling(clock)
     healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
@@ -123,9 +126,7 @@ def container_network(
         settling=settling,
         bridges=(BRIDGE,),
     )
-    gateway = Gateway(
-        namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
-    )
+    gateway = Gateway(namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.gateway)
     return ContainerNetwork(
         namespaces=namespaces,
         home=home,
