@@ -61,6 +61,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "networks"
 
     @property
+    def gateway(self) -> Path:
+        """Remembers the subnet of the node's gateway bridge."""
+        return self.data / "gateway"
+
+    @property
     def images(self) -> Path:
         return self.data / "images"
 

@@ -23,6 +23,7 @@ from skep.node.network.node_tables import NodeTables
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays, home_domain
 from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.settling import Settling
 from skep.node.network.ports import OwnReservations, PortReservations
 from skep.node.oci import capabilities, seccomp
 from skep.node.oci.bundle import Bundles
@@ -133,7 +134,10 @@ def container_network(
     naming: Naming | None = None,
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
-    repairs = Repairs()
+    former = paths.networks / "gateway"  # where versions before networks had tables kept it
+    if former.is_file() and not paths.gateway.exists():
+        former.rename(paths.gateway)
+    repairs, settling = Repairs(), Settling(clock)
     healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
     overlays = Overlays(
@@ -142,9 +146,10 @@ def container_network(
         home=home,
         repairs=repairs,
         healing=healing,
+        settling=settling,
         bridges=(BRIDGE,),
     )
-    gateway = Gateway(namespaces=namespaces, home=home, ports=ports, state=paths.networks / "gateway")
+    gateway = Gateway(namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.gateway)
     mesh = Mesh(
         namespaces=namespaces,
         tables=NodeTables(namespaces, clock, random.random),
@@ -160,6 +165,7 @@ def container_network(
         overlays=overlays,
         mesh=mesh,
         healing=healing,
+        settling=settling,
         naming=naming,
     )
 

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.groups import errors_as_they_are
@@ -18,7 +19,10 @@ from skep.node.network.naming import Naming
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays
+from skep.node.network.overlay.settling import Settling
 from skep.node.oci.container import Container, Endpoint, Place
+
+log = structlog.get_logger()
 
 _CONTAINER_SYSCTLS = {
     "net/ipv4/conf/all/rp_filter": "0",
@@ -40,6 +44,7 @@ class ContainerNetwork:
         overlays: Overlays,
         mesh: Mesh,
         healing: Healing,
+        settling: Settling,
         naming: Naming | None = None,
     ) -> None:
         """``naming``: None where nobody answers for names."""
@@ -50,6 +55,7 @@ class ContainerNetwork:
         self.mesh = mesh
         self._healing = healing
         self._naming = naming
+        self._settling = settling
         self.repairs = healing.repairs
 
     @property
@@ -61,13 +67,16 @@ class ContainerNetwork:
     async def running(self) -> AsyncIterator[None]:
         """Keep what containers are given, whatever others change, until the block ends."""
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            healing = group.create_task(self._healing.run(), name="healing of networks")
-            publishing = group.create_task(self.mesh.run(), name="published ports")
+            tasks = (
+                group.create_task(self._healing.run(), name="healing of networks"),
+                group.create_task(self._settling.run(), name="clearing of networks"),
+                group.create_task(self.mesh.run(), name="published ports"),
+            )
             try:
                 yield
             finally:
-                healing.cancel()
-                publishing.cancel()
+                for task in tasks:
+                    task.cancel()
 
     async def restore(self, live: Collection[Container]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
@@ -126,12 +135,12 @@ class ContainerNetwork:
 
     async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         self.mesh.left(container_id)
+        self.overlays.disconnect(container_id, endpoint.places)
         try:
             if self._naming is not None and endpoint.places:
                 await self._naming.detach(container_id)
-            await self.overlays.disconnect(container_id, endpoint.places)
-        except SkepError:
-            pass  # it is noticed by the next comparison
+        except SkepError as error:  # a namespace that is gone is noticed there, too
+            log.warning("names not forgotten", container=container_id, reason=str(error))
         finally:
             try:
                 await self.gateway.disconnect(container_id, endpoint)

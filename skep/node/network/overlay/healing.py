@@ -62,7 +62,7 @@ class Healing:
         """Notice changes in ``domain`` from now on.  Raises: OSError."""
         if domain in self._sockets:
             return
-        self._sockets[domain] = []
+        self.take_turns(domain)
         groups = [_LINK, _ADDRESS4, _ROUTE4, _ADDRESS6, _ROUTE6]
         if not domain.is_container:  # whose neighbours are its own
             groups.append(_NEIGHBOUR)
@@ -77,6 +77,10 @@ class Healing:
         loop = asyncio.get_running_loop()
         for one in opened:
             loop.add_reader(one, self._hear, domain, one)
+
+    def take_turns(self, domain: Domain) -> None:
+        """Compare ``domain`` in the slow round, whether it tells of changes or not."""
+        self._sockets[domain] = []
 
     def forget(self, domain: Domain) -> None:
         """Look at ``domain`` no more."""
