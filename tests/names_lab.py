@@ -108,6 +108,7 @@ class NamesLab:
         before = self._processes[-1]
         await self.start_process()
         await wait_end(before)
+        await self.client.listing()  # until now the one before may have answered
 
     async def container(self, id: str, *addresses: str) -> Path:
         """A namespace with ``addresses``, on the network."""

@@ -11,6 +11,8 @@ from skep.model.ids import NetworkId, ServiceId
 from skep.model.tables import Table, TableEndpoint, TableService
 from skep.node.names.messages import key
 
+IPV4_BYTES = 4
+
 
 class Known(msgspec.Struct, frozen=True):
     """What a name stands for.  Addresses are packed.
@@ -47,20 +49,20 @@ def build(table: Table) -> Index:
     head = table.head
     if head.is_ingress:
         return Index(id=head.id, name=key(head.name))
-    addresses: dict[str, list[str]] = defaultdict(list)
+    addresses: dict[str, list[bytes]] = defaultdict(list)
     virtual: dict[str, set[ServiceId]] = defaultdict(set)
     services: dict[str, list[ServiceId]] = defaultdict(list)
     reverse: dict[str, tuple[str, ServiceId]] = {}
-    tasks: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
+    tasks: dict[ServiceId, list[tuple[TableEndpoint, list[bytes]]]] = defaultdict(list)
     for _, endpoint in sorted(table.endpoints.items()):
-        serving = endpoint.addresses if endpoint.is_serving else ()
+        packed = [_packed(one) for one in endpoint.addresses]
         if endpoint.name:
             for address in endpoint.addresses:
                 reverse.setdefault(address, (endpoint.name, ServiceId("")))
         for name in (endpoint.name, *endpoint.aliases):
             if name:
-                addresses[key(name)].extend(serving)
-        tasks[endpoint.service_id].append(endpoint)
+                addresses[key(name)] += packed if endpoint.is_serving else []
+        tasks[endpoint.service_id].append((endpoint, packed))
     for id, service in sorted(table.services.items()):
         for address in service.virtual_ips:
             reverse[address] = (service.name, id)
@@ -68,7 +70,7 @@ def build(table: Table) -> Index:
             services[name].append(id)
             if service.virtual_ips:
                 virtual[name].add(id)
-            addresses[name].extend(service.virtual_ips)
+            addresses[name] += map(_packed, service.virtual_ips)
             _add_tasks(addresses, name, tasks[id], is_round_robin=not service.virtual_ips)
     return Index(
         id=head.id,
@@ -77,7 +79,7 @@ def build(table: Table) -> Index:
         reverse=reverse,
         services={name: tuple(ids) for name, ids in services.items()},
         serving={
-            id: tuple((task.name, task.addresses) for task in tasks[id] if task.is_serving)
+            id: tuple((task.name, task.addresses) for task, _ in tasks[id] if task.is_serving)
             for id in table.services
         },
         subnets=tuple(ip_network(segment.subnet, strict=False) for segment in head.segments),
@@ -85,29 +87,37 @@ def build(table: Table) -> Index:
 
 
 def _add_tasks(
-    addresses: dict[str, list[str]], name: str, tasks: Iterable[TableEndpoint], *, is_round_robin: bool
+    addresses: dict[str, list[bytes]],
+    name: str,
+    tasks: Iterable[tuple[TableEndpoint, list[bytes]]],
+    *,
+    is_round_robin: bool,
 ) -> None:
     """``tasks.<name>``, ``all.tasks.<name>`` and ``<slot>.<name>``; and ``<name>`` itself."""
     ready, everyone = addresses[f"tasks.{name}"], addresses[f"all.tasks.{name}"]
-    for task in tasks:
+    for task, packed in tasks:
         if task.is_running:
-            everyone.extend(task.addresses)
-        serving = task.addresses if task.is_serving else ()
-        ready.extend(serving)
+            everyone += packed
+        serving = packed if task.is_serving else []
+        ready += serving
         if task.slot:
-            addresses[f"{task.slot}.{name}"].extend(serving)
+            addresses[f"{task.slot}.{name}"] += serving
         if is_round_robin:
-            addresses[name].extend(serving)
+            addresses[name] += serving
 
 
 def _names(service: TableService) -> Iterable[str]:
     return dict.fromkeys((service.name, *service.aliases))
 
 
-def _known(addresses: Iterable[str], services: Iterable[ServiceId]) -> Known:
+def _known(addresses: Iterable[bytes], services: Iterable[ServiceId]) -> Known:
     unique = dict.fromkeys(addresses)
     return Known(
-        tuple(socket.inet_pton(socket.AF_INET, one) for one in unique if ":" not in one),
-        tuple(socket.inet_pton(socket.AF_INET6, one) for one in unique if ":" in one),
+        tuple(one for one in unique if len(one) == IPV4_BYTES),
+        tuple(one for one in unique if len(one) != IPV4_BYTES),
         frozenset(services),
     )
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)

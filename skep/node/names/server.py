@@ -147,7 +147,7 @@ class ContainerServer:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.sockets.udp)
         loop.remove_reader(self.sockets.tcp)
-        waiting = tuple(self._waiting.values())
+        waiting = tuple(one for task, one in self._waiting.items() if not task.done())
         for task in (*self._waiting, *self._connections):
             task.cancel()
         return waiting

@@ -6,25 +6,18 @@ together, next.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
 
 from skep.model.ids import NetworkId, ServiceId
-from skep.node.virtual.plan import There, plan
+from skep.node.virtual.plan import Plan, There, plan
 from skep.node.virtual.wanted import Backends, Leads
 
 Services = frozenset[tuple[NetworkId, ServiceId]]
 LeadsOf = Callable[[NetworkId], Mapping[ServiceId, Leads]]
 
 
-class Write(Protocol):
-    """Brings rules into the namespace."""
-
-    async def __call__(self, text: str, astray: Leads) -> None:
-        """Apply ``text``, then forget UDP flows to the addresses in ``astray`` that lead elsewhere.
-
-        Raises: SkepError, OSError.
-        """
+Write = Callable[[Plan], Awaitable[None]]
+"""Brings a plan into the namespace.  Raises: SkepError, OSError."""
 
 
 class VirtualAddresses:
@@ -81,7 +74,7 @@ class VirtualAddresses:
                 planned = plan(there, leads)
                 try:
                     if planned.text:
-                        await self._write(planned.text, planned.astray)
+                        await self._write(planned)
                 except BaseException:
                     self._is_out_of_date = self._is_distrusted = True
                     raise

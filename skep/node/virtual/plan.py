@@ -20,11 +20,16 @@ There = Mapping[str, Rules]
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """``astray``: addresses to which UDP flows may lead elsewhere now, with their backends."""
+    """``text``: the rules, as one transaction.
+
+    ``astray``: addresses to which UDP flows may lead elsewhere now, with their backends; ``is_anew``: and nobody
+    knows to which of them there are any.
+    """
 
     text: str
     after: There
     astray: Leads
+    is_anew: bool
 
 
 def plan(there: There | None, leads: Leads) -> Plan:
@@ -52,4 +57,4 @@ def plan(there: There | None, leads: Leads) -> Plan:
                 astray.update(new)
         elif there is None:
             texts.append(rules.removed(family))
-    return Plan("".join(texts), after, astray)
+    return Plan("".join(texts), after, astray, there is None)
