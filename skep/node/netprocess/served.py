@@ -164,13 +164,16 @@ class Served:
         return [place.network for place in self.named.networks]
 
     def _opened(self) -> tuple[Sockets, socket.socket]:
-        """In the namespace: times, sockets (unless there are any), the rules that lead to them, notifications."""
-        set_times()
+        """In the namespace: sockets (unless there are any), the rules that lead to them, times, notifications."""
         had = self.sockets
         sockets = had or open_sockets(self.written.udp_port, self.written.tcp_port)
         try:
             with healing.named(self._around.own_name):
-                nft.run(names_rules.whole(*sockets.ports))
+                try:
+                    nft.run(names_rules.fresh(*sockets.ports))
+                except nft.NftFailed:  # there are rules of an earlier process
+                    nft.run(names_rules.whole(*sockets.ports))
+            set_times()  # now that there is connection tracking
             return sockets, healing.open_notifications()
         except BaseException:
             if had is None:

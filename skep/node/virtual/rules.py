@@ -32,13 +32,20 @@ def of_family(leads: Leads, family: str) -> Leads:
 
 
 def whole(family: str, leads: Leads) -> str:
-    """The table of ``family`` as it is to be, whatever it was, as one transaction."""
+    """The table of ``family`` as it is to be, whatever it was, as one transaction.
+
+    What removes a table waits for the kernel to have done so: 10 to 20 ms.
+    """
+    table = f"{family} {NAME}"
+    return f"add table {table}\ndelete table {table}\n{fresh(family, leads)}"
+
+
+def fresh(family: str, leads: Leads) -> str:
+    """The table of ``family`` where there is none; refused where there is one."""
     table = f"{family} {NAME}"
     return "".join(
         (
-            f"add table {table}\n",
-            f"delete table {table}\n",
-            f"add table {table}\n",
+            f"create table {table}\n",
             f"add map {table} backends {{ typeof {family} daddr . numgen random mod 65536 : {family} daddr; }}\n",
             f"add map {table} services {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
             f"add map {table} guards {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
