@@ -108,6 +108,7 @@ class NamesLab:
         before = self._processes[-1]
         await self.start_process()
         await wait_end(before)
+        await self.client.listing()  # until now the one before may have answered
 
     async def container(self, id: str, *addresses: str) -> Path:
         """A namespace with ``addresses``, on the network."""
@@ -199,6 +200,11 @@ class NamesLab:
     async def nft(self, id: str, text: str) -> str:
         """What the nft command says in the container's namespace."""
         return await self.namespaces.run(self.paths.netns / id, shell, f"nft '{text}'")
+
+    async def dns_port(self, id: str) -> int:
+        """Where the container's questions go, over UDP."""
+        rules = await self.nft(id, "list chain ip skep_names out")
+        return int(rules.split("udp dport 53 dnat to 127.0.0.11:")[1].split()[0])
 
     async def close(self) -> None:
         self.client.close()

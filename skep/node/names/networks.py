@@ -1,9 +1,10 @@
 """The tables that the node process keeps on tmpfs, as names and virtual addresses need them.
 
-Each is read once per version, for all containers; what is asked of it is kept, the table itself is not.
+Each is read once per version, for all containers.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ import structlog
 
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.tables import NetworkHead, Table
-from skep.node.names.index import Index, build
+from skep.node.names.index import Index
 from skep.node.virtual.wanted import Leads, leads_of
 
 log = structlog.get_logger()
@@ -19,35 +20,46 @@ log = structlog.get_logger()
 Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
+class _Read:
+    """One version of a table.  Its index is made for a question."""
+
+    def __init__(self, table: Table) -> None:
+        self.leads = leads_of(table)
+        self._table = table
+
+    @cached_property
+    def index(self) -> Index:
+        return Index(self._table)
+
+
 class Networks:
     """``directory``: has a file per network, whose name is the network's id."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._read: dict[NetworkId, tuple[Index, Mapping[ServiceId, Leads]]] = {}
+        self._read: dict[NetworkId, _Read] = {}
 
     def index(self, id: NetworkId) -> Index:
-        return self._of(id)[0]
+        return self._of(id).index
 
     def leads(self, id: NetworkId) -> Mapping[ServiceId, Leads]:
         """Where the virtual addresses of each service lead."""
-        return self._of(id)[1]
+        return self._of(id).leads
 
     def refresh(self, ids: Iterable[NetworkId]) -> Services:
-        """Read these again when they are next needed; which services lead elsewhere than before.
+        """Read these again; which services lead elsewhere than before.
 
         A network that nobody has asked about has nothing that could be out of date.
         """
         changed: set[tuple[NetworkId, ServiceId]] = set()
         for id in ids:
-            if id not in self._read:
-                continue
-            before = self._read[id][1]
-            self._read[id] = self._from_file(id)
-            after = self._read[id][1]
-            changed |= {
-                (id, one) for one in before.keys() | after.keys() if before.get(one) != after.get(one)
-            }
+            if id in self._read:
+                before = self._read[id].leads
+                self._read[id] = self._from_file(id)
+                after = self._read[id].leads
+                changed |= {
+                    (id, one) for one in before.keys() | after.keys() if before.get(one) != after.get(one)
+                }
         return frozenset(changed)
 
     def known(self) -> tuple[NetworkId, ...]:
@@ -58,19 +70,18 @@ class Networks:
         wanted = set(ids)
         self._read = {id: read for id, read in self._read.items() if id in wanted}
 
-    def _of(self, id: NetworkId) -> tuple[Index, Mapping[ServiceId, Leads]]:
+    def _of(self, id: NetworkId) -> _Read:
         if id not in self._read:
             self._read[id] = self._from_file(id)
         return self._read[id]
 
-    def _from_file(self, id: NetworkId) -> tuple[Index, Mapping[ServiceId, Leads]]:
+    def _from_file(self, id: NetworkId) -> _Read:
         try:
-            table = msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table)
+            return _Read(msgspec.msgpack.decode((self._directory / id).read_bytes(), type=Table))
         except FileNotFoundError:
-            table = Table(head=NetworkHead(id=id, name=""))
-        except (OSError, msgspec.DecodeError) as error:
+            pass
+        except (OSError, ValueError) as error:  # not a table, or one with addresses that are none
             log.error("table of a network cannot be read", network=id, reason=str(error))
             if id in self._read:
                 return self._read[id]
-            table = Table(head=NetworkHead(id=id, name=""))
-        return build(table), leads_of(table)
+        return _Read(Table(head=NetworkHead(id=id, name="")))

@@ -106,14 +106,21 @@ async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     open_now: set[asyncio.StreamWriter] = set()
     all_closed = asyncio.Event()
+    is_leaving = False  # what is asked from now on, the next process answers: who asks tries again
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal is_leaving
         open_now.add(writer)
         try:
-            while (body := await read_frame(reader)) is not None:
+            while not is_leaving and (body := await read_frame(reader)) is not None and not is_leaving:
                 request = decode_request(body)
                 if isinstance(request, HandOver):
-                    await _hand_over(writer, reservations, serving)
+                    is_leaving = True
+                    try:
+                        await _hand_over(writer, reservations, serving)
+                    except OSError:
+                        is_leaving = False
+                        raise
                     over.set()
                     break
                 writer.write(frame(await _answer(request, reservations, serving)))
@@ -136,6 +143,7 @@ async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> 
         reservations.write_down()
         log.info("net process serves", ports=len(reservations.list()), containers=len(serving.list()))
         await over.wait()
+        is_leaving = True
     all_closed.clear()
     for writer in open_now:
         writer.close()

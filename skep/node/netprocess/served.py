@@ -19,11 +19,11 @@ from skep.node.names.upstream import Forwarder, NameServer
 from skep.node.netprocess.protocol import Named
 from skep.node.network import nft
 from skep.node.network.namespaces import Namespaces
-from skep.node.virtual import healing
+from skep.node.virtual import healing, kernel
 from skep.node.virtual import rules as virtual_rules
-from skep.node.virtual.conntrack import forget_flows, set_times
+from skep.node.virtual.conntrack import set_times
 from skep.node.virtual.loader import Services, VirtualAddresses
-from skep.node.virtual.wanted import Leads
+from skep.node.virtual.plan import Plan
 
 OURS = frozenset({names_rules.NAME, virtual_rules.NAME})
 
@@ -106,7 +106,7 @@ class Served:
     async def repair(self) -> None:
         """Write all rules again.  Raises: SkepError, OSError."""
         if self.sockets is not None:
-            await self._write(names_rules.whole(*self.sockets.ports), {})
+            await self._write(Plan(names_rules.whole(*self.sockets.ports), {}, {}, is_anew=False))
         self.virtual.distrust()
         await self.virtual.settle()
 
@@ -164,21 +164,24 @@ class Served:
         return [place.network for place in self.named.networks]
 
     def _opened(self) -> tuple[Sockets, socket.socket]:
-        """In the namespace: times, sockets (unless there are any), the rules that lead to them, notifications."""
-        set_times()
+        """In the namespace: sockets (unless there are any), the rules that lead to them, times, notifications."""
         had = self.sockets
         sockets = had or open_sockets(self.written.udp_port, self.written.tcp_port)
         try:
             with healing.named(self._around.own_name):
-                nft.run(names_rules.whole(*sockets.ports))
+                try:
+                    nft.run(names_rules.fresh(*sockets.ports))
+                except nft.NftFailed:  # there are rules of an earlier process
+                    nft.run(names_rules.whole(*sockets.ports))
+            set_times()  # now that there is connection tracking
             return sockets, healing.open_notifications()
         except BaseException:
             if had is None:
                 sockets.close()
             raise
 
-    async def _write(self, text: str, astray: Leads) -> None:
-        await self._around.namespaces.run(Path(self.named.netns), _write, self._around.own_name, text, astray)
+    async def _write(self, plan: Plan) -> None:
+        await self._around.namespaces.run(Path(self.named.netns), kernel.write, self._around.own_name, plan)
 
     def _new_server(self, sockets: Sockets) -> ContainerServer:
         around = self._around
@@ -213,13 +216,6 @@ class Served:
             asyncio.get_running_loop().remove_reader(self._notifications)
             self._notifications.close()
             self._notifications = None
-
-
-def _write(own_name: str, text: str, astray: Leads) -> None:
-    with healing.named(own_name):
-        nft.run(text)
-    if astray:
-        forget_flows(astray)
 
 
 def namespace_at(path: Path) -> tuple[int, int]:

@@ -46,36 +46,41 @@ def set_times() -> None:
         set_sysctl(name, value)
 
 
-def forget_flows(leads: Leads) -> int:
-    """Delete the UDP entries to addresses in ``leads`` that lead to none of their backends; how many there were.
+def forget_flows(leads: Leads) -> frozenset[str]:
+    """Delete the UDP entries to addresses in ``leads`` that lead to none of their backends; to which there were any.
 
-    In the namespace of the calling thread.  Blocks for as long as the kernel takes to list its entries.
-    Raises: OSError.
+    In the namespace of the calling thread.  Blocks for as long as the kernel takes to go through its entries, of all
+    namespaces (9 ms of processor time).  Raises: OSError.
     """
-    deleted = 0
+    seen: set[str] = set()
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     for family in sorted({socket.AF_INET6 if is_ipv6(address) else socket.AF_INET for address in leads}):
         with closing(socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)) as netlink:
             netlink.settimeout(_TIMEOUT_S)
             netlink.bind((0, 0))
-            found = [entry for entry in entries(netlink, family) if _is_astray(entry, family, leads)]
-            for number, entry in enumerate(found, start=1):
-                deleted += _delete(netlink, family, number, entry)
-    return deleted
+            ours = [
+                (entry, address, backend)
+                for entry in entries(netlink, family)
+                for address, backend in [_datagrams_lead(entry, family)]
+                if address in leads
+            ]
+            seen.update(address for _, address, _ in ours)
+            astray = [entry for entry, address, backend in ours if backend not in leads[address]]
+            for number, entry in enumerate(astray, start=1):
+                _delete(netlink, family, number, entry)
+    return frozenset(seen)
 
 
-def _is_astray(entry: dict[int, bytes], family: int, leads: Leads) -> bool:
+def _datagrams_lead(entry: dict[int, bytes], family: int) -> tuple[str, str]:
+    """(to which address, to which backend) the UDP flow of ``entry`` goes; empty: it is no such flow."""
     original, back = attributes(entry.get(_TUPLE_ORIG, b"")), attributes(entry.get(_TUPLE_REPLY, b""))
     protocol = attributes(original.get(_TUPLE_PROTO, b"")).get(_PROTO_NUMBER, b"\0")[0]
-    if protocol != socket.IPPROTO_UDP:
-        return False
     source, destination = (3, 4) if family == socket.AF_INET6 else (1, 2)
-    to = attributes(original.get(_TUPLE_IP, b"")).get(destination)
+    address = attributes(original.get(_TUPLE_IP, b"")).get(destination)
     backend = attributes(back.get(_TUPLE_IP, b"")).get(source)
-    if to is None or backend is None:
-        return False
-    backends = leads.get(socket.inet_ntop(family, to))
-    return backends is not None and socket.inet_ntop(family, backend) not in backends
+    if protocol != socket.IPPROTO_UDP or address is None or backend is None:
+        return "", ""
+    return socket.inet_ntop(family, address), socket.inet_ntop(family, backend)
 
 
 def entries(netlink: socket.socket, family: int) -> Iterator[dict[int, bytes]]:
@@ -91,7 +96,7 @@ def entries(netlink: socket.socket, family: int) -> Iterator[dict[int, bytes]]:
             yield attributes(body[4:])
 
 
-def _delete(netlink: socket.socket, family: int, number: int, entry: dict[int, bytes]) -> int:
+def _delete(netlink: socket.socket, family: int, number: int, entry: dict[int, bytes]) -> None:
     # With its id, so that it is not the entry that came after it.
     named = b"".join(
         _attribute(type_, entry[type_], nested=type_ == _TUPLE_ORIG)
@@ -100,12 +105,9 @@ def _delete(netlink: socket.socket, family: int, number: int, entry: dict[int, b
     )
     netlink.send(_message(_DELETE, _REQUEST | _ACK, number, family, named))
     for type_, body in messages(netlink.recv(1 << 16)):
-        if type_ == _ERROR:
-            code = -struct.unpack_from("=i", body)[0]
-            if code not in (0, errno.ENOENT):
-                raise OSError(code, f"conntrack entry cannot be deleted: {os.strerror(code)}")
-            return int(code == 0)
-    return 0
+        code = -struct.unpack_from("=i", body)[0] if type_ == _ERROR else 0
+        if code not in (0, errno.ENOENT):
+            raise OSError(code, f"conntrack entry cannot be deleted: {os.strerror(code)}")
 
 
 def messages(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -6,25 +6,19 @@ together, next.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
 
 from skep.model.ids import NetworkId, ServiceId
-from skep.node.virtual.plan import There, plan
+from skep.node.network.nft import NftFailed
+from skep.node.virtual.plan import Plan, There, plan
 from skep.node.virtual.wanted import Backends, Leads
 
 Services = frozenset[tuple[NetworkId, ServiceId]]
 LeadsOf = Callable[[NetworkId], Mapping[ServiceId, Leads]]
 
 
-class Write(Protocol):
-    """Brings rules into the namespace."""
-
-    async def __call__(self, text: str, astray: Leads) -> None:
-        """Apply ``text``, then forget UDP flows to the addresses in ``astray`` that lead elsewhere.
-
-        Raises: SkepError, OSError.
-        """
+Write = Callable[[Plan], Awaitable[None]]
+"""Brings a plan into the namespace.  Raises: SkepError, OSError."""
 
 
 class VirtualAddresses:
@@ -64,9 +58,9 @@ class VirtualAddresses:
         return self._is_out_of_date
 
     def distrust(self) -> None:
-        """Somebody else may have written to the namespace: ``settle`` writes all of it."""
-        self._is_distrusted = True
-        self._is_out_of_date = bool(self._loaded)
+        """Somebody else may have written to the namespace: ``settle`` writes all of it, if there is anything."""
+        if self._loaded:
+            self._is_distrusted = self._is_out_of_date = True
 
     async def settle(self) -> None:
         """Return when the namespace has what it is to have.  Raises: SkepError, OSError: it has not."""
@@ -81,9 +75,11 @@ class VirtualAddresses:
                 planned = plan(there, leads)
                 try:
                     if planned.text:
-                        await self._write(planned.text, planned.astray)
-                except BaseException:
+                        await self._write(planned)
+                except BaseException as error:
                     self._is_out_of_date = self._is_distrusted = True
-                    raise
+                    if there is None or not isinstance(error, NftFailed):
+                        raise
+                    continue  # something else is there than was thought: all of it, then
                 self._there = planned.after
                 self._usable = services

@@ -20,11 +20,16 @@ There = Mapping[str, Rules]
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """``astray``: addresses to which UDP flows may lead elsewhere now, with their backends."""
+    """``text``: the rules, as one transaction.
+
+    ``astray``: addresses to which UDP flows may lead elsewhere now, with their backends; ``is_anew``: and nobody
+    knows to which of them there are any.
+    """
 
     text: str
     after: There
     astray: Leads
+    is_anew: bool
 
 
 def plan(there: There | None, leads: Leads) -> Plan:
@@ -46,10 +51,10 @@ def plan(there: There | None, leads: Leads) -> Plan:
                 if set(backends) - set(new.get(address, ())):
                     astray[address] = new.get(address, ())
         elif new:
-            texts.append(rules.whole(family, new))
+            texts.append(rules.fresh(family, new) if there is not None else rules.whole(family, new))
             after[family] = Rules(new, rules.counts_of(new))
             if there is None:
                 astray.update(new)
         elif there is None:
             texts.append(rules.removed(family))
-    return Plan("".join(texts), after, astray)
+    return Plan("".join(texts), after, astray, there is None)

@@ -4,7 +4,8 @@ One table per family, ``ip skep_virtual`` and ``ip6 skep_virtual``.  A packet fo
 
 * ``guards`` (before NAT) refuses what cannot go anywhere: a new flow to a service without backends, and TCP in the
   middle of a connection that this namespace does not remember, which is reset (it would reach some backend that
-  knows nothing of it).
+  knows nothing of it).  It notes in ``datagrams`` which addresses UDP flows go to, since looking for the flows of a
+  backend that went means going through all that the node's connection tracking knows (9 ms).
 * ``services`` leads the first packet of a flow to ``spread_<n>``, the chain for all services that have just ``n``
   backends: it draws one of ``n`` numbers.  So the spread is exactly even, and a service costs as many elements as it
   has backends.
@@ -15,7 +16,8 @@ The sender keeps its own address, so a backend sees who calls, and may be the ca
 TCP, UDP, SCTP, and ICMP, so that a ping is answered by a backend.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from skep.node.virtual.wanted import Backends, Leads, is_ipv6
 
@@ -30,17 +32,26 @@ def of_family(leads: Leads, family: str) -> Leads:
 
 
 def whole(family: str, leads: Leads) -> str:
-    """The table of ``family`` as it is to be, whatever it was, as one transaction."""
+    """The table of ``family`` as it is to be, whatever it was, as one transaction.
+
+    What removes a table waits for the kernel to have done so: 10 to 20 ms.
+    """
+    table = f"{family} {NAME}"
+    return f"add table {table}\ndelete table {table}\n{fresh(family, leads)}"
+
+
+def fresh(family: str, leads: Leads) -> str:
+    """The table of ``family`` where there is none; refused where there is one."""
     table = f"{family} {NAME}"
     return "".join(
         (
-            f"add table {table}\n",
-            f"delete table {table}\n",
-            f"add table {table}\n",
+            f"create table {table}\n",
             f"add map {table} backends {{ typeof {family} daddr . numgen random mod 65536 : {family} daddr; }}\n",
             f"add map {table} services {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
             f"add map {table} guards {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
+            f"add set {table} datagrams {{ type {_ADDRESS_TYPE[family]}; flags dynamic; size 65535; }}\n",
             f"add chain {table} known\n",
+            f"add rule {table} known meta l4proto udp ct state new add @datagrams {{ {family} daddr }}\n",
             f"add rule {table} known ct state new,invalid tcp flags & (syn | rst) == 0 reject with tcp reset\n",
             f"add chain {table} empty\n",
             f"add rule {table} empty ct state new meta l4proto tcp reject with tcp reset\n",
@@ -81,6 +92,26 @@ def changes(family: str, old: Leads, new: Leads, counts: frozenset[int]) -> str:
 def removed(family: str) -> str:
     """Remove the table of ``family``, if there is one."""
     return f"add table {family} {NAME}\ndelete table {family} {NAME}\n"
+
+
+def noted(addresses: Iterable[str]) -> str:
+    """Note that UDP flows go to ``addresses``."""
+    return "".join(
+        f"add element {family} {NAME} datagrams {{ {one} }}\n"
+        for one in sorted(addresses)
+        for family in [FAMILIES[is_ipv6(one)]]
+    )
+
+
+def datagrams(family: str) -> str:
+    """The command that lists to which addresses UDP flows go; ``noted_in`` reads what it says."""
+    return f"list set {family} {NAME} datagrams\n"
+
+
+def noted_in(listing: str) -> frozenset[str]:
+    """The addresses in what ``datagrams`` says."""
+    lists = re.findall(r"elements = \{([^}]*)\}", listing)
+    return frozenset(one.strip() for found in lists for one in found.split(","))
 
 
 def counts_of(leads: Leads) -> frozenset[int]:
