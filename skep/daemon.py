@@ -51,6 +51,7 @@ from skep.node.last_heard import LastHeardFile
 from skep.node.local import LocalNode
 from skep.node.machine import this_machine
 from skep.node.netprocess import process as net_process
+from skep.node.network.encrypted import process as forwarder
 from skep.node.notify import notify
 from skep.node.orphans import adopt_orphans
 from skep.node.restoring import Restored
@@ -82,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     configuration = loaded.configuration
     logs.configure(debug=configuration.debug, log_format=configuration.log_format, process="node")
     os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
-    parent = zygote.start({"net": _net, "manager": _manager}, {"manager": _prepare_manager})
+    entries = {"net": _net, "forwarder": forwarder.enter, "manager": _manager}
+    parent = zygote.start(entries, {"manager": _prepare_manager})
     set_title("skep-node")
     watch_children_by_pidfd()
     try:
@@ -185,6 +187,7 @@ class Daemon:
                     random=self._random,
                     last_heard=LastHeardFile(paths.last_heard, self._clock.since_boot, boot_id()),
                     net=self._supervisor("net", hands_over=True, gives_up=False),
+                    forwarder=self._supervisor("forwarder", gives_up=False),
                     manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}, futile=FUTILE),
                     manager_stands_by=lambda wanted: self._zygote.stand_by("manager", wanted=wanted),
                     write_manager_files=self._write_manager_files,

@@ -193,6 +193,20 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "names"
 
     @property
+    def forwarder_socket(self) -> Path:
+        return self.run / "forwarder.sock"
+
+    @property
+    def forwarder_plan(self) -> Path:
+        """What the forwarder carries, keys included, for the one that follows it after a crash: on tmpfs, root's."""
+        return self.run / "forwarder.plan"
+
+    @property
+    def relays(self) -> Path:
+        """The published ports that the net process serves itself."""
+        return self.run / "ingress" / "relays.json"
+
+    @property
     def netns(self) -> Path:
         return self.run / "netns"
 

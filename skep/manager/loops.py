@@ -7,6 +7,7 @@ from typing import Protocol
 from skep.aio.clock import Clock
 from skep.manager.allocator.loop import Allocator
 from skep.manager.ca.loop import CertificateAuthority
+from skep.manager.discovery.key_rotation import OverlayKeyRotation
 from skep.manager.follow import State
 from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.orchestrator.loop import Orchestrator
@@ -27,13 +28,16 @@ def loops(
     new_id: IdSource,
     random: Random,
     network_changed: Callable[[], bool] = lambda: False,
+    incarnation: int = 0,
 ) -> list[Loop]:
     """The loops of one term, each to be run as a task of its own.
 
     ``network_changed``: whether this manager's own network changed since it was asked last.
+    ``incarnation``: of the cluster.
     """
     kinds = (Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
     return [
         Orchestrator(term, clock, new_id, random, network_changed),
         *(kind(term, clock, new_id, random) for kind in kinds),
+        OverlayKeyRotation(term, clock, random, incarnation=incarnation),
     ]

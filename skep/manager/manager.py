@@ -29,6 +29,7 @@ from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
 from skep.manager.discovery.draining import Draining
+from skep.manager.discovery.key_service import KeyService
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
@@ -108,6 +109,7 @@ class Manager:
         )
         self._logs = LogBroker(store, new_id, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
+        self._overlay_keys = KeyService(store, clock)
         self._book = book
         self._whereabouts = whereabouts
         self._restart_member = restart_member
@@ -147,6 +149,7 @@ class Manager:
             *self._draining.services(),
             *self._logs.services(),
             *self._attachments.services(),
+            *self._overlay_keys.services(),
             *self._link.services(),
             *self._members.services(),
             *self._whereabouts.services(),
@@ -167,6 +170,7 @@ class Manager:
             group.create_task(self._discovery.run(), name="discovery")
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
+            group.create_task(self._overlay_keys.run(), name="overlay keys")
             group.create_task(self._incarnation.run(), name="incarnation")
             group.create_task(events.run(), name="events")
             relay = Relay(self._store, host, self._clock, self._random)
@@ -227,7 +231,14 @@ class Manager:
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")
                 own_network = OwnNetwork(host_of(self._config.advertise_addr))
-                for loop in loops(term, self._clock, self._new_id, self._random, own_network.changed):
+                for loop in loops(
+                    term,
+                    self._clock,
+                    self._new_id,
+                    self._random,
+                    own_network.changed,
+                    self._store.incarnation,
+                ):
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:
             log.info("a write met a newer leader", term=term.number)

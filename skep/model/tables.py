@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.publishing import PublishOptions
 
 K = TypeVar("K", bound=str)
 V = TypeVar("V")
@@ -76,6 +77,7 @@ class TablePort(msgspec.Struct, frozen=True, kw_only=True, order=True):
     protocol: str
     published: int
     target: int
+    options: PublishOptions = PublishOptions()
 
 
 class TableService(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
+from skep.model.pair_keys import KeysTold
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
 from skep.node.local import Peer
@@ -102,6 +103,7 @@ class Agent:
         address_of: Callable[[Peer], str] = lambda peer: peer.addr,
         load: Callable[[], float | None] = unknown_load,
         tables: TableSink | None = None,
+        overlay_keys: Callable[[KeysTold], None] | None = None,
     ) -> None:
         """
         Args:
@@ -109,11 +111,12 @@ class Agent:
             contact: told about every session and heartbeat.
             seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
-            load, tables: see ``Session``.
+            load, tables, overlay_keys: see ``Session``.
         """
         self._managers = managers
         self._address_of = address_of
         self._load = load
+        self._overlay_keys = overlay_keys
         self._tables = tables
         self._describe = describe
         self._sink = sink
@@ -205,6 +208,7 @@ class Agent:
                     self._credentials.news,
                     self._load,
                     self._tables,
+                    self._overlay_keys,
                 )
                 await session.run()
         except SkepError as error:

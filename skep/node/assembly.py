@@ -32,6 +32,10 @@ from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.membership import Membership
 from skep.node.netprocess.client import NetClient
+from skep.node.network.encrypted.client import ForwarderClient
+from skep.node.network.encrypted.methods import chosen
+from skep.node.network.encrypted.overlays import EncryptedOverlays
+from skep.node.network.encrypted.process import NAME as FORWARDER
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
@@ -41,6 +45,7 @@ from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
+from skep.node.supervision.identity import read_pid_file
 from skep.node.system import NodeSystem, engine_id
 from skep.node.tables.files import SharedTables, StoredTables
 from skep.node.tables.keeper import TableKeeper
@@ -71,6 +76,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     random: Random
     last_heard: LastHeard
     net: ManagerProcess
+    forwarder: ManagerProcess
     manager: Callable[[], ManagerProcess]
     manager_stands_by: Callable[[bool], Awaitable[None]]
     write_manager_files: Callable[[LocalNode, NewCluster | None], None]
@@ -108,6 +114,16 @@ class Node:
                 )
             events = NodeEvents(clock)
             workload = self._workload = await self._workload_of(events)
+            method = chosen(around.features)
+            encrypted = EncryptedOverlays(
+                method,
+                ForwarderClient(paths.forwarder_socket, clock, chance),
+                around.forwarder,
+                is_running=lambda: read_pid_file(paths.pid_file(FORWARDER)) is not None,
+                clock=clock,
+                chance=chance,
+            )
+            group.create_task(encrypted.run(), name="encrypted overlays")
             reports = Reports()
             contact = self._contact = Contact(clock, around.last_heard)
             worker = Worker(
@@ -120,7 +136,7 @@ class Node:
             )
             shared = SharedTables(paths.tables)
             # A way first, then names that lead there.
-            acting = (workload.overlays, shared, workload.naming)
+            acting = (workload.overlays, workload.mesh, shared, workload.naming)
             tables = TableKeeper(
                 StoredTables(paths.networks / "tables", clock),
                 [one for one in acting if one is not None],
@@ -149,6 +165,8 @@ class Node:
                 write_recovery_files=around.write_recovery_files,
                 write_restored_files=around.write_restored_files,
                 place_manager=around.place_manager,
+                method=method,
+                overlay_keys=encrypted.told,
             )
             membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
@@ -227,12 +245,19 @@ class Node:
             return process_workload(self._configuration)
         around = self._around
 
-        def net() -> NetClient:
+        def net(owner: str = "") -> NetClient:
             """A connection of its own: ports do not wait for the names of a thousand containers."""
-            return NetClient(self._configuration.paths.net_socket, around.clock, around.random.random)
+            path = self._configuration.paths.net_socket
+            return NetClient(path, around.clock, around.random.random, owner)
 
         return await oci_workload(
-            self._configuration, around.machine, ports=net(), names=net(), events=events, clock=around.clock
+            self._configuration,
+            around.machine,
+            ports=net(),
+            mesh_ports=net("mesh"),
+            names=net(),
+            events=events,
+            clock=around.clock,
         )
 
     async def farewell(self) -> None:
@@ -244,6 +269,7 @@ class Node:
         """Use the parts of ``configuration`` that need no restart."""
         self._configuration = configuration
         self._around.net.reload()
+        self._around.forwarder.reload()
         if self._membership is not None:
             self._membership.reload()
         if self._system is not None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from skep.node.network.encrypted.taps import try_carrier
+
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
 _CGROUP2_MAGIC = 0x63677270
@@ -56,7 +58,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     open_files_max: int = 0
 
     def has(self, feature: str) -> bool:
-        """Whether one of veth, bridge, vxlan, nftables, route-localnet, tun, overlayfs, seccomp, wireguard works."""
+        """Whether one of those works that ``_attempts`` names."""
         return feature not in self.missing
 
 
@@ -138,6 +140,7 @@ def _attempts(data_dir: Path, nft: str) -> dict[str, Callable[[], object]]:
             Path("/proc/thread-self/net/route").stat()
             and Path("/proc/sys/net/ipv4/conf/all/route_localnet").write_text("1")
         ),
+        "encrypted-tap": try_carrier,
         "tun": lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)),
         "overlayfs": lambda: _try_overlay(data_dir),
         "seccomp": lambda: Path("/proc/sys/kernel/seccomp/actions_avail").read_text(),

@@ -18,6 +18,7 @@ from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
+from skep.model.pair_keys import KeysTold, Method
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
 from skep.model.routes import ROUTES_LABEL, own_routes_label
 from skep.model.service import Platform, Resources
@@ -34,6 +35,7 @@ from skep.node.local import LocalNode, Peer
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.managers import ManagerList
+from skep.node.network.encrypted.methods import Refusal, label
 from skep.node.oci.cgroups import Cgroups
 from skep.node.participation import AgentConnection
 from skep.node.renewal import KeyPairCredentials
@@ -73,6 +75,7 @@ class NodeParts:
         manager: makes the supervisor of this node's manager process.
         manager_stands_by: has one ready to be started in an instant (True), or none (False).
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
+        method: how this node encrypts overlays; overlay_keys: is told the keys.
         place_manager: tells the manager of this node where it is, and where others may be.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
@@ -99,6 +102,8 @@ class NodeParts:
         write_recovery_files: Callable[[LocalNode], None],
         write_restored_files: Callable[[Restored], None],
         place_manager: Callable[[LocalNode], None],
+        method: Method | Refusal,
+        overlay_keys: Callable[[KeysTold], None],
     ) -> None:
         self._certificates = certificates
         self._lock = lock
@@ -119,6 +124,8 @@ class NodeParts:
         self._write_recovery_files = write_recovery_files
         self._write_restored_files = write_restored_files
         self._place_manager = place_manager
+        self._method = method
+        self._overlay_keys = overlay_keys
         self._meter = LoadMeter(reader_of(machine, Cgroups(configuration().cgroup_parent)), clock)
 
     def manager(self) -> ManagerProcess:
@@ -165,6 +172,7 @@ class NodeParts:
             address_of=node.reach,
             contact=self._contact,
             load=self._meter.load,
+            overlay_keys=self._overlay_keys,
             tables=self._tables,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
@@ -229,7 +237,12 @@ class NodeParts:
             ),
             engine=EngineDescription(
                 engine_version=__version__,
-                labels={**labels(self._features), **configuration.labels, **own},
+                labels={
+                    **labels(self._features),
+                    **configuration.labels,
+                    **label(self._method),
+                    **own,
+                },
                 plugins=(*_PLUGINS, _OVERLAY) if all(map(self._features.has, _OVERLAY_NEEDS)) else _PLUGINS,
             ),
         )

@@ -6,6 +6,7 @@ lies between sessions (statuses not delivered, the revision seen) is kept by the
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -15,6 +16,7 @@ from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless, wait_first
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
+from skep.model.pair_keys import KeysTold
 from skep.model.times import SECOND_NS
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
@@ -28,6 +30,7 @@ from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Call, Channel
 from skep.wire.convert.assignments import assignments_from_pb
 from skep.wire.convert.node import description_to_pb
+from skep.wire.convert.overlay_keys import keys_from_pb
 from skep.wire.convert.task import status_to_pb
 from skep.wire.convert.values import duration_from_pb
 
@@ -81,11 +84,13 @@ class Session:
         described_anew: asyncio.Event | None = None,
         load: Callable[[], float | None] = unknown_load,
         tables: TableSink | None = None,
+        overlay_keys: Callable[[KeysTold], None] | None = None,
     ) -> None:
         """
         Args:
             described_anew: set when ``describe`` gives something else; it is looked at now and then anyway.
             load: the share of the node in use, 0 to 1, None while it is not known; told with each heartbeat.
+            overlay_keys: is told the keys of encrypted overlays; None: this node has none.
             tables: takes what the manager says of networks; None: the node has none of its own.
         """
         self._channel = channel
@@ -96,6 +101,7 @@ class Session:
         self._describe = describe
         self._described_anew = described_anew or asyncio.Event()
         self._load = load
+        self._overlay_keys = overlay_keys
         self._publisher = LogPublisher(channel, logs)
         self._tables = TableStream(channel, tables) if tables is not None else None
         self._id = ""
@@ -133,6 +139,8 @@ class Session:
                     "logs": self._publisher.run,
                     "description": self._watch_description,
                 }
+                if self._overlay_keys is not None:
+                    parts["overlay keys"] = partial(self._read_overlay_keys, self._overlay_keys)
                 for name, part in parts.items():
                     group.create_task(part(), name=f"session {name}")
                 if self._tables is not None:
@@ -241,6 +249,18 @@ class Session:
                 await self._sink.assign(assignments_from_pb(message))
                 applied = message.results_in
         raise Unavailable(f"{self._channel.address} ended the assignments")
+
+    # -- keys of encrypted overlays --------------------------------------------------------------------------------
+
+    async def _read_overlay_keys(self, tell: Callable[[KeysTold], None]) -> None:
+        try:
+            async with self._channel.stream(methods.OVERLAY_KEYS) as call:
+                await call.send(skep.KeysRequest(), end=True)
+                async for message in call:
+                    tell(keys_from_pb(message))
+        except Unimplemented:  # a Docker manager, whose encrypted overlays are not ours
+            await asyncio.Event().wait()
+        raise Unavailable(f"{self._channel.address} ended the overlay keys")
 
     # -- statuses -------------------------------------------------------------------------------------------------
 

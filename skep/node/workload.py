@@ -19,6 +19,7 @@ from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.mounts.volumes import Volumes
+from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.local.keeper import GatewayBridge
 from skep.node.network.naming import NameService, Naming
 from skep.node.network.overlay.overlays import Overlays
@@ -49,6 +50,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """None: its tasks have no networks of their own."""
     overlays: Overlays | None = None
     naming: Naming | None = None
+    mesh: Mesh | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def counts(self) -> Counts:
@@ -108,6 +110,7 @@ async def oci_workload(
     *,
     ports: PortReservations,
     names: NameService,
+    mesh_ports: PortReservations,
     events: NodeEvents,
     clock: Clock,
 ) -> Workload:
@@ -127,6 +130,7 @@ async def oci_workload(
         cgroup_parent=configuration.cgroup_parent,
         ports=ports,
         names=names,
+        mesh_ports=mesh_ports,
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
     )
@@ -147,6 +151,7 @@ async def oci_workload(
         gateway=executor.gateway,
         overlays=executor.overlays,
         naming=executor.naming,
+        mesh=executor.mesh,
         routes=routes,
     )
 

@@ -21,6 +21,9 @@ NEXT_ROOT_KEY_ID = "root-ca-next"
 GOSSIP_KEYS_ID = "gossip-keys"
 """Id of the payload that holds the keys of docker nodes' gossip (``model.gossip``)."""
 
+OVERLAY_KEYS_ID = "overlay-keys"
+"""Id of the payload that skep nodes' keys for encrypted overlays are derived from; there once there is such a one."""
+
 UNLOCK_KEY_ID = "unlock-key"
 """Id of the payload that holds the key which opens locked managers; there exactly while autolock is on."""
 

@@ -127,3 +127,4 @@ DESCRIBE = Unary("/skep.v1.NodeLink/Describe", skep.DescribeRequest, skep.Descri
 RENEW_EXPIRED = Unary(
     "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN
 )
+OVERLAY_KEYS = ServerStream("/skep.v1.Encryption/Keys", skep.KeysRequest, skep.NodeKeys)

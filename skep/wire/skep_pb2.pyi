@@ -311,19 +311,32 @@ class NetworkService(_message.Message):
         PROTOCOL_FIELD_NUMBER: _builtins.int
         PUBLISHED_FIELD_NUMBER: _builtins.int
         TARGET_FIELD_NUMBER: _builtins.int
+        HOST_IP_FIELD_NUMBER: _builtins.int
+        STICKY_FIELD_NUMBER: _builtins.int
+        PREFERS_LOCAL_FIELD_NUMBER: _builtins.int
+        PROXY_PROTOCOL_FIELD_NUMBER: _builtins.int
         protocol: _builtins.str
         published: _builtins.int
         target: _builtins.int
+        host_ip: _builtins.str
+        """empty, as from an older manager: all addresses"""
+        sticky: _builtins.bool
+        prefers_local: _builtins.bool
+        proxy_protocol: _builtins.int
         def __init__(
             self,
             *,
             protocol: _builtins.str = ...,
             published: _builtins.int = ...,
             target: _builtins.int = ...,
+            host_ip: _builtins.str = ...,
+            sticky: _builtins.bool = ...,
+            prefers_local: _builtins.bool = ...,
+            proxy_protocol: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "published", b"published", "target", b"target"]
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["host_ip", b"host_ip", "prefers_local", b"prefers_local", "protocol", b"protocol", "proxy_protocol", b"proxy_protocol", "published", b"published", "sticky", b"sticky", "target", b"target"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -848,3 +861,104 @@ class AnnounceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AnnounceResponse: _TypeAlias = AnnounceResponse
+
+@_typing.final
+class KeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeysRequest: _TypeAlias = KeysRequest
+
+@_typing.final
+class NodeKeys(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    WIREGUARD_PRIVATE_FIELD_NUMBER: _builtins.int
+    complete: _builtins.bool
+    """Peers that are not named are none any more."""
+    wireguard_private: _builtins.bytes
+    """The caller's own key for kernel WireGuard; empty: no peer is reached by it."""
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerKeys]: ...
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        complete: _builtins.bool = ...,
+        peers: _abc.Iterable[Global___PeerKeys] | None = ...,
+        removed: _abc.Iterable[_builtins.str] | None = ...,
+        wireguard_private: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "peers", b"peers", "removed", b"removed", "wireguard_private", b"wireguard_private"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeKeys: _TypeAlias = NodeKeys
+
+@_typing.final
+class PeerKeys(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    WIREGUARD_PUBLIC_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    wireguard_public: _builtins.bytes
+    """The peer's key for kernel WireGuard; empty: both take the path in user space."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___PairKey]: ...
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        keys: _abc.Iterable[Global___PairKey] | None = ...,
+        wireguard_public: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "node_id", b"node_id", "wireguard_public", b"wireguard_public"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerKeys: _TypeAlias = PeerKeys
+
+@_typing.final
+class PairKey(_message.Message):
+    """32 bytes each, for one direction; no other node has them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SENDING_FIELD_NUMBER: _builtins.int
+    RECEIVING_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    sending: _builtins.bytes
+    receiving: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        sending: _builtins.bytes = ...,
+        receiving: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "receiving", b"receiving", "sending", b"sending"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairKey: _TypeAlias = PairKey

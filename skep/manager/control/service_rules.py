@@ -19,6 +19,7 @@ from skep.model.container import (
     SecretReference,
 )
 from skep.model.labels import check_service_labels
+from skep.model.publishing import check_publishing
 from skep.model.service import (
     REPLICAS_MAX,
     EndpointSpec,
@@ -45,6 +46,7 @@ def check_service_spec(spec: ServiceSpec) -> None:
     """Refuse what can never work.  Raises: InvalidArgument; Untranslated for unreadable constraints."""
     check_dns_name(spec.name)
     check_service_labels(spec.labels)
+    check_publishing(spec)
     _check_template(spec.task_template)
     _check_mode(spec.mode)
     if spec.mode.name in {"replicated-job", "global-job"}:

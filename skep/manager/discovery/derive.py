@@ -20,6 +20,7 @@ from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.planes import DATA_PATH_LABEL, is_docker_node, is_overlay
+from skep.model.publishing import publish_options
 from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm
 from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode, TablePort, TableService
@@ -142,7 +143,12 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
         virtual_ips=tuple(map(_bare, addresses)),
         ports=tuple(
             sorted(
-                TablePort(protocol=port.protocol, published=port.published_port, target=port.target_port)
+                TablePort(
+                    protocol=port.protocol,
+                    published=port.published_port,
+                    target=port.target_port,
+                    options=publish_options(spec.labels, port),
+                )
                 for port in ports
                 if port.publish_mode is PublishMode.INGRESS and port.published_port
             )

@@ -1,6 +1,7 @@
 """Puts the ``oci`` executor together from its pieces."""
 
 import os
+import random
 import resource
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.gateway import BRIDGE, Gateway
+from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.naming import NameService, Naming
+from skep.node.network.node_tables import NodeTables
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays, home_domain
 from skep.node.network.overlay.repairs import Repairs
@@ -56,6 +59,7 @@ def oci_executor(
     cgroup_parent: str = "skep",
     ports: PortReservations | None = None,
     names: NameService | None = None,
+    mesh_ports: PortReservations | None = None,
     namespaces: Namespaces | None = None,
     log_default: Driver | None = None,
     programs: Programs | None = None,
@@ -65,7 +69,8 @@ def oci_executor(
 
     Args:
         cgroup_parent: below each cgroup hierarchy; two nodes on one machine need two.
-        ports: holds published ports; None: this process does, for as long as it lives.
+        ports: holds published ports in host mode; None: this process does, for as long as it lives.
+        mesh_ports: the same for those of the routing mesh.
         names: answers for names in containers' namespaces; None: nobody does.
         namespaces: None: containers' in ``paths.netns``, the node's own being this process's.
         log_default: log driver and options of tasks that name none.
@@ -89,6 +94,7 @@ def oci_executor(
         paths,
         namespaces=namespaces,
         ports=ports or OwnReservations(namespaces),
+        mesh_ports=mesh_ports or OwnReservations(namespaces),
         clock=clock,
         naming=naming,
     )
@@ -113,6 +119,7 @@ def oci_executor(
         gateway=network.gateway,
         overlays=network.overlays,
         naming=naming,
+        mesh=network.mesh,
     )
 
 
@@ -121,6 +128,7 @@ def container_network(
     *,
     namespaces: Namespaces,
     ports: PortReservations,
+    mesh_ports: PortReservations,
     clock: Clock,
     naming: Naming | None = None,
 ) -> ContainerNetwork:
@@ -137,11 +145,20 @@ def container_network(
         bridges=(BRIDGE,),
     )
     gateway = Gateway(namespaces=namespaces, home=home, ports=ports, state=paths.networks / "gateway")
+    mesh = Mesh(
+        namespaces=namespaces,
+        tables=NodeTables(namespaces, clock, random.random),
+        ports=mesh_ports,
+        relays=paths.relays,
+        clock=clock,
+        chance=random.random,
+    )
     return ContainerNetwork(
         namespaces=namespaces,
         home=home,
         gateway=gateway,
         overlays=overlays,
+        mesh=mesh,
         healing=healing,
         naming=naming,
     )

@@ -27,6 +27,7 @@ from skep.node.executor.wish import NodeFacts
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.network.connections import inbound_of
+from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.local.keeper import GatewayBridge
 from skep.node.network.naming import Naming
 from skep.node.network.overlay.overlays import Overlays
@@ -61,6 +62,7 @@ class OciExecutor:
         hostname: str,
         log_default: Driver | None = None,
         overlays: Overlays,
+        mesh: Mesh,
         gateway: GatewayBridge | None = None,
         naming: Naming | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class OciExecutor:
         self.gateway = gateway
         self.naming = naming
         self.overlays = overlays
+        self.mesh = mesh
         self.pulling = Pulling(images, clock)
         self.clock = clock
         self.log_default = log_default or Driver(name="json-file")
@@ -106,6 +109,7 @@ class OciExecutor:
     def identify(self, node_id: NodeId) -> None:
         self.node = msgspec.structs.replace(self.node, id=node_id)
         self.overlays.identify(node_id)
+        self.mesh.identify(node_id)
 
     async def remove_container(self, container: Container) -> None:
         """Remove a task's container with its secrets and its nameless volumes."""

@@ -14,13 +14,14 @@ from skep.model.container import ContainerSpec, Mount, Privileges, TmpfsOptions
 from skep.model.ids import NodeId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.meta import Driver
-from skep.model.service import PublishMode
+from skep.model.publishing import publish_options
+from skep.model.service import PortConfig, PublishMode
 from skep.model.task import AssignedTask
 from skep.node.executor.interface import Rejected
 from skep.node.executor.places import places
 from skep.node.executor.template import Context, expand
 from skep.node.oci import health
-from skep.node.oci.container import ContainerConfig, LogConfig, MountPoint
+from skep.node.oci.container import ContainerConfig, LogConfig, MountPoint, NodePort
 from skep.node.oci.images.image import ContainerDefaults
 from skep.node.oci.signals import signal_number
 from skep.node.oci.spec import merged_environment
@@ -133,12 +134,27 @@ def config(
         nameservers=dns.nameservers if dns else (),
         search_domains=dns.search if dns else (),
         dns_options=dns.options if dns else (),
-        ports=tuple(port for port in task.ports if port.publish_mode is PublishMode.HOST),
+        ports=tuple(
+            node_port(port, task.service_labels)
+            for port in task.ports
+            if port.publish_mode is PublishMode.HOST
+        ),
         places=places(task.task),
         exposed_ports=tuple(sorted(image.exposed_ports or {})),
         healthcheck=health.merged(spec.healthcheck, image.healthcheck),
         log=log_config(task.task.spec.log_driver or log_default),
     )
+
+
+def node_port(port: PortConfig, service_labels: Mapping[str, str]) -> NodePort:
+    """A port in host mode, on the address that the service's labels name.
+
+    Raises: Rejected: an IPv6 address, on which ports in host mode do not answer.
+    """
+    host_ip = publish_options(service_labels, port).host_ip
+    if ":" in host_ip:
+        raise Rejected(f"port {port.target_port}/{port.protocol} in host mode has no IPv6: {host_ip}")
+    return NodePort(host_ip=host_ip, **msgspec.structs.asdict(port))
 
 
 def stop_signal(name: str) -> str:

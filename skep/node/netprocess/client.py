@@ -26,6 +26,7 @@ from skep.node.netprocess.protocol import (
     frame,
     read_frame,
 )
+from skep.node.network.ports import AddressNotHere
 
 _DEADLINE_S = 10.0
 _FIRST_RETRY_S = 0.02
@@ -35,39 +36,47 @@ _RETRY_S_MAX = 0.5
 class NetClient:
     """The node process's end: ``PortReservations`` of ``node/network/ports.py`` that outlive the node process.
 
-    While the net process restarts a call waits; after 10 s it raises ``Unavailable``.
+    While the net process restarts a call waits; after 10 s it raises ``Unavailable``.  ``owner``: a word for whom
+    ports are held; each owner sees its own only.
     """
 
-    def __init__(self, path: Path, clock: Clock, chance: Callable[[], float]) -> None:
+    def __init__(self, path: Path, clock: Clock, chance: Callable[[], float], owner: str = "") -> None:
         self._path = path
+        self._owner = owner
         self._clock = clock
         self._chance = chance
         self._turn = asyncio.Lock()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def reserve(self, protocol: str, port: int) -> int:
-        """Hold ``port`` (0: any free one) and give it.
+    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+        """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
 
-        Raises: AlreadyExists: somebody has it; FailedPrecondition: it cannot be had here; Unavailable.
+        Raises: AlreadyExists: somebody has it; AddressNotHere; FailedPrecondition: it cannot be had here; Unavailable.
         """
-        match await self._ask(Reserve(protocol, port, secrets.token_hex(8))):
+        token = f"{self._owner}:{secrets.token_hex(8)}"
+        match await self._ask(Reserve(protocol, port, token, address)):
             case Reserved(held):
                 return held
-            case Refused(message, is_taken):
-                raise AlreadyExists(message) if is_taken else FailedPrecondition(message)
+            case Refused(message, is_taken, is_elsewhere):
+                if is_taken:
+                    raise AlreadyExists(message)
+                raise AddressNotHere(message) if is_elsewhere else FailedPrecondition(message)
             case other:
                 raise _unexpected(other)
 
-    async def release(self, protocol: str, port: int) -> None:
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
         """Let ``port`` go; ignored when it is not held.  Raises: Unavailable."""
-        answer = await self._ask(Release(protocol, port))
+        answer = await self._ask(Release(protocol, port, address))
         if not isinstance(answer, Done):
             raise _unexpected(answer)
 
-    async def held(self) -> Iterable[tuple[str, int]]:
-        """What is held: (protocol, port).  Raises: Unavailable."""
-        answer = await self.listing()
-        return tuple((held.protocol, held.port) for held in answer.reservations)
+    async def held(self) -> Iterable[tuple[str, int, str]]:
+        """What is held for this owner: (protocol, port, address).  Raises: Unavailable."""
+        return tuple(
+            (held.protocol, held.port, held.address)
+            for held in (await self.listing()).reservations
+            if _owner(held.token) == self._owner
+        )
 
     async def listing(self) -> Listing:
         """Everything it holds and serves.  Raises: Unavailable."""
@@ -143,6 +152,11 @@ class NetClient:
         if body is None:
             raise ConnectionResetError("closed before it answered")
         return decode_answer(body)
+
+
+def _owner(token: str) -> str:
+    """Who had a port held; the tokens of former versions name nobody."""
+    return token.rpartition(":")[0]
 
 
 def _unexpected(answer: Answer) -> Unavailable:

@@ -63,8 +63,11 @@ def take(path: Path) -> Taken | None:
         return None
     # One of a version before sends no labels.
     named = dict(zip(answer.labels, received, strict=False))
-    by_name = {(sock.proto, sock.getsockname()[1]): sock for sock in received[len(named) :]}
-    names = {one: (PROTOCOL_NUMBERS[one.protocol], one.port) for one in answer.reservations}
+    by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received[len(named) :]}
+    names = {
+        one: (PROTOCOL_NUMBERS[one.protocol], one.address or "0.0.0.0", one.port)
+        for one in answer.reservations
+    }
     held = {one: by_name[name] for one, name in names.items() if name in by_name}
     return Taken(held, named, answer.waiting)
 

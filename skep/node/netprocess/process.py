@@ -38,7 +38,9 @@ from skep.node.netprocess.protocol import (
 )
 from skep.node.netprocess.reservations import Reservations, reopened
 from skep.node.netprocess.serving import Serving
+from skep.node.network.ingress.relay import Relays
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.ports import AddressNotHere
 from skep.node.supervision.detached import detached
 from skep.paths import Paths
 
@@ -79,10 +81,12 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
             own_name=f"skep-net-{secrets.token_hex(3)}",
             start_task=start_task,
         )
+        relaying = group.create_task(Relays(paths.relays, SystemClock(), random.random).run(), name="relays")
         try:
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, reservations, serving)
         finally:
+            relaying.cancel()
             serving.close()
             for task in tasks:
                 task.cancel()
@@ -155,13 +159,17 @@ async def _hand_over(writer: asyncio.StreamWriter, reservations: Reservations, s
 
 async def _answer(request: Request, reservations: Reservations, serving: Serving) -> Answer:
     match request:
-        case Reserve(kind, port, token):
+        case Reserve(kind, port, token, address):
             try:
-                return Reserved(reservations.reserve(kind, port, token))
+                return Reserved(reservations.reserve(kind, port, token, address))
             except SkepError as error:
-                return Refused(str(error), is_taken=isinstance(error, AlreadyExists))
-        case Release(kind, port):
-            reservations.release(kind, port)
+                return Refused(
+                    str(error),
+                    is_taken=isinstance(error, AlreadyExists),
+                    is_elsewhere=isinstance(error, AddressNotHere),
+                )
+        case Release(kind, port, address):
+            reservations.release(kind, port, address)
             return Done()
         case List():
             return Listing(tuple(reservations.list()), tuple(serving.list()), serving.repairs)

@@ -18,11 +18,15 @@ LENGTH_BYTES = 4
 
 
 class Reservation(msgspec.Struct, frozen=True):
-    """A host port that is held.  ``token``: whose call it came from, so that the call may be repeated."""
+    """A host port that is held.
+
+    ``token``: whose call it came from, so that the call may be repeated; ``address`` empty: every IPv4 address.
+    """
 
     protocol: str
     port: int
     token: str = ""
+    address: str = ""
 
 
 class NameServer(msgspec.Struct, frozen=True):
@@ -63,6 +67,7 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     protocol: str
     port: int
     token: str
+    address: str = ""
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
@@ -70,6 +75,7 @@ class Release(msgspec.Struct, frozen=True, tag=True):
 
     protocol: str
     port: int
+    address: str = ""
 
 
 class List(msgspec.Struct, frozen=True, tag=True):
@@ -105,10 +111,14 @@ class Reserved(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """``message`` is a sentence for the task's status; ``is_taken``: because somebody else has the port."""
+    """``message`` is a sentence for the task's status.
+
+    ``is_taken``: because somebody else has the port; ``is_elsewhere``: because the node has no such address.
+    """
 
     message: str
     is_taken: bool
+    is_elsewhere: bool = False
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):

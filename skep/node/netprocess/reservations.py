@@ -33,23 +33,25 @@ class Reservations:
     def sockets(self) -> Sequence[socket.socket]:
         return tuple(self._held.values())
 
-    def reserve(self, protocol: str, port: int, token: str) -> int:
+    def reserve(self, protocol: str, port: int, token: str, address: str = "") -> int:
         """Hold ``port`` (0: any free one); the same answer again for the same ``token``.
 
-        Raises: AlreadyExists: somebody has it; InvalidArgument, Unavailable: it cannot be had at all.
+        Raises: AlreadyExists: somebody has it; InvalidArgument, AddressNotHere, Unavailable: it cannot be had at
+        all.
         """
         for held in self._held:
             if held.token == token:
                 return held.port
-        opened = bind(protocol, port)
-        reservation = Reservation(protocol, opened.getsockname()[1], token)
+        opened = bind(protocol, port, address)
+        reservation = Reservation(protocol, opened.getsockname()[1], token, address)
         self._held[reservation] = opened
         self.write_down()
         return reservation.port
 
-    def release(self, protocol: str, port: int) -> None:
+    def release(self, protocol: str, port: int, address: str = "") -> None:
         """Let ``port`` go; harmless when it is not held."""
-        for held in [one for one in self._held if (one.protocol, one.port) == (protocol, port)]:
+        wanted = (protocol, port, address)
+        for held in [one for one in self._held if (one.protocol, one.port, one.address) == wanted]:
             self._held.pop(held).close()
         self.write_down()
 
@@ -66,5 +68,5 @@ def reopened(state: Path) -> Held:
     held: Held = {}
     for reservation in reservations:
         with suppress(SkepError):
-            held[reservation] = bind(reservation.protocol, reservation.port)
+            held[reservation] = bind(reservation.protocol, reservation.port, reservation.address)
     return held

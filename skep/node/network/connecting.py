@@ -12,6 +12,7 @@ from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.node.network.gateway import Gateway
+from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.naming import Naming
 from skep.node.network.overlay.domain import Domain
@@ -37,6 +38,7 @@ class ContainerNetwork:
         home: Domain,
         gateway: Gateway,
         overlays: Overlays,
+        mesh: Mesh,
         healing: Healing,
         naming: Naming | None = None,
     ) -> None:
@@ -45,6 +47,7 @@ class ContainerNetwork:
         self._home = home
         self.gateway = gateway
         self.overlays = overlays
+        self.mesh = mesh
         self._healing = healing
         self._naming = naming
         self.repairs = healing.repairs
@@ -59,10 +62,12 @@ class ContainerNetwork:
         """Keep what containers are given, whatever others change, until the block ends."""
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             healing = group.create_task(self._healing.run(), name="healing of networks")
+            publishing = group.create_task(self.mesh.run(), name="published ports")
             try:
                 yield
             finally:
                 healing.cancel()
+                publishing.cancel()
 
     async def restore(self, live: Collection[Container]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
@@ -73,8 +78,9 @@ class ContainerNetwork:
         self.overlays.restore(endpoints)
         await self.gateway.restore(endpoints)
         await self._healing.watch(self._home)
+        await self.overlays.begin(endpoints)
         for id, endpoint in endpoints.items():
-            await self.overlays.adopt_container(id, endpoint)
+            await self._join_mesh(id, endpoint)
         if self._naming is not None:
             await self._naming.restore(live)
         for pinned in self._namespaces.pinned():
@@ -98,6 +104,7 @@ class ContainerNetwork:
                 endpoint = await self.gateway.connect(container_id, netns, interface, container.config.ports)
                 endpoint = msgspec.structs.replace(endpoint, places=connected)
             await self.overlays.settle_container(container_id, endpoint)
+            await self._join_mesh(container_id, endpoint)
             if self._naming is not None:
                 await self._naming.attach(msgspec.structs.replace(container, endpoint=endpoint))
         except BaseException as error:
@@ -111,7 +118,14 @@ class ContainerNetwork:
         """Free everything that ``attach`` gave; harmless when it is free already."""
         await self._undo(container_id, endpoint)
 
+    async def _join_mesh(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Answers of a container that serves published ports go back the way their questions came."""
+        for one in endpoint.places:
+            if one.place.head.is_ingress:
+                await self.mesh.joined(container_id, Path(endpoint.netns), one.interface)
+
     async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        self.mesh.left(container_id)
         try:
             if self._naming is not None and endpoint.places:
                 await self._naming.detach(container_id)

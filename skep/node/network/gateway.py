@@ -20,7 +20,7 @@ from skep.api.errors import Forbidden
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId
-from skep.model.service import PortConfig, PublishMode
+from skep.model.service import PublishMode
 from skep.node.network.addresses import Addresses, free_subnet, mac_of
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
@@ -28,7 +28,7 @@ from skep.node.network.overlay.rules import Owner, spoofing
 from skep.node.network.overlay.state import Address, Link, Peer, State
 from skep.node.network.ports import PortReservations
 from skep.node.network.rules import HostPort, gateway_table
-from skep.node.oci.container import Endpoint
+from skep.node.oci.container import Endpoint, NodePort
 
 log = structlog.get_logger()
 
@@ -81,7 +81,7 @@ class Gateway:
             await self._settle()
 
     async def connect(
-        self, container_id: ContainerId, netns: Path, interface: str, ports: Sequence[PortConfig]
+        self, container_id: ContainerId, netns: Path, interface: str, ports: Sequence[NodePort]
     ) -> Endpoint:
         """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
 
@@ -89,11 +89,13 @@ class Gateway:
         """
         addresses = self._opened()
         address = addresses.take(container_id)
-        reserved: list[PortConfig] = []
+        reserved: list[NodePort] = []
         try:
             for port in ports:
                 if port.publish_mode is PublishMode.HOST:
-                    number = await self._reservations.reserve(port.protocol, port.published_port)
+                    number = await self._reservations.reserve(
+                        port.protocol, port.published_port, port.host_ip
+                    )
                     reserved.append(msgspec.structs.replace(port, published_port=number))
             endpoint = Endpoint(
                 netns=str(netns),
@@ -166,7 +168,7 @@ class Gateway:
                 await home.link("del", index=index)
         self._home.forget()
 
-    async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[PortConfig]) -> None:
+    async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[NodePort]) -> None:
         self._endpoints.pop(container_id, None)
         try:
             await self._settle()
@@ -174,7 +176,7 @@ class Gateway:
             log.warning("the gateway was not cleared", container=container_id, error=str(error))
         for port in ports:
             if port.publish_mode is PublishMode.HOST:
-                await self._reservations.release(port.protocol, port.published_port)
+                await self._reservations.release(port.protocol, port.published_port, port.host_ip)
         self._opened().release(IPv4Address(address), container_id)
 
     async def _settle(self) -> None:
@@ -191,15 +193,17 @@ class Gateway:
     async def _restore_ports(self) -> None:
         held = set(await self._reservations.held())
         wanted = {
-            (port.protocol, port.published_port) for one in self._endpoints.values() for port in one.ports
+            (port.protocol, port.published_port, port.host_ip)
+            for one in self._endpoints.values()
+            for port in one.ports
         }
-        for protocol, number in sorted(wanted - held):
+        for protocol, number, address in sorted(wanted - held):
             try:
-                await self._reservations.reserve(protocol, number)
+                await self._reservations.reserve(protocol, number, address)
             except SkepError as error:  # the container has it by the rules all the same
                 log.warning("host port not reserved again", protocol=protocol, port=number, error=str(error))
-        for protocol, number in sorted(held - wanted):  # of containers that are gone
-            await self._reservations.release(protocol, number)
+        for protocol, number, address in sorted(held - wanted):  # of containers that are gone
+            await self._reservations.release(protocol, number, address)
 
     # --- subnet -----------------------------------------------------------------------------------------------
 
@@ -254,9 +258,9 @@ def new_port_name() -> str:
     return f"vs{secrets.token_hex(6)}"
 
 
-def _host_ports(address: str, ports: Sequence[PortConfig]) -> list[HostPort]:
+def _host_ports(address: str, ports: Sequence[NodePort]) -> list[HostPort]:
     return [
-        HostPort(port.protocol, port.published_port, address, port.target_port)
+        HostPort(port.protocol, port.published_port, address, port.target_port, port.host_ip)
         for port in ports
         if port.publish_mode is PublishMode.HOST
     ]

@@ -59,7 +59,7 @@ class Namespaces:
 
     async def run(self, namespace: Path, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``call`` on a thread inside ``namespace``; only what it opens stays there."""
-        return await self._on_thread(_inside, namespace, lambda: call(*args, **kwargs))
+        return await self._on_thread(inside, namespace, lambda: call(*args, **kwargs))
 
     @asynccontextmanager
     async def netlink(self, namespace: Path) -> AsyncIterator[AsyncIPRoute]:
@@ -112,7 +112,8 @@ def unmount_pin(path: Path) -> None:
     unmount_if_mounted(path)
 
 
-def _inside(namespace: Path, call: Callable[[], T]) -> T:
+def inside(namespace: Path, call: Callable[[], T]) -> T:
+    """Run ``call`` in ``namespace``, on the calling thread, which nothing else may use meanwhile.  Raises: OSError."""
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         target = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)

@@ -10,21 +10,28 @@ import socket
 from collections.abc import Iterable
 from typing import Protocol
 
-from skep.errors import AlreadyExists, InvalidArgument, Unavailable
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 from skep.node.network.namespaces import Namespaces
 
 
 class PortReservations(Protocol):
     """Holds ports; the net process does (so that they outlive the node process), or this process itself."""
 
-    async def reserve(self, protocol: str, port: int) -> int:
-        """Hold ``port`` (0: any free one) and give it.  Raises: AlreadyExists: somebody has it."""
+    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+        """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
 
-    async def release(self, protocol: str, port: int) -> None:
+        Raises: AlreadyExists: somebody has it; AddressNotHere.
+        """
+
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
         """Let it go; ignored when it is not held."""
 
-    async def held(self) -> Iterable[tuple[str, int]]:
-        """What is held: (protocol, port)."""
+    async def held(self) -> Iterable[tuple[str, int, str]]:
+        """What is held: (protocol, port, address)."""
+
+
+class AddressNotHere(FailedPrecondition):
+    """The node has no such address."""
 
 
 class OwnReservations:
@@ -32,20 +39,20 @@ class OwnReservations:
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
-        self._sockets: dict[tuple[str, int], socket.socket] = {}
+        self._sockets: dict[tuple[str, int, str], socket.socket] = {}
 
-    async def reserve(self, protocol: str, port: int) -> int:
-        opened = await self._namespaces.run(self._namespaces.home, bind, protocol, port)
+    async def reserve(self, protocol: str, port: int, address: str = "") -> int:
+        opened = await self._namespaces.run(self._namespaces.home, bind, protocol, port, address)
         chosen: int = opened.getsockname()[1]
-        self._sockets[protocol, chosen] = opened
+        self._sockets[protocol, chosen, address] = opened
         return chosen
 
-    async def release(self, protocol: str, port: int) -> None:
-        opened = self._sockets.pop((protocol, port), None)
+    async def release(self, protocol: str, port: int, address: str = "") -> None:
+        opened = self._sockets.pop((protocol, port, address), None)
         if opened is not None:
             opened.close()
 
-    async def held(self) -> Iterable[tuple[str, int]]:
+    async def held(self) -> Iterable[tuple[str, int, str]]:
         return tuple(self._sockets)
 
     def close(self) -> None:
@@ -55,26 +62,37 @@ class OwnReservations:
         self._sockets.clear()
 
 
-def bind(protocol: str, port: int) -> socket.socket:
+def bind(protocol: str, port: int, address: str = "") -> socket.socket:
     """A socket that holds ``port`` of the present network namespace.
 
-    Raises: AlreadyExists, with Docker's words; InvalidArgument: an unknown protocol.
+    Raises: AlreadyExists, with Docker's words; AddressNotHere; InvalidArgument: an unknown protocol.
     """
     kinds = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM, "sctp": socket.SOCK_STREAM}
     if protocol not in kinds:
         raise InvalidArgument(f"unknown protocol {protocol!r}")
     number = socket.IPPROTO_SCTP if protocol == "sctp" else 0
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        opened = socket.socket(socket.AF_INET, kinds[protocol] | socket.SOCK_CLOEXEC, number)
+        opened = socket.socket(family, kinds[protocol] | socket.SOCK_CLOEXEC, number)
     except OSError as error:
         raise Unavailable(f"this kernel has no {protocol}: {error.strerror}") from error
+    address = address or "0.0.0.0"
     try:
-        opened.bind(("0.0.0.0", port))
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if protocol != "udp":  # connections of a server that has ended do not count, one that listens does
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((address, port))
         if protocol != "udp":
             opened.listen(1)
     except OSError as error:
         opened.close()
+        where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         if error.errno == errno.EADDRINUSE:
-            raise AlreadyExists(f"Bind for 0.0.0.0:{port} failed: port is already allocated") from error
+            raise AlreadyExists(f"Bind for {where} failed: port is already allocated") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise AddressNotHere(
+                f"listen {protocol} {where}: bind: cannot assign requested address"
+            ) from error
         raise Unavailable(f"cannot reserve port {port}/{protocol}: {error.strerror}") from error
     return opened

@@ -1,7 +1,7 @@
 """The node's nftables rules for containers: data only.
 
-One table, ``ip skep``.  ``host_ports`` leads from a published port of the node to a container; everything
-else is fixed.
+One table, ``ip skep``.  ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
+that answers on one address only; everything else is fixed.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ import msgspec
 from skep.node.network.overlay.tables import RuleTable
 
 TABLE = "ip skep"
+_BOUND = "ip daddr . meta l4proto . th dport"
 
 
 class HostPort(msgspec.Struct, frozen=True, order=True):
@@ -21,6 +22,8 @@ class HostPort(msgspec.Struct, frozen=True, order=True):
     published_port: int
     address: str
     target_port: int
+    host_ip: str = ""
+    """The only address of the node that it answers on; empty: all."""
 
 
 def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPort]) -> RuleTable:
@@ -34,7 +37,10 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     """
     return RuleTable(
         name=TABLE,
-        sets=(("host_ports", "type inet_proto . inet_service : ipv4_addr . inet_service"),),
+        sets=(
+            ("host_ports", "type inet_proto . inet_service : ipv4_addr . inet_service"),
+            ("bound_ports", "type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service"),
+        ),
         chains=(
             ("raw", "{ type filter hook prerouting priority -300; }"),
             ("pre", "{ type nat hook prerouting priority -100; }"),
@@ -44,7 +50,9 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
         ),
         rules=(
             ("raw", 'iif != "lo" ip daddr 127.0.0.0/8 drop'),
+            ("pre", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),
             ("pre", "fib daddr type local dnat ip to meta l4proto . th dport map @host_ports"),
+            ("out", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),
             ("out", "fib daddr type local dnat ip to meta l4proto . th dport map @host_ports"),
             ("post", f'ip saddr {subnet} oifname != "{bridge}" masquerade'),
             ("post", f'oifname "{bridge}" fib saddr type local masquerade'),
@@ -55,9 +63,13 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
             ("forward", "ct status dnat accept"),
             ("forward", "drop"),
         ),
-        elements=frozenset(("host_ports", _element(port)) for port in host_ports),
+        elements=frozenset(_element(port) for port in host_ports),
     )
 
 
-def _element(port: HostPort) -> str:
-    return f"{port.protocol} . {port.published_port} : {port.address} . {port.target_port}"
+def _element(port: HostPort) -> tuple[str, str]:
+    """The name of the map, and the element."""
+    led = f"{port.protocol} . {port.published_port} : {port.address} . {port.target_port}"
+    if port.host_ip in ("", "0.0.0.0"):
+        return "host_ports", led
+    return "bound_ports", f"{port.host_ip} . {led}"

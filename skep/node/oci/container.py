@@ -107,6 +107,12 @@ class ConnectedPlace(msgspec.Struct, frozen=True, kw_only=True):
         return int(self.place.addresses[0].partition("/")[2])
 
 
+class NodePort(PortConfig):
+    """A port of the node, as a container has it.  ``host_ip``: the only address it answers on; empty: all."""
+
+    host_ip: str = ""
+
+
 class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The wish, with the image's defaults already merged in.  Limits: 0 means none."""
 
@@ -147,7 +153,7 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     nameservers: tuple[str, ...] = ()
     search_domains: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
-    ports: tuple[PortConfig, ...] = ()
+    ports: tuple[NodePort, ...] = ()
     """Host-mode ports to publish on the node."""
     places: tuple[Place, ...] = ()
     """Networks it is on, in the order of its interfaces; none: the node's gateway bridge alone."""
@@ -174,7 +180,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Of the gateway bridge, in the container's namespace."""
     port: str = ""
     """The container's port on the gateway bridge."""
-    ports: tuple[PortConfig, ...] = ()
+    ports: tuple[NodePort, ...] = ()
     places: tuple[ConnectedPlace, ...] = ()
     """In the order of its interfaces."""
 

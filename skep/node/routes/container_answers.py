@@ -169,7 +169,7 @@ def ports(container: Container) -> list[dict[str, Any]]:
     """Published and exposed ports."""
     published = [
         {
-            "IP": "0.0.0.0",  # what a published port listens on
+            "IP": port.host_ip or "0.0.0.0",
             "PrivatePort": port.target_port,
             "PublicPort": port.published_port,
             "Type": port.protocol,

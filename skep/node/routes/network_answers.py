@@ -51,7 +51,10 @@ def network_settings(container: Container) -> dict[str, Any]:
     bound: dict[str, Any] = dict.fromkeys(container.config.exposed_ports)
     for port in endpoint.ports:
         key = f"{port.target_port}/{port.protocol}"
-        bound[key] = [*(bound.get(key) or ()), {"HostIp": "0.0.0.0", "HostPort": str(port.published_port)}]
+        bound[key] = [
+            *(bound.get(key) or ()),
+            {"HostIp": port.host_ip or "0.0.0.0", "HostPort": str(port.published_port)},
+        ]
     settings |= {"SandboxID": container.id, "SandboxKey": endpoint.netns, "Ports": bound}
     if endpoint.places:  # Docker fills these in for its own bridge only
         return settings

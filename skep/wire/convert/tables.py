@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 
 from skep.errors import InvalidArgument
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.publishing import PublishOptions
 from skep.model.tables import (
     NetworkHead,
     Segment,
@@ -105,7 +106,15 @@ def _entries_to_pb(change: TableChange) -> Iterator[pb.NetworkNode | pb.NetworkE
             aliases=service.aliases,
             virtual_ips=service.virtual_ips,
             ports=[
-                pb.NetworkService.Port(protocol=port.protocol, published=port.published, target=port.target)
+                pb.NetworkService.Port(
+                    protocol=port.protocol,
+                    published=port.published,
+                    target=port.target,
+                    host_ip=port.options.host_ip,
+                    sticky=port.options.is_sticky,
+                    prefers_local=port.options.prefers_local,
+                    proxy_protocol=port.options.proxy_protocol,
+                )
                 for port in service.ports
             ],
         )
@@ -194,7 +203,17 @@ def _service_from_pb(service: pb.NetworkService) -> TableService:
         aliases=tuple(service.aliases),
         virtual_ips=tuple(service.virtual_ips),
         ports=tuple(
-            TablePort(protocol=port.protocol, published=port.published, target=port.target)
+            TablePort(
+                protocol=port.protocol,
+                published=port.published,
+                target=port.target,
+                options=PublishOptions(
+                    host_ip=port.host_ip,
+                    is_sticky=port.sticky,
+                    prefers_local=port.prefers_local,
+                    proxy_protocol=port.proxy_protocol,
+                ),
+            )
             for port in service.ports
         ),
     )

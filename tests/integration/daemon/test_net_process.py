@@ -1,16 +1,22 @@
 """The net process: host ports that outlive the node process, a crash, and a change of version."""
 
+import asyncio
 import os
 import random
 import signal
 import socket
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, Unavailable
+from skep.linux.files import replace_file
 from skep.node.netprocess.client import NetClient
+from skep.node.network.ingress.relays import RelayPort
+from skep.node.network.ports import AddressNotHere
 from skep.node.supervision.identity import identify
 from skep.node.supervision.supervisor import terminate, wait_end
 from skep.paths import Paths
@@ -39,7 +45,7 @@ async def test_a_reserved_port_is_taken_for_everybody_else_until_it_is_released(
         with pytest.raises(AlreadyExists, match="port is already allocated"):
             await client.reserve("tcp", port)
         assert await client.reserve("udp", port) == port, "another protocol is another port"
-        assert set(await client.held()) == {("tcp", port), ("udp", port)}
+        assert set(await client.held()) == {("tcp", port, ""), ("udp", port, "")}
         await client.release("tcp", port)
         await client.release("tcp", port)
         assert is_free(port)
@@ -58,7 +64,7 @@ async def test_ports_are_held_again_after_a_crash_and_calls_wait_for_it(paths: P
         crashed = net_process(paths)
         os.kill(crashed.pid, signal.SIGKILL)
         await wait_end(crashed)
-        assert list(await client.held()) == [("tcp", port)]
+        assert list(await client.held()) == [("tcp", port, "")]
         assert net_process(paths) != crashed
         assert not is_free(port)
 
@@ -75,7 +81,7 @@ async def test_the_next_version_takes_the_sockets_over_without_a_gap(paths: Path
         new_pid = await started.fork("net", ())
         await wait_end(old)
         assert not any(is_free(port) for port in held)
-        assert {port for _, port in await client.held()} == set(held)
+        assert {port for _, port, _ in await client.held()} == set(held)
         new = identify(new_pid)
         assert new is not None
         client.close()
@@ -110,3 +116,61 @@ async def test_without_its_zygote_nothing_can_be_started(paths: Paths) -> None:
         os.kill(started.pid, signal.SIGKILL)
         with pytest.raises(Unavailable, match="restart skep"):
             await started.fork("net", ())
+
+
+async def test_a_port_is_held_on_one_address_for_one_owner_and_handed_over_so(paths: Paths) -> None:
+    async with forks(paths) as started:
+        old = identify(await started.fork("net", ()))
+        assert old is not None
+        client = NetClient(paths.net_socket, SystemClock(), random.random)
+        mesh = NetClient(paths.net_socket, SystemClock(), random.random, owner="mesh")
+        port = await mesh.reserve("tcp", 0, "127.0.0.1")
+        assert await client.reserve("tcp", port, "127.0.0.2") == port, "another address is another port"
+        with pytest.raises(AlreadyExists, match=rf"Bind for 127\.0\.0\.1:{port} failed"):
+            await client.reserve("tcp", port, "127.0.0.1")
+        with pytest.raises(AddressNotHere, match="cannot assign requested address"):
+            await client.reserve("tcp", port, "192.0.2.1")
+        assert list(await mesh.held()) == [("tcp", port, "127.0.0.1")]
+        assert list(await client.held()) == [("tcp", port, "127.0.0.2")]
+        new = identify(await started.fork("net", ()))
+        assert new is not None
+        await wait_end(old)
+        assert list(await mesh.held()) == [("tcp", port, "127.0.0.1")]
+        await mesh.release("tcp", port, "127.0.0.1")
+        assert list(await client.held()) == [("tcp", port, "127.0.0.2")]
+        mesh.close()
+        client.close()
+        await terminate(new, 5.0)
+
+
+async def test_what_is_written_down_is_relayed_and_again_after_a_crash(paths: Paths) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_server(("::1", 0), family=socket.AF_INET6) as reserved:
+        port = reserved.getsockname()[1]
+        reserved.close()
+        relay = RelayPort(
+            protocol="tcp", address="::1", port=port, backends=(("127.0.0.1", server.getsockname()[1]),)
+        )
+        paths.relays.parent.mkdir()
+        async with forks(paths) as started, net(paths, started) as client:
+            await client.held()
+            replace_file(paths.relays, msgspec.json.encode([relay]), is_durable=False)
+            await asyncio.to_thread(exchange_by_relay, port, server)
+            os.kill(net_process(paths).pid, signal.SIGKILL)
+            await asyncio.to_thread(exchange_by_relay, port, server)
+
+
+def exchange_by_relay(port: int, server: socket.socket) -> None:
+    """A word through the relay, as soon as it listens."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with socket.create_connection(("::1", port), timeout=3) as connection:
+                accepted, _ = server.accept()
+                with accepted:
+                    connection.sendall(b"hello")
+                    assert accepted.recv(5) == b"hello"
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "nobody relays"
+            time.sleep(0.02)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from skep.errors import AlreadyExists
-from skep.model.service import PortConfig, PublishMode
+from skep.model.service import PublishMode
 from skep.node.network import nft
 from skep.node.network.gateway import BRIDGE
 from skep.node.network.namespaces import Namespaces
-from skep.node.oci.container import Container
+from skep.node.network.ports import AddressNotHere
+from skep.node.oci.container import Container, NodePort
 from skep.node.oci.containers import Containers
 from tests.integration.node.conftest import Runner
 from tests.runc_lab import Lab
@@ -21,9 +22,13 @@ from tests.runc_lab import Lab
 SERVE = ("httpd", "-f", "-p", "80", "-h", "/etc")
 
 
-def host_port(published: int = 0, protocol: str = "tcp") -> PortConfig:
-    return PortConfig(
-        protocol=protocol, target_port=80, published_port=published, publish_mode=PublishMode.HOST
+def host_port(published: int = 0, protocol: str = "tcp", host_ip: str = "") -> NodePort:
+    return NodePort(
+        protocol=protocol,
+        target_port=80,
+        published_port=published,
+        publish_mode=PublishMode.HOST,
+        host_ip=host_ip,
     )
 
 
@@ -125,6 +130,21 @@ async def test_outside_machines_reach_published_ports_and_nothing_else(lab: Lab,
     finally:
         await outside.destroy("machine")
         outside.close()
+
+
+async def test_a_port_in_host_mode_is_bound_to_one_address(lab: Lab, run: Runner) -> None:
+    first = await run.start(*SERVE, ports=(host_port(8080, host_ip="127.0.0.1"),))
+    assert first.endpoint is not None
+    assert b"staff" in await eventually_served(lab, "127.0.0.1", 8080)
+    with pytest.raises(ConnectionRefusedError):
+        await fetch(lab, first.endpoint.gateway, 8080)
+    second = await run.start(*SERVE, ports=(host_port(8080, host_ip=first.endpoint.gateway),))
+    assert second.endpoint is not None, "another address is another port"
+    assert b"staff" in await eventually_served(lab, first.endpoint.gateway, 8080)
+    with pytest.raises(AlreadyExists, match=r"Bind for 127\.0\.0\.1:8080 failed: port is already allocated"):
+        await run.create("true", ports=(host_port(8080, host_ip="127.0.0.1"),))
+    with pytest.raises(AddressNotHere, match="cannot assign requested address"):
+        await run.create("true", ports=(host_port(8081, host_ip="192.0.2.77"),))
 
 
 async def test_the_node_picks_a_port_where_none_is_named(lab: Lab, run: Runner) -> None:

@@ -10,6 +10,9 @@ import pytest
 
 from skep.errors import Unimplemented
 from skep.node.network.addresses import mac_of
+from skep.node.network.overlay.overlays import home_domain
+from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.state import State
 from skep.node.network.overlay.wanted import INGRESS_BRIDGE
 from tests.integration.node.overlay_lab import (
     DUAL,
@@ -260,3 +263,15 @@ async def test_strangers_and_containers_send_no_vxlan(lab: OverlayLab) -> None:
             assert await reaches(sender, "10.0.1.5"), "the nodes' own frames pass"
         finally:
             lab.nodes.append(stranger)
+
+
+async def test_what_is_wanted_later_is_looked_at_first(lab: OverlayLab) -> None:
+    """A node without tables says so before its gateway is wished for; its sysctls are set all the same."""
+    node = lab.nodes[0]
+    namespaces, repairs = node.namespaces, Repairs()
+    home = home_domain(namespaces, repairs)
+    await home.settle()
+    home.wish("gateway", State(sysctls={"net/ipv4/ip_forward": "1"}))
+    await home.settle()
+    assert (await shell(node.home, "cat /proc/sys/net/ipv4/ip_forward")).strip() == "1"
+    assert await home.heal() == 0

@@ -117,7 +117,7 @@ class Domain:
             wanted, believed = self.wanted, self._believed
             self._goal, self._goal_rules = wanted, self.wanted_rules
             await self._settle_rules()
-            if believed is None:
+            if believed is None or not wanted.sysctls.keys() <= believed.sysctls.keys():
                 believed = await self._read(wanted)
             self._believed = None
             await self._do(difference(wanted, believed, is_ours=self.is_ours))

@@ -152,6 +152,11 @@ class Overlays:
         for id, endpoint in live.items():
             for connected in endpoint.places:
                 self._enter(id, endpoint.netns, connected)
+
+    async def begin(self, live: Mapping[ContainerId, Endpoint]) -> None:
+        """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
+        for id, endpoint in live.items():
+            await self._watch_container(id, endpoint)
         self._restored.set()
 
     async def connect(
@@ -188,10 +193,6 @@ class Overlays:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
         domain = await self._watch_container(container_id, endpoint)
         await domain.settle()
-
-    async def adopt_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
-        """The same for a container that runs: nothing is done now."""
-        await self._watch_container(container_id, endpoint)
 
     async def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
         """Remove its ports, and networks that nobody needs any more.  Harmless when they are gone.

@@ -1,0 +1,1 @@
+"""Encrypted overlays of skep nodes (docs/design/encryption.md)."""

@@ -1,0 +1,65 @@
+"""What is said over ``forwarder.sock``: one request, one answer, each with its length before it (4 bytes)."""
+
+import asyncio
+from typing import cast
+
+import msgspec
+
+from skep.errors import Unavailable
+from skep.node.network.encrypted.forwarder import Status
+from skep.node.network.encrypted.plan import Plan
+
+FRAME_BYTES_MAX = 64 * 1024 * 1024
+"""A plan of 200 networks with 50,000 containers takes 5 MB."""
+_LENGTH_BYTES = 4
+
+
+class Apply(msgspec.Struct, frozen=True, tag=True):
+    """Do as the plan says from now on; answered with ``Now`` or ``Refused``."""
+
+    plan: Plan
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Answered with ``Now``."""
+
+
+class Now(msgspec.Struct, frozen=True, tag=True):
+    """How it stands."""
+
+    status: Status
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """``message``: a sentence."""
+
+    message: str
+
+
+Request = Apply | Ask
+Answer = Now | Refused
+
+
+def frame(message: Request | Answer) -> bytes:
+    """``message`` with its length before it."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
+    """The next message; None: the other end has closed.  Raises: Unavailable: it speaks something else."""
+    try:
+        length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
+        if length > FRAME_BYTES_MAX:
+            raise Unavailable(f"a message of {length} bytes on forwarder.sock")
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
+def decode_request(body: bytes) -> Request:
+    return cast("Request", msgspec.msgpack.decode(body, type=Request))
+
+
+def decode_answer(body: bytes) -> Answer:
+    return cast("Answer", msgspec.msgpack.decode(body, type=Answer))

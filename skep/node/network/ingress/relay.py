@@ -1,0 +1,130 @@
+"""Relays the published ports that the kernel cannot lead to tasks (``relays.py``), in the net process.
+
+What is to be served stands in a file; a change of it changes who gets new connections, and open ones go on.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.node.network.ingress.relay_tcp import TcpRelay
+from skep.node.network.ingress.relay_udp import UdpRelay
+from skep.node.network.ingress.relays import RelayPort
+from skep.node.oci.filewatch import FileWatch
+
+log = structlog.get_logger()
+
+_FIRST_RETRY_S, _RETRY_S_MAX = 0.05, 30.0
+
+_Key = tuple[str, str, int]
+
+
+class Relays:
+    """All relays of one node.
+
+    Args:
+        plan: the file; missing: nothing is served.  It has a directory of its own.
+        in_namespace: calls a function in the node's own network namespace (sockets opened there stay there).
+    """
+
+    def __init__(
+        self,
+        plan: Path,
+        clock: Clock,
+        chance: Callable[[], float],
+        in_namespace: Callable[[Callable[[], socket.socket]], socket.socket] = lambda call: call(),
+    ) -> None:
+        self._plan = plan
+        self._clock = clock
+        self._chance = chance
+        self._in_namespace = in_namespace
+        self._open: dict[_Key, TcpRelay | UdpRelay] = {}
+        self._refused: set[_Key] = set()
+
+    async def run(self) -> None:
+        """Serve until cancelled; open connections end then."""
+        self._plan.parent.mkdir(parents=True, exist_ok=True)
+        backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=self._chance)
+        try:
+            while True:
+                try:
+                    with closing(FileWatch(self._plan.parent)) as watch:
+                        await self._follow_changes(watch, backoff)
+                except OSError as error:
+                    log.warning("changes of relays are not told", reason=str(error))
+                    await self._follow()
+                    await backoff.sleep(self._clock)
+        finally:
+            for relay in self._open.values():
+                relay.close(ends_connections=True)
+
+    async def _follow_changes(self, watch: FileWatch, backoff: Backoff) -> None:
+        while True:
+            await self._follow()
+            if not self._refused:
+                backoff.reset()
+                await watch.wait_changed()
+                continue
+            with suppress(TimeoutError):  # a port may be free by then
+                async with asyncio.timeout(backoff.next_delay_s()):
+                    await watch.wait_changed()
+
+    async def _follow(self) -> None:
+        wanted = {(one.protocol, one.address, one.port): one for one in self._read()}
+        for key in self._open.keys() - wanted.keys():
+            self._open.pop(key).close()
+        refused = set()
+        for key, port in wanted.items():
+            relay = self._open.get(key)
+            if relay is not None:
+                relay.update(port)
+                continue
+            try:
+                self._open[key] = await self._opened(port)
+            except OSError as error:
+                refused.add(key)
+                if key not in self._refused:
+                    log.warning("port is not relayed", port=key, reason=error.strerror)
+        self._refused = refused
+
+    async def _opened(self, port: RelayPort) -> TcpRelay | UdpRelay:
+        if port.protocol == "udp":
+            return UdpRelay(
+                port, self._in_namespace(lambda: _bound(port)), self._clock, self._chance, self._in_namespace
+            )
+        relay = TcpRelay(port, self._chance, self._in_namespace)
+        await relay.open(self._in_namespace(lambda: _bound(port)))
+        return relay
+
+    def _read(self) -> tuple[RelayPort, ...]:
+        try:
+            return msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])
+        except FileNotFoundError:
+            return ()
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("relays cannot be read", file=str(self._plan), reason=str(error))
+            return ()
+
+
+def _bound(port: RelayPort) -> socket.socket:
+    """Raises: OSError: somebody has the port, or the address is not this node's."""
+    family = socket.AF_INET6 if ":" in port.address else socket.AF_INET
+    kind = socket.SOCK_DGRAM if port.protocol == "udp" else socket.SOCK_STREAM
+    opened = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if kind == socket.SOCK_STREAM:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((port.address, port.port))
+    except OSError:
+        opened.close()
+        raise
+    return opened

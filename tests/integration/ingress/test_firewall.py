@@ -1,0 +1,195 @@
+"""Beside others' rules: ours come back, theirs are never touched; ports that the node's own servers have are theirs."""
+
+import asyncio
+import re
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.integration.node.conftest import eventually
+from tests.mesh_lab import CLIENT, LabNode, MeshLab
+
+PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
+
+OTHERS = """
+table ip filter {
+  chain INPUT { type filter hook input priority 0; policy accept; jump ufw-input; }
+  chain ufw-input { tcp dport 22 accept; }
+  chain FORWARD { type filter hook forward priority 0; policy accept; oifname "docker0" ct state established accept; }
+}
+table ip nat {
+  chain DOCKER { iifname "docker0" return; tcp dport 9000 dnat to 172.17.0.2:80; }
+  chain PREROUTING { type nat hook prerouting priority -100; fib daddr type local jump DOCKER; }
+  chain POSTROUTING { type nat hook postrouting priority 100; ip saddr 172.17.0.0/16 oifname != "docker0" masquerade; }
+}
+table inet firewalld {
+  set trusted { type ipv4_addr; elements = { 198.51.100.7 }; }
+  chain filter_FORWARD { type filter hook forward priority 10; policy accept; ct state established,related accept; }
+}
+table ip skep_of_somebody_else {
+  chain pre { type filter hook prerouting priority -300; }
+}
+"""
+
+
+@asynccontextmanager
+async def watched(node: LabNode) -> AsyncIterator[None]:
+    """The node process looks after its tables."""
+    watching = asyncio.create_task(node.tables.watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
+async def published(lab: MeshLab) -> LabNode:
+    lab.publish(*PORTS)
+    await lab.add_task("t1", lab.nodes[1])
+    await lab.spread()
+    return lab.nodes[0]
+
+
+async def others_rules(node: LabNode) -> str:
+    """All that is not ours, as it was written."""
+    listing = await node.nft("list ruleset")
+    tables = re.split(r"(?m)^(?=table )", listing)
+    return "".join(one for one in tables if "skep_ingress {" not in one.partition("\n")[0])
+
+
+async def test_others_rules_stay_byte_for_byte_while_ours_come_change_and_go(lab: MeshLab) -> None:
+    node = lab.nodes[0]
+    await node.nft(OTHERS)
+    before = await node.nft("list ruleset")
+    await published(lab)
+    assert await others_rules(node) == before
+    assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
+    await lab.add_task("t2", lab.nodes[0])
+    await lab.spread()
+    assert await others_rules(node) == before
+    await node.tables.repair()
+    assert await others_rules(node) == before
+    lab.publish()
+    await lab.spread()
+    assert await node.nft("list ruleset") == before
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "flush ruleset",
+        "delete table ip skep_ingress",
+        "flush chain ip skep_ingress pre",
+        "delete element ip skep_ingress ports { tcp . 8080 }",
+        "insert rule ip skep_ingress forward drop",
+        "flush map ip skep_ingress backends",
+    ],
+)
+async def test_what_somebody_does_to_our_tables_is_undone_within_5_s(lab: MeshLab, harm: str) -> None:
+    node = await published(lab)
+    async with watched(node):
+        await node.tables.repair()  # what it was when it began
+        good = await node.nft("list ruleset")
+        repairs = node.tables.repairs
+        began = time.monotonic()
+        await node.nft(harm)
+        while await node.nft("list ruleset") != good:
+            assert time.monotonic() - began < 5
+        await eventually(lambda: node.tables.repairs > repairs, "the repair is counted")
+        assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
+
+
+async def test_a_flush_by_somebody_who_writes_his_own_rules_leaves_both(lab: MeshLab) -> None:
+    """As ``systemctl reload nftables`` does."""
+    node = await published(lab)
+    async with watched(node):
+        repairs = node.tables.repairs
+        await node.nft("flush ruleset\n" + OTHERS)
+        await eventually(lambda: node.tables.repairs > repairs, "our tables are back")
+        assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
+        kept = await others_rules(node)
+        for name in ("table ip filter", "table ip nat", "table inet firewalld", "skep_of_somebody_else"):
+            assert name in kept
+
+
+async def test_an_established_connection_outlives_a_flush(lab: MeshLab) -> None:
+    node = await published(lab)
+    async with watched(node):
+        with await lab.in_client(socket.create_connection, (node.address, 8080), 3) as connection:
+            assert await lab.in_client(say, connection) == "t1"
+            repairs = node.tables.repairs
+            await node.nft("flush ruleset")
+            await eventually(lambda: node.tables.repairs > repairs, "our tables are back")
+            assert await lab.in_client(say, connection) == "t1"
+
+
+async def test_our_own_changes_are_no_harm(lab: MeshLab) -> None:
+    node = await published(lab)
+    async with watched(node):
+        repairs = node.tables.repairs
+        for number in range(2, 6):
+            await lab.add_task(f"t{number}", lab.nodes[number % 3])
+            await lab.spread()
+        await node.nft(
+            "add table ip somebody; delete table ip somebody; add rule ip skep_ingress refuse drop"
+        )
+        await eventually(lambda: node.tables.repairs == repairs + 1, "the one repair")
+
+
+async def test_a_port_that_the_nodes_own_server_has_stays_its_own_until_it_is_free(lab: MeshLab) -> None:
+    node = lab.nodes[0]
+    server = await lab.places.run(node.netns, socket.create_server, ("0.0.0.0", 8080))
+    retries = asyncio.create_task(node.mesh.run())
+    try:
+        with server:
+            await published(lab)
+            (warning,) = node.mesh.warnings()
+            assert warning == (
+                "port 8080/tcp is not published on this node: "
+                "Bind for 0.0.0.0:8080 failed: port is already allocated"
+            )
+            with await lab.in_client(socket.create_connection, (node.address, 8080), 3):
+                accepted, _ = server.accept()
+                accepted.close()
+            assert await lab.ask(node.address, 8080, "udp") == f"t1 {CLIENT}"
+            assert await lab.ask(lab.nodes[1].address, 8080) == f"t1 {CLIENT}"
+        await eventually(lambda: not node.mesh.warnings(), "the port is published", within_s=20)
+        assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
+    finally:
+        retries.cancel()
+        await asyncio.wait([retries])
+
+
+async def test_nobody_on_the_node_can_take_a_published_port(lab: MeshLab) -> None:
+    node = await published(lab)
+    with pytest.raises(OSError, match="in use"):
+        await lab.places.run(node.netns, socket.create_server, ("0.0.0.0", 8080))
+    with pytest.raises(OSError, match="in use"):
+        await lab.places.run(node.netns, socket.create_server, ("127.0.0.1", 8080))
+
+
+async def test_the_bridge_gets_its_settings_whenever_it_is_made(lab: MeshLab) -> None:
+    node = await published(lab)
+    running = asyncio.create_task(node.mesh.run())
+    try:
+        await asyncio.sleep(0)
+        await lab.batch("n1", "link del skep-ingress", "link add skep-ingress type bridge")
+
+        def setting() -> str:
+            with open("/proc/sys/net/ipv4/conf/skep-ingress/route_localnet") as file:
+                return file.read().strip()
+
+        async with asyncio.timeout(5):
+            while await lab.places.run(node.netns, setting) != "1":
+                pass
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def say(connection: socket.socket) -> str:
+    connection.send(b"hello\n")
+    return connection.recv(100).decode().partition(" ")[0]

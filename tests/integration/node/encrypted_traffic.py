@@ -1,0 +1,141 @@
+"""Traffic between the containers of two nodes, and what somebody between the nodes sees of it."""
+
+import asyncio
+import itertools
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.overlay_pair import OverlayPair, Side
+from skep.aio.clock import SystemClock
+from skep.node.network.namespaces import inside
+
+TEXT = b"the queen is dead, long live the queen "
+PORT = 7000
+CLOCK = SystemClock()
+_ETH_P_ALL = 3
+
+
+def sockets_of(source: Side, target: Side, kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
+    """A sender in one container, a receiver in the other; not connected yet."""
+    out = inside(Path("/run/netns") / source.container, lambda: socket.socket(socket.AF_INET, kind))
+    into = inside(Path("/run/netns") / target.container, lambda: socket.socket(socket.AF_INET, kind))
+    into.bind((target.address, PORT))
+    into.settimeout(5)
+    out.settimeout(5)
+    return out, into
+
+
+def transfer(source: Side, target: Side, content: bytes) -> bytes:
+    """What arrives of ``content`` over TCP."""
+    out, into = sockets_of(source, target, socket.SOCK_STREAM)
+    with out, into:
+        into.listen()
+        out.connect((target.address, PORT))
+        connection, _ = into.accept()
+        with connection:
+            sending = threading.Thread(target=lambda: (out.sendall(content), out.close()))
+            sending.start()
+            received = bytearray()
+            while part := connection.recv(1 << 20):
+                received += part
+            sending.join()
+    return bytes(received)
+
+
+@contextmanager
+def captured(side: Side, device: str = "up0") -> Iterator[list[bytes]]:
+    """All frames on a device of the node, both ways, while the block runs; whole once it has ended."""
+
+    def opened() -> socket.socket:
+        raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+        raw.setsockopt(socket.SOL_SOCKET, 33, 32 << 20)  # SO_RCVBUFFORCE
+        raw.bind((device, 0))
+        return raw
+
+    raw = inside(Path("/run/netns") / side.node, opened)
+    raw.settimeout(0.1)
+    seen: list[bytes] = []
+    is_over = threading.Event()
+
+    def read() -> None:
+        while True:
+            try:
+                seen.append(raw.recv(1 << 17))
+            except TimeoutError:
+                if is_over.is_set():
+                    return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield seen
+    finally:
+        is_over.set()
+        reader.join()
+        raw.close()
+
+
+def udp_to(seen: list[bytes], port: int) -> list[bytes]:
+    """The UDP payloads among the captured frames that go to ``port`` (IPv4)."""
+    return [
+        frame[42:]
+        for frame in seen
+        if frame[12:14] == b"\x08\x00"
+        and frame[23] == socket.IPPROTO_UDP
+        and frame[36:38] == port.to_bytes(2, "big")
+    ]
+
+
+class Pings:
+    """UDP datagrams from one container to the other, one every few milliseconds, numbered."""
+
+    def __init__(self, pair: OverlayPair) -> None:
+        self._pair = pair
+        self._is_over = threading.Event()
+        self.sent = 0
+        self.arrived: list[tuple[int, float]] = []
+
+    @contextmanager
+    def running(self) -> Iterator["Pings"]:
+        out, into = sockets_of(self._pair.a, self._pair.b, socket.SOCK_DGRAM)
+        into.settimeout(0.3)
+
+        def send() -> None:
+            while not self._is_over.wait(0.002):
+                out.sendto(self.sent.to_bytes(4, "big"), (self._pair.b.address, PORT))
+                self.sent += 1
+
+        def receive() -> None:
+            while True:
+                try:
+                    number = int.from_bytes(into.recv(64), "big")
+                except TimeoutError:
+                    if self._is_over.is_set():
+                        return
+                else:
+                    self.arrived.append((number, CLOCK.monotonic()))
+
+        threads = [threading.Thread(target=run) for run in (send, receive)]
+        with out, into:
+            for thread in threads:
+                thread.start()
+            try:
+                yield self
+            finally:
+                self._is_over.set()
+                for thread in threads:
+                    thread.join()
+
+    async def wait_arrived(self, more: int, within_s: float = 10.0) -> None:
+        wanted = len(self.arrived) + more
+        async with asyncio.timeout(within_s):
+            while len(self.arrived) < wanted:
+                await CLOCK.sleep(0.005)
+
+    @property
+    def longest_gap_s(self) -> float:
+        times = [at for _, at in self.arrived]
+        return max(after - before for before, after in itertools.pairwise(times))

@@ -1,0 +1,246 @@
+"""Published ports of a real cluster: every node answers, and the task sees who asks."""
+
+import asyncio
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from skep.node.network.namespaces import Namespaces
+from tests.integration.cluster import (
+    IMAGE,
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    remove_services,
+    running,
+    wait_running,
+    wait_until,
+)
+
+pytestmark = pytest.mark.timeout(180)
+T = TypeVar("T")
+
+NODES = ("m1", "w1", "w2")
+_SCRIPT = "#!/bin/sh\\necho; echo $HOSTNAME $REMOTE_ADDR\\n"
+_SERVE = f"mkdir -p /www/cgi-bin; cd /www/cgi-bin; printf '{_SCRIPT}' > whoami; chmod +x whoami; httpd -f -p 80 -h /www"
+WHOAMI = ("sh", "-c", _SERVE)
+
+
+@pytest.fixture(scope="module")
+def mesh_cluster() -> Iterator[TestCluster]:
+    with a_playground("mesh", managers=1, workers=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def nodes(mesh_cluster: TestCluster) -> Iterator[dict[str, TestNode]]:
+    found = {name: mesh_cluster.node(name) for name in NODES}
+    yield found
+    remove_services(found["m1"])
+    api = found["m1"].client().api
+    wait_until(lambda: not api.tasks(), "everything of the test is removed")
+
+
+def in_namespace(path: Path | str, call: Callable[..., T], *arguments: object) -> T:
+    """Call it there and come back."""
+
+    async def inside() -> T:
+        namespaces = Namespaces(Path("/nonexistent"), Path(path))
+        try:
+            return await namespaces.run(Path(path), call, *arguments)
+        finally:
+            namespaces.close()
+
+    return asyncio.run(inside())
+
+
+def fetch(address: str, port: int) -> str:
+    """``<container> <client's address>`` as the task says it."""
+    with socket.create_connection((address, port), timeout=3) as connection:
+        connection.sendall(b"GET /cgi-bin/whoami HTTP/1.0\r\n\r\n")
+        answer = b""
+        while piece := connection.recv(4096):
+            answer += piece
+    return answer.decode().strip().splitlines()[-1].replace("[::ffff:", "").replace("]", "")
+
+
+def client_of(cluster: TestCluster) -> tuple[str, str]:
+    """The namespace of the playground's switch, which is no node, and its address on the nodes' network."""
+    path = Path(cluster.node("m1").description["netns"]).parent / f"skep-{cluster.name}-net"
+    subnet = cluster.node("m1").description["addr"].rpartition(".")[0]
+    shown = subprocess.run(
+        ["nsenter", f"--net={path}", "ip", "-o", "-4", "addr"], capture_output=True, text=True, check=True
+    ).stdout
+    address = next(word.partition("/")[0] for word in shown.split() if word.startswith(f"{subnet}."))
+    return str(path), address
+
+
+def publish(nodes: dict[str, TestNode], *options: str, replicas: int = 3) -> None:
+    nodes["m1"].docker(
+        "service",
+        "create",
+        "--detach",
+        "--name",
+        "web",
+        "--replicas",
+        str(replicas),
+        *options,
+        IMAGE,
+        *WHOAMI,
+    )
+    wait_running(nodes["m1"], "web", replicas)
+
+
+def served(node: TestNode, client: str, port: int, wanted: Callable[[set[str]], bool]) -> set[str]:
+    """Answers of several requests, as soon as they are as ``wanted``."""
+
+    def answers() -> set[str]:
+        try:
+            found = {in_namespace(client, fetch, node.description["addr"], port) for _ in range(12)}
+        except OSError:
+            return set()
+        return found if wanted(found) else set()
+
+    return wait_until(answers, f"{node.name} answers as it should")
+
+
+def test_every_node_answers_and_rotates_over_all_tasks_with_the_clients_own_address(
+    mesh_cluster: TestCluster, nodes: dict[str, TestNode]
+) -> None:
+    client, own_address = client_of(mesh_cluster)
+    publish(nodes, "--publish", "8080:80")
+    for node in nodes.values():
+        answers = served(node, client, 8080, lambda found: len(found) == 3)
+        assert {answer.split()[1] for answer in answers} == {own_address}
+        for address in ("127.0.0.1", "::1", node.description["addr"]):
+            wait_until(partial(_answers, node, address), f"{node.name} answers itself at {address}")
+    nodes["m1"].docker("service", "rm", "web")
+    for node in nodes.values():
+        wait_until(partial(_refuses, client, node, 8080), f"{node.name} refuses")
+
+
+def test_a_node_without_a_task_leads_to_it_and_so_it_does_when_the_task_has_moved(
+    mesh_cluster: TestCluster, nodes: dict[str, TestNode]
+) -> None:
+    client, own_address = client_of(mesh_cluster)
+    publish(nodes, "--publish", "8080:80", "--constraint", "node.hostname==w2", replicas=1)
+    for node in nodes.values():
+        (answer,) = served(node, client, 8080, lambda found: len(found) == 1)
+        assert answer.split()[1] == own_address
+    before = {one["ID"] for one in running(nodes["m1"], "web")}
+    words = ("--constraint-rm", "node.hostname==w2", "--constraint-add", "node.hostname==w1")
+    nodes["m1"].docker("service", "update", "--detach", *words, "web")
+    wait_until(
+        lambda: (
+            {one["ID"] for one in running(nodes["m1"], "web")}.isdisjoint(before)
+            and running(nodes["m1"], "web")
+        ),
+        "the task has moved",
+    )
+    moved = {pid[:12] for pid in container_pids(nodes["w1"], "web")}
+    for node in nodes.values():
+        answers = served(node, client, 8080, lambda found: {one.split()[0] for one in found} == moved)
+        assert {answer.split()[1] for answer in answers} == {own_address}
+
+
+def test_udp_keeps_the_clients_own_address(mesh_cluster: TestCluster, nodes: dict[str, TestNode]) -> None:
+    client, own_address = client_of(mesh_cluster)
+    where = ("--constraint", "node.hostname==w2")
+    publish(nodes, "--publish", "published=5353,target=53,protocol=udp", *where, replicas=1)
+    (pid,) = container_pids(nodes["w2"], "web").values()
+
+    def server() -> socket.socket:
+        opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        opened.settimeout(3)
+        opened.bind(("0.0.0.0", 53))
+        return opened
+
+    def exchange(node: TestNode, serving: socket.socket) -> str:
+        """The client's address as the task sees it; the client gets the task's answer."""
+
+        def talk() -> bytes:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+                asking.settimeout(3)
+                asking.connect((node.description["addr"], 5353))
+                asking.send(b"hello")
+                _, peer = serving.recvfrom(100)
+                serving.sendto(peer[0].encode(), peer)
+                return asking.recv(100)
+
+        try:
+            return in_namespace(client, talk).decode()
+        except OSError:
+            return ""
+
+    with in_namespace(f"/proc/{pid}/ns/net", server) as serving:
+        for node in nodes.values():
+            assert wait_until(partial(exchange, node, serving), f"{node.name} answers") == own_address
+
+
+def test_labels_say_on_which_address_and_how_a_port_answers(
+    mesh_cluster: TestCluster, nodes: dict[str, TestNode]
+) -> None:
+    client, _ = client_of(mesh_cluster)
+    refused = nodes["m1"].docker(
+        "service",
+        "create",
+        "--label",
+        "skep.publish.8080.host-ip=nowhere",
+        "-p",
+        "8080:80",
+        IMAGE,
+        check=False,
+    )
+    assert "invalid label skep.publish.8080.host-ip=nowhere: want an IP address" in refused.stderr
+    publish(nodes, "-p", "8080:80", "-p", "8081:80", "--label", "skep.publish.8080.host-ip=127.0.0.1")
+    for node in nodes.values():
+        served(node, client, 8081, lambda found: len(found) == 3)
+        assert _refuses(client, node, 8080)
+        assert in_namespace(node.description["netns"], fetch, "127.0.0.1", 8080)
+
+
+def test_published_ports_answer_while_node_process_and_manager_are_killed(
+    mesh_cluster: TestCluster, nodes: dict[str, TestNode]
+) -> None:
+    client, _ = client_of(mesh_cluster)
+    publish(nodes, "--publish", "8080:80")
+    node = nodes["m1"]
+    served(node, client, 8080, lambda found: len(found) == 3)
+    victims = [pid for pid, name in node.processes() if name in ("skep", "etcd", "skep-manager", "python")]
+    for pid in victims:
+        node.kill(pid)
+    assert victims
+    for _ in range(200):
+        assert in_namespace(client, fetch, node.description["addr"], 8080)
+    wait_until(lambda: len(running(node, "web")) == 3, "the manager is back")
+
+
+def test_two_services_cannot_have_one_port(nodes: dict[str, TestNode]) -> None:
+    publish(nodes, "--publish", "8080:80", replicas=1)
+    refused = nodes["m1"].docker(
+        "service", "create", "-d", "--name", "api", "-p", "8080:80", IMAGE, check=False
+    )
+    assert "port '8080' is already in use by service 'web'" in refused.stderr
+
+
+def _answers(node: TestNode, address: str) -> bool:
+    try:
+        return bool(in_namespace(node.description["netns"], fetch, address, 8080))
+    except OSError:
+        return False
+
+
+def _refuses(client: str, node: TestNode, port: int) -> bool:
+    try:
+        in_namespace(client, fetch, node.description["addr"], port)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
