@@ -43,7 +43,7 @@ from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
-from skep.model.routes import routes_of
+from skep.model.routes import routes_of_all
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -233,7 +233,7 @@ class Allocator:
                     self._books.networks,
                     pools,
                     length,
-                    routes=[route.subnet for node in view.find(Node) for route in routes_of(node)],
+                    routes=routes_of_all(view.find(Node)),
                     cluster=swarms[0].id,
                 )
             except NotAllocated as error:
