@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ipaddress import ip_address, ip_interface
 from itertools import combinations
 
+from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.manager.control.names import check_dns_name
 from skep.model.meta import Driver
@@ -19,7 +20,6 @@ from skep.model.network import IPAMConfig, NetworkSpec, subnet_of
 from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
-PREDEFINED_LABEL = "com.docker.swarm.predefined"
 MTU_OPTION = "com.docker.network.driver.mtu"
 VXLAN_IDS_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 SUBNETS_MAX = 64

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from skep.manager.control.network_specs import (
-    PREDEFINED_LABEL,
     SUBNETS_MAX,
     VXLAN_IDS_OPTION,
     check_network_spec,
