@@ -23,6 +23,8 @@ DRIVERS_OF_NODES = frozenset({"bridge", "macvlan", "ipvlan", "host", "null"})
 LIST_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type")
 PRUNE_FILTERS = ("label", "label!", "until")
 SWARM, LOCAL = "swarm", "local"
+PREDEFINED_LABEL = "com.docker.swarm.predefined"
+"""Of a cluster's network that stands for one that every node has for itself."""
 
 
 class SubnetBody(ApiObject):

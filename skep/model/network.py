@@ -1,6 +1,8 @@
 """Cluster networks."""
 
 from collections.abc import Mapping
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_interface
 from typing import ClassVar
 
 from skep.model.encoding import ApiObject, always
@@ -66,3 +68,14 @@ def is_ingress(network: Network) -> bool:
 
 _INTERNAL_LABEL = "com.docker.swarm.internal"
 """By this the first swarms knew their ingress network."""
+
+
+def subnet_of(config: IPAMConfig) -> IPv4Network | IPv6Network:
+    """The subnet itself, without the host bits that a user may have written."""
+    return network_of(config.subnet)
+
+
+@lru_cache(4096)
+def network_of(text: str) -> IPv4Network | IPv6Network:
+    """The network of an ``address/length``.  Asked for every task, and there are few."""
+    return ip_interface(text).network

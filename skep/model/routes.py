@@ -6,6 +6,7 @@ skep nodes report their routes, in an engine label of the node, which the wire c
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 from typing import Final, TypeAlias
 
@@ -68,27 +69,48 @@ def own_routes_label() -> str:
 
 def routes_of(node: Node) -> tuple[MachineRoute, ...]:
     """What the node reports; words that are no routes are passed over."""
-    words = node.description.engine.labels.get(ROUTES_LABEL, "")[:_LABEL_CHARACTERS_MAX].split()
+    return _read(_label_of(node))
+
+
+def routes_of_all(nodes: Iterable[Node]) -> frozenset[Subnet]:
+    """What any of ``nodes`` reports.  Machines of one kind report the same, so each label is looked at once."""
+    labels = {_label_of(node) for node in nodes}
+    return frozenset(route.subnet for label in labels for route in _read(label))
+
+
+def clashes(subnets: Iterable[Subnet], nodes: Iterable[Node]) -> list[Clash]:
+    """Where ``subnets`` lie across routes of ``nodes``, in their order."""
+    wanted = list(subnets)
+    by_label: dict[str, list[tuple[Subnet, MachineRoute]]] = {}
+    found: list[Clash] = []
+    for node in nodes:
+        label = _label_of(node)
+        if label not in by_label:
+            by_label[label] = [
+                (subnet, route)
+                for route in _read(label)
+                for subnet in wanted
+                if overlap(subnet, route.subnet)
+            ]
+        name = node.description.hostname or node.id
+        found += (Clash(subnet, name, route) for subnet, route in by_label[label])
+    return found
+
+
+def _label_of(node: Node) -> str:
+    return node.description.engine.labels.get(ROUTES_LABEL, "")[:_LABEL_CHARACTERS_MAX]
+
+
+@lru_cache(4096)
+def _read(label: str) -> tuple[MachineRoute, ...]:
     routes = []
-    for word in words[:ROUTES_MAX]:
+    for word in label.split()[:ROUTES_MAX]:
         text, _, interface = word.partition("=")
         try:
             routes.append(MachineRoute(ip_network(text), interface))
         except ValueError:
             continue
     return tuple(route for route in routes if route.subnet.prefixlen)
-
-
-def clashes(subnets: Iterable[Subnet], nodes: Iterable[Node]) -> list[Clash]:
-    """Where ``subnets`` lie across routes of ``nodes``, in their order."""
-    wanted = list(subnets)
-    return [
-        Clash(subnet, node.description.hostname or node.id, route)
-        for node in nodes
-        for route in routes_of(node)
-        for subnet in wanted
-        if overlap(subnet, route.subnet)
-    ]
 
 
 def overlap(one: Subnet, other: Subnet) -> bool:

@@ -213,6 +213,14 @@ async def test_containers_of_tasks_are_not_connected_by_hand(rig: Rig) -> None:
         assert await rig.message("POST", f"/networks/o1/{verb}", {}) == nameless
 
 
+@pytest.mark.parametrize("name", ["bridge", "host"])
+async def test_what_every_node_has_is_the_nodes_unless_the_clusters_is_asked_for(rig: Rig, name: str) -> None:
+    assert (await rig.ask("GET", f"/networks/{name}"))[1]["Scope"] == "local"
+    assert (await rig.ask("GET", f"/networks/{name}?scope=swarm"))[1]["Scope"] == "swarm"
+    assert (await rig.ask("GET", "/networks/none?scope=swarm"))[0] == 404
+    assert (await rig.ask("GET", "/networks/ingress?scope=local"))[0] == 404
+
+
 async def allocate(rig: Rig, name: str) -> Network:
     """As the leader does."""
     view = rig.manager.store.view()

@@ -205,6 +205,9 @@ def test_plain_containers_meet_by_name_and_alias_on_a_bridge_network(node: TestN
         refused = node.docker("network", "rm", "meeting", check=False)
         assert "has active endpoints" in refused.stderr
         node.docker("network", "disconnect", "meeting", "two")
+        node.docker("network", "disconnect", "bridge", "two")
+        node.docker("network", "connect", "bridge", "two")
+        assert node.docker("network", "inspect", "bridge", "--format", "{{.Scope}}").stdout == "local\n"
         assert node.docker("exec", "two", "ping", "-c", "1", "-W", "2", "one", check=False).returncode != 0
     finally:
         node.docker("rm", "-f", "one", "two", check=False)

@@ -16,9 +16,8 @@ from typing import TypeAlias
 import msgspec
 
 from skep.errors import SkepError
-from skep.manager.allocator.subnets import network_of, subnet_of
 from skep.model.ids import NetworkId
-from skep.model.network import IPAMConfig, Network
+from skep.model.network import IPAMConfig, Network, network_of, subnet_of
 
 Address: TypeAlias = IPv4Address | IPv6Address
 

@@ -18,6 +18,7 @@ from skep.manager.allocator.attachments import (
     wanted_networks,
 )
 from skep.manager.allocator.books import Books, node_owner, service_owner
+from skep.manager.allocator.fullness import Fullness
 from skep.manager.allocator.grants import (
     NETWORK,
     NODE,
@@ -42,7 +43,7 @@ from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
-from skep.model.routes import routes_of
+from skep.model.routes import routes_of_all
 from skep.model.service import Service, ServiceSpec
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -71,8 +72,7 @@ class Allocator:
         """Tasks not yet released, by service: work is in proportion to them, not to what the service has."""
         self._unallocated: dict[NetworkId, str] = {}
         """Networks that cannot have what they ask for, and why."""
-        self._nearly_full: set[NetworkId] = set()
-        """Networks of which that was said."""
+        self._fullness = Fullness()
         self._is_short = False
         """Whether a task waits for something: the next address given back is news."""
 
@@ -120,7 +120,7 @@ class Allocator:
                 case Deleted(Network() as network):
                     self._books.leave_network(network)
                     self._unallocated.pop(network.id, None)
-                    self._nearly_full.discard(network.id)
+                    self._fullness.forget(network.id)
                     self._note_unallocated()
                     self._note_nodes()
                 case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
@@ -233,7 +233,7 @@ class Allocator:
                     self._books.networks,
                     pools,
                     length,
-                    routes=[route.subnet for node in view.find(Node) for route in routes_of(node)],
+                    routes=routes_of_all(view.find(Node)),
                     cluster=swarms[0].id,
                 )
             except NotAllocated as error:
@@ -322,24 +322,12 @@ class Allocator:
 
         match attachments_for(spec, networks, give, task.networks_attachments):
             case Attached(attachments):
-                self._warn_of_full(one.network for one in attachments)
+                self._fullness.look((one.network for one in attachments), self._books.addresses)
                 return Release(task, attachments)
             case NotAttached(reason):
                 self._books.leave_task(task.id)
                 self._is_short = True
                 return Explain(task, reason)
-
-    def _warn_of_full(self, networks: Iterable[Network | None]) -> None:
-        """Log once when a network is nearly full, and again when it has had room meanwhile."""
-        for network in networks:
-            if network is None or not is_overlay(network):
-                continue
-            usage = self._books.addresses.usage(network)
-            if not usage.is_nearly_full:
-                self._nearly_full.discard(network.id)
-            elif network.id not in self._nearly_full:
-                self._nearly_full.add(network.id)
-                log.warning("network nearly full", network=network.spec.name, usage=str(usage))
 
     def _networks(self) -> Networks:
         """An ingress network that has no addresses yet is one to wait for."""

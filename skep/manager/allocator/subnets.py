@@ -14,7 +14,6 @@ Source: moby, libnetwork/drivers/overlay/ovmanager (VXLAN ids from 4096), swarmk
 import bisect
 import hashlib
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_interface
 
 from msgspec.structs import replace
@@ -22,7 +21,7 @@ from msgspec.structs import replace
 from skep.errors import SkepError
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.model.network import IPAMConfig, IPAMOptions, Network, network_of, subnet_of
 from skep.model.planes import DOCKER, PLANE_OPTION, SKEP, driver_of, is_overlay, plane_of
 from skep.model.routes import Subnet, overlap
 
@@ -145,17 +144,6 @@ def free_subnet(
     raise NotAllocated(
         "could not find an available, non-overlapping IPv4 address pool among the defaults to assign to the network"
     )
-
-
-def subnet_of(config: IPAMConfig) -> Subnet:
-    """The subnet itself, without the host bits that a user may have written."""
-    return network_of(config.subnet)
-
-
-@lru_cache(4096)
-def network_of(text: str) -> Subnet:
-    """The network of an ``address/length``.  Asked for every task, and there are few."""
-    return ip_interface(text).network
 
 
 def vxlan_ids(network: Network) -> list[int]:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from ipaddress import ip_address, ip_interface
 from itertools import combinations
 
+from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.manager.control.names import check_dns_name
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, NetworkSpec
+from skep.model.network import IPAMConfig, NetworkSpec, subnet_of
 from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
-PREDEFINED_LABEL = "com.docker.swarm.predefined"
 MTU_OPTION = "com.docker.network.driver.mtu"
 VXLAN_IDS_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 SUBNETS_MAX = 64
@@ -57,7 +57,7 @@ def check_subnets(configs: Sequence[IPAMConfig]) -> None:
     for config in configs:
         _check_subnet(config)
     for one, other in combinations(configs, 2):
-        if overlap(_subnet(one), _subnet(other)):
+        if overlap(subnet_of(one), subnet_of(other)):
             raise InvalidArgument("multiple overlapping subnet configuration is not supported")
 
 
@@ -117,7 +117,7 @@ def _check_ipam_driver(driver: Driver) -> None:
 def _check_subnet(config: IPAMConfig) -> None:
     if not is_subnet(config.subnet):
         raise InvalidArgument(f"ipam configuration: invalid subnet {config.subnet}")
-    subnet = _subnet(config)
+    subnet = subnet_of(config)
     if subnet.is_multicast or subnet.is_loopback or subnet.network_address.is_unspecified:
         raise InvalidArgument(f"ipam configuration: invalid subnet {config.subnet}")
     if subnet.num_addresses < 4:
@@ -162,10 +162,6 @@ def _check_auxiliary(config: IPAMConfig, subnet: Subnet) -> None:
             raise InvalidArgument(
                 f"failed to allocate secondary ip address ({name}:{text}): Address already in use"
             )
-
-
-def _subnet(config: IPAMConfig) -> Subnet:
-    return ip_interface(config.subnet).network
 
 
 def _is_number(word: str) -> bool:

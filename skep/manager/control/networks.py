@@ -4,13 +4,12 @@ Source: swarmkit, manager/controlapi/network.go; moby 20.10, daemon/cluster/netw
 """
 
 from collections.abc import Sequence
-from ipaddress import ip_interface
 
 from msgspec.structs import replace
 
+from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from skep.manager.control.network_specs import (
-    PREDEFINED_LABEL,
     SUBNETS_MAX,
     VXLAN_IDS_OPTION,
     check_network_spec,
@@ -18,7 +17,7 @@ from skep.manager.control.network_specs import (
 )
 from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress
+from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress, subnet_of
 from skep.model.node import Node
 from skep.model.planes import is_overlay
 from skep.model.routes import Subnet, clashes, overlap
@@ -75,8 +74,8 @@ def add_subnets(tx: Transaction, id: NetworkId, configs: Sequence[IPAMConfig]) -
         raise InvalidArgument("every ip-range or gateway must have a corresponding subnet")
     if len(present) + len(configs) > SUBNETS_MAX:
         raise InvalidArgument(f"ipam configuration: more than {SUBNETS_MAX} subnets")
-    check_subnets((*(config for config in given if _subnet(config) not in map(_subnet, new)), *new))
-    new = tuple(config for config in new if _subnet(config) not in [_subnet(one) for one in given])
+    check_subnets((*(config for config in given if subnet_of(config) not in map(subnet_of, new)), *new))
+    new = tuple(config for config in new if subnet_of(config) not in [subnet_of(one) for one in given])
     blank = tuple(config for config in configs if not config.subnet)
     if not new and not blank:
         return network
@@ -156,7 +155,7 @@ def _vxlan_ids(driver: Driver) -> set[int]:
 
 def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]) -> None:
     """Raises: FailedPrecondition: a subnet is another network's, or a machine reaches it by itself."""
-    wanted = [_subnet(config) for config in configs if config.subnet]
+    wanted = [subnet_of(config) for config in configs if config.subnet]
     for other in tx.find(Network) if wanted else ():
         for theirs in subnets_of(other) if other.id != network.id else ():
             for mine in wanted:
@@ -180,12 +179,8 @@ def subnets_of(network: Network) -> list[Subnet]:
     """What the network has, and what it will get."""
     both = (network.ipam_options, network.spec.ipam_options)
     configs = [config for options in both if options is not None for config in options.configs]
-    found = dict.fromkeys(_subnet(config) for config in configs if config.subnet)
+    found = dict.fromkeys(subnet_of(config) for config in configs if config.subnet)
     return list(found) if is_overlay(network) else []
-
-
-def _subnet(config: IPAMConfig) -> Subnet:
-    return ip_interface(config.subnet).network
 
 
 _NAMED_MAX = 5

@@ -81,8 +81,11 @@ def head_of(network: Network, port: int) -> NetworkHead:
         id=network.id,
         name=network.spec.name,
         segments=tuple(
-            Segment(subnet=config.subnet, gateway=_bare(config.gateway), vni=vni)
-            for config, vni in zip(configs, numbers, strict=False)
+            # One id per IPv4 subnet, which come first; IPv6 subnets share the first VXLAN.
+            Segment(
+                subnet=config.subnet, gateway=_bare(config.gateway), vni=(numbers[position:] or numbers)[0]
+            )
+            for position, config in enumerate(configs if numbers else ())
         ),
         mtu=int(mtu) if mtu.isascii() and mtu.isdigit() else 0,
         port=port,

@@ -10,11 +10,10 @@ from ipaddress import ip_interface
 from typing import Any
 
 from skep.api.network_form import endpoint_id, flat_form, known_driver
-from skep.api.networks import SWARM, Facts
+from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts
 from skep.manager.allocator.addresses import usage_of
 from skep.manager.allocator.subnets import NetworkBook, NotAllocated, allocated, has_addresses
 from skep.manager.control import networks as control
-from skep.manager.control.network_specs import PREDEFINED_LABEL
 from skep.manager.routes.shown import damage_of
 from skep.model.ids import NodeId
 from skep.model.network import Network, is_ingress

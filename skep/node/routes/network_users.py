@@ -29,6 +29,15 @@ def networks_in_use(
     }
 
 
+def meant_by(word: str, networks: Mapping[str, Network]) -> Network | None:
+    """Full id, else name, else the only one whose id begins so.  ``networks``: by id."""
+    by_name = {network.spec.name: network for network in networks.values()}
+    if (exact := networks.get(word) or by_name.get(word)) is not None:
+        return exact
+    beginning = [network for id, network in networks.items() if word and id.startswith(word)]
+    return beginning[0] if len(beginning) == 1 else None
+
+
 def on_overlay(
     network_id: str, tasks: Mapping[TaskId, AssignedTask], containers: Collection[Container]
 ) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from skep.api.errors import Forbidden
 from skep.api.networks import (
     BUILTIN,
     LOCAL,
+    PREDEFINED_LABEL,
     PRUNE_FILTERS,
     SWARM,
     ConnectBody,
@@ -48,7 +49,7 @@ from skep.node.local_api import Answer, LocalApi
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.network.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.node.oci.container import Container
-from skep.node.routes.network_users import networks_in_use, on_gateway, on_overlay
+from skep.node.routes.network_users import meant_by, networks_in_use, on_gateway, on_overlay
 
 log = structlog.get_logger()
 
@@ -270,14 +271,10 @@ class _NodeNetworks:
             if answer.status >= 300:
                 raise answer.error()
             found: dict[str, Any] = msgspec.json.decode(answer.body)
+            if PREDEFINED_LABEL in (found["Labels"] or ()) and request.query.get("scope") != SWARM:
+                return None  # it stands for a network that each node has for itself
         else:
-            attached = self._attached()
-            network = attached.get(word) or next(
-                (one for one in attached.values() if one.spec.name == word), None
-            )
-            beginning = [one for id, one in attached.items() if word and id.startswith(word)]
-            if network is None and len(beginning) == 1:
-                network = beginning[0]
+            network = meant_by(word, self._attached())
             if network is None:
                 return None
             found = network_form.flat_form(network)

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.model.node import EngineDescription, Node
-from skep.model.routes import ROUTES_LABEL, ROUTES_MAX, MachineRoute, clashes, routes_label, routes_of
+from skep.model.routes import (
+    ROUTES_LABEL,
+    ROUTES_MAX,
+    MachineRoute,
+    clashes,
+    routes_label,
+    routes_of,
+    routes_of_all,
+)
 from tests.builders import a_node
 
 
@@ -58,3 +66,12 @@ def test_what_is_told_covers_what_was_there(pairs: list[tuple[int, int]]) -> Non
 def test_clashes_name_node_and_interface() -> None:
     (clash,) = clashes([ip_network("10.0.0.0/20"), ip_network("fd00::/64")], [reporting("10.0.1.0/24=eth0")])
     assert str(clash) == "10.0.0.0/20 overlaps with 10.0.1.0/24 on eth0 of node n1"
+
+
+def test_nodes_that_report_the_same_are_each_named() -> None:
+    nodes = [
+        reporting("10.0.1.0/24=eth0 10.0.1.128/25=eth1"),
+        reporting("10.0.1.0/24=eth0 10.0.1.128/25=eth1"),
+    ]
+    assert len(clashes([ip_network("10.0.1.128/25")], nodes)) == 4
+    assert routes_of_all(nodes) == {ip_network("10.0.1.0/24"), ip_network("10.0.1.128/25")}

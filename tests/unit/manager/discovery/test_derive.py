@@ -208,3 +208,23 @@ def test_a_task_without_an_address_is_not_reached() -> None:
         derived(NET, WEB, a_skep_node(), replace(task, status=TaskStatus(state=TaskState.RUNNING))).endpoints
         == {}
     )
+
+
+def test_subnets_of_both_versions_are_carried_by_one_vxlan() -> None:
+    configs = (
+        IPAMConfig(subnet="10.0.1.0/24", gateway="10.0.1.1"),
+        IPAMConfig(subnet="10.0.2.0/24", gateway="10.0.2.1"),
+        IPAMConfig(subnet="fd00:1::/64", gateway="fd00:1::1"),
+    )
+    network = an_overlay("net1")
+    options = {**network.driver_state.options, "com.docker.network.driver.overlay.vxlanid_list": "4097,4098"}
+    both = replace(
+        network,
+        driver_state=replace(network.driver_state, options=options),
+        ipam_options=IPAMOptions(driver=Driver(name="default"), configs=configs),
+    )
+    assert [(one.subnet, one.vni) for one in head_of(both, 4789).segments] == [
+        ("10.0.1.0/24", 4097),
+        ("10.0.2.0/24", 4098),
+        ("fd00:1::/64", 4097),
+    ]

@@ -1,0 +1,149 @@
+"""Networks with tasks on two nodes: what each node lists, shows and reaches, in both versions of IP."""
+
+import ipaddress
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.integration.cluster import (
+    IDLE,
+    SKEP,
+    TestCluster,
+    TestNode,
+    a_playground,
+    create,
+    remove_services,
+    wait_running,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.point("1")]
+
+SPREAD = ("--replicas-max-per-node", "1")
+OVERLAYS = ("network", "ls", "--filter", "driver=overlay", "--format", "{{.Name}}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TestCluster]:
+    with a_playground("netnodes", managers=1, workers=1) as made:
+        yield made
+
+
+@pytest.fixture
+def m1(cluster: TestCluster) -> Iterator[TestNode]:
+    node = cluster.node("m1")
+    yield node
+    remove_services(node)
+    wait_until(lambda: not node.client().api.tasks(), "every task is gone", within_s=60)
+    node.docker("network", "prune", "-f")
+
+
+@pytest.fixture
+def w1(cluster: TestCluster) -> TestNode:
+    return cluster.node("w1")
+
+
+def inspected(node: TestNode, name: str, *words: str) -> dict[str, Any]:
+    (network,) = json.loads(node.docker("network", "inspect", *words, name).stdout)
+    assert isinstance(network, dict)
+    return network
+
+
+def overlays(node: TestNode) -> list[str]:
+    return sorted(node.docker(*OVERLAYS).stdout.split())
+
+
+def test_a_worker_lists_an_overlay_only_while_a_task_of_its_own_uses_it(m1: TestNode, w1: TestNode) -> None:
+    m1.docker("network", "create", "-d", "overlay", "back")
+    assert overlays(m1) == ["back", "ingress"]
+    assert overlays(w1) == []
+    here = ("--constraint", "node.hostname==m1")
+    create(m1, "near", 1, "--network", "back", *here, command=IDLE)
+    wait_running(m1, "near", 1)
+    assert overlays(w1) == []
+    create(m1, "far", 1, "--network", "back", "--constraint", "node.hostname==w1", command=IDLE)
+    wait_running(m1, "far", 1)
+    assert overlays(w1) == ["back"]
+    seen = inspected(w1, "back")
+    assert seen["IPAM"] == inspected(m1, "back")["IPAM"]
+    (entry,) = seen["Containers"].values()
+    assert entry["Name"].startswith("far.1.")
+    m1.docker("service", "rm", "far")
+    wait_until(lambda: overlays(w1) == [], "the worker has forgotten the network")
+    refused = m1.docker("network", "rm", "back", check=False)
+    assert "(service near)" in refused.stderr
+
+
+def test_inspect_shows_who_is_on_a_network(m1: TestNode, w1: TestNode) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--subnet", "10.60.0.0/24", "back")
+    create(m1, "web", 2, "--network", "back", *SPREAD, command=IDLE)
+    wait_running(m1, "web", 2)
+    shown = inspected(m1, "back", "--verbose")
+    assert {peer["Name"]: peer["IP"] for peer in shown["Peers"]} == {
+        node: one.description["addr"] for node, one in (("m1", m1), ("w1", w1))
+    }
+    web = shown["Services"]["web"]
+    tasks = {task["Name"]: (task["EndpointIP"], task["Info"]["Host IP"]) for task in web["Tasks"]}
+    assert {host for _, host in tasks.values()} == {peer["IP"] for peer in shown["Peers"]}
+    for node in (m1, w1):
+        ((id, entry),) = inspected(node, "back")["Containers"].items()
+        address, host = tasks[entry["Name"]]
+        assert (f"{address}/24", node.description["addr"]) == (entry["IPv4Address"], host)
+        assert entry["MacAddress"] in node.docker("exec", id, "ip", "link").stdout
+    assert ipaddress.ip_address(web["VIP"]) in ipaddress.ip_network("10.60.0.0/24")
+
+
+def test_containers_of_two_nodes_meet_in_both_versions_of_ip(m1: TestNode, w1: TestNode) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--ipv6", "dual")
+    create(m1, "web", 2, "--network", "dual", *SPREAD, command=IDLE)
+    wait_running(m1, "web", 2)
+    entries = [next(iter(inspected(node, "dual")["Containers"].items())) for node in (m1, w1)]
+    (here, _), (_, there) = entries
+    for version, field in (("-4", "IPv4Address"), ("-6", "IPv6Address")):
+        address = there[field].partition("/")[0]
+
+        def answers(version: str = version, address: str = address) -> bool:
+            words = ("exec", here, "ping", version, "-c", "1", "-W", "2", address)
+            return m1.docker(*words, check=False).returncode == 0
+
+        wait_until(answers, f"{address} answers")
+
+
+def test_a_full_network_goes_on_in_the_subnet_it_is_given(m1: TestNode, w1: TestNode) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--subnet", "10.61.0.0/30", "tiny")
+    create(m1, "web", 2, "--network", "tiny", "--endpoint-mode", "dnsrr", *SPREAD, command=IDLE)
+
+    def errors() -> str:
+        return m1.docker("service", "ps", "web", "--no-trunc", "--format", "{{.Error}}").stdout
+
+    wait_until(lambda: "no available IPv4 addresses" in errors(), "the second task says why it waits")
+    grow = (SKEP, "-H", m1.socket, "network", "update", "--subnet-add", "10.61.1.0/29", "tiny")
+    subprocess.run(grow, capture_output=True, timeout=30, check=True)
+    wait_running(m1, "web", 2)
+    found = [next(iter(inspected(node, "tiny")["Containers"].values())) for node in (m1, w1)]
+    assert sorted(entry["IPv4Address"].rpartition(".")[0] for entry in found) == ["10.61.0", "10.61.1"]
+
+
+def test_ingress_is_removed_and_made_again_with_another_subnet(m1: TestNode, w1: TestNode) -> None:
+    def removed(check: bool = True) -> str:
+        return m1.docker("network", "rm", "ingress", stdin="y\n", check=check).stderr
+
+    create(m1, "web", 2, "--publish", "8085:80", *SPREAD, command=IDLE)
+    wait_running(m1, "web", 2)
+    assert "depends on it" in removed(check=False)
+    m1.docker("service", "rm", "web")
+    removed()
+    assert "ingress" not in overlays(m1)
+    words = ("service", "create", "-d", "--publish", "8085:80", "--name", "none", "busybox:1")
+    refused = m1.docker(*words, check=False)
+    assert "service needs ingress network, but no ingress network is present" in refused.stderr
+    m1.docker("network", "create", "-d", "overlay", "--ingress", "--subnet", "10.62.0.0/24", "mesh")
+    create(m1, "web", 2, "--publish", "8085:80", *SPREAD, command=IDLE)
+    wait_running(m1, "web", 2)
+    tasks = m1.client().api.tasks({"service": "web", "desired-state": "running"})
+    given = [one["Addresses"][0] for task in tasks for one in task.get("NetworksAttachments") or ()]
+    assert len(given) == 2
+    assert all(ipaddress.ip_interface(one).network == ipaddress.ip_network("10.62.0.0/24") for one in given)

@@ -1,0 +1,29 @@
+"""A nearly full network is told of once, until it has had room again."""
+
+from structlog.testing import capture_logs
+
+from skep.manager.allocator.addresses import AddressBook
+from skep.manager.allocator.fullness import Fullness
+from tests.builders import an_overlay
+
+NET = an_overlay("net1", subnet="10.0.1.0/29")  # five addresses
+
+
+def test_it_is_said_once_and_again_after_there_was_room() -> None:
+    book, fullness = AddressBook(), Fullness()
+    said: list[str] = []
+
+    def give(owner: str) -> None:
+        book.give(owner, NET)
+        with capture_logs() as logs:
+            fullness.look([NET, None], book)
+        said.extend(f"{owner}: {entry['network']}: {entry['usage']}" for entry in logs)
+
+    for owner in "abcde":
+        give(owner)
+    assert said == ["d: net1: 4 of 5 addresses are in use"]
+    for owner in "abc":
+        book.release(owner)
+    give("f")
+    give("g")
+    assert said[1:] == ["g: net1: 4 of 5 addresses are in use"]
