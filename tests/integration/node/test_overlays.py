@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.errors import Unimplemented
+from skep.errors import FailedPrecondition
 from skep.node.network.addresses import mac_of
 from skep.node.network.overlay.overlays import home_domain
 from skep.node.network.overlay.repairs import Repairs
@@ -88,7 +88,7 @@ async def test_internal_networks_alone_have_no_way_out(lab: OverlayLab) -> None:
 async def test_an_encrypted_network_is_refused_and_leaves_nothing(lab: OverlayLab) -> None:
     secret = msgspec.structs.replace(WEB, is_encrypted=True)
     async with lab.networks() as networks:
-        with pytest.raises(Unimplemented, match="encrypted"):
+        with pytest.raises(FailedPrecondition, match="encrypted, and nobody encrypts here"):
             await lab.nodes[0].attach(networks[0], place(secret, "10.0.1.5/24"))
         assert lab.nodes[0].namespaces.pinned() == []
 
