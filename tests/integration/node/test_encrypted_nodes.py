@@ -15,6 +15,7 @@ import pytest
 from bench.overlay_pair import FORWARDER_PROGRAM
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition
 from skep.manager.discovery.overlay_keys import KeyRing, first_ring, pair_keys
 from skep.model.ids import NodeId
 from skep.model.pair_keys import KeysTold, Method, PeerKeys
@@ -22,6 +23,8 @@ from skep.model.tables import Segment
 from skep.model.times import timestamp
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.encrypted.client import ForwarderClient
+from skep.node.network.encrypted.frames import GSO_BYTES_MAX
+from skep.node.network.encrypted.methods import Refusal
 from skep.node.network.encrypted.overlays import EncryptedOverlays
 from tests.integration.node.overlay_lab import (
     DUAL,
@@ -157,7 +160,9 @@ async def test_both_versions_of_ip_inside_and_between(tmp_path: Path, is_v6: boo
         await wait_reaches(one, "fd04::6")
         for address in ("10.0.4.6", "fd04::6"):
             assert await carried(lab.nodes[0].namespaces, other, one, address, SIZE) == SIZE
-        assert f"mtu {1384 if is_v6 else 1404} " in await shell(one.netns, "ip link show eth0")
+        shown = await shell(one.netns, "ip -d link show eth0")
+        assert f"mtu {1384 if is_v6 else 1404} " in shown
+        assert f"gso_max_size {GSO_BYTES_MAX} " in shown
         sockets = await shell(lab.nodes[0].home, "ss -Huan")
         assert ":4799" in sockets
         assert ":4789" not in sockets, "no VXLAN takes anything"
@@ -197,6 +202,29 @@ async def test_what_is_deleted_by_hand_is_back_within_five_seconds(tmp_path: Pat
             assert await wait_reaches(one, "10.0.2.6") < 5.0 + 3.0, f"{deed} (a ping waits up to 3 s)"
         secure.forwarders[0].kill()
         assert await wait_reaches(one, "10.0.2.6") < 2.0 + 3.0
+
+
+async def test_a_node_that_cannot_encrypt_takes_no_container_and_leaves_nothing(tmp_path: Path) -> None:
+    async with OverlayLab(tmp_path).running(1) as lab, lab.networks() as networks:
+        forwarder = Forwarder(lab.nodes[0])
+        client = ForwarderClient(lab.nodes[0].paths.forwarder_socket, CLOCK, random.random)
+        made = EncryptedOverlays(
+            Refusal("this node cannot"),
+            client,
+            forwarder,
+            is_running=lambda: False,
+            clock=CLOCK,
+            chance=random.random,
+        )
+        networks[0].overlays.encrypt_with(made)
+        with pytest.raises(
+            FailedPrecondition, match="network two is encrypted, and this node cannot; nothing is sent"
+        ):
+            await lab.nodes[0].attach(networks[0], place(SECURE_TWO, "10.0.2.5/24"))
+        lab.tell(SECURE_TWO)
+        await lab.apply(networks)
+        assert lab.nodes[0].namespaces.pinned() == []
+        assert forwarder.process is None
 
 
 async def test_a_node_without_keys_exchanges_nothing_until_it_is_told(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ class _Changes:
                     far = {"ifname": link.peer.interface, "net_ns_fd": namespace}
                     far |= {"address": link.peer.mac} if link.peer.mac else {}
                     far |= {"mtu": link.mtu} if link.mtu else {}
+                    far |= {"gso_max_size": link.gso_bytes} if link.gso_bytes else {}
                     # Nothing is tolerated: a name that is taken on either side is another device.
                     await self._route.link("add", peer=far, **options)
             case _:

@@ -17,7 +17,7 @@ import msgspec
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import NetworkHead, Segment, Table
 from skep.node.network.addresses import mac_for
-from skep.node.network.encrypted.frames import inner_mtu
+from skep.node.network.encrypted.frames import GSO_BYTES_MAX, inner_mtu
 from skep.node.network.encrypted.plan import device_of as encrypted_device_of
 from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
 from skep.node.oci.container import ConnectedPlace, Endpoint
@@ -98,6 +98,7 @@ def network_state(
             mtu=mtu,
             master=bridge,
             is_closed_port=True,
+            gso_bytes=GSO_BYTES_MAX if head.is_encrypted else 0,
             peer=Peer(
                 netns=place.netns, interface=place.connected.interface, mac=place.connected.mac_address
             ),
