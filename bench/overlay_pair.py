@@ -25,7 +25,7 @@ from skep.paths import Paths
 
 VNI = 4097
 DEVICE = "enc4097"
-_FORWARDER = (
+FORWARDER_PROGRAM = (
     "import sys; from pathlib import Path; from skep.paths import Paths;"
     "from skep.node.network.encrypted.process import run; run(Paths(Path(sys.argv[1]), Path(sys.argv[2])))"
 )
@@ -63,7 +63,7 @@ class Side:
 
     def start_forwarder(self) -> None:
         """Begin the process; it is not ready yet when this returns."""
-        command = [sys.executable, "-c", _FORWARDER, str(self.paths.data), str(self.paths.run)]
+        command = [sys.executable, "-c", FORWARDER_PROGRAM, str(self.paths.data), str(self.paths.run)]
         self.forwarder = subprocess.Popen(in_namespace(self.node, *command))
 
     def end_forwarder(self, number: signal.Signals = signal.SIGTERM) -> None:

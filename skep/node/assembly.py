@@ -123,6 +123,8 @@ class Node:
                 clock=clock,
                 chance=chance,
             )
+            if workload.overlays is not None:
+                workload.overlays.encrypt_with(encrypted)
             group.create_task(encrypted.run(), name="encrypted overlays")
             reports = Reports()
             contact = self._contact = Contact(clock, around.last_heard)

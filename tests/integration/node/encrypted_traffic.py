@@ -5,7 +5,7 @@ import itertools
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from bench.overlay_pair import OverlayPair, Side
@@ -45,9 +45,14 @@ def transfer(source: Side, target: Side, content: bytes) -> bytes:
     return bytes(received)
 
 
+def captured(side: Side) -> AbstractContextManager[list[bytes]]:
+    """All frames on the node's underlay, both ways, while the block runs; whole once it has ended."""
+    return captured_in(Path("/run/netns") / side.node, "up0")
+
+
 @contextmanager
-def captured(side: Side, device: str = "up0") -> Iterator[list[bytes]]:
-    """All frames on a device of the node, both ways, while the block runs; whole once it has ended."""
+def captured_in(namespace: Path, device: str) -> Iterator[list[bytes]]:
+    """The same of any device."""
 
     def opened() -> socket.socket:
         raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
@@ -55,7 +60,7 @@ def captured(side: Side, device: str = "up0") -> Iterator[list[bytes]]:
         raw.bind((device, 0))
         return raw
 
-    raw = inside(Path("/run/netns") / side.node, opened)
+    raw = inside(namespace, opened)
     raw.settimeout(0.1)
     seen: list[bytes] = []
     is_over = threading.Event()

@@ -24,7 +24,7 @@ from skep.node.network.encrypted.frames import PIECE_BYTES_MIN, piece_bytes
 from skep.node.network.encrypted.peer import Peer
 from skep.node.network.encrypted.plan import Plan, PlannedSegment
 from skep.node.network.encrypted.receiving import SOL_UDP, UDP_GRO, Receiver
-from skep.node.network.encrypted.routes import Carrier, Routes, carrier
+from skep.node.network.encrypted.routes import Carrier, Routes, carrier, sources
 from skep.node.network.encrypted.sending import Sender
 from skep.node.network.encrypted.taps import is_attached, open_tap
 
@@ -238,6 +238,7 @@ class Forwarder:
     def _use_segments(self, plan: Plan) -> None:
         """Open what is missing, put the new routes in place, then take away what is left over."""
         wrong = self._wrong_devices()
+        owners = sources(plan.segments, self._peers)
         carriers: dict[int, Carrier] = {}
         devices: dict[int, _Device] = {}
         self._trouble = {}
@@ -250,7 +251,7 @@ class Forwarder:
                     self._trouble[segment.vni] = f"device {segment.device}: {error.strerror or error}"
                     continue
             devices[segment.vni] = device
-            carriers[segment.vni] = carrier(segment, device.tap, self._peers)
+            carriers[segment.vni] = carrier(segment, device.tap, self._peers, owners[segment.namespace])
         surplus = [device for vni, device in self._devices.items() if devices.get(vni) is not device]
         fresh = [device for vni, device in devices.items() if self._devices.get(vni) is not device]
         self._devices = devices

@@ -29,7 +29,7 @@ from skep.model.tables import NetworkHead, Table
 from skep.node.network.encrypted.forwarder import Status
 from skep.node.network.encrypted.frames import inner_mtu
 from skep.node.network.encrypted.methods import Refusal, refusal_for
-from skep.node.network.encrypted.plan import Plan, device_of, plan_of, planned_segment
+from skep.node.network.encrypted.plan import Plan, device_of, plan_of, planned_segments
 
 log = structlog.get_logger(__name__)
 
@@ -125,9 +125,9 @@ class EncryptedOverlays:
         """What the forwarder is to do now."""
         tables = [table for table, _ in self._networks.values()]
         segments = [
-            planned_segment(table, segment, self._node, str(namespace), device_of(segment))
+            segment
             for table, namespace in self._networks.values()
-            for segment in table.head.segments
+            for segment in planned_segments(table, self._node, str(namespace))
         ]
         return plan_of(
             self._node, tables, self._keys, segments, address=self._address, mtu=self._underlay_mtu

@@ -57,20 +57,28 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     segments: tuple[PlannedSegment, ...] = ()
 
 
-def planned_segment(
-    table: Table, segment: Segment, own: NodeId, namespace: str, device: str
-) -> PlannedSegment:
-    """What carries ``segment`` of an encrypted network on node ``own``: where everybody else's containers are.
+def planned_segments(table: Table, own: NodeId, namespace: str) -> tuple[PlannedSegment, ...]:
+    """What carries an encrypted network on node ``own``: where everybody else's containers are.
 
-    An endpoint belongs to the subnet of its first address, as on VXLAN: a frame for it leaves by one device.
+    An endpoint belongs to the subnet of its first address, as on VXLAN: a frame for it leaves by one device.  Subnets
+    that share a VXLAN id share the device.
     """
-    subnet = ip_network(segment.subnet)
-    endpoints = (
-        PlannedEndpoint(node_id=one.node_id, mac=mac_of(one.addresses), addresses=one.addresses)
-        for _, one in sorted(table.endpoints.items())
-        if one.node_id != own and one.addresses and ip_address(one.addresses[0]) in subnet
+    endpoints: dict[int, list[PlannedEndpoint]] = {one.vni: [] for one in table.head.segments}
+    devices = {one.vni: device_of(one) for one in table.head.segments}
+    subnets = [(ip_network(one.subnet), one.vni) for one in table.head.segments]
+    for _, one in sorted(table.endpoints.items()):
+        if one.node_id == own or not one.addresses:
+            continue
+        address = ip_address(one.addresses[0])
+        vni = next((number for subnet, number in subnets if address in subnet), None)
+        if vni is not None:
+            endpoints[vni].append(
+                PlannedEndpoint(node_id=one.node_id, mac=mac_of(one.addresses), addresses=one.addresses)
+            )
+    return tuple(
+        PlannedSegment(vni=vni, namespace=namespace, device=devices[vni], endpoints=tuple(here))
+        for vni, here in endpoints.items()
     )
-    return PlannedSegment(vni=segment.vni, namespace=namespace, device=device, endpoints=tuple(endpoints))
 
 
 def plan_of(

@@ -144,7 +144,7 @@ class Receiver:
                 self.counters.drop("malformed")
             elif is_neighbours_talk(frame):
                 self.counters.drop("neighbours' talk")
-            elif carrier.peers.get(bytes(frame[VNET_BYTES + 6 : VNET_BYTES + 12])) is not peer:
+            elif carrier.sources.get(bytes(frame[VNET_BYTES + 6 : VNET_BYTES + 12])) is not peer:
                 self.counters.drop("another's address")
             else:
                 self.counters.frames += 1

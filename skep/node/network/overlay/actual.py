@@ -26,7 +26,7 @@ from skep.node.network.overlay.netlink import (
 )
 from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Route, State, Vxlan
 
-_KINDS = frozenset({"bridge", "vxlan", "veth", "loopback"})
+_KINDS = frozenset({"bridge", "vxlan", "tun", "veth", "loopback"})
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
 _NDMSG = struct.Struct("=BxxxiHBB")

@@ -18,6 +18,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.errors import Unavailable
+from skep.node.network.encrypted.taps import open_tap
 from skep.node.network.namespaces import Namespaces, set_sysctl
 from skep.node.network.overlay import netlink
 from skep.node.network.overlay.difference import (
@@ -139,6 +140,8 @@ class _Changes:
                 await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
             case "vxlan":
                 await self._add_vxlan(link, options)
+            case "tun":
+                await asyncio.to_thread(_add_tap, self._path, link.name)
             case _ if link.peer is not None:
                 if not os.path.ismount(link.peer.netns):  # its container ends at this moment
                     log.warning("no namespace for the other end", link=link.name, namespace=link.peer.netns)
@@ -147,6 +150,7 @@ class _Changes:
                     far = {"ifname": link.peer.interface, "net_ns_fd": namespace}
                     far |= {"address": link.peer.mac} if link.peer.mac else {}
                     far |= {"mtu": link.mtu} if link.mtu else {}
+                    far |= {"gso_max_size": link.gso_bytes} if link.gso_bytes else {}
                     # Nothing is tolerated: a name that is taken on either side is another device.
                     await self._route.link("add", peer=far, **options)
             case _:
@@ -196,6 +200,15 @@ class _Changes:
         if not index:
             raise OSError(errno.ENODEV, f"there is no link {name}")
         return index
+
+
+def _add_tap(namespace: Path, name: str) -> None:
+    """It stays when the descriptor is closed; the forwarder opens it when it is told of it, or has it open already."""
+    try:
+        os.close(open_tap(namespace, name))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Remove(msgspec.Struct, frozen=True):
 
 Operation = AddLink | ChangeLink | DeleteLink | SetSysctl | Put | Remove
 
-_LINK_ORDER = ("bridge", "vxlan", "veth")
+_LINK_ORDER = ("bridge", "vxlan", "tun", "veth")
 """What has ports is made before its ports."""
 
 

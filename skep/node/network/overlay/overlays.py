@@ -14,10 +14,11 @@ from typing import Any
 
 import structlog
 
-from skep.errors import InvalidArgument, SkepError, Unimplemented
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.node.network.addresses import mac_for
+from skep.node.network.encrypted.overlays import EncryptedOverlays
 from skep.node.network.gateway import new_port_name
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay import actual, underlays
@@ -87,6 +88,11 @@ class Overlays:
         self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
         self._underlays: dict[str, Underlay] = {}
         self._locks: dict[NetworkId, asyncio.Lock] = {}
+        self._encrypted: EncryptedOverlays | None = None
+
+    def encrypt_with(self, encrypted: EncryptedOverlays) -> None:
+        """Who carries encrypted networks; until then containers are refused on them."""
+        self._encrypted = encrypted
 
     def identify(self, node_id: NodeId) -> None:
         """Who this node is in the tables."""
@@ -135,6 +141,8 @@ class Overlays:
         if refused:
             raise refused[0]
         self._is_cleared = True
+        if self._encrypted is not None:
+            self._encrypted.restored()
 
     async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
         async with limit:
@@ -182,10 +190,8 @@ class Overlays:
         Addresses come with ``settle_container``.  Raises: SkepError.
         """
         for place in places:
-            if place.head.is_encrypted:
-                raise Unimplemented(
-                    f"network {place.head.name} is encrypted, which this node cannot do yet: nothing is sent in clear"
-                )
+            if reason := self._refusal(place.head):
+                raise FailedPrecondition(reason)
         connected = tuple(
             ConnectedPlace(
                 place=place,
@@ -291,6 +297,21 @@ class Overlays:
             domain = await self._domain(id, head)
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
             await domain.settle()
+            if head.is_encrypted and table is not None and not self._refusal(head):
+                self._carry(table, domain.path)
+
+    def _carry(self, table: Table, path: Path) -> None:
+        """Have an encrypted network carried, whose devices are there now."""
+        underlay = self._underlay_of(table)
+        if self._encrypted is not None and underlay is not None:
+            self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
+            self._encrypted.carry(table, path)
+
+    def _refusal(self, head: NetworkHead) -> str:
+        """Why there can be no container on this network here; empty: there can."""
+        if self._encrypted is not None:
+            return self._encrypted.refusal(head)
+        return f"network {head.name} is encrypted, and nobody encrypts here" if head.is_encrypted else ""
 
     async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
         if head.is_ingress:
@@ -313,6 +334,8 @@ class Overlays:
         return domain
 
     async def _remove(self, id: NetworkId) -> None:
+        if self._encrypted is not None:
+            self._encrypted.drop(id)
         self._heads.pop(id, None)
         self._places.pop(id, None)
         domain = self._domains.pop(id, None)

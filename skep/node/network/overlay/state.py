@@ -27,7 +27,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A network device.  In a wish, 0, empty and None mean: whatever it is.
 
     ``is_closed_port``: as a port of a bridge it neither learns addresses nor gets what is meant for unknown ones.
-    ``peer`` is of wishes only: where the other end of a veth is to be made.
+    ``peer`` is of wishes only: where the other end of a veth is to be made; ``gso_bytes``, too: how large TCP's frames
+    from there may be, from when it is made on.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     is_closed_port: bool = False
     vxlan: Vxlan | None = None
     peer: Peer | None = None
+    gso_bytes: int = 0
 
 
 class EntryKind(IntEnum):

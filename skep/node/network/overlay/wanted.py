@@ -1,7 +1,8 @@
 """What the node's namespaces have to hold, from tables and local containers.  Pure.
 
 An overlay network has one bridge on a node, whatever number of subnets it has, and one VXLAN device for each subnet's
-VXLAN id.  Everything is known beforehand: where a frame for an address goes (``FORWARD``, ``PORT``) and what a
+VXLAN id; an encrypted network has TAPs of the forwarder in their place, and the forwarder knows what they would.
+Everything is known beforehand: where a frame for an address goes (``FORWARD``, ``PORT``) and what a
 container that asks for an address is answered (``NEIGHBOUR``), so nothing is flooded and nothing learned; who is in no
 table cannot be reached.  An endpoint is on the device of the subnet that its first address is in.  All subnets of a
 network are on the link of each of its containers, so that frames between them need no router.
@@ -16,6 +17,8 @@ import msgspec
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import NetworkHead, Segment, Table
 from skep.node.network.addresses import mac_for
+from skep.node.network.encrypted.frames import GSO_BYTES_MAX, inner_mtu
+from skep.node.network.encrypted.plan import device_of as encrypted_device_of
 from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Peer, Route, State, Vxlan
 from skep.node.oci.container import ConnectedPlace, Endpoint
 
@@ -24,6 +27,8 @@ INGRESS_BRIDGE = "skep-ingress"
 INGRESS_VXLAN = "skep-vx"
 BRIDGE = "br0"
 VXLAN = "vx"
+TAP = "tun"
+"""What the kernel calls the kind of a TAP."""
 OVERHEAD_V4, OVERHEAD_V6 = 50, 70
 """Bytes that VXLAN puts around a frame: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
@@ -60,6 +65,9 @@ def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
     """MTU of a network's interfaces: as wished, else what the underlay leaves."""
     if head.mtu:
         return head.mtu
+    if head.is_encrypted:
+        of_underlay = underlay or Underlay("")
+        return inner_mtu(of_underlay.mtu, is_ipv6=":" in of_underlay.address)
     if underlay is None:
         return USUAL_MTU - OVERHEAD_V4
     return underlay.mtu - (OVERHEAD_V6 if ":" in underlay.address else OVERHEAD_V4)
@@ -90,6 +98,7 @@ def network_state(
             mtu=mtu,
             master=bridge,
             is_closed_port=True,
+            gso_bytes=GSO_BYTES_MAX if head.is_encrypted else 0,
             peer=Peer(
                 netns=place.netns, interface=place.connected.interface, mac=place.connected.mac_address
             ),
@@ -102,7 +111,11 @@ def network_state(
         links=links,
         addresses=frozenset(Address(bridge, one) for one in own),
         entries=entries,
-        sysctls=_sysctls(bridge, devices, is_dual=any(":" in one.subnet for one in head.segments)),
+        sysctls=_sysctls(
+            bridge,
+            () if head.is_encrypted else devices,
+            is_dual=any(":" in one.subnet for one in head.segments),
+        ),
     )
 
 
@@ -112,7 +125,9 @@ def bridge_of(head: NetworkHead) -> str:
 
 
 def device_of(head: NetworkHead, segment: Segment) -> str:
-    """Name of a subnet's VXLAN device."""
+    """Name of the device that carries a subnet to other nodes."""
+    if head.is_encrypted:
+        return encrypted_device_of(segment)
     return f"{INGRESS_VXLAN if head.is_ingress else VXLAN}{segment.vni}"
 
 
@@ -178,11 +193,14 @@ def just_made(wanted: State) -> State:
 
 
 def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int) -> dict[str, Link]:
-    if underlay is None or head.is_encrypted:
+    if underlay is None:
         return {}
     found = {}
     for segment in head.segments:
         name = device_of(head, segment)
+        if head.is_encrypted:
+            found[name] = Link(name=name, kind=TAP, mtu=mtu, master=bridge, is_closed_port=True)
+            continue
         found[name] = Link(
             name=name,
             kind="vxlan",
@@ -225,8 +243,10 @@ def _entries(head: NetworkHead, addresses: Sequence[str], underlay: str) -> Iter
     if segment is None:
         return
     device, mac = device_of(head, segment), mac_for(addresses)
-    yield Entry(EntryKind.FORWARD, device, mac, plain_address(underlay))
     yield Entry(EntryKind.PORT, device, mac)
+    if head.is_encrypted:
+        return
+    yield Entry(EntryKind.FORWARD, device, mac, plain_address(underlay))
     for address in addresses:
         yield Entry(EntryKind.NEIGHBOUR, device, mac, plain_address(address))
 
@@ -241,7 +261,7 @@ def _one_place_each(
     """
     endpoints = table.endpoints.values() if table is not None else ()
     local = {mac_for(one.addresses) for one in endpoints if one.node_id == node_id}
-    elsewhere = {one.mac for one in remote if one.kind is EntryKind.FORWARD} - local
+    elsewhere = {one.mac for one in remote} - local
     ports = {place.connected.mac_address: place.connected.port for place in places}
     here = {Entry(EntryKind.PORT, port, mac) for mac, port in ports.items() if mac not in elsewhere}
     return frozenset(one for one in remote if one.mac not in local) | here if local else remote | here

@@ -42,9 +42,9 @@ class Carrying:
         third = Ends().b_at_a
         self.sender = Sender(self.out, self.wire.getsockname()[1])
         self.ends.b_at_a.address = "127.0.0.1"
-        self.carrier_a = Carrier(VNI, self.tap_a.fileno(), {MAC_B: self.ends.b_at_a}, {bytes(4): MAC_B})
+        self.carrier_a = Carrier(VNI, self.tap_a.fileno(), {MAC_B: self.ends.b_at_a}, {}, {bytes(4): MAC_B})
         macs: dict[bytes, Peer] = {MAC_A: self.ends.a_at_b, MAC_C: third}
-        carrier_b = Carrier(VNI, self.tap_b.fileno(), macs, {})
+        carrier_b = Carrier(VNI, self.tap_b.fileno(), {}, macs, {})
         routes = Routes(by_vni={VNI: carrier_b}, peers={"a": self.ends.a_at_b}, piece=PIECE)
         self.receiver = Receiver(self.out, lambda: routes, threading.Lock(), lambda: self.ends.now)
 

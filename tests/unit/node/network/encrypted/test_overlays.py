@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
@@ -15,7 +16,7 @@ from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableN
 from skep.node.network.encrypted.forwarder import Status
 from skep.node.network.encrypted.methods import Refusal
 from skep.node.network.encrypted.overlays import EncryptedOverlays, devices
-from skep.node.network.encrypted.plan import Plan, PlannedEndpoint, mac_of
+from skep.node.network.encrypted.plan import Plan, PlannedEndpoint, mac_of, planned_segments
 from tests.unit.node.network.encrypted.rig import a_key
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -115,6 +116,14 @@ async def test_tables_and_keys_become_a_plan() -> None:
     both = ("10.0.1.3", "fd00:1::3")
     assert first.endpoints == (PlannedEndpoint(node_id=B, mac=mac_of(both), addresses=both),)
     assert [endpoint.node_id for endpoint in second.endpoints] == [C], "each by one device"
+
+
+def test_subnets_that_share_a_vxlan_id_share_the_device() -> None:
+    table = a_table()
+    shared = tuple(msgspec.structs.replace(one, vni=4097) for one in SEGMENTS)
+    table = msgspec.structs.replace(table, head=msgspec.structs.replace(table.head, segments=shared))
+    (segment,) = planned_segments(table, A, str(NAMESPACE))
+    assert sorted(endpoint.node_id for endpoint in segment.endpoints) == [B, C]
 
 
 async def test_a_forwarder_of_before_goes_on_until_everything_is_known() -> None:

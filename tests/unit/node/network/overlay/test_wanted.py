@@ -82,8 +82,16 @@ def test_before_the_table_there_is_a_bridge_without_a_way_to_other_nodes() -> No
 def test_an_encrypted_network_has_no_plain_vxlan() -> None:
     table = a_table((OTHER, "10.0.1.5"), head=msgspec.structs.replace(HEAD, is_encrypted=True))
     found = state(table)
-    assert sorted(found.links) == ["br0"]
-    assert found.entries == frozenset()
+    assert {name: link.kind for name, link in found.links.items()} == {
+        "br0": "bridge",
+        "enc4097": "tun",
+        "enc4098": "tun",
+    }
+    assert {link.mtu for link in found.links.values()} == {1404}
+    assert all(link.vxlan is None for link in found.links.values())
+    mac = mac_for(["10.0.1.5"])
+    assert found.entries == {Entry(EntryKind.PORT, "enc4097", mac)}, "the forwarder knows the rest"
+    assert sorted(state(table, underlay=None).links) == ["br0"]
 
 
 def test_a_node_that_is_not_in_the_table_has_no_vxlan() -> None:
