@@ -155,6 +155,7 @@ class Node:
                 count=workload.counts,
                 engine=engine,
                 warnings=around.warnings,
+                network_warnings=workload.mesh.warnings if workload.mesh is not None else tuple,
             )
             routes = workload.routes
             if engine is not None:
