@@ -6,6 +6,8 @@ from typing import Any
 from tests.integration.cluster import TestCluster, TestNode, running, wait_until
 
 ENGINES = ("d1", "d2")
+FOR_ENGINES = ("--label", "skep.data-plane=docker")
+"""Options of an overlay network that engines are on; without them the first task decides."""
 
 
 def clear(m1: TestNode, engines: list[TestNode]) -> None:

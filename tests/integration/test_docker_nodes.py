@@ -21,6 +21,7 @@ from tests.integration.cluster import (
 )
 from tests.integration.engines import (
     ENGINES,
+    FOR_ENGINES,
     answers,
     attachments,
     clear,
@@ -148,7 +149,7 @@ def test_an_engines_tasks_are_restarted_updated_and_rolled_back(cluster: TestClu
 def test_containers_on_an_overlay_of_engines_reach_each_other_by_address_and_name(
     cluster: TestCluster, m1: TestNode
 ) -> None:
-    m1.docker("network", "create", "-d", "overlay", "net1")
+    m1.docker("network", "create", "-d", "overlay", *FOR_ENGINES, "net1")
     create(m1, "web", 2, "--network", "net1", "--endpoint-mode", "dnsrr", "--replicas-max-per-node", "1")
     tasks = wait_running(m1, "web", 2)
     assert places(m1, "web") == ["d1", "d2"]
@@ -193,7 +194,7 @@ def test_an_overlay_for_skep_nodes_keeps_engines_out(m1: TestNode) -> None:
 def test_a_plain_container_joins_an_attachable_network_and_holds_it(
     cluster: TestCluster, m1: TestNode
 ) -> None:
-    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    m1.docker("network", "create", "-d", "overlay", "--attachable", *FOR_ENGINES, "net1")
     m1.docker("network", "create", "-d", "overlay", "net2")
     create(m1, "web", 1, "--network", "net1", "--endpoint-mode", "dnsrr", "--constraint", "node.hostname==d1")
     (web,) = wait_running(m1, "web", 1)
@@ -224,7 +225,7 @@ def test_a_plain_container_joins_an_attachable_network_and_holds_it(
 def test_engines_are_on_the_ingress_network_and_virtual_addresses_are_given(
     cluster: TestCluster, m1: TestNode
 ) -> None:
-    m1.docker("network", "create", "-d", "overlay", "net1")
+    m1.docker("network", "create", "-d", "overlay", *FOR_ENGINES, "net1")
     options = ("--network", "net1", "--publish", "8091:80", "--replicas-max-per-node", "1", *ON_ENGINES)
     create(m1, "web", 2, *options, *GOES_AT_ONCE, command=SERVES)
     wait_running(m1, "web", 2)

@@ -15,7 +15,7 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.engines import ENGINES, wait_inside
+from tests.integration.engines import ENGINES, FOR_ENGINES, wait_inside
 
 pytestmark = [
     pytest.mark.point("3-9"),
@@ -31,7 +31,7 @@ def test_engines_move_on_when_their_manager_is_lost_and_no_container_notices(
     nothing_left.skep("up", "--managers", "3", "--docker-workers", "2")
     m1, m2 = nothing_left.node("m1"), nothing_left.node("m2")
     engines = [nothing_left.node(name) for name in ENGINES]
-    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    m1.docker("network", "create", "-d", "overlay", "--attachable", *FOR_ENGINES, "net1")
     on_net1 = ("--network", "net1", "--endpoint-mode", "dnsrr", "--replicas-max-per-node", "1")
     create(m1, "web", 2, *on_net1)
     wait_running(m1, "web", 2)
