@@ -27,6 +27,14 @@ def noise(window_s: float = 0.5) -> float:
     return (busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
 
 
+def quiet(within_s: float = 3.0, most: float = 0.1) -> float:
+    """Wait, but not longer than ``within_s``, for a moment in which others leave the machine alone; how busy it is."""
+    until = time.monotonic() + within_s
+    while (busy := noise()) > most and time.monotonic() < until:
+        time.sleep(1)
+    return busy
+
+
 def resident_mib() -> float:
     """Resident memory of this process at present."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -188,6 +188,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "ingress" / "relays.json"
 
     @property
+    def names(self) -> Path:
+        """What the net process serves in each container's namespace, for the one that follows it."""
+        return self.run / "names"
+
+    @property
     def netns(self) -> Path:
         return self.run / "netns"
 

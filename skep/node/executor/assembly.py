@@ -90,7 +90,7 @@ def oci_executor(
         paths,
         namespaces=namespaces,
         ports=ports or OwnReservations(namespaces),
-        mesh_ports=mesh_ports or OwnReservations(namespaces),
+        mesh_ports=mesh_ports,
         clock=clock,
     )
     containers = Containers(
@@ -121,7 +121,7 @@ def container_network(
     *,
     namespaces: Namespaces,
     ports: PortReservations,
-    mesh_ports: PortReservations,
+    mesh_ports: PortReservations | None = None,
     clock: Clock,
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
@@ -140,7 +140,7 @@ def container_network(
     mesh = Mesh(
         namespaces=namespaces,
         tables=NodeTables(namespaces, clock, random.random),
-        ports=mesh_ports,
+        ports=mesh_ports or OwnReservations(namespaces),
         relays=paths.relays,
         clock=clock,
         chance=random.random,

@@ -7,16 +7,21 @@ from pathlib import Path
 
 from skep.aio.clock import Clock
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
+from skep.model.ids import NetworkId
 from skep.node.netprocess.protocol import (
     Answer,
     Done,
+    Forget,
     List,
     Listing,
+    Named,
+    Refresh,
     Refused,
     Release,
     Request,
     Reserve,
     Reserved,
+    Serve,
     decode_answer,
     frame,
     read_frame,
@@ -67,14 +72,51 @@ class NetClient:
 
     async def held(self) -> Iterable[tuple[str, int, str]]:
         """What is held for this owner: (protocol, port, address).  Raises: Unavailable."""
-        answer = await self._ask(List())
-        if not isinstance(answer, Listing):
-            raise _unexpected(answer)
+        answer = await self.listing()
         return tuple(
             (held.protocol, held.port, held.address)
             for held in answer.reservations
             if _owner(held.token) == self._owner
         )
+
+    async def listing(self) -> Listing:
+        """Everything it holds and serves.  Raises: Unavailable."""
+        answer = await self._ask(List())
+        if not isinstance(answer, Listing):
+            raise _unexpected(answer)
+        return answer
+
+    async def serve(self, named: Named) -> None:
+        """Have names and virtual addresses in a container's namespace; they are there when this returns.
+
+        Doing it again changes what they are.  Raises: FailedPrecondition: they cannot be had there; Unavailable.
+        """
+        match await self._ask(Serve(named)):
+            case Done():
+                return
+            case Refused(message):
+                raise FailedPrecondition(message)
+            case other:
+                raise _unexpected(other)
+
+    async def forget(self, id: str) -> None:
+        """A container needs no names any more; ignored when it has none.  Raises: Unavailable."""
+        answer = await self._ask(Forget(id))
+        if not isinstance(answer, Done):
+            raise _unexpected(answer)
+
+    async def refresh(self, networks: Iterable[NetworkId] = ()) -> None:
+        """The tables of ``networks`` (none: all) are others now; returns when every namespace is as they say.
+
+        Raises: Unavailable: some namespace is not; the net process goes on trying.
+        """
+        match await self._ask(Refresh(tuple(networks))):
+            case Done():
+                return
+            case Refused(message):
+                raise Unavailable(message)
+            case other:
+                raise _unexpected(other)
 
     def close(self) -> None:
         """Drop the connection; the next call opens another."""

@@ -1,9 +1,11 @@
-"""Sockets from one net process to the next, so that a port is held without a gap while the version changes."""
+"""Sockets from one net process to the next, so that nothing is missed while the version changes."""
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from skep.node.netprocess.protocol import (
@@ -11,6 +13,8 @@ from skep.node.netprocess.protocol import (
     LENGTH_BYTES,
     HandedOver,
     HandOver,
+    Label,
+    Waiting,
     decode_answer,
     frame,
 )
@@ -23,6 +27,14 @@ _SOCKETS_PER_MESSAGE = 200
 """The kernel passes at most 253 descriptors at once."""
 
 
+class Taken(msgspec.Struct, frozen=True):
+    """What a predecessor had."""
+
+    held: Held
+    named: Mapping[Label, socket.socket] = {}
+    waiting: tuple[Waiting, ...] = ()
+
+
 def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
     """Send ``sockets`` behind a ``HandedOver``.  Blocks for up to 5 s.  Raises: OSError."""
     with socket.socket(fileno=os.dup(connection.fileno())) as blocking:
@@ -32,7 +44,7 @@ def give(connection: socket.socket, sockets: tuple[socket.socket, ...]) -> None:
             socket.send_fds(blocking, [b"s"], [sock.fileno() for sock in batch])
 
 
-def take(path: Path) -> Held | None:
+def take(path: Path) -> Taken | None:
     """Everything that the process serving ``path`` holds; None: nobody serves it.  Blocks for up to 5 s."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -49,12 +61,15 @@ def take(path: Path) -> Held | None:
     except OSError as error:
         log.warning("predecessor does not hand over", reason=str(error))
         return None
-    by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received}
+    # One of a version before sends no labels.
+    named = dict(zip(answer.labels, received, strict=False))
+    by_name = {(sock.proto, *sock.getsockname()[:2]): sock for sock in received[len(named) :]}
     names = {
-        held: (PROTOCOL_NUMBERS[held.protocol], held.address or "0.0.0.0", held.port)
-        for held in answer.reservations
+        one: (PROTOCOL_NUMBERS[one.protocol], one.address or "0.0.0.0", one.port)
+        for one in answer.reservations
     }
-    return {held: by_name[name] for held, name in names.items() if name in by_name}
+    held = {one: by_name[name] for one, name in names.items() if name in by_name}
+    return Taken(held, named, answer.waiting)
 
 
 def _sockets(connection: socket.socket) -> list[socket.socket]:

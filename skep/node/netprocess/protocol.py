@@ -1,8 +1,8 @@
 """What is said over ``net.sock``: one request, one answer, each with its length (4 bytes, big-endian) before it.
 
 Hand-over is the exception: ``HandedOver`` is followed by single bytes that carry the sockets in ancillary data
-(``SCM_RIGHTS``); which reservation a socket is says its own name.  A process speaks this with the one of the version
-before: fields are only ever added.
+(``SCM_RIGHTS``): first those of ``labels``, in their order, then those of reservations; which reservation a socket is
+says its own name.  A process speaks this with the one of the version before: fields are only ever added.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from typing import cast
 import msgspec
 
 from skep.errors import Unavailable
+from skep.model.ids import NetworkId, TaskId
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
 LENGTH_BYTES = 4
@@ -26,6 +27,38 @@ class Reservation(msgspec.Struct, frozen=True):
     port: int
     token: str = ""
     address: str = ""
+
+
+class NameServer(msgspec.Struct, frozen=True):
+    """A name server to forward to."""
+
+    address: str
+    port: int = 53
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A container's place on a network."""
+
+    network: NetworkId
+    task: TaskId = TaskId("")
+    addresses: tuple[str, ...] = ()
+
+
+class Named(msgspec.Struct, frozen=True, kw_only=True):
+    """A container whose namespace has names and virtual addresses."""
+
+    id: str
+    netns: str
+    """Path of its namespace."""
+    networks: tuple[Place, ...]
+    """In the order in which names are looked for."""
+    servers: tuple[NameServer, ...] = ()
+    """Who is asked for other names, from the node's namespace, or from the container's if they are on a network of
+    its own."""
+    forwards: bool = True
+    """False: the container has no way out, so nothing is asked from the node's namespace for it."""
+    forwards_single_labels: bool = True
+    """False: ``ndots`` was set, so that clients try their search domains instead."""
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
@@ -47,6 +80,26 @@ class Release(msgspec.Struct, frozen=True, tag=True):
 
 class List(msgspec.Struct, frozen=True, tag=True):
     """Answered with ``Listing``."""
+
+
+class Serve(msgspec.Struct, frozen=True, tag=True):
+    """Have names and virtual addresses in a container's namespace, instead of what it had; answered with ``Done`` when
+    questions are heard, or with ``Refused``."""
+
+    named: Named
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """A container's namespace goes, or needs no names any more; answered with ``Done``."""
+
+    id: str
+
+
+class Refresh(msgspec.Struct, frozen=True, tag=True):
+    """The tables of these networks are others now (all, if none is named); answered with ``Done`` when names and
+    virtual addresses are as they say in every namespace, with ``Refused`` if that did not come about everywhere."""
+
+    networks: tuple[NetworkId, ...] = ()
 
 
 class HandOver(msgspec.Struct, frozen=True, tag=True):
@@ -73,14 +126,36 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Listing(msgspec.Struct, frozen=True, tag=True):
+    """``repairs``: how often rules in a container's namespace that somebody else had changed were put right."""
+
     reservations: tuple[Reservation, ...]
+    served: tuple[Named, ...] = ()
+    repairs: int = 0
+
+
+class Label(msgspec.Struct, frozen=True):
+    """Which socket of which container it is: ``udp`` or ``tcp``."""
+
+    container: str
+    kind: str
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """A question that was read and not yet answered."""
+
+    container: str
+    address: str
+    port: int
+    message: bytes
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag=True):
     reservations: tuple[Reservation, ...]
+    labels: tuple[Label, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
 
 
-Request = Reserve | Release | List | HandOver
+Request = Reserve | Release | List | Serve | Forget | Refresh | HandOver
 Answer = Reserved | Refused | Done | Listing | HandedOver
 
 

@@ -11,6 +11,8 @@ ff00::0\tip6-mcastprefix
 ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
+NAME_SERVER = "127.0.0.11"
+"""That of a container on networks, in its own namespace."""
 _PUBLIC_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")
 """Docker's choice where the node's own resolver cannot be reached from a container."""
 
@@ -30,14 +32,20 @@ def hosts_file(hostname: str, addresses: Iterable[str], extra: Iterable[str]) ->
 
 
 def resolver_file(
-    node: str, name_servers: Sequence[str], search_domains: Sequence[str], options: Sequence[str]
+    node: str,
+    name_servers: Sequence[str],
+    search_domains: Sequence[str],
+    options: Sequence[str],
+    *,
+    is_named: bool = False,
 ) -> str:
     """/etc/resolv.conf: the node's, with what the user says instead.
 
-    Name servers on the node's loopback are left out: in the container's namespace nobody listens there.
-    Source: moby, libnetwork/resolvconf.
+    Name servers on the node's loopback are left out: in the container's namespace nobody listens there.  With
+    ``is_named``, the name server is the one at 127.0.0.11, which asks those of ``forwarded_to`` for other names.
+    Source: moby, libnetwork/resolvconf (TransformForLegacyNw, TransformForIntNS).
     """
-    words = [line.split() for line in node.splitlines() if line[:1] not in ("#", ";")]
+    words = _words(node)
     servers = list(name_servers) or [
         line[1] for line in words if len(line) > 1 and line[0] == "nameserver" and not _is_loopback(line[1])
     ]
@@ -45,14 +53,53 @@ def resolver_file(
     if not domains:
         searches = [line[1:] for line in words if line[:1] == ["search"]]
         domains = searches[-1] if searches else []
-    chosen = list(options)
-    if not chosen:
-        chosen = [option for line in words if line[:1] == ["options"] for option in line[1:]]
+    chosen = _options(words, options)
+    if is_named:
+        servers = [NAME_SERVER]
+        chosen = [option for option in chosen if not option.startswith("ndots:") or _dots(option) is not None]
+        if not any(option.startswith("ndots:") for option in chosen):
+            chosen.append("ndots:0")
     lines = [f"search {' '.join(domains)}"] if domains and domains != ["."] else []
     lines += [f"nameserver {server}" for server in servers or _PUBLIC_NAME_SERVERS]
     if chosen:
         lines.append(f"options {' '.join(chosen)}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def forwarded_to(node: str, name_servers: Sequence[str]) -> Sequence[str]:
+    """Whom the name server at 127.0.0.11 asks, from the node's namespace: the user's, else the node's own, those on
+    its loopback too."""
+    return tuple(name_servers) or tuple(
+        line[1] for line in _words(node) if len(line) > 1 and line[0] == "nameserver" and _is_address(line[1])
+    )
+
+
+def sets_ndots(node: str, options: Sequence[str]) -> bool:
+    """Whether clients are told to try their search domains for names of few labels, so that these are not asked
+    for elsewhere.  Source: moby, libnetwork/resolver.go (NdotsSet)."""
+    return any((_dots(option) or 0) > 0 for option in _options(_words(node), options))
+
+
+def _words(node: str) -> list[list[str]]:
+    return [line.split() for line in node.splitlines() if line[:1] not in ("#", ";")]
+
+
+def _options(words: list[list[str]], options: Sequence[str]) -> list[str]:
+    return list(options) or [option for line in words if line[:1] == ["options"] for option in line[1:]]
+
+
+def _dots(option: str) -> int | None:
+    """How many dots ``ndots:N`` says; None: it says something else."""
+    name, _, value = option.partition(":")
+    return int(value) if name == "ndots" and value.isascii() and value.isdecimal() else None
+
+
+def _is_address(server: str) -> bool:
+    try:
+        ipaddress.ip_address(server.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _is_loopback(server: str) -> bool:

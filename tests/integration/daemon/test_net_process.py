@@ -5,10 +5,7 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -17,62 +14,19 @@ import pytest
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, Unavailable
 from skep.linux.files import replace_file
-from skep.node.netprocess import process
 from skep.node.netprocess.client import NetClient
 from skep.node.network.ingress.relays import RelayPort
 from skep.node.network.ports import AddressNotHere
-from skep.node.supervision import zygote
-from skep.node.supervision.identity import ProcessIdentity, identify, read_pid_file
-from skep.node.supervision.supervisor import Supervisor, terminate, wait_end
-from skep.node.supervision.zygote import Zygote
+from skep.node.supervision.identity import identify
+from skep.node.supervision.supervisor import terminate, wait_end
 from skep.paths import Paths
+from tests.names_lab import forks, net, net_process
 
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
     (tmp_path / "run").mkdir()
     return Paths(tmp_path / "data", tmp_path / "run")
-
-
-def entry(paths: Paths) -> zygote.Entry:
-    def run(_: Sequence[str]) -> None:
-        # what pytest captures into is closed in a forked process
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-        process.run(paths)
-
-    return run
-
-
-@asynccontextmanager
-async def forks(paths: Paths) -> AsyncIterator[Zygote]:
-    started = zygote.start({"net": entry(paths)})
-    try:
-        yield started
-    finally:
-        started.end()
-
-
-@asynccontextmanager
-async def net(paths: Paths, started: Zygote) -> AsyncIterator[NetClient]:
-    """A supervised net process for the block; it is stopped at its end."""
-    supervisor = Supervisor(
-        "net",
-        (),
-        paths=paths,
-        zygote=started,
-        clock=SystemClock(),
-        chance=random.random,
-        hands_over=True,
-        gives_up=False,
-    )
-    client = NetClient(paths.net_socket, SystemClock(), random.random)
-    async with asyncio.TaskGroup() as group:
-        running = group.create_task(supervisor.run())
-        try:
-            yield client
-        finally:
-            client.close()
-            running.cancel()
 
 
 def is_free(port: int) -> bool:
@@ -82,12 +36,6 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def net_process(paths: Paths) -> ProcessIdentity:
-    found = read_pid_file(paths.pid_file("net"))
-    assert found is not None
-    return found
 
 
 async def test_a_reserved_port_is_taken_for_everybody_else_until_it_is_released(paths: Paths) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from skep.errors import InvalidArgument
 from skep.node.oci.container import LogConfig, LogEntry, Stream
-from skep.node.oci.hosts import hosts_file, resolver_file
+from skep.node.oci.hosts import forwarded_to, hosts_file, resolver_file, sets_ndots
 from skep.node.oci.logs import PIECE_BYTES_MAX, Assembler, generations, rotate
 from skep.node.oci.signals import signal_number
 from skep.node.oci.stats import NetworkStats, flat_keyed, network_counters
@@ -154,3 +154,18 @@ def test_counters_are_read_from_the_kernels_files() -> None:
         )
     }
     assert flat_keyed("a 1\nb x\nc 3 4\nd 5\n") == {"a": 1, "d": 5}
+
+
+def test_a_container_on_networks_asks_the_name_server_in_its_namespace() -> None:
+    node = "nameserver 127.0.0.53\nnameserver 192.0.2.1\nsearch example.com\noptions edns0\n"
+    named = resolver_file(node, (), (), (), is_named=True)
+    assert named == "search example.com\nnameserver 127.0.0.11\noptions edns0 ndots:0\n"
+    assert forwarded_to(node, ()) == ("127.0.0.53", "192.0.2.1"), "the node's own may be on its loopback"
+    assert forwarded_to(node, ("192.0.2.9",)) == ("192.0.2.9",)
+    chosen = resolver_file(node, ("192.0.2.9",), ("a", "b"), ("ndots:2",), is_named=True)
+    assert chosen == "search a b\nnameserver 127.0.0.11\noptions ndots:2\n"
+    assert sets_ndots(node, ("ndots:2",))
+    assert not sets_ndots(node, ())
+    assert not sets_ndots(node, ("ndots:0",))
+    senseless = resolver_file(node, (), ("a",), ("ndots:x", "rotate"), is_named=True)
+    assert senseless == "search a\nnameserver 127.0.0.11\noptions rotate ndots:0\n"

@@ -1,0 +1,224 @@
+"""One container as the net process serves it: its name server and its virtual addresses, in its namespace."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+from pathlib import Path
+
+import msgspec
+
+from skep.linux.files import replace_file
+from skep.model.ids import NetworkId, ServiceId
+from skep.node.names import rules as names_rules
+from skep.node.names.messages import Query
+from skep.node.names.networks import Networks
+from skep.node.names.records import Decision, decide
+from skep.node.names.server import ContainerServer, Forwarding, Sockets, open_sockets
+from skep.node.names.upstream import Forwarder, NameServer
+from skep.node.netprocess.protocol import Named
+from skep.node.network import nft
+from skep.node.network.namespaces import Namespaces
+from skep.node.virtual import healing, kernel
+from skep.node.virtual import rules as virtual_rules
+from skep.node.virtual.conntrack import set_times
+from skep.node.virtual.loader import Services, VirtualAddresses
+from skep.node.virtual.plan import Plan
+
+OURS = frozenset({names_rules.NAME, virtual_rules.NAME})
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What the next process has to know of a container.
+
+    ``namespace``: device and inode of its namespace, so that another one at the same path is not taken for it.
+    """
+
+    named: Named
+    udp_port: int = 0
+    tcp_port: int = 0
+    loaded: tuple[tuple[NetworkId, ServiceId], ...] = ()
+    namespace: tuple[int, int] = (0, 0)
+
+    def is_same_namespace(self) -> bool:
+        """Whether the namespace that was served is still there."""
+        return self.namespace == namespace_at(Path(self.named.netns))
+
+
+class Around(msgspec.Struct, frozen=True):
+    """What all containers share.
+
+    ``own_name``: of threads that write rules for us; ``start_task``: gives a task a parent.
+    """
+
+    directory: Path
+    namespaces: Namespaces
+    networks: Networks
+    forwarder: Forwarder
+    chance: Callable[[], float]
+    own_name: str
+    start_task: Callable[[Awaitable[None]], asyncio.Task[None]]
+
+
+class Served:
+    """One container.  ``written``: as an earlier process or wish had it, or new; ``foreign_change``: somebody else
+    has changed our rules."""
+
+    def __init__(self, around: Around, written: Written, foreign_change: Callable[[], None]) -> None:
+        self.named = written.named
+        self.written = written
+        self.sockets: Sockets | None = None
+        self._around = around
+        self._foreign_change = foreign_change
+        self._server: ContainerServer | None = None
+        self._notifications: socket.socket | None = None
+        loaded = frozenset(one for one in written.loaded if one[0] in self._network_ids())
+        self.virtual = VirtualAddresses(around.networks.leads, self._write, loaded)
+
+    def adopt(self, sockets: Sockets) -> None:
+        """Answer at once at sockets that are open already, with rules that lead to them."""
+        self.sockets = sockets
+        self._server = self._new_server(sockets)
+        self._server.start()
+
+    async def open(self) -> None:
+        """Have sockets, rules and notifications in the namespace, and answer.  Raises: SkepError, OSError."""
+        path = Path(self.named.netns)
+        sockets, notifications = await self._around.namespaces.run(path, self._opened)
+        self._close_notifications()
+        self._notifications = notifications
+        notify = healing.Notifications(OURS, self._around.own_name)
+        asyncio.get_running_loop().add_reader(notifications, self._hear, notifications, notify)
+        if self.sockets is None:
+            self.adopt(sockets)
+        self.virtual.distrust()
+        await self.virtual.settle()
+        udp, tcp = sockets.ports
+        self.written = msgspec.structs.replace(
+            self.written, udp_port=udp, tcp_port=tcp, namespace=namespace_at(path)
+        )
+        self.write_down()
+
+    def is_in_order(self) -> bool:
+        """Whether it is open, in the namespace that is there."""
+        return self._notifications is not None and self.written.is_same_namespace()
+
+    async def repair(self) -> None:
+        """Write all rules again.  Raises: SkepError, OSError."""
+        if self.sockets is not None:
+            await self._write(Plan(names_rules.whole(*self.sockets.ports), {}, {}, is_anew=False))
+        self.virtual.distrust()
+        await self.virtual.settle()
+
+    def answer(self, message: bytes, client: tuple[str, int]) -> None:
+        """Answer a question that came to an earlier server of this container."""
+        if self._server is not None:
+            self._server.received(message, client)
+
+    def pause(self) -> tuple[tuple[str, int, bytes], ...]:
+        """Answer nothing more; the questions that wait."""
+        return self._server.stop() if self._server is not None else ()
+
+    def resume(self) -> None:
+        """Answer again."""
+        if self._server is not None:
+            self._server.start()
+
+    def give_sockets(self) -> Sockets | None:
+        """The sockets, for another owner."""
+        sockets, self.sockets = self.sockets, None
+        return sockets
+
+    def close(self) -> None:
+        """Let go of everything; the rules stay, and lead nowhere."""
+        self.pause()
+        self._server = None
+        self._close_notifications()
+        if self.sockets is not None:
+            self.sockets.close()
+            self.sockets = None
+
+    def write_down(self) -> None:
+        """Keep for the next process what it has to know."""
+        loaded = tuple(sorted(self.virtual.loaded))
+        self.written = msgspec.structs.replace(self.written, loaded=loaded)
+        content = msgspec.msgpack.encode(self.written)
+        replace_file(self._around.directory / self.named.id, content, is_durable=False)
+
+    # --- what names stand for ---------------------------------------------------------------------------------
+
+    def decide(self, query: Query) -> Decision:
+        networks = self._around.networks
+        return decide(query, [networks.index(id) for id in self._network_ids()], self._around.chance())
+
+    def is_loaded(self, virtual: Services) -> bool:
+        return self.virtual.is_usable(virtual)
+
+    async def load(self, virtual: Services) -> None:
+        await self.virtual.load(virtual)
+        self.write_down()
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _network_ids(self) -> list[NetworkId]:
+        return [place.network for place in self.named.networks]
+
+    def _opened(self) -> tuple[Sockets, socket.socket]:
+        """In the namespace: times, sockets (unless there are any), the rules that lead to them, notifications."""
+        set_times()
+        had = self.sockets
+        sockets = had or open_sockets(self.written.udp_port, self.written.tcp_port)
+        try:
+            with healing.named(self._around.own_name):
+                nft.run(names_rules.whole(*sockets.ports))
+            return sockets, healing.open_notifications()
+        except BaseException:
+            if had is None:
+                sockets.close()
+            raise
+
+    async def _write(self, plan: Plan) -> None:
+        await self._around.namespaces.run(Path(self.named.netns), kernel.write, self._around.own_name, plan)
+
+    def _new_server(self, sockets: Sockets) -> ContainerServer:
+        around = self._around
+        return ContainerServer(
+            self.named.id, sockets, self, around.forwarder, self._forwarding(), around.start_task
+        )
+
+    def _forwarding(self) -> Forwarding:
+        subnets = [subnet for id in self._network_ids() for subnet in self._around.networks.index(id).subnets]
+        servers = []
+        for one in self.named.servers:
+            try:
+                address = ip_address(one.address.partition("%")[0])
+            except ValueError:
+                continue  # not an address: of no use to anyone
+            is_inside = any(address in subnet for subnet in subnets)
+            if (is_inside or self.named.forwards) and str(address) != names_rules.ADDRESS:
+                servers.append(NameServer(one.address, one.port, is_inside))
+        return Forwarding(tuple(servers), self._open_inside, self.named.forwards_single_labels)
+
+    async def _open_inside(self, kind: socket.SocketKind, family: socket.AddressFamily) -> socket.socket:
+        return await self._around.namespaces.run(Path(self.named.netns), socket.socket, family, kind)
+
+    def _hear(self, opened: socket.socket, notifications: healing.Notifications) -> None:
+        try:
+            healing.read(opened, notifications, self._foreign_change)
+        except OSError:
+            self._close_notifications()
+
+    def _close_notifications(self) -> None:
+        if self._notifications is not None:
+            asyncio.get_running_loop().remove_reader(self._notifications)
+            self._notifications.close()
+            self._notifications = None
+
+
+def namespace_at(path: Path) -> tuple[int, int]:
+    """Device and inode of the namespace at ``path``; zeros: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
