@@ -309,13 +309,14 @@ class MeshLab:
             f"bridge fdb replace {mac} dev vx master static",
             *(f"ip neigh replace {address} lladdr {mac} dev vx nud permanent" for address in addresses),
         ]
-        await self._shell(node.id, " && ".join(commands))
+        await self.shell(node.id, " && ".join(commands))
 
     async def batch(self, name: str, *commands: str) -> None:
         """``ip`` commands in the namespace ``name``."""
-        await self._shell(name, "ip -batch -", "\n".join(commands))
+        await self.shell(name, "ip -batch -", "\n".join(commands))
 
-    async def _shell(self, name: str, command: str, stdin: str = "") -> None:
+    async def shell(self, name: str, command: str, stdin: str = "") -> None:
+        """A command line in the namespace ``name``."""
         process = await asyncio.create_subprocess_exec(
             "nsenter",
             f"--net={self.places.path(name)}",

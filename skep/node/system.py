@@ -2,7 +2,7 @@
 
 import hashlib
 from base64 import b32encode
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class NodeSystem:
         count: counts our containers and images at the moment of asking.
         engine: the machine's Docker Engine, if there is one.
         warnings: what the configuration has to say for itself.
+        network_warnings: the same of published ports, at any time.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class NodeSystem:
         count: Callable[[], info.Counts],
         engine: Engine | None = None,
         warnings: tuple[str, ...] = (),
+        network_warnings: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._node = node
         self._membership = membership
@@ -48,6 +50,7 @@ class NodeSystem:
         self._count = count
         self._engine = engine
         self._warnings = warnings
+        self._network_warnings = network_warnings
 
     def configure(self, configuration: Configuration) -> None:
         """Show ``configuration`` from now on (it was reloaded)."""
@@ -75,7 +78,7 @@ class NodeSystem:
             warnings=(
                 *swarm.get("Warnings", ()),
                 *features.warnings(self._node.features),
-                *(f"WARNING: {sentence}" for sentence in self._warnings),
+                *(f"WARNING: {sentence}" for sentence in (*self._warnings, *self._network_warnings())),
             ),
             now=timestamp(self._clock.now_ns()),
         )

@@ -95,7 +95,7 @@ def oci_executor(
         paths,
         namespaces=namespaces,
         ports=ports or OwnReservations(namespaces),
-        mesh_ports=mesh_ports or OwnReservations(namespaces),
+        mesh_ports=mesh_ports,
         clock=clock,
         naming=naming,
     )
@@ -129,7 +129,7 @@ def container_network(
     *,
     namespaces: Namespaces,
     ports: PortReservations,
-    mesh_ports: PortReservations,
+    mesh_ports: PortReservations | None = None,
     clock: Clock,
     naming: Naming | None = None,
 ) -> ContainerNetwork:
@@ -153,7 +153,7 @@ def container_network(
     mesh = Mesh(
         namespaces=namespaces,
         tables=NodeTables(namespaces, clock, random.random),
-        ports=mesh_ports,
+        ports=mesh_ports or OwnReservations(namespaces),
         relays=paths.relays,
         clock=clock,
         chance=random.random,

@@ -83,6 +83,7 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
         )
         relaying = group.create_task(Relays(paths.relays, SystemClock(), random.random).run(), name="relays")
         try:
+            start_task(Relays(paths.relays, SystemClock(), random.random).run())
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, reservations, serving)
         finally:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.integration.node.conftest import eventually
-from tests.mesh_lab import CLIENT, LabNode, MeshLab
+from tests.mesh_lab import CLIENT, CLIENT_IPV6, LabNode, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
 
@@ -137,6 +137,81 @@ async def test_our_own_changes_are_no_harm(lab: MeshLab) -> None:
             "add table ip somebody; delete table ip somebody; add rule ip skep_ingress refuse drop"
         )
         await eventually(lambda: node.tables.repairs == repairs + 1, "the one repair")
+
+
+@asynccontextmanager
+async def running(node: LabNode) -> AsyncIterator[None]:
+    """All that the mesh does by itself."""
+    working = asyncio.create_task(node.mesh.run())
+    try:
+        yield
+    finally:
+        working.cancel()
+        await asyncio.wait([working])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "nft flush ruleset",
+        "nft delete table ip skep_return",
+        "nft flush chain ip6 skep_return departure",
+        "ip rule del priority 1042",
+        "ip route flush table 167772361",
+        "ip -6 rule del priority 32999",
+        "ip -6 route flush table 1042",
+        # the address is the overlay's to heal
+        "ip link set eth0 down; ip link set eth0 up; ip addr add fd00:1::10/64 dev eth0 nodad",
+    ],
+)
+async def test_what_somebody_does_to_the_way_back_in_a_container_is_undone_within_5_s(
+    lab: MeshLab, harm: str
+) -> None:
+    await published(lab)
+    node = lab.nodes[1]
+    async with running(node):
+        repairs = node.mesh.repairs
+        await lab.shell("t1", harm)
+        began = time.monotonic()
+        await eventually(lambda: node.mesh.repairs > repairs, "the repair is counted", within_s=5)
+        for address, protocol, peer in (
+            (lab.nodes[0].address, "tcp", CLIENT),
+            (lab.nodes[0].address, "udp", CLIENT),
+            (lab.nodes[0].address_ipv6, "tcp", CLIENT_IPV6),
+            (lab.nodes[0].address_ipv6, "udp", CLIENT_IPV6),
+        ):
+            assert await lab.ask(address, 8080, protocol) == f"t1 {peer}"
+        assert time.monotonic() - began < 5
+
+
+async def test_a_firewall_that_forbids_forwarding_is_named_until_it_makes_an_exception(lab: MeshLab) -> None:
+    """ufw's way: iptables-nft with a policy.  Docker writes into the same chain; this is its owner's to do here."""
+    node = await published(lab)
+    await lab.shell("n1", "iptables-nft -P FORWARD DROP")
+    with pytest.raises(TimeoutError):
+        await lab.ask(node.address, 8080, timeout_s=1)
+    async with running(node):
+        await eventually(lambda: node.mesh.warnings(), "the chain is named")
+    (warning,) = node.mesh.warnings()
+    assert warning.startswith("chain FORWARD of nftables table ip filter forbids forwarding")
+    for direction in ("-i", "-o"):
+        await lab.shell("n1", f"iptables-nft -A FORWARD {direction} skep-ingress -j ACCEPT")
+    assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
+    async with running(node):
+        await eventually(lambda: not node.mesh.warnings(), "nothing is in the way")
+
+
+async def test_a_firewall_on_iptables_is_left_byte_for_byte(lab: MeshLab) -> None:
+    node = lab.nodes[0]
+    await lab.shell(
+        "n1",
+        "iptables-nft -A FORWARD -i docker0 -j ACCEPT && iptables-nft -t nat -A POSTROUTING -s 172.17.0.0/16 "
+        "! -o docker0 -j MASQUERADE",
+    )
+    before = await node.nft("list ruleset")
+    await published(lab)
+    assert await others_rules(node) == before
+    assert await lab.ask(node.address, 8080) == f"t1 {CLIENT}"
 
 
 async def test_a_port_that_the_nodes_own_server_has_stays_its_own_until_it_is_free(lab: MeshLab) -> None:

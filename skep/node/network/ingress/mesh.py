@@ -17,8 +17,10 @@ from skep.errors import AlreadyExists, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import Table
+from skep.node.network import nft
 from skep.node.network.ingress import flows, rules
 from skep.node.network.ingress.flows import Misled
+from skep.node.network.ingress.obstacles import forwarding_tables, obstacles
 from skep.node.network.ingress.plan import MeshPort, Plan, plan
 from skep.node.network.ingress.relays import relay_ports
 from skep.node.network.ingress.returns import Returns
@@ -34,6 +36,8 @@ INTERFACE = "eth0"
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
 _RTMGRP_LINK = 1
 _NOTICE_BYTES = 1 << 16
+OBSTACLES_S = 15.0
+"""Between two looks at what other firewalls of the machine forbid."""
 
 PortKey = tuple[str, int, str]
 """Protocol, published port, the only address or empty."""
@@ -72,6 +76,7 @@ class Mesh:
         self._written: dict[str, MeshRules] = {}
         self._turn = asyncio.Lock()
         self._again = asyncio.Event()
+        self._obstacles: tuple[str, ...] = ()
         self.conflicts: Mapping[PortKey, str] = {}
         """Ports that are not published here because somebody else on this node has them; why, in Docker's words."""
 
@@ -93,6 +98,8 @@ class Mesh:
             group.create_task(self._try_again(), name="mesh-retries")
             group.create_task(self._watch_bridge(), name="mesh-bridge")
             group.create_task(self._tables.watch(), name="mesh-rules")
+            group.create_task(self._returns.run(self._clock), name="mesh-returns")
+            group.create_task(self._look_for_obstacles(), name="mesh-obstacles")
 
     async def joined(self, container_id: ContainerId, netns: Path, interface: str = INTERFACE) -> None:
         """A container is on the ingress network; returns when its answers find their way to clients.
@@ -107,10 +114,16 @@ class Mesh:
 
     def warnings(self) -> tuple[str, ...]:
         """Sentences for ``/info``."""
-        return tuple(
+        conflicts = (
             f"port {port}/{protocol} is not published on this node: {reason}"
             for (protocol, port, _), reason in sorted(self.conflicts.items())
         )
+        return (*conflicts, *self._obstacles)
+
+    @property
+    def repairs(self) -> int:
+        """How often somebody's changes to rules of the mesh were undone since the start."""
+        return self._tables.repairs + self._returns.repairs
 
     async def _follow(self) -> None:
         async with self._turn:
@@ -228,6 +241,19 @@ class Mesh:
                 log.warning("ports are not published", reason=str(error))
                 self._again.set()
 
+    async def _look_for_obstacles(self) -> None:
+        while True:
+            found: tuple[str, ...] = ()
+            if self._plan is not None and self._plan.ports:
+                try:
+                    found = await self._namespaces.run(self._namespaces.home, _find_obstacles)
+                except SkepError as error:
+                    log.debug("others' rules not read", reason=str(error))
+            for sentence in set(found) - set(self._obstacles):
+                log.warning(sentence)
+            self._obstacles = found
+            await self._clock.sleep(OBSTACLES_S)
+
     async def _watch_bridge(self) -> None:
         """The bridge may be made later than its rules, or anew: its settings begin with it."""
         notices = await self._namespaces.run(self._namespaces.home, _listen_to_links)
@@ -258,6 +284,11 @@ def _is_held_here(port: MeshPort) -> bool:
 
 def _addresses(port: MeshPort, version: int) -> frozenset[str]:
     return frozenset(backend.address for backend in (port.ipv4 if version == 4 else port.ipv6))
+
+
+def _find_obstacles() -> tuple[str, ...]:
+    names = forwarding_tables(nft.run("list chains"))
+    return obstacles((nft.run(f"list table {name}") for name in names), (rules.BRIDGE,))
 
 
 def _has_ipv6() -> bool:
