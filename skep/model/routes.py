@@ -56,8 +56,11 @@ def routes_label(routes: Iterable[MachineRoute]) -> str:
     for interface, subnets in by_interface.items():
         four = collapse_addresses(one for one in subnets if isinstance(one, IPv4Network))
         six = collapse_addresses(one for one in subnets if isinstance(one, IPv6Network))
-        joined += (MachineRoute(subnet, interface) for subnet in four)
-        joined += (MachineRoute(subnet, interface) for subnet in six)
+        collapsed: list[Subnet] = [*four, *six]
+        for subnet in collapsed:
+            # Two halves of everything, as VPNs set them, are no default route.
+            parts: Iterable[Subnet] = (subnet,) if subnet.prefixlen else subnet.subnets()
+            joined += (MachineRoute(part, interface) for part in parts)
     joined.sort(key=lambda route: (route.subnet.version, route.subnet.prefixlen, str(route)))
     return " ".join(map(str, joined[:ROUTES_MAX]))
 

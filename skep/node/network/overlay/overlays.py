@@ -29,10 +29,8 @@ from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import owner, spoofing, strangers
 from skep.node.network.overlay.settling import Settling
-from skep.node.network.overlay.state import Link, State
+from skep.node.network.overlay.state import State
 from skep.node.network.overlay.wanted import (
-    INGRESS_BRIDGE,
-    INGRESS_VXLAN,
     OVERLAY_SYSCTLS,
     LocalPlace,
     Underlay,
@@ -383,24 +381,3 @@ class Overlays:
         wanted = {node.underlay for node in own if node is not None and node.underlay}
         found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
         self._underlays = found
-
-
-def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
-    """The node's own namespace, in which others have devices and routes too.
-
-    Until tables have come nobody knows what there belongs to no one, so nothing is removed.
-    """
-    return Domain(
-        "node",
-        namespaces.home,
-        namespaces,
-        repairs,
-        is_ours=False,
-        selects=_is_of_ingress,
-        has_own_routes=False,
-    )
-
-
-def _is_of_ingress(link: Link) -> bool:
-    is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
-    return is_ours or (link.kind == "veth" and link.master == INGRESS_BRIDGE)
