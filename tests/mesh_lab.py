@@ -31,7 +31,7 @@ from skep.node.network import nft
 from skep.node.network.addresses import mac_of
 from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.ingress.relay import Relays
-from skep.node.network.namespaces import Namespaces, _inside
+from skep.node.network.namespaces import Namespaces, inside
 from skep.node.network.node_tables import NodeTables
 from skep.node.network.ports import OwnReservations
 

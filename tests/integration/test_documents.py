@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
 """Blocks of documents (page, number on the page) that other tests run, and which."""
 
 RECOVERY = "docs/guide/recovery.md"
+NETWORKS = "docs/guide/networks.md"
 
 MACHINE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 """Namespaces of its own; whatever runs in them ends with them."""
@@ -78,6 +79,7 @@ def test_no_block_is_forgotten() -> None:
     run_here = {
         *(("README.md", 1), ("README.md", 2), ("docs/tour.md", 0)),
         *((RECOVERY, number) for number in range(5)),
+        *((NETWORKS, number) for number in range(4)),
     }
     assert blocks - set(RUN_ELSEWHERE) == run_here
 
@@ -126,6 +128,18 @@ def test_the_tours_service(m1: TestNode, checkout: Path) -> None:
     printed = run(shell_blocks("docs/tour.md")[0], checkout, DOCKER_HOST=m1.socket)
     assert "converged" in printed
     wait_running(m1, "web", 3)
+
+
+def test_the_guide_to_networks(own_cluster: TestCluster, checkout: Path) -> None:
+    m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
+    services, port, room, encrypted = shell_blocks(NETWORKS)
+    run(services, checkout, **where)
+    wait_running(m1, "api", 3)
+    wait_running(m1, "cli", 1)
+    run(port, checkout, **where)
+    wait_running(m1, "web", 1)
+    assert run(room, checkout, **where).split()[-1] == "2"
+    run(encrypted, checkout, **where)
 
 
 @pytest.mark.slow
