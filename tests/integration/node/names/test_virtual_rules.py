@@ -169,6 +169,16 @@ async def test_five_hundred_services_are_loaded_and_repaired_whole(lab: NamesLab
     )
 
 
+async def test_a_container_that_is_gone_holds_no_change_up(lab: NamesLab) -> None:
+    await started(lab, "b11")
+    await lab.container("other", "10.0.1.6")
+    await lab.serve("other", web("b11"))
+    await (await lab.resolver("other")).ask("web")
+    await lab.namespaces.destroy("other")
+    await lab.change(web("b12"))
+    assert set(await who(lab, 3)) == {"b12"}
+
+
 async def test_changes_reach_many_namespaces_together(lab: NamesLab) -> None:
     table = web("b11")
     lab.write(table)
