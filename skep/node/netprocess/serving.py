@@ -182,6 +182,8 @@ class Serving:
                 async with asyncio.timeout(_REFRESH_S):
                     await one.virtual.settle()
             except (SkepError, OSError, TimeoutError) as error:
+                if not Path(one.named.netns).exists():
+                    return True  # the container is gone, and will be forgotten
                 log.warning("virtual addresses are out of date", container=one.named.id, reason=str(error))
                 return False
             return True

@@ -6,11 +6,12 @@ import socket
 import struct
 from contextlib import suppress
 
+import msgspec
 import pytest
 from dnslib import RCODE, DNSHeader, DNSQuestion, DNSRecord
 
 from skep.errors import FailedPrecondition
-from skep.node.netprocess.protocol import Named, NameServer
+from skep.node.netprocess.protocol import Named, NameServer, Place
 from tests.names_lab import NamesLab, shell, wait_until
 from tests.tables import a_network, a_served
 from tests.upstream import fails, knows, upstream
@@ -161,6 +162,27 @@ async def test_with_ndots_set_clients_are_left_to_their_search_domains(lab: Name
         resolver = await lab.resolver("c1")
         assert await resolver.addresses("printer") == []
         assert await resolver.addresses("printer.example") == ["192.0.2.7"]
+
+
+async def test_a_container_without_a_way_out_asks_nobody_outside(lab: NamesLab) -> None:
+    lab.write(FRONT)
+    path = await lab.container("c1")
+    asked: list[DNSRecord] = []
+
+    def noted(question: DNSRecord) -> bytes:
+        asked.append(question)
+        return knows("192.0.2.7")(question)
+
+    async with upstream(noted) as there:
+        places = (Place(FRONT.head.id),)
+        named = Named(id="c1", netns=str(path), networks=places, servers=(there,), forwards=False)
+        await lab.client.serve(named)
+        resolver = await lab.resolver("c1")
+        assert (await resolver.ask("example.com")).header.rcode == RCODE.SERVFAIL
+        assert (await resolver.ask("printer")).header.rcode == RCODE.NXDOMAIN
+        assert asked == []
+        await lab.client.serve(msgspec.structs.replace(named, forwards=True))
+        assert await resolver.addresses("example.com") == ["192.0.2.7"], "it got one"
 
 
 async def test_a_server_on_the_containers_own_network_is_asked_from_there(lab: NamesLab) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dnslib import DNSRecord
 
-from skep.node.netprocess.protocol import NameServer
+from skep.node.netprocess.naming import Naming
+from skep.node.netprocess.protocol import NameServer, Place
 from skep.node.supervision.supervisor import wait_end
 from tests.names_lab import NamesLab, net_process
 from tests.tables import a_network, a_served
@@ -106,3 +107,32 @@ async def test_what_went_while_nobody_looked_is_not_served_again(lab: NamesLab) 
     await lab.start_process()
     assert (await lab.client.listing()).served == ()
     assert list(Path(lab.paths.names).iterdir()) == []
+
+
+async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLab, tmp_path: Path) -> None:
+    resolver = tmp_path / "resolv.conf"
+    resolver.write_text("nameserver 127.0.0.53\noptions ndots:3\n")
+    lab.write(FRONT)
+    naming = Naming(lab.client, resolver)
+    for id in ("c1", "c2"):
+        path = await lab.container(id)
+        await naming.serve(naming.named(id, path, [Place(FRONT.head.id)]))
+    paths = {id: await lab.container(id) for id in ("c3",)} | {"c2": lab.paths.netns / "c2"}
+    wanted = [
+        naming.named(id, path, [Place(FRONT.head.id)], name_servers=["192.0.2.9"], dns_options=["ndots:0"])
+        for id, path in sorted(paths.items())
+    ]
+    await naming.restore(wanted)
+    served = {one.id: one for one in (await lab.client.listing()).served}
+    assert served == {one.id: one for one in wanted}
+    assert served["c2"].servers == (NameServer("192.0.2.9"),)
+    assert naming.named("c4", tmp_path, ()).servers == (NameServer("127.0.0.53"),)
+    assert not naming.named("c4", tmp_path, ()).forwards_single_labels
+    table = a_network(a_served("new", "10.0.1.9", ["10.0.1.3"]))
+    lab.write(table)
+    await naming.apply({table.head.id: table}, frozenset({table.head.id}))
+    for id in ("c2", "c3"):
+        assert await (await lab.resolver(id)).addresses("new") == ["10.0.1.9"]
+    await naming.forget("c2")
+    await naming.restore(())
+    assert (await lab.client.listing()).served == ()
