@@ -43,6 +43,7 @@ from skep.node.reports import Reports
 from skep.node.restoring import Restored
 from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
+from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.routes.plain_containers import plain_container_routes
 from skep.node.supervision.identity import read_pid_file
@@ -190,15 +191,19 @@ class Node:
             await asyncio.to_thread(local.open)
             networks = network_routes(
                 NetworkParts(
-                    member=membership,
-                    manager=manager_api,
+                    cluster=ClusterNetworks(
+                        member=membership,
+                        manager=manager_api,
+                        tasks=worker,
+                        tables=tables,
+                        containers=workload.list_containers,
+                        clock=clock,
+                        chance=chance,
+                    ),
                     engine=engine.api if engine is not None else None,
                     local=local,
-                    tasks=worker,
                     containers=workload.list_containers,
                     container=workload.container,
-                    clock=clock,
-                    chance=chance,
                 )
             )
             routes: tuple[web.AbstractRouteDef, ...] = (*networks, *workload.routes)

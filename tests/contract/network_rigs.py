@@ -16,11 +16,13 @@ from skep.api.server import application
 from skep.errors import FailedPrecondition, NotFound
 from skep.manager.routes import ManagerApi
 from skep.manager.routes import application as manager_application
-from skep.model.ids import TaskId, new_container_id
+from skep.model.ids import NetworkId, TaskId, new_container_id
+from skep.model.tables import Table
 from skep.model.task import AssignedTask, TaskStatus
 from skep.node.local_api import LocalApi
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.oci.container import Container
+from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.swarm_info import NOT_A_MANAGER, NOT_IN_A_SWARM
 from tests.conformance.manager import a_manager_api
@@ -37,11 +39,12 @@ class AMember(msgspec.Struct):
 
 
 class AWorkload(msgspec.Struct):
-    """Tasks and containers."""
+    """Tasks and containers, and what is known of their networks."""
 
     assigned: dict[TaskId, AssignedTask] = {}
     states: dict[TaskId, TaskStatus] = {}
     containers: tuple[Container, ...] = ()
+    tables: dict[NetworkId, Table] = {}
 
     def tasks(self) -> dict[TaskId, AssignedTask]:
         return self.assigned
@@ -113,16 +116,21 @@ async def a_rig(folder: Path) -> AsyncIterator[Rig]:
         member, work, gateway = AMember(), AWorkload(), AGateway()
         local = LocalNetworks(folder / "local", gateway, clock=SystemClock(), new_id=new_container_id)
         local.open()
-        parts = NetworkParts(
+        cluster = ClusterNetworks(
             member=member,
             manager=api,
-            engine=None,
-            local=local,
             tasks=work,
+            tables=work,
             containers=lambda: work.containers,
-            container=work.container,
             clock=SystemClock(),
             chance=Random(1).random,
+        )
+        parts = NetworkParts(
+            cluster=cluster,
+            engine=None,
+            local=local,
+            containers=lambda: work.containers,
+            container=work.container,
         )
         client = await stack.enter_async_context(TestClient(TestServer(application(network_routes(parts)))))
         yield Rig(client, manager, member, work, gateway, local)

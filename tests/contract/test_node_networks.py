@@ -11,10 +11,11 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.allocator.subnets import NetworkBook, allocated
-from skep.model.ids import ContainerId, NetworkId, new_container_id
+from skep.model.ids import ContainerId, NetworkId, NodeId, ServiceId, TaskId, new_container_id
 from skep.model.network import Network
 from skep.model.service import Endpoint as ServiceEndpoint
 from skep.model.service import EndpointVirtualIP, NetworkAttachmentConfig
+from skep.model.tables import NetworkHead, Table, TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import AssignedTask, NetworkAttachment, Task, TaskState
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.oci.container import Container, ContainerConfig, ContainerState, Endpoint
@@ -95,6 +96,34 @@ async def test_a_worker_lists_an_overlay_only_while_a_task_of_its_own_uses_it(ri
     (entry,) = shown["Containers"].values()
     assert (entry["Name"], entry["IPv4Address"]) == ("web.1.t1", "10.0.9.3/24")
     assert entry["MacAddress"] == "02:42:0a:00:09:03"
+    endpoint = TableEndpoint(
+        task_id=task.id,
+        node_id=NodeId("n2"),
+        service_id=ServiceId("web"),
+        name="web.1.t1",
+        addresses=("10.0.9.3",),
+    )
+    plain = TableEndpoint(task_id=TaskId("t2"), node_id=NodeId("n3"), name="box", addresses=("10.0.9.4",))
+    port = TablePort(protocol="tcp", published=8080, target=80)
+    service = TableService(id=ServiceId("web"), name="web", virtual_ips=("10.0.9.2",), ports=(port,))
+    rig.work.tables[overlay.id] = Table(
+        head=NetworkHead(id=overlay.id, name="net1"),
+        nodes={NodeId("n2"): TableNode(id=NodeId("n2"), underlay="10.77.0.2")},
+        endpoints={one.task_id: one for one in (endpoint, plain)},
+        services={service.id: service},
+    )
+    _, shown = await rig.ask("GET", "/networks/net1?verbose=true")
+    assert shown["Peers"] == [{"Name": "n2", "IP": "10.77.0.2"}]
+    web = shown["Services"]["web"]
+    assert (web["VIP"], web["Ports"]) == ("10.0.9.2", ["Target: 80, Publish: 8080"])
+    ((line,), (other,)) = web["Tasks"], shown["Services"][""]["Tasks"]
+    assert (line["Name"], line["EndpointIP"], line["Info"]) == (
+        "web.1.t1",
+        "10.0.9.3",
+        {"Host IP": "10.77.0.2"},
+    )
+    assert (other["Name"], other["Info"]) == ("box", {"Host IP": ""})
+    assert "Services" not in (await rig.ask("GET", "/networks/net1"))[1]
     rig.work.states[task.id] = replace(task.status, state=TaskState.SHUTDOWN)
     assert await rig.names() == LOCAL
 

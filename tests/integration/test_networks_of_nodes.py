@@ -88,6 +88,11 @@ def test_inspect_shows_who_is_on_a_network(m1: TestNode, w1: TestNode) -> None:
     web = shown["Services"]["web"]
     tasks = {task["Name"]: (task["EndpointIP"], task["Info"]["Host IP"]) for task in web["Tasks"]}
     assert {host for _, host in tasks.values()} == {peer["IP"] for peer in shown["Peers"]}
+    of_worker = inspected(w1, "back", "--verbose")
+    assert {peer["IP"] for peer in of_worker["Peers"]} == {peer["IP"] for peer in shown["Peers"]}
+    assert {task["EndpointIP"] for task in of_worker["Services"]["web"]["Tasks"]} == {
+        address for address, _ in tasks.values()
+    }
     for node in (m1, w1):
         ((id, entry),) = inspected(node, "back")["Containers"].items()
         address, host = tasks[entry["Name"]]

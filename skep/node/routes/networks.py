@@ -6,26 +6,22 @@ that its own tasks use.  Networks of the node are the engine's where there is on
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.go, libnetwork/controller.go.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Collection
+from typing import Any
 from urllib.parse import quote
 
 import msgspec
 import structlog
 from aiohttp import web
 
-from skep.aio.clock import Clock
-from skep.api import network_form
 from skep.api.bodies import decode_body
 from skep.api.errors import Forbidden
 from skep.api.networks import (
     BUILTIN,
     LOCAL,
-    PREDEFINED_LABEL,
     PRUNE_FILTERS,
     SWARM,
     ConnectBody,
-    Facts,
     NetworkBody,
     check_form,
     check_list_filters,
@@ -42,58 +38,25 @@ from skep.errors import (
     Unavailable,
     Unimplemented,
 )
-from skep.model.ids import TaskId
-from skep.model.network import Network
-from skep.model.task import AssignedTask, TaskStatus
 from skep.node.local_api import Answer, LocalApi
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.network.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.node.oci.container import Container
-from skep.node.routes.network_users import meant_by, networks_in_use, on_gateway, on_overlay
+from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, passed_headers
+from skep.node.routes.network_users import on_gateway
 
 log = structlog.get_logger()
-
-_MANAGER_WAIT_S = 5.0
-_PASSED_ON = ("Content-Type", "X-Skep-Stale")
-_FROM_A_WORKER = (
-    "Cannot create a multi-host network from a worker node. Please create the network from a manager node."
-)
-
-
-class Member(Protocol):
-    """This node's place in a swarm."""
-
-    @property
-    def is_manager(self) -> bool: ...
-
-    @property
-    def is_in_swarm(self) -> bool: ...
-
-    def manager_refusal(self) -> str | None:
-        """Why no manager of this node answers; None: one does, or will in a moment."""
-
-
-class Tasks(Protocol):
-    """What runs here for the cluster."""
-
-    def tasks(self) -> Mapping[TaskId, AssignedTask]: ...
-
-    def statuses(self) -> Mapping[TaskId, TaskStatus]: ...
 
 
 class NetworkParts(msgspec.Struct, frozen=True, kw_only=True):
     """What the routes ask.  ``engine``: None where there is none."""
 
-    member: Member
-    manager: LocalApi
+    cluster: ClusterNetworks
     engine: LocalApi | None
     local: LocalNetworks
-    tasks: Tasks
     containers: Callable[[], Collection[Container]]
     container: Callable[[str], Container]
     """By id, name or prefix.  Raises: NotFound."""
-    clock: Clock
-    chance: Callable[[], float]
 
 
 def network_routes(parts: NetworkParts) -> Routes:
@@ -115,13 +78,14 @@ class _NodeNetworks:
     def __init__(self, parts: NetworkParts) -> None:
         self._parts = parts
         self._local = parts.local
+        self._cluster = parts.cluster
 
     # --- reading ----------------------------------------------------------------------------------------------
 
     async def list_all(self, request: web.Request) -> web.StreamResponse:
         filters = Filters.of(request)
         check_list_filters(filters)
-        shown = await self._cluster_list(request, filters)
+        shown = await self._cluster.list_all(request, filters)
         engines = await self._engine_list(request)
         names = {one["Name"] for one in engines}
         shown += engines
@@ -136,7 +100,7 @@ class _NodeNetworks:
         own = find(self._own(), word) if scope in ("", LOCAL) else None
         if own is not None and word in (own.id, own.name):
             return json_answer(self._shown(own))
-        if scope in ("", SWARM) and (found := await self._cluster_network(request, word)) is not None:
+        if scope in ("", SWARM) and (found := await self._cluster.find(request, word)) is not None:
             return json_answer(found)
         if scope in ("", LOCAL) and self._parts.engine is not None:
             answer = await self._parts.engine.ask("GET", request.path_qs)
@@ -153,17 +117,17 @@ class _NodeNetworks:
         body = decode_body(raw, NetworkBody)
         if body.name and any(one.name == body.name for one in self._own() if one.name not in BUILTIN):
             raise AlreadyExists(f"network with name {body.name} already exists")
-        if body.is_of_cluster and self._parts.member.is_manager:
+        if body.is_of_cluster and self._cluster.member.is_manager:
             await self._check_engine_lacks(request, body.name)
-            return _passed(await self._ask_manager(request, raw))
-        if self._parts.member.is_manager and body.name:
-            await self._check_cluster_lacks(body.name)
+            return _passed(await self._cluster.ask_manager(request, raw))
+        if self._cluster.member.is_manager and body.name:
+            await self._cluster.check_lacks(body.name)
         check_name(body.name)
         check_form(body)
         if body.is_of_cluster:
-            if self._parts.member.is_in_swarm:
-                raise Forbidden(_FROM_A_WORKER)
-            raise Unavailable(self._parts.member.manager_refusal() or _FROM_A_WORKER)
+            if self._cluster.member.is_in_swarm:
+                raise Forbidden(FROM_A_WORKER)
+            raise Unavailable(self._cluster.member.manager_refusal() or FROM_A_WORKER)
         if body.name == GATEWAY:
             return _created(await self._local.make_gateway(body))
         if self._parts.engine is not None:
@@ -186,9 +150,9 @@ class _NodeNetworks:
             )
         if own is not None and word in (own.id, own.name):
             return self._remove_own(own)
-        if await self._cluster_network(request, word) is not None:
-            self._check_manager()
-            return _passed(await self._ask_manager(request))
+        if await self._cluster.find(request, word) is not None:
+            self._cluster.check_manager()
+            return _passed(await self._cluster.ask_manager(request))
         if self._parts.engine is not None:
             answer = await self._ask_engine(request)
             if answer.status != 404 or own is None:
@@ -201,7 +165,7 @@ class _NodeNetworks:
         """Of the node's own, none goes: the gateway bridge is every container's way out."""
         Filters.of(request).refuse_unknown(*PRUNE_FILTERS)
         removed: list[str] = []
-        sides = [self._ask_manager] if self._parts.member.is_manager else []
+        sides = [self._cluster.ask_manager] if self._cluster.member.is_manager else []
         for ask in (*sides, *([self._ask_engine] if self._parts.engine is not None else [])):
             answer = await ask(request)
             if answer.status >= 300:
@@ -223,7 +187,7 @@ class _NodeNetworks:
             raise Forbidden(
                 f"{GATEWAY} is every container's way out: none is connected or disconnected by hand"
             )
-        found = await self._cluster_network(request, name) if own is None else None
+        found = await self._cluster.find(request, name) if own is None else None
         if found is None:
             return _passed(await self._ask_engine(request, raw))
         if is_cut:
@@ -239,73 +203,8 @@ class _NodeNetworks:
         )
 
     async def update(self, request: web.Request) -> web.StreamResponse:
-        self._check_manager()
-        return _passed(await self._ask_manager(request, await read_body(request)))
-
-    # --- the cluster's ----------------------------------------------------------------------------------------
-
-    def _check_manager(self) -> None:
-        if not self._parts.member.is_manager:
-            raise Unavailable(self._parts.member.manager_refusal() or _FROM_A_WORKER)
-
-    async def _cluster_list(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
-        if not self._parts.member.is_manager:
-            known = self._attached().values()
-            return [network_form.flat_form(one) for one in known if fits(_facts(one), filters)]
-        answer = await self._ask_manager(request)
-        if answer.status >= 300:
-            raise answer.error()
-        return list(msgspec.json.decode(answer.body))
-
-    async def _cluster_network(self, request: web.Request, word: str) -> dict[str, Any] | None:
-        """What the managers, or on a worker its own tasks, know of a network; with this node's containers on it."""
-        tasks, containers = self._parts.tasks.tasks(), self._parts.containers()
-        if self._parts.member.is_manager:
-            query = {key: value for key, value in request.query.items() if key == "verbose"}
-            path = f"/networks/{quote(word, safe='')}"
-            headers = _headers(request)
-            suffix = "?" + "&".join(f"{key}={quote(value)}" for key, value in query.items()) if query else ""
-            answer = await self._asked_manager("GET", path + suffix, b"", headers)
-            if answer.status == 404:
-                return None
-            if answer.status >= 300:
-                raise answer.error()
-            found: dict[str, Any] = msgspec.json.decode(answer.body)
-            if PREDEFINED_LABEL in (found["Labels"] or ()) and request.query.get("scope") != SWARM:
-                return None  # it stands for a network that each node has for itself
-        else:
-            network = meant_by(word, self._attached())
-            if network is None:
-                return None
-            found = network_form.flat_form(network)
-        if here := on_overlay(found["Id"], tasks, containers):
-            found["Containers"] = here
-        return found
-
-    async def _check_cluster_lacks(self, name: str) -> None:
-        answer = await self._asked_manager("GET", f"/networks/{quote(name, safe='')}", b"", {})
-        if answer.status == 200 and msgspec.json.decode(answer.body)["Name"] == name:
-            raise AlreadyExists(f"network with name {name} already exists")
-
-    def _attached(self) -> dict[str, Network]:
-        return networks_in_use(self._parts.tasks.tasks(), self._parts.tasks.statuses())
-
-    async def _ask_manager(self, request: web.Request, body: bytes = b"") -> Answer:
-        return await self._asked_manager(request.method, request.path_qs, body, _headers(request))
-
-    async def _asked_manager(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """What the manager answers; one that restarts is waited for.  Raises: Unavailable."""
-        if (refusal := self._parts.member.manager_refusal()) is not None:
-            raise Unavailable(refusal)
-        manager = self._parts.manager
-        for attempts_left in (1, 0) if method == "GET" else (0,):
-            await manager.wait_listening(self._parts.clock, self._parts.chance, _MANAGER_WAIT_S)
-            try:
-                return await manager.ask(method, path, body, headers)
-            except Unavailable:
-                if not attempts_left:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+        self._cluster.check_manager()
+        return _passed(await self._cluster.ask_manager(request, await read_body(request)))
 
     # --- the engine's, and the node's own ---------------------------------------------------------------------
 
@@ -322,7 +221,7 @@ class _NodeNetworks:
         """Raises: NotFound: there is no engine, so there is no such network."""
         if self._parts.engine is None:
             raise NotFound(f"network {request.match_info.get('name', '')} not found")
-        return await self._parts.engine.ask(request.method, request.path_qs, body, _headers(request))
+        return await self._parts.engine.ask(request.method, request.path_qs, body, passed_headers(request))
 
     async def _check_engine_lacks(self, request: web.Request, name: str) -> None:
         if self._parts.engine is None or not name or name in BUILTIN:
@@ -355,7 +254,7 @@ class _NodeNetworks:
             if self._parts.engine is not None
             else [*self._local.predefined(), *self._local.configurations()]
         )
-        gateway = self._local.gateway() if self._parts.member.is_in_swarm else None
+        gateway = self._local.gateway() if self._cluster.member.is_in_swarm else None
         return [*own, gateway] if gateway is not None else own
 
     def _shown(self, network: LocalNetwork) -> dict[str, Any]:
@@ -370,21 +269,6 @@ class _NodeNetworks:
         else:
             self._local.remove_configuration(network.id)
         return web.Response(status=204)
-
-
-def _facts(network: Network) -> Facts:
-    return Facts(
-        id=network.id,
-        name=network.spec.name,
-        driver=network_form.known_driver(network).name,
-        scope=SWARM,
-        labels=network.spec.labels,
-        is_used=True,
-    )
-
-
-def _headers(request: web.Request) -> dict[str, str]:
-    return {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
 
 
 def _passed(answer: Answer) -> web.Response:

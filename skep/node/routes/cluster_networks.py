@@ -1,0 +1,162 @@
+"""The cluster's networks as this node knows them: a manager asks its manager process, a worker its own tasks."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import msgspec
+from aiohttp import web
+
+from skep.aio.clock import Clock
+from skep.api import network_form
+from skep.api.networks import PREDEFINED_LABEL, SWARM, Facts, fits
+from skep.api.server import Filters, flag
+from skep.errors import AlreadyExists, Unavailable
+from skep.model.ids import NetworkId, TaskId
+from skep.model.network import Network
+from skep.model.tables import Table
+from skep.model.task import AssignedTask, TaskStatus
+from skep.node.local_api import Answer, LocalApi
+from skep.node.oci.container import Container
+from skep.node.routes.network_tables import peers, services
+from skep.node.routes.network_users import meant_by, networks_in_use, on_overlay
+
+_MANAGER_WAIT_S = 5.0
+_PASSED_ON = ("Content-Type", "X-Skep-Stale")
+FROM_A_WORKER = (
+    "Cannot create a multi-host network from a worker node. Please create the network from a manager node."
+)
+
+
+class Member(Protocol):
+    """This node's place in a swarm."""
+
+    @property
+    def is_manager(self) -> bool: ...
+
+    @property
+    def is_in_swarm(self) -> bool: ...
+
+    def manager_refusal(self) -> str | None:
+        """Why no manager of this node answers; None: one does, or will in a moment."""
+
+
+class Tasks(Protocol):
+    """What runs here for the cluster."""
+
+    def tasks(self) -> Mapping[TaskId, AssignedTask]: ...
+
+    def statuses(self) -> Mapping[TaskId, TaskStatus]: ...
+
+
+class Tables(Protocol):
+    """What the managers told of the networks that this node takes part in."""
+
+    @property
+    def tables(self) -> Mapping[NetworkId, Table]: ...
+
+
+class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers for networks of scope swarm."""
+
+    member: Member
+    manager: LocalApi
+    tasks: Tasks
+    tables: Tables
+    containers: Callable[[], Collection[Container]]
+    clock: Clock
+    chance: Callable[[], float]
+
+    def check_manager(self) -> None:
+        """Raises: Unavailable: this node is no manager."""
+        if not self.member.is_manager:
+            raise Unavailable(self.member.manager_refusal() or FROM_A_WORKER)
+
+    async def list_all(self, request: web.Request, filters: Filters) -> list[dict[str, Any]]:
+        """Those that ``filters`` mean; on a worker only those that a task of its own uses."""
+        if not self.member.is_manager:
+            known = self._attached().values()
+            return [network_form.flat_form(one) for one in known if fits(_facts(one), filters)]
+        answer = await self.ask_manager(request)
+        if answer.status >= 300:
+            raise answer.error()
+        return list(msgspec.json.decode(answer.body))
+
+    async def find(self, request: web.Request, word: str) -> dict[str, Any] | None:
+        """One network in the form of ``inspect``, with this node's containers on it; None: there is none."""
+        if self.member.is_manager:
+            found = await self._asked_for(request, word)
+        else:
+            found = self._known(word, is_verbose=flag(request, "verbose"))
+        if found is None:
+            return None
+        if here := on_overlay(found["Id"], self.tasks.tasks(), self.containers()):
+            found["Containers"] = here
+        return found
+
+    async def check_lacks(self, name: str) -> None:
+        """Raises: AlreadyExists: a network of the cluster has that name."""
+        answer = await self._ask("GET", f"/networks/{quote(name, safe='')}", b"", {})
+        if answer.status == 200 and msgspec.json.decode(answer.body)["Name"] == name:
+            raise AlreadyExists(f"network with name {name} already exists")
+
+    async def ask_manager(self, request: web.Request, body: bytes = b"") -> Answer:
+        """What the manager of this node answers to the same request.  Raises: Unavailable."""
+        return await self._ask(request.method, request.path_qs, body, passed_headers(request))
+
+    async def _asked_for(self, request: web.Request, word: str) -> dict[str, Any] | None:
+        verbose = request.query.get("verbose", "")
+        path = f"/networks/{quote(word, safe='')}?verbose={quote(verbose, safe='')}"
+        answer = await self._ask("GET", path, b"", passed_headers(request))
+        if answer.status == 404:
+            return None
+        if answer.status >= 300:
+            raise answer.error()
+        found: dict[str, Any] = msgspec.json.decode(answer.body)
+        if PREDEFINED_LABEL in (found["Labels"] or ()) and request.query.get("scope") != SWARM:
+            return None  # it stands for a network that each node has for itself
+        return found
+
+    def _known(self, word: str, *, is_verbose: bool) -> dict[str, Any] | None:
+        network = meant_by(word, self._attached())
+        if network is None:
+            return None
+        found = network_form.flat_form(network)
+        table = self.tables.tables.get(network.id)
+        if table is not None:
+            found["Peers"] = peers(table)
+            if is_verbose:
+                found["Services"] = services(table)
+        return found
+
+    def _attached(self) -> dict[str, Network]:
+        return networks_in_use(self.tasks.tasks(), self.tasks.statuses())
+
+    async def _ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """What the manager answers; one that restarts is waited for.  Raises: Unavailable."""
+        if (refusal := self.member.manager_refusal()) is not None:
+            raise Unavailable(refusal)
+        for attempts_left in (1, 0) if method == "GET" else (0,):
+            await self.manager.wait_listening(self.clock, self.chance, _MANAGER_WAIT_S)
+            try:
+                return await self.manager.ask(method, path, body, headers)
+            except Unavailable:
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+
+def passed_headers(request: web.Request) -> dict[str, str]:
+    """Those that matter to who is asked in the client's place."""
+    return {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+
+
+def _facts(network: Network) -> Facts:
+    return Facts(
+        id=network.id,
+        name=network.spec.name,
+        driver=network_form.known_driver(network).name,
+        scope=SWARM,
+        labels=network.spec.labels,
+        is_used=True,
+    )
