@@ -37,8 +37,13 @@ class Greeting(NamedTuple):
     epochs: tuple[int, ...]
 
 
-def sealed(greeting: Greeting, epoch: int, sending: bytes, random_bytes: Callable[[int], bytes]) -> bytes:
-    """The datagram.  ``sending``: the pair's key of ``epoch`` in this direction.
+def key_of(secret: bytes) -> AESGCM:
+    """What greetings are sealed with.  ``secret``: the pair's key of an epoch in one direction."""
+    return AESGCM(derived(secret, _LABEL))
+
+
+def sealed(greeting: Greeting, epoch: int, key: AESGCM, random_bytes: Callable[[int], bytes]) -> bytes:
+    """The datagram.  ``key``: of ``epoch`` in this direction.
 
     Its nonce is random: a pair says far fewer than 2^32 greetings in an epoch.
     """
@@ -48,7 +53,7 @@ def sealed(greeting: Greeting, epoch: int, sending: bytes, random_bytes: Callabl
     ) + b"".join(struct.pack("!I", one) for one in epochs)
     header = _HEADER.pack(VERSION, GREETING, 0, epoch)
     nonce = random_bytes(_NONCE_BYTES)
-    return header + nonce + AESGCM(derived(sending, _LABEL)).encrypt(nonce, body, header)
+    return header + nonce + key.encrypt(nonce, body, header)
 
 
 def epoch_of(datagram: bytes | memoryview) -> int | None:
@@ -59,12 +64,12 @@ def epoch_of(datagram: bytes | memoryview) -> int | None:
     return epoch if (version, kind, rest) == (VERSION, GREETING, 0) else None
 
 
-def opened(datagram: bytes | memoryview, receiving: bytes) -> Greeting | None:
+def opened(datagram: bytes | memoryview, key: AESGCM) -> Greeting | None:
     """The greeting in ``datagram``; None: it was not made with the pair's key, or is malformed."""
     view = memoryview(datagram)
     header, nonce, rest = view[:8], view[8 : 8 + _NONCE_BYTES], view[8 + _NONCE_BYTES :]
     try:
-        body = AESGCM(derived(receiving, _LABEL)).decrypt(nonce, rest, header)
+        body = key.decrypt(nonce, rest, header)
     except InvalidTag:
         return None
     if len(body) < _BODY.size:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from hmac import compare_digest
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from skep.model.ids import NodeId
 from skep.model.pair_keys import PairKey
@@ -16,6 +17,7 @@ from skep.node.network.encrypted.greeting import (
     NO_CHALLENGE,
     Greeting,
     epoch_of,
+    key_of,
     opened,
     sealed,
 )
@@ -55,6 +57,8 @@ class Peer:
         self._private = X25519PrivateKey.from_private_bytes(random_bytes(32))
         self.public = self._private.public_key().public_bytes_raw()
         self._keys: dict[int, PairKey] = {}
+        self._greeting_keys: dict[int, tuple[AESGCM, AESGCM]] = {}
+        """By epoch: to seal with, to open with."""
         self._last_dropped = -1
         self._session: Session | None = None
         self._peer_epochs: tuple[int, ...] = ()
@@ -90,6 +94,9 @@ class Peer:
         gone = self._keys.keys() - fresh.keys()
         self._last_dropped = max(gone, default=self._last_dropped)
         self._keys = {epoch: key for epoch, key in fresh.items() if epoch > self._last_dropped}
+        self._greeting_keys = {
+            epoch: (key_of(key.sending), key_of(key.receiving)) for epoch, key in self._keys.items()
+        }
         self._refresh()
         self.ask(now)
 
@@ -116,15 +123,15 @@ class Peer:
     def greeted(self, datagram: memoryview, now: float) -> tuple[bool, bytes | None]:
         """A greeting arrived: whether it is the peer's, and what to answer."""
         epoch = epoch_of(datagram)
-        key = None if epoch is None else self._keys.get(epoch)
-        greeting = None if key is None else opened(datagram, key.receiving)
-        if key is None or greeting is None:
+        keys = None if epoch is None else self._greeting_keys.get(epoch)
+        greeting = None if keys is None else opened(datagram, keys[1])
+        if epoch is None or greeting is None:
             return False, None
         is_believed = compare_digest(greeting.echo, self._challenge) and self._accept(greeting, now)
         if not greeting.wants_answer or not self._may_answer(now):
             return True, None
         self._heard = greeting.challenge
-        return True, self._greeting(key.epoch, wants_answer=not is_believed)
+        return True, self._greeting(epoch, wants_answer=not is_believed)
 
     def opener(self, epoch: int, session: int) -> Opener | None:
         """Who opens what the peer sends under ``epoch`` in ``session``."""
@@ -168,7 +175,7 @@ class Peer:
 
     def _greeting(self, epoch: int, *, wants_answer: bool) -> bytes:
         greeting = Greeting(self._challenge, self._heard, self.public, wants_answer, self.epochs)
-        return sealed(greeting, epoch, self._keys[epoch].sending, self._random_bytes)
+        return sealed(greeting, epoch, self._greeting_keys[epoch][0], self._random_bytes)
 
     def _may_answer(self, now: float) -> bool:
         """A greeting that is sent again and again gets few answers."""
