@@ -117,7 +117,7 @@ class Node:
                 contact=contact,
             )
             shared = SharedTables(paths.tables)
-            tables = TableKeeper(StoredTables(paths.networks, clock), (shared,), clock, chance)
+            tables = TableKeeper(StoredTables(paths.kept_tables, clock), (shared,), clock, chance)
             if paths.node_json.exists():
                 tables.load(await asyncio.to_thread(shared.load))
             parts = NodeParts(
