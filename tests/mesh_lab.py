@@ -141,7 +141,7 @@ class LabNode:
         with ThreadPoolExecutor(1) as thread:
 
             def in_namespace(call: Callable[[], socket.socket]) -> socket.socket:
-                return thread.submit(_inside, self.netns, call).result()
+                return thread.submit(inside, self.netns, call).result()
 
             relays = Relays(self.relays, SystemClock(), random.random, in_namespace)
             running = asyncio.create_task(relays.run())

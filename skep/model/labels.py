@@ -77,20 +77,20 @@ def progress_deadline_s(labels: Mapping[str, str]) -> float:
         return DEFAULT_PROGRESS_S
 
 
-def drain_s(labels: Mapping[str, str]) -> float:
-    """What the labels of a service say, in seconds."""
-    try:
-        return _drain_s(labels)
-    except InvalidArgument:
-        return DEFAULT_DRAIN_S
-
-
 def job_ttl_s(labels: Mapping[str, str]) -> float | None:
     """What the labels of a job say, in seconds; None: nothing."""
     try:
         return _job_ttl_s(labels)
     except InvalidArgument:
         return None
+
+
+def drain_s(labels: Mapping[str, str]) -> float:
+    """What the labels of a service say, in seconds."""
+    try:
+        return _drain_s(labels)
+    except InvalidArgument:
+        return DEFAULT_DRAIN_S
 
 
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
@@ -132,13 +132,13 @@ def _progress_deadline_s(labels: Mapping[str, str]) -> float:
     return DEFAULT_PROGRESS_S if seconds is None else seconds
 
 
-def _drain_s(labels: Mapping[str, str]) -> float:
-    seconds = _seconds(labels, DRAIN, GRACE_S_MAX)
-    return DEFAULT_DRAIN_S if seconds is None else seconds
-
-
 def _job_ttl_s(labels: Mapping[str, str]) -> float | None:
     return _seconds(labels, JOB_TTL, DELAY_S_MAX)
+
+
+def _drain_s(labels: Mapping[str, str]) -> float:
+    seconds = _seconds(labels, DRAIN, DELAY_S_MAX)
+    return DEFAULT_DRAIN_S if seconds is None else seconds
 
 
 def _heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:

@@ -141,7 +141,7 @@ class Node:
             # A way first, then names that lead there.
             acting = (workload.overlays, workload.mesh, shared, workload.naming)
             tables = TableKeeper(
-                StoredTables(paths.networks / "tables", clock),
+                StoredTables(paths.kept_tables, clock),
                 [one for one in acting if one is not None],
                 clock,
                 chance,
