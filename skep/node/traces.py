@@ -18,7 +18,7 @@ def wipe(paths: Paths) -> None:
     By certificates and manager it is known as such, so they go last.
     """
     paths.node_json.unlink(missing_ok=True)
-    for directory in (paths.tables, paths.networks, paths.certificates, paths.manager):
+    for directory in (paths.tables, paths.kept_tables, paths.certificates, paths.manager):
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -53,6 +53,8 @@ class Draining:
         self._channel = channel
         self._clock = clock
         self._random = random
+        self._known: dict[NetworkId, tuple[int, tuple[NodeId, ...]]] = {}
+        """The managers of each network's nodes, as of a revision: tasks that stop together ask once."""
         self._asking: dict[tuple[NodeId, NetworkId], _Answer] = {}
 
     def services(self) -> Sequence[Handler]:
@@ -72,9 +74,12 @@ class Draining:
                 for manager in self._managers_of(network_id):
                     group.create_task(self._wait_applied(manager, network_id, changed_at))
 
-    def _managers_of(self, network_id: NetworkId) -> list[NodeId]:
+    def _managers_of(self, network_id: NetworkId) -> tuple[NodeId, ...]:
         """The managers that have sessions of nodes on the network; this one too, for what it does not show yet."""
         view = self._store.view()
+        revision, known = self._known.get(network_id, (0, ()))
+        if revision == view.revision:
+            return known
         ids = self._discovery.nodes_on(network_id)
         nodes = view.find(Node) if ids is None else [view.lookup(Node, id) for id in ids]
         managers = {
@@ -85,7 +90,11 @@ class Draining:
             and node.status.state is NodeState.READY
             and not is_docker_node(node)
         }
-        return sorted(managers | {self._own})
+        known = tuple(sorted(managers | {self._own}))
+        if len(self._known) >= ASKED_MAX:
+            self._known.clear()
+        self._known[network_id] = view.revision, known
+        return known
 
     async def _wait_applied(self, manager: NodeId, network_id: NetworkId, revision: int) -> None:
         if manager == self._own:

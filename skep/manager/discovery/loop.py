@@ -210,12 +210,11 @@ class Discovery:
         """What the node has applied; the stream ends when it says no more."""
         try:
             async for request in requests:
-                for id, revision in request.revisions.items():
-                    network_id = NetworkId(id)
-                    told = stream.told.get(network_id)
-                    if told is not None and stream.error is None:
+                for network_id, told in stream.told.items() if stream.error is None else ():
+                    if network_id in request.revisions:
                         # More than it was told it cannot know.
-                        self.acknowledgements.applied(stream.node_id, network_id, min(revision, told))
+                        applied = min(request.revisions[network_id], told)
+                        self.acknowledgements.applied(stream.node_id, network_id, applied)
                 del request
             stream.end(Unavailable("the node has ended the stream"))
         except (SkepError, *LOST_PEER) as error:
