@@ -61,11 +61,6 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "networks"
 
     @property
-    def gateway(self) -> Path:
-        """Remembers the subnet of the node's gateway bridge."""
-        return self.data / "gateway"
-
-    @property
     def kept_tables(self) -> Path:
         """The tables of this node's networks as the managers said last, for the next start."""
         return self.networks / "tables"

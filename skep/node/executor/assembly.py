@@ -135,9 +135,6 @@ def container_network(
     naming: Naming | None = None,
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
-    former = paths.networks / "gateway"  # where versions before networks had tables kept it
-    if former.is_file() and not paths.gateway.exists():
-        former.rename(paths.gateway)
     repairs, settling = Repairs(), Settling(clock)
     healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
@@ -150,7 +147,9 @@ def container_network(
         settling=settling,
         bridges=(BRIDGE,),
     )
-    gateway = Gateway(namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.gateway)
+    gateway = Gateway(
+        namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
+    )
     mesh = Mesh(
         namespaces=namespaces,
         tables=NodeTables(namespaces, clock, random.random),

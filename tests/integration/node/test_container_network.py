@@ -195,12 +195,7 @@ async def test_the_gateways_subnet_avoids_the_machines_routes(lab: Lab) -> None:
     await lab.in_home("ip", "link", "add", "taken", "type", "bridge")
     await lab.in_home("ip", "addr", "add", "172.18.5.1/24", "dev", "taken")
     await lab.in_home("ip", "link", "set", "taken", "up")
-    lab.paths.networks.mkdir(parents=True)
-    (lab.paths.networks / "gateway").write_text(
-        "172.18.0.0/16\n"
-    )  # remembered at the place of old, taken by now
     executor = lab.executor()
-    assert not (lab.paths.networks / "gateway").exists(), "tables are there now"
     async with executor.running():
         container = await Runner(lab, executor.containers).create("true")
         assert container.endpoint is not None

@@ -319,3 +319,21 @@ async def test_a_container_that_cannot_have_its_port_leaves_nothing(lab: Overlay
         second = new_container_id()
         node.endpoints[second] = await network.attach(second, (port,), (place(WEB, "10.0.1.5/24"),))
         assert node.endpoints[second].ports[0].published_port == 8080
+
+
+async def test_what_is_deleted_while_no_process_runs_is_made_by_the_next(lab: OverlayLab) -> None:
+    first, second = lab.nodes[:2]
+    async with second.running() as far_network:
+        far = await second.attach(far_network, place(WEB, "10.0.1.6/24"))
+        async with first.running() as network:
+            near = await first.attach(network, place(WEB, "10.0.1.5/24"))
+            lab.tell(WEB)
+            await lab.apply([network, far_network])
+            assert await reaches(far, "10.0.1.5")
+        await shell(near.netns, "ip link del eth0")
+        await shell(first.paths.overlays / WEB.id, "ip link del br0")
+        async with first.running() as network:
+            await lab.apply([network])
+            async with asyncio.timeout(10):
+                while not await reaches(far, "10.0.1.5"):
+                    pass

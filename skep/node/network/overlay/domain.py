@@ -157,6 +157,10 @@ class Domain:
             await self._do(difference(goal, await self._read(goal), is_ours=self.is_ours))
             self._believed = goal
 
+    def adopt(self) -> None:
+        """An earlier process brought the wish about; whether it is still so is for ``heal`` to see."""
+        self._goal, self._goal_rules = self.wanted, self.wanted_rules
+
     def believe(self, state: State) -> None:
         """It holds ``state``, as it was just made: there is no need to look."""
         self._believed = state

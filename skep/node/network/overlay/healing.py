@@ -82,6 +82,11 @@ class Healing:
         """Compare ``domain`` in the slow round, whether it tells of changes or not."""
         self._sockets[domain] = []
 
+    def expect(self, domain: Domain) -> None:
+        """Compare ``domain`` soon."""
+        self._due[domain] = None
+        self._wake.set()
+
     def forget(self, domain: Domain) -> None:
         """Look at ``domain`` no more."""
         loop = asyncio.get_running_loop()
@@ -118,8 +123,7 @@ class Healing:
                 break
             is_due = is_due or any(_concerns(domain, kind, body) for kind, body in netlink.messages(data))
         if is_due:
-            self._due[domain] = None
-            self._wake.set()
+            self.expect(domain)
 
     async def _heal_due(self) -> None:
         backoff = Backoff(first_s=PAUSE_SECONDS, longest_s=4 * PAUSE_SECONDS, chance=self._chance)

@@ -177,7 +177,9 @@ class Overlays:
     async def begin(self, live: Mapping[ContainerId, Endpoint]) -> None:
         """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
         for id, endpoint in live.items():
-            await self._watch_container(id, endpoint)
+            domain = await self._watch_container(id, endpoint)
+            domain.adopt()
+            self._healing.expect(domain)
         self._restored.set()
 
     async def connect(
