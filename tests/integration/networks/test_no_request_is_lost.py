@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_no_request_is_lost_during_update_scaling_and_drain(
         for _ in range(rounds):
             change_everything(m1)
 
-    assert seen["failed"] == []
+    assert Counter(seen["failed"]) == Counter()
     assert sum(seen["answered"].values()) >= requests
     assert len(seen["answered"]) >= 8  # four at first, four by the update
 
