@@ -152,6 +152,8 @@ class _Rollout:
         busy, room_at = 0, []
         for view in self._views:
             if view.lead is None:
+                # Begun under a version that asked for the same task: a change of labels in the middle of an update.
+                busy += bool(view.outdated and view.current and not any(map(_serves, view.current)))
                 continue
             settled_at = self._settled_at(view.lead)
             if settled_at is None:

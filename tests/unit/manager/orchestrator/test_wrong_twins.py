@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -260,6 +260,11 @@ PROPERTIES = (
 
 @pytest.mark.parametrize("look", PROPERTIES, ids=lambda look: look.__name__)
 @given(config=updates, policy=policies, happenings=lives)
+@example(
+    config=UpdateConfig(parallelism=1, failure_action=UpdateFailureAction.CONTINUE),
+    policy=RestartPolicy(condition=RestartCondition.ANY, delay=0, max_attempts=0),
+    happenings=[("new image", 0, 0.0), ("labels", 0, 0.0), ("is rejected", 13, 0.0)],
+)
 @settings(max_examples=60, deadline=None)
 def test_a_property_holds_whatever_happens(
     look: Property, config: UpdateConfig, policy: RestartPolicy, happenings: list[Happening]

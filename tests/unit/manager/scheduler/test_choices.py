@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -150,8 +150,10 @@ def model_choice(wish: Requirements, books: Accounting, now: float) -> str | Non
     failing = failing_nodes(books, wish, now)
     copies = books.copies(wish.service_id)
     accounts = list(books.accounts.values())
-    told = [account.node.load for account in accounts if account.node.load is not None]
-    neutral = round(10 * sum(told) / len(told)) / 10 if told else 0.0
+    tenths = [round(10 * account.node.load) for account in accounts if account.node.load is not None]
+    neutral = (
+        round(sum(tenths) / len(tenths)) / 10 if tenths else 0.0
+    )  # of floats, a half is rounded either way
 
     def rank(account: Account) -> tuple[object, ...]:
         id = account.node.id
@@ -299,6 +301,8 @@ CHECKS: list[Callable[[int], None]] = [
 
 @pytest.mark.parametrize("check", CHECKS)
 @given(seed=st.integers(0, 1 << 32))
+@example(seed=483)
+@example(seed=71670)
 @settings(max_examples=60, deadline=None)
 def test_properties_of_choices(check: Callable[[int], None], seed: int) -> None:
     check(seed)
