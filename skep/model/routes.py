@@ -7,7 +7,7 @@ skep nodes report their routes, in an engine label of the node, which the wire c
 
 from collections.abc import Iterable
 from functools import lru_cache
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final, TypeAlias
 
 import msgspec
@@ -49,20 +49,13 @@ class Clash(msgspec.Struct, frozen=True):
 
 def routes_label(routes: Iterable[MachineRoute]) -> str:
     """The label for ``routes``: without those that others of their interface contain, the widest first."""
-    by_interface: dict[str, list[Subnet]] = {}
-    for route in routes:
-        by_interface.setdefault(route.interface, []).append(route.subnet)
-    joined: list[MachineRoute] = []
-    for interface, subnets in by_interface.items():
-        four = collapse_addresses(one for one in subnets if isinstance(one, IPv4Network))
-        six = collapse_addresses(one for one in subnets if isinstance(one, IPv6Network))
-        collapsed: list[Subnet] = [*four, *six]
-        for subnet in collapsed:
-            # Two halves of everything, as VPNs set them, are no default route.
-            parts: Iterable[Subnet] = (subnet,) if subnet.prefixlen else subnet.subnets()
-            joined += (MachineRoute(part, interface) for part in parts)
-    joined.sort(key=lambda route: (route.subnet.version, route.subnet.prefixlen, str(route)))
-    return " ".join(map(str, joined[:ROUTES_MAX]))
+    outermost: list[MachineRoute] = []
+    for route in sorted(set(filter(_says_something, routes)), key=_by_interface_and_place):
+        last = outermost[-1] if outermost else None
+        if last is None or last.interface != route.interface or not _contains(last.subnet, route.subnet):
+            outermost.append(route)
+    outermost.sort(key=lambda route: (route.subnet.version, route.subnet.prefixlen, str(route)))
+    return " ".join(map(str, outermost[:ROUTES_MAX]))
 
 
 def own_routes_label() -> str:
@@ -113,7 +106,21 @@ def _read(label: str) -> tuple[MachineRoute, ...]:
             routes.append(MachineRoute(ip_network(text), interface))
         except ValueError:
             continue
-    return tuple(route for route in routes if route.subnet.prefixlen)
+    return tuple(filter(_says_something, routes))
+
+
+def _says_something(route: MachineRoute) -> bool:
+    """Default routes do not; nor do the two halves of everything, by which tunnels take a default route's place."""
+    return route.subnet.prefixlen > 1
+
+
+def _by_interface_and_place(route: MachineRoute) -> tuple[str, int, int, int]:
+    """Behind each subnet come those within it."""
+    return route.interface, route.subnet.version, int(route.subnet.network_address), route.subnet.prefixlen
+
+
+def _contains(one: Subnet, other: Subnet) -> bool:
+    return overlap(one, other) and one.prefixlen <= other.prefixlen
 
 
 def overlap(one: Subnet, other: Subnet) -> bool:

@@ -34,5 +34,15 @@ def test_networks_that_are_reached_are_told_with_their_interfaces(tmp_path: Path
     ]
 
 
+def test_of_a_million_routes_only_whole_lines_are_read(tmp_path: Path) -> None:
+    head, *_ = ROUTE.splitlines()
+    line = "eth0\t{:08X}\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0"
+    lines = (line.format(int.from_bytes(bytes((10, n >> 8, n & 255, 0)), "little")) for n in range(20_000))
+    (tmp_path / "route").write_text("\n".join([head, *lines, ""]))
+    found = read_routes(tmp_path)
+    assert 1000 < len(found) < 20_000
+    assert {subnet.prefixlen for subnet, _ in found} == {24}
+
+
 def test_a_kernel_without_a_version_of_ip_has_no_routes_of_it(tmp_path: Path) -> None:
     assert read_routes(tmp_path) == []

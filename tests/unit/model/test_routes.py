@@ -56,11 +56,17 @@ def test_any_label_can_be_read(label: str) -> None:
     assert len(routes_of(reporting(label))) <= ROUTES_MAX
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 32)), max_size=20))
+@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(2, 32)), max_size=20))
 def test_what_is_told_covers_what_was_there(pairs: list[tuple[int, int]]) -> None:
     routes = [MachineRoute(ip_network(pair, strict=False), "eth0") for pair in pairs]
     told = routes_of(reporting(routes_label(routes)))
     assert all(any(route.subnet.subnet_of(one.subnet) for one in told) for route in routes)  # type: ignore[arg-type]
+
+
+def test_halves_of_everything_say_as_little_as_a_default_route() -> None:
+    routes = [a_route("0.0.0.0/1", "tun0"), a_route("128.0.0.0/1", "tun0"), a_route("0.0.0.0/0")]
+    assert routes_label(routes) == ""
+    assert routes_of(reporting("0.0.0.0/1=tun0 128.0.0.0/1=tun0")) == ()
 
 
 def test_clashes_name_node_and_interface() -> None:
