@@ -19,6 +19,8 @@ _GROUP = 11
 _BYTES = 40
 """As much of a packet as has its destination."""
 _LOG = f"log group {_GROUP} snaplen {_BYTES}"
+_TOLD_MAX = 512
+"""The kernel makes room for as many from the start: 8 KiB."""
 _SUBSYSTEM_LOG = 4
 _PACKET, _CONFIGURE = _SUBSYSTEM_LOG << 8, _SUBSYSTEM_LOG << 8 | 1
 _COMMAND, _MODE, _AT_ONCE = 1, 2, 5
@@ -47,7 +49,7 @@ def fresh(subnets: Iterable[IPv4Network | IPv6Network]) -> str:
             told = f"{family} daddr != @told add @told {{ {family} daddr }}"
             lines += [
                 f"create table {table}",
-                f"add set {table} told {{ type {kind}; flags dynamic,timeout; timeout 30s; size 4096; }}",
+                f"add set {table} told {{ type {kind}; flags dynamic,timeout; timeout 30s; size {_TOLD_MAX}; }}",
                 f"add chain {table} out {{ type filter hook output priority -149; }}",
                 f"add rule {table} out {family} daddr {{ {', '.join(own)} }} ct state new {told} {_LOG}",
             ]
