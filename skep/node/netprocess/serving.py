@@ -126,6 +126,9 @@ class Serving:
         """
         changed = self._networks.refresh(tuple(networks) or self._networks.known())
         touched = {id: served for id, served in self._served.items() if served.virtual.touch(changed)}
+        for id, served in self._served.items():
+            if served.has_other_subnets():
+                self._mend(id, _Need.OPEN)
         failed = [
             id
             for id, is_done in zip(touched, await self._settled(touched.values()), strict=True)

@@ -23,6 +23,8 @@ from skep.node.virtual.wanted import Backends, Leads, is_ipv6
 
 NAME = "skep_virtual"
 FAMILIES = ("ip", "ip6")
+_DATAGRAMS_MAX = 1024
+"""The kernel makes room for as many from the start: 16 KiB."""
 _ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
 
 
@@ -49,7 +51,7 @@ def fresh(family: str, leads: Leads) -> str:
             f"add map {table} backends {{ typeof {family} daddr . numgen random mod 65536 : {family} daddr; }}\n",
             f"add map {table} services {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
             f"add map {table} guards {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
-            f"add set {table} datagrams {{ type {_ADDRESS_TYPE[family]}; flags dynamic; size 65535; }}\n",
+            f"add set {table} datagrams {{ type {_ADDRESS_TYPE[family]}; flags dynamic; size {_DATAGRAMS_MAX}; }}\n",
             f"add chain {table} known\n",
             f"add rule {table} known meta l4proto udp ct state new add @datagrams {{ {family} daddr }}\n",
             f"add rule {table} known ct state new,invalid tcp flags & (syn | rst) == 0 reject with tcp reset\n",

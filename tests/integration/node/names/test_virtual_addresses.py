@@ -125,6 +125,50 @@ async def test_rules_lead_every_protocol(lab: NamesLab) -> None:
     assert "l4proto" not in rules.split("chain spread_1")[1]
 
 
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+async def test_an_address_that_was_never_asked_for_is_led_when_it_is_used(
+    lab: NamesLab, kind: socket.SocketKind
+) -> None:
+    """A proxy, say, that has it from the API."""
+    await lab.container("b11", BACKENDS["b11"])
+    await lab.backend("b11", BACKENDS["b11"])
+    await lab.container("client", CLIENT)
+    table = web("b11")
+    lab.write(table)
+    await lab.serve("client", table)
+    if kind == socket.SOCK_STREAM:
+        assert (await (await lab.connect("client", VIRTUAL)).say())[0] == "b11", "the second attempt of TCP"
+    else:
+        opened = await flow(lab)
+
+        async def is_led() -> bool:
+            try:
+                return (await say(opened))[0] == "b11"
+            except TimeoutError:
+                return False
+
+        await wait_until(is_led)
+    assert (await (await lab.connect("client", VIRTUAL)).say())[0] == "b11"
+
+
+async def test_addresses_of_a_further_subnet_are_led_too(lab: NamesLab) -> None:
+    await lab.container("b11", BACKENDS["b11"])
+    await lab.backend("b11", BACKENDS["b11"])
+    client = await lab.container("client", CLIENT)
+    lab.write(web("b11"))
+    await lab.serve("client", web("b11"))
+    further = "10.0.9.2"
+    await lab.namespaces.run(client, shell, "ip route add 10.0.9.0/24 dev eth0")
+    both = ("10.0.1.0/24", "10.0.9.0/24")
+    await lab.change(a_network(a_served("web", further, [BACKENDS["b11"]]), subnets=both))
+
+    async def is_told() -> bool:
+        return "10.0.9.0/24" in await lab.nft("client", "list ruleset")
+
+    await wait_until(is_told)
+    assert (await (await lab.connect("client", further)).say())[0] == "b11"
+
+
 async def test_only_what_was_asked_for_is_loaded(lab: NamesLab) -> None:
     many = [a_served(f"s{number}", f"10.0.1.{number}", [f"10.0.2.{number}"]) for number in range(100, 150)]
     table = a_network(*many)
