@@ -1,4 +1,4 @@
-"""The node's own namespace as a domain: the gateway's bridge, the ingress network, and what others have there."""
+"""The node's own network namespace, in which others have devices and routes too."""
 
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
@@ -8,7 +8,7 @@ from skep.node.network.overlay.wanted import INGRESS_BRIDGE, INGRESS_VXLAN
 
 
 def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
-    """The node's own namespace, in which others have devices and routes too.
+    """What is ours there.
 
     Until tables have come nobody knows what there belongs to no one, so nothing is removed.
     """

@@ -29,7 +29,7 @@ from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import owner, spoofing, strangers
 from skep.node.network.overlay.settling import Settling
-from skep.node.network.overlay.state import State
+from skep.node.network.overlay.state import Entry, State
 from skep.node.network.overlay.wanted import (
     OVERLAY_SYSCTLS,
     LocalPlace,
@@ -38,6 +38,7 @@ from skep.node.network.overlay.wanted import (
     just_made,
     mtu_of,
     network_state,
+    remote_entries,
 )
 from skep.node.oci.container import ConnectedPlace, Endpoint, Place
 
@@ -86,6 +87,7 @@ class Overlays:
         self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
         self._underlays: dict[str, Underlay] = {}
         self._locks: dict[NetworkId, asyncio.Lock] = {}
+        self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
         self._encrypted: EncryptedOverlays | None = None
 
     def encrypt_with(self, encrypted: EncryptedOverlays) -> None:
@@ -290,9 +292,14 @@ class Overlays:
             if table is None and not places:
                 await self._remove(id)
                 return
-            head = self._head_of(id)
+            head, underlay = self._head_of(id), self._underlay_of(table)
             state = network_state(
-                head, table, places, node_id=self._node_id, underlay=self._underlay_of(table)
+                head,
+                table,
+                places,
+                node_id=self._node_id,
+                underlay=underlay,
+                remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
             )
             domain = await self._domain(id, head)
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
@@ -312,6 +319,14 @@ class Overlays:
         if self._encrypted is not None:
             return self._encrypted.refusal(head)
         return f"network {head.name} is encrypted, and nobody encrypts here" if head.is_encrypted else ""
+
+    def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
+        """Remembered for each table, of which a large network's is long, and many containers start on it."""
+        known = self._remote.get(table.head.id)
+        if known is None or known[0] is not table or known[1:3] != (self._node_id, underlay):
+            entries = remote_entries(table, self._node_id, underlay)
+            known = self._remote[table.head.id] = (table, self._node_id, underlay, entries)
+        return known[3]
 
     async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
         if head.is_ingress:
@@ -337,6 +352,7 @@ class Overlays:
         if self._encrypted is not None:
             self._encrypted.drop(id)
         self._heads.pop(id, None)
+        self._remote.pop(id, None)
         self._places.pop(id, None)
         domain = self._domains.pop(id, None)
         if domain is not None:
