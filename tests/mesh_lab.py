@@ -204,10 +204,15 @@ class MeshLab:
         task = LabTask(name, node, 10 + len(self.tasks), has_ipv6=self.has_ipv6)
         await self.places.create(name, _BARE)
         await self._connect_task(task)
-        await node.mesh.joined(ContainerId(name), task.netns)
+        await self.join(task, is_new=True)
         await task.serve()
         self.tasks.append(task)
         return task
+
+    async def join(self, task: LabTask, *, is_new: bool) -> None:
+        """As the node does when it connects a container, or finds one of an earlier process again."""
+        way_out = "172.18.0." + task.addresses[0].rpartition(".")[2]
+        await task.node.mesh.joined(ContainerId(task.name), task.netns, "eth0", way_out, is_new=is_new)
 
     async def ask(self, address: str, port: int, protocol: str = "tcp", *, timeout_s: float = 3.0) -> str:
         """Who answers the client, and whom it says it saw: ``t1 192.0.2.100``.  Raises: OSError."""

@@ -237,6 +237,8 @@ class Node:
             group.create_task(worker.run(), name="worker")
             if workload.overlays is not None and not tables.tables:
                 group.create_task(workload.overlays.apply_nothing(), name="networks of an earlier process")
+            if workload.mesh is not None and not tables.tables:
+                group.create_task(workload.mesh.apply_nothing(), name="ports of an earlier process")
             group.create_task(tables.run(), name="network tables")
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")

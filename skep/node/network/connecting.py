@@ -113,7 +113,7 @@ class ContainerNetwork:
                 endpoint = await self.gateway.connect(container_id, netns, interface, container.config.ports)
                 endpoint = msgspec.structs.replace(endpoint, places=connected)
             await self.overlays.settle_container(container_id, endpoint)
-            await self._join_mesh(container_id, endpoint)
+            await self._join_mesh(container_id, endpoint, is_new=True)
             if self._naming is not None:
                 await self._naming.attach(msgspec.structs.replace(container, endpoint=endpoint))
         except BaseException as error:
@@ -127,11 +127,15 @@ class ContainerNetwork:
         """Free everything that ``attach`` gave; harmless when it is free already."""
         await self._undo(container_id, endpoint)
 
-    async def _join_mesh(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def _join_mesh(
+        self, container_id: ContainerId, endpoint: Endpoint, *, is_new: bool = False
+    ) -> None:
         """Answers of a container that serves published ports go back the way their questions came."""
         for one in endpoint.places:
             if one.place.head.is_ingress:
-                await self.mesh.joined(container_id, Path(endpoint.netns), one.interface)
+                await self.mesh.joined(
+                    container_id, Path(endpoint.netns), one.interface, endpoint.address, is_new=is_new
+                )
 
     async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         self.mesh.left(container_id)

@@ -1,8 +1,8 @@
 """Ports of the node itself: nobody else may listen where a container is published.
 
-A reserved port is a bound, listening socket that never accepts; the packets go to the container by nftables
-before they would reach it.  A daemon that wants the port meets EADDRINUSE, and so do we when somebody has
-it.
+A reserved port is a bound socket; the packets go to the container by nftables before they would reach it.  A daemon
+that wants the port meets EADDRINUSE, and so do we when somebody has it.  The socket does not listen: who asks before
+the rules are there is refused, and not taken by a socket that never answers.
 """
 
 import errno
@@ -83,8 +83,8 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
         if protocol != "udp":  # connections of a server that has ended do not count, one that listens does
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((address, port))
-        if protocol != "udp":
-            opened.listen(1)
+        if protocol != "udp":  # from now on nobody may share it, whatever he sets
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         opened.close()
         where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -145,6 +145,7 @@ async def test_a_port_is_held_on_one_address_for_one_owner_and_handed_over_so(pa
 
 async def test_what_is_written_down_is_relayed_and_again_after_a_crash(paths: Paths) -> None:
     server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(3)
     with server, socket.create_server(("::1", 0), family=socket.AF_INET6) as reserved:
         port = reserved.getsockname()[1]
         reserved.close()
@@ -156,7 +157,9 @@ async def test_what_is_written_down_is_relayed_and_again_after_a_crash(paths: Pa
             await client.held()
             replace_file(paths.relays, msgspec.json.encode([relay]), is_durable=False)
             await asyncio.to_thread(exchange_by_relay, port, server)
-            os.kill(net_process(paths).pid, signal.SIGKILL)
+            crashed = net_process(paths)
+            os.kill(crashed.pid, signal.SIGKILL)
+            await wait_end(crashed)
             await asyncio.to_thread(exchange_by_relay, port, server)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.model.ids import ContainerId
 from tests.mesh_lab import CLIENT, CLIENT_IPV6, MeshLab
 
 PORTS = (("tcp", 8080, 80), ("udp", 8080, 80))
@@ -272,6 +273,23 @@ async def test_answers_go_back_through_nodes_that_come_later_and_rules_of_those_
         task = lab.tasks[0]
         assert "10.0.0.203" not in await lab.places.run(task.netns, all_routes)
         assert "10.0.0.201" in await lab.places.run(task.netns, all_routes)
+
+
+async def test_a_restarted_node_process_finds_ways_back_and_removes_those_of_nodes_that_went(
+    lab: MeshLab,
+) -> None:
+    await spread_tasks(lab, 1)
+    task = lab.tasks[0]
+    with await lab.in_client(connect, lab.nodes[1].address) as connection:
+        assert await lab.in_client(say, connection) == "t1"
+        task.node.mesh.left(ContainerId("t1"))
+        task.node.mesh = task.node.new_mesh()
+        await lab.join(task, is_new=False)
+        lab.known = lab.nodes[:2]
+        await lab.spread()
+        assert await lab.in_client(say, connection) == "t1"
+        assert await lab.ask(lab.nodes[0].address, 8080) == f"t1 {CLIENT}"
+    assert "10.0.0.203" not in await lab.places.run(task.netns, all_routes)
 
 
 def open_connections(address: str, count: int) -> list[tuple[str, socket.socket]]:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from skep.errors import InvalidArgument
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
+from skep.model.publishing import PublishOptions
 from skep.model.tables import (
     NetworkHead,
     Segment,
@@ -52,6 +53,13 @@ PORTS = st.builds(
     protocol=st.sampled_from(["tcp", "udp", "sctp"]),
     published=st.integers(1, 65535),
     target=st.integers(1, 65535),
+    options=st.builds(
+        PublishOptions,
+        host_ip=WORDS,
+        is_sticky=st.booleans(),
+        prefers_local=st.booleans(),
+        proxy_protocol=st.integers(0, 2),
+    ),
 )
 SERVICES = st.builds(
     TableService,

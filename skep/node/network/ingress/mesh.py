@@ -31,8 +31,6 @@ from skep.node.network.ports import AddressNotHere, PortReservations
 
 log = structlog.get_logger()
 
-INTERFACE = "eth0"
-"""Of the ingress network in a container's namespace."""
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
 _RTMGRP_LINK = 1
 _NOTICE_BYTES = 1 << 16
@@ -92,6 +90,13 @@ class Mesh:
         self._table = next((table for table in tables.values() if table.head.is_ingress), None)
         await self._follow()
 
+    async def apply_nothing(self) -> None:
+        """This node has no tables: what an earlier process left is cleared up."""
+        try:
+            await self.apply({}, frozenset())
+        except SkepError as error:
+            log.warning("published ports not cleared", reason=str(error))
+
     async def run(self) -> None:
         """Until cancelled: try again what failed, and look after the bridge's settings."""
         async with asyncio.TaskGroup() as group:
@@ -101,12 +106,15 @@ class Mesh:
             group.create_task(self._returns.run(self._clock), name="mesh-returns")
             group.create_task(self._look_for_obstacles(), name="mesh-obstacles")
 
-    async def joined(self, container_id: ContainerId, netns: Path, interface: str = INTERFACE) -> None:
+    async def joined(
+        self, container_id: ContainerId, netns: Path, interface: str, way_out: str, *, is_new: bool = False
+    ) -> None:
         """A container is on the ingress network; returns when its answers find their way to clients.
 
-        Raises: NftFailed, OSError, NetlinkError.
+        ``way_out``: its address on the interface of its IPv4 default route, empty without one; ``is_new``: nothing of
+        it was ever written.  Raises: NftFailed, OSError, NetlinkError.
         """
-        await self._returns.add(container_id, netns, interface)
+        await self._returns.add(container_id, netns, interface, way_out, is_new=is_new)
 
     def left(self, container_id: ContainerId) -> None:
         """The container's namespace goes."""

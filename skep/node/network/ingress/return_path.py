@@ -79,9 +79,12 @@ def routes(path: ReturnPath, version: int) -> tuple[ReturnRoute, ...]:
     return tuple(ReturnRoute(mark, gateway) for mark, gateway in gateways if gateway)
 
 
-def whole(path: ReturnPath) -> str:
-    """The rules of both families, whatever they were before, as one transaction."""
-    text = "".join(_opened(family, path) for family in ("ip", "ip6"))
+def whole(path: ReturnPath, *, is_new: bool = False) -> str:
+    """The rules of both families, whatever they were before, as one transaction.
+
+    ``is_new``: there was nothing, which the kernel need not wait to be rid of (5 ms).
+    """
+    text = "".join(_opened(family, path, is_new=is_new) for family in ("ip", "ip6"))
     ipv4, ipv6 = _subnets(path, 4), _subnets(path, 6)
     if ipv4:
         text += _tagging("ip", path.interface, ipv4)
@@ -121,9 +124,10 @@ def absent() -> str:
     return "".join(f"add table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in ("ip", "ip6"))
 
 
-def _opened(family: str, path: ReturnPath) -> str:
+def _opened(family: str, path: ReturnPath, *, is_new: bool) -> str:
     elements = ", ".join(map(_element, path.gates))
-    text = f"add table {family} {TABLE}\ndelete table {family} {TABLE}\nadd table {family} {TABLE}\n"
+    text = "" if is_new else f"add table {family} {TABLE}\ndelete table {family} {TABLE}\n"
+    text += f"add table {family} {TABLE}\n"
     text += f"add map {family} {TABLE} gates {{ type ether_addr : mark; }}\n"
     return text + (f"add element {family} {TABLE} gates {{ {elements} }}\n" if elements else "")
 

@@ -4,22 +4,27 @@ import asyncio
 import socket
 from pathlib import Path
 
+import msgspec
 import structlog
-from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
 from skep.model.ids import ContainerId
 from skep.node.network import nft
 from skep.node.network.ingress.plan import Plan
+from skep.node.network.ingress.return_kernel import (
+    FAMILIES,
+    index_of,
+    read_ways,
+    remove_rules,
+    wanted_ways,
+    write_routes,
+    write_udp_route,
+)
 from skep.node.network.ingress.return_path import (
-    RULE_PRIORITY,
     SYSCTLS,
     TABLE,
-    UDP_RULE_PRIORITY,
-    UDP_TABLE,
     ReturnPath,
-    ReturnRoute,
     difference,
     return_path,
     routes,
@@ -30,8 +35,6 @@ from skep.node.network.overlay import netlink
 
 log = structlog.get_logger()
 
-_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
-_MAIN_TABLE = 254
 _AT_ONCE_MAX = 16
 """Namespaces that are worked on at the same time; there are no more threads for it."""
 _NETFILTER, _NFTABLES = 12, 7
@@ -41,8 +44,10 @@ SETTLE_S = 1.0
 """Between a change in a container's namespace and a look at it: what belongs together is looked at once."""
 
 
-_Found = tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int, str]], tuple[str, ...]]
-"""Rules (version, mark), routes (version, table, gateway), tables of nftables."""
+class _Place(msgspec.Struct, frozen=True):
+    netns: Path
+    interface: str
+    way_out: str
 
 
 class Returns:
@@ -50,11 +55,11 @@ class Returns:
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
-        self._places: dict[ContainerId, tuple[Path, str]] = {}
+        self._places: dict[ContainerId, _Place] = {}
         self._written: dict[ContainerId, ReturnPath] = {}
         self._plan = Plan()
         self._turn = asyncio.Lock()
-        self._intact: dict[ContainerId, _Found] = {}
+        self._listings: dict[ContainerId, tuple[str, ...]] = {}
         self._sockets: dict[ContainerId, tuple[socket.socket, ...]] = {}
         self._due: set[ContainerId] = set()
         self._wake = asyncio.Event()
@@ -75,21 +80,24 @@ class Returns:
             for container_id in tuple(self._sockets):
                 self._listen_no_more(container_id)
 
-    async def add(self, container_id: ContainerId, netns: Path, interface: str) -> None:
+    async def add(
+        self, container_id: ContainerId, netns: Path, interface: str, way_out: str, *, is_new: bool
+    ) -> None:
         """A container is on the ingress network by its ``interface``; returns when its answers find their way.
 
+        ``way_out``: its address on the interface of its IPv4 default route.  ``is_new``: nothing is there yet.
         Raises: NftFailed, OSError, NetlinkError.
         """
         async with self._turn:
-            self._places[container_id] = netns, interface
+            self._places[container_id] = _Place(netns, interface, way_out)
             await self._listen(container_id, netns)
-            await self._write(container_id)
+            await self._write(container_id, is_new=is_new)
 
     def forget(self, container_id: ContainerId) -> None:
         """The container's namespace goes, with what is in it."""
         self._places.pop(container_id, None)
         self._written.pop(container_id, None)
-        self._intact.pop(container_id, None)
+        self._listings.pop(container_id, None)
         self._listen_no_more(container_id)
 
     async def apply(self, plan: Plan) -> None:
@@ -101,11 +109,11 @@ class Returns:
 
     async def _repair(self, container_id: ContainerId) -> None:
         async with self._turn:
-            place, intact = self._places.get(container_id), self._intact.get(container_id)
-            if place is None or intact is None:
+            place, written = self._places.get(container_id), self._written.get(container_id)
+            if place is None or written is None:
                 return
             try:
-                if await self._find(place[0]) == intact:
+                if await self._is_intact(container_id, place.netns, written):
                     return
             except (OSError, NetlinkError) as error:
                 log.warning("return path not seen", container=container_id, reason=str(error))
@@ -113,6 +121,13 @@ class Returns:
             if await self._guarded(container_id, asyncio.Semaphore(1)):
                 self.repairs += 1
                 log.warning("return path repaired", container=container_id)
+
+    async def _is_intact(self, container_id: ContainerId, netns: Path, written: ReturnPath) -> bool:
+        """Whether what was written is there."""
+        async with self._namespaces.netlink(netns) as inside:
+            if await read_ways(inside) != wanted_ways(written):
+                return False
+        return await self._namespaces.run(netns, _listings) == self._listings.get(container_id)
 
     async def _listen(self, container_id: ContainerId, netns: Path) -> None:
         self._listen_no_more(container_id)
@@ -139,27 +154,6 @@ class Returns:
             self._due.add(container_id)
             self._wake.set()
 
-    async def _find(self, netns: Path) -> "_Found":
-        """What is in a container's namespace of ours."""
-        async with self._namespaces.netlink(netns) as inside:
-            rules = {(version, mark) for version in _FAMILIES for mark in await _marks(inside, version)}
-            if await _has_udp_rule(inside):
-                rules.add((6, UDP_TABLE))
-            ways = set()
-            for version, family in _FAMILIES.items():
-                async for answer in await inside.route("dump", family=family):
-                    table = answer.get("table")
-                    if (version, table) in rules:
-                        ways.add((version, table, answer.get("gateway")))
-        listings = []
-        for family_name in ("ip", "ip6"):
-            try:
-                text = await self._namespaces.run(netns, nft.run, f"list table {family_name} {TABLE}")
-            except nft.NftFailed:
-                text = ""  # there is none
-            listings.append(" ".join(sorted(text.replace(",", " ").split())))
-        return frozenset(rules), frozenset(ways), tuple(listings)
-
     async def _guarded(self, container_id: ContainerId, limit: asyncio.Semaphore) -> bool:
         """Whether it went well."""
         async with limit:
@@ -171,108 +165,45 @@ class Returns:
                 log.warning("return path not written", container=container_id, reason=str(error))
                 return False
 
-    async def _write(self, container_id: ContainerId) -> None:
-        place = self._places.get(container_id)
+    async def _write(self, container_id: ContainerId, *, is_new: bool = False) -> None:
+        place, before = self._places.get(container_id), self._written.get(container_id)
         if place is None or not self._plan.subnets:
             return
-        netns, interface = place
-        before = self._written.get(container_id)
-        async with self._namespaces.netlink(netns) as inside:
-            way_out = before.way_out if before else await _way_out(inside, interface)
-            wanted = return_path(self._plan, interface, way_out)
-            if wanted == before:
-                return
-            index = await _index(inside, interface)
-            for version in _FAMILIES:
-                await _write_routes(inside, index, routes(wanted, version), version)
+        wanted = return_path(self._plan, place.interface, place.way_out)
+        if wanted == before:
+            return
+        async with self._namespaces.netlink(place.netns) as inside:
+            index = await index_of(inside, place.interface)
+            for version in FAMILIES:
+                await write_routes(inside, index, routes(wanted, version), version, is_new=is_new)
             if wanted.own.ipv6:
-                await _write_udp_route(inside, index, wanted.own.ipv6)
-            if before is None:
-                await self._namespaces.run(netns, _set_up)
-            text = difference(before, wanted) if before else whole(wanted)
-            if text:
-                await self._namespaces.run(netns, nft.run, text)
-            for version in _FAMILIES:
-                await _remove_rules(inside, routes(wanted, version), version)
+                await write_udp_route(inside, index, wanted.own.ipv6, is_new=is_new)
+            text = difference(before, wanted) if before else whole(wanted, is_new=is_new)
+            self._listings[container_id] = await self._namespaces.run(place.netns, _apply, text)
+            if not is_new:
+                for version in FAMILIES:
+                    await remove_rules(inside, routes(wanted, version), version)
         self._written[container_id] = wanted
-        self._intact[container_id] = await self._find(netns)
+        self._due.add(container_id)
+        self._wake.set()
 
 
-def _set_up() -> None:
+def _apply(text: str) -> tuple[str, ...]:
+    """Gives the tables as they are then."""
     for name, value in SYSCTLS.items():
         set_sysctl(name, value)
+    if text:
+        nft.run(text)
+    return _listings()
 
 
-async def _write_udp_route(inside: AsyncIPRoute, index: int, gateway: str) -> None:
-    """For answers over UDP and IPv6, until they have their mark."""
-    family = socket.AF_INET6
-    await inside.route(
-        "replace", family=family, dst="default", gateway=gateway, oif=index, table=UDP_TABLE, flags=["onlink"]
-    )
-    if not await _has_udp_rule(inside):
-        await inside.rule(
-            "add", family=family, ip_proto=socket.IPPROTO_UDP, table=UDP_TABLE, priority=UDP_RULE_PRIORITY
-        )
-
-
-async def _has_udp_rule(inside: AsyncIPRoute) -> bool:
-    found = [
-        answer
-        async for answer in await inside.rule("dump", family=socket.AF_INET6)
-        if answer.get("priority") == UDP_RULE_PRIORITY
-    ]
-    return bool(found)
-
-
-async def _write_routes(
-    inside: AsyncIPRoute, index: int, wanted: tuple[ReturnRoute, ...], version: int
-) -> None:
-    family = _FAMILIES[version]
-    there = await _marks(inside, version)
-    for route in wanted:
-        await inside.route(
-            "replace",
-            family=family,
-            dst="default",
-            gateway=route.gateway,
-            oif=index,
-            table=route.mark,
-            flags=["onlink"],
-        )
-        if route.mark not in there:
-            await inside.rule(
-                "add", family=family, fwmark=route.mark, table=route.mark, priority=RULE_PRIORITY
-            )
-
-
-async def _remove_rules(inside: AsyncIPRoute, wanted: tuple[ReturnRoute, ...], version: int) -> None:
-    """Of nodes that are no longer there; after nothing gets their marks any more."""
-    for mark in await _marks(inside, version) - {route.mark for route in wanted}:
-        await inside.rule("del", family=_FAMILIES[version], fwmark=mark, table=mark, priority=RULE_PRIORITY)
-        await inside.flush_routes(family=_FAMILIES[version], table=mark)
-
-
-async def _marks(inside: AsyncIPRoute, version: int) -> set[int]:
-    """Marks that have a rule of ours."""
-    marks = set()
-    async for answer in await inside.rule("dump", family=_FAMILIES[version]):
-        if answer.get("priority") == RULE_PRIORITY:
-            marks.add(answer.get("fwmark"))
-    return marks
-
-
-async def _way_out(inside: AsyncIPRoute, interface: str) -> str:
-    """The container's address on the interface of its IPv4 default route, if that is not ``interface``."""
-    own = await _index(inside, interface)
-    async for answer in await inside.route("dump", family=socket.AF_INET, table=_MAIN_TABLE):
-        if not answer.get("dst") and answer.get("oif") not in (None, own):
-            async for address in await inside.addr("dump", index=answer.get("oif"), family=socket.AF_INET):
-                return str(address.get("address"))
-    return ""
-
-
-async def _index(route: AsyncIPRoute, name: str) -> int:
-    found = await route.link_lookup(ifname=name)
-    if not found:
-        raise OSError(f"there is no interface {name}")
-    return int(found[0])
+def _listings() -> tuple[str, ...]:
+    """The tables of both families, whatever the order of their elements; empty where there is none."""
+    found = []
+    for family in ("ip", "ip6"):
+        try:
+            text = nft.run(f"list table {family} {TABLE}")
+        except nft.NftFailed:
+            text = ""
+        found.append(" ".join(sorted(text.replace(",", " ").split())))
+    return tuple(found)

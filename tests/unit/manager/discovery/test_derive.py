@@ -142,6 +142,9 @@ def test_ports_of_the_mesh_and_every_node_are_on_the_ingress_network_alone() -> 
     host = PortConfig(target_port=81, published_port=8081, publish_mode=PublishMode.HOST)
     service = published(host, mesh)
     own = (NetworkAttachment(network=INGRESS, addresses=("10.0.0.9/24",)),)
+    labelled = replace(service, spec=replace(service.spec, labels={"skep.publish.8080.local": "true"}))
+    (port,) = derived(INGRESS, labelled).services[service.id].ports
+    assert port.options.prefers_local, "labels say how"
     nodes = [
         replace(a_skep_node("n1"), attachments=own),
         a_skep_node("n2", "192.168.0.2"),
