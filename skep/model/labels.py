@@ -25,6 +25,10 @@ DEFAULT_PROGRESS_S = 600.0
 JOB_TTL = "skep.job-ttl"
 """On jobs: how long one that has ended is kept before it is removed with its tasks; without it: for ever."""
 
+DRAIN = "skep.drain"
+"""On services: how long a task that is to stop waits at most until nobody sends it new connections."""
+DEFAULT_DRAIN_S = 1.0
+
 DELAY_S_MAX = 365 * 24 * 3600.0
 
 
@@ -69,6 +73,14 @@ def progress_deadline_s(labels: Mapping[str, str]) -> float:
         return DEFAULT_PROGRESS_S
 
 
+def drain_s(labels: Mapping[str, str]) -> float:
+    """What the labels of a service say, in seconds."""
+    try:
+        return _drain_s(labels)
+    except InvalidArgument:
+        return DEFAULT_DRAIN_S
+
+
 def job_ttl_s(labels: Mapping[str, str]) -> float | None:
     """What the labels of a job say, in seconds; None: nothing."""
     try:
@@ -90,6 +102,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
     _job_ttl_s(labels)
+    _drain_s(labels)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
@@ -113,6 +126,11 @@ def _disconnect_policy(labels: Mapping[str, str]) -> DisconnectPolicy:
 def _progress_deadline_s(labels: Mapping[str, str]) -> float:
     seconds = _seconds(labels, PROGRESS_DEADLINE, DELAY_S_MAX)
     return DEFAULT_PROGRESS_S if seconds is None else seconds
+
+
+def _drain_s(labels: Mapping[str, str]) -> float:
+    seconds = _seconds(labels, DRAIN, GRACE_S_MAX)
+    return DEFAULT_DRAIN_S if seconds is None else seconds
 
 
 def _job_ttl_s(labels: Mapping[str, str]) -> float | None:

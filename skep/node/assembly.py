@@ -136,7 +136,7 @@ class Node:
             )
             shared = SharedTables(paths.tables)
             listeners = (workload.overlays, shared) if workload.overlays is not None else (shared,)
-            tables = TableKeeper(StoredTables(paths.networks, clock), listeners, clock, chance)
+            tables = TableKeeper(StoredTables(paths.kept_tables, clock), listeners, clock, chance)
             if paths.node_json.exists():
                 tables.load(await asyncio.to_thread(shared.load))
             parts = NodeParts(

@@ -19,6 +19,7 @@ from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays, home_domain
 from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.settling import Settling
 from skep.node.network.ports import OwnReservations, PortReservations
 from skep.node.oci import capabilities, seccomp
 from skep.node.oci.bundle import Bundles
@@ -110,7 +111,7 @@ def container_network(
     paths: Paths, *, namespaces: Namespaces, ports: PortReservations, clock: Clock
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
-    repairs = Repairs()
+    repairs, settling = Repairs(), Settling(clock)
     healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
     overlays = Overlays(
@@ -119,11 +120,19 @@ def container_network(
         home=home,
         repairs=repairs,
         healing=healing,
+        settling=settling,
         bridges=(BRIDGE,),
     )
-    gateway = Gateway(namespaces=namespaces, home=home, ports=ports, state=paths.networks / "gateway")
+    gateway = Gateway(
+        namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
+    )
     return ContainerNetwork(
-        namespaces=namespaces, home=home, gateway=gateway, overlays=overlays, healing=healing
+        namespaces=namespaces,
+        home=home,
+        gateway=gateway,
+        overlays=overlays,
+        healing=healing,
+        settling=settling,
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.groups import errors_as_they_are
-from skep.errors import SkepError, Unavailable
+from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from skep.model.service import PortConfig
 from skep.node.network.gateway import Gateway
@@ -17,6 +17,7 @@ from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays
+from skep.node.network.overlay.settling import Settling
 from skep.node.oci.container import Endpoint, Place
 
 _CONTAINER_SYSCTLS = {
@@ -31,13 +32,21 @@ class ContainerNetwork:
     """Gives containers their places (``oci.networking.Networking``)."""
 
     def __init__(
-        self, *, namespaces: Namespaces, home: Domain, gateway: Gateway, overlays: Overlays, healing: Healing
+        self,
+        *,
+        namespaces: Namespaces,
+        home: Domain,
+        gateway: Gateway,
+        overlays: Overlays,
+        healing: Healing,
+        settling: Settling,
     ) -> None:
         self._namespaces = namespaces
         self._home = home
         self._gateway = gateway
         self.overlays = overlays
         self._healing = healing
+        self._settling = settling
         self.repairs = healing.repairs
 
     @property
@@ -49,11 +58,15 @@ class ContainerNetwork:
     async def running(self) -> AsyncIterator[None]:
         """Keep what containers are given, whatever others change, until the block ends."""
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            healing = group.create_task(self._healing.run(), name="healing of networks")
+            tasks = (
+                group.create_task(self._healing.run(), name="healing of networks"),
+                group.create_task(self._settling.run(), name="clearing of networks"),
+            )
             try:
                 yield
             finally:
-                healing.cancel()
+                for task in tasks:
+                    task.cancel()
 
     async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
@@ -98,15 +111,11 @@ class ContainerNetwork:
         await self._undo(container_id, endpoint)
 
     async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        self.overlays.disconnect(container_id, endpoint.places)
         try:
-            await self.overlays.disconnect(container_id, endpoint.places)
-        except SkepError:
-            pass  # it is noticed by the next comparison
+            await self._gateway.disconnect(container_id, endpoint)
         finally:
-            try:
-                await self._gateway.disconnect(container_id, endpoint)
-            finally:
-                await self._namespaces.destroy(container_id)
+            await self._namespaces.destroy(container_id)
 
 
 def has_way_out(places: Sequence[Place]) -> bool:

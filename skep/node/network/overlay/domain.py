@@ -157,6 +157,21 @@ class Domain:
             await self._do(difference(goal, await self._read(goal), is_ours=self.is_ours))
             self._believed = goal
 
+    def adopt(self) -> None:
+        """An earlier process brought the wish about; whether it is still so is for ``heal`` to see."""
+        self._goal, self._goal_rules = self.wanted, self.wanted_rules
+
+    def believe(self, state: State) -> None:
+        """It holds ``state``, as it was just made: there is no need to look."""
+        self._believed = state
+
+    def let_go(self, link: str) -> None:
+        """``link`` goes by itself, with the namespace that has its other end; nobody has to delete it."""
+        if self._believed is not None and link in self._believed.links:
+            self._believed = without(self._believed, link)
+        if self._goal is not None and link in self._goal.links:
+            self._goal = without(self._goal, link)
+
     def doubt(self) -> None:
         """Look before the next change: what others left may be there."""
         self._believed = None
@@ -210,7 +225,12 @@ class Domain:
     async def _heal_rules(self) -> list[str]:
         repaired = []
         for name, table in self._goal_rules.items():
-            if self._rules.get(name) == table and await self._listing(name) == self._listings.get(name):
+            listing = await self._listing(name)
+            if self._rules.get(name) == table and listing == self._listings.get(name):
+                continue
+            is_changed_by_us = self._rules.get(name) == table and name not in self._listings
+            if is_changed_by_us and tables.fits(listing, table):
+                self._listings[name] = listing
                 continue
             await self._apply(table, tables.whole(table))
             repaired.append("rules")
@@ -222,7 +242,7 @@ class Domain:
             await self._run(text)
         except nft.NftFailed:  # somebody else changed our table
             await self._run(tables.whole(table))
-        self._listings[table.name] = await self._listing(table.name)
+        self._listings.pop(table.name, None)
         self._rules[table.name] = table
 
     async def _listing(self, name: str) -> str:
@@ -250,6 +270,17 @@ def _together(states: Sequence[State]) -> State:
         routes=frozenset().union(*(state.routes for state in states)),
         entries=frozenset().union(*(state.entries for state in states)),
         sysctls=sysctls,
+    )
+
+
+def without(state: State, link: str) -> State:
+    """``state`` as it is when ``link`` has gone."""
+    return msgspec.structs.replace(
+        state,
+        links={name: one for name, one in state.links.items() if name != link},
+        addresses=frozenset(one for one in state.addresses if one.link != link),
+        routes=frozenset(one for one in state.routes if one.link != link),
+        entries=frozenset(one for one in state.entries if one.link != link),
     )
 
 

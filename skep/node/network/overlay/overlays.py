@@ -14,27 +14,31 @@ from typing import Any
 
 import structlog
 
-from skep.errors import FailedPrecondition, SkepError
+from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.node.network.addresses import mac_for
-from skep.node.network.encrypted.overlays import EncryptedOverlays
+from skep.node.network.encrypted.overlays import Encryption, NoEncryption
 from skep.node.network.gateway import new_port_name
 from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay import underlays
-from skep.node.network.overlay.changing import KernelRefused
+from skep.node.network.overlay import actual, underlays
+from skep.node.network.overlay.changing import KernelRefused, carry_out
+from skep.node.network.overlay.difference import DeleteLink
 from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import owner, spoofing, strangers
+from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Link, State
 from skep.node.network.overlay.wanted import (
     INGRESS_BRIDGE,
     INGRESS_VXLAN,
     OVERLAY_SYSCTLS,
+    TAP,
     LocalPlace,
     Underlay,
     container_state,
+    just_made,
     mtu_of,
     network_state,
 )
@@ -42,6 +46,8 @@ from skep.node.oci.container import ConnectedPlace, Endpoint, Place
 
 log = structlog.get_logger()
 
+_AT_ONCE = 8
+"""Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
 _STRANGERS_PART = "strangers"
 
 
@@ -60,6 +66,7 @@ class Overlays:
         home: Domain,
         repairs: Repairs,
         healing: Healing,
+        settling: Settling,
         bridges: Iterable[str] = (),
     ) -> None:
         self._namespaces = namespaces
@@ -67,6 +74,7 @@ class Overlays:
         self._home = home
         self._repairs = repairs
         self._healing = healing
+        self._settling = settling
         self._bridges = tuple(bridges)
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
@@ -81,9 +89,9 @@ class Overlays:
         self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
         self._underlays: dict[str, Underlay] = {}
         self._locks: dict[NetworkId, asyncio.Lock] = {}
-        self._encrypted: EncryptedOverlays | None = None
+        self._encrypted: Encryption = NoEncryption()
 
-    def encrypt_with(self, encrypted: EncryptedOverlays) -> None:
+    def encrypt_with(self, encrypted: Encryption) -> None:
         """Who carries encrypted networks; until then containers are refused on them."""
         self._encrypted = encrypted
 
@@ -125,16 +133,21 @@ class Overlays:
         await self._tried(self._find_underlays(), refused)
         await self._tried(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
-        for id in sorted(concerned):
-            await self._tried(self._settle(id), refused)
-            await self._tried(self._settle_containers(id), refused)
+        limit = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for id in sorted(concerned):
+                group.create_task(self._settle_whole(id, limit, refused), name=f"network {id}")
         if is_first:
             await self._tried(self._clear_pins(), refused)
         if refused:
             raise refused[0]
         self._is_cleared = True
-        if self._encrypted is not None:
-            self._encrypted.restored()
+        self._encrypted.restored()
+
+    async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
+        async with limit:
+            await self._tried(self._settle(id), refused)
+            await self._tried(self._settle_containers(id), refused)
 
     async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
         try:
@@ -142,7 +155,9 @@ class Overlays:
         except SkepError as error:
             refused.append(error)
         except OSError as error:
-            refused.append(SkepError(str(error)))
+            refused.append(KernelRefused(str(error)))
+        except ValueError as error:  # a table that makes no sense; the other networks go on
+            refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
 
     async def _settle_home(self) -> None:
         """Who may send VXLAN here, before any device takes it."""
@@ -164,7 +179,9 @@ class Overlays:
     async def begin(self, live: Mapping[ContainerId, Endpoint]) -> None:
         """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
         for id, endpoint in live.items():
-            await self._watch_container(id, endpoint)
+            domain = await self._watch_container(id, endpoint)
+            domain.adopt()
+            self._healing.expect(domain)
         self._restored.set()
 
     async def connect(
@@ -175,7 +192,7 @@ class Overlays:
         Addresses come with ``settle_container``.  Raises: SkepError.
         """
         for place in places:
-            if reason := self._refusal(place.head):
+            if reason := self._encrypted.refusal(place.head):
                 raise FailedPrecondition(reason)
         connected = tuple(
             ConnectedPlace(
@@ -191,29 +208,32 @@ class Overlays:
                 self._enter(container_id, str(netns), one)
                 await self._settle(one.network_id)
         except BaseException:
-            await asyncio.shield(self.disconnect(container_id, connected))
+            self.disconnect(container_id, connected)
             raise
         return connected
 
     async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
         domain = await self._watch_container(container_id, endpoint)
+        domain.believe(just_made(domain.wanted))
         await domain.settle()
 
-    async def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
-        """Remove its ports, and networks that nobody needs any more.  Harmless when they are gone.
+    def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
+        """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
 
-        Raises: SkepError: a port could not be removed; it goes with its container's namespace.
+        Harmless when all of that is gone.
         """
         found = self._containers.pop(container_id, None)
         if found is not None:
             self._healing.forget(found[0])
-        refused: list[SkepError] = []
         for one in connected:
-            self._places.get(one.network_id, {}).pop(container_id, None)
-            await self._tried(self._settle(one.network_id), refused)
-        if refused:
-            raise refused[0]
+            id = one.network_id
+            if self._places.get(id, {}).pop(container_id, None) is None:
+                continue
+            domain = self._home if self._head_of(id).is_ingress else self._domains.get(id)
+            if domain is not None:
+                domain.let_go(one.port)
+            self._settling.soon(id, partial(self._settle, id))
 
     def _enter(self, container_id: ContainerId, netns: str, connected: ConnectedPlace) -> None:
         self._heads.setdefault(connected.network_id, connected.place.head)
@@ -279,25 +299,16 @@ class Overlays:
             domain = await self._domain(id, head)
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
             await domain.settle()
-            if head.is_encrypted and table is not None and not self._refusal(head):
-                self._carry(table, domain.path)
-
-    def _carry(self, table: Table, path: Path) -> None:
-        """Have an encrypted network carried, whose devices are there now."""
-        underlay = self._underlay_of(table)
-        if self._encrypted is not None and underlay is not None:
-            self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
-            self._encrypted.carry(table, path)
-
-    def _refusal(self, head: NetworkHead) -> str:
-        """Why there can be no container on this network here; empty: there can."""
-        if self._encrypted is not None:
-            return self._encrypted.refusal(head)
-        return f"network {head.name} is encrypted, and nobody encrypts here" if head.is_encrypted else ""
+            underlay = self._underlay_of(table)
+            if head.is_encrypted and table is not None and underlay is not None:
+                self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
+                self._encrypted.carry(table, domain.path)
 
     async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
         if head.is_ingress:
             return self._home
+        if not id.isalnum():  # it becomes the name of a file
+            raise InvalidArgument(f"invalid network id {id!r}")
         path = self._pins.path(id)
         domain = self._domains.get(id)
         if domain is None:
@@ -314,26 +325,26 @@ class Overlays:
         return domain
 
     async def _remove(self, id: NetworkId) -> None:
-        if self._encrypted is not None:
-            self._encrypted.drop(id)
+        self._encrypted.drop(id)
         self._heads.pop(id, None)
         self._places.pop(id, None)
         domain = self._domains.pop(id, None)
         if domain is not None:
             self._healing.forget(domain)
-            await self._empty(domain, id)
+            await self._empty(domain.path)
             await self._pins.destroy(id)
         elif self._home.has(id):
             self._home.unwish(id)
             await self._home.settle()
 
-    async def _empty(self, domain: Domain, id: NetworkId) -> None:
+    async def _empty(self, path: Path) -> None:
         """The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once."""
-        domain.unwish(id)
         try:
-            await domain.settle()
+            found = await self._pins.run(path, actual.read, every_link, ())
+            gone = [name for name, link in found.state.links.items() if link.kind == "vxlan"]
+            await carry_out(self._pins, path, [DeleteLink(name) for name in gone])
         except (SkepError, OSError) as error:
-            log.warning("network not cleared", network=id, error=str(error))
+            log.warning("network not cleared", path=str(path), error=str(error))
 
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
@@ -341,10 +352,7 @@ class Overlays:
             if id not in self._domains:
                 path = self._pins.path(id)
                 if os.path.ismount(path):
-                    leftover = Domain(
-                        f"former network {id}", path, self._pins, self._repairs, selects=every_link
-                    )
-                    await self._empty(leftover, NetworkId(id))
+                    await self._empty(path)
                 await self._pins.destroy(id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
@@ -385,4 +393,4 @@ def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
 
 def _is_of_ingress(link: Link) -> bool:
     is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
-    return is_ours or (link.kind == "veth" and link.master == INGRESS_BRIDGE)
+    return is_ours or (link.kind in ("veth", TAP) and link.master == INGRESS_BRIDGE)

@@ -167,9 +167,9 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
             sysctls |= {
-                f"net/ipv6/conf/{name}/disable_ipv6": "0",
                 f"net/ipv6/conf/{name}/accept_dad": "0",
                 f"net/ipv6/conf/{name}/accept_ra": "0",
+                f"net/ipv6/conf/{name}/disable_ipv6": "0",
             }
         versions = {one.version for one in held}
         reached = {one.network for one in held}
@@ -182,6 +182,14 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
         addresses.add(Address(endpoint.interface, f"{endpoint.address}/{endpoint.prefix_length}"))
         routes.add(Route(endpoint.interface, "0.0.0.0/0", endpoint.gateway))
     return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
+
+
+def just_made(wanted: State) -> State:
+    """A container's namespace when its interfaces have just been made: they are down, and bare."""
+    return State(
+        links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
+        sysctls=dict.fromkeys(wanted.sysctls, ""),
+    )
 
 
 def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int) -> dict[str, Link]:
