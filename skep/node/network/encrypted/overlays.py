@@ -22,7 +22,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import FailedPrecondition, SkepError
+from skep.errors import SkepError
 from skep.model.ids import NetworkId, NodeId
 from skep.model.pair_keys import KeysTold, Method, NodeKeys, after
 from skep.model.tables import NetworkHead, Table
@@ -46,6 +46,39 @@ class Carrier(Protocol):
     """Who has plans done (``ForwarderClient``)."""
 
     async def apply(self, plan: Plan) -> Status: ...
+
+
+class Encryption(Protocol):
+    """What the overlay asks for (``EncryptedOverlays``)."""
+
+    def refusal(self, head: NetworkHead) -> str: ...
+
+    def place(self, node: NodeId, address: str, underlay_mtu: int) -> None: ...
+
+    def carry(self, table: Table, namespace: Path) -> None: ...
+
+    def drop(self, network: NetworkId) -> None: ...
+
+    def restored(self) -> None: ...
+
+
+class NoEncryption:
+    """Of who carries plain networks only."""
+
+    def refusal(self, head: NetworkHead) -> str:
+        return f"network {head.name} is encrypted, and nobody encrypts here" if head.is_encrypted else ""
+
+    def place(self, node: NodeId, address: str, underlay_mtu: int) -> None:
+        pass
+
+    def carry(self, table: Table, namespace: Path) -> None:
+        pass
+
+    def drop(self, network: NetworkId) -> None:
+        pass
+
+    def restored(self) -> None:
+        pass
 
 
 class EncryptedOverlays:
@@ -104,13 +137,10 @@ class EncryptedOverlays:
         self._changed.set()
 
     def carry(self, table: Table, namespace: Path) -> None:
-        """Carry this encrypted network, whose namespace exists, as its table says.
-
-        Raises: FailedPrecondition: this node does not encrypt.
-        """
+        """Carry this encrypted network, whose namespace exists, as its table says; not if this node refuses it."""
         assert table.head.is_encrypted, "others have VXLAN"
-        if reason := self.refusal(table.head):
-            raise FailedPrecondition(reason)
+        if self.refusal(table.head):
+            return
         if self._networks.get(table.head.id) != (table, namespace):
             self._networks[table.head.id] = (table, namespace)
             self._is_wanted.set()

@@ -4,7 +4,7 @@ from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.state import Link
-from skep.node.network.overlay.wanted import INGRESS_BRIDGE, INGRESS_VXLAN
+from skep.node.network.overlay.wanted import INGRESS_BRIDGE, INGRESS_VXLAN, TAP
 
 
 def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
@@ -25,4 +25,4 @@ def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
 
 def _is_of_ingress(link: Link) -> bool:
     is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
-    return is_ours or (link.kind == "veth" and link.master == INGRESS_BRIDGE)
+    return is_ours or (link.kind in ("veth", TAP) and link.master == INGRESS_BRIDGE)

@@ -18,7 +18,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.node.network.addresses import mac_for
-from skep.node.network.encrypted.overlays import EncryptedOverlays
+from skep.node.network.encrypted.overlays import Encryption, NoEncryption
 from skep.node.network.gateway import new_port_name
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay import actual, underlays
@@ -88,9 +88,9 @@ class Overlays:
         self._underlays: dict[str, Underlay] = {}
         self._locks: dict[NetworkId, asyncio.Lock] = {}
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
-        self._encrypted: EncryptedOverlays | None = None
+        self._encrypted: Encryption = NoEncryption()
 
-    def encrypt_with(self, encrypted: EncryptedOverlays) -> None:
+    def encrypt_with(self, encrypted: Encryption) -> None:
         """Who carries encrypted networks; until then containers are refused on them."""
         self._encrypted = encrypted
 
@@ -141,8 +141,7 @@ class Overlays:
         if refused:
             raise refused[0]
         self._is_cleared = True
-        if self._encrypted is not None:
-            self._encrypted.restored()
+        self._encrypted.restored()
 
     async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
         async with limit:
@@ -192,7 +191,7 @@ class Overlays:
         Addresses come with ``settle_container``.  Raises: SkepError.
         """
         for place in places:
-            if reason := self._refusal(place.head):
+            if reason := self._encrypted.refusal(place.head):
                 raise FailedPrecondition(reason)
         connected = tuple(
             ConnectedPlace(
@@ -304,21 +303,10 @@ class Overlays:
             domain = await self._domain(id, head)
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
             await domain.settle()
-            if head.is_encrypted and table is not None and not self._refusal(head):
-                self._carry(table, domain.path)
-
-    def _carry(self, table: Table, path: Path) -> None:
-        """Have an encrypted network carried, whose devices are there now."""
-        underlay = self._underlay_of(table)
-        if self._encrypted is not None and underlay is not None:
-            self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
-            self._encrypted.carry(table, path)
-
-    def _refusal(self, head: NetworkHead) -> str:
-        """Why there can be no container on this network here; empty: there can."""
-        if self._encrypted is not None:
-            return self._encrypted.refusal(head)
-        return f"network {head.name} is encrypted, and nobody encrypts here" if head.is_encrypted else ""
+            underlay = self._underlay_of(table)
+            if head.is_encrypted and table is not None and underlay is not None:
+                self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
+                self._encrypted.carry(table, domain.path)
 
     def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
         """Remembered for each table, of which a large network's is long, and many containers start on it."""
@@ -349,8 +337,7 @@ class Overlays:
         return domain
 
     async def _remove(self, id: NetworkId) -> None:
-        if self._encrypted is not None:
-            self._encrypted.drop(id)
+        self._encrypted.drop(id)
         self._heads.pop(id, None)
         self._remote.pop(id, None)
         self._places.pop(id, None)
