@@ -70,7 +70,7 @@ class Overlays:
         self._namespaces = namespaces
         self._pins = pins
         self._home = home
-        self._repairs = repairs
+        self.repairs = repairs
         self._healing = healing
         self._settling = settling
         self._bridges = tuple(bridges)
@@ -244,7 +244,7 @@ class Overlays:
             f"container {container_id[:12]}",
             Path(endpoint.netns),
             self._namespaces,
-            self._repairs,
+            self.repairs,
             is_ours=False,
             remake=partial(self._remake, endpoint),
         )
@@ -325,7 +325,7 @@ class Overlays:
         domain = self._domains.get(id)
         if domain is None:
             domain = self._domains[id] = Domain(
-                f"network {head.name}", path, self._pins, self._repairs, selects=every_link
+                f"network {head.name}", path, self._pins, self.repairs, selects=every_link
             )
         if not os.path.ismount(path):
             await self._pins.destroy(id)
