@@ -61,6 +61,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data / "networks"
 
     @property
+    def kept_tables(self) -> Path:
+        """The tables of this node's networks as the managers said last, for the next start."""
+        return self.networks / "tables"
+
+    @property
     def images(self) -> Path:
         return self.data / "images"
 

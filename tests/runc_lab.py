@@ -147,6 +147,7 @@ class Lab:
             if self._ports is not None:
                 self._ports.close()
             unmount_if_mounted(self.paths.secrets)
+            await _destroy_pins(self.paths.overlays)  # the next process would
             Cgroups(self.cgroup_parent).remove_parent()
             await self._homes.destroy("node")
             self._homes.close()
@@ -188,6 +189,13 @@ def with_defaults(images: TreeImages, defaults: ContainerDefaults) -> None:
 
 def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+async def _destroy_pins(directory: Path) -> None:
+    spaces = Namespaces(directory)
+    for id in spaces.pinned():
+        await spaces.destroy(id)
+    spaces.close()
 
 
 def is_root() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from skep.aio.clock import SystemClock
-from skep.errors import Unimplemented
+from skep.errors import Unavailable, Unimplemented
 from skep.manager.attachments.service import AttachmentService
 from skep.manager.ca.expiry import Expiry
 from skep.manager.ca.loop import CertificateAuthority
@@ -19,6 +19,7 @@ from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
+from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
@@ -79,6 +80,7 @@ class Cluster:
         self.logs: LogBroker
         self.dispatcher: Dispatcher
         self.discovery: Discovery
+        self.draining: Draining
         self.tls: ServerTls
         self.bound: Bound
 
@@ -115,9 +117,12 @@ class Cluster:
                 await self.store.update(self._found)
             clock = SystemClock()
             own = ManagerPeer(node_id=MANAGER_ID, addr=f"{self.host}:{port or self.port}")
-            self.dispatcher = Dispatcher(self.store, own, clock, new_id, Random(1))
-            self.logs = LogBroker(self.store, new_id)
             self.discovery = self.make_discovery(clock)
+            self.draining = Draining(self.store, MANAGER_ID, self.discovery, self.channel, clock, Random(1))
+            self.dispatcher = Dispatcher(
+                self.store, own, clock, new_id, Random(1), wait_unused=self.draining.wait_unused
+            )
+            self.logs = LogBroker(self.store, new_id)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             certificates = CertificateService(self.store, new_id)
             bound = await stack.enter_async_context(
@@ -143,7 +148,11 @@ class Cluster:
         return [handler for part in parts for handler in part.services()]
 
     def make_discovery(self, clock: SystemClock) -> Discovery:
-        return Discovery(self.store, self.dispatcher.session, clock)
+        return Discovery(self.store, lambda node, session: self.dispatcher.session(node, session), clock)
+
+    def channel(self, manager: NodeId) -> Channel:
+        """The link to another manager; this one has none."""
+        raise Unavailable(f"manager {manager} cannot be reached")
 
     @asynccontextmanager
     async def leading(self) -> AsyncIterator[None]:

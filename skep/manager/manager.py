@@ -28,10 +28,12 @@ from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
 from skep.manager.control.names import names_from
+from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.events import ClusterEvents
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
@@ -49,7 +51,7 @@ from skep.manager.own_network import OwnNetwork
 from skep.manager.presence import Presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.addresses import host_of, parted
-from skep.model.ids import IdSource
+from skep.model.ids import IdSource, NodeId
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
@@ -89,8 +91,11 @@ class Manager:
         self._tls = ServerTls(pair)
         self._certificates = CertificateService(store, new_id)
         own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
-        self._dispatcher = Dispatcher(store, own, clock, new_id, random)
-        self._discovery = Discovery(store, self._dispatcher.session, clock)
+        self._discovery = Discovery(store, self._session, clock)
+        self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
+        self._dispatcher = Dispatcher(
+            store, own, clock, new_id, random, wait_unused=self._draining.wait_unused
+        )
         self._incarnation = Incarnation(config.paths, store.incarnation)
         self._link = ManagerLink(
             store,
@@ -139,6 +144,7 @@ class Manager:
             *self._certificates.services(),
             *self._dispatcher.services(),
             *self._discovery.services(),
+            *self._draining.services(),
             *self._logs.services(),
             *self._attachments.services(),
             *self._link.services(),
@@ -188,6 +194,12 @@ class Manager:
             peers=PeerFiles(self._config.paths.tls, self._config.paths.manager, self._restart_member),
             tell=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
         )
+
+    def _session(self, node_id: NodeId, session_id: str) -> LiveSession:
+        return self._dispatcher.session(node_id, session_id)
+
+    def _channel_to(self, manager: NodeId) -> Channel:
+        return self._link.channel(manager)
 
     def _connected(self, addr: str) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager, as this one."""

@@ -25,6 +25,11 @@ DEFAULT_PROGRESS_S = 600.0
 JOB_TTL = "skep.job-ttl"
 """On jobs: how long one that has ended is kept before it is removed with its tasks; without it: for ever."""
 
+DRAIN = "skep.drain"
+"""On services: how long a task that is to stop waits for those who may still send it something, and again for the last
+of its connections."""
+DEFAULT_DRAIN_S = 1.0
+
 DELAY_S_MAX = 365 * 24 * 3600.0
 
 
@@ -77,6 +82,14 @@ def job_ttl_s(labels: Mapping[str, str]) -> float | None:
         return None
 
 
+def drain_s(labels: Mapping[str, str]) -> float:
+    """What the labels of a service say, in seconds."""
+    try:
+        return _drain_s(labels)
+    except InvalidArgument:
+        return DEFAULT_DRAIN_S
+
+
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
     """What the labels of the cluster say; None: nothing."""
     try:
@@ -90,6 +103,7 @@ def check_service_labels(labels: Mapping[str, str]) -> None:
     _disconnect_policy(labels)
     _progress_deadline_s(labels)
     _job_ttl_s(labels)
+    _drain_s(labels)
 
 
 def check_swarm_labels(labels: Mapping[str, str]) -> None:
@@ -117,6 +131,11 @@ def _progress_deadline_s(labels: Mapping[str, str]) -> float:
 
 def _job_ttl_s(labels: Mapping[str, str]) -> float | None:
     return _seconds(labels, JOB_TTL, DELAY_S_MAX)
+
+
+def _drain_s(labels: Mapping[str, str]) -> float:
+    seconds = _seconds(labels, DRAIN, DELAY_S_MAX)
+    return DEFAULT_DRAIN_S if seconds is None else seconds
 
 
 def _heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:

@@ -119,7 +119,7 @@ class Node:
             shared = SharedTables(paths.tables)
             parts_of_tables = (workload.overlays, workload.mesh, shared)
             listeners = tuple(one for one in parts_of_tables if one is not None)
-            tables = TableKeeper(StoredTables(paths.networks, clock), listeners, clock, chance)
+            tables = TableKeeper(StoredTables(paths.kept_tables, clock), listeners, clock, chance)
             if paths.node_json.exists():
                 tables.load(await asyncio.to_thread(shared.load))
             parts = NodeParts(

@@ -13,9 +13,12 @@ log = structlog.get_logger()
 
 
 def wipe(paths: Paths) -> None:
-    """Forget the swarm.  ``node.json`` goes first: without it the rest is an unfinished leave."""
+    """Forget the swarm.  ``node.json`` goes first: without it the rest is an unfinished leave.
+
+    By certificates and manager it is known as such, so they go last.
+    """
     paths.node_json.unlink(missing_ok=True)
-    for directory in (paths.certificates, paths.manager, paths.networks, paths.tables):
+    for directory in (paths.tables, paths.kept_tables, paths.certificates, paths.manager):
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -76,7 +76,8 @@ def _unmet_of_service(view: View, service: Service) -> Iterable[str]:
 
 def _crowded(service: Service, wanted: Iterable[Task]) -> Iterable[str]:
     placement = service.spec.task_template.placement
-    copies = Counter(task.node_id for task in wanted if task.node_id)
+    # A global service's task names its node before it has a place there.
+    copies = Counter(task.node_id for task in wanted if task.status.state >= TaskState.ASSIGNED)
     if (
         placement is not None
         and placement.max_replicas

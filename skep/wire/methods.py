@@ -118,6 +118,9 @@ PROMOTE_MEMBER = Unary(
     Access.MANAGER,
 )
 PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER)
+AWAIT_TABLES = Unary(
+    "/skep.v1.ManagerLink/AwaitTables", skep.AwaitTablesRequest, skep.AwaitTablesResponse, Access.MANAGER
+)
 RELAY_LOGS = ServerStream("/skep.v1.ManagerLink/RelayLogs", skep.LogRelay, skep.RelayedLogs, Access.MANAGER)
 NETWORKS = BothStream("/skep.v1.NodeLink/Networks", skep.AppliedTables, skep.NetworkTables)
 DESCRIBE = Unary("/skep.v1.NodeLink/Describe", skep.DescribeRequest, skep.DescribeResponse)

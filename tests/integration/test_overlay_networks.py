@@ -29,6 +29,8 @@ SERVE = ("httpd", "-f", "-p", "80", "-h", "/etc")
 @pytest.fixture(scope="module")
 def trio() -> Iterator[TestCluster]:
     with a_playground("ovl", managers=1, workers=2) as playground:
+        # A node process that is started anew on a busy machine is not to be taken for a dead node.
+        playground.node("m1").docker("swarm", "update", "--dispatcher-heartbeat", "10s")
         yield playground
 
 

@@ -2,6 +2,9 @@
 
 What was told is not yet what a node does: it says so when its rules and names are changed.  Until then it may still
 send connections to a task that is about to stop (DESIGN, "Draining").
+
+A thousand nodes acknowledge each change, and a thousand tasks may wait for that: the smallest revision is looked for
+anew only when the last node that had it has gone on, and nobody is woken before it has risen.
 """
 
 from collections.abc import Iterable
@@ -14,40 +17,36 @@ class Acknowledgements:
     """Of the nodes whose streams of tables are open here."""
 
     def __init__(self) -> None:
-        self._applied: dict[NetworkId, dict[NodeId, int]] = {}
-        self._networks: dict[NodeId, frozenset[NetworkId]] = {}
-        self._waiting: dict[Event, None] = {}
+        self._networks: dict[NetworkId, _Network] = {}
+        self._networks_of: dict[NodeId, frozenset[NetworkId]] = {}
 
     def take_part(self, node_id: NodeId, networks: Iterable[NetworkId]) -> None:
         """The node takes part in these and no others: what it has of new ones, it has not said yet."""
-        before, now = self._networks.get(node_id, frozenset()), frozenset(networks)
+        before, now = self._networks_of.get(node_id, frozenset()), frozenset(networks)
         if before == now:
             return
-        self._networks[node_id] = now
+        self._networks_of[node_id] = now
         for network_id in now - before:
-            self._applied.setdefault(network_id, {})[node_id] = 0
+            self._network(network_id).put(node_id, 0)
         for network_id in before - now:
-            del self._applied[network_id][node_id]
-            if not self._applied[network_id]:
-                del self._applied[network_id]
-        self._tell()
+            self._network(network_id).remove(node_id)
+            self._forget_unused(network_id)
 
     def applied(self, node_id: NodeId, network_id: NetworkId, revision: int) -> None:
         """The node has this table in force, or a later one.  What it does not take part in does not count."""
-        nodes = self._applied.get(network_id, {})
-        if node_id in nodes and revision > nodes[node_id]:
-            nodes[node_id] = revision
-            self._tell()
+        network = self._networks.get(network_id)
+        if network is not None and revision > network.revisions.get(node_id, revision):
+            network.put(node_id, revision)
 
     def gone(self, node_id: NodeId) -> None:
         """The node's stream has ended: nobody here knows any more what it has."""
         self.take_part(node_id, ())
-        self._networks.pop(node_id, None)
+        self._networks_of.pop(node_id, None)
 
     def smallest(self, network_id: NetworkId) -> int | None:
         """What every node here has in force, or a later one; None: nobody here takes part."""
-        nodes = self._applied.get(network_id)
-        return min(nodes.values()) if nodes else None
+        network = self._networks.get(network_id)
+        return network.smallest if network is not None else None
 
     def has_applied(self, network_id: NetworkId, revision: int) -> bool:
         """Whether nobody here uses an earlier table."""
@@ -56,15 +55,57 @@ class Acknowledgements:
 
     async def wait_applied(self, network_id: NetworkId, revision: int) -> None:
         """Return when nobody here uses an earlier table; how long to wait for that is the caller's to say."""
-        news = Event()
-        self._waiting[news] = None
+        if self.has_applied(network_id, revision):
+            return
+        network, reached = self._network(network_id), Event()
+        network.waiting[reached] = revision
         try:
-            while not self.has_applied(network_id, revision):
-                await news.wait()
-                news.clear()
+            await reached.wait()
         finally:
-            del self._waiting[news]
+            network.waiting.pop(reached, None)
+            self._forget_unused(network_id)
 
-    def _tell(self) -> None:
-        for news in self._waiting:
-            news.set()
+    def _network(self, id: NetworkId) -> "_Network":
+        return self._networks.setdefault(id, _Network())
+
+    def _forget_unused(self, id: NetworkId) -> None:
+        network = self._networks.get(id)
+        if network is not None and not network.revisions and not network.waiting:
+            del self._networks[id]
+
+
+class _Network:
+    """One network's nodes and those who wait for them."""
+
+    def __init__(self) -> None:
+        self.revisions: dict[NodeId, int] = {}
+        self.smallest: int | None = None
+        self.waiting: dict[Event, int] = {}
+        """Who waits for which revision."""
+        self._at_smallest = 0
+
+    def put(self, node_id: NodeId, revision: int) -> None:
+        before = self.revisions.get(node_id)
+        self.revisions[node_id] = revision
+        if self.smallest is None or revision < self.smallest:
+            self.smallest, self._at_smallest = revision, 1
+        elif revision == self.smallest:
+            self._at_smallest += 1
+        if before is not None:
+            self._leave(before)
+
+    def remove(self, node_id: NodeId) -> None:
+        self._leave(self.revisions.pop(node_id))
+
+    def _leave(self, revision: int) -> None:
+        """A node is no longer at ``revision``."""
+        if revision != self.smallest:
+            return
+        self._at_smallest -= 1
+        if self._at_smallest > 0:
+            return
+        self.smallest = min(self.revisions.values(), default=None)
+        self._at_smallest = sum(one == self.smallest for one in self.revisions.values())
+        for reached, wanted in self.waiting.items():
+            if self.smallest is None or self.smallest >= wanted:
+                reached.set()

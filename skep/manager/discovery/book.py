@@ -93,6 +93,10 @@ class Book:
         """Whether there is anything to tell who knows the table as of ``told`` (None: not at all)."""
         return told is None or self.changed_at > told
 
+    def endpoint_changed_at(self, id: TaskId) -> int:
+        """When the endpoint became what it is, or went; if that is not remembered, when it was so already."""
+        return self._changes.get((ENDPOINT, id), self._floor)
+
     def since(self, told: int | None, revision: int) -> TableChange:
         """What leads from the table as of ``told`` to the present one, which is called that of ``revision``."""
         if told is None or told < self._floor:

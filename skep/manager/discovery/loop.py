@@ -5,23 +5,25 @@ knows of each network only the revision that it told last, and what it tells is 
 node that reads slowly is told less often and nothing twice.
 """
 
+import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
 from skep.aio.lean_grpc import Event
 from skep.aio.slices import Slices
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.discovery.acknowledgements import Acknowledgements
+from skep.manager.discovery.derive import places_of
 from skep.manager.discovery.encoding import Encoder
 from skep.manager.discovery.ledger import KINDS, Ledger, Stirred
 from skep.manager.follow import follow
 from skep.model.ids import NetworkId, NodeId
+from skep.model.task import Task
 from skep.store.interface import Commit, Store, View, WatchLagged
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -36,6 +38,11 @@ PAUSE_S = 0.01
 """After news: what comes within it is told at once."""
 COMMITS_MAX = 10_000
 """That wait to be taken in; more, and everything is read anew."""
+
+LARGE_PIECES = 2
+LARGE_AT_ONCE = 8
+"""Sets of more pieces that are under way: a thousand nodes that come at once would be a thousand copies of a table."""
+SET_SECONDS_MAX = 60.0
 
 Send = Callable[[skep.NetworkTables], Awaitable[None]]
 
@@ -75,7 +82,10 @@ class Discovery:
         self._commits: deque[Commit] = deque()
         self._has_commits = Event()
         self._encoder = Encoder(clock)
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._streams: dict[NodeId, _Stream] = {}
+        self._waiting: dict[Event, None] = {}
+        """Set whenever the tables may have changed."""
         self.acknowledgements = Acknowledgements()
 
     def services(self) -> Sequence[Handler]:
@@ -85,6 +95,32 @@ class Discovery:
     async def run(self) -> None:
         """Keep the tables until cancelled."""
         await follow(self._store, KINDS, start=self._start, note=self._note, work=self._work)
+
+    # -- for the draining of tasks ------------------------------------------------------------------------------
+
+    def nodes_on(self, network_id: NetworkId) -> Iterable[NodeId] | None:
+        """The nodes that are told of a network; None: all there are."""
+        return self._ledger.nodes_on(network_id)
+
+    async def wait_not_serving(self, task: Task, revision: int) -> Mapping[NetworkId, int]:
+        """Return when the tables show ``revision``, and the task serves in none of them any more.
+
+        Gives since which revision, for each of its networks.
+        """
+        moved = Event()
+        self._waiting[moved] = None
+        try:
+            while True:
+                await self._is_loaded.wait()
+                books = [self._ledger.books[id] for id in places_of(task) if id in self._ledger.books]
+                found = (book.endpoints.get(task.id) for book in books)
+                is_serving = any(endpoint is not None and endpoint.is_serving for endpoint in found)
+                if self._ledger.revision >= revision and not is_serving:
+                    return {book.id: book.endpoint_changed_at(task.id) for book in books}
+                moved.clear()
+                await moved.wait()
+        finally:
+            del self._waiting[moved]
 
     # -- keeping up with the store ------------------------------------------------------------------------------
 
@@ -112,6 +148,8 @@ class Discovery:
             while self._commits:
                 self._wake(self._ledger.note(self._commits.popleft()))
                 await slices.give_way()
+            for moved in self._waiting:
+                moved.set()
             self._has_commits.clear()
             await self._has_commits.wait()
             slices = Slices(self._clock)
@@ -139,19 +177,24 @@ class Discovery:
         session = self._session(caller.node_id, first.session_id)
         del first
         with session.aside() as line, self._open(_Stream(caller.node_id, session, line)) as stream:
-            try:
-                await unless(self._tell(stream, send), self._hear(stream, requests))
-            except Overtaken:
-                if stream.error is not None:
-                    raise stream.error from None
+            # One task more, and no more: there are thousands of these streams.
+            async with asyncio.TaskGroup() as group:
+                hearing = group.create_task(self._hear(stream, requests), name="hear what is applied")
+                try:
+                    await self._tell(stream, send)
+                except (SkepError, *LOST_PEER) as error:
+                    stream.end(error)
+                finally:
+                    hearing.cancel()
+        if stream.error is not None:
+            raise stream.error
 
     @contextmanager
     def _open(self, stream: "_Stream") -> "Iterator[_Stream]":
         """The only stream of its node: an earlier one ends."""
         earlier = self._streams.get(stream.node_id)
         if earlier is not None:
-            earlier.is_replaced = True
-            earlier.line.wake()
+            earlier.end(Unavailable("the node has opened another stream of tables"))
             self.acknowledgements.gone(stream.node_id)
         self._streams[stream.node_id] = stream
         # It may have tables of an earlier session in force.
@@ -164,20 +207,18 @@ class Discovery:
                 self.acknowledgements.gone(stream.node_id)
 
     async def _hear(self, stream: "_Stream", requests: AsyncIterator[skep.AppliedTables]) -> None:
-        """What the node has applied; returns when it says no more.  A failure is kept: it is raised by who waits."""
+        """What the node has applied; the stream ends when it says no more."""
         try:
             async for request in requests:
-                for id, revision in request.revisions.items():
-                    network_id = NetworkId(id)
-                    told = stream.told.get(network_id)
-                    if told is not None and not stream.is_replaced:
+                for network_id, told in stream.told.items() if stream.error is None else ():
+                    if network_id in request.revisions:
                         # More than it was told it cannot know.
-                        self.acknowledgements.applied(stream.node_id, network_id, min(revision, told))
+                        applied = min(request.revisions[network_id], told)
+                        self.acknowledgements.applied(stream.node_id, network_id, applied)
                 del request
-        except SkepError as error:
-            stream.error = error
-        except LOST_PEER as error:
-            stream.error = Unavailable(f"the node is gone: {error}")
+            stream.end(Unavailable("the node has ended the stream"))
+        except (SkepError, *LOST_PEER) as error:
+            stream.end(error)
 
     async def _tell(self, stream: "_Stream", send: Send) -> None:
         """Everything, then what changes, for as long as the session lasts."""
@@ -204,17 +245,16 @@ class Discovery:
                 for id, told in news:
                     if (book := ledger.books.get(id)) is not None:
                         pieces += await self._encoder.pieces(book, told, revision)
-                for message in messages_of(
+                messages = messages_of(
                     pieces,
                     incarnation=self._store.incarnation,
                     revision=revision,
                     is_complete=is_complete,
                     removed=gone,
-                ):
-                    stream.require_open()
-                    await send(message)
-                    del message
-                del pieces
+                )
+                async with self._large if len(pieces) > LARGE_PIECES else nullcontext():
+                    await _send_all(stream, send, messages)
+                del pieces, messages
                 is_complete = False
             del news, gone, wanted, ledger
             await stream.line.wait()
@@ -233,10 +273,22 @@ class Discovery:
             await stream.line.wait()
 
 
+async def _send_all(stream: "_Stream", send: Send, messages: Iterator[skep.NetworkTables]) -> None:
+    """Raises: Unavailable: the node does not read."""
+    try:
+        async with asyncio.timeout(SET_SECONDS_MAX):
+            for message in messages:
+                stream.require_open()
+                await send(message)
+                del message
+    except TimeoutError as error:
+        raise Unavailable("the node does not read its tables") from error
+
+
 class _Stream:
     """One node's."""
 
-    __slots__ = ("error", "is_replaced", "line", "node_id", "session", "told")
+    __slots__ = ("error", "line", "node_id", "session", "told")
 
     def __init__(self, node_id: NodeId, session: Session, line: Line) -> None:
         self.node_id = node_id
@@ -244,11 +296,16 @@ class _Stream:
         self.line = line
         self.told: dict[NetworkId, int] = {}
         """The networks it was told of, and up to which revision."""
-        self.is_replaced = False
-        self.error: SkepError | None = None
+        self.error: Exception | None = None
+        """Why it is over."""
+
+    def end(self, error: Exception) -> None:
+        """The first reason counts."""
+        self.error = self.error or error
+        self.line.wake()
 
     def require_open(self) -> None:
         """Raises: why the stream is over."""
         self.session.require_open()
-        if self.is_replaced:
-            raise Unavailable("the node has opened another stream of tables")
+        if self.error is not None:
+            raise self.error

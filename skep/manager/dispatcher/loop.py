@@ -14,7 +14,6 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
 from skep.errors import SkepError, Unavailable
-from skep.manager.dispatcher.assignments import matters
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
     grace_after_absence,
@@ -37,6 +36,7 @@ from skep.manager.dispatcher.registration import (
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.spreading import Spreading
 from skep.manager.dispatcher.statuses import Report, record_status
+from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.follow import follow
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, grace_period, wished_heartbeats
@@ -72,9 +72,15 @@ class Dispatcher:
     """Gives nodes their tasks and takes what they report."""
 
     def __init__(
-        self, store: Store, own: ManagerPeer, clock: Clock, new_id: IdSource, random: Random
+        self,
+        store: Store,
+        own: ManagerPeer,
+        clock: Clock,
+        new_id: IdSource,
+        random: Random,
+        wait_unused: WaitUnused | None = None,
     ) -> None:
-        """``own``: this manager, as nodes reach it."""
+        """``own``: this manager, as nodes reach it.  ``wait_unused``: see ``Stops``; None: nobody uses any task."""
         self._store = store
         self._own = own
         self._clock = clock
@@ -82,6 +88,7 @@ class Dispatcher:
         self._random = random
         self._sessions = Sessions()
         self._assignments = AssignmentStreams(store, self._sessions)
+        self._stops = Stops(store, self._sessions, clock, wait_unused)
         self._spreading = Spreading(
             store,
             own.node_id,
@@ -139,6 +146,7 @@ class Dispatcher:
             group.create_task(self._stay_current(), name="stay current")
             group.create_task(self._spreading.run(), name="spread sessions")
             group.create_task(self._loads.run(), name="write loads")
+            group.create_task(self._stops.run(), name="stops")
 
     # -- what changed in the store ------------------------------------------------------------------------------
 
@@ -159,16 +167,19 @@ class Dispatcher:
         for event in commit.events:
             match event:
                 case Created(Task() as task) | Deleted(Task() as task):
-                    self._wake(task.node_id, task.id)
-                case Updated(Task() as old, Task() as new) if matters(old, new):
-                    self._wake(new.node_id, new.id)
+                    self._stops.come_or_go(task)
+                case Updated(Task() as old, Task() as new):
+                    self._stops.note(old, new, commit.revision)
                 case Created(Node() as node):
                     has_new_managers |= node.manager_status is not None
                 case Updated(Node() as old, Node() as node) if not differ_in_load_alone(old, node):
                     has_new_managers |= old.manager_status != node.manager_status
                     self._note_node(node)
                     if old.attachments != node.attachments:
-                        self._wake_all(node.id)  # tasks may have waited for that
+                        tasks = self._store.view().find(Task, node_id=node.id)
+                        self._stops.wake(
+                            node.id, (task.id for task in tasks)
+                        )  # they may have waited for that
                 case Deleted(Node() as node):
                     has_new_managers |= node.manager_status is not None
                     self._sessions.lose(node.id, None, NotRegistered())
@@ -200,17 +211,6 @@ class Dispatcher:
                     wished_s=self._wished_grace_s,
                 )
             self._sessions.expect(node.id, held.session_id, heard=self._time.seconds, grace_s=grace_s)
-
-    def _wake_all(self, node_id: NodeId) -> None:
-        session = self._sessions.live(node_id)
-        if session is not None:
-            tasks = self._store.view().find(Task, node_id=node_id)
-            session.wake_assignments(task.id for task in tasks)
-
-    def _wake(self, node_id: NodeId, task_id: TaskId) -> None:
-        session = self._sessions.live(node_id)
-        if session is not None:
-            session.wake_assignments((task_id,))
 
     # -- sessions -----------------------------------------------------------------------------------------------
 

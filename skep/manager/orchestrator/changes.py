@@ -91,7 +91,8 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
         case RetireTask(task, desired):
             _retire(tx, task.id, desired, now)
         case ReplaceTask(task, successor):
-            if _retire(tx, task.id, TaskState.SHUTDOWN, now):
+            # Both or neither: a slot that was only emptied would be filled at once, without the restart delay.
+            if _is_asked(tx, successor) and _retire(tx, task.id, TaskState.SHUTDOWN, now):
                 _fill(tx, successor, new_id, now)
         case StartTask(task):
             current = tx.lookup(Task, task.id)
@@ -111,9 +112,8 @@ def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> 
 
 
 def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -> None:
-    wanted = change.service
-    service = tx.lookup(Service, wanted.id)
-    if service is None or service.removed_at is not None or service.spec_version != wanted.spec_version:
+    service = tx.lookup(Service, change.service.id)
+    if service is None or not _is_asked(tx, change):
         return
     rivals = tx.find(Task, slot=f"{service.id}/{change.slot or change.node_id}")
     if any(task.is_active and task.spec_version == service.spec_version for task in rivals):
@@ -133,6 +133,16 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
             job_iteration=iteration,
             spec_version=service.spec_version,
         )
+    )
+
+
+def _is_asked(tx: Transaction, change: FillSlot) -> bool:
+    """Whether the service is still the one that was decided about; if not, it will be decided about anew."""
+    service = tx.lookup(Service, change.service.id)
+    return (
+        service is not None
+        and service.removed_at is None
+        and service.spec_version == change.service.spec_version
     )
 
 

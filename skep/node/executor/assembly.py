@@ -20,8 +20,10 @@ from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.node_tables import NodeTables
 from skep.node.network.overlay.healing import Healing
-from skep.node.network.overlay.overlays import Overlays, home_domain
+from skep.node.network.overlay.home import home_domain
+from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.settling import Settling
 from skep.node.network.ports import OwnReservations, PortReservations
 from skep.node.oci import capabilities, seccomp
 from skep.node.oci.bundle import Bundles
@@ -125,7 +127,7 @@ def container_network(
     clock: Clock,
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
-    repairs = Repairs()
+    repairs, settling = Repairs(), Settling(clock)
     healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
     overlays = Overlays(
@@ -134,9 +136,12 @@ def container_network(
         home=home,
         repairs=repairs,
         healing=healing,
+        settling=settling,
         bridges=(BRIDGE,),
     )
-    gateway = Gateway(namespaces=namespaces, home=home, ports=ports, state=paths.networks / "gateway")
+    gateway = Gateway(
+        namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
+    )
     mesh = Mesh(
         namespaces=namespaces,
         tables=NodeTables(namespaces, clock, random.random),
@@ -146,7 +151,13 @@ def container_network(
         chance=random.random,
     )
     return ContainerNetwork(
-        namespaces=namespaces, home=home, gateway=gateway, overlays=overlays, mesh=mesh, healing=healing
+        namespaces=namespaces,
+        home=home,
+        gateway=gateway,
+        overlays=overlays,
+        mesh=mesh,
+        healing=healing,
+        settling=settling,
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.groups import errors_as_they_are
-from skep.errors import SkepError, Unavailable
+from skep.errors import Unavailable
 from skep.model.ids import ContainerId
 from skep.node.network.gateway import Gateway
 from skep.node.network.ingress.mesh import Mesh
@@ -17,6 +17,7 @@ from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays
+from skep.node.network.overlay.settling import Settling
 from skep.node.oci.container import Endpoint, NodePort, Place
 
 _CONTAINER_SYSCTLS = {
@@ -39,6 +40,7 @@ class ContainerNetwork:
         overlays: Overlays,
         mesh: Mesh,
         healing: Healing,
+        settling: Settling,
     ) -> None:
         self._namespaces = namespaces
         self._home = home
@@ -46,6 +48,7 @@ class ContainerNetwork:
         self.overlays = overlays
         self.mesh = mesh
         self._healing = healing
+        self._settling = settling
         self.repairs = healing.repairs
 
     @property
@@ -57,13 +60,16 @@ class ContainerNetwork:
     async def running(self) -> AsyncIterator[None]:
         """Keep what containers are given, whatever others change, until the block ends."""
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            healing = group.create_task(self._healing.run(), name="healing of networks")
-            publishing = group.create_task(self.mesh.run(), name="published ports")
+            tasks = (
+                group.create_task(self._healing.run(), name="healing of networks"),
+                group.create_task(self._settling.run(), name="clearing of networks"),
+                group.create_task(self.mesh.run(), name="published ports"),
+            )
             try:
                 yield
             finally:
-                healing.cancel()
-                publishing.cancel()
+                for task in tasks:
+                    task.cancel()
 
     async def restore(self, live: Mapping[ContainerId, Endpoint]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
@@ -122,15 +128,11 @@ class ContainerNetwork:
 
     async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         self.mesh.left(container_id)
+        self.overlays.disconnect(container_id, endpoint.places)
         try:
-            await self.overlays.disconnect(container_id, endpoint.places)
-        except SkepError:
-            pass  # it is noticed by the next comparison
+            await self._gateway.disconnect(container_id, endpoint)
         finally:
-            try:
-                await self._gateway.disconnect(container_id, endpoint)
-            finally:
-                await self._namespaces.destroy(container_id)
+            await self._namespaces.destroy(container_id)
 
 
 def has_way_out(places: Sequence[Place]) -> bool:

@@ -24,6 +24,7 @@ from skep.node.network.addresses import Addresses, free_subnet, mac_of
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.rules import Owner, spoofing
+from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Address, Link, Peer, State
 from skep.node.network.ports import PortReservations
 from skep.node.network.rules import HostPort, gateway_table
@@ -50,12 +51,14 @@ class Gateway:
         *,
         namespaces: Namespaces,
         home: Domain,
+        settling: Settling,
         ports: PortReservations,
         state: Path,
         bridge: str = BRIDGE,
     ) -> None:
         self._namespaces = namespaces
         self._home = home
+        self._settling = settling
         self._reservations = ports
         self._state = state
         self._bridge = bridge
@@ -120,11 +123,17 @@ class Gateway:
             await self._undo(container_id, endpoint.address, endpoint.ports)
 
     async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[NodePort]) -> None:
-        self._endpoints.pop(container_id, None)
-        try:
-            await self._settle()
-        except SkepError as error:  # the next comparison removes it
-            log.warning("the gateway was not cleared", container=container_id, error=str(error))
+        endpoint = self._endpoints.pop(container_id, None)
+        if endpoint is not None:
+            self._home.let_go(endpoint.port)
+            self._wish()
+        if any(port.publish_mode is PublishMode.HOST for port in ports):
+            try:
+                await self._home.settle()  # before somebody else gets the port
+            except SkepError as error:  # the next comparison removes it
+                log.warning("the gateway was not cleared", container=container_id, error=str(error))
+        else:
+            self._settling.soon(_PART, self._home.settle)
         for port in ports:
             if port.publish_mode is PublishMode.HOST:
                 await self._reservations.release(port.protocol, port.published_port, port.host_ip)
@@ -132,12 +141,15 @@ class Gateway:
 
     async def _settle(self) -> None:
         """Bring bridge, ports and rules about.  Raises: SkepError."""
+        self._wish()
+        await self._home.settle()
+
+    def _wish(self) -> None:
         subnet, endpoints = self._opened().subnet, self._endpoints.values()
         state = gateway_state(self._bridge, subnet, endpoints)
         owners = [Owner(one.port, one.mac_address, (one.address,)) for one in endpoints if one.port]
         host_ports = [port for one in endpoints for port in _host_ports(one.address, one.ports)]
         self._home.wish(_PART, state, gateway_table(self._bridge, subnet, host_ports), spoofing(owners))
-        await self._home.settle()
 
     # --- ports ------------------------------------------------------------------------------------------------
 

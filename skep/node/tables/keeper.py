@@ -6,7 +6,7 @@ others go on, and only the acknowledgement waits.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -121,6 +121,15 @@ class TableKeeper:
             self._applied_more.clear()
             await self._applied_more.wait()
         return self._applied
+
+    async def wait_in_force(self, networks: Collection[NetworkId]) -> None:
+        """Return when the tables of all ``networks`` are in force: a container that is on them can begin.
+
+        How long to wait is the caller's to say.
+        """
+        while not self._applied.keys() >= set(networks):
+            self._applied_more.clear()
+            await self._applied_more.wait()
 
     # -- handing on ---------------------------------------------------------------------------------------------
 

@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Iterable
 from math import inf
 
-from skep.model.ids import TaskId
+from skep.model.ids import NodeId, TaskId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.sim.rules.placement import constraints_of, host_ports, meets
 from skep.sim.truth import Change
 from skep.store.interface import Created, Updated, View
+from skep.store.updates import DEADLINE_S
 
 
 def tasks_move_forward(change: Change, view: View) -> Iterable[str]:
@@ -153,22 +154,27 @@ class TasksAreSpread:
 class UpdatesKeepServing:
     """With start-first, the only running task of a slot is not retired while another is to take its place.
 
-    One that has run for less than ``KNOWN_S`` may be: the leader decides before it knows, and its disk may be slow.
+    One that has run for less than ``KNOWN_S``, or on a node that is back for less, may be: the leader decides before it
+    knows, and its disk may be slow.
     """
 
-    KNOWN_S = 3.0
+    KNOWN_S = DEADLINE_S
 
     def __init__(self) -> None:
         self._running_at: dict[TaskId, float] = {}
+        self._back_at: dict[NodeId, float] = {}
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
                 case Updated(Task() as old, Task() as new) if old.is_wanted and not new.is_wanted:
-                    if change.time_s - self._running_at.get(new.id, -inf) > self.KNOWN_S:
+                    known_at = max(self._running_at.get(new.id, -inf), self._back_at.get(new.node_id, -inf))
+                    if change.time_s - known_at > self.KNOWN_S:
                         yield from self._violations(view, old, new)
                 case Updated(Task() as old, Task() as new) if new.status.state is TaskState.RUNNING:
                     self._running_at.setdefault(new.id, change.time_s)
+                case Updated(Node() as before, Node() as after) if not _takes_tasks(before):
+                    self._back_at[after.id] = change.time_s
 
     def _violations(self, view: View, old: Task, new: Task) -> Iterable[str]:
         service = view.lookup(Service, new.service_id)

@@ -62,7 +62,7 @@ def test_a_published_service_is_in_the_tables_of_its_node_whatever_ends_and_come
     assert len(set(addresses)) == 4
     assert sorted(one.name.rpartition(".")[0] for one in table.endpoints.values()) == ["web.1", "web.2"]
     assert [segment.vni for segment in table.head.segments] == [4096]
-    assert sorted(path.name for path in (swarm.data / "networks").iterdir()) == [id]
+    assert sorted(path.name for path in (swarm.data / "networks/tables").iterdir()) == [id]
 
     # Without a manager the next node process has its tables at once.
     swarm.kill_all()
@@ -115,7 +115,7 @@ def test_who_leaves_the_swarm_keeps_no_tables(swarm: DaemonRig) -> None:
     wait_until(lambda: tables(swarm), "there is a table")
     assert swarm.ask("POST", "/swarm/leave?force=1")[0] == 200
     assert tables(swarm) == {}
-    assert not (swarm.data / "networks").exists()
+    assert not (swarm.data / "networks/tables").exists()
     assert swarm.ask("POST", "/swarm/init", INIT)[0] == 200
     assert swarm.ask("POST", "/v1.41/services/create", WEB)[0] == 201
     wait_until(lambda: tables(swarm), "there is a table of the next swarm")

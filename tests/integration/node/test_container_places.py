@@ -4,7 +4,7 @@ from skep.model.ids import NetworkId
 from skep.model.tables import NetworkHead, Segment
 from skep.node.oci.container import Place
 from skep.node.oci.containers import Containers
-from tests.integration.node.conftest import Runner
+from tests.integration.node.conftest import Runner, eventually
 from tests.runc_lab import Lab
 
 WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
@@ -25,7 +25,7 @@ async def test_a_container_is_reached_on_its_network(run: Runner, containers: Co
     assert "staff" in await run.output("sh", "-c", command, places=places)
     await containers.remove(server.id, force=True)
     assert lab.remains() == []
-    assert [path.name for path in lab.paths.overlays.iterdir()] == []
+    await eventually(lambda: not list(lab.paths.overlays.iterdir()), "the network is removed")
 
 
 async def test_the_hosts_file_names_the_container_on_each_network(run: Runner) -> None:
@@ -58,4 +58,4 @@ async def test_a_new_process_finds_the_interfaces_again(lab: Lab) -> None:
         places = (Place(head=WEB, addresses=("10.0.1.6/24",)),)
         assert "1 packets received" in await run.output("ping", "-c", "1", "10.0.1.5", places=places)
         await second.containers.remove(server.id, force=True)
-        assert list(lab.paths.overlays.iterdir()) == []
+        await eventually(lambda: not list(lab.paths.overlays.iterdir()), "the network is removed")

@@ -1,5 +1,6 @@
 """Overlay networks between nodes: containers' namespaces that reach each other over VXLAN."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from ipaddress import IPv4Address
@@ -8,9 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from skep.errors import Unimplemented
+from skep.errors import AlreadyExists, SkepError, Unimplemented
+from skep.model.ids import NetworkId, TaskId, new_container_id
+from skep.model.service import PortConfig, PublishMode
+from skep.model.tables import TableEndpoint
 from skep.node.network.addresses import mac_of
-from skep.node.network.overlay.overlays import home_domain
+from skep.node.network.overlay.home import home_domain
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.state import State
 from skep.node.network.overlay.wanted import INGRESS_BRIDGE
@@ -209,8 +213,10 @@ async def test_nothing_is_left_at_the_end(lab: OverlayLab) -> None:
                 await node.detach(network, endpoint)
             assert node.paths.overlays.joinpath(WEB.id).exists(), "its table is still there"
             await network.overlays.apply({}, frozenset(lab.tables))
-        assert await shell(node.home, listing) == before
-        assert list(node.paths.overlays.iterdir()) == []
+        async with asyncio.timeout(10):
+            while await shell(node.home, listing) != before or list(node.paths.overlays.iterdir()):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert dict(network.repairs.counts) == {}
         assert list(node.paths.netns.iterdir()) == []
 
 
@@ -275,3 +281,59 @@ async def test_what_is_wanted_later_is_looked_at_first(lab: OverlayLab) -> None:
     await home.settle()
     assert (await shell(node.home, "cat /proc/sys/net/ipv4/ip_forward")).strip() == "1"
     assert await home.heal() == 0
+
+
+async def test_one_table_that_makes_no_sense_keeps_no_other_network_from_working(lab: OverlayLab) -> None:
+    async with lab.networks() as networks:
+        one = await lab.nodes[0].attach(networks[0], place(WEB, "10.0.1.5/24"))
+        await lab.nodes[1].attach(networks[1], place(WEB, "10.0.1.6/24"))
+        lab.tell(WEB)
+        nonsense = TableEndpoint(task_id=TaskId("t"), node_id=lab.nodes[1].id, addresses=("10.0.2.x",))
+        bad = msgspec.structs.replace(lab.tell(TWO_SUBNETS), endpoints={nonsense.task_id: nonsense})
+        outside = NetworkId("../../etc")
+        elsewhere = msgspec.structs.replace(bad, head=msgspec.structs.replace(TWO_SUBNETS, id=outside))
+        lab.tables |= {TWO_SUBNETS.id: bad, outside: elsewhere}
+        for network in networks[:2]:
+            with pytest.raises(SkepError, match="invalid"):
+                await network.overlays.apply(lab.tables, frozenset(lab.tables))
+        assert await reaches(one, "10.0.1.6")
+        del lab.tables[outside]
+        lab.tell(TWO_SUBNETS)
+        await lab.apply(networks[:2])
+
+
+async def test_a_container_that_cannot_have_its_port_leaves_nothing(lab: OverlayLab) -> None:
+    node = lab.nodes[0]
+    port = PortConfig(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    async with node.running() as network:
+        await network.overlays.apply({}, frozenset())
+        first = new_container_id()
+        node.endpoints[first] = await network.attach(first, (port,), (place(WEB, "10.0.1.5/24"),))
+        with pytest.raises(AlreadyExists, match="port is already allocated"):
+            await network.attach(new_container_id(), (port,), (place(TWO_SUBNETS, "10.0.2.5/24"),))
+        assert node.namespaces.pinned() == [first]
+        async with asyncio.timeout(10):
+            while sorted(path.name for path in node.paths.overlays.iterdir()) != [WEB.id]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await network.detach(first, node.endpoints.pop(first))
+        second = new_container_id()
+        node.endpoints[second] = await network.attach(second, (port,), (place(WEB, "10.0.1.5/24"),))
+        assert node.endpoints[second].ports[0].published_port == 8080
+
+
+async def test_what_is_deleted_while_no_process_runs_is_made_by_the_next(lab: OverlayLab) -> None:
+    first, second = lab.nodes[:2]
+    async with second.running() as far_network:
+        far = await second.attach(far_network, place(WEB, "10.0.1.6/24"))
+        async with first.running() as network:
+            near = await first.attach(network, place(WEB, "10.0.1.5/24"))
+            lab.tell(WEB)
+            await lab.apply([network, far_network])
+            assert await reaches(far, "10.0.1.5")
+        await shell(near.netns, "ip link del eth0")
+        await shell(first.paths.overlays / WEB.id, "ip link del br0")
+        async with first.running() as network:
+            await lab.apply([network])
+            async with asyncio.timeout(10):
+                while not await reaches(far, "10.0.1.5"):
+                    pass

@@ -62,7 +62,7 @@ class Healing:
         """Notice changes in ``domain`` from now on.  Raises: OSError."""
         if domain in self._sockets:
             return
-        self._sockets[domain] = []
+        self.take_turns(domain)
         groups = [_LINK, _ADDRESS4, _ROUTE4, _ADDRESS6, _ROUTE6]
         if not domain.is_container:  # whose neighbours are its own
             groups.append(_NEIGHBOUR)
@@ -77,6 +77,15 @@ class Healing:
         loop = asyncio.get_running_loop()
         for one in opened:
             loop.add_reader(one, self._hear, domain, one)
+
+    def take_turns(self, domain: Domain) -> None:
+        """Compare ``domain`` in the slow round, whether it tells of changes or not."""
+        self._sockets[domain] = []
+
+    def expect(self, domain: Domain) -> None:
+        """Compare ``domain`` soon."""
+        self._due[domain] = None
+        self._wake.set()
 
     def forget(self, domain: Domain) -> None:
         """Look at ``domain`` no more."""
@@ -114,8 +123,7 @@ class Healing:
                 break
             is_due = is_due or any(_concerns(domain, kind, body) for kind, body in netlink.messages(data))
         if is_due:
-            self._due[domain] = None
-            self._wake.set()
+            self.expect(domain)
 
     async def _heal_due(self) -> None:
         backoff = Backoff(first_s=PAUSE_SECONDS, longest_s=4 * PAUSE_SECONDS, chance=self._chance)

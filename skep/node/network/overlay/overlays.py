@@ -14,33 +14,37 @@ from typing import Any
 
 import structlog
 
-from skep.errors import SkepError, Unimplemented
+from skep.errors import InvalidArgument, SkepError, Unimplemented
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.node.network.addresses import mac_for
 from skep.node.network.gateway import new_port_name
 from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay import underlays
-from skep.node.network.overlay.changing import KernelRefused
+from skep.node.network.overlay import actual, underlays
+from skep.node.network.overlay.changing import KernelRefused, carry_out
+from skep.node.network.overlay.difference import DeleteLink
 from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import owner, spoofing, strangers
-from skep.node.network.overlay.state import Link, State
+from skep.node.network.overlay.settling import Settling
+from skep.node.network.overlay.state import Entry, State
 from skep.node.network.overlay.wanted import (
-    INGRESS_BRIDGE,
-    INGRESS_VXLAN,
     OVERLAY_SYSCTLS,
     LocalPlace,
     Underlay,
     container_state,
+    just_made,
     mtu_of,
     network_state,
+    remote_entries,
 )
 from skep.node.oci.container import ConnectedPlace, Endpoint, Place
 
 log = structlog.get_logger()
 
+_AT_ONCE = 8
+"""Networks that are changed at the same time: the kernel makes each wait, above all when devices go."""
 _STRANGERS_PART = "strangers"
 
 
@@ -59,13 +63,15 @@ class Overlays:
         home: Domain,
         repairs: Repairs,
         healing: Healing,
+        settling: Settling,
         bridges: Iterable[str] = (),
     ) -> None:
         self._namespaces = namespaces
         self._pins = pins
         self._home = home
-        self._repairs = repairs
+        self.repairs = repairs
         self._healing = healing
+        self._settling = settling
         self._bridges = tuple(bridges)
         self._node_id = NodeId("")
         self._tables: Mapping[NetworkId, Table] = {}
@@ -80,6 +86,7 @@ class Overlays:
         self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
         self._underlays: dict[str, Underlay] = {}
         self._locks: dict[NetworkId, asyncio.Lock] = {}
+        self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
 
     def identify(self, node_id: NodeId) -> None:
         """Who this node is in the tables."""
@@ -119,14 +126,20 @@ class Overlays:
         await self._tried(self._find_underlays(), refused)
         await self._tried(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
-        for id in sorted(concerned):
-            await self._tried(self._settle(id), refused)
-            await self._tried(self._settle_containers(id), refused)
+        limit = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for id in sorted(concerned):
+                group.create_task(self._settle_whole(id, limit, refused), name=f"network {id}")
         if is_first:
             await self._tried(self._clear_pins(), refused)
         if refused:
             raise refused[0]
         self._is_cleared = True
+
+    async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
+        async with limit:
+            await self._tried(self._settle(id), refused)
+            await self._tried(self._settle_containers(id), refused)
 
     async def _tried(self, work: Coroutine[Any, Any, None], refused: list[SkepError]) -> None:
         try:
@@ -134,7 +147,9 @@ class Overlays:
         except SkepError as error:
             refused.append(error)
         except OSError as error:
-            refused.append(SkepError(str(error)))
+            refused.append(KernelRefused(str(error)))
+        except ValueError as error:  # a table that makes no sense; the other networks go on
+            refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
 
     async def _settle_home(self) -> None:
         """Who may send VXLAN here, before any device takes it."""
@@ -156,7 +171,9 @@ class Overlays:
     async def begin(self, live: Mapping[ContainerId, Endpoint]) -> None:
         """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
         for id, endpoint in live.items():
-            await self._watch_container(id, endpoint)
+            domain = await self._watch_container(id, endpoint)
+            domain.adopt()
+            self._healing.expect(domain)
         self._restored.set()
 
     async def connect(
@@ -185,29 +202,32 @@ class Overlays:
                 self._enter(container_id, str(netns), one)
                 await self._settle(one.network_id)
         except BaseException:
-            await asyncio.shield(self.disconnect(container_id, connected))
+            self.disconnect(container_id, connected)
             raise
         return connected
 
     async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
         domain = await self._watch_container(container_id, endpoint)
+        domain.believe(just_made(domain.wanted))
         await domain.settle()
 
-    async def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
-        """Remove its ports, and networks that nobody needs any more.  Harmless when they are gone.
+    def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
+        """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
 
-        Raises: SkepError: a port could not be removed; it goes with its container's namespace.
+        Harmless when all of that is gone.
         """
         found = self._containers.pop(container_id, None)
         if found is not None:
             self._healing.forget(found[0])
-        refused: list[SkepError] = []
         for one in connected:
-            self._places.get(one.network_id, {}).pop(container_id, None)
-            await self._tried(self._settle(one.network_id), refused)
-        if refused:
-            raise refused[0]
+            id = one.network_id
+            if self._places.get(id, {}).pop(container_id, None) is None:
+                continue
+            domain = self._home if self._head_of(id).is_ingress else self._domains.get(id)
+            if domain is not None:
+                domain.let_go(one.port)
+            self._settling.soon(id, partial(self._settle, id))
 
     def _enter(self, container_id: ContainerId, netns: str, connected: ConnectedPlace) -> None:
         self._heads.setdefault(connected.network_id, connected.place.head)
@@ -219,7 +239,7 @@ class Overlays:
             f"container {container_id[:12]}",
             Path(endpoint.netns),
             self._namespaces,
-            self._repairs,
+            self.repairs,
             is_ours=False,
             remake=partial(self._remake, endpoint),
         )
@@ -266,22 +286,37 @@ class Overlays:
             if table is None and not places:
                 await self._remove(id)
                 return
-            head = self._head_of(id)
+            head, underlay = self._head_of(id), self._underlay_of(table)
             state = network_state(
-                head, table, places, node_id=self._node_id, underlay=self._underlay_of(table)
+                head,
+                table,
+                places,
+                node_id=self._node_id,
+                underlay=underlay,
+                remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
             )
             domain = await self._domain(id, head)
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
             await domain.settle()
 
+    def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
+        """Remembered for each table, of which a large network's is long, and many containers start on it."""
+        known = self._remote.get(table.head.id)
+        if known is None or known[0] is not table or known[1:3] != (self._node_id, underlay):
+            entries = remote_entries(table, self._node_id, underlay)
+            known = self._remote[table.head.id] = (table, self._node_id, underlay, entries)
+        return known[3]
+
     async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
         if head.is_ingress:
             return self._home
+        if not id.isalnum():  # it becomes the name of a file
+            raise InvalidArgument(f"invalid network id {id!r}")
         path = self._pins.path(id)
         domain = self._domains.get(id)
         if domain is None:
             domain = self._domains[id] = Domain(
-                f"network {head.name}", path, self._pins, self._repairs, selects=every_link
+                f"network {head.name}", path, self._pins, self.repairs, selects=every_link
             )
         if not os.path.ismount(path):
             await self._pins.destroy(id)
@@ -294,23 +329,25 @@ class Overlays:
 
     async def _remove(self, id: NetworkId) -> None:
         self._heads.pop(id, None)
+        self._remote.pop(id, None)
         self._places.pop(id, None)
         domain = self._domains.pop(id, None)
         if domain is not None:
             self._healing.forget(domain)
-            await self._empty(domain, id)
+            await self._empty(domain.path)
             await self._pins.destroy(id)
         elif self._home.has(id):
             self._home.unwish(id)
             await self._home.settle()
 
-    async def _empty(self, domain: Domain, id: NetworkId) -> None:
+    async def _empty(self, path: Path) -> None:
         """The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once."""
-        domain.unwish(id)
         try:
-            await domain.settle()
+            found = await self._pins.run(path, actual.read, every_link, ())
+            gone = [name for name, link in found.state.links.items() if link.kind == "vxlan"]
+            await carry_out(self._pins, path, [DeleteLink(name) for name in gone])
         except (SkepError, OSError) as error:
-            log.warning("network not cleared", network=id, error=str(error))
+            log.warning("network not cleared", path=str(path), error=str(error))
 
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
@@ -318,10 +355,7 @@ class Overlays:
             if id not in self._domains:
                 path = self._pins.path(id)
                 if os.path.ismount(path):
-                    leftover = Domain(
-                        f"former network {id}", path, self._pins, self._repairs, selects=every_link
-                    )
-                    await self._empty(leftover, NetworkId(id))
+                    await self._empty(path)
                 await self._pins.destroy(id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
@@ -342,24 +376,3 @@ class Overlays:
         wanted = {node.underlay for node in own if node is not None and node.underlay}
         found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
         self._underlays = found
-
-
-def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
-    """The node's own namespace, in which others have devices and routes too.
-
-    Until tables have come nobody knows what there belongs to no one, so nothing is removed.
-    """
-    return Domain(
-        "node",
-        namespaces.home,
-        namespaces,
-        repairs,
-        is_ours=False,
-        selects=_is_of_ingress,
-        has_own_routes=False,
-    )
-
-
-def _is_of_ingress(link: Link) -> bool:
-    is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
-    return is_ours or (link.kind == "veth" and link.master == INGRESS_BRIDGE)

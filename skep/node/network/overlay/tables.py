@@ -44,6 +44,24 @@ def changes(old: RuleTable, new: RuleTable) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def fits(listing: str, table: RuleTable) -> bool:
+    """Whether nft's ``listing`` has as many rules and elements as ``table``: what we have just written is whole.
+
+    The spelling is nft's own, so it is compared with an earlier listing only.
+    """
+    rules, elements, is_chain = 0, 0, False
+    for line in (one.strip() for one in listing.splitlines()):
+        if line.startswith("chain "):
+            is_chain = True
+        elif line == "}":
+            is_chain = False
+        elif is_chain and not line.startswith("type "):
+            rules += 1
+    for part in listing.split("elements = {")[1:]:
+        elements += part.partition("}")[0].count(",") + 1
+    return (rules, elements) == (len(table.rules), len(table.elements))
+
+
 def _added(table: str, elements: Iterable[Element]) -> list[str]:
     by_set: dict[str, list[str]] = {}
     for name, element in sorted(elements):

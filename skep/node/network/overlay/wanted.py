@@ -72,8 +72,9 @@ def network_state(
     *,
     node_id: NodeId,
     underlay: Underlay | None,
+    remote: frozenset[Entry],
 ) -> State:
-    """One network on this node.
+    """One network on this node.  ``remote``: its ``remote_entries``.
 
     Without a table there are only the local containers on their bridge; without an ``underlay`` no other node can be
     reached.  An encrypted network leaves the node by no plain VXLAN.
@@ -96,8 +97,7 @@ def network_state(
         )
         for place in places
     }
-    remote = remote_entries(table, node_id, underlay) if table is not None and devices else frozenset()
-    entries = _one_place_each(remote, places, table, node_id)
+    entries = _one_place_each(remote if devices else frozenset(), places, table, node_id)
     return State(
         links=links,
         addresses=frozenset(Address(bridge, one) for one in own),
@@ -152,9 +152,9 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
             sysctls |= {
-                f"net/ipv6/conf/{name}/disable_ipv6": "0",
                 f"net/ipv6/conf/{name}/accept_dad": "0",
                 f"net/ipv6/conf/{name}/accept_ra": "0",
+                f"net/ipv6/conf/{name}/disable_ipv6": "0",
             }
         versions = {one.version for one in held}
         reached = {one.network for one in held}
@@ -167,6 +167,14 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
         addresses.add(Address(endpoint.interface, f"{endpoint.address}/{endpoint.prefix_length}"))
         routes.add(Route(endpoint.interface, "0.0.0.0/0", endpoint.gateway))
     return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
+
+
+def just_made(wanted: State) -> State:
+    """A container's namespace when its interfaces have just been made: they are down, and bare."""
+    return State(
+        links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
+        sysctls=dict.fromkeys(wanted.sysctls, ""),
+    )
 
 
 def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int) -> dict[str, Link]:

@@ -2,6 +2,9 @@
 
 import asyncio
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from skep.manager.discovery.acknowledgements import Acknowledgements
 from skep.model.ids import NetworkId, NodeId
 
@@ -46,6 +49,33 @@ def test_who_comes_back_has_said_nothing_yet() -> None:
     known.take_part(N1, (NET,))
     known.applied(N2, NET, 7)
     assert known.smallest(NET) == 0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["n1", "n2", "n3"]),
+            st.sampled_from(["apply", "gone", "take part"]),
+            st.integers(0, 5),
+        )
+    )
+)
+def test_the_smallest_is_the_smallest_whatever_happens(steps: list[tuple[str, str, int]]) -> None:
+    known = Acknowledgements()
+    model: dict[str, int] = {}
+    for node, what, revision in steps:
+        match what:
+            case "apply":
+                known.applied(NodeId(node), NET, revision)
+                if node in model:
+                    model[node] = max(model[node], revision)
+            case "gone":
+                known.gone(NodeId(node))
+                model.pop(node, None)
+            case "take part":
+                known.take_part(NodeId(node), (NET, OTHER) if revision % 2 else (NET,))
+                model.setdefault(node, 0)
+        assert known.smallest(NET) == min(model.values(), default=None)
 
 
 async def test_a_wait_ends_with_the_last_acknowledgement_or_when_who_owes_it_has_gone() -> None:

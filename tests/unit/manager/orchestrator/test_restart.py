@@ -53,6 +53,18 @@ def test_with_a_delay_the_successor_is_prepared_first_and_started_after_it() -> 
     assert world.steps() == [StartTask(successor)]
 
 
+def test_the_delay_holds_when_the_service_changes_between_decision_and_write() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.now = 10.0
+    world.report(only(world).id, TaskState.FAILED)
+    decided = world.changes()
+    world.update(replace(world.service.spec, labels={"tier": "front"}))
+    world.apply(decided)
+    assert wanted(world) == [only(world)]  # nothing of what was decided about another service
+    world.apply(world.changes())
+    assert world.steps() == [Recheck(13.0)]
+
+
 def test_the_delay_holds_across_a_change_that_starts_no_task() -> None:
     world = a_world(RestartPolicy(delay=3 * SECOND_NS))
     world.update(replace(world.service.spec, labels={"tier": "front"}))

@@ -160,6 +160,22 @@ async def test_what_was_in_force_stays_acknowledged_while_something_newer_fails(
         assert keeper.applied == {A: Revision(1, 1)}
 
 
+async def test_a_container_waits_for_its_networks_to_be_in_force() -> None:
+    part = Part()
+    keeper = a_keeper(part)
+    async with running(keeper), asyncio.TaskGroup() as group:
+        waiting = group.create_task(keeper.wait_in_force((A, B)))
+        keeper.take(told(a_table("a", revision=1)), 1)
+        await until(keeper, lambda: A in keeper.applied)
+        part.gate.clear()
+        keeper.take(told(a_table("b", revision=2), is_complete=False), 1)
+        await part.wait(lambda: len(part.asked) == 2)
+        assert not waiting.done()
+        part.gate.set()
+        await waiting
+        await keeper.wait_in_force(())
+
+
 async def test_an_older_set_is_refused_and_a_new_life_of_the_cluster_is_not() -> None:
     keeper = a_keeper()
     keeper.take(told(a_table("a", revision=5)), 2)

@@ -1,0 +1,143 @@
+"""Whether anybody still sends new connections to a task that is to stop.
+
+A task is out of use when every node that takes part in its networks has tables in force in which it does not serve.
+Each manager knows that of the nodes that have their sessions with it; the others are asked over the link, once for all
+tasks that wait for the same.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from random import Random
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
+from skep.errors import SkepError
+from skep.manager.discovery.loop import Discovery
+from skep.model.ids import NetworkId, NodeId
+from skep.model.node import Node, NodeState
+from skep.model.planes import is_docker_node
+from skep.model.task import Task
+from skep.store.interface import Store
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.client import Channel
+from skep.wire.service import Handler, unary
+
+PATIENCE_S = 2.0
+"""How long a manager waits for its nodes before it answers that they are not there yet."""
+ANSWER_SECONDS_MAX = PATIENCE_S + 1.0
+FIRST_RETRY_S = 0.02
+LONGEST_RETRY_S = 0.5
+ASKED_MAX = 10_000
+"""Answers that are remembered."""
+
+
+class Draining:
+    """Waits for tasks to be out of use, here and with other managers."""
+
+    def __init__(
+        self,
+        store: Store,
+        own: NodeId,
+        discovery: Discovery,
+        channel: Callable[[NodeId], Channel],
+        clock: Clock,
+        random: Random,
+    ) -> None:
+        """``channel``: the link's connection to another manager; raises Unavailable."""
+        self._store = store
+        self._own = own
+        self._discovery = discovery
+        self._channel = channel
+        self._clock = clock
+        self._random = random
+        self._known: dict[NetworkId, tuple[int, tuple[NodeId, ...]]] = {}
+        """The managers of each network's nodes, as of a revision: tasks that stop together ask once."""
+        self._asking: dict[tuple[NodeId, NetworkId], _Answer] = {}
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (unary(methods.AWAIT_TABLES, self._await_tables),)
+
+    async def wait_unused(self, task: Task, revision: int) -> None:
+        """Return when no node sends new connections to ``task``, which is to stop since ``revision`` of the store.
+
+        How long to wait is the caller's to say.
+
+        A manager that cannot be reached is one whose nodes may still use it.
+        """
+        revisions = await self._discovery.wait_not_serving(task, revision)
+        async with asyncio.TaskGroup() as group:
+            for network_id, changed_at in revisions.items():
+                for manager in self._managers_of(network_id):
+                    group.create_task(self._wait_applied(manager, network_id, changed_at))
+
+    def _managers_of(self, network_id: NetworkId) -> tuple[NodeId, ...]:
+        """The managers that have sessions of nodes on the network; this one too, for what it does not show yet."""
+        view = self._store.view()
+        revision, known = self._known.get(network_id, (0, ()))
+        if revision == view.revision:
+            return known
+        ids = self._discovery.nodes_on(network_id)
+        nodes = view.find(Node) if ids is None else [view.lookup(Node, id) for id in ids]
+        managers = {
+            node.session.manager_id
+            for node in nodes
+            if node is not None
+            and node.session is not None
+            and node.status.state is NodeState.READY
+            and not is_docker_node(node)
+        }
+        known = tuple(sorted(managers | {self._own}))
+        if len(self._known) >= ASKED_MAX:
+            self._known.clear()
+        self._known[network_id] = view.revision, known
+        return known
+
+    async def _wait_applied(self, manager: NodeId, network_id: NetworkId, revision: int) -> None:
+        if manager == self._own:
+            await self._discovery.acknowledgements.wait_applied(network_id, revision)
+            return
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
+        while not await self._has_applied(manager, network_id, revision):
+            await backoff.sleep(self._clock)
+
+    async def _has_applied(self, manager: NodeId, network_id: NetworkId, revision: int) -> bool:
+        """Ask another manager, unless it has said so already."""
+        key = manager, network_id
+        if key not in self._asking and len(self._asking) >= ASKED_MAX:
+            self._asking.clear()
+        answer = self._asking.setdefault(key, _Answer())
+        async with answer.one_at_a_time:
+            if answer.applied < revision:
+                request = skep.AwaitTablesRequest(network_id=network_id, revision=revision)
+                try:
+                    reply = await self._channel(manager).call(
+                        methods.AWAIT_TABLES, request, timeout_s=ANSWER_SECONDS_MAX
+                    )
+                except SkepError:
+                    return False
+                answer.applied = reply.applied
+            return answer.applied >= revision
+
+    async def _await_tables(
+        self, request: skep.AwaitTablesRequest, caller: Caller
+    ) -> skep.AwaitTablesResponse:
+        known = self._discovery.acknowledgements
+        network_id = NetworkId(request.network_id)
+        try:
+            await unless(known.wait_applied(network_id, request.revision), self._clock.sleep(PATIENCE_S))
+        except Overtaken:
+            pass
+        smallest = known.smallest(network_id)
+        return skep.AwaitTablesResponse(applied=request.revision if smallest is None else smallest)
+
+
+class _Answer:
+    """What another manager said of a network last."""
+
+    def __init__(self) -> None:
+        self.applied = 0
+        self.one_at_a_time = asyncio.Lock()

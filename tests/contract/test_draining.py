@@ -1,0 +1,247 @@
+"""A task's stop is held back until no node sends it new connections; over real mutual TLS on loopback."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import Unavailable
+from skep.manager.discovery.draining import Draining
+from skep.manager.discovery.loop import Discovery
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.model.ids import NetworkId, NodeId, new_id
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
+from skep.model.service import Service
+from skep.model.tables import Table
+from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.model.times import Timestamp
+from skep.node.local import Peer
+from skep.node.tables.files import StoredTables
+from skep.node.tables.keeper import TableKeeper
+from skep.security.keypair import KeyPair
+from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+from skep.wire.client import Channel, connected
+from skep.wire.server import serve
+from tests.builders import a_service, a_task, an_overlay
+from tests.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
+
+NET = an_overlay("net1")
+SECOND = NodeId("manager0000000000000000m2")
+LONG = {"skep.drain": "60s"}
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+class Consumer:
+    """A node's data plane: while the gate is shut, what it was told is not in force."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.serving: set[str] = set()
+
+    async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
+        await self.gate.wait()
+        self.serving = {
+            id for table in tables.values() for id, one in table.endpoints.items() if one.is_serving
+        }
+
+
+class Joined:
+    """A node with what it is told."""
+
+    def __init__(self, worker: FakeWorker, consumer: Consumer, keeper: TableKeeper) -> None:
+        self.worker = worker
+        self.consumer = consumer
+        self.keeper = keeper
+
+    def desired(self, task: Task) -> TaskState:
+        return self.worker.tasks[task.id].task.desired_state
+
+    def is_told_serving(self, task: Task) -> bool:
+        table = self.keeper.tables.get(NET.id)
+        return table is not None and task.id in table.endpoints and table.endpoints[task.id].is_serving
+
+
+@asynccontextmanager
+async def joined(pair: KeyPair, directory: Path, manager: Peer) -> AsyncIterator[Joined]:
+    clock, worker, consumer = SystemClock(), FakeWorker(), Consumer()
+    keeper = TableKeeper(StoredTables(None, clock), (consumer,), clock, Random(1).random)
+    running = asyncio.create_task(keeper.run())
+    directory.mkdir()
+    try:
+        async with an_agent_of([manager], pair, directory, worker, Random(1), tables=keeper):
+            yield Joined(worker, consumer, keeper)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+@asynccontextmanager
+async def two_nodes(
+    cluster: Cluster, directory: Path, other: Peer | None = None
+) -> AsyncIterator[tuple[Joined, Joined]]:
+    """``n1`` with the cluster's manager, ``n2`` with it or with ``other``."""
+    own = Peer(MANAGER_ID, cluster.address)
+    await put(cluster, NET, Node(id=NodeId("n1")), Node(id=NodeId("n2")))
+    async with (
+        joined(cluster.pair("n1"), directory / "n1", own) as first,
+        joined(cluster.pair("n2"), directory / "n2", other or own) as second,
+    ):
+        yield first, second
+
+
+async def a_used_task(cluster: Cluster, first: Joined, second: Joined, labels: Mapping[str, str]) -> Task:
+    """A task that runs on n1, and that both nodes send connections to; n2 has a task of its own on the network."""
+    web = a_service("web", replicas=2)
+    web = replace(web, spec=replace(web.spec, labels=labels))
+
+    def placed(node: str, number: int) -> Task:
+        place = NetworkAttachment(network=NET, addresses=(f"10.0.1.{number}/24",))
+        return replace(a_task(new_id(), node=node, service=web, slot=number), networks_attachments=(place,))
+
+    task = placed("n1", 2)
+    await put(cluster, web, task, placed("n2", 3))
+    await until(lambda: task.id in first.consumer.serving and task.id in second.consumer.serving)
+    await until(lambda: task.id in first.worker.tasks)
+    return task
+
+
+async def stop(cluster: Cluster, task: Task, desired: TaskState = TaskState.SHUTDOWN) -> None:
+    await cluster.store.update(lambda tx: tx.put(replace(tx.get(Task, task.id), desired_state=desired)))
+
+
+async def test_a_task_hears_of_its_stop_when_no_node_uses_it_any_more(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    async with two_nodes(cluster, tmp_path) as (first, second):
+        task = await a_used_task(cluster, first, second, LONG)
+        second.consumer.gate.clear()
+        await stop(cluster, task)
+        await until(lambda: task.id not in first.consumer.serving)
+        await until(lambda: not second.is_told_serving(task))
+        # What else the node is to hear, it hears at once.
+        another = a_task(new_id(), node="n1", state=TaskState.ASSIGNED)
+        await put(cluster, another)
+        await until(lambda: another.id in first.worker.tasks)
+        assert task.id in second.consumer.serving
+        assert first.desired(task) is TaskState.RUNNING
+        second.consumer.gate.set()
+        await until(lambda: first.desired(task) is TaskState.SHUTDOWN)
+        assert task.id not in second.consumer.serving
+
+
+async def test_a_stop_is_held_back_for_no_longer_than_the_service_says(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    async with two_nodes(cluster, tmp_path) as (first, second):
+        task = await a_used_task(cluster, first, second, {"skep.drain": "300ms"})
+        second.consumer.gate.clear()
+        began = asyncio.get_running_loop().time()
+        await stop(cluster, task)
+        await until(lambda: first.desired(task) is TaskState.SHUTDOWN)
+        assert asyncio.get_running_loop().time() - began >= 0.3
+        assert task.id in second.consumer.serving
+
+
+@pytest.mark.parametrize(
+    "why", ["the service goes", "no draining", "it ended", "its record goes", "the user is gone"]
+)
+async def test_nothing_is_held_back_where_nobody_is_helped(
+    cluster: Cluster, tmp_path: Path, why: str
+) -> None:
+    labels = {"skep.drain": "0s"} if why == "no draining" else LONG
+    async with two_nodes(cluster, tmp_path) as (first, second):
+        task = await a_used_task(cluster, first, second, labels)
+        second.consumer.gate.clear()
+        if why == "the service goes":
+            removed_at = Timestamp("2026-01-01T00:00:00Z")
+            await cluster.store.update(
+                lambda tx: tx.put(replace(tx.get(Service, "web"), removed_at=removed_at))
+            )
+        await stop(cluster, task)
+        if why == "it ended":
+            await until(lambda: not second.is_told_serving(task))
+            first.worker.report(task.id, TaskState.FAILED)
+        if why == "its record goes":
+            await cluster.store.update(lambda tx: tx.delete(Task, task.id))
+            await until(lambda: task.id not in first.worker.tasks)
+            return
+        if why == "the user is gone":
+            await until(lambda: not second.is_told_serving(task))
+            await cluster.store.update(lambda tx: tx.delete(Node, "n2"))
+        await until(lambda: first.desired(task) is TaskState.SHUTDOWN)
+        assert task.id in second.consumer.serving
+
+
+@asynccontextmanager
+async def a_second_manager(cluster: Cluster) -> AsyncIterator[str]:
+    """Another manager on the same store; gives its address."""
+    clock = SystemClock()
+
+    def unreachable(manager: NodeId) -> Channel:
+        raise Unavailable(f"manager {manager} cannot be reached")
+
+    dispatcher: Dispatcher
+    discovery = Discovery(cluster.store, lambda node, session: dispatcher.session(node, session), clock)
+    draining = Draining(cluster.store, SECOND, discovery, unreachable, clock, Random(1))
+    own = ManagerPeer(node_id=SECOND, addr="127.0.0.1:1")
+    dispatcher = Dispatcher(cluster.store, own, clock, new_id, Random(1), wait_unused=draining.wait_unused)
+    tls = ServerTls(cluster.pair(SECOND, NodeRole.MANAGER))
+    handlers = [*dispatcher.services(), *discovery.services(), *draining.services()]
+    status = ManagerStatus(addr="127.0.0.1:1")
+    await put(cluster, Node(id=SECOND, spec=NodeSpec(role=NodeRole.MANAGER), manager_status=status))
+    async with (
+        serve(
+            with_all_methods(handlers), host="127.0.0.1", port=0, tls=tls.front, cluster_id=cluster.id
+        ) as bound,
+        asyncio.TaskGroup() as group,
+    ):
+        running = [group.create_task(dispatcher.run()), group.create_task(discovery.run())]
+        yield f"127.0.0.1:{bound.port}"
+        for task in running:
+            task.cancel()
+
+
+async def test_nodes_of_other_managers_are_waited_for_too(cluster: Cluster, tmp_path: Path) -> None:
+    channels: dict[NodeId, Channel] = {}
+
+    def channel(manager: NodeId) -> Channel:
+        if manager not in channels:
+            raise Unavailable(f"manager {manager} cannot be reached")
+        return channels[manager]
+
+    cluster.draining._channel = channel
+    own = client_context(cluster.pair(MANAGER_ID, NodeRole.MANAGER))
+    async with (
+        a_second_manager(cluster) as address,
+        connected(address, own, MANAGER_NAME) as link,
+        two_nodes(cluster, tmp_path, Peer(SECOND, address)) as (first, second),
+    ):
+        task = await a_used_task(cluster, first, second, LONG)
+        second.consumer.gate.clear()
+        await stop(cluster, task)
+        await until(lambda: task.id not in first.consumer.serving)
+        await until(lambda: not second.is_told_serving(task))
+        assert first.desired(task) is TaskState.RUNNING  # the link is away
+        channels[SECOND] = link
+        await until(
+            lambda: (
+                cluster.draining._asking
+                and next(iter(cluster.draining._asking.values())).one_at_a_time.locked()
+            )
+        )
+        assert first.desired(task) is TaskState.RUNNING  # it is there, and the other's node is not ready
+        second.consumer.gate.set()
+        await until(lambda: first.desired(task) is TaskState.SHUTDOWN)
+        assert task.id not in second.consumer.serving

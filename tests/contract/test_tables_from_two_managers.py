@@ -1,0 +1,135 @@
+"""A node that changes its manager, whatever happens meanwhile: its tables never go back and miss nothing."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from skep.aio.clock import SystemClock
+from skep.errors import Unavailable
+from skep.manager.discovery.derive import table_of
+from skep.manager.discovery.loop import Discovery
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.model.ids import NodeId, new_id
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
+from skep.model.tables import TableSet
+from skep.model.task import NetworkAttachment, Task, TaskState
+from skep.node.local import Peer
+from skep.node.tables.files import StoredTables
+from skep.node.tables.keeper import TableKeeper
+from skep.security.tls import ServerTls
+from skep.store.memory import MemoryStore
+from skep.wire.server import serve
+from tests.builders import a_service, a_task, an_overlay
+from tests.wire_rig import MANAGER_ID, Cluster, FakeWorker, an_agent_of, put, until, with_all_methods
+
+NET = an_overlay("net1", subnet="10.0.0.0/16")
+SECOND = NodeId("manager0000000000000000m2")
+MOVES = 6
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+@asynccontextmanager
+async def another_manager(cluster: Cluster) -> AsyncIterator[tuple[Dispatcher, str]]:
+    """With a replica of its own of the same cluster; gives its address."""
+    clock = SystemClock()
+    store = MemoryStore(clock, cluster=cluster.store.cluster)
+    dispatcher: Dispatcher
+    discovery = Discovery(store, lambda node, session: dispatcher.session(node, session), clock)
+    dispatcher = Dispatcher(store, ManagerPeer(node_id=SECOND, addr=""), clock, new_id, Random(1))
+    tls = ServerTls(cluster.pair(SECOND, NodeRole.MANAGER))
+    handlers = with_all_methods([*dispatcher.services(), *discovery.services()])
+    async with (
+        serve(handlers, host="127.0.0.1", port=0, tls=tls.front, cluster_id=cluster.id) as bound,
+        asyncio.TaskGroup() as group,
+    ):
+        address = f"127.0.0.1:{bound.port}"
+        dispatcher._own = ManagerPeer(node_id=SECOND, addr=address)
+        status = ManagerStatus(addr=address)
+        await put(cluster, Node(id=SECOND, spec=NodeSpec(role=NodeRole.MANAGER), manager_status=status))
+        running = [group.create_task(dispatcher.run()), group.create_task(discovery.run())]
+        yield dispatcher, address
+        for task in running:
+            task.cancel()
+
+
+class Recording(TableKeeper):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        clock = SystemClock()
+        super().__init__(StoredTables(None, clock), (), clock, Random(1).random)
+        self.sets: list[TableSet] = []
+
+    def take(self, news: TableSet, incarnation: int) -> None:
+        self.sets.append(news)
+        super().take(news, incarnation)
+
+
+async def test_tables_go_on_where_they_were_whoever_tells_them(cluster: Cluster, tmp_path: Path) -> None:
+    web = a_service("web", replicas=100)
+    numbers = count()
+
+    def placed(node: str) -> Task:
+        number = next(numbers)
+        address = f"10.0.{number // 250}.{number % 250 + 2}/16"
+        place = NetworkAttachment(network=NET, addresses=(address,))
+        task = a_task(new_id(), node=node, service=web, state=TaskState.RUNNING)
+        return replace(task, networks_attachments=(place,))
+
+    await put(cluster, NET, web, Node(id=NodeId("n1")), Node(id=NodeId("n2")), placed("n1"))
+    keeper = Recording()
+    keeping = asyncio.create_task(keeper.run())
+    stop = asyncio.Event()
+
+    async def disturb() -> None:
+        """Something changes all the time."""
+        while not stop.is_set():
+            task = placed("n2")
+            await put(cluster, task)
+            await put(cluster, replace(task, desired_state=TaskState.SHUTDOWN))
+            await asyncio.sleep(0.01)
+
+    with capture_logs() as logs:
+        async with another_manager(cluster) as (second, address), asyncio.TaskGroup() as group:
+            managers = [Peer(MANAGER_ID, cluster.address), Peer(SECOND, address)]
+            dispatchers = {MANAGER_ID: cluster.dispatcher, SECOND: second}
+            pair = cluster.pair("n1")
+            async with an_agent_of(managers, pair, tmp_path, FakeWorker(), Random(1), tables=keeper):
+                disturbing = group.create_task(disturb())
+                owners = []
+                for _ in range(MOVES):
+                    session = cluster.node(NodeId("n1")).session
+                    assert session is not None
+                    owners.append(session.manager_id)
+                    sets = sum(one.is_complete for one in keeper.sets)
+                    dispatchers[session.manager_id]._sessions.send_on(
+                        NodeId("n1"), Unavailable("go on"), now=0.0, grace_s=1e9
+                    )
+                    await until(lambda sets=sets: sum(one.is_complete for one in keeper.sets) > sets)
+                stop.set()
+                await disturbing
+                await until(
+                    lambda: (
+                        replace(keeper.tables[NET.id], revision=0)
+                        == replace(table_of(cluster.view, NET), revision=0)
+                    )
+                )
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    revisions = [one.revision for one in keeper.sets]
+    assert revisions == sorted(revisions)
+    assert len(set(owners)) == 2
+    assert not [entry for entry in logs if "behind" in str(entry.get("error", ""))]

@@ -1,0 +1,179 @@
+"""When namespaces are compared, and what that may cost."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from skep.errors import Unavailable
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay.difference import AddLink, Put, SetSysctl
+from skep.node.network.overlay.domain import Domain
+from skep.node.network.overlay.healing import SHARE, Healing
+from skep.node.network.overlay.repairs import Repairs, kind_of
+from skep.node.network.overlay.settling import Settling
+from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Route, State
+from skep.node.network.overlay.tables import RuleTable, changes, fits, whole
+
+
+class Stopwatch:
+    """A clock that stands still but for who sleeps, or says that he worked."""
+
+    def __init__(self) -> None:
+        self.now, self.slept, self.worked = 0.0, 0.0, 0.0
+
+    def now_ns(self) -> int:
+        return round(self.now * 1e9)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 0)
+        self.slept += max(seconds, 0)
+        await asyncio.sleep(0)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+        self.worked += seconds
+
+
+class Slow(Domain):
+    """A namespace whose comparison takes ``seconds``."""
+
+    def __init__(self, clock: Stopwatch, seconds: float) -> None:
+        super().__init__("slow", Path("/none"), Namespaces(Path("/none")), Repairs())
+        self._clock, self._seconds, self.compared = clock, seconds, 0
+
+    async def heal(self) -> int:
+        self._clock.work(self._seconds)
+        self.compared += 1
+        return 0
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.01, 0.5])
+async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: float) -> None:
+    clock = Stopwatch()
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs())
+    domains = [Slow(clock, seconds) for _ in range(5)]
+    for domain in domains:
+        healing.take_turns(domain)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while domains[-1].compared < 20:  # noqa: ASYNC110  # nobody is told
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert clock.worked / (clock.worked + clock.slept) <= SHARE * 1.05
+    assert max(one.compared for one in domains) - min(one.compared for one in domains) <= 1
+
+
+async def test_what_is_settled_later_is_settled_once_and_a_failure_keeps_nobody_else() -> None:
+    clock, calls = Stopwatch(), []
+    settling = Settling(clock)
+
+    def noting(name: str) -> object:
+        async def settle() -> None:
+            calls.append(name)
+            if name == "bad":
+                raise Unavailable("not now")
+
+        return settle
+
+    for name in ("bad", "net1", "net1", "net1", "net2"):
+        settling.soon(name, noting(name))  # type: ignore[arg-type]
+    task = asyncio.get_running_loop().create_task(settling.run())
+    while len(calls) < 3:  # noqa: ASYNC110  # nobody is told
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert calls == ["bad", "net1", "net2"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        (AddLink(Link(name="br0", kind="bridge")), "link"),
+        (SetSysctl("net/ipv4/ip_forward", "1"), "sysctl"),
+        (Put(Address("br0", "10.0.0.1/24")), "address"),
+        (Put(Route("br0", "10.0.0.0/24")), "route"),
+        (Put(Entry(EntryKind.FORWARD, "vx", "02:42:0a:00:00:05", "192.0.2.1")), "forwarding"),
+        (Put(Entry(EntryKind.PORT, "vx", "02:42:0a:00:00:05")), "bridge entry"),
+        (Put(Entry(EntryKind.NEIGHBOUR, "vx", "02:42:0a:00:00:05", "10.0.0.5")), "neighbour"),
+    ],
+)
+def test_repairs_are_counted_by_kind(operation: AddLink | SetSysctl | Put, kind: str) -> None:
+    repairs = Repairs()
+    repairs.count([kind_of(operation)] * 2)
+    assert (repairs.counts, repairs.total) == ({kind: 2}, 2)
+
+
+TABLE = RuleTable(
+    name="inet t",
+    sets=(("ports", "type inet_service"), ("targets", "type inet_service : ipv4_addr")),
+    chains=(("c", "{ type filter hook input priority 0; }"), ("d", "")),
+    rules=(("c", "udp dport @ports jump d"), ("d", "drop")),
+    elements=frozenset({("ports", "1"), ("ports", "2"), ("targets", "80 : 10.0.0.1")}),
+)
+LISTING = """table inet t {
+	set ports {
+		type inet_service
+		elements = { 1,
+				2 }
+	}
+
+	map targets {
+		type inet_service : ipv4_addr
+		elements = { 80 : 10.0.0.1 }
+	}
+
+	chain c {
+		type filter hook input priority filter; policy accept;
+		udp dport @ports jump d
+	}
+
+	chain d {
+		drop
+	}
+}
+"""
+
+
+def test_a_table_is_written_whole_and_changed_by_its_elements() -> None:
+    text = whole(TABLE)
+    assert text.startswith("add table inet t\ndelete table inet t\nadd table inet t\n")
+    assert "add map inet t targets { type inet_service : ipv4_addr; }" in text
+    fewer = RuleTable(
+        name=TABLE.name,
+        sets=TABLE.sets,
+        chains=TABLE.chains,
+        rules=TABLE.rules,
+        elements=frozenset({("ports", "2"), ("targets", "81 : 10.0.0.1")}),
+    )
+    assert changes(TABLE, fewer).splitlines() == [
+        "delete element inet t ports { 1 }",
+        "delete element inet t targets { 80 }",
+        "add element inet t targets { 81 : 10.0.0.1 }",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["\t\t\t\t2", "\t\tdrop\n", "\t\tudp dport @ports jump d\n"])
+def test_a_listing_that_lacks_something_is_no_measure(missing: str) -> None:
+    assert fits(LISTING, TABLE)
+    assert not fits(LISTING.replace(missing, "").replace("1,\n", "1\n"), TABLE)
+
+
+def test_a_domains_wish_is_that_of_all_its_parts() -> None:
+    domain = Domain("d", Path("/none"), Namespaces(Path("/none")), Repairs())
+    domain.wish("one", State(links={"a": Link(name="a", kind="bridge")}), TABLE)
+    more = RuleTable(
+        name=TABLE.name,
+        sets=TABLE.sets,
+        chains=TABLE.chains,
+        rules=TABLE.rules,
+        elements=frozenset({("ports", "9")}),
+    )
+    domain.wish("other", State(sysctls={"net/x": "1"}), more)
+    assert (list(domain.wanted.links), domain.wanted.sysctls) == (["a"], {"net/x": "1"})
+    assert domain.wanted_rules["inet t"].elements == TABLE.elements | {("ports", "9")}
+    domain.unwish("one")
+    assert domain.wanted.links == {}
