@@ -38,6 +38,7 @@ from skep.model.times import Nanoseconds
 _SHORTEST_NS = 1_000_000
 _NANO_CPUS_MIN = 1_000_000
 _MEMORY_BYTES_MIN = 4 * 1024 * 1024
+_PORT_MAX = 65535
 _SIGN_BIT = 2**63 - 1
 """Decoding cuts larger numbers to this; SwarmKit sees them as negative."""
 
@@ -252,6 +253,9 @@ def _check_endpoint(endpoint: EndpointSpec | None) -> None:
             raise InvalidArgument(
                 "EndpointSpec: port published with ingress mode can't be used with dnsrr mode"
             )
+        for number in (port.published_port, port.target_port):
+            if number > _PORT_MAX:
+                raise InvalidArgument(f"EndpointSpec: invalid port {number}: want at most {_PORT_MAX}")
         if not port.published_port:
             continue
         place = (port.protocol, port.published_port)

@@ -11,6 +11,7 @@ from skep.model.ids import NodeId, TaskId
 from skep.model.publishing import PublishOptions
 from skep.model.tables import Table, TableEndpoint, TablePort, TableService
 
+PROTOCOLS = frozenset({"tcp", "udp", "sctp"})
 STICKY_SLOTS = 256
 """Clients are dealt to this many slots by their address, and slots to tasks."""
 
@@ -81,14 +82,16 @@ def plan(table: Table, node_id: NodeId) -> Plan:
     for _, service in sorted(table.services.items()):
         for port in service.ports:
             key = (port.protocol, port.published)
-            if key not in ports:
+            if key not in ports and _is_possible(port):
                 ports[key] = _mesh_port(service, port, serving.get(service.id, ()), node_id)
     own = table.nodes.get(node_id)
     return Plan(
         ports=tuple(port for _, port in sorted(ports.items())),
         subnets=tuple(segment.subnet for segment in table.head.segments),
         gates=tuple(
-            gate for node in table.nodes.values() if (gate := gate_of(node.addresses)).ipv4 or gate.ipv6
+            sorted(
+                gate for node in table.nodes.values() if (gate := gate_of(node.addresses)).ipv4 or gate.ipv6
+            )
         ),
         own=gate_of(own.addresses) if own else Gate(""),
     )
@@ -119,6 +122,12 @@ def sticky_slots(backends: tuple[Backend, ...]) -> tuple[Backend, ...]:
 def _values(task_id: TaskId) -> memoryview:
     """How much a task values each slot."""
     return memoryview(shake_128(task_id.encode()).digest(4 * STICKY_SLOTS)).cast("I")
+
+
+def _is_possible(port: TablePort) -> bool:
+    """One that is not would keep all others from being published."""
+    numbers = range(1, 65536)
+    return port.protocol in PROTOCOLS and port.published in numbers and port.target in numbers
 
 
 def _mesh_port(

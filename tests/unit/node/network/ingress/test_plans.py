@@ -101,6 +101,21 @@ def test_a_node_that_is_not_in_the_table_has_no_address_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
+    "port",
+    [
+        TablePort(protocol="tcp", published=70000, target=80),
+        TablePort(protocol="tcp", published=80, target=0),
+        TablePort(protocol="icmp", published=80, target=80),
+    ],
+)
+def test_a_port_that_cannot_be_keeps_no_other_from_being_published(port: TablePort) -> None:
+    good = table(endpoint("t1", N1, "10.0.0.5"))
+    service = good.services[WEB]
+    both = msgspec.structs.replace(service, ports=(port, *service.ports))
+    assert plan(msgspec.structs.replace(good, services={WEB: both}), N1) == plan(good, N1)
+
+
+@pytest.mark.parametrize(
     ("host_ip", "ipv4", "ipv6", "only"),
     [
         ("", True, True, ""),
