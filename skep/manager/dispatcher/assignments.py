@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from skep.model.assignment import AssignmentSet, ConfigFile, SecretFile
 from skep.model.ids import ConfigId, NodeId, SecretId, TaskId
+from skep.model.labels import DRAIN
 from skep.model.node import Node
 from skep.model.planes import is_docker_node, is_overlay
 from skep.model.secret import Config, Secret
@@ -145,10 +146,16 @@ def _assigned(view: View, task: Task) -> AssignedTask:
     task = replace(task, slot=task.shown_slot)
     if service is None:
         return AssignedTask(task=task)
+    labels = service.spec.labels
+    if service.removed_at is not None:
+        labels = {
+            **labels,
+            DRAIN: "0s",
+        }  # nobody waits for the clients of what its user does not want any more
     return AssignedTask(
         task=task,
         service_name=service.spec.name,
-        service_labels=service.spec.labels,
+        service_labels=labels,
         ports=_ports_of(service),
         virtual_ips=service.endpoint.virtual_ips,
     )

@@ -8,9 +8,11 @@ from skep.aio.clock import SystemClock
 from skep.manager.dispatcher.assignments import Told, difference, everything, matters
 from skep.model.container import ConfigReference, ContainerSpec, FileTarget, SecretReference
 from skep.model.ids import ConfigId, NodeId, SecretId
+from skep.model.labels import drain_s
 from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import Endpoint, EndpointSpec, PortConfig, PublishMode, TaskSpec
 from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.times import timestamp
 from skep.store.kinds import Payload
 from skep.store.memory import MemoryStore
 from tests.builders import a_service, a_service_spec, a_task
@@ -73,6 +75,13 @@ async def test_a_task_comes_with_what_its_node_needs_to_know_of_the_service():
     (assigned,) = everything(store.view(), N1)[0].tasks
     assert assigned.name.startswith("web.1.")
     assert assigned.ports == (port,)
+
+
+async def test_tasks_of_a_removed_service_do_not_wait_for_their_clients():
+    service = replace(a_service(), removed_at=timestamp(1))
+    store = await store_with(service, a_task("t1", node="n1", service=service, state=TaskState.RUNNING))
+    change, _ = everything(store.view(), N1)
+    assert drain_s(change.tasks[0].service_labels) == 0.0
 
 
 async def test_ports_that_need_no_allocation_are_told_as_wished():
