@@ -1,23 +1,36 @@
 """Writes a plan into the namespace of the calling thread."""
 
+import structlog
+
 from skep.node.network import nft
 from skep.node.virtual import rules
 from skep.node.virtual.conntrack import forget_flows
 from skep.node.virtual.healing import named
 from skep.node.virtual.plan import Plan
-from skep.node.virtual.wanted import is_ipv6
+from skep.node.virtual.wanted import Leads, is_ipv6
+
+log = structlog.get_logger()
 
 
 def write(own_name: str, plan: Plan) -> None:
-    """Apply ``plan`` under ``own_name`` (see ``healing``).  Blocks.  Raises: NftFailed, OSError."""
+    """Apply ``plan`` under ``own_name`` (see ``healing``).  Blocks.  Raises: NftFailed."""
     with named(own_name):
         nft.run(plan.text)
         if not plan.astray:
             return
         if plan.is_anew:
-            nft.run(rules.noted(forget_flows(plan.astray)))
+            nft.run(rules.noted(_forget(plan.astray)))
             return
         families = sorted({rules.FAMILIES[is_ipv6(one)] for one in plan.astray})
         used = rules.noted_in("".join(nft.run(rules.datagrams(family)) for family in families))
         if astray := {one: backends for one, backends in plan.astray.items() if one in used}:
-            forget_flows(astray)
+            _forget(astray)
+
+
+def _forget(leads: Leads) -> frozenset[str]:
+    """To which addresses of ``leads`` there are UDP flows, as far as that can be known; those astray are gone."""
+    try:
+        return forget_flows(leads)
+    except OSError as error:  # new connections are led rightly all the same
+        log.warning("connection tracking does not answer", reason=str(error))
+        return frozenset(leads)
