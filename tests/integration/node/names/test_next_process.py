@@ -4,11 +4,16 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from dnslib import DNSRecord
+from msgspec.structs import replace
 
-from skep.node.netprocess.naming import Naming
-from skep.node.netprocess.protocol import NameServer, Place
+from skep.model.ids import ContainerId
+from skep.model.labels import LABEL_TASK_ID
+from skep.node.netprocess.protocol import NameServer
+from skep.node.network.naming import Naming, named_of
+from skep.node.oci.container import ConnectedPlace, Container, ContainerConfig, Endpoint, Place
 from skep.node.supervision.supervisor import wait_end
 from tests.names_lab import NamesLab, net_process
 from tests.tables import a_network, a_served
@@ -109,30 +114,60 @@ async def test_what_went_while_nobody_looked_is_not_served_again(lab: NamesLab) 
     assert list(Path(lab.paths.names).iterdir()) == []
 
 
+def a_container(id: str, netns: Path, **config: Any) -> Container:
+    """One that is on the network ``front``, by a task of the same name."""
+    place = Place(head=FRONT.head, addresses=("10.0.1.3/24",))
+    connected = ConnectedPlace(place=place, interface="eth0", port="p", mac_address="02:42:0a:00:01:03")
+    return Container(
+        id=ContainerId(id),
+        name=id,
+        image="",
+        image_id="",
+        config=ContainerConfig(path="sh", places=(place,), **config),
+        labels={LABEL_TASK_ID: id},
+        endpoint=Endpoint(netns=str(netns), address="172.18.0.2", places=(connected,)),
+    )
+
+
 async def test_the_next_node_process_has_just_its_containers_served(lab: NamesLab, tmp_path: Path) -> None:
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.53\noptions ndots:3\n")
     lab.write(FRONT)
     naming = Naming(lab.client, resolver)
     for id in ("c1", "c2"):
-        path = await lab.container(id)
-        await naming.serve(naming.named(id, path, [Place(FRONT.head.id)]))
-    paths = {id: await lab.container(id) for id in ("c3",)} | {"c2": lab.paths.netns / "c2"}
-    wanted = [
-        naming.named(id, path, [Place(FRONT.head.id)], name_servers=["192.0.2.9"], dns_options=["ndots:0"])
-        for id, path in sorted(paths.items())
+        await naming.attach(a_container(id, await lab.container(id)))
+    own = {"nameservers": ("192.0.2.9",), "dns_options": ("ndots:0",)}
+    live = [
+        a_container("c2", lab.paths.netns / "c2", **own),
+        a_container("c3", await lab.container("c3"), **own),
     ]
-    await naming.restore(wanted)
+    await naming.restore(live)
     served = {one.id: one for one in (await lab.client.listing()).served}
-    assert served == {one.id: one for one in wanted}
+    assert served == {one.id: named_of(one, resolver.read_text()) for one in live}
     assert served["c2"].servers == (NameServer("192.0.2.9"),)
-    assert naming.named("c4", tmp_path, ()).servers == (NameServer("127.0.0.53"),)
-    assert not naming.named("c4", tmp_path, ()).forwards_single_labels
     table = a_network(a_served("new", "10.0.1.9", ["10.0.1.3"]))
     lab.write(table)
     await naming.apply({table.head.id: table}, frozenset({table.head.id}))
     for id in ("c2", "c3"):
         assert await (await lab.resolver(id)).addresses("new") == ["10.0.1.9"]
-    await naming.forget("c2")
-    await naming.restore(())
+    await naming.detach(ContainerId("c2"))
+    await naming.restore([])
     assert (await lab.client.listing()).served == ()
+
+
+def test_what_a_container_is_to_have_follows_from_its_places_and_its_nodes_resolver(tmp_path: Path) -> None:
+    node = "nameserver 127.0.0.53\noptions ndots:3\n"
+    container = a_container("c1", tmp_path)
+    assert container.endpoint is not None
+
+    named = named_of(container, node)
+
+    assert named is not None
+    assert named.servers == (NameServer("127.0.0.53"),)
+    assert not named.forwards_single_labels
+    assert named.networks[0].addresses == ("10.0.1.3",)
+    alone = replace(container, endpoint=replace(container.endpoint, places=()))
+    assert named_of(alone, node) is None
+    inside = named_of(replace(container, endpoint=replace(container.endpoint, address="")), node)
+    assert inside is not None
+    assert not inside.forwards
