@@ -201,6 +201,11 @@ class NamesLab:
         """What the nft command says in the container's namespace."""
         return await self.namespaces.run(self.paths.netns / id, shell, f"nft '{text}'")
 
+    async def dns_port(self, id: str) -> int:
+        """Where the container's questions go, over UDP."""
+        rules = await self.nft(id, "list chain ip skep_names out")
+        return int(rules.split("udp dport 53 dnat to 127.0.0.11:")[1].split()[0])
+
     async def close(self) -> None:
         self.client.close()
         for one in (*self._opened, *self._backends):

@@ -1,17 +1,24 @@
-"""A network's table ordered by name and by address, built once for each version of it."""
+"""A network's table as questions need it.
+
+A table changes often and is large, and of its names few are asked for: so what is made for each version is only what a
+lookup starts from (services, containers and tasks by name), and a name is worked out when it is first asked for.
+"""
 
 import socket
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 import msgspec
 
-from skep.model.ids import NetworkId, ServiceId
-from skep.model.tables import Table, TableEndpoint, TableService
+from skep.model.ids import ServiceId
+from skep.model.tables import Table, TableEndpoint
 from skep.node.names.messages import key
 
-IPV4_BYTES = 4
+_IPV4_BYTES = 4
+_TASKS, _ALL_TASKS = "tasks.", "all.tasks."
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -25,99 +32,123 @@ class Known(msgspec.Struct, frozen=True):
     services: frozenset[ServiceId] = frozenset()
 
 
-class Index(msgspec.Struct, frozen=True, kw_only=True):
-    """``names`` are spelled as in questions, without the network's own as a suffix."""
+class Index:
+    """One version of ``table``.  Names are spelled as in questions, without the network's own as a suffix.
 
-    id: NetworkId
-    name: str
-    names: Mapping[str, Known] = {}
-    reverse: Mapping[str, tuple[str, ServiceId]] = {}
-    """From an address to what is there, and the service if the address is virtual."""
-    services: Mapping[str, tuple[ServiceId, ...]] = {}
-    """From names and aliases of services."""
-    serving: Mapping[ServiceId, tuple[tuple[str, tuple[str, ...]], ...]] = {}
-    """Names and addresses of the tasks that serve."""
-    subnets: tuple[IPv4Network | IPv6Network, ...] = ()
-
-
-def build(table: Table) -> Index:
-    """The index of ``table``.  Names that several things claim stand for all of them, as with Docker.
-
-    The ingress network has no names.  A name whose tasks do not serve is known, and has no address.
-    Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
+    The ingress network has no names.  Source: moby, libnetwork/network.go (addSvcRecords).
     """
-    head = table.head
-    if head.is_ingress:
-        return Index(id=head.id, name=key(head.name))
-    addresses: dict[str, list[bytes]] = defaultdict(list)
-    virtual: dict[str, set[ServiceId]] = defaultdict(set)
-    services: dict[str, list[ServiceId]] = defaultdict(list)
-    reverse: dict[str, tuple[str, ServiceId]] = {}
-    tasks: dict[ServiceId, list[tuple[TableEndpoint, list[bytes]]]] = defaultdict(list)
-    for _, endpoint in sorted(table.endpoints.items()):
-        packed = [_packed(one) for one in endpoint.addresses]
-        if endpoint.name:
+
+    def __init__(self, table: Table) -> None:
+        self.id = table.head.id
+        self.name = key(table.head.name)
+        self._table = table if not table.head.is_ingress else Table(head=table.head)
+        self._found: dict[str, Known] = {}
+        self._tasks: dict[ServiceId, list[TableEndpoint]] = defaultdict(list)
+        self._containers: dict[str, list[TableEndpoint]] = defaultdict(list)
+        self._services: dict[str, list[ServiceId]] = defaultdict(list)
+        for endpoint in self._table.endpoints.values():
+            self._tasks[endpoint.service_id].append(endpoint)
+            for name in (endpoint.name, *endpoint.aliases):
+                self._containers[key(name)].append(endpoint)
+        self._containers.pop("", None)
+        for id, service in self._table.services.items():
+            for name in dict.fromkeys(map(key, (service.name, *service.aliases))):
+                self._services[name].append(id)
+
+    def find(self, name: str) -> Known | None:
+        """What ``name`` stands for; None: nothing here has it.
+
+        A name that several things claim stands for all of them, as with Docker; one whose tasks do not serve is
+        known, and has no address.  Source: moby, libnetwork/service_common.go (addEndpointNameResolution).
+        """
+        known = self._found.get(name)
+        if known is None:
+            addresses = [*self._of_containers(name), *self._of_services(name), *self._of_tasks(name)]
+            if not addresses:
+                return None
+            virtual = [id for id in self._services.get(name, ()) if self._table.services[id].virtual_ips]
+            known = self._found[name] = _known([one for some in addresses for one in some], virtual)
+        return known
+
+    def is_service(self, name: str) -> bool:
+        """Whether a service has ``name``, or an alias."""
+        return name in self._services
+
+    def serving(self, name: str) -> Sequence[TableEndpoint]:
+        """The tasks of the services called ``name`` that serve, in the order of their ids."""
+        return [task for id in self._services.get(name, ()) for task in self._ordered(id) if task.is_serving]
+
+    @cached_property
+    def reverse(self) -> dict[str, tuple[str, ServiceId]]:
+        """From an address to what is there, and the service if the address is virtual."""
+        found: dict[str, tuple[str, ServiceId]] = {}
+        for _, endpoint in sorted(self._table.endpoints.items()):
             for address in endpoint.addresses:
-                reverse.setdefault(address, (endpoint.name, ServiceId("")))
-        for name in (endpoint.name, *endpoint.aliases):
-            if name:
-                addresses[key(name)] += packed if endpoint.is_serving else []
-        tasks[endpoint.service_id].append((endpoint, packed))
-    for id, service in sorted(table.services.items()):
-        for address in service.virtual_ips:
-            reverse[address] = (service.name, id)
-        for name in map(key, _names(service)):
-            services[name].append(id)
-            if service.virtual_ips:
-                virtual[name].add(id)
-            addresses[name] += map(_packed, service.virtual_ips)
-            _add_tasks(addresses, name, tasks[id], is_round_robin=not service.virtual_ips)
-    return Index(
-        id=head.id,
-        name=key(head.name),
-        names={name: _known(found, virtual.get(name, ())) for name, found in addresses.items()},
-        reverse=reverse,
-        services={name: tuple(ids) for name, ids in services.items()},
-        serving={
-            id: tuple((task.name, task.addresses) for task, _ in tasks[id] if task.is_serving)
-            for id in table.services
-        },
-        subnets=tuple(ip_network(segment.subnet, strict=False) for segment in head.segments),
-    )
+                if endpoint.name:
+                    found.setdefault(address, (endpoint.name, ServiceId("")))
+        for id, service in sorted(self._table.services.items()):
+            for address in service.virtual_ips:
+                found[address] = (service.name, id)
+        return found
+
+    @cached_property
+    def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        found = []
+        for segment in self._table.head.segments:
+            with suppress(ValueError):  # what is no subnet has no addresses
+                found.append(ip_network(segment.subnet, strict=False))
+        return tuple(found)
+
+    def _of_containers(self, name: str) -> Iterator[Sequence[str]]:
+        for endpoint in self._containers.get(name, ()):
+            yield endpoint.addresses if endpoint.is_serving else ()
+
+    def _of_services(self, name: str) -> Iterator[Sequence[str]]:
+        """Virtual addresses; without any, those of the tasks."""
+        for id in self._services.get(name, ()):
+            service = self._table.services[id]
+            yield service.virtual_ips
+            if not service.virtual_ips:
+                yield from (task.addresses for task in self._ordered(id) if task.is_serving)
+
+    def _of_tasks(self, name: str) -> Iterator[Sequence[str]]:
+        """``tasks.<service>``, ``all.tasks.<service>`` and ``<slot>.<service>``."""
+        slot, _, rest = name.partition(".")
+        if name.startswith(_TASKS):
+            ids, wanted = self._services.get(name.removeprefix(_TASKS), ()), _serves
+        elif name.startswith(_ALL_TASKS):
+            ids, wanted = self._services.get(name.removeprefix(_ALL_TASKS), ()), _runs
+        else:
+            tasks = [task for id in self._services.get(rest, ()) for task in self._ordered(id)]
+            yield from (
+                task.addresses if task.is_serving else ()
+                for task in tasks
+                if task.slot and str(task.slot) == slot
+            )
+            return
+        for id in ids:
+            yield ()
+            yield from (task.addresses for task in self._ordered(id) if wanted(task))
+
+    def _ordered(self, id: ServiceId) -> Sequence[TableEndpoint]:
+        return sorted(self._tasks.get(id, ()), key=lambda task: task.task_id)
 
 
-def _add_tasks(
-    addresses: dict[str, list[bytes]],
-    name: str,
-    tasks: Iterable[tuple[TableEndpoint, list[bytes]]],
-    *,
-    is_round_robin: bool,
-) -> None:
-    """``tasks.<name>``, ``all.tasks.<name>`` and ``<slot>.<name>``; and ``<name>`` itself."""
-    ready, everyone = addresses[f"tasks.{name}"], addresses[f"all.tasks.{name}"]
-    for task, packed in tasks:
-        if task.is_running:
-            everyone += packed
-        serving = packed if task.is_serving else []
-        ready += serving
-        if task.slot:
-            addresses[f"{task.slot}.{name}"] += serving
-        if is_round_robin:
-            addresses[name] += serving
+def _serves(task: TableEndpoint) -> bool:
+    return task.is_serving
 
 
-def _names(service: TableService) -> Iterable[str]:
-    return dict.fromkeys((service.name, *service.aliases))
+def _runs(task: TableEndpoint) -> bool:
+    return task.is_running
 
 
-def _known(addresses: Iterable[bytes], services: Iterable[ServiceId]) -> Known:
-    unique = dict.fromkeys(addresses)
+def _known(addresses: Iterable[str], services: Iterable[ServiceId]) -> Known:
+    packed: list[bytes] = []
+    for one in dict.fromkeys(addresses):
+        with suppress(OSError):  # what is no address is nobody's
+            packed.append(socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one))
     return Known(
-        tuple(one for one in unique if len(one) == IPV4_BYTES),
-        tuple(one for one in unique if len(one) != IPV4_BYTES),
+        tuple(one for one in packed if len(one) == _IPV4_BYTES),
+        tuple(one for one in packed if len(one) != _IPV4_BYTES),
         frozenset(services),
     )
-
-
-def _packed(address: str) -> bytes:
-    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)

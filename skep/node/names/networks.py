@@ -1,9 +1,10 @@
 """The tables that the node process keeps on tmpfs, as names and virtual addresses need them.
 
-Each is read once per version, for all containers; what is asked of it is kept, the table itself is not.
+Each is read once per version, for all containers.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ import structlog
 
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.tables import NetworkHead, Table
-from skep.node.names.index import Index, build
+from skep.node.names.index import Index
 from skep.node.virtual.wanted import Leads, leads_of
 
 log = structlog.get_logger()
@@ -20,19 +21,15 @@ Services = frozenset[tuple[NetworkId, ServiceId]]
 
 
 class _Read:
-    """One version of a table: what was asked of it so far.  The index is dear, so it is built for a question."""
+    """One version of a table.  Its index is made for a question."""
 
     def __init__(self, table: Table) -> None:
         self.leads = leads_of(table)
-        self._table: Table | None = table
-        self._index: Index | None = None
+        self._table = table
 
-    @property
+    @cached_property
     def index(self) -> Index:
-        if self._index is None:
-            assert self._table is not None
-            self._index, self._table = build(self._table), None
-        return self._index
+        return Index(self._table)
 
 
 class Networks:

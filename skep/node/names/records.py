@@ -61,7 +61,7 @@ def decide(query: Query, networks: Sequence[Index], chance: float) -> Decision:
     if query.type == PTR or name.endswith((_REVERSE_IPV4, _REVERSE_IPV6)):
         return _reverse(query, networks) or foreign
     for index, local in _readings(name, networks):
-        known = index.names.get(local)
+        known = index.find(local)
         if known is not None:
             return _addresses(query.type, index.id, known, chance)
         if query.type == SRV:
@@ -69,7 +69,7 @@ def decide(query: Query, networks: Sequence[Index], chance: float) -> Decision:
             if found is not None:
                 return found
         slot, _, service = local.partition(".")
-        if slot.isdecimal() and service in index.services:
+        if slot.isdecimal() and index.is_service(service):
             return Missing()
     return foreign
 
@@ -121,20 +121,19 @@ def _targets(name: str, index: Index, chance: float) -> Found | None:
     matched = _SERVICE_PORT.fullmatch(name)
     if matched is None:
         return None
-    port, ids = int(matched[1]), index.services.get(matched[2], ())
-    if not ids or not 0 < port <= 65535:
+    port = int(matched[1])
+    if not index.is_service(matched[2]) or not 0 < port <= 65535:
         return None
-    serving = tuple(task for id in ids for task in index.serving.get(id, ()))
     answers, extra = [], []
-    for task, addresses in rotated(serving, chance):
+    for task in rotated(tuple(index.serving(matched[2])), chance):
         try:
-            target = encoded(f"{task}.{index.name}")
+            target = encoded(f"{task.name}.{index.name}")
         except ValueError:
             continue
         answers.append(Record(SRV, b"\0\0\0\0" + port.to_bytes(2, "big") + target))
         extra += [
             Record(A if address.version == 4 else AAAA, address.packed, target)
-            for address in map(ip_address, addresses)
+            for address in map(ip_address, task.addresses)
         ]
     return Found(tuple(answers), tuple(extra))
 

@@ -10,14 +10,17 @@ ADDRESS = "127.0.0.11"
 
 
 def whole(udp_port: int, tcp_port: int) -> str:
-    """The table as it is to be, whatever it was, as one transaction.
+    """The table as it is to be, whatever it was, as one transaction."""
+    return f"add table {TABLE}\ndelete table {TABLE}\n{fresh(udp_port, tcp_port)}"
+
+
+def fresh(udp_port: int, tcp_port: int) -> str:
+    """The table where there is none; refused where there is one.
 
     Nobody outside gets at the container's loopback addresses, whatever ``route_localnet`` says.
     """
     return f"""\
-add table {TABLE}
-delete table {TABLE}
-add table {TABLE}
+create table {TABLE}
 add chain {TABLE} raw {{ type filter hook prerouting priority -300; }}
 add rule {TABLE} raw iifname != "lo" ip daddr 127.0.0.0/8 drop
 add chain {TABLE} out {{ type nat hook output priority -100; }}

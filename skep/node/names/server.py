@@ -35,7 +35,8 @@ from skep.node.names.upstream import Forwarder, NameServer, Open, read_message
 log = structlog.get_logger()
 
 WAITING_MAX = 256
-"""Questions of one container that wait; more are refused."""
+"""Questions of one container that wait; more are refused.  As many again may wait for what is ours, so that who asks
+too much elsewhere still finds services."""
 CONNECTIONS_MAX = 64
 """TCP connections of one container; more are closed at once."""
 IDLE_S = 10.0
@@ -162,7 +163,8 @@ class ContainerServer:
             return
         decision = self._answers.decide(query)
         answer = self._at_once(query, decision, query.udp_bytes_max)
-        if answer is None and len(self._waiting) >= WAITING_MAX:
+        most = WAITING_MAX if isinstance(decision, Foreign) else 2 * WAITING_MAX
+        if answer is None and len(self._waiting) >= most:
             answer = reply(query, REFUSED, bytes_max=query.udp_bytes_max)
         if answer is not None:
             self._send(answer, client)

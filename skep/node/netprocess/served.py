@@ -3,11 +3,13 @@
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
 import msgspec
+import structlog
 
+from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId, ServiceId
 from skep.node.names import rules as names_rules
@@ -19,13 +21,17 @@ from skep.node.names.upstream import Forwarder, NameServer
 from skep.node.netprocess.protocol import Named
 from skep.node.network import nft
 from skep.node.network.namespaces import Namespaces
-from skep.node.virtual import healing, kernel
+from skep.node.virtual import asked, healing, kernel
 from skep.node.virtual import rules as virtual_rules
-from skep.node.virtual.conntrack import set_times
+from skep.node.virtual.conntrack import forget_flows, set_times
 from skep.node.virtual.loader import Services, VirtualAddresses
+from skep.node.virtual.neighbours import let_go
 from skep.node.virtual.plan import Plan
+from skep.node.virtual.wanted import Leads
 
-OURS = frozenset({names_rules.NAME, virtual_rules.NAME})
+log = structlog.get_logger()
+
+OURS = frozenset({names_rules.NAME, virtual_rules.NAME, asked.NAME})
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -72,6 +78,8 @@ class Served:
         self._foreign_change = foreign_change
         self._server: ContainerServer | None = None
         self._notifications: socket.socket | None = None
+        self._packets: socket.socket | None = None
+        self._subnets = self._own_subnets()
         loaded = frozenset(one for one in written.loaded if one[0] in self._network_ids())
         self.virtual = VirtualAddresses(around.networks.leads, self._write, loaded)
 
@@ -84,9 +92,12 @@ class Served:
     async def open(self) -> None:
         """Have sockets, rules and notifications in the namespace, and answer.  Raises: SkepError, OSError."""
         path = Path(self.named.netns)
-        sockets, notifications = await self._around.namespaces.run(path, self._opened)
-        self._close_notifications()
-        self._notifications = notifications
+        self._subnets = self._own_subnets()
+        self._stop_listening()  # packets are told to one socket only
+        sockets, notifications, packets = await self._around.namespaces.run(path, self._opened)
+        self._notifications, self._packets = notifications, packets
+        if packets is not None:
+            asyncio.get_running_loop().add_reader(packets, self._see, packets)
         notify = healing.Notifications(OURS, self._around.own_name)
         asyncio.get_running_loop().add_reader(notifications, self._hear, notifications, notify)
         if self.sockets is None:
@@ -106,7 +117,10 @@ class Served:
     async def repair(self) -> None:
         """Write all rules again.  Raises: SkepError, OSError."""
         if self.sockets is not None:
-            await self._write(Plan(names_rules.whole(*self.sockets.ports), {}, {}, is_anew=False))
+            text = names_rules.whole(*self.sockets.ports) + (
+                asked.whole(self._subnets) if self._packets else ""
+            )
+            await self._write(Plan(text, {}, {}, is_anew=False))
         self.virtual.distrust()
         await self.virtual.settle()
 
@@ -133,7 +147,7 @@ class Served:
         """Let go of everything; the rules stay, and lead nowhere."""
         self.pause()
         self._server = None
-        self._close_notifications()
+        self._stop_listening()
         if self.sockets is not None:
             self.sockets.close()
             self.sockets = None
@@ -163,15 +177,33 @@ class Served:
     def _network_ids(self) -> list[NetworkId]:
         return [place.network for place in self.named.networks]
 
-    def _opened(self) -> tuple[Sockets, socket.socket]:
-        """In the namespace: times, sockets (unless there are any), the rules that lead to them, notifications."""
-        set_times()
+    def _own_subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        networks = self._around.networks
+        return tuple(subnet for id in self._network_ids() for subnet in networks.index(id).subnets)
+
+    def has_other_subnets(self) -> bool:
+        """Whether its networks have other subnets than when it was opened."""
+        return self._own_subnets() != self._subnets
+
+    def _opened(self) -> tuple[Sockets, socket.socket, socket.socket | None]:
+        """In the namespace: sockets (unless there are any), the rules that lead to them, times, notifications, and
+        packets to addresses that were not asked for (None: this kernel does not tell)."""
         had = self.sockets
         sockets = had or open_sockets(self.written.udp_port, self.written.tcp_port)
         try:
             with healing.named(self._around.own_name):
-                nft.run(names_rules.whole(*sockets.ports))
-            return sockets, healing.open_notifications()
+                try:
+                    nft.run(names_rules.fresh(*sockets.ports))
+                except nft.NftFailed:  # there are rules of an earlier process
+                    nft.run(names_rules.whole(*sockets.ports))
+                packets = _told(self._subnets)
+            set_times()  # now that there is connection tracking
+            try:
+                return sockets, healing.open_notifications(), packets
+            except BaseException:
+                if packets is not None:
+                    packets.close()
+                raise
         except BaseException:
             if had is None:
                 sockets.close()
@@ -206,13 +238,55 @@ class Served:
         try:
             healing.read(opened, notifications, self._foreign_change)
         except OSError:
-            self._close_notifications()
+            self._stop_listening()
 
-    def _close_notifications(self) -> None:
-        if self._notifications is not None:
-            asyncio.get_running_loop().remove_reader(self._notifications)
-            self._notifications.close()
-            self._notifications = None
+    def _see(self, packets: socket.socket) -> None:
+        """There were packets to addresses that may be virtual, and not be led yet."""
+        for address in asked.read(packets):
+            for network in self._network_ids():
+                _, service = self._around.networks.index(network).reverse.get(address, ("", ServiceId("")))
+                if service and not self.virtual.is_usable(frozenset({(network, service)})):
+                    self._around.start_task(self._load_late(network, service))
+
+    async def _load_late(self, network: NetworkId, service: ServiceId) -> None:
+        try:
+            await self.load(frozenset({(network, service)}))
+            leads = self._around.networks.leads(network).get(service, {})
+            await self._around.namespaces.run(Path(self.named.netns), _start_over, leads)
+        except (SkepError, OSError) as error:  # the next packet comes in half a minute
+            log.warning("a virtual address is not led", container=self.named.id, reason=str(error))
+
+    def _stop_listening(self) -> None:
+        for opened in (self._notifications, self._packets):
+            if opened is not None:
+                asyncio.get_running_loop().remove_reader(opened)
+                opened.close()
+        self._notifications = self._packets = None
+
+
+def _told(subnets: tuple[IPv4Network | IPv6Network, ...]) -> socket.socket | None:
+    """Packets to ``subnets``, in the namespace of the calling thread; None: this kernel does not tell."""
+    try:
+        packets = asked.open_packets()
+    except OSError as error:
+        log.info("virtual addresses have to be asked for by name", reason=str(error))
+        return None
+    try:
+        try:
+            nft.run(asked.fresh(subnets))
+        except nft.NftFailed:  # there are rules of an earlier process
+            nft.run(asked.whole(subnets))
+    except nft.NftFailed as error:
+        packets.close()
+        log.info("virtual addresses have to be asked for by name", reason=str(error))
+        return None
+    return packets
+
+
+def _start_over(leads: Leads) -> None:
+    """What was sent to the addresses of ``leads`` before they were led is forgotten, in the thread's namespace."""
+    forget_flows(leads)
+    let_go(leads.keys())
 
 
 def namespace_at(path: Path) -> tuple[int, int]:

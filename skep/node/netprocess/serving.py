@@ -126,6 +126,9 @@ class Serving:
         """
         changed = self._networks.refresh(tuple(networks) or self._networks.known())
         touched = {id: served for id, served in self._served.items() if served.virtual.touch(changed)}
+        for id, served in self._served.items():
+            if served.has_other_subnets():
+                self._mend(id, _Need.OPEN)
         failed = [
             id
             for id, is_done in zip(touched, await self._settled(touched.values()), strict=True)
@@ -182,6 +185,8 @@ class Serving:
                 async with asyncio.timeout(_REFRESH_S):
                     await one.virtual.settle()
             except (SkepError, OSError, TimeoutError) as error:
+                if not Path(one.named.netns).exists():
+                    return True  # the container is gone, and will be forgotten
                 log.warning("virtual addresses are out of date", container=one.named.id, reason=str(error))
                 return False
             return True

@@ -49,6 +49,8 @@ def set_times() -> None:
 def forget_flows(leads: Leads) -> frozenset[str]:
     """Delete the UDP entries to addresses in ``leads`` that lead to none of their backends; to which there were any.
 
+    And those of all protocols that are not led anywhere: they began before the address was.
+
     In the namespace of the calling thread.  Blocks for as long as the kernel takes to go through its entries, of all
     namespaces (9 ms of processor time).  Raises: OSError.
     """
@@ -58,29 +60,31 @@ def forget_flows(leads: Leads) -> frozenset[str]:
         with closing(socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)) as netlink:
             netlink.settimeout(_TIMEOUT_S)
             netlink.bind((0, 0))
-            ours = [
-                (entry, address, backend)
-                for entry in entries(netlink, family)
-                for address, backend in [_datagrams_lead(entry, family)]
-                if address in leads
-            ]
-            seen.update(address for _, address, _ in ours)
-            astray = [entry for entry, address, backend in ours if backend not in leads[address]]
+            astray = []
+            for entry in entries(netlink, family):
+                protocol, address, backend = _flow(entry, family)
+                if address not in leads:
+                    continue
+                is_datagrams = protocol == socket.IPPROTO_UDP
+                if is_datagrams:
+                    seen.add(address)
+                if backend == address or (is_datagrams and backend not in leads[address]):
+                    astray.append(entry)
             for number, entry in enumerate(astray, start=1):
                 _delete(netlink, family, number, entry)
     return frozenset(seen)
 
 
-def _datagrams_lead(entry: dict[int, bytes], family: int) -> tuple[str, str]:
-    """(to which address, to which backend) the UDP flow of ``entry`` goes; empty: it is no such flow."""
+def _flow(entry: dict[int, bytes], family: int) -> tuple[int, str, str]:
+    """(protocol, to which address, to which backend); empty: it says nothing of that."""
     original, back = attributes(entry.get(_TUPLE_ORIG, b"")), attributes(entry.get(_TUPLE_REPLY, b""))
     protocol = attributes(original.get(_TUPLE_PROTO, b"")).get(_PROTO_NUMBER, b"\0")[0]
     source, destination = (3, 4) if family == socket.AF_INET6 else (1, 2)
     address = attributes(original.get(_TUPLE_IP, b"")).get(destination)
     backend = attributes(back.get(_TUPLE_IP, b"")).get(source)
-    if protocol != socket.IPPROTO_UDP or address is None or backend is None:
-        return "", ""
-    return socket.inet_ntop(family, address), socket.inet_ntop(family, backend)
+    if address is None or backend is None:
+        return protocol, "", ""
+    return protocol, socket.inet_ntop(family, address), socket.inet_ntop(family, backend)
 
 
 def entries(netlink: socket.socket, family: int) -> Iterator[dict[int, bytes]]:

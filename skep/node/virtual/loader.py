@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from skep.model.ids import NetworkId, ServiceId
+from skep.node.network.nft import NftFailed
 from skep.node.virtual.plan import Plan, There, plan
 from skep.node.virtual.wanted import Backends, Leads
 
@@ -57,9 +58,9 @@ class VirtualAddresses:
         return self._is_out_of_date
 
     def distrust(self) -> None:
-        """Somebody else may have written to the namespace: ``settle`` writes all of it."""
-        self._is_distrusted = True
-        self._is_out_of_date = bool(self._loaded)
+        """Somebody else may have written to the namespace: ``settle`` writes all of it, if there is anything."""
+        if self._loaded:
+            self._is_distrusted = self._is_out_of_date = True
 
     async def settle(self) -> None:
         """Return when the namespace has what it is to have.  Raises: SkepError, OSError: it has not."""
@@ -75,8 +76,10 @@ class VirtualAddresses:
                 try:
                     if planned.text:
                         await self._write(planned)
-                except BaseException:
+                except BaseException as error:
                     self._is_out_of_date = self._is_distrusted = True
-                    raise
+                    if there is None or not isinstance(error, NftFailed):
+                        raise
+                    continue  # something else is there than was thought: all of it, then
                 self._there = planned.after
                 self._usable = services

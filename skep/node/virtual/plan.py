@@ -51,7 +51,7 @@ def plan(there: There | None, leads: Leads) -> Plan:
                 if set(backends) - set(new.get(address, ())):
                     astray[address] = new.get(address, ())
         elif new:
-            texts.append(rules.whole(family, new))
+            texts.append(rules.fresh(family, new) if there is not None else rules.whole(family, new))
             after[family] = Rules(new, rules.counts_of(new))
             if there is None:
                 astray.update(new)

@@ -23,6 +23,8 @@ from skep.node.virtual.wanted import Backends, Leads, is_ipv6
 
 NAME = "skep_virtual"
 FAMILIES = ("ip", "ip6")
+_DATAGRAMS_MAX = 1024
+"""The kernel makes room for as many from the start: 16 KiB."""
 _ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
 
 
@@ -32,17 +34,24 @@ def of_family(leads: Leads, family: str) -> Leads:
 
 
 def whole(family: str, leads: Leads) -> str:
-    """The table of ``family`` as it is to be, whatever it was, as one transaction."""
+    """The table of ``family`` as it is to be, whatever it was, as one transaction.
+
+    What removes a table waits for the kernel to have done so: 10 to 20 ms.
+    """
+    table = f"{family} {NAME}"
+    return f"add table {table}\ndelete table {table}\n{fresh(family, leads)}"
+
+
+def fresh(family: str, leads: Leads) -> str:
+    """The table of ``family`` where there is none; refused where there is one."""
     table = f"{family} {NAME}"
     return "".join(
         (
-            f"add table {table}\n",
-            f"delete table {table}\n",
-            f"add table {table}\n",
+            f"create table {table}\n",
             f"add map {table} backends {{ typeof {family} daddr . numgen random mod 65536 : {family} daddr; }}\n",
             f"add map {table} services {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
             f"add map {table} guards {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
-            f"add set {table} datagrams {{ type {_ADDRESS_TYPE[family]}; flags dynamic; size 65535; }}\n",
+            f"add set {table} datagrams {{ type {_ADDRESS_TYPE[family]}; flags dynamic; size {_DATAGRAMS_MAX}; }}\n",
             f"add chain {table} known\n",
             f"add rule {table} known meta l4proto udp ct state new add @datagrams {{ {family} daddr }}\n",
             f"add rule {table} known ct state new,invalid tcp flags & (syn | rst) == 0 reject with tcp reset\n",

@@ -8,58 +8,10 @@ from collections import Counter
 
 import pytest
 
-from skep.model.tables import Table
 from skep.node.supervision.supervisor import wait_end
 from tests.names_lab import Conversation, NamesLab, net_process, shell, wait_until
 from tests.tables import a_network, a_served
-
-VIRTUAL = "10.0.1.2"
-BACKENDS = {f"b{number}": f"10.0.1.{number}" for number in (11, 12, 13)}
-CLIENT = "10.0.1.5"
-
-
-def web(*names: str) -> Table:
-    """Service web, served by these."""
-    return a_network(a_served("web", VIRTUAL, [BACKENDS[name] for name in names]))
-
-
-async def started(lab: NamesLab, *names: str) -> None:
-    """A client that knows web's address, and all backends."""
-    for id, address in BACKENDS.items():
-        await lab.container(id, address)
-        await lab.backend(id, address)
-    await lab.container("client", CLIENT)
-    await client_knows(lab, web(*names))
-
-
-async def client_knows(lab: NamesLab, table: Table) -> None:
-    lab.write(table)
-    await lab.serve("client", table)
-    assert await (await lab.resolver("client")).addresses("web") == [VIRTUAL]
-
-
-async def flow(lab: NamesLab, address: str = VIRTUAL, id: str = "client") -> socket.socket:
-    """A UDP socket of the container's, connected."""
-    opened = await lab.open(id, socket.SOCK_DGRAM, socket.AF_INET6 if ":" in address else socket.AF_INET)
-    opened.connect((address, 80))
-    return opened
-
-
-async def say(flow: socket.socket) -> list[str]:
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(1):
-        await loop.sock_sendall(flow, b"hello")
-        return (await loop.sock_recv(flow, 100)).decode().split()
-
-
-async def who(lab: NamesLab, count: int) -> Counter[str]:
-    """Who answers that many new connections."""
-    found: Counter[str] = Counter()
-    for _ in range(count):
-        conversation = await lab.connect("client", VIRTUAL)
-        found[(await conversation.say())[0]] += 1
-        conversation.socket.close()
-    return found
+from tests.virtual_lab import BACKENDS, CLIENT, VIRTUAL, flow, say, started, web, who
 
 
 async def test_connections_reach_all_that_serve_evenly_and_show_who_calls(lab: NamesLab) -> None:
@@ -173,6 +125,50 @@ async def test_rules_lead_every_protocol(lab: NamesLab) -> None:
     assert "l4proto" not in rules.split("chain spread_1")[1]
 
 
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+async def test_an_address_that_was_never_asked_for_is_led_when_it_is_used(
+    lab: NamesLab, kind: socket.SocketKind
+) -> None:
+    """A proxy, say, that has it from the API."""
+    await lab.container("b11", BACKENDS["b11"])
+    await lab.backend("b11", BACKENDS["b11"])
+    await lab.container("client", CLIENT)
+    table = web("b11")
+    lab.write(table)
+    await lab.serve("client", table)
+    if kind == socket.SOCK_STREAM:
+        assert (await (await lab.connect("client", VIRTUAL)).say())[0] == "b11", "the second attempt of TCP"
+    else:
+        opened = await flow(lab)
+
+        async def is_led() -> bool:
+            try:
+                return (await say(opened))[0] == "b11"
+            except TimeoutError:
+                return False
+
+        await wait_until(is_led)
+    assert (await (await lab.connect("client", VIRTUAL)).say())[0] == "b11"
+
+
+async def test_addresses_of_a_further_subnet_are_led_too(lab: NamesLab) -> None:
+    await lab.container("b11", BACKENDS["b11"])
+    await lab.backend("b11", BACKENDS["b11"])
+    client = await lab.container("client", CLIENT)
+    lab.write(web("b11"))
+    await lab.serve("client", web("b11"))
+    further = "10.0.9.2"
+    await lab.namespaces.run(client, shell, "ip route add 10.0.9.0/24 dev eth0")
+    both = ("10.0.1.0/24", "10.0.9.0/24")
+    await lab.change(a_network(a_served("web", further, [BACKENDS["b11"]]), subnets=both))
+
+    async def is_told() -> bool:
+        return "10.0.9.0/24" in await lab.nft("client", "list ruleset")
+
+    await wait_until(is_told)
+    assert (await (await lab.connect("client", further)).say())[0] == "b11"
+
+
 async def test_only_what_was_asked_for_is_loaded(lab: NamesLab) -> None:
     many = [a_served(f"s{number}", f"10.0.1.{number}", [f"10.0.2.{number}"]) for number in range(100, 150)]
     table = a_network(*many)
@@ -256,129 +252,3 @@ async def test_a_connection_idle_for_a_thousand_seconds_and_one_half_closed_for_
             assert await loop.sock_recv(half.socket, 100) == b"late answer"
     await asyncio.sleep(1001 - (loop.time() - begun))
     assert (await idle.say())[0] == "b11"
-
-
-# --- what somebody else does --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        "flush ruleset",
-        "delete table ip skep_virtual; delete table ip skep_names",
-        "delete element ip skep_virtual backends { 10.0.1.2 . 0 }",
-        "flush chain ip skep_virtual out",
-        "insert rule ip skep_virtual out drop",
-        "flush chain ip skep_names out",
-    ],
-)
-async def test_rules_that_somebody_changes_are_put_right(lab: NamesLab, harm: str) -> None:
-    await started(lab, "b11")
-    conversation = await lab.connect("client", VIRTUAL)
-    await conversation.say()
-    before = await lab.nft("client", "list ruleset")
-    await lab.nft("client", harm)
-
-    async def is_right() -> bool:
-        return await lab.nft("client", "list ruleset") == before
-
-    await wait_until(is_right)
-    await eventually_repaired(lab, 1)
-    assert set(await who(lab, 2)) == {"b11"}
-    assert await (await lab.resolver("client")).addresses("web") == [VIRTUAL]
-    assert (await conversation.say())[0] == "b11"
-
-
-async def eventually_repaired(lab: NamesLab, times: int) -> None:
-    async def is_counted() -> bool:
-        return (await lab.client.listing()).repairs >= times
-
-    await wait_until(is_counted)
-
-
-async def test_tables_of_others_are_left_alone_and_our_own_changes_are_no_repairs(lab: NamesLab) -> None:
-    await started(lab, "b11")
-    others = "table ip mine { chain out { type filter hook output priority 0; counter; }; }"
-    await lab.nft("client", f"add {others}")
-    theirs = await lab.nft("client", "list table ip mine")
-    for names in (("b11", "b12"), ("b12",), ("b12", "b13")):
-        await lab.change(web(*names))
-    await lab.nft("client", "delete table ip skep_names")
-    await eventually_repaired(lab, 1)
-    kept = await lab.nft("client", "list table ip mine")
-    assert [line for line in kept.splitlines() if "counter" not in line] == [
-        line for line in theirs.splitlines() if "counter" not in line
-    ]
-    assert (await lab.client.listing()).repairs == 1
-
-
-# --- the next process ---------------------------------------------------------------------------------------------
-
-
-async def test_the_next_process_goes_on_with_what_was_loaded(lab: NamesLab) -> None:
-    await started(lab, "b11")
-    conversation = await lab.connect("client", VIRTUAL)
-    await conversation.say()
-    await lab.replace_process()
-    await lab.change(web("b12"))
-    assert set(await who(lab, 3)) == {"b12"}
-    crashed = net_process(lab.paths)
-    os.kill(crashed.pid, signal.SIGKILL)
-    await wait_end(crashed)
-    assert set(await who(lab, 3)) == {"b12"}, "rules need no process"
-    lab.write(web("b13"))
-    await lab.start_process()
-
-    async def has_moved() -> bool:
-        return set(await who(lab, 1)) == {"b13"}
-
-    await wait_until(has_moved)
-    assert (await conversation.say())[0] == "b11"
-    assert (await lab.client.listing()).repairs == 0
-
-
-async def test_five_hundred_services_are_loaded_and_repaired_whole(lab: NamesLab) -> None:
-    """More than fits into one message of the kernel's."""
-    services = [
-        a_served(
-            f"s{number}",
-            f"10.1.{number // 200}.{1 + number % 200}",
-            [f"10.2.0.{task}" for task in range(1, 9)],
-        )
-        for number in range(500)
-    ]
-    table = a_network(*services, subnets=["10.1.0.0/16"])
-    lab.write(table)
-    await lab.container("client", CLIENT)
-    await lab.serve("client", table)
-    resolver = await lab.resolver("client")
-    for number in range(500):
-        assert (await resolver.ask(f"s{number}")).rr
-    rules = await lab.nft("client", "list ruleset")
-    assert rules.count("goto spread_8") == 500
-    await lab.nft("client", "flush ruleset")
-
-    async def is_right() -> bool:
-        return sorted(await lab.nft("client", "list ruleset")) == sorted(rules)
-
-    await wait_until(is_right)
-    await eventually_repaired(lab, 1)
-    for number in range(0, 500, 100):
-        await lab.change(a_network(*services[:number], *services[number + 1 :], subnets=["10.1.0.0/16"]))
-    assert (await lab.client.listing()).repairs == 1, (
-        "and it does not take its own repair for another's change"
-    )
-
-
-async def test_changes_reach_many_namespaces_together(lab: NamesLab) -> None:
-    table = web("b11")
-    lab.write(table)
-    for number in range(40):
-        await lab.container(f"c{number}")
-        await lab.serve(f"c{number}", table)
-        await (await lab.resolver(f"c{number}")).addresses("web")
-    await lab.change(web("b12", "b13"))
-    for number in range(40):
-        rules = await lab.nft(f"c{number}", "list map ip skep_virtual backends")
-        assert BACKENDS["b11"] not in rules
-        assert BACKENDS["b12"] in rules

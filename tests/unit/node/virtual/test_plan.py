@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from skep.model.ids import ServiceId
 from skep.node.virtual.plan import There, plan
-from skep.node.virtual.rules import removed, whole
+from skep.node.virtual.rules import fresh, removed
 from skep.node.virtual.wanted import Leads, leads_of, placed
 from tests.tables import a_network, a_served
 
@@ -26,6 +26,9 @@ class Kernel:
             verb, kind, family, _, *rest = line.split()
             match verb, kind:
                 case "add", "table":
+                    self.tables.add(family)
+                case "create", "table":
+                    assert family not in self.tables
                     self.tables.add(family)
                 case "delete", "table":
                     self.tables.remove(family)
@@ -118,7 +121,7 @@ def test_one_change_costs_one_element_however_many_backends_there_are() -> None:
 def test_a_namespace_without_virtual_addresses_has_no_table() -> None:
     assert plan({}, {}).text == ""
     assert plan(None, {}).text == removed("ip") + removed("ip6")
-    assert plan({}, {"10.0.1.2": ()}).text == whole("ip", {"10.0.1.2": ()})
+    assert plan({}, {"10.0.1.2": ()}).text == fresh("ip", {"10.0.1.2": ()})
 
 
 def test_only_who_serves_gets_new_connections() -> None:
