@@ -11,13 +11,14 @@ import pytest
 
 from skep.errors import AlreadyExists, FailedPrecondition, SkepError
 from skep.model.ids import NetworkId, TaskId, new_container_id
-from skep.model.service import PortConfig, PublishMode
+from skep.model.service import PublishMode
 from skep.model.tables import TableEndpoint
 from skep.node.network.addresses import mac_of
 from skep.node.network.overlay.home import home_domain
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.state import State
 from skep.node.network.overlay.wanted import INGRESS_BRIDGE
+from skep.node.oci.container import NodePort
 from tests.integration.node.overlay_lab import (
     DUAL,
     INGRESS,
@@ -304,7 +305,7 @@ async def test_one_table_that_makes_no_sense_keeps_no_other_network_from_working
 
 async def test_a_container_that_cannot_have_its_port_leaves_nothing(lab: OverlayLab) -> None:
     node = lab.nodes[0]
-    port = PortConfig(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
+    port = NodePort(protocol="tcp", target_port=80, published_port=8080, publish_mode=PublishMode.HOST)
     async with node.running() as network:
         await network.overlays.apply({}, frozenset())
         first = new_container_id()
