@@ -15,12 +15,14 @@ from typing import Any, Literal
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.model.draining import begins_to_drain
 from skep.model.encoding import ApiObject, always
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
+from skep.model.task import Task
 from skep.model.times import SECOND_NS, Timestamp, unix_ns
 from skep.store.interface import Created, Deleted, Event, Store, Updated, WatchLagged
 
@@ -29,7 +31,7 @@ KEPT = 1024
 BEHIND_MAX = 1024
 """Events a client may be behind before its stream ends."""
 
-Action = Literal["create", "update", "remove", "freeze", "resume"]
+Action = Literal["create", "update", "remove", "freeze", "resume", "drain"]
 
 
 class Actor(ApiObject):
@@ -75,7 +77,7 @@ class ClusterEvents:
                     _end(reader)
 
     async def _follow(self) -> None:
-        async with self._store.watch(Service, Node, Secret, Config, Network, Swarm) as watch:
+        async with self._store.watch(Service, Task, Node, Secret, Config, Network, Swarm) as watch:
             async for commit in watch:
                 for event in commit.events:
                     for message in messages_of(event, self._clock.now_ns()):
@@ -154,8 +156,11 @@ def _is_between(message: Message, since_ns: int | None, until_ns: int | None) ->
 def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
     """What the API tells of one object's change: usually one message, none for what users do not see."""
     match event:
-        case Created(Swarm()) | Deleted(Swarm()):
+        case Created(Swarm()) | Deleted(Swarm()) | Created(Task()) | Deleted(Task()):
             return
+        case Updated(Task() as old, Task() as new):
+            if begins_to_drain(old, new):  # not in Docker: proxies take it out before it stops
+                yield _drain(new, now_ns)
         case Created(object):
             yield _message("create", object, {}, unix_ns(object.created_at))  # type: ignore[attr-defined]
         case Deleted(Service()):
@@ -179,6 +184,20 @@ def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
                 yield _message("resume", new, {}, now_ns)
         case Updated(_, new):
             yield _message("update", new, {}, now_ns)
+
+
+def _drain(task: Task, at_ns: int) -> Message:
+    """Under the names that containers' labels have for the same."""
+    attributes = {
+        "com.docker.swarm.task.id": task.id,
+        "com.docker.swarm.service.id": task.service_id,
+        "com.docker.swarm.node.id": task.node_id,
+        "addresses": ",".join(
+            address.partition("/")[0] for place in task.networks_attachments for address in place.addresses
+        ),
+    }
+    actor = Actor(id=task.id, attributes=attributes)
+    return Message(type="task", action="drain", actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
 
 
 def _message(action: Action, object: Any, changes: Mapping[str, str], at_ns: int) -> Message:

@@ -26,7 +26,8 @@ JOB_TTL = "skep.job-ttl"
 """On jobs: how long one that has ended is kept before it is removed with its tasks; without it: for ever."""
 
 DRAIN = "skep.drain"
-"""On services: how long a task that is to stop waits at most until nobody sends it new connections."""
+"""On services: how long a task that is to stop waits for those who may still send it something, and again for the last
+of its connections."""
 DEFAULT_DRAIN_S = 1.0
 
 DELAY_S_MAX = 365 * 24 * 3600.0
@@ -73,20 +74,20 @@ def progress_deadline_s(labels: Mapping[str, str]) -> float:
         return DEFAULT_PROGRESS_S
 
 
-def drain_s(labels: Mapping[str, str]) -> float:
-    """What the labels of a service say, in seconds."""
-    try:
-        return _drain_s(labels)
-    except InvalidArgument:
-        return DEFAULT_DRAIN_S
-
-
 def job_ttl_s(labels: Mapping[str, str]) -> float | None:
     """What the labels of a job say, in seconds; None: nothing."""
     try:
         return _job_ttl_s(labels)
     except InvalidArgument:
         return None
+
+
+def drain_s(labels: Mapping[str, str]) -> float:
+    """What the labels of a service say, in seconds."""
+    try:
+        return _drain_s(labels)
+    except InvalidArgument:
+        return DEFAULT_DRAIN_S
 
 
 def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
@@ -128,13 +129,13 @@ def _progress_deadline_s(labels: Mapping[str, str]) -> float:
     return DEFAULT_PROGRESS_S if seconds is None else seconds
 
 
-def _drain_s(labels: Mapping[str, str]) -> float:
-    seconds = _seconds(labels, DRAIN, GRACE_S_MAX)
-    return DEFAULT_DRAIN_S if seconds is None else seconds
-
-
 def _job_ttl_s(labels: Mapping[str, str]) -> float | None:
     return _seconds(labels, JOB_TTL, DELAY_S_MAX)
+
+
+def _drain_s(labels: Mapping[str, str]) -> float:
+    seconds = _seconds(labels, DRAIN, DELAY_S_MAX)
+    return DEFAULT_DRAIN_S if seconds is None else seconds
 
 
 def _heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.engines import ENGINES, FOR_ENGINES, wait_inside
+from tests.integration.engines import ENGINES, FOR_ENGINES, inside
 
 pytestmark = [
     pytest.mark.point("3-9"),
@@ -48,8 +49,8 @@ def test_engines_move_on_when_their_manager_is_lost_and_no_container_notices(
     for engine, container in zip(engines, before, strict=True):
         ours, theirs = (containers(one, "next")[0]["Id"] for one in engines)
         assert ours != theirs
-        found = wait_inside(engine, container, "Address", "busybox", "nslookup", "tasks.next")
-        assert found.count("10.0.1.") == 2
+        lookup = partial(inside, engine, container, "busybox", "nslookup", "tasks.next")
+        wait_until(lambda lookup=lookup: lookup().count("10.0.1.") == 2, f"{engine.name} knows both")
     run = ("run", "--rm", "--network", "net1", IMAGE, "busybox", "nslookup", "web")
     assert engines[0].docker(*run).stdout.count("10.0.1.") == 2
 

@@ -1,5 +1,6 @@
 """Tables of networks on three managers and two workers: every node knows the same, and a stop waits for all of them."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def test_every_node_knows_the_same_and_a_stop_waits_for_all_of_them(large: TestC
             known.nodes,
         )
 
+    began = int(time.time()) - 1
     # With 30 s to wait at most, a stop that came of that would be seen: it comes of the acknowledgements.
     m1.docker("service", "scale", "--detach", "web=2")
     wait_until(lambda: all(len(serving(large, node)) == 2 for node in NODES), "all nodes know who is left")
@@ -61,5 +63,11 @@ def test_every_node_knows_the_same_and_a_stop_waits_for_all_of_them(large: TestC
     wait_until(lambda: len(m1.client().api.tasks(running)) == 2, "the others are not wanted")
     wait_until(lambda: len(m1.client().api.tasks()) == 2, "the others have stopped", within_s=15)
 
+    past = large.node("m2").client().events(since=began, until=int(time.time()) + 1, decode=True)
+    drained = [event for event in past if (event["Type"], event["Action"]) == ("task", "drain")]
+    assert len(drained) == 4
+    addresses = {event["Actor"]["Attributes"]["addresses"] for event in drained}
+    assert len(addresses) == 4
+    assert addresses < tasks
     m1.docker("service", "rm", "web")
     wait_until(lambda: not any(table(large, node) for node in NODES), "nothing is published any more")

@@ -58,6 +58,12 @@ def meanwhile(work: Callable[[], object], after_s: float, strike: Callable[[], o
 # --- init -----------------------------------------------------------------------------------------------------------
 
 
+def is_whole(node: TestNode, name: str) -> bool:
+    """Whether the service's two tasks run, each in the one container that it says."""
+    said = {task["Status"]["ContainerStatus"]["ContainerID"] for task in running(node, name)}
+    return len(said) == 2 and {container["Id"] for container in containers(node, name)} == said
+
+
 def kill_everything(rig: DaemonRig) -> None:
     """SIGKILL for all that shares the daemon's network namespace."""
     assert rig.process is not None
@@ -69,6 +75,8 @@ def kill_everything(rig: DaemonRig) -> None:
             except ProcessLookupError:
                 continue
         rig.process.wait(10)
+    # One that ends leaves its namespaces before it is gone.
+    wait_until(lambda: not (rig.pid_of("net") or rig.pid_of("manager")), "all are gone")
     rig.process = None
 
 
@@ -127,9 +135,8 @@ def test_services_are_whole_after_a_power_loss_while_they_are_made(own_m1: TestN
         for name in sorted(there):
             wait_running(own_m1, name, 2, within_s=60)
         for name in sorted(there):
-            wait_until(lambda name=name: len(containers(own_m1, name)) == 2, f"the containers of {name}")
-            ids = {task["Status"]["ContainerStatus"]["ContainerID"] for task in running(own_m1, name)}
-            assert {container["Id"] for container in containers(own_m1, name)} == ids
+            # A task whose container ended with the machine is shown as running until its node has reported it.
+            wait_until(lambda name=name: is_whole(own_m1, name), f"one container for each task of {name}")
         for name in sorted(there):
             own_m1.docker("service", "rm", name)
             if name in wanted:

@@ -156,10 +156,10 @@ class Ledger:
 
     def _place(self, task: Task, places: Mapping[NetworkId, NetworkAttachment]) -> None:
         before = self._tasks.pop(task.id, None)
-        if (
-            before is not None
-            and before.node_id == task.node_id
-            and places_of(before).keys() == places.keys()
+        if before is not None and (before.node_id, before.service_id, places_of(before).keys()) == (
+            task.node_id,
+            task.service_id,
+            places.keys(),
         ):
             self._tasks[task.id] = task
             self._stale.endpoints.update(dict.fromkeys((network_id, task.id) for network_id in places))

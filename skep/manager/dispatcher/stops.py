@@ -17,12 +17,13 @@ from skep.aio.lean_grpc import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import matters
 from skep.manager.dispatcher.sessions import Sessions
+from skep.model.draining import begins_to_drain
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import drain_s
 from skep.model.node import Node
-from skep.model.planes import is_docker_node, is_overlay
+from skep.model.planes import is_docker_node
 from skep.model.service import Service
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.store.interface import Store, View
 
 log = structlog.get_logger(__name__)
@@ -110,10 +111,7 @@ class _Begun(msgspec.Struct, frozen=True):
 
 def drain_of(view: View, old: Task, new: Task) -> float:
     """For how many seconds at most the stop of a task is held back; 0: not at all."""
-    if not old.is_wanted or new.is_wanted or new.status.state is not TaskState.RUNNING:
-        return 0.0
-    networks = (place.network for place in new.networks_attachments if place.addresses)
-    if not any(network is not None and is_overlay(network) for network in networks):
+    if not begins_to_drain(old, new):
         return 0.0
     service, node = view.lookup(Service, new.service_id), view.lookup(Node, new.node_id)
     if service is None or service.removed_at is not None or node is None or is_docker_node(node):

@@ -17,7 +17,8 @@ from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.gateway import BRIDGE, Gateway
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.healing import Healing
-from skep.node.network.overlay.overlays import Overlays, home_domain
+from skep.node.network.overlay.home import home_domain
+from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.settling import Settling
 from skep.node.network.ports import OwnReservations, PortReservations

@@ -15,7 +15,9 @@ from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, TaskId
+from skep.model.labels import drain_s
 from skep.model.meta import Driver
+from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.node.executor import wish
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
@@ -24,6 +26,7 @@ from skep.node.executor.template import expand
 from skep.node.executor.wish import LABEL_TASK_ID, NodeFacts
 from skep.node.mounts.payloads import Payloads
 from skep.node.mounts.volumes import Volumes, copy_up
+from skep.node.network.connections import inbound_of
 from skep.node.network.overlay.overlays import Overlays
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
@@ -31,6 +34,9 @@ from skep.node.oci.containers import Containers
 from skep.node.oci.health import HealthStatus
 
 log = structlog.get_logger()
+
+DRAIN_LOOK_S = 0.05
+"""The kernel announces the end of a connection to its owner alone."""
 
 UNHEALTHY = "dockerexec: unhealthy container"
 """Docker's words, in ``docker service ps``."""
@@ -62,6 +68,7 @@ class OciExecutor:
         self.volumes = volumes
         self.overlays = overlays
         self.pulling = Pulling(images, clock)
+        self.clock = clock
         self.log_default = log_default or Driver(name="json-file")
         self.node = NodeFacts(id=NodeId(""), hostname=hostname, architecture=os.uname().machine)
 
@@ -181,7 +188,22 @@ class OciController:
     async def shutdown(self) -> None:
         container = self._container()
         if container is not None:
+            await self._drain(container)
             await self._containers.stop(container.id)
+
+    async def _drain(self, container: Container) -> None:
+        """Return when the last client of a task on a cluster's network has gone, or ``skep.drain`` has passed.
+
+        New ones do not come any more: everybody who routes to the task was told before it was told to stop.
+        """
+        limit_s = drain_s(self._task.service_labels)
+        if not container.pid or not _is_routed(self._task) or not limit_s:
+            return
+        self._containers.events.publish("drain", container)
+        clock = self._executor.clock
+        until = clock.monotonic() + limit_s
+        while inbound_of(container.pid) and (left_s := until - clock.monotonic()) > 0:
+            await clock.sleep(min(DRAIN_LOOK_S, left_s))
 
     async def terminate(self) -> None:
         container = self._container()
@@ -267,6 +289,11 @@ class OciController:
                     point.destination,
                     self._executor.volumes.path(point.name),
                 )
+
+
+def _is_routed(task: AssignedTask) -> bool:
+    """Whether others find the task by a cluster's network, and so were told that it goes."""
+    return any(one.network is not None and is_overlay(one.network) for one in task.task.networks_attachments)
 
 
 def _is_unhealthy(container: Container) -> bool:

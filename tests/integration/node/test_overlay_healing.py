@@ -38,9 +38,9 @@ class Scene(msgspec.Struct):
     async def picture(self) -> dict[str, list[str]]:
         """All that matters, without what changes by itself or is made anew (indices, MACs that chance gave)."""
         commands = (
-            f"ip -o link | sed '{UNSTEADY}' | cut -d: -f2- | sort",
-            "ip -o link | grep -E ' (br0|eth[0-9]|skep-gw|skep-ingress)[:@]' | grep -o 'ether [^ ]*' | sort",
-            f"bridge -o -d link | grep -o ' [^ ]*: .*\\|learning [a-z]* flood [a-z]*' | sed '{UNSTEADY}' | sort",
+            f"ip -o link 2>&- | sed '{UNSTEADY}' | cut -d: -f2- | sort",
+            "ip -o link 2>&- | grep -E ' (br0|eth[0-9]|skep-gw|skep-ingress)[:@]' | grep -o 'ether [^ ]*' | sort",
+            f"bridge -o -d link 2>&- | grep -o ' [^ ]*: .*\\|learning [a-z]* flood [a-z]*' | sed '{UNSTEADY}' | sort",
             "ip -o addr | grep -v 'scope link' | awk '{print $2,$4}' | sort",
             "ip route | sort; ip -6 route | grep -v fe80 | sort",
             "bridge fdb | grep -E 'static|dst' | sed 's/ link-netnsid.*//' | sort",

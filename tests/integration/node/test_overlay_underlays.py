@@ -167,3 +167,23 @@ async def _left(home: Path) -> str:
 def _address(subnet: str, number: int) -> str:
     network, _, length = subnet.partition("/")
     return f"{network.rsplit('.', 1)[0]}.{number}/{length}"
+
+
+async def test_containers_that_end_many_at_a_time_are_no_deviation(lab: OverlayLab) -> None:
+    node = lab.nodes[0]
+    async with node.running() as network:
+        lab.tell(WEB)
+        await network.overlays.apply(lab.tables, frozenset(lab.tables))
+        for _ in range(3):
+            await asyncio.gather(
+                *(
+                    node.attach(network, place(INGRESS, f"10.0.0.{one}/24"), place(WEB, f"10.0.1.{one}/24"))
+                    for one in range(10, 30)
+                )
+            )
+            ends = list(node.endpoints.values())
+            await asyncio.gather(*(node.detach(network, end) for end in ends))
+        enough = network.repairs.comparisons + 10
+        while network.repairs.comparisons < enough:  # noqa: ASYNC110  # they are told to nobody
+            await asyncio.sleep(0.05)
+        assert dict(network.repairs.counts) == {}

@@ -14,7 +14,7 @@ from skep.model.ids import NetworkId, TaskId, new_container_id
 from skep.model.service import PortConfig, PublishMode
 from skep.model.tables import TableEndpoint
 from skep.node.network.addresses import mac_of
-from skep.node.network.overlay.overlays import home_domain
+from skep.node.network.overlay.home import home_domain
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.state import State
 from skep.node.network.overlay.wanted import INGRESS_BRIDGE

@@ -154,6 +154,7 @@ _RULES = tuple(
         (r"(Issuer (Subject|Public Key):\s+)\S+", r"\1CERT"),
         (r'"Index": ?\d+', '"Index": N'),
         (r'"(Merged|Upper|Work)Dir": "[^"]*"', r'"\1Dir": "PATH"'),
+        (r'"NanoCPUs": ?\d+,"MemoryBytes": ?\d{10,}', '"NanoCPUs":N,"MemoryBytes":N'),  # the machine's
         (r'"Pid": ?[1-9]\d*', '"Pid": N'),
         (r"\b\d+(\.\d+)? ?([kKMGT]i?)?B\b", "SIZE"),
         (r"\b\d+\.\d+%", "PERCENT"),

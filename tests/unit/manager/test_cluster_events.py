@@ -15,10 +15,11 @@ from skep.model.ids import SecretId
 from skep.model.node import Availability, Node, NodeSpec, NodeState, NodeStatus
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
+from skep.model.task import NetworkAttachment, TaskState
 from skep.model.times import SECOND_NS, Timestamp
 from skep.store.interface import Created, Deleted, Updated
 from skep.store.memory import MemoryStore
-from tests.builders import a_service
+from tests.builders import a_service, a_task, an_overlay
 
 NOW_NS = 1_700_000_000 * SECOND_NS
 
@@ -43,6 +44,34 @@ def test_an_event_is_spelled_as_the_engine_spells_it():
         b'{"Type":"secret","Action":"create","Actor":{"ID":"s","Attributes":{"name":"n"}},'
         b'"time":1700000000,"timeNano":1700000000500000000,"scope":"swarm"}'
     )
+
+
+def test_of_tasks_the_beginning_of_draining_is_told_and_nothing_else():
+    place = NetworkAttachment(network=an_overlay("net1"), addresses=("10.0.1.7/24",))
+    runs = replace(a_task("t1", node="n1", service="web"), networks_attachments=(place,))
+    stops = replace(runs, desired_state=TaskState.SHUTDOWN)
+    assert told(Updated(runs, stops)) == [
+        (
+            "task",
+            "drain",
+            {
+                "com.docker.swarm.task.id": "t1",
+                "com.docker.swarm.service.id": "web",
+                "com.docker.swarm.node.id": "n1",
+                "addresses": "10.0.1.7",
+            },
+        )
+    ]
+    ended = replace(stops, status=replace(stops.status, state=TaskState.SHUTDOWN))
+    alone = replace(runs, networks_attachments=())
+    for event in (
+        Created(runs),
+        Deleted(stops),
+        Updated(stops, ended),
+        Updated(stops, replace(stops, desired_state=TaskState.REMOVE)),
+        Updated(alone, replace(alone, desired_state=TaskState.SHUTDOWN)),
+    ):
+        assert told(event) == []
 
 
 def test_an_update_of_a_service_names_what_changed():

@@ -20,6 +20,8 @@ from skep.node.network.overlay.tables import RuleTable
 
 log = structlog.get_logger()
 
+_LEAVING_LOOKS_MAX = 5
+
 Remaking = Callable[[str], Awaitable[None]]
 """Makes a link, by its name, whose other end is in a namespace that somebody else keeps."""
 
@@ -69,6 +71,7 @@ class Domain:
         self._goal: State | None = None
         self._goal_rules: Mapping[str, RuleTable] = {}
         self._believed: State | None = None
+        self._leaving: dict[str, int] = {}
         self._rules: dict[str, RuleTable] = {}
         self._listings: dict[str, str] = {}
         self.indices: frozenset[int] | None = None
@@ -121,7 +124,7 @@ class Domain:
                 believed = await self._read(wanted)
             self._believed = None
             await self._do(difference(wanted, believed, is_ours=self.is_ours))
-            self._believed = wanted
+            self._believed = self._goal  # without what was let go meanwhile
 
     async def heal(self) -> int:
         """Compare with the kernel and put right what differs from the last wish that was settled.
@@ -134,12 +137,15 @@ class Domain:
             if wanted is None:
                 return 0
             repaired = await self._heal_rules()
-            operations = difference(wanted, await self._read(wanted), is_ours=self.is_ours)
+            found = await self._read(wanted)
+            wanted = self._goal or wanted  # what was let go meanwhile is not missed
+            found = self._without_leaving(found)
+            operations = difference(wanted, found, is_ours=self.is_ours)
             if operations:
                 self._believed = None
                 await self._do(operations)
                 repaired += [kind_of(one) for one in operations]
-            self._believed = wanted
+            self._believed = self._goal
         self._repairs.comparisons += 1
         if not was_there:
             return 0
@@ -171,6 +177,7 @@ class Domain:
             self._believed = without(self._believed, link)
         if self._goal is not None and link in self._goal.links:
             self._goal = without(self._goal, link)
+            self._leaving[link] = 0
 
     def doubt(self) -> None:
         """Look before the next change: what others left may be there."""
@@ -189,6 +196,16 @@ class Domain:
         if not self._has_own_routes:
             return msgspec.structs.replace(found.state, routes=found.state.routes & wanted.routes)
         return found.state
+
+    def _without_leaving(self, found: State) -> State:
+        """``found`` without what goes by itself; what is still there after several looks is somebody's mistake."""
+        for link in tuple(self._leaving):
+            if link not in found.links or self._leaving[link] >= _LEAVING_LOOKS_MAX:
+                del self._leaving[link]
+            else:
+                self._leaving[link] += 1
+                found = without(found, link)
+        return found
 
     def _selects(self, link: Link) -> bool:
         is_wanted = self._goal is not None and link.name in self._goal.links

@@ -29,18 +29,16 @@ from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import owner, spoofing, strangers
 from skep.node.network.overlay.settling import Settling
-from skep.node.network.overlay.state import Link, State
+from skep.node.network.overlay.state import Entry, State
 from skep.node.network.overlay.wanted import (
-    INGRESS_BRIDGE,
-    INGRESS_VXLAN,
     OVERLAY_SYSCTLS,
-    TAP,
     LocalPlace,
     Underlay,
     container_state,
     just_made,
     mtu_of,
     network_state,
+    remote_entries,
 )
 from skep.node.oci.container import ConnectedPlace, Endpoint, Place
 
@@ -72,7 +70,7 @@ class Overlays:
         self._namespaces = namespaces
         self._pins = pins
         self._home = home
-        self._repairs = repairs
+        self.repairs = repairs
         self._healing = healing
         self._settling = settling
         self._bridges = tuple(bridges)
@@ -89,6 +87,7 @@ class Overlays:
         self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
         self._underlays: dict[str, Underlay] = {}
         self._locks: dict[NetworkId, asyncio.Lock] = {}
+        self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
         self._encrypted: Encryption = NoEncryption()
 
     def encrypt_with(self, encrypted: Encryption) -> None:
@@ -245,7 +244,7 @@ class Overlays:
             f"container {container_id[:12]}",
             Path(endpoint.netns),
             self._namespaces,
-            self._repairs,
+            self.repairs,
             is_ours=False,
             remake=partial(self._remake, endpoint),
         )
@@ -292,17 +291,29 @@ class Overlays:
             if table is None and not places:
                 await self._remove(id)
                 return
-            head = self._head_of(id)
+            head, underlay = self._head_of(id), self._underlay_of(table)
             state = network_state(
-                head, table, places, node_id=self._node_id, underlay=self._underlay_of(table)
+                head,
+                table,
+                places,
+                node_id=self._node_id,
+                underlay=underlay,
+                remote=self._remote_entries(table, underlay) if table is not None else frozenset(),
             )
             domain = await self._domain(id, head)
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
             await domain.settle()
-            underlay = self._underlay_of(table)
             if head.is_encrypted and table is not None and underlay is not None:
                 self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
                 self._encrypted.carry(table, domain.path)
+
+    def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
+        """Remembered for each table, of which a large network's is long, and many containers start on it."""
+        known = self._remote.get(table.head.id)
+        if known is None or known[0] is not table or known[1:3] != (self._node_id, underlay):
+            entries = remote_entries(table, self._node_id, underlay)
+            known = self._remote[table.head.id] = (table, self._node_id, underlay, entries)
+        return known[3]
 
     async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
         if head.is_ingress:
@@ -313,7 +324,7 @@ class Overlays:
         domain = self._domains.get(id)
         if domain is None:
             domain = self._domains[id] = Domain(
-                f"network {head.name}", path, self._pins, self._repairs, selects=every_link
+                f"network {head.name}", path, self._pins, self.repairs, selects=every_link
             )
         if not os.path.ismount(path):
             await self._pins.destroy(id)
@@ -327,6 +338,7 @@ class Overlays:
     async def _remove(self, id: NetworkId) -> None:
         self._encrypted.drop(id)
         self._heads.pop(id, None)
+        self._remote.pop(id, None)
         self._places.pop(id, None)
         domain = self._domains.pop(id, None)
         if domain is not None:
@@ -373,24 +385,3 @@ class Overlays:
         wanted = {node.underlay for node in own if node is not None and node.underlay}
         found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
         self._underlays = found
-
-
-def home_domain(namespaces: Namespaces, repairs: Repairs) -> Domain:
-    """The node's own namespace, in which others have devices and routes too.
-
-    Until tables have come nobody knows what there belongs to no one, so nothing is removed.
-    """
-    return Domain(
-        "node",
-        namespaces.home,
-        namespaces,
-        repairs,
-        is_ours=False,
-        selects=_is_of_ingress,
-        has_own_routes=False,
-    )
-
-
-def _is_of_ingress(link: Link) -> bool:
-    is_ours = link.name == INGRESS_BRIDGE or link.name.startswith(INGRESS_VXLAN)
-    return is_ours or (link.kind in ("veth", TAP) and link.master == INGRESS_BRIDGE)

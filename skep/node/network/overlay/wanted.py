@@ -80,8 +80,9 @@ def network_state(
     *,
     node_id: NodeId,
     underlay: Underlay | None,
+    remote: frozenset[Entry],
 ) -> State:
-    """One network on this node.
+    """One network on this node.  ``remote``: its ``remote_entries``.
 
     Without a table there are only the local containers on their bridge; without an ``underlay`` no other node can be
     reached.  An encrypted network leaves the node by no plain VXLAN.
@@ -105,8 +106,7 @@ def network_state(
         )
         for place in places
     }
-    remote = remote_entries(table, node_id, underlay) if table is not None and devices else frozenset()
-    entries = _one_place_each(remote, places, table, node_id)
+    entries = _one_place_each(remote if devices else frozenset(), places, table, node_id)
     return State(
         links=links,
         addresses=frozenset(Address(bridge, one) for one in own),

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -177,6 +177,34 @@ def without_revision(tables: dict[NetworkId, Table]) -> dict[NetworkId, Table]:
     batches=st.lists(st.tuples(st.lists(STEPS, min_size=1, max_size=4), st.booleans()), max_size=25),
     remembered=st.sampled_from([1, 3, 1000]),
     begin=st.integers(0, 5),
+)
+@example(  # the task comes to another service
+    batches=[
+        ([put_task("t0", "a", "n3", TaskState.ASSIGNED, False, {0, 2})], False),
+        (
+            [
+                put_task("t0", "b", "n3", TaskState.ASSIGNED, False, {0, 2}),
+                put_service("a", False, False, set()),
+            ],
+            False,
+        ),
+    ],
+    remembered=1,
+    begin=0,
+)
+@example(  # an ingress network that only a task still knows
+    batches=[
+        ([put_task("t0", "a", "n2", TaskState.ASSIGNED, False, {2})], False),
+        (
+            [
+                put_service("a", True, False, set()),
+                put_node("n1", NodeState.READY, False, False, "192.168.0.1"),
+            ],
+            False,
+        ),
+    ],
+    remembered=1,
+    begin=0,
 )
 def test_what_is_kept_up_is_what_is_derived_from_scratch(
     batches: list[tuple[list[Step], bool]], remembered: int, begin: int

@@ -78,7 +78,7 @@ def test_a_task_that_was_to_stop_already_waits_no_second_time() -> None:
 
 
 def test_a_label_that_cannot_be_read_is_refused() -> None:
-    for word in ("soon", "-1s", "2h"):
+    for word in ("soon", "-1s", "9000h"):
         with pytest.raises(InvalidArgument, match=f"invalid label skep.drain={word}"):
             check_service_labels({"skep.drain": word})
     check_service_labels({"skep.drain": "250ms"})

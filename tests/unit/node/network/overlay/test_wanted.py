@@ -53,7 +53,8 @@ def a_place(*addresses: str, port: str = "vs1", head: NetworkHead = HEAD) -> Loc
 
 def state(table: Table | None, *places: LocalPlace, underlay: Underlay | None = MINE) -> State:
     head = table.head if table is not None else HEAD
-    return network_state(head, table, places, node_id=ME, underlay=underlay)
+    remote = remote_entries(table, ME, underlay) if table is not None else frozenset()
+    return network_state(head, table, places, node_id=ME, underlay=underlay, remote=remote)
 
 
 def test_a_remote_endpoint_has_its_three_entries_on_the_device_of_its_subnet() -> None:

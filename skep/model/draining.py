@@ -1,0 +1,12 @@
+"""When a task begins to drain: it is to stop, and others may be connected to it."""
+
+from skep.model.planes import is_overlay
+from skep.model.task import Task, TaskState
+
+
+def begins_to_drain(old: Task, new: Task) -> bool:
+    """Whether ``new`` is to stop, ``old`` was not, and it serves on a network of the cluster."""
+    if not old.is_wanted or new.is_wanted or new.status.state is not TaskState.RUNNING:
+        return False
+    networks = (place.network for place in new.networks_attachments if place.addresses)
+    return any(network is not None and is_overlay(network) for network in networks)
