@@ -40,7 +40,7 @@ from skep.paths import Paths
 
 PAIRS, SECONDS = 7, 2.0
 FEW, MANY = 5, 500
-ATTACHED = 20
+ATTACHED = 60
 CONTAINERS = 100
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
 IDS = (NodeId("one"), NodeId("other"))
@@ -78,6 +78,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     overlay_gbit_s: list[float]
     attach_few_ms: list[float]
     attach_many_ms: list[float]
+    attach_few_processor_ms: list[float]
+    attach_many_processor_ms: list[float]
     memory_mib_per_container: float
     busy: float
 
@@ -92,6 +94,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     def attaching(self) -> float:
         """Beside many services by beside few."""
         return statistics.median(self.attach_many_ms) / statistics.median(self.attach_few_ms)
+
+    @property
+    def attaching_processor(self) -> float:
+        """The same of processor time, which others on the machine disturb less."""
+        return statistics.median(self.attach_many_processor_ms) / statistics.median(
+            self.attach_few_processor_ms
+        )
 
 
 def main() -> None:
@@ -126,6 +135,10 @@ def report(result: Result) -> str:
             f"| attach, ms, {MANY} services | {FEW} services {spread(result.attach_few_ms)} "
             f"| {spread(result.attach_many_ms)} | {result.attaching:.2f} | at most {ATTACH_MAX} |"
         ),
+        (
+            f"| the same, processor time | {spread(result.attach_few_processor_ms)} "
+            f"| {spread(result.attach_many_processor_ms)} | {result.attaching_processor:.2f} | |"
+        ),
         f"| node process per container, MiB | | {result.memory_mib_per_container:.3f} | | under {MEMORY_MB_MAX} |",
         "",
         f"The machine was {result.busy:.0%} busy with other things before.",
@@ -155,13 +168,15 @@ async def _measure(directory: Path, pairs: int, seconds: float) -> Result:
             await stack.enter_async_context(network.running())
             await network.restore({})
         bare, mine = await _streams(networks, pairs, seconds)
-        few, many = await _attaching(networks[0])
+        wall, processor = await _attaching(networks[0])
         memory = await _memory(networks[0])
     return Result(
         bare_gbit_s=bare,
         overlay_gbit_s=mine,
-        attach_few_ms=few,
-        attach_many_ms=many,
+        attach_few_ms=wall[FEW],
+        attach_many_ms=wall[MANY],
+        attach_few_processor_ms=processor[FEW],
+        attach_many_processor_ms=processor[MANY],
         memory_mib_per_container=memory,
         busy=busy,
     )
@@ -199,8 +214,11 @@ async def _streams(
     return bare, mine
 
 
-async def _attaching(network: ContainerNetwork) -> tuple[list[float], list[float]]:
-    """One container after another, in turn on a network with few services and on one with many."""
+async def _attaching(network: ContainerNetwork) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+    """One container after another, in turn on a network with few services and on one with many; ms.
+
+    By number of services: as the clock says, and of processor time.
+    """
     heads = {FEW: a_head(2), MANY: a_head(3)}
     tables = [
         a_table(
@@ -214,17 +232,19 @@ async def _attaching(network: ContainerNetwork) -> tuple[list[float], list[float
     ]
     await _apply([network], *tables)
     taken: dict[int, list[float]] = {FEW: [], MANY: []}
+    spent: dict[int, list[float]] = {FEW: [], MANY: []}
     for number in range(-2, ATTACHED):  # the first ones make what is there once
         for count in (FEW, MANY) if number % 2 else (MANY, FEW):
             head, id = heads[count], new_container_id()
             place = Place(head=head, addresses=(f"10.{_second(head)}.9.{number + 10}/16",))
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             end = await network.attach(id, (), (place,))
             if number >= 0:
                 taken[count].append((time.perf_counter() - began) * 1e3)
+                spent[count].append((time.process_time() - busy) * 1e3)
             await network.detach(id, end)
     await _apply([network])
-    return taken[FEW], taken[MANY]
+    return taken, spent
 
 
 async def _memory(network: ContainerNetwork) -> float:

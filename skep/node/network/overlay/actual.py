@@ -110,7 +110,9 @@ def _addresses(names: dict[int, str]) -> Iterable[Address]:
         family, length, _, scope, index = _IFADDR.unpack_from(body)
         if index in names and scope != _SCOPE_LINK:
             found = dict(attributes(body[_IFADDR.size :]))
-            yield Address(names[index], f"{inet_ntop(family, found.get(2, found[1]))}/{length}")
+            value = found.get(2) or found.get(1)
+            if value:
+                yield Address(names[index], f"{inet_ntop(family, value)}/{length}")
 
 
 def _routes(names: dict[int, str]) -> Iterable[Route]:

@@ -26,7 +26,8 @@ def find(addresses: Collection[str]) -> dict[str, Underlay]:
     for _, body in dumped(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
         family, _, _, _, index = _IFADDR.unpack_from(body)
         found = dict(attributes(body[_IFADDR.size :]))
-        address = inet_ntop(family, found.get(_LOCAL, found[_ADDRESS]))
+        value = found.get(_LOCAL) or found.get(_ADDRESS)
+        address = inet_ntop(family, value) if value else ""
         if address in wanted and index in mtus:
             underlays[wanted[address]] = Underlay(wanted[address], mtus[index])
     return underlays
