@@ -303,7 +303,6 @@ class Overlays:
             domain = await self._domain(id, head)
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
             await domain.settle()
-            underlay = self._underlay_of(table)
             if head.is_encrypted and table is not None and underlay is not None:
                 self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
                 self._encrypted.carry(table, domain.path)
