@@ -221,6 +221,39 @@ def test_published_ports_answer_while_node_process_and_manager_are_killed(
     wait_until(lambda: len(running(node, "web")) == 3, "the manager is back")
 
 
+def test_a_flushed_ruleset_is_back_within_5_s(mesh_cluster: TestCluster, nodes: dict[str, TestNode]) -> None:
+    client, _ = client_of(mesh_cluster)
+    publish(nodes, "--publish", "8080:80")
+    node = nodes["w1"]
+    served(node, client, 8080, lambda found: len(found) == 3)
+    inside = ("nsenter", f"--net={node.description['netns']}", "nft")
+    subprocess.run([*inside, "flush", "ruleset"], check=True)
+
+    def are_back() -> bool:
+        tables = subprocess.run(
+            [*inside, "list", "tables"], capture_output=True, text=True, check=True
+        ).stdout
+        return {"table ip skep", "table ip skep_ingress", "table ip6 skep_ingress"} <= set(
+            tables.splitlines()
+        )
+
+    wait_until(are_back, "our tables are back", within_s=5)
+    assert in_namespace(client, fetch, node.description["addr"], 8080)
+
+
+def test_docker_info_names_a_port_that_the_nodes_own_server_has(nodes: dict[str, TestNode]) -> None:
+    node = nodes["w2"]
+    with in_namespace(node.description["netns"], socket.create_server, ("0.0.0.0", 8083)):
+        publish(nodes, "--publish", "8083:80", replicas=1)
+        words = "Bind for 0.0.0.0:8083 failed: port is already allocated"
+
+        def warnings() -> str:
+            return str(node.client().api.info().get("Warnings"))
+
+        wait_until(lambda: words in warnings(), "the warning")
+    wait_until(lambda: words not in warnings(), "the port is published when it is free")
+
+
 def test_two_services_cannot_have_one_port(nodes: dict[str, TestNode]) -> None:
     publish(nodes, "--publish", "8080:80", replicas=1)
     refused = nodes["m1"].docker(
