@@ -6,13 +6,13 @@ libnetwork/network.go (validateConfiguration), libnetwork/controller.go (NewNetw
 
 import re
 from collections.abc import Iterable, Mapping
-from ipaddress import ip_interface
 
 import msgspec
 
 from skep.api.errors import Forbidden, Untranslated
 from skep.api.filters import Filters
 from skep.errors import InvalidArgument, NotFound
+from skep.model.addresses import is_subnet
 from skep.model.encoding import ApiObject, always
 from skep.model.network import ConfigReference
 
@@ -137,16 +137,6 @@ def _check_dependent(body: NetworkBody) -> None:
         raise Forbidden(
             "network driver options are not supported if the network depends on a configuration network"
         )
-
-
-def is_subnet(text: str) -> bool:
-    """Whether ``text`` is an address with the length of a prefix (``10.0.9.0/24``)."""
-    address, slash, length = text.partition("/")
-    try:
-        ip_interface(text)
-    except ValueError:
-        return False
-    return bool(address and slash) and length.isdigit()
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from itertools import combinations
 from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.manager.control.names import check_dns_name
+from skep.model.addresses import is_subnet
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, NetworkSpec, subnet_of
 from skep.model.planes import PLANE_OPTION, PLANES
@@ -59,16 +60,6 @@ def check_subnets(configs: Sequence[IPAMConfig]) -> None:
     for one, other in combinations(configs, 2):
         if overlap(subnet_of(one), subnet_of(other)):
             raise InvalidArgument("multiple overlapping subnet configuration is not supported")
-
-
-def is_subnet(text: str) -> bool:
-    """Whether ``text`` is an address with the length of a prefix (``10.0.9.0/24``)."""
-    address, slash, length = text.partition("/")
-    try:
-        ip_interface(text)
-    except ValueError:
-        return False
-    return bool(address and slash) and length.isdigit()
 
 
 def _check_driver(driver: Driver, spec: NetworkSpec) -> None:

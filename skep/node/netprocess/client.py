@@ -1,14 +1,17 @@
 """Asks the net process: one kept connection, opened again when the process was replaced."""
 
-import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
+
 from skep.aio.clock import Clock
 from skep.errors import AlreadyExists, FailedPrecondition, Unavailable
 from skep.model.ids import NetworkId
+from skep.node.conversation import Conversation
 from skep.node.netprocess.protocol import (
+    FRAME_BYTES_MAX,
     Answer,
     Done,
     Forget,
@@ -23,14 +26,8 @@ from skep.node.netprocess.protocol import (
     Reserved,
     Serve,
     decode_answer,
-    frame,
-    read_frame,
 )
 from skep.node.network.ports import AddressNotHere
-
-_DEADLINE_S = 10.0
-_FIRST_RETRY_S = 0.02
-_RETRY_S_MAX = 0.5
 
 
 class NetClient:
@@ -41,12 +38,10 @@ class NetClient:
     """
 
     def __init__(self, path: Path, clock: Clock, chance: Callable[[], float], owner: str = "") -> None:
-        self._path = path
         self._owner = owner
-        self._clock = clock
-        self._chance = chance
-        self._turn = asyncio.Lock()
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._conversation = Conversation(
+            path, clock, chance, whom="the net process", bytes_max=FRAME_BYTES_MAX
+        )
 
     async def reserve(self, protocol: str, port: int, address: str = "") -> int:
         """Hold ``port`` (0: any free one) of ``address`` (empty: of all IPv4 addresses) and give it.
@@ -119,39 +114,10 @@ class NetClient:
 
     def close(self) -> None:
         """Drop the connection; the next call opens another."""
-        if self._streams is not None:
-            self._streams[1].close()
-            self._streams = None
+        self._conversation.close()
 
     async def _ask(self, request: Request) -> Answer:
-        """The answer to ``request``, which is sent again over a new connection when one breaks."""
-        message = frame(request)
-        pause_s = _FIRST_RETRY_S
-        try:
-            async with asyncio.timeout(_DEADLINE_S), self._turn:
-                while True:
-                    try:
-                        return await self._exchange(message)
-                    except OSError:
-                        self.close()
-                        await self._clock.sleep(pause_s * (0.5 + self._chance() / 2))
-                        pause_s = min(pause_s * 2, _RETRY_S_MAX)
-                    except BaseException:
-                        self.close()  # an answer may still be under way: this connection is of no more use
-                        raise
-        except TimeoutError as error:
-            raise Unavailable(f"the net process does not answer on {self._path}") from error
-
-    async def _exchange(self, message: bytes) -> Answer:
-        if self._streams is None:
-            self._streams = await asyncio.open_unix_connection(self._path)
-        reader, writer = self._streams
-        writer.write(message)
-        await writer.drain()
-        body = await read_frame(reader)
-        if body is None:
-            raise ConnectionResetError("closed before it answered")
-        return decode_answer(body)
+        return decode_answer(await self._conversation.ask(msgspec.msgpack.encode(request)))
 
 
 def _owner(token: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from skep.node.conversation import LENGTH_BYTES
 from skep.node.netprocess.protocol import (
     FRAME_BYTES_MAX,
-    LENGTH_BYTES,
     HandedOver,
     HandOver,
     Label,

@@ -14,9 +14,11 @@ import structlog
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, SkepError
+from skep.node.conversation import read_frame
 from skep.node.netprocess import handover
 from skep.node.netprocess.handover import Taken
 from skep.node.netprocess.protocol import (
+    FRAME_BYTES_MAX,
     Answer,
     Done,
     Forget,
@@ -34,7 +36,6 @@ from skep.node.netprocess.protocol import (
     Waiting,
     decode_request,
     frame,
-    read_frame,
 )
 from skep.node.netprocess.reservations import Reservations, reopened
 from skep.node.netprocess.serving import Serving
@@ -113,7 +114,11 @@ async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> 
         nonlocal is_leaving
         open_now.add(writer)
         try:
-            while not is_leaving and (body := await read_frame(reader)) is not None and not is_leaving:
+            while (
+                not is_leaving
+                and (body := await read_frame(reader, FRAME_BYTES_MAX)) is not None
+                and not is_leaving
+            ):
                 request = decode_request(body)
                 if isinstance(request, HandOver):
                     is_leaving = True

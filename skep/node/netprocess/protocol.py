@@ -5,16 +5,14 @@ Hand-over is the exception: ``HandedOver`` is followed by single bytes that carr
 says its own name.  A process speaks this with the one of the version before: fields are only ever added.
 """
 
-import asyncio
 from typing import cast
 
 import msgspec
 
-from skep.errors import Unavailable
 from skep.model.ids import NetworkId, TaskId
+from skep.node.conversation import framed
 
 FRAME_BYTES_MAX = 4 * 1024 * 1024
-LENGTH_BYTES = 4
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -161,19 +159,7 @@ Answer = Reserved | Refused | Done | Listing | HandedOver
 
 def frame(message: Request | Answer) -> bytes:
     """``message`` with its length before it."""
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(LENGTH_BYTES, "big") + body
-
-
-async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The next message; None: the other end has closed.  Raises: Unavailable: it speaks something else."""
-    try:
-        length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
-        if length > FRAME_BYTES_MAX:
-            raise Unavailable(f"a message of {length} bytes on net.sock")
-        return await reader.readexactly(length)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+    return framed(msgspec.msgpack.encode(message))
 
 
 def decode_request(body: bytes) -> Request:

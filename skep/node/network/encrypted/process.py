@@ -18,9 +18,11 @@ from skep import logs
 from skep.aio.clock import SystemClock
 from skep.errors import SkepError
 from skep.linux.files import replace_file
+from skep.node.conversation import read_frame
 from skep.node.network.encrypted.forwarder import TICK_S, Forwarder
 from skep.node.network.encrypted.plan import Plan
 from skep.node.network.encrypted.protocol import (
+    FRAME_BYTES_MAX,
     Answer,
     Apply,
     Ask,
@@ -29,7 +31,6 @@ from skep.node.network.encrypted.protocol import (
     Request,
     decode_request,
     frame,
-    read_frame,
 )
 from skep.node.supervision.detached import detached
 from skep.paths import Paths
@@ -70,7 +71,7 @@ async def _serve(paths: Paths) -> None:
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         conversations.add(writer)
         try:
-            while (body := await read_frame(reader)) is not None:
+            while (body := await read_frame(reader, FRAME_BYTES_MAX)) is not None:
                 writer.write(frame(_answer(paths, forwarder, decode_request(body))))
                 await writer.drain()
         except (SkepError, msgspec.DecodeError, OSError) as error:

@@ -1,17 +1,15 @@
 """What is said over ``forwarder.sock``: one request, one answer, each with its length before it (4 bytes)."""
 
-import asyncio
 from typing import cast
 
 import msgspec
 
-from skep.errors import Unavailable
+from skep.node.conversation import framed
 from skep.node.network.encrypted.forwarder import Status
 from skep.node.network.encrypted.plan import Plan
 
 FRAME_BYTES_MAX = 64 * 1024 * 1024
 """A plan of 200 networks with 50,000 containers takes 5 MB."""
-_LENGTH_BYTES = 4
 
 
 class Apply(msgspec.Struct, frozen=True, tag=True):
@@ -42,19 +40,7 @@ Answer = Now | Refused
 
 def frame(message: Request | Answer) -> bytes:
     """``message`` with its length before it."""
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
-
-
-async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The next message; None: the other end has closed.  Raises: Unavailable: it speaks something else."""
-    try:
-        length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
-        if length > FRAME_BYTES_MAX:
-            raise Unavailable(f"a message of {length} bytes on forwarder.sock")
-        return await reader.readexactly(length)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+    return framed(msgspec.msgpack.encode(message))
 
 
 def decode_request(body: bytes) -> Request:

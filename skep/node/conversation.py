@@ -1,0 +1,88 @@
+"""Questions and answers with another process of this node, over a unix socket: one request, one answer.
+
+Each message has its length (4 bytes, big-endian) before it.  A process speaks with the one of the version before:
+fields of messages are only ever added.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import Unavailable
+
+LENGTH_BYTES = 4
+DEADLINE_S = 10.0
+_FIRST_RETRY_S = 0.02
+_RETRY_S_MAX = 0.5
+
+
+def framed(body: bytes) -> bytes:
+    """``body`` with its length before it."""
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | None:
+    """The next message; None: the other end has closed.  Raises: Unavailable: it speaks something else."""
+    try:
+        length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
+        if length > bytes_max:
+            raise Unavailable(f"a message of {length} bytes, which is more than {bytes_max}")
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
+class Conversation:
+    """The asking end: one kept connection, opened again when the other process was replaced.
+
+    While that restarts a question waits; after 10 s it raises ``Unavailable``.
+    """
+
+    def __init__(
+        self, path: Path, clock: Clock, chance: Callable[[], float], *, whom: str, bytes_max: int
+    ) -> None:
+        """``whom``: the other process, in words; ``bytes_max``: of an answer."""
+        self._path = path
+        self._clock = clock
+        self._chance = chance
+        self._whom = whom
+        self._bytes_max = bytes_max
+        self._turn = asyncio.Lock()
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, body: bytes) -> bytes:
+        """The answer to ``body``, which is sent again over a new connection when one breaks.  Raises: Unavailable."""
+        message = framed(body)
+        backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=self._chance)
+        try:
+            async with asyncio.timeout(DEADLINE_S), self._turn:
+                while True:
+                    try:
+                        return await self._exchange(message)
+                    except OSError:
+                        self.close()
+                        await backoff.sleep(self._clock)
+                    except BaseException:
+                        self.close()  # an answer may still be under way: this connection is of no more use
+                        raise
+        except TimeoutError as error:
+            raise Unavailable(f"{self._whom} does not answer on {self._path}") from error
+
+    def close(self) -> None:
+        """Drop the connection; the next question opens another."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+    async def _exchange(self, message: bytes) -> bytes:
+        if self._streams is None:
+            self._streams = await asyncio.open_unix_connection(self._path)
+        reader, writer = self._streams
+        writer.write(message)
+        await writer.drain()
+        body = await read_frame(reader, self._bytes_max)
+        if body is None:
+            raise ConnectionResetError("closed before it answered")
+        return body
