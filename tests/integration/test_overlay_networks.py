@@ -113,7 +113,10 @@ def test_a_service_on_an_overlay_is_reached_from_every_node(trio: TestCluster, m
         wait_until(
             lambda n=node: "4789" not in kernel(n, "ss", "-Huan", "sport", "=", "4789"), f"no VXLAN on {name}"
         )
-        assert kernel(node, "ip", "-o", "link", "show", "type", "veth").count("skep-gw") == 0
+        wait_until(
+            lambda n=node: "skep-gw" not in kernel(n, "ip", "-o", "link", "show", "type", "veth"),
+            f"no port of the gateway on {name}",
+        )
 
 
 def test_the_overlay_goes_on_while_the_node_process_is_away_and_after(

@@ -13,7 +13,7 @@ from skep.node.executor.assembly import container_network
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.ports import OwnReservations
-from skep.node.oci.container import Endpoint, Place
+from skep.node.oci.container import Container, ContainerConfig, Endpoint, NodePort, Place
 from skep.paths import Paths
 
 WEB = NetworkHead(id=NetworkId("webnet"), name="web", segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097),))
@@ -55,7 +55,7 @@ class LabNode:
         network.overlays.identify(self.id)
         try:
             async with network.running():
-                await network.restore(dict(self.endpoints))
+                await network.restore([a_container(id, (), one) for id, one in self.endpoints.items()])
                 yield network
         finally:
             ports.close()
@@ -63,12 +63,23 @@ class LabNode:
     async def attach(self, network: ContainerNetwork, *places: Place) -> Endpoint:
         """A container's namespace."""
         id = new_container_id()
-        self.endpoints[id] = await network.attach(id, (), places)
+        self.endpoints[id] = await network.attach(a_container(id, places))
         return self.endpoints[id]
 
     async def detach(self, network: ContainerNetwork, endpoint: Endpoint) -> None:
         id = next(id for id, one in self.endpoints.items() if one == endpoint)
         await network.detach(id, self.endpoints.pop(id))
+
+
+def a_container(
+    id: ContainerId,
+    places: tuple[Place, ...],
+    endpoint: Endpoint | None = None,
+    ports: tuple[NodePort, ...] = (),
+) -> Container:
+    """What a node process knows of it, as far as networks go."""
+    config = ContainerConfig(path="sh", places=places, ports=ports)
+    return Container(id=id, name=id, image="", image_id="", config=config, endpoint=endpoint)
 
 
 class OverlayLab:

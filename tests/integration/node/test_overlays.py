@@ -25,6 +25,7 @@ from tests.integration.node.overlay_lab import (
     TWO_SUBNETS,
     WEB,
     OverlayLab,
+    a_container,
     carried,
     place,
     reaches,
@@ -309,16 +310,22 @@ async def test_a_container_that_cannot_have_its_port_leaves_nothing(lab: Overlay
     async with node.running() as network:
         await network.overlays.apply({}, frozenset())
         first = new_container_id()
-        node.endpoints[first] = await network.attach(first, (port,), (place(WEB, "10.0.1.5/24"),))
+        node.endpoints[first] = await network.attach(
+            a_container(first, (place(WEB, "10.0.1.5/24"),), ports=(port,))
+        )
         with pytest.raises(AlreadyExists, match="port is already allocated"):
-            await network.attach(new_container_id(), (port,), (place(TWO_SUBNETS, "10.0.2.5/24"),))
+            await network.attach(
+                a_container(new_container_id(), (place(TWO_SUBNETS, "10.0.2.5/24"),), ports=(port,))
+            )
         assert node.namespaces.pinned() == [first]
         async with asyncio.timeout(10):
             while sorted(path.name for path in node.paths.overlays.iterdir()) != [WEB.id]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await network.detach(first, node.endpoints.pop(first))
         second = new_container_id()
-        node.endpoints[second] = await network.attach(second, (port,), (place(WEB, "10.0.1.5/24"),))
+        node.endpoints[second] = await network.attach(
+            a_container(second, (place(WEB, "10.0.1.5/24"),), ports=(port,))
+        )
         assert node.endpoints[second].ports[0].published_port == 8080
 
 

@@ -72,7 +72,6 @@ async def test_a_volume_is_removed_unless_a_container_has_it(api: Api, volumes: 
     [
         ("/volumes/nosuch", "get nosuch: no such volume"),
         ("/plugins/nosuch/json", 'plugin "nosuch" not found'),
-        ("/networks/nosuch", "network nosuch not found"),
     ],
 )
 async def test_what_is_not_there_is_said_so_and_docker_inspect_looks_further(

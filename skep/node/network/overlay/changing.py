@@ -137,6 +137,8 @@ class _Changes:
             options["address"] = link.mac
         match link.kind:
             case "bridge":
+                # Only an MTU that is set afterwards is the user's; another follows the ports, and is 1500 without any.
+                options.pop("mtu", None)
                 await _tolerating(_PRESENT, self._route.link("add", br_mcast_snooping=0, **options))
             case "vxlan":
                 await self._add_vxlan(link, options)

@@ -20,7 +20,8 @@ from skep.node.network.overlay.tables import RuleTable
 
 log = structlog.get_logger()
 
-_LEAVING_LOOKS_MAX = 5
+_LEAVING_LOOKS_MAX = 25
+"""Five seconds at the fastest: the kernel clears namespaces one by one, and those with many rules slowly."""
 
 Remaking = Callable[[str], Awaitable[None]]
 """Makes a link, by its name, whose other end is in a namespace that somebody else keeps."""
