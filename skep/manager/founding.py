@@ -3,6 +3,7 @@
 from cryptography import x509
 
 from skep.errors import FailedPrecondition
+from skep.linux.routes import read_routes
 from skep.manager.ca.admission import issued_certificate
 from skep.manager.config import ManagerConfig
 from skep.manager.control.swarm import found_swarm
@@ -16,7 +17,7 @@ from skep.model.node import (
     NodeSpec,
     Reachability,
 )
-from skep.model.routes import ROUTES_LABEL, own_routes_label
+from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
 from skep.security.authority import Authority
@@ -54,7 +55,9 @@ def found_cluster(
         description=NodeDescription(
             hostname=config.hostname,
             # Known before the first networks are allocated: they avoid what this machine has.
-            engine=EngineDescription(labels={ROUTES_LABEL: own_routes_label()}),
+            engine=EngineDescription(
+                labels={ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes())}
+            ),
         ),
         manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=config.advertise_addr),
         certificate=issued_certificate(

@@ -12,7 +12,6 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from skep.linux.routes import read_routes
 from skep.model.node import Node
 
 ROUTES_LABEL: Final = "skep.routes"
@@ -56,11 +55,6 @@ def routes_label(routes: Iterable[MachineRoute]) -> str:
             outermost.append(route)
     outermost.sort(key=lambda route: (route.subnet.version, route.subnet.prefixlen, str(route)))
     return " ".join(map(str, outermost[:ROUTES_MAX]))
-
-
-def own_routes_label() -> str:
-    """The label for this machine's routes, as they are now."""
-    return routes_label(MachineRoute(subnet, interface) for subnet, interface in read_routes())
 
 
 def routes_of(node: Node) -> tuple[MachineRoute, ...]:

@@ -15,12 +15,13 @@ from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Joining, advertised
 from skep.configuration.configuration import Configuration
 from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.linux.routes import read_routes
 from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
 from skep.model.pair_keys import KeysTold, Method
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
-from skep.model.routes import ROUTES_LABEL, own_routes_label
+from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
@@ -224,7 +225,7 @@ class NodeParts:
         ``data_path_addr``: where its VXLAN arrives; empty: where it connects from.
         """
         configuration = self._configuration()
-        own = {NODE_LABEL: "true", ROUTES_LABEL: own_routes_label()}
+        own = {NODE_LABEL: "true", ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes())}
         if data_path_addr:
             own[DATA_PATH_LABEL] = data_path_addr
         return NodeDescription(
