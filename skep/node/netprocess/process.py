@@ -82,13 +82,11 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
             own_name=f"skep-net-{secrets.token_hex(3)}",
             start_task=start_task,
         )
-        relaying = group.create_task(Relays(paths.relays, SystemClock(), random.random).run(), name="relays")
         try:
             start_task(Relays(paths.relays, SystemClock(), random.random).run())
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, reservations, serving)
         finally:
-            relaying.cancel()
             serving.close()
             for task in tasks:
                 task.cancel()
