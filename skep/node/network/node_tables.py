@@ -11,25 +11,23 @@ import asyncio
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.node.network import nft
+from skep.node.network import netlink, nft
 from skep.node.network.namespaces import Namespaces
 
 log = structlog.get_logger()
 
-_NETLINK_NETFILTER = 12
-_GROUP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
 _NEWGEN, _GETGEN = 15, 16
 _GENERATION_ID = 1
 _TABLE_ATTRIBUTE = 1
 """Of all kinds of messages that concern a table."""
-_ADD_MEMBERSHIP, _SOL_NETLINK = 1, 270
+_CHANGES = netlink.NETFILTER, (netlink.GROUP_NFTABLES,)
 _RECEIVE_BYTES = 1 << 16
 _OWN_MAX = 256
 _TIMEOUT_S = 5.0
@@ -78,7 +76,7 @@ class NodeTables:
         """Repair until cancelled."""
         while True:
             try:
-                notices = await self._namespaces.run(self._namespaces.home, _listen)
+                notices = await self._namespaces.run(self._namespaces.home, netlink.listening, *_CHANGES)
             except OSError as error:
                 log.warning("changes of nftables are not told", reason=str(error))
                 await self._backoff.sleep(self._clock)
@@ -171,11 +169,11 @@ class NodeTables:
 
 def changes(received: bytes) -> Iterator[tuple[str, int]]:
     """The tables that notifications tell of, with 16 bits of the transaction's number."""
-    for kind, body in _messages(received):
+    for kind, body in netlink.messages(received):
         if kind >> 8 != _SUBSYSTEM_NFTABLES or kind & 0xFF == _NEWGEN or len(body) < 4:
             continue
         family, _, generation = struct.unpack_from("!BBH", body)
-        for attribute, value in _attributes(body[4:]):
+        for attribute, value in netlink.attributes(body[4:]):
             if attribute == _TABLE_ATTRIBUTE and family in _FAMILIES:
                 yield f"{_FAMILIES[family]} {value.rstrip(bytes(1)).decode(errors='replace')}", generation
                 break
@@ -190,45 +188,10 @@ def _counted(text: str) -> tuple[int, int]:
 
 def _generation() -> int:
     """The number of the last transaction in the present namespace.  Raises: OSError."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as link:
-        link.settimeout(_TIMEOUT_S)
-        link.bind((0, 0))
-        link.send(struct.pack("=IHHIIBBH", 20, _SUBSYSTEM_NFTABLES << 8 | _GETGEN, 1, 1, 0, 0, 0, 0))
-        for _, body in _messages(link.recv(_RECEIVE_BYTES)):
-            for attribute, value in _attributes(body[4:]):
+    with netlink.opened(netlink.NETFILTER, _TIMEOUT_S) as link:
+        link.send(netlink.request(_SUBSYSTEM_NFTABLES << 8 | _GETGEN, 0, bytes(4)))
+        for _, body in netlink.messages(link.recv(_RECEIVE_BYTES)):
+            for attribute, value in netlink.attributes(body[4:]):
                 if attribute == _GENERATION_ID:
                     return int.from_bytes(value, "big")
     raise OSError("the kernel tells no generation of nftables")
-
-
-def _listen() -> socket.socket:
-    link = socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
-    )
-    try:
-        link.bind((0, 0))
-        link.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
-    except OSError:
-        link.close()
-        raise
-    return link
-
-
-def _messages(received: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 16 <= len(received):
-        length, kind = struct.unpack_from("=IH", received, offset)
-        if length < 16:
-            return
-        yield kind, received[offset + 16 : offset + length]
-        offset += (length + 3) & ~3
-
-
-def _attributes(data: bytes) -> Iterable[tuple[int, bytes]]:
-    offset = 0
-    while offset + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, offset)
-        if length < 4:
-            return
-        yield kind & 0x3FFF, data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3

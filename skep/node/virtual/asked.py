@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network
 
-from skep.node.virtual.conntrack import NETLINK_NETFILTER, attributes, messages
+from skep.node.network import netlink
 
 NAME = "skep_asked"
 FAMILIES = ("ip", "ip6")
@@ -26,8 +26,6 @@ _PACKET, _CONFIGURE = _SUBSYSTEM_LOG << 8, _SUBSYSTEM_LOG << 8 | 1
 _COMMAND, _MODE, _AT_ONCE = 1, 2, 5
 _BIND, _COPY_PACKET = 1, 2
 _PAYLOAD = 9
-_REQUEST, _ACK = 0x1, 0x4
-_ERROR = 2
 _TIMEOUT_S = 2.0
 _READS_MAX = 64
 
@@ -58,10 +56,8 @@ def fresh(subnets: Iterable[IPv4Network | IPv6Network]) -> str:
 
 def open_packets() -> socket.socket:
     """A socket that is told of packets in the namespace of the calling thread.  Raises: OSError."""
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+    opened = netlink.opened(netlink.NETFILTER, _TIMEOUT_S)
     try:
-        opened.settimeout(_TIMEOUT_S)
-        opened.bind((0, 0))
         _configure(opened, _COMMAND, struct.pack("=B", _BIND))
         _configure(opened, _MODE, struct.pack("!IBB", _BYTES, _COPY_PACKET, 0))
         _configure(opened, _AT_ONCE, struct.pack("!I", 1))
@@ -87,8 +83,8 @@ def read(opened: socket.socket) -> frozenset[str]:
 def destinations(data: bytes) -> frozenset[str]:
     """The destinations of the packets in ``data``, messages of nfnetlink_log."""
     found = set()
-    for type_, body in messages(data):
-        packet = attributes(body[4:]).get(_PAYLOAD, b"") if type_ == _PACKET else b""
+    for type_, body in netlink.messages(data):
+        packet = dict(netlink.attributes(body[4:])).get(_PAYLOAD, b"") if type_ == _PACKET else b""
         if len(packet) >= 20 and packet[0] >> 4 == 4:
             found.add(socket.inet_ntop(socket.AF_INET, packet[16:20]))
         elif len(packet) >= 40 and packet[0] >> 4 == 6:
@@ -97,10 +93,9 @@ def destinations(data: bytes) -> frozenset[str]:
 
 
 def _configure(opened: socket.socket, type_: int, value: bytes) -> None:
-    attribute = struct.pack("=HH", 4 + len(value), type_) + value + b"\0" * (-len(value) % 4)
-    body = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_GROUP)) + attribute
-    opened.send(struct.pack("=IHHII", 16 + len(body), _CONFIGURE, _REQUEST | _ACK, 1, 0) + body)
-    for kind, answer in messages(opened.recv(1 << 12)):
-        code = -struct.unpack_from("=i", answer)[0] if kind == _ERROR else 0
+    head = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(_GROUP))
+    opened.send(netlink.request(_CONFIGURE, netlink.ACK, head + netlink.attribute(type_, value)))
+    for kind, answer in netlink.messages(opened.recv(1 << 12)):
+        code = netlink.error_number(answer) if kind == netlink.ERROR else 0
         if code:
             raise OSError(code, "packets cannot be listened to")

@@ -9,20 +9,16 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import closing
 
+from skep.node.network import netlink
 from skep.node.network.namespaces import set_sysctl
 from skep.node.virtual.wanted import Leads, is_ipv6
 
-NETLINK_NETFILTER = 12
 _SUBSYSTEM_CONNTRACK = 1
 _GET, _DELETE = _SUBSYSTEM_CONNTRACK << 8 | 1, _SUBSYSTEM_CONNTRACK << 8 | 2
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_ERROR, _DONE = 2, 3
 _TUPLE_ORIG, _TUPLE_REPLY, _ID, _ZONE = 1, 2, 12, 18
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _PROTO_NUMBER = 1
-_ATTRIBUTE_TYPE = 0x3FFF
 _TIMEOUT_S = 2.0
 
 SYSCTLS = {
@@ -55,13 +51,10 @@ def forget_flows(leads: Leads) -> frozenset[str]:
     namespaces (9 ms of processor time).  Raises: OSError.
     """
     seen: set[str] = set()
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     for family in sorted({socket.AF_INET6 if is_ipv6(address) else socket.AF_INET for address in leads}):
-        with closing(socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)) as netlink:
-            netlink.settimeout(_TIMEOUT_S)
-            netlink.bind((0, 0))
+        with netlink.opened(netlink.NETFILTER, _TIMEOUT_S) as connection:
             astray = []
-            for entry in entries(netlink, family):
+            for entry in entries(connection, family):
                 protocol, address, backend = _flow(entry, family)
                 if address not in leads:
                     continue
@@ -71,78 +64,51 @@ def forget_flows(leads: Leads) -> frozenset[str]:
                 if backend == address or (is_datagrams and backend not in leads[address]):
                     astray.append(entry)
             for number, entry in enumerate(astray, start=1):
-                _delete(netlink, family, number, entry)
+                _delete(connection, family, number, entry)
     return frozenset(seen)
 
 
 def _flow(entry: dict[int, bytes], family: int) -> tuple[int, str, str]:
     """(protocol, to which address, to which backend); empty: it says nothing of that."""
-    original, back = attributes(entry.get(_TUPLE_ORIG, b"")), attributes(entry.get(_TUPLE_REPLY, b""))
-    protocol = attributes(original.get(_TUPLE_PROTO, b"")).get(_PROTO_NUMBER, b"\0")[0]
+    original, back = _parts(entry.get(_TUPLE_ORIG, b"")), _parts(entry.get(_TUPLE_REPLY, b""))
+    protocol = _parts(original.get(_TUPLE_PROTO, b"")).get(_PROTO_NUMBER, b"\0")[0]
     source, destination = (3, 4) if family == socket.AF_INET6 else (1, 2)
-    address = attributes(original.get(_TUPLE_IP, b"")).get(destination)
-    backend = attributes(back.get(_TUPLE_IP, b"")).get(source)
+    address = _parts(original.get(_TUPLE_IP, b"")).get(destination)
+    backend = _parts(back.get(_TUPLE_IP, b"")).get(source)
     if address is None or backend is None:
         return protocol, "", ""
     return protocol, socket.inet_ntop(family, address), socket.inet_ntop(family, backend)
 
 
-def entries(netlink: socket.socket, family: int) -> Iterator[dict[int, bytes]]:
+def entries(connection: socket.socket, family: int) -> Iterator[dict[int, bytes]]:
     """All entries of ``family``, as their attributes."""
-    netlink.send(_message(_GET, _REQUEST | _DUMP, 0, family, b""))
+    connection.send(netlink.request(_GET, netlink.DUMP, _head(family)))
     while True:
-        data = netlink.recv(1 << 18)
-        for type_, body in messages(data):
-            if type_ == _DONE:
+        for type_, body in netlink.messages(connection.recv(1 << 18)):
+            if type_ == netlink.DONE:
                 return
-            if type_ == _ERROR:
-                raise OSError(-struct.unpack_from("=i", body)[0], "conntrack entries cannot be listed")
-            yield attributes(body[4:])
+            if type_ == netlink.ERROR:
+                raise OSError(netlink.error_number(body), "conntrack entries cannot be listed")
+            yield _parts(body[4:])
 
 
-def _delete(netlink: socket.socket, family: int, number: int, entry: dict[int, bytes]) -> None:
+def _delete(connection: socket.socket, family: int, number: int, entry: dict[int, bytes]) -> None:
     # With its id, so that it is not the entry that came after it.
     named = b"".join(
-        _attribute(type_, entry[type_], nested=type_ == _TUPLE_ORIG)
+        netlink.attribute(type_ | (netlink.NESTED if type_ == _TUPLE_ORIG else 0), entry[type_])
         for type_ in (_TUPLE_ORIG, _ZONE, _ID)
         if type_ in entry
     )
-    netlink.send(_message(_DELETE, _REQUEST | _ACK, number, family, named))
-    for type_, body in messages(netlink.recv(1 << 16)):
-        code = -struct.unpack_from("=i", body)[0] if type_ == _ERROR else 0
+    connection.send(netlink.request(_DELETE, netlink.ACK, _head(family) + named, number=number))
+    for type_, body in netlink.messages(connection.recv(1 << 16)):
+        code = netlink.error_number(body) if type_ == netlink.ERROR else 0
         if code not in (0, errno.ENOENT):
             raise OSError(code, f"conntrack entry cannot be deleted: {os.strerror(code)}")
 
 
-def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, body) of each netlink message in ``data``."""
-    at = 0
-    while at + 16 <= len(data):
-        length, type_ = struct.unpack_from("=IH", data, at)
-        if length < 16:
-            return
-        yield type_, data[at + 16 : at + length]
-        at += length + 3 & ~3
+def _parts(data: bytes) -> dict[int, bytes]:
+    return dict(netlink.attributes(data))
 
 
-def attributes(data: bytes) -> dict[int, bytes]:
-    """Netlink attributes by type."""
-    found = {}
-    at = 0
-    while at + 4 <= len(data):
-        length, type_ = struct.unpack_from("=HH", data, at)
-        if length < 4:
-            break
-        found[type_ & _ATTRIBUTE_TYPE] = data[at + 4 : at + length]
-        at += length + 3 & ~3
-    return found
-
-
-def _attribute(type_: int, data: bytes, *, nested: bool) -> bytes:
-    return (
-        struct.pack("=HH", len(data) + 4, type_ | (0x8000 if nested else 0)) + data + b"\0" * (-len(data) % 4)
-    )
-
-
-def _message(type_: int, flags: int, number: int, family: int, body: bytes) -> bytes:
-    return struct.pack("=IHHIIBBH", 20 + len(body), type_, flags, number, 0, family, 0, 0) + body
+def _head(family: int) -> bytes:
+    return struct.pack("=BBH", family, 0, 0)

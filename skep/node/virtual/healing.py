@@ -10,9 +10,8 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from skep.node.virtual.conntrack import NETLINK_NETFILTER, attributes, messages
+from skep.node.network import netlink
 
-_GROUP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
 _NEW_GENERATION = 15
 _TABLE_ATTRIBUTE = 1
@@ -27,12 +26,9 @@ _READS_MAX = 64
 
 def open_notifications() -> socket.socket:
     """A socket that hears of changes in the namespace of the calling thread.  Raises: OSError."""
-    opened = socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
-    )
+    opened = netlink.listening(netlink.NETFILTER, (netlink.GROUP_NFTABLES,))
     try:
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
-        opened.bind((0, 1 << (_GROUP_NFTABLES - 1)))
     except BaseException:
         opened.close()
         raise
@@ -66,10 +62,10 @@ class Notifications:
     def heard(self, data: bytes) -> bool:
         """Whether, as of these messages, somebody else has changed a table of ours."""
         was_changed = False
-        for type_, body in messages(data):
+        for type_, body in netlink.messages(data):
             if type_ >> 8 != _SUBSYSTEM_NFTABLES:
                 continue
-            told = attributes(body[4:])
+            told = dict(netlink.attributes(body[4:]))
             if type_ & 0xFF != _NEW_GENERATION:
                 self._is_touched |= _text(told.get(_TABLE_ATTRIBUTE, b"")) in self._ours
                 continue

@@ -13,15 +13,13 @@ from ipaddress import ip_address, ip_network
 
 import msgspec
 
-_NETLINK_NETFILTER = 12
+from skep.node.network import netlink
+
 _GET, _DELETE = 0x0101, 0x0102
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_ERROR, _DONE = 0x2, 0x3
 _TUPLE_ORIGINAL, _TUPLE_REPLY = 1, 2
 _TUPLE_IP, _TUPLE_PROTOCOL = 1, 2
 _SOURCE = {4: 1, 6: 3}
 _DESTINATION = {4: 2, 6: 4}
-_TYPE_MASK = 0x3FFF
 _RECEIVE_BYTES = 1 << 18
 _TIMEOUT_S = 5.0
 
@@ -53,16 +51,13 @@ def forget(misled: tuple[Misled, ...], version: int) -> int:
 
     Blocks for the time of a dump.  Raises: OSError.
     """
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as link:
-        link.bind((0, 0))
-        link.settimeout(_TIMEOUT_S)
-        family = socket.AF_INET if version == 4 else socket.AF_INET6
-        link.send(_message(_GET, _REQUEST | _DUMP, family, b""))
+    with netlink.opened(netlink.NETFILTER, _TIMEOUT_S) as link:
+        family = struct.pack("=BBH", socket.AF_INET if version == 4 else socket.AF_INET6, 0, 0)
+        link.send(netlink.request(_GET, netlink.DUMP, family))
         found = list(_matching(link, misled, version))
         for original in found:
-            link.send(
-                _message(_DELETE, _REQUEST | _ACK, family, _attribute(0x8000 | _TUPLE_ORIGINAL, original))
-            )
+            named = netlink.attribute(netlink.NESTED | _TUPLE_ORIGINAL, original)
+            link.send(netlink.request(_DELETE, netlink.ACK, family + named))
             link.recv(_RECEIVE_BYTES)  # one that has just ended by itself is an error that changes nothing
     return len(found)
 
@@ -81,17 +76,13 @@ def _matching(link: socket.socket, misled: tuple[Misled, ...], version: int) -> 
     """The original tuples, as the kernel gave them, of the flows that are misled."""
     ports = {one.port.to_bytes(2, "big") for one in misled}
     while True:
-        received = link.recv(_RECEIVE_BYTES)
-        offset = 0
-        while offset < len(received):
-            length, kind = struct.unpack_from("=IH", received, offset)
-            if kind in (_DONE, _ERROR):
+        for kind, message in netlink.messages(link.recv(_RECEIVE_BYTES)):
+            if kind in (netlink.DONE, netlink.ERROR):
                 return
-            body = received[offset + 20 : offset + length]
-            offset += (length + 3) & ~3
+            body = message[4:]
             if not any(port in body for port in ports):  # most flows, without a closer look
                 continue
-            attributes = dict(_attributes(body))
+            attributes = dict(netlink.attributes(body))
             original, reply = (
                 _tuple(attributes.get(number, b""), version) for number in (_TUPLE_ORIGINAL, _TUPLE_REPLY)
             )
@@ -104,10 +95,10 @@ def _matching(link: socket.socket, misled: tuple[Misled, ...], version: int) -> 
 
 
 def _tuple(data: bytes, version: int) -> Tuple | None:
-    parts = dict(_attributes(data))
+    parts = dict(netlink.attributes(data))
     addresses, ports = (
-        dict(_attributes(parts.get(_TUPLE_IP, b""))),
-        dict(_attributes(parts.get(_TUPLE_PROTOCOL, b""))),
+        dict(netlink.attributes(parts.get(_TUPLE_IP, b""))),
+        dict(netlink.attributes(parts.get(_TUPLE_PROTOCOL, b""))),
     )
     try:
         return Tuple(
@@ -119,21 +110,3 @@ def _tuple(data: bytes, version: int) -> Tuple | None:
         )
     except (KeyError, ValueError, IndexError):
         return None  # a protocol without ports
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, offset)
-        if length < 4:
-            return
-        yield kind & _TYPE_MASK, data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
-
-
-def _attribute(kind: int, data: bytes) -> bytes:
-    return struct.pack("=HH", len(data) + 4, kind) + data + bytes(-len(data) % 4)
-
-
-def _message(kind: int, flags: int, family: int, attributes: bytes) -> bytes:
-    return struct.pack("=IHHIIBBH", 20 + len(attributes), kind, flags, 1, 0, family, 0, 0) + attributes

@@ -17,7 +17,7 @@ from skep.errors import AlreadyExists, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import Table
-from skep.node.network import nft
+from skep.node.network import netlink, nft
 from skep.node.network.ingress import flows, rules
 from skep.node.network.ingress.flows import Misled
 from skep.node.network.ingress.obstacles import forwarding_tables, obstacles
@@ -32,7 +32,7 @@ from skep.node.network.ports import AddressNotHere, PortReservations
 log = structlog.get_logger()
 
 _FIRST_RETRY_S, _RETRY_S_MAX = 1.0, 30.0
-_RTMGRP_LINK = 1
+_LINKS = socket.NETLINK_ROUTE, (netlink.GROUP_LINK,)
 _NOTICE_BYTES = 1 << 16
 OBSTACLES_S = 15.0
 """Between two looks at what other firewalls of the machine forbid."""
@@ -264,7 +264,7 @@ class Mesh:
 
     async def _watch_bridge(self) -> None:
         """The bridge may be made later than its rules, or anew: its settings begin with it."""
-        notices = await self._namespaces.run(self._namespaces.home, _listen_to_links)
+        notices = await self._namespaces.run(self._namespaces.home, netlink.listening, *_LINKS)
         try:
             loop = asyncio.get_running_loop()
             while True:
@@ -315,14 +315,3 @@ def _set_up(has_ipv6: bool) -> None:
             if setting.read_text().strip() == "1":
                 setting.write_text("2")
         set_sysctl("net/ipv6/conf/all/forwarding", "1")
-
-
-def _listen_to_links() -> socket.socket:
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    notices = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
-    try:
-        notices.bind((0, _RTMGRP_LINK))
-    except OSError:
-        notices.close()
-        raise
-    return notices

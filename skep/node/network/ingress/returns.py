@@ -10,7 +10,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
 from skep.model.ids import ContainerId
-from skep.node.network import nft
+from skep.node.network import netlink, nft
 from skep.node.network.ingress.plan import Plan
 from skep.node.network.ingress.return_kernel import (
     FAMILIES,
@@ -31,14 +31,18 @@ from skep.node.network.ingress.return_path import (
     whole,
 )
 from skep.node.network.namespaces import Namespaces, set_sysctl
-from skep.node.network.overlay import netlink
 
 log = structlog.get_logger()
 
 _AT_ONCE_MAX = 16
 """Namespaces that are worked on at the same time; there are no more threads for it."""
-_NETFILTER, _NFTABLES = 12, 7
-_LINK, _ROUTE4, _RULE4, _ROUTE6, _RULE6 = 1, 7, 8, 11, 19
+_GROUPS = (
+    netlink.GROUP_LINK,
+    netlink.GROUP_ROUTE4,
+    netlink.GROUP_RULE4,
+    netlink.GROUP_ROUTE6,
+    netlink.GROUP_RULE6,
+)
 _NOTICE_BYTES = 1 << 16
 SETTLE_S = 1.0
 """Between a change in a container's namespace and a look at it: what belongs together is looked at once."""
@@ -131,10 +135,11 @@ class Returns:
 
     async def _listen(self, container_id: ContainerId, netns: Path) -> None:
         self._listen_no_more(container_id)
-        groups = (_LINK, _ROUTE4, _RULE4, _ROUTE6, _RULE6)
         opened = (
-            await self._namespaces.run(netns, netlink.listening, socket.NETLINK_ROUTE, groups),
-            await self._namespaces.run(netns, netlink.listening, _NETFILTER, (_NFTABLES,)),
+            await self._namespaces.run(netns, netlink.listening, socket.NETLINK_ROUTE, _GROUPS),
+            await self._namespaces.run(
+                netns, netlink.listening, netlink.NETFILTER, (netlink.GROUP_NFTABLES,)
+            ),
         )
         self._sockets[container_id] = opened
         for one in opened:

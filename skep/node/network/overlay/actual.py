@@ -15,7 +15,7 @@ from socket import AF_INET, AF_INET6, inet_ntop
 
 import msgspec
 
-from skep.node.network.overlay.netlink import (
+from skep.node.network.netlink import (
     AF_BRIDGE,
     GETADDR,
     GETLINK,

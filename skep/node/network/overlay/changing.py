@@ -18,9 +18,9 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.errors import Unavailable
+from skep.node.network import netlink
 from skep.node.network.encrypted.taps import open_tap
 from skep.node.network.namespaces import Namespaces, set_sysctl
-from skep.node.network.overlay import netlink
 from skep.node.network.overlay.difference import (
     AddLink,
     ChangeLink,

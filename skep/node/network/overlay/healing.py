@@ -15,8 +15,8 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.node.network import netlink
 from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay import netlink
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.repairs import Repairs
 
@@ -30,8 +30,13 @@ ROUND_PAUSE_SECONDS_MIN = 0.2
 SHARE = 0.02
 """Of the time that the slow round may take, comparisons and repairs included."""
 
-_LINK, _NEIGHBOUR, _ADDRESS4, _ROUTE4, _ADDRESS6, _ROUTE6 = 1, 3, 5, 7, 9, 11
-_NETFILTER, _NFTABLES = 12, 7
+_GROUPS = (
+    netlink.GROUP_LINK,
+    netlink.GROUP_ADDRESS4,
+    netlink.GROUP_ROUTE4,
+    netlink.GROUP_ADDRESS6,
+    netlink.GROUP_ROUTE6,
+)
 _NEIGHBOUR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
 _BYTES_MAX = 1 << 16
 
@@ -63,12 +68,13 @@ class Healing:
         if domain in self._sockets:
             return
         self.take_turns(domain)
-        groups = [_LINK, _ADDRESS4, _ROUTE4, _ADDRESS6, _ROUTE6]
+        groups = list(_GROUPS)
         if not domain.is_container:  # whose neighbours are its own
-            groups.append(_NEIGHBOUR)
+            groups.append(netlink.GROUP_NEIGHBOUR)
         opened = [await self._namespaces.run(domain.path, netlink.listening, socket.NETLINK_ROUTE, groups)]
         if not domain.is_container:
-            opened.append(await self._namespaces.run(domain.path, netlink.listening, _NETFILTER, [_NFTABLES]))
+            tables = netlink.NETFILTER, [netlink.GROUP_NFTABLES]
+            opened.append(await self._namespaces.run(domain.path, netlink.listening, *tables))
         if domain not in self._sockets:  # forgotten meanwhile
             for one in opened:
                 one.close()

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from socket import inet_ntop
 
-from skep.node.network.overlay.netlink import GETADDR, GETLINK, attributes, dumped
+from skep.node.network.netlink import GETADDR, GETLINK, attributes, dumped
 from skep.node.network.overlay.wanted import Underlay, plain_address
 
 _IFINFO = struct.Struct("=BxHiII")

@@ -6,8 +6,8 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.node.network.netlink import attribute, attributes, messages
 from skep.node.network.overlay.changing import entry_message
-from skep.node.network.overlay.netlink import attribute, attributes, messages
 from skep.node.network.overlay.state import Entry, EntryKind
 
 MAC = "02:42:0a:00:01:05"

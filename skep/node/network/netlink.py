@@ -1,9 +1,9 @@
-"""Route netlink in bulk: whole tables read and many entries written, without an object for every attribute.
+"""Netlink by hand: its messages and attributes, and route netlink in bulk, without an object for every attribute.
 
-A network of 500 services has thousands of entries; a general library takes 0.1 ms for each, this takes 10 us.  The
-functions block and work in the network namespace of the calling thread.
+A network of 500 services has thousands of entries; a general library takes 0.1 ms for each, this takes 10 us.  What
+blocks works in the network namespace of the calling thread.
 
-Source: linux, include/uapi/linux/{netlink,rtnetlink,neighbour,if_link}.h.
+Source: linux, include/uapi/linux/{netlink,rtnetlink,neighbour,if_link}.h, linux/netfilter/nfnetlink.h.
 """
 
 import errno
@@ -12,8 +12,16 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 BYTE_ORDER = sys.byteorder
+
+NETFILTER = 12
+"""The netlink protocol of nftables, connection tracking and logged packets."""
+GROUP_NFTABLES = 7
+GROUP_LINK, GROUP_NEIGHBOUR = 1, 3
+GROUP_ROUTE4, GROUP_RULE4, GROUP_ROUTE6, GROUP_RULE6 = 7, 8, 11, 19
+GROUP_ADDRESS4, GROUP_ADDRESS6 = 5, 9
 
 NEWLINK, GETLINK = 16, 18
 NEWADDR, GETADDR = 20, 22
@@ -23,8 +31,11 @@ AF_BRIDGE = 7
 
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 REPLACE, CREATE = 0x100, 0x400
+NESTED = 0x8000
+"""Flag of an attribute's type: its value is attributes."""
 
-_ERROR, _DONE = 2, 3
+ERROR, DONE = 2, 3
+"""Types of messages: an error number (0: an acknowledgement), the end of a dump."""
 _INTERRUPTED = 0x10
 _DUMP_TRIES = 8
 _ANSWER_BYTES = 1 << 17
@@ -35,6 +46,8 @@ _DEADLINE_S = 10
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _TYPE_MASK = 0x3FFF
+
+Data = TypeVar("Data", bytes, memoryview)
 
 Message = tuple[int, memoryview]
 """Type, and what follows the netlink header."""
@@ -58,7 +71,7 @@ def carried_out(requests: Sequence[tuple[int, int, bytes]]) -> list[int]:
             part = requests[start : start + _BATCH]
             connection.send(
                 b"".join(
-                    _HEADER.pack(_HEADER.size + len(body), kind, flags | REQUEST | ACK, number, 0) + body
+                    request(kind, flags | ACK, body, number=number)
                     for number, (kind, flags, body) in enumerate(part)
                 )
             )
@@ -66,7 +79,7 @@ def carried_out(requests: Sequence[tuple[int, int, bytes]]) -> list[int]:
     return results
 
 
-def attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+def attributes(data: Data) -> Iterator[tuple[int, Data]]:
     """Type and value of each attribute; flags of the type (nested, byte order) are left out."""
     position = 0
     while position + 4 <= len(data):
@@ -82,8 +95,8 @@ def attribute(kind: int, value: bytes) -> bytes:
     return _ATTRIBUTE.pack(4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
-def messages(data: memoryview) -> Iterator[Message]:
-    """The messages of one datagram; an acknowledgement or an end is one of type 2 or 3."""
+def messages(data: Data) -> Iterator[tuple[int, Data]]:
+    """Type and body of each message of one datagram, ``ERROR`` and ``DONE`` among them."""
     position = 0
     while position + _HEADER.size <= len(data):
         length, kind, _, _, _ = _HEADER.unpack_from(data, position)
@@ -93,35 +106,55 @@ def messages(data: memoryview) -> Iterator[Message]:
         position += (length + 3) & ~3
 
 
+def request(kind: int, flags: int, body: bytes, *, number: int = 1) -> bytes:
+    """One request.  ``flags``: beside ``REQUEST``."""
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags | REQUEST, number, 0) + body
+
+
+def error_number(body: bytes | memoryview) -> int:
+    """What an ``ERROR`` says: 0 or the kernel's error number."""
+    return -int.from_bytes(body[:4], BYTE_ORDER, signed=True)
+
+
+def opened(protocol: int, timeout_s: float) -> socket.socket:
+    """A socket for requests and their answers; the caller closes it.  Raises: OSError."""
+    connection = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    try:
+        connection.bind((0, 0))
+        connection.settimeout(timeout_s)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 def listening(family: int, groups: Iterable[int]) -> socket.socket:
     """A socket that gets what the kernel tells of the ``groups`` (numbers, not masks); does not block."""
-    opened = socket.socket(
+    heard = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, family
     )
     try:
-        opened.bind((0, 0))
+        heard.bind((0, 0))
         for group in groups:
-            opened.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+            heard.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
     except BaseException:
-        opened.close()
+        heard.close()
         raise
-    return opened
+    return heard
 
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 
 
 def _opened() -> socket.socket:
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-    opened.bind((0, 0))
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
-    opened.settimeout(_DEADLINE_S)
-    return opened
+    connection = opened(socket.NETLINK_ROUTE, _DEADLINE_S)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+    return connection
 
 
 def _dump(connection: socket.socket, kind: int, body: bytes) -> list[Message] | None:
     """None: the table changed under the dump, which may have missed something."""
-    connection.send(_HEADER.pack(_HEADER.size + len(body), kind, REQUEST | DUMP, 1, 0) + body)
+    connection.send(request(kind, DUMP, body))
     found: list[Message] = []
     is_whole = True
     while True:
@@ -132,10 +165,10 @@ def _dump(connection: socket.socket, kind: int, body: bytes) -> list[Message] | 
             content = data[position + _HEADER.size : position + length]
             position += (length + 3) & ~3
             is_whole = is_whole and not flags & _INTERRUPTED
-            if answer == _DONE:
+            if answer == DONE:
                 return found if is_whole else None
-            if answer == _ERROR:
-                number = -int.from_bytes(content[:4], BYTE_ORDER, signed=True)
+            if answer == ERROR:
+                number = error_number(content)
                 raise OSError(number, os.strerror(number))
             found.append((answer, content))
 
@@ -148,9 +181,8 @@ def _acknowledged(connection: socket.socket, count: int) -> list[int]:
         position = 0
         while position + _HEADER.size <= len(data):
             length, answer, _, number, _ = _HEADER.unpack_from(data, position)
-            if answer == _ERROR and number < count:
-                start = position + _HEADER.size
-                results[number] = -struct.unpack_from("=i", data, start)[0]
+            if answer == ERROR and number < count:
+                results[number] = error_number(data[position + _HEADER.size :])
                 missing -= 1
             position += (length + 3) & ~3
     return results
