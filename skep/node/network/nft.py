@@ -1,7 +1,19 @@
-"""nftables through libnftables: text in, one transaction, no subprocess."""
+"""nftables through libnftables: text in, one transaction, no subprocess.
+
+Threads may call it at once, each in its network namespace: a change waits in the kernel, not on the processor.  One
+thing libnftables keeps for the whole process and without a lock, the names and indexes of interfaces, and it empties
+that list whenever a context is freed.  What may look there (``list``, which prints anybody's rules, but for one
+set; texts with ``iif`` or ``oif``) therefore runs alone.  Ours say ``iifname`` and ``oifname``, which never look.
+
+Source: nftables 1.0.6, src/iface.c.
+"""
 
 import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import Condition
 
 from skep.errors import SkepError
 
@@ -13,8 +25,55 @@ class NftFailed(SkepError):
 def run(text: str) -> str:
     """Apply ``text`` in the network namespace of the calling thread, all of it or nothing.
 
-    Gives what it printed (``list`` commands).  Raises: NftFailed.
+    Gives what it printed (``list`` commands).  Blocks.  Raises: NftFailed.
     """
+    with _TURNS.alone() if _LOOKS_UP_INTERFACES.search(text) else _TURNS.shared():
+        return _run(text)
+
+
+_LOOKS_UP_INTERFACES = re.compile(r"\b[io]if\b|\blist (?!set\b)")
+
+
+class Turns:
+    """Many may share the turn, or one has it alone; who waits for that goes before new ones that would share."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._sharing = 0
+        self._waiting = 0
+        self._is_alone = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_alone and not self._waiting)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: not self._is_alone and not self._sharing)
+            self._waiting -= 1
+            self._is_alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_alone = False
+                self._changed.notify_all()
+
+
+_TURNS = Turns()
+
+
+def _run(text: str) -> str:
     library = _library()
     context = library.nft_ctx_new(0)
     if not context:

@@ -49,7 +49,7 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
             ("forward", "{ type filter hook forward priority 0; }"),
         ),
         rules=(
-            ("raw", 'iif != "lo" ip daddr 127.0.0.0/8 drop'),
+            ("raw", 'iifname != "lo" ip daddr 127.0.0.0/8 drop'),
             ("pre", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),
             ("pre", "fib daddr type local dnat ip to meta l4proto . th dport map @host_ports"),
             ("out", f"fib daddr type local dnat ip to {_BOUND} map @bound_ports"),

@@ -88,7 +88,7 @@ def mesh_rules(plan: Plan, family: Family) -> MeshRules:
 def whole(rules: MeshRules, family: Family) -> str:
     """The whole table, whatever it was before, as one transaction."""
     table = family.table
-    localhost = f'add rule {table} raw iif != "lo" ip daddr 127.0.0.0/8 drop\n' if family is IPV4 else ""
+    localhost = f'add rule {table} raw iifname != "lo" ip daddr 127.0.0.0/8 drop\n' if family is IPV4 else ""
     sticky = f"jhash {family.name} saddr mod {STICKY_SLOTS} seed {_STICKY_SEED}"
     key, bound_key = "meta l4proto . th dport", f"{family.name} daddr . meta l4proto . th dport"
     text = f"""\
