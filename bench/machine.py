@@ -12,6 +12,8 @@ from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 MONITORS = ("conmon", "containerd-shim")
+BUSY = 0.25
+"""A pair that began while more than this share of the machine was busy is run again."""
 
 
 def busy_s() -> float:
@@ -25,6 +27,11 @@ def noise(window_s: float = 0.5) -> float:
     before, began = busy_s(), time.monotonic()
     time.sleep(window_s)
     return (busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
+
+
+def is_kept(before: float, tried: int, wanted: int) -> bool:
+    """Whether a pair counts that began while ``before`` of the machine was busy: all do from the double number on."""
+    return before <= BUSY or tried >= 2 * wanted
 
 
 def quiet(within_s: float = 3.0, most: float = 0.1) -> float:
