@@ -24,7 +24,9 @@ class Placed(NamedTuple):
 
 def create_network(lab: ClusterLab, name: str) -> str:
     """An overlay network; gives its id."""
-    answer: dict[str, str] = engine(lab.nodes[0]).post("/networks/create", {"Name": name, "Driver": "overlay"})
+    answer: dict[str, str] = engine(lab.nodes[0]).post(
+        "/networks/create", {"Name": name, "Driver": "overlay"}
+    )
     return answer["Id"]
 
 
