@@ -39,7 +39,7 @@ PARTS = {
     "encrypted": 180,
 }
 """Modules of this folder, and how many seconds each may take: several times what it takes on a quiet machine."""
-_CLEAN_UP_S = 90.0
+_CLEAN_UP_S = 240.0
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
         figures += found
         notes += [note] if note else []
         _say(f"{part}: {time.monotonic() - part_began:.0f} s{', ' + note if note else ''}")
-    figures.sort(key=lambda one: one.number or len(figures) + 1)
+    figures.sort(key=lambda one: one.number or len(PARTS) * 100)
     failed = len(notes)
     notes.append(f"{options.pairs} pairs; all of it took {(time.monotonic() - began) / 60:.1f} minutes.")
     print(document(TITLE, now, commit(), figures, notes))
