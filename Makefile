@@ -69,7 +69,7 @@ soak: setup ## an hour of load and faults on 3 managers and 5 workers (MINUTES=1
 bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/
 	@$(BIN)/python -m bench.run
 
-bench-networks: setup ## all figures of networks with their limits, twenty minutes of a quiet machine; kept in bench/results/
+bench-networks: setup ## all figures of networks with their limits; results kept in bench/results/
 	@$(BIN)/python -m bench.networks
 
 bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble); log kept in bench/results/

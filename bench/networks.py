@@ -31,8 +31,8 @@ TITLE = "Networks"
 PARTS = {
     "overlay": 240,
     "overlay_beside": 300,
-    "overlay_services": 420,
-    "overlay_changes": 420,
+    "overlay_services": 600,
+    "overlay_changes": 480,
     "virtual": 240,
     "names": 180,
     "mesh": 180,
