@@ -19,6 +19,7 @@ import msgspec
 
 from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
 from bench.machine import resident_mib
+from bench.packets import packet_us
 from bench.stream import gigabits
 from skep.model.ids import NetworkId, TaskId
 from skep.model.tables import NetworkHead, Segment, TableEndpoint
@@ -52,13 +53,13 @@ def figures(pairs: int) -> list[Figure]:
 async def _measured(directory: Path, pairs: int) -> list[Figure]:
     async with OverlayLab(directory).running(2) as lab, lab.networks() as networks:
         return [
-            await _streams(lab, networks, pairs),
+            *await _streams(lab, networks, pairs),
             *await _attaching(lab, networks[0], pairs),
             await _memory(lab, networks[0]),
         ]
 
 
-async def _streams(lab: OverlayLab, networks: Sequence[ContainerNetwork], pairs: int) -> Figure:
+async def _streams(lab: OverlayLab, networks: Sequence[ContainerNetwork], pairs: int) -> list[Figure]:
     head = a_head(1)
     ends = [
         await node.attach(network, place(head, f"10.101.0.{number}/16"))
@@ -74,20 +75,25 @@ async def _streams(lab: OverlayLab, networks: Sequence[ContainerNetwork], pairs:
     async def carried(way: str) -> float:
         return await asyncio.to_thread(gigabits, source, target, addresses[way], SECONDS)
 
-    async def one(number: int) -> dict[str, float]:
-        return await alternated(list(addresses), number, TURNS, carried)
+    async def sent(way: str) -> float:
+        return await asyncio.to_thread(packet_us, source, target, addresses[way])
+
+    async def one(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        ways = list(addresses)
+        return await alternated(ways, number, TURNS, carried), await alternated(ways, number, TURNS, sent)
 
     values, busy = await undisturbed(pairs, one)
     for node, network, end in zip(lab.nodes, networks, ends, strict=True):
         await node.detach(network, end)
-    return ratio(
-        1,
-        "overlay beside a bare VXLAN in the same namespaces, one TCP stream, Gbit/s",
-        {way: [value[way] for value in values] for way in addresses},
-        limit=THROUGHPUT_MIN,
-        is_least=True,
-        busy=busy,
-    )
+
+    def sides(which: int) -> dict[str, list[float]]:
+        return {way: [value[which][way] for value in values] for way in addresses}
+
+    what = "overlay beside a bare VXLAN in the same namespaces"
+    return [
+        ratio(1, f"{what}, one TCP stream, Gbit/s", sides(0), limit=THROUGHPUT_MIN, is_least=True, busy=busy),
+        ratio(0, f"{what}, processor time of a packet in µs", sides(1)),
+    ]
 
 
 async def bare_vxlan(homes: Sequence[Path], underlays: Sequence[str], ends: Sequence[Path]) -> None:

@@ -14,6 +14,7 @@ from bench.cluster_lab import ClusterLab
 from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
 from bench.overlay import SECONDS, THROUGHPUT_MIN, TURNS, bare_vxlan
 from bench.overlay_tasks import Placed, create_network, create_service, placed, specification, wait_running
+from bench.packets import packet_us
 from bench.stream import gigabits
 
 DOCKER_MIN = 1.1
@@ -46,38 +47,50 @@ async def _measured(ends: dict[str, list[Placed]], pairs: int) -> list[Figure]:
         [Path(node.netns) for node in nodes], [node.addr for node in nodes], [end.netns for end in ends[SKEP]]
     )
 
-    async def carried(way: str) -> float:
+    def way_of(way: str) -> tuple[Path, Path, str]:
+        """From where, to where, by which address."""
         target, source = ends[SKEP if way == BARE else way]
-        address = "10.88.0.5" if way == BARE else target.address
-        return await asyncio.to_thread(gigabits, source.netns, target.netns, address, SECONDS)
+        return source.netns, target.netns, "10.88.0.5" if way == BARE else target.address
 
-    async def one(number: int) -> dict[str, float]:
-        return await alternated([BARE, DOCKER, SKEP], number, TURNS, carried)
+    async def carried(way: str) -> float:
+        return await asyncio.to_thread(gigabits, *way_of(way), SECONDS)
+
+    async def sent(way: str) -> float:
+        return await asyncio.to_thread(packet_us, *way_of(way))
+
+    async def one(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        ways = [BARE, DOCKER, SKEP]
+        return await alternated(ways, number, TURNS, carried), await alternated(ways, number, TURNS, sent)
 
     values, busy = await undisturbed(pairs, one)
 
-    def sides(*ways: str) -> dict[str, Sequence[float]]:
-        return {way: [value[way] for value in values] for way in ways}
+    def sides(which: int, *ways: str) -> dict[str, Sequence[float]]:
+        return {way: [value[which][way] for value in values] for way in ways}
 
-    what = "between whole nodes, one TCP stream, Gbit/s:"
+    stream, packet = (
+        f"between whole nodes, {what}:"
+        for what in ("one TCP stream, Gbit/s", "processor time of a packet in µs")
+    )
     return [
         ratio(
             1,
-            f"{what} overlay beside a bare VXLAN",
-            sides(BARE, SKEP),
+            f"{stream} overlay beside a bare VXLAN",
+            sides(0, BARE, SKEP),
             limit=THROUGHPUT_MIN,
             is_least=True,
             busy=busy,
         ),
         ratio(
             1,
-            f"{what} overlay beside Docker's",
-            sides(DOCKER, SKEP),
+            f"{stream} overlay beside Docker's",
+            sides(0, DOCKER, SKEP),
             limit=DOCKER_MIN,
             is_least=True,
             busy=busy,
         ),
-        ratio(0, f"{what} Docker's beside a bare VXLAN", sides(BARE, DOCKER)),
+        ratio(0, f"{stream} Docker's beside a bare VXLAN", sides(0, BARE, DOCKER)),
+        ratio(0, f"{packet} overlay beside a bare VXLAN", sides(1, BARE, SKEP)),
+        ratio(0, f"{packet} overlay beside Docker's", sides(1, DOCKER, SKEP)),
     ]
 
 
