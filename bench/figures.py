@@ -9,6 +9,7 @@ import asyncio
 import math
 import os
 import platform
+import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import median
@@ -166,6 +167,7 @@ def run_alone(about: str, subject: str, measure: Callable[[int], list[Figure]]) 
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--dry", action="store_true", help="keep no result")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this has it clean up, too
     now = datetime.now(UTC)
     figures = measure(options.pairs)
     title = about.partition("\n")[0].partition(":")[0]

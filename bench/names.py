@@ -7,7 +7,6 @@ asks and the net process share the machine's processors.
 
 import asyncio
 import json
-import os
 import socket
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from bench.figures import Figure, at_quantile, run_alone, undisturbed
+from bench.machine import processor_s
 from skep.model.tables import Table
 from skep.node.supervision.identity import read_pid_file
 from skep.paths import Paths
@@ -52,12 +52,6 @@ def pss_mib(pid: int) -> float:
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
     raise ValueError("no Pss")
-
-
-def processor_s(pid: int) -> float:
-    """Processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def net_pid(lab: NamesLab) -> int:

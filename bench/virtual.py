@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
-from bench.names import a_table, names_lab, net_pid, processor_s
+from bench.machine import processor_s
+from bench.names import a_table, names_lab, net_pid
 from tests.names_lab import NamesLab
 from tests.tables import a_network, a_served
 
