@@ -100,7 +100,7 @@ async def undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[
         tried += 1
         before = await asyncio.to_thread(noise, _WINDOW_S)
         result = await one(tried)
-        if is_kept(before, tried, wanted):
+        if is_kept(before, tried, len(kept), wanted):
             kept.append(result)
             busy.append(round(before, 3))
     return kept, busy

@@ -29,9 +29,13 @@ def noise(window_s: float = 0.5) -> float:
     return (busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
 
 
-def is_kept(before: float, tried: int, wanted: int) -> bool:
-    """Whether a pair counts that began while ``before`` of the machine was busy: all do from the double number on."""
-    return before <= BUSY or tried >= 2 * wanted
+def is_kept(before: float, tried: int, kept: int, wanted: int) -> bool:
+    """Whether the pair ``tried`` (from 1) counts, before which ``before`` of the machine was busy.
+
+    ``kept``: those that count already, of ``wanted``.  So many pairs may be repeated as are wanted, no more.
+    """
+    repeated = tried - 1 - kept
+    return before <= BUSY or repeated >= wanted
 
 
 def quiet(within_s: float = 3.0, most: float = 0.1) -> float:

@@ -121,7 +121,7 @@ def _changes(cluster: Cluster, pairs: int) -> list[Figure]:
             tried += 1
             before = noise(0.3)
             change = Change(*_gone_ms(cluster, watch), _come_ms(cluster, watch))
-            if is_kept(before, tried, wanted):
+            if is_kept(before, tried, len(found), wanted):
                 found.append(change)
                 busy.append(round(before, 3))
     what = f"on ten nodes and in {len(users)} containers, {CROWD + 1} of them on one node, p99"

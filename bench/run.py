@@ -68,7 +68,7 @@ def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any]
             pair = {}
             for lab in labs if tried % 2 else reversed(labs):
                 pair[lab.system] = SCENARIOS[name](lab)
-            if not is_kept(before, tried, wanted):
+            if not is_kept(before, tried, kept, wanted):
                 _say(f"{name}: the machine was {before:.0%} busy, once more")
                 continue
             kept += 1
