@@ -18,7 +18,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    survival_of_containers.py cgroup_v2.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration soak bench bare virtual lock
+.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration soak bench bench-networks bare virtual lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -68,6 +68,9 @@ soak: setup ## an hour of load and faults on 3 managers and 5 workers (MINUTES=1
 
 bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/
 	@$(BIN)/python -m bench.run
+
+bench-networks: setup ## all figures of networks with their limits; results kept in bench/results/
+	@$(BIN)/python -m bench.networks
 
 bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, noble); log kept in bench/results/
 	@mkdir -p bench/results

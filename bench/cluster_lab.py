@@ -1,4 +1,4 @@
-"""Three managers and two workers of one system, on machines that are alike in all but their daemon.
+"""Machines of one system, alike in all but their daemon; three managers and two workers if nothing else is said.
 
 Both systems live in a playground: the same namespaces, the same network, the same way to take a machine's power or
 cable.  A machine of Docker's runs the distribution's dockerd with its default configuration.
@@ -28,15 +28,19 @@ System = Literal["docker", "skep"]
 class ClusterLab:
     """The machines of one system; ``up`` makes them, ``init`` and ``join`` a cluster of them."""
 
-    def __init__(self, system: System, directory: Path) -> None:
+    def __init__(
+        self, system: System, directory: Path, managers: int = MANAGERS, workers: int = WORKERS
+    ) -> None:
         self.system = system
-        self._playground = Playground(directory, f"{system}five", lambda _: None)
+        self._size = managers, workers
+        self._playground = Playground(directory, f"{system}of{managers + workers}", lambda _: None)
         self.image = ""
 
     def up(self) -> None:
         """Machines that are in no swarm yet, with the image on each."""
         self.down()
-        kinds: list[Any] = [("manager", self.system)] * MANAGERS + [("worker", self.system)] * WORKERS
+        managers, workers = self._size
+        kinds: list[Any] = [("manager", self.system)] * managers + [("worker", self.system)] * workers
         self.image = asyncio.run(self._playground.plug_in(kinds)).image
 
     def down(self) -> None:
@@ -72,6 +76,14 @@ class ClusterLab:
             "JoinToken": token,
         }
         engine(node).post("/swarm/join", wish)
+
+    def form(self) -> None:
+        """One cluster of all machines; returns when all are ready."""
+        self.init()
+        for node in self.nodes[1:]:
+            self.join(node)
+        first = self.nodes[0]
+        until(lambda: self.ready(first) == len(self.nodes), "all nodes are ready")
 
     def ids(self) -> dict[str, str]:
         """Name of a machine -> its node id."""

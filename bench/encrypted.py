@@ -1,103 +1,100 @@
 """What encrypting an overlay costs: the path in user space beside plain VXLAN, between the same two containers.
 
-Two nodes in namespaces of this machine, in turn plain and encrypted, at least seven pairs: one TCP stream, and round
-trips of 64 bytes on a kept connection.  Both ends of everything share this machine's processors, so read the ratios;
-a veth between the nodes flatters both sides, since it carries 64 KiB at once.
+Two nodes in namespaces of this machine, in turn plain and encrypted: one TCP stream, and round trips of 64 bytes on a
+kept connection.  Both ends of everything share this machine's processors, so read the ratios; a veth between the nodes
+flatters both sides, since it carries 64 KiB at once.
 """
 
-import argparse
 import asyncio
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
-from bench.machine import noise
+from bench.figures import Figure, ratio, run_alone, undisturbed
+from bench.machine import processor_s
 from bench.overlay_pair import OverlayPair, overlay_pair
-from bench.run import commit, result_name, write_result
 from bench.stream import gigabits, round_trip_us
 
 RATIO_MIN = 0.3
 """Smallest ratio encrypted / plain of throughput that the project promises."""
-
-NOISE_MAX = 0.15
-"""Share of the machine that may be busy with something else before a measurement."""
-
-Values = dict[str, dict[str, list[float]]]
-THROUGHPUT, LATENCY = "one TCP stream, Gbit/s", "round trip of 64 bytes, µs p50"
+SECONDS = 1.0
+TURNS = 3
+"""Of each kind, in a pair."""
 
 
-def main() -> None:
-    """Measure, print, keep."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each stream")
-    parser.add_argument("--keep", action="store_true", help="write bench/results")
-    options = parser.parse_args()
-    values, noisy = asyncio.run(measured(options.pairs, options.seconds))
-    text = report(values, noisy)
-    print(text)
-    if options.keep:
-        name = result_name(datetime.now(UTC), commit(), "encrypted")
-        write_result(name, text + "\n", {"values": values, "noisy pairs": noisy})
+class Turn(NamedTuple):
+    """What one turn gave."""
+
+    gigabits: float
+    round_trip_us: float
+    forwarders_s: float
+    """For a gigabyte."""
 
 
-async def measured(pairs: int, seconds: float) -> tuple[Values, int]:
-    """All single values, and how many pairs began while something else kept the machine busy."""
-    values: Values = {what: {"plain": [], "encrypted": []} for what in (THROUGHPUT, LATENCY)}
-    noisy = 0
+def figures(pairs: int) -> list[Figure]:
+    """Throughput and round trips."""
+    return asyncio.run(_measured(pairs))
+
+
+async def _measured(pairs: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as directory, overlay_pair(Path(directory)) as pair:
         await pair.encrypt()
-        for number in range(pairs):
-            noisy += noise() > NOISE_MAX
-            kinds = ("plain", "encrypted") if number % 2 else ("encrypted", "plain")
-            for kind in kinds:
-                _use(pair, kind)
-                throughput = await asyncio.to_thread(gigabits, pair.a, pair.b, seconds)
-                values[THROUGHPUT][kind].append(round(throughput, 3))
-                latency = await asyncio.to_thread(round_trip_us, pair.a, pair.b)
-                values[LATENCY][kind].append(round(latency, 1))
-                _unuse(pair, kind)
-            print(
-                f"pair {number + 1}: {values[THROUGHPUT]['plain'][-1]} {values[THROUGHPUT]['encrypted'][-1]} Gbit/s"
-            )
-        for side in (pair.a, pair.b):
-            dropped = (await side.client.status()).counts.dropped
-            print(f"dropped by {side.id}: {dropped}")
-    return values, noisy
+
+        async def one(number: int) -> dict[str, Turn]:
+            order = ("plain", "encrypted") if number % 2 else ("encrypted", "plain")
+            found: dict[str, list[Turn]] = {kind: [] for kind in order}
+            for kind in order * TURNS:
+                found[kind].append(await _turn(pair, kind))
+            return {kind: Turn(*map(median, zip(*turns, strict=True))) for kind, turns in found.items()}
+
+        values, busy = await undisturbed(pairs, one)
+        dropped = [(await side.client.status()).counts.dropped for side in (pair.a, pair.b)]
+
+    def sides(which: int) -> dict[str, list[float]]:
+        return {kind: [value[kind][which] for value in values] for kind in ("plain", "encrypted")}
+
+    lost = tuple(float(sum(counts.values())) for counts in dropped)
+    return [
+        ratio(
+            10,
+            "encrypted beside plain, one TCP stream, Gbit/s",
+            sides(0),
+            limit=RATIO_MIN,
+            is_least=True,
+            busy=busy,
+        ),
+        ratio(0, "encrypted beside plain, round trip of 64 bytes, µs p50", sides(1)),
+        Figure(
+            number=0,
+            what="processor time of both forwarders for a gigabyte",
+            unit="s",
+            values=tuple(value["encrypted"].forwarders_s for value in values),
+        ),
+        Figure(number=0, what="dropped by the forwarders meanwhile", unit="pieces", values=lost, quantile=1),
+    ]
 
 
-def _use(pair: OverlayPair, kind: str) -> None:
+async def _turn(pair: OverlayPair, kind: str) -> Turn:
     if kind == "plain":
         pair.detach()
         pair.carry_by_vxlan()
     else:
         pair.attach()
-
-
-def _unuse(pair: OverlayPair, kind: str) -> None:
+    source, target = pair.a.container_namespace, pair.b.container_namespace
+    spent = _forwarders_s(pair)
+    rate = await asyncio.to_thread(gigabits, source, target, pair.b.address, SECONDS)
+    spent = _forwarders_s(pair) - spent
+    trip = await asyncio.to_thread(round_trip_us, source, target, pair.b.address)
     if kind == "plain":
         pair.uncarry()
+    return Turn(rate, trip, spent / (rate * SECONDS / 8))
 
 
-def report(values: Values, noisy: int) -> str:
-    """Markdown: medians with smallest and largest, ratios of medians."""
-    rows = ["| what | plain VXLAN | encrypted | ratio | limit |", "|---|---|---|---|---|"]
-    for what, kinds in values.items():
-        ratio = median(kinds["encrypted"]) / median(kinds["plain"])
-        limit = f">= {RATIO_MIN}" if what == THROUGHPUT else "–"
-        rows.append(
-            f"| {what} | {_spread(kinds['plain'])} | {_spread(kinds['encrypted'])} | {ratio:.2f} | {limit} |"
-        )
-    count = len(values[THROUGHPUT]["plain"])
-    return "\n".join([*rows, "", f"{count} pairs, {noisy} of them begun on a busy machine."])
-
-
-def _spread(values: list[float]) -> str:
-    return f"{median(values):.3g} ({min(values):.3g} .. {max(values):.3g})"
+def _forwarders_s(pair: OverlayPair) -> float:
+    """Processor time of both until now."""
+    return sum(processor_s(side.forwarder.pid) for side in (pair.a, pair.b) if side.forwarder is not None)
 
 
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, "encrypted", figures)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 MONITORS = ("conmon", "containerd-shim")
+BUSY = 0.25
+"""A pair that began while more than this share of the machine was busy is run again."""
 
 
 def busy_s() -> float:
@@ -27,6 +29,15 @@ def noise(window_s: float = 0.5) -> float:
     return (busy_s() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
 
 
+def is_kept(before: float, tried: int, kept: int, wanted: int) -> bool:
+    """Whether the pair ``tried`` (from 1) counts, before which ``before`` of the machine was busy.
+
+    ``kept``: those that count already, of ``wanted``.  So many pairs may be repeated as are wanted, no more.
+    """
+    repeated = tried - 1 - kept
+    return before <= BUSY or repeated >= wanted
+
+
 def quiet(within_s: float = 3.0, most: float = 0.1) -> float:
     """Wait, but not longer than ``within_s``, for a moment in which others leave the machine alone; how busy it is."""
     until = time.monotonic() + within_s
@@ -39,6 +50,12 @@ def resident_mib() -> float:
     """Resident memory of this process at present."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
+def processor_s(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 def _namespace(pid: str, kind: str) -> str | None:

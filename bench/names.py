@@ -1,34 +1,33 @@
 """Names of one node: how long answers take, and what a container costs the net process.
 
 Containers are namespaces with a net process of the benchmark's own; questions come from a process of their own, at an
-even rate, from all containers in turn.  A question counts from the moment it was due.  ``python -m bench.names``
+even rate, from ten of the containers in turn.  A question counts from the moment it was due.  The process that
+asks and the net process share the machine's processors.
 """
 
-import argparse
 import asyncio
 import json
-import os
 import socket
 import sys
 import tempfile
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from bench.machine import quiet
-from bench.run import commit, result_name, write_result
+from bench.figures import Figure, at_quantile, run_alone, undisturbed
+from bench.machine import processor_s
 from skep.model.tables import Table
 from skep.node.supervision.identity import read_pid_file
 from skep.paths import Paths
-from tests.names_lab import NamesLab, forks
+from tests.names_lab import NamesLab, Resolver, forks
 from tests.tables import a_network, a_served
 
 SERVICES = 500
 RATE = 5000
+CONTAINERS = 100
+SECONDS = 5.0
 LIMIT_P99_MS = 1.0
-QUIET = 0.15
-"""Results are kept only if nothing else took more of the machine."""
+LIMIT_MEMORY_MIB = 0.2
 NAMES = ("s1", "s2.front", "tasks.s3", "4.s4", "s5", "all.tasks.s6", "s7.1.t1", "s8")
 
 
@@ -55,66 +54,75 @@ def pss_mib(pid: int) -> float:
     raise ValueError("no Pss")
 
 
-def processor_s(pid: int) -> float:
-    """Processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def net_pid(lab: NamesLab) -> int:
     found = read_pid_file(lab.paths.pid_file("net"))
     assert found is not None
     return found.pid
 
 
-async def measured(containers: int, seconds: float, pairs: int) -> dict[str, Any]:
-    """All figures."""
+def figures(runs: int) -> list[Figure]:
+    """Answers in ``runs`` runs of some seconds, and memory."""
     with tempfile.TemporaryDirectory() as directory:
-        paths = Paths(Path(directory, "data"), Path(directory, "run"))
-        paths.run.mkdir()
-        async with forks(paths) as started:
-            lab = NamesLab(paths, started)
-            try:
-                await lab.start_process()
-                return await _measured(lab, containers, seconds, pairs)
-            finally:
-                await lab.close()
+        return asyncio.run(_with_lab(Path(directory), runs))
 
 
-async def _measured(lab: NamesLab, containers: int, seconds: float, repeats: int) -> dict[str, Any]:
+async def _with_lab(directory: Path, runs: int) -> list[Figure]:
+    async with names_lab(directory) as lab:
+        resolvers, per_container_mib = await _containers(lab)
+        return [*await _answers(lab, resolvers, runs), _memory(per_container_mib)]
+
+
+async def _containers(lab: NamesLab) -> tuple[list[Resolver], float]:
+    """A resolver in each container, and what a container costs the net process, in MiB."""
     table = a_table()
     lab.write(table)
-    resolvers = []
+    resolvers: list[Resolver] = []
     memory = []
-    for number in range(containers):
+    for number in range(CONTAINERS):
         await lab.container(f"c{number}")
         await lab.serve(f"c{number}", table)
         resolvers.append(await lab.resolver(f"c{number}"))
         for name in NAMES:
             await resolvers[-1].ask(name)
-        if number in (0, containers - 1):
+        if number in (0, CONTAINERS - 1):
             memory.append(pss_mib(net_pid(lab)))
-    took = []
-    for _ in range(repeats):
-        busy = await asyncio.to_thread(quiet)
+    return resolvers, (memory[1] - memory[0]) / (CONTAINERS - 1)
+
+
+async def _answers(lab: NamesLab, resolvers: list[Resolver], runs: int) -> list[Figure]:
+    async def one(_: int) -> tuple[float, float, float]:
         before = processor_s(net_pid(lab))
-        times = sorted(await _asked([one.socket for one in resolvers[:10]], seconds))
-        took.append(
-            {
-                "busy": busy,
-                "processor_us": (processor_s(net_pid(lab)) - before) / len(times) * 1e6,
-                "p50_ms": times[len(times) // 2] * 1000,
-                "p99_ms": times[len(times) * 99 // 100] * 1000,
-                "largest_ms": times[-1] * 1000,
-            }
-        )
-    return {
-        "containers": containers,
-        "services": SERVICES,
-        "net process, MiB": memory[1],
-        "per container, KiB": (memory[1] - memory[0]) / (containers - 1) * 1024,
-        "runs": took,
-    }
+        times = await _asked([one.socket for one in resolvers[:10]], SECONDS)
+        spent = processor_s(net_pid(lab)) - before
+        return at_quantile(times, 0.5) * 1e3, at_quantile(times, 0.99) * 1e3, spent / len(times) * 1e6
+
+    values, busy = await undisturbed(runs, one)
+    halves, slow, spent = (tuple(column) for column in zip(*values, strict=True))
+    what = f"an answer at {RATE} questions a second, network of {SERVICES} services"
+    return [
+        Figure(number=9, what=f"{what}, p99", unit="ms", values=slow, limit=LIMIT_P99_MS, busy=tuple(busy)),
+        Figure(number=0, what=f"{what}, p50", unit="ms", values=halves),
+        Figure(number=0, what="processor time of the net process for a question", unit="µs", values=spent),
+    ]
+
+
+def _memory(mib: float) -> Figure:
+    what = f"net process, for each of {CONTAINERS} containers with rules of 5 services"
+    return Figure(number=4, what=what, unit="MiB", values=(mib,), limit=LIMIT_MEMORY_MIB)
+
+
+@asynccontextmanager
+async def names_lab(directory: Path) -> AsyncIterator[NamesLab]:
+    """A net process without containers."""
+    paths = Paths(directory / "data", directory / "run")
+    paths.run.mkdir()
+    async with forks(paths) as started:
+        lab = NamesLab(paths, started)
+        try:
+            await lab.start_process()
+            yield lab
+        finally:
+            await lab.close()
 
 
 async def _asked(sockets: list[socket.socket], seconds: float) -> list[float]:
@@ -128,46 +136,5 @@ async def _asked(sockets: list[socket.socket], seconds: float) -> list[float]:
     return took
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--containers", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--dry", action="store_true", help="keep nothing; else what a quiet machine gave is kept"
-    )
-    arguments = parser.parse_args()
-    now = datetime.now(UTC)
-    result = asyncio.run(measured(arguments.containers, arguments.seconds, arguments.repeats))
-    runs = result["runs"]
-    text = "\n".join(
-        (
-            f"# Names of one node, {now:%Y-%m-%d %H:%M} UTC, commit {commit()}",
-            "",
-            f"{RATE} questions a second from 10 of {result['containers']} containers, on a network of {SERVICES}",
-            f"services, {arguments.seconds:g} s each; client and net process share the machine's processors. A",
-            "question counts from the moment it was due. `processor_us`: of the net process, for one question.",
-            "",
-            "| | median of runs | smallest .. largest | limit |",
-            "|---|---|---|---|",
-            *(
-                f"| {key} | {median(one[key] for one in runs):.3f} "
-                f"| {min(one[key] for one in runs):.3f} .. {max(one[key] for one in runs):.3f} "
-                f"| {LIMIT_P99_MS if key == 'p99_ms' else ''} |"
-                for key in ("p50_ms", "p99_ms", "largest_ms", "processor_us")
-            ),
-            "",
-            f"Net process: {result['net process, MiB']:.1f} MiB (PSS), {result['per container, KiB']:.1f} KiB for each",
-            "container more, with the rules of 5 services loaded in each.",
-            "",
-        )
-    )
-    print(text)
-    print("busy with other things before each run:", *(f"{one['busy']:.0%}" for one in runs))
-    if not arguments.dry and max(one["busy"] for one in runs) <= QUIET:
-        write_result(result_name(now, commit(), "names"), text, result)
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, "names", figures)

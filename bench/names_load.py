@@ -24,7 +24,7 @@ def ask(descriptors: Sequence[int], rate: int, seconds: float, names: Sequence[s
     poll = select.epoll()
     for one in sockets:
         poll.register(one, select.EPOLLIN)
-    questions = [_question(name) for name in names]
+    questions = [question(name) for name in names]
     sent: dict[tuple[int, int], float] = {}
     took = []
     begun, asked, total = time.perf_counter(), 0, int(rate * seconds)
@@ -48,7 +48,8 @@ def ask(descriptors: Sequence[int], rate: int, seconds: float, names: Sequence[s
     return took + [DEADLINE_S] * len(sent)
 
 
-def _question(name: str) -> bytes:
+def question(name: str) -> bytes:
+    """For the address of ``name``, without its id, which comes first."""
     labels = b"".join(bytes((len(label),)) + label.encode() for label in name.split("."))
     return struct.pack("!HHHHH", 0x0100, 1, 0, 0, 0) + labels + b"\0\0\1\0\1"
 

@@ -58,6 +58,10 @@ class Side:
         self.forwarder: subprocess.Popen[bytes] | None = None
 
     @property
+    def container_namespace(self) -> Path:
+        return Path("/run/netns", self.container)
+
+    @property
     def mac_text(self) -> str:
         return self.mac.hex(":")
 

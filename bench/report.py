@@ -10,6 +10,8 @@ LIMITS = {
     "remove 1 to containers gone, s": 0.4,
     "remove 20 to containers gone, s": 0.4,
     "remove 50 to containers gone, s": 0.4,
+    "create 20 on an overlay to running, s": 0.4,
+    "remove 20 on an overlay to containers gone, s": 0.4,
     "crash to replacement, s": 0.5,
     "memory idle, MiB": 1.5,
     "memory per task, MiB": 0.4,

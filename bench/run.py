@@ -16,15 +16,13 @@ from typing import Any
 
 from bench.docker_lab import DockerLab
 from bench.facts import facts
-from bench.machine import noise
+from bench.machine import is_kept, noise
 from bench.report import document
 from bench.scenarios import FRESH, SCENARIOS, clear
 from bench.skep_lab import SkepLab
 from skep.playground.busybox import busybox_archive
 
 RESULTS = Path(__file__).parent / "results"
-BUSY = 0.25
-"""A pair that began while more than this share of the machine was busy is run again."""
 
 
 def main() -> None:
@@ -70,7 +68,7 @@ def _measure(labs: list[Any], options: argparse.Namespace, begin: Callable[[Any]
             pair = {}
             for lab in labs if tried % 2 else reversed(labs):
                 pair[lab.system] = SCENARIOS[name](lab)
-            if before > BUSY and tried < 2 * wanted:
+            if not is_kept(before, tried, kept, wanted):
                 _say(f"{name}: the machine was {before:.0%} busy, once more")
                 continue
             kept += 1

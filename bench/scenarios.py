@@ -49,7 +49,8 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 180, poll_s: floa
     return time.monotonic() - began
 
 
-def _is_bare(lab: Any) -> bool:
+def is_bare(lab: Any) -> bool:
+    """Whether there is no container of a service."""
     labelled = {"label": ["com.docker.swarm.service.name"]}
     return not lab.engine.get("/containers/json", all="1", filters=labelled)
 
@@ -58,33 +59,48 @@ def clear(lab: Any) -> None:
     """Remove every service and wait until no container and no task is left."""
     for existing in lab.engine.get("/services"):
         lab.engine.delete(f"/services/{existing['ID']}")
-    wait_for(lambda: _is_bare(lab) and not lab.engine.get("/tasks"))
+    wait_for(lambda: is_bare(lab) and not lab.engine.get("/tasks"))
 
 
-def start(replicas: int, *, weighs: bool = False) -> Callable[[Any], Metrics]:
+def on_overlay(lab: Any, name: str, subnet: str = "") -> str:
+    """The overlay network ``name``, made if it is not there; its id.  ``subnet``: empty has the system choose."""
+    for existing in lab.engine.get("/networks"):
+        if existing["Name"] == name:
+            return str(existing["Id"])
+    wish: dict[str, Any] = {"Name": name, "Driver": "overlay"}
+    if subnet:
+        wish["IPAM"] = {"Config": [{"Subnet": subnet}]}
+    answer: dict[str, str] = lab.engine.post("/networks/create", wish)
+    return answer["Id"]
+
+
+def start(replicas: int, *, weighs: bool = False, overlay: str = "") -> Callable[[Any], Metrics]:
     """Create -> all RUNNING; then removal -> containers gone.
 
-    ``weighs``: also the daemons' memory (PSS) without tasks, and what each task adds, its monitor included.
+    ``weighs``: also the daemons' memory (PSS) without tasks, and what each task adds, its monitor included;
+    ``overlay``: the tasks are on the overlay network of this name.
     """
 
     poll_s = POLL_S if replicas < 20 else POLL_MANY_S
 
     def scenario(lab: Any) -> Metrics:
         empty = memory_mib(lab.netns, lab.root_pids) if weighs else {}
+        template = {"Networks": [{"Target": on_overlay(lab, overlay)}]} if overlay else {}
         busy, began = busy_s(), time.monotonic()
-        id = service(lab, f"start{replicas}", replicas)
+        id = service(lab, f"start{replicas}", replicas, **template)
         wait_for(lambda: len(running(lab, id)) >= replicas, poll_s=poll_s)
         took, spent = time.monotonic() - began, busy_s() - busy
         full = memory_mib(lab.netns, lab.root_pids) if weighs else {}
         began = time.monotonic()
         lab.engine.delete(f"/services/{id}")
-        wait_for(lambda: _is_bare(lab), poll_s=poll_s)
+        wait_for(lambda: is_bare(lab), poll_s=poll_s)
         gone = time.monotonic() - began
         clear(lab)
+        where = " on an overlay" if overlay else ""
         result = {
-            f"create {replicas} to running, s": took,
-            f"create {replicas}, processor s per task": spent / replicas,
-            f"remove {replicas} to containers gone, s": gone,
+            f"create {replicas}{where} to running, s": took,
+            f"create {replicas}{where}, processor s per task": spent / replicas,
+            f"remove {replicas}{where} to containers gone, s": gone,
         }
         if weighs:
             added = sum(full[kind] - empty[kind] for kind in ("daemons", "monitors"))
@@ -183,6 +199,7 @@ SCENARIOS: dict[str, Callable[[Any], Metrics]] = {
     "start1": start(1),
     "start20": start(20),
     "start50": start(50, weighs=True),
+    "overlay20": start(20, overlay="bench"),
     "crash": crash,
     "latency": latency,
     "listing1000": listing(1000),

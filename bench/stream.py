@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
-
-from bench.overlay_pair import Side, in_namespace
 
 PORT = 5201
 _CHUNK = 256 * 1024
@@ -20,43 +21,43 @@ _ROUND_TRIPS = 2000
 _START_S = 10.0
 
 
-def gigabits(source: Side, target: Side, seconds: float) -> float:
-    """Gbit/s of one stream from ``source``'s container to ``target``'s, as the receiver counts them."""
-    python = (sys.executable, "-m", "bench.stream")
-    server = subprocess.Popen(
-        in_namespace(target.container, *python, "serve", target.address), stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline().strip() == "ready"
-        client = in_namespace(source.container, *python, "send", target.address, str(seconds))
+def gigabits(source: Path, target: Path, address: str, seconds: float) -> float:
+    """Gbit/s of one stream from the namespace ``source`` to ``address`` in ``target``, as the receiver counts them."""
+    with _server(target, "serve", address) as server:
+        client = [*_inside(source), "send", address, str(seconds)]
         subprocess.run(client, check=True, timeout=seconds + _START_S)
-        received, took_s = server.stdout.readline().split()
+        received, took_s = _line(server).split()
         return int(received) * 8 / float(took_s) / 1e9
-    finally:
-        server.kill()
-        server.wait()
-        if server.stdout is not None:
-            server.stdout.close()
 
 
-def round_trip_us(source: Side, target: Side) -> float:
+def round_trip_us(source: Path, target: Path, address: str) -> float:
     """Median of a small request and its answer on a kept connection, in microseconds."""
-    python = (sys.executable, "-m", "bench.stream")
-    server = subprocess.Popen(
-        in_namespace(target.container, *python, "echo", target.address), stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline().strip() == "ready"
-        client = in_namespace(source.container, *python, "ask", target.address)
+    with _server(target, "echo", address):
+        client = [*_inside(source), "ask", address]
         asked = subprocess.run(client, check=True, timeout=_START_S * 3, capture_output=True, text=True)
         return float(asked.stdout) * 1e6
+
+
+@contextmanager
+def _server(namespace: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """The other end, which listens."""
+    server = subprocess.Popen([*_inside(namespace), *words], stdout=subprocess.PIPE, text=True)
+    try:
+        if _line(server).strip() != "ready":
+            raise RuntimeError(f"no server in {namespace}")
+        yield server
     finally:
         server.kill()
-        server.wait()
-        if server.stdout is not None:
-            server.stdout.close()
+        server.communicate()
+
+
+def _line(server: subprocess.Popen[str]) -> str:
+    assert server.stdout is not None
+    return server.stdout.readline()
+
+
+def _inside(namespace: Path) -> list[str]:
+    return ["nsenter", f"--net={namespace}", sys.executable, "-m", "bench.stream"]
 
 
 def serve(address: str) -> None:

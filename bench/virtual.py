@@ -2,53 +2,46 @@
 
 Requests go from one namespace to another over a bridge, to the task's own address and to the virtual one in turn.
 Changes are told to a net process that serves many containers, all of which use the service; one that is answered has
-reached every namespace.  ``python -m bench.virtual``
+reached every namespace.
 """
 
-import argparse
 import asyncio
+import itertools
 import json
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from bench.machine import quiet
-from bench.names import QUIET, a_table
-from bench.run import commit, result_name, write_result
-from skep.paths import Paths
-from tests.names_lab import NamesLab, forks
+from bench.figures import Figure, alternated, ratio, run_alone, undisturbed
+from bench.machine import processor_s
+from bench.names import a_table, names_lab, net_pid
+from tests.names_lab import NamesLab
 from tests.tables import a_network, a_served
 
 VIRTUAL, BACKEND, CLIENT = "10.0.1.2", "10.0.1.11", "10.0.1.5"
 LIMIT_RATIO = 1.1
 LIMIT_UPDATE_MS = 200.0
-KINDS = ("kept", "new")
+KINDS = {"kept": "over a kept connection", "new": "over a new connection"}
+REQUESTS = 2000
+CONTAINERS, CHANGES_PER_PAIR = 100, 5
+TURNS = 5
+"""To each address, in a pair."""
 
 
-async def measured(pairs: int, count: int, containers: int, changes: int) -> dict[str, Any]:
-    """All figures."""
+def figures(pairs: int) -> list[Figure]:
+    """What a virtual address adds, and how fast changes are."""
     with tempfile.TemporaryDirectory() as directory:
-        paths = Paths(Path(directory, "data"), Path(directory, "run"))
-        paths.run.mkdir()
-        async with forks(paths) as started:
-            lab = NamesLab(paths, started)
-            try:
-                await lab.start_process()
-                busy: list[float] = []
-                requests = await _requests(lab, pairs, count, busy)
-                updates = await _updates(lab, containers, changes, busy)
-                return {"requests": requests, "updates_ms": updates, "busy": busy}
-            finally:
-                await lab.close()
+        return asyncio.run(_measured(Path(directory), pairs))
 
 
-async def _requests(
-    lab: NamesLab, pairs: int, count: int, busy: list[float]
-) -> dict[str, list[dict[str, float]]]:
+async def _measured(directory: Path, pairs: int) -> list[Figure]:
+    async with names_lab(directory) as lab:
+        return [*await _requests(lab, pairs), *await _updates(lab, pairs)]
+
+
+async def _requests(lab: NamesLab, pairs: int) -> list[Figure]:
     table = a_network(a_served("web", VIRTUAL, [BACKEND]))
     lab.write(table)
     await lab.container("server", BACKEND)
@@ -58,40 +51,82 @@ async def _requests(
     server = await _end(lab, "server", "serve", BACKEND)
     assert server.stdout is not None
     await server.stdout.readline()
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    addresses = {"direct": BACKEND, "virtual": VIRTUAL}
+
+    async def one(number: int) -> dict[tuple[str, str], float]:
+        """p50 in µs of each kind of connection to each address."""
+        found: dict[tuple[str, str], float] = {}
+        for kind in KINDS:
+
+            async def asked(to: str, kind: str = kind) -> float:
+                client = await _end(lab, "client", "request", addresses[to], str(REQUESTS), kind)
+                output, _ = await client.communicate()
+                return median([float(one) for one in json.loads(output)]) * 1e6
+
+            taken = await alternated(list(addresses), number, TURNS, asked)
+            found |= {(kind, to): value for to, value in taken.items()}
+        return found
+
     try:
-        for pair in range(pairs):
-            busy.append(await asyncio.to_thread(quiet))
-            for kind in KINDS:
-                medians = {}
-                for address in (BACKEND, VIRTUAL) if pair % 2 else (VIRTUAL, BACKEND):
-                    client = await _end(lab, "client", "request", address, str(count), kind)
-                    output, _ = await client.communicate()
-                    medians["virtual" if address == VIRTUAL else "direct"] = median(json.loads(output))
-                found[kind].append(medians)
+        values, busy = await undisturbed(pairs, one)
     finally:
         server.kill()
         await server.wait()
-    return found
+    return [
+        ratio(
+            2,
+            f"a request by a virtual address beside the task's own, {title}, µs p50",
+            {to: [value[kind, to] for value in values] for to in addresses},
+            limit=LIMIT_RATIO,
+            busy=busy,
+        )
+        for kind, title in KINDS.items()
+    ]
 
 
-async def _updates(lab: NamesLab, containers: int, changes: int, busy: list[float]) -> list[float]:
-    """Milliseconds until a change of one service's tasks is in the namespaces of all containers that use it."""
+async def _updates(lab: NamesLab, pairs: int) -> list[Figure]:
+    """Until a change of one service's tasks is in the namespaces of all containers that use it."""
     await lab.change(table := a_table())
-    for number in range(containers):
+    for number in range(CONTAINERS):
         await lab.container(f"c{number}")
         await lab.serve(f"c{number}", table)
         resolver = await lab.resolver(f"c{number}")
         for name in ("s0", "s1", "s2", "s3", "s4"):
             await resolver.ask(name)
-    took = []
-    for number in range(changes):
-        busy.append(await asyncio.to_thread(quiet))
-        lab.write(changed := a_table(moved=100 + number % 2, tasks=4 + number % 2))
-        begun = time.perf_counter()
-        await lab.client.refresh([changed.head.id])
-        took.append((time.perf_counter() - begun) * 1000)
-    return took
+
+    numbers = itertools.count()
+
+    async def one(_: int) -> list[tuple[float, float]]:
+        return [await _change(lab, next(numbers)) for _ in range(CHANGES_PER_PAIR)]
+
+    rounds, busy = await undisturbed(pairs, one)
+    taken = [change for changes in rounds for change in changes]
+    what = f"a change of one of 500 services, in {CONTAINERS} containers of one node"
+    return [
+        Figure(
+            number=7,
+            what=f"{what}, from the table to all namespaces, p99",
+            unit="ms",
+            values=tuple(wall for wall, _ in taken),
+            quantile=0.99,
+            limit=LIMIT_UPDATE_MS,
+            busy=tuple(busy),
+        ),
+        Figure(
+            number=0,
+            what="processor time of the net process for such a change",
+            unit="ms",
+            values=tuple(spent for _, spent in taken),
+        ),
+    ]
+
+
+async def _change(lab: NamesLab, number: int) -> tuple[float, float]:
+    """Milliseconds: until it is in force, and of the net process's processor time."""
+    changed = lab.write(a_table(moved=100 + number % 2, tasks=4 + number % 2))
+    spent, begun = processor_s(net_pid(lab)), time.perf_counter()
+    await lab.client.refresh([changed])
+    return (time.perf_counter() - begun) * 1e3, (processor_s(net_pid(lab)) - spent) * 1e3
 
 
 async def _end(lab: NamesLab, id: str, *words: str) -> asyncio.subprocess.Process:
@@ -100,50 +135,5 @@ async def _end(lab: NamesLab, id: str, *words: str) -> asyncio.subprocess.Proces
     return await asyncio.create_subprocess_exec(*enter, *words, stdout=asyncio.subprocess.PIPE)
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--count", type=int, default=5000)
-    parser.add_argument("--containers", type=int, default=100)
-    parser.add_argument("--changes", type=int, default=20)
-    parser.add_argument(
-        "--dry", action="store_true", help="keep nothing; else what a quiet machine gave is kept"
-    )
-    arguments = parser.parse_args()
-    now = datetime.now(UTC)
-    result = asyncio.run(measured(arguments.pairs, arguments.count, arguments.containers, arguments.changes))
-    updates = sorted(result["updates_ms"])
-    rows = []
-    for kind, title in (("kept", "request over a kept connection"), ("new", "request over a new connection")):
-        pairs = result["requests"][kind]
-        direct, virtual = ([one[which] * 1e6 for one in pairs] for which in ("direct", "virtual"))
-        ratios = [one["virtual"] / one["direct"] for one in pairs]
-        rows.append(
-            f"| {title}, p50 | {median(direct):.1f} | {median(virtual):.1f} "
-            f"| {median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f}) | {LIMIT_RATIO} |"
-        )
-    text = "\n".join(
-        (
-            f"# Virtual addresses, {now:%Y-%m-%d %H:%M} UTC, commit {commit()}",
-            "",
-            f"Medians of {arguments.pairs} pairs of {arguments.count} requests of one byte, in turn.",
-            "",
-            "| | direct, µs | virtual, µs | ratio | limit |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            f"A change of one of 500 services, of which each of {arguments.containers} containers uses five, is in all",
-            f"their namespaces after {median(updates):.0f} ms (median of {len(updates)}; {updates[0]:.0f} ..",
-            f"{updates[-1]:.0f}; limit {LIMIT_UPDATE_MS:.0f}), the reading of the table included.",
-            "",
-        )
-    )
-    print(text)
-    print("busy with other things:", *(f"{one:.0%}" for one in result["busy"]))
-    if not arguments.dry and max(result["busy"]) <= QUIET:
-        write_result(result_name(now, commit(), "virtual"), text, result)
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, "virtual", figures)

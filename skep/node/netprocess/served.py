@@ -24,6 +24,7 @@ from skep.node.network.namespaces import Namespaces
 from skep.node.virtual import asked, healing, kernel
 from skep.node.virtual import rules as virtual_rules
 from skep.node.virtual.conntrack import forget_flows, set_times
+from skep.node.virtual.elements import ElementSocket
 from skep.node.virtual.loader import Services, VirtualAddresses
 from skep.node.virtual.neighbours import let_go
 from skep.node.virtual.plan import Plan
@@ -79,6 +80,7 @@ class Served:
         self._server: ContainerServer | None = None
         self._notifications: socket.socket | None = None
         self._packets: socket.socket | None = None
+        self._elements: ElementSocket | None = None
         self._subnets = self._own_subnets()
         loaded = frozenset(one for one in written.loaded if one[0] in self._network_ids())
         self.virtual = VirtualAddresses(around.networks.leads, self._write, loaded)
@@ -120,7 +122,8 @@ class Served:
             text = names_rules.whole(*self.sockets.ports) + (
                 asked.whole(self._subnets) if self._packets else ""
             )
-            await self._write(Plan(text, {}, {}, is_anew=False))
+            own_name, path = self._around.own_name, Path(self.named.netns)
+            await self._around.namespaces.run(path, kernel.write_text, own_name, text)
         self.virtual.distrust()
         await self.virtual.settle()
 
@@ -148,6 +151,7 @@ class Served:
         self.pause()
         self._server = None
         self._stop_listening()
+        self._close_elements()
         if self.sockets is not None:
             self.sockets.close()
             self.sockets = None
@@ -210,7 +214,22 @@ class Served:
             raise
 
     async def _write(self, plan: Plan) -> None:
-        await self._around.namespaces.run(Path(self.named.netns), kernel.write, self._around.own_name, plan)
+        await self._around.namespaces.run(Path(self.named.netns), self._written, plan)
+
+    def _written(self, plan: Plan) -> None:
+        """In the namespace.  Only ``virtual`` writes plans, one after another."""
+        if self._elements is None:
+            self._elements = ElementSocket()
+        try:
+            kernel.write(self._around.own_name, plan, self._elements)
+        except BaseException:
+            self._close_elements()
+            raise
+
+    def _close_elements(self) -> None:
+        if self._elements is not None:
+            self._elements.close()
+            self._elements = None
 
     def _new_server(self, sockets: Sockets) -> ContainerServer:
         around = self._around

@@ -9,6 +9,7 @@ import errno
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from skep.node.network import netlink
 
@@ -38,7 +39,7 @@ def open_notifications() -> socket.socket:
 @contextmanager
 def named(name: str) -> Iterator[None]:
     """The calling thread is called ``name`` (15 bytes of it) for the block."""
-    library = ctypes.CDLL(None)
+    library = _library()
     before = ctypes.create_string_buffer(_NAME_BYTES_MAX + 1)
     library.prctl(_PR_GET_NAME, before, 0, 0, 0)
     library.prctl(_PR_SET_NAME, name.encode()[:_NAME_BYTES_MAX], 0, 0, 0)
@@ -46,6 +47,11 @@ def named(name: str) -> Iterator[None]:
         yield
     finally:
         library.prctl(_PR_SET_NAME, before.value, 0, 0, 0)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class Notifications:

@@ -5,6 +5,7 @@ import structlog
 from skep.node.network import nft
 from skep.node.virtual import rules
 from skep.node.virtual.conntrack import forget_flows
+from skep.node.virtual.elements import ElementSocket
 from skep.node.virtual.healing import named
 from skep.node.virtual.plan import Plan
 from skep.node.virtual.wanted import Leads, is_ipv6
@@ -12,17 +13,29 @@ from skep.node.virtual.wanted import Leads, is_ipv6
 log = structlog.get_logger()
 
 
-def write(own_name: str, plan: Plan) -> None:
-    """Apply ``plan`` under ``own_name`` (see ``healing``).  Blocks.  Raises: NftFailed."""
+def write_text(own_name: str, text: str) -> None:
+    """Apply rules under ``own_name``.  Blocks.  Raises: NftFailed."""
     with named(own_name):
-        nft.run(plan.text)
+        nft.run(text)
+
+
+def write(own_name: str, plan: Plan, elements: ElementSocket) -> None:
+    """Apply ``plan`` under ``own_name`` (see ``healing``).  Blocks.  Raises: NftFailed, OSError.
+
+    ``elements``: of this namespace.
+    """
+    with named(own_name):
+        if plan.elements is None:
+            nft.run(plan.text)
+        else:
+            elements.change(plan.elements)
         if not plan.astray:
             return
         if plan.is_anew:
             nft.run(rules.noted(_forget(plan.astray)))
             return
         families = sorted({rules.FAMILIES[is_ipv6(one)] for one in plan.astray})
-        used = rules.noted_in("".join(nft.run(rules.datagrams(family)) for family in families))
+        used = frozenset(one for family in families for one in elements.datagrams(family))
         if astray := {one: backends for one, backends in plan.astray.items() if one in used}:
             _forget(astray)
 

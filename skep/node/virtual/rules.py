@@ -16,13 +16,15 @@ The sender keeps its own address, so a backend sees who calls, and may be the ca
 TCP, UDP, SCTP, and ICMP, so that a ping is answered by a backend.
 """
 
-import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from skep.node.virtual.wanted import Backends, Leads, is_ipv6
 
 NAME = "skep_virtual"
 FAMILIES = ("ip", "ip6")
+MAPS = ("backends", "services", "guards")
+DATAGRAMS = "datagrams"
 _DATAGRAMS_MAX = 1024
 """The kernel makes room for as many from the start: 16 KiB."""
 _ADDRESS_TYPE = {"ip": "ipv4_addr", "ip6": "ipv6_addr"}
@@ -51,7 +53,7 @@ def fresh(family: str, leads: Leads) -> str:
             f"add map {table} backends {{ typeof {family} daddr . numgen random mod 65536 : {family} daddr; }}\n",
             f"add map {table} services {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
             f"add map {table} guards {{ type {_ADDRESS_TYPE[family]} : verdict; }}\n",
-            f"add set {table} datagrams {{ type {_ADDRESS_TYPE[family]}; flags dynamic; size {_DATAGRAMS_MAX}; }}\n",
+            f"add set {table} {DATAGRAMS} {{ type {_ADDRESS_TYPE[family]}; flags dynamic; size {_DATAGRAMS_MAX}; }}\n",
             f"add chain {table} known\n",
             f"add rule {table} known meta l4proto udp ct state new add @datagrams {{ {family} daddr }}\n",
             f"add rule {table} known ct state new,invalid tcp flags & (syn | rst) == 0 reject with tcp reset\n",
@@ -71,24 +73,45 @@ def fresh(family: str, leads: Leads) -> str:
 def changes(family: str, old: Leads, new: Leads, counts: frozenset[int]) -> str:
     """What makes ``old`` into ``new``, as one transaction; empty: nothing.  ``counts``: the chains there are."""
     table = f"{family} {NAME}"
-    gone: dict[str, list[str]] = {"backends": [], "services": [], "guards": []}
-    come: dict[str, list[str]] = {"backends": [], "services": [], "guards": []}
-    for address in sorted(old.keys() | new.keys()):
-        before = set(_elements(address, old.get(address)))
-        after = set(_elements(address, new.get(address)))
-        for name, key, _ in sorted(before - after):
-            gone[name].append(key)
-        for name, key, value in sorted(after - before):
-            come[name].append(f"{key} : {value}")
     lines = []
     for count in sorted(counts_of(new) - counts):
         draw = f"dnat to {family} daddr . numgen random mod {count} map @backends"
         lines += [f"add chain {table} spread_{count}\n", f"add rule {table} spread_{count} {draw}\n"]
-    lines += [
-        f"delete element {table} {name} {{ {', '.join(keys)} }}\n" for name, keys in gone.items() if keys
-    ]
-    lines += [f"add element {table} {name} {{ {', '.join(all_)} }}\n" for name, all_ in come.items() if all_]
+    for change in elements(family, old, new):
+        verb = "add" if change.is_added else "delete"
+        listed = (f"{key} : {value}" if change.is_added else key for key, value in change.elements)
+        lines.append(f"{verb} element {table} {change.map} {{ {', '.join(listed)} }}\n")
     return "".join(lines)
+
+
+class Elements(NamedTuple):
+    """Elements (key, value) that come to a map of the ``family``'s table, or go from it."""
+
+    family: str
+    map: str
+    is_added: bool
+    elements: tuple[tuple[str, str], ...]
+
+
+def elements(family: str, old: Leads, new: Leads) -> tuple[Elements, ...]:
+    """How the elements of ``new`` differ from those of ``old``, in the order in which they are to be changed."""
+    gone: dict[str, list[tuple[str, str]]] = {name: [] for name in MAPS}
+    come: dict[str, list[tuple[str, str]]] = {name: [] for name in MAPS}
+    for address in sorted(old.keys() | new.keys()):
+        if old.get(address) == new.get(address):
+            continue
+        before = set(_elements(address, old.get(address)))
+        after = set(_elements(address, new.get(address)))
+        for name, key, value in sorted(before - after):
+            gone[name].append((key, value))
+        for name, key, value in sorted(after - before):
+            come[name].append((key, value))
+    return tuple(
+        Elements(family, name, is_added, tuple(changed[name]))
+        for is_added, changed in ((False, gone), (True, come))
+        for name in MAPS
+        if changed[name]
+    )
 
 
 def removed(family: str) -> str:
@@ -99,21 +122,10 @@ def removed(family: str) -> str:
 def noted(addresses: Iterable[str]) -> str:
     """Note that UDP flows go to ``addresses``."""
     return "".join(
-        f"add element {family} {NAME} datagrams {{ {one} }}\n"
+        f"add element {family} {NAME} {DATAGRAMS} {{ {one} }}\n"
         for one in sorted(addresses)
         for family in [FAMILIES[is_ipv6(one)]]
     )
-
-
-def datagrams(family: str) -> str:
-    """The command that lists to which addresses UDP flows go; ``noted_in`` reads what it says."""
-    return f"list set {family} {NAME} datagrams\n"
-
-
-def noted_in(listing: str) -> frozenset[str]:
-    """The addresses in what ``datagrams`` says."""
-    lists = re.findall(r"elements = \{([^}]*)\}", listing)
-    return frozenset(one.strip() for found in lists for one in found.split(","))
 
 
 def counts_of(leads: Leads) -> frozenset[int]:

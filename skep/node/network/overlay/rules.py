@@ -51,6 +51,7 @@ def spoofing(owners: Iterable[Owner]) -> RuleTable:
                 elements.add(("targets6", f'"{port}" . {_number(address)}'))
             else:
                 elements.add(("addresses4", f'"{port}" . {address}'))
+                elements.add(("senders4", f'"{port}" . {mac} . {address}'))
         local = link_local(mac)
         elements |= {("addresses6", f'"{port}" . {local}'), ("targets6", f'"{port}" . {_number(local)}')}
     return RuleTable(
@@ -59,6 +60,7 @@ def spoofing(owners: Iterable[Owner]) -> RuleTable:
             ("ports", "type ifname"),
             ("macs", "type ifname . ether_addr"),
             ("addresses4", "type ifname . ipv4_addr"),
+            ("senders4", "type ifname . ether_addr . ipv4_addr"),
             ("addresses6", "type ifname . ipv6_addr"),
             ("targets6", f"typeof iifname . {_TARGET}"),
         ),
@@ -67,11 +69,14 @@ def spoofing(owners: Iterable[Owner]) -> RuleTable:
             ("from_containers", rule)
             for rule in (
                 "iifname != @ports accept",
+                # Nearly every frame.  By the rules below it takes 0.8 us of the 3 that an overlay adds to a bare
+                # VXLAN's way of a packet, so 0.2.
+                "ether type ip iifname . ether saddr . ip saddr @senders4 accept",
                 "iifname . ether saddr != @macs drop",
                 "ether type != { ip, arp, ip6 } drop",
                 "ether type arp iifname . arp saddr ether != @macs drop",
                 "ether type arp iifname . arp saddr ip != @addresses4 drop",
-                "ether type ip iifname . ip saddr != @addresses4 drop",
+                "ether type ip drop",
                 # Before it has an address, a host asks whether somebody else does.
                 "ether type ip6 ip6 saddr :: icmpv6 type nd-neighbor-solicit accept",
                 "ether type ip6 iifname . ip6 saddr != @addresses6 drop",
@@ -109,13 +114,18 @@ def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Itera
         chains=(
             ("arriving", "{ type filter hook prerouting priority -300; }"),
             ("vxlan", ""),
+            ("leaving", "{ type filter hook output priority -300; }"),
         ),
         rules=(
             ("vxlan", "iifname @bridges drop"),
             ("vxlan", f"{_VNI} != @vnis accept"),
             ("vxlan", f"meta nfproto ipv4 ip saddr . {_VNI} != @peers4 drop"),
             ("vxlan", f"meta nfproto ipv6 ip6 saddr . {_VNI} != @peers6 drop"),
+            # VXLAN has no connections: each direction comes from ports of its own, another for each flow inside, and
+            # tracking them would fill the node's table with halves of flows (and take 0.15 us for each packet).
+            ("vxlan", "notrack"),
             ("arriving", "udp dport @ports jump vxlan"),
+            ("leaving", f"udp dport @ports {_VNI} @vnis notrack"),
         ),
         elements=frozenset(elements),
     )

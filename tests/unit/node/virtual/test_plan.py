@@ -2,13 +2,14 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.model.ids import ServiceId
 from skep.node.virtual.plan import There, plan
-from skep.node.virtual.rules import fresh, removed
+from skep.node.virtual.rules import Elements, fresh, removed
 from skep.node.virtual.wanted import Leads, leads_of, placed
 from tests.tables import a_network, a_served
 
@@ -53,6 +54,17 @@ class Kernel:
                 assert value.removeprefix("goto ") in self.chains[family]
             there[key] = value
 
+    def change(self, changes: Iterable[Elements]) -> None:
+        """Elements alone, as they go to the kernel without the language."""
+        for one in changes:
+            there = self.maps[one.family, one.map]
+            for key, value in one.elements:
+                if one.is_added:
+                    assert key not in there, f"{key} is in {one.map}"
+                    there[key] = value
+                else:
+                    del there[key]
+
     def leads(self) -> dict[str, set[str]]:
         """Where each address leads, as a packet finds out."""
         found: dict[str, set[str]] = {}
@@ -89,6 +101,21 @@ def test_whatever_was_there_the_plan_leads_where_it_should(wishes: list[Leads], 
         there = planned.after
         assert kernel.leads() == {address: set(backends) for address, backends in wish.items()}
         assert plan(there, wish).text == "", "once is enough"
+
+
+@given(LEADS, LEADS)
+def test_elements_alone_do_what_the_rules_do_unless_there_is_more_to_do(old: Leads, new: Leads) -> None:
+    first = plan({}, old)
+    planned = plan(first.after, new)
+    lines = planned.text.splitlines()
+    assert (planned.elements is None) is any(" element " not in line for line in lines)
+    if planned.elements is not None:
+        by_text, by_elements = Kernel(), Kernel()
+        for kernel in (by_text, by_elements):
+            kernel.apply(first.text)
+        by_text.apply(planned.text)
+        by_elements.change(planned.elements)
+        assert by_elements.maps == by_text.maps
 
 
 @given(LEADS, LEADS)

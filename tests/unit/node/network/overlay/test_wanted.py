@@ -172,6 +172,7 @@ def test_a_container_may_send_as_itself_only() -> None:
     assert {
         ("macs", '"vs1" . 02:42:0a:00:01:05'),
         ("addresses4", '"vs1" . 10.0.1.5'),
+        ("senders4", '"vs1" . 02:42:0a:00:01:05 . 10.0.1.5'),
         ("addresses6", '"vs1" . fd01::5'),
         ("addresses6", '"vs1" . fe80::42:aff:fe00:105'),
     } <= table.elements

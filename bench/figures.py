@@ -1,0 +1,176 @@
+"""Figures with limits: what the benchmarks of networks measure, judged and told in one way.
+
+Each of these modules has a function that gives its figures.  It is run alone by ``run_alone``, and with all others by
+``bench.networks``.
+"""
+
+import argparse
+import asyncio
+import math
+import os
+import platform
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from statistics import median
+from typing import TypeVar
+
+import msgspec
+
+from bench.machine import is_kept, noise
+from bench.run import commit, result_name, write_result
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+PAIRS = 7
+_WINDOW_S = 0.3
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure, with every value it comes from."""
+
+    number: int
+    """In the list of what the project promises (``bench/README.md``); 0: nothing is promised, it is told beside."""
+    what: str
+    unit: str
+    values: tuple[float, ...]
+    """Of pairs: a ratio for each."""
+    quantile: float = 0.5
+    """Which of the values is judged, as a share from the smallest on."""
+    limit: float | None = None
+    is_least: bool = False
+    """Whether the limit is the smallest that is allowed; else it is the largest."""
+    sides: Mapping[str, tuple[float, ...]] = {}
+    """What was measured on each side of the pairs, in the unit of the measurement."""
+    busy: tuple[float, ...] = ()
+    """Share of the machine that was busy with other things before each value."""
+
+    @property
+    def value(self) -> float:
+        """The one that is judged."""
+        return median(self.values) if self.quantile == 0.5 else at_quantile(self.values, self.quantile)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether it keeps its limit; None: it has none."""
+        if self.limit is None:
+            return None
+        return self.value >= self.limit if self.is_least else self.value <= self.limit
+
+
+def ratio(
+    number: int,
+    what: str,
+    sides: Mapping[str, Sequence[float]],
+    *,
+    limit: float | None = None,
+    is_least: bool = False,
+    busy: Sequence[float] = (),
+) -> Figure:
+    """The second side by the first, pair by pair."""
+    first, second = sides.values()
+    return Figure(
+        number=number,
+        what=what,
+        unit="ratio",
+        values=tuple(mine / other for other, mine in zip(first, second, strict=True)),
+        limit=limit,
+        is_least=is_least,
+        sides={name: tuple(values) for name, values in sides.items()},
+        busy=tuple(busy),
+    )
+
+
+def at_quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of all values do not exceed (the nearest rank)."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+async def undisturbed(wanted: int, one: Callable[[int], Awaitable[T]]) -> tuple[list[T], list[float]]:
+    """``one`` (of the pair's number) until ``wanted`` pairs were not disturbed; results, and how busy it was before.
+
+    A pair that began while others kept the machine busy is done again, in at most twice as many pairs; its other
+    number turns the order of its sides round, too.
+    """
+    kept: list[T] = []
+    busy: list[float] = []
+    tried = 0
+    while len(kept) < wanted:
+        tried += 1
+        before = await asyncio.to_thread(noise, _WINDOW_S)
+        result = await one(tried)
+        if is_kept(before, tried, len(kept), wanted):
+            kept.append(result)
+            busy.append(round(before, 3))
+    return kept, busy
+
+
+async def alternated(
+    ways: Sequence[K], number: int, turns: int, measure: Callable[[K], Awaitable[float]]
+) -> dict[K, float]:
+    """What each way takes in the pair ``number``: the median of short turns in alternation, so that noise meets all.
+
+    With few processors it also matters on which of them the two ends of a turn happen to be; a median of five forgets
+    one that happened to be otherwise.
+    """
+    taken: dict[K, list[float]] = {way: [] for way in ways}
+    for turn in range(turns):
+        for way in ways if (number + turn) % 2 else reversed(ways):
+            taken[way].append(await measure(way))
+    return {way: median(values) for way, values in taken.items()}
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Markdown."""
+    rows = ["| | what | values | limit | |", "|---|---|---|---|---|"]
+    for one in figures:
+        spread = f"{one.value:.3g} {one.unit} ({min(one.values):.3g} .. {max(one.values):.3g}, n={len(one.values)})"
+        sides = "".join(f"; {name} {median(values):.3g}" for name, values in one.sides.items())
+        limit = "" if one.limit is None else f"{'at least' if one.is_least else 'at most'} {one.limit:g}"
+        verdict = {True: "kept", False: "**missed**", None: ""}[one.holds]
+        rows.append(f"| {one.number or ''} | {one.what} | {spread}{sides} | {limit} | {verdict} |")
+    return "\n".join(rows)
+
+
+def document(title: str, now: datetime, at: str, figures: Sequence[Figure], notes: Sequence[str] = ()) -> str:
+    """The whole result for people."""
+    busy = [share for one in figures for share in one.busy]
+    lines = [
+        f"# {title}, {now:%Y-%m-%d %H:%M} UTC, commit {at}",
+        "",
+        f"{os.cpu_count()} processors, {platform.system()} {platform.release()}.",
+        "What is judged (the median where nothing else is said), smallest and largest, the medians of both sides.",
+        "Share of the machine that others kept busy before a value:",
+        f"median {median(busy or [0]):.0%}, largest {max(busy or [0]):.0%}.",
+        "",
+        table(figures),
+        "",
+        *(f"* {note}" for note in notes),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def keep(
+    title: str, subject: str, now: datetime, figures: Sequence[Figure], notes: Sequence[str] = ()
+) -> None:
+    """Write the result, for people and for programs.  ``subject`` ends the files' names."""
+    at = commit()
+    plain = [msgspec.to_builtins(one) | {"value": one.value, "holds": one.holds} for one in figures]
+    result = {"date": f"{now:%Y-%m-%d %H:%M UTC}", "commit": at, "figures": plain, "notes": list(notes)}
+    write_result(result_name(now, at, subject), document(title, now, at, figures, notes), result)
+
+
+def run_alone(about: str, subject: str, measure: Callable[[int], list[Figure]]) -> None:
+    """The command of one module: measure, print, keep.  ``measure``: of the number of pairs."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--dry", action="store_true", help="keep no result")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this has it clean up, too
+    now = datetime.now(UTC)
+    figures = measure(options.pairs)
+    title = about.partition("\n")[0].partition(":")[0]
+    print(document(title, now, commit(), figures))
+    if not options.dry:
+        keep(title, subject, now, figures)

@@ -1,0 +1,123 @@
+"""Hears when the kernel's rules of virtual addresses change in many namespaces, from outside of what changes them."""
+
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bench.names_load import question
+from skep.node.network import netlink
+from skep.node.network.namespaces import inside
+from skep.node.virtual import rules
+from skep.node.virtual.healing import Notifications, open_notifications
+
+_NICENESS = -15
+"""What is heard late counts as late, and the machine is busy with the change."""
+_ANSWER_S = 5.0
+_RECEIVE_BYTES = 1 << 16
+_TRIES = 3
+_NEIGHBOUR = struct.Struct("=BBHiHBB")
+_DESTINATION = 1
+
+
+class Watch:
+    """When the rules of virtual addresses last changed, by namespace: seconds of ``time.time``."""
+
+    def __init__(self, sockets: Mapping[Path, socket.socket]) -> None:
+        self._heard = dict.fromkeys(sockets, 0.0)
+        self._sockets = sockets
+        self._selector = selectors.DefaultSelector()
+        for path, opened in sockets.items():
+            # Nobody's writes are our own here: each transaction counts.
+            notifications = Notifications(frozenset({rules.NAME}), own_name="")
+            self._selector.register(opened, selectors.EVENT_READ, (path, notifications))
+        self._is_over = threading.Event()
+        self._has_heard = threading.Condition()
+        self._thread = threading.Thread(target=self._listen, name="watch")
+        self._thread.start()
+
+    def wait(self, since: float, paths: Iterable[Path] | None = None, *, within_s: float = 30.0) -> float:
+        """When the last of the namespaces (none named: all) changed, once all have since then.
+
+        Raises: TimeoutError.
+        """
+        wanted = list(self._heard if paths is None else paths)
+
+        def have_all() -> bool:
+            return all(self._heard[path] > since for path in wanted)
+
+        with self._has_heard:
+            if not self._has_heard.wait_for(have_all, within_s):
+                late = sum(self._heard[path] <= since for path in wanted)
+                raise TimeoutError(f"{late} of {len(wanted)} namespaces did not change within {within_s:g} s")
+            return max(self._heard[path] for path in wanted)
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._selector.close()
+        for opened in self._sockets.values():
+            opened.close()
+
+    def _listen(self) -> None:
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while not self._is_over.is_set():
+            ready = self._selector.select(0.2)
+            now = time.time()
+            changed = []
+            for key, _ in ready:
+                path, notifications = key.data
+                opened = key.fileobj
+                assert isinstance(opened, socket.socket)
+                if notifications.heard(opened.recv(_RECEIVE_BYTES)):
+                    changed.append(path)
+            if changed:
+                with self._has_heard:
+                    self._heard.update(dict.fromkeys(changed, now))
+                    self._has_heard.notify_all()
+
+
+@contextmanager
+def watching(namespaces: Iterable[Path], name: str) -> Iterator[Watch]:
+    """Have the address of the service ``name`` used in all ``namespaces`` of containers, then watch them."""
+    sockets = {}
+    for path in namespaces:
+        inside(path, lambda: _ask(name))
+        sockets[path] = inside(path, open_notifications)
+    watch = Watch(sockets)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+def leads_to(namespace: Path, address: str) -> int:
+    """How many MAC addresses the overlay's namespace sends to the node at ``address``.  Raises: OSError."""
+    wanted = socket.inet_aton(address)
+    body = _NEIGHBOUR.pack(netlink.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
+    entries = inside(namespace, lambda: netlink.dumped(netlink.GETNEIGH, body))
+    return sum(
+        bytes(dict(netlink.attributes(entry[_NEIGHBOUR.size :])).get(_DESTINATION, b"")) == wanted
+        for _, entry in entries
+    )
+
+
+def _ask(name: str) -> None:
+    """Ask the container's name server for an address.  Raises: OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.settimeout(_ANSWER_S)
+        asking.connect(("127.0.0.11", 53))
+        for number in range(_TRIES):
+            asking.send(number.to_bytes(2, "big") + question(name))
+            with suppress(TimeoutError):
+                answer = asking.recv(_RECEIVE_BYTES)
+                if int.from_bytes(answer[6:8], "big"):
+                    return
+                time.sleep(1)  # the service is not known here yet
+    raise TimeoutError(f"{name} has no address here")

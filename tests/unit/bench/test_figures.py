@@ -1,0 +1,38 @@
+"""How figures are judged, and which pairs count."""
+
+from bench.figures import Figure, alternated, at_quantile, ratio
+from bench.machine import is_kept
+
+
+def test_a_pair_on_a_busy_machine_is_repeated_but_no_more_often_than_there_are_pairs() -> None:
+    for busy, tries in ((0.0, 7), (1.0, 14)):
+        kept = tried = 0
+        while kept < 7:
+            tried += 1
+            kept += is_kept(busy, tried, kept, 7)
+        assert tried == tries
+
+
+def test_a_ratio_is_taken_pair_by_pair() -> None:
+    found = ratio(1, "stream", {"other": [1.0, 2.0, 4.0], "mine": [1.0, 1.8, 4.4]}, limit=0.95, is_least=True)
+    assert found.values == (1.0, 0.9, 4.4 / 4.0)
+    assert (found.value, found.holds) == (1.0, True)
+
+
+def test_a_slow_one_in_a_hundred_is_what_p99_allows() -> None:
+    values = [*[1.0] * 99, 9.0]
+    assert (at_quantile(values, 0.99), at_quantile([*values, 9.0], 0.99)) == (1.0, 9.0)
+    slow = Figure(number=9, what="answer", unit="ms", values=(1.0, 9.0), quantile=0.99, limit=1.0)
+    assert (slow.value, slow.holds) == (9.0, False)
+
+
+async def test_each_way_has_as_many_turns_first() -> None:
+    asked: list[str] = []
+
+    async def turn(way: str) -> float:
+        asked.append(way)
+        return float(len(asked))
+
+    found = await alternated(["a", "b"], 1, 4, turn)
+    assert asked == ["a", "b", "b", "a"] * 2
+    assert found["a"] == found["b"] == 4.5
