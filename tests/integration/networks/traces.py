@@ -3,7 +3,8 @@
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ from pyroute2 import NFCTSocket
 
 from skep.model.tables import Table
 from tests.integration.cluster import TestCluster, TestNode, wait_until
-from tests.integration.networks.lab import in_place
+from tests.integration.networks.lab import in_place, remove_all
 
 _LISTINGS = {
     "links": "ip -o link",
@@ -28,6 +29,8 @@ _PASSING = re.compile(
     r" (packets|bytes|expires|timeout) \S+|^\d+: |@if\d+| (state|lladdr) \S+|link-netns\S* \S+"
 )
 """Counters, ages, and numbers that the kernel gave."""
+_GATEWAY = re.compile(r"^skep-gw\b|\bdev skep-gw\b")
+"""The node's own bridge, which stays; a port on it is something that is left."""
 _CLOSED_WITHIN_S = 120
 """The kernel forgets connections that have ended after so long; what it keeps for longer it takes for open."""
 
@@ -54,7 +57,8 @@ def traces(node: TestNode) -> Counter[str]:
     for kind, command in _LISTINGS.items():
         words = ["nsenter", f"--net={node.description['netns']}", *command.split()]
         said = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout
-        found.update(f"{kind}: {_PASSING.sub('', line).strip()}" for line in said.splitlines())
+        lines = (_PASSING.sub("", line).strip() for line in said.splitlines())
+        found.update(f"{kind}: {line}" for line in lines if not _GATEWAY.search(line))
     for pins in _PINS:
         directory = run_directory(node) / pins
         found.update(f"{pins}: {path.name}" for path in (directory.iterdir() if directory.exists() else ()))
@@ -93,3 +97,12 @@ def wait_no_more_than(cluster: TestCluster, before: dict[str, Counter[str]], wit
     except AssertionError:
         shown = {name: sorted(found)[:20] for name, found in left.items() if found}
         raise AssertionError(f"left after {within_s} s: {shown}") from None
+
+
+@contextmanager
+def leaving_nothing(cluster: TestCluster) -> Iterator[None]:
+    """What the block made is removed when it has ended well; then nothing of it may be left on any node."""
+    before = all_traces(cluster)
+    yield
+    remove_all(cluster.node("m1"))
+    wait_no_more_than(cluster, before)
