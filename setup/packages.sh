@@ -49,14 +49,32 @@ first_released() {
     echo "$1"
 }
 
-# take_out COMMAND PLACE PACKAGE: the command alone, to a place below the target, without installing its package.
+# install_packages PACKAGE...
+install_packages() {
+    apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-install-recommends "$@" </dev/null
+}
+
+# libraries_of FILE: the library packages that a package depends on and that are not installed.
+libraries_of() {
+    local name
+    for name in $(dpkg-deb -f "$1" Depends | tr ',' '\n' | awk '$1 ~ /^(lib|zlib)/ { print $1 }'); do
+        dpkg-query -W -f '${Status}' "$name" 2>/dev/null | grep -q 'ok installed' || echo "$name"
+    done
+}
+
+# take_out COMMAND PLACE PACKAGE: the command alone, to a place below the target, without installing its package; the
+# libraries that it needs are installed.
 take_out() {
-    local work place=$target/$2
+    local work libraries place=$target/$2
     work=$(mktemp -d)
     {
         (cd "$work" && apt-get -q -o APT::Sandbox::User=root download "$3" && dpkg-deb -x ./*.deb unpacked) >&2 &&
+            libraries=$(libraries_of "$work"/*.deb) &&
+            # The names are words, meant to be split.
+            # shellcheck disable=SC2086
+            { [ -z "$libraries" ] || install_packages $libraries >&2; } &&
             mkdir -p "${place%/*}" &&
-            install -m 0755 "$work/unpacked/usr/bin/$1" "$place.new" &&
+            install -m 0755 "$work"/unpacked/usr/*bin/"$1" "$place.new" &&
             mv "$place.new" "$place"
     } || {
         rm -rf "$work"
@@ -109,7 +127,7 @@ done
 
 if [ ${#install[@]} -gt 0 ]; then
     say "installing ${install[*]}"
-    apt-get -q -y -o DPkg::Lock::Timeout=120 install --no-install-recommends "${install[@]}" </dev/null >"$log" 2>&1 || {
+    install_packages "${install[@]}" >"$log" 2>&1 || {
         cat "$log" >&2
         fail "apt-get install failed (above): ${install[*]}" "repair what apt complains about, then run make again"
     }

@@ -20,6 +20,7 @@ from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless
 from skep.errors import SkepError
 from skep.model.ids import TaskId
+from skep.model.labels import drain_s
 from skep.model.task import AssignedTask, ContainerStatus, PortStatus, TaskState, TaskStatus
 from skep.model.times import timestamp
 from skep.node.attempts import CUT_OFF_S, next_attempt
@@ -133,6 +134,11 @@ class TaskDriver:
         """How often the process was started again without a manager."""
         return len(self._attempts)
 
+    @property
+    def drain_s(self) -> float:
+        """How long a stop waits for the task's clients, as its service says now."""
+        return drain_s(self.task.service_labels)
+
     def stop(self, reason: str) -> None:
         """Stop the task for good, whatever is desired: its node is cut off, and its service wants that.
 
@@ -191,7 +197,7 @@ class TaskDriver:
             case Verb.WAIT:
                 return await self._watch()
             case Verb.SHUTDOWN:
-                await self.controller.shutdown()
+                await self.controller.shutdown(self.drain_s)
         return ""
 
     async def _watch(self) -> str:

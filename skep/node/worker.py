@@ -187,7 +187,7 @@ class Worker:
                 if driver is None:
                     await self._executor.discard(id)
                 else:
-                    await driver.controller.shutdown()
+                    await driver.controller.shutdown(driver.drain_s)
                     await driver.controller.remove()
             except (SkepError, OSError) as error:
                 log.warning("task not removed", task=id, error=str(error))

@@ -206,9 +206,9 @@ class _ImageController(SimulatedController):
             self._node.machine.has_started(self._id)
         return running
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, drain_s: float = 0.0) -> None:
         self._node.machine.is_stopping(self._id)
-        await super().shutdown()
+        await super().shutdown(drain_s)
         self._node.machine.has_ended(self._id)
 
     async def terminate(self) -> None:

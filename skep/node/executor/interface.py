@@ -69,8 +69,11 @@ class Controller(Protocol):
     async def wait(self) -> TaskExit:
         """Return when the process has ended, however that came.  May be awaited any number of times."""
 
-    async def shutdown(self) -> None:
-        """Stop signal, then kill after the task's grace period; return when the process is gone."""
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Stop signal, then kill after the task's grace period; return when the process is gone.
+
+        ``drain_s``: for so long at most the stop waits until the task's clients have gone.
+        """
 
     async def terminate(self) -> None:
         """Kill now; return when the process is gone."""

@@ -15,7 +15,7 @@ from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, TaskId
-from skep.model.labels import LABEL_TASK_ID, drain_s
+from skep.model.labels import LABEL_TASK_ID
 from skep.model.meta import Driver
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, ContainerStatus
@@ -200,18 +200,17 @@ class OciController:
         container = await self._containers.wait(id)
         return _exit_of(container, reason or container.error)
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, drain_s: float = 0.0) -> None:
         container = self._container()
         if container is not None:
-            await self._drain(container)
+            await self._drain(container, drain_s)
             await self._containers.stop(container.id)
 
-    async def _drain(self, container: Container) -> None:
-        """Return when the last client of a task on a cluster's network has gone, or ``skep.drain`` has passed.
+    async def _drain(self, container: Container, limit_s: float) -> None:
+        """Return when the last client of a task on a cluster's network has gone, or ``limit_s`` has passed.
 
         New ones do not come any more: everybody who routes to the task was told before it was told to stop.
         """
-        limit_s = drain_s(self._task.service_labels)
         if not container.pid or not _is_routed(self._task) or not limit_s:
             return
         self._containers.events.publish("drain", container)

@@ -137,7 +137,7 @@ class ProcessController:
             code = 255  # the shell that waits was killed: nobody saw the end
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, drain_s: float = 0.0) -> None:
         started = _started(self._path)
         if started is None or not is_alive(started.command):
             return

@@ -151,7 +151,7 @@ class SimulatedController:
         code = process.exit_code or 0
         return TaskExit(exit_code=code, message=f"task: non-zero exit ({code})" if code else "")
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, drain_s: float = 0.0) -> None:
         process = self._executor.machine.processes.get(self._id)
         if process is not None and process.exit_code is None:
             if process.started:

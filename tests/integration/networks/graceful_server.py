@@ -1,6 +1,7 @@
 """A web server that stops as one should: on SIGTERM it finishes what it has, and says ``Connection: close``.
 
-``graceful_server.py PORT``.  Answers with its host's name and the client's address; ``/slow/SECONDS`` takes that long.
+``graceful_server.py PORT``.  Answers with its host's name, the client's address, and ``serving``, or ``stopping`` once
+it has been told to stop; ``/slow/SECONDS`` takes that long.
 It ends when its last client has gone.
 """
 
@@ -37,7 +38,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/slow/"):
             time.sleep(float(self.path.rpartition("/")[2]))
-        body = f"{NAME} {self.client_address[0]}".encode()
+        state = "stopping" if stopping.is_set() else "serving"
+        body = f"{NAME} {self.client_address[0]} {state}".encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         if stopping.is_set():

@@ -1,14 +1,24 @@
-"""Clients without retries: ``strict_client.py URL... < /dev/null``; ends on SIGTERM and tells what it saw, as JSON.
+"""Clients without retries: ``strict_client.py URL...``; ends on SIGTERM and tells what it saw, as JSON.
 
 For each URL two clients: one opens a connection per request, one keeps its connection until the server closes it.
+With ``--at-least N`` each pair asks on until it has had so many answers; with ``--pause S`` each client waits between
+requests.  ``failed`` begins with the time of the failure.
 """
 
+import argparse
 import http.client
 import json
 import signal
 import sys
 import threading
+import time
 from urllib.parse import urlsplit
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--at-least", type=int, default=0)
+parser.add_argument("--pause", type=float, default=0.0)
+parser.add_argument("urls", nargs="+")
+words = parser.parse_args()
 
 over = threading.Event()
 answered: dict[str, int] = {}
@@ -22,9 +32,13 @@ def ask(connection: http.client.HTTPConnection, path: str) -> bool:
         connection.request("GET", path)
         answer = connection.getresponse()
         server = answer.read().split()[0].decode()
+        if answer.status != http.HTTPStatus.OK:
+            raise http.client.HTTPException(f"{answer.status} {answer.reason}")
     except (OSError, http.client.HTTPException, IndexError) as error:
         with turn:
-            failed.append(f"{connection.host}:{connection.port} {type(error).__name__}: {error}")
+            failed.append(
+                f"{time.time():.3f} {connection.host}:{connection.port} {type(error).__name__}: {error}"
+            )
         connection.close()
         return False
     with turn:
@@ -35,13 +49,16 @@ def ask(connection: http.client.HTTPConnection, path: str) -> bool:
 def run(url: str, keeps: bool) -> None:
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
-    while not over.is_set():
+    asked = 0
+    while not over.is_set() or asked < words.at_least / 2:
         if not (ask(connection, parts.path or "/") and keeps):
             connection.close()
+        asked += 1
+        time.sleep(words.pause)
 
 
 signal.signal(signal.SIGTERM, lambda *_: over.set())
-threads = [threading.Thread(target=run, args=(url, keeps)) for url in sys.argv[1:] for keeps in (False, True)]
+threads = [threading.Thread(target=run, args=(url, keeps)) for url in words.urls for keeps in (False, True)]
 for thread in threads:
     thread.start()
 print("asking", flush=True)

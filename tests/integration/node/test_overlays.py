@@ -194,6 +194,26 @@ async def test_a_restarted_process_interrupts_nothing_and_removes_what_is_nobody
             assert far.places
 
 
+async def test_the_next_process_takes_the_ingress_network_over_as_it_is(lab: OverlayLab) -> None:
+    """A bridge that is made anew has another number, and has lost the packets of a moment."""
+    node = lab.nodes[0]
+    kinds = ("bridge", "vxlan", "veth")
+    listing = "; ".join(f"ip -o link show type {kind} | sed 's/ state.*//'" for kind in kinds)
+    listing += "; bridge fdb show | sort"
+    async with node.running() as network:
+        await node.attach(network, place(INGRESS, "10.0.0.5/24"))
+        lab.tell(INGRESS, ingress_addresses={"n1": "10.0.0.2", "n2": "10.0.0.3"})
+        await lab.apply([network])
+        before = await shell(node.home, listing)
+        assert INGRESS_BRIDGE in before
+    await shell(
+        node.home, f"ip link add stray type veth peer name far && ip link set stray master {INGRESS_BRIDGE}"
+    )
+    async with node.running() as network:
+        await lab.apply([network])
+        assert await shell(node.home, listing) == before, "what is nobody's is removed, and nothing else"
+
+
 async def test_nothing_is_left_at_the_end(lab: OverlayLab) -> None:
     node = lab.nodes[0]
     listing = (

@@ -13,6 +13,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import SkepError
 from skep.model.container import ContainerSpec
 from skep.model.ids import ServiceId, TaskId
+from skep.model.labels import DRAIN
 from skep.model.service import Limits, ResourceRequirements, TaskSpec
 from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
 from skep.node.assignments import AssignmentSet
@@ -331,6 +332,36 @@ async def test_new_limits_reach_a_running_task_once(node: Node) -> None:
                 await asyncio.sleep(0)
         assert Counted.updates == (5,)
         assert node.reports.states("a").count(RUNNING) == 1
+
+
+class Drained(SimulatedController):
+    """Its clients never go; it ends when it is to wait for them no more."""
+
+    waited: tuple[float, ...] = ()
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        type(self).waited += (drain_s,)
+        if drain_s:
+            await asyncio.Event().wait()
+        await super().shutdown()
+
+
+async def test_a_stop_waits_for_clients_as_long_as_the_service_says_now(node: Node) -> None:
+    """The label was changed while the task ran; then the service is removed while its task waits."""
+    node.controllers["a"] = Drained
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("a")))
+        await node.reports.wait("a", RUNNING)
+        for desired, drain in ((RUNNING, "90s"), (TaskState.SHUTDOWN, "90s"), (TaskState.REMOVE, "0s")):
+            labels = {DRAIN: drain}
+            await worker.assign(
+                difference(msgspec.structs.replace(assigned("a", desired), service_labels=labels))
+            )
+            async with asyncio.timeout(DEADLINE_S):
+                while desired is TaskState.SHUTDOWN and not Drained.waited:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+        await node.reports.wait("a", TaskState.SHUTDOWN)
+    assert Drained.waited == (90.0, 0.0)
 
 
 async def test_no_credentials_are_written_to_disk(node: Node) -> None:

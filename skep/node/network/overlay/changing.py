@@ -268,7 +268,10 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
         kind = netlink.NEWNEIGH if is_put else netlink.DELNEIGH
         flags = netlink.CREATE | netlink.REPLACE if is_put else 0
         requests.append((kind, flags, entry_message(entry, index)))
-        tolerated.append(_PRESENT if is_put else _ABSENT)
+        if entry.kind is EntryKind.PORT or not is_put:
+            tolerated.append(_PRESENT | _ABSENT)  # as above, if it goes at this moment
+        else:
+            tolerated.append(_PRESENT)
     for number, fine in zip(netlink.carried_out(requests), tolerated, strict=True):
         if number and number not in fine:
             raise OSError(number, f"entry of a neighbour: {os.strerror(number)}")

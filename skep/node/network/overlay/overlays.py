@@ -125,7 +125,6 @@ class Overlays:
         is_first = not self._is_cleared
         self._tables, self._knows_tables = dict(tables), True
         if is_first:
-            self._home.is_ours = True
             for domain in (self._home, *self._domains.values()):
                 domain.doubt()
         refused: list[SkepError] = []
@@ -138,6 +137,8 @@ class Overlays:
                 group.create_task(self._settle_whole(id, limit, refused), name=f"network {id}")
         if is_first:
             await self._tried(self._clear_pins(), refused)
+        if is_first and not refused:
+            await self._tried(self._clear_home(), refused)
         if refused:
             raise refused[0]
         self._is_cleared = True
@@ -165,6 +166,12 @@ class Overlays:
             self._home.wish(_STRANGERS_PART, State(), table)
         else:
             self._home.unwish(_STRANGERS_PART)
+        await self._home.settle()
+
+    async def _clear_home(self) -> None:
+        """Remove what no network wants at home; not before all have said what they want there."""
+        self._home.is_ours = True
+        self._home.doubt()
         await self._home.settle()
 
     # --- containers -------------------------------------------------------------------------------------------

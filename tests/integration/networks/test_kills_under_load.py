@@ -1,0 +1,214 @@
+"""Kill -9 of daemons, managers, tasks and machines while clients ask: what was led to the dead is all that is lost."""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from skep.node.supervision.identity import ProcessIdentity
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    a_playground,
+    container_pids,
+    create,
+    ready,
+    running,
+    wait_running,
+    wait_until,
+)
+from tests.integration.kills import strike, wait_started_again
+from tests.integration.networks.lab import (
+    Seen,
+    addresses,
+    asking,
+    in_place,
+    node_id,
+    outside,
+    place_of,
+    serve,
+    tasks_of,
+    virtual_address,
+)
+from tests.integration.networks.resolving import ask_all
+from tests.integration.networks.traces import leaving_nothing, run_directory
+
+pytestmark = [pytest.mark.point("5-4"), pytest.mark.point("5-correctness"), pytest.mark.timeout(180)]
+
+LOOKUPS = REQUESTS = 1_000
+CLIENTS = 4
+"""Connections at any moment: two by the virtual address, two by the mesh."""
+REPLICAS = 4
+SERVERS = ("m2", "m3", "w1", "w2")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TestCluster]:
+    with a_playground("kill", managers=3, workers=2) as cluster:
+        m1 = cluster.node("m1")
+        # A node process that starts anew on a busy machine is not to be taken for a dead node.
+        m1.docker("swarm", "update", "--dispatcher-heartbeat", "3s")
+        with leaving_nothing(cluster):
+            set_up(m1)
+            yield cluster
+
+
+def set_up(m1: TestNode) -> None:
+    """A client on m1, web servers on all other nodes."""
+    m1.docker("network", "create", "-d", "overlay", "net1")
+    create(m1, "client", 1, "--network", "net1", "--constraint", "node.hostname==m1")
+    where = ("--constraint", "node.hostname!=m1", "--network", "net1", "-p", "8080:80")
+    serve(m1, "web", REPLICAS, *where, "--restart-delay", "0s", "--stop-grace-period", "1s")
+    wait_running(m1, "client", 1)
+    wait_running(m1, "web", REPLICAS, 60)
+
+
+@contextmanager
+def load(cluster: TestCluster, *, at_least: int = 0) -> Iterator[tuple[Seen, Seen]]:
+    """Names and requests, by the virtual address and by m1's published port, during the block: lookups, requests."""
+    client = place_of(cluster.node("m1"), "client")
+    virtual = virtual_address(cluster.node("m2"), "web", "net1")
+    wait_until(lambda: answers_in(client) == expected_answers(cluster), "m1 knows all tasks")
+    published = f"http://{cluster.node('m1').description['addr']}:8080/"
+    words = (f"--at-least={at_least}", "--pause=0.002")
+    with (
+        asking((client, ("strict_names.py", f"--at-least={at_least}", "web", "tasks.web"))) as names,
+        asking(
+            (client, ("strict_client.py", *words, f"http://{virtual}:80/")),
+            (outside(cluster), ("strict_client.py", *words, published)),
+        ) as requests,
+    ):
+        yield names, requests
+
+
+def answers_in(place: Path) -> set[str]:
+    """As ``strict_names.py`` has them."""
+    found = in_place(place, ask_all, ("web", "tasks.web"))
+    return {f"{name}={','.join(sorted(answer))}" for name, answer in found.items()}
+
+
+def expected_answers(cluster: TestCluster) -> set[str]:
+    """As the store has them."""
+    m2 = cluster.node("m2")
+    tasks = ",".join(sorted(addresses(m2, "web", "net1")))
+    return {f"web={virtual_address(m2, 'web', 'net1')}", f"tasks.web={tasks}"}
+
+
+def wait_whole(cluster: TestCluster) -> None:
+    """All of web runs, and m1's own manager says so."""
+    m1 = cluster.node("m1")
+    wait_until(lambda: m1.docker("service", "ls", check=False).returncode == 0, "m1's API answers")
+    wait_running(m1, "web", REPLICAS, 60)
+
+
+def test_a_machines_daemons_die_at_once_and_no_lookup_and_no_request_is_lost(cluster: TestCluster) -> None:
+    m1 = cluster.node("m1")
+    with load(cluster, at_least=LOOKUPS) as (names, requests):
+        struck = strike(m1, "node", "manager", "etcd")
+        wait_started_again(m1, struck)
+        wait_whole(cluster)
+
+    assert Counter(names.failed) == Counter()
+    assert Counter(requests.failed) == Counter()
+    assert set(names.answered) == expected_answers(cluster)
+    assert names.count >= LOOKUPS
+    assert requests.count >= 2 * REQUESTS  # by each of both ways
+    assert len(requests.answered) == REPLICAS
+
+
+@pytest.mark.slow
+def test_a_new_version_of_the_net_process_costs_no_lookup_and_no_request(cluster: TestCluster) -> None:
+    m1 = cluster.node("m1")
+    before = set(m1.pids("skep-net"))
+    with load(cluster, at_least=LOOKUPS) as (names, requests):
+        says_it_is_older(m1)
+        wait_started_again(m1, strike(m1, "node"))
+        wait_until(
+            lambda: m1.pids("skep-net") and not before & set(m1.pids("skep-net")),
+            "another net process has taken over",
+            60,
+        )
+        wait_whole(cluster)
+
+    assert Counter(names.failed) == Counter()
+    assert Counter(requests.failed) == Counter()
+    assert set(names.answered) == expected_answers(cluster)
+    assert names.count >= LOOKUPS
+    assert requests.count >= 2 * REQUESTS
+
+
+def says_it_is_older(node: TestNode) -> None:
+    """The running net process says that it is of another version: the next node process replaces it."""
+    file = run_directory(node) / "net.pid"
+    process = msgspec.json.decode(file.read_bytes(), type=ProcessIdentity)
+    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(process, version="0.0.1")))
+
+
+def test_the_leaders_manager_and_a_killed_net_process_cost_no_request(cluster: TestCluster) -> None:
+    leader = wait_until(lambda: leader_of(cluster), "there is a leader")
+    with load(cluster) as (_, requests):
+        wait_started_again(leader, strike(leader, "manager"))
+        wait_until(lambda: leader_of(cluster), "somebody leads")
+        net = set(cluster.node("m1").pids("skep-net"))
+        for pid in net:
+            cluster.node("m1").kill(pid)
+        wait_until(lambda: set(cluster.node("m1").pids("skep-net")) - net, "another net process")
+        wait_whole(cluster)
+    assert Counter(requests.failed) == Counter()
+
+
+def leader_of(cluster: TestCluster) -> TestNode | None:
+    shown = cluster.node("m2").docker(
+        "node", "ls", "--format", "{{.Hostname}} {{.ManagerStatus}}", check=False
+    )
+    leading = [line.split()[0] for line in shown.stdout.splitlines() if line.endswith(" Leader")]
+    return cluster.node(leading[0]) if leading else None
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_of_a_killed_task_only_what_was_led_to_it_is_lost(cluster: TestCluster, kills: int) -> None:
+    m1 = cluster.node("m1")
+    with load(cluster) as (_, requests):
+        for number in range(kills):
+            before = tasks_of(m1)
+            os.kill(a_task(cluster, number), signal.SIGKILL)
+            wait_until(lambda before=before: before - tasks_of(m1), "the manager has heard of it")  # type: ignore[misc]
+            wait_whole(cluster)
+    assert requests.count > kills * CLIENTS
+    assert len(requests.failed) <= kills * CLIENTS, requests.failed
+
+
+def a_task(cluster: TestCluster, number: int) -> int:
+    """The process of one of web's tasks, another one each time."""
+    pids = [pid for name in SERVERS for pid in container_pids(cluster.node(name), "web").values()]
+    return pids[number % len(pids)]
+
+
+@pytest.mark.slow
+def test_of_a_lost_machine_only_what_was_led_to_it_is_lost(cluster: TestCluster) -> None:
+    m1, w1 = cluster.node("m1"), cluster.node("w1")
+    wait_whole(cluster)
+    with load(cluster) as (_, requests):
+        try:
+            cluster.skep("cut", "w1")  # the kernel of a lost machine does not answer either
+            cluster.skep("kill", "w1")
+            wait_until(lambda: not on_node(m1, "w1"), "its tasks are not wanted any more")
+            wait_whole(cluster)
+        finally:
+            cluster.skep("mend", "w1")
+            cluster.skep("start", "w1")
+        wait_until(lambda: "w1" in ready(m1), "w1 is back")
+        wait_until(lambda: len(container_pids(w1, "web")) == len(on_node(m1, "w1")), "nothing is there twice")
+    assert requests.count > 100 * CLIENTS
+    assert len(requests.failed) <= 2 * CLIENTS, requests.failed
+
+
+def on_node(m1: TestNode, name: str) -> list[str]:
+    """Tasks of web that run there and are wanted."""
+    there = node_id(m1, name)
+    return [task["ID"] for task in running(m1, "web") if task["NodeID"] == there]
