@@ -19,7 +19,8 @@ from skep.model.tables import (
     TablePort,
     TableService,
 )
-from skep.node.network.ingress.flows import Misled, Tuple, is_misled
+from skep.node.network.conntrack import Tuple
+from skep.node.network.ingress.flows import Misled, is_misled
 from skep.node.network.ingress.plan import Backend, Gate, MeshPort, Plan, plan, sticky_slots
 from skep.node.network.ingress.relays import RelayPort, relay_ports, sticky_slot
 from skep.node.network.ingress.return_path import difference as path_difference
