@@ -219,5 +219,5 @@ def _listings() -> tuple[str, ...]:
             text = nft.run(f"list table {family} {TABLE}")
         except nft.NftFailed:
             text = ""
-        found.append(" ".join(sorted(text.replace(",", " ").split())))
+        found.append(" ".join(nft.in_any_order(text)))
     return tuple(found)
