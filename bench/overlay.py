@@ -15,6 +15,7 @@ process grows by for each of 100 attached containers.
 import argparse
 import asyncio
 import gc
+import random
 import statistics
 import sys
 import tempfile
@@ -160,7 +161,9 @@ async def _measure(directory: Path, pairs: int, seconds: float) -> Result:
             paths = Paths(directory / f"n{number}" / "data", directory / f"n{number}" / "run")
             ports = OwnReservations(space)
             stack.callback(ports.close)
-            network = container_network(paths, namespaces=space, ports=ports, clock=SystemClock())
+            network = container_network(
+                paths, namespaces=space, ports=ports, clock=SystemClock(), chance=random.random
+            )
             network.overlays.identify(id)
             networks.append(network)
         await _cable([space.home for space in spaces])
