@@ -89,7 +89,7 @@ async def test_a_server_that_is_stopped_meanwhile_takes_nothing_more() -> None:
     forwarder = Forwarder(SystemClock(), lambda: 1)
     server = ContainerServer(
         "c1", Sockets(udp, tcp), Nothing(), forwarder, Forwarding((), unused), asyncio.ensure_future
-    )  # type: ignore[arg-type]
+    )
     server.start()
     _, writer = await asyncio.open_connection(*tcp.getsockname())
     async with asyncio.timeout(WAIT_S):

@@ -39,7 +39,7 @@ def a_served(tmp_path: Path, namespaces: SlowNamespaces) -> Served:
         Forwarder(SystemClock(), lambda: 1),
         lambda: 0.5,
         "me",
-        asyncio.ensure_future,  # type: ignore[arg-type]
+        asyncio.ensure_future,
     )
     return Served(around, Written(Named(id="c1", netns=str(tmp_path / "ns"), networks=())), lambda: None)
 
