@@ -162,6 +162,8 @@ class MeshLab:
     def __init__(self, root: Path, node_count: int, *, has_ipv6: bool) -> None:
         self.root = root
         self.has_ipv6 = has_ipv6
+        self.has_ways_out_ipv6 = False
+        """Of the tasks that are added from now on."""
         self.places = Namespaces(root / "ns")
         self.ports: tuple[TablePort, ...] = ()
         self.tasks: list[LabTask] = []
@@ -212,7 +214,10 @@ class MeshLab:
     async def join(self, task: LabTask, *, is_new: bool) -> None:
         """As the node does when it connects a container, or finds one of an earlier process again."""
         way_out = "172.18.0." + task.addresses[0].rpartition(".")[2]
-        await task.node.mesh.joined(ContainerId(task.name), task.netns, "eth0", way_out, is_new=is_new)
+        way_out6 = f"fd12::{task.addresses[0].rpartition('.')[2]}" if self.has_ways_out_ipv6 else ""
+        await task.node.mesh.joined(
+            ContainerId(task.name), task.netns, "eth0", way_out, way_out6=way_out6, is_new=is_new
+        )
 
     async def ask(self, address: str, port: int, protocol: str = "tcp", *, timeout_s: float = 3.0) -> str:
         """Who answers the client, and whom it says it saw: ``t1 192.0.2.100``.  Raises: OSError."""
@@ -276,6 +281,7 @@ class MeshLab:
                 "link add skep-gw type bridge mcast_snooping 0",
                 "link set skep-gw up",
                 "addr add 172.18.0.1/16 dev skep-gw",
+                "addr add fd12::1/64 dev skep-gw nodad",
             )
         for node in self.nodes:
             for other in self.nodes:
@@ -302,6 +308,11 @@ class MeshLab:
             *(f"addr add {address}/64 dev eth0 nodad" for address in task.addresses[1:]),
             f"addr add 172.18.0.{short}/16 dev eth1",
             "route add default via 172.18.0.1",
+            *(
+                (f"addr add fd12::{short}/64 dev eth1 nodad", "route add ::/0 via fd12::1")
+                if self.has_ways_out_ipv6
+                else ()
+            ),
         )
         for node in self.nodes:
             if node is not task.node:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Sequence
@@ -122,6 +123,7 @@ class Lab:
             self.paths,
             self.images,
             clock=SystemClock(),
+            chance=random.random,
             hostname="lab",
             cgroup_parent=self.cgroup_parent,
             namespaces=namespaces,

@@ -268,6 +268,7 @@ class Node:
             names=net(),
             events=events,
             clock=around.clock,
+            chance=around.random.random,
         )
 
     async def farewell(self) -> None:

@@ -5,7 +5,9 @@ fields of messages are only ever added.
 """
 
 import asyncio
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from skep.aio.backoff import Backoff
@@ -16,6 +18,9 @@ LENGTH_BYTES = 4
 DEADLINE_S = 10.0
 _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
+
+Converse = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+"""The answering end of one connection."""
 
 
 def framed(body: bytes) -> bytes:
@@ -32,6 +37,25 @@ async def read_frame(reader: asyncio.StreamReader, bytes_max: int) -> bytes | No
         return await reader.readexactly(length)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
+
+
+async def serve(converse: Converse, path: Path) -> asyncio.Server:
+    """Listen at ``path``, in place of whoever did, for processes of this user alone.  Raises: OSError.
+
+    The mask of new files is the whole process's: nothing is awaited while it is another.
+    """
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        return await asyncio.start_unix_server(converse, sock=listener)
+    except BaseException:
+        listener.close()
+        raise
 
 
 class Conversation:

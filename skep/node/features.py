@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from skep.node.network.encrypted.taps import try_carrier
+from skep.node.network.forwarding import ipv6_refusal
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWNET = 0x40000000
@@ -58,7 +59,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     open_files_max: int = 0
 
     def has(self, feature: str) -> bool:
-        """Whether one of those works that ``_attempts`` names."""
+        """Whether one of those works that ``detect`` tries."""
         return feature not in self.missing
 
 
@@ -67,6 +68,7 @@ _CONSEQUENCES = {
     "bridge": "containers get no network of their own",
     "vxlan": "overlay networks do not reach other nodes",
     "nftables": "published ports and virtual IPs do not work; use endpoint mode dnsrr and host networks",
+    "ipv6-egress": "containers on networks with IPv6 reach the outside by IPv4 only",
     "route-localnet": "published ports do not answer on 127.0.0.1",
     "overlayfs": "images cannot be shared between containers; put the data dir on ext4 or xfs",
     "seccomp": "containers run without a seccomp profile",
@@ -109,6 +111,8 @@ def detect(data_dir: Path, nft: str = "nft") -> Features:
     missing: dict[str, str] = {}
 
     def probe() -> None:
+        if refusal := ipv6_refusal():  # a new namespace has IPv6 even where the machine's is turned off
+            missing["ipv6-egress"] = refusal
         _libc.unshare(_CLONE_NEWNET)
         for name, attempt in _attempts(data_dir, nft).items():
             try:

@@ -61,8 +61,6 @@ _PLUGINS = (
     EnginePlugin(type="Log", name="json-file"),
     EnginePlugin(type="Volume", name="local"),
 )
-
-
 _OVERLAY = EnginePlugin(type="Network", name="overlay")
 _OVERLAY_NEEDS = ("veth", "bridge", "vxlan", "nftables")
 """Tasks on overlay networks stay away from a machine that lacks one of these."""

@@ -1,7 +1,7 @@
 """What runs tasks on this node: the executor that is configured, with its containers and images if it has any."""
 
 import shutil
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -113,6 +113,7 @@ async def oci_workload(
     mesh_ports: PortReservations,
     events: NodeEvents,
     clock: Clock,
+    chance: Callable[[], float],
 ) -> Workload:
     """Containers under runc, images in a store of our own."""
     paths = configuration.paths
@@ -126,6 +127,7 @@ async def oci_workload(
         paths,
         images,
         clock=clock,
+        chance=chance,
         hostname=machine.hostname,
         cgroup_parent=configuration.cgroup_parent,
         ports=ports,

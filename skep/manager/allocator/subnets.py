@@ -22,12 +22,11 @@ from skep.errors import SkepError
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, network_of, subnet_of
+from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, vxlan_ids
 from skep.model.planes import DOCKER, PLANE_OPTION, SKEP, driver_of, is_overlay, plane_of
 from skep.model.routes import Subnet, overlap
 
-VXLAN_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 FIRST_VXLAN_ID = 4096
-LAST_VXLAN_ID = 2**24 - 1
 
 
 class NotAllocated(SkepError):
@@ -43,7 +42,7 @@ class NetworkBook:
 
     def enter(self, network: Network) -> None:
         """A network as it is now; one without an allocation holds nothing."""
-        self._vxlan_ids[network.id] = frozenset(vxlan_ids(network))
+        self._vxlan_ids[network.id] = frozenset(vxlan_ids(network.driver_state.options))
         self._subnets[network.id] = tuple(subnet_of(config) for config in _given(network))
 
     def leave(self, network_id: NetworkId) -> None:
@@ -146,11 +145,6 @@ def free_subnet(
     )
 
 
-def vxlan_ids(network: Network) -> list[int]:
-    """Those that the network has, one per IPv4 subnet in the order of ``ipam_options``."""
-    return _numbers(network.driver_state.options.get(VXLAN_OPTION, ""))
-
-
 _LOCAL_6 = IPAMConfig()
 """Stands for an IPv6 subnet that nobody named; its identity counts."""
 
@@ -234,25 +228,21 @@ def _ids_for(network: Network, book: NetworkBook, count: int) -> list[int]:
     """One VXLAN id per IPv4 subnet: those it has, those the user named, else the lowest free ones."""
     taken = book.vxlan_ids_but(network.id)
     wished = network.spec.driver_configuration
-    named = wished.options.get(VXLAN_OPTION, "") if wished is not None else ""
-    ids = vxlan_ids(network)
-    if named and not ids:
-        ids = _numbers(named)
+    options = wished.options if wished is not None else {}
+    ids = vxlan_ids(network.driver_state.options)
+    if options.get(VXLAN_OPTION) and not ids:
+        ids = vxlan_ids(options)
         if len(ids) != count or not taken.isdisjoint(ids):
-            raise NotAllocated(f"VXLAN ids {named} are not {count} free numbers")
+            raise NotAllocated(f"VXLAN ids {options[VXLAN_OPTION]} are not {count} free numbers")
     # 4096 is the ingress network's, as in Docker, also while it is not there.
     number = FIRST_VXLAN_ID if network.spec.ingress else FIRST_VXLAN_ID + 1
-    while len(ids) < count and number <= LAST_VXLAN_ID:
+    while len(ids) < count and number <= VXLAN_ID_MAX:
         if number not in taken and number not in ids:
             ids.append(number)
         number += 1
     if len(ids) < count:
         raise NotAllocated("no VXLAN id is free")
     return ids
-
-
-def _numbers(words: str) -> list[int]:
-    return [int(word) for word in words.split(",") if word.strip().isdigit()]
 
 
 def _ipam_options(network: Network) -> dict[str, str]:

@@ -18,14 +18,12 @@ from skep.manager.control.names import check_dns_name
 from skep.model.addresses import is_subnet
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, NetworkSpec, subnet_of
+from skep.model.overlays import MTU_OPTION, VXLAN_ID_MAX, VXLAN_OPTION, is_number
 from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
-MTU_OPTION = "com.docker.network.driver.mtu"
-VXLAN_IDS_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 SUBNETS_MAX = 64
 _DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
-_VXLAN_ID_MAX = 2**24 - 1
 _MTU_MIN = 576
 _MTU_MIN_6 = 1280
 _MTU_MAX = 65535
@@ -72,15 +70,13 @@ def _check_driver(driver: Driver, spec: NetworkSpec) -> None:
     mtu = driver.options.get(MTU_OPTION)
     if mtu is not None:
         _check_mtu(mtu, _MTU_MIN_6 if spec.ipv6_enabled else _MTU_MIN)
-    for word in (
-        driver.options.get(VXLAN_IDS_OPTION, "").split(",") if VXLAN_IDS_OPTION in driver.options else ()
-    ):
-        if not _is_number(word) or not 0 < int(word) <= _VXLAN_ID_MAX:
+    for word in driver.options[VXLAN_OPTION].split(",") if VXLAN_OPTION in driver.options else ():
+        if not is_number(word) or not 0 < int(word) <= VXLAN_ID_MAX:
             raise InvalidArgument(f"invalid vxlan id value {_quoted(word)} passed")
 
 
 def _check_mtu(word: str, least: int) -> None:
-    if not _is_number(word.removeprefix("-")):
+    if not is_number(word.removeprefix("-")):
         raise InvalidArgument(
             f"failed to parse {word}: strconv.Atoi: parsing {_quoted(word)}: invalid syntax"
         )
@@ -153,10 +149,6 @@ def _check_auxiliary(config: IPAMConfig, subnet: Subnet) -> None:
             raise InvalidArgument(
                 f"failed to allocate secondary ip address ({name}:{text}): Address already in use"
             )
-
-
-def _is_number(word: str) -> bool:
-    return 0 < len(word) <= 9 and word.isascii() and word.isdigit()
 
 
 def _quoted(word: str) -> str:

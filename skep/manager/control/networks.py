@@ -11,7 +11,6 @@ from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from skep.manager.control.network_specs import (
     SUBNETS_MAX,
-    VXLAN_IDS_OPTION,
     check_network_spec,
     check_subnets,
 )
@@ -19,6 +18,7 @@ from skep.model.ids import IdSource, NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec, is_ingress, subnet_of
 from skep.model.node import Node
+from skep.model.overlays import vxlan_ids
 from skep.model.planes import is_overlay
 from skep.model.routes import Subnet, clashes, overlap
 from skep.model.service import PublishMode, Service
@@ -138,19 +138,15 @@ def _check_ingress_unused(tx: Transaction) -> None:
 def _check_vxlan_ids(tx: Transaction, spec: NetworkSpec) -> None:
     """Raises: FailedPrecondition: another network has one of the named ids."""
     driver = spec.driver_configuration
-    wanted = _vxlan_ids(driver) if driver is not None else set()
+    wanted = set(vxlan_ids(driver.options)) if driver is not None else set()
     for other in tx.find(Network) if wanted else ():
-        theirs = _vxlan_ids(other.driver_state) | _vxlan_ids(other.spec.driver_configuration or Driver())
+        wished = other.spec.driver_configuration or Driver()
+        theirs = {*vxlan_ids(other.driver_state.options), *vxlan_ids(wished.options)}
         for number in sorted(wanted & theirs):
             raise FailedPrecondition(
                 f"could not obtain vxlan id {number}: requested bit is already allocated "
                 f"(to network {other.spec.name})"
             )
-
-
-def _vxlan_ids(driver: Driver) -> set[int]:
-    words = driver.options.get(VXLAN_IDS_OPTION, "").split(",")
-    return {int(word) for word in words if word.strip().isdigit()}
 
 
 def _check_room(tx: Transaction, network: Network, configs: Sequence[IPAMConfig]) -> None:

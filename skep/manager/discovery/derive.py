@@ -9,7 +9,7 @@
   further name is the short form of its id, which is its host name too.
 
 Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), daemon/container_operations.go
-(updateNetworkConfig, the short id); libnetwork, drivers/overlay/ov_network.go (options).
+(updateNetworkConfig, the short id).
 """
 
 import ipaddress
@@ -19,22 +19,19 @@ from typing import TypeVar
 from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
+from skep.model.overlays import DEFAULT_PORT, head_of
 from skep.model.planes import DATA_PATH_LABEL, is_docker_node, is_overlay
 from skep.model.publishing import publish_options
 from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm
-from skep.model.tables import NetworkHead, Segment, Table, TableEndpoint, TableNode, TablePort, TableService
+from skep.model.tables import Table, TableEndpoint, TableNode, TablePort, TableService
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.store.interface import View
 
 K = TypeVar("K", bound=str)
 V = TypeVar("V")
 
-VXLAN_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
-MTU_OPTION = "com.docker.network.driver.mtu"
-ENCRYPTED_OPTION = "encrypted"
 SHORT_ID_CHARACTERS = 12
-DEFAULT_PORT = 4789
 
 
 def table_of(view: View, network: Network) -> Table:
@@ -68,31 +65,6 @@ def _present(entries: Iterable[tuple[K, V | None]]) -> Mapping[K, V]:
 
 
 # -- the parts of a table ----------------------------------------------------------------------------------------
-
-
-def head_of(network: Network, port: int) -> NetworkHead:
-    """The network itself.  ``port``: UDP, of the cluster's VXLAN."""
-    wished = network.spec.driver_configuration
-    options = {**(wished.options if wished is not None else {}), **network.driver_state.options}
-    configs = network.ipam_options.configs if network.ipam_options is not None else ()
-    numbers = [int(word) for word in options.get(VXLAN_OPTION, "").split(",") if word.strip().isdigit()]
-    mtu = options.get(MTU_OPTION, "")
-    return NetworkHead(
-        id=network.id,
-        name=network.spec.name,
-        segments=tuple(
-            # One id per IPv4 subnet, which come first; IPv6 subnets share the first VXLAN.
-            Segment(
-                subnet=config.subnet, gateway=_bare(config.gateway), vni=(numbers[position:] or numbers)[0]
-            )
-            for position, config in enumerate(configs if numbers else ())
-        ),
-        mtu=int(mtu) if mtu.isascii() and mtu.isdigit() else 0,
-        port=port,
-        is_ingress=network.spec.ingress,
-        is_internal=network.spec.internal,
-        is_encrypted=ENCRYPTED_OPTION in options,
-    )
 
 
 def endpoint_of(

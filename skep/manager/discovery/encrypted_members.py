@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
+from skep.model.overlays import ENCRYPTED_OPTION
 from skep.model.pair_keys import ENCRYPTION_LABEL, Method
 from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Created, Deleted, Event, Object, Updated, View
 
 KINDS: tuple[type[Object], ...] = (Network, Node, Task)
-ENCRYPTED_OPTION = "encrypted"
 
 
 def is_encrypted(network: Network) -> bool:

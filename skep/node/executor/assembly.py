@@ -1,8 +1,8 @@
 """Puts the ``oci`` executor together from its pieces."""
 
 import os
-import random
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -57,6 +57,7 @@ def oci_executor(
     images: Images,
     *,
     clock: Clock,
+    chance: Callable[[], float],
     hostname: str,
     cgroup_parent: str = "skep",
     ports: PortReservations | None = None,
@@ -98,6 +99,7 @@ def oci_executor(
         ports=ports or OwnReservations(namespaces),
         mesh_ports=mesh_ports,
         clock=clock,
+        chance=chance,
         naming=naming,
     )
     containers = Containers(
@@ -132,11 +134,12 @@ def container_network(
     ports: PortReservations,
     mesh_ports: PortReservations | None = None,
     clock: Clock,
+    chance: Callable[[], float],
     naming: Naming | None = None,
 ) -> ContainerNetwork:
     """All networks of one node's containers."""
     repairs, settling = Repairs(), Settling(clock)
-    healing = Healing(namespaces, clock, repairs)
+    healing = Healing(namespaces, clock, repairs, chance=chance)
     home = home_domain(namespaces, repairs)
     overlays = Overlays(
         namespaces=namespaces,
@@ -152,11 +155,11 @@ def container_network(
     )
     mesh = Mesh(
         namespaces=namespaces,
-        tables=NodeTables(namespaces, clock, random.random),
+        tables=NodeTables(namespaces, clock, chance),
         ports=mesh_ports or OwnReservations(namespaces),
         relays=paths.relays,
         clock=clock,
-        chance=random.random,
+        chance=chance,
     )
     return ContainerNetwork(
         namespaces=namespaces,

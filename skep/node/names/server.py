@@ -5,6 +5,7 @@ becomes a task, of which a container has a bounded number.
 """
 
 import asyncio
+import errno
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -46,6 +47,8 @@ SINGLE_LABEL_S = 1.0
 _BURST = 32
 """Datagrams of one container that are read before others have their turn."""
 _BACKLOG = 128
+ACCEPT_PAUSE_S = 0.1
+"""After a connection could not be taken for want of descriptors: it still waits, and would be tried without end."""
 
 Waiting = tuple[str, int, bytes]
 """A question that waits: client's address and port, message."""
@@ -131,6 +134,7 @@ class ContainerServer:
         self._waiting: dict[asyncio.Task[None], Waiting] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._is_running = False
+        self._resuming: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -148,6 +152,9 @@ class ContainerServer:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.sockets.udp)
         loop.remove_reader(self.sockets.tcp)
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resuming = None
         waiting = tuple(one for task, one in self._waiting.items() if not task.done())
         for task in (*self._waiting, *self._connections):
             task.cancel()
@@ -243,8 +250,12 @@ class ContainerServer:
     def _accept(self) -> None:
         try:
             connection, _ = self.sockets.tcp.accept()
-        except OSError:
-            return  # gone again, or no descriptor is left: it is asked again
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self.sockets.tcp)
+                self._resuming = loop.call_later(ACCEPT_PAUSE_S, self._accept_again)
+            return  # else it has gone again
         if len(self._connections) >= CONNECTIONS_MAX:
             connection.close()
             return
@@ -252,6 +263,10 @@ class ContainerServer:
         task = self._start_task(self._converse(connection))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
+
+    def _accept_again(self) -> None:
+        self._resuming = None
+        asyncio.get_running_loop().add_reader(self.sockets.tcp, self._accept)
 
     async def _converse(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()

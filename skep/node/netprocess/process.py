@@ -1,7 +1,6 @@
 """The net process itself: takes over from its predecessor, then answers on ``net.sock`` until SIGTERM."""
 
 import asyncio
-import os
 import random
 import resource
 import secrets
@@ -14,7 +13,7 @@ import structlog
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, SkepError
-from skep.node.conversation import read_frame
+from skep.node.conversation import read_frame, serve
 from skep.node.netprocess import handover
 from skep.node.netprocess.handover import Taken
 from skep.node.netprocess.protocol import (
@@ -137,12 +136,7 @@ async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> 
             if not open_now:
                 all_closed.set()
 
-    paths.net_socket.unlink(missing_ok=True)
-    mask = os.umask(0o177)
-    try:
-        server = await asyncio.start_unix_server(converse, paths.net_socket)
-    finally:
-        os.umask(mask)
+    server = await serve(converse, paths.net_socket)
     with closing(server):  # only that: waiting for it would be waiting for the conversations
         reservations.write_down()
         log.info("net process serves", ports=len(reservations.list()), containers=len(serving.list()))

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId, ServiceId
 from skep.node.names import rules as names_rules
@@ -81,6 +81,7 @@ class Served:
         self._notifications: socket.socket | None = None
         self._packets: socket.socket | None = None
         self._elements: ElementSocket | None = None
+        self._is_closed = False
         self._subnets = self._own_subnets()
         loaded = frozenset(one for one in written.loaded if one[0] in self._network_ids())
         self.virtual = VirtualAddresses(around.networks.leads, self._write, loaded)
@@ -92,11 +93,20 @@ class Served:
         self._server.start()
 
     async def open(self) -> None:
-        """Have sockets, rules and notifications in the namespace, and answer.  Raises: SkepError, OSError."""
+        """Have sockets, rules and notifications in the namespace, and answer.
+
+        Raises: SkepError, OSError: not now, or it was closed meanwhile.
+        """
         path = Path(self.named.netns)
         self._subnets = self._own_subnets()
         self._stop_listening()  # packets are told to one socket only
+        had = self.sockets
         sockets, notifications, packets = await self._around.namespaces.run(path, self._opened)
+        if self._is_closed:  # meanwhile: nobody would ever close what is new
+            for one in (notifications, packets, sockets if sockets is not had else None):
+                if one is not None:
+                    one.close()
+            raise Unavailable("the container was forgotten while it was opened")
         self._notifications, self._packets = notifications, packets
         if packets is not None:
             asyncio.get_running_loop().add_reader(packets, self._see, packets)
@@ -148,6 +158,7 @@ class Served:
 
     def close(self) -> None:
         """Let go of everything; the rules stay, and lead nowhere."""
+        self._is_closed = True
         self.pause()
         self._server = None
         self._stop_listening()
@@ -157,7 +168,9 @@ class Served:
             self.sockets = None
 
     def write_down(self) -> None:
-        """Keep for the next process what it has to know."""
+        """Keep for the next process what it has to know; of one that is closed, nothing."""
+        if self._is_closed:
+            return
         loaded = tuple(sorted(self.virtual.loaded))
         self.written = msgspec.structs.replace(self.written, loaded=loaded)
         content = msgspec.msgpack.encode(self.written)
@@ -225,6 +238,8 @@ class Served:
         except BaseException:
             self._close_elements()
             raise
+        if self._is_closed:  # meanwhile
+            self._close_elements()
 
     def _close_elements(self) -> None:
         if self._elements is not None:

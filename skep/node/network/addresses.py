@@ -1,7 +1,7 @@
 """Which addresses the node's own networks use: pure choices."""
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from itertools import chain
 
 from skep.errors import ResourceExhausted
@@ -25,6 +25,20 @@ def free_subnet(taken: Iterable[IPv4Network]) -> IPv4Network:
     raise ResourceExhausted(
         "every subnet for the node's gateway network collides with a route of this machine"
     )
+
+
+UNIQUE_LOCAL_BITS = 40
+"""Of chance in a network of RFC 4193."""
+
+
+def unique_local(chance: int) -> IPv6Network:
+    """The first /64 of a unique local network: ``fd``, then ``chance``, 40 bits that nobody else has (RFC 4193)."""
+    return IPv6Network((0xFD << 120 | chance << 80, 64))
+
+
+def beside(address: IPv4Address, subnet: IPv6Network) -> IPv6Address:
+    """The IPv6 address of who has ``address``: nobody else has it, so it need not be given out."""
+    return subnet[int(address)]
 
 
 class Addresses:

@@ -109,8 +109,10 @@ class ContainerNetwork:
             connected = await self.overlays.connect(container_id, netns, places)
             endpoint = msgspec.structs.replace(endpoint, places=connected)
             if has_way_out(places):
-                interface = f"eth{len(places)}"
-                endpoint = await self.gateway.connect(container_id, netns, interface, container.config.ports)
+                interface, ports = f"eth{len(places)}", container.config.ports
+                endpoint = await self.gateway.connect(
+                    container_id, netns, interface, ports, wants_ipv6=has_way_out_by_ipv6(places)
+                )
                 endpoint = msgspec.structs.replace(endpoint, places=connected)
             await self.overlays.settle_container(container_id, endpoint)
             await self._join_mesh(container_id, endpoint, is_new=True)
@@ -134,7 +136,12 @@ class ContainerNetwork:
         for one in endpoint.places:
             if one.place.head.is_ingress:
                 await self.mesh.joined(
-                    container_id, Path(endpoint.netns), one.interface, endpoint.address, is_new=is_new
+                    container_id,
+                    Path(endpoint.netns),
+                    one.interface,
+                    endpoint.address,
+                    way_out6=endpoint.address6,
+                    is_new=is_new,
                 )
 
     async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
@@ -158,3 +165,10 @@ def has_way_out(places: Sequence[Place]) -> bool:
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
     """
     return not places or any(not place.head.is_internal for place in places)
+
+
+def has_way_out_by_ipv6(places: Sequence[Place]) -> bool:
+    """Whether the gateway bridge is to lead the container out by IPv6, too: a network with a way out has IPv6."""
+    return any(
+        ":" in address for place in places if not place.head.is_internal for address in place.addresses
+    )

@@ -3,13 +3,16 @@
 One bridge per node with a subnet that collides with no route of the machine.  Each container gets an address on it,
 and an interface with the default route.  What of it is in the kernel is a part of the wish for the node's own
 namespace (``Domain``), so that it is healed as everything else.
+
+A container on a network with IPv6 gets out by IPv6 too, where the machine has it: from a unique local /64 that the node
+chose once, under the node's own address.  While no such container is there, the node is left as it was.
 """
 
 import asyncio
 import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 
 import msgspec
@@ -18,23 +21,32 @@ from pyroute2 import AsyncIPRoute
 
 from skep.api.errors import Forbidden
 from skep.errors import FailedPrecondition, SkepError, Unavailable
-from skep.linux.files import replace_file
 from skep.model.ids import ContainerId
 from skep.model.service import PublishMode
-from skep.node.network.addresses import Addresses, free_subnet, mac_of
+from skep.node.network.addresses import (
+    UNIQUE_LOCAL_BITS,
+    Addresses,
+    beside,
+    free_subnet,
+    mac_of,
+    unique_local,
+)
+from skep.node.network.forwarding import forward_ipv6, ipv6_refusal
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.rules import Owner, spoofing
 from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Address, Link, Peer, State
 from skep.node.network.ports import PortReservations
-from skep.node.network.rules import HostPort, gateway_table
+from skep.node.network.remembered import Network, kept_subnet, remember
+from skep.node.network.rules import HostPort, gateway_table, gateway_table_ipv6
 from skep.node.oci.container import Endpoint, NodePort
 
 log = structlog.get_logger()
 
 BRIDGE = "skep-gw"
 _PART = "gateway"
+_FAMILIES = {IPv4Network: socket.AF_INET, IPv6Network: socket.AF_INET6}
 _HOME_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
     # Bridged frames are not the node's own traffic: its nat chains must not see them.
@@ -45,7 +57,7 @@ _HOME_SYSCTLS = {
 
 
 class Gateway:
-    """The gateway bridge of one node.  ``state``: file that remembers the chosen subnet."""
+    """The gateway bridge of one node.  ``state``: file that remembers the chosen subnet, another the IPv6 one."""
 
     def __init__(
         self,
@@ -62,8 +74,11 @@ class Gateway:
         self._settling = settling
         self._reservations = ports
         self._state = state
+        self._state6 = state.with_name(f"{state.name}6")
         self._bridge = bridge
         self._addresses: Addresses | None = None
+        self._subnet6: IPv6Network | None = None
+        self._forwards_ipv6 = False
         self._endpoints: dict[ContainerId, Endpoint] = {}
         self._changing = asyncio.Lock()
 
@@ -73,8 +88,7 @@ class Gateway:
         Raises: SkepError: this node cannot network containers.
         """
         async with self._changing:
-            async with self._namespaces.netlink(self._namespaces.home) as home:
-                subnet = await self._choose_subnet(home)
+            subnet, self._subnet6 = await self._choose_subnets()
             self._addresses = Addresses(subnet)
             for id, endpoint in live.items():
                 if endpoint.address:
@@ -84,11 +98,17 @@ class Gateway:
             await self._settle()
 
     async def connect(
-        self, container_id: ContainerId, netns: Path, interface: str, ports: Sequence[NodePort]
+        self,
+        container_id: ContainerId,
+        netns: Path,
+        interface: str,
+        ports: Sequence[NodePort],
+        *,
+        wants_ipv6: bool = False,
     ) -> Endpoint:
         """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
 
-        Raises: AlreadyExists: a port is taken; SkepError.
+        ``wants_ipv6``: by IPv6 too, where the machine has it.  Raises: AlreadyExists: a port is taken; SkepError.
         """
         addresses = self._opened()
         address = addresses.take(container_id)
@@ -100,6 +120,7 @@ class Gateway:
                         port.protocol, port.published_port, port.host_ip
                     )
                     reserved.append(msgspec.structs.replace(port, published_port=number))
+            subnet6 = self._subnet6 if wants_ipv6 else None
             endpoint = Endpoint(
                 netns=str(netns),
                 address=str(address),
@@ -110,6 +131,8 @@ class Gateway:
                 interface=interface,
                 port=new_port_name(),
                 ports=tuple(reserved),
+                address6=str(beside(address, subnet6)) if subnet6 is not None else "",
+                gateway6=str(subnet6[1]) if subnet6 is not None else "",
             )
             self._endpoints[container_id] = endpoint
             await self._settle()
@@ -146,7 +169,7 @@ class Gateway:
         """
         if subnet is not None:
             async with self._namespaces.netlink(self._namespaces.home) as home:
-                taken = await _networks_except(home, await _index(home, self._bridge))
+                taken = await _networks_except(home, await _index(home, self._bridge), IPv4Network)
             for network in taken:
                 if network.prefixlen and network.overlaps(subnet):
                     raise Forbidden(
@@ -160,8 +183,7 @@ class Gateway:
         if subnet is None:
             self._state.unlink(missing_ok=True)
         else:
-            self._state.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._state, f"{subnet}\n".encode(), is_durable=False)
+            remember(self._state, subnet)
         await self.restore({})
 
     async def _remove_bridge(self) -> None:
@@ -191,14 +213,28 @@ class Gateway:
     async def _settle(self) -> None:
         """Bring bridge, ports and rules about.  Raises: SkepError."""
         self._wish()
+        if self._used_subnet6() is not None and not self._forwards_ipv6:
+            await self._namespaces.run(self._namespaces.home, forward_ipv6)
+            self._forwards_ipv6 = True
         await self._home.settle()
 
     def _wish(self) -> None:
-        subnet, endpoints = self._opened().subnet, self._endpoints.values()
-        state = gateway_state(self._bridge, subnet, endpoints)
-        owners = [Owner(one.port, one.mac_address, (one.address,)) for one in endpoints if one.port]
+        subnet, subnet6, endpoints = self._opened().subnet, self._used_subnet6(), self._endpoints.values()
+        state = gateway_state(self._bridge, subnet, endpoints, subnet6)
+        owners = [
+            Owner(one.port, one.mac_address, tuple(filter(None, (one.address, one.address6))))
+            for one in endpoints
+            if one.port
+        ]
         host_ports = [port for one in endpoints for port in _host_ports(one.address, one.ports)]
-        self._home.wish(_PART, state, gateway_table(self._bridge, subnet, host_ports), spoofing(owners))
+        rules = [gateway_table(self._bridge, subnet, host_ports), spoofing(owners)]
+        if subnet6 is not None:
+            rules.append(gateway_table_ipv6(self._bridge, subnet6))
+        self._home.wish(_PART, state, *rules)
+
+    def _used_subnet6(self) -> IPv6Network | None:
+        """None: nobody gets out by IPv6 at present."""
+        return self._subnet6 if any(one.address6 for one in self._endpoints.values()) else None
 
     # --- ports ------------------------------------------------------------------------------------------------
 
@@ -219,20 +255,20 @@ class Gateway:
 
     # --- subnet -----------------------------------------------------------------------------------------------
 
-    async def _choose_subnet(self, home: AsyncIPRoute) -> IPv4Network:
-        """The remembered subnet, unless a route of the machine collides with it by now."""
-        taken = await _networks_except(home, await _index(home, self._bridge))
-        try:
-            remembered = IPv4Network(self._state.read_text().strip())
-            if not any(remembered.overlaps(network) for network in taken if network.prefixlen):
-                return remembered
-            log.warning("the gateway's subnet collides with a route and is changed", subnet=str(remembered))
-        except (OSError, ValueError):
-            pass
-        subnet = free_subnet(taken)
-        self._state.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self._state, f"{subnet}\n".encode(), is_durable=False)
-        return subnet
+    async def _choose_subnets(self) -> tuple[IPv4Network, IPv6Network | None]:
+        """For IPv4, and for IPv6 where this machine leads anybody out by it."""
+        at_home = self._namespaces.home
+        refusal = await self._namespaces.run(at_home, ipv6_refusal)
+        if refusal:
+            log.info("no way out by IPv6 for containers", reason=refusal)
+        async with self._namespaces.netlink(at_home) as home:
+            index = await _index(home, self._bridge)
+            taken = await _networks_except(home, index, IPv4Network)
+            subnet = kept_subnet(self._state, taken, IPv4Network, lambda: free_subnet(taken))
+            if refusal:
+                return subnet, None
+            taken6 = await _networks_except(home, index, IPv6Network)
+            return subnet, kept_subnet(self._state6, taken6, IPv6Network, _fresh_unique_local)
 
     def _opened(self) -> Addresses:
         if self._addresses is None:
@@ -240,8 +276,10 @@ class Gateway:
         return self._addresses
 
 
-def gateway_state(bridge: str, subnet: IPv4Network, endpoints: Iterable[Endpoint]) -> State:
-    """What the node's own namespace has to hold of the gateway network.
+def gateway_state(
+    bridge: str, subnet: IPv4Network, endpoints: Iterable[Endpoint], subnet6: IPv6Network | None = None
+) -> State:
+    """What the node's own namespace has to hold of the gateway network.  ``subnet6``: None while nobody uses IPv6.
 
     The bridge has a MAC address of its own: without one it takes its lowest port's, and changes it with the ports.
     """
@@ -250,14 +288,24 @@ def gateway_state(bridge: str, subnet: IPv4Network, endpoints: Iterable[Endpoint
         if one.port:
             peer = Peer(netns=one.netns, interface=one.interface, mac=one.mac_address)
             links[one.port] = Link(name=one.port, kind="veth", master=bridge, peer=peer)
+    addresses, sysctls6 = {Address(bridge, f"{subnet[1]}/{subnet.prefixlen}")}, {}
+    if subnet6 is not None:
+        addresses.add(Address(bridge, f"{subnet6[1]}/{subnet6.prefixlen}"))
+        sysctls6 = {
+            "net/ipv6/conf/all/forwarding": "1",
+            f"net/ipv6/conf/{bridge}/accept_dad": "0",
+            f"net/ipv6/conf/{bridge}/accept_ra": "0",
+            f"net/ipv6/conf/{bridge}/disable_ipv6": "0",
+        }
     return State(
         links=links,
-        addresses=frozenset({Address(bridge, f"{subnet[1]}/{subnet.prefixlen}")}),
+        addresses=frozenset(addresses),
         sysctls={
             **_HOME_SYSCTLS,
             # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw``).
             f"net/ipv4/conf/{bridge}/route_localnet": "1",
             f"net/ipv4/conf/{bridge}/rp_filter": "0",
+            **sysctls6,
         },
     )
 
@@ -284,11 +332,15 @@ async def _index(route: AsyncIPRoute, name: str) -> int:
     return found[0] if found else 0
 
 
-async def _networks_except(route: AsyncIPRoute, index: int) -> list[IPv4Network]:
+async def _networks_except(route: AsyncIPRoute, index: int, version: type[Network]) -> list[Network]:
     """What the node's routes reach, leaving out those through the link ``index``."""
     networks = []
-    async for answer in await route.route("dump", family=socket.AF_INET):
+    async for answer in await route.route("dump", family=_FAMILIES[version]):
         destination = answer.get("dst")
         if destination and answer.get("oif") != index:
-            networks.append(IPv4Network(f"{destination}/{answer['dst_len']}", strict=False))
+            networks.append(version(f"{destination}/{answer['dst_len']}", strict=False))
     return networks
+
+
+def _fresh_unique_local() -> IPv6Network:
+    return unique_local(secrets.randbits(UNIQUE_LOCAL_BITS))

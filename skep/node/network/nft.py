@@ -89,6 +89,11 @@ def _run(text: str) -> str:
         library.nft_ctx_free(context)
 
 
+def in_any_order(listing: str) -> list[str]:
+    """The words of what ``list`` printed, sorted: elements and chains are not always listed in one order."""
+    return sorted(listing.replace(",", " ").split())
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL("libnftables.so.1")

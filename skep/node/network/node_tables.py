@@ -141,12 +141,12 @@ class NodeTables:
         return not names.issuperset(self._kept)
 
     async def _listing(self, table: str) -> list[str]:
-        """What is in ``table``, whatever its order, in which elements and chains are not always listed alike."""
+        """What is in ``table``, whatever its order."""
         try:
             text = await self._namespaces.run(self._namespaces.home, nft.run, f"list table {table}")
         except nft.NftFailed:
             return []  # there is none
-        return sorted(text.replace(",", " ").split())
+        return nft.in_any_order(text)
 
     async def _run(self, text: str) -> None:
         before, after = await self._namespaces.run(self._namespaces.home, _counted, text)

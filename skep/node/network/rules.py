@@ -1,17 +1,17 @@
 """The node's nftables rules for containers: data only.
 
-One table, ``ip skep``.  ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
-that answers on one address only; everything else is fixed.
+In ``ip skep`` the map ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
+that answers on one address only; everything else is fixed.  ``ip6 skep`` is the way out alone.
 """
 
 from collections.abc import Iterable
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
 
 from skep.node.network.overlay.tables import RuleTable
 
-TABLE = "ip skep"
+TABLE, TABLE_IPV6 = "ip skep", "ip6 skep"
 _BOUND = "ip daddr . meta l4proto . th dport"
 
 
@@ -57,14 +57,31 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
             ("post", f'ip saddr {subnet} oifname != "{bridge}" masquerade'),
             ("post", f'oifname "{bridge}" fib saddr type local masquerade'),
             ("post", f'oifname "{bridge}" ip saddr {subnet} ct status dnat masquerade'),
-            ("forward", f'oifname != "{bridge}" accept'),
-            ("forward", f'iifname "{bridge}" accept'),
-            ("forward", "ct state established,related accept"),
-            ("forward", "ct status dnat accept"),
-            ("forward", "drop"),
+            *_forward(bridge, "ct state established,related accept", "ct status dnat accept"),
         ),
         elements=frozenset(_element(port) for port in host_ports),
     )
+
+
+def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> RuleTable:
+    """The way out by IPv6, under the node's address.  From outside nothing but answers is forwarded to containers."""
+    return RuleTable(
+        name=TABLE_IPV6,
+        chains=(
+            ("post", "{ type nat hook postrouting priority 100; }"),
+            ("forward", "{ type filter hook forward priority 0; }"),
+        ),
+        rules=(
+            ("post", f'ip6 saddr {subnet} oifname != "{bridge}" masquerade'),
+            *_forward(bridge, "ct state established,related accept"),
+        ),
+    )
+
+
+def _forward(bridge: str, *welcome: str) -> tuple[tuple[str, str], ...]:
+    """To the bridge is forwarded what comes from it and what is ``welcome``."""
+    rules = (f'oifname != "{bridge}" accept', f'iifname "{bridge}" accept', *welcome, "drop")
+    return tuple(("forward", rule) for rule in rules)
 
 
 def _element(port: HostPort) -> tuple[str, str]:

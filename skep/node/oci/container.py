@@ -180,6 +180,9 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Of the gateway bridge, in the container's namespace."""
     port: str = ""
     """The container's port on the gateway bridge."""
+    address6: str = ""
+    """On the gateway bridge too, in a /64; empty without a way out by IPv6."""
+    gateway6: str = ""
     ports: tuple[NodePort, ...] = ()
     places: tuple[ConnectedPlace, ...] = ()
     """In the order of its interfaces."""

@@ -32,6 +32,17 @@ async def test_every_node_answers_and_the_task_sees_the_clients_own_address(
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+async def test_tasks_that_have_a_way_out_by_ipv6_answer_by_the_way_of_the_question(
+    lab: MeshLab, protocol: str
+) -> None:
+    lab.has_ways_out_ipv6 = True
+    await spread_tasks(lab, 3)
+    for node in lab.nodes:
+        assert await lab.ask(node.address_ipv6, 8080, protocol) == f"t1 {CLIENT_IPV6}"
+        assert await lab.ask(node.address, 8080, protocol) == f"t1 {CLIENT}"
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
 async def test_the_clients_own_address_arrives_after_the_task_has_moved(lab: MeshLab, protocol: str) -> None:
     await spread_tasks(lab, 3)
     assert await lab.ask(lab.nodes[0].address, 8080, protocol) == f"t1 {CLIENT}"

@@ -1,6 +1,7 @@
 """Nodes for tests of overlay networks: each a namespace with containers' namespaces, joined by an underlay."""
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -51,7 +52,9 @@ class LabNode:
     async def running(self) -> AsyncIterator[ContainerNetwork]:
         """A node process: takes over what is there, and leaves it."""
         ports = OwnReservations(self.namespaces)
-        network = container_network(self.paths, namespaces=self.namespaces, ports=ports, clock=SystemClock())
+        network = container_network(
+            self.paths, namespaces=self.namespaces, ports=ports, clock=SystemClock(), chance=random.random
+        )
         network.overlays.identify(self.id)
         try:
             async with network.running():

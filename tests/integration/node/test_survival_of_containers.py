@@ -52,7 +52,7 @@ async def test_what_ended_while_nobody_looked_is_settled_at_the_next_start(lab: 
 async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> None:
     """A process of its own starts a container and is killed with SIGKILL, with its whole process group."""
     script = textwrap.dedent(f"""
-        import asyncio, sys
+        import asyncio, random, sys
         from pathlib import Path
         from skep.aio.clock import SystemClock
         from skep.node.executor.assembly import oci_executor
@@ -62,7 +62,7 @@ async def test_a_killed_node_process_takes_no_container_with_it(lab: Lab) -> Non
 
         async def main():
             paths = Paths(Path({str(lab.paths.data)!r}), Path({str(lab.paths.run)!r}))
-            executor = oci_executor(paths, None, clock=SystemClock(), hostname="lab",
+            executor = oci_executor(paths, None, clock=SystemClock(), chance=random.random, hostname="lab",
                 cgroup_parent={lab.cgroup_parent!r}, namespaces=Namespaces(paths.netns, Path({str(lab.home)!r})))
             async with executor.running():
                 config = ContainerConfig(path="sleep", args=("100",))

@@ -96,6 +96,8 @@ class Forwarder:
         self._look_at = 0.0
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        """What the carrying thread died of."""
         self._poll: select.epoll | None = None
         self._socket: socket.socket | None = None
         self._sender: Sender | None = None
@@ -115,7 +117,12 @@ class Forwarder:
         self._listen_where_planned()
 
     def tick(self) -> None:
-        """Greet who is to be greeted, make what could not be made; every ``TICK_S``."""
+        """Greet who is to be greeted, make what could not be made; every ``TICK_S``.
+
+        Raises: RuntimeError: nothing is carried any more, and only a new process will.
+        """
+        if self._failure is not None:
+            raise RuntimeError("the carrying thread has died") from self._failure
         now = self._now()
         if self._socket is not None:
             with self._lock:
@@ -181,9 +188,12 @@ class Forwarder:
         self._is_over = is_over = threading.Event()
 
         def carry() -> None:
-            while not is_over.is_set():
-                for ready, _ in poll.poll(_WAIT_S):
-                    self._turn(ready, sender, receiver)
+            try:
+                while not is_over.is_set():
+                    for ready, _ in poll.poll(_WAIT_S):
+                        self._turn(ready, sender, receiver)
+            except BaseException as error:  # nobody waits for this thread: ``tick`` says it
+                self._failure = error
 
         self._thread = threading.Thread(target=carry, name="carry")
         self._thread.start()

@@ -18,7 +18,7 @@ from skep import logs
 from skep.aio.clock import SystemClock
 from skep.errors import SkepError
 from skep.linux.files import replace_file
-from skep.node.conversation import read_frame
+from skep.node.conversation import read_frame, serve
 from skep.node.network.encrypted.forwarder import TICK_S, Forwarder
 from skep.node.network.encrypted.plan import Plan
 from skep.node.network.encrypted.protocol import (
@@ -88,12 +88,7 @@ async def _serve(paths: Paths) -> None:
             await clock.sleep(TICK_S)
 
     _resume(paths, forwarder)
-    paths.forwarder_socket.unlink(missing_ok=True)
-    mask = os.umask(0o177)
-    try:
-        server = await asyncio.start_unix_server(converse, paths.forwarder_socket)
-    finally:
-        os.umask(mask)
+    server = await serve(converse, paths.forwarder_socket)
     try:
         async with asyncio.TaskGroup() as group:
             ticking = group.create_task(tick(), name="tick")

@@ -18,6 +18,7 @@ from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import Table
 from skep.node.network import netlink, nft
+from skep.node.network.forwarding import forward_ipv6
 from skep.node.network.ingress import flows, rules
 from skep.node.network.ingress.flows import Misled
 from skep.node.network.ingress.obstacles import forwarding_tables, obstacles
@@ -107,14 +108,21 @@ class Mesh:
             group.create_task(self._look_for_obstacles(), name="mesh-obstacles")
 
     async def joined(
-        self, container_id: ContainerId, netns: Path, interface: str, way_out: str, *, is_new: bool = False
+        self,
+        container_id: ContainerId,
+        netns: Path,
+        interface: str,
+        way_out: str,
+        *,
+        way_out6: str = "",
+        is_new: bool = False,
     ) -> None:
         """A container is on the ingress network; returns when its answers find their way to clients.
 
-        ``way_out``: its address on the interface of its IPv4 default route, empty without one; ``is_new``: nothing of
-        it was ever written.  Raises: NftFailed, OSError, NetlinkError.
+        ``way_out``, ``way_out6``: its addresses on the interface of its IPv4 and IPv6 default routes, empty without
+        one; ``is_new``: nothing of it was ever written.  Raises: NftFailed, OSError, NetlinkError.
         """
-        await self._returns.add(container_id, netns, interface, way_out, is_new=is_new)
+        await self._returns.add(container_id, netns, interface, way_out, way_out6=way_out6, is_new=is_new)
 
     def left(self, container_id: ContainerId) -> None:
         """The container's namespace goes."""
@@ -310,8 +318,4 @@ def _set_up(has_ipv6: bool) -> None:
     set_sysctl(f"net/ipv4/conf/{rules.BRIDGE}/route_localnet", "1")
     set_sysctl(f"net/ipv4/conf/{rules.BRIDGE}/rp_filter", "0")
     if has_ipv6:
-        # A router takes no default route from other routers, unless it is told to go on doing so.
-        for setting in Path("/proc/sys/net/ipv6/conf").glob("*/accept_ra"):
-            if setting.read_text().strip() == "1":
-                setting.write_text("2")
-        set_sysctl("net/ipv6/conf/all/forwarding", "1")
+        forward_ipv6()

@@ -12,6 +12,7 @@ from skep.node.network.ingress.return_path import (
     ReturnPath,
     ReturnRoute,
     routes,
+    uses_udp_route,
 )
 
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -27,7 +28,7 @@ class Ways(msgspec.Struct, frozen=True):
 def wanted_ways(path: ReturnPath) -> Ways:
     """What there has to be for ``path``."""
     found = {(version, one.mark, one.gateway) for version in FAMILIES for one in routes(path, version)}
-    if path.own.ipv6:
+    if uses_udp_route(path):
         found.add((6, UDP_TABLE, path.own.ipv6))
     return Ways(frozenset((version, table) for version, table, _ in found), frozenset(found))
 

@@ -8,9 +8,10 @@ and table are the node's IPv4 address on the ingress network, so that nothing ha
 * A UDP server that answers from an unbound socket has its source address chosen by the default route, so its answer
   would belong to no connection.  UDP is therefore led to the address of the default route's interface, and conntrack
   puts the right source back.
-* A container has no IPv6 default route, and without any route no answer begins.  TCP begins its answers by the mark
-  of the first packet (``SYSCTLS``), UDP by a rule that leads UDP alone to the node's own ingress address.  New UDP
-  flows by that way are refused, new TCP connections find no route: both at once.
+* Most containers have no IPv6 default route, and without any route no answer begins.  TCP begins its answers by the
+  mark of the first packet (``SYSCTLS``), UDP by a rule that leads UDP alone to the node's own ingress address.  New
+  UDP flows by that way are refused, new TCP connections find no route: both at once.  Those that have the route are
+  treated as with IPv4.
 
 Source: the approach is direct server return by policy routing; marks by MAC address as keepalived's users do it.
 """
@@ -40,7 +41,8 @@ class ReturnPath(msgspec.Struct, frozen=True, kw_only=True):
         subnets: of the ingress network; who is in them is answered directly.
         gates: nodes that clients may come by.
         own: the container's own node.
-        way_out: address of the container on the interface of its IPv4 default route; empty: it has none.
+        way_out, way_out6: addresses of the container on the interface of its IPv4 and of its IPv6 default route;
+            empty: it has none.
     """
 
     interface: str
@@ -48,6 +50,7 @@ class ReturnPath(msgspec.Struct, frozen=True, kw_only=True):
     gates: tuple[Gate, ...]
     own: Gate
     way_out: str = ""
+    way_out6: str = ""
 
 
 class ReturnRoute(msgspec.Struct, frozen=True, order=True):
@@ -57,7 +60,7 @@ class ReturnRoute(msgspec.Struct, frozen=True, order=True):
     gateway: str
 
 
-def return_path(plan: Plan, interface: str, way_out: str) -> ReturnPath:
+def return_path(plan: Plan, interface: str, way_out: str, way_out6: str = "") -> ReturnPath:
     """The return path of a container of this node."""
     return ReturnPath(
         interface=interface,
@@ -65,12 +68,18 @@ def return_path(plan: Plan, interface: str, way_out: str) -> ReturnPath:
         gates=tuple(sorted(gate for gate in plan.gates if gate.ipv4)),
         own=plan.own,
         way_out=way_out,
+        way_out6=way_out6,
     )
 
 
 def mark_of(gate: Gate) -> int:
     """The mark of connections through ``gate``."""
     return int(IPv4Address(gate.ipv4))
+
+
+def uses_udp_route(path: ReturnPath) -> bool:
+    """Whether IPv6 answers over UDP need a route that is there for nothing else."""
+    return bool(path.own.ipv6) and not path.way_out6
 
 
 def routes(path: ReturnPath, version: int) -> tuple[ReturnRoute, ...]:
@@ -89,13 +98,12 @@ def whole(path: ReturnPath, *, is_new: bool = False) -> str:
     if ipv4:
         text += _tagging("ip", path.interface, ipv4)
         if path.way_out:
-            text += f"add chain ip {TABLE} answers {{ type nat hook prerouting priority -100; }}\n"
-            text += (
-                f'add rule ip {TABLE} answers iifname "{path.interface}" ip saddr != {{ {ipv4} }} '
-                f"meta l4proto udp dnat to {path.way_out}\n"
-            )
+            text += _led_out("ip", path.interface, ipv4, path.way_out)
     if ipv6:
         text += _tagging("ip6", path.interface, ipv6)
+    if ipv6 and path.way_out6:
+        text += _led_out("ip6", path.interface, ipv6, path.way_out6)
+    elif ipv6:
         text += f"add chain ip6 {TABLE} refused {{ type filter hook output priority 0; }}\n"
         text += (
             f'add rule ip6 {TABLE} refused oifname "{path.interface}" ct state new '
@@ -140,6 +148,14 @@ add rule {family} {TABLE} arrival iifname "{interface}" ct state new {family} sa
 ct mark set ether saddr map @gates
 add rule {family} {TABLE} arrival iifname "{interface}" ct mark != 0 meta mark set ct mark
 add rule {family} {TABLE} departure ct direction reply ct mark != 0 meta mark set ct mark
+"""
+
+
+def _led_out(family: str, interface: str, subnets: str, way_out: str) -> str:
+    return f"""\
+add chain {family} {TABLE} answers {{ type nat hook prerouting priority -100; }}
+add rule {family} {TABLE} answers iifname "{interface}" {family} saddr != {{ {subnets} }} \
+meta l4proto udp dnat to {way_out}
 """
 
 

@@ -28,6 +28,7 @@ from skep.node.network.ingress.return_path import (
     difference,
     return_path,
     routes,
+    uses_udp_route,
     whole,
 )
 from skep.node.network.namespaces import Namespaces, set_sysctl
@@ -52,6 +53,7 @@ class _Place(msgspec.Struct, frozen=True):
     netns: Path
     interface: str
     way_out: str
+    way_out6: str
 
 
 class Returns:
@@ -85,15 +87,22 @@ class Returns:
                 self._listen_no_more(container_id)
 
     async def add(
-        self, container_id: ContainerId, netns: Path, interface: str, way_out: str, *, is_new: bool
+        self,
+        container_id: ContainerId,
+        netns: Path,
+        interface: str,
+        way_out: str,
+        *,
+        way_out6: str,
+        is_new: bool,
     ) -> None:
         """A container is on the ingress network by its ``interface``; returns when its answers find their way.
 
-        ``way_out``: its address on the interface of its IPv4 default route.  ``is_new``: nothing is there yet.
-        Raises: NftFailed, OSError, NetlinkError.
+        ``way_out``, ``way_out6``: its addresses on the interface of its IPv4 and IPv6 default routes.  ``is_new``:
+        nothing is there yet.  Raises: NftFailed, OSError, NetlinkError.
         """
         async with self._turn:
-            self._places[container_id] = _Place(netns, interface, way_out)
+            self._places[container_id] = _Place(netns, interface, way_out, way_out6)
             await self._listen(container_id, netns)
             await self._write(container_id, is_new=is_new)
 
@@ -174,14 +183,14 @@ class Returns:
         place, before = self._places.get(container_id), self._written.get(container_id)
         if place is None or not self._plan.subnets:
             return
-        wanted = return_path(self._plan, place.interface, place.way_out)
+        wanted = return_path(self._plan, place.interface, place.way_out, place.way_out6)
         if wanted == before:
             return
         async with self._namespaces.netlink(place.netns) as inside:
             index = await index_of(inside, place.interface)
             for version in FAMILIES:
                 await write_routes(inside, index, routes(wanted, version), version, is_new=is_new)
-            if wanted.own.ipv6:
+            if uses_udp_route(wanted):
                 await write_udp_route(inside, index, wanted.own.ipv6, is_new=is_new)
             text = difference(before, wanted) if before else whole(wanted, is_new=is_new)
             self._listings[container_id] = await self._namespaces.run(place.netns, _apply, text)
@@ -210,5 +219,5 @@ def _listings() -> tuple[str, ...]:
             text = nft.run(f"list table {family} {TABLE}")
         except nft.NftFailed:
             text = ""
-        found.append(" ".join(sorted(text.replace(",", " ").split())))
+        found.append(" ".join(nft.in_any_order(text)))
     return tuple(found)

@@ -6,7 +6,6 @@ namespace after the other is compared in a slow round, for what is not told (sys
 """
 
 import asyncio
-import random
 import socket
 from collections.abc import Callable
 
@@ -50,7 +49,7 @@ class Healing:
         clock: Clock,
         repairs: Repairs,
         *,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float],
         share: float = SHARE,
     ) -> None:
         """``share``: of one core, for the slow round."""

@@ -166,11 +166,7 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
         held = [ip_interface(one) for one in place.place.addresses]
         addresses |= {Address(name, str(one)) for one in held}
         if any(one.version == 6 for one in held):
-            sysctls |= {
-                f"net/ipv6/conf/{name}/accept_dad": "0",
-                f"net/ipv6/conf/{name}/accept_ra": "0",
-                f"net/ipv6/conf/{name}/disable_ipv6": "0",
-            }
+            sysctls |= _ipv6_sysctls(name)
         versions = {one.version for one in held}
         reached = {one.network for one in held}
         for segment in head.segments:
@@ -181,7 +177,20 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
         links[endpoint.interface] = Link(name=endpoint.interface, kind="veth", mac=endpoint.mac_address)
         addresses.add(Address(endpoint.interface, f"{endpoint.address}/{endpoint.prefix_length}"))
         routes.add(Route(endpoint.interface, "0.0.0.0/0", endpoint.gateway))
+    if endpoint.interface and endpoint.address6:
+        addresses.add(Address(endpoint.interface, f"{endpoint.address6}/64"))
+        routes.add(Route(endpoint.interface, "::/0", endpoint.gateway6))
+        sysctls |= _ipv6_sysctls(endpoint.interface)
     return State(links=links, addresses=frozenset(addresses), routes=frozenset(routes), sysctls=sysctls)
+
+
+def _ipv6_sysctls(interface: str) -> dict[str, str]:
+    """Of an interface with an IPv6 address that we know to be free, and whose routes we know."""
+    return {
+        f"net/ipv6/conf/{interface}/accept_dad": "0",
+        f"net/ipv6/conf/{interface}/accept_ra": "0",
+        f"net/ipv6/conf/{interface}/disable_ipv6": "0",
+    }
 
 
 def just_made(wanted: State) -> State:

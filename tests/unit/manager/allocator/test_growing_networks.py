@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from skep.manager.allocator.subnets import NetworkBook, NotAllocated, allocated, is_allocated, vxlan_ids
+from skep.manager.allocator.subnets import NetworkBook, NotAllocated, allocated, is_allocated
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.model.overlays import vxlan_ids
 from skep.model.routes import overlap
 from tests.builders import an_overlay
 
@@ -67,7 +68,9 @@ def test_networks_never_share_what_they_have(steps: list[tuple[str, str, IPAMCon
         assert is_allocated(given_network)
         assert allocated(given_network, book, POOLS, 27, routes=ROUTES, cluster="c1") == given_network
         if present is not None:
-            assert vxlan_ids(given_network)[: len(vxlan_ids(present))] == vxlan_ids(present)
+            assert vxlan_ids(given_network.driver_state.options)[
+                : len(vxlan_ids(present.driver_state.options))
+            ] == vxlan_ids(present.driver_state.options)
         networks[name] = given_network
         book.enter(given_network)
     subnets = [
@@ -76,5 +79,5 @@ def test_networks_never_share_what_they_have(steps: list[tuple[str, str, IPAMCon
         for config in (network.ipam_options.configs if network.ipam_options is not None else ())
     ]
     assert not any(overlap(one, other) for one, other in combinations(subnets, 2))
-    ids = [id for network in networks.values() for id in vxlan_ids(network)]
+    ids = [id for network in networks.values() for id in vxlan_ids(network.driver_state.options)]
     assert len(ids) == len(set(ids)) == sum(subnet.version == 4 for subnet in subnets)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.allocator.subnets import (
-    VXLAN_OPTION,
     NetworkBook,
     NotAllocated,
     allocated,
@@ -18,6 +17,7 @@ from skep.manager.allocator.subnets import (
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, NetworkSpec
+from skep.model.overlays import VXLAN_OPTION
 from skep.model.planes import DOCKER, PLANE_OPTION, SKEP
 from tests.builders import an_overlay
 

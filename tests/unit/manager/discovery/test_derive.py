@@ -7,10 +7,9 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.discovery.derive import head_of, table_of, underlay_of
-from skep.model.ids import NetworkId, TaskId
-from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.manager.discovery.derive import table_of, underlay_of
+from skep.model.ids import TaskId
+from skep.model.network import Network
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
 from skep.model.planes import DATA_PATH_LABEL
 from skep.model.service import (
@@ -21,7 +20,7 @@ from skep.model.service import (
     PublishMode,
     Service,
 )
-from skep.model.tables import Segment, Table, TablePort
+from skep.model.tables import Table, TablePort
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState, TaskStatus
 from skep.model.times import Timestamp
 from skep.store.memory import MemoryStore
@@ -170,33 +169,6 @@ def test_where_a_nodes_vxlan_arrives_is_what_it_says_itself_or_where_it_connects
     assert set(derived(NET, WEB, unseen, on(NET, a_task("t1", node="n9", service=WEB))).nodes) == set()
 
 
-def test_the_head_says_what_the_network_is_made_of() -> None:
-    options = {
-        "com.docker.network.driver.overlay.vxlanid_list": "4097,4098",
-        "com.docker.network.driver.mtu": "1400",
-        "encrypted": "",
-    }
-    configs = (
-        IPAMConfig(subnet="10.1.0.0/24", gateway="10.1.0.1"),
-        IPAMConfig(subnet="10.2.0.0/24", gateway="10.2.0.1/24"),
-    )
-    network = replace(
-        an_overlay("net2", subnet="", internal=True),
-        id=NetworkId("i2"),
-        driver_state=Driver(name="overlay", options=options),
-        ipam_options=IPAMOptions(configs=configs),
-    )
-    head = head_of(network, 4790)
-    assert head.segments == (
-        Segment(subnet="10.1.0.0/24", gateway="10.1.0.1", vni=4097),
-        Segment(subnet="10.2.0.0/24", gateway="10.2.0.1", vni=4098),
-    )
-    assert (head.id, head.name, head.mtu, head.port) == ("i2", "net2", 1400, 4790)
-    assert (head.is_internal, head.is_encrypted, head.is_ingress) == (True, True, False)
-    plain = head_of(replace(network, driver_state=Driver(options={"com.docker.network.driver.mtu": "-1"})), 1)
-    assert (plain.mtu, plain.is_encrypted, plain.segments) == (0, False, ())
-
-
 def test_an_unknown_status_is_not_down() -> None:
     node = replace(a_skep_node(), status=NodeStatus(state=NodeState.UNKNOWN, addr="192.168.0.1"))
     table = derived(NET, WEB, node, on(NET, a_task("t1", node="n1", service=WEB)))
@@ -211,23 +183,3 @@ def test_a_task_without_an_address_is_not_reached() -> None:
         derived(NET, WEB, a_skep_node(), replace(task, status=TaskStatus(state=TaskState.RUNNING))).endpoints
         == {}
     )
-
-
-def test_subnets_of_both_versions_are_carried_by_one_vxlan() -> None:
-    configs = (
-        IPAMConfig(subnet="10.0.1.0/24", gateway="10.0.1.1"),
-        IPAMConfig(subnet="10.0.2.0/24", gateway="10.0.2.1"),
-        IPAMConfig(subnet="fd00:1::/64", gateway="fd00:1::1"),
-    )
-    network = an_overlay("net1")
-    options = {**network.driver_state.options, "com.docker.network.driver.overlay.vxlanid_list": "4097,4098"}
-    both = replace(
-        network,
-        driver_state=replace(network.driver_state, options=options),
-        ipam_options=IPAMOptions(driver=Driver(name="default"), configs=configs),
-    )
-    assert [(one.subnet, one.vni) for one in head_of(both, 4789).segments] == [
-        ("10.0.1.0/24", 4097),
-        ("10.0.2.0/24", 4098),
-        ("fd00:1::/64", 4097),
-    ]

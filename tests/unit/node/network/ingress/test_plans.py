@@ -19,11 +19,12 @@ from skep.model.tables import (
     TablePort,
     TableService,
 )
-from skep.node.network.ingress.flows import Misled, Tuple, is_misled
+from skep.node.network.conntrack import Tuple
+from skep.node.network.ingress.flows import Misled, is_misled
 from skep.node.network.ingress.plan import Backend, Gate, MeshPort, Plan, plan, sticky_slots
 from skep.node.network.ingress.relays import RelayPort, relay_ports, sticky_slot
 from skep.node.network.ingress.return_path import difference as path_difference
-from skep.node.network.ingress.return_path import return_path, routes
+from skep.node.network.ingress.return_path import return_path, routes, uses_udp_route
 from skep.node.network.ingress.return_path import whole as path_whole
 from skep.node.network.ingress.rules import IPV4, IPV6, Family, difference, mesh_rules, whole
 
@@ -280,6 +281,21 @@ def test_the_mark_of_a_connection_is_the_node_it_came_by() -> None:
         (167772362, "10.0.0.202"),
     ]
     assert routes(path, 6) == ()
+
+
+def test_a_container_with_a_way_out_by_ipv6_answers_as_by_ipv4() -> None:
+    """Its default route would choose another address for an answer over UDP."""
+    own = Gate("10.0.0.201", "fd00::1")
+    six = Plan(subnets=("10.0.0.0/24", "fd00::/64"), gates=frozenset({own}), own=own)
+    without, having = (
+        return_path(six, "eth0", "172.18.0.9"),
+        return_path(six, "eth0", "172.18.0.9", "fd12::9"),
+    )
+    assert "reject with icmpv6 no-route" in path_whole(without)
+    assert uses_udp_route(without)
+    assert "ip6 saddr != { fd00::/64 } meta l4proto udp dnat to fd12::9" in path_whole(having)
+    assert "reject" not in path_whole(having)
+    assert not uses_udp_route(having)
 
 
 def test_nodes_that_come_and_go_change_elements_only() -> None:

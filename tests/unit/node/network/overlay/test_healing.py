@@ -54,7 +54,7 @@ class Slow(Domain):
 @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.5])
 async def test_the_slow_round_keeps_to_its_share_and_leaves_none_out(seconds: float) -> None:
     clock = Stopwatch()
-    healing = Healing(Namespaces(Path("/none")), clock, Repairs())
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
     domains = [Slow(clock, seconds) for _ in range(5)]
     for domain in domains:
         healing.take_turns(domain)

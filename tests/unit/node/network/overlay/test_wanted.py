@@ -167,6 +167,22 @@ def test_a_container_has_the_other_subnets_on_its_link_and_the_gateway_last() ->
     assert (found.links["eth0"].mtu, found.links["eth1"].mtu) == (1450, 0)
 
 
+def test_a_way_out_by_ipv6_is_an_address_and_a_default_route_of_the_gateways_interface() -> None:
+    endpoint = Endpoint(
+        netns="/netns",
+        address="172.18.0.2",
+        prefix_length=16,
+        gateway="172.18.0.1",
+        interface="eth0",
+        address6="fd12::ac12:2",
+        gateway6="fd12::1",
+    )
+    found = container_state(endpoint, {})
+    assert Route("eth0", "::/0", "fd12::1") in found.routes
+    assert Address("eth0", "fd12::ac12:2/64") in found.addresses
+    assert found.sysctls["net/ipv6/conf/eth0/disable_ipv6"] == "0"
+
+
 def test_a_container_may_send_as_itself_only() -> None:
     table = spoofing([owner(a_place("10.0.1.5/24", "fd01::5/64").connected)])
     assert {

@@ -1,0 +1,71 @@
+"""What the options of an overlay network say, by Docker's names for them.
+
+Source: moby, libnetwork/drivers/overlay/overlay.go (names of the options), ov_network.go (parseNetworkOptions: the
+value of ``encrypted`` does not matter).
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from skep.model.addresses import is_subnet
+from skep.model.network import Network, subnet_of
+from skep.model.tables import NetworkHead, Segment
+
+VXLAN_OPTION: Final = "com.docker.network.driver.overlay.vxlanid_list"
+"""Numbers with commas between them: one per IPv4 subnet in their order; IPv6 subnets share the first."""
+MTU_OPTION: Final = "com.docker.network.driver.mtu"
+ENCRYPTED_OPTION: Final = "encrypted"
+VXLAN_ID_MAX: Final = 2**24 - 1
+DEFAULT_PORT: Final = 4789
+"""UDP port of VXLAN where the swarm names none."""
+
+
+def options_of(network: Network) -> Mapping[str, str]:
+    """As wished, and as allocated, which counts where both say something."""
+    wished = network.spec.driver_configuration
+    return {**(wished.options if wished is not None else {}), **network.driver_state.options}
+
+
+def vxlan_ids(options: Mapping[str, str]) -> list[int]:
+    """The ids that ``options`` name; words that are no numbers are left out."""
+    return [int(word) for word in options.get(VXLAN_OPTION, "").split(",") if is_number(word.strip())]
+
+
+def is_number(word: str) -> bool:
+    """Whether ``word`` is a whole number without a sign, of at most nine digits."""
+    return 0 < len(word) <= 9 and word.isascii() and word.isdigit()
+
+
+def head_of(network: Network, port: int = DEFAULT_PORT) -> NetworkHead:
+    """The network itself, for those who carry it.  ``port``: UDP, of the cluster's VXLAN.
+
+    Options and subnets that make no sense count as not said.
+    """
+    options = options_of(network)
+    mtu = options.get(MTU_OPTION, "")
+    return NetworkHead(
+        id=network.id,
+        name=network.spec.name,
+        segments=_segments(network, vxlan_ids(options)),
+        mtu=int(mtu) if is_number(mtu) else 0,
+        port=port,
+        is_ingress=network.spec.ingress,
+        is_internal=network.spec.internal,
+        is_encrypted=ENCRYPTED_OPTION in options,
+    )
+
+
+def _segments(network: Network, ids: list[int]) -> tuple[Segment, ...]:
+    """Each subnet with its VXLAN; one without an id of its own (IPv6 beside IPv4) is carried by the first."""
+    configs = network.ipam_options.configs if network.ipam_options is not None and ids else ()
+    known = [one for one in configs if is_subnet(one.subnet)]
+    if len(ids) < len(known):
+        known.sort(key=lambda one: ":" in one.subnet)
+    return tuple(
+        Segment(
+            subnet=str(subnet_of(config)),
+            gateway=config.gateway.partition("/")[0],
+            vni=(ids[position:] or ids)[0],
+        )
+        for position, config in enumerate(known)
+    )

@@ -1,0 +1,182 @@
+"""Containers on networks with IPv6 reach machines outside by IPv6."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from skep.model.ids import NetworkId
+from skep.model.tables import NetworkHead, Segment
+from skep.node.executor.oci import OciExecutor
+from skep.node.network.gateway import BRIDGE
+from skep.node.network.namespaces import Namespaces
+from skep.node.oci.container import Endpoint, Place
+from tests.integration.node.conftest import Runner
+from tests.runc_lab import Lab
+
+DUAL = NetworkHead(
+    id=NetworkId("dualnet"),
+    name="dual",
+    segments=(Segment("10.0.1.0/24", "10.0.1.1", 4097), Segment("fd01:2::/64", "fd01:2::1", 4097)),
+)
+NODE, OUTSIDE = "2001:db8::1", "2001:db8::2"
+WAIT_S = 10.0
+
+
+def places(number: int = 5) -> tuple[Place, ...]:
+    return (Place(head=DUAL, addresses=(f"10.0.1.{number}/24", f"fd01:2::{number}/64")),)
+
+
+def internal_places() -> tuple[Place, ...]:
+    """No way out by the only network with IPv6, and one by another."""
+    (dual,) = places(7)
+    plain = NetworkHead(
+        id=NetworkId("plainnet"), name="plain", segments=(Segment("10.0.2.0/24", "10.0.2.1", 4098),)
+    )
+    inside = msgspec.structs.replace(dual, head=msgspec.structs.replace(DUAL, is_internal=True))
+    return (inside, Place(head=plain, addresses=("10.0.2.7/24",)))
+
+
+@pytest.fixture
+async def outside(lab: Lab) -> AsyncIterator[Path]:
+    """Another machine, on a cable of the node; it knows the way to all unique local networks by the node."""
+    machines = Namespaces(lab.paths.run / "outside")
+    path = await machines.create("machine", {"net/ipv6/conf/default/accept_dad": "0"})
+    for command in (
+        "sysctl -q -w net.ipv6.conf.default.accept_dad=0",
+        f"ip link add wan type veth peer name eth0 netns {path}",
+        f"ip addr add {NODE}/64 dev wan",
+        "ip link set wan up",
+        f"nsenter --net={path} ip addr add {OUTSIDE}/64 dev eth0",
+        f"nsenter --net={path} ip link set eth0 up",
+        f"nsenter --net={path} ip route add fd00::/8 via {NODE}",
+    ):
+        assert await lab.in_home("sh", "-c", command) == ""
+    yield path
+    await machines.destroy("machine")
+    machines.close()
+
+
+async def heard_outside(lab: Lab, outside: Path, run: Runner) -> tuple[bytes, str]:
+    """What the machine outside hears of a container, and from whom."""
+    spaces = Namespaces(lab.paths.run / "spaces", outside)
+    listener = await spaces.run(outside, lambda: socket.create_server((OUTSIDE, 99), family=socket.AF_INET6))
+    spaces.close()
+    listener.settimeout(WAIT_S)
+    with listener:
+        client = await run.start("sh", "-c", f"echo hello | nc {OUTSIDE} 99", places=places())
+        connection, peer = await asyncio.to_thread(listener.accept)
+        with connection:
+            connection.settimeout(WAIT_S)
+            said = await asyncio.to_thread(connection.recv, 100)
+        await run.containers.wait(client.id)
+        return said, peer[0]
+
+
+async def wait_tables(lab: Lab, expected: str) -> None:
+    """Waits until the node has ``expected`` tables for IPv6."""
+    deadline = time.monotonic() + WAIT_S
+    while (found := (await lab.in_home("nft", "list", "tables", "ip6")).strip()) != expected:
+        assert time.monotonic() < deadline, found
+        await asyncio.sleep(0.05)
+
+
+async def test_a_container_gets_out_by_ipv6_under_the_nodes_address(lab: Lab, outside: Path) -> None:
+    executor = lab.executor()
+    async with executor.running():
+        run = Runner(lab, executor.containers)
+        assert await lab.in_home("nft", "list", "tables", "ip6") == "", "nobody uses IPv6 yet"
+        assert await heard_outside(lab, outside, run) == (b"hello\n", NODE)
+        accepted = await lab.in_home("cat", "/proc/sys/net/ipv6/conf/wan/accept_ra")
+        assert accepted == "2\n", "the node goes on hearing of its own routes"
+        # What somebody else changes is put right.
+        await run.start("sleep", "1000", places=places(6))
+        await lab.in_home("nft", "delete", "table", "ip6", "skep")
+        await wait_tables(lab, "table ip6 skep")
+        assert await heard_outside(lab, outside, run) == (b"hello\n", NODE)
+        for container in executor.containers.list():
+            await executor.containers.remove(container.id, force=True)
+        await wait_tables(lab, "")
+
+
+async def test_nobody_outside_reaches_a_container_by_its_unique_local_address(
+    lab: Lab, outside: Path
+) -> None:
+    executor = lab.executor()
+    async with executor.running():
+        run = Runner(lab, executor.containers)
+        server = await run.start("httpd", "-f", "-p", "80", "-h", "/etc", places=places())
+        address = endpoint_of(server.endpoint).address6
+        assert IPv6Address(address) in IPv6Network("fd00::/8")
+        ask = f"printf 'GET /group HTTP/1.0\\r\\n\\r\\n' | nc -w 2 {address} 80"
+        neighbour = f"for i in $(seq 100); do {ask} && break; sleep 0.05; done"
+        assert "staff" in await run.output("sh", "-c", neighbour, places=places(6))
+        assert "staff" in await lab.in_home("busybox", "sh", "-c", ask)
+        asked = await lab.in_home(
+            "nsenter", f"--net={outside}", "busybox", "sh", "-c", f"{ask} || echo nobody"
+        )
+        assert "nobody" in asked
+        assert "staff" not in asked
+
+
+async def test_networks_without_ipv6_or_without_a_way_out_leave_the_node_as_it_was(lab: Lab) -> None:
+    executor = lab.executor()
+    async with executor.running():
+        run = Runner(lab, executor.containers)
+        for given in ((), internal_places()):
+            container = await run.create("ip", "-6", "route", places=given)
+            assert endpoint_of(container.endpoint).address6 == ""
+            await run.containers.start(container.id)
+            await run.containers.wait(container.id)
+            assert "default" not in await run.logs(container)
+        assert await lab.in_home("nft", "list", "tables", "ip6") == ""
+        assert await lab.in_home("cat", "/proc/sys/net/ipv6/conf/all/forwarding") == "0\n"
+
+
+async def test_where_ipv6_is_turned_off_containers_start_without_it(lab: Lab) -> None:
+    await lab.in_home("sysctl", "-q", "-w", "net.ipv6.conf.all.disable_ipv6=1")
+    executor = lab.executor()
+    async with executor.running():
+        run = Runner(lab, executor.containers)
+        container = await run.start("sleep", "1000", places=places())
+        assert endpoint_of(container.endpoint).address6 == ""
+        assert await lab.in_home("cat", "/proc/sys/net/ipv6/conf/all/forwarding") == "0\n"
+
+
+async def test_a_new_process_keeps_the_subnet_and_the_way_out(lab: Lab, outside: Path) -> None:
+    first = lab.executor()
+    async with first.running():
+        server = await Runner(lab, first.containers).start("sleep", "1000", places=places(6))
+    before = endpoint_of(server.endpoint)
+    second = lab.executor()
+    async with second.running():
+        assert endpoint_of(second.containers.get(server.id).endpoint) == before
+        later = await Runner(lab, second.containers).create("true", places=places(7))
+        assert endpoint_of(later.endpoint).gateway6 == before.gateway6
+        assert f"inet6 {before.gateway6}/64" in await lab.in_home("ip", "addr", "show", "dev", BRIDGE)
+        assert await heard_outside(lab, outside, Runner(lab, second.containers)) == (b"hello\n", NODE)
+
+
+async def test_the_subnet_avoids_the_machines_routes(lab: Lab) -> None:
+    taken = await _gateway_of(lab.executor(), lab)
+    await lab.in_home("ip", "link", "del", BRIDGE)
+    await lab.in_home("ip", "link", "add", "taken", "type", "bridge")
+    await lab.in_home("ip", "addr", "add", f"{taken}/60", "dev", "taken")
+    await lab.in_home("ip", "link", "set", "taken", "up")
+    assert await _gateway_of(lab.executor(), lab) != taken
+
+
+async def _gateway_of(executor: OciExecutor, lab: Lab) -> str:
+    async with executor.running():
+        container = await Runner(lab, executor.containers).create("true", places=places())
+        return endpoint_of(container.endpoint).gateway6
+
+
+def endpoint_of(endpoint: Endpoint | None) -> Endpoint:
+    assert endpoint is not None
+    return endpoint
