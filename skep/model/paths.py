@@ -5,11 +5,12 @@ ends: a node answers the probes of those it knows only.  Each end reports what *
 one direction only is seen.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 import msgspec
 
-from skep.model.ids import NodeId
+from skep.model.ids import NetworkId, NodeId
 
 DETAIL_CHARACTERS_MAX = 300
 PROBE_VNI = (1 << 24) - 2
@@ -104,3 +105,30 @@ class PathReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_settled(self) -> bool:
         return self.rounds >= SETTLED_ROUNDS
+
+
+class NetworkNames(msgspec.Struct, frozen=True, kw_only=True):
+    """What names of services stand for on one network, as the store says; perhaps not all of them.
+
+    ``names``: name -> addresses without lengths, sorted.
+    """
+
+    network_id: NetworkId
+    network: str
+    names: Mapping[str, tuple[str, ...]]
+
+
+class Examination(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node is asked to look at now.  ``throughput``: to measure that as well."""
+
+    peers: tuple[PathPeer, ...] = ()
+    throughput: bool = False
+    names: tuple[NetworkNames, ...] = ()
+
+
+class Examined(msgspec.Struct, frozen=True, kw_only=True):
+    """What one node found when it was asked to; ``error``: why there is nothing, or something is missing."""
+
+    node_id: NodeId
+    reports: tuple[PathReport, ...] = ()
+    error: str = ""

@@ -5,10 +5,13 @@ Both use VXLAN, but neither hears of the other's containers: so an overlay netwo
 tasks run on nodes of that kind (docs/decisions/0011).
 """
 
+from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Final
 
 from skep.model.network import Network
 from skep.model.node import Node
+from skep.model.swarm import Swarm
 
 DOCKER: Final = "docker"
 SKEP: Final = "skep"
@@ -23,6 +26,14 @@ NODE_LABEL: Final = "skep.node"
 DATA_PATH_LABEL: Final = "skep.data-path-addr"
 """Engine label by which a skep node says which of its addresses VXLAN leaves from and arrives at."""
 
+PATHS_LABEL: Final = "skep.paths"
+"""Engine label by which a skep node says that it probes others and answers their probes."""
+
+ENCRYPTED_OPTION: Final = "encrypted"
+"""Driver option of a network, whatever its value; Docker's."""
+
+DEFAULT_DATA_PATH_PORT: Final = 4789
+
 NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "ipvlan"})
 """Drivers of networks that live on one node."""
 
@@ -36,6 +47,15 @@ def driver_of(network: Network) -> str:
 def is_overlay(network: Network) -> bool:
     """Whether the cluster gives out addresses on the network, and a data plane carries it from node to node."""
     return driver_of(network) not in NODE_DRIVERS
+
+
+def is_encrypted(network: Network) -> bool:
+    """Whether it was made with ``--opt encrypted``; the value does not matter, as with Docker.
+
+    Source: moby, libnetwork/drivers/overlay/ov_network.go (parseNetworkOptions: secureOption).
+    """
+    wished = network.spec.driver_configuration
+    return wished is not None and ENCRYPTED_OPTION in wished.options
 
 
 def wished_plane(network: Network) -> str:
@@ -56,6 +76,25 @@ def is_docker_node(node: Node) -> bool:
     return bool(engine.engine_version) and NODE_LABEL not in engine.labels
 
 
+def probes_paths(node: Node) -> bool:
+    """Whether the node takes part in the probes between nodes."""
+    return PATHS_LABEL in node.description.engine.labels
+
+
 def plane_of_node(node: Node) -> str:
     """The plane that overlay networks have on the node."""
     return DOCKER if is_docker_node(node) else SKEP
+
+
+def underlay_of(node: Node) -> str:
+    """The address that the node's VXLAN leaves from: as it says itself, else the one it connects from."""
+    said = node.description.engine.labels.get(DATA_PATH_LABEL, "")
+    try:
+        return str(ip_address(said))
+    except ValueError:
+        return node.status.addr
+
+
+def data_path_port(swarms: Iterable[Swarm]) -> int:
+    """The cluster's UDP port for VXLAN."""
+    return next((swarm.data_path_port for swarm in swarms if swarm.data_path_port), DEFAULT_DATA_PATH_PORT)

@@ -7,12 +7,12 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.manager.discovery.derive import head_of, table_of, underlay_of
+from skep.manager.discovery.derive import head_of, table_of
 from skep.model.ids import NetworkId, TaskId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
-from skep.model.planes import DATA_PATH_LABEL
+from skep.model.planes import DATA_PATH_LABEL, underlay_of
 from skep.model.service import (
     Endpoint,
     EndpointVirtualIP,

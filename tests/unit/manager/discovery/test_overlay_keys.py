@@ -6,7 +6,7 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skep.manager.discovery.encrypted_members import EncryptedMembers, is_encrypted
+from skep.manager.discovery.encrypted_members import EncryptedMembers
 from skep.manager.discovery.overlay_keys import (
     ROTATION_S,
     KeyRing,
@@ -29,6 +29,7 @@ from skep.model.pair_keys import (
     PeerKeys,
     after,
 )
+from skep.model.planes import is_encrypted
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Commit, Created, Deleted, Updated
