@@ -221,6 +221,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "overlays"
 
     @property
+    def probes(self) -> Path:
+        """The namespace of the probes between nodes."""
+        return self.run / "probes"
+
+    @property
     def runc(self) -> Path:
         return self.run / "runc"
 

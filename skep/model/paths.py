@@ -13,8 +13,10 @@ import msgspec
 from skep.model.ids import NetworkId, NodeId
 
 DETAIL_CHARACTERS_MAX = 300
-PROBE_VNI = (1 << 24) - 2
-"""VXLAN id of the probes between nodes; no network is given it."""
+PROBE_VNI = (1 << 24) - 1
+"""VXLAN id of the probes between nodes, the largest there is; no network is given it."""
+MTU_MIN = 576
+"""The smallest MTU that is looked for: what every IPv4 network carries (RFC 791)."""
 SETTLED_ROUNDS = 2
 """Rounds in a row after which a verdict counts: one lost round is nothing yet."""
 
@@ -87,7 +89,8 @@ class PathFinding(msgspec.Struct, frozen=True, kw_only=True):
 class PathReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a node found of one peer, in its latest round.
 
-    ``rounds``: how many in a row failed, or passed, in the same checks; a verdict is settled from ``SETTLED_ROUNDS`` on.
+    ``rounds``: how many in a row failed in the same checks, or in none; a verdict is settled from ``SETTLED_ROUNDS``
+    on.
     """
 
     peer: NodeId

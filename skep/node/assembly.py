@@ -183,7 +183,7 @@ class Node:
                 count=workload.counts,
                 engine=engine,
                 warnings=around.warnings,
-                network_warnings=workload.mesh.warnings if workload.mesh is not None else tuple,
+                network_warnings=workload.network_warnings,
             )
             local = LocalNetworks(
                 paths.networks / "local", workload.gateway, clock=clock, new_id=new_container_id

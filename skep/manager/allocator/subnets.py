@@ -22,12 +22,13 @@ from skep.errors import SkepError
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, IPAMOptions, Network, network_of, subnet_of
+from skep.model.paths import PROBE_VNI
 from skep.model.planes import DOCKER, PLANE_OPTION, SKEP, driver_of, is_overlay, plane_of
 from skep.model.routes import Subnet, overlap
 
 VXLAN_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 FIRST_VXLAN_ID = 4096
-LAST_VXLAN_ID = 2**24 - 1
+LAST_VXLAN_ID = PROBE_VNI - 1
 
 
 class NotAllocated(SkepError):

@@ -18,6 +18,7 @@ from skep.manager.control.names import check_dns_name
 from skep.model.addresses import is_subnet
 from skep.model.meta import Driver
 from skep.model.network import IPAMConfig, NetworkSpec, subnet_of
+from skep.model.paths import PROBE_VNI
 from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
@@ -25,7 +26,7 @@ MTU_OPTION = "com.docker.network.driver.mtu"
 VXLAN_IDS_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 SUBNETS_MAX = 64
 _DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
-_VXLAN_ID_MAX = 2**24 - 1
+_VXLAN_ID_MAX = PROBE_VNI - 1
 _MTU_MIN = 576
 _MTU_MIN_6 = 1280
 _MTU_MAX = 65535

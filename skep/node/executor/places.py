@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ipaddress import ip_interface, ip_network
 
 from skep.model.network import Network
+from skep.model.paths import PROBE_VNI
 from skep.model.planes import is_overlay
 from skep.model.tables import NetworkHead, Segment
 from skep.model.task import NetworkAttachment, Task
@@ -18,7 +19,7 @@ VXLAN_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 MTU_OPTION = "com.docker.network.driver.mtu"
 ENCRYPTED_OPTION = "encrypted"
 _MTU_MIN, _MTU_MAX = 68, 65535
-_VNI_MAX = (1 << 24) - 1
+_VNI_MAX = PROBE_VNI - 1
 
 
 def places(task: Task) -> tuple[Place, ...]:

@@ -1,6 +1,6 @@
 """What the rest of the node asks of its probes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from skep.model.ids import NodeId
@@ -26,5 +26,9 @@ class PathProbes(Protocol):
     async def examine(self, peers: Iterable[PathPeer], *, throughput: bool = False) -> tuple[PathReport, ...]:
         """Probe these now, at most 15 s; for that time they are known, as if they were wished.
 
-        ``throughput``: measured, too, one peer after the other, each with at most 32 MiB and 1 s.
+        Who took longer is not in the answer.  ``throughput``: measured, too, one peer after the other, each with at
+        most 32 MiB and 1 s.
         """
+
+    def warnings(self) -> Sequence[str]:
+        """Sentences for ``docker info``: what was put right and has a price."""
