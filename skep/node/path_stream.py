@@ -1,7 +1,7 @@
 """The part of a session that hears whom to probe, and says what was found."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import structlog
@@ -9,6 +9,8 @@ import structlog
 from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.model.ids import NodeId
 from skep.model.paths import Examination, PathPeer, PathReport, PathWish
+from skep.node.names.truth import NameChecks
+from skep.node.network.paths.interface import PathProbes
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.client import Call, Channel
@@ -37,6 +39,32 @@ class PathSource(Protocol):
         """Look now; ``own``: this node as others see it, None if it was not told."""
 
 
+class NodePaths:
+    """The probes of this node, and what its containers are told of names."""
+
+    def __init__(self, probes: PathProbes, names: NameChecks) -> None:
+        self._probes = probes
+        self._names = names
+
+    @property
+    def reports(self) -> Mapping[NodeId, PathReport]:
+        return self._probes.reports
+
+    def wish(self, wish: PathWish | None) -> None:
+        self._probes.wish(wish)
+
+    async def next_reports(self) -> tuple[PathReport, ...]:
+        return await self._probes.next_reports()
+
+    async def examine(self, own: PathPeer | None, examination: Examination) -> tuple[PathReport, ...]:
+        """What is found of names comes as a report of this node itself."""
+        reports = await self._probes.examine(examination.peers, throughput=examination.throughput)
+        findings = await self._names.look(examination.names)
+        if own is None or not findings:
+            return reports
+        return (*reports, PathReport(peer=own.node_id, findings=findings))
+
+
 class PathStream:
     """Runs once, in a session."""
 
@@ -44,7 +72,6 @@ class PathStream:
         self._channel = channel
         self._source = source
         self._wish: PathWish | None = None
-        self._failing = Failing()
         self._sending = asyncio.Lock()
 
     async def run(self, session_id: str) -> None:
@@ -84,7 +111,6 @@ class PathStream:
         news = tuple(self._source.reports.values())
         while True:
             if news:
-                self._log(news)
                 await self._send(call, skep.PathNews(reports=reports_to_pb(news)))
             news = await self._source.next_reports()
 
@@ -104,36 +130,6 @@ class PathStream:
     async def _send(self, call: Call[skep.PathNews, skep.PathOrder], news: skep.PathNews) -> None:
         async with self._sending:
             await call.send(news)
-
-    def _log(self, reports: Iterable[PathReport]) -> None:
-        peers = self._wish.peers if self._wish is not None else ()
-        names = {peer.node_id: peer.hostname for peer in peers}
-        for report in reports:
-            for check, port, detail in self._failing.news(report):
-                where = {"peer": names.get(report.peer) or report.peer, "check": check}
-                if port:
-                    log.warning("path to another node fails", port=port, reason=detail, **where)
-                else:
-                    log.info("path to another node is well again", **where)
-
-
-class Failing:
-    """Which checks of which peers failed last: what is logged is what is new."""
-
-    def __init__(self) -> None:
-        self._checks: dict[NodeId, frozenset[str]] = {}
-
-    def news(self, report: PathReport) -> list[tuple[str, str, str]]:
-        """(check, port, why) of what fails now; of what is well again, without a port."""
-        if not report.is_settled:
-            return []
-        before = self._checks.get(report.peer, frozenset())
-        failing = {one.check.value: one for one in report.failing}
-        self._checks[report.peer] = frozenset(failing)
-        return [
-            *((check, one.port, one.detail) for check, one in failing.items() if check not in before),
-            *((check, "", "") for check in sorted(before - failing.keys())),
-        ]
 
 
 async def _nothing() -> None:

@@ -23,7 +23,7 @@ from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.local.keeper import GatewayBridge
 from skep.node.network.naming import NameService, Naming
 from skep.node.network.overlay.overlays import Overlays
-from skep.node.network.paths.interface import PathProbes
+from skep.node.network.paths.prober import PathProber
 from skep.node.network.ports import PortReservations
 from skep.node.oci.container import Container, ContainerState
 from skep.node.oci.containers import Containers
@@ -52,7 +52,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     overlays: Overlays | None = None
     naming: Naming | None = None
     mesh: Mesh | None = None
-    probes: PathProbes | None = None
+    probes: PathProber | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def network_warnings(self) -> tuple[str, ...]:
