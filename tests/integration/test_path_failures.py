@@ -48,7 +48,7 @@ def in_network_of(node: TestNode, *command: str, stdin: str | None = None) -> st
 def blocked(node: TestNode, peer: TestNode, port: str) -> Iterator[float]:
     """Nothing for ``port`` (``4789/udp``) passes between the two; gives when that began."""
     number, protocol = port.split("/")
-    address = peer.description["address"]
+    address = peer.description["addr"]
     rules = f"""
 table inet blocked {{
   chain in {{ type filter hook input priority -400; ip saddr {address} {protocol} dport {number} drop; }}
@@ -184,7 +184,7 @@ def test_a_blocked_control_port_is_named_and_keeps_no_task_away(quartet: TestClu
     wait_well(quartet)
     w1 = quartet.node("w1")
     # Its session goes on over the connection that is there, if it is only new ones that are refused.
-    address = m1.description["address"]
+    address = m1.description["addr"]
     rules = f"""
 table inet blocked {{
   chain out {{ type filter hook output priority -400;
@@ -211,7 +211,7 @@ def test_a_node_that_joins_behind_a_blocked_port_is_named(quartet: TestCluster, 
     m1.docker("node", "rm", "w3")
     token = m1.docker("swarm", "join-token", "-q", "worker").stdout.strip()
     with blocked(w3, m1, "4789/udp"):
-        w3.docker("swarm", "join", "--token", token, f"{m1.description['address']}:2377")
+        w3.docker("swarm", "join", "--token", token, f"{m1.description['addr']}:2377")
         wait_until(lambda: "m1 4789/udp" in message(m1, "w3"), "w3 is named", NAMED_WITHIN_S)
         found = doctor(m1, "--json")
         assert ("w3", "m1", "4789/udp") in failing(json.loads(found.stdout))

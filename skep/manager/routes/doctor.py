@@ -1,5 +1,6 @@
 """``/skep/doctor/network``: every node looks at its ways to the others now, and says what it found."""
 
+import msgspec
 from aiohttp import web
 
 from skep.api.server import JsonLines, Routes, flag
@@ -44,7 +45,7 @@ class Path(ApiObject):
     peer_id: NodeId
     peer: str = always("")
     findings: tuple[Finding, ...] = always(())
-    mtu: int = 0
+    mtu: int = msgspec.field(default=0, name="MTU")
     throughput: int = 0
 
 
