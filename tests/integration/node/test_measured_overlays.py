@@ -157,14 +157,14 @@ async def break_the_card(node: LabNode, pairs: list[tuple[str, str]]) -> None:
         "add table ip card",
         "add chain ip card out { type filter hook postrouting priority 300; }",
     ]
-    for name, protocol, offset in (("tcp", 6, 16), ("udp", 17, 6)):
+    for name, protocol, offset in (("of_tcp", 6, 16), ("of_udp", 17, 6)):
         at = f"@th,{(INNER_IP + IP_BYTES + offset) * 8},16"
-        commands.append(f"add set ip card {name} {{ typeof meta length . {at}; }}")
+        commands.append(f"add set ip card {name} {{ typeof ip length . {at}; }}")
         for one, other in pairs:
             commands.append(f"add element ip card {name} {{ {seeds(one, other, protocol, 1460)} }}")
         inner = f"udp dport 4789 @th,{(INNER_IP + 9) * 8},8 {protocol}"
-        commands.append(f"add rule ip card out {inner} meta length . {at} @{name} {at} set 0xdead")
-        commands.append(f"add rule ip card out {inner} meta length > 1500 {at} set 0xdead")
+        commands.append(f"add rule ip card out {inner} ip length . {at} @{name} {at} set 0xdead")
+        commands.append(f"add rule ip card out {inner} ip length > 1500 {at} set 0xdead")
     path = node.paths.run / "card.nft"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(commands) + "\n")

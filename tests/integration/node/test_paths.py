@@ -2,15 +2,17 @@
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from skep.model.paths import PROBE_VNI, PathCheck, PathReport
+from skep.model.paths import PROBE_VNI, PathCheck, PathReport, PathWish
 from skep.node.network.addresses import mac_of
-from skep.node.network.paths.packets import answered, question
+from skep.node.network.paths.packets import QUESTION_BYTES_MIN, Said, answer, answered, question
 from skep.node.network.paths.places import PORT, address_of
 from tests.integration.node.overlay_lab import OverlayLab, shell, tried
 from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, wish_all
@@ -102,58 +104,73 @@ async def test_an_examination_answers_at_once_with_throughput(lab: OverlayLab) -
         assert first.id not in networks[0].prober.reports
 
 
-async def test_strangers_get_no_answer_and_nonsense_does_no_harm(lab: OverlayLab) -> None:
-    """A machine that nobody named asks as well as a peer would; a peer sends garbage."""
+def asked(source: str, target: str, *datagrams: bytes) -> list[bytes]:
+    """What is answered within a second, asked from the calling thread's namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.bind((source, 0))
+        asking.settimeout(1)
+        found = []
+        for one in datagrams:
+            asking.sendto(one, (target, PORT))
+        with suppress(TimeoutError):
+            while True:
+                found.append(asking.recv(1 << 16))
+        return found
+
+
+async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
+    """A machine that nobody named pretends to be a peer whose machine is off."""
     first, second, stranger = lab.nodes
-    target = address_of(first.id)
+    target, forged = address_of(first.id), address_of(second.id)
+    async with first.running() as one:
+        await shell(second.home, "ip link set under down")
+        one.prober.wish(PathWish(node=a_peer(first), peers=(a_peer(second),)))
+        await report_until(one, second, lambda report: bool(report.failing))
+        await shell(
+            stranger.home,
+            f"ip link add vx type vxlan id {PROBE_VNI} dstport 4789 local {stranger.underlay}"
+            f" remote {first.underlay} && ip link set vx address {mac_of(IPv4Address(forged))} up"
+            f" && ip addr add {forged}/8 dev vx"
+            f" && ip neigh replace {target} lladdr {mac_of(IPv4Address(target))} dev vx nud permanent",
+        )
+        inside, heard = first.paths.probes / "probe", "grep probe: /proc/net/dev | awk '{print $3}'"
+        questions = (question(1, 0), question(2, 1000))
+        assert await stranger.namespaces.run(stranger.home, asked, forged, target, *questions) == []
+        assert (await shell(inside, heard)).strip() == "0"
+        known = (a_peer(second), a_peer(stranger))
+        one.prober.wish(PathWish(node=a_peer(first), peers=known))
+        async with asyncio.timeout(10):
+            while (await shell(inside, heard)).strip() == "0":
+                await stranger.namespaces.run(stranger.home, asked, forged, target, question(3, 0))
 
-    def asked(source: str, *datagrams: bytes) -> list[bytes]:
-        """What is answered within a moment, asked from inside the VXLAN."""
-        import socket
 
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-            asking.bind((source, 0))
-            asking.settimeout(1)
-            for one in datagrams:
-                asking.sendto(one, (target, PORT))
-            found = []
-            try:
-                while True:
-                    found.append(asking.recv(1 << 16))
-            except TimeoutError:
-                return found
-
-    async with first.running() as one, second.running() as other:
-        lab.nodes.pop()
-        try:
-            wish_all(lab, [one, other])
-            await report_until(one, second, is_whole)
-            forged = address_of(second.id)
-            await shell(
-                stranger.home,
-                f"ip link set lo up && ip link add vx type vxlan id {PROBE_VNI} dstport 4789 local {stranger.underlay}"
-                f" remote {first.underlay} && ip link set vx address {mac_of(IPv4Address(forged))} up"
-                f" && ip addr add {forged}/8 dev vx"
-                f" && ip neigh replace {target} lladdr {mac_of(IPv4Address(target))} dev vx nud permanent",
-            )
-            ask = stranger.namespaces.run
-            heard = "nft list table inet skep_overlay"
-            assert str(PROBE_VNI) in await shell(first.home, heard)
-            assert await ask(stranger.home, asked, forged, question(1, 0), question(2, 1000)) == []
-            inside = second.paths.probes / "probe"
-            garbage = [os.urandom(size) for size in (1, 15, 16, 300, 1400)]
-            garbage += [question(1, 0)[:255], question(1, 0)[:4] + os.urandom(400), b""]
-            assert await second.namespaces.run(inside, asked, forged, *garbage) == []
-            (reply,) = await second.namespaces.run(inside, asked, forged, question(7, 1000))
-            assert answered(reply) is not None
-            assert len(reply) < 256
-            flood = await second.namespaces.run(
-                inside, asked, forged, *(question(number, 0) for number in range(1000))
-            )
-            assert 100 <= len(flood) <= 400, "so many questions of one peer are not answered"
-            assert (await one.prober.examine((a_peer(second),)))[0].failing == ()
-        finally:
-            lab.nodes.append(stranger)
+async def test_nonsense_of_a_peer_does_no_harm(lab: OverlayLab) -> None:
+    first, second, third = lab.nodes
+    target, source = address_of(first.id), address_of(second.id)
+    async with first.running() as one, second.running() as other, third.running() as another:
+        wish_all(lab, [one, other, another])
+        await report_until(one, second, is_whole)
+        inside, ask = second.paths.probes / "probe", second.namespaces.run
+        garbage = [os.urandom(size) for size in (1, 15, 16, 300, 1400)]
+        garbage += [
+            question(1, 0)[:255],
+            question(1, 0)[:4] + os.urandom(400),
+            b"",
+            answer(1, Said(9, {1: 2})),
+        ]
+        assert await ask(inside, asked, source, target, *garbage) == []
+        (reply,) = await ask(inside, asked, source, target, question(7, 1000))
+        assert len(reply) < QUESTION_BYTES_MIN
+        found = answered(reply)
+        assert found is not None
+        assert found[0] == 7
+        flood = [question(number, 0) for number in range(2000)]
+        answers = await ask(inside, asked, source, target, *flood)
+        assert 100 <= len(answers) <= 500, "so many questions of one peer are not answered"
+        assert is_whole((await one.prober.examine((a_peer(third),)))[0])
+        async with asyncio.timeout(20):  # until that peer may ask again
+            while not is_whole((await other.prober.examine((a_peer(first),)))[0]):
+                pass
 
 
 async def test_nothing_is_left_at_the_end_and_the_next_process_goes_on(lab: OverlayLab) -> None:
