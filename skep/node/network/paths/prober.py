@@ -27,6 +27,9 @@ log = structlog.get_logger()
 
 PERIOD_S = 10.0
 """Between two rounds with one peer, spread by a quarter to each side."""
+UNSETTLED_PERIOD_S = 6.0
+"""The same after a verdict that has not settled: longer than a node process takes to start anew, and short enough that
+both ends have said within half a minute what fails."""
 EXAMINATION_S = 15.0
 AT_ONCE = 16
 """Peers that are asked at the same time."""
@@ -195,7 +198,8 @@ class PathProber:
                     log.warning(
                         "path fails", peer=peer.node_id, check=one.check.value, port=one.port, why=one.detail
                     )
-            await self._clock.sleep(PERIOD_S * (0.75 + 0.5 * self._chance()))
+            period_s = PERIOD_S if report.is_settled else UNSETTLED_PERIOD_S
+            await self._clock.sleep(period_s * (0.75 + 0.5 * self._chance()))
 
     async def _round(self, peer: PathPeer, before: PathReport | None, *, is_thorough: bool) -> PathReport:
         async with asyncio.TaskGroup() as group:
