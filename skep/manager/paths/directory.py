@@ -45,11 +45,16 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
     )
 
 
-def seen_of(node: Node) -> tuple[object, ...]:
-    """All that a directory takes of a node: where it is unchanged, nothing is to be done."""
+def is_seen_otherwise(old: Node, new: Node) -> bool:
+    """Whether a directory takes something of a node that has changed.  Asked for each commit of each node."""
+    if old.status is new.status and old.description is new.description:
+        return _control(old) != _control(new)
+    return _seen(old) != _seen(new)
+
+
+def _seen(node: Node) -> tuple[object, ...]:
     return (
-        node.status.state,
-        node.status.addr,
+        node.status,
         node.description.hostname,
         underlay_of(node),
         probes_paths(node),
