@@ -1,5 +1,6 @@
 """``skep doctor``: what is wrong with the cluster, measured now."""
 
+import asyncio
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from skep.api.client import Client
 from skep.cli.asking import answer_of
 from skep.errors import Unavailable
 
+_ANSWERS_WITHIN_S = 40.0
+"""The manager gives nodes 25 s, and names those that need longer."""
 _HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "STATE")
 _WELL_ROWS_MAX = 40
 """Ways that are well are listed in small clusters only; a way leads from one node to another."""
@@ -64,6 +67,18 @@ def network(host: str, throughput: bool, shows_all: bool, as_json: bool) -> None
 async def _ask(host: str, *, throughput: bool) -> list[Answer]:
     """Every node's answer, in order of host names.  Shows progress where somebody sees it."""
     answers: list[Answer] = []
+    try:
+        async with asyncio.timeout(_ANSWERS_WITHIN_S):
+            asked = await _read(host, answers, throughput=throughput)
+    except TimeoutError:
+        raise Unavailable(f"the examination did not end within {_ANSWERS_WITHIN_S:g} s") from None
+    if len(answers) < asked:
+        raise Unavailable(f"the manager ended the examination after {len(answers)} of {asked} nodes")
+    return sorted(answers, key=lambda answer: (answer["Hostname"], answer["ID"]))
+
+
+async def _read(host: str, answers: list[Answer], *, throughput: bool) -> int:
+    """Put every answer as it comes; gives how many were to come."""
     word = "1" if throughput else "0"
     async with Client.at(host) as client, client.stream("/skep/doctor/network", throughput=word) as stream:
         objects = stream.objects()
@@ -75,9 +90,7 @@ async def _ask(host: str, *, throughput: bool) -> list[Answer]:
             async for answer in objects:
                 answers.append(answer)
                 progress.show(len(answers))
-    if len(answers) < asked:
-        raise Unavailable(f"the manager ended the examination after {len(answers)} of {asked} nodes")
-    return sorted(answers, key=lambda answer: (answer["Hostname"], answer["ID"]))
+    return asked
 
 
 class _Progress:

@@ -203,6 +203,31 @@ table inet blocked {{
     wait_until(lambda: not message(m1, "w1"), "w1 is well again", 60)
 
 
+def test_a_blocked_port_of_encrypted_networks_is_named_and_keeps_their_tasks_away(
+    quartet: TestCluster, m1: TestNode
+) -> None:
+    wait_well(quartet)
+    m1.docker("network", "create", "-d", "overlay", "--opt", "encrypted", "secret")
+    m1.docker("network", "create", "-d", "overlay", "clear")
+    m1.docker(
+        "service", "create", "-d", "--name", "each", "--mode", "global", "--network", "secret", IMAGE, *IDLE
+    )
+    wait_running(m1, "each", 4)
+    wait_until(lambda: _looks_at(m1, "4799/udp"), "the port is looked at")
+    w1, w2 = quartet.node("w1"), quartet.node("w2")
+    with blocked(w1, w2, "4799/udp") as since:
+        left_s = NAMED_WITHIN_S - (time.monotonic() - since)
+        (avoided,) = wait_until(lambda: _cut_off(m1), "one of the two is cut off", left_s)
+        said = message(m1, avoided)
+        assert "takes no tasks on encrypted overlay networks: 4799/udp fails" in said
+        # Networks in clear go by another port.
+        only = ("--constraint", f"node.hostname=={avoided}")
+        m1.docker("service", "create", "-d", "--name", "open", *only, "--network", "clear", IMAGE, *IDLE)
+        wait_running(m1, "open", 1)
+    wait_well(quartet)
+    m1.docker("service", "rm", "each", "open")
+
+
 def test_a_node_that_joins_behind_a_blocked_port_is_named(quartet: TestCluster, m1: TestNode) -> None:
     wait_well(quartet)
     w3 = quartet.node("w3")
@@ -216,6 +241,32 @@ def test_a_node_that_joins_behind_a_blocked_port_is_named(quartet: TestCluster, 
         found = doctor(m1, "--json")
         assert ("w3", "m1", "4789/udp") in failing(json.loads(found.stdout))
         wait_until(lambda: "takes no tasks on overlay networks" in message(m1, "w3"), "w3 is avoided")
+
+
+@pytest.mark.slow
+@pytest.mark.needs("root", "dockerd")
+def test_the_gossip_port_of_a_docker_node_is_named() -> None:
+    with a_playground("pathd", managers=1, docker_workers=1) as cluster:
+        m1, d1 = cluster.node("m1"), cluster.node("d1")
+        wait_until(lambda: _looks_at(m1, "7946/tcp"), "the port is looked at")
+        with blocked(m1, d1, "7946/tcp"):
+            wait_until(lambda: "d1 7946/tcp (gossip)" in message(m1, "m1"), "m1 says it", NAMED_WITHIN_S)
+            assert ("m1", "d1", "7946/tcp") in failing(json.loads(doctor(m1, "--json").stdout))
+            assert "takes no tasks" not in message(m1, "m1")
+        wait_until(lambda: not message(m1, "m1"), "m1 is well again", 60)
+
+
+def _looks_at(node: TestNode, port: str) -> bool:
+    """Whether some node checks this port of another, and finds it open."""
+    answers = json.loads(doctor(node, "--json").stdout)
+    findings = [
+        finding
+        for answer in answers
+        for path in answer["Paths"]
+        for finding in path["Findings"]
+        if finding["Port"] == port
+    ]
+    return bool(findings) and not any(finding["Failing"] for finding in findings)
 
 
 def _cut_off(manager: TestNode) -> list[str]:

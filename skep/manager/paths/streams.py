@@ -41,7 +41,7 @@ PLAN_PAUSE_S = 5.0
 """Least time between two plans of a large cluster: thousands of nodes that join are a few plans."""
 PLAN_AGAIN_S = 30.0
 PLAN_AGAIN_SMALL_S = 5.0
-"""Networks come and go with tasks, and nobody says so here: how often is looked anew, in a large and a small cluster."""
+"""Networks come and go with tasks, and nobody says so here: how often is looked anew, in large and small clusters."""
 AT_ONCE = 200
 """Nodes written at one look; the others wait for the next."""
 REPORTS_MAX = 256

@@ -7,15 +7,16 @@ from skep.api.server import JsonLines, Routes, flag
 from skep.manager.routes.access import current_view, manager_of
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
-from skep.model.node import Node, NodeState
+from skep.model.node import Node
 from skep.model.paths import Examined, PathFinding, PathReport
+from skep.model.planes import is_docker_node
 from skep.store.interface import View
 
 routes = Routes()
 
 
 class ExaminedNode(ApiObject):
-    """A node that is going to answer, or is not up."""
+    """A node of ours, of which there will be a line: its answer, or why there is none."""
 
     id: NodeId
     hostname: str = always("")
@@ -67,9 +68,9 @@ async def examine_network(request: web.Request) -> web.StreamResponse:
     view = await current_view(request)
     throughput = flag(request, "throughput")
     async with JsonLines(request) as lines:
-        up = (node for node in view.find(Node) if node.status.state is NodeState.READY)
+        ours = [node.id for node in view.find(Node) if not is_docker_node(node)]
         await lines.send(
-            Beginning(nodes=tuple(ExaminedNode(id=node.id, hostname=_hostname(view, node.id)) for node in up))
+            Beginning(nodes=tuple(ExaminedNode(id=id, hostname=_hostname(view, id)) for id in ours))
         )
 
         async def tell(examined: Examined) -> None:
