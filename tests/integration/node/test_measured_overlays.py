@@ -2,19 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from skep.model.paths import PathCheck
+from skep.model.paths import PathCheck, PathWish
 from skep.node.network.checksums import offloads, set_offloads
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.paths.places import address_of
 from skep.node.oci.container import Endpoint
 from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
-from tests.integration.node.paths_lab import report_until, wish_all
+from tests.integration.node.paths_lab import a_peer, report_until, wish_all
 
 TEN_MEGABYTES = 10 << 20
 INNER_IP = 8 + 8 + 14
@@ -174,8 +173,7 @@ async def break_the_card(node: LabNode, pairs: list[tuple[str, str]]) -> None:
 async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(lab: OverlayLab) -> None:
     first, second, third = lab.nodes
     probes = [(address_of(first.id), address_of(one.id)) for one in (second, third)]
-    async with AsyncExitStack() as stack:
-        networks = await stack.enter_async_context(lab.networks())
+    async with lab.networks() as networks:
         ends = await two_ends(lab, networks, 0, 1)
         await break_the_card(first, [("10.0.1.5", "10.0.1.6"), *probes])
         namespaces = first.namespaces
@@ -196,3 +194,11 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         assert networks[0].prober.warnings()
         assert networks[1].prober.warnings() == ()
         assert await namespaces.run(second.paths.overlays / WEB.id, offloads, "vx4097")
+    async with first.running() as network:
+        await network.overlays.apply(lab.tables, frozenset())
+        network.prober.wish(PathWish(node=a_peer(first), peers=(a_peer(second),)))
+        async with asyncio.timeout(10):
+            while not network.prober.warnings():  # noqa: ASYNC110  # it is seen at the device, nothing is tried anew
+                await asyncio.sleep(0.05)
+        assert not await namespaces.run(device, offloads, "vx4097")
+        assert network.repairs.total == 0

@@ -21,12 +21,12 @@ from skep.node.network.paths.data_path import DataPath
 from skep.node.network.paths.findings import is_news, reported
 from skep.node.network.paths.mtu import Measured, path_mtu
 from skep.node.network.paths.offload import Offload
+from skep.node.network.paths.pace import PERIOD_S, pause_s
 from skep.node.network.paths.port_checks import PortChecks
+from skep.node.network.paths.wishes import PEERS_MAX, sound
 
 log = structlog.get_logger()
 
-PERIOD_S = 10.0
-"""Between two rounds with one peer, spread by a quarter to each side."""
 EXAMINATION_S = 15.0
 AT_ONCE = 16
 """Peers that are asked at the same time."""
@@ -71,7 +71,7 @@ class PathProber:
 
     def wish(self, wish: PathWish | None) -> None:
         """Probe these from now on, new ones at once; the latest wish wins.  None: nobody, and leave nothing."""
-        self._wish, self._is_told = wish, True
+        self._wish, self._is_told = sound(wish) if wish is not None else None, True
         self._changed.set()
 
     @property
@@ -88,7 +88,10 @@ class PathProber:
 
     async def examine(self, peers: Iterable[PathPeer], *, throughput: bool = False) -> tuple[PathReport, ...]:
         """Probe these now; those that took longer than ``EXAMINATION_S`` are not in the answer."""
-        chosen = {peer.node_id: peer for peer in peers}
+        if self._wish is None:
+            return ()
+        asked = PathWish(node=self._wish.node, peers=tuple(peers))
+        chosen = {peer.node_id: peer for peer in sound(asked).peers}
         until = self._clock.monotonic() + _GUEST_S
         self._guests |= {id: (peer, until) for id, peer in chosen.items()}
         found: dict[NodeId, PathReport] = {}
@@ -159,11 +162,12 @@ class PathProber:
         if wish is not None:
             known = {peer.node_id for peer in wish.peers} | {wish.node.node_id}
             guests = [peer for id, (peer, _) in sorted(self._guests.items()) if id not in known]
-            wish = msgspec.structs.replace(wish, peers=(*wish.peers, *guests))
-        try:
-            await self._data_path.settle(wish)
-        except (SkepError, OSError) as error:
-            log.warning("no way to probe the data path, trying again", reason=str(error))
+            wish = msgspec.structs.replace(wish, peers=(*wish.peers, *guests)[: 2 * PEERS_MAX])
+        before = self._data_path.trouble
+        trouble = await self._data_path.settle(wish)
+        if trouble and trouble != before:
+            log.warning("no way to probe the data path, trying again", reason=trouble)
+        if trouble:
             return False
         self._follow()
         return True
@@ -191,11 +195,9 @@ class PathProber:
             if is_news(before, report):
                 self._news[peer.node_id] = report
                 self._has_news.set()
-                for one in report.failing:
-                    log.warning(
-                        "path fails", peer=peer.node_id, check=one.check.value, port=one.port, why=one.detail
-                    )
-            await self._clock.sleep(PERIOD_S * (0.75 + 0.5 * self._chance()))
+                _say(peer, report)
+            pause = pause_s(len(self._tasks), self._chance(), is_settled=report.is_settled)
+            await self._clock.sleep(pause)
 
     async def _round(self, peer: PathPeer, before: PathReport | None, *, is_thorough: bool) -> PathReport:
         async with asyncio.TaskGroup() as group:
@@ -227,6 +229,12 @@ class PathProber:
             else:
                 self._acted_on = known
                 backoff.reset()
+
+
+def _say(peer: PathPeer, report: PathReport) -> None:
+    """To this node's log, once nobody can take it for chance."""
+    for one in report.failing if report.is_settled else ():
+        log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, why=one.detail)
 
 
 async def _wait_set(event: asyncio.Event, seconds: float) -> None:
