@@ -108,6 +108,24 @@ async def test_a_router_with_a_smaller_mtu_is_found_and_overlays_follow(lab: Ove
         assert sum(network.repairs.total for network in networks) == 0
 
 
+async def test_the_next_process_begins_with_what_was_measured(lab: OverlayLab) -> None:
+    """No other node answers it, and no manager tells it anything."""
+    await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
+    async with lab.networks() as networks:
+        ends = await two_ends(lab, networks, 0, 2)
+        wish_all(lab, networks)
+        await until_mtu(ends, 1350)
+    async with lab.nodes[0].running() as network:
+        await network.overlays.apply(lab.tables, frozenset())
+        assert await mtu_of(ends[0]) == 1350
+        report = await report_until(network, lab.nodes[2], lambda one: bool(one.failing))
+        assert report.mtu == 1400
+        network.prober.wish(None)
+        async with asyncio.timeout(10):
+            while lab.nodes[0].paths.measured_paths.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
 async def test_a_network_without_the_node_behind_the_router_keeps_its_mtu(lab: OverlayLab) -> None:
     await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
     async with lab.networks() as networks:

@@ -7,7 +7,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import cache, partial
 from ipaddress import ip_address
 
 from skep.aio.clock import Clock
@@ -97,13 +97,18 @@ class Knocking:
 
 def client_hello() -> bytes:
     """The first bytes of a TLS client that trusts anybody: nothing is told, and nothing believed."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
     outgoing = ssl.MemoryBIO()
-    connection = context.wrap_bio(ssl.MemoryBIO(), outgoing)
+    connection = _context().wrap_bio(ssl.MemoryBIO(), outgoing)
     try:
         connection.do_handshake()
     except ssl.SSLWantReadError:
         return outgoing.read()
     raise AssertionError("a client waits for its server's hello")
+
+
+@cache
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context

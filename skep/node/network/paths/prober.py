@@ -7,6 +7,7 @@ whether they leave checksums to the network card).
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -19,6 +20,7 @@ from skep.model.paths import PathPeer, PathReport, PathWish
 from skep.node.network.overlay.wanted import Underlay
 from skep.node.network.paths.data_path import DataPath
 from skep.node.network.paths.findings import is_news, reported
+from skep.node.network.paths.kept import Kept, load, save
 from skep.node.network.paths.mtu import Measured, path_mtu
 from skep.node.network.paths.offload import Offload
 from skep.node.network.paths.pace import PERIOD_S, pause_s
@@ -38,6 +40,7 @@ class PathProber:
     """``interface.PathProbes``, and what overlays ask for (``overlays.Measurements``).
 
     Args:
+        kept: file for the next process of this node, on tmpfs.
         remeasured: has all overlays follow what is known now; may raise SkepError, and is called again then.
         chance: from 0 to 1, spreads rounds.
     """
@@ -46,12 +49,15 @@ class PathProber:
         self,
         data_path: DataPath,
         ports: PortChecks,
+        kept: Path,
         remeasured: Callable[[], Awaitable[None]],
         clock: Clock,
         chance: Callable[[], float],
     ) -> None:
         self._data_path = data_path
         self._ports = ports
+        self._file = kept
+        self._kept: Kept | None = None
         self._remeasured = remeasured
         self._clock = clock
         self._chance = chance
@@ -131,6 +137,13 @@ class PathProber:
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
+    async def restore(self) -> None:
+        """Go on where an earlier process of this node ended, unless it was told otherwise already."""
+        self._kept = await asyncio.to_thread(load, self._file)
+        if self._kept is not None and not self._is_told:
+            self._data_path.measured = self._kept.measured
+            self.wish(self._kept.wish)
+
     async def run(self) -> None:
         """Probe until cancelled; what is in the kernel then stays for the next process."""
         try:
@@ -148,12 +161,24 @@ class PathProber:
             self._guests = {id: guest for id, guest in self._guests.items() if guest[1] > now}
             is_settled = await self._settle()
             self._keep_peers(group)
+            await self._keep()
             if is_settled:
                 backoff.reset()
                 # The device under it may have another MTU by then.
                 await _wait_set(self._changed, PERIOD_S)
             else:
                 await backoff.sleep(self._clock)
+
+    async def _keep(self) -> None:
+        if not self._is_told:
+            return
+        kept = Kept(self._wish, self._data_path.measured) if self._wish is not None else None
+        try:
+            if kept != self._kept or kept is None:
+                await asyncio.to_thread(save, self._file, kept)
+                self._kept = kept
+        except OSError as error:
+            log.warning("what was measured of paths is not kept", reason=str(error))
 
     async def _settle(self) -> bool:
         if not self._is_told:
@@ -220,6 +245,7 @@ class PathProber:
             await self._is_measured.wait()
             self._is_measured.clear()
             known = self._data_path.measured, self._data_path.offload
+            await self._keep()
             try:
                 await self._remeasured()
             except SkepError as error:
