@@ -4,6 +4,7 @@ Sockets are made in the node's own namespace; each try has a deadline.
 """
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -53,7 +54,8 @@ class Knocking:
             except TimeoutError:
                 error = "no answer"
             except OSError as refused:
-                error = (refused.strerror or str(refused)).lower()
+                # asyncio writes its own sentence over the kernel's.
+                error = os.strerror(refused.errno).lower() if refused.errno else str(refused)
             if not error:
                 return Outcome(sent=attempt + 1, answered=1, round_trip_s=self._clock.monotonic() - began)
             if attempt < TRIES - 1:

@@ -1,6 +1,6 @@
 """When a peer is asked again.  Pure.
 
-A round with one peer costs three milliseconds of a core on both nodes together, so up to 64 peers take 2 % at full
+To ask a peer once, and to answer its round, takes three milliseconds of a core, so up to 64 peers take 2 % at full
 pace; who has more asks each less often.
 """
 
