@@ -226,6 +226,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "probes"
 
     @property
+    def measured_paths(self) -> Path:
+        """What they found, for the next process."""
+        return self.run / "paths.msgpack"
+
+    @property
     def runc(self) -> Path:
         return self.run / "runc"
 

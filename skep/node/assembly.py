@@ -244,6 +244,8 @@ class Node:
                 group.create_task(workload.overlays.apply_nothing(), name="networks of an earlier process")
             if workload.mesh is not None and not tables.tables:
                 group.create_task(workload.mesh.apply_nothing(), name="ports of an earlier process")
+            if workload.probes is not None and not paths.node_json.exists():
+                workload.probes.wish(None)
             group.create_task(tables.run(), name="network tables")
             if workload.probes is not None:
                 group.create_task(workload.probes.run(), name="probes of other nodes")

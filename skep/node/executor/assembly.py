@@ -175,6 +175,7 @@ def container_network(
     prober = PathProber(
         DataPath(place, namespaces, clock, _random_number),
         PortChecks(Knocking(namespaces, clock, _random_number)),
+        paths.measured_paths,
         overlays.remeasured,
         clock,
         random.random,

@@ -91,6 +91,7 @@ class ContainerNetwork:
         self.overlays.restore(endpoints)
         await self.gateway.restore(endpoints)
         await self._healing.watch(self._home)
+        await self.prober.restore()
         await self.overlays.begin(endpoints)
         for id, endpoint in endpoints.items():
             await self._join_mesh(id, endpoint)

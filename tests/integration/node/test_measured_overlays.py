@@ -2,19 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from skep.model.paths import PathCheck
+from skep.model.paths import PathCheck, PathWish
 from skep.node.network.checksums import offloads, set_offloads
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.paths.places import address_of
 from skep.node.oci.container import Endpoint
 from tests.integration.node.overlay_lab import WEB, LabNode, OverlayLab, carried, place, reaches, shell
-from tests.integration.node.paths_lab import report_until, wish_all
+from tests.integration.node.paths_lab import a_peer, report_until, wish_all
 
 TEN_MEGABYTES = 10 << 20
 INNER_IP = 8 + 8 + 14
@@ -109,6 +108,24 @@ async def test_a_router_with_a_smaller_mtu_is_found_and_overlays_follow(lab: Ove
         assert sum(network.repairs.total for network in networks) == 0
 
 
+async def test_the_next_process_begins_with_what_was_measured(lab: OverlayLab) -> None:
+    """No other node answers it, and no manager tells it anything."""
+    await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
+    async with lab.networks() as networks:
+        ends = await two_ends(lab, networks, 0, 2)
+        wish_all(lab, networks)
+        await until_mtu(ends, 1350)
+    async with lab.nodes[0].running() as network:
+        await network.overlays.apply(lab.tables, frozenset())
+        assert await mtu_of(ends[0]) == 1350
+        report = await report_until(network, lab.nodes[2], lambda one: bool(one.failing))
+        assert report.mtu == 1400
+        network.prober.wish(None)
+        async with asyncio.timeout(10):
+            while lab.nodes[0].paths.measured_paths.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
 async def test_a_network_without_the_node_behind_the_router_keeps_its_mtu(lab: OverlayLab) -> None:
     await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
     async with lab.networks() as networks:
@@ -174,8 +191,7 @@ async def break_the_card(node: LabNode, pairs: list[tuple[str, str]]) -> None:
 async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(lab: OverlayLab) -> None:
     first, second, third = lab.nodes
     probes = [(address_of(first.id), address_of(one.id)) for one in (second, third)]
-    async with AsyncExitStack() as stack:
-        networks = await stack.enter_async_context(lab.networks())
+    async with lab.networks() as networks:
         ends = await two_ends(lab, networks, 0, 1)
         await break_the_card(first, [("10.0.1.5", "10.0.1.6"), *probes])
         namespaces = first.namespaces
@@ -196,3 +212,11 @@ async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(l
         assert networks[0].prober.warnings()
         assert networks[1].prober.warnings() == ()
         assert await namespaces.run(second.paths.overlays / WEB.id, offloads, "vx4097")
+    async with first.running() as network:
+        await network.overlays.apply(lab.tables, frozenset())
+        network.prober.wish(PathWish(node=a_peer(first), peers=(a_peer(second),)))
+        async with asyncio.timeout(10):
+            while not network.prober.warnings():  # noqa: ASYNC110  # it is seen at the device, nothing is tried anew
+                await asyncio.sleep(0.05)
+        assert not await namespaces.run(device, offloads, "vx4097")
+        assert network.repairs.total == 0

@@ -8,14 +8,13 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 
 import msgspec
 
 from skep.aio.clock import Clock
 
 BYTES_MAX = 32 << 20
-CONNECTIONS_MAX = 8
+CONNECTIONS_MAX = 32
 DEADLINE_S = 3.0
 """For a connection beside the time that it may send."""
 SECONDS_MAX = 1.0
@@ -25,14 +24,15 @@ _TCP_IP_BYTES = 40
 
 
 class Carried(msgspec.Struct, frozen=True):
-    """``bytes`` that the other end says it got, in ``seconds``; 0: they did not all arrive, or not in time."""
+    """``bytes`` that the other end says it got, in ``seconds``; 0: none, and they are lost or were refused.
+
+    ``is_lost``: nothing came back in time.  What was refused (the other end is busy, or begins anew) says nothing of
+    the way.
+    """
 
     bytes: int = 0
     seconds: float = 0.0
-
-    @property
-    def arrived(self) -> bool:
-        return self.bytes > 0
+    is_lost: bool = False
 
     @property
     def per_s(self) -> int:
@@ -58,7 +58,9 @@ class Sink(asyncio.Protocol):
             transport.abort()
             return
         self._connections.add(self)
-        self._deadline = asyncio.get_running_loop().call_later(SECONDS_MAX + DEADLINE_S, transport.abort)
+        # Who sends gives up first, and knows why.
+        deadline_s = 2 * (SECONDS_MAX + DEADLINE_S)
+        self._deadline = asyncio.get_running_loop().call_later(deadline_s, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         self._count += len(data)
@@ -97,22 +99,38 @@ async def carry(
     opened: socket.socket, target: tuple[str, int], clock: Clock, *, most: int = BYTES_MAX
 ) -> Carried:
     """Send up to ``most`` bytes, for ``SECONDS_MAX`` at most.  ``opened`` is closed."""
+    with opened:
+        try:
+            async with asyncio.timeout(SECONDS_MAX + DEADLINE_S):
+                began = clock.monotonic()
+                sent = await _send(opened, target, clock, most)
+                counted = await _counted(opened)
+        except TimeoutError:
+            return Carried(is_lost=True)
+        except OSError:
+            return Carried()
+    return Carried(sent, clock.monotonic() - began) if counted == sent else Carried()
+
+
+async def _send(opened: socket.socket, target: tuple[str, int], clock: Clock, most: int) -> int:
     loop = asyncio.get_running_loop()
-    sent = 0
-    with opened, suppress(OSError, TimeoutError):
-        async with asyncio.timeout(SECONDS_MAX + DEADLINE_S):
-            await loop.sock_connect(opened, target)
-            began = clock.monotonic()
-            while sent < most and clock.monotonic() - began < SECONDS_MAX:
-                await loop.sock_sendall(opened, _PIECE[: most - sent])
-                sent += min(len(_PIECE), most - sent)
-            opened.shutdown(socket.SHUT_WR)
-            told = b""
-            while len(told) < _COUNT.size:
-                part = await loop.sock_recv(opened, _COUNT.size - len(told))
-                if not part:
-                    return Carried()
-                told += part
-            if _COUNT.unpack(told) == (sent,):
-                return Carried(sent, clock.monotonic() - began)
-    return Carried()
+    await loop.sock_connect(opened, target)
+    sent, until = 0, clock.monotonic() + SECONDS_MAX
+    while sent < most and clock.monotonic() < until:
+        piece = _PIECE[: most - sent]
+        await loop.sock_sendall(opened, piece)
+        sent += len(piece)
+    opened.shutdown(socket.SHUT_WR)
+    return sent
+
+
+async def _counted(opened: socket.socket) -> int:
+    """What the other end says it got; -1: it says nothing."""
+    told = b""
+    while len(told) < _COUNT.size:
+        part = await asyncio.get_running_loop().sock_recv(opened, _COUNT.size - len(told))
+        if not part:
+            return -1
+        told += part
+    (count,) = _COUNT.unpack(told)
+    return int(count)

@@ -58,6 +58,8 @@ class DataPath:
         self._trying = asyncio.Lock()
         self._left_to_card: bool | None = None
         self._carries: set[NodeId] = set()
+        self.trouble = ""
+        """Why nobody can be asked at present; empty: nothing is wrong."""
         self.measured = Measured()
         self.offload = Offload()
 
@@ -69,17 +71,23 @@ class DataPath:
 
     # --- place ------------------------------------------------------------------------------------------------
 
-    async def settle(self, wish: PathWish | None) -> None:
-        """Be able to ask those of ``wish``, and answer them.  Raises: KernelRefused, NftFailed, OSError."""
+    async def settle(self, wish: PathWish | None) -> str:
+        """Be able to ask those of ``wish``, and answer them; what keeps this node from it, empty: nothing."""
         async with self._placing:
             self._wish = wish
             self._forget_others()
-            if wish is None or not wish.node.data_path:
-                self.close()
-                self._underlay = None
-                await self._place.remove()
-                return
-            await self._settle(wish)
+            try:
+                if wish is None or not wish.node.data_path:
+                    self.close()
+                    self._underlay = None
+                    await self._place.remove()
+                else:
+                    await self._settle(wish)
+            except (SkepError, OSError) as error:
+                self.trouble = str(error)
+            else:
+                self.trouble = ""
+            return self.trouble
 
     async def _settle(self, wish: PathWish) -> None:
         self._underlay = await self._place.settle(wish, left_to_card=self._left_to_card)
@@ -125,6 +133,9 @@ class DataPath:
     async def findings(self, peer: PathPeer, *, is_thorough: bool) -> Sequence[PathFinding]:
         """What arrives at ``peer``; empty: it is not reached by VXLAN, or not told of yet."""
         address, underlay = self._reached.get(peer.node_id), self._underlay
+        if self.trouble and peer.data_path:
+            nothing = Outcome(sent=1, answered=0, error=self.trouble)
+            return (overlay_finding(peer, nothing, is_heard=False),)
         if address is None or underlay is None:
             return ()
         tries = THOROUGH_TRIES if is_thorough else SMALL_TRIES
@@ -196,9 +207,11 @@ class DataPath:
     async def _ask_checked(self, peer: PathPeer, address: str, tries: int) -> Outcome:
         outcome = await self._echoes.ask(address, tries=tries, has_checksum=True)
         if outcome.arrived and peer.node_id not in self._carries:
-            if not (await self._carried(peer, address, CHECK_BYTES)).arrived:
+            carried = await self._carried(peer, address, CHECK_BYTES)
+            if carried.is_lost:
                 return Outcome(sent=outcome.sent, answered=0)
-            self._carries.add(peer.node_id)
+            if carried.bytes:  # otherwise the other end was busy, which says nothing
+                self._carries.add(peer.node_id)
         return outcome
 
     async def _carried(self, peer: PathPeer, address: str, most: int) -> Carried:

@@ -4,10 +4,11 @@ Sockets are made in the node's own namespace; each try has a deadline.
 """
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import cache, partial
 from ipaddress import ip_address
 
 from skep.aio.clock import Clock
@@ -53,7 +54,8 @@ class Knocking:
             except TimeoutError:
                 error = "no answer"
             except OSError as refused:
-                error = (refused.strerror or str(refused)).lower()
+                # asyncio writes its own sentence over the kernel's.
+                error = os.strerror(refused.errno).lower() if refused.errno else str(refused)
             if not error:
                 return Outcome(sent=attempt + 1, answered=1, round_trip_s=self._clock.monotonic() - began)
             if attempt < TRIES - 1:
@@ -97,13 +99,18 @@ class Knocking:
 
 def client_hello() -> bytes:
     """The first bytes of a TLS client that trusts anybody: nothing is told, and nothing believed."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
     outgoing = ssl.MemoryBIO()
-    connection = context.wrap_bio(ssl.MemoryBIO(), outgoing)
+    connection = _context().wrap_bio(ssl.MemoryBIO(), outgoing)
     try:
         connection.do_handshake()
     except ssl.SSLWantReadError:
         return outgoing.read()
     raise AssertionError("a client waits for its server's hello")
+
+
+@cache
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context

@@ -6,6 +6,7 @@ from skep.model.paths import PathCheck, PathFinding, PathPeer, PathWish
 from skep.node.network.encrypted.plan import PORT_OFFSET
 from skep.node.network.paths.findings import port_finding
 from skep.node.network.paths.knocking import Knocking
+from skep.node.network.paths.wishes import host_and_port
 
 
 class PortChecks:
@@ -30,9 +31,3 @@ class PortChecks:
             outcome = await self._knocking.forwarder(wish.node.data_path, address, port)
             found.append(port_finding(PathCheck.ENCRYPTED, peer, address, port, outcome, protocol="udp"))
         return found
-
-
-def host_and_port(text: str) -> tuple[str, int]:
-    """Of ``192.0.2.1:2377`` or ``[fd09::1]:2377``."""
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)

@@ -7,6 +7,7 @@ whether they leave checksums to the network card).
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -19,17 +20,15 @@ from skep.model.paths import PathPeer, PathReport, PathWish
 from skep.node.network.overlay.wanted import Underlay
 from skep.node.network.paths.data_path import DataPath
 from skep.node.network.paths.findings import is_news, reported
+from skep.node.network.paths.kept import Kept, load, save
 from skep.node.network.paths.mtu import Measured, path_mtu
 from skep.node.network.paths.offload import Offload
+from skep.node.network.paths.pace import PERIOD_S, pause_s
 from skep.node.network.paths.port_checks import PortChecks
+from skep.node.network.paths.wishes import PEERS_MAX, sound
 
 log = structlog.get_logger()
 
-PERIOD_S = 10.0
-"""Between two rounds with one peer, spread by a quarter to each side."""
-UNSETTLED_PERIOD_S = 6.0
-"""The same after a verdict that has not settled: longer than a node process takes to start anew, and short enough that
-both ends have said within half a minute what fails."""
 EXAMINATION_S = 15.0
 AT_ONCE = 16
 """Peers that are asked at the same time."""
@@ -41,6 +40,7 @@ class PathProber:
     """``interface.PathProbes``, and what overlays ask for (``overlays.Measurements``).
 
     Args:
+        kept: file for the next process of this node, on tmpfs.
         remeasured: has all overlays follow what is known now; may raise SkepError, and is called again then.
         chance: from 0 to 1, spreads rounds.
     """
@@ -49,12 +49,15 @@ class PathProber:
         self,
         data_path: DataPath,
         ports: PortChecks,
+        kept: Path,
         remeasured: Callable[[], Awaitable[None]],
         clock: Clock,
         chance: Callable[[], float],
     ) -> None:
         self._data_path = data_path
         self._ports = ports
+        self._file = kept
+        self._kept: Kept | None = None
         self._remeasured = remeasured
         self._clock = clock
         self._chance = chance
@@ -74,7 +77,7 @@ class PathProber:
 
     def wish(self, wish: PathWish | None) -> None:
         """Probe these from now on, new ones at once; the latest wish wins.  None: nobody, and leave nothing."""
-        self._wish, self._is_told = wish, True
+        self._wish, self._is_told = sound(wish) if wish is not None else None, True
         self._changed.set()
 
     @property
@@ -91,7 +94,10 @@ class PathProber:
 
     async def examine(self, peers: Iterable[PathPeer], *, throughput: bool = False) -> tuple[PathReport, ...]:
         """Probe these now; those that took longer than ``EXAMINATION_S`` are not in the answer."""
-        chosen = {peer.node_id: peer for peer in peers}
+        if self._wish is None:
+            return ()
+        asked = PathWish(node=self._wish.node, peers=tuple(peers))
+        chosen = {peer.node_id: peer for peer in sound(asked).peers}
         until = self._clock.monotonic() + _GUEST_S
         self._guests |= {id: (peer, until) for id, peer in chosen.items()}
         found: dict[NodeId, PathReport] = {}
@@ -131,6 +137,13 @@ class PathProber:
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
+    async def restore(self) -> None:
+        """Go on where an earlier process of this node ended, unless it was told otherwise already."""
+        self._kept = await asyncio.to_thread(load, self._file)
+        if self._kept is not None and not self._is_told:
+            self._data_path.measured = self._kept.measured
+            self.wish(self._kept.wish)
+
     async def run(self) -> None:
         """Probe until cancelled; what is in the kernel then stays for the next process."""
         try:
@@ -148,12 +161,24 @@ class PathProber:
             self._guests = {id: guest for id, guest in self._guests.items() if guest[1] > now}
             is_settled = await self._settle()
             self._keep_peers(group)
+            await self._keep()
             if is_settled:
                 backoff.reset()
                 # The device under it may have another MTU by then.
                 await _wait_set(self._changed, PERIOD_S)
             else:
                 await backoff.sleep(self._clock)
+
+    async def _keep(self) -> None:
+        if not self._is_told:
+            return
+        kept = Kept(self._wish, self._data_path.measured) if self._wish is not None else None
+        try:
+            if kept != self._kept or kept is None:
+                await asyncio.to_thread(save, self._file, kept)
+                self._kept = kept
+        except OSError as error:
+            log.warning("what was measured of paths is not kept", reason=str(error))
 
     async def _settle(self) -> bool:
         if not self._is_told:
@@ -162,11 +187,12 @@ class PathProber:
         if wish is not None:
             known = {peer.node_id for peer in wish.peers} | {wish.node.node_id}
             guests = [peer for id, (peer, _) in sorted(self._guests.items()) if id not in known]
-            wish = msgspec.structs.replace(wish, peers=(*wish.peers, *guests))
-        try:
-            await self._data_path.settle(wish)
-        except (SkepError, OSError) as error:
-            log.warning("no way to probe the data path, trying again", reason=str(error))
+            wish = msgspec.structs.replace(wish, peers=(*wish.peers, *guests)[: 2 * PEERS_MAX])
+        before = self._data_path.trouble
+        trouble = await self._data_path.settle(wish)
+        if trouble and trouble != before:
+            log.warning("no way to probe the data path, trying again", reason=trouble)
+        if trouble:
             return False
         self._follow()
         return True
@@ -194,12 +220,9 @@ class PathProber:
             if is_news(before, report):
                 self._news[peer.node_id] = report
                 self._has_news.set()
-                for one in report.failing:
-                    log.warning(
-                        "path fails", peer=peer.node_id, check=one.check.value, port=one.port, why=one.detail
-                    )
-            period_s = PERIOD_S if report.is_settled else UNSETTLED_PERIOD_S
-            await self._clock.sleep(period_s * (0.75 + 0.5 * self._chance()))
+                _say(peer, report)
+            pause = pause_s(len(self._tasks), self._chance(), is_settled=report.is_settled)
+            await self._clock.sleep(pause)
 
     async def _round(self, peer: PathPeer, before: PathReport | None, *, is_thorough: bool) -> PathReport:
         async with asyncio.TaskGroup() as group:
@@ -222,6 +245,7 @@ class PathProber:
             await self._is_measured.wait()
             self._is_measured.clear()
             known = self._data_path.measured, self._data_path.offload
+            await self._keep()
             try:
                 await self._remeasured()
             except SkepError as error:
@@ -231,6 +255,12 @@ class PathProber:
             else:
                 self._acted_on = known
                 backoff.reset()
+
+
+def _say(peer: PathPeer, report: PathReport) -> None:
+    """To this node's log, once nobody can take it for chance."""
+    for one in report.failing if report.is_settled else ():
+        log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, why=one.detail)
 
 
 async def _wait_set(event: asyncio.Event, seconds: float) -> None:
