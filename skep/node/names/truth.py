@@ -95,7 +95,8 @@ def finding_of(network: NetworkNames, wrong: Told) -> PathFinding:
 def _sentence(network: NetworkNames, wrong: Told) -> str:
     name, told = next(iter(sorted(wrong.items())))
     here, there = ", ".join(told) or "no address", ", ".join(network.names[name])
-    more = f", and {len(wrong) - 1} more names are wrong" if len(wrong) > 1 else ""
+    others = len(wrong) - 1
+    more = f", and {others} more are wrong" if others > 1 else ", and one more is wrong" if others else ""
     return (
         f"on network {network.network}, {name} is {here} to containers here and {there} to the managers{more}"
     )
