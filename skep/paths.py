@@ -221,6 +221,16 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "overlays"
 
     @property
+    def probes(self) -> Path:
+        """The namespace of the probes between nodes."""
+        return self.run / "probes"
+
+    @property
+    def measured_paths(self) -> Path:
+        """What they found, for the next process."""
+        return self.run / "paths.msgpack"
+
+    @property
     def runc(self) -> Path:
         return self.run / "runc"
 

@@ -149,6 +149,7 @@ class Lab:
             if self._ports is not None:
                 self._ports.close()
             unmount_if_mounted(self.paths.secrets)
+            await _destroy_pins(self.paths.probes)
             await _destroy_pins(self.paths.overlays)  # the next process would
             Cgroups(self.cgroup_parent).remove_parent()
             await self._homes.destroy("node")

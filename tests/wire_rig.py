@@ -2,8 +2,9 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,20 +26,29 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker
-from skep.model.assignment import AssignmentSet
-from skep.model.ids import ClusterId, NodeId, TaskId, new_id
-from skep.model.logs import LogLine, LogQuery
-from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeDescription, NodeRole, NodeSpec
+from skep.manager.paths.examination import Examinations
+from skep.manager.paths.streams import PathStreams
+from skep.model.ids import ClusterId, NodeId, new_id
+from skep.model.node import (
+    EngineDescription,
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+)
+from skep.model.planes import NODE_LABEL, PATHS_LABEL
 from skep.model.service import Platform, Resources, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
-from skep.model.task import AssignedTask, Task, TaskState, TaskStatus
+from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
 from skep.node.agent import Agent
 from skep.node.joining import join
 from skep.node.local import Peer
 from skep.node.managers import ManagerList
+from skep.node.path_stream import PathSource
 from skep.node.renewal import KeyPairCredentials
-from skep.node.reports import Reports
 from skep.node.session import unknown_load
 from skep.node.tables.stream import TableSink
 from skep.security import keypair
@@ -61,6 +71,7 @@ from skep.wire.methods import Unary
 from skep.wire.server import Bound, serve
 from skep.wire.service import Handler, unary
 from tests.builders import a_service, a_task
+from tests.fake_worker import FakeWorker
 from tests.wire_calls import METHODS
 
 CLOCK = SystemClock()
@@ -81,6 +92,9 @@ class Cluster:
         self.dispatcher: Dispatcher
         self.discovery: Discovery
         self.draining: Draining
+        self.paths: PathStreams
+        self.examinations: Examinations
+        self.knows_paths = True
         self.tls: ServerTls
         self.bound: Bound
 
@@ -122,6 +136,14 @@ class Cluster:
             self.dispatcher = Dispatcher(
                 self.store, own, clock, new_id, Random(1), wait_unused=self.draining.wait_unused
             )
+            self.paths = PathStreams(
+                self.store,
+                MANAGER_ID,
+                lambda node, session: self.dispatcher.session(node, session),
+                self.discovery,
+                clock,
+            )
+            self.examinations = Examinations(self.store, MANAGER_ID, self.paths, self.channel)
             self.logs = LogBroker(self.store, new_id)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             certificates = CertificateService(self.store, new_id)
@@ -138,14 +160,26 @@ class Cluster:
             self.bound = bound
             self.port = bound.port
             await self.store.update(self._set_address)
-            for loop in (self.dispatcher.run(), self.logs.run(), self.discovery.run()):
+            for loop in (self.dispatcher.run(), self.logs.run(), self.discovery.run(), self.paths.run()):
                 stack.push_async_callback(_ended, asyncio.create_task(loop))
             yield self
 
     def _services(self, certificates: CertificateService, clock: SystemClock) -> Sequence[Handler]:
         attachments = AttachmentService(self.store, clock, new_id)
-        parts = (certificates, self.dispatcher, self.logs, self.discovery, attachments)
+        parts = (
+            certificates,
+            self.dispatcher,
+            self.logs,
+            self.discovery,
+            attachments,
+            *self.path_parts,
+        )
         return [handler for part in parts for handler in part.services()]
+
+    @property
+    def path_parts(self) -> Sequence[PathStreams | Examinations]:
+        """Of an older manager: none."""
+        return (self.paths, self.examinations) if self.knows_paths else ()
 
     def make_discovery(self, clock: SystemClock) -> Discovery:
         return Discovery(self.store, lambda node, session: self.dispatcher.session(node, session), clock)
@@ -272,55 +306,11 @@ async def a_session(cluster: Cluster, pair: KeyPair) -> AsyncIterator[tuple[Chan
         yield channel, message.session_id
 
 
-class FakeWorker:
-    """Remembers what it is assigned; reports what it is told to.  Sink and log source in one."""
-
-    def __init__(self) -> None:
-        self.reports = Reports()
-        self.sets: list[AssignmentSet] = []
-        self.tasks: dict[TaskId, AssignedTask] = {}
-        self.known: dict[TaskId, TaskStatus] = {}
-        self.lines: list[LogLine] = []
-        self.queries: list[LogQuery] = []
-        self.more_lines = asyncio.Event()
-        self.closed_logs = 0
-
-    async def assign(self, change: AssignmentSet) -> None:
-        self.sets.append(change)
-        if change.complete:
-            self.tasks.clear()
-        self.tasks.update((task.task.id, task) for task in change.tasks)
-        for id in change.removed_tasks:
-            self.tasks.pop(id, None)
-            self.known.pop(id, None)
-
-    def statuses(self) -> Mapping[TaskId, TaskStatus]:
-        return dict(self.known)
-
-    def report(self, id: TaskId, state: TaskState, message: str = "") -> None:
-        status = TaskStatus(timestamp=timestamp(1_700_000_000 * SECOND_NS), state=state, message=message)
-        self.known[id] = status
-        self.reports.report(id, status)
-
-    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
-        self.queries.append(query)
-        sent = 0
-        try:
-            while True:
-                while sent < len(self.lines):
-                    sent += 1
-                    yield self.lines[sent - 1]
-                if not query.follow:
-                    return
-                self.more_lines.clear()
-                await self.more_lines.wait()
-        finally:
-            self.closed_logs += 1
-
-
-def describe(hostname: str = "worker") -> NodeDescription:
+def describe(hostname: str = "worker", *, probes: bool = False) -> NodeDescription:
+    labels = {NODE_LABEL: "true", PATHS_LABEL: "1"} if probes else {}
     return NodeDescription(
         hostname=hostname,
+        engine=EngineDescription(engine_version="1" if probes else "", labels=labels),
         platform=Platform(architecture="x86_64", os="linux"),
         resources=Resources(nano_cpus=2_000_000_000, memory_bytes=1 << 30),
     )
@@ -335,13 +325,14 @@ async def an_agent_of(
     random: Random,
     load: Callable[[], float | None] = unknown_load,
     tables: TableSink | None = None,
+    paths: PathSource | None = None,
 ) -> AsyncIterator[Agent]:
     """An agent with a fake worker, registered with one of ``managers``."""
     keypair.save(pair, directory)
     agent = Agent(
         credentials=KeyPairCredentials(directory, SystemClock(), random),
         managers=ManagerList(managers),
-        describe=describe,
+        describe=partial(describe, probes=paths is not None),
         sink=worker,
         reports=worker.reports,
         logs=worker,
@@ -349,6 +340,7 @@ async def an_agent_of(
         random=random,
         load=load,
         tables=tables,
+        paths=paths,
     )
     running = asyncio.create_task(agent.run())
     try:
@@ -373,11 +365,12 @@ async def an_agent(
     worker: FakeWorker | None = None,
     load: Callable[[], float | None] = unknown_load,
     tables: TableSink | None = None,
+    paths: PathSource | None = None,
 ) -> AsyncIterator[tuple[Agent, FakeWorker]]:
     """An agent with a fake worker, registered with the cluster's manager."""
     worker = worker or FakeWorker()
     peers = [Peer(MANAGER_ID, cluster.address)]
-    async with an_agent_of(peers, pair, directory, worker, Random(1), load, tables) as agent:
+    async with an_agent_of(peers, pair, directory, worker, Random(1), load, tables, paths) as agent:
         yield agent, worker
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
         "skep.playground.cli:playground", "A cluster on this machine: each node in namespaces of its own."
     ),
     "explain": Place("skep.cli.explain:explain", "Why a service or a task is not as wanted."),
+    "doctor": Place("skep.cli.doctor:doctor", "What is wrong, measured now: whether nodes reach each other."),
     "cluster": Place(
         "skep.cli.cluster:cluster", "What Docker has no command for: resume replacement, set the grace."
     ),

@@ -8,7 +8,7 @@ Source: moby 20.10, daemon/events.go (generateClusterEvent), daemon/events/{even
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from skep.aio.clock import Clock
 from skep.model.draining import begins_to_drain
 from skep.model.encoding import ApiObject, always
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import CutOff, FailingPath, Node
 from skep.model.secret import Config, Secret
 from skep.model.service import Service, UpdateState
 from skep.model.swarm import Swarm
@@ -244,11 +244,18 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
     changes = _changed("availability", old.spec.availability.value, new.spec.availability.value)
     changes |= _changed("role", old.spec.role.value, new.spec.role.value)
     changes |= _changed("state", old.status.state.value, new.status.state.value)
+    changes |= _changed("paths.failing", _words(old.failing_paths), _words(new.failing_paths))
+    changes |= _changed("overlay.refused", _words(old.cut_off), _words(new.cut_off))
     before, after = old.manager_status, new.manager_status
     if before is not None and after is not None:
         changes |= _changed("leader", str(before.leader).lower(), str(after.leader).lower())
         changes |= _changed("reachability", before.reachability.value, after.reachability.value)
     return changes
+
+
+def _words(troubles: Iterable[FailingPath | CutOff]) -> str:
+    """Not in Docker: it does not find out which node does not reach which."""
+    return "; ".join(one.words for one in troubles)
 
 
 def _changed(name: str, old: str, new: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from skep.manager.follow import State
 from skep.manager.gossip.rotation import KeyRotation
 from skep.manager.orchestrator.loop import Orchestrator
 from skep.manager.orchestrator.reaper.loop import Reaper
+from skep.manager.paths.loop import PathJudge
 from skep.manager.scheduler.loop import Scheduler
 from skep.model.ids import IdSource
 
@@ -40,4 +41,5 @@ def loops(
         Orchestrator(term, clock, new_id, random, network_changed),
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayKeyRotation(term, clock, random, incarnation=incarnation),
+        PathJudge(term, clock),
     ]

@@ -49,6 +49,8 @@ from skep.manager.membership.loop import Managers
 from skep.manager.membership.service import MembersService
 from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.own_network import OwnNetwork
+from skep.manager.paths.examination import Examinations
+from skep.manager.paths.streams import PathStreams
 from skep.manager.presence import Presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.addresses import host_of, parted
@@ -107,6 +109,8 @@ class Manager:
             incarnation=store.incarnation,
             met=self._incarnation.met,
         )
+        self._paths = PathStreams(store, config.node_id, self._session, self._discovery, clock)
+        self._examinations = Examinations(store, config.node_id, self._paths, self._channel_to)
         self._logs = LogBroker(store, new_id, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
         self._overlay_keys = KeyService(store, clock)
@@ -138,6 +142,7 @@ class Manager:
             clock=self._clock,
             new_id=self._new_id,
             new_name=names_from(self._random),
+            examinations=self._examinations,
             lag=LoopLag(),
             trouble=self._trouble,
         )
@@ -147,6 +152,8 @@ class Manager:
             *self._dispatcher.services(),
             *self._discovery.services(),
             *self._draining.services(),
+            *self._paths.services(),
+            *self._examinations.services(),
             *self._logs.services(),
             *self._attachments.services(),
             *self._overlay_keys.services(),
@@ -168,6 +175,7 @@ class Manager:
             group.create_task(api.lag.run(self._clock), name="loop lag")
             group.create_task(self._dispatcher.run(), name="dispatcher")
             group.create_task(self._discovery.run(), name="discovery")
+            group.create_task(self._paths.run(), name="paths between nodes")
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
             group.create_task(self._overlay_keys.run(), name="overlay keys")

@@ -30,6 +30,9 @@ DRAIN = "skep.drain"
 of its connections."""
 DEFAULT_DRAIN_S = 1.0
 
+IGNORE_PATHS = "skep.ignore-paths"
+"""On nodes: ``true`` has the node take tasks on overlay networks though others do not reach it."""
+
 LABEL_TASK_ID = "com.docker.swarm.task.id"
 """Docker's, on a task's container: by it the container is found again."""
 
@@ -99,6 +102,11 @@ def heartbeat_grace_s(labels: Mapping[str, str]) -> float | None:
         return _heartbeat_grace_s(labels)
     except InvalidArgument:
         return None
+
+
+def ignores_paths(node_labels: Mapping[str, str]) -> bool:
+    """Whether the labels of a node have it take tasks whatever becomes of their traffic."""
+    return node_labels.get(IGNORE_PATHS, "").lower() == "true"
 
 
 def check_service_labels(labels: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, SessionId
 from skep.model.meta import TLSInfo, Version
+from skep.model.paths import PathCheck
 from skep.model.service import Platform, Resources
 from skep.model.task import NetworkAttachment
 from skep.model.times import ZERO_TIME, Timestamp
@@ -133,12 +134,51 @@ class NodeCertificate(ApiObject):
     """When the last of all that were issued to it expires: not the newest, once the lifetime was shortened."""
 
 
+class FailingPath(ApiObject):
+    """Another node that this one does not reach by one of the ways there are.  Names are as of when it was found."""
+
+    peer: NodeId
+    hostname: str = ""
+    check: str = ""
+    """What was tried: a ``PathCheck``, or what a later version tries."""
+    port: str = ""
+    """``4789/udp``"""
+
+    @property
+    def words(self) -> str:
+        """``w2 4789/udp (overlay)``"""
+        return f"{self.hostname or self.peer} {self.port} ({self.check})"
+
+
+class CutOff(ApiObject):
+    """Tasks on networks that need this way between nodes are not placed on the node."""
+
+    check: str
+    """As of a ``FailingPath``."""
+    port: str = ""
+    peers: tuple[str, ...] = ()
+    """Host names of nodes that it does not reach, or that do not reach it; the first few."""
+    others: int = 0
+    """How many more there are."""
+
+    @property
+    def networks(self) -> str:
+        """``overlay networks``: those that need this way."""
+        return "encrypted overlay networks" if self.check == PathCheck.ENCRYPTED else "overlay networks"
+
+    @property
+    def words(self) -> str:
+        """``4789/udp fails between this node and w2, w3 and 5 others``"""
+        more = f" and {self.others} other{'s' if self.others > 1 else ''}" if self.others else ""
+        return f"{self.port} fails between this node and {', '.join(self.peers)}{more}"
+
+
 class Node(ApiObject):
     """A machine of the cluster.
 
-    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_since``, and as a part of its
-    own ``load``; whoever takes it: ``session``; CA: ``certificate``; leader: ``attachments``; that manager itself:
-    ``manager_status``, ``peer_roots``.
+    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_since``, and as parts of their
+    own ``load`` and ``failing_paths``; whoever takes it: ``session``; CA: ``certificate``; leader: ``attachments``,
+    ``cut_off``; that manager itself: ``manager_status``, ``peer_roots``.
     What follows ``manager_status`` is internal and left out of API answers.
     """
 
@@ -160,6 +200,10 @@ class Node(ApiObject):
     """Of a manager: digest of the roots that its etcd has trusted since its last start."""
     silent_since: Timestamp | None = None
     """Of a node that is down: when it was last heard, on its judge's clock."""
+    failing_paths: tuple[FailingPath, ...] = ()
+    """What it said of its ways to others, as far as it fails; the first few, by peer and check."""
+    cut_off: tuple[CutOff, ...] = ()
+    """What of that makes it the node to avoid, so that those that are left reach each other; by check."""
 
     @property
     def is_reachable_manager(self) -> bool:

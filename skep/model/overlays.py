@@ -9,13 +9,14 @@ from typing import Final
 
 from skep.model.addresses import is_subnet
 from skep.model.network import Network, subnet_of
+from skep.model.paths import PROBE_VNI
 from skep.model.tables import NetworkHead, Segment
 
 VXLAN_OPTION: Final = "com.docker.network.driver.overlay.vxlanid_list"
 """Numbers with commas between them: one per IPv4 subnet in their order; IPv6 subnets share the first."""
 MTU_OPTION: Final = "com.docker.network.driver.mtu"
 ENCRYPTED_OPTION: Final = "encrypted"
-VXLAN_ID_MAX: Final = 2**24 - 1
+VXLAN_ID_MAX: Final = PROBE_VNI - 1
 DEFAULT_PORT: Final = 4789
 """UDP port of VXLAN where the swarm names none."""
 
@@ -24,6 +25,12 @@ def options_of(network: Network) -> Mapping[str, str]:
     """As wished, and as allocated, which counts where both say something."""
     wished = network.spec.driver_configuration
     return {**(wished.options if wished is not None else {}), **network.driver_state.options}
+
+
+def is_encrypted(network: Network) -> bool:
+    """Whether it was made with ``--opt encrypted``."""
+    wished = network.spec.driver_configuration
+    return wished is not None and ENCRYPTED_OPTION in wished.options
 
 
 def vxlan_ids(options: Mapping[str, str]) -> list[int]:

@@ -5,10 +5,14 @@ Both use VXLAN, but neither hears of the other's containers: so an overlay netwo
 tasks run on nodes of that kind (docs/decisions/0011).
 """
 
+from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Final
 
 from skep.model.network import Network
 from skep.model.node import Node
+from skep.model.overlays import DEFAULT_PORT
+from skep.model.swarm import Swarm
 
 DOCKER: Final = "docker"
 SKEP: Final = "skep"
@@ -22,6 +26,9 @@ NODE_LABEL: Final = "skep.node"
 
 DATA_PATH_LABEL: Final = "skep.data-path-addr"
 """Engine label by which a skep node says which of its addresses VXLAN leaves from and arrives at."""
+
+PATHS_LABEL: Final = "skep.paths"
+"""Engine label by which a skep node says that it probes others and answers their probes."""
 
 NODE_DRIVERS: Final = frozenset({"host", "bridge", "null", "none", "macvlan", "ipvlan"})
 """Drivers of networks that live on one node."""
@@ -56,6 +63,25 @@ def is_docker_node(node: Node) -> bool:
     return bool(engine.engine_version) and NODE_LABEL not in engine.labels
 
 
+def probes_paths(node: Node) -> bool:
+    """Whether the node takes part in the probes between nodes."""
+    return PATHS_LABEL in node.description.engine.labels
+
+
 def plane_of_node(node: Node) -> str:
     """The plane that overlay networks have on the node."""
     return DOCKER if is_docker_node(node) else SKEP
+
+
+def underlay_of(node: Node) -> str:
+    """The address that the node's VXLAN leaves from: as it says itself, else the one it connects from."""
+    said = node.description.engine.labels.get(DATA_PATH_LABEL, "")
+    try:
+        return str(ip_address(said))
+    except ValueError:
+        return node.status.addr
+
+
+def data_path_port(swarms: Iterable[Swarm]) -> int:
+    """The cluster's UDP port for VXLAN."""
+    return next((swarm.data_path_port for swarm in swarms if swarm.data_path_port), DEFAULT_PORT)

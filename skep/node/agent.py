@@ -27,6 +27,7 @@ from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
 from skep.node.local import Peer
 from skep.node.managers import ManagerList, patience
+from skep.node.path_stream import PathSource
 from skep.node.renewal import Managers
 from skep.node.reports import Reports
 from skep.node.revisions import Revision, SeenRevision
@@ -104,6 +105,7 @@ class Agent:
         load: Callable[[], float | None] = unknown_load,
         tables: TableSink | None = None,
         overlay_keys: Callable[[KeysTold], None] | None = None,
+        paths: PathSource | None = None,
     ) -> None:
         """
         Args:
@@ -111,12 +113,13 @@ class Agent:
             contact: told about every session and heartbeat.
             seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
-            load, tables, overlay_keys: see ``Session``.
+            load, tables, overlay_keys, paths: see ``Session``.
         """
         self._managers = managers
         self._address_of = address_of
         self._load = load
         self._overlay_keys = overlay_keys
+        self._paths = paths
         self._tables = tables
         self._describe = describe
         self._sink = sink
@@ -209,6 +212,7 @@ class Agent:
                     self._load,
                     self._tables,
                     self._overlay_keys,
+                    self._paths,
                 )
                 await session.run()
         except SkepError as error:

@@ -31,6 +31,7 @@ from skep.node.local_api import LocalApi
 from skep.node.machine import Machine
 from skep.node.management import ManagerProcess
 from skep.node.membership import Membership
+from skep.node.names.truth import NameChecks
 from skep.node.netprocess.client import NetClient
 from skep.node.network.encrypted.client import ForwarderClient
 from skep.node.network.encrypted.methods import chosen
@@ -39,6 +40,7 @@ from skep.node.network.encrypted.process import NAME as FORWARDER
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
+from skep.node.path_stream import NodePaths
 from skep.node.reports import Reports
 from skep.node.restoring import Restored
 from skep.node.routes import swarm as swarm_routes
@@ -170,6 +172,9 @@ class Node:
                 place_manager=around.place_manager,
                 method=method,
                 overlay_keys=encrypted.told,
+                paths=NodePaths(workload.probes, NameChecks(workload.list_containers, clock))
+                if workload.probes is not None
+                else None,
             )
             membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
@@ -183,7 +188,7 @@ class Node:
                 count=workload.counts,
                 engine=engine,
                 warnings=around.warnings,
-                network_warnings=workload.mesh.warnings if workload.mesh is not None else tuple,
+                network_warnings=workload.network_warnings,
             )
             local = LocalNetworks(
                 paths.networks / "local", workload.gateway, clock=clock, new_id=new_container_id
@@ -239,7 +244,11 @@ class Node:
                 group.create_task(workload.overlays.apply_nothing(), name="networks of an earlier process")
             if workload.mesh is not None and not tables.tables:
                 group.create_task(workload.mesh.apply_nothing(), name="ports of an earlier process")
+            if workload.probes is not None and not paths.node_json.exists():
+                workload.probes.wish(None)
             group.create_task(tables.run(), name="network tables")
+            if workload.probes is not None:
+                group.create_task(workload.probes.run(), name="probes of other nodes")
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
             group.create_task(membership.run(), name="membership")

@@ -20,7 +20,7 @@ from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
 from skep.model.pair_keys import KeysTold, Method
-from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
+from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
@@ -39,6 +39,7 @@ from skep.node.managers import ManagerList
 from skep.node.network.encrypted.methods import Refusal, label
 from skep.node.oci.cgroups import Cgroups
 from skep.node.participation import AgentConnection
+from skep.node.path_stream import PathSource
 from skep.node.renewal import KeyPairCredentials
 from skep.node.reports import Reports
 from skep.node.resigning import resign
@@ -75,6 +76,7 @@ class NodeParts:
         manager_stands_by: has one ready to be started in an instant (True), or none (False).
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
         method: how this node encrypts overlays; overlay_keys: is told the keys.
+        paths: probes other nodes; None: there is nothing to probe with.
         place_manager: tells the manager of this node where it is, and where others may be.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
@@ -103,6 +105,7 @@ class NodeParts:
         place_manager: Callable[[LocalNode], None],
         method: Method | Refusal,
         overlay_keys: Callable[[KeysTold], None],
+        paths: PathSource | None,
     ) -> None:
         self._certificates = certificates
         self._lock = lock
@@ -125,6 +128,7 @@ class NodeParts:
         self._place_manager = place_manager
         self._method = method
         self._overlay_keys = overlay_keys
+        self._paths = paths if self._carries_overlays() else None
         self._meter = LoadMeter(reader_of(machine, Cgroups(configuration().cgroup_parent)), clock)
 
     def manager(self) -> ManagerProcess:
@@ -172,6 +176,7 @@ class NodeParts:
             contact=self._contact,
             load=self._meter.load,
             overlay_keys=self._overlay_keys,
+            paths=self._paths,
             tables=self._tables,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
@@ -214,6 +219,8 @@ class NodeParts:
                 while await self._executor.leftovers():
                     await backoff.sleep(self._clock)
                 await self._tables.clear()
+                if self._paths is not None:
+                    self._paths.wish(None)
         except TimeoutError:
             log.error("tasks left behind", tasks=await self._executor.leftovers())
 
@@ -224,6 +231,8 @@ class NodeParts:
         """
         configuration = self._configuration()
         own = {NODE_LABEL: "true", ROUTES_LABEL: routes_label(MachineRoute(*one) for one in read_routes())}
+        if self._paths is not None:
+            own[PATHS_LABEL] = "1"
         if data_path_addr:
             own[DATA_PATH_LABEL] = data_path_addr
         return NodeDescription(
@@ -242,6 +251,9 @@ class NodeParts:
                     **label(self._method),
                     **own,
                 },
-                plugins=(*_PLUGINS, _OVERLAY) if all(map(self._features.has, _OVERLAY_NEEDS)) else _PLUGINS,
+                plugins=(*_PLUGINS, _OVERLAY) if self._carries_overlays() else _PLUGINS,
             ),
         )
+
+    def _carries_overlays(self) -> bool:
+        return all(map(self._features.has, _OVERLAY_NEEDS))

@@ -20,6 +20,7 @@ from skep.model.pair_keys import KeysTold
 from skep.model.times import SECOND_NS
 from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
+from skep.node.path_stream import PathSource, PathStream
 from skep.node.publishing import LogPublisher
 from skep.node.reports import Reports
 from skep.node.revisions import Revision
@@ -85,6 +86,7 @@ class Session:
         load: Callable[[], float | None] = unknown_load,
         tables: TableSink | None = None,
         overlay_keys: Callable[[KeysTold], None] | None = None,
+        paths: PathSource | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +94,7 @@ class Session:
             load: the share of the node in use, 0 to 1, None while it is not known; told with each heartbeat.
             overlay_keys: is told the keys of encrypted overlays; None: this node has none.
             tables: takes what the manager says of networks; None: the node has none of its own.
+            paths: probes other nodes; None: this node does not.
         """
         self._channel = channel
         self._host = host
@@ -104,6 +107,7 @@ class Session:
         self._overlay_keys = overlay_keys
         self._publisher = LogPublisher(channel, logs)
         self._tables = TableStream(channel, tables) if tables is not None else None
+        self._paths = PathStream(channel, paths) if paths is not None else None
         self._id = ""
         self._described = NodeDescription()
 
@@ -145,6 +149,8 @@ class Session:
                     group.create_task(part(), name=f"session {name}")
                 if self._tables is not None:
                     group.create_task(self._tables.run(self._id), name="session tables")
+                if self._paths is not None:
+                    group.create_task(self._paths.run(self._id), name="session paths")
                 async for message in call:
                     self._host.session_message(message)
         raise Unavailable(f"{self._channel.address} ended the session")

@@ -23,6 +23,7 @@ from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.local.keeper import GatewayBridge
 from skep.node.network.naming import NameService, Naming
 from skep.node.network.overlay.overlays import Overlays
+from skep.node.network.paths.prober import PathProber
 from skep.node.network.ports import PortReservations
 from skep.node.oci.container import Container, ContainerState
 from skep.node.oci.containers import Containers
@@ -51,7 +52,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     overlays: Overlays | None = None
     naming: Naming | None = None
     mesh: Mesh | None = None
+    probes: PathProber | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
+
+    def network_warnings(self) -> tuple[str, ...]:
+        """Of published ports and of ways to other nodes, for ``/info``."""
+        asked = (one for one in (self.mesh, self.probes) if one is not None)
+        return tuple(sentence for one in asked for sentence in one.warnings())
 
     def counts(self) -> Counts:
         """Containers by state and images, for ``/info``."""
@@ -154,6 +161,7 @@ async def oci_workload(
         overlays=executor.overlays,
         naming=executor.naming,
         mesh=executor.mesh,
+        probes=executor.prober,
         routes=routes,
     )
 

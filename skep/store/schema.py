@@ -155,6 +155,8 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "session": ("session",),
             "certificate": ("certificate",),
             "attachments": ("attachments",),
+            "paths": ("failing_paths",),
+            "judgement": ("cut_off",),
             "manager": ("manager_status", "peer_roots"),
         },
         taken=_nothing_taken,

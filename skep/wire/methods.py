@@ -123,6 +123,10 @@ AWAIT_TABLES = Unary(
 )
 RELAY_LOGS = ServerStream("/skep.v1.ManagerLink/RelayLogs", skep.LogRelay, skep.RelayedLogs, Access.MANAGER)
 NETWORKS = BothStream("/skep.v1.NodeLink/Networks", skep.AppliedTables, skep.NetworkTables)
+PATHS = BothStream("/skep.v1.NodeLink/Paths", skep.PathNews, skep.PathOrder)
+RELAY_EXAMINATIONS = BothStream(
+    "/skep.v1.ManagerLink/RelayExaminations", skep.ExaminationRelay, skep.RelayedExamination, Access.MANAGER
+)
 DESCRIBE = Unary("/skep.v1.NodeLink/Describe", skep.DescribeRequest, skep.DescribeResponse)
 RENEW_EXPIRED = Unary(
     "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN

@@ -26,6 +26,288 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class PathPeer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    DATA_PATH_FIELD_NUMBER: _builtins.int
+    VXLAN_PORT_FIELD_NUMBER: _builtins.int
+    CONTROL_FIELD_NUMBER: _builtins.int
+    GOSSIP_FIELD_NUMBER: _builtins.int
+    ENCRYPTED_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    hostname: _builtins.str
+    data_path: _builtins.str
+    """Underlay address of its VXLAN; empty: not to be probed there."""
+    vxlan_port: _builtins.int
+    """UDP."""
+    control: _builtins.str
+    """ip:port; empty: no manager."""
+    gossip: _builtins.str
+    """ip:port; empty: no docker node, or not to be asked."""
+    encrypted: _builtins.bool
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+        data_path: _builtins.str = ...,
+        vxlan_port: _builtins.int = ...,
+        control: _builtins.str = ...,
+        gossip: _builtins.str = ...,
+        encrypted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control", b"control", "data_path", b"data_path", "encrypted", b"encrypted", "gossip", b"gossip", "hostname", b"hostname", "node_id", b"node_id", "vxlan_port", b"vxlan_port"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathPeer: _TypeAlias = PathPeer
+
+@_typing.final
+class PathOrder(_message.Message):
+    """From a manager: a wish, an examination, or both."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WISH_FIELD_NUMBER: _builtins.int
+    EXAMINATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def wish(self) -> Global___PathWish:
+        """The latest wins."""
+
+    @_builtins.property
+    def examination(self) -> Global___Examination: ...
+    def __init__(
+        self,
+        *,
+        wish: Global___PathWish | None = ...,
+        examination: Global___Examination | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["examination", b"examination", "wish", b"wish"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examination", b"examination", "wish", b"wish"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathOrder: _TypeAlias = PathOrder
+
+@_typing.final
+class PathWish(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def node(self) -> Global___PathPeer:
+        """The node that is told."""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathPeer]: ...
+    def __init__(
+        self,
+        *,
+        node: Global___PathPeer | None = ...,
+        peers: _abc.Iterable[Global___PathPeer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "peers", b"peers"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathWish: _TypeAlias = PathWish
+
+@_typing.final
+class Examination(_message.Message):
+    """To be made at once, and answered by one PathNews of the same number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    THROUGHPUT_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    throughput: _builtins.bool
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathPeer]: ...
+    @_builtins.property
+    def names(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkNames]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        peers: _abc.Iterable[Global___PathPeer] | None = ...,
+        throughput: _builtins.bool = ...,
+        names: _abc.Iterable[Global___NetworkNames] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "number", b"number", "peers", b"peers", "throughput", b"throughput"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Examination: _TypeAlias = Examination
+
+@_typing.final
+class NetworkNames(_message.Message):
+    """What names stand for on a network, as the store says; perhaps not all of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Name(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        ADDRESSES_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        @_builtins.property
+        def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Without lengths, sorted."""
+
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            addresses: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "name", b"name"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NETWORK_ID_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    network_id: _builtins.str
+    network: _builtins.str
+    @_builtins.property
+    def names(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkNames.Name]: ...
+    def __init__(
+        self,
+        *,
+        network_id: _builtins.str = ...,
+        network: _builtins.str = ...,
+        names: _abc.Iterable[Global___NetworkNames.Name] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "network", b"network", "network_id", b"network_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkNames: _TypeAlias = NetworkNames
+
+@_typing.final
+class PathFinding(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    check: _builtins.str
+    """A later version may check what an earlier one does not know."""
+    port: _builtins.str
+    sent: _builtins.int
+    lost: _builtins.int
+    round_trip_ms: _builtins.float
+    detail: _builtins.str
+    def __init__(
+        self,
+        *,
+        check: _builtins.str = ...,
+        port: _builtins.str = ...,
+        sent: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        round_trip_ms: _builtins.float | None = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_round_trip_ms", b"_round_trip_ms", "round_trip_ms", b"round_trip_ms"]
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_round_trip_ms", b"_round_trip_ms", "check", b"check", "detail", b"detail", "lost", b"lost", "port", b"port", "round_trip_ms", b"round_trip_ms", "sent", b"sent"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__round_trip_ms: _TypeAlias = _typing.Literal["round_trip_ms"]
+    _WhichOneofArgType__round_trip_ms: _TypeAlias = _typing.Literal["_round_trip_ms", b"_round_trip_ms"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_trip_ms) -> _WhichOneofReturnType__round_trip_ms | None: ...
+
+Global___PathFinding: _TypeAlias = PathFinding
+
+@_typing.final
+class PathReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    THROUGHPUT_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    mtu: _builtins.int
+    """Bytes; 0: unknown."""
+    throughput: _builtins.int
+    """Bytes per second; 0: unknown."""
+    rounds: _builtins.int
+    """Rounds in a row with this verdict."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathFinding]: ...
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        findings: _abc.Iterable[Global___PathFinding] | None = ...,
+        mtu: _builtins.int = ...,
+        throughput: _builtins.int = ...,
+        rounds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "mtu", b"mtu", "peer", b"peer", "rounds", b"rounds", "throughput", b"throughput"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathReport: _TypeAlias = PathReport
+
+@_typing.final
+class PathNews(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    REPORTS_FIELD_NUMBER: _builtins.int
+    EXAMINATION_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """In the first message."""
+    examination: _builtins.int
+    """Whose answer this is; 0: of no examination."""
+    error: _builtins.str
+    """Why an examination was not made, or not all of it; empty: it was."""
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathReport]: ...
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        reports: _abc.Iterable[Global___PathReport] | None = ...,
+        examination: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "examination", b"examination", "reports", b"reports", "session_id", b"session_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathNews: _TypeAlias = PathNews
+
+@_typing.final
 class AppliedTables(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -657,6 +939,52 @@ class PromoteMemberResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PromoteMemberResponse: _TypeAlias = PromoteMemberResponse
+
+@_typing.final
+class ExaminationRelay(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THROUGHPUT_FIELD_NUMBER: _builtins.int
+    throughput: _builtins.bool
+    def __init__(
+        self,
+        *,
+        throughput: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["throughput", b"throughput"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExaminationRelay: _TypeAlias = ExaminationRelay
+
+@_typing.final
+class RelayedExamination(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    REPORTS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    error: _builtins.str
+    """Why there is none, or not all of it; empty: it is whole."""
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathReport]: ...
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        reports: _abc.Iterable[Global___PathReport] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "node_id", b"node_id", "reports", b"reports"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayedExamination: _TypeAlias = RelayedExamination
 
 @_typing.final
 class AwaitTablesRequest(_message.Message):

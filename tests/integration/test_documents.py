@@ -1,5 +1,6 @@
 """Every command of the documents, run as it is written."""
 
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ RUN_ELSEWHERE = {
 
 RECOVERY = "docs/guide/recovery.md"
 NETWORKS = "docs/guide/networks.md"
+DOCTOR = "docs/guide/doctor.md"
 
 MACHINE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 """Namespaces of its own; whatever runs in them ends with them."""
@@ -140,6 +142,18 @@ def test_the_guide_to_networks(own_cluster: TestCluster, checkout: Path) -> None
     wait_running(m1, "web", 1)
     assert run(room, checkout, **where).split()[-1] == "2"
     run(encrypted, checkout, **where)
+
+
+def test_the_guide_to_the_doctor(own_cluster: TestCluster, checkout: Path) -> None:
+    m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
+    examine, watch, ignore = shell_blocks(DOCTOR)
+    printed = run(examine, checkout, **where)
+    assert "everything is well" in printed
+    assert [answer["Hostname"] for answer in json.loads((checkout / "network.json").read_text())] == ["m1"]
+    assert run(watch, checkout, **where).startswith("ready")
+    run(ignore, checkout, **where)
+    (node,) = m1.client().nodes.list()
+    assert node.attrs["Spec"]["Labels"] == {"skep.ignore-paths": "true"}
 
 
 @pytest.mark.slow

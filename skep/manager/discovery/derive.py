@@ -12,15 +12,14 @@ Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), da
 (updateNetworkConfig, the short id).
 """
 
-import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
-from skep.model.overlays import DEFAULT_PORT, head_of
-from skep.model.planes import DATA_PATH_LABEL, is_docker_node, is_overlay
+from skep.model.overlays import head_of
+from skep.model.planes import data_path_port, is_docker_node, is_overlay, underlay_of
 from skep.model.publishing import publish_options
 from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm
@@ -164,17 +163,6 @@ def is_up(node: Node) -> bool:
     return node.status.state is not NodeState.DOWN
 
 
-def underlay_of(node: Node) -> str:
-    """The address that the node's VXLAN leaves from: as it says itself, else the one it connects from."""
-    said = node.description.engine.labels.get(DATA_PATH_LABEL, "")
-    return said if _is_address(said) else node.status.addr
-
-
-def data_path_port(swarms: Iterable[Swarm]) -> int:
-    """The cluster's UDP port for VXLAN."""
-    return next((swarm.data_path_port for swarm in swarms if swarm.data_path_port), DEFAULT_PORT)
-
-
 def _addresses(place: NetworkAttachment) -> tuple[str, ...]:
     """Without lengths, IPv4 first."""
     return tuple(sorted(map(_bare, place.addresses), key=lambda address: ":" in address))
@@ -182,11 +170,3 @@ def _addresses(place: NetworkAttachment) -> tuple[str, ...]:
 
 def _bare(address: str) -> str:
     return address.partition("/")[0]
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

@@ -10,21 +10,12 @@ from collections.abc import Iterable
 from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.overlays import ENCRYPTED_OPTION
+from skep.model.overlays import is_encrypted
 from skep.model.pair_keys import ENCRYPTION_LABEL, Method
 from skep.model.task import Task, TaskState
 from skep.store.interface import Commit, Created, Deleted, Event, Object, Updated, View
 
 KINDS: tuple[type[Object], ...] = (Network, Node, Task)
-
-
-def is_encrypted(network: Network) -> bool:
-    """Whether it was made with ``--opt encrypted``; the value does not matter, as with Docker.
-
-    Source: moby, libnetwork/drivers/overlay/ov_network.go (parseNetworkOptions: secureOption).
-    """
-    wished = network.spec.driver_configuration
-    return wished is not None and ENCRYPTED_OPTION in wished.options
 
 
 class EncryptedMembers:

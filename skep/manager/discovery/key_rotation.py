@@ -9,7 +9,6 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.discovery.encrypted_members import is_encrypted
 from skep.manager.discovery.overlay_keys import (
     ROTATION_S,
     decoded_ring,
@@ -19,6 +18,7 @@ from skep.manager.discovery.overlay_keys import (
 )
 from skep.manager.follow import State, follow
 from skep.model.network import Network
+from skep.model.overlays import is_encrypted
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Commit, Created, NotLeader, Transaction, Updated, View
 from skep.store.kinds import OVERLAY_KEYS_ID, Payload

@@ -11,7 +11,6 @@ import msgspec
 
 from skep.manager.discovery.book import Book, counted
 from skep.manager.discovery.derive import (
-    data_path_port,
     endpoint_of,
     is_publishing,
     node_on,
@@ -22,7 +21,7 @@ from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.overlays import head_of
-from skep.model.planes import is_overlay
+from skep.model.planes import data_path_port, is_overlay
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task

@@ -8,8 +8,8 @@ node that reads slowly is told less often and nothing twice.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 
 import structlog
 
@@ -21,8 +21,11 @@ from skep.manager.discovery.acknowledgements import Acknowledgements
 from skep.manager.discovery.derive import places_of
 from skep.manager.discovery.encoding import Encoder
 from skep.manager.discovery.ledger import KINDS, Ledger, Stirred
+from skep.manager.discovery.names import names_in
 from skep.manager.follow import follow
+from skep.manager.node_session import Line, NodeSession
 from skep.model.ids import NetworkId, NodeId
+from skep.model.paths import NetworkNames
 from skep.model.task import Task
 from skep.store.interface import Commit, Store, View, WatchLagged
 from skep.wire import methods
@@ -44,34 +47,16 @@ LARGE_AT_ONCE = 8
 """Sets of more pieces that are under way: a thousand nodes that come at once would be a thousand copies of a table."""
 SET_SECONDS_MAX = 60.0
 
+NAMED_NETWORKS_MAX = 16
+"""Networks of a node whose names are told when they are looked through."""
+
 Send = Callable[[skep.NetworkTables], Awaitable[None]]
-
-
-class Line(Protocol):
-    """What wakes one stream."""
-
-    def wake(self) -> None: ...
-
-    async def wait(self) -> object: ...
-
-
-class Session(Protocol):
-    """A node's session with this manager."""
-
-    @property
-    def id(self) -> str: ...
-
-    def require_open(self) -> None:
-        """Raises: what ended the session."""
-
-    def aside(self) -> AbstractContextManager[Line]:
-        """A line that the session's end wakes."""
 
 
 class Discovery:
     """What the nodes here know of their networks."""
 
-    def __init__(self, store: Store, session: Callable[[NodeId, str], Session], clock: Clock) -> None:
+    def __init__(self, store: Store, session: Callable[[NodeId, str], NodeSession], clock: Clock) -> None:
         """``session``: a node's session here, by its id; raises SkepError if there is no such one."""
         self._store = store
         self._session = session
@@ -95,6 +80,21 @@ class Discovery:
     async def run(self) -> None:
         """Keep the tables until cancelled."""
         await follow(self._store, KINDS, start=self._start, note=self._note, work=self._work)
+
+    # -- for the paths between nodes -----------------------------------------------------------------------------
+
+    def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]:
+        """The networks that carry tasks of the node, or its published ports."""
+        return self._ledger.networks_of(node_id)
+
+    def is_encrypted(self, network_id: NetworkId) -> bool:
+        book = self._ledger.books.get(network_id)
+        return book is not None and book.head is not None and book.head.is_encrypted
+
+    def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]:
+        """What names stand for on some of the node's networks, as the store says."""
+        books = (self._ledger.books[id] for id in self._ledger.networks_of(node_id))
+        return tuple(islice(filter(None, map(names_in, books)), NAMED_NETWORKS_MAX))
 
     # -- for the draining of tasks ------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class _Stream:
 
     __slots__ = ("error", "line", "node_id", "session", "told")
 
-    def __init__(self, node_id: NodeId, session: Session, line: Line) -> None:
+    def __init__(self, node_id: NodeId, session: NodeSession, line: Line) -> None:
         self.node_id = node_id
         self.session = session
         self.line = line

@@ -11,6 +11,7 @@ from skep.api.server import application as engine_application
 from skep.api.versions import NEWEST
 from skep.manager.routes import (
     backup,
+    doctor,
     events,
     explain,
     files,
@@ -41,6 +42,7 @@ _TABLES = (
     explain.routes,
     runs.routes,
     backup.routes,
+    doctor.routes,
     lag.routes,
     warnings.routes,
 )

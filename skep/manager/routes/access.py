@@ -1,7 +1,7 @@
 """What the handlers work with: the store, and the few things that must not come from thin air."""
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from skep.manager.control.names import NameSource
 from skep.manager.events import ClusterEvents
 from skep.model.ids import IdSource
 from skep.model.logs import LogLine, LogQuery
+from skep.model.paths import Examined
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Store, Transaction, View
 
@@ -48,6 +49,15 @@ class Backing(Protocol):
         """The file.  Raises: SkepError: it is not whole."""
 
 
+class Examiner(Protocol):
+    """Who has nodes look at the paths between them (``manager.paths``)."""
+
+    async def examine_all(
+        self, tell: Callable[[Examined], Awaitable[None]], *, throughput: bool = False
+    ) -> None:
+        """Tell what each node finds, as it answers, within 25 s; why of those that do not answer."""
+
+
 class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     """A manager as its API sees it."""
 
@@ -58,6 +68,7 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_id: IdSource
     new_name: NameSource
     backups: Backing
+    examinations: Examiner
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)

@@ -12,12 +12,14 @@ from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
 from skep.manager.orchestrator.global_services import is_eligible
 from skep.model.ids import NodeId
+from skep.model.labels import ignores_paths
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, ServiceStatus
 from skep.model.swarm import Freeze, Swarm
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
 
+_PATHS_SHOWN = 4
 _PIECE = 5_000
 """Objects counted before others get their turn."""
 
@@ -67,8 +69,9 @@ def shown_node(trouble: Trouble, node: Node) -> Node:
     status = node.status
     if trouble.freeze is not None and status.state is NodeState.DOWN:
         status = replace(status, message=f"{status.message}; {frozen_message(trouble.freeze)}")
-    if damage := trouble.damages.get(node.id):
-        status = replace(status, message="; ".join(filter(None, (status.message, damage))))
+    more = (path_message(node) if status.state is NodeState.READY else "", trouble.damages.get(node.id, ""))
+    if any(more):
+        status = replace(status, message="; ".join(filter(None, (status.message, *more))))
     manager = node.manager_status
     if manager is not None:
         manager = replace(manager, has_vote=True)  # and so left out
@@ -81,7 +84,21 @@ def shown_node(trouble: Trouble, node: Node) -> Node:
         attachments=(),
         peer_roots="",
         silent_since=None,
+        failing_paths=(),
+        cut_off=(),
     )
+
+
+def path_message(node: Node) -> str:
+    """What a ready node's status tells of its ways to others; empty: nothing fails."""
+    told: list[str] = []
+    if not ignores_paths(node.spec.labels):
+        told += [f"takes no tasks on {one.networks}: {one.words}" for one in node.cut_off]
+    if node.failing_paths:
+        told.append(f"cannot reach {', '.join(one.words for one in node.failing_paths[:_PATHS_SHOWN])}")
+        if len(node.failing_paths) > _PATHS_SHOWN:
+            told[-1] += f" and {len(node.failing_paths) - _PATHS_SHOWN} more"
+    return "; ".join(told)
 
 
 def shown_swarm(view: View, swarm: Swarm) -> Swarm:

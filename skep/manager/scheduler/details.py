@@ -6,6 +6,7 @@ from skep.manager.resources import kind_and_amount
 from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import meets
+from skep.model.labels import IGNORE_PATHS
 from skep.model.node import NodeState
 
 _CPU_NANO = 1_000_000_000
@@ -42,6 +43,12 @@ def plugins(wish: Requirements, account: Account, copies: int) -> str:
 def data_plane(wish: Requirements, account: Account, copies: int) -> str:
     """To which kind of nodes the task's overlay networks belong."""
     return f"its overlay networks belong to {' and '.join(sorted(wish.planes))} nodes"
+
+
+def paths(wish: Requirements, account: Account, copies: int) -> str:
+    """Which way to which nodes fails, and how to have the task there all the same."""
+    failing = [one.words for one in account.node.cut_off if one.check in wish.paths]
+    return f"{'; '.join(failing)} (the node's label {IGNORE_PATHS}=true would allow it)"
 
 
 def platform(wish: Requirements, account: Account, copies: int) -> str:

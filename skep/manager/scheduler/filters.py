@@ -15,6 +15,7 @@ from skep.manager.scheduler.accounting import Account
 from skep.manager.scheduler.requirements import Requirements
 from skep.model.constraints import meets
 from skep.model.ids import NodeId
+from skep.model.labels import ignores_paths
 from skep.model.node import Availability, EnginePlugin, NodeState
 from skep.model.planes import DOCKER, SKEP, plane_of_node
 from skep.model.service import Platform
@@ -65,6 +66,13 @@ def _has_plugin(type: str, name: str, plugins: tuple[EnginePlugin, ...]) -> bool
 
 def _is_on_plane(plane: str) -> Callable[[Requirements, Account, int], bool]:
     return lambda wish, account, copies: plane_of_node(account.node) == plane
+
+
+def _is_reached(wish: Requirements, account: Account, copies: int) -> bool:
+    node = account.node
+    if not node.cut_off or ignores_paths(node.spec.labels):
+        return True
+    return not any(one.check in wish.paths for one in node.cut_off)
 
 
 def _meets_constraints(wish: Requirements, account: Account, copies: int) -> bool:
@@ -122,6 +130,14 @@ FILTERS = (
         _is_on_plane(SKEP),
         "overlay network belongs to skep nodes, which does not fit {nodes}",
         details.data_plane,
+        is_lasting=True,
+    ),
+    # Not SwarmKit's: it never finds out.
+    Filter(
+        lambda wish: bool(wish.paths),
+        _is_reached,
+        "overlay traffic fails on {nodes}",
+        details.paths,
         is_lasting=True,
     ),
     Filter(

@@ -10,6 +10,8 @@ from skep.model.constraints import Constraint, parsed
 from skep.model.ids import NetworkId, ServiceId
 from skep.model.meta import Version
 from skep.model.network import Network
+from skep.model.overlays import is_encrypted
+from skep.model.paths import PathCheck
 from skep.model.planes import is_overlay, plane_of
 from skep.model.service import (
     GenericResource,
@@ -45,6 +47,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     max_replicas: int = 0
     planes: tuple[str, ...] = ()
     """Data planes that its overlay networks belong to; none when no network belongs to one yet."""
+    paths: tuple[PathCheck, ...] = ()
+    """The ways between nodes that its overlay networks go by; the ingress network is one of these."""
     cluster_volumes: tuple[str, ...] = ()
     """Sources of its mounts of type ``cluster``: a volume's name, or ``group:`` and the name of a group."""
 
@@ -77,6 +81,7 @@ def requirements_of(
         host_ports=host_ports(service_spec),
         max_replicas=placement.max_replicas,
         planes=planes,
+        paths=_paths(task.networks_attachments),
         cluster_volumes=tuple(_cluster_volumes(task)),
     )
 
@@ -123,6 +128,14 @@ def overlays_of(attachments: Iterable[NetworkAttachment]) -> Iterator[NetworkId]
         network = attachment.network
         if network is not None and is_overlay(network) and not network.spec.ingress:
             yield network.id
+
+
+def _paths(attachments: Iterable[NetworkAttachment]) -> tuple[PathCheck, ...]:
+    networks = (one.network for one in attachments)
+    overlays = (network for network in networks if network is not None and is_overlay(network))
+    return tuple(
+        sorted({PathCheck.ENCRYPTED if is_encrypted(one) else PathCheck.OVERLAY for one in overlays})
+    )
 
 
 def planes_of(task: Task, network: Callable[[NetworkId], Network | None]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,11 @@ from skep.node.network.overlay.home import home_domain
 from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.settling import Settling
+from skep.node.network.paths.data_path import DataPath
+from skep.node.network.paths.knocking import Knocking
+from skep.node.network.paths.place import ProbePlace
+from skep.node.network.paths.port_checks import PortChecks
+from skep.node.network.paths.prober import PathProber
 from skep.node.network.ports import OwnReservations, PortReservations
 from skep.node.oci import capabilities, seccomp
 from skep.node.oci.bundle import Bundles
@@ -124,6 +130,7 @@ def oci_executor(
         overlays=network.overlays,
         naming=naming,
         mesh=network.mesh,
+        prober=network.prober,
     )
 
 
@@ -161,6 +168,22 @@ def container_network(
         clock=clock,
         chance=chance,
     )
+    place = ProbePlace(
+        pins=Namespaces(paths.probes, namespaces.home),
+        home=home,
+        repairs=repairs,
+        healing=healing,
+        bridges=(BRIDGE,),
+    )
+    prober = PathProber(
+        DataPath(place, namespaces, clock, _random_number),
+        PortChecks(Knocking(namespaces, clock, _random_number)),
+        paths.measured_paths,
+        overlays.remeasured,
+        clock,
+        chance,
+    )
+    overlays.measure_with(prober)
     return ContainerNetwork(
         namespaces=namespaces,
         home=home,
@@ -169,8 +192,13 @@ def container_network(
         mesh=mesh,
         healing=healing,
         settling=settling,
+        prober=prober,
         naming=naming,
     )
+
+
+def _random_number() -> int:
+    return secrets.randbits(64)
 
 
 def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:

@@ -31,6 +31,7 @@ from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.local.keeper import GatewayBridge
 from skep.node.network.naming import Naming
 from skep.node.network.overlay.overlays import Overlays
+from skep.node.network.paths.prober import PathProber
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
 from skep.node.oci.containers import Containers
@@ -63,6 +64,7 @@ class OciExecutor:
         log_default: Driver | None = None,
         overlays: Overlays,
         mesh: Mesh,
+        prober: PathProber,
         gateway: GatewayBridge | None = None,
         naming: Naming | None = None,
     ) -> None:
@@ -81,6 +83,7 @@ class OciExecutor:
         self.naming = naming
         self.overlays = overlays
         self.mesh = mesh
+        self.prober = prober
         self.pulling = Pulling(images, clock)
         self.clock = clock
         self.log_default = log_default or Driver(name="json-file")

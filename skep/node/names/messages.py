@@ -6,6 +6,7 @@ into; an answer is never longer than the asker said, and says when something was
 """
 
 import struct
+from ipaddress import ip_address
 
 import msgspec
 
@@ -24,6 +25,7 @@ _QR, _OPCODE, _TC, _RD, _RA, _CD = 0x8000, 0x7800, 0x0200, 0x0100, 0x0080, 0x001
 _NAME_BYTES_MAX = 255
 _LABEL_BYTES_MAX = 63
 _OPT_BYTES = 11
+_ADDRESS_BYTES = {A: 4, AAAA: 16}
 
 
 class Query(msgspec.Struct, frozen=True):
@@ -93,6 +95,33 @@ def reply(
         options = b"\0" + _RECORD.pack(OPT, UDP_BYTES_MAX, (code >> 4) << 24, 0)
         added += 1
     return _HEADER.pack(query.id, flags, 1, answered, 0, added) + query.question + packed + more + options
+
+
+def question_of(name: str, type: int) -> bytes:
+    """The question as it stands in a message.  Raises: ValueError: ``name`` cannot be a DNS name."""
+    return encoded(name) + struct.pack("!HH", type, IN)
+
+
+def asked(id: int, question: bytes) -> bytes:
+    """A message that asks nothing else."""
+    return _HEADER.pack(id, _RD, 1, 0, 0, 0) + question
+
+
+def addresses_in(data: bytes, question: bytes) -> tuple[str, ...]:
+    """The addresses that an answer to ``question`` (``is_answer``) gives, sorted; nothing of what cannot be read."""
+    count = int.from_bytes(data[6:8], "big")
+    at: int | None = _HEADER.size + len(question)
+    found = []
+    for _ in range(count):
+        at = _past_name(data, at) if at is not None else None
+        if at is None or at + _RECORD.size > len(data):
+            break
+        type, _, _, length = _RECORD.unpack_from(data, at)
+        at += _RECORD.size
+        if type in _ADDRESS_BYTES and length == _ADDRESS_BYTES[type]:
+            found.append(str(ip_address(data[at : at + length])))
+        at += length
+    return tuple(sorted(found))
 
 
 def forwardable(data: bytes, id: int) -> bytes:

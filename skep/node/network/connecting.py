@@ -20,6 +20,7 @@ from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.overlay.settling import Settling
+from skep.node.network.paths.prober import PathProber
 from skep.node.oci.container import Container, Endpoint, Place
 
 log = structlog.get_logger()
@@ -45,6 +46,7 @@ class ContainerNetwork:
         mesh: Mesh,
         healing: Healing,
         settling: Settling,
+        prober: PathProber,
         naming: Naming | None = None,
     ) -> None:
         """``naming``: None where nobody answers for names."""
@@ -53,6 +55,7 @@ class ContainerNetwork:
         self.gateway = gateway
         self.overlays = overlays
         self.mesh = mesh
+        self.prober = prober
         self._healing = healing
         self._naming = naming
         self._settling = settling
@@ -71,6 +74,7 @@ class ContainerNetwork:
                 group.create_task(self._healing.run(), name="healing of networks"),
                 group.create_task(self._settling.run(), name="clearing of networks"),
                 group.create_task(self.mesh.run(), name="published ports"),
+                group.create_task(self.prober.run(), name="probes of other nodes"),
             )
             try:
                 yield
@@ -87,6 +91,7 @@ class ContainerNetwork:
         self.overlays.restore(endpoints)
         await self.gateway.restore(endpoints)
         await self._healing.watch(self._home)
+        await self.prober.restore()
         await self.overlays.begin(endpoints)
         for id, endpoint in endpoints.items():
             await self._join_mesh(id, endpoint)

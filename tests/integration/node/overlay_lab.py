@@ -115,7 +115,11 @@ class OverlayLab:
             yield self
         finally:
             for node in self.nodes:
-                for space in (node.namespaces, Namespaces(node.paths.overlays)):
+                for space in (
+                    node.namespaces,
+                    Namespaces(node.paths.overlays),
+                    Namespaces(node.paths.probes),
+                ):
                     for id in space.pinned():
                         await space.destroy(id)
                     space.close()

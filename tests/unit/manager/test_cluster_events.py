@@ -11,8 +11,8 @@ from skep.api.filters import Filters
 from skep.manager.events import BEHIND_MAX, ClusterEvents, Message, messages_of
 from skep.manager.routes.events import fits
 from skep.model.encoding import to_json
-from skep.model.ids import SecretId
-from skep.model.node import Availability, Node, NodeSpec, NodeState, NodeStatus
+from skep.model.ids import NodeId, SecretId
+from skep.model.node import Availability, CutOff, FailingPath, Node, NodeSpec, NodeState, NodeStatus
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import NetworkAttachment, TaskState
@@ -106,6 +106,20 @@ def test_a_service_is_removed_once_when_the_user_removes_it():
     assert told(Updated(service, removed)) == [("service", "remove", {"name": "web"})]
     assert told(Updated(removed, replace(removed, update_status=UpdateStatus()))) == []
     assert told(Deleted(removed)) == []
+
+
+def test_a_node_tells_which_others_it_does_not_reach_and_what_follows():
+    well = Node(id="n1", spec=NodeSpec(name="w1"))
+    failing = FailingPath(peer=NodeId("n2"), hostname="w2", check="overlay", port="4789/udp")
+    sick = replace(well, failing_paths=(failing,))
+    words = "w2 4789/udp (overlay)"
+    told_sick = {"name": "w1", "paths.failing.old": "", "paths.failing.new": words}
+    assert told(Updated(well, sick)) == [("node", "update", told_sick)]
+    told_well = {"name": "w1", "paths.failing.old": words, "paths.failing.new": ""}
+    assert told(Updated(sick, well)) == [("node", "update", told_well)]
+    cut_off = CutOff(check="overlay", port="4789/udp", peers=("w2",))
+    ((_, _, attributes),) = told(Updated(sick, replace(sick, cut_off=(cut_off,))))
+    assert attributes["overlay.refused.new"] == "4789/udp fails between this node and w2"
 
 
 def test_a_node_tells_what_users_can_see_of_it():

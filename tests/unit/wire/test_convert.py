@@ -76,7 +76,14 @@ from tests.builders import an_overlay
 WITHOUT_WORDS: dict[type, dict[str, Any]] = {
     Mount: {"image_options": None, "cluster_options": None},
     NetworkSpec: {"scope": ""},
-    Node: {"load": None, "session": None, "peer_roots": "", "silent_since": None},
+    Node: {
+        "load": None,
+        "session": None,
+        "peer_roots": "",
+        "silent_since": None,
+        "failing_paths": (),
+        "cut_off": (),
+    },
     ManagerStatus: {"has_vote": True},
     NodeCertificate: {
         "not_after": Timestamp(""),

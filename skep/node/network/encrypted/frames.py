@@ -21,9 +21,12 @@ from typing import NamedTuple
 VERSION = 1
 PIECE = 0
 GREETING = 1
+ECHO, ECHOED = 2, 3
+"""A question whether this forwarder can be reached, and its answer: 16 bytes, not secret."""
 
 HEADER = struct.Struct("!BBBBIIIQ")
 LENGTH = struct.Struct("!I")
+_ECHO = struct.Struct("!BB6xQ")
 NONCE = struct.Struct("!IQ")
 TAG_BYTES = 16
 VNET_BYTES = 10
@@ -128,6 +131,24 @@ def run_length(data: bytes, start: int, segment: int, header: Header) -> int:
         if one.count(one[0]) != most:
             return 1
     return most
+
+
+def echo_question(number: int) -> bytes:
+    """Asks whether a forwarder can be reached.  ``number``: 64 random bits, which its answer repeats."""
+    return _ECHO.pack(VERSION, ECHO, number)
+
+
+def echo_answer(number: int) -> bytes:
+    """Answers ``echo_question(number)``, and is as long."""
+    return _ECHO.pack(VERSION, ECHOED, number)
+
+
+def echo_asked(datagram: bytes | memoryview) -> int | None:
+    """The number of such a question; None: it is none."""
+    if len(datagram) != _ECHO.size:
+        return None
+    version, kind, number = _ECHO.unpack(datagram)
+    return int(number) if (version, kind) == (VERSION, ECHO) else None
 
 
 def parse(datagram: memoryview) -> Header | None:

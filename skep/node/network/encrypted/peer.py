@@ -10,6 +10,7 @@ from hmac import compare_digest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from skep.aio.allowance import Allowance
 from skep.model.ids import NodeId
 from skep.model.pair_keys import PairKey
 from skep.node.network.encrypted.greeting import (
@@ -27,8 +28,8 @@ FIRST_RETRY_S = 0.1
 RETRY_S_MAX = 2.0
 KEEP_S = 15.0
 """A greeting goes to a quiet peer that often (jittered): whether it still is who it was."""
-_ANSWERS_BURST = 10
-_ANSWERS_PER_S = 20.0
+_ANSWERS_AT_ONCE, _ANSWERS_PER_S = 10, 20
+"""A greeting, or an echo, that is sent again and again gets few answers."""
 
 
 class Peer:
@@ -68,8 +69,8 @@ class Peer:
         self._is_pending = True
         self._attempts = 0
         self._next_at = now
-        self._answers = float(_ANSWERS_BURST)
-        self._answers_at = now
+        self._answers = Allowance(_ANSWERS_AT_ONCE, _ANSWERS_PER_S, now)
+        self._echoes = Allowance(_ANSWERS_AT_ONCE, _ANSWERS_PER_S, now)
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -128,7 +129,7 @@ class Peer:
         if epoch is None or greeting is None:
             return False, None
         is_believed = compare_digest(greeting.echo, self._challenge) and self._accept(greeting, now)
-        if not greeting.wants_answer or not self._may_answer(now):
+        if not greeting.wants_answer or not self._answers.take(now):
             return True, None
         self._heard = greeting.challenge
         return True, self._greeting(epoch, wants_answer=not is_believed)
@@ -136,6 +137,10 @@ class Peer:
     def opener(self, epoch: int, session: int) -> Opener | None:
         """Who opens what the peer sends under ``epoch`` in ``session``."""
         return self._openers.get((epoch, session))
+
+    def may_echo(self, now: float) -> bool:
+        """Whether one more question if this node can be reached is answered."""
+        return self._echoes.take(now)
 
     def has_epoch(self, epoch: int) -> bool:
         return epoch in self._keys
@@ -176,15 +181,6 @@ class Peer:
     def _greeting(self, epoch: int, *, wants_answer: bool) -> bytes:
         greeting = Greeting(self._challenge, self._heard, self.public, wants_answer, self.epochs)
         return sealed(greeting, epoch, self._greeting_keys[epoch][0], self._random_bytes)
-
-    def _may_answer(self, now: float) -> bool:
-        """A greeting that is sent again and again gets few answers."""
-        self._answers = min(_ANSWERS_BURST, self._answers + (now - self._answers_at) * _ANSWERS_PER_S)
-        self._answers_at = now
-        if self._answers < 1:
-            return False
-        self._answers -= 1
-        return True
 
     def _new_challenge(self) -> bytes:
         return self._random_bytes(CHALLENGE_BYTES)

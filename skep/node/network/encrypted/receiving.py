@@ -19,6 +19,8 @@ from skep.node.network.encrypted.frames import (
     VNET_BYTES,
     Header,
     associated,
+    echo_answer,
+    echo_asked,
     parse,
     run_length,
     unpack,
@@ -84,6 +86,8 @@ class Receiver:
                 self._pieces(routes, peer, header, [view[at + HEADER.size : at + segment] for at in ends])
             elif len(datagram) > 1 and datagram[0] == VERSION and datagram[1] == GREETING:
                 self._greeted(peer, datagram, source)
+            elif (number := echo_asked(datagram)) is not None:
+                self._echo(peer, number, source)
             else:
                 self.counters.drop("malformed")
             start += taken * segment
@@ -96,6 +100,16 @@ class Receiver:
         if reply is not None:
             try:
                 self._socket.sendto(reply, source)
+            except OSError:
+                self.counters.drop("not sent")
+
+    def _echo(self, peer: Peer, number: int, source: tuple[str, int]) -> None:
+        """A node of ours asks whether it can reach this one."""
+        with self._lock:
+            may_answer = peer.may_echo(self._now())
+        if may_answer:
+            try:
+                self._socket.sendto(echo_answer(number), source)
             except OSError:
                 self.counters.drop("not sent")
 

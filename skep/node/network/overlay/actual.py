@@ -15,6 +15,7 @@ from socket import AF_INET, AF_INET6, inet_ntop
 
 import msgspec
 
+from skep.node.network.checksums import offloads
 from skep.node.network.netlink import (
     AF_BRIDGE,
     GETADDR,
@@ -36,6 +37,8 @@ _NTF_SELF, _NTF_MASTER = 0x02, 0x04
 _PERMANENT, _STATIC = 0x80, 0x40
 _MAIN_TABLE, _UNICAST, _BY_KERNEL, _BY_ADVERTISEMENT = 254, 1, 2, 9
 _SCOPE_LINK = 253
+_DF = 29
+"""IFLA_VXLAN_DF."""
 
 Selection = Callable[[Link], bool]
 """Whether a link is looked at."""
@@ -88,6 +91,7 @@ def _links() -> tuple[dict[str, int], dict[int, Link]]:
                 is_up=bool(flags & _UP),
                 is_closed_port=_is_closed(info),
                 vxlan=_vxlan(dict(attributes(info[2]))) if kind == "vxlan" else None,
+                offloads=offloads(names[index]) if kind == "vxlan" else None,
             )
     return indices, links
 
@@ -102,7 +106,10 @@ def _vxlan(data: dict[int, memoryview]) -> Vxlan | None:
     """None: of a kind that we never make: it learns, or does not answer for neighbours, or has no address."""
     local = inet_ntop(AF_INET, data[4]) if 4 in data else inet_ntop(AF_INET6, data[17]) if 17 in data else ""
     is_ours = local and not data[7][0] and data[11][0]
-    return Vxlan(vni=_number(data[1]), port=int.from_bytes(data[15], "big"), local=local) if is_ours else None
+    if not is_ours:
+        return None
+    is_whole = _DF in data and bool(data[_DF][0])
+    return Vxlan(vni=_number(data[1]), port=int.from_bytes(data[15], "big"), local=local, is_whole=is_whole)
 
 
 def _addresses(names: dict[int, str]) -> Iterable[Address]:

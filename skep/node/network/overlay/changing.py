@@ -19,8 +19,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.errors import Unavailable
 from skep.node.network import netlink
+from skep.node.network.checksums import set_offloads
 from skep.node.network.encrypted.taps import open_tap
 from skep.node.network.namespaces import Namespaces, set_sysctl
+from skep.node.network.overlay import actual
 from skep.node.network.overlay.difference import (
     AddLink,
     ChangeLink,
@@ -62,6 +64,23 @@ async def carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Ope
         raise KernelRefused(f"the kernel did not answer in {_DEADLINE_S:g} s") from error
     except (OSError, NetlinkError) as error:
         raise KernelRefused(f"the kernel refused a change of the network: {error}") from error
+
+
+async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
+    """Remove the VXLAN devices of the namespace at ``path``, which is to go itself.
+
+    The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once.  What fails is
+    logged.
+    """
+    try:
+        found = await namespaces.run(path, actual.read, _is_vxlan, ())
+        await carry_out(namespaces, path, [DeleteLink(name) for name in found.state.links])
+    except (Unavailable, OSError) as error:
+        log.warning("network not cleared", path=str(path), error=str(error))
+
+
+def _is_vxlan(link: Link) -> bool:
+    return link.kind == "vxlan"
 
 
 async def _carry_out(namespaces: Namespaces, path: Path, operations: Sequence[Operation]) -> None:
@@ -169,6 +188,8 @@ class _Changes:
             "vxlan_learning": False,
             "vxlan_proxy": True,
         }
+        if link.vxlan.is_whole:
+            options["vxlan_df"] = 1
         async with self._namespaces.netlink(self._namespaces.home) as home:
             if self._path == self._namespaces.home:
                 await _tolerating(_PRESENT, home.link("add", **options))
@@ -187,6 +208,8 @@ class _Changes:
         await self._route.link("set", index=index, state="up" if link.is_up else "down", **options)
         if link.is_closed_port and link.master:
             await self._route.brport("set", index=index, learning=0, unicast_flood=0)
+        if link.offloads is not None:
+            await self._namespaces.run(self._path, set_offloads, link.name, link.offloads)
 
     async def _index(self, name: str) -> int:
         """Index of a link, 0 when there is none."""

@@ -118,7 +118,9 @@ def _changes(
         if found.master in gone:
             found = msgspec.structs.replace(found, master="")
         if _differs(wanted[name], found):
-            yield ChangeLink(wanted[name])
+            # A device whose address is set, to the same one even, forgets its neighbours.
+            mac = "" if wanted[name].mac == found.mac else wanted[name].mac
+            yield ChangeLink(msgspec.structs.replace(wanted[name], mac=mac))
 
 
 def _is_other(wanted: Link, found: Link) -> bool:
@@ -132,6 +134,7 @@ def _differs(wanted: Link, found: Link) -> bool:
         or (wanted.mtu not in (0, found.mtu))
         or (wanted.mac not in ("", found.mac))
         or (wanted.master not in ("", found.master))
+        or (wanted.offloads not in (None, found.offloads))
         or (wanted.is_closed_port and not found.is_closed_port)
     )
 

@@ -21,15 +21,14 @@ from skep.node.network.addresses import mac_for
 from skep.node.network.encrypted.overlays import Encryption, NoEncryption
 from skep.node.network.gateway import new_port_name
 from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay import actual, underlays
-from skep.node.network.overlay.changing import KernelRefused, carry_out
-from skep.node.network.overlay.difference import DeleteLink
+from skep.node.network.overlay.changing import KernelRefused, remove_vxlans
 from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import owner, spoofing, strangers
 from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Entry, State
+from skep.node.network.overlay.underlays import Measurements, Underlays, find
 from skep.node.network.overlay.wanted import (
     OVERLAY_SYSCTLS,
     LocalPlace,
@@ -85,7 +84,7 @@ class Overlays:
         self._places: dict[NetworkId, dict[ContainerId, LocalPlace]] = {}
         self._domains: dict[NetworkId, Domain] = {}
         self._containers: dict[ContainerId, tuple[Domain, Endpoint]] = {}
-        self._underlays: dict[str, Underlay] = {}
+        self._underlays = Underlays()
         self._locks: dict[NetworkId, asyncio.Lock] = {}
         self._remote: dict[NetworkId, tuple[Table, NodeId, Underlay | None, frozenset[Entry]]] = {}
         self._encrypted: Encryption = NoEncryption()
@@ -93,6 +92,10 @@ class Overlays:
     def encrypt_with(self, encrypted: Encryption) -> None:
         """Who carries encrypted networks; until then containers are refused on them."""
         self._encrypted = encrypted
+
+    def measure_with(self, measurements: Measurements) -> None:
+        """Who knows what the ways to other nodes carry; until then that is what the devices say."""
+        self._underlays.measurements = measurements
 
     def identify(self, node_id: NodeId) -> None:
         """Who this node is in the tables."""
@@ -121,6 +124,16 @@ class Overlays:
         except SkepError as error:
             log.warning("networks not cleared", error=str(error))
 
+    async def remeasured(self) -> None:
+        """Have networks follow what was measured by now.  Every one is tried.  Raises: SkepError."""
+        async with self._applying:
+            if self._is_cleared:  # otherwise the first tables bring it about
+                refused: list[SkepError] = []
+                await self._tried(self._find_underlays(), refused)
+                await self._settle_all([id for id in self._tables if self._lies_on_another(id)], refused)
+                if refused:
+                    raise refused[0]
+
     async def _apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         is_first = not self._is_cleared
         self._tables, self._knows_tables = dict(tables), True
@@ -131,10 +144,7 @@ class Overlays:
         await self._tried(self._find_underlays(), refused)
         await self._tried(self._settle_home(), refused)
         concerned = changed | (tables.keys() | self._places.keys() if is_first else frozenset())
-        limit = asyncio.Semaphore(_AT_ONCE)
-        async with asyncio.TaskGroup() as group:
-            for id in sorted(concerned):
-                group.create_task(self._settle_whole(id, limit, refused), name=f"network {id}")
+        await self._settle_all(concerned, refused)
         if is_first:
             await self._tried(self._clear_pins(), refused)
         if is_first and not refused:
@@ -143,6 +153,16 @@ class Overlays:
             raise refused[0]
         self._is_cleared = True
         self._encrypted.restored()
+
+    async def _find_underlays(self) -> None:
+        wanted = self._underlays.addresses(self._node_id, self._tables.values())
+        self._underlays.found = await self._namespaces.run(self._namespaces.home, find, wanted)
+
+    async def _settle_all(self, ids: Iterable[NetworkId], refused: list[SkepError]) -> None:
+        limit = asyncio.Semaphore(_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for id in sorted(ids):
+                group.create_task(self._settle_whole(id, limit, refused), name=f"network {id}")
 
     async def _settle_whole(self, id: NetworkId, limit: asyncio.Semaphore, refused: list[SkepError]) -> None:
         async with limit:
@@ -286,7 +306,7 @@ class Overlays:
         found = {}
         for one in endpoint.places:
             head, table = self._head_of(one.network_id), self._tables.get(one.network_id)
-            found[one.network_id] = (head, mtu_of(head, self._underlay_of(table)))
+            found[one.network_id] = (head, mtu_of(head, self._underlays.of(self._node_id, table)))
         return found
 
     # --- networks ---------------------------------------------------------------------------------------------
@@ -298,7 +318,7 @@ class Overlays:
             if table is None and not places:
                 await self._remove(id)
                 return
-            head, underlay = self._head_of(id), self._underlay_of(table)
+            head, underlay = self._head_of(id), self._underlays.of(self._node_id, table)
             state = network_state(
                 head,
                 table,
@@ -311,7 +331,8 @@ class Overlays:
             domain.wish(id, state, spoofing(owner(place.connected) for place in places))
             await domain.settle()
             if head.is_encrypted and table is not None and underlay is not None:
-                self._encrypted.place(self._node_id, underlay.address, underlay.mtu)
+                mtu = self._underlays.encrypted_mtu(self._node_id, self._tables.values(), underlay)
+                self._encrypted.place(self._node_id, underlay.address, mtu)
                 self._encrypted.carry(table, domain.path)
 
     def _remote_entries(self, table: Table, underlay: Underlay | None) -> frozenset[Entry]:
@@ -321,6 +342,11 @@ class Overlays:
             entries = remote_entries(table, self._node_id, underlay)
             known = self._remote[table.head.id] = (table, self._node_id, underlay, entries)
         return known[3]
+
+    def _lies_on_another(self, id: NetworkId) -> bool:
+        """Whether what is under a network differs from what it was made for."""
+        known = self._remote.get(id)
+        return known is None or known[2] != self._underlays.of(self._node_id, self._tables.get(id))
 
     async def _domain(self, id: NetworkId, head: NetworkHead) -> Domain:
         if head.is_ingress:
@@ -350,20 +376,11 @@ class Overlays:
         domain = self._domains.pop(id, None)
         if domain is not None:
             self._healing.forget(domain)
-            await self._empty(domain.path)
+            await remove_vxlans(self._pins, domain.path)
             await self._pins.destroy(id)
         elif self._home.has(id):
             self._home.unwish(id)
             await self._home.settle()
-
-    async def _empty(self, path: Path) -> None:
-        """The kernel frees a namespace later, and what is in it; a VXLAN's id and port are to be free at once."""
-        try:
-            found = await self._pins.run(path, actual.read, every_link, ())
-            gone = [name for name, link in found.state.links.items() if link.kind == "vxlan"]
-            await carry_out(self._pins, path, [DeleteLink(name) for name in gone])
-        except (SkepError, OSError) as error:
-            log.warning("network not cleared", path=str(path), error=str(error))
 
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
@@ -371,24 +388,9 @@ class Overlays:
             if id not in self._domains:
                 path = self._pins.path(id)
                 if os.path.ismount(path):
-                    await self._empty(path)
+                    await remove_vxlans(self._pins, path)
                 await self._pins.destroy(id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
         table = self._tables.get(id)
         return table.head if table is not None else self._heads[id]
-
-    # --- underlay ---------------------------------------------------------------------------------------------
-
-    def _underlay_of(self, table: Table | None) -> Underlay | None:
-        node = table.nodes.get(self._node_id) if table is not None else None
-        if node is None or not node.underlay:
-            return None
-        return self._underlays.get(node.underlay, Underlay(node.underlay))
-
-    async def _find_underlays(self) -> None:
-        """The addresses that this node's VXLANs leave from, with the MTU of their devices."""
-        own = (table.nodes.get(self._node_id) for table in self._tables.values())
-        wanted = {node.underlay for node in own if node is not None and node.underlay}
-        found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
-        self._underlays = found

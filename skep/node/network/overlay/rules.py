@@ -11,6 +11,7 @@ from ipaddress import IPv6Address
 from typing import NamedTuple
 
 from skep.model.ids import NetworkId, NodeId
+from skep.model.paths import PROBE_VNI, PathWish
 from skep.model.tables import Table
 from skep.node.network.overlay.tables import Element, RuleTable
 from skep.node.network.overlay.wanted import plain_address
@@ -100,6 +101,20 @@ def strangers(tables: Mapping[NetworkId, Table], node_id: NodeId, bridges: Itera
                 if node.id != node_id:
                     name = "peers6" if ":" in node.underlay else "peers4"
                     elements.add((name, f"{plain_address(node.underlay)} . {segment.vni}"))
+    return _vxlan_of(ports, bridges, elements)
+
+
+def probing(wish: PathWish, bridges: Iterable[str]) -> RuleTable:
+    """The same of the probes' VXLAN: it is taken from the peers of ``wish`` only."""
+    elements: set[Element] = {("vnis", str(PROBE_VNI))}
+    for peer in wish.peers:
+        if peer.data_path:
+            name = "peers6" if ":" in peer.data_path else "peers4"
+            elements.add((name, f"{plain_address(peer.data_path)} . {PROBE_VNI}"))
+    return _vxlan_of({wish.node.vxlan_port}, bridges, elements)
+
+
+def _vxlan_of(ports: Iterable[int], bridges: Iterable[str], elements: set[Element]) -> RuleTable:
     elements |= {("ports", str(port)) for port in ports}
     elements |= {("bridges", f'"{bridge}"') for bridge in bridges}
     return RuleTable(

@@ -8,11 +8,15 @@ import msgspec
 
 
 class Vxlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What cannot be changed of a VXLAN device once it is made.  ``local``: address that its packets leave from."""
+    """What cannot be changed of a VXLAN device once it is made.  ``local``: address that its packets leave from.
+
+    ``is_whole``: its packets are never fragmented on the way (IPv4's DF); others are where they do not fit.
+    """
 
     vni: int
     port: int
     local: str
+    is_whole: bool = False
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +31,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A network device.  In a wish, 0, empty and None mean: whatever it is.
 
     ``is_closed_port``: as a port of a bridge it neither learns addresses nor gets what is meant for unknown ones.
+    ``offloads``: whether checksums and TCP's segments are left to what lies below; of VXLAN only, None elsewhere.
     ``peer`` is of wishes only: where the other end of a veth is to be made; ``gso_bytes``, too: how large TCP's frames
     from there may be, from when it is made on.
     """
@@ -39,6 +44,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     is_up: bool = True
     is_closed_port: bool = False
     vxlan: Vxlan | None = None
+    offloads: bool | None = None
     peer: Peer | None = None
     gso_bytes: int = 0
 

@@ -32,6 +32,7 @@ TAP = "tun"
 OVERHEAD_V4, OVERHEAD_V6 = 50, 70
 """Bytes that VXLAN puts around a frame: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
+IPV6_MTU_MIN = 1280
 LOOPBACK = "lo"
 
 OVERLAY_SYSCTLS = {
@@ -55,22 +56,29 @@ class LocalPlace(msgspec.Struct, frozen=True):
 
 
 class Underlay(msgspec.Struct, frozen=True):
-    """The node's address on the network between the nodes, and the MTU of the device that has it."""
+    """The node's address on the network between the nodes, and the MTU of the device that has it.
+
+    As overlays see it, the MTU is what arrives at the other nodes.  ``offloads``: whether checksums inside VXLAN may be
+    left to the network card; None: where they are left now.
+    """
 
     address: str
     mtu: int = USUAL_MTU
+    offloads: bool | None = None
 
 
 def mtu_of(head: NetworkHead, underlay: Underlay | None) -> int:
-    """MTU of a network's interfaces: as wished, else what the underlay leaves."""
+    """MTU of a network's interfaces: as wished, else what the underlay leaves.
+
+    One with IPv6 has what IPv6 needs at least (RFC 8200, section 5): with less the kernel takes the addresses away.
+    """
     if head.mtu:
         return head.mtu
+    least = IPV6_MTU_MIN if any(":" in one.subnet for one in head.segments) else 0
+    of_underlay = underlay or Underlay("")
     if head.is_encrypted:
-        of_underlay = underlay or Underlay("")
-        return inner_mtu(of_underlay.mtu, is_ipv6=":" in of_underlay.address)
-    if underlay is None:
-        return USUAL_MTU - OVERHEAD_V4
-    return underlay.mtu - (OVERHEAD_V6 if ":" in underlay.address else OVERHEAD_V4)
+        return max(least, inner_mtu(of_underlay.mtu, is_ipv6=":" in of_underlay.address))
+    return max(least, of_underlay.mtu - (OVERHEAD_V6 if ":" in of_underlay.address else OVERHEAD_V4))
 
 
 def network_state(
@@ -217,6 +225,7 @@ def _devices(head: NetworkHead, underlay: Underlay | None, bridge: str, mtu: int
             master=bridge,
             is_closed_port=True,
             vxlan=Vxlan(vni=segment.vni, port=head.port, local=plain_address(underlay.address)),
+            offloads=underlay.offloads,
         )
     return found
 

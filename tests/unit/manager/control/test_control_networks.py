@@ -70,6 +70,7 @@ REFUSED = {
     "invalid MTU value: 1000": a_spec(options={MTU: "1000"}, ipv6_enabled=True),
     'invalid vxlan id value "x" passed': a_spec(options={VXLAN_IDS: "x"}),
     'invalid vxlan id value "" passed': a_spec(options={VXLAN_IDS: ""}),
+    'invalid vxlan id value "16777215" passed': a_spec(options={VXLAN_IDS: "16777215"}),  # the probes'
     'invalid vxlan id value "16777216" passed': a_spec(options={VXLAN_IDS: "5,16777216"}),
     "no matching subnet for aux-address 10.9.0.1": a_spec(
         "n", IPAMConfig(subnet="10.8.0.0/24", auxiliary_addresses={"a": "10.9.0.1"})

@@ -6,7 +6,7 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skep.manager.discovery.encrypted_members import EncryptedMembers, is_encrypted
+from skep.manager.discovery.encrypted_members import EncryptedMembers
 from skep.manager.discovery.overlay_keys import (
     ROTATION_S,
     KeyRing,
@@ -21,6 +21,7 @@ from skep.manager.discovery.overlay_keys import (
 from skep.model.ids import NetworkId, NodeId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
+from skep.model.overlays import is_encrypted
 from skep.model.pair_keys import (
     EPOCHS_KEPT,
     KEY_BYTES,

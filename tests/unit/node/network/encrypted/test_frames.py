@@ -117,3 +117,18 @@ def test_units_that_are_never_completed_give_way_and_are_counted() -> None:
     assert reassembly.lost == 3
     assert reassembly.add(at(UNITS_MAX + 2, 1), [b"y"]) == [b"x", b"y"]
     assert reassembly.add(at(0, 1), [b"y"]) is None, "its first half gave way"
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_an_echo_repeats_its_number_and_is_no_longer(number: int) -> None:
+    asked, answer = frames.echo_question(number), frames.echo_answer(number)
+    assert len(asked) == len(answer)
+    assert frames.echo_asked(asked) == number
+    assert frames.echo_asked(answer) is None
+    assert frames.parse(memoryview(asked)) is None
+
+
+@given(st.binary(max_size=40))
+def test_what_is_no_echo_is_none(garbage: bytes) -> None:
+    is_one = len(garbage) == 16 and garbage[:2] == bytes((frames.VERSION, frames.ECHO))
+    assert (frames.echo_asked(garbage) is not None) == is_one

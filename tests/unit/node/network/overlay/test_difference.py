@@ -216,3 +216,22 @@ def test_a_vxlan_with_other_numbers_is_made_anew_with_all_that_is_on_it(change: 
     actual = State(links={"vx1": device}, entries=frozenset({entry}))
     wanted = State(links={"vx1": new}, entries=frozenset({entry}))
     assert difference(wanted, actual) == [DeleteLink("vx1"), AddLink(new), Put(entry)]
+
+
+def test_a_device_that_changes_is_not_told_the_address_that_it_has() -> None:
+    """The kernel forgets a device's neighbours when its address is set, to the same one even."""
+    link = Link(name="probe", kind="vxlan", mtu=1450, mac="02:42:0a:00:00:01", offloads=True)
+    smaller = msgspec.structs.replace(link, mtu=1350)
+    (change,) = difference(State(links={"probe": smaller}), State(links={"probe": link}))
+    assert change == ChangeLink(msgspec.structs.replace(smaller, mac=""))
+    other = msgspec.structs.replace(link, mac="02:42:0a:00:00:02")
+    (change,) = difference(State(links={"probe": other}), State(links={"probe": link}))
+    assert change == ChangeLink(other)
+
+
+def test_checksums_are_left_where_they_are_unless_somebody_says_so() -> None:
+    link = Link(name="vx", kind="vxlan", offloads=False)
+    as_it_is = msgspec.structs.replace(link, offloads=None)
+    left = msgspec.structs.replace(link, offloads=True)
+    assert difference(State(links={"vx": as_it_is}), State(links={"vx": link})) == []
+    assert difference(State(links={"vx": link}), State(links={"vx": left})) == [ChangeLink(link)]

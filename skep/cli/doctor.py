@@ -1,0 +1,261 @@
+"""``skep doctor``: what is wrong with the cluster, measured now."""
+
+import asyncio
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+import msgspec
+
+from skep.api.client import Client
+from skep.cli.asking import answer_of
+from skep.errors import Unavailable
+
+_ANSWERS_WITHIN_S = 40.0
+"""The manager gives nodes 25 s, and names those that need longer."""
+_HEAD = ("FROM", "TO", "CHECK", "PORT", "LOSS", "RTT", "MTU", "SPEED", "STATE")
+_WELL_ROWS_MAX = 40
+"""Ways that are well are listed in small clusters only; a way leads from one node to another."""
+_DETAIL_LINES_MAX = 20
+"""Reasons that are printed below the table; the same reason is printed once."""
+
+Answer = Mapping[str, Any]
+Row = tuple[str, ...]
+
+
+@click.group()
+def doctor() -> None:
+    """What is wrong, measured now.
+
+    \b
+    Examples:
+      skep doctor network
+    """
+
+
+@doctor.command()
+@click.option("--throughput", is_flag=True, help="Measure it, too: up to 32 MiB between each two nodes.")
+@click.option(
+    "--all", "shows_all", is_flag=True, help="Show every check, not only those that fail of each pair."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with all that was found.")
+@click.pass_obj
+def network(host: str, throughput: bool, shows_all: bool, as_json: bool) -> None:
+    """Whether the nodes reach each other: every pair, every port.
+
+    All nodes probe each other now, where containers' packets go, which takes some seconds.  What fails is shown
+    first, with its port.  In a large cluster each node probes some tens of others.  The exit code is 1 if anything
+    fails or a node does not answer.
+
+    \b
+    Examples:
+      skep doctor network
+      skep doctor network --throughput
+      skep doctor network --json | jq '.[].Paths[] | select(.Findings[].Failing)'
+    """
+    answers = answer_of(_ask(host, throughput=throughput))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(answers)).decode())
+    else:
+        for line in shown(answers, shows_all=shows_all):
+            click.echo(line)
+    if any(is_troubled(answer) for answer in answers):
+        sys.exit(1)
+
+
+async def _ask(host: str, *, throughput: bool) -> list[Answer]:
+    """Every node's answer, in order of host names.  Shows progress where somebody sees it."""
+    answers: list[Answer] = []
+    try:
+        async with asyncio.timeout(_ANSWERS_WITHIN_S):
+            asked = await _read(host, answers, throughput=throughput)
+    except TimeoutError:
+        raise Unavailable(f"the examination did not end within {_ANSWERS_WITHIN_S:g} s") from None
+    if len(answers) < asked:
+        raise Unavailable(f"the manager ended the examination after {len(answers)} of {asked} nodes")
+    return sorted(answers, key=lambda answer: (answer["Hostname"], answer["ID"]))
+
+
+async def _read(host: str, answers: list[Answer], *, throughput: bool) -> int:
+    """Put every answer as it comes; gives how many were to come."""
+    word = "1" if throughput else "0"
+    async with Client.at(host) as client, client.stream("/skep/doctor/network", throughput=word) as stream:
+        objects = stream.objects()
+        beginning = await anext(objects, None)
+        if beginning is None:
+            raise Unavailable("the manager ended the examination before it began")
+        asked = len(beginning["Nodes"])
+        with _Progress(asked) as progress:
+            async for answer in objects:
+                answers.append(answer)
+                progress.show(len(answers))
+    return asked
+
+
+class _Progress:
+    """``5 of 33 nodes`` on stderr, written over itself; nothing where stderr is no terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._is_seen = sys.stderr.isatty()
+
+    def __enter__(self) -> "_Progress":
+        self.show(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_seen:
+            click.echo("\r\033[K", err=True, nl=False)
+
+    def show(self, done: int) -> None:
+        if self._is_seen:
+            click.echo(f"\r\033[K{done} of {self._total} nodes have answered", err=True, nl=False)
+
+
+def is_troubled(answer: Answer) -> bool:
+    """Whether something of a node's answer fails, or is missing."""
+    return bool(answer.get("Error")) or any(
+        finding["Failing"] for path in answer["Paths"] for finding in path["Findings"]
+    )
+
+
+# -- for people ---------------------------------------------------------------------------------------------------
+
+
+def shown(answers: Sequence[Answer], *, shows_all: bool = False) -> Iterator[str]:
+    """The verdict, a table of pairs (what fails first), and why it fails."""
+    yield verdict(answers)
+    yield ""
+    failing, well = _rows(answers, shows_all=shows_all)
+    hidden = 0 if shows_all or len(well) <= _WELL_ROWS_MAX else len(well)
+    table = [_HEAD, *failing, *(() if hidden else well)]
+    columns = [position for position in range(len(_HEAD)) if any(row[position] for row in table[1:])]
+    widths = [max(len(row[position]) for row in table) for position in columns]
+    for number, row in enumerate(table if len(table) > 1 else ()):
+        cells = (row[position].ljust(width) for position, width in zip(columns, widths, strict=True))
+        line = "  ".join(cells).rstrip()
+        yield click.style(line, fg="red") if 0 < number <= len(failing) else line
+    if hidden:
+        yield f"{hidden} ways without trouble are not shown (--all)"
+    for title, lines in (("Why", _details(answers)), ("Nodes without an answer", _errors(answers))):
+        if lines:
+            yield ""
+            yield f"{title}:"
+            yield from (f"  {line}" for line in lines)
+
+
+def verdict(answers: Sequence[Answer]) -> str:
+    """One sentence, with what fails by port."""
+    pairs = {
+        tuple(sorted((answer["Hostname"], path["Peer"])))
+        for answer in answers
+        for path in answer["Paths"]
+        if path["PeerID"] != answer["ID"]
+    }
+    failing: dict[str, set[tuple[str, ...]]] = {}
+    for answer in answers:
+        for path in answer["Paths"]:
+            for finding in path["Findings"]:
+                if finding["Failing"]:
+                    what = f"{finding['Port']} ({finding['Check']})".strip()
+                    failing.setdefault(what, set()).add(tuple(sorted({answer["Hostname"], path["Peer"]})))
+    silent = sum(bool(answer.get("Error")) for answer in answers)
+    looked = f"{_counted(len(answers), 'node')}, {_counted(len(pairs), 'pair')}"
+    words = [
+        f"{what} fails {_where(places)}"
+        for what, places in sorted(failing.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+    if silent:
+        words.append(f"no answer from {_counted(silent, 'node')}")
+    return f"{looked}: {'; '.join(words) or 'everything is well'}"
+
+
+def _where(places: Collection[tuple[str, ...]]) -> str:
+    """Of one pair, or one node, by name."""
+    if len(places) > 1:
+        return f"at {len(places)} places"
+    (names,) = places
+    return f"between {' and '.join(names)}" if len(names) > 1 else f"on {names[0]}"
+
+
+def _rows(answers: Sequence[Answer], *, shows_all: bool) -> tuple[list[Row], list[Row]]:
+    """Failing checks one by one; of paths that are well a row each, or one per check."""
+    failing: list[Row] = []
+    well: list[Row] = []
+    for answer in answers:
+        for path in sorted(answer["Paths"], key=lambda path: (path["Peer"], path["PeerID"])):
+            peer = path["Peer"] if path["PeerID"] != answer["ID"] else "(itself)"
+            findings = path["Findings"]
+            for finding in findings:
+                if finding["Failing"]:
+                    failing.append((answer["Hostname"], peer, *_cells(finding, path), "FAILS"))
+                elif shows_all:
+                    well.append((answer["Hostname"], peer, *_cells(finding, path), "ok"))
+            if not shows_all and findings and not any(finding["Failing"] for finding in findings):
+                well.append((answer["Hostname"], peer, *_summary(findings, path), "ok"))
+    return failing, well
+
+
+def _cells(finding: Answer, path: Answer) -> Row:
+    return (
+        finding["Check"],
+        finding["Port"],
+        _loss(finding["Sent"], finding["Lost"]),
+        _milliseconds(finding.get("RoundTripMs")),
+        *_measures(path),
+    )
+
+
+def _summary(findings: Sequence[Answer], path: Answer) -> Row:
+    """Of all checks together: what was lost, and the shortest way there and back."""
+    sent, lost = (sum(finding[word] for finding in findings) for word in ("Sent", "Lost"))
+    times = [finding["RoundTripMs"] for finding in findings if finding.get("RoundTripMs") is not None]
+    return (
+        _counted(len(findings), "check"),
+        "",
+        _loss(sent, lost),
+        _milliseconds(min(times, default=None)),
+        *_measures(path),
+    )
+
+
+def _measures(path: Answer) -> Row:
+    speed = path.get("Throughput", 0)
+    return str(path.get("MTU") or ""), f"{speed * 8 / 1e6:,.0f} Mbit/s" if speed else ""
+
+
+def _loss(sent: int, lost: int) -> str:
+    return f"{100 * lost / sent:.0f} %" if sent else ""
+
+
+def _milliseconds(round_trip: float | None) -> str:
+    return f"{round_trip:.1f} ms" if round_trip is not None else ""
+
+
+def _details(answers: Sequence[Answer]) -> list[str]:
+    """Why something fails, and what was put right; each sentence once, with where it was found first."""
+    found: dict[str, list[str]] = {}
+    for answer in answers:
+        for path in answer["Paths"]:
+            for finding in path["Findings"]:
+                if finding.get("Detail"):
+                    where = answer["Hostname"]
+                    if path["PeerID"] != answer["ID"]:
+                        where += f" -> {path['Peer']}"
+                    found.setdefault(f"{finding['Check']}: {finding['Detail']}", []).append(where)
+    lines = [
+        f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {sentence}"
+        for sentence, places in found.items()
+    ]
+    if len(lines) > _DETAIL_LINES_MAX:
+        return [*lines[:_DETAIL_LINES_MAX], f"and {len(lines) - _DETAIL_LINES_MAX} more (--json)"]
+    return lines
+
+
+def _errors(answers: Sequence[Answer]) -> list[str]:
+    return [f"{answer['Hostname']}: {answer['Error']}" for answer in answers if answer.get("Error")]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

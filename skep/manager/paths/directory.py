@@ -1,0 +1,117 @@
+"""The nodes as those who probe them see them, from what the store shows.  Pure."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
+from msgspec.structs import replace
+
+from skep.manager.paths.plan import Plan
+from skep.model.addresses import joined
+from skep.model.ids import NetworkId, NodeId
+from skep.model.node import Node, NodeState
+from skep.model.paths import PathPeer, PathWish
+from skep.model.planes import is_docker_node, probes_paths, underlay_of
+
+GOSSIP_PORT = 7946
+GOSSIP_PEERS_MAX = 24
+"""Docker nodes that one manager asks; of more, each manager asks its share."""
+
+
+class Directory(msgspec.Struct, frozen=True, kw_only=True):
+    """All nodes that are up.  ``gossiping``: docker nodes, in order of their ids; ``managers``: of ours."""
+
+    peers: Mapping[NodeId, PathPeer]
+    """Nodes that probe and answer."""
+    gossiping: tuple[PathPeer, ...] = ()
+    managers: tuple[NodeId, ...] = ()
+
+
+def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
+    """What the store says of them."""
+    up = [node for node in nodes if node.status.state is NodeState.READY]
+    ours = [node for node in up if probes_paths(node) and underlay_of(node)]
+    return Directory(
+        peers={node.id: _peer(node, vxlan_port) for node in ours},
+        gossiping=tuple(
+            PathPeer(
+                node_id=node.id,
+                hostname=node.description.hostname,
+                gossip=joined(node.status.addr, GOSSIP_PORT),
+            )
+            for node in up
+            if is_docker_node(node) and node.status.addr
+        ),
+        managers=tuple(node.id for node in ours if _control(node)),
+    )
+
+
+def is_seen_otherwise(old: Node, new: Node) -> bool:
+    """Whether a directory takes something of a node that has changed.  Asked for each commit of each node."""
+    if old.status is new.status and old.description is new.description:
+        return _control(old) != _control(new)
+    return _seen(old) != _seen(new)
+
+
+def _seen(node: Node) -> tuple[object, ...]:
+    return (
+        node.status,
+        node.description.hostname,
+        underlay_of(node),
+        probes_paths(node),
+        is_docker_node(node),
+        _control(node),
+    )
+
+
+def wish_for(
+    id: NodeId,
+    directory: Directory,
+    plan: Plan,
+    encrypted: Callable[[NodeId], Sequence[NetworkId]],
+) -> PathWish | None:
+    """Whom the node is to probe; None: it takes no part.
+
+    ``encrypted``: the encrypted networks of a node.
+    """
+    own = directory.peers.get(id)
+    if own is None:
+        return None
+    theirs = frozenset(encrypted(id))
+    peers = []
+    for peer_id in plan.peers(id):
+        peer = directory.peers.get(peer_id)
+        if peer is not None:
+            is_encrypted = bool(theirs) and not theirs.isdisjoint(encrypted(peer_id))
+            peers.append(replace(peer, encrypted=True) if is_encrypted else peer)
+    return PathWish(node=own, peers=(*peers, *_gossiping(id, directory)))
+
+
+def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
+    """Managers pass gossip on to docker nodes; who else does not reach those is no trouble to anybody."""
+    if id not in directory.managers:
+        return ()
+    if len(directory.gossiping) <= GOSSIP_PEERS_MAX:
+        return directory.gossiping
+    share = directory.managers.index(id)
+    return directory.gossiping[share :: len(directory.managers)][:GOSSIP_PEERS_MAX]
+
+
+def controlled(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
+    """All managers but the node itself, to be asked for their control ports alone."""
+    return tuple(
+        replace(directory.peers[manager], data_path="") for manager in directory.managers if manager != id
+    )
+
+
+def _peer(node: Node, vxlan_port: int) -> PathPeer:
+    return PathPeer(
+        node_id=node.id,
+        hostname=node.description.hostname,
+        data_path=underlay_of(node),
+        vxlan_port=vxlan_port,
+        control=_control(node),
+    )
+
+
+def _control(node: Node) -> str:
+    return node.manager_status.addr if node.manager_status is not None else ""

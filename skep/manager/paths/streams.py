@@ -1,0 +1,340 @@
+"""Streams to the nodes: whom to probe goes there, what they found comes back.  Active on every manager.
+
+What a node says stays in the memory of the manager that has its session; only what fails, and has settled, is written,
+and only when that changes.  So a cluster whose paths are well writes nothing, whatever its size.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.slices import Slices
+from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.manager.follow import follow
+from skep.manager.node_session import Line, NodeSession
+from skep.manager.paths.directory import Directory, controlled, directory_of, is_seen_otherwise, wish_for
+from skep.manager.paths.plan import ALL_PAIRS_MAX, Plan
+from skep.manager.paths.records import PathRecord, record_paths
+from skep.manager.paths.verdicts import Verdicts
+from skep.model.ids import NetworkId, NodeId
+from skep.model.node import Node
+from skep.model.paths import Examination, NetworkNames, PathPeer, PathReport, PathWish
+from skep.model.planes import data_path_port, probes_paths
+from skep.model.swarm import Swarm
+from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.convert.paths import examination_to_pb, reports_from_pb, wish_to_pb
+from skep.wire.errors import LOST_PEER
+from skep.wire.service import Handler, duplex
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 0.5
+"""How often is looked for what is to be planned or written."""
+PLAN_PAUSE_S = 5.0
+"""Least time between two plans of a large cluster: thousands of nodes that join are a few plans."""
+PLAN_AGAIN_S = 30.0
+PLAN_AGAIN_SMALL_S = 5.0
+"""Networks come and go with tasks, and nobody says so here: how often is looked anew, in large and small clusters."""
+AT_ONCE = 200
+"""Nodes written at one look; the others wait for the next."""
+REPORTS_MAX = 256
+"""Of one message: more peers no node has."""
+
+Send = Callable[[skep.PathOrder], Awaitable[None]]
+
+
+class Networks(Protocol):
+    """What is known of networks (``discovery.loop.Discovery``)."""
+
+    def networks_of(self, node_id: NodeId) -> Sequence[NetworkId]: ...
+
+    def is_encrypted(self, network_id: NetworkId) -> bool: ...
+
+    def names_for(self, node_id: NodeId) -> tuple[NetworkNames, ...]: ...
+
+
+class PathStreams:
+    """What the nodes here are told of paths, and what they say."""
+
+    def __init__(
+        self,
+        store: Store,
+        own: NodeId,
+        session: Callable[[NodeId, str], NodeSession],
+        networks: Networks,
+        clock: Clock,
+    ) -> None:
+        """``session``: a node's session here, by its id; raises SkepError if there is no such one."""
+        self._store = store
+        self._own = own
+        self._session = session
+        self._networks = networks
+        self._clock = clock
+        self._streams: dict[NodeId, _Stream] = {}
+        self._directory = Directory(peers={})
+        self._plan = Plan((), {})
+        self._is_stale = True
+        self._planned_at = float("-inf")
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (duplex(methods.PATHS, self._paths),)
+
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Those whose streams are open here."""
+        return tuple(sorted(self._streams))
+
+    async def examine(self, node_id: NodeId, *, throughput: bool) -> tuple[tuple[PathReport, ...], str]:
+        """What the node finds now, and why that is not all, if so.  How long to wait is the caller's to say.
+
+        Raises: Unavailable: the node has no stream here, or loses it meanwhile.
+        """
+        stream = self._streams.get(node_id)
+        if stream is None:
+            raise Unavailable(f"node {node_id} is not connected to this manager")
+        wished = stream.wish.peers if stream.wish is not None else ()
+        known = {peer.node_id for peer in wished}
+        managers = (peer for peer in controlled(node_id, self._directory) if peer.node_id not in known)
+        peers = (*wished, *managers)
+        names = self._networks.names_for(node_id)
+        return await stream.examine(Examination(peers=peers, throughput=throughput, names=names))
+
+    async def run(self) -> None:
+        """Plan and write until cancelled."""
+        await follow(self._store, (Node, Swarm), start=self._start, note=self._note, work=self._work)
+
+    # -- what is to be probed -----------------------------------------------------------------------------------
+
+    def _start(self, _view: View) -> None:
+        self._is_stale = True
+
+    def _note(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Updated(Node() as old, Node() as new):
+                    self._is_stale |= is_seen_otherwise(old, new)
+                case Created() | Deleted() | Updated(Swarm(), Swarm()):
+                    self._is_stale = True
+
+    async def _work(self) -> None:
+        while True:
+            now = self._clock.monotonic()
+            is_small = len(self._directory.peers) <= ALL_PAIRS_MAX
+            pause_s = 0.0 if is_small else PLAN_PAUSE_S
+            again_s = PLAN_AGAIN_SMALL_S if is_small else PLAN_AGAIN_S
+            if now - self._planned_at >= (pause_s if self._is_stale else again_s):
+                self._is_stale = False
+                self._planned_at = now
+                await self._make_plan()
+            await self._write()
+            await self._clock.sleep(LOOK_S)
+
+    async def _make_plan(self) -> None:
+        view = self._store.view()
+        nodes, swarms = view.find(Node), view.find(Swarm)
+        slices = Slices(self._clock)
+        if len(nodes) <= ALL_PAIRS_MAX:
+            self._directory, self._plan = _planned(nodes, swarms, {})
+        else:
+            networks: dict[NodeId, Sequence[NetworkId]] = {}
+            for node in nodes:
+                networks[node.id] = self._networks.networks_of(node.id)
+                await slices.give_way()
+            # Plain computing: 0.2 s for 5,000 nodes.
+            self._directory, self._plan = await asyncio.to_thread(_planned, nodes, swarms, networks)
+        for stream in tuple(self._streams.values()):
+            self._wish(stream)
+            await slices.give_way()
+        silenced = [node for node in nodes if node.failing_paths and not probes_paths(node)]
+        for node in silenced:
+            await self._forget(node)
+
+    def _wish(self, stream: "_Stream") -> None:
+        """Have the stream tell what is to be probed now."""
+        wish = wish_for(stream.node_id, self._directory, self._plan, self._encrypted)
+        if wish != stream.wish:
+            stream.set_wish(wish)
+
+    def _encrypted(self, node_id: NodeId) -> Sequence[NetworkId]:
+        networks = self._networks.networks_of(node_id)
+        return [id for id in networks if self._networks.is_encrypted(id)]
+
+    # -- what is to be written ------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        view = self._store.view()
+        due: list[PathRecord] = []
+        for stream in self._streams.values():
+            if not stream.is_dirty:
+                continue
+            node = view.lookup(Node, stream.node_id)
+            failing = stream.verdicts.failing()
+            if node is None or node.failing_paths == failing:
+                stream.is_dirty = False
+            elif len(due) < AT_ONCE:
+                due.append(PathRecord(node_id=stream.node_id, session_id=stream.session.id, failing=failing))
+        if not due:
+            return
+        results = await self._store.update_each(record_paths, due)
+        for record, result in zip(due, results, strict=True):
+            words = ", ".join(path.words for path in record.failing)
+            if isinstance(result, SkepError):
+                log.warning("paths not written yet", node=record.node_id, error=str(result))
+            elif result and record.failing:
+                log.warning("node does not reach others", node=record.node_id, paths=words)
+            elif result:
+                log.info("node reaches all others", node=record.node_id)
+
+    async def _forget(self, node: Node) -> None:
+        """An older version runs there now: it will never say that a path is well."""
+        if node.session is None or node.session.manager_id != self._own:
+            return
+        record = PathRecord(node_id=node.id, session_id=node.session.session_id, failing=())
+        try:
+            await self._store.update(record_paths, record)
+        except SkepError as error:
+            self._is_stale = True
+            log.warning("paths not written yet", node=node.id, error=str(error))
+
+    # -- streams --------------------------------------------------------------------------------------------------
+
+    async def _paths(self, requests: AsyncIterator[skep.PathNews], send: Send, caller: Caller) -> None:
+        first = await anext(requests, None)
+        if first is None:
+            raise InvalidArgument("the session is missing")
+        session = self._session(caller.node_id, first.session_id)
+        del first
+        node = self._store.view().lookup(Node, caller.node_id)
+        verdicts = Verdicts(node.failing_paths if node is not None else ())
+        with session.aside() as line, self._open(_Stream(caller.node_id, session, line, verdicts)) as stream:
+            self._wish(stream)
+            async with asyncio.TaskGroup() as group:
+                hearing = group.create_task(self._hear(stream, requests), name="hear of paths")
+                try:
+                    await stream.tell(send)
+                except (SkepError, *LOST_PEER) as error:
+                    stream.end(error)
+                finally:
+                    hearing.cancel()
+        if stream.error is not None:
+            raise stream.error
+
+    @contextmanager
+    def _open(self, stream: "_Stream") -> "Iterator[_Stream]":
+        """The only stream of its node: an earlier one ends."""
+        earlier = self._streams.get(stream.node_id)
+        if earlier is not None:
+            earlier.end(Unavailable("the node has opened another stream of paths"))
+        self._streams[stream.node_id] = stream
+        try:
+            yield stream
+        finally:
+            stream.end(Unavailable("the node's stream of paths has ended"))
+            if self._streams.get(stream.node_id) is stream:
+                del self._streams[stream.node_id]
+
+    async def _hear(self, stream: "_Stream", requests: AsyncIterator[skep.PathNews]) -> None:
+        try:
+            async for news in requests:
+                stream.take(news)
+                del news
+            stream.end(Unavailable("the node has ended the stream"))
+        except (SkepError, *LOST_PEER) as error:
+            stream.end(error)
+
+
+def _planned(
+    nodes: Iterable[Node], swarms: Iterable[Swarm], networks: Mapping[NodeId, Sequence[NetworkId]]
+) -> tuple[Directory, Plan]:
+    directory = directory_of(nodes, data_path_port(swarms))
+    return directory, Plan(directory.peers, networks)
+
+
+class _Stream:
+    """One node's."""
+
+    def __init__(self, node_id: NodeId, session: NodeSession, line: Line, verdicts: Verdicts) -> None:
+        self.node_id = node_id
+        self.session = session
+        self.verdicts = verdicts
+        self.wish: PathWish | None = None
+        self.is_dirty = False
+        """Whether what is written may be out of date."""
+        self.error: Exception | None = None
+        """Why it is over."""
+        self._line = line
+        self._told: PathWish | None = None
+        self._peers: Mapping[NodeId, PathPeer] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._examination: tuple[int, Examination] | None = None
+        """That is to be told."""
+        self._numbers = 0
+        self._answer: asyncio.Future[tuple[tuple[PathReport, ...], str]] | None = None
+
+    def set_wish(self, wish: PathWish | None) -> None:
+        """The node is to probe others than before."""
+        self.wish = wish
+        self._peers = {peer.node_id: peer for peer in wish.peers} if wish is not None else {}
+        self.verdicts.keep(self._peers)
+        self.is_dirty = True
+        self._line.wake()
+
+    def take(self, news: skep.PathNews) -> None:
+        """What the node says.  Raises: InvalidArgument: more than any node has to say."""
+        if len(news.reports) > REPORTS_MAX:
+            raise InvalidArgument(f"more than {REPORTS_MAX} reports of paths at once")
+        reports = reports_from_pb(news.reports)
+        if not news.examination:
+            self.verdicts.take(reports, self._peers)
+            self.is_dirty = True
+        elif news.examination == self._numbers and self._answer is not None and not self._answer.done():
+            self._answer.set_result((reports, news.error))
+
+    async def examine(self, examination: Examination) -> tuple[tuple[PathReport, ...], str]:
+        """One at a time.  Raises: why the stream is over."""
+        async with self._one_at_a_time:
+            self.require_open()
+            self._numbers += 1
+            self._answer = asyncio.get_running_loop().create_future()
+            self._examination = (self._numbers, examination)
+            self._line.wake()
+            try:
+                return await self._answer
+            finally:
+                self._answer = self._examination = None
+
+    async def tell(self, send: Send) -> None:
+        """What is to be probed, whenever that changes, and what is to be examined.  Raises: why it is over."""
+        while True:
+            self.require_open()
+            order = skep.PathOrder()
+            if self.wish is not None and self.wish != self._told:
+                order.wish.CopyFrom(wish_to_pb(self.wish))
+                self._told = self.wish
+            if self._examination is not None:
+                order.examination.CopyFrom(examination_to_pb(*self._examination))
+                self._examination = None
+            if order.ByteSize():
+                await send(order)
+            del order
+            await self._line.wait()
+
+    def end(self, error: Exception) -> None:
+        """The first reason counts."""
+        self.error = self.error or error
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(Unavailable(str(self.error)))
+        self._line.wake()
+
+    def require_open(self) -> None:
+        """Raises: why the stream is over."""
+        self.session.require_open()
+        if self.error is not None:
+            raise self.error

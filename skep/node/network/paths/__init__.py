@@ -1,0 +1,1 @@
+"""Probes between nodes: what the data path lets through, measured where containers' packets go."""

@@ -1,0 +1,94 @@
+"""The namespace of a node's probes, made and kept like an overlay's."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from skep.model.paths import PathWish
+from skep.node.network.checksums import offloads
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay import underlays
+from skep.node.network.overlay.changing import remove_vxlans
+from skep.node.network.overlay.domain import Domain, every_link
+from skep.node.network.overlay.healing import Healing
+from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.rules import probing
+from skep.node.network.overlay.state import State
+from skep.node.network.overlay.wanted import OVERLAY_SYSCTLS, Underlay
+from skep.node.network.paths.echoes import Sockets
+from skep.node.network.paths.places import DEVICE, probe_state
+
+_NAME = "probe"
+_PART = "probes"
+
+
+class ProbePlace:
+    """A pinned namespace with a VXLAN device, and the rules at home that let its peers' packets in.
+
+    ``pins``: where it is pinned; ``home``: the node's own namespace; ``bridges``: those that containers' packets come
+    by.
+    """
+
+    def __init__(
+        self,
+        *,
+        pins: Namespaces,
+        home: Domain,
+        repairs: Repairs,
+        healing: Healing,
+        bridges: Iterable[str],
+    ) -> None:
+        self._pins = pins
+        self._home = home
+        self._healing = healing
+        self._bridges = tuple(bridges)
+        self._domain = Domain("probes", self.path, pins, repairs, selects=every_link)
+
+    @property
+    def path(self) -> Path:
+        return self._pins.path(_NAME)
+
+    async def settle(self, wish: PathWish, *, left_to_card: bool | None) -> Underlay:
+        """Bring ``wish`` about; what its probes leave from.
+
+        ``left_to_card``: checksums of what the device sends; None: as it is.  Raises: KernelRefused, NftFailed,
+        OSError.
+        """
+        own = wish.node.data_path
+        found = await self._pins.run(self._pins.home, underlays.find, {own})
+        underlay = found.get(own, Underlay(own))
+        self._home.wish(_PART, State(), probing(wish, self._bridges))
+        await self._home.settle()
+        if not os.path.ismount(self.path):
+            await self._pins.destroy(_NAME)
+            await self._pins.create(_NAME, OVERLAY_SYSCTLS)
+            self._domain.forget()
+            self._healing.forget(self._domain)
+        self._domain.wish(_PART, probe_state(wish, underlay, offloads=left_to_card))
+        await self._domain.settle()
+        await self._healing.watch(self._domain)
+        return underlay
+
+    async def remove(self) -> None:
+        """Leave nothing; harmless when nothing is there.  Raises: KernelRefused, NftFailed, OSError."""
+        self._healing.forget(self._domain)
+        if self._home.has(_PART):
+            self._home.unwish(_PART)
+            await self._home.settle()
+        if os.path.ismount(self.path):
+            await remove_vxlans(self._pins, self.path)
+        if _NAME in self._pins.pinned():
+            await self._pins.destroy(_NAME)
+        self._domain.forget()
+
+    async def is_left_to_card(self) -> bool:
+        """Whether the device leaves checksums to the card at present.  Raises: OSError."""
+        return await self._pins.run(self.path, offloads, DEVICE)
+
+    async def sockets(self, address: str) -> Sockets:
+        """New ones at ``address``; the caller closes them.  Raises: OSError."""
+        return await self._pins.run(self.path, Sockets, address)
+
+    def identity(self) -> int:
+        """Another number where the namespace is another one.  Raises: OSError."""
+        return self.path.stat().st_ino

@@ -1,0 +1,33 @@
+"""The ports of the underlay that a peer is asked at, and what is found there."""
+
+from collections.abc import Sequence
+
+from skep.model.paths import PathCheck, PathFinding, PathPeer, PathWish
+from skep.node.network.encrypted.plan import PORT_OFFSET
+from skep.node.network.paths.findings import port_finding
+from skep.node.network.paths.knocking import Knocking
+from skep.node.network.paths.wishes import host_and_port
+
+
+class PortChecks:
+    """A manager's port, a docker node's gossip, the forwarder of encrypted networks: those that the peer has."""
+
+    def __init__(self, knocking: Knocking) -> None:
+        self._knocking = knocking
+
+    async def findings(self, wish: PathWish | None, peer: PathPeer) -> Sequence[PathFinding]:
+        """One after the other: most peers have one at most."""
+        found = []
+        if peer.control:
+            address, port = host_and_port(peer.control)
+            outcome = await self._knocking.hello(address, port)
+            found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
+        if peer.gossip:
+            address, port = host_and_port(peer.gossip)
+            outcome = await self._knocking.connect(address, port)
+            found.append(port_finding(PathCheck.GOSSIP, peer, address, port, outcome, protocol="tcp"))
+        if peer.encrypted and peer.data_path and wish is not None and wish.node.data_path:
+            address, port = peer.data_path, peer.vxlan_port + PORT_OFFSET
+            outcome = await self._knocking.forwarder(wish.node.data_path, address, port)
+            found.append(port_finding(PathCheck.ENCRYPTED, peer, address, port, outcome, protocol="udp"))
+        return found

@@ -1,0 +1,138 @@
+"""Paths between nodes: what a node is told to probe, and what it found."""
+
+from collections.abc import Iterable
+
+from skep.model.ids import NetworkId, NodeId
+from skep.model.paths import (
+    DETAIL_CHARACTERS_MAX,
+    Examination,
+    NetworkNames,
+    PathCheck,
+    PathFinding,
+    PathPeer,
+    PathReport,
+    PathWish,
+)
+from skep.wire import skep_pb2 as pb
+
+_CHECKS = frozenset(PathCheck)
+FINDINGS_MAX = 16
+"""Of one report; there are fewer checks."""
+PORT_CHARACTERS_MAX = 32
+
+
+def wish_to_pb(wish: PathWish) -> pb.PathWish:
+    return pb.PathWish(node=_peer_to_pb(wish.node), peers=map(_peer_to_pb, wish.peers))
+
+
+def wish_from_pb(message: pb.PathWish) -> PathWish:
+    return PathWish(node=_peer_from_pb(message.node), peers=tuple(map(_peer_from_pb, message.peers)))
+
+
+def examination_to_pb(number: int, examination: Examination) -> pb.Examination:
+    return pb.Examination(
+        number=number,
+        peers=map(_peer_to_pb, examination.peers),
+        throughput=examination.throughput,
+        names=[
+            pb.NetworkNames(
+                network_id=one.network_id,
+                network=one.network,
+                names=[
+                    pb.NetworkNames.Name(name=name, addresses=addresses)
+                    for name, addresses in sorted(one.names.items())
+                ],
+            )
+            for one in examination.names
+        ],
+    )
+
+
+def examination_from_pb(message: pb.Examination) -> Examination:
+    return Examination(
+        peers=tuple(map(_peer_from_pb, message.peers)),
+        throughput=message.throughput,
+        names=tuple(
+            NetworkNames(
+                network_id=NetworkId(one.network_id),
+                network=one.network,
+                names={name.name: tuple(name.addresses) for name in one.names},
+            )
+            for one in message.names
+        ),
+    )
+
+
+def reports_to_pb(reports: Iterable[PathReport]) -> list[pb.PathReport]:
+    return [
+        pb.PathReport(
+            peer=report.peer,
+            findings=map(_finding_to_pb, report.findings),
+            mtu=report.mtu,
+            throughput=report.throughput,
+            rounds=report.rounds,
+        )
+        for report in reports
+    ]
+
+
+def reports_from_pb(messages: Iterable[pb.PathReport]) -> tuple[PathReport, ...]:
+    """Findings of checks that are not known here are left out; texts are cut to their bounds."""
+    return tuple(
+        PathReport(
+            peer=NodeId(message.peer),
+            findings=tuple(
+                _finding_from_pb(one) for one in message.findings[:FINDINGS_MAX] if one.check in _CHECKS
+            ),
+            mtu=message.mtu,
+            throughput=message.throughput,
+            rounds=message.rounds,
+        )
+        for message in messages
+    )
+
+
+def _finding_to_pb(finding: PathFinding) -> pb.PathFinding:
+    return pb.PathFinding(
+        check=finding.check.value,
+        port=finding.port,
+        sent=finding.sent,
+        lost=finding.lost,
+        round_trip_ms=finding.round_trip_ms,
+        detail=finding.detail,
+    )
+
+
+def _finding_from_pb(message: pb.PathFinding) -> PathFinding:
+    return PathFinding(
+        check=PathCheck(message.check),
+        port=message.port[:PORT_CHARACTERS_MAX],
+        sent=message.sent,
+        lost=message.lost,
+        round_trip_ms=message.round_trip_ms if message.HasField("round_trip_ms") else None,
+        detail=message.detail[:DETAIL_CHARACTERS_MAX],
+    )
+
+
+def _peer_to_pb(peer: PathPeer) -> pb.PathPeer:
+    return pb.PathPeer(
+        node_id=peer.node_id,
+        hostname=peer.hostname,
+        data_path=peer.data_path,
+        vxlan_port=peer.vxlan_port,
+        control=peer.control,
+        gossip=peer.gossip,
+        encrypted=peer.encrypted,
+    )
+
+
+def _peer_from_pb(message: pb.PathPeer) -> PathPeer:
+    return PathPeer(
+        node_id=NodeId(message.node_id),
+        hostname=message.hostname,
+        data_path=message.data_path,
+        vxlan_port=message.vxlan_port,
+        control=message.control,
+        gossip=message.gossip,
+        encrypted=message.encrypted,
+    )

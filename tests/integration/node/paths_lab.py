@@ -1,0 +1,96 @@
+"""What tests of probes need beside ``overlay_lab``: wishes for all pairs, and servers at the ports that are asked."""
+
+import asyncio
+import os
+import random
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from skep.model.paths import PathCheck, PathPeer, PathReport, PathWish
+from skep.node.network.connecting import ContainerNetwork
+from skep.node.network.encrypted.forwarder import Forwarder
+from skep.node.network.encrypted.plan import Plan, PlannedPeer
+from tests.etcd_rig import peer_files
+from tests.integration.node.overlay_lab import LabNode, OverlayLab
+
+CONTROL_PORT, GOSSIP_PORT, VXLAN_PORT, ENCRYPTED_PORT = 2377, 7946, 4789, 4799
+
+
+def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
+    """As the others are told of it.  ``has_ports``: of a manager that carries encrypted networks, and gossips."""
+    return PathPeer(
+        node_id=node.id,
+        hostname=f"host-{node.id}",
+        data_path=node.underlay,
+        control=f"{node.underlay}:{CONTROL_PORT}" if has_ports else "",
+        gossip=f"{node.underlay}:{GOSSIP_PORT}" if has_ports else "",
+        encrypted=has_ports,
+    )
+
+
+def wish_all(lab: OverlayLab, networks: list[ContainerNetwork], *, has_ports: bool = False) -> None:
+    """Everybody probes everybody."""
+    peers = [a_peer(node, has_ports=has_ports) for node in lab.nodes]
+    for node, network in zip(lab.nodes, networks, strict=True):
+        network.prober.wish(
+            PathWish(node=a_peer(node), peers=tuple(peer for peer in peers if peer.node_id != node.id))
+        )
+
+
+async def report_until(
+    network: ContainerNetwork, peer: LabNode, fits: Callable[[PathReport], bool], within_s: float = 30.0
+) -> PathReport:
+    """The first report on ``peer`` that ``fits``."""
+    report: PathReport | None = None
+    try:
+        async with asyncio.timeout(within_s):
+            while report is None or not fits(report):
+                await asyncio.sleep(0.05)
+                report = network.prober.reports.get(peer.id)
+    except TimeoutError:
+        raise AssertionError(f"no such report in {within_s:g} s, the last one: {report}") from None
+    return report
+
+
+def failing(report: PathReport) -> dict[PathCheck, str]:
+    """Port by check."""
+    return {one.check: one.port for one in report.failing}
+
+
+@asynccontextmanager
+async def served_ports(lab: OverlayLab, root: Path) -> AsyncIterator[None]:
+    """On each node: TLS at the control port, a forwarder of encrypted networks, and somebody at the gossip port."""
+    files = peer_files(root)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    context.load_verify_locations(files.roots)
+    context.verify_mode = ssl.CERT_REQUIRED
+    loop = asyncio.get_running_loop()
+    servers: list[asyncio.Server] = []
+    forwarders: list[Forwarder] = []
+    try:
+        for node in lab.nodes:
+            for port, tls in ((CONTROL_PORT, context), (GOSSIP_PORT, None)):
+                listener = await node.namespaces.run(node.home, socket.create_server, (node.underlay, port))
+                servers.append(await loop.create_server(asyncio.Protocol, sock=listener, ssl=tls))
+            forwarder = Forwarder(os.urandom, random.random, time.monotonic)
+            plan = Plan(
+                node_id=node.id,
+                address=node.underlay,
+                port=ENCRYPTED_PORT,
+                peers=tuple(
+                    PlannedPeer(node_id=one.id, address=one.underlay) for one in lab.nodes if one is not node
+                ),
+            )
+            await node.namespaces.run(node.home, forwarder.apply, plan)
+            forwarders.append(forwarder)
+        yield
+    finally:
+        for server in servers:
+            server.close()
+        for forwarder in forwarders:
+            forwarder.close()

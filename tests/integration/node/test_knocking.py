@@ -1,0 +1,90 @@
+"""What is said of a port that is closed, silent, or somebody else's."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.paths.knocking import TRIES, Knocking
+from skep.node.network.paths.outcomes import Outcome
+
+
+class Answering(asyncio.Protocol):
+    """Says something that is no TLS to whoever says anything."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+class Closing(Answering):
+    """Listens, and ends the connection."""
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.close()
+
+
+@pytest.fixture
+async def knocking(tmp_path: Path) -> AsyncIterator[Knocking]:
+    namespaces = Namespaces(tmp_path)
+    yield Knocking(namespaces, SystemClock(), lambda: 7)
+    namespaces.close()
+
+
+def refused(error: str) -> Outcome:
+    return Outcome(sent=TRIES, answered=0, error=error)
+
+
+@pytest.mark.parametrize(
+    ("server", "error"),
+    [(Answering, "it does not speak TLS"), (Closing, "the connection is closed without an answer")],
+)
+async def test_who_speaks_no_tls_is_no_manager(
+    knocking: Knocking, server: type[asyncio.Protocol], error: str
+) -> None:
+    async with await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        assert await knocking.hello("127.0.0.1", port) == refused(error)
+        assert (await knocking.connect("127.0.0.1", port)).arrived
+
+
+async def test_who_says_nothing_has_a_deadline_and_who_is_not_there_refuses(knocking: Knocking) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and nobody reads
+        assert await knocking.hello("127.0.0.1", silent.getsockname()[1]) == refused("no answer")
+    port = silent_port()
+    assert await knocking.hello("127.0.0.1", port) == refused("connection refused")
+    assert await knocking.connect("127.0.0.1", port) == refused("connection refused")
+    assert await knocking.forwarder("127.0.0.1", "127.0.0.1", port) == refused("connection refused")
+
+
+async def test_another_answer_than_the_one_asked_for_is_none(knocking: Knocking) -> None:
+    """Somebody else's datagrams at a forwarder's port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        other.setblocking(False)
+        loop = asyncio.get_running_loop()
+
+        def echo() -> None:
+            data, sender = other.recvfrom(100)
+            other.sendto(data, sender)
+
+        loop.add_reader(other, echo)
+        try:
+            port = other.getsockname()[1]
+            assert await knocking.forwarder("127.0.0.1", "127.0.0.1", port) == refused("no answer")
+        finally:
+            loop.remove_reader(other)
+
+
+def silent_port() -> int:
+    """One that nobody listens at, neither by TCP nor by UDP."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port

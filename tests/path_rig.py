@@ -1,0 +1,71 @@
+"""Probes without a network: what they find is said by a test."""
+
+import asyncio
+from collections.abc import Mapping
+
+from skep.model.ids import NodeId
+from skep.model.paths import (
+    SETTLED_ROUNDS,
+    Examination,
+    PathCheck,
+    PathFinding,
+    PathPeer,
+    PathReport,
+    PathWish,
+)
+
+
+def a_finding(
+    check: PathCheck = PathCheck.OVERLAY, port: str = "4789/udp", *, fails: bool = False
+) -> PathFinding:
+    return PathFinding(
+        check=check,
+        port=port,
+        sent=3,
+        lost=3 if fails else 0,
+        round_trip_ms=None if fails else 0.5,
+        detail="nothing came back" if fails else "",
+    )
+
+
+def a_report(peer: str, *findings: PathFinding, rounds: int = SETTLED_ROUNDS) -> PathReport:
+    return PathReport(peer=NodeId(peer), findings=findings or (a_finding(),), rounds=rounds)
+
+
+class ScriptedProbes:
+    """Implements ``node.path_stream.PathSource``."""
+
+    def __init__(self) -> None:
+        self.wishes: list[PathWish | None] = []
+        self.examined: list[Examination] = []
+        self.answers: tuple[PathReport, ...] = ()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self._reports: dict[NodeId, PathReport] = {}
+        self._news: asyncio.Queue[PathReport] = asyncio.Queue()
+
+    def say(self, *reports: PathReport) -> None:
+        for report in reports:
+            self._reports[report.peer] = report
+            self._news.put_nowait(report)
+
+    @property
+    def peers(self) -> set[str]:
+        """Whom the last wish names."""
+        last = self.wishes[-1] if self.wishes else None
+        return {peer.node_id for peer in last.peers} if last is not None else set()
+
+    @property
+    def reports(self) -> Mapping[NodeId, PathReport]:
+        return self._reports
+
+    def wish(self, wish: PathWish | None) -> None:
+        self.wishes.append(wish)
+
+    async def next_reports(self) -> tuple[PathReport, ...]:
+        return (await self._news.get(),)
+
+    async def examine(self, own: PathPeer | None, examination: Examination) -> tuple[PathReport, ...]:
+        self.examined.append(examination)
+        await self.may_answer.wait()
+        return self.answers

@@ -1,0 +1,98 @@
+"""What ``skep doctor network`` says."""
+
+from typing import Any
+
+from click.testing import CliRunner
+
+from skep.cli import main as cli
+from skep.cli.doctor import is_troubled, shown, verdict
+
+
+def a_finding(
+    check: str = "overlay", port: str = "4789/udp", *, fails: bool = False, **more: Any
+) -> dict[str, Any]:
+    loss = {"Sent": 3, "Lost": 3 if fails else 0, "Failing": fails}
+    times = {} if fails else {"RoundTripMs": 0.42}
+    return {"Check": check, "Port": port, **loss, **times, **more}
+
+
+def a_path(peer: str, *findings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"PeerID": f"id-{peer}", "Peer": peer, "Findings": list(findings or (a_finding(),)), **more}
+
+
+def an_answer(name: str, *paths: dict[str, Any], error: str = "") -> dict[str, Any]:
+    return {"ID": f"id-{name}", "Hostname": name, "Paths": list(paths)} | ({"Error": error} if error else {})
+
+
+WELL = [an_answer("m1", a_path("w1", MTU=1500)), an_answer("w1", a_path("m1", MTU=1500))]
+BLOCKED = [
+    an_answer("m1", a_path("w1"), a_path("w2")),
+    an_answer("w1", a_path("m1"), a_path("w2", a_finding(fails=True, Detail="nothing came back"))),
+    an_answer("w2", a_path("m1"), a_path("w1", a_finding(fails=True, Detail="nothing came back"))),
+]
+
+
+def test_a_cluster_that_is_well_is_said_to_be() -> None:
+    assert list(shown(WELL)) == [
+        "2 nodes, 1 pair: everything is well",
+        "",
+        "FROM  TO  CHECK    LOSS  RTT     MTU   STATE",
+        "m1    w1  1 check  0 %   0.4 ms  1500  ok",
+        "w1    m1  1 check  0 %   0.4 ms  1500  ok",
+    ]
+    assert not any(map(is_troubled, WELL))
+
+
+def test_what_fails_comes_first_with_pair_and_port() -> None:
+    lines = list(shown(BLOCKED))
+    assert lines[0] == "3 nodes, 3 pairs: 4789/udp (overlay) fails between w1 and w2"
+    assert [line.split("  ")[0].strip() for line in lines[3:5]] == ["\x1b[31mw1", "\x1b[31mw2"]
+    assert lines[3].startswith("\x1b[31mw1    w2  overlay  4789/udp  100 %")
+    assert lines[-2:] == ["Why:", "  w1 -> w2 and 1 more: overlay: nothing came back"]
+    assert [is_troubled(answer) for answer in BLOCKED] == [False, True, True]
+
+
+def test_a_node_that_does_not_answer_is_named_with_why() -> None:
+    answers = [*WELL, an_answer("w3", error="no answer within 25 s")]
+    assert verdict(answers) == "3 nodes, 1 pair: no answer from 1 node"
+    assert list(shown(answers))[-2:] == ["Nodes without an answer:", "  w3: no answer within 25 s"]
+    assert is_troubled(answers[-1])
+
+
+def test_in_a_large_cluster_only_what_fails_is_listed() -> None:
+    names = [f"w{number}" for number in range(10)]
+    answers = [an_answer(name, *(a_path(peer) for peer in names if peer != name)) for name in names]
+    assert list(shown(answers))[2:] == ["90 ways without trouble are not shown (--all)"]
+    assert len(list(shown([*BLOCKED, *answers]))) == 9
+    assert len(list(shown(answers, shows_all=True))) == 3 + 90
+
+
+def test_every_check_is_shown_on_demand() -> None:
+    two = [an_answer("m1", a_path("w1", a_finding(), a_finding("control", "2377/tcp")))]
+    rows = list(shown(two, shows_all=True))[3:]
+    assert [row.split()[2:4] for row in rows] == [["overlay", "4789/udp"], ["control", "2377/tcp"]]
+
+
+def test_what_a_node_finds_of_its_own_names_is_no_pair() -> None:
+    own = an_answer("m1", a_path("m1", a_finding("names", "53/udp", fails=True, Detail="web is 10.0.0.9")))
+    lines = list(shown([own]))
+    assert lines[0] == "1 node, 0 pairs: 53/udp (names) fails on m1"
+    assert "(itself)" in lines[3]
+    assert lines[-1] == "  m1: names: web is 10.0.0.9"
+
+
+def test_speed_is_shown_where_it_was_measured() -> None:
+    lines = list(shown([an_answer("m1", a_path("w1", Throughput=125_000_000))]))
+    assert "1,000 Mbit/s" in lines[-1]
+
+
+def test_the_help_has_examples() -> None:
+    result = CliRunner().invoke(cli.main, ["doctor", "network", "--help"])
+    assert result.exit_code == 0
+    assert "skep doctor network --throughput" in result.output
+
+
+def test_without_a_node_it_is_one_line() -> None:
+    result = CliRunner().invoke(cli.main, ["-H", "unix:///nowhere.sock", "doctor", "network"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: unix:///nowhere.sock does not answer")

@@ -1,0 +1,67 @@
+"""Who probes whom."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skep.manager.paths.plan import ALL_PAIRS_MAX, NEIGHBOURS, PEERS_MAX, Plan
+from skep.model.ids import NetworkId, NodeId
+
+
+def nodes(count: int) -> list[NodeId]:
+    return [NodeId(f"n{number}") for number in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, ALL_PAIRS_MAX])
+def test_in_a_small_cluster_everybody_probes_everybody(count: int) -> None:
+    plan = Plan(nodes(count), {})
+    for id in nodes(count):
+        assert set(plan.peers(id)) == set(nodes(count)) - {id}
+
+
+def test_who_takes_no_part_has_no_peers() -> None:
+    assert Plan(nodes(3), {}).peers(NodeId("stranger")) == ()
+    assert Plan(nodes(100), {}).peers(NodeId("stranger")) == ()
+
+
+@given(
+    count=st.integers(ALL_PAIRS_MAX + 1, 150),
+    networks=st.dictionaries(st.integers(0, 149), st.sets(st.integers(0, 12), max_size=12)),
+)
+def test_pairs_are_the_same_from_both_ends_and_no_node_has_too_many(
+    count: int, networks: dict[int, set[int]]
+) -> None:
+    known = {NodeId(f"n{node}"): [NetworkId(f"net{one}") for one in on] for node, on in networks.items()}
+    plan = Plan(nodes(count), known)
+    peers = {id: plan.peers(id) for id in nodes(count)}
+    for id, theirs in peers.items():
+        assert id not in theirs
+        assert 2 * NEIGHBOURS <= len(theirs) <= PEERS_MAX
+        assert all(id in peers[other] for other in theirs)
+
+
+def test_nodes_that_share_a_small_network_probe_each_other_however_large_the_cluster() -> None:
+    three = [NodeId("n7"), NodeId("n700"), NodeId("n1400")]
+    plan = Plan(nodes(2000), {id: [NetworkId("backend")] for id in three})
+    for id in three:
+        assert set(three) - {id} <= set(plan.peers(id))
+
+
+def test_a_node_that_joins_changes_the_peers_of_few() -> None:
+    before, after = Plan(nodes(1000), {}), Plan(nodes(1001), {})
+    changed = [id for id in nodes(1000) if before.peers(id) != after.peers(id)]
+    assert len(changed) == 2 * NEIGHBOURS
+
+
+def test_all_managers_work_out_the_same() -> None:
+    assert Plan(nodes(60), {}).peers(NodeId("n1")) == Plan(reversed(nodes(60)), {}).peers(NodeId("n1"))
+
+
+def test_the_whole_cluster_hangs_together() -> None:
+    """Who is cut off from one half is a peer of somebody in it."""
+    plan = Plan(nodes(500), {})
+    seen, wave = {NodeId("n0")}, [NodeId("n0")]
+    while wave:
+        wave = [peer for id in wave for peer in plan.peers(id) if peer not in seen]
+        seen.update(wave)
+    assert len(seen) == 500
