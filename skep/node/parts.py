@@ -77,6 +77,7 @@ class NodeParts:
         manager_stands_by: has one ready to be started in an instant (True), or none (False).
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
         method: how this node encrypts overlays; overlay_keys: is told the keys.
+        ask_for_places: is told by whom plain containers come onto the cluster's networks; None: the node left.
         place_manager: tells the manager of this node where it is, and where others may be.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
@@ -105,6 +106,7 @@ class NodeParts:
         place_manager: Callable[[LocalNode], None],
         method: Method | Refusal,
         overlay_keys: Callable[[KeysTold], None],
+        ask_for_places: Callable[[Agent | None], None],
     ) -> None:
         self._certificates = certificates
         self._lock = lock
@@ -127,6 +129,7 @@ class NodeParts:
         self._place_manager = place_manager
         self._method = method
         self._overlay_keys = overlay_keys
+        self._ask_for_places = ask_for_places
         self._meter = LoadMeter(reader_of(machine, Cgroups(configuration().cgroup_parent)), clock)
 
     def manager(self) -> ManagerProcess:
@@ -161,7 +164,7 @@ class NodeParts:
             changed=lambda pair: certified(pair.identity.role),
             lock=self._lock,
         )
-        return Agent(
+        agent = Agent(
             credentials=credentials,
             managers=ManagerList(self._known_managers(node), remember),
             describe=lambda: self.description(node.data_path_addr),
@@ -177,6 +180,8 @@ class NodeParts:
             tables=self._tables,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
+        self._ask_for_places(agent)
+        return agent
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
         """Those heard of last, and those that the configuration names."""
@@ -209,6 +214,7 @@ class NodeParts:
 
     async def remove_tasks(self) -> None:
         """Have every task stopped and removed; waits for up to a minute, what is left then is logged."""
+        self._ask_for_places(None)
         await self._worker.assign(AssignmentSet(complete=True))
         backoff = Backoff(0.02, 0.5, chance=self._random.random)
         try:

@@ -10,6 +10,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.model.ids import new_container_id
 from skep.model.meta import Driver
+from skep.node.executor.attaching import ClusterAttachments
 from skep.node.executor.oci import OciExecutor
 from skep.node.executor.pulling import Images
 from skep.node.mounts.payloads import Payloads
@@ -17,6 +18,9 @@ from skep.node.mounts.volumes import Volumes
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.gateway import BRIDGE, Gateway
 from skep.node.network.ingress.mesh import Mesh
+from skep.node.network.joining import Joining
+from skep.node.network.local.keeper import LocalNetworks
+from skep.node.network.local.places import LocalPlaces
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.naming import NameService, Naming
 from skep.node.network.node_tables import NodeTables
@@ -92,8 +96,11 @@ def oci_executor(
         capacity=capacity,
     )
     naming = Naming(names, resolver) if names is not None else None
+    attachments = ClusterAttachments()
     network = container_network(
         paths,
+        attachments=attachments,
+        names=names,
         namespaces=namespaces,
         ports=ports or OwnReservations(namespaces),
         mesh_ports=mesh_ports,
@@ -122,6 +129,8 @@ def oci_executor(
         overlays=network.overlays,
         naming=naming,
         mesh=network.mesh,
+        attachments=attachments,
+        network=network,
     )
 
 
@@ -133,8 +142,13 @@ def container_network(
     mesh_ports: PortReservations | None = None,
     clock: Clock,
     naming: Naming | None = None,
+    names: NameService | None = None,
+    attachments: ClusterAttachments | None = None,
 ) -> ContainerNetwork:
-    """All networks of one node's containers."""
+    """All networks of one node's containers.
+
+    ``attachments``: plain containers' places on the cluster's networks; None: there are none.
+    """
     repairs, settling = Repairs(), Settling(clock)
     healing = Healing(namespaces, clock, repairs)
     home = home_domain(namespaces, repairs)
@@ -150,6 +164,8 @@ def container_network(
     gateway = Gateway(
         namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
     )
+    local = LocalNetworks(paths.networks / "local", gateway, clock=clock, new_id=new_container_id)
+    attachments = attachments or ClusterAttachments()
     mesh = Mesh(
         namespaces=namespaces,
         tables=NodeTables(namespaces, clock, random.random),
@@ -159,6 +175,8 @@ def container_network(
         chance=random.random,
     )
     return ContainerNetwork(
+        local=local,
+        joining=Joining(LocalPlaces(local, paths.tables, names), attachments),
         namespaces=namespaces,
         home=home,
         gateway=gateway,

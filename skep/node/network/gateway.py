@@ -23,12 +23,14 @@ from skep.model.ids import ContainerId
 from skep.model.service import PublishMode
 from skep.node.network.addresses import Addresses, free_subnet, mac_of
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay.changing import carry_out
+from skep.node.network.overlay.difference import DeleteLink
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.rules import Owner, spoofing
 from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Address, Link, Peer, State
 from skep.node.network.ports import PortReservations
-from skep.node.network.rules import HostPort, gateway_table
+from skep.node.network.rules import HostPort, between_table, gateway_table
 from skep.node.oci.container import Endpoint, NodePort
 
 log = structlog.get_logger()
@@ -84,10 +86,17 @@ class Gateway:
             await self._settle()
 
     async def connect(
-        self, container_id: ContainerId, netns: Path, interface: str, ports: Sequence[NodePort]
+        self,
+        container_id: ContainerId,
+        netns: Path,
+        interface: str,
+        ports: Sequence[NodePort],
+        *,
+        is_open: bool = False,
     ) -> Endpoint:
         """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
 
+        ``is_open``: it and others like it reach each other by the bridge.
         Raises: AlreadyExists: a port is taken; SkepError.
         """
         addresses = self._opened()
@@ -109,6 +118,7 @@ class Gateway:
                 network=self._bridge,
                 interface=interface,
                 port=new_port_name(),
+                is_open=is_open,
                 ports=tuple(reserved),
             )
             self._endpoints[container_id] = endpoint
@@ -122,6 +132,12 @@ class Gateway:
         """Free everything that ``connect`` gave; harmless when it is free already."""
         if endpoint.address:
             await self._undo(container_id, endpoint.address, endpoint.ports)
+
+    async def cut(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """The same for a container that runs on: its interface goes, too.  Raises: SkepError."""
+        if endpoint.port:
+            await carry_out(self._namespaces, self._namespaces.home, [DeleteLink(endpoint.port)])
+        await self.disconnect(container_id, endpoint)
 
     # --- another subnet ---------------------------------------------------------------------------------------
 
@@ -198,7 +214,10 @@ class Gateway:
         state = gateway_state(self._bridge, subnet, endpoints)
         owners = [Owner(one.port, one.mac_address, (one.address,)) for one in endpoints if one.port]
         host_ports = [port for one in endpoints for port in _host_ports(one.address, one.ports)]
-        self._home.wish(_PART, state, gateway_table(self._bridge, subnet, host_ports), spoofing(owners))
+        between = between_table((one.port, one.is_open) for one in endpoints if one.port)
+        self._home.wish(
+            _PART, state, gateway_table(self._bridge, subnet, host_ports), spoofing(owners), between
+        )
 
     # --- ports ------------------------------------------------------------------------------------------------
 

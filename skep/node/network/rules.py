@@ -1,7 +1,9 @@
 """The node's nftables rules for containers: data only.
 
-One table, ``ip skep``.  ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
-that answers on one address only; everything else is fixed.
+``ip skep``: ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one that
+answers on one address only; everything else is fixed.  ``bridge skep_gateway``: which containers reach each other by
+the gateway bridge: plain ones that have no other network do, as on Docker's ``bridge``; for all others it is the way
+out alone, or two networks would meet there.
 """
 
 from collections.abc import Iterable
@@ -12,6 +14,7 @@ import msgspec
 from skep.node.network.overlay.tables import RuleTable
 
 TABLE = "ip skep"
+BETWEEN = "bridge skep_gateway"
 _BOUND = "ip daddr . meta l4proto . th dport"
 
 
@@ -32,8 +35,8 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     Packets to a published port are led to the container, from outside (``pre``) and from the node itself
     (``out``).  What containers send elsewhere leaves under the node's address.  A container answers to the
     bridge's address where its client is the node itself or a container that went round by the node's
-    address, because the answer must come back the same way.  From outside nothing else is forwarded to
-    containers.
+    address, because the answer must come back the same way.  Nothing else is forwarded to containers, from outside or
+    from one to another.
     """
     return RuleTable(
         name=TABLE,
@@ -58,12 +61,30 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
             ("post", f'oifname "{bridge}" fib saddr type local masquerade'),
             ("post", f'oifname "{bridge}" ip saddr {subnet} ct status dnat masquerade'),
             ("forward", f'oifname != "{bridge}" accept'),
-            ("forward", f'iifname "{bridge}" accept'),
             ("forward", "ct state established,related accept"),
             ("forward", "ct status dnat accept"),
             ("forward", "drop"),
         ),
         elements=frozenset(_element(port) for port in host_ports),
+    )
+
+
+def between_table(ports: Iterable[tuple[str, bool]]) -> RuleTable:
+    """``ports``: of the gateway bridge, and whether its container may reach others that may."""
+    elements = set()
+    for port, is_open in ports:
+        elements.add(("ports", f'"{port}"'))
+        if is_open:
+            elements.add(("open", f'"{port}"'))
+    return RuleTable(
+        name=BETWEEN,
+        sets=(("ports", "type ifname"), ("open", "type ifname")),
+        chains=(("between", "{ type filter hook forward priority 0; }"),),
+        rules=(
+            ("between", "iifname @open oifname @open accept"),
+            ("between", "iifname @ports oifname @ports drop"),
+        ),
+        elements=frozenset(elements),
     )
 
 

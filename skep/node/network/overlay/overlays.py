@@ -184,9 +184,9 @@ class Overlays:
         self._restored.set()
 
     async def connect(
-        self, container_id: ContainerId, netns: Path, places: Sequence[Place]
+        self, container_id: ContainerId, netns: Path, places: Sequence[Place], *, first: str = "eth0"
     ) -> tuple[ConnectedPlace, ...]:
-        """A port on the bridge of each network, with ``eth0`` and so on in the container's namespace as far ends.
+        """A port on the bridge of each network, with ``first`` and so on in the container's namespace as far ends.
 
         Addresses come with ``settle_container``.  Raises: SkepError.
         """
@@ -200,7 +200,7 @@ class Overlays:
                 port=new_port_name(),
                 mac_address=mac_for(one.partition("/")[0] for one in place.addresses),
             )
-            for number, place in enumerate(places)
+            for number, place in enumerate(places, int(first.removeprefix("eth")))
         )
         try:
             for one in connected:
@@ -211,11 +211,30 @@ class Overlays:
             raise
         return connected
 
-    async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
-        """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
+    async def settle_container(
+        self, container_id: ContainerId, endpoint: Endpoint, *, is_new: bool = True
+    ) -> None:
+        """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError.
+
+        ``is_new``: its interfaces have just been made, all of them.
+        """
+        if not is_new and (before := self._containers.get(container_id)) is not None:
+            self._healing.forget(before[0])
         domain = await self._watch_container(container_id, endpoint)
-        domain.believe(just_made(domain.wanted))
+        if is_new:
+            domain.believe(just_made(domain.wanted))
         await domain.settle()
+
+    async def cut(
+        self, container_id: ContainerId, connected: Iterable[ConnectedPlace], left: Endpoint
+    ) -> None:
+        """Take a container that runs on from some networks; it keeps ``left``.  Raises: SkepError; OSError."""
+        if (before := self._containers.get(container_id)) is not None:
+            self._healing.forget(before[0])
+        for one in connected:
+            if self._places.get(one.network_id, {}).pop(container_id, None) is not None:
+                await self._settle(one.network_id)
+        await self.settle_container(container_id, left, is_new=False)
 
     def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
         """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
