@@ -145,7 +145,10 @@ class _NodeNetworks:
         if body.config_only:
             return _created(self._local.add_configuration(body))
         if self._parts.plain is None:
-            raise Unimplemented("this node runs no containers, so it has no networks for them")
+            raise Unimplemented(
+                "this node runs no containers, so it has no networks for them: create an overlay network "
+                "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
+            )
         routes = [one for one, _ in await asyncio.to_thread(read_routes) if isinstance(one, IPv4Network)]
         return _created(self._local.add_bridge(body, routes))
 
