@@ -170,9 +170,7 @@ class Node:
                 place_manager=around.place_manager,
                 method=method,
                 overlay_keys=encrypted.told,
-                ask_for_places=(
-                    workload.attachments.ask_through if workload.attachments is not None else lambda _: None
-                ),
+                places=workload.attachments,
             )
             membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id

@@ -26,6 +26,7 @@ from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
 from skep.node.contact import Contact
+from skep.node.executor.attaching import ClusterAttachments, is_attachment
 from skep.node.executor.interface import Executor
 from skep.node.features import Features, labels
 from skep.node.founding import NewCluster
@@ -56,6 +57,7 @@ REVISION_FILE = "seen.json"
 """Among the certificates, with which it goes: the newest assignments this node has seen."""
 
 _REMOVAL_TIMEOUT_S = 60.0
+_PLACES_TIMEOUT_S = 5.0
 _PLUGINS = (
     *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
     EnginePlugin(type="Log", name="json-file"),
@@ -77,7 +79,7 @@ class NodeParts:
         manager_stands_by: has one ready to be started in an instant (True), or none (False).
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
         method: how this node encrypts overlays; overlay_keys: is told the keys.
-        ask_for_places: is told by whom plain containers come onto the cluster's networks; None: the node left.
+        places: of plain containers on the cluster's networks; None: the node runs none.
         place_manager: tells the manager of this node where it is, and where others may be.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
@@ -106,7 +108,7 @@ class NodeParts:
         place_manager: Callable[[LocalNode], None],
         method: Method | Refusal,
         overlay_keys: Callable[[KeysTold], None],
-        ask_for_places: Callable[[Agent | None], None],
+        places: ClusterAttachments | None,
     ) -> None:
         self._certificates = certificates
         self._lock = lock
@@ -129,7 +131,7 @@ class NodeParts:
         self._place_manager = place_manager
         self._method = method
         self._overlay_keys = overlay_keys
-        self._ask_for_places = ask_for_places
+        self._places = places
         self._meter = LoadMeter(reader_of(machine, Cgroups(configuration().cgroup_parent)), clock)
 
     def manager(self) -> ManagerProcess:
@@ -180,7 +182,8 @@ class NodeParts:
             tables=self._tables,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
-        self._ask_for_places(agent)
+        if self._places is not None:
+            self._places.ask_through(agent)
         return agent
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
@@ -212,9 +215,21 @@ class NodeParts:
         pair = await asyncio.to_thread(keypair.load, self._certificates, self._lock)
         await resign(managers, pair)
 
+    async def give_places_back(self) -> None:
+        """Take plain containers from the cluster's networks; what no manager hears in time goes with the node."""
+        if self._places is None:
+            return
+        try:
+            async with asyncio.timeout(_PLACES_TIMEOUT_S):
+                for task in filter(is_attachment, tuple(self._worker.tasks().values())):
+                    await self._places.evict(task)
+        except (TimeoutError, SkepError) as error:
+            log.warning("places on networks not given back", reason=str(error))
+
     async def remove_tasks(self) -> None:
         """Have every task stopped and removed; waits for up to a minute, what is left then is logged."""
-        self._ask_for_places(None)
+        if self._places is not None:
+            self._places.ask_through(None)
         await self._worker.assign(AssignmentSet(complete=True))
         backoff = Backoff(0.02, 0.5, chance=self._random.random)
         try:

@@ -62,6 +62,15 @@ def refused(node: TestNode, *words: str) -> str:
     return done.stderr
 
 
+def restart_daemon(node: TestNode) -> None:
+    """End the node process the hard way; another one follows."""
+    old = node.pids("skep-node")
+    for pid in old:
+        node.kill(pid)
+    wait_until(lambda: set(node.pids("skep-node")) - set(old), "a new node process")
+    wait_until(lambda: node.docker("ps", check=False).returncode == 0, "the node answers again")
+
+
 @pytest.mark.parametrize("cli", CLIS)
 def test_run_takes_its_input_gives_its_output_and_exit_code_and_leaves_nothing(
     m1: TestNode, cli: str
@@ -100,11 +109,7 @@ def test_a_container_outlives_the_daemon_with_its_place_and_its_names(m1: TestNo
     run(w1, "box", "--network", "net1")
     run(m1, "here", "--network", "net1")
     before = w1.docker("inspect", "-f", "{{.State.Pid}} {{json .NetworkSettings.Networks}}", "box").stdout
-    old = w1.pids("skep-node")
-    for pid in old:
-        w1.kill(pid)
-    wait_until(lambda: set(w1.pids("skep-node")) - set(old), "a new node process")
-    wait_until(lambda: w1.docker("ps", check=False).returncode == 0, "the node answers again")
+    restart_daemon(w1)
     after = w1.docker("inspect", "-f", "{{.State.Pid}} {{json .NetworkSettings.Networks}}", "box").stdout
     assert after == before
     wait_inside(m1, "here", " 0% packet loss", "ping", "-c", "1", "-W", "1", "box")
@@ -278,21 +283,52 @@ def test_files_of_the_node_and_volumes_are_mounted_and_nameless_ones_go(m1: Test
     m1.docker("volume", "rm", "kept")
 
 
-def test_nothing_is_left_of_containers_that_are_gone(cluster: TestCluster, m1: TestNode) -> None:
-    run_directory = cluster.directory / "m1" / "run"
+def test_nothing_is_left_of_containers_that_are_gone(m1: TestNode) -> None:
+    process = Path(f"/proc/{m1.pids('skep-node')[0]}")
 
     def left() -> list[str]:
-        places = (run_directory / "netns", run_directory / "overlays", run_directory / "tables")
-        return sorted(path.name for place in places if place.is_dir() for path in place.iterdir())
+        places = [process / "root/run/skep" / name for name in ("netns", "overlays", "tables", "names")]
+        links = [line.split(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()]
+        files = [path.name for place in places if place.is_dir() for path in place.iterdir()]
+        return sorted([*files, *(link for link in links if link.startswith(("vs", "vx")))])
 
-    before = wait_until(lambda: (left(),), "what there was")[0]
+    before = left()
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
     m1.docker("network", "create", "front")
     for network in ("net1", "front", "bridge"):
         run(m1, f"box-{network}", "--network", network, "-p", "80")
-    assert len(left()) > len(before)
+    assert len(left()) > len(before) + 8
     for network in ("net1", "front", "bridge"):
         m1.docker("rm", "-f", f"box-{network}")
     wait_until(lambda: not attachments(m1), "the place is given back")
-    wait_until(lambda: left() == before, "namespaces and tables are gone")
+    wait_until(lambda: left() == before, "namespaces, tables and links are gone")
     m1.docker("network", "rm", "net1", "front")
+
+
+def test_bridge_networks_outlive_the_daemon_with_their_names(m1: TestNode) -> None:
+    m1.docker("network", "create", "front")
+    run(m1, "one", "--network", "front")
+    run(m1, "two", "--network", "front", "-p", "8089:80")
+    restart_daemon(m1)
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "two")
+    run(m1, "three", "--network", "front")
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "three")
+    m1.docker("rename", "three", "drei")
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "drei")
+
+
+def test_a_node_that_leaves_gives_places_back_and_its_containers_run_on(m1: TestNode, w1: TestNode) -> None:
+    """The last of this module: the worker is in no swarm any more."""
+    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    m1.docker("run", "-d", "--name", "keeper", *LABEL, "--network", "net1", IMAGE, *IDLE)
+    box = run(w1, "box", "--network", "net1")
+    w1.docker("swarm", "leave")
+    assert w1.docker("ps", "-q", "--no-trunc").stdout.split() == [box]
+    assert w1.docker("inspect", "-f", "{{json .NetworkSettings.Networks}}", "box").stdout == "{}\n"
+    said = refused(w1, "run", "--rm", *LABEL, "--network", "net1", IMAGE, "true")
+    assert "network net1 not found" in said
+    w1.docker("network", "create", "front")
+    run(w1, "one", "--network", "front")
+    run(w1, "two", "--network", "front")
+    assert " 0% packet loss" in inside(w1, "one", "ping", "-c", "1", "-W", "2", "two")
+    run(w1, "three")

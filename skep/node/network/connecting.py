@@ -156,7 +156,7 @@ class ContainerNetwork:
             joined = msgspec.structs.replace(endpoint, places=(*endpoint.places, connected))
             if not joined.address and needs_way_out(container, [place]):
                 joined = await self._way_out(container, joined)
-            await self.overlays.settle_container(container.id, joined, is_new=False)
+            await self.overlays.change(container.id, (), joined)
             if self._naming is not None:
                 await self._naming.attach(msgspec.structs.replace(container, endpoint=joined))
         except BaseException:
@@ -188,7 +188,7 @@ class ContainerNetwork:
         try:
             if before.address and not left.address:
                 await self.gateway.cut(container.id, before)
-            await self.overlays.cut(
+            await self.overlays.change(
                 container.id, [one for one in before.places if one.port not in kept], left
             )
             if self._naming is not None:

@@ -211,30 +211,20 @@ class Overlays:
             raise
         return connected
 
-    async def settle_container(
-        self, container_id: ContainerId, endpoint: Endpoint, *, is_new: bool = True
-    ) -> None:
-        """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError.
-
-        ``is_new``: its interfaces have just been made, all of them.
-        """
-        if not is_new and (before := self._containers.get(container_id)) is not None:
-            self._healing.forget(before[0])
+    async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
         domain = await self._watch_container(container_id, endpoint)
-        if is_new:
-            domain.believe(just_made(domain.wanted))
+        domain.believe(just_made(domain.wanted))
         await domain.settle()
 
-    async def cut(
-        self, container_id: ContainerId, connected: Iterable[ConnectedPlace], left: Endpoint
-    ) -> None:
-        """Take a container that runs on from some networks; it keeps ``left``.  Raises: SkepError; OSError."""
-        if (before := self._containers.get(container_id)) is not None:
+    async def change(self, id: ContainerId, gone: Iterable[ConnectedPlace], endpoint: Endpoint) -> None:
+        """Take a container that runs on from networks; it has ``endpoint`` now.  Raises: SkepError; OSError."""
+        if (before := self._containers.pop(id, None)) is not None:
             self._healing.forget(before[0])
-        for one in connected:
-            if self._places.get(one.network_id, {}).pop(container_id, None) is not None:
+        for one in gone:
+            if self._places.get(one.network_id, {}).pop(id, None) is not None:
                 await self._settle(one.network_id)
-        await self.settle_container(container_id, left, is_new=False)
+        await (await self._watch_container(id, endpoint)).settle()
 
     def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
         """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
@@ -400,7 +390,5 @@ class Overlays:
 
     async def _find_underlays(self) -> None:
         """The addresses that this node's VXLANs leave from, with the MTU of their devices."""
-        own = (table.nodes.get(self._node_id) for table in self._tables.values())
-        wanted = {node.underlay for node in own if node is not None and node.underlay}
-        found = await self._namespaces.run(self._namespaces.home, underlays.find, frozenset(wanted))
-        self._underlays = found
+        wanted = underlays.own_addresses(self._tables.values(), self._node_id)
+        self._underlays = await self._namespaces.run(self._namespaces.home, underlays.find, wanted)

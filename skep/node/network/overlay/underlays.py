@@ -2,15 +2,23 @@
 
 import struct
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from socket import inet_ntop
 
+from skep.model.ids import NodeId
+from skep.model.tables import Table
 from skep.node.network.netlink import GETADDR, GETLINK, attributes, dumped
 from skep.node.network.overlay.wanted import Underlay, plain_address
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
 _MTU, _ADDRESS, _LOCAL = 4, 1, 2
+
+
+def own_addresses(tables: Iterable[Table], node_id: NodeId) -> frozenset[str]:
+    """Addresses that the node's VXLANs leave from, as the tables say."""
+    own = (table.nodes.get(node_id) for table in tables)
+    return frozenset(node.underlay for node in own if node is not None and node.underlay)
 
 
 def find(addresses: Collection[str]) -> dict[str, Underlay]:
