@@ -108,3 +108,19 @@ def rpc_errors() -> Iterator[None]:
             raise
         class_ = next(class_ for class_, _ in RPC_CODES if isinstance(error, class_))
         raise class_(f"rpc error: code = {code} desc = {error}") from error
+
+
+@contextmanager
+def rpc_words(prefix: str) -> Iterator[None]:
+    """Word errors of a call to a manager as the engine's agent does: ``<prefix>: rpc error: code = ... desc = ...``."""
+    try:
+        yield
+    except SkepError as error:
+        codes: list[tuple[type[SkepError], str]] = [
+            *RPC_CODES,
+            (NotFound, "NotFound"),
+            (Unavailable, "Unavailable"),
+        ]
+        found = [(class_, code) for class_, code in codes if isinstance(error, class_)]
+        class_, code = found[0] if found else (Untranslated, "Unknown")
+        raise class_(f"{prefix}: rpc error: code = {code} desc = {error}") from error

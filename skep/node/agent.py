@@ -18,8 +18,9 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
-from skep.errors import SkepError
-from skep.model.ids import NodeId
+from skep.api.errors import rpc_words
+from skep.errors import SkepError, Unavailable
+from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
 from skep.model.pair_keys import KeysTold
@@ -27,6 +28,7 @@ from skep.node.assignments import AssignmentSink, LogSource
 from skep.node.contact import Contact
 from skep.node.local import Peer
 from skep.node.managers import ManagerList, patience
+from skep.node.oci.plain import NetworkWish
 from skep.node.path_stream import PathSource
 from skep.node.renewal import Managers
 from skep.node.reports import Reports
@@ -34,6 +36,7 @@ from skep.node.revisions import Revision, SeenRevision
 from skep.node.session import Session, unknown_load
 from skep.node.tables.stream import TableSink
 from skep.security.identity import Identity
+from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import Channel
 from skep.wire.convert.node import role_from_pb
@@ -42,6 +45,10 @@ log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
+ATTACH_SECONDS_MAX = 15.0
+"""A manager answers when it is written, which takes until its store has a leader again."""
+DETACH_SECONDS_MAX = 3.0
+"""A container's end does not wait for longer; the manager hears of it all the same."""
 LASTED_S = 10.0
 """A session that held for so long was a good one: the next attempt is made at once."""
 
@@ -131,6 +138,8 @@ class Agent:
         self._contact = contact or Contact(clock)
         self._seen = seen or SeenRevision(None, credentials.identity.cluster_id)
         self._peer: Peer | None = None
+        self._channel: Channel | None = None
+        """Of the session, while there is one."""
         self._hurried = asyncio.Event()
         self.registered = asyncio.Event()
 
@@ -169,6 +178,33 @@ class Agent:
         """A manager has just begun to serve: if there is no session, the next attempt is made at once."""
         self._hurried.set()
 
+    # -- places of plain containers -------------------------------------------------------------------------------
+
+    async def attach_network(self, container_id: ContainerId, wish: NetworkWish) -> TaskId:
+        """Ask for a place on a network of the cluster.
+
+        Raises: SkepError in Docker's words; Unavailable: there is no session.
+        """
+        config = pb.NetworkAttachmentConfig(
+            target=wish.network, aliases=wish.aliases, addresses=[wish.address] if wish.address else []
+        )
+        request = pb.AttachNetworkRequest(config=config, container_id=container_id)
+        with rpc_words(f"Could not attach to network {wish.network}"):
+            reply = await self._session_channel().call(
+                methods.ATTACH_NETWORK, request, timeout_s=ATTACH_SECONDS_MAX
+            )
+        return TaskId(reply.attachment_id)
+
+    async def detach_network(self, id: TaskId) -> None:
+        """Give a place back.  Raises: SkepError."""
+        request = pb.DetachNetworkRequest(attachment_id=id)
+        await self._session_channel().call(methods.DETACH_NETWORK, request, timeout_s=DETACH_SECONDS_MAX)
+
+    def _session_channel(self) -> Channel:
+        if self._channel is None or not self.registered.is_set():
+            raise Unavailable("no manager is reached at present")
+        return self._channel
+
     # -- sessions -------------------------------------------------------------------------------------------------
 
     async def _keep_session(self) -> None:
@@ -200,6 +236,7 @@ class Agent:
             address = self._address_of(peer)
             async with self._credentials.connected(address, timeout_s=timeout_s) as channel:
                 is_there = True
+                self._channel = channel
                 session = Session(
                     channel,
                     _Host(self, peer),
@@ -219,6 +256,8 @@ class Agent:
             had_session = self.registered.is_set()
             event = "session lost" if had_session else "no session"
             log.warning(event, manager=peer.addr, error=str(error))
+        finally:
+            self._channel = None
         self._managers.failed(peer, was_there=is_there)
         if had_session:
             return Attempt.SESSION

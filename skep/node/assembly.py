@@ -47,7 +47,7 @@ from skep.node.routes import swarm as swarm_routes
 from skep.node.routes import system as system_routes
 from skep.node.routes.cluster_networks import ClusterNetworks
 from skep.node.routes.networks import NetworkParts, network_routes
-from skep.node.routes.plain_containers import plain_container_routes
+from skep.node.routes.plain_containers import own_container_routes, plain_container_routes
 from skep.node.supervision.identity import read_pid_file
 from skep.node.system import NodeSystem, engine_id
 from skep.node.tables.files import SharedTables, StoredTables
@@ -175,6 +175,7 @@ class Node:
                 paths=NodePaths(workload.probes, NameChecks(workload.list_containers, clock))
                 if workload.probes is not None
                 else None,
+                places=workload.attachments,
             )
             membership = self._membership = Membership(
                 paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
@@ -190,31 +191,37 @@ class Node:
                 warnings=around.warnings,
                 network_warnings=workload.network_warnings,
             )
-            local = LocalNetworks(
+            local = workload.local or LocalNetworks(
                 paths.networks / "local", workload.gateway, clock=clock, new_id=new_container_id
             )
             await asyncio.to_thread(local.open)
+            cluster_networks = ClusterNetworks(
+                member=membership,
+                manager=manager_api,
+                tasks=worker,
+                tables=tables,
+                containers=workload.list_containers,
+                clock=clock,
+                chance=chance,
+            )
             networks = network_routes(
                 NetworkParts(
-                    cluster=ClusterNetworks(
-                        member=membership,
-                        manager=manager_api,
-                        tasks=worker,
-                        tables=tables,
-                        containers=workload.list_containers,
-                        clock=clock,
-                        chance=chance,
-                    ),
+                    cluster=cluster_networks,
                     engine=engine.api if engine is not None else None,
                     local=local,
                     containers=workload.list_containers,
                     container=workload.container,
+                    plain=workload.plain,
                 )
             )
             routes: tuple[web.AbstractRouteDef, ...] = (*networks, *workload.routes)
             if engine is not None:
-                beside = plain_container_routes(engine, workload.images)
+                beside = plain_container_routes(
+                    engine, workload.images, workload.plain, cluster_networks.may_have
+                )
                 routes = (*with_containers_of(engine, routes), *beside)
+            elif workload.plain is not None:
+                routes = (*routes, *own_container_routes(workload.plain))
             app = application(
                 system_routes.routes,
                 swarm_routes.routes,
@@ -252,6 +259,8 @@ class Node:
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
             group.create_task(membership.run(), name="membership")
+            if workload.plain is not None:
+                group.create_task(_after(worker.wait_ready(), workload.plain.run()), name="plain containers")
             await _within(worker.wait_ready(), FOUND_AGAIN_SECONDS_MAX, clock)
             async with front.listening(self._configuration.api_hosts, tls_of(self._configuration)):
                 gc.collect()
@@ -321,6 +330,16 @@ async def _within(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock
         await unless(ready, clock.sleep(seconds))
     except Overtaken:
         log.warning("not all containers are found again yet", after_s=seconds)
+
+
+async def _after(ready: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
+    """``work``, once ``ready``."""
+    try:
+        await ready
+    except BaseException:
+        work.close()
+        raise
+    await work
 
 
 class Knowledge:

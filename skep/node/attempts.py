@@ -25,10 +25,11 @@ def next_attempt(task: Task, exit_code: int, attempts: Sequence[float], now: flo
         exit_code: of the process that has ended; a failure that has none counts as 1.
         attempts: when earlier attempts were made (any clock, that of ``now``).
 
-    A job's task runs once: how many more runs there are is for the leader to say.
+    A job's task runs once: how many more runs there are is for the leader to say.  A plain container's place on a
+    network is asked for by that container, never taken again.
     """
     policy = task.spec.restart_policy or RestartPolicy()
-    if task.job_iteration is not None:
+    if task.job_iteration is not None or task.spec.network_attachment_spec is not None:
         return None
     match policy.condition or RestartCondition.ANY:
         case RestartCondition.NONE:

@@ -80,8 +80,7 @@ class Membership:
         self._group: asyncio.TaskGroup | None = None
         self._taking_part: asyncio.Task[None] | None = None
         self._part: Participation | None = None
-        self._locked: LocalNode | None = None
-        """The node while it waits for the unlock key."""
+        self._locked: LocalNode | None = None  # while it waits for the unlock key
 
     async def run(self) -> None:
         """Take part in the swarm that the data directory says, until cancelled."""
@@ -226,6 +225,7 @@ class Membership:
                 raise Unavailable(await objection(self._manager_api))
             if self.node.is_manager and self._part is not None:
                 await self._parts.resign(self._part.other_managers)
+            await self._parts.give_places_back()
             self._paths.node_json.unlink(missing_ok=True)
             await self._end()
             log.info("swarm left")

@@ -92,6 +92,9 @@ class Parts(Protocol):
     async def resign(self, managers: Sequence[str]) -> None:
         """Give this manager's vote back, if the others (``ip:port``) let it go."""
 
+    async def give_places_back(self) -> None:
+        """Take plain containers from the cluster's networks, while a manager hears it."""
+
     async def remove_tasks(self) -> None:
         """Stop and remove everything that runs for the cluster."""
 

@@ -26,6 +26,7 @@ from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
 from skep.node.contact import Contact
+from skep.node.executor.attaching import ClusterAttachments, is_attachment
 from skep.node.executor.interface import Executor
 from skep.node.features import Features, labels
 from skep.node.founding import NewCluster
@@ -57,6 +58,7 @@ REVISION_FILE = "seen.json"
 """Among the certificates, with which it goes: the newest assignments this node has seen."""
 
 _REMOVAL_TIMEOUT_S = 60.0
+_PLACES_TIMEOUT_S = 5.0
 _PLUGINS = (
     *(EnginePlugin(type="Network", name=name) for name in ("bridge", "host", "null")),
     EnginePlugin(type="Log", name="json-file"),
@@ -77,6 +79,7 @@ class NodeParts:
         write_manager_files: writes what a new manager reads (node, its new cluster if it founds one).
         method: how this node encrypts overlays; overlay_keys: is told the keys.
         paths: probes other nodes; None: there is nothing to probe with.
+        places: of plain containers on the cluster's networks; None: the node runs none.
         place_manager: tells the manager of this node where it is, and where others may be.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
@@ -106,6 +109,7 @@ class NodeParts:
         method: Method | Refusal,
         overlay_keys: Callable[[KeysTold], None],
         paths: PathSource | None,
+        places: ClusterAttachments | None,
     ) -> None:
         self._certificates = certificates
         self._lock = lock
@@ -129,6 +133,7 @@ class NodeParts:
         self._method = method
         self._overlay_keys = overlay_keys
         self._paths = paths if self._carries_overlays() else None
+        self._places = places
         self._meter = LoadMeter(reader_of(machine, Cgroups(configuration().cgroup_parent)), clock)
 
     def manager(self) -> ManagerProcess:
@@ -163,7 +168,7 @@ class NodeParts:
             changed=lambda pair: certified(pair.identity.role),
             lock=self._lock,
         )
-        return Agent(
+        agent = Agent(
             credentials=credentials,
             managers=ManagerList(self._known_managers(node), remember),
             describe=lambda: self.description(node.data_path_addr),
@@ -180,6 +185,9 @@ class NodeParts:
             tables=self._tables,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
+        if self._places is not None:
+            self._places.ask_through(agent)
+        return agent
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
         """Those heard of last, and those that the configuration names."""
@@ -210,8 +218,21 @@ class NodeParts:
         pair = await asyncio.to_thread(keypair.load, self._certificates, self._lock)
         await resign(managers, pair)
 
+    async def give_places_back(self) -> None:
+        """Take plain containers from the cluster's networks; what no manager hears in time goes with the node."""
+        if self._places is None:
+            return
+        try:
+            async with asyncio.timeout(_PLACES_TIMEOUT_S):
+                for task in filter(is_attachment, tuple(self._worker.tasks().values())):
+                    await self._places.evict(task)
+        except (TimeoutError, SkepError) as error:
+            log.warning("places on networks not given back", reason=str(error))
+
     async def remove_tasks(self) -> None:
         """Have every task stopped and removed; waits for up to a minute, what is left then is logged."""
+        if self._places is not None:
+            self._places.ask_through(None)
         await self._worker.assign(AssignmentSet(complete=True))
         backoff = Backoff(0.02, 0.5, chance=self._random.random)
         try:

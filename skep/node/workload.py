@@ -1,5 +1,6 @@
 """What runs tasks on this node: the executor that is configured, with its containers and images if it has any."""
 
+import random
 import shutil
 from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
@@ -14,13 +15,14 @@ from skep.model.meta import Driver
 from skep.node.assignments import LogLine, LogQuery, LogSource
 from skep.node.events import NodeEvents
 from skep.node.executor.assembly import Programs, find_programs, oci_executor
+from skep.node.executor.attaching import ClusterAttachments
 from skep.node.executor.interface import Executor
 from skep.node.executor.process import ProcessExecutor
 from skep.node.info import Counts
 from skep.node.machine import Machine
 from skep.node.mounts.volumes import Volumes
 from skep.node.network.ingress.mesh import Mesh
-from skep.node.network.local.keeper import GatewayBridge
+from skep.node.network.local.keeper import GatewayBridge, LocalNetworks
 from skep.node.network.naming import NameService, Naming
 from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.paths.prober import PathProber
@@ -30,6 +32,7 @@ from skep.node.oci.containers import Containers
 from skep.node.oci.images.local import ImageEvent
 from skep.node.oci.images.registry import Policy
 from skep.node.oci.images.store import ImageStore
+from skep.node.plain.containers import PlainContainers
 from skep.node.routes import absent
 from skep.node.routes.containers import container_routes, image_users
 from skep.node.routes.disk_usage import DiskUsage
@@ -53,6 +56,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     naming: Naming | None = None
     mesh: Mesh | None = None
     probes: PathProber | None = None
+    plain: PlainContainers | None = None
+    attachments: ClusterAttachments | None = None
+    local: LocalNetworks | None = None
     routes: tuple[web.AbstractRouteDef, ...] = ()
 
     def network_warnings(self) -> tuple[str, ...]:
@@ -143,10 +149,21 @@ async def oci_workload(
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
     )
+    plain = PlainContainers(
+        containers=executor.containers,
+        images=images,
+        mounting=executor.mounting,
+        network=executor.network,
+        clock=clock,
+        chance=random.random,
+        hostname=machine.hostname,
+        log_default=executor.log_default,
+    )
+    executor.attachments.evict_by(plain.evict)
     volumes = Volumes(paths.volumes)
     routes = (
         *image_routes(images, lambda: image_users(executor.containers), clock=clock),
-        *container_routes(executor.containers, images, executor.bundles, clock=clock),
+        *container_routes(executor.containers, images, executor.bundles, clock=clock, plain=plain),
         *volume_routes(volumes, executor.containers.list),
         *DiskUsage(images, executor.containers, executor.bundles, volumes, clock).routes(),
         *absent.routes,
@@ -162,6 +179,9 @@ async def oci_workload(
         naming=executor.naming,
         mesh=executor.mesh,
         probes=executor.prober,
+        plain=plain,
+        attachments=executor.attachments,
+        local=executor.network.local,
         routes=routes,
     )
 

@@ -139,7 +139,7 @@ async def test_a_worker_makes_and_removes_no_network_of_the_cluster(rig: Rig) ->
     assert (await rig.ask("POST", "/networks/prune"))[1] == {"NetworksDeleted": None}
 
 
-async def test_a_node_without_an_engine_says_why_it_has_no_bridge_networks(rig: Rig) -> None:
+async def test_a_node_without_containers_says_why_it_has_no_bridge_networks(rig: Rig) -> None:
     status, message = await rig.message("POST", "/networks/create", {"Name": "b1", "Driver": "bridge"})
     assert status == 501
     assert "--engine-socket" in message

@@ -1,7 +1,9 @@
-"""``docker run --network`` of an attachable network: the engine asks the cluster for a place on it.
+"""``docker run --network`` of an attachable network: the container's node asks the cluster for a place on it.
 
 A place is a task without a service, made for the node that asks: allocator, scheduler and dispatcher treat it like
-any other, and the engine gets the address with its assignments.  While it is there, the network cannot be removed.
+any other, and the node gets the address with its assignments.  While it is there, the network cannot be removed.
+
+A skep node names the container by the first of the place's aliases; an engine tells its names to other engines.
 
 Source: swarmkit, manager/resourceapi/allocator.go; moby, daemon/cluster/networks.go (AttachNetwork).
 """
@@ -31,6 +33,9 @@ log = structlog.get_logger(__name__)
 ATTACHMENTS_MAX = 1000
 """Plain containers of one node on cluster networks."""
 CONTAINER_ID_CHARACTERS_MAX = 128
+ALIASES_MAX = 32
+ALIAS_CHARACTERS_MAX = 253
+"""A name of the DNS has no more."""
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +48,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """Id or name."""
     address: str = ""
     """``--ip``; empty: any."""
+    aliases: tuple[str, ...] = ()
+    """The container's name, then its aliases."""
 
 
 class AttachmentService:
@@ -65,6 +72,7 @@ class AttachmentService:
             container_id=request.container_id,
             network=request.config.target,
             address=next(iter(request.config.addresses), ""),
+            aliases=tuple(request.config.aliases),
         )
         await self._store.update(attach, wish, timestamp(self._clock.now_ns()))
         log.info("container attached", node=wish.node_id, network=wish.network, task=wish.task_id)
@@ -80,11 +88,15 @@ def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
 
     Raises:
         NotFound: no such network.  PermissionDenied: it is not attachable, or the node was removed.
-        FailedPrecondition: its data plane is not that of docker nodes.
-        InvalidArgument, ResourceExhausted: a container id or a number of places that nobody needs.
+        FailedPrecondition: its data plane is not the node's.
+        InvalidArgument, ResourceExhausted: a container id, aliases or a number of places that nobody needs.
     """
     if not 0 < len(wish.container_id) <= CONTAINER_ID_CHARACTERS_MAX:
         raise InvalidArgument("the request names no container")
+    if len(wish.aliases) > ALIASES_MAX or any(len(one) > ALIAS_CHARACTERS_MAX for one in wish.aliases):
+        raise InvalidArgument(
+            f"a container has {ALIASES_MAX} names of {ALIAS_CHARACTERS_MAX} characters on a network, at most"
+        )
     node = tx.rely_on(Node, wish.node_id, "session")
     if node is None:
         raise PermissionDenied(f"Permission denied: node {wish.node_id} was removed from the swarm")
@@ -94,9 +106,10 @@ def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
         raise NotFound(f"network {wish.network} not found") from None
     if not network.spec.attachable:
         raise PermissionDenied(f"network {wish.network} not manually attachable")
-    if plane_of(network) not in ("", plane_of_node(node)):
+    owner, plane = plane_of(network), plane_of_node(node)
+    if owner not in ("", plane):
         raise FailedPrecondition(
-            f"network {network.spec.name} belongs to skep nodes: containers of a docker node cannot join it"
+            f"network {network.spec.name} belongs to {owner} nodes: containers of a {plane} node cannot join it"
         )
     places = [one for one in tx.find(Task, node_id=node.id) if _is_attachment(one)]
     if len(places) >= ATTACHMENTS_MAX:
@@ -108,7 +121,7 @@ def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
             created_at=now,
             spec=TaskSpec(
                 network_attachment_spec=NetworkAttachmentSpec(container_id=wish.container_id),
-                networks=(NetworkAttachmentConfig(target=network.id),),
+                networks=(NetworkAttachmentConfig(target=network.id, aliases=wish.aliases),),
             ),
             node_id=node.id,
             networks_attachments=(wished,) if wish.address else (),

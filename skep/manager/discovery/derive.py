@@ -6,7 +6,8 @@
 * A service is in the table while it has a virtual address or a task there.  Between the end of its only task and the
   start of the next it stays, so that its name and its address do not come and go.
 * Aliases of a service's network are names of the service (and of its virtual address), as in Docker; a container's own
-  further name is the short form of its id, which is its host name too.
+  further name is the short form of its id, which is its host name too.  A plain container's place begins with its
+  name, and its further aliases follow.
 
 Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), daemon/container_operations.go
 (updateNetworkConfig, the short id).
@@ -74,21 +75,22 @@ def endpoint_of(
     if place is None or node is None or not is_up(node) or is_docker_node(node):
         return None
     state = task.status.state
-    container = task.status.container_status
-    short_id = container.container_id[:SHORT_ID_CHARACTERS] if container is not None else ""
-    name, aliases = "", [short_id]
+    container, attachment = task.status.container_status, task.spec.network_attachment_spec
+    container_id = container.container_id if container is not None else ""
+    name, aliases = "", []
     if service is not None:
         # As its node names it: by the slot that it is shown.
         name = f"{service.spec.name}.{task.shown_slot or task.node_id}.{task.id}"
-    else:
-        aliases += place.aliases
+    elif attachment is not None:
+        container_id = attachment.container_id
+        name, *aliases = place.aliases or ("",)
     return TableEndpoint(
         task_id=task.id,
         node_id=task.node_id,
         service_id=task.service_id,
         slot=task.shown_slot,
         name=name,
-        aliases=tuple(alias for alias in aliases if alias),
+        aliases=tuple(alias for alias in (container_id[:SHORT_ID_CHARACTERS], *aliases) if alias),
         addresses=_addresses(place),
         # Of a task that is STARTING managers do not know more; a container that is not healthy yet is one of these.
         is_running=state in (TaskState.STARTING, TaskState.RUNNING),

@@ -11,6 +11,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.model.ids import new_container_id
 from skep.model.meta import Driver
+from skep.node.executor.attaching import ClusterAttachments
 from skep.node.executor.oci import OciExecutor
 from skep.node.executor.pulling import Images
 from skep.node.mounts.payloads import Payloads
@@ -18,6 +19,9 @@ from skep.node.mounts.volumes import Volumes
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.gateway import BRIDGE, Gateway
 from skep.node.network.ingress.mesh import Mesh
+from skep.node.network.joining import Joining
+from skep.node.network.local.keeper import LocalNetworks
+from skep.node.network.local.places import LocalPlaces
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.naming import NameService, Naming
 from skep.node.network.node_tables import NodeTables
@@ -99,8 +103,11 @@ def oci_executor(
         capacity=capacity,
     )
     naming = Naming(names, resolver) if names is not None else None
+    attachments = ClusterAttachments()
     network = container_network(
         paths,
+        attachments=attachments,
+        names=names,
         namespaces=namespaces,
         ports=ports or OwnReservations(namespaces),
         mesh_ports=mesh_ports,
@@ -131,6 +138,8 @@ def oci_executor(
         naming=naming,
         mesh=network.mesh,
         prober=network.prober,
+        attachments=attachments,
+        network=network,
     )
 
 
@@ -143,8 +152,13 @@ def container_network(
     clock: Clock,
     chance: Callable[[], float],
     naming: Naming | None = None,
+    names: NameService | None = None,
+    attachments: ClusterAttachments | None = None,
 ) -> ContainerNetwork:
-    """All networks of one node's containers."""
+    """All networks of one node's containers.
+
+    ``attachments``: plain containers' places on the cluster's networks; None: there are none.
+    """
     repairs, settling = Repairs(), Settling(clock)
     healing = Healing(namespaces, clock, repairs, chance=chance)
     home = home_domain(namespaces, repairs)
@@ -160,6 +174,8 @@ def container_network(
     gateway = Gateway(
         namespaces=namespaces, home=home, settling=settling, ports=ports, state=paths.networks / "gateway"
     )
+    local = LocalNetworks(paths.networks / "local", gateway, clock=clock, new_id=new_container_id)
+    attachments = attachments or ClusterAttachments()
     mesh = Mesh(
         namespaces=namespaces,
         tables=NodeTables(namespaces, clock, chance),
@@ -185,6 +201,8 @@ def container_network(
     )
     overlays.measure_with(prober)
     return ContainerNetwork(
+        local=local,
+        joining=Joining(LocalPlaces(local, paths.tables, names), attachments),
         namespaces=namespaces,
         home=home,
         gateway=gateway,

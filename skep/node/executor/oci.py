@@ -5,7 +5,7 @@ container of a task is found by its label, so nothing about tasks has to be reme
 """
 
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -13,19 +13,21 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import InvalidArgument, NotFound, SkepError
-from skep.model.container import ContainerSpec, Mount
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
 from skep.model.meta import Driver
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, ContainerStatus
 from skep.node.executor import wish
+from skep.node.executor.attaching import ClusterAttachments, is_attachment
 from skep.node.executor.interface import Controller, Rejected, Running, TaskExit
+from skep.node.executor.mounting import Mounting
 from skep.node.executor.pulling import Images, Pulling
 from skep.node.executor.template import expand
 from skep.node.executor.wish import NodeFacts
 from skep.node.mounts.payloads import Payloads
-from skep.node.mounts.volumes import Volumes, copy_up
+from skep.node.mounts.volumes import Volumes
+from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.connections import inbound_of
 from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.local.keeper import GatewayBridge
@@ -33,7 +35,7 @@ from skep.node.network.naming import Naming
 from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.paths.prober import PathProber
 from skep.node.oci.bundle import Bundles
-from skep.node.oci.container import Container, ContainerWish, MountPoint, NotRunning
+from skep.node.oci.container import Container, ContainerWish, NotRunning
 from skep.node.oci.containers import Containers
 from skep.node.oci.health import HealthStatus
 
@@ -67,23 +69,30 @@ class OciExecutor:
         prober: PathProber,
         gateway: GatewayBridge | None = None,
         naming: Naming | None = None,
+        attachments: ClusterAttachments,
+        network: ContainerNetwork,
     ) -> None:
         """
         Args:
             log_default: the node's log driver with its options, for tasks that name none.
             naming: has names answered in containers; None: nobody does.
             gateway: the bridge by which containers reach the world; whoever shows the node's networks asks for it.
+            attachments: places of plain containers, which are tasks too.
+            network: where they are changed while they run.
         """
         self.containers = containers
         self.bundles = bundles
         self.images = images
         self.payloads = payloads
         self.volumes = volumes
+        self.mounting = Mounting(volumes, bundles)
         self.gateway = gateway
         self.naming = naming
         self.overlays = overlays
         self.mesh = mesh
         self.prober = prober
+        self.attachments = attachments
+        self.network = network
         self.pulling = Pulling(images, clock)
         self.clock = clock
         self.log_default = log_default or Driver(name="json-file")
@@ -98,6 +107,8 @@ class OciExecutor:
 
     def controller(self, task: AssignedTask, registry_auth: str = "") -> Controller:
         """Raises nothing: what is wrong with the task is said by ``prepare``."""
+        if is_attachment(task):
+            return self.attachments.controller(task)
         return OciController(self, task, registry_auth)
 
     async def leftovers(self) -> Sequence[TaskId]:
@@ -121,9 +132,7 @@ class OciExecutor:
         except NotFound:
             pass  # somebody was faster
         self.payloads.forget(container.labels.get(LABEL_TASK_ID, ""))
-        for point in container.config.mounts:
-            if point.type == "volume" and point.anonymous:
-                await self.volumes.remove(point.name)
+        await self.mounting.discard_nameless(container.config.mounts)
 
 
 class OciController:
@@ -146,7 +155,10 @@ class OciController:
         image = await self._executor.pulling.image(spec.image, self._registry_auth)
         defaults = image.config.defaults
         try:
-            mounts = self._mounts(spec, defaults.volumes or {})
+            mounts = [
+                *self._executor.mounting.points(spec.mounts, defaults.volumes or {}, self._expand),
+                *self._executor.payloads.mounts(self._task.task.id, spec.secrets, spec.configs),
+            ]
             async with self._executor.images.pinned(image.chain):
                 container = await self._containers.create(
                     ContainerWish(
@@ -162,7 +174,7 @@ class OciController:
                 )
         except InvalidArgument as error:
             raise Rejected(str(error)) from error
-        await self._fill_volumes(container, spec)
+        await self._executor.mounting.fill(container, spec.mounts)
 
     async def start(self) -> Running:
         container = self._require()
@@ -251,6 +263,9 @@ class OciController:
             await self._executor.remove_container(container)
         self._executor.payloads.forget(self._task.task.id)
 
+    def _expand(self, text: str) -> str:
+        return expand(text, wish.context_of(self._task, self._executor.node))
+
     def _container(self) -> Container | None:
         return self._containers.find_by_label(LABEL_TASK_ID, self._task.task.id)
 
@@ -259,53 +274,6 @@ class OciController:
         if container is None:
             raise NotFound(f"No such container: {self._task.name}")
         return container
-
-    # --- mounts -----------------------------------------------------------------------------------------------
-
-    def _mounts(self, spec: ContainerSpec, image_volumes: Iterable[str]) -> list[MountPoint]:
-        points = [self._mount(mount) for mount in spec.mounts]
-        taken = {point.destination for point in points}
-        nameless = sorted(set(image_volumes) - taken)
-        points += [self._mount(Mount(type="volume", target=destination)) for destination in nameless]
-        return [*points, *self._executor.payloads.mounts(self._task.task.id, spec.secrets, spec.configs)]
-
-    def _mount(self, mount: Mount) -> MountPoint:
-        source = expand(mount.source, wish.context_of(self._task, self._executor.node))
-        match mount.type:
-            case "bind":
-                if not os.path.exists(source):
-                    options = mount.bind_options
-                    if options is None or not options.create_mountpoint:
-                        raise Rejected(
-                            f'invalid mount config for type "bind": bind source path does not exist: {source}'
-                        )
-                    os.makedirs(source)
-                return wish.mount_point(mount, source, "")
-            case "volume" | "":
-                driver = mount.volume_options.driver_config if mount.volume_options else None
-                if driver is not None and driver.name not in ("", "local"):
-                    raise Rejected(
-                        f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
-                    )
-                name = source or self._executor.volumes.new_name()
-                path = self._executor.volumes.ensure(name)
-                point = wish.mount_point(mount, str(path), name)
-                return msgspec.structs.replace(point, anonymous=not source)
-            case _:
-                return wish.mount_point(mount, source, "")
-
-    async def _fill_volumes(self, container: Container, spec: ContainerSpec) -> None:
-        """New volumes begin with what the image has at their place, unless the wish says ``nocopy``."""
-        unfilled = {
-            mount.target for mount in spec.mounts if mount.volume_options and mount.volume_options.no_copy
-        }
-        for point in container.config.mounts:
-            if point.type == "volume" and point.destination not in unfilled:
-                await copy_up(
-                    self._executor.bundles.rootfs(container.id),
-                    point.destination,
-                    self._executor.volumes.path(point.name),
-                )
 
 
 def _is_routed(task: AssignedTask) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from itertools import chain
 
-from skep.errors import ResourceExhausted
+from skep.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
 POOL = (
     *(IPv4Network(f"172.{second}.0.0/16") for second in range(18, 32)),
@@ -42,33 +42,54 @@ def beside(address: IPv4Address, subnet: IPv6Network) -> IPv6Address:
 
 
 class Addresses:
-    """The addresses of one subnet.  The first is the gateway's.
+    """The addresses of one subnet.  The first is the gateway's, unless the user says another one.
 
     The next free one after the last given is taken, so that an address is not reused at once (its
     neighbours may still remember the old owner).
     """
 
-    def __init__(self, subnet: IPv4Network) -> None:
+    def __init__(
+        self,
+        subnet: IPv4Network,
+        *,
+        gateway: IPv4Address | None = None,
+        pool: IPv4Network | None = None,
+        reserved: Iterable[IPv4Address] = (),
+    ) -> None:
+        """``pool``: the part of the subnet that is given away unasked; ``reserved``: what is never given."""
         self.subnet = subnet
-        self.gateway = subnet[1]
+        self.gateway = gateway or subnet[1]
+        self._reserved = frozenset({self.gateway, *reserved})
+        pool = pool or subnet
+        self._first = max(int(pool[0]), int(subnet[1]))
+        self._last_of_pool = min(int(pool[-1]), int(subnet[-2]))
         self._used: dict[IPv4Address, str] = {}
-        self._last = int(self.gateway)
+        self._last = self._first - 1
 
     def take(self, owner: str) -> IPv4Address:
         """A free address.  Raises: ResourceExhausted: none is left."""
-        first, last = int(self.subnet[2]), int(self.subnet[-2])
+        first, last = self._first, self._last_of_pool
         for number in chain(range(self._last + 1, last + 1), range(first, self._last + 1)):
             address = IPv4Address(number)
-            if number >= first and address not in self._used:
+            if first <= number <= last and address not in self._used and address not in self._reserved:
                 self._used[address] = owner
                 self._last = number
                 return address
         raise ResourceExhausted(f"no address is left in {self.subnet}")
 
+    def take_wished(self, address: IPv4Address, owner: str) -> IPv4Address:
+        """Exactly ``address``.  Raises: InvalidArgument: not of this subnet; FailedPrecondition: it is taken."""
+        if not int(self.subnet[1]) <= int(address) <= int(self.subnet[-2]):
+            raise InvalidArgument(f"invalid address {address}: it is no host address of {self.subnet}")
+        if address in self._used or address in self._reserved:
+            raise FailedPrecondition("Address already in use")
+        self._used[address] = owner
+        return address
+
     def claim(self, address: IPv4Address, owner: str) -> None:
         """Note that ``owner`` has ``address`` already."""
         self._used[address] = owner
-        if address in self.subnet:
+        if self._first <= int(address) <= self._last_of_pool:
             self._last = max(self._last, int(address))
 
     def owners(self) -> tuple[str, ...]:

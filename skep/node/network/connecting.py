@@ -1,8 +1,9 @@
-"""A container's whole network: a namespace, its overlays, and the gateway bridge last."""
+"""A container's whole network: a namespace, its networks, and the gateway bridge last."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,8 @@ from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.node.network.gateway import Gateway
 from skep.node.network.ingress.mesh import Mesh
+from skep.node.network.joining import Joining
+from skep.node.network.local.keeper import LocalNetworks
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.naming import Naming
 from skep.node.network.overlay.domain import Domain
@@ -22,6 +25,7 @@ from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.overlay.settling import Settling
 from skep.node.network.paths.prober import PathProber
 from skep.node.oci.container import Container, Endpoint, Place
+from skep.node.oci.plain import NetworkMode, NetworkWish
 
 log = structlog.get_logger()
 
@@ -44,21 +48,25 @@ class ContainerNetwork:
         gateway: Gateway,
         overlays: Overlays,
         mesh: Mesh,
+        local: LocalNetworks,
         healing: Healing,
         settling: Settling,
         prober: PathProber,
+        joining: Joining,
         naming: Naming | None = None,
     ) -> None:
-        """``naming``: None where nobody answers for names."""
+        """``joining``: takes plain containers' places; ``naming``: None where nobody answers for names."""
         self._namespaces = namespaces
         self._home = home
         self.gateway = gateway
         self.overlays = overlays
         self.mesh = mesh
         self.prober = prober
+        self.local = local
         self._healing = healing
         self._naming = naming
         self._settling = settling
+        self._joining = joining
         self.repairs = healing.repairs
 
     @property
@@ -88,6 +96,7 @@ class ContainerNetwork:
         Raises: SkepError: this node cannot network containers.
         """
         endpoints = {one.id: one.endpoint for one in live if one.endpoint is not None}
+        await self._joining.restore(live)
         self.overlays.restore(endpoints)
         await self.gateway.restore(endpoints)
         await self._healing.watch(self._home)
@@ -107,24 +116,24 @@ class ContainerNetwork:
         Who is on internal networks only has no way out, and no ports of the node.  Raises: AlreadyExists: a port is
         taken; SkepError.
         """
+        if _mode_of(container) is NetworkMode.HOST:
+            return Endpoint(netns="")
         container_id, places = container.id, container.config.places
         endpoint = Endpoint(netns=str(self._namespaces.path(container_id)))
+        if container.plain is not None:
+            places = await self._joining.join(container)
         try:
             netns = await self._namespaces.create(container_id, _CONTAINER_SYSCTLS)
             connected = await self.overlays.connect(container_id, netns, places)
             endpoint = msgspec.structs.replace(endpoint, places=connected)
-            if has_way_out(places):
-                interface, ports = f"eth{len(places)}", container.config.ports
-                endpoint = await self.gateway.connect(
-                    container_id, netns, interface, ports, wants_ipv6=has_way_out_by_ipv6(places)
-                )
-                endpoint = msgspec.structs.replace(endpoint, places=connected)
+            if needs_way_out(container, places):
+                endpoint = await self._way_out(container, endpoint)
             await self.overlays.settle_container(container_id, endpoint)
             await self._join_mesh(container_id, endpoint, is_new=True)
             if self._naming is not None:
                 await self._naming.attach(msgspec.structs.replace(container, endpoint=endpoint))
         except BaseException as error:
-            await asyncio.shield(self._undo(container_id, endpoint))
+            await asyncio.shield(self._undo(container_id, endpoint, places))
             if isinstance(error, OSError | NetlinkError):
                 raise Unavailable(f"cannot connect the container to its networks: {error}") from error
             raise
@@ -132,7 +141,80 @@ class ContainerNetwork:
 
     async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Free everything that ``attach`` gave; harmless when it is free already."""
-        await self._undo(container_id, endpoint)
+        await self._undo(container_id, endpoint, [one.place for one in endpoint.places])
+
+    # --- while it runs ------------------------------------------------------------------------------------------
+
+    async def connect(self, container: Container, wish: NetworkWish) -> Endpoint:
+        """One more network for a running plain container.
+
+        Raises: FailedPrecondition: it is on that network; NotFound: no such network; SkepError.
+        """
+        endpoint = container.endpoint
+        assert endpoint is not None, "a running container has one"
+        place = await self._joining.join_one(container, wish, [one.place for one in endpoint.places])
+        joined, netns = endpoint, Path(endpoint.netns)
+        try:
+            (connected,) = await self.overlays.connect(
+                container.id, netns, (place,), first=_free_interface(endpoint)
+            )
+            joined = msgspec.structs.replace(endpoint, places=(*endpoint.places, connected))
+            if not joined.address and needs_way_out(container, [place]):
+                joined = await self._way_out(container, joined)
+            await self.overlays.change(container.id, (), joined)
+            if self._naming is not None:
+                await self._naming.attach(msgspec.structs.replace(container, endpoint=joined))
+        except BaseException:
+            await asyncio.shield(self._cut(container, joined, endpoint, (place,)))
+            raise
+        return joined
+
+    async def disconnect(self, container: Container, network_id: str) -> Endpoint:
+        """Take a running plain container from one of its networks.  Raises: SkepError."""
+        endpoint = container.endpoint
+        assert endpoint is not None, "a running container has one"
+        gone = [one.place for one in endpoint.places if one.network_id == network_id]
+        places = tuple(one for one in endpoint.places if one.network_id != network_id)
+        left = msgspec.structs.replace(endpoint, places=places)
+        if not needs_way_out(container, [one.place for one in places]):
+            left = Endpoint(netns=endpoint.netns, places=places)
+        await asyncio.shield(self._cut(container, endpoint, left, gone))
+        return left
+
+    async def rename(self, container: Container) -> None:
+        """Others find it by ``container.name`` from now on.  Raises: FailedPrecondition; SkepError."""
+        await self._joining.rename(container)
+
+    async def _cut(
+        self, container: Container, before: Endpoint, left: Endpoint, gone: Iterable[Place]
+    ) -> None:
+        """Make ``left`` of what a running container had."""
+        kept = {one.port for one in left.places}
+        try:
+            if before.address and not left.address:
+                await self.gateway.cut(container.id, before)
+            await self.overlays.change(
+                container.id, [one for one in before.places if one.port not in kept], left
+            )
+            if self._naming is not None:
+                if left.places:
+                    await self._naming.attach(msgspec.structs.replace(container, endpoint=left))
+                else:
+                    await self._naming.detach(container.id)
+        finally:
+            await self._joining.leave(container.id, gone)
+
+    async def _way_out(self, container: Container, endpoint: Endpoint) -> Endpoint:
+        """``endpoint`` with a place on the gateway bridge.  Raises: SkepError."""
+        found = await self.gateway.connect(
+            container.id,
+            Path(endpoint.netns),
+            _free_interface(endpoint),
+            container.config.ports,
+            is_open=_mode_of(container) is NetworkMode.BRIDGE,
+            wants_ipv6=has_way_out_by_ipv6([one.place for one in endpoint.places]),
+        )
+        return msgspec.structs.replace(found, places=endpoint.places)
 
     async def _join_mesh(
         self, container_id: ContainerId, endpoint: Endpoint, *, is_new: bool = False
@@ -149,7 +231,7 @@ class ContainerNetwork:
                     is_new=is_new,
                 )
 
-    async def _undo(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+    async def _undo(self, container_id: ContainerId, endpoint: Endpoint, places: Iterable[Place]) -> None:
         self.mesh.left(container_id)
         self.overlays.disconnect(container_id, endpoint.places)
         try:
@@ -162,14 +244,26 @@ class ContainerNetwork:
                 await self.gateway.disconnect(container_id, endpoint)
             finally:
                 await self._namespaces.destroy(container_id)
+                await self._joining.leave(container_id, places)
 
 
-def has_way_out(places: Sequence[Place]) -> bool:
-    """Whether the container gets the gateway bridge.
+def needs_way_out(container: Container, places: Sequence[Place]) -> bool:
+    """Whether a container on ``places`` gets the gateway bridge.
 
     Source: moby, libnetwork/default_gateway.go (needDefaultGW).
     """
-    return not places or any(not place.head.is_internal for place in places)
+    leads_out = any(not place.head.is_internal for place in places)
+    match _mode_of(container):
+        case NetworkMode.BRIDGE:
+            return True
+        case NetworkMode.NETWORKS:
+            return leads_out or (container.plain is None and not places)
+        case NetworkMode.NONE | NetworkMode.HOST:
+            return False
+
+
+def _mode_of(container: Container) -> NetworkMode:
+    return container.plain.mode if container.plain is not None else NetworkMode.NETWORKS
 
 
 def has_way_out_by_ipv6(places: Sequence[Place]) -> bool:
@@ -177,3 +271,9 @@ def has_way_out_by_ipv6(places: Sequence[Place]) -> bool:
     return any(
         ":" in address for place in places if not place.head.is_internal for address in place.addresses
     )
+
+
+def _free_interface(endpoint: Endpoint) -> str:
+    """The first name that none of a container's interfaces has."""
+    used = {one.interface for one in endpoint.places} | ({endpoint.interface} if endpoint.address else set())
+    return next(name for number in count() if (name := f"eth{number}") not in used)

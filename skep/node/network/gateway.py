@@ -33,13 +33,15 @@ from skep.node.network.addresses import (
 )
 from skep.node.network.forwarding import forward_ipv6, ipv6_refusal
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay.changing import carry_out
+from skep.node.network.overlay.difference import DeleteLink
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.rules import Owner, spoofing
 from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Address, Link, Peer, State
 from skep.node.network.ports import PortReservations
 from skep.node.network.remembered import Network, kept_subnet, remember
-from skep.node.network.rules import HostPort, gateway_table, gateway_table_ipv6
+from skep.node.network.rules import HostPort, between_table, gateway_table, gateway_table_ipv6
 from skep.node.oci.container import Endpoint, NodePort
 
 log = structlog.get_logger()
@@ -104,11 +106,13 @@ class Gateway:
         interface: str,
         ports: Sequence[NodePort],
         *,
+        is_open: bool = False,
         wants_ipv6: bool = False,
     ) -> Endpoint:
         """A way out for a container, bare of address and route yet, and its host-mode ``ports`` published.
 
-        ``wants_ipv6``: by IPv6 too, where the machine has it.  Raises: AlreadyExists: a port is taken; SkepError.
+        ``is_open``: it and others like it reach each other by the bridge; ``wants_ipv6``: out by IPv6 too, where the
+        machine has it.  Raises: AlreadyExists: a port is taken; SkepError.
         """
         addresses = self._opened()
         address = addresses.take(container_id)
@@ -130,6 +134,7 @@ class Gateway:
                 network=self._bridge,
                 interface=interface,
                 port=new_port_name(),
+                is_open=is_open,
                 ports=tuple(reserved),
                 address6=str(beside(address, subnet6)) if subnet6 is not None else "",
                 gateway6=str(subnet6[1]) if subnet6 is not None else "",
@@ -145,6 +150,12 @@ class Gateway:
         """Free everything that ``connect`` gave; harmless when it is free already."""
         if endpoint.address:
             await self._undo(container_id, endpoint.address, endpoint.ports)
+
+    async def cut(self, container_id: ContainerId, endpoint: Endpoint) -> None:
+        """The same for a container that runs on: its interface goes, too.  Raises: SkepError."""
+        if endpoint.port:
+            await carry_out(self._namespaces, self._namespaces.home, [DeleteLink(endpoint.port)])
+        await self.disconnect(container_id, endpoint)
 
     # --- another subnet ---------------------------------------------------------------------------------------
 
@@ -227,7 +238,8 @@ class Gateway:
             if one.port
         ]
         host_ports = [port for one in endpoints for port in _host_ports(one.address, one.ports)]
-        rules = [gateway_table(self._bridge, subnet, host_ports), spoofing(owners)]
+        between = between_table((one.port, one.is_open) for one in endpoints if one.port)
+        rules = [gateway_table(self._bridge, subnet, host_ports), spoofing(owners), between]
         if subnet6 is not None:
             rules.append(gateway_table_ipv6(self._bridge, subnet6))
         self._home.wish(_PART, state, *rules)

@@ -82,7 +82,7 @@ def named_of(container: Container, node_resolver: str) -> Named | None:
         networks=tuple(
             Place(
                 network=one.network_id,
-                task=task_id,
+                task=one.place.attachment or task_id,
                 addresses=tuple(address.partition("/")[0] for address in one.place.addresses),
             )
             for one in endpoint.places

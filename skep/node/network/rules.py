@@ -1,7 +1,9 @@
 """The node's nftables rules for containers: data only.
 
 In ``ip skep`` the map ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
-that answers on one address only; everything else is fixed.  ``ip6 skep`` is the way out alone.
+that answers on one address only; everything else is fixed.  ``ip6 skep`` is the way out alone.  ``bridge skep_gateway``
+says which containers reach each other by the gateway bridge: plain ones that have no other network do, as on Docker's
+``bridge``; for all others it is the way out alone, or two networks would meet there.
 """
 
 from collections.abc import Iterable
@@ -12,6 +14,7 @@ import msgspec
 from skep.node.network.overlay.tables import RuleTable
 
 TABLE, TABLE_IPV6 = "ip skep", "ip6 skep"
+BETWEEN = "bridge skep_gateway"
 _BOUND = "ip daddr . meta l4proto . th dport"
 
 
@@ -32,8 +35,8 @@ def gateway_table(bridge: str, subnet: IPv4Network, host_ports: Iterable[HostPor
     Packets to a published port are led to the container, from outside (``pre``) and from the node itself
     (``out``).  What containers send elsewhere leaves under the node's address.  A container answers to the
     bridge's address where its client is the node itself or a container that went round by the node's
-    address, because the answer must come back the same way.  From outside nothing else is forwarded to
-    containers.
+    address, because the answer must come back the same way.  Nothing else is forwarded to containers, from outside or
+    from one to another.
     """
     return RuleTable(
         name=TABLE,
@@ -79,9 +82,28 @@ def gateway_table_ipv6(bridge: str, subnet: IPv6Network) -> RuleTable:
 
 
 def _forward(bridge: str, *welcome: str) -> tuple[tuple[str, str], ...]:
-    """To the bridge is forwarded what comes from it and what is ``welcome``."""
-    rules = (f'oifname != "{bridge}" accept', f'iifname "{bridge}" accept', *welcome, "drop")
+    """To the bridge is forwarded what is ``welcome``, and not what comes from it."""
+    rules = (f'oifname != "{bridge}" accept', *welcome, "drop")
     return tuple(("forward", rule) for rule in rules)
+
+
+def between_table(ports: Iterable[tuple[str, bool]]) -> RuleTable:
+    """``ports``: of the gateway bridge, and whether its container may reach others that may."""
+    elements = set()
+    for port, is_open in ports:
+        elements.add(("ports", f'"{port}"'))
+        if is_open:
+            elements.add(("open", f'"{port}"'))
+    return RuleTable(
+        name=BETWEEN,
+        sets=(("ports", "type ifname"), ("open", "type ifname")),
+        chains=(("between", "{ type filter hook forward priority 0; }"),),
+        rules=(
+            ("between", "iifname @open oifname @open accept"),
+            ("between", "iifname @ports oifname @ports drop"),
+        ),
+        elements=frozenset(elements),
+    )
 
 
 def _element(port: HostPort) -> tuple[str, str]:

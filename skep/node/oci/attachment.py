@@ -9,12 +9,15 @@ import os
 import socket
 from pathlib import Path
 
-from skep.errors import NotFound
+from skep.errors import NotFound, ResourceExhausted, SkepError
+from skep.model.ids import ContainerId
 from skep.node.oci.container import Stream
 
 _STREAMS = {2: Stream.STDOUT, 3: Stream.STDERR}
 _PACKET_BYTES_MAX = 8192 + 1  # conmon's STDIO_BUF_SIZE and the leading byte
 _INPUT_BYTES_MAX = 8192
+WAITING_MAX = 64
+"""Clients that wait for the start of one container."""
 
 
 class Attachment:
@@ -81,3 +84,48 @@ async def attach(bundle: Path) -> Attachment:
         connection.close()
         raise
     return Attachment(connection)
+
+
+class WaitingClients:
+    """Clients that want the streams of containers which do not run yet: ``docker run`` asks before it starts one."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[ContainerId, list[asyncio.Future[Attachment]]] = {}
+
+    async def wait(self, id: ContainerId) -> Attachment:
+        """The streams, from the container's first byte on.  Raises: ResourceExhausted; what ``fail`` is told."""
+        waiting = self._waiting.setdefault(id, [])
+        if len(waiting) >= WAITING_MAX:
+            raise ResourceExhausted(f"{WAITING_MAX} clients wait for the start of the container already")
+        future: asyncio.Future[Attachment] = asyncio.get_running_loop().create_future()
+        waiting.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().close()
+            raise
+        finally:
+            self._forget(id, future)
+
+    async def serve(self, id: ContainerId, bundle: Path) -> None:
+        """The container is made and about to run: everybody gets its streams.  Raises: NotFound."""
+        for future in tuple(self._waiting.get(id, ())):
+            attachment = await attach(bundle)
+            if future.done():  # gone meanwhile
+                attachment.close()
+            else:
+                future.set_result(attachment)
+
+    def fail(self, id: ContainerId, error: SkepError) -> None:
+        """There will be no start."""
+        for future in self._waiting.get(id, ()):
+            if not future.done():
+                future.set_exception(error)
+
+    def _forget(self, id: ContainerId, future: "asyncio.Future[Attachment]") -> None:
+        waiting = self._waiting.get(id, [])
+        if future in waiting:
+            waiting.remove(future)
+        if not waiting:
+            self._waiting.pop(id, None)

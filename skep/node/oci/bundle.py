@@ -179,8 +179,8 @@ class Bundles:
 
     def _write_files(self, container: Container) -> Sequence[MountPoint]:
         """/etc/hosts, /etc/hostname and /etc/resolv.conf, unless the user mounts his own there."""
-        config, path = container.config, self.path(container.id)
-        addresses = container.endpoint.own_addresses if container.endpoint is not None else ()
+        config, endpoint, path = container.config, container.endpoint, self.path(container.id)
+        addresses = endpoint.own_addresses if endpoint is not None else ()
         node_resolver = self._resolver.read_text() if self._resolver.is_file() else ""
         contents: Mapping[str, str] = {
             "hosts": hosts_file(config.hostname, addresses, config.hosts),
@@ -190,14 +190,15 @@ class Bundles:
                 config.nameservers,
                 config.search_domains,
                 config.dns_options,
-                is_named=bool(config.places),
+                is_named=endpoint is not None and bool(endpoint.places),
             ),
         }
         taken = {point.destination for point in config.mounts}
         points = []
         for name, content in contents.items():
             file = path / name
-            if not file.exists():  # the container may have changed it
+            # A task's container may have changed it; a plain one may be on other networks than before.
+            if container.plain is not None or not file.exists():
                 file.write_text(content)
                 file.chmod(0o644)
             if f"/etc/{name}" not in taken:

@@ -13,11 +13,12 @@ import msgspec
 
 from skep.errors import AlreadyExists
 from skep.model.container import HealthConfig, Ulimit
-from skep.model.ids import ContainerId, NetworkId
+from skep.model.ids import ContainerId, NetworkId, TaskId
 from skep.model.service import PortConfig
 from skep.model.tables import NetworkHead
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 from skep.node.oci.health import Health
+from skep.node.oci.plain import Plain
 
 
 class ContainerState(Enum):
@@ -78,6 +79,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     aliases: tuple[str, ...] = ()
     """Further names of this container alone."""
+    attachment: TaskId = TaskId("")
+    """The task by which the cluster holds this place for a plain container; empty: it does not."""
 
 
 class ConnectedPlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,6 +186,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     address6: str = ""
     """On the gateway bridge too, in a /64; empty without a way out by IPv6."""
     gateway6: str = ""
+    is_open: bool = False
+    """It reaches other open ones by the gateway bridge, which is its only network."""
     ports: tuple[NodePort, ...] = ()
     places: tuple[ConnectedPlace, ...] = ()
     """In the order of its interfaces."""
@@ -229,6 +234,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     """None: it has no probe, or never ran."""
     started_at: Timestamp = ZERO_TIME
     finished_at: Timestamp = ZERO_TIME
+    plain: Plain | None = None
+    """None: it is a task's."""
 
     @property
     def pid(self) -> int:
@@ -255,6 +262,8 @@ class ContainerWish(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[str, ...]
     config: ContainerConfig
     labels: Mapping[str, str] = {}
+    plain: Plain | None = None
+    """A plain container's has no network before its start; None: a task's, which has."""
 
 
 class Stream(Enum):

@@ -24,9 +24,10 @@ from skep.errors import NotFound, SkepError
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME, timestamp
 from skep.node.oci import health
-from skep.node.oci.attachment import Attachment, attach
+from skep.node.oci.attachment import Attachment, WaitingClients, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
+from skep.node.oci.changing import ContainerChanger
 from skep.node.oci.conmon import StartError
 from skep.node.oci.container import (
     Container,
@@ -41,7 +42,6 @@ from skep.node.oci.health_checks import HealthChecks
 from skep.node.oci.log_keeping import LogKeeper
 from skep.node.oci.networking import Networking, kept
 from skep.node.oci.processes import send_signal
-from skep.node.oci.reading import ContainerReader
 from skep.node.oci.registry import Registry
 from skep.node.oci.runtime import Runtime
 from skep.node.oci.signals import signal_number
@@ -49,7 +49,7 @@ from skep.node.oci.signals import signal_number
 log = structlog.get_logger()
 
 
-class Containers(ContainerReader):
+class Containers(ContainerChanger):
     """All containers of this node."""
 
     def __init__(
@@ -67,15 +67,21 @@ class Containers(ContainerReader):
 
         Twice the number of cores keeps a single start short under load at no loss of rate.
         """
-        super().__init__(registry=Registry(bundles), bundles=bundles, cgroups=cgroups, clock=clock)
-        self._runtime = runtime
+        super().__init__(
+            registry=Registry(bundles),
+            bundles=bundles,
+            cgroups=cgroups,
+            clock=clock,
+            runtime=runtime,
+            events=Events(clock),
+        )
         self._network = network
         self._new_id = new_id
         self._starting = asyncio.Semaphore(starts_max)
+        self._waiting = WaitingClients()
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
-        self.events = Events(clock)
         self.log_keeper = LogKeeper(bundles, runtime, clock, self.list)
         self.execs = Execs(bundles, runtime, self.events, container=self.get, spawn=self._spawn)
         self.health = HealthChecks(self._registry, self.execs, self.events, cgroups, clock)
@@ -111,6 +117,7 @@ class Containers(ContainerReader):
     async def create(self, wish: ContainerWish) -> Container:
         """Make everything ready to start: directories, root file system, network, published ports.
 
+        A plain container has the last two from its start to its end only.
         Raises: AlreadyExists: the name (or a port) is taken; SkepError: something of the wish cannot be had.
         """
         container = Container(
@@ -122,6 +129,7 @@ class Containers(ContainerReader):
             labels=wish.labels,
             layers=wish.layers,
             created_at=timestamp(self._clock.now_ns()),
+            plain=wish.plain,
         )
         if not wish.config.hostname:  # Docker's: the short id
             config = msgspec.structs.replace(wish.config, hostname=container.id[:12])
@@ -149,6 +157,8 @@ class Containers(ContainerReader):
         container = self.get(word)
         if not container.is_running:
             raise NotRunning(f"Cannot kill container: {word}: Container {container.id} is not running")
+        if number in (signal.SIGKILL, signal_number(container.config.stop_signal or "SIGTERM")):
+            container = self._stopped_by_user(container)
         await self._signal(container, number)
 
     async def stop(self, word: str, grace_s: float | None = None) -> Container:
@@ -156,7 +166,7 @@ class Containers(ContainerReader):
 
         Raises: NotFound.
         """
-        container = self.get(word)
+        container = self._stopped_by_user(self.get(word))
         if not container.is_running:
             return container
         if grace_s is None:
@@ -173,43 +183,17 @@ class Containers(ContainerReader):
         return ended
 
     async def attach(self, word: str) -> Attachment:
-        """Its standard streams.  Raises: NotFound; NotRunning."""
-        container = self.require_running(word)
-        attachment = await attach(self._bundles.bundle(container.id))
+        """Its standard streams.  A plain container that does not run is waited for, and nothing it says is missed.
+
+        Raises: NotFound; NotRunning: a task's, or the start that was waited for has failed.
+        """
+        container = self.get(word)
+        if container.plain is not None and not container.is_running:
+            attachment = await self._waiting.wait(container.id)
+        else:
+            attachment = await attach(self._bundles.bundle(self.require_running(container.id).id))
         self.events.publish("attach", container)
         return attachment
-
-    async def resize(self, word: str, height: int, width: int) -> None:
-        """Tell the size of its terminal, in characters.  Raises: NotFound; NotRunning."""
-        container = self.require_running(word)
-        self._runtime.resize(self._bundles.bundle(container.id), height, width)
-        self.events.publish("resize", container, height=str(height), width=str(width))
-
-    async def pause(self, word: str) -> None:
-        """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        container = self.require_running(word)
-        await self._runtime.pause(container.id)
-        self.events.publish("pause", self._registry.change(container.id, state=ContainerState.PAUSED))
-
-    async def unpause(self, word: str) -> None:
-        """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
-        container = self.require_running(word)
-        await self._runtime.resume(container.id)
-        self.events.publish("unpause", self._registry.change(container.id, state=ContainerState.RUNNING))
-
-    async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:
-        """Change its limits without a restart; 0 lifts one.  Raises: NotFound; RuntimeFailed."""
-        container = self.get(word)
-        config = msgspec.structs.replace(
-            container.config, nano_cpus=nano_cpus, memory_bytes=memory_bytes, pids=pids
-        )
-        if config == container.config:
-            return container
-        if container.is_running:
-            await self._runtime.update(container.id, config)
-        container = self._registry.change(container.id, config=config)
-        self.events.publish("update", container)
-        return container
 
     async def remove(self, word: str, *, force: bool = False) -> None:
         """Free everything it holds; ``force`` kills it first.
@@ -223,10 +207,12 @@ class Containers(ContainerReader):
                     f"You cannot remove a running container {container.id}."
                     " Stop the container before attempting removal or force remove"
                 )
+            container = self._stopped_by_user(container)
             await self._signal(container, signal.SIGKILL)
             await self.wait(container.id)
         await self._wait_settled(container.id)
         await self._discard(container.id)
+        self._waiting.fail(container.id, NotRunning(f"Container {container.id} was removed"))
         self.events.publish("destroy", container)
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -234,7 +220,7 @@ class Containers(ContainerReader):
     async def _make(self, container: Container) -> Container:
         try:
             self._bundles.make(container)
-            endpoint = await self._network.attach(container)
+            endpoint = await self._network.attach(container) if container.plain is None else None
             container = self._registry.change(container.id, endpoint=endpoint)
             await asyncio.to_thread(self._bundles.prepare, container)
             return container
@@ -249,11 +235,13 @@ class Containers(ContainerReader):
         if container.is_running:
             return container
         try:
-            if container.was_started:  # again: what it had was given back when it ended
+            # What it had was given back when it ended; a plain one never had it.
+            if container.was_started or container.plain is not None:
                 await self._wait_settled(id)
                 container = await self._ready_again(container)
             started = await self._runtime.create(container)
             self._registry.change(id, process=started.process, monitor=started.monitor)
+            await self._waiting.serve(id, self._bundles.bundle(id))
             await self._runtime.start(id, started.process)
         except BaseException as error:
             await asyncio.shield(self._give_up(id, error))
@@ -271,6 +259,17 @@ class Containers(ContainerReader):
         self._watch(container)
         self.events.publish("start", container)
         return container
+
+    def note_stopped(self, id: ContainerId) -> None:
+        """A plain container that does not run is not to be started again but by its user.  Raises: NotFound."""
+        self._stopped_by_user(self.get(id))
+
+    def _stopped_by_user(self, container: Container) -> Container:
+        """Note that a plain container's restart policy is not to start it again."""
+        plain = container.plain
+        if plain is None or plain.is_stopped:
+            return container
+        return self._registry.change(container.id, plain=msgspec.structs.replace(plain, is_stopped=True))
 
     async def _signal(self, container: Container, number: int) -> None:
         if container.process is not None:
@@ -330,6 +329,7 @@ class Containers(ContainerReader):
             await self._free(self._network.detach(id, container.endpoint), id)
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
         code = error.exit_code if isinstance(error, StartError) else 128
+        self._waiting.fail(id, NotRunning(str(error)))
         self._registry.change(id, process=None, monitor=None, exit_code=code, error=str(error))
 
     async def _ready_again(self, container: Container) -> Container:
@@ -373,6 +373,10 @@ class Containers(ContainerReader):
             return
         await self._runtime.delete(id)
         container = self._registry.change(id, process=None, monitor=None)
+        if container.plain is not None:
+            if container.endpoint is not None:  # the process before this one ended in the middle of its start
+                await self._free(self._network.detach(id, container.endpoint), id)
+            return
         try:
             if has_network:
                 await asyncio.to_thread(self._bundles.prepare, container)

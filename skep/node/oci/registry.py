@@ -49,12 +49,7 @@ class Registry:
 
     def add(self, container: Container) -> None:
         """A new container, or one of an earlier process.  Raises: AlreadyExists: the name is taken."""
-        taken = self._ids_by_name.get(container.name)
-        if taken is not None:
-            raise AlreadyExists(
-                f'Conflict. The container name "/{container.name}" is already in use by container "{taken}".'
-                " You have to remove (or rename) that container to be able to reuse that name."
-            )
+        self._check_free(container.name)
         self._containers[container.id] = container
         self._ids_by_name[container.name] = container.id
 
@@ -65,6 +60,23 @@ class Registry:
         self._containers[id] = container
         self._notify(id)
         return container
+
+    def rename(self, id: ContainerId, name: str) -> Container:
+        """Give a container another name, on disk and here.  Raises: AlreadyExists: it is taken."""
+        before = self._containers[id].name
+        self._check_free(name)
+        container = self.change(id, name=name)
+        del self._ids_by_name[before]
+        self._ids_by_name[name] = id
+        return container
+
+    def _check_free(self, name: str) -> None:
+        taken = self._ids_by_name.get(name)
+        if taken is not None:
+            raise AlreadyExists(
+                f'Conflict. The container name "/{name}" is already in use by container "{taken}".'
+                " You have to remove (or rename) that container to be able to reuse that name."
+            )
 
     def forget(self, id: ContainerId) -> None:
         """Drop a container whose directory is gone."""

@@ -13,6 +13,7 @@ import msgspec
 from skep.errors import InvalidArgument
 from skep.node.oci import capabilities, seccomp
 from skep.node.oci.container import Container, ContainerConfig, ExecConfig, MountPoint
+from skep.node.oci.plain import NetworkMode
 from skep.node.oci.users import Identity
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -210,10 +211,13 @@ def _rlimits(config: ContainerConfig, capacity: Capacity, warnings: list[str]) -
 
 def _linux(container: Container, capacity: Capacity, cgroup: str, warnings: list[str]) -> dict[str, Any]:
     config = container.config
-    network: dict[str, str] = {"type": "network"}
-    if container.endpoint is not None:
-        network["path"] = container.endpoint.netns
-    namespaces = [{"type": type} for type in ("mount", "pid", "ipc", "uts")] + [network]
+    namespaces = [{"type": type} for type in ("mount", "pid", "ipc", "uts")]
+    is_on_host = container.plain is not None and container.plain.mode is NetworkMode.HOST
+    if not is_on_host:
+        network = {"type": "network"}
+        if container.endpoint is not None:
+            network["path"] = container.endpoint.netns
+        namespaces.append(network)
     if capacity.is_cgroup_v2:
         namespaces.append({"type": "cgroup"})
     linux: dict[str, Any] = {
@@ -223,7 +227,7 @@ def _linux(container: Container, capacity: Capacity, cgroup: str, warnings: list
         "resources": {"devices": [{"allow": False, "access": "rwm"}]} | resources(config, capacity, warnings),
         "maskedPaths": _MASKED_PATHS,
         "readonlyPaths": _READONLY_PATHS,
-        "sysctl": _DEFAULT_SYSCTLS | dict(config.sysctls),
+        "sysctl": ({} if is_on_host else _DEFAULT_SYSCTLS) | dict(config.sysctls),
     }
     profile = _seccomp(config, capacity)
     if profile is not None:

@@ -94,6 +94,15 @@ class ClusterNetworks(msgspec.Struct, frozen=True, kw_only=True):
             found["Containers"] = here
         return found
 
+    async def may_have(self, word: str) -> bool:
+        """Whether ``word`` may mean a network of the cluster; a worker does not know them all."""
+        if not self.member.is_manager:
+            return self.member.is_in_swarm
+        answer = await self._ask("GET", f"/networks/{quote(word, safe='')}", b"", {})
+        return answer.status == 200 and PREDEFINED_LABEL not in (
+            msgspec.json.decode(answer.body)["Labels"] or ()
+        )
+
     async def check_lacks(self, name: str) -> None:
         """Raises: AlreadyExists: a network of the cluster has that name."""
         answer = await self._ask("GET", f"/networks/{quote(name, safe='')}", b"", {})

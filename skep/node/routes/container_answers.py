@@ -98,7 +98,7 @@ def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -
         "HostsPath": str(path / "hosts"),
         "LogPath": str(bundles.log(container.id)),
         "Name": f"/{container.name}",
-        "RestartCount": 0,
+        "RestartCount": container.plain.restarts if container.plain is not None else 0,
         "Driver": "overlay2",
         "Platform": "linux",
         "MountLabel": "",
@@ -134,7 +134,7 @@ def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, 
         "Labels": dict(container.labels),
         "State": container.state.value,
         "Status": status(container, now_ns),
-        "HostConfig": {"NetworkMode": "default"},
+        "HostConfig": {"NetworkMode": container.plain.network_mode if container.plain else "default"},
         "NetworkSettings": {"Networks": networks(container)},
         "Mounts": _mounts(container),
     }
@@ -212,13 +212,14 @@ def _state(container: Container) -> dict[str, Any]:
 
 def _config(container: Container) -> dict[str, Any]:
     config = container.config
+    attached = container.plain.attached if container.plain is not None else ()
     answer: dict[str, Any] = {
         "Hostname": config.hostname or container.id[:12],
         "Domainname": "",
         "User": config.user,
-        "AttachStdin": False,
-        "AttachStdout": False,
-        "AttachStderr": False,
+        "AttachStdin": "stdin" in attached,
+        "AttachStdout": "stdout" in attached,
+        "AttachStderr": "stderr" in attached,
         "Tty": config.tty,
         "OpenStdin": config.open_stdin,
         "StdinOnce": config.stdin_once,
@@ -247,6 +248,7 @@ def _host_config(container: Container) -> dict[str, Any]:
     mounts = [_mount_wish(mount) for mount in config.mounts if not mount.internal]
     return {
         **_HOST_DEFAULTS,
+        **_plain_host_config(container),
         "LogConfig": {"Type": config.log.type, "Config": dict(config.log.options)},
         "PortBindings": _bindings(container),
         "CapAdd": list(config.capability_add) or None,
@@ -272,11 +274,23 @@ def _host_config(container: Container) -> dict[str, Any]:
     }
 
 
+def _plain_host_config(container: Container) -> dict[str, Any]:
+    plain = container.plain
+    if plain is None:
+        return {}
+    return {
+        "NetworkMode": plain.network_mode,
+        "RestartPolicy": {"Name": plain.restart.name, "MaximumRetryCount": plain.restart.attempts_max},
+        "AutoRemove": plain.auto_remove,
+    }
+
+
 def _bindings(container: Container) -> dict[str, Any]:
-    published = container.endpoint.ports if container.endpoint else container.config.ports
+    has_opened = container.endpoint is not None and container.plain is None
+    published = container.endpoint.ports if has_opened and container.endpoint else container.config.ports
     bindings: dict[str, Any] = {}
     for port in published:
-        binding = {"HostIp": "", "HostPort": str(port.published_port)}
+        binding = {"HostIp": port.host_ip, "HostPort": str(port.published_port)}
         bindings.setdefault(f"{port.target_port}/{port.protocol}", []).append(binding)
     return bindings
 

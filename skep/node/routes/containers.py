@@ -1,7 +1,7 @@
-"""Containers of this node in the Engine API: look at them, and what Docker lets one do to a task's container.
+"""Containers of this node in the Engine API: look at them, and what Docker lets one do to them.
 
-Making containers is not here: tasks do that.  A task whose container is stopped or removed by hand fails, and the
-cluster replaces it.
+Making them is ``plain_containers.py``'s, and tasks'.  A task whose container is stopped or removed by hand fails, and
+the cluster replaces it.
 
 Source: moby 20.10, api/server/router/container/container_routes.go.
 """
@@ -36,6 +36,7 @@ from skep.node.oci.containers import Containers
 from skep.node.oci.images.removal import ImageUser
 from skep.node.oci.images.store import ImageStore
 from skep.node.oci.images.untar import tree_bytes
+from skep.node.plain.containers import PlainContainers
 from skep.node.routes import container_answers
 from skep.node.routes.container_listing import Wish, ancestors, select
 from skep.node.routes.container_output import output_routes
@@ -70,17 +71,28 @@ class Served(msgspec.Struct, frozen=True):
     images: ImageStore
     bundles: Bundles
     clock: Clock
+    plain: PlainContainers | None = None
+    """None: the node makes no plain containers."""
+
+    def plain_of(self, container: Container) -> PlainContainers | None:
+        """Who keeps ``container``, if it is a plain one."""
+        return self.plain if container.plain is not None else None
 
 
 _table = Table[Served]()
 
 
 def container_routes(
-    containers: Containers, images: ImageStore, bundles: Bundles, *, clock: Clock | None = None
+    containers: Containers,
+    images: ImageStore,
+    bundles: Bundles,
+    *,
+    clock: Clock | None = None,
+    plain: PlainContainers | None = None,
 ) -> Iterable[web.AbstractRouteDef]:
     """``/containers/...`` and ``/exec/...``."""
     clock = clock or SystemClock()
-    own = _table.bound(Served(containers, images, bundles, clock))
+    own = _table.bound(Served(containers, images, bundles, clock, plain))
     return (*own, *exec_routes(containers), *output_routes(containers, clock=clock))
 
 
@@ -162,6 +174,7 @@ async def stop(node: Served, request: web.Request) -> web.StreamResponse:
     container = node.containers.get(request.match_info["id"])
     grace_s = _grace(request)
     if not container.is_running:
+        node.containers.note_stopped(container.id)
         raise NotModified
     await node.containers.stop(container.id, grace_s)
     return web.Response(status=204)
@@ -172,7 +185,7 @@ async def start(node: Served, request: web.Request) -> web.StreamResponse:
     container = node.containers.get(request.match_info["id"])
     if container.is_running:
         raise NotModified
-    await node.containers.start(container.id)
+    await _start(node, container)
     return web.Response(status=204)
 
 
@@ -180,8 +193,13 @@ async def start(node: Served, request: web.Request) -> web.StreamResponse:
 async def restart(node: Served, request: web.Request) -> web.StreamResponse:
     container = node.containers.get(request.match_info["id"])
     await node.containers.stop(container.id, _grace(request))
-    await node.containers.start(container.id)
+    await _start(node, container)
     return web.Response(status=204)
+
+
+async def _start(node: Served, container: Container) -> None:
+    plain = node.plain_of(container)
+    await (plain.start(container.id) if plain is not None else node.containers.start(container.id))
 
 
 @_table.post("/containers/{id}/pause")
@@ -228,7 +246,7 @@ async def prune(node: Served, request: web.Request) -> web.StreamResponse:
             and _is_prunable(container, filters, node.clock)
         ):
             freed_bytes += (await _sizes(node, container)).get("SizeRw", 0)
-            await node.containers.remove(container.id)
+            await _remove(node, container)
             removed.append(container.id)
     await node.images.sweep({user.image_id for user in image_users(node.containers)})
     return json_answer({"ContainersDeleted": removed or None, "SpaceReclaimed": freed_bytes})
@@ -236,14 +254,28 @@ async def prune(node: Served, request: web.Request) -> web.StreamResponse:
 
 @_table.delete("/containers/{id}")
 async def remove(node: Served, request: web.Request) -> web.StreamResponse:
-    await node.containers.remove(request.match_info["id"], force=flag(request, "force"))
+    container = node.containers.get(request.match_info["id"])
+    await _remove(node, container, force=flag(request, "force"), with_volumes=flag(request, "v"))
     await node.images.sweep({user.image_id for user in image_users(node.containers)})
     return web.Response(status=204)
 
 
+async def _remove(
+    node: Served, container: Container, *, force: bool = False, with_volumes: bool = False
+) -> None:
+    plain = node.plain_of(container)
+    if plain is not None:
+        await plain.remove(container.id, force=force, with_volumes=with_volumes)
+    else:
+        await node.containers.remove(container.id, force=force)
+
+
 @_table.post("/containers/{id}/rename")
 async def rename(node: Served, request: web.Request) -> web.StreamResponse:
-    node.containers.get(request.match_info["id"])
+    container = node.containers.get(request.match_info["id"])
+    if (plain := node.plain_of(container)) is not None:
+        await plain.rename(container.id, request.query.get("name", ""))
+        return web.Response(status=204)
     raise Unimplemented("The container of a task keeps the task's name: it cannot be renamed.")
 
 

@@ -5,6 +5,7 @@ from ipaddress import ip_interface
 from typing import Any
 
 from skep.node.oci.container import ConnectedPlace, Container
+from skep.node.oci.plain import NetworkMode
 
 _NO_NETWORK: dict[str, Any] = {
     "IPAMConfig": None,
@@ -56,7 +57,7 @@ def network_settings(container: Container) -> dict[str, Any]:
             {"HostIp": port.host_ip or "0.0.0.0", "HostPort": str(port.published_port)},
         ]
     settings |= {"SandboxID": container.id, "SandboxKey": endpoint.netns, "Ports": bound}
-    if endpoint.places:  # Docker fills these in for its own bridge only
+    if endpoint.places or not endpoint.address:  # Docker fills these in for its own bridge only
         return settings
     return settings | {
         "Gateway": endpoint.gateway,
@@ -71,14 +72,22 @@ def networks(container: Container) -> dict[str, Any]:
 
     Source: the answers of an engine of version 20.10 for a task on several overlays.
     """
-    endpoint = container.endpoint
+    endpoint = container.endpoint if container.plain is None or container.is_running else None
     if endpoint is None:
-        return {}
+        wished = container.plain.networks if container.plain is not None else ()
+        return {
+            one.network: _NO_NETWORK | {"Aliases": list(one.aliases) or None} for one in wished
+        } or _alone(container)
     if endpoint.places:
         return {place.network_name: _overlay(container, place) for place in endpoint.places}
     is_up = container.is_running
+    name = endpoint.network or "bridge"
+    if container.plain is not None:
+        if container.plain.mode is NetworkMode.NETWORKS:
+            return {}
+        name = container.plain.mode.value
     return {
-        endpoint.network or "bridge": {
+        name: {
             **_NO_NETWORK,
             "Gateway": endpoint.gateway if is_up else "",
             "IPAddress": endpoint.address if is_up else "",
@@ -86,6 +95,13 @@ def networks(container: Container) -> dict[str, Any]:
             "MacAddress": endpoint.mac_address if is_up else "",
         }
     }
+
+
+def _alone(container: Container) -> dict[str, Any]:
+    """Of a plain container that does not run and is to have none of its own."""
+    if container.plain is None or container.plain.mode is NetworkMode.NETWORKS:
+        return {}
+    return {container.plain.mode.value: _NO_NETWORK}
 
 
 def _overlay(container: Container, connected: ConnectedPlace) -> dict[str, Any]:
@@ -96,7 +112,9 @@ def _overlay(container: Container, connected: ConnectedPlace) -> dict[str, Any]:
     wished |= {"IPv6Address": str(v6.ip)} if v6 is not None else {}
     answer = _NO_NETWORK | {
         "IPAMConfig": wished,
-        "Aliases": [container.id[:12]],
+        "Aliases": [*connected.place.aliases, container.id[:12]]
+        if container.plain is not None
+        else [container.id[:12]],
         "NetworkID": connected.network_id,
     }
     if not container.is_running:

@@ -4,11 +4,14 @@ from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Interface, ip_interface
 from typing import Any
 
+from skep.api.filters import Filters
+from skep.api.moments import parse_moment
 from skep.api.network_form import endpoint_id
 from skep.model.ids import TaskId
 from skep.model.network import Network
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, TaskState, TaskStatus
+from skep.model.times import unix_ns
 from skep.node.network.addresses import mac_of
 from skep.node.network.local.objects import LocalNetwork
 from skep.node.oci.container import Container
@@ -44,6 +47,9 @@ def on_overlay(
     """Entries of ``Containers``, by container id."""
     entries: dict[str, Any] = {}
     for container in containers:
+        if container.plain is not None:
+            entries |= on_bridge(network_id, (container,))
+            continue
         assigned = tasks.get(TaskId(container.labels.get(_TASK_LABEL, "")))
         if assigned is None or not container.is_running:
             continue
@@ -68,6 +74,39 @@ def on_gateway(
         for one in containers
         if one.id in wanted and one.endpoint is not None
     }
+
+
+def on_bridge(network_id: str, containers: Collection[Container]) -> dict[str, Any]:
+    """The same of any network that plain containers are on."""
+    return {
+        one.id: _entry(one.name, endpoint_id(one.id, network_id), connected.place.addresses)
+        for one in containers
+        if one.plain is not None and one.is_running and one.endpoint is not None
+        for connected in one.endpoint.places
+        if connected.network_id == network_id
+    }
+
+
+def on_builtin(network: LocalNetwork, containers: Collection[Container]) -> dict[str, Any]:
+    """The same of ``bridge``, ``host`` and ``none``."""
+    found: dict[str, Any] = {}
+    for one in containers:
+        plain, endpoint = one.plain, one.endpoint
+        if plain is not None and endpoint is not None and one.is_running and plain.mode.value == network.name:
+            addresses = (f"{endpoint.address}/{endpoint.prefix_length}",) if endpoint.address else ()
+            found[one.id] = _entry(one.name, endpoint_id(one.id, network.id), addresses)
+    return found
+
+
+def is_prunable(network: LocalNetwork, filters: Filters, now_ns: int) -> bool:
+    """Whether ``docker network prune`` means an unused network."""
+    created_ns = unix_ns(network.created_at)
+    unwanted = [Filters({"label": (label,)}) for label in filters["label!"]]
+    return (
+        all(created_ns < parse_moment(moment, now_ns) for moment in filters["until"])
+        and filters.matches_labels("label", network.labels)
+        and not any(one.matches_labels("label", network.labels) for one in unwanted)
+    )
 
 
 def _entry(name: str, endpoint: str, addresses: Iterable[str]) -> dict[str, Any]:

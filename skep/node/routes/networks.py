@@ -6,7 +6,9 @@ that its own tasks use.  Networks of the node are the engine's where there is on
 Source: moby 20.10, api/server/router/network/network_routes.go, daemon/network.go, libnetwork/controller.go.
 """
 
+import asyncio
 from collections.abc import Callable, Collection
+from ipaddress import IPv4Network
 from typing import Any
 from urllib.parse import quote
 
@@ -38,12 +40,16 @@ from skep.errors import (
     Unavailable,
     Unimplemented,
 )
+from skep.linux.routes import read_routes
 from skep.node.local_api import Answer, LocalApi
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.network.local.objects import GATEWAY, LocalNetwork, facts_of, find, flat_form
 from skep.node.oci.container import Container
+from skep.node.plain.containers import PlainContainers
+from skep.node.plain.requests import read_connect
+from skep.node.plain.wish import network_wish
 from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, passed_headers
-from skep.node.routes.network_users import on_gateway
+from skep.node.routes.network_users import is_prunable, on_bridge, on_builtin, on_gateway
 
 log = structlog.get_logger()
 
@@ -57,6 +63,8 @@ class NetworkParts(msgspec.Struct, frozen=True, kw_only=True):
     containers: Callable[[], Collection[Container]]
     container: Callable[[str], Container]
     """By id, name or prefix.  Raises: NotFound."""
+    plain: PlainContainers | None = None
+    """Plain containers of ours; None: the node runs none."""
 
 
 def network_routes(parts: NetworkParts) -> Routes:
@@ -90,7 +98,7 @@ class _NodeNetworks:
         names = {one["Name"] for one in engines}
         shown += engines
         for network in self._own():
-            used = network.name == GATEWAY and bool(self._local.gateway_users())
+            used = bool(self._users_of(network))
             if network.name not in names and fits(facts_of(network, is_used=used), filters):
                 shown.append(flat_form(network, {}))
         return json_answer(shown)
@@ -136,10 +144,13 @@ class _NodeNetworks:
             raise InvalidArgument("invalid name: ")
         if body.config_only:
             return _created(self._local.add_configuration(body))
-        raise Unimplemented(
-            "this node has no networks of its own for plain containers, since it runs none: create an overlay network "
-            "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
-        )
+        if self._parts.plain is None:
+            raise Unimplemented(
+                "this node runs no containers, so it has no networks for them: create an overlay network "
+                "(--driver overlay), or give skep a Docker Engine (--engine-socket)"
+            )
+        routes = [one for one, _ in await asyncio.to_thread(read_routes) if isinstance(one, IPv4Network)]
+        return _created(self._local.add_bridge(body, routes))
 
     async def remove(self, request: web.Request) -> web.StreamResponse:
         word = request.match_info["name"]
@@ -162,8 +173,9 @@ class _NodeNetworks:
         return self._remove_own(own)
 
     async def prune(self, request: web.Request) -> web.StreamResponse:
-        """Of the node's own, none goes: the gateway bridge is every container's way out."""
-        Filters.of(request).refuse_unknown(*PRUNE_FILTERS)
+        """Of the node's own, unused bridge networks go; the gateway bridge is every container's way out."""
+        filters = Filters.of(request)
+        filters.refuse_unknown(*PRUNE_FILTERS)
         removed: list[str] = []
         sides = [self._cluster.ask_manager] if self._cluster.member.is_manager else []
         for ask in (*sides, *([self._ask_engine] if self._parts.engine is not None else [])):
@@ -171,22 +183,28 @@ class _NodeNetworks:
             if answer.status >= 300:
                 raise answer.error()
             removed += msgspec.json.decode(answer.body).get("NetworksDeleted") or []
+        for network in self._local.bridges() if self._parts.engine is None else ():
+            if not self._users_of(network) and is_prunable(network, filters, self._cluster.clock.now_ns()):
+                self._remove_own(network)
+                removed.append(network.name)
         return json_answer({"NetworksDeleted": removed or None})
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
-        """``connect`` and ``disconnect``: of the engine's containers to its networks; others are told why not."""
+        """``connect`` and ``disconnect``: of plain containers, ours or the engine's; tasks' are told why not."""
         raw = await read_body(request)
         wished = decode_body(raw, ConnectBody)
         name = request.match_info["name"]
         if not wished.container:
             raise InvalidArgument('invalid name or ID supplied: ""')
-        await self._check_plain(wished.container)
+        is_ours = await self._is_ours(wished.container)
         is_cut = request.path.endswith("/disconnect")
         own = find(self._own(), name)
         if own is not None and own.name == GATEWAY:
             raise Forbidden(
                 f"{GATEWAY} is every container's way out: none is connected or disconnected by hand"
             )
+        if is_ours and self._parts.plain is not None:
+            return await self._connect_ours(self._parts.plain, own, raw, name, is_cut=is_cut)
         found = await self._cluster.find(request, name) if own is None else None
         if found is None:
             return _passed(await self._ask_engine(request, raw))
@@ -199,8 +217,22 @@ class _NodeNetworks:
             )
         raise Unimplemented(
             f"Could not attach to network {name}: the Docker Engine of this machine takes no part in the cluster: "
-            "run the container as a service, or on a docker node"
+            "run the container on that network from its start (docker run --network), or as a service"
         )
+
+    async def _connect_ours(
+        self, plain: PlainContainers, own: LocalNetwork | None, raw: bytes, name: str, *, is_cut: bool
+    ) -> web.Response:
+        wished = read_connect(raw)
+        if own is not None and own.name in BUILTIN:
+            raise Unimplemented(
+                f"a container has network {own.name} from its making or not at all: run it with --network {own.name}"
+            )
+        if is_cut:
+            await plain.disconnect(wished.container, name, own.id if own is not None else "")
+        else:
+            await plain.connect(wished.container, network_wish(name, wished.endpoint_config))
+        return web.Response()
 
     async def update(self, request: web.Request) -> web.StreamResponse:
         self._cluster.check_manager()
@@ -233,15 +265,17 @@ class _NodeNetworks:
         if found["Name"] == name:
             raise AlreadyExists(f"network with name {name} already exists")
 
-    async def _check_plain(self, word: str) -> None:
-        """Raises: NotFound: no such container; FailedPrecondition: a task's."""
+    async def _is_ours(self, word: str) -> bool:
+        """Whether a plain container is ours.  Raises: NotFound: no such container; FailedPrecondition: a task's."""
         try:
             container = self._parts.container(word)
         except NotFound:
             if self._parts.engine is None:
                 raise NotFound(f"No such container: {word}") from None
             await self._parts.engine.get(f"/containers/{quote(word, safe='')}/json")
-            return
+            return False
+        if container.plain is not None:
+            return True
         service = container.labels.get("com.docker.swarm.service.name", "")
         raise FailedPrecondition(
             f"container {container.name} belongs to a task of service {service}: its networks are the service's "
@@ -252,22 +286,38 @@ class _NodeNetworks:
         own = (
             []
             if self._parts.engine is not None
-            else [*self._local.predefined(), *self._local.configurations()]
+            else [*self._local.predefined(), *self._local.configurations(), *self._local.bridges()]
         )
         gateway = self._local.gateway() if self._cluster.member.is_in_swarm else None
         return [*own, gateway] if gateway is not None else own
 
     def _shown(self, network: LocalNetwork) -> dict[str, Any]:
-        if network.name != GATEWAY:
-            return flat_form(network, {})
-        users = on_gateway(network, self._local.gateway_users(), self._parts.containers())
-        return flat_form(network, users)
+        if network.name == "bridge" and (gateway := self._local.gateway()) is not None:
+            network = msgspec.structs.replace(network, configs=gateway.configs)
+        return flat_form(network, self._users_of(network))
+
+    def _users_of(self, network: LocalNetwork) -> dict[str, Any]:
+        """Containers on it, by id."""
+        containers = self._parts.containers()
+        if network.name == GATEWAY:
+            return on_gateway(network, self._local.gateway_users(), containers)
+        if network.name in BUILTIN:
+            return on_builtin(network, containers)
+        return on_bridge(network.id, containers)
 
     def _remove_own(self, network: LocalNetwork) -> web.Response:
         if network.name == GATEWAY:
             self._local.remove_gateway()
-        else:
+        elif network.is_configuration:
             self._local.remove_configuration(network.id)
+        else:
+            if users := self._users_of(network):
+                named = ", ".join(f"{one['Name']} {id[:12]}" for id, one in sorted(users.items()))
+                raise Forbidden(
+                    f"error while removing network: network {network.name} id {network.id} has active endpoints "
+                    f"(container {named})"
+                )
+            self._local.remove_bridge(network.id)
         return web.Response(status=204)
 
 

@@ -69,7 +69,7 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
 
 _OURS = ("_ping", "version", "info", "events", "swarm", "containers", "exec", "images", "distribution")
 _SENTENCES = {
-    "POST /containers/create": "this node runs containers of services only: create a service",
+    "POST /containers/create": "this node runs plain commands of services, no containers",
     "POST /build": "images are not built here: build with docker or buildah and load the archive with docker load",
 }
 

@@ -1,7 +1,8 @@
 """Tables as files: on the disk for the next start, on tmpfs for the net process.
 
 A file is replaced in one step, and named after its network.  What cannot be read is told and dropped: the managers
-say it again.
+say it again.  On tmpfs the tables of the node's own bridge networks lie beside them (``network/local/places.py``),
+which are none of the managers'.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from skep.aio.clock import Clock
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId
 from skep.model.tables import Table
+from skep.node.network.local.objects import is_local
 from skep.node.revisions import Revision
 
 T = TypeVar("T")
@@ -45,7 +47,8 @@ class SharedTables:
         """What an earlier process of this node had in force when it ended; nothing after a reboot."""
         if not self._directory.is_dir():
             return {}
-        found = ((path, _read(path, _decode_table)) for path in sorted(self._directory.iterdir()))
+        paths = (path for path in sorted(self._directory.iterdir()) if not is_local(path.name))
+        found = ((path, _read(path, _decode_table)) for path in paths)
         return {table.head.id: table for path, table in found if table and _is_named(path, table)}
 
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
@@ -55,7 +58,8 @@ class SharedTables:
     def _write(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         if not self._is_swept:
-            changed |= {NetworkId(path.name) for path in self._directory.iterdir()} - tables.keys()
+            found = {path.name for path in self._directory.iterdir() if not is_local(path.name)}
+            changed |= {NetworkId(name) for name in found} - tables.keys()
             self._is_swept = True
         for id in sorted(changed):
             table = tables.get(id)

@@ -15,12 +15,14 @@ from skep.api.networks import NetworkBody, SubnetBody
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unimplemented
 from skep.linux.files import replace_file
 from skep.model.times import Timestamp, timestamp
-from skep.node.network.local.objects import GATEWAY, LocalNetwork
+from skep.node.network.local.objects import GATEWAY, LocalNetwork, find, subnet_of
+from skep.node.network.local.wishes import bridge_of
 
 log = structlog.get_logger()
 
 _PREDEFINED = {"bridge": "bridge", "host": "host", "none": "null"}
 _CONFIGURATIONS_MAX = 1000
+_BRIDGES_MAX = 1000
 
 
 class GatewayBridge(Protocol):
@@ -53,10 +55,11 @@ class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     gateway: LocalNetwork
     is_gateway_removed: bool = False
     configurations: tuple[LocalNetwork, ...] = ()
+    bridges: tuple[LocalNetwork, ...] = ()
 
 
 class LocalNetworks:
-    """The node's own networks.  ``open`` before anything else.
+    """The node's own networks.
 
     Args:
         file: where they are kept.
@@ -74,7 +77,7 @@ class LocalNetworks:
         self._kept: _Kept | None = None
 
     def open(self) -> None:
-        """Read what an earlier process kept; what cannot be read is begun anew."""
+        """Read what an earlier process kept, as the first use does; what cannot be read is begun anew."""
         try:
             self._kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
         except FileNotFoundError:
@@ -152,6 +155,42 @@ class LocalNetworks:
             raise NotFound(f"network {id} not found")
         self._keep(replace(kept, configurations=rest))
 
+    def bridges(self) -> list[LocalNetwork]:
+        """The users' bridge networks."""
+        return list(self._opened().bridges)
+
+    def add_bridge(self, body: NetworkBody, routes: Sequence[IPv4Network]) -> LocalNetwork:
+        """Make a user's bridge network.  ``routes``: subnets that the machine reaches.
+
+        Raises: AlreadyExists; InvalidArgument, Forbidden, Unimplemented: it cannot be so.
+        """
+        kept = self._opened()
+        if any(one.name == body.name for one in (*kept.bridges, *kept.configurations)):
+            raise AlreadyExists(f"network with name {body.name} already exists")
+        if self._gateway is None:
+            raise Unimplemented("this node networks no containers: it makes no bridge networks")
+        if len(kept.bridges) >= _BRIDGES_MAX:
+            raise Forbidden(f"this node has {_BRIDGES_MAX} bridge networks already")
+        configuration = find(kept.configurations, body.config_source) if body.config_source else None
+        if body.config_source and configuration is None:
+            raise NotFound(f"configuration network {body.config_source} not found")
+        own = self._gateway.subnet
+        taken = [*routes, *map(subnet_of, kept.bridges), *([own] if own is not None else [])]
+        network = bridge_of(
+            body, id=self._new_id(), created_at=self._now(), taken=taken, configuration=configuration
+        )
+        self._keep(replace(kept, bridges=(*kept.bridges, network)))
+        log.info("bridge network made", network=network.name, subnet=network.configs[0].subnet)
+        return network
+
+    def remove_bridge(self, id: str) -> None:
+        """Forget a bridge network that nobody uses.  Raises: NotFound."""
+        kept = self._opened()
+        rest = tuple(one for one in kept.bridges if one.id != id)
+        if len(rest) == len(kept.bridges):
+            raise NotFound(f"network {id} not found")
+        self._keep(replace(kept, bridges=rest))
+
     async def make_gateway(self, body: NetworkBody) -> LocalNetwork:
         """The gateway bridge as the user wants it.
 
@@ -199,7 +238,9 @@ class LocalNetworks:
         )
 
     def _opened(self) -> _Kept:
-        assert self._kept is not None, "used before it was opened"
+        if self._kept is None:
+            self.open()
+        assert self._kept is not None, "opened just now"
         return self._kept
 
     def _keep(self, kept: _Kept) -> None:

@@ -1,18 +1,24 @@
 """A node's own networks as objects: what ``docker network ls`` shows of scope local.
 
-A node without a Docker Engine has the three that Docker always has, its gateway bridge under Docker's name, and
-configurations (``--config-only``) from which a cluster's network may take its settings.  Bridge networks are for
-plain containers, which only an engine runs; where there is one, such networks are the engine's.
+A node without a Docker Engine has the three that Docker always has, its gateway bridge under Docker's name,
+configurations (``--config-only``) from which other networks may take their settings, and its users' bridge networks for
+plain containers.  Where there is an engine, bridge networks are the engine's.
 """
 
 from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Final
 
 import msgspec
 
 from skep.api.networks import LOCAL, Facts, SubnetBody
+from skep.model.ids import NetworkId
+from skep.model.tables import NetworkHead, Segment
 from skep.model.times import Timestamp
 
+MTU_OPTION: Final = "com.docker.network.driver.mtu"
+MTU: Final = 1500
+LOCAL_ID_LENGTH: Final = 64
 GATEWAY: Final = "docker_gwbridge"
 """Docker's name of the bridge by which containers on overlay networks reach the world."""
 
@@ -28,6 +34,10 @@ class LocalNetwork(msgspec.Struct, frozen=True, kw_only=True):
     ipam_driver: str = "default"
     ipam_options: Mapping[str, str] | None = None
     is_configuration: bool = False
+    config_from: str = ""
+    """Name of the configuration that its settings are from."""
+    is_internal: bool = False
+    is_attachable: bool = False
     has_ipv6: bool = False
     options: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
@@ -59,15 +69,41 @@ def flat_form(network: LocalNetwork, containers: Mapping[str, Any]) -> dict[str,
             "Options": network.ipam_options,
             "Config": list(network.configs),
         },
-        "Internal": False,
-        "Attachable": False,
+        "Internal": network.is_internal,
+        "Attachable": network.is_attachable,
         "Ingress": False,
-        "ConfigFrom": {"Network": ""},
+        "ConfigFrom": {"Network": network.config_from},
         "ConfigOnly": network.is_configuration,
         "Containers": containers,
         "Options": network.options,
         "Labels": network.labels,
     }
+
+
+def subnet_of(network: LocalNetwork) -> IPv4Network:
+    """Of a user's bridge network, which has one."""
+    return IPv4Network(network.configs[0].subnet)
+
+
+def gateway_of(network: LocalNetwork) -> IPv4Address:
+    """The address of the bridge itself."""
+    return IPv4Address(network.configs[0].gateway)
+
+
+def head_of(network: LocalNetwork) -> NetworkHead:
+    """A bridge network as overlays know one: it has no other node to reach."""
+    return NetworkHead(
+        id=NetworkId(network.id),
+        name=network.name,
+        segments=(Segment(str(subnet_of(network)), str(gateway_of(network)), 0),),
+        mtu=int(network.options.get(MTU_OPTION) or MTU),
+        is_internal=network.is_internal,
+    )
+
+
+def is_local(id: str) -> bool:
+    """Whether a network's id is one of a node's own: 64 digits, where the cluster's has 25, as in Docker."""
+    return len(id) == LOCAL_ID_LENGTH
 
 
 def find(networks: Sequence[LocalNetwork], word: str) -> LocalNetwork | None:

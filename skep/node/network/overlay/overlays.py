@@ -211,24 +211,17 @@ class Overlays:
         self._restored.set()
 
     async def connect(
-        self, container_id: ContainerId, netns: Path, places: Sequence[Place]
+        self, container_id: ContainerId, netns: Path, places: Sequence[Place], *, first: str = "eth0"
     ) -> tuple[ConnectedPlace, ...]:
-        """A port on the bridge of each network, with ``eth0`` and so on in the container's namespace as far ends.
+        """A port on the bridge of each network, with ``first`` and so on in the container's namespace as far ends.
 
         Addresses come with ``settle_container``.  Raises: SkepError.
         """
         for place in places:
             if reason := self._encrypted.refusal(place.head):
                 raise FailedPrecondition(reason)
-        connected = tuple(
-            ConnectedPlace(
-                place=place,
-                interface=f"eth{number}",
-                port=new_port_name(),
-                mac_address=mac_for(one.partition("/")[0] for one in place.addresses),
-            )
-            for number, place in enumerate(places)
-        )
+        numbered = enumerate(places, int(first.removeprefix("eth")))
+        connected = tuple(_connected(place, f"eth{number}") for number, place in numbered)
         try:
             for one in connected:
                 self._enter(container_id, str(netns), one)
@@ -243,6 +236,15 @@ class Overlays:
         domain = await self._watch_container(container_id, endpoint)
         domain.believe(just_made(domain.wanted))
         await domain.settle()
+
+    async def change(self, id: ContainerId, gone: Iterable[ConnectedPlace], endpoint: Endpoint) -> None:
+        """Take a container that runs on from networks; it has ``endpoint`` now.  Raises: SkepError; OSError."""
+        if (before := self._containers.pop(id, None)) is not None:
+            self._healing.forget(before[0])
+        for one in gone:
+            if self._places.get(one.network_id, {}).pop(id, None) is not None:
+                await self._settle(one.network_id)
+        await (await self._watch_container(id, endpoint)).settle()
 
     def disconnect(self, container_id: ContainerId, connected: Sequence[ConnectedPlace]) -> None:
         """Its ports go with its namespace; networks that nobody needs any more are removed in a moment.
@@ -392,5 +394,9 @@ class Overlays:
                 await self._pins.destroy(id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
-        table = self._tables.get(id)
-        return table.head if table is not None else self._heads[id]
+        return self._tables[id].head if id in self._tables else self._heads[id]
+
+
+def _connected(place: Place, interface: str) -> ConnectedPlace:
+    mac = mac_for(one.partition("/")[0] for one in place.addresses)
+    return ConnectedPlace(place=place, interface=interface, port=new_port_name(), mac_address=mac)

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.discovery.derive import table_of
-from skep.model.ids import TaskId
+from skep.model.ids import ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import EngineDescription, Node, NodeState, NodeStatus
 from skep.model.planes import DATA_PATH_LABEL, underlay_of
@@ -16,9 +16,11 @@ from skep.model.service import (
     Endpoint,
     EndpointVirtualIP,
     NetworkAttachmentConfig,
+    NetworkAttachmentSpec,
     PortConfig,
     PublishMode,
     Service,
+    TaskSpec,
 )
 from skep.model.tables import Table, TablePort
 from skep.model.task import ContainerStatus, NetworkAttachment, Task, TaskState, TaskStatus
@@ -123,11 +125,13 @@ def test_without_a_virtual_address_a_service_is_there_with_its_tasks_and_a_remov
     assert (set(table.services), set(table.endpoints)) == (set(), {"t1"})
 
 
-def test_a_plain_containers_aliases_are_its_own() -> None:
-    task = replace(a_task("t1", node="n1"), service_id="", slot=0)  # type: ignore[arg-type]
-    table = derived(NET, a_skep_node(), on(NET, task, aliases=("db",)))
-    found = table.endpoints[TaskId("t1")]
-    assert (found.service_id, found.name, found.aliases) == ("", "", ("db",))
+def test_a_plain_container_has_its_name_its_aliases_and_its_short_id() -> None:
+    attachment = TaskSpec(network_attachment_spec=NetworkAttachmentSpec(container_id="c0ffee" * 4))
+    task = replace(a_task("t1", node="n1"), service_id=ServiceId(""), slot=0, spec=attachment)
+    found = derived(NET, a_skep_node(), on(NET, task, aliases=("box", "db"))).endpoints[TaskId("t1")]
+    assert (found.service_id, found.name, found.aliases) == ("", "box", ("c0ffeec0ffee", "db"))
+    of_an_engine = derived(NET, a_skep_node(), on(NET, task)).endpoints[TaskId("t1")]
+    assert (of_an_engine.name, of_an_engine.aliases) == ("", ("c0ffeec0ffee",))
 
 
 def published(*ports: PortConfig) -> Service:

@@ -1,0 +1,55 @@
+"""What only a plain container has: no service asked for it, so its user decides when it runs and where it is.
+
+A task's container has its networks from its making to its end; a plain one has them while it runs, as in Docker.
+"""
+
+from enum import Enum
+
+import msgspec
+
+
+class NetworkMode(Enum):
+    """What kind of network a plain container has (``HostConfig.NetworkMode``)."""
+
+    BRIDGE = "bridge"
+    """The node's gateway bridge alone."""
+    NETWORKS = "networks"
+    """Those that the user names."""
+    NONE = "none"
+    """Its own loopback."""
+    HOST = "host"
+    """The node's."""
+
+
+class NetworkWish(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that a plain container is to be on.  ``network``: as the user wrote it, an id or a name."""
+
+    network: str
+    aliases: tuple[str, ...] = ()
+    address: str = ""
+    """``--ip``; empty: any."""
+
+
+class RestartWish(msgspec.Struct, frozen=True, kw_only=True):
+    """``--restart``.  ``name``: no, always, unless-stopped, on-failure; ``attempts_max`` 0: as often as needed."""
+
+    name: str = "no"
+    attempts_max: int = 0
+
+
+class Plain(msgspec.Struct, frozen=True, kw_only=True):
+    """What only a container has that no service asked for: its user decides when it runs, and on which networks."""
+
+    mode: NetworkMode = NetworkMode.BRIDGE
+    networks: tuple[NetworkWish, ...] = ()
+    """With ``NETWORKS``, in the order of its interfaces."""
+    network_mode: str = "default"
+    """As the user wrote it."""
+    restart: RestartWish = RestartWish()
+    auto_remove: bool = False
+    restarts: int = 0
+    """How often its policy has started it since the user did."""
+    is_stopped: bool = False
+    """By its user: only he starts it again."""
+    attached: tuple[str, ...] = ()
+    """Which of its streams the client took when it was made: stdin, stdout, stderr."""

@@ -1,0 +1,1 @@
+"""Plain containers: what ``docker run`` makes where Skep runs containers itself."""

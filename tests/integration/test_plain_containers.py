@@ -1,0 +1,334 @@
+"""Plain containers on nodes without an engine: ``docker run`` as users type it, on every kind of network."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import (
+    CLIS,
+    IDLE,
+    IMAGE,
+    TestCluster,
+    TestNode,
+    a_playground,
+    create,
+    remove_services,
+    wait_running,
+    wait_until,
+)
+from tests.integration.engines import attachments, inside, wait_inside
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+LABEL = ("--label", "plain")
+SERVE = ("httpd", "-f", "-p", "80")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TestCluster]:
+    with a_playground("plain", managers=1, workers=1) as made:
+        yield made
+
+
+@pytest.fixture
+def m1(cluster: TestCluster) -> Iterator[TestNode]:
+    node = cluster.node("m1")
+    yield node
+    for one in (node, cluster.node("w1")):
+        for id in one.docker("ps", "-aq", "--filter", "label=plain").stdout.split():
+            one.docker("rm", "-f", "-v", id, check=False)
+    remove_services(node)
+    wait_until(lambda: not attachments(node), "no place of a container is left")
+    for one in (node, cluster.node("w1")):
+        one.docker("network", "prune", "-f")
+
+
+@pytest.fixture
+def w1(cluster: TestCluster) -> TestNode:
+    return cluster.node("w1")
+
+
+def run(node: TestNode, name: str, *words: str, command: tuple[str, ...] = IDLE) -> str:
+    """A detached container; gives its id."""
+    return node.docker("run", "-d", "--name", name, *LABEL, *words, IMAGE, *command).stdout.strip()
+
+
+def refused(node: TestNode, *words: str) -> str:
+    done = node.docker(*words, check=False)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def restart_daemon(node: TestNode) -> None:
+    """End the node process the hard way; another one follows."""
+    old = node.pids("skep-node")
+    for pid in old:
+        node.kill(pid)
+    wait_until(lambda: set(node.pids("skep-node")) - set(old), "a new node process")
+    wait_until(lambda: node.docker("ps", check=False).returncode == 0, "the node answers again")
+
+
+@pytest.mark.parametrize("cli", CLIS)
+def test_run_takes_its_input_gives_its_output_and_exit_code_and_leaves_nothing(
+    m1: TestNode, cli: str
+) -> None:
+    words = ("run", "--rm", "-i", *LABEL, IMAGE, "sh", "-c", "cat; echo oops >&2; exit 7")
+    done = m1.docker(*words, cli=cli, stdin="to the end", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "to the end", "oops\n")
+    assert m1.docker("ps", "-aq", "--filter", "label=plain").stdout == ""
+
+
+def test_names_go_both_ways_between_a_plain_container_and_tasks_of_other_nodes(
+    m1: TestNode, w1: TestNode
+) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    create(m1, "web", 1, "--network", "net1", "--constraint", "node.hostname==m1", command=IDLE)
+    wait_running(m1, "web", 1)
+    box = run(w1, "box", "--network", "net1", "--network-alias", "crate")
+    (task,) = m1.docker("ps", "-q", "--filter", "name=web").stdout.split()
+    for name in ("box", "crate", box[:12]):
+        wait_inside(m1, task, " 0% packet loss", "ping", "-c", "1", "-W", "1", name)
+    for name in ("web", "tasks.web"):
+        wait_inside(w1, "box", " 0% packet loss", "ping", "-c", "1", "-W", "1", name)
+    run(m1, "other", "--network", "net1")
+    wait_inside(m1, "other", " 0% packet loss", "ping", "-c", "1", "-W", "1", "box")
+    (shown,) = json.loads(w1.docker("network", "inspect", "net1").stdout)
+    assert shown["Containers"][box]["Name"] == "box"
+    assert "(container" in refused(m1, "network", "rm", "net1") or "(service web" in refused(
+        m1, "network", "rm", "net1"
+    )
+    w1.docker("rm", "-f", "box")
+    wait_until(lambda: len(attachments(m1)) == 1, "the place is given back")
+
+
+def test_a_container_outlives_the_daemon_with_its_place_and_its_names(m1: TestNode, w1: TestNode) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    run(w1, "box", "--network", "net1")
+    run(m1, "here", "--network", "net1")
+    before = w1.docker("inspect", "-f", "{{.State.Pid}} {{json .NetworkSettings.Networks}}", "box").stdout
+    restart_daemon(w1)
+    after = w1.docker("inspect", "-f", "{{.State.Pid}} {{json .NetworkSettings.Networks}}", "box").stdout
+    assert after == before
+    wait_inside(m1, "here", " 0% packet loss", "ping", "-c", "1", "-W", "1", "box")
+    w1.docker("rm", "-f", "box")
+    wait_until(lambda: len(attachments(m1)) == 1, "the place is given back")
+
+
+def test_a_crash_of_the_machine_frees_the_place_and_its_policy_starts_the_container_again(
+    cluster: TestCluster, m1: TestNode, w1: TestNode
+) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    run(w1, "box", "--network", "net1", "--restart", "always")
+    run(w1, "gone", "--network", "net1")
+    cluster.skep("kill", "w1")
+    cluster.skep("start", "w1")
+    wait_until(
+        lambda: "box" in w1.docker("ps", "--format", "{{.Names}}", check=False).stdout, "it runs again"
+    )
+    assert w1.docker("ps", "--format", "{{.Names}}").stdout.split() == ["box"]
+    wait_until(lambda: len(attachments(m1)) == 1, "places of ended containers are given back")
+    run(m1, "here", "--network", "net1")
+    wait_inside(m1, "here", " 0% packet loss", "ping", "-c", "1", "-W", "1", "box")
+
+
+def test_on_a_bridge_network_containers_have_names_and_the_world_and_no_other_network(m1: TestNode) -> None:
+    m1.docker("network", "create", "--subnet", "172.30.5.0/24", "front")
+    m1.docker("network", "create", "back")
+    web = run(m1, "web", "--network", "front", "--network-alias", "www", "--ip", "172.30.5.9", command=SERVE)
+    run(m1, "one", "--network", "front")
+    run(m1, "two", "--network", "back")
+    run(m1, "three")
+    for name in ("web", "www", web[:12], "web.front"):
+        assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", name)
+    assert inside(m1, "two", "nslookup", "web.") == ""
+    ways = json.loads(m1.docker("inspect", "web", "--format", "{{json .NetworkSettings}}").stdout)
+    assert ways["Networks"]["front"]["IPAddress"] == "172.30.5.9"
+    shown = m1.docker("exec", "web", "ip", "-4", "-o", "addr").stdout
+    outward = next(line.split()[3].partition("/")[0] for line in shown.splitlines() if "eth1" in line)
+    for stranger in ("two", "three"):
+        for address in ("172.30.5.9", outward):
+            assert inside(m1, stranger, "ping", "-c", "1", "-W", "1", address) == ""
+    gateway = m1.docker(
+        "network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", "bridge"
+    ).stdout.strip()
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", gateway)
+    (front,) = json.loads(m1.docker("network", "inspect", "front").stdout)
+    assert sorted(one["Name"] for one in front["Containers"].values()) == ["one", "web"]
+    assert "has active endpoints (container" in refused(m1, "network", "rm", "front")
+    m1.docker("rm", "-f", "web", "one")
+    m1.docker("network", "rm", "front")
+
+
+def test_an_internal_network_leads_nowhere(m1: TestNode) -> None:
+    m1.docker("network", "create", "--internal", "closed")
+    run(m1, "one", "--network", "closed")
+    run(m1, "two", "--network", "closed")
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "two")
+    assert "default" not in m1.docker("exec", "one", "ip", "route").stdout
+
+
+def test_bridge_none_and_host_are_what_they_are_in_docker(m1: TestNode) -> None:
+    run(m1, "one")
+    run(m1, "two")
+    address = m1.docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "two").stdout.strip()
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", address)
+    assert inside(m1, "one", "ping", "-c", "1", "-W", "1", "two") == ""  # no names there
+    links = ("run", "--rm", *LABEL, "--network", "none", IMAGE, "ip", "-o", "link")
+    assert len(m1.docker(*links).stdout.splitlines()) == 1
+    seen = m1.docker("run", "--rm", *LABEL, "--network", "host", IMAGE, "ip", "-o", "link").stdout
+    assert "skep-gw" in seen
+
+
+def test_a_published_port_is_the_nodes_and_free_when_the_container_has_ended(m1: TestNode) -> None:
+    fetch = ("run", "--rm", *LABEL, "--network", "host", IMAGE, "wget", "-qO-", "http://127.0.0.1:8088/a")
+    serve = ("sh", "-c", "mkdir -p /w; echo hello > /w/a; exec httpd -f -p 80 -h /w")
+    m1.docker("network", "create", "front")
+    run(m1, "web", "--network", "front", "-p", "8088:80", command=serve)
+    wait_until(lambda: m1.docker(*fetch, check=False).stdout == "hello\n", "the port answers")
+    assert m1.docker("port", "web").stdout.startswith("80/tcp -> 0.0.0.0:8088")
+    taken = m1.docker("run", "-d", "--name", "late", *LABEL, "-p", "8088:80", IMAGE, *IDLE, check=False)
+    assert "port is already allocated" in taken.stderr
+    m1.docker("rm", "-f", "web")
+    m1.docker("start", "late")
+
+
+def test_networks_are_joined_and_left_by_a_running_container(m1: TestNode, w1: TestNode) -> None:
+    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    m1.docker("network", "create", "front")
+    run(m1, "one", "--network", "front")
+    run(m1, "two")
+    run(w1, "far", "--network", "net1")
+    m1.docker("network", "connect", "--alias", "deux", "front", "two")
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "deux")
+    assert "already exists in network front" in refused(m1, "network", "connect", "front", "two")
+    m1.docker("network", "connect", "--alias", "un", "net1", "one")
+    wait_inside(w1, "far", " 0% packet loss", "ping", "-c", "1", "-W", "1", "un")
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "1", "far")
+    m1.docker("network", "disconnect", "net1", "one")
+    assert inside(m1, "one", "ping", "-c", "1", "-W", "1", "far.net1") == ""
+    wait_until(lambda: len(attachments(m1)) == 1, "the place is given back")
+    m1.docker("network", "disconnect", "front", "two")
+    assert inside(m1, "one", "ping", "-c", "1", "-W", "1", "deux") == ""
+    assert "is not connected to" in refused(m1, "network", "disconnect", "front", "two")
+
+
+def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode) -> None:
+    m1.docker("network", "create", "-d", "overlay", "closed")
+    for node in (m1, w1):
+        said = refused(node, "run", "--rm", *LABEL, "--network", "closed", IMAGE, "true")
+        assert "network closed not manually attachable" in said
+        said = refused(node, "run", "--rm", *LABEL, "--network", "nosuch", IMAGE, "true")
+        assert "network nosuch not found" in said
+        assert node.docker("ps", "-aq", "--filter", "label=plain").stdout == ""
+    run(m1, "box")
+    said = refused(m1, "create", "--name", "box", IMAGE)
+    assert 'Conflict. The container name "/box" is already in use by container' in said
+    assert "You cannot remove a running container" in refused(m1, "rm", "box")
+    said = refused(m1, "create", "--pull", "never", "nosuch:1")
+    assert "No such image: nosuch:1" in said
+    for option in ("--privileged", "--device=/dev/kmsg", "--pid=host", "--ipc=host", "--cpu-shares=2"):
+        said = refused(m1, "create", option, IMAGE)
+        assert option.partition("=")[0] in said
+    lacking = m1.docker("run", "--rm", *LABEL, IMAGE, "/nosuch", check=False)
+    assert (
+        lacking.returncode,
+        m1.docker("ps", "-aq", "--filter", "label=plain", "--filter", "name=nosuch").stdout,
+    ) == (
+        127,
+        "",
+    )
+
+
+def test_a_restart_policy_starts_what_failed_and_not_what_its_user_stopped(
+    m1: TestNode, tmp_path: Path
+) -> None:
+    run(m1, "flaky", "--restart", "on-failure:2", command=("sh", "-c", "exit 3"))
+    state = ("inspect", "-f", "{{.RestartCount}} {{.State.Running}} {{.State.ExitCode}}", "flaky")
+    wait_until(lambda: m1.docker(*state).stdout == "2 false 3\n", "it was tried twice more")
+    run(m1, "steady", "--restart", "always")
+    before = m1.docker("inspect", "-f", "{{.State.Pid}}", "steady").stdout
+    os.kill(int(before), 9)
+    running = ("inspect", "-f", "{{.State.Running}} {{.State.Pid}}", "steady")
+    wait_until(lambda: "true" in (now := m1.docker(*running).stdout) and before not in now, "it runs again")
+    m1.docker("stop", "steady")
+    m1.docker("rename", "steady", "still")
+    assert m1.docker("inspect", "-f", "{{.State.Running}}", "still").stdout == "false\n"
+    m1.docker("start", "still")
+    m1.docker("restart", "-t", "1", "still")
+    assert m1.docker("inspect", "-f", "{{.State.Running}}", "still").stdout == "true\n"
+
+
+def test_files_of_the_node_and_volumes_are_mounted_and_nameless_ones_go(m1: TestNode, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("from the node\n")
+    shown = m1.docker(
+        "run",
+        "--rm",
+        *LABEL,
+        "-v",
+        f"{tmp_path}:/in:ro",
+        "-v",
+        "kept:/out",
+        "-v",
+        "/none",
+        IMAGE,
+        "sh",
+        "-c",
+        "cat /in/a; touch /out/x; touch /in/b || echo read-only",
+    ).stdout
+    assert shown == "from the node\nread-only\n"
+    assert m1.docker("volume", "ls", "-q").stdout.split() == ["kept"]
+    m1.docker("volume", "rm", "kept")
+
+
+def test_nothing_is_left_of_containers_that_are_gone(m1: TestNode) -> None:
+    process = Path(f"/proc/{m1.pids('skep-node')[0]}")
+
+    def left() -> list[str]:
+        places = [process / "root/run/skep" / name for name in ("netns", "overlays", "tables", "names")]
+        links = [line.split(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()]
+        files = [path.name for place in places if place.is_dir() for path in place.iterdir()]
+        return sorted([*files, *(link for link in links if link.startswith(("vs", "vx")))])
+
+    before = left()
+    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    m1.docker("network", "create", "front")
+    for network in ("net1", "front", "bridge"):
+        run(m1, f"box-{network}", "--network", network, "-p", "80")
+    assert len(left()) > len(before) + 8
+    for network in ("net1", "front", "bridge"):
+        m1.docker("rm", "-f", f"box-{network}")
+    wait_until(lambda: not attachments(m1), "the place is given back")
+    wait_until(lambda: left() == before, "namespaces, tables and links are gone")
+    m1.docker("network", "rm", "net1", "front")
+
+
+def test_bridge_networks_outlive_the_daemon_with_their_names(m1: TestNode) -> None:
+    m1.docker("network", "create", "front")
+    run(m1, "one", "--network", "front")
+    run(m1, "two", "--network", "front", "-p", "8089:80")
+    restart_daemon(m1)
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "two")
+    run(m1, "three", "--network", "front")
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "three")
+    m1.docker("rename", "three", "drei")
+    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "drei")
+
+
+def test_a_node_that_leaves_gives_places_back_and_its_containers_run_on(m1: TestNode, w1: TestNode) -> None:
+    """The last of this module: the worker is in no swarm any more."""
+    m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
+    m1.docker("run", "-d", "--name", "keeper", *LABEL, "--network", "net1", IMAGE, *IDLE)
+    box = run(w1, "box", "--network", "net1")
+    w1.docker("swarm", "leave")
+    assert w1.docker("ps", "-q", "--no-trunc").stdout.split() == [box]
+    assert w1.docker("inspect", "-f", "{{json .NetworkSettings.Networks}}", "box").stdout == "{}\n"
+    said = refused(w1, "run", "--rm", *LABEL, "--network", "net1", IMAGE, "true")
+    assert "network net1 not found" in said
+    w1.docker("network", "create", "front")
+    run(w1, "one", "--network", "front")
+    run(w1, "two", "--network", "front")
+    assert " 0% packet loss" in inside(w1, "one", "ping", "-c", "1", "-W", "2", "two")
+    run(w1, "three")
