@@ -4,6 +4,10 @@ import ctypes
 from functools import cache
 
 from skep.errors import SkepError
+from skep.linux import descriptors
+
+_DESCRIPTORS_MAX = descriptors.SELECT_MAX - 64
+"""A socket beyond ``SELECT_MAX`` would end the process; other threads may open some at the same time."""
 
 
 class NftFailed(SkepError):
@@ -16,6 +20,10 @@ def run(text: str) -> str:
     Gives what it printed (``list`` commands).  Raises: NftFailed.
     """
     library = _library()
+    if (descriptor := descriptors.lowest_free()) >= _DESCRIPTORS_MAX:
+        raise NftFailed(
+            f"too many open files for libnftables: the next one would have the number {descriptor}"
+        )
     context = library.nft_ctx_new(0)
     if not context:
         raise NftFailed("libnftables gave no context")
