@@ -33,7 +33,18 @@ def cluster() -> Iterator[TestCluster]:
 
 
 def hostnames(addresses: Iterable[str]) -> dict[str, str]:
-    return {address: hostname_of(address) for address in addresses}
+    """Address -> what the server there is called.
+
+    Asked again once: the kernel keeps 1,024 neighbours for all namespaces of a machine (``gc_thresh3``), a playground's
+    nodes together, and each connection between two containers takes two; when they are used up it waits seconds.
+    """
+    found = {}
+    for address in addresses:
+        try:
+            found[address] = hostname_of(address)
+        except TimeoutError:
+            found[address] = hostname_of(address)
+    return found
 
 
 def create_many(m1: TestNode, networks: Mapping[str, str], replicas: int) -> None:
@@ -123,7 +134,7 @@ def places(node: TestNode) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("count", "replicas"), [(25, 2), pytest.param(500, 2, marks=pytest.mark.slow)], ids=["25", "500"]
+    ("count", "replicas"), [(25, 2), pytest.param(500, 1, marks=pytest.mark.slow)], ids=["25", "500"]
 )
 def test_services_on_one_network_are_found_from_another_node_and_go_without_a_trace(
     cluster: TestCluster, count: int, replicas: int
