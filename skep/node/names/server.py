@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from skep.errors import SkepError
+from skep.linux.descriptors import set_aside
 from skep.model.ids import NetworkId, ServiceId
 from skep.node.names.messages import (
     AAAA,
@@ -259,6 +260,7 @@ class ContainerServer:
         if len(self._connections) >= CONNECTIONS_MAX:
             connection.close()
             return
+        connection = set_aside(connection)
         connection.setblocking(False)
         task = self._start_task(self._converse(connection))
         self._connections.add(task)
@@ -302,4 +304,4 @@ def _bound(kind: socket.SocketKind, port: int) -> socket.socket:
     except BaseException:
         opened.close()
         raise
-    return opened
+    return set_aside(opened)

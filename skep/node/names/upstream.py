@@ -16,6 +16,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.linux.descriptors import set_aside
 from skep.node.names.messages import (
     REFUSED,
     SERVFAIL,
@@ -140,7 +141,7 @@ class Forwarder:
         family = socket.AF_INET6 if ip_address(server.address).version == 6 else socket.AF_INET
         kind = socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM
         opened = await inside(kind, family) if server.is_inside else socket.socket(family, kind)
-        with closing(opened):
+        with closing(set_aside(opened)) as opened:
             opened.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_connect(opened, (server.address, server.port))

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from skep.linux.descriptors import set_aside_descriptor
 from skep.node.conversation import LENGTH_BYTES
 from skep.node.netprocess.protocol import (
     FRAME_BYTES_MAX,
@@ -79,7 +80,7 @@ def _sockets(connection: socket.socket) -> list[socket.socket]:
         data, descriptors, _, _ = socket.recv_fds(connection, 1, _SOCKETS_PER_MESSAGE)
         if not data:
             return sockets
-        sockets += [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        sockets += [socket.socket(fileno=set_aside_descriptor(one)) for one in descriptors]
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from skep.linux.descriptors import set_aside
+
 BYTE_ORDER = sys.byteorder
 
 NETFILTER = 12
@@ -140,7 +142,7 @@ def listening(family: int, groups: Iterable[int]) -> socket.socket:
     except BaseException:
         heard.close()
         raise
-    return heard
+    return set_aside(heard)
 
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1

@@ -16,6 +16,10 @@ from functools import cache
 from threading import Condition
 
 from skep.errors import SkepError
+from skep.linux import descriptors
+
+_DESCRIPTORS_MAX = descriptors.SELECT_MAX - 64
+"""A socket beyond ``SELECT_MAX`` would end the process; other threads may open some at the same time."""
 
 
 class NftFailed(SkepError):
@@ -75,6 +79,10 @@ _TURNS = Turns()
 
 def _run(text: str) -> str:
     library = _library()
+    if (descriptor := descriptors.lowest_free()) >= _DESCRIPTORS_MAX:
+        raise NftFailed(
+            f"too many open files for libnftables: the next one would have the number {descriptor}"
+        )
     context = library.nft_ctx_new(0)
     if not context:
         raise NftFailed("libnftables gave no context")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
+from skep.linux.descriptors import set_aside
 from skep.node.network.namespaces import Namespaces
 
 
@@ -95,4 +96,4 @@ def bind(protocol: str, port: int, address: str = "") -> socket.socket:
                 f"listen {protocol} {where}: bind: cannot assign requested address"
             ) from error
         raise Unavailable(f"cannot reserve port {port}/{protocol}: {error.strerror}") from error
-    return opened
+    return set_aside(opened)

@@ -9,6 +9,7 @@ import os
 import signal
 from functools import cache
 
+from skep.linux.descriptors import set_aside_descriptor
 from skep.linux.processes import Stat, boot_id, parsed_stat, start_ticks_of, stat_of
 from skep.node.oci.container import ProcessName
 
@@ -31,7 +32,7 @@ def open_pidfd(process: ProcessName) -> int | None:
     except ProcessLookupError:
         return None
     if find(process.pid) == process:
-        return descriptor
+        return set_aside_descriptor(descriptor)
     os.close(descriptor)
     return None
 

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from skep.linux.descriptors import set_aside
 from skep.node.network import netlink
 from skep.node.network.nft import NftFailed
 from skep.node.virtual.rules import DATAGRAMS, NAME, Elements
@@ -43,7 +44,7 @@ class ElementSocket:
 
     def __init__(self) -> None:
         """In the namespace of the calling thread.  Raises: OSError."""
-        self._socket = netlink.opened(netlink.NETFILTER, _TIMEOUT_S)
+        self._socket = set_aside(netlink.opened(netlink.NETFILTER, _TIMEOUT_S))
 
     def close(self) -> None:
         """May wait for some milliseconds."""

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -38,6 +39,18 @@ def serve(m1: TestNode, name: str, replicas: int, *options: str) -> None:
     health = ("--health-cmd", f'{PYTHON} -c "{LISTENS}"', "--health-interval", "300ms")
     command = (PYTHON, str(HERE / "graceful_server.py"), "80")
     create(m1, name, replicas, *mounts, *health, *options, command=command)
+
+
+SERVE = ("httpd", "-f", "-p", "80", "-h", "/etc")
+"""A small server: its host's name is at ``/hostname``."""
+
+
+def hostname_of(address: str, port: int = 80) -> str:
+    """What the server at ``address`` is called; in the thread's namespace.  Raises: OSError."""
+    with socket.create_connection((address, port), timeout=10) as connection:
+        connection.sendall(b"GET /hostname HTTP/1.0\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    return answer.decode().split()[-1]
 
 
 # -- places ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Many networks, and many services on one: names and addresses are right on other nodes, and nothing stays of them."""
 
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,13 +14,12 @@ from tests.integration.cluster import (
     create,
     wait_running,
 )
-from tests.integration.networks.lab import in_place, place_of
+from tests.integration.networks.lab import SERVE, hostname_of, in_place, place_of
 from tests.integration.networks.resolving import ask_all
 from tests.integration.networks.traces import leaving_nothing
 
 pytestmark = [pytest.mark.point("5-correctness"), pytest.mark.timeout(1800)]
 
-SERVE = ["httpd", "-f", "-p", "80", "-h", "/etc"]
 LOOK_EVERY_S = 0.5
 """A list of hundreds of services costs the manager some of the time that it has for them."""
 
@@ -34,16 +32,19 @@ def cluster() -> Iterator[TestCluster]:
         yield cluster
 
 
-def hostname_of(address: str) -> str:
-    """What the server at ``address`` is called; in the thread's namespace.  Raises: OSError."""
-    with socket.create_connection((address, 80), timeout=10) as connection:
-        connection.sendall(b"GET /hostname HTTP/1.0\r\n\r\n")
-        answer = b"".join(iter(lambda: connection.recv(4096), b""))
-    return answer.decode().split()[-1]
-
-
 def hostnames(addresses: Iterable[str]) -> dict[str, str]:
-    return {address: hostname_of(address) for address in addresses}
+    """Address -> what the server there is called.
+
+    Asked again once: the kernel keeps 1,024 neighbours for all namespaces of a machine (``gc_thresh3``), a playground's
+    nodes together, and each connection between two containers takes two; when they are used up it waits seconds.
+    """
+    found = {}
+    for address in addresses:
+        try:
+            found[address] = hostname_of(address)
+        except TimeoutError:
+            found[address] = hostname_of(address)
+    return found
 
 
 def create_many(m1: TestNode, networks: Mapping[str, str], replicas: int) -> None:
@@ -52,7 +53,7 @@ def create_many(m1: TestNode, networks: Mapping[str, str], replicas: int) -> Non
     for name, network in networks.items():
         client.services.create(
             IMAGE,
-            SERVE,
+            list(SERVE),
             name=name,
             hostname=name,
             networks=[network],
@@ -133,7 +134,7 @@ def places(node: TestNode) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("count", "replicas"), [(25, 2), pytest.param(500, 2, marks=pytest.mark.slow)], ids=["25", "500"]
+    ("count", "replicas"), [(25, 2), pytest.param(500, 1, marks=pytest.mark.slow)], ids=["25", "500"]
 )
 def test_services_on_one_network_are_found_from_another_node_and_go_without_a_trace(
     cluster: TestCluster, count: int, replicas: int

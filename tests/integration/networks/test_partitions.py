@@ -20,9 +20,8 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.networks.lab import addresses, in_place, place_of, virtual_address
+from tests.integration.networks.lab import SERVE, addresses, hostname_of, in_place, place_of, virtual_address
 from tests.integration.networks.resolving import ask_all
-from tests.integration.networks.test_many import SERVE, hostname_of
 from tests.integration.networks.traces import leaving_nothing, tables
 
 pytestmark = [pytest.mark.point("5-correctness"), pytest.mark.timeout(240)]

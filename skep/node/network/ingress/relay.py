@@ -14,6 +14,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.linux.descriptors import set_aside
 from skep.node.network.ingress.relay_tcp import TcpRelay
 from skep.node.network.ingress.relay_udp import UdpRelay
 from skep.node.network.ingress.relays import RelayPort
@@ -127,4 +128,4 @@ def _bound(port: RelayPort) -> socket.socket:
     except OSError:
         opened.close()
         raise
-    return opened
+    return set_aside(opened)

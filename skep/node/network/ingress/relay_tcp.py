@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
+from skep.linux.descriptors import Listener, set_aside
 from skep.node.network.ingress.proxy_header import proxy_header
 from skep.node.network.ingress.relays import RelayPort, backend_order
 
@@ -42,7 +43,7 @@ class TcpRelay:
     async def open(self, listener: socket.socket) -> None:
         """Take connections from ``listener``, which is bound."""
         self._server = await asyncio.start_server(
-            self._relay, sock=listener, limit=_BUFFER_BYTES, backlog=_BACKLOG
+            self._relay, sock=Listener.of(listener), limit=_BUFFER_BYTES, backlog=_BACKLOG
         )
 
     def update(self, port: RelayPort) -> None:
@@ -100,7 +101,7 @@ class TcpRelay:
     async def _connect(self, backend: tuple[str, int]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         family = socket.AF_INET6 if ":" in backend[0] else socket.AF_INET
         kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        opened = self._in_namespace(lambda: socket.socket(family, kind))
+        opened = set_aside(self._in_namespace(lambda: socket.socket(family, kind)))
         try:
             await asyncio.get_running_loop().sock_connect(opened, backend)
             return await asyncio.open_connection(sock=opened, limit=_BUFFER_BYTES)

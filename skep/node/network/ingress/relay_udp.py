@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.linux.descriptors import set_aside
 from skep.node.network.ingress.relays import RelayPort, backend_order
 
 SESSIONS_MAX = 1024
@@ -98,7 +99,7 @@ class UdpRelay:
                 self._end(min(self._sessions, key=lambda one: self._sessions[one].last_s))
             family = socket.AF_INET6 if ":" in backends[0][0] else socket.AF_INET
             kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-            opened = self._in_namespace(lambda: socket.socket(family, kind))
+            opened = set_aside(self._in_namespace(lambda: socket.socket(family, kind)))
             try:
                 opened.connect(backends[0])
             except OSError:

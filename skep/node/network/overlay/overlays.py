@@ -17,11 +17,10 @@ import structlog
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
-from skep.node.network.addresses import mac_for
 from skep.node.network.encrypted.overlays import Encryption, NoEncryption
-from skep.node.network.gateway import new_port_name
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.changing import KernelRefused, remove_vxlans
+from skep.node.network.overlay.connected import connected_place
 from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
@@ -176,7 +175,7 @@ class Overlays:
             refused.append(error)
         except OSError as error:
             refused.append(KernelRefused(str(error)))
-        except ValueError as error:  # a table that makes no sense; the other networks go on
+        except ValueError as error:  # the other networks go on
             refused.append(InvalidArgument(f"the table of a network is invalid: {error}"))
 
     async def _settle_home(self) -> None:
@@ -221,7 +220,7 @@ class Overlays:
             if reason := self._encrypted.refusal(place.head):
                 raise FailedPrecondition(reason)
         numbered = enumerate(places, int(first.removeprefix("eth")))
-        connected = tuple(_connected(place, f"eth{number}") for number, place in numbered)
+        connected = tuple(connected_place(place, f"eth{number}") for number, place in numbered)
         try:
             for one in connected:
                 self._enter(container_id, str(netns), one)
@@ -395,8 +394,3 @@ class Overlays:
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
         return self._tables[id].head if id in self._tables else self._heads[id]
-
-
-def _connected(place: Place, interface: str) -> ConnectedPlace:
-    mac = mac_for(one.partition("/")[0] for one in place.addresses)
-    return ConnectedPlace(place=place, interface=interface, port=new_port_name(), mac_address=mac)

@@ -12,7 +12,7 @@ from dnslib import RCODE, DNSHeader, DNSQuestion, DNSRecord
 
 from skep.errors import FailedPrecondition
 from skep.node.netprocess.protocol import Named, NameServer, Place
-from tests.names_lab import NamesLab, shell, wait_until
+from tests.names_lab import NamesLab, net_process, shell, wait_until
 from tests.tables import a_network, a_served
 from tests.upstream import fails, knows, upstream
 
@@ -372,3 +372,20 @@ async def test_a_table_that_cannot_be_read_leaves_what_was_known(lab: NamesLab) 
     (lab.paths.tables / FRONT.head.id).unlink()
     await lab.client.refresh()
     assert (await resolver.ask("web")).header.rcode == RCODE.NXDOMAIN
+
+
+async def test_a_node_has_more_containers_than_select_has_descriptors_for(lab: NamesLab) -> None:
+    """Three sockets each: more than 1,024, while rules are loaded for the next one."""
+    lab.write(FRONT)
+    count = 360
+    for number in range(count):
+        await lab.container(f"c{number}")
+        await lab.serve(f"c{number}", FRONT)
+    before = net_process(lab.paths)
+    for number in (0, count - 1):
+        assert await (await lab.resolver(f"c{number}")).addresses("web") == ["10.0.1.2"]
+    await lab.replace_process()
+    await lab.change(a_network(a_served("web", "10.0.1.77", ["10.0.1.3"])))
+    for number in (0, count - 1):
+        assert await (await lab.resolver(f"c{number}")).addresses("web") == ["10.0.1.77"]
+    assert net_process(lab.paths) != before

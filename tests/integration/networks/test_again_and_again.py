@@ -1,0 +1,102 @@
+"""A service that comes and goes many times, and one that is asked many times who it is."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import TestCluster, a_playground, create, wait_running, wait_until
+from tests.integration.networks.lab import (
+    SERVE,
+    addresses,
+    hostname_of,
+    in_place,
+    outside,
+    place_of,
+    virtual_address,
+)
+from tests.integration.networks.resolving import ask, ask_all
+from tests.integration.networks.traces import leaving_nothing
+
+pytestmark = [pytest.mark.point("5-correctness"), pytest.mark.timeout(600)]
+
+NODES = ("m1", "w1", "w2")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TestCluster]:
+    with a_playground("again", managers=1, workers=2) as cluster, leaving_nothing(cluster):
+        m1 = cluster.node("m1")
+        m1.docker("network", "create", "-d", "overlay", "net1")
+        words = "--detach --name client --mode global --network net1 busybox:1 sleep 3600"
+        m1.docker("service", "create", *words.split())
+        wait_running(m1, "client", len(NODES))
+        yield cluster
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_service_that_is_made_and_removed_again_and_again_is_resolved_rightly(
+    cluster: TestCluster, times: int
+) -> None:
+    m1 = cluster.node("m1")
+    places = [place_of(cluster.node(name), "client") for name in NODES]
+    for _ in range(times):
+        create(m1, "again", 2, "--network", "net1", "--stop-grace-period", "1s", command=SERVE)
+        wait_running(m1, "again", 2)
+        wanted = {
+            "again": (virtual_address(m1, "again", "net1"),),
+            "tasks.again": tuple(sorted(addresses(m1, "again", "net1"))),
+        }
+        for place in places:
+            wait_until(partial(answers, place, wanted), f"the names are {wanted}", 10)
+            assert in_place(place, hostname_of, *wanted["again"])
+        m1.docker("service", "rm", "again")
+        # A name of two labels may be somebody else's, and there is nobody to ask.
+        gone = {"again": ("NXDOMAIN",), "tasks.again": ("SERVFAIL",)}
+        for place in places:
+            wait_until(partial(answers, place, gone), "the names are gone", 10)
+
+
+def answers(place: Path, wanted: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether those are the answers there, in whatever order."""
+    found = in_place(place, ask_all, wanted)
+    return {name: tuple(sorted(answer)) for name, answer in found.items()} == wanted
+
+
+def test_requests_to_the_name_and_to_the_published_port_rotate_over_all_replicas(
+    cluster: TestCluster,
+) -> None:
+    m1 = cluster.node("m1")
+    create(m1, "whoami", 3, "--network", "net1", "-p", "8080:80", command=SERVE)
+    hosts = {task["Status"]["ContainerStatus"]["ContainerID"][:12] for task in wait_running(m1, "whoami", 3)}
+    for name in NODES:
+        inside, published = place_of(cluster.node(name), "client"), cluster.node(name).description["addr"]
+        for ask_who in (
+            partial(in_place, inside, by_name),
+            partial(in_place, outside(cluster), by_address, published),
+        ):
+            wait_until(partial(lead_to, ask_who, hosts), f"{name} leads to all")
+            found = ask_who(150)
+            assert found.keys() == hosts
+            # Each is drawn at random: fewer than 21 of 150, where 50 are expected, is five deviations away.
+            assert min(found.values()) > 20, found
+
+
+def lead_to(ask_who: Callable[[int], Counter[str]], hosts: set[str]) -> bool:
+    """Whether all ``hosts`` answer, and nobody else; not, while one refuses."""
+    try:
+        return ask_who(12).keys() == hosts
+    except OSError:
+        return False
+
+
+def by_name(count: int) -> Counter[str]:
+    """Who answers at the name, which is asked for each time."""
+    return Counter(hostname_of(ask("whoami")[0]) for _ in range(count))
+
+
+def by_address(address: str, count: int) -> Counter[str]:
+    """Who answers at the published port."""
+    return Counter(hostname_of(address, 8080) for _ in range(count))
