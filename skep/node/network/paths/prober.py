@@ -58,6 +58,7 @@ class PathProber:
         self._ports = ports
         self._file = kept
         self._kept: Kept | None = None
+        self._keeping = asyncio.Lock()
         self._remeasured = remeasured
         self._clock = clock
         self._chance = chance
@@ -172,13 +173,14 @@ class PathProber:
     async def _keep(self) -> None:
         if not self._is_told:
             return
-        kept = Kept(self._wish, self._data_path.measured) if self._wish is not None else None
-        try:
-            if kept != self._kept or kept is None:
-                await asyncio.to_thread(save, self._file, kept)
-                self._kept = kept
-        except OSError as error:
-            log.warning("what was measured of paths is not kept", reason=str(error))
+        async with self._keeping:
+            kept = Kept(self._wish, self._data_path.measured) if self._wish is not None else None
+            try:
+                if kept != self._kept or kept is None:
+                    await asyncio.to_thread(save, self._file, kept)
+                    self._kept = kept
+            except OSError as error:
+                log.warning("what was measured of paths is not kept", reason=str(error))
 
     async def _settle(self) -> bool:
         if not self._is_told:
