@@ -84,11 +84,13 @@ def failing(answers: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
     }
 
 
-def events_of(manager: TestNode, seconds: float) -> list[dict[str, Any]]:
-    """The cluster's events about nodes of the last ``seconds``."""
+def _told(manager: TestNode, since: float) -> set[str]:
+    """What events about nodes have named since then: host name and port."""
+    seconds = time.monotonic() - since + 1
     words = ("--filter", "type=node", "--since", f"{seconds:.0f}s", "--until", "0s", "--format", "{{json .}}")
-    lines = manager.docker("events", *words).stdout.splitlines()
-    return [json.loads(line) for line in lines]
+    events = map(json.loads, manager.docker("events", *words).stdout.splitlines())
+    said = (event["Actor"]["Attributes"].get("paths.failing.new", "") for event in events)
+    return {words.partition(" (")[0] for words in said}
 
 
 def wait_well(quartet: TestCluster) -> None:
@@ -134,10 +136,7 @@ def test_a_blocked_data_path_is_named_and_avoided_until_it_is_open_again(
         cut_off = wait_until(lambda: _cut_off(m1), "one of the two is cut off", left_s)
         assert len(cut_off) == 1
         assert cut_off[0] in ("w1", "w2")
-        told = events_of(m1, time.monotonic() - since + 1)
-        named = [event["Actor"]["Attributes"].get("paths.failing.new", "") for event in told]
-        assert any("w2 4789/udp" in words for words in named)
-        assert any("w1 4789/udp" in words for words in named)
+        wait_until(lambda: {"w1 4789/udp", "w2 4789/udp"} <= _told(m1, since), "events name both", 5)
         # No task on an overlay network is placed there; others are.
         m1.docker(
             "service",

@@ -7,9 +7,8 @@ from skep.model.ids import NodeId
 from skep.model.node import FailingPath
 from skep.model.paths import PathCheck, PathPeer, PathReport
 
-_RANK = {
-    check: rank for rank, check in enumerate((PathCheck.OVERLAY, PathCheck.ENCRYPTED, PathCheck.CONTROL))
-}
+_RANK: dict[str, int] = {PathCheck.OVERLAY: 0, PathCheck.ENCRYPTED: 1, PathCheck.CONTROL: 2}
+"""What is written first where not all of it is."""
 
 
 class Verdicts:
@@ -43,9 +42,5 @@ class Verdicts:
     def failing(self) -> tuple[FailingPath, ...]:
         """What is to be written: at most ``WRITTEN_MAX``, those that carry containers' packets first."""
         paths = [path for paths in self._failing.values() for path in paths]
-        paths.sort(key=lambda path: (_rank(path.check), path.peer, path.check))
+        paths.sort(key=lambda path: (_RANK.get(path.check, len(_RANK)), path.peer, path.check))
         return tuple(paths[:WRITTEN_MAX])
-
-
-def _rank(check: str) -> int:
-    return next((rank for known, rank in _RANK.items() if known == check), len(_RANK))
