@@ -206,7 +206,8 @@ class ContainerNetwork:
             Path(endpoint.netns),
             _free_interface(endpoint),
             container.config.ports,
-            is_open=_mode_of(container) is NetworkMode.BRIDGE,
+            is_open=_mode_of(container) is NetworkMode.BRIDGE
+            or (container.plain is None and not endpoint.places),
         )
         return msgspec.structs.replace(found, places=endpoint.places)
 
