@@ -282,3 +282,18 @@ def test_the_containers_of_tasks_are_skeps_and_shown_beside_the_engines(
         node.docker("service", "rm", "web")
         node.docker("rm", "-f", "plain")
     wait_until(lambda: not node.docker("ps", "-q").stdout, "all containers are gone")
+
+
+def test_on_a_network_that_only_the_cluster_has_skep_runs_the_container_itself(
+    node: TestNode, engine_socket: Path
+) -> None:
+    node.docker("network", "create", "-d", "overlay", "--attachable", "lab")
+    create(node, "db", 1, "--network", "lab", command=IDLE)
+    wait_running(node, "db", 1)
+    node.docker("run", "-d", "--name", "probe", "--network", "lab", IMAGE, *IDLE)
+    assert "probe" not in engine_says(engine_socket, "ps", "-a", "--format", "{{.Names}}")
+    ping = ("exec", "probe", "ping", "-c", "1", "-W", "2", "tasks.db")
+    wait_until(lambda: node.docker(*ping, check=False).returncode == 0, "the task is found by name")
+    node.docker("rm", "-f", "probe")
+    node.docker("service", "rm", "db")
+    wait_until(lambda: node.docker("network", "rm", "lab", check=False).returncode == 0, "nobody is on it")

@@ -134,10 +134,12 @@ def test_the_tours_service(m1: TestNode, checkout: Path) -> None:
 
 def test_the_guide_to_networks(own_cluster: TestCluster, checkout: Path) -> None:
     m1, where = own_cluster.node("m1"), {"DOCKER_HOST": own_cluster.node("m1").socket}
-    services, port, room, encrypted = shell_blocks(NETWORKS)
+    services, beside, port, room, encrypted = shell_blocks(NETWORKS)
     run(services, checkout, **where)
     wait_running(m1, "api", 3)
     wait_running(m1, "cli", 1)
+    run(beside, checkout, **where)
+    assert m1.docker("ps", "-aq", "--filter", "name=probe").stdout == ""
     run(port, checkout, **where)
     wait_running(m1, "web", 1)
     assert run(room, checkout, **where).split()[-1] == "2"

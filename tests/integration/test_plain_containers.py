@@ -142,7 +142,7 @@ def test_on_a_bridge_network_containers_have_names_and_the_world_and_no_other_ne
     run(m1, "two", "--network", "back")
     run(m1, "three")
     for name in ("web", "www", web[:12], "web.front"):
-        assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", name)
+        wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", name)
     assert inside(m1, "two", "nslookup", "web.") == ""
     ways = json.loads(m1.docker("inspect", "web", "--format", "{{json .NetworkSettings}}").stdout)
     assert ways["Networks"]["front"]["IPAddress"] == "172.30.5.9"
@@ -154,7 +154,7 @@ def test_on_a_bridge_network_containers_have_names_and_the_world_and_no_other_ne
     gateway = m1.docker(
         "network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", "bridge"
     ).stdout.strip()
-    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", gateway)
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", gateway)
     (front,) = json.loads(m1.docker("network", "inspect", "front").stdout)
     assert sorted(one["Name"] for one in front["Containers"].values()) == ["one", "web"]
     assert "has active endpoints (container" in refused(m1, "network", "rm", "front")
@@ -166,7 +166,7 @@ def test_an_internal_network_leads_nowhere(m1: TestNode) -> None:
     m1.docker("network", "create", "--internal", "closed")
     run(m1, "one", "--network", "closed")
     run(m1, "two", "--network", "closed")
-    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "two")
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "two")
     assert "default" not in m1.docker("exec", "one", "ip", "route").stdout
 
 
@@ -174,7 +174,7 @@ def test_bridge_none_and_host_are_what_they_are_in_docker(m1: TestNode) -> None:
     run(m1, "one")
     run(m1, "two")
     address = m1.docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "two").stdout.strip()
-    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", address)
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", address)
     assert inside(m1, "one", "ping", "-c", "1", "-W", "1", "two") == ""  # no names there
     links = ("run", "--rm", *LABEL, "--network", "none", IMAGE, "ip", "-o", "link")
     assert len(m1.docker(*links).stdout.splitlines()) == 1
@@ -202,7 +202,7 @@ def test_networks_are_joined_and_left_by_a_running_container(m1: TestNode, w1: T
     run(m1, "two")
     run(w1, "far", "--network", "net1")
     m1.docker("network", "connect", "--alias", "deux", "front", "two")
-    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "deux")
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "deux")
     assert "already exists in network front" in refused(m1, "network", "connect", "front", "two")
     m1.docker("network", "connect", "--alias", "un", "net1", "one")
     wait_inside(w1, "far", " 0% packet loss", "ping", "-c", "1", "-W", "1", "un")
@@ -310,11 +310,11 @@ def test_bridge_networks_outlive_the_daemon_with_their_names(m1: TestNode) -> No
     run(m1, "one", "--network", "front")
     run(m1, "two", "--network", "front", "-p", "8089:80")
     restart_daemon(m1)
-    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "two")
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "two")
     run(m1, "three", "--network", "front")
-    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "three")
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "three")
     m1.docker("rename", "three", "drei")
-    assert " 0% packet loss" in inside(m1, "one", "ping", "-c", "1", "-W", "2", "drei")
+    wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "drei")
 
 
 def test_a_node_that_leaves_gives_places_back_and_its_containers_run_on(m1: TestNode, w1: TestNode) -> None:
@@ -330,5 +330,5 @@ def test_a_node_that_leaves_gives_places_back_and_its_containers_run_on(m1: Test
     w1.docker("network", "create", "front")
     run(w1, "one", "--network", "front")
     run(w1, "two", "--network", "front")
-    assert " 0% packet loss" in inside(w1, "one", "ping", "-c", "1", "-W", "2", "two")
+    wait_inside(w1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "two")
     run(w1, "three")

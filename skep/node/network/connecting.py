@@ -211,7 +211,8 @@ class ContainerNetwork:
             Path(endpoint.netns),
             _free_interface(endpoint),
             container.config.ports,
-            is_open=_mode_of(container) is NetworkMode.BRIDGE,
+            is_open=_mode_of(container) is NetworkMode.BRIDGE
+            or (container.plain is None and not endpoint.places),
             wants_ipv6=has_way_out_by_ipv6([one.place for one in endpoint.places]),
         )
         return msgspec.structs.replace(found, places=endpoint.places)

@@ -2,7 +2,7 @@
 
 In ``ip skep`` the map ``host_ports`` leads from a published port of the node to a container, ``bound_ports`` from one
 that answers on one address only; everything else is fixed.  ``ip6 skep`` is the way out alone.  ``bridge skep_gateway``
-says which containers reach each other by the gateway bridge: plain ones that have no other network do, as on Docker's
+says which containers reach each other by the gateway bridge: those that have no other network do, as on Docker's
 ``bridge``; for all others it is the way out alone, or two networks would meet there.
 """
 
