@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -193,10 +193,16 @@ def ready(seen_by: TestNode) -> set[str]:
 
 
 def remove_services(node: TestNode) -> None:
-    """All there are."""
+    """All there are; what they ran on this node is killed.
+
+    A program that takes no notice of SIGTERM (``sleep``) would hold every test up for its ten seconds of grace.
+    """
     api = node.client().api
     for service in api.services():
         api.remove_service(service["ID"])
+    for container in api.containers():
+        with suppress(docker.errors.APIError):  # it has ended by itself
+            api.kill(container["Id"])
 
 
 def running(node: TestNode, service: str) -> list[dict[str, Any]]:

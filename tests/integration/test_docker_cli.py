@@ -7,7 +7,13 @@ import pytest
 
 from tests.integration.cluster import CLIS, IDLE, IMAGE, TestNode, create, wait_running, wait_until
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.parametrize("cli", CLIS)]
+pytestmark = [
+    pytest.mark.timeout(120),
+    # The newest; the older ones in long runs, and beside a real engine.
+    pytest.mark.parametrize(
+        "cli", [*(pytest.param(cli, marks=pytest.mark.slow) for cli in CLIS[:-1]), CLIS[-1]]
+    ),
+]
 
 
 @pytest.fixture

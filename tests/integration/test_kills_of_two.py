@@ -18,7 +18,15 @@ def patient(m1: TestNode) -> Iterator[TestNode]:
         yield m1
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+QUICK = (("node", "etcd"), ("manager", "conmon"))
+"""Every kind of process once; all six pairs in long runs."""
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(pair, marks=[] if pair in QUICK else [pytest.mark.slow]) for pair in PAIRS],
+    ids="-".join,
+)
 def test_of_any_two_that_are_killed_together_nothing_is_lost_and_nothing_moves(
     patient: TestNode, pair: tuple[str, str]
 ) -> None:

@@ -6,8 +6,8 @@ from skep.sim.life import live
 from skep.sim.run import chunked, outcomes, report
 
 SEEDS = 200
-QUICK = 80
-"""As many in `make test`; they cost a minute of processor time."""
+QUICK = 40
+"""As many in `make test`; they cost half a minute of processor time."""
 CHUNK = 20
 
 
