@@ -104,7 +104,7 @@ async def test_a_container_gets_out_by_ipv6_under_the_nodes_address(lab: Lab, ou
         await wait_tables(lab, "")
 
 
-async def test_nobody_outside_reaches_a_container_by_its_unique_local_address(
+async def test_the_node_alone_reaches_a_container_by_its_unique_local_address(
     lab: Lab, outside: Path
 ) -> None:
     executor = lab.executor()
@@ -114,14 +114,14 @@ async def test_nobody_outside_reaches_a_container_by_its_unique_local_address(
         address = endpoint_of(server.endpoint).address6
         assert IPv6Address(address) in IPv6Network("fd00::/8")
         ask = f"printf 'GET /group HTTP/1.0\\r\\n\\r\\n' | nc -w 2 {address} 80"
-        neighbour = f"for i in $(seq 100); do {ask} && break; sleep 0.05; done"
-        assert "staff" in await run.output("sh", "-c", neighbour, places=places(6))
-        assert "staff" in await lab.in_home("busybox", "sh", "-c", ask)
-        asked = await lab.in_home(
-            "nsenter", f"--net={outside}", "busybox", "sh", "-c", f"{ask} || echo nobody"
-        )
-        assert "nobody" in asked
-        assert "staff" not in asked
+        until_it_serves = f"for i in $(seq 100); do {ask} && break; sleep 0.05; done"
+        assert "staff" in await lab.in_home("busybox", "sh", "-c", until_it_serves)
+        try_once = f"{ask} || echo nobody"
+        neighbour = await run.output("sh", "-c", try_once, places=places(6))
+        stranger = await lab.in_home("nsenter", f"--net={outside}", "busybox", "sh", "-c", try_once)
+        for heard in (neighbour, stranger):
+            assert "nobody" in heard
+            assert "staff" not in heard
 
 
 async def test_networks_without_ipv6_or_without_a_way_out_leave_the_node_as_it_was(lab: Lab) -> None:
