@@ -173,12 +173,23 @@ class Domain:
         self._believed = state
 
     def let_go(self, link: str) -> None:
-        """``link`` goes by itself, with the namespace that has its other end; nobody has to delete it."""
-        if self._believed is not None and link in self._believed.links:
-            self._believed = without(self._believed, link)
+        """``link`` goes by itself, with the namespace that has its other end; nobody has to delete it.
+
+        It is taken from the wish too, or a change of another part would have it missed before its own part's next one.
+        """
         if self._goal is not None and link in self._goal.links:
-            self._goal = without(self._goal, link)
             self._leaving[link] = 0
+        seen: dict[int, State] = {}  # mostly one state, by three names, and a large network's takes a while
+
+        def left(state: State) -> State:
+            if id(state) not in seen:
+                seen[id(state)] = without(state, link) if link in state.links else state
+            return seen[id(state)]
+
+        self._parts = {part: (left(state), rules) for part, (state, rules) in self._parts.items()}
+        self._wanted = left(self._wanted) if self._wanted is not None else None
+        self._goal = left(self._goal) if self._goal is not None else None
+        self._believed = left(self._believed) if self._believed is not None else None
 
     def doubt(self) -> None:
         """Look before the next change: what others left may be there."""

@@ -177,3 +177,13 @@ def test_a_domains_wish_is_that_of_all_its_parts() -> None:
     assert domain.wanted_rules["inet t"].elements == TABLE.elements | {("ports", "9")}
     domain.unwish("one")
     assert domain.wanted.links == {}
+
+
+def test_a_link_that_goes_by_itself_is_not_wanted_by_the_next_change_of_another_part() -> None:
+    domain = Domain("node", Path("/none"), Namespaces(Path("/none")), Repairs())
+    going, staying = Link(name="vs1", kind="veth"), Link(name="vs2", kind="veth")
+    domain.wish("network", State(links={"vs1": going, "vs2": staying}))
+    domain.adopt()
+    domain.let_go("vs1")
+    domain.wish("strangers", State())
+    assert domain.wanted.links == {"vs2": staying}
