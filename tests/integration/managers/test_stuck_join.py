@@ -45,5 +45,5 @@ def test_a_join_that_never_completes_costs_no_quorum_and_nobody_elses_turn() -> 
         wait_managers(m3, "m1", "m3")
         open_peer_port(m2)
         m2.docker("swarm", "join", "--token", token, address)
-        wait_until(lambda: len([name for name, role in roles(m2).items() if role]) == 3, "three manage")
+        wait_until(lambda: len([name for name, role in roles(m2).items() if role]) == 3, "three manage", 90)
         write(m2, "with-three")

@@ -173,7 +173,8 @@ def test_no_damaged_question_makes_it_fail_or_grow(data: st.DataObject) -> None:
         count = data.draw(st.integers(0, 500))
         packed = reply(query, 0, (Record(messages.A, ADDRESS),) * count, bytes_max=query.udp_bytes_max)
         assert len(packed) <= max(query.udp_bytes_max, messages.UDP_BYTES_MIN)
-        assert DNSRecord.parse(packed).header.id == query.id
+        if query.name.isascii():  # the other reader takes no other names
+            assert DNSRecord.parse(packed).header.id == query.id
         assert packed[2] & 2 or struct.unpack_from("!H", packed, 6)[0] == count
 
 
