@@ -5,6 +5,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -99,9 +100,23 @@ def wait_no_more_than(cluster: TestCluster, before: dict[str, Counter[str]], wit
         raise AssertionError(f"left after {within_s} s: {shown}") from None
 
 
+def _wait_probed(cluster: TestCluster) -> None:
+    """Until all nodes let each other's probes in, which has nothing to do with what is made later."""
+    nodes = {one["addr"]: cluster.node(one["name"]) for one in cluster.description["nodes"] if one["pids"]}
+
+    def lets_in(node: TestNode, others: Iterable[str]) -> bool:
+        words = ["nsenter", f"--net={node.description['netns']}", *["nft", "list", "table", "inet", "skep_overlay"]]
+        said = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False).stdout
+        return all(f"{other} . " in said for other in others)
+
+    for address, node in nodes.items():
+        wait_until(partial(lets_in, node, nodes.keys() - {address}), "probes are let in")
+
+
 @contextmanager
 def leaving_nothing(cluster: TestCluster) -> Iterator[None]:
     """What the block made is removed when it has ended well; then nothing of it may be left on any node."""
+    _wait_probed(cluster)
     before = all_traces(cluster)
     yield
     remove_all(cluster.node("m1"))
