@@ -179,6 +179,7 @@ def test_a_blocked_data_path_is_named_and_avoided_until_it_is_open_again(
     m1.docker("service", "rm", "spread", "plain", "only")
 
 
+@pytest.mark.slow
 def test_a_blocked_control_port_is_named_and_keeps_no_task_away(quartet: TestCluster, m1: TestNode) -> None:
     wait_well(quartet)
     w1 = quartet.node("w1")
@@ -202,6 +203,7 @@ table inet blocked {{
     wait_until(lambda: not message(m1, "w1"), "w1 is well again", 60)
 
 
+@pytest.mark.slow
 def test_a_blocked_port_of_encrypted_networks_is_named_and_keeps_their_tasks_away(
     quartet: TestCluster, m1: TestNode
 ) -> None:
@@ -227,6 +229,7 @@ def test_a_blocked_port_of_encrypted_networks_is_named_and_keeps_their_tasks_awa
     m1.docker("service", "rm", "each", "open")
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_behind_a_blocked_port_is_named(quartet: TestCluster, m1: TestNode) -> None:
     wait_well(quartet)
     w3 = quartet.node("w3")

@@ -60,6 +60,7 @@ def cluster() -> Iterator[TestCluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_in_front_of_all_nodes_it_loses_no_request_with_fewer_replicas_than_nodes(
     cluster: TestCluster,
 ) -> None:

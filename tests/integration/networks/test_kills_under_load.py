@@ -149,6 +149,7 @@ def says_it_is_older(node: TestNode) -> None:
     file.write_bytes(msgspec.json.encode(msgspec.structs.replace(process, version="0.0.1")))
 
 
+@pytest.mark.slow
 def test_the_leaders_manager_and_a_killed_net_process_cost_no_request(cluster: TestCluster) -> None:
     leader = wait_until(lambda: leader_of(cluster), "there is a leader")
     with load(cluster) as (_, requests):

@@ -134,7 +134,9 @@ def places(node: TestNode) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("count", "replicas"), [(25, 2), pytest.param(500, 1, marks=pytest.mark.slow)], ids=["25", "500"]
+    ("count", "replicas"),
+    [pytest.param(25, 2, marks=pytest.mark.slow), pytest.param(500, 1, marks=pytest.mark.slow)],
+    ids=["25", "500"],
 )
 def test_services_on_one_network_are_found_from_another_node_and_go_without_a_trace(
     cluster: TestCluster, count: int, replicas: int

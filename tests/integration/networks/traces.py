@@ -105,7 +105,11 @@ def _wait_probed(cluster: TestCluster) -> None:
     nodes = {one["addr"]: cluster.node(one["name"]) for one in cluster.description["nodes"] if one["pids"]}
 
     def lets_in(node: TestNode, others: Iterable[str]) -> bool:
-        words = ["nsenter", f"--net={node.description['netns']}", *["nft", "list", "table", "inet", "skep_overlay"]]
+        words = [
+            "nsenter",
+            f"--net={node.description['netns']}",
+            *["nft", "list", "table", "inet", "skep_overlay"],
+        ]
         said = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False).stdout
         return all(f"{other} . " in said for other in others)
 
