@@ -21,7 +21,7 @@ from tests.integration.cluster import (
 )
 from tests.integration.engines import attachments, inside, wait_inside
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 LABEL = ("--label", "plain")
 SERVE = ("httpd", "-f", "-p", "80")
@@ -71,6 +71,7 @@ def restart_daemon(node: TestNode) -> None:
     wait_until(lambda: node.docker("ps", check=False).returncode == 0, "the node answers again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cli", CLIS)
 def test_run_takes_its_input_gives_its_output_and_exit_code_and_leaves_nothing(
     m1: TestNode, cli: str
@@ -104,6 +105,7 @@ def test_names_go_both_ways_between_a_plain_container_and_tasks_of_other_nodes(
     wait_until(lambda: len(attachments(m1)) == 1, "the place is given back")
 
 
+@pytest.mark.slow
 def test_a_container_outlives_the_daemon_with_its_place_and_its_names(m1: TestNode, w1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
     run(w1, "box", "--network", "net1")
@@ -117,6 +119,7 @@ def test_a_container_outlives_the_daemon_with_its_place_and_its_names(m1: TestNo
     wait_until(lambda: len(attachments(m1)) == 1, "the place is given back")
 
 
+@pytest.mark.slow
 def test_a_crash_of_the_machine_frees_the_place_and_its_policy_starts_the_container_again(
     cluster: TestCluster, m1: TestNode, w1: TestNode
 ) -> None:
@@ -162,6 +165,7 @@ def test_on_a_bridge_network_containers_have_names_and_the_world_and_no_other_ne
     m1.docker("network", "rm", "front")
 
 
+@pytest.mark.slow
 def test_an_internal_network_leads_nowhere(m1: TestNode) -> None:
     m1.docker("network", "create", "--internal", "closed")
     run(m1, "one", "--network", "closed")
@@ -170,6 +174,7 @@ def test_an_internal_network_leads_nowhere(m1: TestNode) -> None:
     assert "default" not in m1.docker("exec", "one", "ip", "route").stdout
 
 
+@pytest.mark.slow
 def test_bridge_none_and_host_are_what_they_are_in_docker(m1: TestNode) -> None:
     run(m1, "one")
     run(m1, "two")
@@ -182,6 +187,7 @@ def test_bridge_none_and_host_are_what_they_are_in_docker(m1: TestNode) -> None:
     assert "skep-gw" in seen
 
 
+@pytest.mark.slow
 def test_a_published_port_is_the_nodes_and_free_when_the_container_has_ended(m1: TestNode) -> None:
     fetch = ("run", "--rm", *LABEL, "--network", "host", IMAGE, "wget", "-qO-", "http://127.0.0.1:8088/a")
     serve = ("sh", "-c", "mkdir -p /w; echo hello > /w/a; exec httpd -f -p 80 -h /w")
@@ -195,6 +201,7 @@ def test_a_published_port_is_the_nodes_and_free_when_the_container_has_ended(m1:
     m1.docker("start", "late")
 
 
+@pytest.mark.slow
 def test_networks_are_joined_and_left_by_a_running_container(m1: TestNode, w1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")
     m1.docker("network", "create", "front")
@@ -215,6 +222,7 @@ def test_networks_are_joined_and_left_by_a_running_container(m1: TestNode, w1: T
     assert "is not connected to" in refused(m1, "network", "disconnect", "front", "two")
 
 
+@pytest.mark.slow
 def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode) -> None:
     m1.docker("network", "create", "-d", "overlay", "closed")
     for node in (m1, w1):
@@ -242,6 +250,7 @@ def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode)
     )
 
 
+@pytest.mark.slow
 def test_a_restart_policy_starts_what_failed_and_not_what_its_user_stopped(
     m1: TestNode, tmp_path: Path
 ) -> None:
@@ -261,6 +270,7 @@ def test_a_restart_policy_starts_what_failed_and_not_what_its_user_stopped(
     assert m1.docker("inspect", "-f", "{{.State.Running}}", "still").stdout == "true\n"
 
 
+@pytest.mark.slow
 def test_files_of_the_node_and_volumes_are_mounted_and_nameless_ones_go(m1: TestNode, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("from the node\n")
     shown = m1.docker(
@@ -305,6 +315,7 @@ def test_nothing_is_left_of_containers_that_are_gone(m1: TestNode) -> None:
     m1.docker("network", "rm", "net1", "front")
 
 
+@pytest.mark.slow
 def test_bridge_networks_outlive_the_daemon_with_their_names(m1: TestNode) -> None:
     m1.docker("network", "create", "front")
     run(m1, "one", "--network", "front")
@@ -317,6 +328,7 @@ def test_bridge_networks_outlive_the_daemon_with_their_names(m1: TestNode) -> No
     wait_inside(m1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "drei")
 
 
+@pytest.mark.slow
 def test_a_node_that_leaves_gives_places_back_and_its_containers_run_on(m1: TestNode, w1: TestNode) -> None:
     """The last of this module: the worker is in no swarm any more."""
     m1.docker("network", "create", "-d", "overlay", "--attachable", "net1")

@@ -108,6 +108,7 @@ async def test_a_router_with_a_smaller_mtu_is_found_and_overlays_follow(lab: Ove
         assert sum(network.repairs.total for network in networks) == 0
 
 
+@pytest.mark.slow
 async def test_the_next_process_begins_with_what_was_measured(lab: OverlayLab) -> None:
     """No other node answers it, and no manager tells it anything."""
     await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
@@ -126,6 +127,7 @@ async def test_the_next_process_begins_with_what_was_measured(lab: OverlayLab) -
                 await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow
 async def test_a_network_without_the_node_behind_the_router_keeps_its_mtu(lab: OverlayLab) -> None:
     await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)
     async with lab.networks() as networks:

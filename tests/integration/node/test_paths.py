@@ -47,10 +47,10 @@ async def test_open_ways_are_found_open(tmp_path: Path, is_v6: bool) -> None:
     ("rule", "check", "port"),
     [
         ("udp dport 4789 drop", PathCheck.OVERLAY, "4789/udp"),
-        ("tcp dport 2377 drop", PathCheck.CONTROL, "2377/tcp"),
-        ("tcp dport 7946 drop", PathCheck.GOSSIP, "7946/tcp"),
+        pytest.param("tcp dport 2377 drop", PathCheck.CONTROL, "2377/tcp", marks=pytest.mark.slow),
+        pytest.param("tcp dport 7946 drop", PathCheck.GOSSIP, "7946/tcp", marks=pytest.mark.slow),
         ("udp dport 4799 drop", PathCheck.ENCRYPTED, "4799/udp"),
-        ("udp dport 4799 reject", PathCheck.ENCRYPTED, "4799/udp"),
+        pytest.param("udp dport 4799 reject", PathCheck.ENCRYPTED, "4799/udp", marks=pytest.mark.slow),
     ],
 )
 async def test_a_closed_port_between_two_nodes_is_named_and_nothing_else(
@@ -77,6 +77,7 @@ async def test_a_closed_port_between_two_nodes_is_named_and_nothing_else(
             assert {one.check for one in whole.findings} == EVERYTHING
 
 
+@pytest.mark.slow
 async def test_a_listener_hears_what_changes_and_what_is_settled_and_nothing_else(lab: OverlayLab) -> None:
     second = lab.nodes[1]
     rules = "add table ip other; add chain ip other in { type filter hook input priority 0; };"
@@ -179,6 +180,7 @@ async def test_nonsense_of_a_peer_does_no_harm(lab: OverlayLab) -> None:
                 pass
 
 
+@pytest.mark.slow
 async def test_nothing_is_left_at_the_end_and_the_next_process_goes_on(lab: OverlayLab) -> None:
     first, second, _ = lab.nodes
     listing = (
