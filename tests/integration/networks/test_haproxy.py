@@ -80,7 +80,9 @@ def test_in_front_of_all_nodes_it_loses_no_request_with_fewer_replicas_than_node
                 wait_running(m1, "web", replicas, 60)
                 wait_stopped(m1, everyone - tasks_of(m1))
     assert Counter(seen.failed) == Counter()
-    assert len(seen.answered) >= 6, "two at first, two by the update, two by scaling out"
+    assert len(seen.answered) >= 5, (
+        "two at first, two by the update, and by scaling out one that had the time"
+    )
     assert seen.count > 300
 
 
