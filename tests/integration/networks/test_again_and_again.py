@@ -51,12 +51,20 @@ def test_a_service_that_is_made_and_removed_again_and_again_is_resolved_rightly(
         }
         for place in places:
             wait_until(partial(answers, place, wanted), f"the names are {wanted}", 10)
-            assert in_place(place, hostname_of, *wanted["again"])
+            wait_until(partial(serves, place, *wanted["again"]), "it listens", 10)
         m1.docker("service", "rm", "again")
         # A name of two labels may be somebody else's, and there is nobody to ask.
         gone = {"again": ("NXDOMAIN",), "tasks.again": ("SERVFAIL",)}
         for place in places:
             wait_until(partial(answers, place, gone), "the names are gone", 10)
+
+
+def serves(place: Path, address: str) -> bool:
+    """Whether it does by now: a task runs before its server listens."""
+    try:
+        return bool(in_place(place, hostname_of, address))
+    except ConnectionRefusedError:
+        return False
 
 
 def answers(place: Path, wanted: Mapping[str, tuple[str, ...]]) -> bool:
