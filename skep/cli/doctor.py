@@ -60,7 +60,7 @@ def network(host: str, throughput: bool, shows_all: bool, as_json: bool) -> None
     else:
         for line in shown(answers, shows_all=shows_all):
             click.echo(line)
-    if any(is_troubled(answer) for answer in answers):
+    if is_too_early(answers) or any(is_troubled(answer) for answer in answers):
         sys.exit(1)
 
 
@@ -168,7 +168,14 @@ def verdict(answers: Sequence[Answer]) -> str:
     ]
     if silent:
         words.append(f"no answer from {_counted(silent, 'node')}")
+    if is_too_early(answers):
+        words.append("no node knows of another yet, ask again in a few seconds")
     return f"{looked}: {'; '.join(words) or 'everything is well'}"
+
+
+def is_too_early(answers: Sequence[Answer]) -> bool:
+    """Nodes that came a moment ago have not been told whom to probe."""
+    return len(answers) > 1 and not any(answer["Paths"] or answer.get("Error") for answer in answers)
 
 
 def _where(places: Collection[tuple[str, ...]]) -> str:

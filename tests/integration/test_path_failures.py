@@ -101,6 +101,7 @@ def wait_well(quartet: TestCluster) -> None:
 
 def test_a_cluster_that_is_well_is_examined_in_seconds(quartet: TestCluster, m1: TestNode) -> None:
     wait_well(quartet)
+    wait_until(lambda: "4 nodes, 6 pairs" in doctor(m1).stdout, "all know of each other")
     done = doctor(m1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("4 nodes, 6 pairs: everything is well")

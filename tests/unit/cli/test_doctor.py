@@ -5,7 +5,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from skep.cli import main as cli
-from skep.cli.doctor import is_troubled, shown, verdict
+from skep.cli.doctor import is_too_early, is_troubled, shown, verdict
 
 
 def a_finding(
@@ -41,6 +41,14 @@ def test_a_cluster_that_is_well_is_said_to_be() -> None:
         "w1    m1  1 check  0 %   0.4 ms  1500  ok",
     ]
     assert not any(map(is_troubled, WELL))
+
+
+def test_a_cluster_whose_nodes_do_not_know_each_other_yet_is_not_said_to_be_well() -> None:
+    early = [an_answer("m1"), an_answer("w1")]
+    assert verdict(early) == "2 nodes, 0 pairs: no node knows of another yet, ask again in a few seconds"
+    assert is_too_early(early)
+    assert not is_too_early([an_answer("m1")])
+    assert not is_too_early(WELL)
 
 
 def test_what_fails_comes_first_with_pair_and_port() -> None:
