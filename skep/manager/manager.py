@@ -27,7 +27,6 @@ from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
-from skep.manager.control.names import names_from
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.key_service import KeyService
 from skep.manager.discovery.loop import Discovery
@@ -55,6 +54,7 @@ from skep.manager.presence import Presence
 from skep.manager.routes import ManagerApi, application
 from skep.model.addresses import host_of, parted
 from skep.model.ids import IdSource, NodeId
+from skep.model.readable import names_from
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles

@@ -12,6 +12,7 @@ from skep.aio.clock import Clock
 from skep.configuration.configuration import Configuration
 from skep.errors import NotFound, SkepError, Unimplemented
 from skep.model.meta import Driver
+from skep.model.readable import names_from
 from skep.node.assignments import LogLine, LogQuery, LogSource
 from skep.node.events import NodeEvents
 from skep.node.executor.assembly import Programs, find_programs, oci_executor
@@ -155,7 +156,7 @@ async def oci_workload(
         mounting=executor.mounting,
         network=executor.network,
         clock=clock,
-        chance=random.random,
+        new_name=names_from(random.Random()),
         hostname=machine.hostname,
         log_default=executor.log_default,
     )

@@ -11,7 +11,6 @@ from typing import Any, cast
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.manager.control.names import names_from
 from skep.manager.control.swarm import found_swarm
 from skep.manager.events import ClusterEvents
 from skep.manager.routes import ManagerApi, application
@@ -28,6 +27,7 @@ from skep.model.node import (
     NodeStatus,
     Reachability,
 )
+from skep.model.readable import names_from
 from skep.model.swarm import DEFAULT_SWARM_SPEC, JoinTokens
 from skep.model.times import timestamp
 from skep.store.etcd.cipher import new_wrapping_key

@@ -1,11 +1,9 @@
-"""Names of objects: what they may be, and readable ones for services created without.
+"""Names of objects: what they may be.
 
 Source: swarmkit, manager/controlapi/common.go (validateAnnotations, validateConfigOrSecretAnnotations).
 """
 
 import re
-from collections.abc import Callable
-from random import Random
 
 from skep.errors import InvalidArgument
 
@@ -37,30 +35,3 @@ def check_file_name(name: str) -> None:
             "invalid name, only 64 [a-zA-Z0-9-_.] characters allowed, "
             "and the start and end character must be [a-zA-Z0-9]"
         )
-
-
-NameSource = Callable[[], str]
-"""Gives another readable name at each call."""
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-_HOW = _words("""
-    amber ample autumn balmy bold brave breezy bright brisk calm candid clear clever cosy crisp dapper dewy eager
-    early fabled fair fleet fond frank gentle gilded glad golden hardy hazel honest humble jolly keen kind lively
-    loyal lucid mellow merry mild mossy nimble noble placid plucky proud quiet rapid ready rosy rustic serene
-    sharp silver sleek snug spry steady sunny swift tidy vivid warm witty zesty
-""")
-_WHO = _words("""
-    alder ash aster balm basil beech birch borage bramble briar broom cedar cherry clover comfrey cowslip crocus
-    daisy elder elm fennel fern foxglove gorse hawthorn heather holly hyssop ivy juniper larch laurel lavender
-    lilac linden lupin maple marjoram meadow melissa mint myrtle oak orchard pear phacelia pine plum poppy
-    primrose quince reed rosemary rowan rush sage sorrel tansy teasel thistle thyme vetch viola willow yarrow yew
-""")
-
-
-def names_from(random: Random) -> NameSource:
-    """Names such as ``mellow_clover``: what a bee may find, and how."""
-    return lambda: f"{random.choice(_HOW)}_{random.choice(_WHO)}"

@@ -13,13 +13,13 @@ from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence, Unimplemented
-from skep.manager.control.names import NameSource
 from skep.manager.control.networks import ingress_network
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, ServiceId
 from skep.model.meta import Version
 from skep.model.network import Network, is_ingress
+from skep.model.readable import NameSource, free_name
 from skep.model.secret import Config, Secret
 from skep.model.service import (
     JobStatus,
@@ -179,12 +179,10 @@ def _resolved(
 
 
 def _free_name(tx: Transaction, new_name: NameSource) -> str:
-    """A name nobody has; after a few attempts with a number behind it."""
-    for attempt in range(1_000):
-        name = new_name() if attempt < 10 else f"{new_name()}{attempt}"
-        if not tx.find(Service, name=name):
-            return name
-    raise InvalidArgument("no readable name is free: give the service one")
+    name = free_name(new_name, lambda name: bool(tx.find(Service, name=name)), attempts=1_000)
+    if name is None:
+        raise InvalidArgument("no readable name is free: give the service one")
+    return name
 
 
 def _changeable(tx: Transaction, id: ServiceId, spec: ServiceSpec, version: int) -> Service:

@@ -14,11 +14,11 @@ from skep.api.answers import KnownJson
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
 from skep.errors import InvalidArgument, SkepError, Unavailable
-from skep.manager.control.names import NameSource
 from skep.manager.events import ClusterEvents
 from skep.model.ids import IdSource
 from skep.model.logs import LogLine, LogQuery
 from skep.model.paths import Examined
+from skep.model.readable import NameSource
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Store, Transaction, View
 

@@ -6,7 +6,6 @@ policies, and the removal of those that go with their end.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -22,6 +21,7 @@ from skep.errors import (
 )
 from skep.model.ids import ContainerId
 from skep.model.meta import Driver
+from skep.model.readable import NameSource, free_name
 from skep.model.times import unix_ns
 from skep.node.executor.mounting import Mounting
 from skep.node.network.connecting import ContainerNetwork
@@ -54,7 +54,7 @@ class PlainContainers:
         mounting: Mounting,
         network: ContainerNetwork,
         clock: Clock,
-        chance: Callable[[], float],
+        new_name: NameSource,
         hostname: str,
         log_default: Driver,
     ) -> None:
@@ -64,7 +64,7 @@ class PlainContainers:
         self._mounting = mounting
         self._network = network
         self._clock = clock
-        self._chance = chance
+        self._new_name = new_name
         self._hostname = hostname
         self._log_default = log_default
         self._changing: defaultdict[ContainerId, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -99,7 +99,7 @@ class PlainContainers:
 
         Raises: NotFound: no such image; AlreadyExists: the name is taken; InvalidArgument; Unimplemented.
         """
-        chosen = names.checked(name) if name else names.new_name(self._is_taken, self._chance)
+        chosen = names.checked(name) if name else self._free_name()
         plain = wish.plain_of(body)
         if name and self._is_taken(chosen):
             taken = self._containers.get(chosen)
@@ -289,6 +289,12 @@ class PlainContainers:
         if container.plain is None:
             raise FailedPrecondition(f"container {container.name} belongs to a task")
         return container, container.plain
+
+    def _free_name(self) -> str:
+        name = free_name(self._new_name, self._is_taken, attempts=100)
+        if name is None:
+            raise ResourceExhausted("no free name was found: give the container one (--name)")
+        return name
 
     def _is_taken(self, name: str) -> bool:
         return any(one.name == name for one in self._containers.list())

@@ -6,7 +6,8 @@ import pytest
 
 from skep.errors import InvalidArgument
 from skep.manager.control.images import is_image_reference
-from skep.manager.control.names import check_dns_name, check_file_name, names_from
+from skep.manager.control.names import check_dns_name, check_file_name
+from skep.model.readable import names_from
 from tests.own_time import own_time
 
 
