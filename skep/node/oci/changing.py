@@ -63,6 +63,10 @@ class ContainerChanger(ContainerReader):
         self.events.publish("update", container)
         return container
 
+    def check_free(self, name: str) -> None:
+        """Raises: AlreadyExists: a container has ``name``."""
+        self._registry.check_free(name)
+
     def rename(self, word: str, name: str) -> Container:
         """Give it another name.  Raises: NotFound; AlreadyExists: the name is taken."""
         container = self._registry.rename(self.get(word).id, name)

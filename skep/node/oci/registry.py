@@ -49,7 +49,7 @@ class Registry:
 
     def add(self, container: Container) -> None:
         """A new container, or one of an earlier process.  Raises: AlreadyExists: the name is taken."""
-        self._check_free(container.name)
+        self.check_free(container.name)
         self._containers[container.id] = container
         self._ids_by_name[container.name] = container.id
 
@@ -64,13 +64,14 @@ class Registry:
     def rename(self, id: ContainerId, name: str) -> Container:
         """Give a container another name, on disk and here.  Raises: AlreadyExists: it is taken."""
         before = self._containers[id].name
-        self._check_free(name)
+        self.check_free(name)
         container = self.change(id, name=name)
         del self._ids_by_name[before]
         self._ids_by_name[name] = id
         return container
 
-    def _check_free(self, name: str) -> None:
+    def check_free(self, name: str) -> None:
+        """Raises: AlreadyExists, in Docker's words: a container has ``name``."""
         taken = self._ids_by_name.get(name)
         if taken is not None:
             raise AlreadyExists(

@@ -115,6 +115,11 @@ def exec_process(
     return process
 
 
+def nano_cpus_of(quota_us: int, period_us: int) -> int:
+    """Billionths of a processor that a quota in a period is.  ``period_us``: 0 is the kernel's."""
+    return quota_us * 1_000_000_000 // (period_us or CPU_PERIOD_US)
+
+
 def merged_environment(base: Iterable[str], over: Iterable[str]) -> tuple[str, ...]:
     """``base`` with the values of ``over``; a bare name in ``over`` removes it.  Later ones win, order is kept.
 

@@ -12,7 +12,6 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import (
-    AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -101,12 +100,7 @@ class PlainContainers:
         """
         chosen = names.checked(name) if name else self._free_name()
         plain = wish.plain_of(body)
-        if name and self._is_taken(chosen):
-            taken = self._containers.get(chosen)
-            raise AlreadyExists(
-                f'Conflict. The container name "/{chosen}" is already in use by container "{taken.id}".'
-                " You have to remove (or rename) that container to be able to reuse that name."
-            )
+        self._containers.check_free(chosen)  # before any volume is made
         image = self._images.get(body.image)
         defaults = image.config.defaults
         mounts = wish.mounts_of(body, defaults)
@@ -116,7 +110,6 @@ class PlainContainers:
         config = wish.config_of(
             body,
             defaults,
-            (),
             hostname=self._hostname,
             gateway=str(gateway[1]) if gateway is not None else "",
             log_default=self._log_default,
@@ -177,8 +170,7 @@ class PlainContainers:
         chosen = names.checked(name)
         if chosen == container.name:
             raise InvalidArgument("Renaming a container with the same name as its current name")
-        if self._is_taken(chosen):
-            self._containers.rename(container.id, chosen)  # says who has it
+        self._containers.check_free(chosen)  # before the network is told
         await self._network.rename(msgspec.structs.replace(container, name=chosen))
         self._containers.rename(container.id, chosen)
 

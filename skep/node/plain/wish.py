@@ -21,10 +21,10 @@ from skep.model.times import SECOND_NS
 from skep.node.executor import wish as executor_wish
 from skep.node.executor.interface import Rejected
 from skep.node.oci import health
-from skep.node.oci.container import ContainerConfig, MountPoint, NodePort
+from skep.node.oci.container import ContainerConfig, NodePort
 from skep.node.oci.images.image import ContainerDefaults
 from skep.node.oci.plain import NetworkMode, NetworkWish, Plain, RestartWish
-from skep.node.oci.spec import merged_environment
+from skep.node.oci.spec import merged_environment, nano_cpus_of
 from skep.node.plain.options import refused
 from skep.node.plain.requests import CreateBody, EndpointBody, HostBody
 
@@ -35,7 +35,6 @@ _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 _MEANINGLESS_HERE = frozenset({"", "rw", "z", "Z", "consistent", "cached", "delegated"})
 _HOST_GATEWAY = "host-gateway"
-_CPU_PERIOD_US = 100_000
 
 
 def plain_of(body: CreateBody) -> Plain:
@@ -121,16 +120,14 @@ def mounts_of(body: CreateBody, image: ContainerDefaults) -> list[Mount]:
 def config_of(
     body: CreateBody,
     image: ContainerDefaults,
-    mounts: Sequence[MountPoint],
     *,
     hostname: str,
     gateway: str,
     log_default: Driver,
 ) -> ContainerConfig:
-    """The container's configuration.
+    """The container's configuration, but for its mounts.
 
     Args:
-        mounts: as they are on this node.
         hostname: the node's; gateway: the node's address for its containers; empty: there is none.
 
     Raises: InvalidArgument, Unimplemented, FailedPrecondition.
@@ -167,7 +164,6 @@ def config_of(
         stop_grace_ns=(stop_s if stop_s is not None and stop_s >= 0 else 10) * SECOND_NS,
         init=bool(host.init),
         read_only=host.readonly_rootfs,
-        mounts=tuple(mounts),
         nano_cpus=_nano_cpus(host),
         memory_bytes=_not_negative(host.memory, "memory"),
         memory_reservation_bytes=_not_negative(host.memory_reservation, "memory reservation"),
@@ -237,7 +233,7 @@ def _nano_cpus(host: HostBody) -> int:
     if host.nano_cpus and (host.cpu_quota or host.cpu_period):
         raise InvalidArgument("Conflicting options: Nano CPUs and CPU Period cannot both be set.")
     if host.cpu_quota > 0:
-        return host.cpu_quota * 1_000_000_000 // (host.cpu_period or _CPU_PERIOD_US)
+        return nano_cpus_of(host.cpu_quota, host.cpu_period)
     return _not_negative(host.nano_cpus, "number of CPUs")
 
 

@@ -36,6 +36,7 @@ from skep.node.oci.containers import Containers
 from skep.node.oci.images.removal import ImageUser
 from skep.node.oci.images.store import ImageStore
 from skep.node.oci.images.untar import tree_bytes
+from skep.node.oci.spec import nano_cpus_of
 from skep.node.plain.containers import PlainContainers
 from skep.node.routes import container_answers
 from skep.node.routes.container_listing import Wish, ancestors, select
@@ -324,7 +325,7 @@ def _limits(container: Container, wish: Limits) -> dict[str, int]:
     config = container.config
     nano_cpus = wish.nano_cpus
     if wish.cpu_quota and wish.cpu_quota > 0:
-        nano_cpus = wish.cpu_quota * 1_000_000_000 // (wish.cpu_period or 100_000)
+        nano_cpus = nano_cpus_of(wish.cpu_quota, wish.cpu_period or 0)
     found = {
         "nano_cpus": nano_cpus or config.nano_cpus,
         "memory_bytes": wish.memory or config.memory_bytes,

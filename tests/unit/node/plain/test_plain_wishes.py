@@ -26,9 +26,7 @@ def body(
 
 def configured(image: ContainerDefaults = IMAGE, **words: Any) -> ContainerConfig:
     wish = body(**words)
-    return config_of(
-        wish, image, (), hostname="node", gateway="172.18.0.1", log_default=Driver(name="json-file")
-    )
+    return config_of(wish, image, hostname="node", gateway="172.18.0.1", log_default=Driver(name="json-file"))
 
 
 def everything(host: dict[str, Any]) -> None:
