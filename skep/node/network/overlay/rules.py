@@ -128,18 +128,18 @@ def _vxlan_of(ports: Iterable[int], bridges: Iterable[str], elements: set[Elemen
         ),
         chains=(
             ("arriving", "{ type filter hook prerouting priority -300; }"),
-            ("vxlan", ""),
+            ("from_peers", ""),
             ("leaving", "{ type filter hook output priority -300; }"),
         ),
         rules=(
-            ("vxlan", "iifname @bridges drop"),
-            ("vxlan", f"{_VNI} != @vnis accept"),
-            ("vxlan", f"meta nfproto ipv4 ip saddr . {_VNI} != @peers4 drop"),
-            ("vxlan", f"meta nfproto ipv6 ip6 saddr . {_VNI} != @peers6 drop"),
+            ("from_peers", "iifname @bridges drop"),
+            ("from_peers", f"{_VNI} != @vnis accept"),
+            ("from_peers", f"meta nfproto ipv4 ip saddr . {_VNI} != @peers4 drop"),
+            ("from_peers", f"meta nfproto ipv6 ip6 saddr . {_VNI} != @peers6 drop"),
             # VXLAN has no connections: each direction comes from ports of its own, another for each flow inside, and
             # tracking them would fill the node's table with halves of flows (and take 0.15 us for each packet).
-            ("vxlan", "notrack"),
-            ("arriving", "udp dport @ports jump vxlan"),
+            ("from_peers", "notrack"),
+            ("arriving", "udp dport @ports jump from_peers"),
             ("leaving", f"udp dport @ports {_VNI} @vnis notrack"),
         ),
         elements=frozenset(elements),
