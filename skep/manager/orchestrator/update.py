@@ -30,6 +30,7 @@ Source: swarmkit, manager/orchestrator/update/updater.go.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 
 import msgspec
 from msgspec.structs import replace
@@ -79,6 +80,8 @@ class _SlotView(msgspec.Struct, frozen=True):
     """Wanted tasks (or the last one, ended for good) made from an older, different spec."""
     lead: Task | None
     """The first task of the present version (``_lead``)."""
+    begun: Task | None
+    """What the slot was begun with: its lead, or what a version before that asks for the same has made (``_begun``)."""
 
     @property
     def stops(self) -> bool:
@@ -124,6 +127,7 @@ class _Rollout:
     def __init__(self, service: Service, views: list[_SlotView], situation: Situation) -> None:
         self._service = service
         self._views = views
+        self._begun = [view.begun for view in views if view.begun is not None]
         self._seen = situation.seen
         self._now = situation.now
         self._spec_of = situation.spec_of
@@ -150,12 +154,8 @@ class _Rollout:
     def begin(self, waiting: list[_SlotView]) -> Iterator[Step]:
         """Take as many further slots as there is room for; say when a delay makes room again."""
         busy, room_at = 0, []
-        for view in self._views:
-            if view.lead is None:
-                # Begun under a version that asked for the same task: a change of labels in the middle of an update.
-                busy += bool(view.outdated and view.current and not any(map(_serves, view.current)))
-                continue
-            settled_at = self._settled_at(view.lead)
+        for task in self._begun:
+            settled_at = self._settled_at(task)
             if settled_at is None:
                 busy += 1
             elif settled_at + self._delay_s > self._now:
@@ -245,9 +245,8 @@ class _Rollout:
         return settled_at
 
     def _recheck_progress(self) -> Iterator[Step]:
-        """Look again when the deadline of the first lead that is not settled has passed."""
-        leads = [view.lead for view in self._views if view.lead is not None]
-        due = [self._due_at(lead) for lead in leads if self._settled_at(lead) is None]
+        """Look again when the deadline of the first that is not settled has passed."""
+        due = [self._due_at(task) for task in self._begun if self._settled_at(task) is None]
         if due:
             yield Recheck(min(due))
 
@@ -289,7 +288,8 @@ def _view(slot: Slot, situation: Situation) -> _SlotView:
     else:
         outdated = tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
         current = tuple([task for task in kept if task not in outdated])
-    return _SlotView(slot, current, outdated, _lead(past, situation))
+    lead = _lead(past, situation)
+    return _SlotView(slot, current, outdated, lead, lead or _begun(past, current, situation))
 
 
 def _serves(task: Task) -> bool:
@@ -319,3 +319,15 @@ def _lead(past: Slot, situation: Situation) -> Task | None:
         if task.is_wanted or is_told or not is_lost(situation.node_of(task)):
             return task
     return made[-1] if made else None
+
+
+def _begun(past: Slot, current: Slot, situation: Situation) -> Task | None:
+    """The first of the present kind in the row that a slot without a lead ends with.
+
+    Labels that change in the middle of an update make a new version that asks for the same tasks: a slot that the
+    version before has begun with still takes its place.  The attempts after the first do not, as after a lead.
+    """
+    if not current:
+        return None
+    row = takewhile(lambda task: not is_dirty(task, situation), reversed(past))
+    return min(row, key=age, default=None)

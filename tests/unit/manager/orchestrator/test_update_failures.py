@@ -255,3 +255,19 @@ def test_a_rollback_has_settings_of_its_own() -> None:
     world.settle()
     assert (state(world), message(world)) == (UpdateState.ROLLBACK_COMPLETED, "rollback completed")
     assert wanted(world, "app:2") == []
+
+
+def test_a_slot_begun_under_a_version_with_other_labels_takes_its_place_until_it_runs_or_is_overdue() -> None:
+    """Labels that change in the middle of an update ask for the same tasks, which so get no lead of theirs."""
+    spec = deadline(30, UpdateFailureAction.CONTINUE)
+    world = a_world(replicas=2)
+    world.update(spec)
+    world.settle()
+    world.prepare_all()
+    world.update(replace(spec, labels={**spec.labels, "more": "words"}))
+    world.settle()
+    assert (len(wanted(world, "app:1")), len(wanted(world, "app:2"))) == (1, 1)
+    assert Recheck(40.0) in world.steps()
+    world.now = 40.0
+    world.settle()
+    assert len(wanted(world, "app:2")) == 2

@@ -265,6 +265,11 @@ PROPERTIES = (
     policy=RestartPolicy(condition=RestartCondition.ANY, delay=0, max_attempts=0),
     happenings=[("new image", 0, 0.0), ("labels", 0, 0.0), ("is rejected", 13, 0.0)],
 )
+@example(
+    config=UpdateConfig(parallelism=1, order=UpdateOrder.STOP_FIRST),
+    policy=RestartPolicy(condition=RestartCondition.ANY, delay=0, max_attempts=0),
+    happenings=[("new image", 0, 0.0), ("goes on", 0, 0.0), ("labels", 0, 0.0), ("goes on", 0, 0.0)],
+)
 @settings(max_examples=60, deadline=None)
 def test_a_property_holds_whatever_happens(
     look: Property, config: UpdateConfig, policy: RestartPolicy, happenings: list[Happening]
