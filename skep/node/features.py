@@ -39,6 +39,9 @@ _OPEN_FILES_WANTED = 65536
 
 _DUMMY_TABLE = """
 table ip skep_probe {
+  chain zones { type filter hook prerouting priority -300;
+    ct original zone set @ll,80,16
+  }
   chain pre { type nat hook prerouting priority -100;
     fib daddr type local ct mark set 1 dnat to numgen random mod 2 map { 0 : 10.255.255.2, 1 : 10.255.255.3 }
   }

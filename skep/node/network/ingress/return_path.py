@@ -5,6 +5,10 @@ answers another way.  The MAC address they came from says which node forwarded t
 connection, the mark of the answers, and by a rule the number of a routing table with that node as its only way.  Mark
 and table are the node's IPv4 address on the ingress network, so that nothing has to be counted or remembered.
 
+* A client (a load balancer before all nodes) may use one port of its own towards several nodes: the same addresses and
+  ports for a task that both lead to.  Each node's connections are tracked in a zone of their own in the direction of
+  the question and in one zone of all in that of the answer: a connection whose answers could not be told from
+  another's gets another client port as it arrives, as by any address translation; its address stays.
 * A UDP server that answers from an unbound socket has its source address chosen by the default route, so its answer
   would belong to no connection.  UDP is therefore led to the address of the default route's interface, and conntrack
   puts the right source back.
@@ -29,6 +33,8 @@ RULE_PRIORITY = 1042
 UDP_RULE_PRIORITY = 32999
 """Of the rule for IPv6 answers over UDP: after the routes of everybody else."""
 UDP_TABLE = 1042
+_ZONE = "@ll,80,16"
+"""The last two bytes of the MAC address that a packet came from: those of its node's address."""
 SYSCTLS = {"net/ipv4/tcp_fwmark_accept": "1"}
 """Of the container's namespace, for both versions of IP."""
 
@@ -142,6 +148,10 @@ def _opened(family: str, path: ReturnPath, *, is_new: bool) -> str:
 
 def _tagging(family: str, interface: str, subnets: str) -> str:
     return f"""\
+add chain {family} {TABLE} zones {{ type filter hook prerouting priority -300; }}
+add rule {family} {TABLE} zones iifname "{interface}" {family} saddr != {{ {subnets} }} \
+ct original zone set {_ZONE}
+add chain {family} {TABLE} apart {{ type nat hook input priority 100; }}
 add chain {family} {TABLE} arrival {{ type filter hook prerouting priority -150; }}
 add chain {family} {TABLE} departure {{ type route hook output priority -150; }}
 add rule {family} {TABLE} arrival iifname "{interface}" ct state new {family} saddr != {{ {subnets} }} \
