@@ -15,7 +15,6 @@ from aiohttp import web
 
 from skep.aio.clock import Clock, SystemClock
 from skep.api.errors import NotModified, Untranslated
-from skep.api.moments import parse_moment
 from skep.api.server import (
     Filters,
     JsonLines,
@@ -29,7 +28,6 @@ from skep.api.tables import Table
 from skep.api.versions import ApiVersion
 from skep.errors import InvalidArgument, NotFound, Unimplemented
 from skep.model.encoding import ApiObject
-from skep.model.times import unix_ns
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, ContainerState, NotRunning, WaitCondition
 from skep.node.oci.containers import Containers
@@ -42,6 +40,7 @@ from skep.node.routes import container_answers
 from skep.node.routes.container_listing import Wish, ancestors, select
 from skep.node.routes.container_output import output_routes
 from skep.node.routes.exec import exec_routes
+from skep.node.routes.pruning import is_prunable
 from skep.node.routes.queries import integer
 
 _LINES_AT_ONCE = 128
@@ -239,12 +238,13 @@ async def update(node: Served, request: web.Request) -> web.StreamResponse:
 async def prune(node: Served, request: web.Request) -> web.StreamResponse:
     filters = Filters.of(request)
     filters.refuse_unknown("label", "label!", "until")
+    now_ns = node.clock.now_ns()
     freed_bytes, removed = 0, []
     for container in node.containers.list():
         if (
             not container.is_running
             and container.was_started
-            and _is_prunable(container, filters, node.clock)
+            and is_prunable(container.created_at, container.labels, filters, now_ns)
         ):
             freed_bytes += (await _sizes(node, container)).get("SizeRw", 0)
             await _remove(node, container)
@@ -334,13 +334,3 @@ def _limits(container: Container, wish: Limits) -> dict[str, int]:
     if any(value < 0 for value in found.values()):
         raise InvalidArgument("invalid limit: it must not be negative")
     return found
-
-
-def _is_prunable(container: Container, filters: Filters, clock: Clock) -> bool:
-    created_ns = unix_ns(container.created_at)
-    unwanted = [Filters({"label": (label,)}) for label in filters["label!"]]
-    return (
-        all(created_ns < parse_moment(moment, clock.now_ns()) for moment in filters["until"])
-        and filters.matches_labels("label", container.labels)
-        and not any(one.matches_labels("label", container.labels) for one in unwanted)
-    )

@@ -4,14 +4,11 @@ from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Interface, ip_interface
 from typing import Any
 
-from skep.api.filters import Filters
-from skep.api.moments import parse_moment
 from skep.api.network_form import endpoint_id
 from skep.model.ids import TaskId
 from skep.model.network import Network
 from skep.model.planes import is_overlay
 from skep.model.task import AssignedTask, TaskState, TaskStatus
-from skep.model.times import unix_ns
 from skep.node.network.addresses import mac_of
 from skep.node.network.local.objects import LocalNetwork
 from skep.node.oci.container import Container
@@ -96,17 +93,6 @@ def on_builtin(network: LocalNetwork, containers: Collection[Container]) -> dict
             addresses = (f"{endpoint.address}/{endpoint.prefix_length}",) if endpoint.address else ()
             found[one.id] = _entry(one.name, endpoint_id(one.id, network.id), addresses)
     return found
-
-
-def is_prunable(network: LocalNetwork, filters: Filters, now_ns: int) -> bool:
-    """Whether ``docker network prune`` means an unused network."""
-    created_ns = unix_ns(network.created_at)
-    unwanted = [Filters({"label": (label,)}) for label in filters["label!"]]
-    return (
-        all(created_ns < parse_moment(moment, now_ns) for moment in filters["until"])
-        and filters.matches_labels("label", network.labels)
-        and not any(one.matches_labels("label", network.labels) for one in unwanted)
-    )
 
 
 def _entry(name: str, endpoint: str, addresses: Iterable[str]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ from skep.node.plain.containers import PlainContainers
 from skep.node.plain.requests import read_connect
 from skep.node.plain.wish import network_wish
 from skep.node.routes.cluster_networks import FROM_A_WORKER, ClusterNetworks, passed_headers
-from skep.node.routes.network_users import is_prunable, on_bridge, on_builtin, on_gateway
+from skep.node.routes.network_users import on_bridge, on_builtin, on_gateway
+from skep.node.routes.pruning import is_prunable
 
 log = structlog.get_logger()
 
@@ -176,6 +177,7 @@ class _NodeNetworks:
         """Of the node's own, unused bridge networks go; the gateway bridge is every container's way out."""
         filters = Filters.of(request)
         filters.refuse_unknown(*PRUNE_FILTERS)
+        now_ns = self._cluster.clock.now_ns()
         removed: list[str] = []
         sides = [self._cluster.ask_manager] if self._cluster.member.is_manager else []
         for ask in (*sides, *([self._ask_engine] if self._parts.engine is not None else [])):
@@ -184,7 +186,8 @@ class _NodeNetworks:
                 raise answer.error()
             removed += msgspec.json.decode(answer.body).get("NetworksDeleted") or []
         for network in self._local.bridges() if self._parts.engine is None else ():
-            if not self._users_of(network) and is_prunable(network, filters, self._cluster.clock.now_ns()):
+            is_meant = is_prunable(network.created_at, network.labels, filters, now_ns)
+            if is_meant and not self._users_of(network):
                 self._remove_own(network)
                 removed.append(network.name)
         return json_answer({"NetworksDeleted": removed or None})

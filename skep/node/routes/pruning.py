@@ -1,0 +1,20 @@
+"""What ``docker container prune`` and ``docker network prune`` mean by their filters."""
+
+from collections.abc import Mapping
+
+from skep.api.filters import Filters
+from skep.api.moments import parse_moment
+from skep.model.times import unix_ns
+
+
+def is_prunable(created_at: str, labels: Mapping[str, str], filters: Filters, now_ns: int) -> bool:
+    """Whether an object that nobody uses is meant.
+
+    ``label`` names those it has to have, ``label!`` those it may not have, ``until`` when it was made at the latest.
+    """
+    unwanted = [Filters({"label": (label,)}) for label in filters["label!"]]
+    return (
+        all(unix_ns(created_at) < parse_moment(moment, now_ns) for moment in filters["until"])
+        and filters.matches_labels("label", labels)
+        and not any(one.matches_labels("label", labels) for one in unwanted)
+    )
