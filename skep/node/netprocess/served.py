@@ -82,6 +82,7 @@ class Served:
         self._packets: socket.socket | None = None
         self._elements: ElementSocket | None = None
         self._is_closed = False
+        self._opening = asyncio.Lock()
         self._subnets = self._own_subnets()
         loaded = frozenset(one for one in written.loaded if one[0] in self._network_ids())
         self.virtual = VirtualAddresses(around.networks.leads, self._write, loaded)
@@ -97,6 +98,10 @@ class Served:
 
         Raises: SkepError, OSError: not now, or it was closed meanwhile.
         """
+        async with self._opening:  # whoever opens again closes what was opened before
+            await self._open()
+
+    async def _open(self) -> None:
         path = Path(self.named.netns)
         self._subnets = self._own_subnets()
         self._stop_listening()  # packets are told to one socket only

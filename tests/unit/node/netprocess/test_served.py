@@ -1,4 +1,4 @@
-"""A container that is forgotten while the net process opens its sockets."""
+"""Sockets of a container in the net process: forgotten while they are opened, or opened twice."""
 
 import asyncio
 import socket
@@ -31,7 +31,7 @@ class SlowNamespaces:
         return self.opened
 
 
-def a_served(tmp_path: Path, namespaces: SlowNamespaces) -> Served:
+def a_served(tmp_path: Path, namespaces: "SlowNamespaces | QuickNamespaces") -> Served:
     around = Around(
         tmp_path,
         namespaces,  # type: ignore[arg-type]
@@ -80,3 +80,26 @@ async def test_sockets_that_have_another_owner_by_then_stay_open(tmp_path: Path)
         await opening
     assert sockets.udp.fileno() > 0
     sockets.close()
+
+
+class QuickNamespaces:
+    """What listens is opened anew at each run, one moment later."""
+
+    def __init__(self) -> None:
+        self.sockets = Sockets(datagrams(), datagrams())
+        self.opened = [self.sockets.udp, self.sockets.tcp]
+
+    async def run(self, namespace: Path, call: Callable[..., Any], /, *args: Any) -> Any:
+        listening = [datagrams(), datagrams()]
+        self.opened += listening
+        await asyncio.sleep(0)
+        return self.sockets, *listening
+
+
+async def test_what_is_opened_twice_at_the_same_time_is_closed_in_the_end(tmp_path: Path) -> None:
+    """Tables that name other subnets come while a container is opened: a socket that stays keeps its namespace."""
+    namespaces = QuickNamespaces()
+    served = a_served(tmp_path, namespaces)
+    await asyncio.gather(served.open(), served.open())
+    served.close()
+    assert [one for one in namespaces.opened if one.fileno() >= 0] == []
