@@ -329,5 +329,5 @@ def _begun(past: Slot, current: Slot, situation: Situation) -> Task | None:
     """
     if not current:
         return None
-    row = takewhile(lambda task: not is_dirty(task, situation), reversed(past))
+    row = takewhile(lambda task: task in current or not is_dirty(task, situation), reversed(past))
     return min(row, key=age, default=None)
