@@ -1,4 +1,4 @@
-"""Several waits at once until the first has ended, and work that is not left half done."""
+"""Several waits at once until the first has ended, one that time ends, and work that is not left half done."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -61,3 +61,13 @@ async def _outcome(work: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | 
         return await work, None
     except Exception as error:
         return None, error
+
+
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Wait until ``event`` is set, for ``seconds`` at most; whether it is."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 
 from skep.aio.allowance import Allowance
 from skep.aio.clock import Clock
+from skep.aio.first import is_set_within
 from skep.node.network.paths.outcomes import Outcome
 from skep.node.network.paths.packets import Said, answer, answered, asked, question
 from skep.node.network.paths.places import PORT
@@ -146,7 +147,7 @@ class Echoes:
                 numbers.append(number)
                 self._waiting[number] = _Question(row, target, self._clock.monotonic())
                 error = self._send(target, question(number, size), has_checksum=has_checksum) or error
-                if await _is_set_within(row.is_enough, PAUSE_S if attempt < tries - 1 else WAIT_S):
+                if await is_set_within(row.is_enough, PAUSE_S if attempt < tries - 1 else WAIT_S):
                     break
         finally:
             for number in numbers:
@@ -199,12 +200,3 @@ class Echoes:
                 source.sendto(answer(number, self._says()), (sender, port))
             except OSError:  # who does not get it asks again
                 continue
-
-
-async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from skep.model.paths import (
     DETAIL_CHARACTERS_MAX,
     MTU_MIN,
@@ -74,19 +76,13 @@ def port_finding(
 
 
 def reported(
-    peer: PathPeer,
-    findings: Iterable[PathFinding],
-    mtu: int,
-    before: PathReport | None,
-    *,
-    throughput: int = 0,
+    peer: PathPeer, findings: Iterable[PathFinding], mtu: int, before: PathReport | None
 ) -> PathReport:
     """The report of a round after ``before``'s."""
-    report = PathReport(peer=peer.node_id, findings=tuple(findings), mtu=mtu, throughput=throughput)
-    rounds = before.rounds + 1 if before is not None and _verdict(before) == _verdict(report) else 1
-    return PathReport(
-        peer=report.peer, findings=report.findings, mtu=mtu, throughput=throughput, rounds=rounds
-    )
+    report = PathReport(peer=peer.node_id, findings=tuple(findings), mtu=mtu)
+    if before is not None and _verdict(before) == _verdict(report):
+        return replace(report, rounds=before.rounds + 1)
+    return report
 
 
 def is_news(before: PathReport | None, report: PathReport) -> bool:

@@ -14,6 +14,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.first import is_set_within
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, PathReport, PathWish
@@ -166,7 +167,7 @@ class PathProber:
             if is_settled:
                 backoff.reset()
                 # The device under it may have another MTU by then.
-                await _wait_set(self._changed, PERIOD_S)
+                await is_set_within(self._changed, PERIOD_S)
             else:
                 await backoff.sleep(self._clock)
 
@@ -263,11 +264,3 @@ def _say(peer: PathPeer, report: PathReport) -> None:
     """To this node's log, once nobody can take it for chance."""
     for one in report.failing if report.is_settled else ():
         log.warning("path fails", peer=peer.hostname, check=one.check.value, port=one.port, why=one.detail)
-
-
-async def _wait_set(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return
