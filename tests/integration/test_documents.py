@@ -88,6 +88,7 @@ def test_no_block_is_forgotten() -> None:
     assert blocks - set(RUN_ELSEWHERE) == run_here
 
 
+@pytest.mark.slow
 def test_the_readmes_playground(checkout: Path) -> None:
     """As written, under another name, so that a playground of the machine's user is left alone."""
     where = f"--dir {checkout}/playground --name readme{os.getpid()}"

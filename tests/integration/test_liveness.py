@@ -84,6 +84,7 @@ def test_a_dead_worker_is_down_its_tasks_are_unknown_and_only_they_move(
     wait_until(lambda: len(all_pids(three, "web")) == 6, "six containers, none doubled")
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_manager_moves_nothing_that_ran_elsewhere(three: TestCluster, m1: TestNode) -> None:
     create(m1, "web", 6, *ON_WORKERS)
     wait_running(m1, "web", 6)

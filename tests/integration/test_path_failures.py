@@ -119,6 +119,7 @@ def test_a_cluster_that_is_well_is_examined_in_seconds(quartet: TestCluster, m1:
     assert "This node is not a swarm manager" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_blocked_data_path_is_named_and_avoided_until_it_is_open_again(
     quartet: TestCluster, m1: TestNode
 ) -> None:

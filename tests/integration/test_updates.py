@@ -132,6 +132,7 @@ def test_an_update_to_a_crash_loop_ends_and_its_status_names_task_and_cause(m1: 
     assert len(running(m1) & before) == 1  # what was not touched yet runs on
 
 
+@pytest.mark.slow
 def test_attempts_end_at_the_maximum_and_those_outside_of_the_window_do_not_count(m1: TestNode) -> None:
     words = ("--detach", "--restart-delay", "0s", "--restart-max-attempts", "2")
     m1.docker("service", "create", "--name", "few", *words, IMAGE, "false")

@@ -33,6 +33,7 @@ def refusal(node: TestNode, *command: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.point("3-no-quorum")
 def test_without_a_quorum_reads_and_writes_say_so_and_work_goes_on() -> None:
     """Two managers, one killed: what ran runs on; when the other is back, everything is as it was."""

@@ -106,6 +106,7 @@ def wait_whole(cluster: TestCluster) -> None:
     wait_running(m1, "web", REPLICAS, 60)
 
 
+@pytest.mark.slow
 def test_a_machines_daemons_die_at_once_and_no_lookup_and_no_request_is_lost(cluster: TestCluster) -> None:
     m1 = cluster.node("m1")
     with load(cluster, at_least=LOOKUPS) as (names, requests):

@@ -183,6 +183,7 @@ async def test_subnets_of_an_encrypted_network_reach_each_other(tmp_path: Path) 
                 await wait_reaches(end, address.partition("/")[0])
 
 
+@pytest.mark.slow
 async def test_what_is_deleted_by_hand_is_back_within_five_seconds(tmp_path: Path) -> None:
     async with secure_lab(tmp_path, 2) as secure:
         lab, networks = secure.lab, secure.networks

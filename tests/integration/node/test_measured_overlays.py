@@ -79,6 +79,7 @@ async def two_ends(lab: OverlayLab, networks: list[ContainerNetwork], *numbers: 
     return ends
 
 
+@pytest.mark.slow
 async def test_a_router_with_a_smaller_mtu_is_found_and_overlays_follow(lab: OverlayLab) -> None:
     """Running containers and new ones; on the nodes in front of it, too; and back when it is gone."""
     await a_router_between(lab, lab.nodes[2], "198.51.100.3", 1400)

@@ -49,7 +49,7 @@ async def test_open_ways_are_found_open(tmp_path: Path, is_v6: bool) -> None:
         ("udp dport 4789 drop", PathCheck.OVERLAY, "4789/udp"),
         pytest.param("tcp dport 2377 drop", PathCheck.CONTROL, "2377/tcp", marks=pytest.mark.slow),
         pytest.param("tcp dport 7946 drop", PathCheck.GOSSIP, "7946/tcp", marks=pytest.mark.slow),
-        ("udp dport 4799 drop", PathCheck.ENCRYPTED, "4799/udp"),
+        pytest.param("udp dport 4799 drop", PathCheck.ENCRYPTED, "4799/udp", marks=pytest.mark.slow),
         pytest.param("udp dport 4799 reject", PathCheck.ENCRYPTED, "4799/udp", marks=pytest.mark.slow),
     ],
 )
