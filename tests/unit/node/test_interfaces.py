@@ -1,26 +1,28 @@
-"""The machine's interfaces, as ``ip`` prints them."""
+"""The machine's interfaces, as the kernel tells them."""
 
 from ipaddress import ip_address
 
 from skep.api.swarm_requests import Interface
-from skep.node.interfaces import parse_interfaces
+from skep.node.interfaces import Link, interfaces_of, read_interfaces
 
-OUTPUT = b"""[
- {"ifname": "lo", "flags": ["LOOPBACK", "UP"], "addr_info": [{"local": "127.0.0.1"}, {"local": "::1"}]},
- {"ifname": "eth0", "flags": ["BROADCAST", "UP"], "linkinfo": {"info_kind": "veth"},
-  "addr_info": [{"local": "192.0.2.7"}, {"local": "fe80::1"}]},
- {"ifname": "skep-gw", "flags": ["BROADCAST"], "linkinfo": {"info_kind": "bridge"}, "addr_info": []},
- {}
-]"""
+UP, LOOPBACK = 0x1, 0x8
 
 
-def test_interfaces_are_read_with_what_decides_about_them() -> None:
-    assert parse_interfaces(OUTPUT) == {
+def test_interfaces_have_what_decides_about_them() -> None:
+    links = [
+        Link(1, "lo", UP | LOOPBACK),
+        Link(7, "eth0", UP, "veth"),
+        Link(9, "skep-gw", kind="bridge"),
+    ]
+    addresses = [(1, "127.0.0.1"), (7, "192.0.2.7"), (1, "::1"), (7, "fe80::1")]
+    assert interfaces_of(links, addresses) == {
         "lo": Interface(addresses=(ip_address("127.0.0.1"), ip_address("::1")), is_loopback=True),
         "eth0": Interface(addresses=(ip_address("192.0.2.7"), ip_address("fe80::1"))),
         "skep-gw": Interface(is_up=False, is_ours=True),
     }
 
 
-def test_a_machine_without_interfaces_has_none() -> None:
-    assert parse_interfaces(b"") == {}
+async def test_this_machine_has_a_loopback_with_its_address() -> None:
+    found = await read_interfaces()
+    assert found["lo"].is_loopback
+    assert ip_address("127.0.0.1") in found["lo"].addresses
