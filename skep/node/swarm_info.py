@@ -40,7 +40,7 @@ LEAVING_LOCKED = (
 )
 TIMED_OUT = (
     "Timeout was reached before node joined. The log of skep says what it waited for; "
-    "nothing of the attempt was kept."
+    "this node kept nothing of the attempt."
 )
 FROZEN = "replacement of tasks is frozen"
 """How a manager's reason begins."""

@@ -11,12 +11,16 @@ LEADER, REACHABLE, UNREACHABLE, WORKER = "leader", "reachable", "unreachable", "
 
 
 def roles(seen_by: TestNode) -> dict[str, str]:
-    """Host name -> what ``node ls`` shows as MANAGER STATUS, in lower case; empty: this one does not answer."""
+    """Host name -> what ``node ls`` shows as MANAGER STATUS, in lower case; empty: this one does not answer.
+
+    A machine that joined twice is listed twice; it has the role of the entry that manages.
+    """
     try:
         nodes = seen_by.client().api.nodes()
     except (DockerException, RequestException):
         return {}
-    return {node["Description"]["Hostname"]: _status(node) for node in nodes}
+    managers_last = sorted(nodes, key=lambda node: _status(node) != WORKER)
+    return {node["Description"]["Hostname"]: _status(node) for node in managers_last}
 
 
 def _status(node: Mapping[str, object]) -> str:
