@@ -6,7 +6,7 @@ and its own as they are.  ``rpc_errors`` gives errors that wording where they en
 Source: moby 20.10, errdefs/http_helpers.go (statusCodeFromGRPCError).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from skep.errors import (
@@ -69,6 +69,12 @@ RPC_CODES: tuple[tuple[type[SkepError], str], ...] = (
 )
 """Error class to gRPC's name of its code.  ``NotFound`` is missing: the engine words that one itself."""
 
+_AGENTS_RPC_CODES: tuple[tuple[type[SkepError], str], ...] = (
+    *RPC_CODES,
+    (NotFound, "NotFound"),
+    (Unavailable, "Unavailable"),
+)
+
 _CLASSES: dict[int, type[SkepError]] = {
     304: NotModified,
     400: InvalidArgument,
@@ -103,10 +109,10 @@ def rpc_errors() -> Iterator[None]:
     try:
         yield
     except SkepError as error:
-        code = next((code for class_, code in RPC_CODES if isinstance(error, class_)), None)
-        if code is None:
+        found = _coded(error, RPC_CODES)
+        if found is None:
             raise
-        class_ = next(class_ for class_, _ in RPC_CODES if isinstance(error, class_))
+        class_, code = found
         raise class_(f"rpc error: code = {code} desc = {error}") from error
 
 
@@ -116,11 +122,12 @@ def rpc_words(prefix: str) -> Iterator[None]:
     try:
         yield
     except SkepError as error:
-        codes: list[tuple[type[SkepError], str]] = [
-            *RPC_CODES,
-            (NotFound, "NotFound"),
-            (Unavailable, "Unavailable"),
-        ]
-        found = [(class_, code) for class_, code in codes if isinstance(error, class_)]
-        class_, code = found[0] if found else (Untranslated, "Unknown")
+        class_, code = _coded(error, _AGENTS_RPC_CODES) or (Untranslated, "Unknown")
         raise class_(f"{prefix}: rpc error: code = {code} desc = {error}") from error
+
+
+def _coded(
+    error: SkepError, codes: Iterable[tuple[type[SkepError], str]]
+) -> tuple[type[SkepError], str] | None:
+    """The class that ``error`` is of, with gRPC's name of its code."""
+    return next(((class_, code) for class_, code in codes if isinstance(error, class_)), None)

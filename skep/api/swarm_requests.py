@@ -18,14 +18,19 @@ from skep.api.errors import Untranslated
 from skep.errors import InvalidArgument
 from skep.model.addresses import host_of, joined
 from skep.model.node import Availability
-from skep.model.swarm import DEFAULT_SWARM_SPEC, InitRequest, JoinRequest, SwarmSpec
+from skep.model.swarm import (
+    DEFAULT_DATA_PATH_PORT,
+    DEFAULT_POOL,
+    DEFAULT_SUBNET_SIZE,
+    DEFAULT_SWARM_SPEC,
+    InitRequest,
+    JoinRequest,
+    SwarmSpec,
+)
 
 Address: TypeAlias = IPv4Address | IPv6Address
 
 DEFAULT_PORT = "2377"
-DEFAULT_POOL = ("10.0.0.0/8",)
-DEFAULT_SUBNET_SIZE = 24
-DEFAULT_DATA_PATH_PORT = 4789
 
 _BAD_NETWORK = "must specify a valid IP address or interface name"
 _BAD_LISTEN = "listen address must be an IP address or network interface (with optional port number)"

@@ -8,9 +8,8 @@ import msgspec
 from skep.errors import SkepError
 from skep.model.addresses import joined
 from skep.model.service import GenericResource
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.paths import DEFAULT_DATA, DEFAULT_RUN, Paths
-
-DEFAULT_DATA_PATH_PORT = 4789
 
 
 class ConfigurationError(SkepError):

@@ -9,7 +9,7 @@ from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
-from skep.model.swarm import SwarmSpec
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
 from skep.paths import Paths
 
 REMOVED = 3
@@ -23,9 +23,9 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """The wish with which a new cluster begins (``POST /swarm/init``)."""
 
     spec: SwarmSpec
-    default_addr_pool: tuple[str, ...] = ("10.0.0.0/8",)
-    subnet_size: int = 24
-    data_path_port: int = 4789
+    default_addr_pool: tuple[str, ...] = DEFAULT_POOL
+    subnet_size: int = DEFAULT_SUBNET_SIZE
+    data_path_port: int = DEFAULT_DATA_PATH_PORT
     availability: Availability = Availability.ACTIVE
 
 

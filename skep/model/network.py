@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_interface
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NetworkId
 from skep.model.meta import Driver, Version
 from skep.model.times import ZERO_TIME, Timestamp
+
+MTU_OPTION: Final = "com.docker.network.driver.mtu"
+MTUS: Final = range(68, 1 << 16)
+"""What IPv4 has room for."""
 
 
 class IPAMConfig(ApiObject):

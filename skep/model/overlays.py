@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from typing import Final
 
 from skep.model.addresses import is_subnet
-from skep.model.network import Network, subnet_of
+from skep.model.network import MTU_OPTION, Network, subnet_of
 from skep.model.paths import PROBE_VNI
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.model.tables import NetworkHead, Segment
 
 VXLAN_OPTION: Final = "com.docker.network.driver.overlay.vxlanid_list"
 """Numbers with commas between them: one per IPv4 subnet in their order; IPv6 subnets share the first."""
-MTU_OPTION: Final = "com.docker.network.driver.mtu"
 ENCRYPTED_OPTION: Final = "encrypted"
 VXLAN_ID_MAX: Final = PROBE_VNI - 1
-DEFAULT_PORT: Final = 4789
-"""UDP port of VXLAN where the swarm names none."""
 
 
 def options_of(network: Network) -> Mapping[str, str]:
@@ -43,7 +41,7 @@ def is_number(word: str) -> bool:
     return 0 < len(word) <= 9 and word.isascii() and word.isdigit()
 
 
-def head_of(network: Network, port: int = DEFAULT_PORT) -> NetworkHead:
+def head_of(network: Network, port: int = DEFAULT_DATA_PATH_PORT) -> NetworkHead:
     """The network itself, for those who carry it.  ``port``: UDP, of the cluster's VXLAN.
 
     Options and subnets that make no sense count as not said.

@@ -11,6 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from skep.model.ids import NetworkId, NodeId
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 DETAIL_CHARACTERS_MAX = 300
 PROBE_VNI = (1 << 24) - 1
@@ -28,7 +29,7 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
     data_path: str = ""
     """Underlay address that its VXLAN leaves from and arrives at, without a length; empty of a docker node."""
-    vxlan_port: int = 4789
+    vxlan_port: int = DEFAULT_DATA_PATH_PORT
     """UDP; the cluster's data-path port."""
     control: str = ""
     """``192.0.2.1:2377`` or ``[fd09::1]:2377``; empty: no manager, or not to be asked."""

@@ -11,8 +11,7 @@ from typing import Final
 
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.overlays import DEFAULT_PORT
-from skep.model.swarm import Swarm
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT, Swarm
 
 DOCKER: Final = "docker"
 SKEP: Final = "skep"
@@ -84,4 +83,4 @@ def underlay_of(node: Node) -> str:
 
 def data_path_port(swarms: Iterable[Swarm]) -> int:
     """The cluster's UDP port for VXLAN."""
-    return next((swarm.data_path_port for swarm in swarms if swarm.data_path_port), DEFAULT_PORT)
+    return next((swarm.data_path_port for swarm in swarms if swarm.data_path_port), DEFAULT_DATA_PATH_PORT)

@@ -1,7 +1,7 @@
 """The cluster itself."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import msgspec
 
@@ -10,6 +10,10 @@ from skep.model.ids import ClusterId, NodeId
 from skep.model.meta import Driver, TLSInfo, Version
 from skep.model.times import SECOND_NS, ZERO_TIME, Nanoseconds, Timestamp
 
+DEFAULT_POOL: Final = ("10.0.0.0/8",)
+DEFAULT_SUBNET_SIZE: Final = 24
+DEFAULT_DATA_PATH_PORT: Final = 4789
+"""UDP port of VXLAN where nobody names one, as in Docker."""
 RENEW_WINDOW_LABEL = "skep.renew-window"
 """Label of the cluster: for how long an expired certificate of a node may be renewed, as Go writes durations; ``0``:
 never."""
@@ -144,9 +148,9 @@ class Swarm(ApiObject):
     spec: SwarmSpec = always(SwarmSpec())
     tls_info: TLSInfo = always(TLSInfo())
     root_rotation_in_progress: bool = always(False)
-    default_addr_pool: tuple[str, ...] = always(("10.0.0.0/8",))
-    subnet_size: Uint32 = always(24)
-    data_path_port: Uint32 = always(4789)
+    default_addr_pool: tuple[str, ...] = always(DEFAULT_POOL)
+    subnet_size: Uint32 = always(DEFAULT_SUBNET_SIZE)
+    data_path_port: Uint32 = always(DEFAULT_DATA_PATH_PORT)
     join_tokens: JoinTokens = always(JoinTokens())
     rotation: RootRotation | None = None
     freeze: Freeze | None = None

@@ -12,6 +12,7 @@ import msgspec
 
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.publishing import PublishOptions
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 K = TypeVar("K", bound=str)
 V = TypeVar("V")
@@ -33,7 +34,7 @@ class NetworkHead(msgspec.Struct, frozen=True, kw_only=True):
     segments: tuple[Segment, ...] = ()
     mtu: int = 0
     """As the user wished; 0: as measured."""
-    port: int = 4789
+    port: int = DEFAULT_DATA_PATH_PORT
     """UDP port of its VXLAN."""
     is_ingress: bool = False
     is_internal: bool = False

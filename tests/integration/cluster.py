@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import docker
+from docker.errors import APIError, DockerException
+from requests.exceptions import RequestException
 
 T = TypeVar("T")
 
@@ -144,6 +146,10 @@ class TestCluster:
     def node(self, name: str) -> TestNode:
         return TestNode(self, name)
 
+    def nodes(self) -> list[TestNode]:
+        """All there are, in the order in which they came."""
+        return [self.node(one["name"]) for one in self.description["nodes"]]
+
 
 @contextmanager
 def a_playground(name: str, **counts: int) -> Iterator[TestCluster]:
@@ -193,15 +199,23 @@ def ready(seen_by: TestNode) -> set[str]:
 
 
 def remove_services(node: TestNode) -> None:
-    """All there are; what they ran on this node is killed.
+    """All there are; what they ran on the nodes of the cluster is killed.
 
     A program that takes no notice of SIGTERM (``sleep``) would hold every test up for its ten seconds of grace.
     """
     api = node.client().api
     for service in api.services():
         api.remove_service(service["ID"])
+    for one in node.cluster.nodes():
+        with suppress(DockerException, RequestException):  # a node that a test has switched off
+            kill_containers(one)
+
+
+def kill_containers(node: TestNode) -> None:
+    """Those that run on ``node``, without any grace."""
+    api = node.client().api
     for container in api.containers():
-        with suppress(docker.errors.APIError):  # it has ended by itself
+        with suppress(APIError):  # it has ended by itself
             api.kill(container["Id"])
 
 

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from tests.integration.cluster import TestCluster, TestNode, running, wait_until
+from tests.integration.cluster import TestCluster, TestNode, remove_services, running, wait_until
 
 ENGINES = ("d1", "d2")
 FOR_ENGINES = ("--label", "skep.data-plane=docker")
@@ -12,8 +12,7 @@ FOR_ENGINES = ("--label", "skep.data-plane=docker")
 
 def clear(m1: TestNode, engines: list[TestNode]) -> None:
     """Remove services, plain containers, networks, secrets and configs."""
-    for service in m1.docker("service", "ls", "-q").stdout.split():
-        m1.docker("service", "rm", service)
+    remove_services(m1)
     for engine in engines:
         for container in engine.docker("ps", "-aq", "--filter", "label=plain").stdout.split():
             engine.docker("rm", "-f", container, check=False)

@@ -14,6 +14,7 @@ from tests.integration.cluster import (
     TestNode,
     a_playground,
     containers,
+    remove_services,
     wait_running,
     wait_until,
 )
@@ -49,7 +50,7 @@ def start(manager: TestNode, network: str, *options: str) -> dict[str, str]:
 
 
 def end(manager: TestNode, network: str) -> None:
-    manager.docker("service", "rm", f"on-{network}")
+    remove_services(manager)
     wait_until(lambda: not manager.client().api.tasks(), "no task is left")
     manager.docker("network", "rm", network)
 

@@ -17,8 +17,8 @@ from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.manager.control.names import check_dns_name
 from skep.model.addresses import is_subnet
 from skep.model.meta import Driver
-from skep.model.network import IPAMConfig, NetworkSpec, subnet_of
-from skep.model.overlays import MTU_OPTION, VXLAN_ID_MAX, VXLAN_OPTION, is_number
+from skep.model.network import MTU_OPTION, MTUS, IPAMConfig, NetworkSpec, subnet_of
+from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, is_number
 from skep.model.planes import PLANE_OPTION, PLANES
 from skep.model.routes import Subnet, overlap
 
@@ -26,7 +26,6 @@ SUBNETS_MAX = 64
 _DRIVERS = frozenset({"overlay", "macvlan", "bridge", "ipvlan", "host"})
 _MTU_MIN = 576
 _MTU_MIN_6 = 1280
-_MTU_MAX = 65535
 
 
 def check_network_spec(spec: NetworkSpec) -> None:
@@ -80,7 +79,7 @@ def _check_mtu(word: str, least: int) -> None:
         raise InvalidArgument(
             f"failed to parse {word}: strconv.Atoi: parsing {_quoted(word)}: invalid syntax"
         )
-    if not least <= int(word) <= _MTU_MAX:
+    if int(word) not in range(least, MTUS.stop):
         raise InvalidArgument(f"invalid MTU value: {word}")
 
 

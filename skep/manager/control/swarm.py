@@ -11,13 +11,7 @@ from datetime import datetime
 import msgspec
 from msgspec.structs import replace
 
-from skep.api.swarm_requests import (
-    DEFAULT_DATA_PATH_PORT,
-    DEFAULT_POOL,
-    DEFAULT_SUBNET_SIZE,
-    check_swarm_name,
-    merged_spec,
-)
+from skep.api.swarm_requests import check_swarm_name, merged_spec
 from skep.errors import FailedPrecondition, InvalidArgument, OutOfSequence, Unimplemented
 from skep.manager.cluster import cluster_of
 from skep.manager.control.networks import first_networks
@@ -25,7 +19,18 @@ from skep.model.ids import ClusterId, IdSource
 from skep.model.labels import check_swarm_labels
 from skep.model.meta import TLSInfo, Version
 from skep.model.node import Node
-from skep.model.swarm import RENEW_WINDOW_LABEL, CAConfig, Freeze, JoinTokens, RootRotation, Swarm, SwarmSpec
+from skep.model.swarm import (
+    DEFAULT_DATA_PATH_PORT,
+    DEFAULT_POOL,
+    DEFAULT_SUBNET_SIZE,
+    RENEW_WINDOW_LABEL,
+    CAConfig,
+    Freeze,
+    JoinTokens,
+    RootRotation,
+    Swarm,
+    SwarmSpec,
+)
 from skep.model.times import SECOND_NS, Timestamp, duration_ns
 from skep.security.authority import Authority
 from skep.security.locking import new_unlock_key

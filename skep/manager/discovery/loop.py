@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 
 import structlog
@@ -16,7 +17,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.lean_grpc import Event
 from skep.aio.slices import Slices
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.errors import Unavailable
 from skep.manager.discovery.acknowledgements import Acknowledgements
 from skep.manager.discovery.derive import places_of
 from skep.manager.discovery.encoding import Encoder
@@ -24,6 +25,7 @@ from skep.manager.discovery.ledger import KINDS, Ledger, Stirred
 from skep.manager.discovery.names import names_in
 from skep.manager.follow import follow
 from skep.manager.node_session import Line, NodeSession
+from skep.manager.node_streams import NodeStream, NodeStreams, converse, session_named
 from skep.model.ids import NetworkId, NodeId
 from skep.model.paths import NetworkNames
 from skep.model.task import Task
@@ -32,7 +34,6 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.convert.tables import messages_of
-from skep.wire.errors import LOST_PEER
 from skep.wire.service import Handler, duplex
 
 log = structlog.get_logger(__name__)
@@ -68,7 +69,7 @@ class Discovery:
         self._has_commits = Event()
         self._encoder = Encoder(clock)
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._streams: dict[NodeId, _Stream] = {}
+        self._streams: NodeStreams[_Stream] = NodeStreams("tables")
         self._waiting: dict[Event, None] = {}
         """Set whenever the tables may have changed."""
         self.acknowledgements = Acknowledgements()
@@ -171,54 +172,33 @@ class Discovery:
     async def _networks(
         self, requests: AsyncIterator[skep.AppliedTables], send: Send, caller: Caller
     ) -> None:
-        first = await anext(requests, None)
-        if first is None:
-            raise InvalidArgument("the session is missing")
-        session = self._session(caller.node_id, first.session_id)
-        del first
-        with session.aside() as line, self._open(_Stream(caller.node_id, session, line)) as stream:
-            # One task more, and no more: there are thousands of these streams.
-            async with asyncio.TaskGroup() as group:
-                hearing = group.create_task(self._hear(stream, requests), name="hear what is applied")
-                try:
-                    await self._tell(stream, send)
-                except (SkepError, *LOST_PEER) as error:
-                    stream.end(error)
-                finally:
-                    hearing.cancel()
-        if stream.error is not None:
-            raise stream.error
+        session = self._session(caller.node_id, await session_named(requests))
+        with (
+            session.aside() as line,
+            self._streams.open(_Stream(caller.node_id, session, line)) as stream,
+            self._taking_part(stream),
+        ):
+            await converse(stream, requests, partial(self._hear, stream), self._tell(stream, send))
 
     @contextmanager
-    def _open(self, stream: "_Stream") -> "Iterator[_Stream]":
-        """The only stream of its node: an earlier one ends."""
-        earlier = self._streams.get(stream.node_id)
-        if earlier is not None:
-            earlier.end(Unavailable("the node has opened another stream of tables"))
-            self.acknowledgements.gone(stream.node_id)
-        self._streams[stream.node_id] = stream
+    def _taking_part(self, stream: "_Stream") -> Iterator[None]:
+        """What a node has applied is waited for while it has a stream; nothing of an earlier stream counts."""
+        self.acknowledgements.gone(stream.node_id)
         # It may have tables of an earlier session in force.
         self.acknowledgements.take_part(stream.node_id, self._ledger.networks_of(stream.node_id))
         try:
-            yield stream
+            yield
         finally:
             if self._streams.get(stream.node_id) is stream:
-                del self._streams[stream.node_id]
                 self.acknowledgements.gone(stream.node_id)
 
-    async def _hear(self, stream: "_Stream", requests: AsyncIterator[skep.AppliedTables]) -> None:
-        """What the node has applied; the stream ends when it says no more."""
-        try:
-            async for request in requests:
-                for network_id, told in stream.told.items() if stream.error is None else ():
-                    if network_id in request.revisions:
-                        # More than it was told it cannot know.
-                        applied = min(request.revisions[network_id], told)
-                        self.acknowledgements.applied(stream.node_id, network_id, applied)
-                del request
-            stream.end(Unavailable("the node has ended the stream"))
-        except (SkepError, *LOST_PEER) as error:
-            stream.end(error)
+    def _hear(self, stream: "_Stream", request: skep.AppliedTables) -> None:
+        """What the node has applied."""
+        for network_id, told in stream.told.items() if stream.error is None else ():
+            if network_id in request.revisions:
+                # More than it was told it cannot know.
+                applied = min(request.revisions[network_id], told)
+                self.acknowledgements.applied(stream.node_id, network_id, applied)
 
     async def _tell(self, stream: "_Stream", send: Send) -> None:
         """Everything, then what changes, for as long as the session lasts."""
@@ -285,27 +265,12 @@ async def _send_all(stream: "_Stream", send: Send, messages: Iterator[skep.Netwo
         raise Unavailable("the node does not read its tables") from error
 
 
-class _Stream:
+class _Stream(NodeStream):
     """One node's."""
 
-    __slots__ = ("error", "line", "node_id", "session", "told")
+    __slots__ = ("told",)
 
     def __init__(self, node_id: NodeId, session: NodeSession, line: Line) -> None:
-        self.node_id = node_id
-        self.session = session
-        self.line = line
+        super().__init__(node_id, session, line)
         self.told: dict[NetworkId, int] = {}
         """The networks it was told of, and up to which revision."""
-        self.error: Exception | None = None
-        """Why it is over."""
-
-    def end(self, error: Exception) -> None:
-        """The first reason counts."""
-        self.error = self.error or error
-        self.line.wake()
-
-    def require_open(self) -> None:
-        """Raises: why the stream is over."""
-        self.session.require_open()
-        if self.error is not None:
-            raise self.error

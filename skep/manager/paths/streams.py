@@ -5,8 +5,7 @@ and only when that changes.  So a cluster whose paths are well writes nothing, w
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -16,6 +15,7 @@ from skep.aio.slices import Slices
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.follow import follow
 from skep.manager.node_session import Line, NodeSession
+from skep.manager.node_streams import NodeStream, NodeStreams, converse, session_named
 from skep.manager.paths.directory import Directory, controlled, directory_of, is_seen_otherwise, wish_for
 from skep.manager.paths.plan import ALL_PAIRS_MAX, Plan
 from skep.manager.paths.records import PathRecord, record_paths
@@ -30,7 +30,6 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.convert.paths import examination_to_pb, reports_from_pb, wish_to_pb
-from skep.wire.errors import LOST_PEER
 from skep.wire.service import Handler, duplex
 
 log = structlog.get_logger(__name__)
@@ -77,7 +76,7 @@ class PathStreams:
         self._session = session
         self._networks = networks
         self._clock = clock
-        self._streams: dict[NodeId, _Stream] = {}
+        self._streams: NodeStreams[_Stream] = NodeStreams("paths")
         self._directory = Directory(peers={})
         self._plan = Plan((), {})
         self._is_stale = True
@@ -206,48 +205,15 @@ class PathStreams:
     # -- streams --------------------------------------------------------------------------------------------------
 
     async def _paths(self, requests: AsyncIterator[skep.PathNews], send: Send, caller: Caller) -> None:
-        first = await anext(requests, None)
-        if first is None:
-            raise InvalidArgument("the session is missing")
-        session = self._session(caller.node_id, first.session_id)
-        del first
+        session = self._session(caller.node_id, await session_named(requests))
         node = self._store.view().lookup(Node, caller.node_id)
         verdicts = Verdicts(node.failing_paths if node is not None else ())
-        with session.aside() as line, self._open(_Stream(caller.node_id, session, line, verdicts)) as stream:
+        with (
+            session.aside() as line,
+            self._streams.open(_Stream(caller.node_id, session, line, verdicts)) as stream,
+        ):
             self._wish(stream)
-            async with asyncio.TaskGroup() as group:
-                hearing = group.create_task(self._hear(stream, requests), name="hear of paths")
-                try:
-                    await stream.tell(send)
-                except (SkepError, *LOST_PEER) as error:
-                    stream.end(error)
-                finally:
-                    hearing.cancel()
-        if stream.error is not None:
-            raise stream.error
-
-    @contextmanager
-    def _open(self, stream: "_Stream") -> "Iterator[_Stream]":
-        """The only stream of its node: an earlier one ends."""
-        earlier = self._streams.get(stream.node_id)
-        if earlier is not None:
-            earlier.end(Unavailable("the node has opened another stream of paths"))
-        self._streams[stream.node_id] = stream
-        try:
-            yield stream
-        finally:
-            stream.end(Unavailable("the node's stream of paths has ended"))
-            if self._streams.get(stream.node_id) is stream:
-                del self._streams[stream.node_id]
-
-    async def _hear(self, stream: "_Stream", requests: AsyncIterator[skep.PathNews]) -> None:
-        try:
-            async for news in requests:
-                stream.take(news)
-                del news
-            stream.end(Unavailable("the node has ended the stream"))
-        except (SkepError, *LOST_PEER) as error:
-            stream.end(error)
+            await converse(stream, requests, stream.take, stream.tell(send))
 
 
 def _planned(
@@ -257,19 +223,15 @@ def _planned(
     return directory, Plan(directory.peers, networks)
 
 
-class _Stream:
+class _Stream(NodeStream):
     """One node's."""
 
     def __init__(self, node_id: NodeId, session: NodeSession, line: Line, verdicts: Verdicts) -> None:
-        self.node_id = node_id
-        self.session = session
+        super().__init__(node_id, session, line)
         self.verdicts = verdicts
         self.wish: PathWish | None = None
         self.is_dirty = False
         """Whether what is written may be out of date."""
-        self.error: Exception | None = None
-        """Why it is over."""
-        self._line = line
         self._told: PathWish | None = None
         self._peers: Mapping[NodeId, PathPeer] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -284,7 +246,7 @@ class _Stream:
         self._peers = {peer.node_id: peer for peer in wish.peers} if wish is not None else {}
         self.verdicts.keep(self._peers)
         self.is_dirty = True
-        self._line.wake()
+        self.line.wake()
 
     def take(self, news: skep.PathNews) -> None:
         """What the node says.  Raises: InvalidArgument: more than any node has to say."""
@@ -304,7 +266,7 @@ class _Stream:
             self._numbers += 1
             self._answer = asyncio.get_running_loop().create_future()
             self._examination = (self._numbers, examination)
-            self._line.wake()
+            self.line.wake()
             try:
                 return await self._answer
             finally:
@@ -324,17 +286,10 @@ class _Stream:
             if order.ByteSize():
                 await send(order)
             del order
-            await self._line.wait()
+            await self.line.wait()
 
     def end(self, error: Exception) -> None:
-        """The first reason counts."""
-        self.error = self.error or error
+        """Who waits for an examination hears of it."""
+        super().end(error)
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(Unavailable(str(self.error)))
-        self._line.wake()
-
-    def require_open(self) -> None:
-        """Raises: why the stream is over."""
-        self.session.require_open()
-        if self.error is not None:
-            raise self.error

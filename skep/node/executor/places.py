@@ -6,15 +6,13 @@ Source: moby, daemon/container_operations.go (ingress comes first).
 from collections.abc import Sequence
 from ipaddress import ip_interface, ip_network
 
-from skep.model.network import Network
-from skep.model.overlays import MTU_OPTION, VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
+from skep.model.network import MTU_OPTION, MTUS, Network
+from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, head_of, options_of
 from skep.model.planes import is_overlay
 from skep.model.tables import NetworkHead
 from skep.model.task import NetworkAttachment, Task
 from skep.node.executor.interface import Rejected
 from skep.node.oci.container import Place
-
-_MTU_MIN, _MTU_MAX = 68, 65535
 
 
 def places(task: Task) -> tuple[Place, ...]:
@@ -34,7 +32,7 @@ def network_head(network: Network) -> NetworkHead:
     """What an attachment says of its network; its table says the rest.  Raises: ValueError: it makes no sense."""
     options = options_of(network)
     mtu = int(options.get(MTU_OPTION) or 0)
-    if mtu and not _MTU_MIN <= mtu <= _MTU_MAX:
+    if mtu and mtu not in MTUS:
         raise ValueError(f"invalid MTU: {mtu}")
     words = options.get(VXLAN_OPTION, "")
     if not all(0 < int(word) <= VXLAN_ID_MAX for word in words.split(",") if word.strip()):

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skep.node.network.namespaces import inside
-from tests.integration.cluster import TestCluster, TestNode, container_pids, create, running, wait_until
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    container_pids,
+    create,
+    remove_services,
+    running,
+    wait_until,
+)
 
 T = TypeVar("T")
 
@@ -159,8 +167,7 @@ def wait_stopped(node: TestNode, tasks: set[str]) -> None:
 def remove_all(manager: TestNode) -> None:
     """Services and their tasks, then the networks that are not the swarm's own."""
     api = manager.client().api
-    for service in api.services():
-        api.remove_service(service["ID"])
+    remove_services(manager)
     wait_until(lambda: not api.tasks(), "no task is left", 180)
     for network in api.networks(filters={"driver": "overlay"}):
         if not network["Ingress"]:

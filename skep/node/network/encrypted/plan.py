@@ -7,6 +7,7 @@ import msgspec
 
 from skep.model.ids import NodeId
 from skep.model.pair_keys import NodeKeys, PairKey
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 from skep.model.tables import Segment, Table
 
 PORT_OFFSET = 10
@@ -51,7 +52,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     node_id: NodeId = NodeId("")
     address: str = ""
-    port: int = 4789 + PORT_OFFSET
+    port: int = DEFAULT_DATA_PATH_PORT + PORT_OFFSET
     mtu: int = 1500
     peers: tuple[PlannedPeer, ...] = ()
     segments: tuple[PlannedSegment, ...] = ()
@@ -102,7 +103,7 @@ def plan_of(
         for id, underlay in sorted(nodes.items())
         if id != own
     )
-    port = next((table.head.port for table in encrypted), 4789) + PORT_OFFSET
+    port = next((table.head.port for table in encrypted), DEFAULT_DATA_PATH_PORT) + PORT_OFFSET
     return Plan(
         node_id=own,
         address=address,

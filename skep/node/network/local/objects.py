@@ -13,10 +13,10 @@ import msgspec
 
 from skep.api.networks import LOCAL, Facts, SubnetBody
 from skep.model.ids import NetworkId
+from skep.model.network import MTU_OPTION
 from skep.model.tables import NetworkHead, Segment
 from skep.model.times import Timestamp
 
-MTU_OPTION: Final = "com.docker.network.driver.mtu"
 MTU: Final = 1500
 LOCAL_ID_LENGTH: Final = 64
 GATEWAY: Final = "docker_gwbridge"

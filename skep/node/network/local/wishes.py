@@ -13,12 +13,12 @@ import msgspec
 from skep.api.errors import Forbidden
 from skep.api.networks import IPAMBody, NetworkBody, SubnetBody
 from skep.errors import InvalidArgument, Unimplemented
+from skep.model.network import MTU_OPTION, MTUS
 from skep.model.times import Timestamp
 from skep.node.network.addresses import free_subnet
-from skep.node.network.local.objects import MTU_OPTION, LocalNetwork
+from skep.node.network.local.objects import LocalNetwork
 
 _BRIDGE = "com.docker.network.bridge."
-_MTU_MIN, _MTU_MAX = 68, 65535
 _NEUTRAL: Mapping[str, frozenset[str]] = {
     f"{_BRIDGE}enable_icc": frozenset({"", "true"}),
     f"{_BRIDGE}enable_ip_masquerade": frozenset({"", "true"}),
@@ -84,7 +84,7 @@ def _check_driver(body: NetworkBody) -> None:
 def _check_options(options: Mapping[str, str]) -> None:
     for name, value in sorted(options.items()):
         if name == MTU_OPTION:
-            if not (value.isascii() and value.isdigit() and _MTU_MIN <= int(value) <= _MTU_MAX):
+            if not (value.isascii() and value.isdigit() and int(value) in MTUS):
                 raise InvalidArgument(f"invalid value for {name}: {value}")
         elif value not in _NEUTRAL.get(name, ()):
             raise Unimplemented(f"bridge networks of this node do not know the option {name}={value}")

@@ -6,7 +6,6 @@ cleared up when the first tables have come, because before that nobody knows wha
 """
 
 import asyncio
-import os
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
 from skep.node.network.encrypted.overlays import Encryption, NoEncryption
 from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay.changing import KernelRefused, remove_vxlans
+from skep.node.network.overlay import pinned
+from skep.node.network.overlay.changing import KernelRefused
 from skep.node.network.overlay.connected import connected_place
 from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
@@ -29,7 +29,6 @@ from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Entry, State
 from skep.node.network.overlay.underlays import Measurements, Underlays, find
 from skep.node.network.overlay.wanted import (
-    OVERLAY_SYSCTLS,
     LocalPlace,
     Underlay,
     container_state,
@@ -354,17 +353,12 @@ class Overlays:
             return self._home
         if not id.isalnum():  # it becomes the name of a file
             raise InvalidArgument(f"invalid network id {id!r}")
-        path = self._pins.path(id)
         domain = self._domains.get(id)
         if domain is None:
             domain = self._domains[id] = Domain(
-                f"network {head.name}", path, self._pins, self.repairs, selects=every_link
+                f"network {head.name}", self._pins.path(id), self._pins, self.repairs, selects=every_link
             )
-        if not os.path.ismount(path):
-            await self._pins.destroy(id)
-            await self._pins.create(id, OVERLAY_SYSCTLS)
-            domain.forget()
-            self._healing.forget(domain)
+        await pinned.make_where_missing(self._pins, id, domain, self._healing)
         domain.is_ours = self._knows_tables
         await self._healing.watch(domain)
         return domain
@@ -377,8 +371,7 @@ class Overlays:
         domain = self._domains.pop(id, None)
         if domain is not None:
             self._healing.forget(domain)
-            await remove_vxlans(self._pins, domain.path)
-            await self._pins.destroy(id)
+            await pinned.remove(self._pins, id)
         elif self._home.has(id):
             self._home.unwish(id)
             await self._home.settle()
@@ -387,10 +380,7 @@ class Overlays:
         """Remove namespaces of networks that this node has no part in any more."""
         for id in self._pins.pinned():
             if id not in self._domains:
-                path = self._pins.path(id)
-                if os.path.ismount(path):
-                    await remove_vxlans(self._pins, path)
-                await self._pins.destroy(id)
+                await pinned.remove(self._pins, id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
         return self._tables[id].head if id in self._tables else self._heads[id]

@@ -1,20 +1,18 @@
 """The namespace of a node's probes, made and kept like an overlay's."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from skep.model.paths import PathWish
 from skep.node.network.checksums import offloads
 from skep.node.network.namespaces import Namespaces
-from skep.node.network.overlay import underlays
-from skep.node.network.overlay.changing import remove_vxlans
+from skep.node.network.overlay import pinned, underlays
 from skep.node.network.overlay.domain import Domain, every_link
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.repairs import Repairs
 from skep.node.network.overlay.rules import probing
 from skep.node.network.overlay.state import State
-from skep.node.network.overlay.wanted import OVERLAY_SYSCTLS, Underlay
+from skep.node.network.overlay.wanted import Underlay
 from skep.node.network.paths.echoes import Sockets
 from skep.node.network.paths.places import DEVICE, probe_state
 
@@ -59,11 +57,7 @@ class ProbePlace:
         underlay = found.get(own, Underlay(own))
         self._home.wish(_PART, State(), probing(wish, self._bridges))
         await self._home.settle()
-        if not os.path.ismount(self.path):
-            await self._pins.destroy(_NAME)
-            await self._pins.create(_NAME, OVERLAY_SYSCTLS)
-            self._domain.forget()
-            self._healing.forget(self._domain)
+        await pinned.make_where_missing(self._pins, _NAME, self._domain, self._healing)
         self._domain.wish(_PART, probe_state(wish, underlay, offloads=left_to_card))
         await self._domain.settle()
         await self._healing.watch(self._domain)
@@ -75,10 +69,7 @@ class ProbePlace:
         if self._home.has(_PART):
             self._home.unwish(_PART)
             await self._home.settle()
-        if os.path.ismount(self.path):
-            await remove_vxlans(self._pins, self.path)
-        if _NAME in self._pins.pinned():
-            await self._pins.destroy(_NAME)
+        await pinned.remove(self._pins, _NAME)
         self._domain.forget()
 
     async def is_left_to_card(self) -> bool:

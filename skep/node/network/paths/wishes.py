@@ -5,6 +5,7 @@ from ipaddress import ip_address
 import msgspec
 
 from skep.model.paths import PathPeer, PathWish
+from skep.model.swarm import DEFAULT_DATA_PATH_PORT
 
 PEERS_MAX = 512
 """A node asks no more, whatever it is told."""
@@ -32,7 +33,7 @@ def _sound(peer: PathPeer) -> PathPeer:
     return msgspec.structs.replace(
         peer,
         data_path=peer.data_path if has_port and _is_address(peer.data_path) else "",
-        vxlan_port=peer.vxlan_port if has_port else 4789,
+        vxlan_port=peer.vxlan_port if has_port else DEFAULT_DATA_PATH_PORT,
         control=peer.control if _is_host_and_port(peer.control) else "",
         gossip=peer.gossip if _is_host_and_port(peer.gossip) else "",
     )
