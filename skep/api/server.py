@@ -74,6 +74,8 @@ _LARGE_BODY = 64 * 1024
 _NEWEST: web.AppKey[Callable[[], ApiVersion]] = web.AppKey("newest")
 _SERVER = web.AppKey("server", str)
 _VERSION = web.RequestKey("api_version", ApiVersion)
+_HAS_BEGUN = web.RequestKey("has_begun", bool)
+"""Whether the head of an answer has gone out."""
 
 Routes = web.RouteTableDef
 
@@ -89,7 +91,9 @@ def application(
         newest: the highest API version that is spoken and announced (``Api-Version``); or who knows it now.
         server: the ``Server`` header.
     """
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _settle_version])
+    app = web.Application(
+        client_max_size=MAX_BODY_BYTES, middlewares=[_translate_errors, _settle_version, _cut_short]
+    )
     app[_NEWEST] = (lambda: newest) if isinstance(newest, ApiVersion) else newest
     app[_SERVER] = server
     app.on_response_prepare.append(_add_headers)
@@ -186,6 +190,23 @@ async def _translate_errors(request: web.Request, handler: Handler) -> web.Strea
 
 
 @web.middleware
+async def _cut_short(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """An answer that fails after its head has gone can become no other: its connection ends."""
+    try:
+        return await handler(request)
+    except ConnectionResetError:
+        raise
+    except Exception as error:
+        if not request.get(_HAS_BEGUN):
+            raise
+        is_bug = not isinstance(error, SkepError)
+        log.warning("answer broken off", path=request.path, error=str(error), exc_info=is_bug)
+        if request.transport is not None:
+            request.transport.close()
+        raise ConnectionResetError("the answer was broken off") from error
+
+
+@web.middleware
 async def _settle_version(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Find out which version is asked for, and refuse those not spoken."""
     if request.match_info.http_exception is None:
@@ -205,6 +226,7 @@ def _error_answer(request: web.Request, status: int, message: str) -> web.Respon
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """The headers that every answer of a known path carries."""
+    request[_HAS_BEGUN] = True
     if request.match_info.http_exception is not None:
         response.headers.popall("Server", None)
         return

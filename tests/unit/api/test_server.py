@@ -1,9 +1,10 @@
 """The dialect every application speaks: versions, headers, errors."""
 
+import asyncio
 from io import BytesIO
 
 import pytest
-from aiohttp import ClientSession, UnixConnector, web
+from aiohttp import ClientPayloadError, ClientSession, UnixConnector, web
 from aiohttp.test_utils import TestClient, TestServer
 
 from skep.api.server import ApiVersion, Routes, application, json_answer, json_list_answer, read_json, runner
@@ -37,6 +38,13 @@ async def client():
     async def numbers(request: web.Request) -> web.StreamResponse:
         return json_list_answer(list(range(int(request.match_info["count"]))))
 
+    @table.get("/broken/{name}")
+    async def break_off(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        await answer.write(b"the beginning\n")
+        return await fail(request)
+
     app = application(table, newest=ApiVersion("1.47"), server="Skep/test (linux)")
     async with TestClient(TestServer(app)) as client:
         yield client
@@ -51,6 +59,14 @@ async def test_answers_carry_the_engines_headers_and_end_in_a_newline(client):
     assert answer.headers["Ostype"] == "linux"
     assert answer.headers["Docker-Experimental"] == "false"
     assert answer.headers["Server"] == "Skep/test (linux)"
+
+
+@pytest.mark.parametrize("name", ["missing", "nosuch"])
+async def test_an_answer_that_breaks_off_is_seen_to_be_cut_short(client, name):
+    answer = await client.get(f"/broken/{name}")
+    assert await answer.content.readline() == b"the beginning\n"
+    with pytest.raises(ClientPayloadError):
+        await asyncio.wait_for(answer.read(), 5)
 
 
 @pytest.mark.parametrize("path", ["/nosuch", "/v1.41/nosuch", "/", "/v1.41/numbers/1/2"])
