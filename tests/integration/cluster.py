@@ -199,16 +199,21 @@ def ready(seen_by: TestNode) -> set[str]:
 
 
 def remove_services(node: TestNode) -> None:
-    """All there are; what they ran on the nodes of the cluster is killed.
+    """All there are; returns when no task is left, because what they ran on the nodes of the cluster is killed.
 
     A program that takes no notice of SIGTERM (``sleep``) would hold every test up for its ten seconds of grace.
     """
     api = node.client().api
     for service in api.services():
         api.remove_service(service["ID"])
-    for one in node.cluster.nodes():
-        with suppress(DockerException, RequestException):  # a node that a test has switched off
-            kill_containers(one)
+
+    def is_clear() -> bool:
+        for one in node.cluster.nodes():
+            with suppress(DockerException, RequestException):  # a node that a test has switched off
+                kill_containers(one)
+        return not api.tasks()
+
+    wait_until(is_clear, "all services and their tasks are removed", 180)
 
 
 def kill_containers(node: TestNode) -> None:

@@ -41,7 +41,6 @@ def m1(trio: TestCluster) -> Iterator[TestNode]:
     node = trio.node("m1")
     yield node
     remove_services(node)
-    wait_until(lambda: not node.client().api.tasks(), "everything of the test is removed")
 
 
 def swarm_of(node: TestNode) -> dict[str, Any]:

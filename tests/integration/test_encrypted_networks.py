@@ -51,7 +51,6 @@ def start(manager: TestNode, network: str, *options: str) -> dict[str, str]:
 
 def end(manager: TestNode, network: str) -> None:
     remove_services(manager)
-    wait_until(lambda: not manager.client().api.tasks(), "no task is left")
     manager.docker("network", "rm", network)
 
 

@@ -39,7 +39,6 @@ def m1(three: TestCluster) -> Iterator[TestNode]:
     wait_until(lambda: ready(node) == {"m1", "m2", "m3", *WORKERS}, "all nodes are ready")
     yield node
     remove_services(node)
-    wait_until(lambda: not node.client().api.tasks(), "everything of the test is removed")
 
 
 def tasks_on(m: TestNode, service: str, node: str) -> dict[str, dict[str, Any]]:

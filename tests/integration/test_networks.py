@@ -170,6 +170,7 @@ def test_the_gateway_bridge_takes_the_subnet_it_is_made_again_with(own_cluster: 
     assert entry["IPv4Address"] in shown
 
 
+@pytest.mark.slow
 @pytest.mark.point("1")
 def test_networks_avoid_what_machines_reach_and_refuse_it_by_name(own_cluster: TestCluster) -> None:
     m1 = own_cluster.node("m1")

@@ -37,7 +37,6 @@ def m1(cluster: TestCluster) -> Iterator[TestNode]:
     node = cluster.node("m1")
     yield node
     remove_services(node)
-    wait_until(lambda: not node.client().api.tasks(), "every task is gone", within_s=60)
     node.docker("network", "prune", "-f")
 
 

@@ -43,8 +43,6 @@ def nodes(mesh_cluster: TestCluster) -> Iterator[dict[str, TestNode]]:
     found = {name: mesh_cluster.node(name) for name in NODES}
     yield found
     remove_services(found["m1"])
-    api = found["m1"].client().api
-    wait_until(lambda: not api.tasks(), "everything of the test is removed")
 
 
 def in_namespace(path: Path | str, call: Callable[..., T], *arguments: object) -> T:
@@ -90,6 +88,8 @@ def publish(nodes: dict[str, TestNode], *options: str, replicas: int = 3) -> Non
         "web",
         "--replicas",
         str(replicas),
+        "--stop-grace-period",
+        "1s",
         *options,
         IMAGE,
         *WHOAMI,

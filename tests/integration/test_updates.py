@@ -156,6 +156,7 @@ def test_attempts_end_at_the_maximum_and_those_outside_of_the_window_do_not_coun
     assert len(few) == 3
 
 
+@pytest.mark.slow
 def test_a_service_that_is_scaled_during_its_update_has_all_tasks_and_all_are_new(m1: TestNode) -> None:
     create(m1, "--replicas", "3", "--update-delay", "2s")
     before = running(m1)

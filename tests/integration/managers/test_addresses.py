@@ -58,6 +58,7 @@ def wait_known(cluster: TestCluster, seen_by: str, name: str, addr: str) -> None
     wait_until(lambda: addresses(cluster, seen_by)[name] == addr, f"{name} is known to be at {addr}")
 
 
+@pytest.mark.slow
 @pytest.mark.point("3-addresses")
 def test_all_managers_move_at_once_and_find_each_other() -> None:
     """Nobody is where anybody knew them to be; what they are told in their configuration is enough."""

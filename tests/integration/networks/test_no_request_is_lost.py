@@ -157,6 +157,7 @@ def test_a_stop_waits_for_the_last_request_and_no_longer(
     )
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_connections_no_longer_than_the_service_says(web: TestCluster) -> None:
     m1 = web.node("m1")
     m1.docker("service", "update", "--detach", "--label-add", "skep.drain=1s", "web")

@@ -68,7 +68,10 @@ async def together(
     await asyncio.gather(*(verb(playground, name) for name in names))
 
 
-@pytest.mark.parametrize("cut", [("w1", "w2"), ("m1",)], ids=["workers", "a-manager"])
+@pytest.mark.parametrize(
+    "cut",
+    [pytest.param(("w1", "w2"), id="workers", marks=pytest.mark.slow), pytest.param(("m1",), id="a-manager")],
+)
 def test_after_a_partition_every_node_is_right_within_seconds(
     services: TestCluster, cut: tuple[str, ...]
 ) -> None:

@@ -191,6 +191,7 @@ async def break_the_card(node: LabNode, pairs: list[tuple[str, str]]) -> None:
     await shell(node.home, f"nft -f {path}")
 
 
+@pytest.mark.slow
 async def test_a_card_that_computes_wrong_checksums_is_found_and_asked_no_more(lab: OverlayLab) -> None:
     first, second, third = lab.nodes
     probes = [(address_of(first.id), address_of(one.id)) for one in (second, third)]

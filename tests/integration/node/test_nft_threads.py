@@ -4,6 +4,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from skep.node.network import nft
 from skep.node.oci.syscalls import CLONE_NEWNET, unshare
 
@@ -18,6 +20,7 @@ table inet t {
 """
 
 
+@pytest.mark.slow
 def test_threads_that_list_rules_with_interfaces_do_no_harm_to_each_other() -> None:
     # In a process of its own: what went wrong was no exception.
     ended = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120)

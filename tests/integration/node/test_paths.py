@@ -31,7 +31,13 @@ def is_whole(report: PathReport) -> bool:
     return {one.check for one in report.findings} >= INSIDE and not report.failing
 
 
-@pytest.mark.parametrize("is_v6", [False, True], ids=["IPv4 between nodes", "IPv6 between nodes"])
+@pytest.mark.parametrize(
+    "is_v6",
+    [
+        pytest.param(False, id="IPv4 between nodes"),
+        pytest.param(True, id="IPv6 between nodes", marks=pytest.mark.slow),
+    ],
+)
 async def test_open_ways_are_found_open(tmp_path: Path, is_v6: bool) -> None:
     async with OverlayLab(tmp_path, is_v6=is_v6).running(2) as lab, lab.networks() as networks:
         wish_all(lab, networks)
@@ -151,6 +157,7 @@ async def test_what_strangers_send_does_not_arrive(lab: OverlayLab) -> None:
                 await stranger.namespaces.run(stranger.home, asked, forged, target, question(3, 0))
 
 
+@pytest.mark.slow
 async def test_nonsense_of_a_peer_does_no_harm(lab: OverlayLab) -> None:
     first, second, third = lab.nodes
     target, source = address_of(first.id), address_of(second.id)
