@@ -5,6 +5,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -q
+# Most tests wait for something most of the time. Files stay whole: their tests share a cluster.
+WORKERS ?= 2
+BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile
 # Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
 DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
 DEMO_NAME ?= demo
@@ -42,7 +45,7 @@ check: setup ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 
 test: check ## check, then all tests that are not slow (what the continuous integration runs)
-	@$(PYTEST) --whole -m 'not slow' --durations 15
+	@$(PYTEST) --whole -m 'not slow' $(BESIDE_EACH_OTHER) --durations 15
 
 unit: setup ## pure tests, seconds
 	@$(PYTEST) tests/unit tests/test_*.py
@@ -61,7 +64,7 @@ conformance: setup ## the API as docker, docker-py and a recorded engine see it
 
 integration: setup ## every test, the slow ones too (real runc, etcd, nftables); log kept in bench/results/
 	@mkdir -p bench/results
-	@$(PYTEST) --whole --durations 20 $(call kept,integration)
+	@$(PYTEST) --whole $(BESIDE_EACH_OTHER) --durations 20 $(call kept,integration)
 
 soak: setup ## an hour of load and faults on 3 managers and 5 workers (MINUTES=120); log kept in bench/results/
 	@$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60)

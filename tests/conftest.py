@@ -1,4 +1,4 @@
-"""What all tests share: needs of the machine, and a record of which tests ran (for docs/status.md)."""
+"""What all tests share: options, their order, needs of the machine."""
 
 import os
 import shutil
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.whole_run import WholeRun
 
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("skep", deadline=None)
@@ -31,38 +33,13 @@ def _present(need: str) -> bool:
     return shutil.which(need, path=SEARCHED) is not None
 
 
-class Outcomes:
-    """Which tests ran in this session and how they ended, by node id without parameters."""
-
-    def __init__(self) -> None:
-        self.passed: set[str] = set()
-        self.failed: set[str] = set()
-        self.deselected: set[str] = set()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.failed.add(_bare(report.nodeid))
-        elif report.when == "call" and report.passed:
-            self.passed.add(_bare(report.nodeid))
-
-    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        self.deselected |= {_bare(item.nodeid) for item in items}
-
-
-def _bare(nodeid: str) -> str:
-    return nodeid.partition("[")[0]
-
-
-_OUTCOMES = pytest.StashKey[Outcomes]()
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--whole",
-        action="store_true",
-        help="this is a whole run: every test that docs/status.md names has to have passed in it",
-    )
+    parser.addoption("--whole", action="store_true", help="at the end, ask for every test of docs/status.md")
     parser.addoption("--seed", type=int, help="run simulations with this seed alone")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(WholeRun(config), "skep-whole-run")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,27 +52,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             markers[index] = pytest.mark.parametrize("seed", [seed]).mark
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_OUTCOMES] = outcomes = Outcomes()
-    config.pluginmanager.register(outcomes)
-
-
-@pytest.fixture
-def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    """The tests of this session so far."""
-    return request.config.stash[_OUTCOMES]
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The test that asks which tests ran comes last; integration tests come after all others."""
-
-    def order(item: pytest.Item) -> int:
-        if item.name == "test_every_test_that_the_status_names_ran":
-            return 2
-        return int(item.nodeid.startswith("tests/integration/"))
-
-    items.sort(key=order)
+    """Integration tests come after all others."""
+    items.sort(key=lambda item: item.nodeid.startswith("tests/integration/"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

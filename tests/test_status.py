@@ -1,32 +1,14 @@
-"""docs/status.md is true: each test and file that it names exists, and the tests ran and passed."""
+"""docs/status.md is true: each test and file that it names exists.  Whether they ran is asked after a whole run."""
 
-import ast
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Outcomes
+from tests.status import ROOT, Outcomes, exists, not_shown, rows, shown_by
 
-ROOT = Path(__file__).parents[1]
-STATUS = ROOT / "docs" / "status.md"
-
-
-def rows() -> list[list[str]]:
-    """The cells of every row of the page's tables: point, what it asks, what shows it, state."""
-    lines = [line for line in STATUS.read_text().splitlines() if line.startswith("|")]
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [cells for cells in table if cells[0] != "point" and not set(cells[0]) <= set("-: ")]
-
-
-def shown_by(row: list[str]) -> list[str]:
-    """What stands in backquotes in the row's third cell."""
-    return re.findall(r"`([^`]+)`", row[2])
-
-
-def named_tests() -> list[str]:
-    """Ids of all tests that the page names, and files of tests of which it means every one."""
-    return sorted({name for row in rows() for name in shown_by(row) if name.startswith("tests/")})
+A, B = "tests/unit/test_a.py", "tests/unit/test_b.py"
 
 
 def test_every_row_has_a_known_state() -> None:
@@ -43,36 +25,46 @@ def test_whatever_the_status_names_exists() -> None:
     assert [name for name in names if not exists(name)] == []
 
 
-def test_every_test_that_the_status_names_ran(outcomes: Outcomes, request: pytest.FixtureRequest) -> None:
-    """In a whole run only.  Tests that were left out because they are slow run in `make integration`."""
-    if not request.config.getoption("--whole"):
-        pytest.skip("only part of the tests runs")
-    assert [name for name in named_tests() if not ran_well(name, outcomes)] == []
+def outcomes() -> Outcomes:
+    """Of ``A`` two passed; of ``B`` one passed with one of two parameters, one is slow, one failed at its end."""
+    found = Outcomes()
+    for id in (f"{A}::test_one", f"{A}::test_two[x]", f"{B}::test_one[x]", f"{B}::test_ends_badly"):
+        found.add(id, phase="call", has_passed=True, has_failed=False)
+    found.add(f"{B}::test_one[y]", phase="call", has_passed=False, has_failed=True)
+    found.add(f"{B}::test_ends_badly", phase="teardown", has_passed=False, has_failed=True)
+    found.add(f"{B}::test_skipped", phase="setup", has_passed=False, has_failed=False)
+    found.leave_out([f"{B}::test_slow[x]"])
+    return found
 
 
-def ran_well(name: str, outcomes: Outcomes) -> bool:
-    """Whether the test passed or was left out as slow; of a file or folder: some test of it, and none failed."""
-
-    def is_meant(test: str) -> bool:
-        return test == name or test.startswith((f"{name}::", f"{name}/"))
-
-    fine = outcomes.passed | outcomes.deselected
-    return any(map(is_meant, fine)) and not any(map(is_meant, outcomes.failed))
+@pytest.mark.parametrize("name", [f"{A}::test_one", f"{A}::test_two", A, f"{B}::test_slow"])
+def test_what_passed_or_is_slow_is_shown(name: str) -> None:
+    assert not_shown([name], outcomes()) == []
 
 
-def exists(name: str) -> bool:
-    """Whether a file or (``path::function`` or ``path::Class::method``) a test is there."""
-    path, *inside = name.split("::")
-    file = ROOT / path
-    if not inside:
-        return file.exists()
-    return file.is_file() and _defines(ast.parse(file.read_text()), inside)
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{B}::test_one",
+        f"{B}::test_ends_badly",
+        f"{B}::test_skipped",
+        f"{B}::test_gone",
+        B,
+        "tests/unit",
+        "tests/sim",
+    ],
+)
+def test_what_failed_or_did_not_run_is_not_shown(name: str) -> None:
+    assert not_shown([name], outcomes()) == [name]
 
 
-def _defines(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and [node.name] == names:
-            return True
-        if isinstance(node, ast.ClassDef) and node.name == names[0] and _defines(node, names[1:]):
-            return True
-    return False
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_whole_run_fails_when_a_named_test_did_not_run(workers: str, tmp_path: Path) -> None:
+    """The question at its end, after a run of nearly nothing."""
+    words = ("--whole", "-q", "-n", workers, "--basetemp", str(tmp_path / "run"), "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *words, "tests/test_needs.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    _, _, named = done.stdout.partition("docs/status.md names tests that did not pass")
+    assert "tests/contract/test_store.py" in named.split()
+    assert "tests/test_needs.py" not in named.split()

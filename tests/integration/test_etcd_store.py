@@ -35,7 +35,6 @@ from tests.integration.etcd_words import (
     pid_of,
     put_secret,
     until,
-    wait_ended,
 )
 
 pytestmark = pytest.mark.point("3")
@@ -62,9 +61,8 @@ async def test_acknowledged_writes_survive_the_kill_of_etcd(settings: MemberSett
             for _ in range(3):
                 enough = len(acknowledged) + 20
                 await until(lambda enough=enough: len(acknowledged) >= enough)
-                os.kill(pid_of(member), signal.SIGKILL)
-                await wait_ended(first)
-                await member.wait_ready()
+                os.kill(first, signal.SIGKILL)
+                await until(lambda killed=first: member.pid not in {None, killed})
                 first = pid_of(member)
             await writing
         assert member.starts >= 4
