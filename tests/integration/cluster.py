@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import docker
-from docker.errors import APIError, DockerException
+from docker.errors import APIError, DockerException, NotFound
 from requests.exceptions import RequestException
 
 T = TypeVar("T")
@@ -251,7 +251,11 @@ def containers(node: TestNode, service: str) -> list[dict[str, Any]]:
 def container_pids(node: TestNode, service: str) -> dict[str, int]:
     """Container id -> pid of its first process."""
     api = node.client().api
-    return {c["Id"]: api.inspect_container(c["Id"])["State"]["Pid"] for c in containers(node, service)}
+    found: dict[str, int] = {}
+    for container in containers(node, service):
+        with suppress(NotFound):  # it went while the list was read
+            found[container["Id"]] = api.inspect_container(container["Id"])["State"]["Pid"]
+    return found
 
 
 def create(
