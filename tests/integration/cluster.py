@@ -17,6 +17,8 @@ import docker
 from docker.errors import APIError, DockerException, NotFound
 from requests.exceptions import RequestException
 
+from tests.integration import last_words
+
 T = TypeVar("T")
 
 SKEP = str(Path(sys.executable).with_name("skep"))
@@ -156,10 +158,15 @@ def a_playground(name: str, **counts: int) -> Iterator[TestCluster]:
     """A playground of a test's or a module's own, removed afterwards.  ``counts``: see ``TestCluster.up``."""
     with _directory() as directory:
         cluster = _named(directory, name)
+        last_words.live[cluster.name] = directory
         try:
             cluster.up(**counts)
             yield cluster
+        except BaseException:
+            last_words.ended[cluster.name] = last_words.of(directory)
+            raise
         finally:
+            del last_words.live[cluster.name]
             cluster.down()
 
 

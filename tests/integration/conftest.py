@@ -1,10 +1,20 @@
 """Playgrounds for integration tests: real runc, real etcd, nodes in namespaces of their own."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
+from tests.integration import last_words
 from tests.integration.cluster import TestCluster, TestNode, a_playground, remove_services, wait_until
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure is told with what the nodes said last."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"what {name} said last", words) for name, words in last_words.told() if words]
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -128,8 +128,13 @@ def wait_right(
                 yield f"names {found} instead of {wanted}"
                 return
             # Of an equal table one manager may say that it is as of a later revision than another does.
-            if change := difference(tables(node)["net1"], tables(manager)["net1"]):
-                yield f"its table lacks {change}"
+            here, there = tables(node)["net1"], tables(manager)["net1"]
+            if change := difference(here, there):
+                states = {task["ID"]: task["Status"] for task in manager.client().api.tasks()}
+                yield (
+                    f"its table lacks {change} and has {difference(there, here)} "
+                    f"with {[states.get(one.task_id) for one in change.endpoints]}"
+                )
             for name in present:
                 tasks = running(manager, name)
                 hosts = {task["Status"]["ContainerStatus"]["ContainerID"][:12] for task in tasks}
@@ -137,12 +142,12 @@ def wait_right(
                 if not reached <= hosts:
                     yield f"{name} is answered by {reached - hosts}, which the store does not have"
                 node_id = node.client().api.info()["Swarm"]["NodeID"]
-                here = {
+                wanted_here = {
                     task["Status"]["ContainerStatus"]["ContainerID"]
                     for task in tasks
                     if task["NodeID"] == node_id
                 }
-                if here != {one["Id"] for one in containers(node, name)}:
+                if wanted_here != {one["Id"] for one in containers(node, name)}:
                     yield f"containers of {name} that nobody asked for"
         except (OSError, ValueError, KeyError, docker.errors.DockerException) as error:
             yield f"{type(error).__name__}: {error}"
