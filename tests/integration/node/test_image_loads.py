@@ -10,6 +10,7 @@ import os
 import stat
 import tarfile
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -316,3 +317,28 @@ async def test_an_upload_that_breaks_off_leaves_nothing(client: TestClient, imag
     assert not list(images.scratch.iterdir())
     assert not images.images()
     del reader
+
+
+@pytest.mark.parametrize("by", ["workspace", "layer"])
+async def test_who_is_cancelled_at_the_very_beginning_leaves_nothing(
+    images: ImageStore, tmp_path: Path, by: str
+) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    content = tmp_path / "layer.tar"
+    content.write_bytes(a_layer(a_file("a")))
+
+    async def work() -> None:
+        if by == "layer":
+            digest = sha256(content.read_bytes())
+            await images.layer_store.add(content, chain_id=digest, diff_id=digest)
+        else:
+            async with images.workspace("load"):
+                await asyncio.Event().wait()
+
+    working = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    await asyncio.to_thread(int)  # what the one thread had to do before is done
+    assert not list(images.scratch.iterdir())

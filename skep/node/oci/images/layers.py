@@ -125,7 +125,8 @@ class Layers:
             present = self._layers.get(chain_id)
             if present is not None:
                 return present
-            workspace = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="layer-", dir=self._scratch))
+            # Not in a thread: who is cancelled meanwhile would leave it behind.
+            workspace = Path(tempfile.mkdtemp(prefix="layer-", dir=self._scratch))
             try:
                 layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
                 await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)

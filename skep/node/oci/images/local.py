@@ -226,7 +226,8 @@ class LocalImages:
     @asynccontextmanager
     async def workspace(self, prefix: str) -> AsyncIterator[Path]:
         """A directory that exists as long as the block runs."""
-        path = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=f"{prefix}-", dir=self.scratch))
+        # Not in a thread: who is cancelled meanwhile would leave it behind.
+        path = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.scratch))
         try:
             yield path
         finally:
