@@ -53,9 +53,9 @@ SERVE = ("httpd", "-f", "-p", "80", "-h", "/etc")
 """A small server: its host's name is at ``/hostname``."""
 
 
-def hostname_of(address: str, port: int = 80) -> str:
+def hostname_of(address: str, port: int = 80, within_s: float = 10) -> str:
     """What the server at ``address`` is called; in the thread's namespace.  Raises: OSError."""
-    with socket.create_connection((address, port), timeout=10) as connection:
+    with socket.create_connection((address, port), timeout=within_s) as connection:
         connection.sendall(b"GET /hostname HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     return answer.decode().split()[-1]

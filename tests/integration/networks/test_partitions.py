@@ -31,6 +31,8 @@ HEALED_WITHIN_S = 10
 """From the return of the nodes to tables, names, virtual addresses and containers that are right everywhere."""
 REQUESTS = 12
 """To each virtual address from each node: 72 in all, of which none may go to a task that is gone."""
+ANSWERS_WITHIN_S = 0.9
+"""Less than the kernel takes to send a lost SYN again: a look is short, and what it finds is of now."""
 
 
 @pytest.fixture(scope="module")
@@ -159,5 +161,5 @@ def wait_right(
 
 
 def reached_by(address: str, count: int) -> set[str]:
-    """Who answers at a virtual address."""
-    return {hostname_of(address) for _ in range(count)}
+    """Who answers at a virtual address.  Raises: OSError: somebody does not at once; a look is to be a short one."""
+    return {hostname_of(address, within_s=ANSWERS_WITHIN_S) for _ in range(count)}
