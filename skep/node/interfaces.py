@@ -11,12 +11,12 @@ from ipaddress import ip_address
 import msgspec
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOOPBACK, IFF_UP
 
 from skep.api.swarm_requests import Interface, Interfaces
 from skep.errors import Unavailable
 
 _TIMEOUT_S = 5.0
-_UP, _LOOPBACK = 0x1, 0x8
 _KINDS_OF_OURS = frozenset({"bridge", "vxlan", "ifb", "dummy"})
 """Kinds of link that carry containers; a machine's own address may lie on a veth (it is a container itself)."""
 
@@ -62,7 +62,7 @@ def interfaces_of(links: Iterable[Link], addresses: Iterable[tuple[int, str]]) -
 def _interface(link: Link, addresses: Mapping[int, Iterable[str]]) -> Interface:
     return Interface(
         addresses=tuple(map(ip_address, addresses.get(link.index, ()))),
-        is_up=bool(link.flags & _UP),
-        is_loopback=bool(link.flags & _LOOPBACK),
+        is_up=bool(link.flags & IFF_UP),
+        is_loopback=bool(link.flags & IFF_LOOPBACK),
         is_ours=link.kind in _KINDS_OF_OURS,
     )
