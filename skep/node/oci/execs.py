@@ -76,7 +76,8 @@ class Execs:
     async def start(self, exec_id: str) -> Attachment:
         """Start it; gives its standard streams, which the caller closes (at once, to detach).
 
-        Raises: NotFound; NotRunning: its container has ended; FailedPrecondition: it was started before;
+        Raises: NotFound, also when its container is removed meanwhile; NotRunning: its container has ended;
+        FailedPrecondition: it was started before;
         StartError: the runtime refused (the exit code stays in the exec).
         """
         exec = self.get(exec_id)
@@ -93,6 +94,9 @@ class Execs:
         except BaseException as error:
             self._finish(exec_id, error.exit_code if isinstance(error, StartError) else 126)
             raise
+        if exec_id not in self._execs:  # forgotten with its container, whose end was the process's too
+            started.attachment.close()
+            raise NotFound(f"No such exec instance: {exec_id}")
         self._execs[exec_id] = msgspec.structs.replace(self._execs[exec_id], pid=started.pid)
         self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
         return started.attachment

@@ -47,7 +47,7 @@ class HealthChecks:
 
     async def run(self, id: ContainerId) -> None:
         """Probe a running container until it ends."""
-        with suppress(Overtaken):
+        with suppress(Overtaken, NotFound):
             await unless(self._probe_on(id), self._wait_ended(id))
         container = self._registry.lookup(id)
         if container is not None and container.health is not None:
@@ -83,6 +83,8 @@ class HealthChecks:
                 continue
             began_s = self._clock.monotonic() - since
             probe = await self._probe(container, config)
+            if not self._registry.get(id).is_running:
+                return  # it ended meanwhile: what the probe says is of no use
             new = health.after(config, known, probe, began_s)
             try:
                 container = self._registry.change(id, health=new)
@@ -126,7 +128,10 @@ class HealthChecks:
 
     async def _end(self, container: Container, exec_id: str) -> None:
         """Kill a probe that still runs and return when it is gone."""
-        exec = self._execs.get(exec_id)
+        try:
+            exec = self._execs.get(exec_id)
+        except NotFound:  # it went with its container; raised here it would hide that the probe is cancelled
+            return
         if not exec.running or not exec.pid:
             return
         with suppress(ProcessLookupError):

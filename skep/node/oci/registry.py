@@ -54,16 +54,19 @@ class Registry:
         self._ids_by_name[container.name] = container.id
 
     def change(self, id: ContainerId, **fields: Any) -> Container:
-        """Replace fields of a record, on disk and here, and wake who waits for it."""
-        container = msgspec.structs.replace(self._containers[id], **fields)
+        """Replace fields of a record, on disk and here, and wake who waits for it.  Raises: NotFound: it is gone."""
+        before = self._containers.get(id)
+        if before is None:
+            raise NotFound(f"No such container: {id}")
+        container = msgspec.structs.replace(before, **fields)
         self._bundles.save(container)
         self._containers[id] = container
         self._notify(id)
         return container
 
     def rename(self, id: ContainerId, name: str) -> Container:
-        """Give a container another name, on disk and here.  Raises: AlreadyExists: it is taken."""
-        before = self._containers[id].name
+        """Give a container another name, on disk and here.  Raises: NotFound; AlreadyExists: it is taken."""
+        before = self.get(id).name
         self.check_free(name)
         container = self.change(id, name=name)
         del self._ids_by_name[before]
