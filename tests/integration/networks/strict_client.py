@@ -2,7 +2,7 @@
 
 For each URL two clients: one opens a connection per request, one keeps its connection until the server closes it.
 With ``--at-least N`` each pair asks on until it has had so many answers; with ``--pause S`` each client waits between
-requests.  ``failed`` begins with the time of the failure.
+requests.  Each word of ``failed`` begins with the time at which the request began.
 """
 
 import argparse
@@ -28,6 +28,7 @@ turn = threading.Lock()
 
 def ask(connection: http.client.HTTPConnection, path: str) -> bool:
     """One request; whether the connection may be used again."""
+    began = time.time()
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -36,9 +37,7 @@ def ask(connection: http.client.HTTPConnection, path: str) -> bool:
             raise http.client.HTTPException(f"{answer.status} {answer.reason}")
     except (OSError, http.client.HTTPException, IndexError) as error:
         with turn:
-            failed.append(
-                f"{time.time():.3f} {connection.host}:{connection.port} {type(error).__name__}: {error}"
-            )
+            failed.append(f"{began:.3f} {connection.host}:{connection.port} {type(error).__name__}: {error}")
         connection.close()
         return False
     with turn:
