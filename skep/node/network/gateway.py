@@ -190,19 +190,13 @@ class Gateway:
         if self.users():
             raise FailedPrecondition("containers are on the node's gateway bridge")
         self._addresses = None  # nobody gets an address of the old subnet any more
-        await self._remove_bridge()
+        # With all addresses it has: the node's own namespace may hold more than is known here.
+        await self._home.remove(self._bridge)
         if subnet is None:
             self._state.unlink(missing_ok=True)
         else:
             remember(self._state, subnet)
         await self.restore({})
-
-    async def _remove_bridge(self) -> None:
-        """With all addresses it has: the node's own namespace may hold more than is known here."""
-        async with self._namespaces.netlink(self._namespaces.home) as home:
-            if index := await _index(home, self._bridge):
-                await home.link("del", index=index)
-        self._home.forget()
 
     async def _undo(self, container_id: ContainerId, address: str, ports: Sequence[NodePort]) -> None:
         endpoint = self._endpoints.pop(container_id, None)

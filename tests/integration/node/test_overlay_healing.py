@@ -9,6 +9,10 @@ import msgspec
 import pytest
 
 from skep.node.network.connecting import ContainerNetwork
+from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay.domain import Domain
+from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.state import Address, Link, State
 from skep.node.oci.container import Endpoint
 from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
@@ -170,3 +174,24 @@ async def test_what_nobody_changes_is_not_repaired(scene: Scene) -> None:
     while repairs.comparisons < enough:  # noqa: ASYNC110  # they are told to nobody
         await asyncio.sleep(0.05)
     assert dict(repairs.counts) == {}
+
+
+async def test_a_link_that_is_removed_while_others_change_is_made_again_with_the_next_change(
+    tmp_path: Path,
+) -> None:
+    namespaces = Namespaces(tmp_path / "spaces")
+    space = await namespaces.create("one", {})
+    try:
+        domain = Domain("one", space, namespaces, Repairs())
+        bridge = Link(name="br", kind="bridge")
+        for number in range(1, 6):
+            other = Link(name=f"other{number}", kind="bridge")
+            domain.wish("other", State(links={other.name: other}))
+            where = f"10.9.{number}.1/24"
+            domain.wish("bridge", State(links={"br": bridge}, addresses=frozenset({Address("br", where)})))
+            await asyncio.gather(domain.settle(), domain.remove("br"))
+            await domain.settle()
+            assert where in await shell(space, "ip -4 address show dev br")
+    finally:
+        await namespaces.destroy("one")
+        namespaces.close()

@@ -164,6 +164,12 @@ class Domain:
             await self._do(difference(goal, await self._read(goal), is_ours=self.is_ours))
             self._believed = goal
 
+    async def remove(self, name: str) -> None:
+        """Remove the link ``name``; who wants it again, wants it with the next ``settle``.  Raises: KernelRefused."""
+        async with self._changing:
+            self._believed = None
+            await carry_out(self._namespaces, self.path, [DeleteLink(name)])
+
     def adopt(self) -> None:
         """An earlier process brought the wish about; whether it is still so is for ``heal`` to see."""
         self._goal, self._goal_rules = self.wanted, self.wanted_rules
