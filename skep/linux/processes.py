@@ -1,9 +1,15 @@
 """Which process a pid means: pids are reused, a pid with its start time is not until the next boot."""
 
+import ctypes
 import os
 from pathlib import Path
 
 import msgspec
+
+_PIDFD_GETFD = 438
+"""The same on every architecture."""
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
 
 
 class Stat(msgspec.Struct, frozen=True):
@@ -56,3 +62,15 @@ def open_pidfd(pid: int, start_ticks: int) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
+
+
+def borrowed(pidfd: int, descriptor: int) -> int:
+    """A duplicate of a descriptor of another process; the caller closes it.  pidfd_getfd(2), Linux 5.6.
+
+    Raises: OSError: EBADF: it has none of that number; EPERM: this one may not trace it; ESRCH: it has ended; ENOSYS.
+    """
+    duplicate: int = _libc.syscall(_PIDFD_GETFD, pidfd, descriptor, 0)
+    if duplicate < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"pidfd_getfd: {os.strerror(number)}")
+    return duplicate
