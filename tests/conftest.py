@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.alone import Turns
 from tests.whole_run import WholeRun
 
 # How long an example takes says something of the machine, not of the code.
@@ -40,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(WholeRun(config), "skep-whole-run")
+    if hasattr(config, "workerinput"):
+        turns = Turns(config.rootpath / "Makefile", config.rootpath / "pyproject.toml")
+        config.pluginmanager.register(turns, "skep-turns")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -33,10 +33,13 @@ def parsed_stat(stat: bytes) -> Stat:
 
 
 def stat_of(pid: int) -> Stat | None:
-    """The process that has ``pid`` now, ended or not; None: there is none."""
+    """The process that has ``pid`` now, ended or not; None: there is none.
+
+    Raises: OSError: it cannot be read now (no descriptor left, say), which says nothing of the process.
+    """
     try:
         return parsed_stat(Path(f"/proc/{pid}/stat").read_bytes())
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
 
 

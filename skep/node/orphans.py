@@ -49,5 +49,8 @@ def _children() -> list[int]:
 
 
 def _is_zombie(pid: int) -> bool:
-    stat = stat_of(pid)
+    try:
+        stat = stat_of(pid)
+    except OSError:  # looked at again
+        return False
     return stat is not None and stat.has_ended

@@ -63,6 +63,7 @@ def keep_scaling(node: TestNode, replicas: int, seconds: float) -> None:
         wait_running(node, "load", 1, within_s=240)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("workers", "replicas", "seconds"),
     [

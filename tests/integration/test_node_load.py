@@ -23,7 +23,7 @@ from tests.integration.cluster import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.alone]
 
 WORKERS = ("--constraint", "node.role==worker")
 BUSY = 0.2

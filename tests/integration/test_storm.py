@@ -7,12 +7,15 @@ import pytest
 
 from skep.playground.playground import Playground
 from tests.integration.cluster import (
+    IDLE,
+    IMAGE,
     TestCluster,
     TestNode,
     a_playground,
     containers,
     create,
     nodes_by_name,
+    remove_services,
     wait_running,
     wait_until,
 )
@@ -62,6 +65,14 @@ def pids(cluster: TestCluster) -> dict[str, int]:
     return found
 
 
+def wait_found_by_all(m1: TestNode) -> None:
+    """Until every worker has found the manager again: a task of it runs there."""
+    where = ("--constraint", "node.role==worker", "--mode", "global")
+    m1.docker("service", "create", "--detach", "--name", "everywhere", *where, IMAGE, *IDLE)
+    wait_running(m1, "everywhere", len(WORKERS))
+    remove_services(m1)
+
+
 async def together(cluster: TestCluster, verb: Callable[[Playground, str], Awaitable[None]]) -> None:
     """``cut`` or ``mend`` them at one moment; commands would be apart by as long as they take to start."""
     playground = Playground(cluster.directory, cluster.name, lambda _: None)
@@ -72,13 +83,13 @@ def test_three_of_five_nodes_that_are_cut_off_at_once_freeze_replacement_until_t
     five: TestCluster,
 ) -> None:
     m1 = five.node("m1")
-    create(m1, "web", 8, "--constraint", "node.role==worker", "--restart-delay", "0s")
-    wait_running(m1, "web", 8)
     # Who leads anew takes what it finds for what has been so for long; else this would have to last a minute.
     (leader,) = m1.pids("skep-manager")
     m1.kill(leader)
     wait_until(lambda: set(m1.pids("skep-manager")) - {leader}, "another manager process")
     wait_until(lambda: m1.docker("node", "ls", check=False).returncode == 0, "it answers")
+    wait_found_by_all(m1)
+    create(m1, "web", 8, "--constraint", "node.role==worker", "--restart-delay", "0s")
     wait_running(m1, "web", 8)
     before, tasks = pids(five), wanted(m1)
     assert len(before) == 8

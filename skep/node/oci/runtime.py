@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from skep.aio.backoff import Backoff
 from skep.errors import Unavailable
@@ -38,6 +39,8 @@ from skep.node.oci.container import Container, ContainerConfig, ProcessName
 from skep.node.oci.processes import find, wait_gone
 from skep.node.oci.runc_state import ProcessEnded, RuncState
 from skep.node.oci.spec import Capacity, resources
+
+log = structlog.get_logger()
 
 COMMAND_DEADLINE_S = 60.0
 """For one runc command on an overloaded machine; a healthy one needs 0.01 s."""
@@ -129,6 +132,7 @@ class Runtime:
             return ended
         if container.process is not None:
             await wait_gone(container.process)
+        log.warning("container's end was not seen", container=container.name, **_names(container))
         return Ended(
             EXIT_CODE_UNKNOWN, error="the container's monitor was lost, so its exit code is not known"
         )
@@ -149,6 +153,9 @@ class Runtime:
                 return
             # The kernel counts a process as a group's member until a moment after its end was reported.
             await asyncio.sleep(backoff.next_delay_s())
+        log.warning(
+            "processes of an ended container are killed", container=id, pids=sorted(self._cgroups.pids(id))
+        )
         await self.delete(id)
 
     async def pause(self, id: ContainerId) -> None:
@@ -280,6 +287,12 @@ class Runtime:
         except (FileNotFoundError, ValueError):
             return None
         return Ended(code, oom_killed=(path / "oom").exists())
+
+
+def _names(container: Container) -> dict[str, object]:
+    """What is known of its processes, for the log."""
+    named = {"process": container.process, "monitor": container.monitor}
+    return {key: msgspec.to_builtins(one) for key, one in named.items() if one is not None}
 
 
 def _log_driver(container: Container, path: Path) -> str:
