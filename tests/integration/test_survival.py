@@ -1,17 +1,35 @@
 """Containers outlive every daemon: whatever is killed, they go on, are adopted, and none is doubled."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import pytest
 import requests
 
-from tests.integration.cluster import TestNode, container_pids, containers, create, wait_running, wait_until
+from tests.integration.cluster import (
+    TestCluster,
+    TestNode,
+    container_pids,
+    containers,
+    create,
+    wait_running,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
 DAEMONS = {"node": "skep-node", "manager": "skep-manager", "etcd": "etcd", "net": "skep-net"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patient(cluster: TestCluster) -> Iterator[None]:
+    """A node process that starts anew on a busy machine is not to be taken for a dead node."""
+    m1 = cluster.node("m1")
+    m1.docker("swarm", "update", "--dispatcher-heartbeat", "3s")
+    yield
+    m1.docker("swarm", "update", "--dispatcher-heartbeat", "1s")
 
 
 @pytest.mark.parametrize("victim", DAEMONS)
