@@ -38,12 +38,12 @@ class Deadlines:
         done, given = set(), 0
         process = os.pidfd_open(self._pid)
         try:
-            for entry in os.scandir(f"/proc/{self._pid}/fd"):
-                name = _socket(entry.path)
+            for number in os.listdir(f"/proc/{self._pid}/fd"):
+                name = _socket(f"/proc/{self._pid}/fd/{number}")
                 if name is None:
                     continue
                 if name not in self._done:
-                    given += _limit(process, int(entry.name))
+                    given += _limit(process, int(number))
                 done.add(name)
         finally:
             os.close(process)
