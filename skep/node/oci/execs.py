@@ -94,10 +94,11 @@ class Execs:
         except BaseException as error:
             self._finish(exec_id, error.exit_code if isinstance(error, StartError) else 126)
             raise
-        if exec_id not in self._execs:  # forgotten with its container, whose end was the process's too
+        try:
+            self._execs[exec_id] = msgspec.structs.replace(self.get(exec_id), pid=started.pid)
+        except NotFound:  # forgotten with its container, whose end was the process's too
             started.attachment.close()
-            raise NotFound(f"No such exec instance: {exec_id}")
-        self._execs[exec_id] = msgspec.structs.replace(self._execs[exec_id], pid=started.pid)
+            raise
         self._spawn(self._watch(container, exec_id, path, started.monitor), name=f"exec-{exec_id[:12]}")
         return started.attachment
 

@@ -132,7 +132,12 @@ class Runtime:
             return ended
         if container.process is not None:
             await wait_gone(container.process)
-        log.warning("container's end was not seen", container=container.name, **_names(container))
+        log.warning(
+            "container's end was not seen",
+            container=container.name,
+            process=msgspec.to_builtins(container.process),
+            monitor=msgspec.to_builtins(container.monitor),
+        )
         return Ended(
             EXIT_CODE_UNKNOWN, error="the container's monitor was lost, so its exit code is not known"
         )
@@ -287,12 +292,6 @@ class Runtime:
         except (FileNotFoundError, ValueError):
             return None
         return Ended(code, oom_killed=(path / "oom").exists())
-
-
-def _names(container: Container) -> dict[str, object]:
-    """What is known of its processes, for the log."""
-    named = {"process": container.process, "monitor": container.monitor}
-    return {key: msgspec.to_builtins(one) for key, one in named.items() if one is not None}
 
 
 def _log_driver(container: Container, path: Path) -> str:

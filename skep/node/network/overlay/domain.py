@@ -168,7 +168,7 @@ class Domain:
         """Remove the link ``name``; who wants it again, wants it with the next ``settle``.  Raises: KernelRefused."""
         async with self._changing:
             self._believed = None
-            await carry_out(self._namespaces, self.path, [DeleteLink(name)])
+            await self._do([DeleteLink(name)])
 
     def adopt(self) -> None:
         """An earlier process brought the wish about; whether it is still so is for ``heal`` to see."""
