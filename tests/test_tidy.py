@@ -75,6 +75,20 @@ def test_every_task_has_a_parent() -> None:
     assert found == []
 
 
+def test_nothing_leaves_an_except_star() -> None:
+    """Python before 3.11.4 makes a group of every error, a cancellation too, that is raised there (gh-103590)."""
+    found = [
+        f"{path.relative_to(ROOT)}:{inside.lineno}"
+        for path, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.TryStar)
+        for handler in node.handlers
+        for inside in ast.walk(handler)
+        if isinstance(inside, ast.Raise | ast.Await)
+    ]
+    assert found == []
+
+
 def test_only_commands_print() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}"

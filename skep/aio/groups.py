@@ -1,7 +1,7 @@
 """Task groups behind context managers, whose users should see an error and not a group of one."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 
 @asynccontextmanager
@@ -13,3 +13,20 @@ async def errors_as_they_are() -> AsyncIterator[None]:
         if len(group.exceptions) == 1:
             raise group.exceptions[0] from group.exceptions[0].__cause__
         raise
+
+
+@contextmanager
+def first_alone(kind: type[Exception]) -> Iterator[None]:
+    """Around a ``TaskGroup``: of errors that are all of ``kind``, the first leaves the block, caused by their group.
+
+    ``except*`` is not the place to raise anything: Python before 3.11.4 makes a group of it again.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if group.split(kind)[1] is not None:
+            raise
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from group

@@ -36,7 +36,7 @@ class LogPublisher:
                 group.create_task(self._listen(group), name="log subscriptions")
         except* Unimplemented:
             log.warning("the manager takes no logs", manager=self._channel.address)
-            await asyncio.get_running_loop().create_future()
+        await asyncio.get_running_loop().create_future()  # the session's other parts go on
 
     async def _listen(self, group: asyncio.TaskGroup) -> None:
         async with self._channel.stream(methods.LISTEN_SUBSCRIPTIONS) as call:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
+from skep.aio.groups import first_alone
 from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.commands import communicate
 
@@ -62,12 +63,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]], what: str, within
 
 async def together(*steps: Coroutine[Any, Any, object]) -> None:
     """Run steps at the same time; the first expected failure ends the others and is raised alone."""
-    try:
+    with first_alone(SkepError):
         async with asyncio.TaskGroup() as group:
             for step in steps:
                 group.create_task(step)
-    except* SkepError as failures:
-        first: BaseException = failures
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from skep.aio.backoff import Backoff
+from skep.aio.groups import first_alone
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, parse_digest, short
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
@@ -292,7 +293,7 @@ async def _pull_layers(
         report(step(id, "Pull complete"))
 
     chain = chain_ids(config.diff_ids)
-    try:
+    with first_alone(SkepError):  # the others follow from it or say the same
         async with asyncio.TaskGroup() as group:
             for number, (descriptor, chain_id, diff_id) in enumerate(
                 zip(manifest.layers, chain, config.diff_ids, strict=True)
@@ -301,17 +302,6 @@ async def _pull_layers(
                 report(step(short(descriptor.digest), "Already exists" if present else "Pulling fs layer"))
                 if not present:
                     group.create_task(layer(number, descriptor, chain_id, diff_id), name=f"layer-{number}")
-    except* SkepError as failures:
-        raise _first(failures) from failures
-
-
-def _first(failures: BaseExceptionGroup[SkepError]) -> SkepError:
-    """The first of the errors that layers failed with; the others follow from it or say the same."""
-    found: BaseException = failures
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, SkepError), "the group was split by that class"
-    return found
 
 
 async def _fetched_config(repository: Repository, descriptor: Descriptor, directory: Path) -> bytes:
