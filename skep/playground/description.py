@@ -34,6 +34,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: str
     link: tuple[str, str]
     """Namespace and name of the cable's other end: taking that down cuts the node off."""
+    unplugged: bool = False
+    """Its cable came out with its power; with the power it goes back in."""
     start: tuple[str, ...]
     """Command that starts the node again after a kill; it returns when the API answers."""
     engine: Engine = "skep"

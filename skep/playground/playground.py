@@ -132,14 +132,15 @@ class Playground:
     async def kill(self, name: str) -> None:
         """Power loss: daemons, monitors and containers end at once.
 
-        The cable goes first, so that none of them can tell how another ended; afterwards it is as it was.
+        The cable goes first, so that none of them can tell how another ended, and stays out while the node is off:
+        its kernel, which lives on, would deliver their last words and say of every connection that it has ended.
         """
         cluster = self.cluster()
         known = cluster.node(name)
         was_connected = await underlay.is_connected(cluster.name, name)
+        self._file.put(msgspec.structs.replace(known, unplugged=known.unplugged or was_connected))
         await underlay.set_cable(cluster.name, name, connected=False)
-        self._file.put(await node.kill(cluster.name, known))
-        await underlay.set_cable(cluster.name, name, connected=was_connected)
+        self._file.put(await node.kill(cluster.name, self.cluster().node(name)))
 
     async def start(self, name: str) -> Node:
         """Switch a killed node on again, with its disk as it was.  Nothing happens to one that is up."""
@@ -149,16 +150,19 @@ class Playground:
             return known
         # A measuring tool may have killed the node with its own hands, and may have left somebody.
         dead = await node.kill(cluster.name, known)
-        return await self._switch_on(cluster, dead)
+        if dead.unplugged:
+            await underlay.set_cable(cluster.name, name, connected=True)
+        return await self._switch_on(cluster, msgspec.structs.replace(dead, unplugged=False))
 
     async def cut(self, name: str, way: underlay.Way | None = None) -> None:
         """Take the node's cable out; ``way``: lose the packets of one way only."""
         cluster = self.cluster()
-        known = cluster.node(name).name
+        known = cluster.node(name)
         if way is None:
-            await underlay.set_cable(cluster.name, known, connected=False)
+            self._file.put(msgspec.structs.replace(known, unplugged=False))
+            await underlay.set_cable(cluster.name, name, connected=False)
         else:
-            await underlay.block(cluster.name, known, way)
+            await underlay.block(cluster.name, name, way)
 
     async def mend(self, name: str) -> None:
         """Undo every ``cut`` of the node."""

@@ -16,6 +16,7 @@ from tests.integration.cluster import (
     nodes_by_name,
     ready,
     remove_services,
+    time_to_start_anew,
     wait_running,
     wait_until,
 )
@@ -137,7 +138,8 @@ def test_a_partition_that_a_service_sits_out_changes_nothing(three: TestCluster,
 
 
 def test_killed_node_processes_move_nothing(three: TestCluster, m1: TestNode) -> None:
-    ends_of_node_processes_move_nothing(three, m1, signal.SIGKILL)
+    with time_to_start_anew(m1):
+        ends_of_node_processes_move_nothing(three, m1, signal.SIGKILL)
 
 
 def test_planned_restarts_of_node_processes_move_nothing(three: TestCluster, m1: TestNode) -> None:

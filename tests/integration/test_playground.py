@@ -147,9 +147,22 @@ def test_a_killed_node_is_dead_and_starts_again_with_its_disk(trio: TestCluster)
     trio.skep("kill", "w2")
     assert states(trio)["w2"] == "down"
     assert list(trio.node("w2").processes()) == []
+    assert not reaches(trio, "m1", "w2"), "the kernel of a node without power answers nobody"
     subprocess.run(before["start"], check=True, capture_output=True, timeout=60)
     assert trio.node("w2").description["pids"] != before["pids"]
     trio.node("w2").docker("image", "inspect", IMAGE)
+    assert reaches(trio, "m1", "w2")
+
+
+def test_a_node_that_was_cut_off_before_it_was_killed_starts_alone(trio: TestCluster) -> None:
+    trio.skep("cut", "w2")
+    try:
+        trio.skep("kill", "w2")
+        trio.skep("start", "w2")
+        assert states(trio)["w2"] == "cut"
+    finally:
+        trio.skep("mend", "w2")
+    wait_until(lambda: reaches(trio, "m1", "w2"), "the mended node answers")
 
 
 def test_a_node_that_a_tool_killed_by_its_pids_starts_again(trio: TestCluster) -> None:

@@ -14,6 +14,7 @@ from tests.integration.cluster import (
     container_pids,
     containers,
     create,
+    time_to_start_anew,
     wait_running,
     wait_until,
 )
@@ -25,11 +26,8 @@ DAEMONS = {"node": "skep-node", "manager": "skep-manager", "etcd": "etcd", "net"
 
 @pytest.fixture(scope="module", autouse=True)
 def patient(cluster: TestCluster) -> Iterator[None]:
-    """A node process that starts anew on a busy machine is not to be taken for a dead node."""
-    m1 = cluster.node("m1")
-    m1.docker("swarm", "update", "--dispatcher-heartbeat", "3s")
-    yield
-    m1.docker("swarm", "update", "--dispatcher-heartbeat", "1s")
+    with time_to_start_anew(cluster.node("m1")):
+        yield
 
 
 @pytest.mark.parametrize("victim", DAEMONS)

@@ -21,6 +21,7 @@ from tests.integration.cluster import (
     create,
     ready,
     running,
+    time_to_start_anew,
     wait_running,
     wait_until,
 )
@@ -55,9 +56,7 @@ MARGIN_S = 0.5
 def cluster() -> Iterator[TestCluster]:
     with a_playground("kill", managers=3, workers=2) as cluster:
         m1 = cluster.node("m1")
-        # A node process that starts anew on a busy machine is not to be taken for a dead node.
-        m1.docker("swarm", "update", "--dispatcher-heartbeat", "3s")
-        with leaving_nothing(cluster):
+        with time_to_start_anew(m1), leaving_nothing(cluster):
             set_up(m1)
             yield cluster
 
