@@ -67,10 +67,15 @@ def stolen(tmp_path: Path) -> Path:
 
 
 def steal(cluster: TestCluster, name: str, stolen: Path) -> str:
-    """Copy a node's certificate, without what it is just writing; gives the node's id."""
+    """Copy a node's certificate; gives the node's id."""
+    copy_certificate(cluster, name, stolen)
+    return node_id(cluster.node("m1"), name)
+
+
+def copy_certificate(cluster: TestCluster, name: str, stolen: Path) -> None:
+    """All of the directory but what the node is just writing."""
     certificates = cluster.directory / name / "data" / "certificates"
     shutil.copytree(certificates, stolen, ignore=shutil.ignore_patterns("*.new"))
-    return node_id(cluster.node("m1"), name)
 
 
 def node_id(manager: TestNode, name: str) -> str:
@@ -184,7 +189,7 @@ def test_a_demoted_manager_that_is_removed_is_refused_as_a_worker_too(cluster, s
 
 def test_a_workers_certificate_gets_nothing_at_the_peer_port(cluster, stolen):
     """etcd asks for the name that only managers' certificates carry."""
-    steal(cluster, "m2", stolen)
+    copy_certificate(cluster, "m2", stolen)
     with watching(cluster, stolen, "m1", peer(cluster, "m1"), peer(cluster, "m3")) as watch:
         pass
     assert not any(line.startswith("taken") for line in watch.first.values())
