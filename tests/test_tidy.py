@@ -84,7 +84,23 @@ def test_nothing_leaves_an_except_star() -> None:
         if isinstance(node, ast.TryStar)
         for handler in node.handlers
         for inside in ast.walk(handler)
-        if isinstance(inside, ast.Raise | ast.Await)
+        if isinstance(inside, ast.Raise | ast.Await | ast.AsyncFor | ast.AsyncWith)
+    ]
+    assert found == []
+
+
+def test_no_line_of_the_log_hides_what_it_was_given() -> None:
+    """Every line says time, level and process itself, over whatever a call has under those names."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {keyword.arg}"
+        for path, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "log"
+        for keyword in node.keywords
+        if keyword.arg in {"process", "level", "timestamp", "event"}
     ]
     assert found == []
 

@@ -90,9 +90,7 @@ def test_several_networks_are_removed_by_name_and_by_the_beginning_of_an_id(m1: 
     ]
     done = m1.docker("network", "rm", "r1", ids[1][:10], "nosuch", "r3", check=False)
     assert (done.returncode, done.stdout.split()) == (1, ["r1", ids[1][:10], "r3"])
-    assert re.search(
-        "network nosuch not found|No such network: nosuch", done.stderr
-    )  # as the release says it
+    assert re.search("network nosuch not found|No such network: nosuch", done.stderr)  # by release
     assert m1.docker("network", "ls", "-q", "--filter", "name=^r").stdout == ""
 
 

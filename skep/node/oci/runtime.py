@@ -135,7 +135,7 @@ class Runtime:
         log.warning(
             "container's end was not seen",
             container=container.name,
-            process=msgspec.to_builtins(container.process),
+            first_process=msgspec.to_builtins(container.process),
             monitor=msgspec.to_builtins(container.monitor),
         )
         return Ended(
