@@ -71,10 +71,13 @@ class Inhabitants(NamedTuple):
 
     processes: frozenset[tuple[int, str]]
     namespaces: frozenset[str]
+    seen_at: int
+    """Clock ticks since boot."""
 
 
 def inhabitants(playground: str) -> Inhabitants:
     """Everything that lives on the nodes of a playground: in their namespaces, their cgroups, and holders."""
+    seen_at = int(float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK"))
     own = {os.readlink(link) for link in Path("/proc/self/ns").iterdir()}
     netns = {
         f"net:[{(Path('/run/netns') / name).stat().st_ino}]"
@@ -92,19 +95,25 @@ def inhabitants(playground: str) -> Inhabitants:
             if started := start_time(int(pid)):
                 processes.add((int(pid), started))
             namespaces |= links - own
-    return Inhabitants(frozenset(processes), frozenset(namespaces))
+    return Inhabitants(frozenset(processes), frozenset(namespaces), seen_at)
 
 
 def survivors(before: Inhabitants) -> Inhabitants:
-    """Which of those processes and namespaces are still there."""
+    """Which of those processes are still there, and which of the namespaces somebody lives in who did so then.
+
+    The kernel gives the number of a namespace that has gone to the next one, which may be another test's.
+    """
     processes = {(pid, started) for pid, started in before.processes if start_time(pid) == started}
     alive = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
+        started = start_time(int(pid))
+        if started is None or int(started) > before.seen_at:
+            continue
         try:
             alive |= {os.readlink(link) for link in Path(f"/proc/{pid}/ns").iterdir()}
         except OSError:
             continue
-    return Inhabitants(frozenset(processes), before.namespaces & alive)
+    return Inhabitants(frozenset(processes), before.namespaces & alive, before.seen_at)
 
 
 def start_time(pid: int) -> str | None:
