@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from socket import AF_UNIX, SOCK_STREAM, socket
@@ -157,6 +157,22 @@ class DaemonRig:
             if pid is not None:
                 os.kill(pid, signal.SIGKILL)
                 wait_until(lambda pid=pid: not is_running(pid), f"{name} is gone")
+        for pid in self.tasks():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not self.tasks(), "the tasks, which outlive every daemon, are gone")
+
+    def tasks(self) -> list[int]:
+        """Plain commands that run as tasks: they write into files of their executor."""
+        place = f"{self.data}/processes/"
+        return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _output(pid).startswith(place)]
+
+
+def _output(pid: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/1")
+    except OSError:
+        return ""
 
 
 def is_running(pid: int) -> bool:
