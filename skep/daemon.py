@@ -24,6 +24,7 @@ import structlog
 from skep import logs
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
+from skep.aio.groups import first_alone
 from skep.api.swarm_requests import Founding
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
@@ -88,14 +89,10 @@ def main(argv: Sequence[str]) -> int:
     set_title("skep-node")
     watch_children_by_pidfd()
     try:
-        asyncio.run(Daemon(arguments, loaded, parent).run())
+        with first_alone(SkepError):
+            asyncio.run(Daemon(arguments, loaded, parent).run())
     except SkepError as error:
         return _refuse(error)
-    except ExceptionGroup as errors:
-        expected, others = errors.split(SkepError)
-        if others is not None or expected is None:
-            raise
-        return _refuse(_innermost(expected))
     finally:
         parent.end()
     return 0
@@ -105,12 +102,6 @@ def _refuse(error: BaseException) -> int:
     for sentence in str(error).splitlines():
         sys.stderr.write(f"skep daemon: {sentence}\n")
     return 1
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 # --- what the zygote forks ------------------------------------------------------------------------------------------

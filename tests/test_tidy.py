@@ -35,17 +35,17 @@ def modules() -> Iterator[tuple[Path, ast.Module]]:
             yield path, ast.parse(path.read_text(), str(path))
 
 
-def calls(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
-    """(line, what stands before the last dot, name) of each call of a name or an attribute."""
+def calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str, str]]:
+    """(call, what stands before the last dot, name) of each call of a name or an attribute."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             match node.func:
                 case ast.Attribute(value=ast.Name(id=owner), attr=name):
-                    yield node.lineno, owner, name
+                    yield node, owner, name
                 case ast.Attribute(attr=name):
-                    yield node.lineno, "?", name
+                    yield node, "?", name
                 case ast.Name(id=name):
-                    yield node.lineno, "", name
+                    yield node, "", name
 
 
 def part(path: Path) -> str:
@@ -55,10 +55,10 @@ def part(path: Path) -> str:
 
 def test_only_the_clock_reads_the_clock() -> None:
     found = [
-        f"{path.relative_to(ROOT)}:{line} {owner}.{name}()"
+        f"{path.relative_to(ROOT)}:{call.lineno} {owner}.{name}()"
         for path, tree in modules()
         if part(path) not in READS_THE_CLOCK
-        for line, owner, name in calls(tree)
+        for call, owner, name in calls(tree)
         if (owner, name) in CLOCK
     ]
     assert found == []
@@ -67,9 +67,9 @@ def test_only_the_clock_reads_the_clock() -> None:
 def test_every_task_has_a_parent() -> None:
     """asyncio.create_task and ensure_future start what nobody waits for: use a TaskGroup."""
     found = [
-        f"{path.relative_to(ROOT)}:{line}"
+        f"{path.relative_to(ROOT)}:{call.lineno}"
         for path, tree in modules()
-        for line, owner, name in calls(tree)
+        for call, owner, name in calls(tree)
         if name == "ensure_future" or (name == "create_task" and owner in ("asyncio", "loop", ""))
     ]
     assert found == []
@@ -92,14 +92,11 @@ def test_nothing_leaves_an_except_star() -> None:
 def test_no_line_of_the_log_hides_what_it_was_given() -> None:
     """Every line says time, level and process itself, over whatever a call has under those names."""
     found = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {keyword.arg}"
+        f"{path.relative_to(ROOT)}:{call.lineno} {keyword.arg}"
         for path, tree in modules()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "log"
-        for keyword in node.keywords
+        for call, owner, _ in calls(tree)
+        if owner == "log"
+        for keyword in call.keywords
         if keyword.arg in {"process", "level", "timestamp", "event"}
     ]
     assert found == []
@@ -107,10 +104,10 @@ def test_no_line_of_the_log_hides_what_it_was_given() -> None:
 
 def test_only_commands_print() -> None:
     found = [
-        f"{path.relative_to(ROOT)}:{line}"
+        f"{path.relative_to(ROOT)}:{call.lineno}"
         for path, tree in modules()
         if part(path) not in PRINTS
-        for line, owner, name in calls(tree)
+        for call, owner, name in calls(tree)
         if (owner, name) == ("", "print")
     ]
     assert found == []

@@ -14,6 +14,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
+from skep.aio.groups import first_alone
 from skep.api.swarm_requests import Joining
 from skep.errors import SkepError
 from skep.model.node import NodeRole
@@ -154,15 +155,13 @@ class Participation:
     async def run(self) -> None:
         """Run manager and agent until cancelled, or until the cluster does not want this node any more."""
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._management.run(), name="management")
-                group.create_task(self._agent.run(), name="agent")
-                group.create_task(self.wait_registered(), name="first session")
-        except ExceptionGroup as errors:
-            expected, others = errors.split(SkepError)
-            if others is not None or expected is None:
-                raise
-            self._error = str(expected.exceptions[0])
+            with first_alone(SkepError):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._management.run(), name="management")
+                    group.create_task(self._agent.run(), name="agent")
+                    group.create_task(self.wait_registered(), name="first session")
+        except SkepError as error:
+            self._error = str(error)
             log.error("not taking part in the swarm", reason=self._error)
 
     async def wait_registered(self) -> None:

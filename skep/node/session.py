@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless, wait_first
+from skep.aio.groups import first_alone
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
 from skep.model.pair_keys import KeysTold
@@ -113,14 +114,9 @@ class Session:
 
     async def run(self) -> None:
         """Hold the session until it breaks.  Raises: SkepError: why."""
-        try:
+        with first_alone(SkepError):
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._hold(group), name="session")
-        except BaseExceptionGroup as failures:
-            expected, bugs = failures.split(SkepError)
-            if bugs is not None or expected is None:
-                raise
-            raise _first(expected) from failures
 
     async def _hold(self, group: asyncio.TaskGroup) -> None:
         async with self._channel.stream(methods.SESSION) as call:
@@ -302,12 +298,3 @@ def _follows(message: pb.AssignmentsMessage, applied: str) -> bool:
         return True
     log.warning("assignments lost", expected=applied, got=message.applies_to)
     return False
-
-
-def _first(failures: BaseExceptionGroup[SkepError]) -> SkepError:
-    """What to say about several failures at once: the first one."""
-    failure: BaseException = failures
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    assert isinstance(failure, SkepError)
-    return failure

@@ -137,10 +137,11 @@ class Playground:
         """
         cluster = self.cluster()
         known = cluster.node(name)
-        was_connected = await underlay.is_connected(cluster.name, name)
-        self._file.put(msgspec.structs.replace(known, unplugged=known.unplugged or was_connected))
+        if await underlay.is_connected(cluster.name, name):
+            known = msgspec.structs.replace(known, unplugged=True)
+            self._file.put(known)
         await underlay.set_cable(cluster.name, name, connected=False)
-        self._file.put(await node.kill(cluster.name, self.cluster().node(name)))
+        self._file.put(await node.kill(cluster.name, known))
 
     async def start(self, name: str) -> Node:
         """Switch a killed node on again, with its disk as it was.  Nothing happens to one that is up."""

@@ -205,16 +205,6 @@ def ready(seen_by: TestNode) -> set[str]:
     return {name for name, node in nodes_by_name(seen_by).items() if node["Status"]["State"] == "ready"}
 
 
-@contextmanager
-def time_to_start_anew(manager: TestNode) -> Iterator[None]:
-    """During the block a node process that starts anew on a busy machine is not taken for a dead node."""
-    manager.docker("swarm", "update", "--dispatcher-heartbeat", "3s")
-    try:
-        yield
-    finally:
-        manager.docker("swarm", "update", "--dispatcher-heartbeat", "1s")
-
-
 def remove_services(node: TestNode) -> None:
     """All there are; returns when no task is left, because what they ran on the nodes of the cluster is killed.
 

@@ -5,6 +5,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from skep.linux.processes import start_ticks_of
+
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -69,7 +71,7 @@ def _output(*command: str) -> str:
 class Inhabitants(NamedTuple):
     """Processes by pid and start time, and the namespaces that they live in."""
 
-    processes: frozenset[tuple[int, str]]
+    processes: frozenset[tuple[int, int]]
     namespaces: frozenset[str]
     seen_at: int
     """Clock ticks since boot."""
@@ -92,7 +94,7 @@ def inhabitants(playground: str) -> Inhabitants:
         except OSError:
             continue
         if links & netns or f"/skep-playground/{playground}-" in cgroup:
-            if started := start_time(int(pid)):
+            if started := start_ticks_of(int(pid)):
                 processes.add((int(pid), started))
             namespaces |= links - own
     return Inhabitants(frozenset(processes), frozenset(namespaces), seen_at)
@@ -103,23 +105,14 @@ def survivors(before: Inhabitants) -> Inhabitants:
 
     The kernel gives the number of a namespace that has gone to the next one, which may be another test's.
     """
-    processes = {(pid, started) for pid, started in before.processes if start_time(pid) == started}
+    processes = {(pid, started) for pid, started in before.processes if start_ticks_of(pid) == started}
     alive = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        started = start_time(int(pid))
-        if started is None or int(started) > before.seen_at:
+        started = start_ticks_of(int(pid))
+        if started is None or started > before.seen_at:
             continue
         try:
             alive |= {os.readlink(link) for link in Path(f"/proc/{pid}/ns").iterdir()}
         except OSError:
             continue
     return Inhabitants(frozenset(processes), before.namespaces & alive, before.seen_at)
-
-
-def start_time(pid: int) -> str | None:
-    """Field 22 of /proc/PID/stat; None for a process that is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return None
-    return None if fields[0] in "ZX" else fields[19]

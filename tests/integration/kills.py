@@ -45,7 +45,10 @@ def wait_started_again(node: TestNode, struck: dict[str, set[int]]) -> None:
 
 @contextmanager
 def heartbeats(manager: TestNode, period: str) -> Iterator[None]:
-    """Nodes send a sign of life so often, and are down after three that did not come; then as before."""
+    """Nodes send a sign of life so often, and are down after three that did not come; then as before.
+
+    On a busy machine a node process that starts anew may need longer than the three seconds it is given by default.
+    """
     before = manager.client().api.inspect_swarm()["Spec"]["Dispatcher"]["HeartbeatPeriod"]
     manager.docker("swarm", "update", "--dispatcher-heartbeat", period)
     try:

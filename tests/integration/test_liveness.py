@@ -16,10 +16,10 @@ from tests.integration.cluster import (
     nodes_by_name,
     ready,
     remove_services,
-    time_to_start_anew,
     wait_running,
     wait_until,
 )
+from tests.integration.kills import heartbeats
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -138,7 +138,7 @@ def test_a_partition_that_a_service_sits_out_changes_nothing(three: TestCluster,
 
 
 def test_killed_node_processes_move_nothing(three: TestCluster, m1: TestNode) -> None:
-    with time_to_start_anew(m1):
+    with heartbeats(m1, "3s"):
         ends_of_node_processes_move_nothing(three, m1, signal.SIGKILL)
 
 

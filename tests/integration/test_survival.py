@@ -14,10 +14,10 @@ from tests.integration.cluster import (
     container_pids,
     containers,
     create,
-    time_to_start_anew,
     wait_running,
     wait_until,
 )
+from tests.integration.kills import heartbeats
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -26,7 +26,7 @@ DAEMONS = {"node": "skep-node", "manager": "skep-manager", "etcd": "etcd", "net"
 
 @pytest.fixture(scope="module", autouse=True)
 def patient(cluster: TestCluster) -> Iterator[None]:
-    with time_to_start_anew(cluster.node("m1")):
+    with heartbeats(cluster.node("m1"), "3s"):
         yield
 
 

@@ -131,6 +131,9 @@ class DaemonRig:
     def kill_all(self) -> None:
         """SIGKILL for everything of the node."""
         self.kill()
+        self._kill_its_children()
+
+    def _kill_its_children(self) -> None:
         for name in ("manager", "net"):
             if (pid := self.pid_of(name)) is not None:
                 os.kill(pid, signal.SIGKILL)
@@ -152,11 +155,7 @@ class DaemonRig:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(10)
-        for name in ("manager", "net"):
-            pid = self.pid_of(name)
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)
-                wait_until(lambda pid=pid: not is_running(pid), f"{name} is gone")
+        self._kill_its_children()
         for pid in self.tasks():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
