@@ -1,8 +1,10 @@
 """Reads flags, TOML file and Docker's ``daemon.json``: the first of them that has a setting decides it."""
 
 import argparse
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,23 @@ def load(arguments: Arguments) -> Loaded:
     """
     toml = _toml(arguments.toml, required=arguments.toml_required)
     docker = _json(arguments.daemon_json, required=arguments.daemon_json_required)
-    return combine(arguments, toml, docker)
+    return _resolved(combine(arguments, toml, docker))
+
+
+def _resolved(loaded: Loaded) -> Loaded:
+    """The same with its two directories as the kernel names them.
+
+    runc refuses a root file system below a symbolic link, and ``/var/run`` is one on every distribution.
+    """
+    configuration = loaded.configuration
+    configuration = msgspec.structs.replace(
+        configuration,
+        data_dir=Path(os.path.realpath(configuration.data_dir)),
+        run_dir=Path(os.path.realpath(configuration.run_dir)),
+    )
+    if together := _problems_together(configuration):
+        raise ConfigurationError(*together)
+    return msgspec.structs.replace(loaded, configuration=configuration)
 
 
 def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, Any]) -> Loaded:
@@ -86,7 +104,7 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
     by_toml_key = {setting.toml_key: setting for setting in SETTINGS}
     by_docker_key = {setting.docker_key: setting for setting in SETTINGS if setting.docker_key}
     problems += [
-        f"{arguments.toml}: there is no setting {key!r}: correct or remove it"
+        f"{arguments.toml}: there is no setting {key!r}: {_advice(key, by_toml_key)}"
         for key in toml
         if key not in by_toml_key
     ]
@@ -119,6 +137,12 @@ def combine(arguments: Arguments, toml: Mapping[str, Any], docker: Mapping[str, 
             f"set log-driver to json-file to be without this warning"
         )
     return Loaded(configuration, tuple(warnings))
+
+
+def _advice(key: str, known: Mapping[str, object]) -> str:
+    """What to do about an unknown key: the nearest known one, if one is near."""
+    near = get_close_matches(key.replace("_", "-"), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else "correct or remove it"
 
 
 def _problems_together(configuration: Configuration) -> list[str]:

@@ -3,12 +3,17 @@
 import os
 import signal
 import subprocess
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.daemon.rig import INIT, DaemonRig, children_named, is_running, wait_until
+from skep.node.oci.cgroups import Cgroups
+from skep.playground.busybox import busybox_archive
+from tests.integration.cluster import CLIS
+from tests.integration.daemon.rig import INIT, DaemonRig, children_named, daemon_rig, is_running, wait_until
 
 # --- starting -------------------------------------------------------------------------------------------------------
 
@@ -316,3 +321,27 @@ def test_sigterm_stops_manager_etcd_and_net(swarm: DaemonRig) -> None:
     assert not (swarm.run / "skep.sock").exists()
     swarm.start()
     wait_until(lambda: swarm.swarm()["ControlAvailable"], "the manager is back")
+
+
+async def test_containers_start_below_directories_that_are_symbolic_links(tmp_path: Path) -> None:
+    """As below ``/var/run``; runc refuses a root file system whose path is not what the kernel calls it."""
+    cgroup = f"skep-test-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="skep-", dir="/dev/shm") as real, ExitStack() as stack:
+        stack.callback(Cgroups(cgroup).remove_parent)
+        link = tmp_path / "link"
+        link.symlink_to(real)
+        with daemon_rig(link) as rig:
+            rig.start("--executor", "oci", "--cgroup-parent", cgroup)
+            (tmp_path / "busybox.tar").write_bytes((await busybox_archive()).data)
+            done = docker(rig, "load", "-i", str(tmp_path / "busybox.tar"))
+            assert done.returncode == 0, done.stderr
+            done = docker(rig, "run", "--rm", "--network", "none", "busybox:1", "echo", "it runs")
+            assert (done.returncode, done.stdout) == (0, "it runs\n"), done.stderr
+            rig.stop()
+
+
+def docker(rig: DaemonRig, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DOCKER_HOST": f"unix://{rig.run}/skep.sock"}
+    return subprocess.run(
+        [CLIS[-1], *words], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )

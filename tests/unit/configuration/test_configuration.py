@@ -291,3 +291,35 @@ def test_a_reload_takes_over_what_needs_no_restart_and_names_the_rest() -> None:
 def test_reloading_the_same_changes_nothing() -> None:
     taken = reload(Configuration(), Configuration())
     assert (taken.reloaded, taken.needs_restart) == ((), ())
+
+
+def test_directories_below_symbolic_links_are_taken_by_their_real_names(tmp_path: Path) -> None:
+    """runc refuses a root file system whose path has a symbolic link in it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "var").symlink_to("real")
+    flags = ("--data-dir", f"{tmp_path}/var/lib", "--run-dir", f"{tmp_path}/var/run", "--daemon-json", "")
+    configuration = load(parse_arguments((*flags, "--config", str(toml_file(tmp_path))))).configuration
+    assert configuration.data_dir == tmp_path / "real/lib"
+    assert configuration.run_dir == tmp_path / "real/run"
+
+
+def test_two_names_of_one_directory_are_one_directory(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "var").symlink_to("real")
+    flags = ("--data-dir", f"{tmp_path}/var/skep", "--run-dir", f"{tmp_path}/real/skep", "--daemon-json", "")
+    with pytest.raises(ConfigurationError, match="data-dir and run-dir are both"):
+        load(parse_arguments((*flags, "--config", str(toml_file(tmp_path)))))
+
+
+def test_a_misspelled_key_is_told_the_nearest_one() -> None:
+    assert "there is no setting 'manager': did you mean 'managers'?" in refused(
+        toml={"manager": "192.0.2.1:2377"}
+    )
+    assert "did you mean 'data-dir'?" in refused(toml={"data_dir": "/x"})
+
+
+def toml_file(directory: Path) -> Path:
+    """An empty configuration file."""
+    path = directory / "skep.toml"
+    path.touch()
+    return path
