@@ -4,6 +4,12 @@ An error is raised by meaning, with a message that a user can act on.  No module
 status codes.
 """
 
+import os
+import re
+import ssl
+
+_ERRNO = re.compile(r"\[Errno (\d+)\]")
+
 
 class SkepError(Exception):
     """Root of every expected failure.  ``str(error)`` is the sentence a user reads."""
@@ -50,3 +56,24 @@ class ResourceExhausted(SkepError):
 
 class Unimplemented(SkepError):
     """Known to the API, not supported by this node."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a connection or a file failed, in the system's plain words: ``connection refused``.
+
+    asyncio and aiohttp put numbers, tuples and their own settings into the texts of what they raise.
+    """
+    error = getattr(error, "os_error", error)
+    if isinstance(error, ssl.SSLError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno and error.errno > 0:
+            return os.strerror(error.errno).lower()
+        # Of a name with several addresses asyncio raises one error with all their texts.
+        if numbers := _ERRNO.findall(str(error)):
+            return ", ".join(dict.fromkeys(os.strerror(int(number)).lower() for number in numbers))
+        if error.strerror:  # of the resolver, whose numbers are negative
+            return error.strerror.lower()
+    if isinstance(error, TimeoutError):
+        return str(error) or "timed out"
+    return str(error) or type(error).__name__

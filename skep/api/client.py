@@ -9,7 +9,7 @@ Requests carry the version that both ends speak, found out by ``/_ping`` before 
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
@@ -19,8 +19,9 @@ import msgspec
 
 from skep.api.answers import OutputStream
 from skep.api.errors import error_of
+from skep.api.ssh import Destination, forwarded
 from skep.api.versions import NEWEST, ApiVersion
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.errors import InvalidArgument, SkepError, Unavailable, reason_of
 
 T = TypeVar("T")
 
@@ -40,11 +41,14 @@ class Client:
         url: str,
         *,
         socket: str | None = None,
+        tunnel: Destination | None = None,
         tls: ssl.SSLContext | None = None,
         version: str | None = None,
     ) -> None:
         self._url = url
         self._socket = socket
+        self._tunnel = tunnel
+        self._stack = AsyncExitStack()
         self._tls = tls
         self._version = version
         self._session: aiohttp.ClientSession | None = None
@@ -52,24 +56,32 @@ class Client:
 
     @classmethod
     def at(cls, host: str, *, tls: ssl.SSLContext | None = None, version: str | None = None) -> "Client":
-        """A client of ``unix:///path`` or, with ``tls``, ``tcp://host:port``.
+        """A client of ``unix:///path``, ``tcp://host:port`` (with ``tls``) or ``ssh://[user@]machine[:port][/path]``.
 
         Args:
             version: speak this API version instead of asking for one.
 
         Raises:
-            InvalidArgument: ``host`` is neither.
+            InvalidArgument: ``host`` is none of these.
         """
-        parts = urlsplit(host)
+        try:
+            parts = urlsplit(host)
+            _ = parts.port
+        except ValueError as error:
+            raise InvalidArgument(f"unable to parse docker host `{host}`: {str(error).lower()}") from error
         if parts.scheme == "unix" and parts.path:
             return cls("http://engine", socket=parts.path, version=version)
-        if parts.scheme in {"tcp", "http", "https"} and parts.netloc:
+        if parts.scheme in {"tcp", "http", "https"} and parts.hostname:
             scheme = "https" if tls is not None or parts.scheme == "https" else "http"
             return cls(f"{scheme}://{parts.netloc}", tls=tls, version=version)
+        if parts.scheme == "ssh":
+            return cls("http://engine", tunnel=Destination.of(host), version=version)
         raise InvalidArgument(f"unable to parse docker host `{host}`")
 
     async def __aenter__(self) -> Self:
         connector: aiohttp.BaseConnector
+        if self._tunnel is not None:
+            self._socket = await self._stack.enter_async_context(forwarded(self._tunnel))
         if self._socket is not None:
             connector = aiohttp.UnixConnector(self._socket)
         else:
@@ -92,6 +104,7 @@ class Client:
         if self._session is not None:
             await self._session.close()
             self._session = None
+        await self._stack.aclose()
 
     async def get(
         self, path: str, *, filters: Filters | None = None, timeout_s: float = TIMEOUT_S, **query: str
@@ -204,7 +217,7 @@ class Client:
                     raise error_of(response.status, _message(await response.read(), response.reason))
                 yield response
         except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(f"{self._place} does not answer: {error}") from error
+            raise Unavailable(f"{self._place} does not answer: {reason_of(error)}") from error
 
     async def _agreed_version(self) -> str:
         """The highest version that both ends speak; asked for once."""
@@ -218,7 +231,7 @@ class Client:
             async with asyncio.timeout(_CONNECT_S), self._open_session.get("/_ping") as response:
                 theirs = ApiVersion(response.headers.get("Api-Version", str(NEWEST)))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._place} does not answer: {error}") from error
+            raise Unavailable(f"{self._place} does not answer: {reason_of(error)}") from error
         return str(min(theirs, NEWEST))
 
     @property
@@ -228,6 +241,8 @@ class Client:
 
     @property
     def _place(self) -> str:
+        if self._tunnel is not None:
+            return str(self._tunnel)
         return f"unix://{self._socket}" if self._socket is not None else self._url
 
 

@@ -20,8 +20,8 @@ from skep.api.backups import (
     new_header,
     parsed_opening,
 )
-from skep.api.client import Client
 from skep.cli.asking import errors_shown
+from skep.cli.endpoint import HostOptions
 from skep.errors import InvalidArgument
 from skep.linux.files import sync_directory, sync_file
 
@@ -49,7 +49,7 @@ def _secret_options(command: Any) -> Any:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @_secret_options
 @click.pass_obj
-def backup(host: str, file: Path, passphrase_file: Path | None, key_file: Path | None) -> None:
+def backup(host: HostOptions, file: Path, passphrase_file: Path | None, key_file: Path | None) -> None:
     """Write the whole swarm to FILE, encrypted, while it runs.
 
     Ask any manager; it needs no quorum.  The file holds all secrets and the root's key: keep it and its passphrase
@@ -76,7 +76,7 @@ def backup(host: str, file: Path, passphrase_file: Path | None, key_file: Path |
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def restore(
-    host: str,
+    host: HostOptions,
     file: Path,
     passphrase_file: Path | None,
     key_file: Path | None,
@@ -107,7 +107,7 @@ def restore(
     click.echo(f"Swarm restored: current node ({plan.node_id}) is now its manager.")
 
 
-async def _backup(host: str, file: Path, secret: Secret) -> Manifest:
+async def _backup(host: HostOptions, file: Path, secret: Secret) -> Manifest:
     """Raises: SkepError; OSError."""
     header = new_header(secret[0])
     key = await asyncio.to_thread(key_of, secret[1], header)
@@ -117,7 +117,7 @@ async def _backup(host: str, file: Path, secret: Secret) -> Manifest:
     try:
         with os.fdopen(descriptor, "wb") as out:
             async with (
-                Client.at(host) as client,
+                host.client() as client,
                 client.stream(
                     "/skep/backup", method="POST", body=BackupRequest(header=header, key=key)
                 ) as stream,
@@ -136,7 +136,7 @@ async def _backup(host: str, file: Path, secret: Secret) -> Manifest:
 
 
 async def _restore(
-    host: str, file: Path, secret: Secret, advertise_addr: str, *, is_dry: bool
+    host: HostOptions, file: Path, secret: Secret, advertise_addr: str, *, is_dry: bool
 ) -> RestorePlan:
     header = _header(file)
     if header.kdf != secret[0]:
@@ -146,7 +146,7 @@ async def _restore(
     query = {"dryRun": "1"} if is_dry else {}
     if advertise_addr:
         query["advertiseAddr"] = advertise_addr
-    async with Client.at(host) as client:
+    async with host.client() as client:
         return await client.upload(
             RestorePlan,
             "/skep/restore",

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from skep.api.client import Client
 from skep.cli.asking import answer_of
+from skep.cli.endpoint import HostOptions
 from skep.model.labels import HEARTBEAT_GRACE
 
 _ANSWERS_WITHIN_S = 15.0
@@ -18,7 +18,7 @@ def cluster() -> None:
 
 @cluster.command()
 @click.pass_obj
-def resume(host: str) -> None:
+def resume(host: HostOptions) -> None:
     """Replace tasks of nodes that are down again, after a storm froze that.
 
     \b
@@ -32,7 +32,7 @@ def resume(host: str) -> None:
 @cluster.command()
 @click.argument("duration", required=False)
 @click.pass_obj
-def grace(host: str, duration: str | None) -> None:
+def grace(host: HostOptions, duration: str | None) -> None:
     """How long a silent node is believed alive: show it, or set it to DURATION ("default": three heartbeats).
 
     \b
@@ -45,7 +45,7 @@ def grace(host: str, duration: str | None) -> None:
 
 @cluster.command("rotate-keys")
 @click.pass_obj
-def rotate_keys(host: str) -> None:
+def rotate_keys(host: HostOptions) -> None:
     """Encrypt the managers' store with a fresh data key.
 
     New values use it at once, the others in the background.  Nothing restarts and no version moves.
@@ -58,19 +58,19 @@ def rotate_keys(host: str) -> None:
     click.echo("A new data key is in use; what was written before is re-encrypted in the background.")
 
 
-async def _resume(host: str) -> None:
-    async with Client.at(host) as client:
+async def _resume(host: HostOptions) -> None:
+    async with host.client() as client:
         await client.post("/skep/cluster/resume", timeout_s=_ANSWERS_WITHIN_S)
 
 
-async def _rotate_keys(host: str) -> None:
-    async with Client.at(host) as client:
+async def _rotate_keys(host: HostOptions) -> None:
+    async with host.client() as client:
         await client.post("/skep/cluster/rotate-keys", timeout_s=_ANSWERS_WITHIN_S)
 
 
-async def _grace(host: str, duration: str | None) -> str:
+async def _grace(host: HostOptions, duration: str | None) -> str:
     """Set the label of the cluster's spec, as any client may; gives what holds then."""
-    async with Client.at(host) as client:
+    async with host.client() as client:
         swarm: dict[str, Any] = await client.get("/swarm", timeout_s=_ANSWERS_WITHIN_S)
         labels = dict(swarm["Spec"].get("Labels") or {})
         if duration is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import click
 import msgspec
 
-from skep.api.client import Client
 from skep.cli.asking import answer_of
+from skep.cli.endpoint import HostOptions
 from skep.errors import Unavailable
 
 _ANSWERS_WITHIN_S = 40.0
@@ -41,7 +41,7 @@ def doctor() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with all that was found.")
 @click.pass_obj
-def network(host: str, throughput: bool, shows_all: bool, as_json: bool) -> None:
+def network(host: HostOptions, throughput: bool, shows_all: bool, as_json: bool) -> None:
     """Whether the nodes reach each other: every pair, every port.
 
     All nodes probe each other now, where containers' packets go, which takes some seconds.  What fails is shown
@@ -64,7 +64,7 @@ def network(host: str, throughput: bool, shows_all: bool, as_json: bool) -> None
         sys.exit(1)
 
 
-async def _ask(host: str, *, throughput: bool) -> list[Answer]:
+async def _ask(host: HostOptions, *, throughput: bool) -> list[Answer]:
     """Every node's answer, in order of host names.  Shows progress where somebody sees it."""
     answers: list[Answer] = []
     try:
@@ -77,10 +77,10 @@ async def _ask(host: str, *, throughput: bool) -> list[Answer]:
     return sorted(answers, key=lambda answer: (answer["Hostname"], answer["ID"]))
 
 
-async def _read(host: str, answers: list[Answer], *, throughput: bool) -> int:
+async def _read(host: HostOptions, answers: list[Answer], *, throughput: bool) -> int:
     """Put every answer as it comes; gives how many were to come."""
     word = "1" if throughput else "0"
-    async with Client.at(host) as client, client.stream("/skep/doctor/network", throughput=word) as stream:
+    async with host.client() as client, client.stream("/skep/doctor/network", throughput=word) as stream:
         objects = stream.objects()
         beginning = await anext(objects, None)
         if beginning is None:

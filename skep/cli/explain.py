@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from skep.api.client import Client
 from skep.cli.asking import answer_of
+from skep.cli.endpoint import HostOptions
 from skep.errors import NotFound
 
 _ANSWERS_WITHIN_S = 10.0
@@ -15,7 +15,7 @@ _ANSWERS_WITHIN_S = 10.0
 @click.command()
 @click.argument("name")
 @click.pass_obj
-def explain(host: str, name: str) -> None:
+def explain(host: HostOptions, name: str) -> None:
     """Why a service or a task is not as wanted.  NAME: of a service, or the id (or name) of a task.
 
     \b
@@ -28,9 +28,9 @@ def explain(host: str, name: str) -> None:
         click.echo(line)
 
 
-async def _ask(host: str, name: str) -> list[str]:
+async def _ask(host: HostOptions, name: str) -> list[str]:
     """The explanation, line by line.  Raises: NotFound: there is neither such a service nor such a task."""
-    async with Client.at(host) as client:
+    async with host.client() as client:
         try:
             answer = await client.get(f"/skep/services/{name}/explain", timeout_s=_ANSWERS_WITHIN_S)
             return list(about_service(name, answer))

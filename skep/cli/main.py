@@ -5,12 +5,15 @@ fast as docker does and the commands of other parts (the daemon, the playground)
 """
 
 import importlib
+import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
 from skep import __version__
 from skep.cli import passthrough
+from skep.cli.endpoint import DEFAULT_HOST, HostOptions
 
 
 class Place(NamedTuple):
@@ -71,15 +74,18 @@ class Commands(click.Group):
     "-H",
     "--host",
     metavar="URL",
-    envvar=["SKEP_HOST", "DOCKER_HOST"],
-    default="unix:///run/skep/skep.sock",
-    show_default=True,
-    show_envvar=True,
-    help="The node to talk to.",
+    help="The node to talk to: unix:///path, tcp://address:port, ssh://user@machine.  Else SKEP_HOST, DOCKER_HOST, "
+    f"or {DEFAULT_HOST}.",
+)
+@click.option(
+    "-c",
+    "--context",
+    metavar="NAME",
+    help="The docker context to use.  Else DOCKER_CONTEXT, or what `docker context use` chose.",
 )
 @click.version_option(__version__, prog_name="skep")
 @click.pass_context
-def main(ctx: click.Context, host: str) -> None:
+def main(ctx: click.Context, host: str | None, context: str | None) -> None:
     """Skep runs containers on many machines, with Docker's simplicity.
 
     \b
@@ -88,7 +94,9 @@ def main(ctx: click.Context, host: str) -> None:
       skep status                        how the cluster is
       skep service ls                    the same as docker service ls
     """
-    ctx.obj = host
+    ctx.obj = HostOptions(
+        host=host or "", context=context or "", environment=os.environ, home=Path(os.path.expanduser("~"))
+    )
 
 
 def run(arguments: list[str] | None = None) -> Any:

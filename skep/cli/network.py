@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import click
 
-from skep.api.client import Client
 from skep.cli import passthrough
 from skep.cli.asking import answer_of
+from skep.cli.endpoint import HostOptions
 
 AUTOMATIC = "auto"
 
@@ -44,7 +44,7 @@ def network() -> None:
 )
 @click.argument("name", metavar="NETWORK")
 @click.pass_obj
-def update(host: str, subnets: Sequence[str], name: str) -> None:
+def update(host: HostOptions, subnets: Sequence[str], name: str) -> None:
     """Give an overlay network more addresses, while it is in use.
 
     \b
@@ -56,7 +56,7 @@ def update(host: str, subnets: Sequence[str], name: str) -> None:
     click.echo(name)
 
 
-async def _update(host: str, name: str, subnets: Sequence[str]) -> None:
+async def _update(host: HostOptions, name: str, subnets: Sequence[str]) -> None:
     added = [{} if subnet == AUTOMATIC else {"Subnet": subnet} for subnet in subnets]
-    async with Client.at(host) as client:
+    async with host.client() as client:
         await client.post(f"/networks/{name}/update", {"SubnetsAdd": added})

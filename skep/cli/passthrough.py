@@ -8,6 +8,9 @@ from pathlib import Path
 
 import click
 
+from skep.cli.asking import errors_shown
+from skep.cli.endpoint import HostOptions
+
 _OBJECTS = (
     "builder compose config container context image manifest network node plugin secret service "
     "stack swarm system trust volume"
@@ -34,9 +37,11 @@ def command(*nouns: str) -> click.Command:
     )
     @click.argument("words", nargs=-1, type=click.UNPROCESSED)
     @click.pass_obj
-    def run(host: str, words: Sequence[str]) -> None:
+    def run(host: HostOptions, words: Sequence[str]) -> None:
         docker = find_docker()
-        os.execv(docker, [docker, "--host", host, *nouns, *words])
+        with errors_shown():
+            flags = host.endpoint().docker_flags
+        os.execv(docker, [docker, *flags, *nouns, *words])
 
     return run
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from skep.api.client import Client
 from skep.cli.asking import answer_of
+from skep.cli.endpoint import HostOptions
 
 _ANSWERS_WITHIN_S = 20.0
 _HEAD = ("SLOT", "RUN", "STATE", "EXIT", "ENDED", "TASK")
@@ -16,7 +16,7 @@ _HEAD = ("SLOT", "RUN", "STATE", "EXIT", "ENDED", "TASK")
 @click.argument("service")
 @click.option("--tail", "-n", default=3, show_default=True, help="Last lines of output of each task.")
 @click.pass_obj
-def runs(host: str, service: str, tail: int) -> None:
+def runs(host: HostOptions, service: str, tail: int) -> None:
     """What ended of a service or job: exit codes and last lines.
 
     \b
@@ -29,8 +29,8 @@ def runs(host: str, service: str, tail: int) -> None:
         click.echo(line)
 
 
-async def _ask(host: str, service: str, tail: int) -> dict[str, Any]:
-    async with Client.at(host) as client:
+async def _ask(host: HostOptions, service: str, tail: int) -> dict[str, Any]:
+    async with host.client() as client:
         path = f"/skep/services/{service}/runs"
         answer: dict[str, Any] = await client.get(path, timeout_s=_ANSWERS_WITHIN_S, tail=str(tail))
         return answer

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from skep.api.client import Client
 from skep.cli.asking import answer_of
+from skep.cli.endpoint import HostOptions
 from skep.errors import SkepError
 
 _ANSWERS_WITHIN_S = 5.0
@@ -17,7 +17,7 @@ _BUSIEST = 10
 
 @click.command()
 @click.pass_obj
-def status(host: str) -> None:
+def status(host: HostOptions) -> None:
     """How this node and its cluster are.
 
     \b
@@ -31,12 +31,12 @@ def status(host: str) -> None:
         click.echo(f"{title.ljust(width)}  {text}")
 
 
-async def _ask(host: str) -> list[tuple[str, str]]:
+async def _ask(host: HostOptions) -> list[tuple[str, str]]:
     """Every row.  What cannot be answered says so in its row: a node without a leader still has a status.
 
     Raises: Unavailable: the node itself does not answer.
     """
-    async with Client.at(host) as client:
+    async with host.client() as client:
         info: dict[str, Any] = await client.get("/info", timeout_s=_ANSWERS_WITHIN_S)
         rows = list(about_node(info))
         if not info["Swarm"].get("ControlAvailable"):

@@ -13,7 +13,7 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.api.errors import error_of
-from skep.errors import SkepError, Unavailable
+from skep.errors import SkepError, Unavailable, reason_of
 
 _TIMEOUT_S = 5.0
 _POST_TIMEOUT_S = 60.0
@@ -87,7 +87,7 @@ class LocalApi:
             ):
                 body = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._who} does not answer: {error}") from error
+            raise Unavailable(f"{self._who} does not answer: {reason_of(error)}") from error
         if response.status >= 300:
             raise _error(response.status, body)
         return msgspec.json.decode(body)
@@ -103,7 +103,7 @@ class LocalApi:
                     await response.read(),
                 )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._who} does not answer: {error}") from error
+            raise Unavailable(f"{self._who} does not answer: {reason_of(error)}") from error
 
     async def ask(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -117,7 +117,7 @@ class LocalApi:
                 kind = response.headers.get("Content-Type", "")
                 return Answer(response.status, kind, await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"{self._who} does not answer: {error}") from error
+            raise Unavailable(f"{self._who} does not answer: {reason_of(error)}") from error
 
     @asynccontextmanager
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -129,7 +129,7 @@ class LocalApi:
                     raise _error(response.status, await response.read())
                 yield aiter(response.content)
         except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(f"{self._who} does not answer: {error}") from error
+            raise Unavailable(f"{self._who} does not answer: {reason_of(error)}") from error
 
     def _required(self) -> aiohttp.ClientSession:
         assert self._session is not None, "used outside of open()"

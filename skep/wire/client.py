@@ -19,7 +19,7 @@ from grpclib.protocol import H2Protocol
 
 from skep.aio.grpc import breaks_of_grpclib
 from skep.aio.lean_grpc import CoalescingTransport, make_lean
-from skep.errors import InvalidArgument
+from skep.errors import InvalidArgument, Unavailable, reason_of
 from skep.model.addresses import parted
 from skep.wire.errors import peer_errors
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
@@ -120,10 +120,20 @@ async def connected(
     try:
         with peer_errors(address):
             async with asyncio.timeout(timeout_s):
-                await channel.__connect__()
+                await _connect(channel, address)
         yield Channel(address, channel)
     finally:
         channel.close()
+
+
+async def _connect(channel: GrpcChannel, address: str) -> None:
+    """Raises: Unavailable: nothing is reached there; otherwise as the handshake of TLS ends."""
+    try:
+        await channel.__connect__()
+    except OSError as error:
+        if isinstance(error, ssl.SSLError | TimeoutError):
+            raise
+        raise Unavailable(f"cannot reach {address}: {reason_of(error)}") from error
 
 
 class _GrpcChannel(GrpcChannel):

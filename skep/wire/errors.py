@@ -69,6 +69,6 @@ def peer_errors(address: str) -> Iterator[None]:
     except ssl.SSLCertVerificationError as error:
         raise errors.Unavailable(f"{address} is not trusted: {error.verify_message}") from error
     except LOST_PEER as error:
-        raise errors.Unavailable(f"{address}: {error or type(error).__name__}") from error
+        raise errors.Unavailable(f"{address}: {errors.reason_of(error)}") from error
     except DecodeError as error:
         raise errors.Unavailable(f"{address} sent something that cannot be decoded") from error

@@ -1,0 +1,135 @@
+"""Which node a command talks to: found as the docker command finds its engine.
+
+In this order: ``--host`` or ``--context``; ``SKEP_HOST``, ``DOCKER_HOST``; ``DOCKER_CONTEXT``; the context that
+``docker context use`` chose; this machine's socket.
+
+Source: docker/cli, cli/command/cli.go (resolveContextName), cli/context/store.
+"""
+
+import hashlib
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skep.api.client import Client
+from skep.errors import InvalidArgument
+
+DEFAULT_HOST = "unix:///run/skep/skep.sock"
+_DEFAULT_CONTEXT = "default"
+
+
+class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """PEM files of a client; those that are not there are None."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    skips_verification: bool = False
+
+    @classmethod
+    def within(cls, directory: Path, *, skips_verification: bool) -> "TlsFiles | None":
+        """``ca.pem``, ``cert.pem`` and ``key.pem`` of a directory; None: there is none of them."""
+        ca, certificate, key = (
+            path if path.is_file() else None
+            for path in (directory / name for name in ("ca.pem", "cert.pem", "key.pem"))
+        )
+        if not (ca or certificate or key or skips_verification):
+            return None
+        return cls(ca=ca, certificate=certificate, key=key, skips_verification=skips_verification)
+
+    def context(self) -> ssl.SSLContext:
+        """Raises: OSError, ssl.SSLError: a file cannot be read or is none."""
+        context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        if self.skips_verification:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if self.certificate is not None:
+            context.load_cert_chain(self.certificate, self.key)
+        return context
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's API, and the flags by which the docker command reaches the same."""
+
+    host: str = DEFAULT_HOST
+    tls: TlsFiles | None = None
+    docker_flags: tuple[str, ...] = ()
+
+    def client(self) -> Client:
+        """Raises: InvalidArgument: ``host`` is no address of an API, or its certificates cannot be used."""
+        try:
+            tls = self.tls.context() if self.tls is not None else None
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidArgument(f"the certificates for {self.host} cannot be used: {error}") from error
+        return Client.at(self.host, tls=tls)
+
+
+class HostOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line says; resolved when a command asks, so that those that ask no node need none."""
+
+    host: str = ""
+    context: str = ""
+    environment: Mapping[str, str] = {}
+    home: Path = Path("/nonexistent")
+
+    def endpoint(self) -> Endpoint:
+        """Raises: InvalidArgument: both were given, or the context is missing or damaged."""
+        if self.host and self.context:
+            raise InvalidArgument("conflicting options: either specify --host or --context, not both")
+        env = self.environment
+        if self.context:
+            return self._of_context(self.context)
+        if host := self.host or env.get("SKEP_HOST") or env.get("DOCKER_HOST"):
+            return Endpoint(host=host, tls=self._tls_of_environment(), docker_flags=("--host", host))
+        return self._of_context(env.get("DOCKER_CONTEXT") or self._current_context())
+
+    def client(self) -> Client:
+        """Raises: as ``endpoint`` and ``Endpoint.client``."""
+        return self.endpoint().client()
+
+    @property
+    def _configuration(self) -> Path:
+        return Path(self.environment.get("DOCKER_CONFIG") or self.home / ".docker")
+
+    def _tls_of_environment(self) -> TlsFiles | None:
+        """``DOCKER_TLS_VERIFY`` or ``DOCKER_TLS``, with the files in ``DOCKER_CERT_PATH``."""
+        env = self.environment
+        verifies = bool(env.get("DOCKER_TLS_VERIFY"))
+        if not verifies and not env.get("DOCKER_TLS"):
+            return None
+        directory = Path(env.get("DOCKER_CERT_PATH") or self._configuration)
+        return TlsFiles.within(directory, skips_verification=not verifies) or TlsFiles()
+
+    def _current_context(self) -> str:
+        written = _json(self._configuration / "config.json")
+        return str(written.get("currentContext") or _DEFAULT_CONTEXT) if written else _DEFAULT_CONTEXT
+
+    def _of_context(self, name: str) -> Endpoint:
+        if name == _DEFAULT_CONTEXT:
+            return Endpoint(docker_flags=("--host", DEFAULT_HOST))
+        contexts = self._configuration / "contexts"
+        id = hashlib.sha256(name.encode()).hexdigest()
+        path = contexts / "meta" / id / "meta.json"
+        described = _json(path)
+        if described is None:
+            raise InvalidArgument(f'context "{name}" is not found in {contexts}: see `docker context ls`')
+        try:
+            docker = described["Endpoints"]["docker"]
+            host, skips = docker["Host"], bool(docker.get("SkipTLSVerify"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgument(f'context "{name}" has no docker endpoint ({path})') from error
+        tls = TlsFiles.within(contexts / "tls" / id / "docker", skips_verification=skips)
+        return Endpoint(host=str(host), tls=tls, docker_flags=("--context", name))
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """An object in a file of the docker command; None: there is no such file.  Raises: InvalidArgument."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidArgument(f"{path} cannot be read: {error}") from error
