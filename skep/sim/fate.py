@@ -9,10 +9,13 @@ import msgspec
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.sim.cluster import SimulatedCluster
+from skep.sim.etcd.member import Member
 from skep.sim.truth import Change
 from skep.store.interface import View
 
 Undo = Callable[[], None]
+
+DISK_HANGS = "disk hangs"
 
 
 class Trouble(msgspec.Struct):
@@ -32,6 +35,8 @@ class Fate:
         self._cluster = cluster
         self._random: Random = cluster.random
         self._troubles: list[Trouble] = []
+        self.disks: tuple[Callable[[], None], ...] = (self._lastingly_slow_disk, self._hanging_disk)
+        """Not met by chance yet."""
         self._faults: tuple[Callable[[], None], ...] = (
             *(self._container_ends,) * 3,
             *(self._power_loss, self._node_process_dies, self._node_process_dies),
@@ -54,7 +59,10 @@ class Fate:
             self._end(trouble)
 
     def heal(self) -> None:
-        """Everything ends."""
+        """Everything ends; a disk that hangs does so in its own time."""
+        hanging = (trouble.until for trouble in self._troubles if trouble.name == DISK_HANGS)
+        now = self._cluster.loop.time()
+        self._cluster.run_for(max(hanging, default=now) - now)
         for trouble in list(self._troubles):
             self._end(trouble)
 
@@ -202,12 +210,43 @@ class Fate:
 
     def _slow_disk(self) -> None:
         """Mostly the leader's; beyond a second, writers give up waiting for what is written all the same."""
-        leads = self._cluster.raft.current
-        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
-        if leads is not None and self._random.random() < 0.7:
-            member = leads.member
+        member = self._written_to()
         member.stall_s = self._random.choice((0.1, 1.1, 1.6))
         self._begin("disk stalls", [], lambda: setattr(member, "stall_s", 0.0), (0.5, 2.0), detail=member.id)
+
+    def _lastingly_slow_disk(self) -> None:
+        """For minutes, mostly the leader's: until all is healed."""
+        member = self._written_to()
+        member.stall_s = self._random.choice((0.1, 0.4, 0.8, 1.2, 2.0, 4.0))
+        detail = f"{member.id} by {member.stall_s} s"
+        self._begin("disk is slow", [], lambda: setattr(member, "stall_s", 0.0), (60.0, 180.0), detail=detail)
+
+    def _hanging_disk(self) -> None:
+        """For 5 to 30 s, mostly the leader's, which keeps its office; it begins behind the next entry.
+
+        So whoever acts upon that entry does not learn what became of its own.
+        """
+        member, raft, watchers = self._written_to(), self._cluster.raft, self._cluster.truth.watchers
+
+        def hang(change: Change, view: View) -> None:
+            watchers.remove(hang)
+            raft.hang(member.id)
+
+        def undo() -> None:
+            if hang in watchers:
+                watchers.remove(hang)
+            else:
+                raft.resume(member.id)
+
+        if member.held is None:
+            watchers.append(hang)
+            self._begin(DISK_HANGS, [], undo, (10.0, 20.0), detail=member.id)
+
+    def _written_to(self) -> Member:
+        """Mostly the member that leads."""
+        leads = self._cluster.raft.current
+        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
+        return leads.member if leads is not None and self._random.random() < 0.7 else member
 
     def _compaction(self) -> None:
         revision = self._cluster.raft.kv.revision - self._random.choice((0, 0, 5, 50))

@@ -56,6 +56,8 @@ class Member:
         """How much later its watchers hear of what it has applied."""
         self.stall_s = 0.0
         """How long its disk takes for an entry beyond what is usual."""
+        self.held: list[tuple[Leadership, Entry]] | None = None
+        """Entries that its disk, which hangs, has not written; None: it does not hang."""
         self.deaf_until = 0.0
         """Until then its own status says what it said last."""
         self.watchers: list[SimulatedWatching] = []

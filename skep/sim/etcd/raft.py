@@ -135,10 +135,26 @@ class Raft:
             await asyncio.sleep(REFUSED_S)
             raise Uncertain("the store does not answer: connection refused")
 
+    def hang(self, id: NodeId) -> None:
+        """The disk of a member writes nothing until ``resume``; it keeps its office all the same."""
+        member = self.members[id]
+        if member.held is None:
+            member.held = []
+
+    def resume(self, id: NodeId) -> None:
+        """The disk writes everything that waits for it, in order."""
+        member = self.members[id]
+        held, member.held = member.held or [], None
+        for leadership, entry in held:
+            self._append(leadership, entry)
+
     def _append(self, leadership: Leadership, entry: Entry) -> None:
         if leadership.is_over:
             return  # dropped: etcd answers nothing
         leader = leadership.member
+        if leader.held is not None:
+            leader.held.append((leadership, entry))
+            return
         reached = (other for other in self._running() if self._links.reaches(leader.id, other.id))
         entry.holders = {leader.id, *(other.id for other in reached)}
         leadership.pending.append(entry)
