@@ -55,6 +55,8 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("context deadline exceeded", Uncertain, NO_LEADER),
     ("server stopped", Uncertain, "the store is stopping"),
     ("too many requests", Busy, "the store is busy: try again"),
+    # While leadership is handed over: raft's own words, which etcd passes on.
+    ("raft proposal dropped", Busy, "the store is changing its leader: try again"),
     ("database space exceeded", OutOfSpace, "the store's disk quota is used up; see `skep status`"),
     ("rpc not supported for learner", NotServing, "this manager is still joining the cluster"),
     (
@@ -69,6 +71,15 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("unhealthy cluster", Busy, "the cluster of managers is not healthy: try again"),
     ("required revision has been compacted", Compacted, "the history asked for is gone"),
     ("required revision is a future revision", Compacted, "the store was restored to an older state"),
+    *(
+        (text, Refused, f"etcd refused: {text}")
+        for text in (
+            "duplicate key given in txn request",
+            "request is too large",
+            "too many operations in txn request",
+            "key is not provided",
+        )
+    ),
 )
 """Text in the message -> meaning -> what a user reads.  First match wins."""
 
@@ -94,4 +105,5 @@ def meaning_of(message: str) -> SkepError:
     for text, meaning, sentence in _MEANINGS:
         if text in message:
             return meaning(sentence)
-    return Refused(f"etcd refused: {message}")
+    # Whatever it is, it may pass, and what was asked for may have happened.
+    return Uncertain(f"the store failed: {message}")

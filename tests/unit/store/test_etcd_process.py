@@ -135,7 +135,11 @@ def test_minor_versions_change_one_step_at_a_time_and_upwards(served_by, version
         ("etcdserver: mvcc: required revision is a future revision", Compacted),
         ("etcdserver: duplicate key given in txn request", Refused),
         ("etcdserver: request is too large", Refused),
-        ("", Refused),
+        ("etcdserver: too many operations in txn request", Refused),
+        ("raft proposal dropped", Busy),
+        ("etcdserver: not leader", Uncertain),
+        ("a sentence of a later etcd", Uncertain),
+        ("", Uncertain),
     ],
 )
 def test_the_text_of_a_refusal_tells_its_meaning(text: str, meaning: type[SkepError]):
