@@ -46,6 +46,7 @@ from skep.manager.config import (
 )
 from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
+from skep.node.conditions import Conditions
 from skep.node.features import Features, detect
 from skep.node.founding import NewCluster
 from skep.node.last_heard import LastHeardFile
@@ -150,6 +151,8 @@ class Daemon:
         self._zygote = parent
         self._clock = SystemClock()
         self._random = SystemRandom()
+        self._conditions = Conditions(self._clock)
+        self._is_stopping = False
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT.  Raises: SkepError: this machine or this configuration will not do."""
@@ -176,6 +179,7 @@ class Daemon:
                     warnings=self._warnings,
                     clock=self._clock,
                     random=self._random,
+                    conditions=self._conditions,
                     last_heard=LastHeardFile(paths.last_heard, self._clock.since_boot, boot_id()),
                     net=self._supervisor("net", hands_over=True, gives_up=False),
                     forwarder=self._supervisor("forwarder", gives_up=False),
@@ -192,6 +196,7 @@ class Daemon:
                 reloading = group.create_task(self._reload_on(hangup, node), name="reload")
                 await stop.wait()
                 log.info("stopping")
+                self._is_stopping = True
                 notify("STOPPING=1")
                 reloading.cancel()
                 await node.farewell()
@@ -245,6 +250,7 @@ class Daemon:
             zygote=self._zygote,
             clock=self._clock,
             chance=self._random.random,
+            ends_with_node=lambda: self._is_stopping,
             hands_over=hands_over,
             gives_up=gives_up,
             final=final,

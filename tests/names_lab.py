@@ -59,6 +59,7 @@ async def net(paths: Paths, started: Zygote) -> AsyncIterator[NetClient]:
         zygote=started,
         clock=SystemClock(),
         chance=random.random,
+        ends_with_node=lambda: True,
         hands_over=True,
         gives_up=False,
     )

@@ -70,7 +70,7 @@ def about_node(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def about_cluster(nodes: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The nodes, counted by state; the busiest, and those that are not ready, by name."""
+    """The nodes, counted by state; the busiest, and those that are not ready, or say what is wrong, by name."""
     known = sorted(nodes, key=lambda node: node["Description"].get("Hostname", ""))
     states = Counter(node["Status"]["State"] for node in known)
     yield "nodes", ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
@@ -80,8 +80,8 @@ def about_cluster(nodes: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str
         words = [f"{node['Description'].get('Hostname', node['ID'])} {node['Load']:.0%}" for node in busy]
         yield "load", ", ".join(words[:_BUSIEST]).replace("%", " %")
     for node in known:
-        if node["Status"]["State"] != "ready":
-            message = node["Status"].get("Message", "")
+        message = node["Status"].get("Message", "")
+        if node["Status"]["State"] != "ready" or message:
             yield (
                 "node",
                 f"{node['Description'].get('Hostname', node['ID'])} is {node['Status']['State']} {message}".strip(),

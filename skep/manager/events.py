@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.model.conditions import condition_messages
 from skep.model.draining import begins_to_drain
 from skep.model.encoding import ApiObject, always
 from skep.model.network import Network
@@ -246,6 +247,7 @@ def _node_changes(old: Node, new: Node) -> dict[str, str]:
     changes |= _changed("state", old.status.state.value, new.status.state.value)
     changes |= _changed("paths.failing", _words(old.failing_paths), _words(new.failing_paths))
     changes |= _changed("overlay.refused", _words(old.cut_off), _words(new.cut_off))
+    changes |= _changed("conditions", *("; ".join(condition_messages(one.description)) for one in (old, new)))
     before, after = old.manager_status, new.manager_status
     if before is not None and after is not None:
         changes |= _changed("leader", str(before.leader).lower(), str(after.leader).lower())

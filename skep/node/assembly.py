@@ -19,6 +19,7 @@ from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
 from skep.model.ids import new_container_id, new_id
 from skep.node import info
+from skep.node.conditions import Conditions
 from skep.node.contact import Contact
 from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
@@ -78,6 +79,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     clock: Clock
     random: Random
     last_heard: LastHeard
+    conditions: Conditions
     net: ManagerProcess
     forwarder: ManagerProcess
     manager: Callable[[], ManagerProcess]
@@ -160,6 +162,7 @@ class Node:
                 worker=worker,
                 reports=reports,
                 contact=contact,
+                conditions=around.conditions,
                 logs=workload.logs,
                 tables=tables,
                 clock=clock,
@@ -189,7 +192,7 @@ class Node:
                 count=workload.counts,
                 engine=engine,
                 warnings=around.warnings,
-                network_warnings=workload.network_warnings,
+                network_warnings=lambda: (*around.conditions.warnings(), *workload.network_warnings()),
             )
             local = workload.local or LocalNetworks(
                 paths.networks / "local", workload.gateway, clock=clock, new_id=new_container_id

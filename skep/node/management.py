@@ -28,6 +28,9 @@ class ManagerProcess(Protocol):
     async def run(self) -> None:
         """Keep it running until cancelled; returns when the other managers have removed it."""
 
+    def dismiss(self) -> None:
+        """It is not wanted any more: have it stopped when ``run`` is cancelled."""
+
     def reload(self) -> None:
         """Have it read its settings again."""
 
@@ -75,6 +78,11 @@ class Management:
         self._is_wanted = role is NodeRole.MANAGER
         self._changed.set()
 
+    def dismiss(self) -> None:
+        """The node leaves the swarm, or begins in another one: the end of ``run`` stops the manager."""
+        if self.process is not None:
+            self.process.dismiss()
+
     async def run(self) -> None:
         """Be what the certificate says until cancelled."""
         while True:
@@ -102,6 +110,7 @@ class Management:
                 await asyncio.wait({running, changed}, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
                 self._changed.clear()
+            self.process.dismiss()
             running.cancel()
         if self._is_wanted:
             await self._start_over()

@@ -51,7 +51,7 @@ from skep.node.swarm_info import (
     wait_ready,
     why_waiting,
 )
-from skep.node.traces import clear_unfinished, wipe
+from skep.node.traces import clear_unfinished, forget_swarm
 from skep.paths import Paths
 from skep.security import keypair
 from skep.security.keypair import KeyPair
@@ -339,9 +339,8 @@ class Membership:
             await asyncio.to_thread(write_local_node, self._paths.node_json, self.node or node)
         except BaseException:
             if node.is_manager and self._part is not None:
-                await self._parts.resign(
-                    self._part.other_managers
-                )  # a place kept here keeps the next one out
+                # a place kept here keeps the next one out
+                await self._parts.resign(self._part.other_managers)
             await self._end()
             raise
 
@@ -386,7 +385,8 @@ class Membership:
 
     async def _stop(self) -> None:
         """Stop manager and agent; tasks run on."""
-        if self._taking_part is not None:
+        if self._taking_part is not None and self._part is not None:
+            self._part.dismiss()
             self._taking_part.cancel()
             await asyncio.wait([self._taking_part])
         self._taking_part = None
@@ -396,5 +396,5 @@ class Membership:
         await self._stop()
         self._part = self._locked = None
         await self._parts.remove_tasks()
-        await asyncio.to_thread(wipe, self._paths)
+        await forget_swarm(self._paths)
         await self._parts.manager_stands_by(True)

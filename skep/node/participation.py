@@ -22,6 +22,7 @@ from skep.node.founding import NewCluster
 from skep.node.local import LocalNode, Peer, write_local_node
 from skep.node.management import Management, ManagerProcess
 from skep.node.restoring import Restored
+from skep.node.supervision.zygote import ZygoteGone
 from skep.paths import Paths
 from skep.security.keypair import KeyPair
 
@@ -152,17 +153,30 @@ class Participation:
         if self._management.process is not None:
             self._management.process.reload()
 
+    def dismiss(self) -> None:
+        """The end of ``run`` is no failure: the manager of this node is stopped then."""
+        self._management.dismiss()
+
     async def run(self) -> None:
         """Run manager and agent until cancelled, or until the cluster does not want this node any more."""
         try:
             with first_alone(SkepError):
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._management.run(), name="management")
-                    group.create_task(self._agent.run(), name="agent")
+                    group.create_task(self._run_agent(), name="agent")
                     group.create_task(self.wait_registered(), name="first session")
+        except ZygoteGone:
+            raise  # it takes a new node process to start anything again
         except SkepError as error:
             self._error = str(error)
             log.error("not taking part in the swarm", reason=self._error)
+
+    async def _run_agent(self) -> None:
+        try:
+            await self._agent.run()
+        except SkepError:  # the cluster does not want this node any more
+            self.dismiss()
+            raise
 
     async def wait_registered(self) -> None:
         """Return with the first session.  From then on the node is active, also while its manager is away."""

@@ -25,6 +25,7 @@ from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
 from skep.node.assignments import AssignmentSet, LogSource
+from skep.node.conditions import Conditions
 from skep.node.contact import Contact
 from skep.node.executor.attaching import ClusterAttachments, is_attachment
 from skep.node.executor.interface import Executor
@@ -96,6 +97,7 @@ class NodeParts:
         worker: Worker,
         reports: Reports,
         contact: Contact,
+        conditions: Conditions,
         logs: LogSource,
         tables: TableKeeper,
         clock: Clock,
@@ -120,6 +122,7 @@ class NodeParts:
         self._worker = worker
         self._reports = reports
         self._contact = contact
+        self._conditions = conditions
         self._logs = logs
         self._tables = tables
         self._clock = clock
@@ -271,6 +274,7 @@ class NodeParts:
                     **configuration.labels,
                     **label(self._method),
                     **own,
+                    **self._conditions.labels(),
                 },
                 plugins=(*_PLUGINS, _OVERLAY) if self._carries_overlays() else _PLUGINS,
             ),

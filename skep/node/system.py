@@ -26,7 +26,7 @@ class NodeSystem:
         count: counts our containers and images at the moment of asking.
         engine: the machine's Docker Engine, if there is one.
         warnings: what the configuration has to say for itself.
-        network_warnings: the same of published ports, at any time.
+        network_warnings: the same of conditions, published ports and ways to other nodes, at any time.
     """
 
     def __init__(

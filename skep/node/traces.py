@@ -1,5 +1,6 @@
 """What a swarm leaves on a node's disk, and its removal."""
 
+import asyncio
 import shutil
 
 import structlog
@@ -22,11 +23,21 @@ def wipe(paths: Paths) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def clear_unfinished(paths: Paths, parts: Parts) -> None:
-    """Remove what an init or a leave that did not come to its end left behind."""
+async def forget_swarm(paths: Paths) -> None:
+    """End a manager process that lives though nothing here supervises it any more, and ``wipe``."""
+    await _end_stray_manager(paths)
+    await asyncio.to_thread(wipe, paths)
+
+
+async def _end_stray_manager(paths: Paths) -> None:
     stray = read_pid_file(paths.pid_file("manager"))
     if stray is not None:
         await terminate(stray, STOP_GRACE_S)
+
+
+async def clear_unfinished(paths: Paths, parts: Parts) -> None:
+    """Remove what an init or a leave that did not come to its end left behind."""
+    await _end_stray_manager(paths)
     if paths.manager.exists() or paths.certificates.exists():
         log.warning("traces of an unfinished init or leave are removed")
         await parts.remove_tasks()

@@ -11,6 +11,7 @@ from skep.manager.control.service_form import with_defaults
 from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
 from skep.manager.orchestrator.global_services import is_eligible
+from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
 from skep.model.labels import ignores_paths
 from skep.model.node import Availability, Node, NodeState
@@ -69,7 +70,12 @@ def shown_node(trouble: Trouble, node: Node) -> Node:
     status = node.status
     if trouble.freeze is not None and status.state is NodeState.DOWN:
         status = replace(status, message=f"{status.message}; {frozen_message(trouble.freeze)}")
-    more = (path_message(node) if status.state is NodeState.READY else "", trouble.damages.get(node.id, ""))
+    is_ready = status.state is NodeState.READY
+    more = (
+        path_message(node) if is_ready else "",
+        *(condition_messages(node.description) if is_ready else ()),
+        trouble.damages.get(node.id, ""),
+    )
     if any(more):
         status = replace(status, message="; ".join(filter(None, (status.message, *more))))
     manager = node.manager_status

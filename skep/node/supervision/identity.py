@@ -39,9 +39,12 @@ def write_pid_file(path: Path, process: ProcessIdentity) -> None:
 
 
 def read_pid_file(path: Path) -> ProcessIdentity | None:
-    """The process named in ``path``, if it still lives."""
+    """The process named in ``path``, if it still lives.
+
+    Raises: OSError: that cannot be found out now (no descriptor is free, say).
+    """
     try:
         process = msgspec.json.decode(path.read_bytes(), type=ProcessIdentity)
-    except (OSError, msgspec.DecodeError):
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
         return None
     return process if is_alive(process) else None

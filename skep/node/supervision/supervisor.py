@@ -12,6 +12,7 @@ import structlog
 
 from skep import __version__
 from skep.aio.clock import Clock
+from skep.aio.guard import persist
 from skep.errors import Unavailable
 from skep.node.supervision.identity import ProcessIdentity, identify, open_pidfd, read_pid_file
 from skep.node.supervision.restart import CRASH_WINDOW_S, GiveUp, after_end, recent
@@ -21,6 +22,8 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 STOP_GRACE_S = 15.0
+_RETRY_SECONDS_MAX = 5.0
+"""Between attempts to look after a process that may well run: no descriptor was free, for example."""
 
 
 class Forks(Protocol):
@@ -32,11 +35,15 @@ class Forks(Protocol):
 
 
 class Supervisor:
-    """One detached process.  ``run`` keeps it alive; cancelling ``run`` stops it.
+    """One detached process.  ``run`` keeps it alive.
+
+    It outlives ``run``, and the next node process adopts it, unless it was to end: ``dismiss`` was called, or the node
+    stops as planned.  That the node process fails, or anything else in it, is no reason to stop a manager.
 
     Args:
         hands_over: its successor takes over from it (net); otherwise it is stopped first (manager).
         gives_up: five ends within a minute are enough; otherwise it is tried for ever.
+        ends_with_node: whether the node stops as planned, at the moment of asking.
         final: exit codes after which it is not started again, each with the reason.
         futile: exit code after which it is not started again because of what it said.
     """
@@ -50,6 +57,7 @@ class Supervisor:
         zygote: Forks,
         clock: Clock,
         chance: Callable[[], float],
+        ends_with_node: Callable[[], bool],
         hands_over: bool = False,
         gives_up: bool = True,
         final: Mapping[int, str] = MappingProxyType({}),
@@ -61,6 +69,8 @@ class Supervisor:
         self._zygote = zygote
         self._clock = clock
         self._chance = chance
+        self._ends_with_node = ends_with_node
+        self._is_dismissed = False
         self._hands_over = hands_over
         self._gives_up = gives_up
         self._final = final
@@ -72,7 +82,7 @@ class Supervisor:
         """A sentence for ``/info`` when the process is not going to be started again."""
 
     async def run(self) -> None:
-        """Run until cancelled, then stop the process; returns by itself only after a ``final`` exit code.
+        """Run until cancelled; returns by itself only after a ``final`` exit code.
 
         A lost cause just waits.
 
@@ -80,7 +90,15 @@ class Supervisor:
         """
         try:
             while True:
-                code = await self._live_once()
+                code = await persist(
+                    self._live_once,
+                    "process not supervised",
+                    clock=self._clock,
+                    longest_s=_RETRY_SECONDS_MAX,
+                    chance=self._chance,
+                    passes=(ZygoteGone,),
+                    name=self._name,
+                )
                 if code is not None and code in self._final:
                     self.trouble = self._final[code]
                     log.warning("process ended for good", name=self._name, reason=self._last_end)
@@ -107,12 +125,20 @@ class Supervisor:
                         )
                         await self._clock.sleep(again.after_s)
         finally:
-            # the pid file knows of a process whose start was cancelled before its pid arrived here
-            last = self.process or read_pid_file(self._paths.pid_file(self._name))
-            if last is not None:
-                await terminate(last, STOP_GRACE_S)
-                await self._zygote.reap(last.pid)
-                self.process = None
+            if self._is_dismissed or self._ends_with_node():
+                await self._stop()
+
+    def dismiss(self) -> None:
+        """The process is not wanted any more: it is stopped when ``run`` is cancelled."""
+        self._is_dismissed = True
+
+    async def _stop(self) -> None:
+        # the pid file knows of a process whose start was cancelled before its pid arrived here
+        last = self.process or read_pid_file(self._paths.pid_file(self._name))
+        if last is not None:
+            await terminate(last, STOP_GRACE_S)
+            await self._zygote.reap(last.pid)
+            self.process = None
 
     def reload(self) -> None:
         """SIGHUP for the process; one that starts just now reads its settings anyway."""

@@ -22,6 +22,9 @@ class FakeProcess:
         await self.removed.wait()
         self.trouble = "removed"
 
+    def dismiss(self) -> None:
+        pass
+
     def reload(self) -> None:
         pass
 

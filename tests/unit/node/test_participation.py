@@ -41,6 +41,9 @@ class FakeProcess:
     async def run(self) -> None:
         await asyncio.Event().wait()
 
+    def dismiss(self) -> None:
+        pass
+
     def reload(self) -> None:
         pass
 

@@ -1,0 +1,75 @@
+"""What is wrong with this node at present.  Each condition has a name, a sentence, and one owner.
+
+Level-triggered: ``raise_`` says how it is now, as often as one likes.  A condition is a warning of ``/info`` (and so of
+``skep status``) at once, and reaches the managers as an engine label, with the node's description: there it is part of
+the node's status message and of its events, and a placement constraint can avoid the node
+(``engine.labels.skep.condition.disk``).
+"""
+
+import threading
+from collections.abc import Mapping
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_label
+
+log = structlog.get_logger()
+
+TOLD_SECONDS_MIN = 30.0
+"""The managers hear of the end of a condition no sooner: one that comes and goes is one, not a write each time."""
+
+
+class _Condition(msgspec.Struct):
+    message: str
+    cleared_at: float | None = None
+
+
+class Conditions:
+    """The conditions of one node.  Any thread may raise and clear them."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._conditions: dict[str, _Condition] = {}
+        self._lock = threading.Lock()
+
+    def raise_(self, name: str, message: str) -> None:
+        """``name``: lower-case words with dashes; ``message``: a sentence that says what to do, without a full stop.
+
+        What goes on is said again with another message; the log has the first one and each that differs.
+        """
+        message = message[:CHARACTERS_MAX]
+        with self._lock:
+            before = self._conditions.get(name)
+            self._conditions[name] = _Condition(message)
+        if before is None or before.cleared_at is not None or before.message != message:
+            log.warning("condition", name=name, message=message)
+
+    def clear(self, name: str) -> None:
+        """It is over; harmless when it never was."""
+        with self._lock:
+            condition = self._conditions.get(name)
+            if condition is None or condition.cleared_at is not None:
+                return
+            condition.cleared_at = self._clock.monotonic()
+        log.info("condition has ended", name=name)
+
+    def present(self) -> Mapping[str, str]:
+        """Name -> message of what is wrong now."""
+        with self._lock:
+            return {name: one.message for name, one in self._conditions.items() if one.cleared_at is None}
+
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences for ``/info``."""
+        return tuple(message for _, message in sorted(self.present().items()))
+
+    def labels(self) -> Mapping[str, str]:
+        """Engine labels for the managers: what is wrong, or was a moment ago."""
+        oldest = self._clock.monotonic() - TOLD_SECONDS_MIN
+        with self._lock:
+            for name, one in list(self._conditions.items()):
+                if one.cleared_at is not None and one.cleared_at <= oldest:
+                    del self._conditions[name]
+            told = sorted(self._conditions.items())[:CONDITIONS_MAX]
+            return {condition_label(name): one.message for name, one in told}

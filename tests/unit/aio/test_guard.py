@@ -1,0 +1,125 @@
+"""Errors that end one object's work and nobody else's."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+
+import pytest
+from structlog.testing import capture_logs
+
+from skep.aio.clock import SystemClock
+from skep.aio.guard import CHARACTERS_MAX, contain, explain, persist
+from skep.errors import Unavailable
+
+
+class Bug(Exception):
+    pass
+
+
+class StepClock(SystemClock):
+    """Does not wait, and notes for how long it was to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def failing(*errors: Exception) -> Callable[[], Coroutine[None, None, int]]:
+    """Work that fails with each of ``errors`` and then gives 7."""
+    left = list(errors)
+
+    async def work() -> int:
+        if left:
+            raise left.pop(0)
+        return 7
+
+    return work
+
+
+async def test_contained_work_gives_its_result():
+    assert await contain(failing()(), "x failed") == 7
+
+
+@pytest.mark.parametrize(
+    "error", [Bug("b"), RecursionError(), MemoryError(), OSError(28, "full"), ExceptionGroup("g", [Bug()])]
+)
+async def test_an_error_of_any_kind_stays_inside_is_logged_with_its_trace_and_told(error: Exception):
+    told: list[Exception] = []
+    with capture_logs() as lines:
+        async with asyncio.TaskGroup() as group:
+            neighbour = group.create_task(asyncio.sleep(0, "alive"))
+            group.create_task(contain(failing(error)(), "probe failed", on_error=told.append, container="c"))
+    assert neighbour.result() == "alive"
+    assert told == [error]
+    assert [(line["event"], line["container"]) for line in lines] == [("probe failed", "c")]
+    assert lines[0]["exc_info"] is error
+
+
+async def test_a_cancellation_is_no_error():
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(contain(forever(), "x failed"))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_work_is_tried_again_with_growing_pauses_until_it_works():
+    clock = StepClock()
+    errors = [Bug("same")] * 6
+    with capture_logs() as lines:
+        work = persist(failing(*errors), "not freed", clock=clock, first_s=1, longest_s=8, chance=lambda: 1.0)
+        assert await work == 7
+    assert clock.slept == [1, 2, 4, 8, 8, 8]
+    assert [line["event"] for line in lines if line["log_level"] != "debug"] == ["not freed", "works again"]
+    assert lines[0]["exc_info"] is errors[0]
+
+
+async def test_another_error_is_another_line():
+    with capture_logs() as lines:
+        await persist(
+            failing(Bug("one"), Bug("one"), Bug("two")), "not freed", clock=StepClock(), chance=lambda: 1.0
+        )
+    assert [line["error"] for line in lines if line["log_level"] == "error"] == ["Bug: one", "Bug: two"]
+
+
+async def test_work_that_went_well_for_long_is_tried_again_soon():
+    clock = StepClock()
+    ends = iter([0, 0, 100, None])
+
+    async def work() -> None:
+        lasts = next(ends)
+        if lasts is None:
+            return
+        clock.now += lasts
+        raise Bug
+
+    await persist(work, "component ended", clock=clock, first_s=1, longest_s=60, chance=lambda: 1.0)
+    assert clock.slept == [1, 2, 1]
+
+
+async def test_some_errors_are_the_callers():
+    with pytest.raises(Unavailable):
+        await persist(failing(Unavailable("x")), "x", clock=StepClock(), passes=(Unavailable,))
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (Unavailable("no leader"), "no leader"),
+        (OSError(28, "No space left on device", "/x"), "/x: No space left on device"),
+        (OSError("odd"), "OSError: odd"),
+        (ExceptionGroup("g", [ExceptionGroup("h", [ValueError("v")])]), "ValueError: v"),
+        (ValueError("9" * 5000), "ValueError: " + "9" * (CHARACTERS_MAX - 12)),
+    ],
+)
+def test_an_error_is_explained_in_a_short_line(error: Exception, text: str):
+    assert explain(error) == text

@@ -1,0 +1,104 @@
+"""What is wrong with a node: as warnings at once, for the managers as labels, in answers as part of the status."""
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.cli.status import about_cluster
+from skep.manager.events import messages_of
+from skep.manager.routes.shown import Trouble, shown_node
+from skep.model.conditions import CHARACTERS_MAX, CONDITIONS_MAX, condition_messages
+from skep.model.node import EngineDescription, NodeDescription, NodeState, NodeStatus
+from skep.node.conditions import TOLD_SECONDS_MIN, Conditions
+from skep.store.interface import Updated
+from tests.builders import a_node
+
+
+class HandClock(SystemClock):
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+def conditions(clock: HandClock) -> Conditions:
+    return Conditions(clock)
+
+
+def described(conditions: Conditions) -> NodeDescription:
+    return NodeDescription(engine=EngineDescription(labels={"zone": "a", **conditions.labels()}))
+
+
+def test_a_condition_is_a_warning_until_it_is_cleared(conditions: Conditions):
+    conditions.raise_("disk", "the disk is full")
+    conditions.raise_("disk", "the disk is nearly full")
+    conditions.raise_("clock", "the clock is wrong")
+    assert conditions.warnings() == ("the clock is wrong", "the disk is nearly full")
+    conditions.clear("clock")
+    conditions.clear("never raised")
+    assert conditions.warnings() == ("the disk is nearly full",)
+
+
+def test_the_managers_hear_of_the_end_later_so_that_flapping_is_one_condition(
+    conditions: Conditions, clock: HandClock
+):
+    conditions.raise_("disk", "full")
+    conditions.clear("disk")
+    assert conditions.labels() == {"skep.condition.disk": "full"}
+    clock.now += TOLD_SECONDS_MIN / 2
+    conditions.raise_("disk", "full")
+    conditions.clear("disk")
+    clock.now += TOLD_SECONDS_MIN / 2
+    assert conditions.labels() == {"skep.condition.disk": "full"}
+    clock.now += TOLD_SECONDS_MIN / 2
+    assert conditions.labels() == {}
+
+
+def test_a_ready_nodes_status_message_has_its_conditions(conditions: Conditions):
+    conditions.raise_("disk", "the disk is full")
+    node = replace(
+        a_node("w1"), description=described(conditions), status=NodeStatus(state=NodeState.READY, message="m")
+    )
+    assert shown_node(Trouble(None, {}), node).status.message == "m; the disk is full"
+    down = replace(node, status=NodeStatus(state=NodeState.DOWN))
+    assert shown_node(Trouble(None, {}), down).status.message == ""
+
+
+def test_events_say_when_conditions_change(conditions: Conditions):
+    before = replace(a_node("w1"), description=described(conditions))
+    conditions.raise_("disk", "the disk is full")
+    after = replace(before, description=described(conditions))
+    (message,) = messages_of(Updated(old=before, new=after), 0)
+    assert message.actor.attributes["conditions.old"] == ""
+    assert message.actor.attributes["conditions.new"] == "the disk is full"
+
+
+def test_skep_status_lists_ready_nodes_that_say_what_is_wrong():
+    nodes = [
+        {
+            "ID": "a",
+            "Description": {"Hostname": "w1"},
+            "Status": {"State": "ready", "Message": "the disk is full"},
+        },
+        {"ID": "b", "Description": {"Hostname": "w2"}, "Status": {"State": "ready"}},
+    ]
+    assert [row for row in about_cluster(nodes) if row[0] == "node"] == [
+        ("node", "w1 is ready the disk is full")
+    ]
+
+
+def test_what_a_node_says_is_bounded_on_both_sides(conditions: Conditions):
+    for number in range(CONDITIONS_MAX + 5):
+        conditions.raise_(f"c{number:02}", "x" * 5000)
+    assert len(conditions.labels()) == CONDITIONS_MAX
+    assert set(map(len, conditions.labels().values())) == {CHARACTERS_MAX}
+    sent = {f"skep.condition.{number}": "y" * 5000 for number in range(1000)}
+    told = condition_messages(NodeDescription(engine=EngineDescription(labels=sent)))
+    assert len(told) == CONDITIONS_MAX
+    assert set(map(len, told)) == {CHARACTERS_MAX}
