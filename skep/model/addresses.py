@@ -1,6 +1,15 @@
-"""``host:port`` as text; an IPv6 host stands in brackets: ``10.0.0.1:2377``, ``[fd00::1]:2377``."""
+"""Addresses as text.
 
-from ipaddress import ip_interface
+``host:port``: an IPv6 host stands in brackets: ``10.0.0.1:2377``, ``[fd00::1]:2377``.  Addresses from labels, specs
+and statuses are parsed here before anything is made of them: Python takes any text after ``%`` for an IPv6 scope, and
+rules for the kernel would be made of it.
+"""
+
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
+from typing import TypeAlias
+
+Address: TypeAlias = IPv4Address | IPv6Address
 
 _FROM_HERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -28,9 +37,33 @@ def from_here(addr: str) -> str:
     return joined(_FROM_HERE.get(host, host), port)
 
 
+@lru_cache(maxsize=16384)
+def parsed(text: str) -> Address:
+    """The address that ``text`` is, which has no scope.  Raises: ValueError."""
+    if "%" in text:
+        raise ValueError(f"{text!r} has a scope, which means nothing on another machine")
+    return ip_address(text)
+
+
+def is_of_a_machine(address: Address) -> bool:
+    """Whether other machines may reach one by ``address``.
+
+    Not so: loopback, multicast, broadcast and unspecified addresses, those of one link (IPv6), and IPv4 addresses in
+    the guise of IPv6 ones.
+    """
+    if isinstance(address, IPv6Address):
+        if address.is_link_local or address.ipv4_mapped is not None:
+            return False
+    elif address == IPv4Address("255.255.255.255"):
+        return False
+    return not (address.is_loopback or address.is_multicast or address.is_unspecified)
+
+
 def is_subnet(text: str) -> bool:
     """Whether ``text`` is an address with the length of a prefix (``10.0.9.0/24``)."""
     address, slash, length = text.partition("/")
+    if "%" in address:
+        return False
     try:
         ip_interface(text)
     except ValueError:

@@ -6,11 +6,12 @@ tasks run on nodes of that kind (docs/decisions/0011).
 """
 
 from collections.abc import Iterable
-from ipaddress import ip_address
 from typing import Final
 
+from skep.model.addresses import is_of_a_machine, parsed
+from skep.model.ids import NodeId
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import Node, NodeState
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, Swarm
 
 DOCKER: Final = "docker"
@@ -25,6 +26,9 @@ NODE_LABEL: Final = "skep.node"
 
 DATA_PATH_LABEL: Final = "skep.data-path-addr"
 """Engine label by which a skep node says which of its addresses VXLAN leaves from and arrives at."""
+
+REFUSED_DATA_PATH_LABEL: Final = "skep.data-path-addr.refused"
+"""What a manager makes of that label when the address is another node's."""
 
 PATHS_LABEL: Final = "skep.paths"
 """Engine label by which a skep node says that it probes others and answers their probes."""
@@ -73,12 +77,43 @@ def plane_of_node(node: Node) -> str:
 
 
 def underlay_of(node: Node) -> str:
-    """The address that the node's VXLAN leaves from: as it says itself, else the one it connects from."""
+    """The address that the node's VXLAN leaves from: as it says itself, else the one it connects from.
+
+    Empty: neither is an address that other machines reach it by.  One that connects over the loopback is on the
+    machine of its manager, and keeps that address.
+    """
     said = node.description.engine.labels.get(DATA_PATH_LABEL, "")
+    return usable_address(said) or usable_address(node.status.addr, may_be_loopback=True)
+
+
+def claimed_underlay(node: Node) -> str | None:
+    """The address that no other node may have for its VXLAN while this one is up; None: it keeps none from others."""
+    if node.status.state is NodeState.DOWN or is_docker_node(node):
+        return None
+    underlay = underlay_of(node)
+    return underlay if underlay and not parsed(underlay).is_loopback else None
+
+
+def holder(claiming: Iterable[Node]) -> NodeId | None:
+    """Whose an address is that all of ``claiming`` have for their VXLAN; None: nobody claims it.
+
+    It is the node's that connects from there, which nobody can pretend; else that of the one that joined first.
+    """
+
+    def order(node: Node) -> tuple[bool, str, str]:
+        return node.status.addr != underlay_of(node), node.created_at, node.id
+
+    return min(claiming, key=order).id if (claiming := list(claiming)) else None
+
+
+def usable_address(text: str, *, may_be_loopback: bool = False) -> str:
+    """``text`` in the usual spelling; empty: it is no address that other machines reach one by."""
     try:
-        return str(ip_address(said))
+        address = parsed(text)
     except ValueError:
-        return node.status.addr
+        return ""
+    is_usable = is_of_a_machine(address) or (may_be_loopback and address.is_loopback)
+    return str(address) if is_usable else ""
 
 
 def data_path_port(swarms: Iterable[Swarm]) -> int:

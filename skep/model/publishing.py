@@ -13,11 +13,11 @@ The last three belong to the routing mesh; a port in host mode has an address on
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from ipaddress import ip_address
 
 import msgspec
 
 from skep.errors import InvalidArgument
+from skep.model.addresses import Address, parsed
 from skep.model.service import PortConfig, PublishMode, ServiceSpec
 
 PREFIX = "skep.publish."
@@ -119,10 +119,17 @@ def _setting(name: str, value: str) -> _Setting:
         raise InvalidArgument(f"invalid label {name}: invalid port {match['port']!r}")
     option = match["option"]
     if option == HOST_IP:
-        try:
-            value = str(ip_address(value))
-        except ValueError:
-            raise InvalidArgument(f"invalid label {name}={value}: want an IP address") from None
+        value = str(_host_ip(name, value))
     elif value not in _WORDS[option]:
         raise InvalidArgument(f"invalid label {name}={value}: want one of {', '.join(_WORDS[option])}")
     return _Setting(name, number, port["protocol"] or "", option, value)
+
+
+def _host_ip(name: str, value: str) -> Address:
+    try:
+        address = parsed(value)
+    except ValueError:
+        raise InvalidArgument(f"invalid label {name}={value}: want an IP address") from None
+    if address.is_multicast:
+        raise InvalidArgument(f"invalid label {name}={value}: want an address of a node")
+    return address

@@ -15,6 +15,7 @@ import msgspec
 from skep.errors import AlreadyExists, InvalidArgument, SkepError
 from skep.model.network import Network
 from skep.model.node import Node
+from skep.model.planes import claimed_underlay
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import Swarm
@@ -160,7 +161,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "manager": ("manager_status", "peer_roots"),
         },
         taken=_nothing_taken,
-        indexes={"name": lambda node: node.description.hostname.lower()},
+        indexes={"name": lambda node: node.description.hostname.lower(), "underlay": claimed_underlay},
         indexed_part="status",
     ),
     KindSchema(

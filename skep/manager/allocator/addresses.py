@@ -16,10 +16,9 @@ from typing import TypeAlias
 import msgspec
 
 from skep.errors import SkepError
+from skep.model.addresses import Address, parsed
 from skep.model.ids import NetworkId
 from skep.model.network import IPAMConfig, Network, network_of, subnet_of
-
-Address: TypeAlias = IPv4Address | IPv6Address
 
 _Key: TypeAlias = tuple[NetworkId, int]
 """A network and a version of IP."""
@@ -191,7 +190,7 @@ def _pools(network: Network) -> Iterator[_Pool]:
 
 def _wished(network: Network, wished: str, taken: Counter[Address]) -> tuple[Address, int]:
     try:
-        address = ip_interface(wished).ip
+        address = parsed(wished.partition("/")[0])
     except ValueError:
         raise NoAddress(f"{wished} is not an IP address") from None
     for config in network.ipam_options.configs if network.ipam_options is not None else ():

@@ -9,13 +9,13 @@ cli/command/network/create.go (auxiliary addresses, overlaps within a network).
 """
 
 from collections.abc import Sequence
-from ipaddress import ip_address, ip_interface
+from ipaddress import ip_interface
 from itertools import combinations
 
 from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.manager.control.names import check_dns_name
-from skep.model.addresses import is_subnet
+from skep.model.addresses import Address, is_subnet, parsed
 from skep.model.meta import Driver
 from skep.model.network import MTU_OPTION, MTUS, IPAMConfig, NetworkSpec, subnet_of
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, is_number
@@ -112,7 +112,7 @@ def _check_subnet(config: IPAMConfig) -> None:
         _check_range(config, subnet)
     if config.gateway:
         try:
-            gateway = ip_address(config.gateway)
+            gateway = parsed(config.gateway)
         except ValueError:
             raise InvalidArgument(f"ipam configuration: invalid gateway {config.gateway}") from None
         if gateway not in subnet:
@@ -124,6 +124,7 @@ def _check_subnet(config: IPAMConfig) -> None:
 
 def _check_range(config: IPAMConfig, subnet: Subnet) -> None:
     try:
+        parsed(config.range.partition("/")[0])
         inner = ip_interface(config.range)
     except ValueError:
         raise InvalidArgument(f"ipam configuration: invalid range {config.range}") from None
@@ -136,10 +137,10 @@ def _check_range(config: IPAMConfig, subnet: Subnet) -> None:
 def _check_auxiliary(config: IPAMConfig, subnet: Subnet) -> None:
     if len(config.auxiliary_addresses) > 1024:
         raise InvalidArgument("ipam configuration: more than 1024 auxiliary addresses")
-    gateway = ip_address(config.gateway) if config.gateway else None
+    gateway = parsed(config.gateway) if config.gateway else None
     for name, text in config.auxiliary_addresses.items():
         try:
-            address = ip_address(text)
+            address: Address | None = parsed(text)
         except ValueError:
             address = None
         if address is None or address not in subnet:

@@ -20,7 +20,14 @@ from skep.model.ids import NetworkId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.overlays import head_of
-from skep.model.planes import data_path_port, is_docker_node, is_overlay, underlay_of
+from skep.model.planes import (
+    claimed_underlay,
+    data_path_port,
+    holder,
+    is_docker_node,
+    is_overlay,
+    underlay_of,
+)
 from skep.model.publishing import publish_options
 from skep.model.service import PublishMode, Service
 from skep.model.swarm import Swarm
@@ -40,6 +47,9 @@ def table_of(view: View, network: Network) -> Table:
     services = {service.id: service for service in view.find(Service)}
     nodes = {node.id: node for node in view.find(Node)}
     publishes = any(is_publishing(service) for service in services.values())
+    claiming: dict[str, list[Node]] = {}
+    for node in nodes.values():
+        claiming.setdefault(claimed_underlay(node) or "", []).append(node)
     with_tasks = {task.service_id for task in tasks}
     hosts = {task.node_id for task in tasks}
     is_everywhere = network.spec.ingress and publishes
@@ -47,7 +57,9 @@ def table_of(view: View, network: Network) -> Table:
         head=head_of(network, data_path_port(view.find(Swarm))),
         revision=view.revision,
         nodes=_present(
-            (node.id, node_on(node, network)) for node in nodes.values() if is_everywhere or node.id in hosts
+            (node.id, node_on(node, network, claiming.get(claimed_underlay(node) or "", ())))
+            for node in nodes.values()
+            if is_everywhere or node.id in hosts
         ),
         endpoints=_present(
             (task.id, endpoint_of(task, services.get(task.service_id), nodes.get(task.node_id), network.id))
@@ -129,10 +141,15 @@ def service_on(service: Service, network: Network, *, has_tasks: bool) -> TableS
     )
 
 
-def node_on(node: Node, network: Network) -> TableNode | None:
-    """A node that takes part; None: it is down, or an engine, or nobody knows yet where it is."""
+def node_on(node: Node, network: Network, claiming: Iterable[Node] = ()) -> TableNode | None:
+    """A node that takes part.  ``claiming``: all nodes that are up with its address, if ``claimed_underlay`` has one.
+
+    None: it is down, or an engine, or nobody knows yet where it is, or its address is another node's.
+    """
     underlay = underlay_of(node)
     if not underlay or not is_up(node) or is_docker_node(node):
+        return None
+    if claimed_underlay(node) is not None and holder(claiming) not in (None, node.id):
         return None
     own = [one for one in node.attachments if one.network is not None and one.network.id == network.id]
     addresses = tuple(address for one in own for address in _addresses(one)) if network.spec.ingress else ()

@@ -21,7 +21,7 @@ from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
 from skep.model.overlays import head_of
-from skep.model.planes import data_path_port, is_overlay
+from skep.model.planes import claimed_underlay, data_path_port, is_overlay
 from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import NetworkAttachment, Task
@@ -55,6 +55,8 @@ class Ledger:
         """Whose session each node has, as of ``revision``."""
         self._port = data_path_port(())
         self._nodes: dict[NodeId, Node] = {}
+        self._claiming: dict[str, dict[NodeId, None]] = {}
+        """Nodes by the address that their VXLAN leaves from; mostly one."""
         self._services: dict[ServiceId, Service] = {}
         self._tasks: dict[TaskId, Task] = {}
         """Those that have places on overlays."""
@@ -145,7 +147,7 @@ class Ledger:
                 self._publish(object.id, is_publishing=False)
                 self._note_service(object.id, frozenset())
             case Node():
-                self._nodes.pop(object.id, None)
+                self._claim(self._nodes.pop(object.id, None), None)
                 self.sessions.pop(object.id, None)
                 self._note_node(object.id)
             case Network():
@@ -243,6 +245,7 @@ class Ledger:
     def _enter_node(self, node: Node) -> None:
         before = self._nodes.get(node.id)
         self._nodes[node.id] = node
+        self._claim(before, node)
         session_id = node.session.session_id if node.session is not None else ""
         if self.sessions.get(node.id, "") != session_id:
             self.sessions[node.id] = session_id
@@ -253,6 +256,21 @@ class Ledger:
             node.attachments,
         ):
             self._note_node(node.id)
+
+    def _claim(self, before: Node | None, after: Node | None) -> None:
+        """A node has changed: another may have its address now, or lose its own."""
+        was = claimed_underlay(before) if before is not None else None
+        now = claimed_underlay(after) if after is not None else None
+        if before is not None and was is not None and (here := self._claiming.get(was)) is not None:
+            here.pop(before.id, None)
+            if not here:
+                del self._claiming[was]
+        if after is not None and now is not None:
+            self._claiming.setdefault(now, {})[after.id] = None
+        if was != now or _is_elsewhere(before, after):
+            for address in dict.fromkeys((was or "", now or "")):
+                for id in self._claiming.get(address, ()):
+                    self._note_node(id)
 
     def _note_node(self, id: NodeId) -> None:
         for network_id in (*self._networks_of_node.get(id, ()), *self._ingress()):
@@ -351,9 +369,15 @@ class Ledger:
         if node is not None and network is not None:
             is_everywhere = network.spec.ingress and bool(self._publishing)
             if is_everywhere or id in book.tasks_of_node:
-                entry = node_on(node, network)
+                claiming = self._claiming.get(claimed_underlay(node) or "", ())
+                entry = node_on(node, network, [self._nodes[one] for one in claiming])
         if book.set_node(id, entry, self.revision):
             changed.add(book.id)
+
+
+def _is_elsewhere(before: Node | None, after: Node | None) -> bool:
+    """Whether the node connects from another address."""
+    return before is not None and after is not None and before.status.addr != after.status.addr
 
 
 class _Stale:

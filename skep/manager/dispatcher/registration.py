@@ -7,10 +7,11 @@ owner sends is at least as new as what any manager sent before.
 import msgspec
 
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
-from skep.model.addresses import host_of
+from skep.model.addresses import host_of, parsed
 from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
+from skep.model.planes import DATA_PATH_LABEL, REFUSED_DATA_PATH_LABEL
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.interface import Transaction
 
@@ -80,11 +81,12 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
     node = tx.rely_on(Node, registration.node_id, "session", "status")
     if node is None:
         raise PermissionDenied(f"Permission denied: node {registration.node_id} was removed from the swarm")
+    status = NodeStatus(state=NodeState.READY, addr=_reachable(node, registration.address))
     return tx.put(
         msgspec.structs.replace(
             node,
-            description=registration.description,
-            status=NodeStatus(state=NodeState.READY, addr=_reachable(node, registration.address)),
+            description=_without_others_address(tx, node.id, status.addr, registration.description),
+            status=status,
             silent_since=None,
             session=NodeSession(manager_id=registration.manager_id, session_id=registration.session_id),
         )
@@ -129,7 +131,33 @@ def describe_node(
     """Write what the node says of itself in its session.  Raises: SessionInvalid; InvalidArgument: it is absurd."""
     _check_description(description)
     node = require_session(tx, node_id, session_id)
+    description = _without_others_address(tx, node.id, node.status.addr, description)
     tx.put(msgspec.structs.replace(node, description=description))
+
+
+def _without_others_address(
+    tx: Transaction, id: NodeId, connects_from: str, description: NodeDescription
+) -> NodeDescription:
+    """``description`` whose data-path label is one that is refused, if another node has that address already.
+
+    Two nodes that say so at the same moment are told apart by ``planes.holder``.
+    """
+    labels = dict(description.engine.labels)
+    labels.pop(REFUSED_DATA_PATH_LABEL, None)
+    said = labels.get(DATA_PATH_LABEL)
+    if said is not None:
+        others = [one.id for one in tx.find(Node, underlay=_as_usual(said)) if one.id != id]
+        if others and _as_usual(said) != connects_from:
+            labels[REFUSED_DATA_PATH_LABEL] = labels.pop(DATA_PATH_LABEL)
+    engine = msgspec.structs.replace(description.engine, labels=labels)
+    return msgspec.structs.replace(description, engine=engine)
+
+
+def _as_usual(text: str) -> str:
+    try:
+        return str(parsed(text))
+    except ValueError:
+        return text
 
 
 def _check_description(description: NodeDescription) -> None:

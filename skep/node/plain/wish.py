@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unimplemented
+from skep.model.addresses import parsed
 from skep.model.container import (
     BindOptions,
     ContainerSpec,
@@ -261,6 +262,8 @@ def _ports(body: CreateBody, exposed: set[str]) -> list[NodePort]:
         for binding in bindings or ():
             if ":" in binding.host_ip:
                 raise Unimplemented(f"published ports of containers have no IPv6: {binding.host_ip}")
+            if binding.host_ip and not _is_ipv4(binding.host_ip):
+                raise InvalidArgument(f"invalid IP address: {binding.host_ip}")
             if "-" in binding.host_port:
                 raise refused(f"--publish with a range for one port ({binding.host_port})")
             if binding.host_port and not (binding.host_port.isascii() and binding.host_port.isdigit()):
@@ -273,6 +276,13 @@ def _ports(body: CreateBody, exposed: set[str]) -> list[NodePort]:
     if host.publish_all_ports:
         found += [_port(text, 0, "") for text in sorted(exposed) if not host.port_bindings.get(text)]
     return found
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return parsed(text).version == 4
+    except ValueError:
+        return False
 
 
 def _port(text: str, published: int, address: str) -> NodePort:

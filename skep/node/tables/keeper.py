@@ -21,6 +21,7 @@ from skep.model.tables import Table, TableSet
 from skep.node.revisions import Revision, advanced
 from skep.node.tables.files import StoredTables
 from skep.node.tables.merging import merged
+from skep.node.tables.sound import sound_set, sound_table
 
 log = structlog.get_logger(__name__)
 
@@ -78,7 +79,7 @@ class TableKeeper:
         kept, seen = self._stored.load()
         newest = max((table.revision for table in in_force.values()), default=0)
         self._seen = max(seen, Revision(seen.incarnation, newest))
-        self._tables = {**kept, **in_force}
+        self._tables = {id: sound_table(one, _left_out) for id, one in {**kept, **in_force}.items()}
         for id, table in in_force.items():
             if kept.get(id) != table:
                 self._stored.note(id, table, self._seen.incarnation)
@@ -91,7 +92,7 @@ class TableKeeper:
         what was said before.
         """
         seen = advanced(self._seen, Revision(incarnation, news.revision))
-        tables, changed = merged(self._tables, news)
+        tables, changed = merged(self._tables, sound_set(news, _left_out))
         self._seen, self._tables = seen, tables
         for id in changed:
             self._stored.note(id, tables.get(id), incarnation)
@@ -179,6 +180,10 @@ class TableKeeper:
         await wait_first(
             self._news.wait(), self._clock.sleep(max(0.0, min(retries) - self._clock.monotonic()))
         )
+
+
+def _left_out(what: str) -> None:
+    log.warning("network table entry left out", entry=what)
 
 
 class _Part:

@@ -4,16 +4,24 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
+from skep.model.ids import NodeId
+from skep.model.tables import TableNode
+from skep.node.network import nft
 from skep.node.network.connecting import ContainerNetwork
 from skep.node.network.namespaces import Namespaces
+from skep.node.network.overlay import tables
 from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.repairs import Repairs
+from skep.node.network.overlay.rules import strangers
 from skep.node.network.overlay.state import Address, Link, State
 from skep.node.oci.container import Endpoint
+from skep.node.tables.sound import sound_table
 from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, reaches, shell
 
 HEALED_SECONDS_MAX = 5.0
@@ -195,3 +203,49 @@ async def test_a_link_that_is_removed_while_others_change_is_made_again_with_the
     finally:
         await namespaces.destroy("one")
         namespaces.close()
+
+
+async def test_a_rule_that_cannot_be_is_left_out_alone(scene: Scene) -> None:
+    """A table with a node at no address: containers start, the others are reached, nothing is tried for ever."""
+    network, lab = scene.networks[0], scene.lab
+    bad = TableNode(id=NodeId("bad"), underlay="fe80::1%x")
+    table = lab.tables[DUAL.id]
+    lab.tables[DUAL.id] = msgspec.structs.replace(table, nodes={**table.nodes, bad.id: bad})
+    with capture_logs() as logs:
+        await lab.apply([network], DUAL.id)
+        end = await lab.nodes[0].attach(network, place(DUAL, "10.0.4.20/24", "fd04::20/64"))
+        await lab.apply([network], DUAL.id)
+    lab.tell(DUAL)
+    await lab.apply(scene.networks[1:], DUAL.id)
+    assert await reaches(end, "10.0.4.6")
+    said = [one["elements"] for one in logs if one["event"] == "rules without elements that are refused"]
+    assert said == [["peers6 fe80::1%x . 4100"]]
+    repairs = network.repairs
+    enough = repairs.comparisons + 20
+    while repairs.comparisons < enough:  # noqa: ASYNC110  # they are told to nobody
+        await asyncio.sleep(0.05)
+    assert dict(repairs.counts) == {}
+
+
+async def test_whatever_a_node_says_of_its_address_nft_takes_the_rules(scene: Scene) -> None:
+    """Labels by the hundred, as managers and nodes take them in, in one table with the one that is good."""
+    words = [
+        "fe80::1%x",
+        "fd00::1%x }",
+        "fd00::1%a;b",
+        "::ffff:10.0.0.1",
+        "224.0.0.1",
+        "",
+        "x . y",
+        "fd09::1",
+    ]
+    random = Random(7)
+    words += ["".join(random.choices("0123456789abcdef:.%{} ;,", k=random.randrange(20))) for _ in range(300)]
+    said = {NodeId(f"w{n}"): TableNode(id=NodeId(f"w{n}"), underlay=word) for n, word in enumerate(words)}
+    table = scene.lab.tables[DUAL.id]
+    said_table = msgspec.structs.replace(table, nodes={**table.nodes, **said})
+    table = sound_table(said_table, lambda _: None)
+    assert {"n1", "n2", "w7"} <= table.nodes.keys() < said_table.nodes.keys()
+    text = tables.whole(strangers({DUAL.id: table}, NodeId("n1"), ["br0"]))
+    namespaces = scene.lab.nodes[0].namespaces
+    await namespaces.run(scene.home, nft.run, text.replace("skep_overlay", "skep_checked"))

@@ -1,5 +1,7 @@
 """Labels for published ports."""
 
+import re
+
 import pytest
 
 from skep.errors import InvalidArgument
@@ -106,3 +108,12 @@ def test_what_can_be_meant_is_taken() -> None:
         )
     )
     check_publishing(ServiceSpec())
+
+
+@pytest.mark.parametrize("value", ["fe80::1%x", "fd00::1%x }", "224.0.0.1", "ff02::1"])
+def test_an_address_that_no_node_has_by_itself_is_refused_and_if_it_is_there_passed_over(value: str) -> None:
+    with pytest.raises(
+        InvalidArgument, match=re.escape(f"invalid label skep.publish.host-ip={value}: want an")
+    ):
+        check_publishing(spec(WEB, **{"skep.publish.host-ip": value}))
+    assert publish_options({"skep.publish.host-ip": value}, WEB) == PublishOptions()

@@ -22,7 +22,7 @@ from skep.model.ids import NodeId
 from skep.node.network.encrypted.counters import Counts, counts
 from skep.node.network.encrypted.frames import PIECE_BYTES_MIN, piece_bytes
 from skep.node.network.encrypted.peer import Peer
-from skep.node.network.encrypted.plan import Plan, PlannedSegment
+from skep.node.network.encrypted.plan import Plan, PlannedPeer, PlannedSegment
 from skep.node.network.encrypted.receiving import SOL_UDP, UDP_GRO, Receiver
 from skep.node.network.encrypted.routes import Carrier, Routes, carrier, sources
 from skep.node.network.encrypted.sending import Sender
@@ -228,10 +228,23 @@ class Forwarder:
         self._thread = self._poll = self._socket = self._bound = self._sender = self._receiver = None
 
     def _use_peers(self, plan: Plan) -> None:
-        """Peers that stay keep their sessions; one at another address begins anew."""
+        """Peers that stay keep their sessions; one at another address begins anew.
+
+        Of two at one address the one that was there before is a peer, else the first: what arrives from there can be
+        of one only.
+        """
         now = self._now()
         kept: dict[NodeId, Peer] = {}
-        for planned in plan.peers:
+        taken: dict[str, NodeId] = {}
+        for planned in sorted(plan.peers, key=lambda one: not self._is_peer_at(one)):
+            if taken.setdefault(planned.address, planned.node_id) != planned.node_id:
+                log.warning(
+                    "two nodes at one address: one left out",
+                    address=planned.address,
+                    node=planned.node_id,
+                    peer=taken[planned.address],
+                )
+                continue
             peer = self._peers.get(planned.node_id)
             if peer is None or peer.address != planned.address:
                 peer = Peer(
@@ -244,6 +257,10 @@ class Forwarder:
             peer.use(planned.keys, now)
             kept[planned.node_id] = peer
         self._peers = kept
+
+    def _is_peer_at(self, planned: PlannedPeer) -> bool:
+        peer = self._peers.get(planned.node_id)
+        return peer is not None and peer.address == planned.address
 
     def _use_segments(self, plan: Plan) -> None:
         """Open what is missing, put the new routes in place, then take away what is left over."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ from skep.node.network.overlay.changing import KernelRefused, carry_out
 from skep.node.network.overlay.difference import AddLink, DeleteLink, Operation, difference
 from skep.node.network.overlay.repairs import Repairs, kind_of
 from skep.node.network.overlay.state import Link, State
-from skep.node.network.overlay.tables import RuleTable
+from skep.node.network.overlay.tables import Element, RuleTable
 
 log = structlog.get_logger()
 
@@ -75,6 +75,8 @@ class Domain:
         self._leaving: dict[str, int] = {}
         self._rules: dict[str, RuleTable] = {}
         self._listings: dict[str, str] = {}
+        self._refused: dict[str, frozenset[Element]] = {}
+        """Elements that the kernel does not take, by their table; they are left out while they are wanted."""
         self.indices: frozenset[int] | None = None
         """Of the links that matter, None: not known at present."""
 
@@ -119,7 +121,7 @@ class Domain:
         """
         async with self._changing:
             wanted, believed = self.wanted, self._believed
-            self._goal, self._goal_rules = wanted, self.wanted_rules
+            self._goal, self._goal_rules = wanted, self._possible_rules()
             await self._settle_rules()
             if believed is None or not wanted.sysctls.keys() <= believed.sysctls.keys():
                 believed = await self._read(wanted)
@@ -172,7 +174,7 @@ class Domain:
 
     def adopt(self) -> None:
         """An earlier process brought the wish about; whether it is still so is for ``heal`` to see."""
-        self._goal, self._goal_rules = self.wanted, self.wanted_rules
+        self._goal, self._goal_rules = self.wanted, self._possible_rules()
 
     def believe(self, state: State) -> None:
         """It holds ``state``, as it was just made: there is no need to look."""
@@ -271,14 +273,58 @@ class Domain:
             repaired.append("rules")
         return repaired
 
+    def _possible_rules(self) -> dict[str, RuleTable]:
+        """What is wanted without what was refused; that is tried again once it was not wanted for a while."""
+        rules = dict(self.wanted_rules)
+        self._refused = {
+            name: still
+            for name, refused in self._refused.items()
+            if name in rules and (still := refused & rules[name].elements)
+        }
+        for name, refused in self._refused.items():
+            rules[name] = msgspec.structs.replace(rules[name], elements=rules[name].elements - refused)
+        return rules
+
     async def _apply(self, table: RuleTable, text: str) -> None:
         self._rules.pop(table.name, None)
         try:
             await self._run(text)
         except nft.NftFailed:  # somebody else changed our table
-            await self._run(tables.whole(table))
+            try:
+                await self._run(tables.whole(table))
+            except nft.NftFailed as error:
+                table = await self._without_refused(table, error)
+                await self._run(tables.whole(table))
         self._listings.pop(table.name, None)
         self._rules[table.name] = table
+
+    async def _without_refused(self, table: RuleTable, error: nft.NftFailed) -> RuleTable:
+        """``table`` without the elements for which the kernel refuses it.  Raises: ``error``: it is not for them."""
+        refused = frozenset([one async for one in self._refused_among(table, sorted(table.elements))])
+        if not refused:
+            raise error
+        named = [" ".join(element) for element in sorted(refused)]
+        log.error(
+            "rules without elements that are refused", where=self.name, table=table.name, elements=named
+        )
+        self._refused[table.name] = self._refused.get(table.name, frozenset()) | refused
+        table = msgspec.structs.replace(table, elements=table.elements - refused)
+        self._goal_rules = {**self._goal_rules, table.name: table}
+        return table
+
+    async def _refused_among(self, table: RuleTable, elements: Sequence[Element]) -> AsyncIterator[Element]:
+        """By halves: they are few."""
+        try:
+            await self._run(tables.trial(table, elements))
+        except nft.NftFailed:
+            if len(elements) < 2:
+                for element in elements:
+                    yield element
+                return
+            middle = len(elements) // 2
+            for half in (elements[:middle], elements[middle:]):
+                async for element in self._refused_among(table, half):
+                    yield element
 
     async def _listing(self, name: str) -> str:
         """The table as the kernel shows it; empty when it is not there."""

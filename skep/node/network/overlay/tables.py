@@ -32,6 +32,13 @@ def whole(table: RuleTable) -> str:
     return "\n".join([*lines, *_added(table.name, table.elements), ""])
 
 
+def trial(table: RuleTable, elements: Iterable[Element]) -> str:
+    """One transaction that is refused if one of ``elements`` is, and changes nothing."""
+    name = f"{table.name}_trial"
+    sets = whole(RuleTable(name=name, sets=table.sets, elements=frozenset(elements)))
+    return f"{sets}delete table {name}\n"
+
+
 def changes(old: RuleTable, new: RuleTable) -> str:
     """What makes ``old`` into ``new``: elements alone where nothing else differs; empty: nothing."""
     if msgspec.structs.replace(old, elements=new.elements) != new:

@@ -169,8 +169,40 @@ def test_where_a_nodes_vxlan_arrives_is_what_it_says_itself_or_where_it_connects
     assert underlay_of(saying("10.9.0.1")) == "10.9.0.1"
     assert underlay_of(saying("fd00::1")) == "fd00::1"
     assert underlay_of(saying("not; an address")) == "192.168.0.1"
+    for word in ("fe80::1%x", "fe80::1", "127.0.0.1", "224.0.0.1", "0.0.0.0", "::", "::ffff:10.0.0.1"):
+        assert underlay_of(saying(word)) == "192.168.0.1", word
     unseen = replace(a_node("n9"), status=NodeStatus())
     assert set(derived(NET, WEB, unseen, on(NET, a_task("t1", node="n9", service=WEB))).nodes) == set()
+
+
+def test_a_node_that_connects_over_a_link_is_in_no_table() -> None:
+    task = on(NET, a_task("t1", node="n1", service=WEB))
+    assert derived(NET, WEB, a_skep_node("n1", "fe80::1%eth0"), task).nodes == {}
+    assert set(derived(NET, WEB, a_skep_node("n1", "127.0.0.1"), task).nodes) == {"n1"}
+
+
+def test_of_two_nodes_at_one_address_one_has_it() -> None:
+    """The one that connects from there; else the first.  One that is down claims nothing."""
+
+    def at(id: str, address: str, seconds: int, label: str = "", **wish: Any) -> Node:
+        node = a_skep_node(id, address, **wish)
+        labels = {"skep.node": "true", **({DATA_PATH_LABEL: label} if label else {})}
+        engine = EngineDescription(engine_version="1", labels=labels)
+        return replace(
+            node,
+            created_at=Timestamp(f"2026-01-01T00:00:0{seconds}Z"),
+            description=replace(node.description, engine=engine),
+        )
+
+    def kept(*nodes: Node) -> set[str]:
+        tasks = [on(NET, a_task(f"t{node.id}", node=node.id, service=WEB)) for node in nodes]
+        return set(derived(NET, WEB, *nodes, *tasks).nodes)
+
+    victim = at("n2", "192.168.0.2", 2)
+    assert kept(at("n1", "192.168.0.1", 1, label="192.168.0.2"), victim) == {"n2"}
+    first, second = (at(f"n{n}", f"192.168.0.{n}", n, label="10.9.0.1") for n in (1, 2))
+    assert kept(first, second) == {"n1"}
+    assert kept(replace(first, status=replace(first.status, state=NodeState.DOWN)), second) == {"n2"}
 
 
 def test_an_unknown_status_is_not_down() -> None:

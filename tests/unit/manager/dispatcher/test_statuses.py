@@ -7,17 +7,20 @@ from hypothesis import strategies as st
 
 from skep.aio.clock import SystemClock
 from skep.errors import InvalidArgument, PermissionDenied, Unavailable
+from skep.manager.discovery.conflicts import data_path_warnings
 from skep.manager.dispatcher.registration import (
     Registration,
     RegistrationRate,
     SessionInvalid,
     Silence,
+    describe_node,
     mark_down,
     take_session,
 )
 from skep.manager.dispatcher.statuses import Report, newer_status, record_status
 from skep.model.ids import NodeId, SessionId, TaskId
-from skep.model.node import ManagerStatus, Node, NodeDescription, NodeState
+from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState
+from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.memory import MemoryStore
@@ -164,3 +167,49 @@ def test_a_node_that_does_nothing_but_register_has_to_wait():
         rate.note(NodeId("n1"), 5.0)
     rate.note(NodeId("n2"), 5.0)
     rate.note(NodeId("n1"), 8.5)
+
+
+def saying(node: str, address: str, label: str) -> Registration:
+    labels = {NODE_LABEL: "true", **({DATA_PATH_LABEL: label} if label else {})}
+    engine = EngineDescription(engine_version="1", labels=labels)
+    wanted = registration("a", address)
+    return msgspec.structs.replace(
+        wanted, node_id=NodeId(node), description=NodeDescription(hostname=node, engine=engine)
+    )
+
+
+async def test_the_first_node_with_a_data_path_address_keeps_it(store):
+    await store.update(take_session, saying("n1", "10.0.0.1", "10.9.0.1"))
+    thief = await store.update(take_session, saying("n2", "10.0.0.2", "10.9.0.1"))
+    assert underlay_of(thief) == "10.0.0.2"
+    (warning,) = data_path_warnings(store.view().find(Node))
+    assert warning.startswith("node n2: its data path address '10.9.0.1' belongs to another node")
+    # As often as it says so; and a description in the middle of a session is no way around it.
+    await store.update(
+        describe_node, NodeId("n2"), SessionId("a"), saying("n2", "10.0.0.2", "10.9.0.1").description
+    )
+    assert underlay_of(store.view().get(Node, "n2")) == "10.0.0.2"
+    first = await store.update(take_session, saying("n1", "10.0.0.1", "10.9.0.1"))
+    assert underlay_of(first) == "10.9.0.1"
+
+
+async def test_the_address_of_a_node_that_is_down_is_free(store):
+    await store.update(take_session, saying("n1", "10.0.0.1", "10.9.0.1"))
+    await store.update(mark_down, Silence(node_id=NodeId("n1"), session_id=SessionId("a")), 0)
+    other = await store.update(take_session, saying("n2", "10.0.0.2", "10.9.0.1"))
+    assert underlay_of(other) == "10.9.0.1"
+
+
+async def test_where_a_node_connects_from_no_other_takes(store):
+    await store.update(take_session, saying("n2", "10.0.0.2", "10.0.0.1"))
+    await store.update(take_session, saying("n1", "10.0.0.1", ""))
+    (warning,) = data_path_warnings(store.view().find(Node))
+    assert warning == (
+        "node n2: its data path address 10.0.0.1 is that of node n1, so its overlay networks reach no other node"
+    )
+
+
+async def test_an_address_of_no_machine_is_warned_of(store):
+    await store.update(take_session, saying("n1", "10.0.0.1", "fe80::1%x"))
+    (warning,) = data_path_warnings(store.view().find(Node))
+    assert warning == "node n1: its data path address 'fe80::1%x' is no address of a machine and is not used"

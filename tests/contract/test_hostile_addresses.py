@@ -1,0 +1,85 @@
+"""Addresses that nodes say and tables hold: one that is none changes nothing for the others."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.model.ids import NodeId
+from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL
+from skep.model.tables import NetworkHead, Table, TableNode, TableSet, whole
+from skep.node.tables.files import StoredTables
+from skep.node.tables.keeper import TableKeeper
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire import swarm_pb2 as pb
+from tests.builders import a_service
+from tests.contract.test_network_tables import (
+    NET1,
+    OTHER,
+    Listening,
+    a_node_with_tables,
+    other_node,
+    placed,
+)
+from tests.wire_rig import Cluster, a_session, a_worker, put, until
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+async def test_what_a_node_says_of_its_address_changes_nothing_for_the_others(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Neither of a node that connects over a link, nor of one that a hostile worker describes."""
+    pair, hostile = await a_worker(cluster, tmp_path / "good"), await a_worker(cluster, tmp_path / "bad")
+    web = a_service("web")
+    link = other_node("linked", "fe80::7%eth0")
+    await put(cluster, NET1, web, other_node(), link, placed(web, OTHER, NET1), placed(web, link.id, NET1))
+    async with a_session(cluster, hostile) as (channel, session):
+        said = pb.NodeDescription(hostname="bad")
+        said.engine.engine_version = "1"
+        said.engine.labels.update({NODE_LABEL: "true", DATA_PATH_LABEL: "fe80::1%x"})
+        await channel.call(methods.DESCRIBE, skep.DescribeRequest(session_id=session, description=said))
+        bad = hostile.identity.node_id
+        await put(cluster, placed(web, bad, NET1))
+        async with a_node_with_tables(cluster, pair, tmp_path / "good") as (node_id, keeper):
+            await put(cluster, placed(web, node_id, NET1))
+            await until(lambda: NET1.id in keeper.tables and OTHER in keeper.tables[NET1.id].nodes)
+            nodes = keeper.tables[NET1.id].nodes
+            assert {id: one.underlay for id, one in nodes.items()} == {
+                OTHER: "192.168.0.9",
+                node_id: "127.0.0.1",
+                bad: "127.0.0.1",  # where it connects from
+            }
+
+
+async def test_a_table_of_an_older_manager_is_taken_without_what_cannot_be_acted_on(
+    tmp_path: Path,
+) -> None:
+    clock, listening = SystemClock(), Listening()
+    keeper = TableKeeper(StoredTables(tmp_path, clock), (listening,), clock, Random(1).random)
+    good = TableNode(id=OTHER, underlay="192.168.0.9")
+    bad = TableNode(id=NodeId("bad"), underlay="fe80::1%x")
+    table = Table(head=NetworkHead(id=NET1.id, name="net1"), nodes={good.id: good, bad.id: bad})
+    running = asyncio.create_task(keeper.run())
+    try:
+        keeper.take(TableSet(revision=1, is_complete=True, changes=(whole(table),)), 1)
+        await keeper.wait_in_force([NET1.id])
+        assert set(listening.tables[NET1.id].nodes) == {OTHER}
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    # Nor is what an older process kept on the disk.
+    kept = StoredTables(tmp_path, clock)
+    kept.note(NET1.id, table, 1)
+    await kept.flush()
+    again = TableKeeper(StoredTables(tmp_path, clock), (), clock, Random(1).random)
+    again.load()
+    assert set(again.tables[NET1.id].nodes) == {OTHER}
