@@ -102,7 +102,7 @@ class Draft:
     def claim(self, claim: str, claimant: Owner | None) -> None:
         """Give ``claim`` to ``claimant``, or free it, if that is a change."""
         held = self._state.holder(claim)
-        if (held.owner if held is not None else None) == claimant:
+        if (held.owner if held is not None else None) == claimant and not (held and held.is_damaged):
             return
         self._compares[Unchanged(claim, held.revision if held is not None else 0)] = None
         if claimant is None:

@@ -9,7 +9,7 @@ serializable by itself: the proposal compares every key it wrote and every objec
 see ``schema``), so removal of a used secret and a second service on one port cannot slip through.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
@@ -35,7 +35,7 @@ class View(Protocol):
         """Grows with every commit anywhere in the cluster."""
 
     def get(self, kind: type[T], id: str) -> T:
-        """The object with exactly this id.  Raises: NotFound."""
+        """The object with exactly this id.  Raises: NotFound; Unavailable: it is stored and cannot be read."""
 
     def lookup(self, kind: type[T], id: str) -> T | None:
         """The object with exactly this id, or None."""
@@ -49,7 +49,8 @@ class View(Protocol):
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
         """Ids of objects of a kind that are stored but cannot be read, and why; empty unless something is damaged.
 
-        Such an object is not found (or found as it was before), which is not to be taken for its removal.
+        Such an object is not found, which is not to be taken for its removal; or it is found as it was before, or (a
+        node) as far as its other parts are readable.
         """
 
     def damaged(self, kind: type[Object]) -> Mapping[str, Mapping[str, str]]:
@@ -82,13 +83,15 @@ class Transaction(View, Protocol):
     def delete(self, kind: type[T], id: str) -> None:
         """Remove the object with all its parts.
 
-        Raises: NotFound; FailedPrecondition: other objects refer to it (the ids are in the error's ``users``).
+        Raises: NotFound; Unavailable: it cannot be read; FailedPrecondition: other objects refer to it (the ids are in
+        the error's ``users``).
         """
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
         """Like ``lookup``, and the commit fails if the object changed in between (``get`` does the same).
 
         ``parts``: only these count (``"session"`` of a node), and that the object still exists; default all.
+        Raises: Unavailable: it is stored and cannot be read, so that nobody knows whether to decide as without it.
         """
 
 
@@ -254,3 +257,11 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
 
     is_hidden: Callable[[Any], bool] = lambda _: False
     """Whether users no longer see it (a removed service)."""
+
+    has_stand_in: bool = False
+    """Whether an object whose head was never readable is shown all the same, made of its other parts: ``type(id=...)``
+    stands for the head."""
+
+    assumed: Callable[[Any, Collection[str]], Any] = lambda one, _: one
+    """``(object, parts that were never readable and hold their defaults) -> object`` as it is safe to take it: what
+    cannot be read must not look like a loss.  Idempotent."""

@@ -301,11 +301,16 @@ class MemoryStore(Updating):
     def _updater_behind(self, term: TermState | None) -> Updater:
         lane = MemoryLane(self, term)
         shown_s = SHOWN_S if term is None else None
-        return Updater(self._replica, lane, self.barrier, self._clock, self._replica.reached, shown_s=shown_s)
+        return Updater(
+            *(self._replica, lane, self.barrier, self._clock, self._replica.reached),
+            shown_s=shown_s,
+            chance=lambda: 0.5,
+        )
 
     def _show(self, until: int) -> None:
         if self._replica.revision < self.cluster.compacted:
             state, leader = self.cluster.load()
+            state.keep_unreadable(self._replica.state)
             self._replica.reset(state, leader, tuple(differences(self._replica.state, state)))
             return
         for revision, changes in self.cluster.since(self._replica.revision):

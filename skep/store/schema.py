@@ -6,22 +6,23 @@ versions").  The words of refusals are Docker's.
 Source: swarmkit, manager/controlapi/{service,network,secret,config}.go (conflicts), api/storeobject.go (names).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, InvalidArgument, SkepError
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.planes import claimed_underlay
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task
+from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import KindSchema, Object
-from skep.store.keys import name_claim, port_claim
+from skep.store.keys import HEAD, name_claim, port_claim
 from skep.store.kinds import Payload, Revocation, SpecVersion
 
 
@@ -98,6 +99,25 @@ def _name_taken(kind: str) -> Callable[[str, Any, Any], SkepError]:
     return lambda _, wanting, __: AlreadyExists(f"{kind} {wanting.spec.name} already exists")
 
 
+def _node_as_known(node: Node, unknown: Collection[str]) -> Node:
+    """Without its spec a node keeps what it has and gets nothing new, in the role that it was last seen in."""
+    if HEAD not in unknown:
+        return node
+    certificate = node.certificate
+    is_manager = node.manager_status is not None or (
+        certificate is not None and certificate.role is NodeRole.MANAGER
+    )
+    role = NodeRole.MANAGER if is_manager else NodeRole.WORKER
+    return replace(node, spec=NodeSpec(availability=Availability.PAUSE, role=role))
+
+
+def _task_as_known(task: Task, unknown: Collection[str]) -> Task:
+    """A task with a node is assigned at least: its node tells the rest when it begins its next session."""
+    if "status" not in unknown or not task.node_id:
+        return task
+    return replace(task, status=TaskStatus(state=TaskState.ASSIGNED))
+
+
 def _nothing_taken(claim: str, wanting: Object, holder: Object) -> SkepError:
     return AlreadyExists(f"{claim} belongs to another object")
 
@@ -146,6 +166,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
             "node_id": attrgetter("node_id"),
             "slot": _task_slot,
         },
+        assumed=_task_as_known,
     ),
     KindSchema(
         name="node",
@@ -163,6 +184,8 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         taken=_nothing_taken,
         indexes={"name": lambda node: node.description.hostname.lower(), "underlay": claimed_underlay},
         indexed_part="status",
+        has_stand_in=True,
+        assumed=_node_as_known,
     ),
     KindSchema(
         name="swarm",

@@ -10,15 +10,19 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
+import structlog
+from msgspec.structs import replace
 
-from skep.errors import InvalidArgument, NotFound, Unavailable
+from skep.errors import InvalidArgument, Unavailable
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.store import keys
-from skep.store.interface import Created, Deleted, Event, Updated
+from skep.store.interface import Created, Deleted, Event, Updated, nothing
 from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
 from skep.store.schema import SCHEMAS
 from skep.store.tables import KeyChange, Table
+
+log = structlog.get_logger()
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -27,10 +31,14 @@ Owner = tuple[str, str]
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
-    """Who holds a unique name or port, and since which revision."""
+    """Who holds a unique name or port, and since which revision.
 
-    owner: Owner
+    ``is_damaged``: its value cannot be read; then ``owner`` is the one before, or None: not known.
+    """
+
+    owner: Owner | None
     revision: int
+    is_damaged: bool = False
 
 
 class State:
@@ -41,7 +49,9 @@ class State:
         self.tables = [Table(schema) for schema in SCHEMAS]
         self.table_by_name: Final = {table.schema.name: table for table in self.tables}
         self.table_by_type: Final = {table.schema.type: table for table in self.tables}
-        self.table_by_type[Task].completed = partial(_filled, self.table_by_type[SpecVersion].objects)
+        self.table_by_type[Task].completed = partial(
+            _filled, self.table_by_type[SpecVersion], self.table_by_type[Service].objects
+        )
         self.claims: dict[str, Claim] = {}
         self.sharers: dict[str, list[Owner]] = {}
         """Claim -> those who share it, sorted."""
@@ -57,7 +67,7 @@ class State:
     def get(self, kind: type[T], id: str) -> T:
         found = self.lookup(kind, id)
         if found is None:
-            raise NotFound(f"{self.table_by_type[kind].schema.name} {id} not found")
+            raise self.table_by_type[kind].missing(id)
         return found
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
@@ -80,8 +90,21 @@ class State:
     # -- what transactions need to know ------------------------------------------------------------------------
 
     def holder(self, claim: str) -> Claim | None:
-        """Who holds ``claim`` alone."""
-        return self.claims.get(claim)
+        """Who holds ``claim`` alone.  A claim that cannot be read is held by the object that claims this.
+
+        Raises: Unavailable: that cannot be found out, as such objects cannot be read either.
+        """
+        held = self.claims.get(claim)
+        if held is None or held.owner is not None:
+            return held
+        claiming = [table for table in self.tables if table.schema.claims is not nothing]
+        for table in claiming:
+            for id, object in table.objects.items():
+                if claim in set(table.schema.claims(object)):
+                    return Claim((table.schema.name, id), held.revision, is_damaged=True)
+        if any(table.unreadable for table in claiming):
+            raise Unavailable(f"{claim} is taken, and what holds it cannot be read")
+        return held
 
     def object_of(self, owner: Owner) -> Any:
         """The object that ``owner`` names, or None."""
@@ -120,9 +143,19 @@ class State:
     def _apply_claim(self, change: KeyChange) -> None:
         if change.value is None:
             self.claims.pop(change.key, None)
-        else:
-            kind, _, id = change.value.decode().partition("/")
+            return
+        kind, _, id = change.value.decode(errors="replace").partition("/")
+        if not change.damage and kind in self.table_by_name:
             self.claims[change.key] = Claim((kind, id), change.revision)
+            return
+        log.error("stored value cannot be read", key=change.key, error=change.damage or "it names no object")
+        before = self.claims.get(change.key)
+        self.claims[change.key] = Claim(before.owner if before else None, change.revision, is_damaged=True)
+
+    def keep_unreadable(self, before: "State") -> None:
+        """Take what cannot be read here from ``before``, the state that this one replaces, as far as that had it."""
+        for table, old in zip(self.tables, before.tables, strict=True):
+            table.keep_unreadable(old)
 
     def _merged(self, by_kind: dict[str, dict[str, dict[str, KeyChange]]]) -> Iterable[Event]:
         specs: set[str] = set()
@@ -154,11 +187,17 @@ class State:
                     yield event
 
 
-def _filled(versions: Mapping[str, SpecVersion], task: Task) -> Task:
+def _filled(versions: Table, services: Mapping[str, Service], task: Task) -> Task:
     """``task`` with the spec of the version it follows, if that is stored."""
     if task.spec_version is None:
         return task
-    return filled(task, versions.get(spec_version_id(task.service_id, task.spec_version)))
+    id = spec_version_id(task.service_id, task.spec_version)
+    version = versions.objects.get(id)
+    if version is None and id in versions.unreadable:
+        service = services.get(task.service_id)
+        if service is not None and service.spec_version == task.spec_version:
+            return replace(task, spec=service.spec.task_template)  # the same is written there
+    return filled(task, version)
 
 
 def differences(old: State, new: State) -> Iterator[Event]:
@@ -214,9 +253,7 @@ def resolved(view: Any, table: Table, word: str) -> Any:
         found = [one for one in candidates if one is not None and not schema.is_hidden(one)]
     match found:
         case []:
-            if word in table.unreadable:
-                raise Unavailable(f"{schema.name} {word} cannot be read: {table.unreadable[word]}")
-            raise NotFound(f"{schema.name} {word} not found")
+            raise table.missing(word)
         case [one]:
             return one
     raise InvalidArgument(f"{schema.name} {word} is ambiguous ({len(found)} matches found)")

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.service import Service
 from skep.store.codec import codecs_of, values_of
 from skep.store.interface import Created, Deleted, Event, KindSchema, Object, Updated
@@ -27,12 +28,16 @@ META = ("version", "created_at", "updated_at")
 
 
 class KeyChange(msgspec.Struct, frozen=True, gc=False):
-    """One key as the store now has it, its value in clear.  ``value`` None: deleted."""
+    """One key as the store now has it, its value in clear.
+
+    ``value`` None: deleted.  ``damage``: why the stored value cannot be decrypted; then ``value`` means nothing.
+    """
 
     key: str
     value: bytes | None
     revision: int
     create_revision: int = 0
+    damage: str = ""
 
 
 class Table:
@@ -60,9 +65,12 @@ class Table:
         self.answers: dict[str, dict[str, int]] = {part: {} for part in schema.answers}
         """Part -> id -> spec version that it answers."""
         self.unreadable: dict[str, str] = {}
-        """Id -> why its head cannot be read.  Such an object is not there, or is what it was before."""
+        """Id -> why its head cannot be read.  Such an object is not there, has a stand-in for its head, or is what it
+        was before.  The revisions of its keys are known all the same."""
         self.damaged: dict[str, dict[str, str]] = {}
         """Id -> part -> why that cannot be read.  Such a part is not there, or is what it was before."""
+        self._never_read: dict[str, set[str]] = {}
+        """Id -> damaged parts (or the head) of which no earlier value is known either."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
         self._places = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
         self._decode_head = msgspec.json.Decoder(schema.type).decode
@@ -89,6 +97,12 @@ class Table:
             last += 1
         return self.ids[first:last]
 
+    def missing(self, id: str) -> SkepError:
+        """What to say of an object that is not in ``objects``: not found, or it cannot be read."""
+        if id in self.unreadable:
+            return Unavailable(f"{self.schema.name} {id} cannot be read: {self.unreadable[id]}")
+        return NotFound(f"{self.schema.name} {id} not found")
+
     def revision(self, id: str, part: str) -> int:
         """When this key was last written; 0: it does not exist."""
         return self.revisions[part].get(id, 0)
@@ -114,15 +128,17 @@ class Table:
                     return self._removed(id, old)
                 fields |= self._part_removed(id, part)
                 continue
+            is_first = id not in revisions
             revisions[id] = change.revision
             if part == HEAD:
                 self.created[id] = change.create_revision
-                merged = self._read_head(id, old, value)
+                merged = self._read_head(id, old, change)
             else:
-                fields |= self._read(id, part, value)
+                fields |= self._read(id, part, change, is_first=is_first)
         if merged is None:
-            self._unmark(id)
-            return None  # no head that can be read, or a part that outlived its object
+            if id not in self.unreadable:
+                self._unmark(id)  # a part that outlived its object
+            return None
         if merged is not old:
             self._complete(merged, id, old, fields)
         elif fields:
@@ -131,6 +147,8 @@ class Table:
             merged = self._without_stale_answers(id, merged)
         if self.completed is not None:
             merged = self.completed(merged)
+        if self._never_read and (parts := self._never_read.get(id)):
+            merged = self.schema.assumed(merged, parts)
         return self.store(id, old, merged, moves=self.schema.indexed_part in changes)
 
     def _complete(self, head: Any, id: str, old: Any, fields: Mapping[str, Any]) -> None:
@@ -155,29 +173,37 @@ class Table:
             self._mended(id, part)
         return self.codecs[part].defaults
 
-    def _read_head(self, id: str, old: Any, value: bytes) -> Any:
-        """A head as an object whose other parts hold their defaults; ``old`` when it cannot be read.
+    def _read_head(self, id: str, old: Any, change: KeyChange) -> Any:
+        """A head as an object whose other parts hold their defaults; ``old``, or a stand-in, when it cannot be read.
 
         That takes half as long as to read its fields and lay them over ``old``: there are more of them than of others.
         """
         try:
-            head = self._decode_head(value)
-        except msgspec.MsgspecError as error:
+            head = self._decode_head(_intact(change))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._complain(id, HEAD, error)
             self.unreadable[id] = str(error)
-            return old
-        if self.unreadable:
-            self.unreadable.pop(id, None)
+            if old is not None or not self.schema.has_stand_in:
+                return old
+            self._never_read.setdefault(id, set()).add(HEAD)
+            return self.schema.type(id=id)
+        if self.unreadable and self.unreadable.pop(id, None) is not None:
+            self._read_at_last(id, HEAD)
         return head
 
-    def _read(self, id: str, part: str, value: bytes) -> Mapping[str, Any]:
-        """The fields of a part that is not the head; none when it cannot be read."""
+    def _read(self, id: str, part: str, change: KeyChange, *, is_first: bool) -> Mapping[str, Any]:
+        """The fields of a part that is not the head; none when it cannot be read.
+
+        ``is_first``: nothing was known of it before.
+        """
         codec = self.codecs[part]
         try:
-            fields, answered = codec.decode(value)
-        except msgspec.MsgspecError as error:
+            fields, answered = codec.decode(_intact(change))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._complain(id, part, error)
             self.damaged.setdefault(id, {})[part] = str(error)
+            if is_first:
+                self._never_read.setdefault(id, set()).add(part)
             return {}
         if self.damaged:
             self._mended(id, part)
@@ -220,10 +246,29 @@ class Table:
             self._move(id, old, new)
         return Updated(old, new)
 
+    def keep_unreadable(self, before: "Table") -> None:
+        """Take what cannot be read here from ``before``, an earlier state of the same table, as far as that had it."""
+        for id in self.unreadable:
+            old = before.objects.get(id)
+            if old is not None:
+                head = {name: getattr(old, name) for name in self.codecs[HEAD].fields}
+                now = self.objects.get(id)
+                self._read_at_last(id, HEAD)
+                self.store(id, now, old if now is None else msgspec.structs.replace(now, **head))
+        for id, parts in self.damaged.items():
+            old, now = before.objects.get(id), self.objects.get(id)
+            if old is None or now is None:
+                continue
+            fields = {name: getattr(old, name) for part in parts for name in self.schema.parts[part]}
+            for part in parts:
+                self._read_at_last(id, part)
+            self.store(id, now, msgspec.structs.replace(now, **fields))
+
     def _removed(self, id: str, old: Any) -> Event | None:
         self._unmark(id)
         self.unreadable.pop(id, None)
         self.damaged.pop(id, None)
+        self._never_read.pop(id, None)
         if old is None:
             return None
         del self.objects[id]
@@ -241,6 +286,15 @@ class Table:
         parts.pop(part, None)
         if not parts:
             self.damaged.pop(id, None)
+        self._read_at_last(id, part)
+
+    def _read_at_last(self, id: str, part: str) -> None:
+        """A value of the part (or head) is known; nothing has to be assumed for it any more."""
+        parts = self._never_read.get(id)
+        if parts is not None:
+            parts.discard(part)
+            if not parts:
+                del self._never_read[id]
 
     def _enter(self, id: str, new: Object) -> None:
         for value_of, index in self._places:
@@ -261,6 +315,14 @@ class Table:
         for value_of, index in self._places:
             if value := value_of(old):
                 _take_out(index, value, id)
+
+
+def _intact(change: KeyChange) -> bytes:
+    """The value that was written.  Raises: msgspec.DecodeError: it cannot be decrypted."""
+    if change.damage:
+        raise msgspec.DecodeError(change.damage)
+    assert change.value is not None, "a removal has no value to read"
+    return change.value
 
 
 def _put_in(index: dict[str, str | list[str]], value: str, id: str) -> None:

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from skep.errors import NotFound
+from skep.errors import AlreadyExists, NotFound, SkepError
 from skep.model.meta import Version
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.store.codec import values_of
 from skep.store.draft import Draft
-from skep.store.interface import InUse, Object, nothing
+from skep.store.interface import InUse, KindSchema, Object, nothing
 from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
 from skep.store.proposal import Proposal
 from skep.store.state import Owner, State, resolved
@@ -55,7 +55,7 @@ class Writing:
     def get(self, kind: type[T], id: str) -> T:
         found = self.rely_on(kind, id)
         if found is None:
-            raise NotFound(f"{self._state.table_by_type[kind].schema.name} {id} not found")
+            raise self._state.table_by_type[kind].missing(id)
         return found
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
@@ -68,6 +68,8 @@ class Writing:
         elif (counted := self._relied[owner]) is not None:
             counted |= set(parts)
         found: T | None = self._current(table, id)
+        if found is None and id in table.unreadable and owner not in self._written:
+            raise table.missing(id)
         return found
 
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
@@ -125,7 +127,7 @@ class Writing:
         current = self._current(table, id)
         owner = (table.schema.name, id)
         if current is None:
-            raise NotFound(f"{table.schema.name} {id} not found")
+            raise table.missing(id)
         users = [user for user in self._users(owner) if user != owner]
         if users:
             raise InUse(f"{table.schema.name} {id} is in use", users)
@@ -215,18 +217,24 @@ class Writing:
         for claim in sorted(wanted):
             holder = self._holder(claim)
             if holder is not None and holder != owner:
-                raise schema.taken(claim, new, self._object(holder))
+                raise self._taken(schema, claim, new, holder)
             others = [sharer for sharer in self._sharers(claim) if sharer != owner]
             if others:
-                raise schema.taken(claim, new, self._object(others[0]))
+                raise self._taken(schema, claim, new, others[0])
         for claim in sorted(shared):
             holder = self._holder(claim)
             if holder is not None and holder != owner:
-                raise schema.taken(claim, new, self._object(holder))
+                raise self._taken(schema, claim, new, holder)
         for claim in set(schema.claims(current)) - wanted if current is not None else ():
             self._claimed[claim] = None
         for claim in wanted:
             self._claimed[claim] = owner
+
+    def _taken(self, schema: KindSchema, claim: str, new: Any, holder: Owner) -> SkepError:
+        held_by = self._object(holder)
+        if held_by is None:
+            return AlreadyExists(f"{claim} belongs to {holder[0]} {holder[1]}, which cannot be read")
+        return schema.taken(claim, new, held_by)
 
     def _refer(self, table: Table, current: Any, new: Any) -> None:
         """Check that what ``new`` refers to, and ``current`` did not, exists.  Raises: NotFound."""

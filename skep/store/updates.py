@@ -6,6 +6,7 @@ older than the call, so that a lagging replica cannot say "not found" of what wa
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
@@ -14,10 +15,11 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import msgspec
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.store.interface import Transaction
-from skep.store.proposal import Proposal
+from skep.store.proposal import Compare, Proposal
 from skep.store.replica import Replica
 from skep.store.transaction import Writing
 
@@ -35,6 +37,10 @@ SHOWN_S = 2.0
 
 CHUNK = 500
 """Proposals of one ``update_each`` that are under way together."""
+
+CONFLICTS_MAX = 3
+"""Conflicts in a row without progress after which each further attempt waits, longer each time: where this replica
+takes a key for another one than it is, attempts alone would fill the log."""
 
 BREATH = 50
 """Bodies run between two returns to the event loop."""
@@ -84,6 +90,7 @@ class Updater:
         reached: Callable[[int], Awaitable[None]],
         *,
         shown_s: float | None = SHOWN_S,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         """
         Args:
@@ -92,6 +99,7 @@ class Updater:
             shown_s: how long a write may take to show before it is answered anyway; None: it is answered when it
                 shows, and nothing further is tried before.  A leader that does not see what it wrote would decide
                 the same again.
+            chance: numbers from 0 to 1, which spread the pauses between attempts.
         """
         self._replica = replica
         self._proposer = proposer
@@ -99,6 +107,7 @@ class Updater:
         self._clock = clock
         self._reached = reached
         self._shown_s = shown_s
+        self._chance = chance
         self._written = 0
         """The last revision of ours, where the next attempt waits for it."""
 
@@ -107,6 +116,8 @@ class Updater:
     ) -> R:
         """See ``interface.Updates.update``."""
         is_confirmed = False
+        pause = self._pause()
+        tried: tuple[Compare, ...] = ()
         async with within_deadline():
             await self._reached(self._written)
             while True:
@@ -130,6 +141,8 @@ class Updater:
                         return result
                     case Conflict(revision):
                         await self._reached(revision)
+                        await pause.after_conflict(is_progress=proposal.compares != tried)
+                        tried = proposal.compares
                         is_confirmed = False
                     case SkepError():
                         raise outcome
@@ -141,11 +154,13 @@ class Updater:
         pending = list(enumerate(items))
         results: list[Any] = [None] * len(pending)
         for chunk in batched(pending, CHUNK):
+            pause = self._pause()
             try:
                 async with within_deadline():
                     await self._reached(self._written)
-                    while chunk:
-                        chunk = await self._attempt(body, chunk, results)
+                    while left := await self._attempt(body, chunk, results):
+                        await pause.after_conflict(is_progress=len(left) < len(chunk))
+                        chunk = left
             except Unavailable as error:
                 for index, _ in chunk:
                     results[index] = error
@@ -208,6 +223,9 @@ class Updater:
         result = body(tx)
         return result, tx.proposal()
 
+    def _pause(self) -> "_Pause":
+        return _Pause(self._clock, Backoff(0.01, 0.5, chance=self._chance))
+
     async def _shown(self, revision: int) -> None:
         if self._replica.revision >= revision:
             return
@@ -218,6 +236,21 @@ class Updater:
                 await self._reached(revision)
         except TimeoutError:
             log.warning("replica does not show an acknowledged write", revision=revision)
+
+
+class _Pause:
+    """Between the attempts of one update."""
+
+    def __init__(self, clock: Clock, backoff: Backoff) -> None:
+        self._clock = clock
+        self._backoff = backoff
+        self._conflicts = 0
+
+    async def after_conflict(self, *, is_progress: bool) -> None:
+        """None for the first few, then longer each time; ``is_progress``: something was seen to have changed."""
+        self._conflicts = 0 if is_progress else self._conflicts + 1
+        if self._conflicts >= CONFLICTS_MAX:
+            await self._backoff.sleep(self._clock)
 
 
 class Updating:

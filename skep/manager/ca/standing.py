@@ -41,9 +41,11 @@ def require_standing(view: View, identity: Identity, access: Access) -> None:
     revocation = view.lookup(Revocation, identity.node_id)
     if revocation is not None and revocation.is_removed:
         raise PermissionDenied(f"Permission denied: node {identity.node_id} was removed from the swarm")
+    node = view.lookup(Node, identity.node_id)
+    if node is None and identity.node_id in view.unreadable(Revocation):
+        raise PermissionDenied(f"Permission denied: what node {identity.node_id} may not do cannot be read")
     if access is not Access.MANAGER:
         return
-    node = view.lookup(Node, identity.node_id)
     if node is not None and not is_manager(node):
         raise PermissionDenied(f"Permission denied: node {identity.node_id} is not a manager of the swarm")
 

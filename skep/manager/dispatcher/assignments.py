@@ -38,10 +38,13 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def everything(view: View, node_id: NodeId) -> tuple[AssignmentSet, Told]:
-    """All assignments of a node, as the first message of a stream."""
+    """All assignments of a node, as the first message of a stream.
+
+    With tasks in the store that cannot be read nobody knows whose they are: then nothing is taken away from the node.
+    """
     tasks = {task.id: task for task in view.find(Task, node_id=node_id) if _is_due(view, task)}
     told = Told(tasks=tasks, secrets=_secrets_of(tasks.values()), configs=_configs_of(tasks.values()))
-    return _message(view, Told(), told, tasks.values(), complete=True), told
+    return _message(view, Told(), told, tasks.values(), complete=not view.unreadable(Task)), told
 
 
 def difference(
@@ -196,10 +199,12 @@ def _configs_of(tasks: Iterable[Task]) -> frozenset[ConfigId]:
 
 
 def _secret_files(view: View, ids: Iterable[SecretId]) -> Iterator[SecretFile]:
-    """A secret that does not exist is left out: its task fails at start with a message that names it."""
+    """A secret that does not exist, or cannot be read, is left out: its task fails at start with a message that names
+    it."""
     for id in ids:
-        secret, payload = view.lookup(Secret, id), view.lookup(Payload, f"secret/{id}")
-        if secret is not None:
+        payload_id = f"secret/{id}"
+        secret, payload = view.lookup(Secret, id), view.lookup(Payload, payload_id)
+        if secret is not None and payload_id not in view.unreadable(Payload):
             yield SecretFile(
                 id=id,
                 name=secret.spec.name,

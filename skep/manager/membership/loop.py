@@ -93,7 +93,8 @@ class Managers:
     async def _look(self) -> None:
         now = self._clock.monotonic()
         silent, heard = self._hearing.silent(now), self._hearing.heard(now)
-        nodes = self._term.view().find(Node)
+        view = self._term.view()
+        nodes = view.find(Node)
         for mark in roll_call(nodes, silent, heard, self._own):
             log.info("manager", node=mark.node_id, reachability=mark.reachability.value)
             await self._term.update(write_mark, mark)
@@ -102,7 +103,7 @@ class Managers:
             log.warning("a manager that never caught up is removed", node=learner.name)
             await self._withdraw(learner)
         reachable = {member.name for member in members if member.name == self._own or member.name in heard}
-        steps = next_steps(nodes, members, reachable, self._own)
+        steps = next_steps(nodes, members, reachable, self._own, view.unreadable(Node))
         self._tell_held(steps)
         for step in steps:
             await self._take(step)

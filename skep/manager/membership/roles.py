@@ -53,15 +53,20 @@ Step: TypeAlias = Promote | HandOver | Withdraw | Hold | Demote
 
 
 def next_steps(
-    nodes: Iterable[Node], members: Iterable[RaftMember], reachable: Collection[str], own: NodeId
+    nodes: Iterable[Node],
+    members: Iterable[RaftMember],
+    reachable: Collection[str],
+    own: NodeId,
+    unreadable: Collection[str] = (),
 ) -> list[Step]:
     """What brings members and certificates nearer to the wished roles; ``[]``: they agree.
 
     Args:
         members: learners too; they are removed like others, and their going costs no quorum.
         reachable: names of members that were heard just now, the own one too.
+        unreadable: ids of nodes whose wished role is not known, as it cannot be read: they stay what they are.
     """
-    nodes, members = tuple(nodes), tuple(members)
+    nodes, members = tuple(node for node in nodes if node.id not in unreadable), tuple(members)
     wanted = {str(node.id) for node in nodes if node.spec.role is NodeRole.MANAGER}
     names = {member.name for member in members}
     steps: list[Step] = []
@@ -71,7 +76,7 @@ def next_steps(
             steps.append(Promote(node.id))
         elif node.spec.role is NodeRole.WORKER and node.id not in names and _has_been_manager(node):
             steps.append(Demote(node.id))
-    leaving = [member for member in members if member.name not in wanted]
+    leaving = [member for member in members if member.name not in wanted and member.name not in unreadable]
     return [*steps, *_next_withdrawal(leaving, members, wanted, reachable, own)]
 
 

@@ -22,7 +22,7 @@ from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import is_lost, is_unusable
 from skep.model.ids import IdSource, NodeId, ServiceId, TaskId
-from skep.model.node import Availability, Node, NodeSpec
+from skep.model.node import Node
 from skep.model.service import Service, UpdateStatus
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
@@ -194,8 +194,8 @@ class Orchestrator:
             Situation(
                 service=service,
                 tasks=tasks,
-                nodes=lambda: (*view.find(Node), *_unreadable_nodes(view)),
-                node=lambda node_id: view.lookup(Node, node_id) or _unreadable_node(view, node_id),
+                nodes=lambda: tuple(view.find(Node)),
+                node=lambda node_id: view.lookup(Node, node_id),
                 overcommitted=self._overcommitted_on,
                 spec_of=lambda task: spec_of(view, task),
                 seen=self._seen,
@@ -211,7 +211,8 @@ class Orchestrator:
             view = self._term.view()
             node = view.lookup(Node, node_id)
             tasks = view.find(Task, node_id=node_id)
-            self._overcommitted[node_id] = overcommitted(node, tasks) if node is not None else frozenset()
+            is_known = node is not None and "status" not in view.damaged(Node).get(node_id, ())
+            self._overcommitted[node_id] = overcommitted(node, tasks) if node and is_known else frozenset()
         return self._overcommitted[node_id]
 
     async def _commit(self, changes: list[tuple[ServiceId, Change]]) -> None:
@@ -236,18 +237,6 @@ def rest_s(tasks: int) -> float:
     """
     wished = tasks * REST_S_PER_TASK
     return min(wished, REST_S_MAX) if wished >= REST_S_MIN else 0.0
-
-
-def _unreadable_nodes(view: View) -> list[Node]:
-    found = (_unreadable_node(view, NodeId(id)) for id in sorted(view.unreadable(Node)))
-    return [node for node in found if node is not None and view.lookup(Node, node.id) is None]
-
-
-def _unreadable_node(view: View, node_id: NodeId) -> Node | None:
-    """What stands for a node whose record is damaged: it keeps what it has, and gets nothing new."""
-    if node_id not in view.unreadable(Node):
-        return None
-    return Node(id=node_id, spec=NodeSpec(availability=Availability.PAUSE))
 
 
 def _is_global(service: Service) -> bool:

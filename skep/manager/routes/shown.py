@@ -40,16 +40,16 @@ class Trouble(Struct, frozen=True):
 def trouble_of(view: View, kind: type[Struct]) -> Trouble:
     """For answers about objects of ``kind``."""
     freeze = next((swarm.freeze for swarm in view.find(Swarm)), None)
-    return Trouble(freeze, {id: _damage(parts) for id, parts in view.damaged(kind).items()})
+    ids = {*view.damaged(kind), *view.unreadable(kind)}
+    return Trouble(freeze, {id: damage_of(view, kind, id) for id in ids})
 
 
 def damage_of(view: View, kind: type[Struct], id: str) -> str:
     """What of an object cannot be read, in a sentence; empty: nothing."""
-    return _damage(view.damaged(kind).get(id, {}))
-
-
-def _damage(parts: Mapping[str, str]) -> str:
-    return "; ".join(f"its {part} cannot be read: {why}" for part, why in sorted(parts.items()))
+    parts = {f"its {part}": why for part, why in view.damaged(kind).get(id, {}).items()}
+    if (why := view.unreadable(kind).get(id)) is not None:
+        parts["it"] = why
+    return "; ".join(f"{part} cannot be read: {why}" for part, why in sorted(parts.items()))
 
 
 def shown_service(

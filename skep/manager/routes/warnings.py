@@ -1,15 +1,22 @@
 """``/_skep/warnings``: what ``docker info`` is to warn of.  Ours, on the manager's own socket only."""
 
+from collections.abc import Iterator
+
 from aiohttp import web
 
 from skep.api.server import Routes, json_answer
 from skep.manager.ca.expiry import expiring
 from skep.manager.discovery.conflicts import data_path_warnings
 from skep.manager.routes.access import manager_of
+from skep.manager.routes.shown import damage_of
 from skep.model.node import Node
 from skep.model.times import moment
+from skep.store.interface import View
+from skep.store.schema import SCHEMAS
 
 routes = Routes()
+
+_DAMAGED_SHOWN = 10
 
 
 @routes.get("/_skep/warnings")
@@ -19,5 +26,22 @@ async def warnings(request: web.Request) -> web.Response:
     now = moment(manager.clock.now_ns())
     view = manager.store.view()
     return json_answer(
-        [*(expiry.warning for expiry in expiring(view, now)), *data_path_warnings(view.find(Node))]
+        [
+            *(expiry.warning for expiry in expiring(view, now)),
+            *damage_warnings(view),
+            *data_path_warnings(view.find(Node)),
+        ]
     )
+
+
+def damage_warnings(view: View) -> Iterator[str]:
+    """A sentence about each object that cannot be read, the first few of them."""
+    found = [
+        (schema.name, id, damage_of(view, schema.type, id))
+        for schema in SCHEMAS
+        for id in sorted({*view.unreadable(schema.type), *view.damaged(schema.type)})
+    ]
+    for kind, id, damage in found[:_DAMAGED_SHOWN]:
+        yield f"WARNING: {kind} {id} in this manager's store: {damage}; it is left as it is (docs/guide/recovery.md)"
+    if len(found) > _DAMAGED_SHOWN:
+        yield f"WARNING: {len(found) - _DAMAGED_SHOWN} further objects in this manager's store cannot be read"

@@ -60,6 +60,8 @@ class Member:
         """Entries that its disk, which hangs, has not written; None: it does not hang."""
         self.deaf_until = 0.0
         """Until then its own status says what it said last."""
+        self.rotten: dict[bytes, int] = {}
+        """Keys whose value, as of this revision, has a flipped bit on this member's disk; every load meets it."""
         self.watchers: list[SimulatedWatching] = []
         self.waiting: list[tuple[int, asyncio.Future[None]]] = []
         self.entries: list[Entry] = []

@@ -71,6 +71,16 @@ class Raft:
         self.members[id].is_running = True
         self.look()
 
+    def rot(self, id: NodeId, key: bytes) -> bool:
+        """Flip a bit of the value of ``key`` on the disk of one member; gives whether there is a value.
+
+        Its manager meets it when it loads the store the next time: at a start, or after a compaction it has missed.
+        """
+        found = self.kv.range(pb.RangeRequest(key=key), self.kv.revision).kvs
+        for kv in found:
+            self.members[id].rotten[key] = kv.mod_revision
+        return bool(found)
+
     def crash(self, id: NodeId) -> None:
         """kill -9: who waits for its answers never gets them."""
         member = self.members[id]

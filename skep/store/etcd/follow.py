@@ -124,6 +124,7 @@ class Follower:
             first = page.kvs[-1].key + b"\0"
             limit = next_limit(limit, page.ByteSize())
             await asyncio.sleep(0)
+        state.keep_unreadable(self._replica.state)
         events = await self._difference(state) if self._loaded.is_set() else []
         self._replica.reset(state, leader, events)
         self._cluster_id = page.header.cluster_id

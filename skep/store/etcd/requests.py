@@ -100,7 +100,10 @@ def is_fence_fallen(reply: pb.TxnResponse, fence: int) -> bool:
 
 
 def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> KeyChange | None:
-    """One of etcd's keys as ours, decrypted.  None, and a line in the log, if it cannot be read."""
+    """One of etcd's keys as ours, decrypted; one that cannot be is given with its damage, as it is no removal.
+
+    None: it cannot be, and is of no object (the leader's record).
+    """
     key = kv.key[len(PREFIX) :].decode(errors="replace")
     if is_delete:
         return KeyChange(key, None, kv.mod_revision)
@@ -109,6 +112,8 @@ def change_of(kv: pb.KeyValue, cipher: Cipher, *, is_delete: bool = False) -> Ke
         try:
             value = cipher.decrypt(kv.key, value)
         except Unreadable as error:
+            if key[1:2] == "/":
+                return KeyChange(key, b"", kv.mod_revision, kv.create_revision, str(error))
             log.error("stored value cannot be read", key=key, error=str(error))
             return None
     return KeyChange(key, value, kv.mod_revision, kv.create_revision)

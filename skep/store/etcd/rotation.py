@@ -80,18 +80,23 @@ class KeyRotation:
             term.lose()
             return
         log.info("re-encrypting", data_key=self._cipher.ring.current)
-        count, after, limit = 0, PREFIX, PAGE_KEYS_FIRST
+        count, damaged, after, limit = 0, 0, PREFIX, PAGE_KEYS_FIRST
         while after:
             page = await self._client.range(
                 pb.RangeRequest(key=after, range_end=prefix_end(PREFIX), limit=limit), timeout_s=LOAD_S
             )
             limit = next_limit(limit, page.ByteSize())
             for batch in batches(self._outdated(page.kvs)):
-                await self._rewrite(batch, term)
+                damaged += await self._rewrite(batch, term)
                 count += len(batch)
                 await self._clock.sleep(PAUSE_S)
             after = page.kvs[-1].key + b"\0" if page.more else b""
         fence = compared_leader(term.fence)
+        if damaged:
+            # Another member may have them undamaged, and would need the old keys to read them.
+            log.warning("old data keys stay: some values cannot be read on this manager", values=damaged)
+            await self._cipher.changed.wait()
+            return
         if not await self._replace_ring(self._cipher.ring.without_old_keys(), (fence,)):
             raise _Superseded("the term is over, or the ring is another one")
         log.info("re-encrypted", values=count, data_key=self._cipher.ring.current)
@@ -103,8 +108,11 @@ class KeyRotation:
             if not is_clear(kv.key) and kv.key != _LEADER and not self._cipher.is_current(kv.value)
         ]
 
-    async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> None:
-        """Each value anew under the current key, unless it changed meanwhile.  Raises: _Superseded, Unavailable."""
+    async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> int:
+        """Each value anew under the current key, unless it changed meanwhile; how many cannot be read.
+
+        Raises: _Superseded, Unavailable.
+        """
         operations: list[pb.RequestOp] = []
         for kv in batch:
             try:
@@ -123,6 +131,7 @@ class KeyRotation:
         )
         if not reply.succeeded:
             raise _Superseded("the term is over, or the ring is another one")
+        return len(batch) - len(operations)
 
     async def _replace_ring(self, ring: KeyRing, conditions: Sequence[pb.Compare]) -> bool:
         """Write ``ring`` in place of the one that is known; False: it was not that one, now the present one is known.

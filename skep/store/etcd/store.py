@@ -121,6 +121,7 @@ class EtcdStore(Updating):
             self._clock,
             self._follower.reached,
             shown_s=SHOWN_S if term is None else None,
+            chance=self._chance,
         )
 
     async def _reach_present(self) -> None:

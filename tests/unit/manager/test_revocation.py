@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
+from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import PermissionDenied
@@ -19,6 +20,7 @@ from skep.security.identity import Identity
 from skep.security.keys import new_private_key
 from skep.store.kinds import Revocation
 from skep.store.memory import MemoryStore
+from skep.store.proposal import Proposal
 from skep.wire.methods import Access
 
 NOW = datetime.now(UTC)
@@ -104,6 +106,17 @@ async def test_a_certificate_counts_for_the_role_that_the_cluster_says(store, ro
 
 def test_a_manager_that_this_replica_does_not_know_yet_passes(store):
     require_standing(store.view(), MANAGER, Access.MANAGER)
+
+
+async def test_a_removal_that_cannot_be_read_counts(store):
+    """Of a node that is still there it can only be about the certificates of a former manager."""
+    for key in ("o/revocation/m1", "o/revocation/m2"):
+        store.cluster.commit(Proposal(puts=((key, b"?"),)), None)
+    await store.update(lambda tx: tx.put(Node(id=NodeId("m2"))))
+    view = store.view()
+    with pytest.raises(PermissionDenied):
+        require_standing(view, MANAGER, Access.NODE)
+    require_standing(view, replace(MANAGER, node_id=NodeId("m2")), Access.NODE)
 
 
 def test_the_list_for_etcd_holds_the_serial_numbers():

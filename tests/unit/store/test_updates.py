@@ -12,7 +12,7 @@ from skep.store.interface import Transaction
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
 from skep.store.state import State
-from skep.store.updates import DEADLINE_S, SHOWN_S, Committed, Updater
+from skep.store.updates import DEADLINE_S, SHOWN_S, Committed, Conflict, Updater
 from tests.builders import a_node
 
 REVISION = 7
@@ -91,3 +91,31 @@ def test_a_leader_that_does_not_see_what_it_wrote_writes_nothing_more(late: Late
     assert late.proposed == 1
     assert late.took_s(lambda: leading.update(write)) == pytest.approx(0.5 * DEADLINE_S, abs=0.1)
     assert late.proposed == 2
+
+
+class Contested(Late):
+    """A store in which every proposal meets a conflict."""
+
+    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Committed | Conflict]:  # type: ignore[override]
+        self.proposed += len(proposals)
+        return [Conflict(0) for _ in proposals]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_attempts_that_meet_conflict_after_conflict_come_further_and_further_apart(many: bool) -> None:
+    loop = VirtualLoop()
+    contested = Contested(loop)
+    updater = contested.updater()
+
+    async def run() -> None:
+        if many:
+            (result,) = await updater.update_each(write, [1])
+            assert isinstance(result, Unavailable)
+        else:
+            with pytest.raises(Unavailable):
+                await updater.update(write)
+
+    loop.run_until_complete(run())
+    assert loop.time() == pytest.approx(DEADLINE_S, abs=0.1)
+    assert 5 <= contested.proposed <= 30
+    loop.close()

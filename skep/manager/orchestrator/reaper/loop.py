@@ -132,8 +132,6 @@ class Reaper:
         tasks = view.find(Task, slot=key)
         for task in tasks:
             node = view.lookup(Node, task.node_id)
-            if task.node_id in view.unreadable(Node):
-                continue  # nobody knows that it has left
             if is_orphaned(task, node) and not is_past_attachment(task, node):
                 yield Orphan(task)
         disposable = [

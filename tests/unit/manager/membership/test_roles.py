@@ -129,3 +129,8 @@ def test_a_learner_is_overdue_after_a_minute_of_this_leaders_own_time() -> None:
     assert learners.overdue(learning, 100.0 + LEARNING_S) == [learning[1]]
     assert learners.overdue(members("ab"), 200.0) == []
     assert learners.overdue(learning, 201.0) == [], "it has its vote, or came in anew"
+
+
+def test_a_manager_whose_record_cannot_be_read_stays_one() -> None:
+    nodes = [*managers("ab"), a_node("c", WORKER, MANAGER)]
+    assert next_steps(nodes, members("abcd"), set("abcd"), OWN, {NodeId("c"), NodeId("d")}) == []

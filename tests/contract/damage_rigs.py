@@ -1,0 +1,114 @@
+"""A store with damaged values: in memory a value that makes no sense, in a real etcd a flipped byte."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+from skep.aio.clock import SystemClock
+from skep.model.ids import NodeId
+from skep.store import keys
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import new_wrapping_key
+from skep.store.etcd.client import Client, prefix_end
+from skep.store.etcd.founding import initialize
+from skep.store.etcd.requests import PREFIX, etcd_key
+from skep.store.etcd.store import open_store
+from skep.store.interface import Store
+from skep.store.memory import MemoryCluster, MemoryStore
+from skep.store.proposal import Proposal
+from tests.contract.store_rigs import found
+from tests.etcd_rig import Relay, a_member, member_settings
+
+
+class DamageRig(Protocol):
+    """``store`` has seen everything undamaged; ``loaded`` gives a replica that sees the store as it is now."""
+
+    store: Store
+
+    async def damage(self, key: str) -> None:
+        """Damage the value of one key, which exists."""
+
+    async def loaded(self) -> Store:
+        """The store of a manager that starts now."""
+
+    async def reload(self) -> None:
+        """Have ``store`` load everything anew."""
+
+    async def keys(self, prefix: str) -> Sequence[str]:
+        """What there is below ``prefix``."""
+
+
+class MemoryDamage:
+    def __init__(self) -> None:
+        self.cluster = MemoryCluster()
+        self.store = MemoryStore(SystemClock(), self.cluster)
+
+    async def damage(self, key: str) -> None:
+        self.cluster.commit(Proposal(puts=((key, b'{"ID": 7, "Spec'),)), None)
+
+    async def loaded(self) -> Store:
+        return MemoryStore(SystemClock(), self.cluster)
+
+    async def reload(self) -> None:
+        self.store.cut()
+        self.cluster.commit(Proposal(puts=((keys.ticket_key(NodeId("m9")), b""),)), None)
+        self.cluster.compact()
+        self.store.mend()
+
+    async def keys(self, prefix: str) -> Sequence[str]:
+        return sorted(key for key in self.cluster._entries if key.startswith(prefix))
+
+
+class EtcdDamage:
+    def __init__(
+        self, store: Store, relay: Relay, client: Client, socket: Path, key: bytes, stack: AsyncExitStack
+    ) -> None:
+        self.store = store
+        self._relay = relay
+        self.client = client
+        self._socket = socket
+        self._key = key
+        self._stack = stack
+
+    async def damage(self, key: str) -> None:
+        (kv,) = (await self.client.range(pb.RangeRequest(key=etcd_key(key)))).kvs
+        flipped = bytearray(kv.value)
+        flipped[-3] ^= 1
+        await self.client.put(kv.key, bytes(flipped))
+
+    async def loaded(self) -> Store:
+        opening = open_store(self._socket, NodeId("m2"), self._key, SystemClock())
+        return await self._stack.enter_async_context(opening)
+
+    async def reload(self) -> None:
+        self._relay.cut()
+        for _ in range(2):
+            written = await self.client.put(etcd_key(keys.ticket_key(NodeId("m9"))), b"")
+        await self.client.compact(written.header.revision)
+        self._relay.mend()
+        await self.store.barrier()
+
+    async def keys(self, prefix: str) -> Sequence[str]:
+        first = etcd_key(prefix)
+        request = pb.RangeRequest(key=first, range_end=prefix_end(first), keys_only=True)
+        return [kv.key[len(PREFIX) :].decode() for kv in (await self.client.range(request)).kvs]
+
+
+@asynccontextmanager
+async def memory_damage() -> AsyncIterator[DamageRig]:
+    yield MemoryDamage()
+
+
+@asynccontextmanager
+async def etcd_damage(root: Path) -> AsyncIterator[DamageRig]:
+    settings = member_settings(root)
+    key, clock = new_wrapping_key(), SystemClock()
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(a_member(settings).running())
+        await initialize(settings.socket, key, clock, found)
+        relay, path = Relay(settings.socket), root / "m1.sock"
+        await stack.enter_async_context(relay.listening(path))
+        store = await stack.enter_async_context(open_store(path, NodeId("m1"), key, clock))
+        client = await stack.enter_async_context(Client(settings.socket))
+        yield EtcdDamage(store, relay, client, settings.socket, key, stack)

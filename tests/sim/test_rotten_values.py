@@ -1,0 +1,38 @@
+"""A leader whose own disk has lost single values: all goes on as it was, and what is written anew is whole again."""
+
+import pytest
+
+from skep.model.node import Node
+from skep.model.service import Service
+from skep.model.task import Task
+from skep.sim.cluster import SimulatedCluster
+from skep.store.etcd.requests import etcd_key
+from tests.builders import a_service_spec
+
+REPLICAS = 6
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_leader_with_values_that_it_cannot_read_changes_nothing(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=REPLICAS))
+        cluster.run_until(lambda: cluster.running("web") == REPLICAS, within_s=10)
+        (service,) = cluster.view.find(Service)
+        tasks = {task.id for task in cluster.view.find(Task)}
+        rotten = next(id for id in cluster.managers if id != cluster.leader)
+        cluster.crash(rotten)
+        keys = [f"o/service/{service.id}", "o/node/w1", f"o/node/{rotten}", f"o/task/{min(tasks)}.status"]
+        assert all(cluster.raft.rot(rotten, etcd_key(key)) for key in keys)
+        cluster.start_manager(rotten)
+        cluster.run_for(5)
+        assert cluster.raft.transfer(rotten)
+        cluster.run_until(lambda: cluster.leader == rotten, within_s=10)
+        store = cluster.running_managers[rotten].store
+        assert store is not None
+        assert list(store.view().unreadable(Service)) == [service.id]
+        assert set(store.view().unreadable(Node)) == {"w1", rotten} & {
+            node.id for node in store.view().find(Node)
+        }
+        cluster.run_for(60)
+        assert {task.id for task in cluster.view.find(Task)} == tasks
+        assert (cluster.running("web"), cluster.containers("web")) == (REPLICAS, REPLICAS)
