@@ -16,9 +16,6 @@ from skep.store.tables import Table
 MAX_OPERATIONS = 126
 """Compares or writes of one proposal: etcd counts 128, of which the nesting takes one and the fence another."""
 
-MAX_OBJECT_BYTES = 1_400_000
-"""One part, encoded."""
-
 MAX_BYTES = 1_500_000
 """All values of one proposal: with nonces and framing they stay below etcd's 1.5 MiB per request."""
 
@@ -51,8 +48,9 @@ class Draft:
             known = table.revision(id, part)
             if value is None and not known:
                 continue
-            if value is not None and len(value) > MAX_OBJECT_BYTES:
-                raise ResourceExhausted(f"{kind} {id} is too large: {len(value)} of {MAX_OBJECT_BYTES} bytes")
+            if value is not None and len(value) > table.schema.max_bytes:
+                most = table.schema.max_bytes
+                raise ResourceExhausted(f"{kind} {id} is too large: {len(value)} of at most {most} bytes")
             is_head_written |= part == HEAD
             if base is not None or part == HEAD:
                 self._compares[Unchanged(key, known)] = None

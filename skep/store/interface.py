@@ -246,6 +246,9 @@ class KindSchema(msgspec.Struct, frozen=True, kw_only=True):
     references: Callable[[Any], Iterable[tuple[str, str]]] = nothing
     """(kind name, id) of the objects it needs; these cannot be deleted meanwhile."""
 
+    max_bytes: int = 1024 * 1024
+    """One part of such an object, encoded."""
+
     is_referable: bool = False
     """Whether objects of other kinds may refer to this one, so that its removal has to ask."""
 

@@ -184,6 +184,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         taken=_nothing_taken,
         indexes={"name": lambda node: node.description.hostname.lower(), "underlay": claimed_underlay},
         indexed_part="status",
+        max_bytes=256 * 1024,
         has_stand_in=True,
         assumed=_node_as_known,
     ),
@@ -217,6 +218,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
     KindSchema(
         name="config",
         type=Config,
+        max_bytes=1_400_000,  # Docker's 1000 KiB of data, in base64
         claims=_name_claims("config"),
         taken=_name_taken("config"),
         is_referable=True,

@@ -33,9 +33,10 @@ from skep.manager.dispatcher.registration import (
     mark_down,
     take_session,
 )
+from skep.manager.dispatcher.repeats import Repeats
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
 from skep.manager.dispatcher.spreading import Spreading
-from skep.manager.dispatcher.statuses import Report, record_status
+from skep.manager.dispatcher.statuses import Report, bounded, record_status
 from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.follow import follow
@@ -98,7 +99,9 @@ class Dispatcher:
             may_send_on=lambda: self._is_current,
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
+        self._repeats = Repeats(store, self._sessions.live, clock)
         self._rate = RegistrationRate()
+        self._description_rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
         self._time = OwnTime(seen_at=clock.monotonic())
         self._recovers_until = self._time.seconds + RECOVERY_GRACE_S
@@ -147,6 +150,7 @@ class Dispatcher:
             group.create_task(self._spreading.run(), name="spread sessions")
             group.create_task(self._loads.run(), name="write loads")
             group.create_task(self._stops.run(), name="stops")
+            group.create_task(self._repeats.run(), name="repeated reports")
 
     # -- what changed in the store ------------------------------------------------------------------------------
 
@@ -364,18 +368,21 @@ class Dispatcher:
     async def _update_task_status(
         self, request: pb.UpdateTaskStatusRequest, caller: Caller
     ) -> pb.UpdateTaskStatusResponse:
-        """Answers when the statuses are written: a node keeps what was not answered and says it again."""
+        """Answers when the statuses are written: a node keeps what was not answered and says it again.
+
+        What repeats a state too often is written later (``Repeats``).
+        """
         session = self._sessions.require(caller.node_id, request.session_id)
         reports = {
             update.task_id: Report(
                 node_id=session.node_id,
                 session_id=session.id,
                 task_id=TaskId(update.task_id),
-                status=status_from_pb(update.status),
+                status=bounded(status_from_pb(update.status)),
             )
             for update in request.updates
         }
-        for result in await self._store.update_each(record_status, list(reports.values())):
+        for result in await self._store.update_each(record_status, self._repeats.due(reports.values())):
             if isinstance(result, SkepError):
                 raise result
         return pb.UpdateTaskStatusResponse()
@@ -383,6 +390,7 @@ class Dispatcher:
     async def _describe(self, request: skep.DescribeRequest, caller: Caller) -> skep.DescribeResponse:
         """A node's certificate or the roots it trusts have changed, or what it offers."""
         session = self._sessions.require(caller.node_id, request.session_id)
+        self._description_rate.note(session.node_id, self._clock.monotonic())
         description = description_from_pb(request.description)
         await self._store.update(describe_node, session.node_id, session.id, description)
         return skep.DescribeResponse()

@@ -42,7 +42,7 @@ class NotRegistered(NotFound):
 
 
 class RegistrationRate:
-    """How often each node registers, so that one that does nothing else cannot keep the store busy.
+    """How often each node registers or describes itself, so that one that does nothing else cannot fill the store.
 
     Source: swarmkit, manager/dispatcher/nodes.go (rateLimitPeriod, rateLimitCount).
     """

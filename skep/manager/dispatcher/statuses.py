@@ -6,12 +6,50 @@ Source: swarmkit, manager/dispatcher/dispatcher.go (processUpdates).
 """
 
 import msgspec
+from msgspec.structs import replace
 
 from skep.errors import PermissionDenied
 from skep.manager.dispatcher.registration import require_session
+from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId, TaskId
-from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.task import PortStatus, Task, TaskState, TaskStatus
 from skep.store.interface import Transaction
+
+STATUS_BYTES_MAX = 16 * 1024
+"""Of a whole status, encoded: what a store can keep for every task."""
+MESSAGE_BYTES_MAX = 1024
+ERR_BYTES_MAX = 2048
+CONTAINER_ID_BYTES_MAX = 128
+
+
+def bounded(status: TaskStatus) -> TaskStatus:
+    """``status`` as far as it is kept: long texts are cut, then names of ports go, then the last ports."""
+    if len(to_json(status)) <= STATUS_BYTES_MAX:
+        return status
+    container = status.container_status
+    if container is not None:
+        container = replace(container, container_id=_cut(container.container_id, CONTAINER_ID_BYTES_MAX))
+    status = replace(
+        status,
+        message=_cut(status.message, MESSAGE_BYTES_MAX),
+        err=_cut(status.err, ERR_BYTES_MAX),
+        container_status=container,
+    )
+    if len(to_json(status)) <= STATUS_BYTES_MAX:
+        return status
+    ports = tuple(replace(port, name="") for port in status.port_status.ports)
+    while (size := len(to_json(status))) > STATUS_BYTES_MAX or status.port_status.ports != ports:
+        if status.port_status.ports == ports:
+            ports = ports[: len(ports) * STATUS_BYTES_MAX // size]
+        status = replace(status, port_status=PortStatus(ports=ports))
+    return status
+
+
+def _cut(text: str, most: int) -> str:
+    """The beginning of ``text`` that takes at most so many bytes, encoded."""
+    while (size := len(to_json(text))) > most:
+        text = text[: len(text) * most // size]
+    return text
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,5 +94,5 @@ def record_status(tx: Transaction, report: Report) -> bool:
     status = newer_status(task.status, report.status)
     if status is None:
         return False
-    tx.put(msgspec.structs.replace(task, status=status))
+    tx.put(replace(task, status=status))
     return True

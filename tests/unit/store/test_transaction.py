@@ -10,10 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.errors import SkepError
-from skep.model.ids import SecretId, ServiceId
+from skep.errors import ResourceExhausted, SkepError
+from skep.model.ids import ConfigId, SecretId, ServiceId
 from skep.model.network import Network, NetworkSpec
-from skep.model.secret import Secret, SecretSpec
+from skep.model.secret import Config, ConfigSpec, Secret, SecretSpec
 from skep.model.service import (
     EndpointSpec,
     NetworkAttachmentConfig,
@@ -33,7 +33,7 @@ from skep.store.memory import MemoryCluster, MemoryStore
 from skep.store.proposal import Exists, NothingSince, Unchanged
 from skep.store.state import State, differences
 from skep.store.transaction import Writing
-from tests.builders import a_service, a_task
+from tests.builders import a_node, a_service, a_task
 
 NOW = Timestamp("2026-01-01T00:00:00Z")
 IDS = st.sampled_from(["a", "b", "c"])
@@ -315,3 +315,21 @@ def test_object_keys_are_read_back(id, part):
 )
 def test_a_write_disturbs_whoever_compares_the_prefix_over_it(key, prefix):
     assert covering_prefix(key) == prefix
+
+
+def test_an_object_has_the_size_limit_of_its_kind():
+    def proposed(one):
+        tx = Writing(State(), 0)
+        tx.put(one)
+        return tx.proposal()
+
+    whole = "x" * (1000 * 1024)
+    service, node = a_service("web"), a_node("n1")
+    config = Config(id=ConfigId("c1"), spec=ConfigSpec(name="c", data=whole.encode()))
+    assert proposed(config).size_bytes > 1_300_000
+    with pytest.raises(ResourceExhausted, match=r"config c1 is too large: \d+ of at most 1400000 bytes"):
+        proposed(replace(config, spec=replace(config.spec, data=whole.encode() * 2)))
+    with pytest.raises(ResourceExhausted, match=r"service web is too large: \d+ of at most 1048576 bytes"):
+        proposed(replace(service, spec=replace(service.spec, labels={"a": whole + whole[:50_000]})))
+    with pytest.raises(ResourceExhausted, match=r"node n1 is too large: \d+ of at most 262144 bytes"):
+        proposed(replace(node, spec=replace(node.spec, labels={"a": whole})))

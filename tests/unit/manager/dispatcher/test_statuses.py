@@ -17,17 +17,45 @@ from skep.manager.dispatcher.registration import (
     mark_down,
     take_session,
 )
-from skep.manager.dispatcher.statuses import Report, newer_status, record_status
+from skep.manager.dispatcher.statuses import STATUS_BYTES_MAX, Report, bounded, newer_status, record_status
+from skep.model.encoding import to_json
 from skep.model.ids import NodeId, SessionId, TaskId
 from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState
 from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, underlay_of
-from skep.model.task import Task, TaskState, TaskStatus
+from skep.model.service import PortConfig
+from skep.model.task import ContainerStatus, PortStatus, Task, TaskState, TaskStatus
 from skep.model.times import SECOND_NS, timestamp
 from skep.store.memory import MemoryStore
 from tests.builders import a_node, a_service, a_task
 
 NOW_NS = 1_700_000_000 * SECOND_NS
 STATUSES = st.builds(TaskStatus, state=st.sampled_from(TaskState), message=st.sampled_from(["", "x"]))
+
+
+@pytest.mark.parametrize("ports", [0, 3, 150, 1024])
+@pytest.mark.parametrize("name", ["", "web", "x" * 4096])
+@pytest.mark.parametrize("text", ["", "x", "\0" * 10, "x" * 4096, "\0" * 4096, "\N{SNOWMAN}" * 4096])
+def test_a_status_is_kept_as_far_as_there_is_room_for_it(text, name, ports):
+    told = tuple(PortConfig(name=name, target_port=n, published_port=30000 + n) for n in range(ports))
+    status = TaskStatus(
+        state=TaskState.RUNNING,
+        message=text,
+        err=text,
+        container_status=ContainerStatus(container_id=text, pid=7),
+        port_status=PortStatus(ports=told),
+    )
+    kept = bounded(status)
+    assert len(to_json(kept)) <= STATUS_BYTES_MAX
+    assert bounded(kept) == kept
+    assert (kept.state, kept.container_status.pid) == (status.state, 7)
+    assert text.startswith(kept.message)
+    assert text.startswith(kept.err)
+    if len(to_json(status)) <= STATUS_BYTES_MAX:
+        assert kept == status
+    if ports <= 150:
+        assert [port.published_port for port in kept.port_status.ports] == [
+            port.published_port for port in told
+        ]
 
 
 def test_a_later_state_is_news():
