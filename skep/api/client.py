@@ -107,10 +107,18 @@ class Client:
         await self._stack.aclose()
 
     async def get(
-        self, path: str, *, filters: Filters | None = None, timeout_s: float = TIMEOUT_S, **query: str
+        self,
+        path: str,
+        *,
+        filters: Filters | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = TIMEOUT_S,
+        **query: str,
     ) -> Any:
         """The decoded answer to ``GET path``.  Raises: what the answer means; Unavailable: none came."""
-        return await self.request("GET", path, filters=filters, query=query, timeout_s=timeout_s)
+        return await self.request(
+            "GET", path, filters=filters, query=query, headers=headers, timeout_s=timeout_s
+        )
 
     async def post(
         self,

@@ -10,6 +10,8 @@ import msgspec
 
 from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.quorum import headers_for
+from skep.cli.words import counted
 from skep.errors import Unavailable
 
 _ANSWERS_WITHIN_S = 40.0
@@ -80,16 +82,18 @@ async def _ask(host: HostOptions, *, throughput: bool) -> list[Answer]:
 async def _read(host: HostOptions, answers: list[Answer], *, throughput: bool) -> int:
     """Put every answer as it comes; gives how many were to come."""
     word = "1" if throughput else "0"
-    async with host.client() as client, client.stream("/skep/doctor/network", throughput=word) as stream:
-        objects = stream.objects()
-        beginning = await anext(objects, None)
-        if beginning is None:
-            raise Unavailable("the manager ended the examination before it began")
-        asked = len(beginning["Nodes"])
-        with _Progress(asked) as progress:
-            async for answer in objects:
-                answers.append(answer)
-                progress.show(len(answers))
+    async with host.client() as client:
+        headers = await headers_for(client)
+        async with client.stream("/skep/doctor/network", headers=headers, throughput=word) as stream:
+            objects = stream.objects()
+            beginning = await anext(objects, None)
+            if beginning is None:
+                raise Unavailable("the manager ended the examination before it began")
+            asked = len(beginning["Nodes"])
+            with _Progress(asked) as progress:
+                async for answer in objects:
+                    answers.append(answer)
+                    progress.show(len(answers))
     return asked
 
 
@@ -161,13 +165,13 @@ def verdict(answers: Sequence[Answer]) -> str:
                     what = f"{finding['Port']} ({finding['Check']})".strip()
                     failing.setdefault(what, set()).add(tuple(sorted({answer["Hostname"], path["Peer"]})))
     silent = sum(bool(answer.get("Error")) for answer in answers)
-    looked = f"{_counted(len(answers), 'node')}, {_counted(len(pairs), 'pair')}"
+    looked = f"{counted(len(answers), 'node')}, {counted(len(pairs), 'pair')}"
     words = [
         f"{what} fails {_where(places)}"
         for what, places in sorted(failing.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
     if silent:
-        words.append(f"no answer from {_counted(silent, 'node')}")
+        words.append(f"no answer from {counted(silent, 'node')}")
     if is_too_early(answers):
         words.append("no node knows of another yet, ask again in a few seconds")
     return f"{looked}: {'; '.join(words) or 'everything is well'}"
@@ -219,7 +223,7 @@ def _summary(findings: Sequence[Answer], path: Answer) -> Row:
     sent, lost = (sum(finding[word] for finding in findings) for word in ("Sent", "Lost"))
     times = [finding["RoundTripMs"] for finding in findings if finding.get("RoundTripMs") is not None]
     return (
-        _counted(len(findings), "check"),
+        counted(len(findings), "check"),
         "",
         _loss(sent, lost),
         _milliseconds(min(times, default=None)),
@@ -262,7 +266,3 @@ def _details(answers: Sequence[Answer]) -> list[str]:
 
 def _errors(answers: Sequence[Answer]) -> list[str]:
     return [f"{answer['Hostname']}: {answer['Error']}" for answer in answers if answer.get("Error")]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,13 +1,18 @@
 """``skep explain``: why a service or a task is not as wanted."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
 
 from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.quorum import headers_for
+from skep.cli.words import duration
 from skep.errors import NotFound
+from skep.model.times import SECOND_NS, unix_ns
 
 _ANSWERS_WITHIN_S = 10.0
 
@@ -31,21 +36,25 @@ def explain(host: HostOptions, name: str) -> None:
 async def _ask(host: HostOptions, name: str) -> list[str]:
     """The explanation, line by line.  Raises: NotFound: there is neither such a service nor such a task."""
     async with host.client() as client:
+        headers = await headers_for(client)
+        ask = partial(client.get, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
         try:
-            answer = await client.get(f"/skep/services/{name}/explain", timeout_s=_ANSWERS_WITHIN_S)
-            return list(about_service(name, answer))
+            answer = await ask(f"/skep/services/{name}/explain")
+            return list(about_service(name, answer, time.time()))
         except NotFound:
             pass
         try:
-            answer = await client.get(f"/skep/tasks/{name}/explain", timeout_s=_ANSWERS_WITHIN_S)
+            answer = await ask(f"/skep/tasks/{name}/explain")
         except NotFound:
             raise NotFound(f"no such service or task: {name}") from None
         return list(about_task(name, answer))
 
 
-def about_service(name: str, answer: Mapping[str, Any]) -> Iterator[str]:
-    """A service's explanation, for people."""
-    yield f"{name}: {answer['Summary']}"
+def about_service(name: str, answer: Mapping[str, Any], now: float) -> Iterator[str]:
+    """A service's explanation, for people.  ``now``: seconds since the epoch."""
+    ended = answer.get("EndedAt", "")
+    ago = f", {duration(now - unix_ns(ended) / SECOND_NS)} ago" if ended else ""
+    yield f"{name}: {answer['Summary']}{ago}"
     update = answer.get("UpdateStatus") or {}
     if update.get("Message"):
         yield f"  update: {update['Message']}"

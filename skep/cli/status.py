@@ -6,13 +6,20 @@ from typing import Any
 
 import click
 
+from skep.api.client import Client
 from skep.cli.asking import answer_of
 from skep.cli.endpoint import HostOptions
+from skep.cli.quorum import STALE, no_leader, quorum_of
+from skep.cli.words import counted
 from skep.errors import SkepError
 
-_ANSWERS_WITHIN_S = 5.0
+_ANSWERS_WITHIN_S = 10.0
 _BUSIEST = 10
 """Nodes whose load is listed."""
+_EXPLAINED = 10
+"""Services whose reason is asked for."""
+
+Row = tuple[str, str]
 
 
 @click.command()
@@ -24,6 +31,7 @@ def status(host: HostOptions) -> None:
     Examples:
       skep status
       skep --host unix:///var/tmp/skep-demo/m1/skep.sock status
+      skep --host ssh://root@manager1 status
     """
     rows = answer_of(_ask(host))
     width = max(len(title) for title, _ in rows)
@@ -31,78 +39,128 @@ def status(host: HostOptions) -> None:
         click.echo(f"{title.ljust(width)}  {text}")
 
 
-async def _ask(host: HostOptions) -> list[tuple[str, str]]:
+async def _ask(host: HostOptions) -> list[Row]:
     """Every row.  What cannot be answered says so in its row: a node without a leader still has a status.
 
     Raises: Unavailable: the node itself does not answer.
     """
     async with host.client() as client:
         info: dict[str, Any] = await client.get("/info", timeout_s=_ANSWERS_WITHIN_S)
-        rows = list(about_node(info))
-        if not info["Swarm"].get("ControlAvailable"):
+        quorum = await quorum_of(client) if info["Swarm"].get("ControlAvailable") else None
+        if quorum is not None and not quorum["HasLeader"]:
+            lines = no_leader(quorum)
+            rows = [
+                *about_node(info, shows_error=False),
+                ("swarm", next(lines)),
+                *(("", line) for line in lines),
+            ]
+            headers = STALE
+        else:
+            rows, headers = list(about_node(info)), {}
+        if quorum is None:
             return rows
         try:
-            nodes = await client.get("/nodes", timeout_s=_ANSWERS_WITHIN_S)
-            services = await client.get("/services", timeout_s=_ANSWERS_WITHIN_S, status="true")
+            return [*rows, *await _about_swarm(client, headers)]
         except SkepError as error:
             return [*rows, ("cluster", f"not known: {error}")]
-        return [*rows, *about_cluster(nodes), *about_services(services)]
 
 
-def about_node(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+async def _about_swarm(client: Client, headers: Mapping[str, str]) -> list[Row]:
+    """Raises: SkepError."""
+    nodes = await client.get("/nodes", headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+    services = await client.get("/services", headers=headers, timeout_s=_ANSWERS_WITHIN_S, status="true")
+    wanting = {service["ID"]: "" for service in services if not is_as_wanted(service)}
+    for id in [*wanting][:_EXPLAINED]:
+        try:
+            path = f"/skep/services/{id}/explain"
+            answer = await client.get(path, headers=headers, timeout_s=_ANSWERS_WITHIN_S)
+        except SkepError:
+            continue  # it was removed meanwhile
+        if answer["IsAsWanted"]:
+            del wanting[id]
+        else:
+            wanting[id] = answer["Summary"]
+    return [*about_cluster(nodes, is_led=not headers), *about_services(services, wanting)]
+
+
+def about_node(info: Mapping[str, Any], *, shows_error: bool = True) -> Iterator[Row]:
     """The node itself, from ``/info``."""
     swarm = info["Swarm"]
     yield (
         "node",
         f"{info['Name']}, skep {info['ServerVersion']}, {info['NCPU']} CPUs, {info['MemTotal'] >> 20} MiB",
     )
-    state = swarm.get("LocalNodeState") or "inactive"
-    if state == "inactive":
-        yield "swarm", "inactive: docker swarm init, or docker swarm join"
-        return
-    role = "manager" if swarm.get("ControlAvailable") else "worker"
-    yield "swarm", f"{state}, this node is a {role} with the id {swarm.get('NodeID', '')}"
-    if error := swarm.get("Error"):
+    yield "swarm", _membership(swarm)
+    if shows_error and (error := swarm.get("Error")):
         yield "error", error
-    yield "containers", f"{info['ContainersRunning']} running, {info['Images']} images"
+    yield "containers", f"{info['ContainersRunning']} running, {counted(info['Images'], 'image')}"
     for warning in info.get("Warnings") or ():
-        yield "warning", warning
+        yield "warning", warning.removeprefix("WARNING: ")
 
 
-def about_cluster(nodes: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _membership(swarm: Mapping[str, Any]) -> str:
+    state = swarm.get("LocalNodeState") or "inactive"
+    id = swarm.get("NodeID", "")
+    match state:
+        case "inactive":
+            return "inactive: docker swarm init, or docker swarm join"
+        case "locked":
+            return "locked: this manager waits for its key: docker swarm unlock"
+        case "pending":
+            return f"pending: this node ({id}) has not reached a manager yet{_looked_for(swarm)}"
+        case "error":
+            return f"error: this node ({id}) takes no part in the swarm"
+    role = "manager" if swarm.get("ControlAvailable") else "worker"
+    return f"{state}, this node is a {role} with the id {id}"
+
+
+def _looked_for(swarm: Mapping[str, Any]) -> str:
+    addresses = [peer["Addr"] for peer in swarm.get("RemoteManagers") or ()]
+    if not addresses:
+        return ""
+    return f'; it asks {", ".join(addresses)} (elsewhere: managers = ["address:2377"] in /etc/skep/skep.toml)'
+
+
+def about_cluster(nodes: Iterable[Mapping[str, Any]], *, is_led: bool = True) -> Iterator[Row]:
     """The nodes, counted by state; the busiest, and those that are not ready, or say what is wrong, by name."""
     known = sorted(nodes, key=lambda node: node["Description"].get("Hostname", ""))
     states = Counter(node["Status"]["State"] for node in known)
     yield "nodes", ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     leaders = [node for node in known if (node.get("ManagerStatus") or {}).get("Leader")]
-    yield "leader", leaders[0]["Description"].get("Hostname", "") if leaders else "none"
+    if is_led:
+        yield "leader", leaders[0]["Description"].get("Hostname", "") if leaders else "none"
     if busy := sorted((node for node in known if node.get("Load")), key=lambda node: -node["Load"]):
         words = [f"{node['Description'].get('Hostname', node['ID'])} {node['Load']:.0%}" for node in busy]
         yield "load", ", ".join(words[:_BUSIEST]).replace("%", " %")
     for node in known:
         message = node["Status"].get("Message", "")
         if node["Status"]["State"] != "ready" or message:
-            yield (
-                "node",
-                f"{node['Description'].get('Hostname', node['ID'])} is {node['Status']['State']} {message}".strip(),
-            )
+            name = node["Description"].get("Hostname", node["ID"])
+            yield "node", f"{name} is {node['Status']['State']}" + (f": {message}" if message else "")
 
 
-def about_services(services: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """How many services have what they want; the others by name."""
+def about_services(services: Iterable[Mapping[str, Any]], wanting: Mapping[str, str]) -> Iterator[Row]:
+    """How many services have what they want; the others by name.  ``wanting``: their ids, with the reason if known."""
     known = sorted(services, key=lambda service: service["Spec"]["Name"])
-    wanting = [service for service in known if _running(service) != _wanted(service)]
     yield "services", f"{len(known)}, {len(known) - len(wanting)} of them as wanted"
-    for service in wanting:
-        yield (
-            "service",
-            f"{service['Spec']['Name']} has {_running(service)} of {_wanted(service)} tasks running",
-        )
+    for service in known:
+        if (reason := wanting.get(service["ID"])) is not None:
+            tasks = f"{_count(service, 'RunningTasks')} of {_count(service, 'DesiredTasks')} tasks run"
+            yield "service", f"{service['Spec']['Name']}: {reason or tasks}"
 
 
-def _running(service: Mapping[str, Any]) -> int:
-    return int(service.get("ServiceStatus", {}).get("RunningTasks", 0))
+def is_as_wanted(service: Mapping[str, Any]) -> bool:
+    """Whether as many tasks run as the service wants; of a job, whether as many have completed.
+
+    A global job does not say how many runs it is to have: its explanation knows.
+    """
+    mode = service["Spec"].get("Mode") or {}
+    if (job := mode.get("ReplicatedJob")) is not None:
+        return _count(service, "CompletedTasks") >= int(job.get("TotalCompletions") or 0)
+    if mode.get("GlobalJob") is not None:
+        return False
+    return _count(service, "RunningTasks") == _count(service, "DesiredTasks")
 
 
-def _wanted(service: Mapping[str, Any]) -> int:
-    return int(service.get("ServiceStatus", {}).get("DesiredTasks", 0))
+def _count(service: Mapping[str, Any], field: str) -> int:
+    return int((service.get("ServiceStatus") or {}).get(field, 0))

@@ -5,8 +5,11 @@ Everything here is read off the objects; nothing is remembered for it.
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from skep.manager.orchestrator.jobs import is_done, iteration_of
+from skep.manager.orchestrator.slots import Slot, group_by_node, group_by_slot
+from skep.manager.orchestrator.slots import wanted as wanted_of
 from skep.manager.scheduler.explain import NodeVerdict
 from skep.manager.update_explanations import UpdateExplanation, explain_update
 from skep.model.encoding import ApiObject, always
@@ -14,7 +17,7 @@ from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service, UpdateStatus
 from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp
+from skep.model.times import Timestamp, unix_ns
 
 REASONS_MAX = 10
 """Different reasons that the explanation of a service lists, the most frequent first."""
@@ -56,8 +59,12 @@ class ServiceExplanation(ApiObject):
 
     service_id: ServiceId
     summary: str = always("")
+    is_as_wanted: bool = always(False)
+    """Everything runs that should, or the job has completed."""
     running: int = always(0)
     wanted: int = always(0)
+    ended_at: Timestamp = Timestamp("")
+    """Of a job that has completed."""
     reasons: tuple[Reason, ...] = always(())
     """Of tasks that are wanted and do not run, the most frequent first."""
     failures: tuple[Reason, ...] = always(())
@@ -94,10 +101,13 @@ def explain_service(
     nodes: dict[NodeId, Node],
     is_new: Callable[[Task], bool] = lambda _: True,
 ) -> ServiceExplanation:
-    """Why ``service`` is not at its ``wanted`` number of running tasks, if it is not.
+    """Why ``service`` is not at its ``wanted`` number of running tasks, or what became of a job.
 
     ``is_new``: whether a task is what the service asks for now.
     """
+    is_job = service.job_status is not None
+    if is_job:
+        tasks = [task for task in tasks if task.job_iteration == iteration_of(service)]
     waiting: list[tuple[Task, str]] = []
     failed: list[tuple[Task, str]] = []
     running = 0
@@ -110,9 +120,15 @@ def explain_service(
         elif task.status.state in (TaskState.FAILED, TaskState.REJECTED):
             failed.append((task, summary(task, nodes.get(task.node_id))))
     reasons, failures = _counted(waiting), _counted(failed)
+    if is_job:
+        told, is_as_wanted = _of_job(service, tasks, running, reasons, nodes)
+    else:
+        told, is_as_wanted = _of_service(running, wanted, reasons, failures)
     return ServiceExplanation(
         service_id=service.id,
-        summary=_of_service(running, wanted, reasons, failures),
+        summary=told,
+        is_as_wanted=is_as_wanted,
+        ended_at=_last_end(tasks) if is_job and is_as_wanted else Timestamp(""),
         running=running,
         wanted=wanted,
         reasons=reasons,
@@ -172,15 +188,55 @@ def _with_verdicts(task: Task, verdicts: Sequence[NodeVerdict]) -> str:
     return task.status.err or f"none of {len(verdicts)} nodes can take it"
 
 
-def _of_service(running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason]) -> str:
+def _of_service(
+    running: int, wanted: int, reasons: Sequence[Reason], failures: Sequence[Reason]
+) -> tuple[str, bool]:
+    """What is said of it, and whether it is as wanted."""
     if running >= wanted and not reasons:
-        return f"{running} of {wanted} tasks run: as wanted"
+        return f"{running} of {wanted} tasks run: as wanted", True
     text = f"{running} of {wanted} tasks run"
     if reasons:
-        return f"{text}; {reasons[0].tasks} wait: {reasons[0].summary}"
+        return f"{text}; {reasons[0].tasks} wait: {reasons[0].summary}", False
     if failures:
-        return f"{text}; {failures[0].tasks} failed: {failures[0].summary}"
-    return text
+        return f"{text}; {failures[0].tasks} failed: {failures[0].summary}", False
+    return text, False
+
+
+def _of_job(
+    service: Service,
+    tasks: Sequence[Task],
+    running: int,
+    reasons: Sequence[Reason],
+    nodes: Mapping[NodeId, Node],
+) -> tuple[str, bool]:
+    """The same of a job: that it completed, that it failed and with what, or how far it is.
+
+    ``tasks``: of its present iteration.
+    """
+    job = service.spec.mode.replicated_job
+    slots: Mapping[int, Slot] | Mapping[NodeId, Slot] = (
+        group_by_slot(tasks) if job is not None else group_by_node(tasks)
+    )
+    done = sum(is_done(slot) for slot in slots.values())
+    total = (job.total_completions or 0) if job is not None else len(slots)
+    completed = f"{done} of {total} completed"
+    given_up = {key: slot for key, slot in slots.items() if not is_done(slot) and not wanted_of(slot)}
+    if done >= total:
+        return completed, True
+    if given_up:
+        key, slot = min(given_up.items(), key=lambda item: str(item[0]))
+        where = f"slot {key}" if job is not None else _hostname(nodes.get(slot[-1].node_id), slot[-1])
+        others = f" and {len(given_up) - 1} more" if len(given_up) > 1 else ""
+        attempts = f"{len(slot)} attempt{'' if len(slot) == 1 else 's'}"
+        last = summary(slot[-1], nodes.get(slot[-1].node_id))
+        return f"FAILED: {completed}; {where}{others} gave up after {attempts}, the last: {last}", False
+    waits = f"; {reasons[0].tasks} wait: {reasons[0].summary}" if reasons else ""
+    return f"{completed}, {running} run{waits}", False
+
+
+def _last_end(tasks: Iterable[Task]) -> Timestamp:
+    stamps = (task.status.timestamp for task in tasks if task.status.state is TaskState.COMPLETE)
+    return max(stamps, key=unix_ns, default=Timestamp(""))
 
 
 def _counted(tasks: Iterable[tuple[Task, str]]) -> tuple[Reason, ...]:

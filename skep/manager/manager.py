@@ -51,10 +51,12 @@ from skep.manager.own_network import OwnNetwork
 from skep.manager.paths.examination import Examinations
 from skep.manager.paths.streams import PathStreams
 from skep.manager.presence import Presence
+from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
 from skep.model.addresses import host_of, parted
 from skep.model.ids import IdSource, NodeId
 from skep.model.readable import names_from
+from skep.model.times import SECOND_NS, Timestamp, timestamp
 from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
@@ -143,6 +145,7 @@ class Manager:
             new_id=self._new_id,
             new_name=names_from(self._random),
             examinations=self._examinations,
+            quorum=self._quorum,
             lag=LoopLag(),
             trouble=self._trouble,
         )
@@ -206,6 +209,12 @@ class Manager:
             peers=PeerFiles(self._config.paths.tls, self._config.paths.manager, self._restart_member),
             tell=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
         )
+
+    def _quorum(self) -> Quorum:
+        lost_s = self._dispatcher.without_quorum_s()
+        lost_at = timestamp(self._clock.now_ns() - round(lost_s * SECOND_NS)) if lost_s else Timestamp("")
+        silent = self._link.silent(self._clock.monotonic())
+        return quorum(self._store.view(), self._config.node_id, silent, lost_at)
 
     def _session(self, node_id: NodeId, session_id: str) -> LiveSession:
         return self._dispatcher.session(node_id, session_id)

@@ -86,8 +86,15 @@ def local_section(
 
 
 async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
-    """What a manager adds; without a leader only the ``Error`` that says so."""
+    """What a manager adds; without a leader, what it knew when it lost it, and at once the ``Error`` that says so."""
     try:
+        quorum = await manager_api.get("/skep/quorum", timeout_s=_PATIENCE_S)
+        if not quorum["HasLeader"]:
+            return {
+                "ControlAvailable": True,
+                "Error": lost_quorum(quorum),
+                "Managers": len(quorum["Managers"]),
+            }
         swarm = await manager_api.get("/swarm", timeout_s=_PATIENCE_S)
         nodes = await manager_api.get("/nodes", timeout_s=_PATIENCE_S)
         expiring = await manager_api.get("/_skep/warnings", timeout_s=_PATIENCE_S)
@@ -99,6 +106,19 @@ async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
     warnings = [TWO_MANAGERS] if managers == 2 else []
     warnings += [*frozen_warnings(nodes), *expiring]
     return info | ({"Warnings": warnings} if warnings else {})
+
+
+def lost_quorum(quorum: Mapping[str, Any]) -> str:
+    """Docker's sentence, and which managers do not answer."""
+    managers = quorum["Managers"]
+    silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
+    if not silent:
+        return NO_LEADER
+    verb = "does" if len(silent) == 1 else "do"
+    return (
+        f"{NO_LEADER} {len(managers) - len(silent)} of {len(managers)} managers answer: "
+        f"{', '.join(silent)} {verb} not."
+    )
 
 
 def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:

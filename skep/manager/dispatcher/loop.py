@@ -133,6 +133,10 @@ class Dispatcher:
         """Whether this manager had contact with a quorum within the last ``CURRENT_WITHIN_S``."""
         return self._is_current and self._clock.monotonic() - self._current_at < CURRENT_WITHIN_S
 
+    def without_quorum_s(self) -> float:
+        """Seconds since the last contact with a quorum; 0 while there is contact."""
+        return 0.0 if self.is_current() else max(self._clock.monotonic() - self._current_at, 0.001)
+
     async def run(self) -> None:
         """Follow the store and judge silent nodes, until cancelled."""
         await follow(

@@ -19,6 +19,7 @@ from skep.manager.routes import (
     logs,
     networks,
     nodes,
+    quorum,
     runs,
     services,
     swarm,
@@ -44,6 +45,7 @@ _TABLES = (
     backup.routes,
     doctor.routes,
     lag.routes,
+    quorum.routes,
     warnings.routes,
 )
 

@@ -15,6 +15,7 @@ from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
+from skep.manager.quorum import Quorum
 from skep.model.ids import IdSource
 from skep.model.logs import LogLine, LogQuery
 from skep.model.paths import Examined
@@ -69,6 +70,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     new_name: NameSource
     backups: Backing
     examinations: Examiner
+    quorum: Callable[[], Quorum] = Quorum
+    """Whether there is a leader, as this manager knows it."""
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)

@@ -108,7 +108,7 @@ _RULES = (
     _rule(r"/networks(?:/.*)?", _here),
     # ours: what Docker has no word for
     _rule(r"/skep/restore", _here),
-    _rule(r"/skep/(?:backup|doctor/network|cluster/.+|(?:tasks|services)/.+)", _manager),
+    _rule(r"/skep/(?:backup|quorum|doctor/network|cluster/.+|(?:tasks|services)/.+)", _manager),
     # containers: those of tasks are ours; plain ones belong to the engine
     _rule(r"/containers/(?:json|create)", _here),  # both ask the engine, too
     _rule(r"/containers/prune", _others),

@@ -1,11 +1,12 @@
 """With too few managers nothing is decided, and that is said; with enough of them it goes on."""
 
+import subprocess
 import time
 from collections.abc import Sequence
 
 import pytest
 
-from tests.integration.cluster import TestCluster, TestNode, a_playground, wait_running, wait_until
+from tests.integration.cluster import SKEP, TestCluster, TestNode, a_playground, wait_running, wait_until
 from tests.integration.managers.words import (
     can_write,
     roles,
@@ -50,6 +51,7 @@ def test_without_a_quorum_reads_and_writes_say_so_and_work_goes_on() -> None:
         swarm = m1.client().info()["Swarm"]
         assert NO_LEADER in swarm["Error"]
         assert swarm["ControlAvailable"]
+        says_so_at_once(m1)
         assert [c["Labels"]["com.docker.swarm.task.id"] for c in w1.client().api.containers()] == [task["ID"]]
         _restart(cluster, "m1")
         assert NO_LEADER in refusal(m1, "node", "ls")
@@ -58,6 +60,30 @@ def test_without_a_quorum_reads_and_writes_say_so_and_work_goes_on() -> None:
         assert "before" in secrets(m1)
         assert "during" not in secrets(m1)
         assert [task["ID"]] == [running["ID"] for running in wait_running(m1, "web", 1)]
+
+
+def says_so_at_once(node: TestNode) -> None:
+    """Skep's own commands show what this manager knew, who is missing, and the ways out."""
+
+    def skep(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [SKEP, "--host", node.socket, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    status = wait_until(
+        lambda: "NO LEADER" in (done := skep("status")).stdout and done, "the status tells of it"
+    )
+    assert status.returncode == 0
+    assert "1 of 2 managers answers (m2 does not)" in status.stdout
+    assert "docker swarm init --force-new-cluster" in status.stdout
+    assert "services" in status.stdout, "what this manager knew"
+    explained = skep("explain", "web")
+    assert explained.returncode == 0, explained.stderr
+    assert "web: 1 of 1 tasks run" in explained.stdout
+    assert "NO LEADER" in explained.stderr
+    examined = skep("doctor", "network")
+    assert "NO LEADER" in examined.stderr
+    assert examined.returncode == 1
+    assert "m2" in examined.stdout
 
 
 def _restart(cluster: TestCluster, name: str) -> None:

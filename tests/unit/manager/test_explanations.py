@@ -8,9 +8,11 @@ from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.explain import NodeVerdict, book, verdict
 from skep.manager.scheduler.requirements import requirements_of
 from skep.model.container import ContainerSpec
+from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
-from skep.model.service import Resources
+from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, Resources, Service, ServiceMode
 from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.times import timestamp
 from tests.builders import a_node, a_service, a_task
 
 
@@ -130,3 +132,60 @@ def test_an_image_that_cannot_be_pulled_is_named_in_the_reason() -> None:
         status=replace(task.status, err="No such image: nope:1"),
     )
     assert summary(task, a_node("n1")) == "n1 could not prepare it: No such image: nope:1"
+
+
+# -- jobs ----------------------------------------------------------------------------------------------------------
+
+STAMP = timestamp(10**18)
+
+
+def a_job(total: int | None = 2) -> Service:
+    if total is not None:
+        mode = ServiceMode(replicated_job=ReplicatedJob(max_concurrent=1, total_completions=total))
+    else:
+        mode = ServiceMode(global_job=GlobalJob())
+    job = a_service("job")
+    return replace(
+        job, spec=replace(job.spec, mode=mode), job_status=JobStatus(job_iteration=Version(index=3))
+    )
+
+
+def a_run(service: Service, slot: int, state: TaskState, *, iteration: int = 3, node: str = "n1") -> Task:
+    desired = TaskState.SHUTDOWN if state is TaskState.FAILED else TaskState.COMPLETE
+    task = a_task(service=service, slot=slot, node=node, state=state, desired=desired)
+    ended = ContainerStatus(container_id="c", exit_code=1)
+    return replace(
+        task,
+        job_iteration=Version(index=iteration),
+        status=replace(task.status, container_status=ended, timestamp=STAMP),
+    )
+
+
+def test_a_job_that_completed_says_so_and_since_when() -> None:
+    job = a_job(2)
+    tasks = [a_run(job, 1, TaskState.COMPLETE), a_run(job, 2, TaskState.COMPLETE)]
+    told = explain_service(job, tasks, wanted=1, nodes={})
+    assert (told.summary, told.is_as_wanted, told.ended_at) == ("2 of 2 completed", True, STAMP)
+
+
+def test_a_global_job_that_completed_says_on_how_many_nodes() -> None:
+    job = a_job(None)
+    tasks = [a_run(job, 0, TaskState.COMPLETE, node=node) for node in ("n1", "n2")]
+    assert explain_service(job, tasks, wanted=0, nodes={}).summary == "2 of 2 completed"
+
+
+def test_a_job_that_gave_up_says_where_after_how_many_attempts_and_of_what() -> None:
+    job = a_job(2)
+    tasks = [a_run(job, 1, TaskState.COMPLETE), *(a_run(job, 2, TaskState.FAILED) for _ in range(3))]
+    told = explain_service(job, tasks, wanted=1, nodes={})
+    assert not told.is_as_wanted
+    assert told.summary == (
+        "FAILED: 1 of 2 completed; slot 2 gave up after 3 attempts, the last: its process ended with code 1"
+    )
+
+
+def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_not_count() -> None:
+    job = a_job(2)
+    tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]
+    told = explain_service(job, tasks, wanted=1, nodes={})
+    assert (told.summary, told.is_as_wanted) == ("0 of 2 completed, 1 run", False)

@@ -1,0 +1,31 @@
+"""What a manager knows of its quorum without asking anybody."""
+
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.manager.quorum import quorum
+from skep.model.ids import NodeId
+from skep.model.node import ManagerStatus
+from skep.model.times import Timestamp
+from skep.store.memory import MemoryStore
+from tests.builders import a_node
+
+
+async def test_it_names_the_managers_that_do_not_answer_and_not_the_workers() -> None:
+    store = MemoryStore(SystemClock())
+
+    def fill(tx):
+        for name in ("m1", "m2"):
+            tx.put(replace(a_node(name), manager_status=ManagerStatus(addr=f"{name}:2377")))
+        tx.put(a_node("w1"))
+
+    await store.update(fill)
+    told = quorum(store.view(), NodeId("m1"), {NodeId("m2"): 3.25}, Timestamp("2026-01-01T00:00:00Z"))
+    assert not told.has_leader
+    assert [(one.id, one.answers, one.silent_seconds) for one in told.managers] == [
+        ("m1", True, 0.0),
+        ("m2", False, 3.2),
+    ]
+    well = quorum(store.view(), NodeId("m1"), {}, Timestamp(""))
+    assert well.has_leader
+    assert all(manager.answers for manager in well.managers)
