@@ -86,7 +86,11 @@ def start_steps(slot: Slot, situation: Situation) -> Iterator[Step]:
 
 
 def should_restart(task: Task, slot: Slot, seen: Sightings) -> bool:
-    """Whether the restart policy gives ``task``, which ended or lost its node, a successor."""
+    """Whether the restart policy gives ``task``, which ended or lost its node, a successor.
+
+    Within a window only restarts of this term count, since of earlier ones nobody knows when they were; and what an
+    earlier leader has given up stays so.
+    """
     policy = task.spec.restart_policy or RestartPolicy()
     match policy.condition or RestartCondition.ANY:
         case RestartCondition.NONE:
@@ -101,8 +105,14 @@ def should_restart(task: Task, slot: Slot, seen: Sightings) -> bool:
     ended_at = seen.ended(task)
     if ended_at is None:
         return True
+    if not seen.saw_end(task):
+        return task.is_wanted
     window_opens_at = ended_at - policy.window / SECOND_NS
-    attempts = [other for other in successors if window_opens_at < seen.created(other) <= ended_at]
+    attempts = [
+        other
+        for other in successors
+        if seen.saw_created(other) and window_opens_at < seen.created(other) <= ended_at
+    ]
     return len(attempts) < policy.max_attempts
 
 

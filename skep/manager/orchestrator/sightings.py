@@ -1,7 +1,9 @@
 """When this leader first saw what: the only stamps that restart delays, windows and monitors are measured with.
 
 Stamps in the objects come from other machines' clocks and are for people.  What happened before the term began
-counts as seen at its begin, so a new leader starts every delay again, bounded by its full length.
+counts as seen at its begin, so a new leader starts every delay again, bounded by its full length.  That is right for
+delays only: what is counted or judged by its duration asks whether it was seen (``saw_created``, ``saw_end``,
+``saw_start``), or every old restart would look like one of this moment.
 """
 
 import msgspec
@@ -31,6 +33,8 @@ class Sightings:
         self._began = began
         self._created: dict[TaskId, float] = {}
         self._running: dict[TaskId, float] = {}
+        self._ran_before: set[TaskId] = set()
+        """Tasks that ran when the term began."""
         self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
@@ -45,6 +49,18 @@ class Sightings:
         if task.id in self._running:
             return self._running[task.id]
         return self._began if task.status.state is TaskState.RUNNING else None
+
+    def saw_created(self, task: Task) -> bool:
+        """Whether it appeared in this term."""
+        return task.id in self._created
+
+    def saw_start(self, task: Task) -> bool:
+        """Whether ``running`` is when it began to run, and not just the begin of the term."""
+        return task.id in self._running and task.id not in self._ran_before
+
+    def saw_end(self, task: Task) -> bool:
+        """Whether it ended in this term."""
+        return task.id in self._ended
 
     def retired(self, task: Task) -> float:
         """When the task was first seen not to be wanted any more; only to be asked of one that is not."""
@@ -73,8 +89,9 @@ class Sightings:
                     self._created[task.id] = now
                     self._note_state(task, now)
                 case Updated(Task() as old, Task() as task):
-                    if old.status.state is TaskState.RUNNING:
-                        self._running.setdefault(task.id, self._began)
+                    if old.status.state is TaskState.RUNNING and task.id not in self._running:
+                        self._running[task.id] = self._began
+                        self._ran_before.add(task.id)
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
                     if task.status.state != old.status.state and task.status.state in _BY_ITSELF:
@@ -92,6 +109,7 @@ class Sightings:
                 case Deleted(Task() as task):
                     for stamps in (self._created, self._running, self._retired, self._ended):
                         stamps.pop(task.id, None)
+                    self._ran_before.discard(task.id)
 
     def _note_end(self, task: Task, now: float) -> None:
         if not task.is_wanted:

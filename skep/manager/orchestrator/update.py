@@ -45,6 +45,7 @@ from skep.manager.orchestrator.changes import (
     Step,
 )
 from skep.manager.orchestrator.dirty import is_dirty
+from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
 from skep.manager.orchestrator.slots import Slot, age, history, is_lost, wanted
 from skep.manager.resources import reservations_of
@@ -57,6 +58,7 @@ from skep.model.service import (
     Resources,
     Service,
     ServiceSpec,
+    UpdateConfig,
     UpdateFailureAction,
     UpdateOrder,
     UpdateState,
@@ -67,6 +69,7 @@ from skep.model.times import SECOND_NS
 DEFAULT_MONITOR_S = 5.0
 
 ROLLED_BACK = "update rolled back"
+BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
@@ -95,6 +98,11 @@ def step_seconds_max(spec: ServiceSpec) -> float:
     The task before may need its grace to stop; so long the new one waits for nothing of its own.
     """
     return progress_deadline_s(spec.labels) + spec.task_template.stop_grace_s
+
+
+def monitor_s(config: UpdateConfig) -> float:
+    """How long a lead has to run."""
+    return config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
 
 
 def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
@@ -137,7 +145,7 @@ class _Rollout:
         self._config = config
         self._starts_first = config.order is UpdateOrder.START_FIRST
         self._delay_s = config.delay / SECOND_NS
-        self._monitor_s = config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
+        self._monitor_s = monitor_s(config)
         self._deadline_s = step_seconds_max(spec)
 
     def finish(self, view: _SlotView) -> Iterator[Step]:
@@ -270,7 +278,7 @@ class _Rollout:
         """Whether the task ended by itself, before it ran for as long as it is monitored, or never got anywhere."""
         if self._is_overdue(lead):
             return True
-        if lead.status.state not in (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED):
+        if lead.status.state not in BY_ITSELF or _is_unseen(lead, self._seen, self._monitor_s):
             return False
         ended_at, ran_at = self._seen.ended(lead), self._seen.running(lead)
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
@@ -311,10 +319,27 @@ def _is_in_the_way(serving: Task, task: Task, spec: ServiceSpec | None) -> bool:
     )
 
 
+def _is_unseen(task: Task, seen: Sightings, monitor_s: float) -> bool:
+    """Whether it ended and this leader cannot say how long it ran: its run lies before the term, wholly or in part."""
+    if not seen.saw_end(task):
+        return task.status.state.is_terminal
+    ran_at, ended_at = seen.running(task), seen.ended(task)
+    if ran_at is None or ended_at is None or seen.saw_start(task):
+        return False
+    return ended_at - ran_at <= monitor_s
+
+
 def _lead(past: Slot, situation: Situation) -> Task | None:
-    """The first task of the present version; one that was given up on a lost node speaks for nothing any more."""
+    """The first task of the present version; one that was given up on a lost node speaks for nothing any more.
+
+    Nor does one whose run a new leader has not seen: neither for nor against it.  The next attempt does.
+    """
     made = [task for task in past if task.spec_version == situation.service.spec_version]
-    for task in made:
+    for task in made[:-1]:
+        if task.status.state in BY_ITSELF and _is_unseen(
+            task, situation.seen, monitor_s(situation.rollout_config)
+        ):
+            continue
         is_told = task.status.state.is_terminal or situation.seen.running(task) is not None
         if task.is_wanted or is_told or not is_lost(situation.node_of(task)):
             return task
