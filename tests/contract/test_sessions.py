@@ -1,11 +1,13 @@
 """Sessions between nodes and a manager: registering, heartbeats, silence."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import cast
 
 import msgspec
 import pytest
 
+from skep.aio.clock import SystemClock
 from skep.errors import (
     InvalidArgument,
     PermissionDenied,
@@ -14,6 +16,8 @@ from skep.model.node import Node, NodeState
 from skep.security import keypair
 from skep.security.authority import Authority
 from skep.security.trust import tls_info
+from skep.store.interface import Updated
+from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -63,6 +67,62 @@ async def test_a_node_that_returns_is_ready_again(cluster, tmp_path):
     await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.DOWN)
     async with an_agent(cluster, pair, tmp_path, worker):
         assert cluster.node(agent.node_id).status.state is NodeState.READY
+
+
+@asynccontextmanager
+async def beating(channel, session_id):
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=session_id))
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def heard_late(cluster, channel, node_id, session_id, *, rival: bool) -> tuple[str, list[NodeState]]:
+    """Let a node's heartbeat come while its fall is being written; its session, and every state the store showed.
+
+    ``rival``: another write comes first, so that the fall is decided on once more.
+    """
+    states: list[NodeState] = []
+    being_written = asyncio.Event()
+    other = MemoryStore(SystemClock(), cluster.store.cluster)
+
+    def delay_s() -> float:
+        being_written.set()
+        return 0.3
+
+    async with cluster.store.watch(Node) as watch:
+        cluster.store.faults.delay_s = delay_s
+        await being_written.wait()
+        await channel.call(methods.HEARTBEAT, pb.HeartbeatRequest(session_id=session_id))
+        cluster.store.faults.delay_s = lambda: 0.0
+        if rival:
+            node = other.view().get(Node, node_id)
+            status = msgspec.structs.replace(node.status, message="somebody else's word")
+            await other.update(lambda tx: tx.put(msgspec.structs.replace(node, status=status)))
+        with suppress(TimeoutError):
+            async with beating(channel, session_id), asyncio.timeout(1.2):
+                async for commit in watch:
+                    states += [cast("Updated", event).new.status.state for event in commit.events]
+    return cluster.node(node_id).session.session_id, states
+
+
+@pytest.mark.parametrize(("rival", "states"), [(True, []), (False, [NodeState.DOWN])])
+async def test_a_node_that_is_heard_while_its_fall_is_written_keeps_its_session(
+    cluster, tmp_path, rival, states
+):
+    """A write that comes too late is not repeated; one that is committed all the same is taken back."""
+    pair = await a_worker(cluster, tmp_path)
+    async with a_session(cluster, pair) as (channel, session_id):
+        held, seen = await heard_late(cluster, channel, pair.identity.node_id, session_id, rival=rival)
+    assert held == session_id
+    assert [state for state in seen if state is NodeState.DOWN] == states
+    assert seen[-1] is NodeState.READY
 
 
 async def test_heartbeats_keep_a_node_ready(cluster, tmp_path):

@@ -28,13 +28,12 @@ from skep.manager.dispatcher.registration import (
     Registration,
     RegistrationRate,
     SessionInvalid,
-    Silence,
     describe_node,
-    mark_down,
     take_session,
 )
 from skep.manager.dispatcher.repeats import Repeats
 from skep.manager.dispatcher.sessions import LiveSession, Sessions
+from skep.manager.dispatcher.silent import take_down
 from skep.manager.dispatcher.spreading import Spreading
 from skep.manager.dispatcher.statuses import Report, bounded, record_status
 from skep.manager.dispatcher.stops import Stops, WaitUnused
@@ -48,7 +47,7 @@ from skep.model.planes import is_docker_node
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import SECOND_NS
-from skep.store.interface import Commit, Created, Deleted, Store, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Store, Updated, View
 from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
@@ -324,19 +323,9 @@ class Dispatcher:
             silent = self._sessions.silent(self._time.seconds)
             if not silent:
                 continue
-            now_ns = self._clock.now_ns()
-
-            def down(tx: Transaction, silence: Silence, now_ns: int = now_ns) -> bool:
-                return mark_down(tx, silence, now_ns)
-
-            results = await self._store.update_each(down, silent)
-            for silence, result in zip(silent, results, strict=True):
-                if isinstance(result, SkepError):
-                    log.warning("silent node not written yet", node=silence.node_id, error=str(result))
-                    continue
-                self._sessions.forget(silence, NotRegistered())
-                if result:
-                    log.info("node is down", node=silence.node_id)
+            await take_down(
+                self._store, self._sessions, silent, lambda: self._time.seconds, self._clock.now_ns()
+            )
 
     async def _stay_current(self) -> None:
         """End all sessions while this manager has lost contact with the others."""

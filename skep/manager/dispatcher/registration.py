@@ -114,6 +114,16 @@ def mark_down(tx: Transaction, silence: Silence, now_ns: int) -> bool:
     return True
 
 
+def mark_heard(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None:
+    """Take back that the node is down: its heartbeat came while that was being written."""
+    node = tx.rely_on(Node, node_id, "session", "status")
+    if node is None or node.session is None or node.session.session_id != session_id:
+        return
+    if node.status.state is NodeState.DOWN:
+        status = NodeStatus(state=NodeState.READY, addr=node.status.addr)
+        tx.put(msgspec.structs.replace(node, status=status, silent_since=None))
+
+
 def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:
     """The node, if ``session_id`` still speaks for it when the transaction commits.
 

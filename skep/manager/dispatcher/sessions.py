@@ -221,6 +221,14 @@ class Sessions:
             for node_id, session_id, heard in sorted([*live, *absent])
         ]
 
+    def is_silent(self, silence: Silence, now: float) -> bool:
+        """Whether what was found silent still is at ``now`` (own time)."""
+        session = self._live.get(silence.node_id)
+        if session is not None and session.id == silence.session_id:
+            return session.deadline <= now
+        absence = self._absent.get(silence.node_id)
+        return absence is not None and absence.session_id == silence.session_id and absence.deadline <= now
+
     def forget(self, silence: Silence, error: SkepError) -> None:
         """The node was written down as down: its session is over, and its connection with it."""
         absence = self._absent.get(silence.node_id)
