@@ -4,7 +4,7 @@ A loop runs each object's decision inside ``guarded``.  When it raises, the trac
 key backs off, and the loop goes on with the next object; what went wrong is kept to be written on the object.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
 from skep.store.interface import NotLeader, Transaction, Updates
 
@@ -24,8 +24,12 @@ K = TypeVar("K", bound=str)
 
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 60.0
-RETRY_S = 0.5
-"""Until the next attempt when the store did not take a change (jittered)."""
+AWAY_S_MAX = 5.0
+"""The longest delay where the store was only not available: then nothing is wrong with the object."""
+
+
+UNWRITTEN_MAX = 10_000
+"""Keys remembered before those whose time has passed are forgotten: nobody may ever ask for them again."""
 
 
 class BadObject(SkepError):
@@ -40,6 +44,8 @@ class Trouble(msgspec.Struct, frozen=True, kw_only=True):
     """How often in a row."""
     retry_at: float
     """On the clock's monotonic time."""
+    is_away: bool = False
+    """The store was not available, and nothing is known of the object."""
 
 
 class Guard:
@@ -49,6 +55,7 @@ class Guard:
         self._clock = clock
         self._random = random
         self._troubles: dict[str, Trouble] = {}
+        self._unwritten: dict[str, Trouble] = {}
 
     def guarded(self, key: str) -> "_Guarded":
         """Run one object's decision; what it raises ends here, except that the term is over."""
@@ -57,30 +64,77 @@ class Guard:
     def note(self, key: str, error: Exception) -> None:
         """A decision about ``key`` has raised."""
         before = self._troubles.get(key)
-        failures = before.failures + 1 if before else 1
-        text = f"{type(error).__name__}: {error}"
-        if before is None or before.error != text:
-            log.error("decision failed", object=key, error=text, exc_info=error)
-        delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), LONGEST_DELAY_S)
-        retry_at = self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0)
-        self._troubles[key] = Trouble(error=text, failures=failures, retry_at=retry_at)
+        self._troubles[key] = trouble = self._after(before, error, LONGEST_DELAY_S)
+        if before is None or before.error != trouble.error:
+            log.error("decision failed", object=key, error=trouble.error, exc_info=error)
 
     def trouble(self, key: str) -> Trouble | None:
         """What went wrong the last time, if it did."""
         return self._troubles.get(key)
 
     def forget(self, key: str) -> None:
-        """The object is gone."""
+        """A decision about ``key`` has not raised, or the object is gone."""
         self._troubles.pop(key, None)
 
-    def try_again(self, agenda: Agenda[K], what: str, failed: Sequence[tuple[K, SkepError]]) -> None:
-        """Have the keys whose changes the store did not take looked at again soon; ``what`` they are is logged once."""
-        if not failed:
-            return
-        log.warning("not written, trying again", what=what, count=len(failed), reason=str(failed[0][1]))
-        now = self._clock.monotonic()
-        for key, _ in failed:
-            agenda.add_at(key, now + RETRY_S * self._random.uniform(0.5, 1.0))
+    def refused(self, what: str, key: str) -> Trouble | None:
+        """Why the store refused ``what`` of ``key`` the last time; None where it took it, or was only not available."""
+        trouble = self._unwritten.get(_written(what, key))
+        return trouble if trouble is not None and not trouble.is_away else None
+
+    def unwritten(self, what: str, key: str) -> Trouble | None:
+        """Why ``what`` of ``key`` was not written the last time, whatever kept it from that."""
+        return self._unwritten.get(_written(what, key))
+
+    def forget_unwritten(self, what: str, key: str) -> None:
+        """It was written, or is no longer to be."""
+        self._unwritten.pop(_written(what, key), None)
+
+    def note_unwritten(self, what: str, key: str, error: SkepError) -> Trouble:
+        """``what`` was decided about ``key`` was not written: when to try again."""
+        is_away, key = isinstance(error, Unavailable), _written(what, key)
+        before = self._unwritten.get(key)
+        trouble = self._after(before, error, AWAY_S_MAX if is_away else LONGEST_DELAY_S, is_away=is_away)
+        if not is_away and (before is None or before.error != trouble.error):
+            log.error("change refused", object=key, error=trouble.error)
+        self._unwritten[key] = trouble
+        if len(self._unwritten) > UNWRITTEN_MAX:
+            now = self._clock.monotonic()
+            self._unwritten = {key: one for key, one in self._unwritten.items() if one.retry_at > now}
+        return trouble
+
+    def try_again(self, agenda: Agenda[K], what: str, results: Iterable[tuple[K, object]]) -> None:
+        """Have the keys whose changes the store did not take looked at again, later from time to time.
+
+        Args:
+            what: is written; of each key some others may be at the same time.
+            results: a ``SkepError``, or anything else where a change was taken.
+        """
+        results = list(results)
+        failed = {key: result for key, result in results if isinstance(result, SkepError)}
+        if self._unwritten:
+            for key in {key for key, _ in results} - failed.keys():
+                self.forget_unwritten(what, key)
+        for key, error in failed.items():
+            agenda.add_at(key, self.note_unwritten(what, key, error).retry_at)
+        if failed:
+            first = str(next(iter(failed.values())))
+            log.warning("not written, trying again", what=what, count=len(failed), reason=first)
+
+    def _after(
+        self, before: Trouble | None, error: Exception, longest_s: float, *, is_away: bool = False
+    ) -> Trouble:
+        failures = before.failures + 1 if before else 1
+        delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), longest_s)
+        return Trouble(
+            error=f"{type(error).__name__}: {error}",
+            failures=failures,
+            retry_at=self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0),
+            is_away=is_away,
+        )
+
+
+def _written(what: str, key: str) -> str:
+    return f"{what} of {key}"
 
 
 class _Guarded:

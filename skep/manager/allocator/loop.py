@@ -8,7 +8,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices
-from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.allocator.attachments import (
     Attached,
@@ -53,6 +52,7 @@ from skep.store.kinds import spec_of
 
 log = structlog.get_logger()
 
+ENDPOINTS = "endpoints"
 BATCH = 500
 """Objects looked at before their changes are committed together."""
 
@@ -105,6 +105,7 @@ class Allocator:
                     self._new.pop(service.id, None)
                     self._note_unallocated()
                     self._guard.forget(service.id)
+                    self._guard.forget_unwritten(ENDPOINTS, service.id)
                     self._guard.forget(f"tasks of {service.id}")
                 case Created(Task() as task):
                     self._look_at_task(task)
@@ -212,11 +213,11 @@ class Allocator:
             nodes = [key.removeprefix(NODE) for key in keys if key.startswith(NODE)]
             services = [ServiceId(key) for key in keys if "/" not in key]
             # In this order: each needs what the one before it gives, and finds it in the store.
-            await self._commit(self._subnets(id) for id in networks)
+            await self._commit("subnets", (self._subnets(id) for id in networks))
             known = self._networks()
-            await self._commit(self._endpoint(id, known) for id in services)
-            await self._commit(self._attached_node(id, known) for id in nodes)
-            await self._commit(self._releases(id, known) for id in services)
+            await self._commit(ENDPOINTS, (self._endpoint(id, known) for id in services))
+            await self._commit("node attachments", (self._attached_node(id, known) for id in nodes))
+            await self._commit("releases", (self._releases(id, known) for id in services))
 
     def _subnets(self, id: NetworkId) -> list[Grant]:
         """The allocation of a network that has none yet."""
@@ -295,7 +296,9 @@ class Allocator:
         with self._guard.guarded(key):
             view = self._term.view()
             tasks = self._new_tasks(view, service_id)
-            if (trouble := self._guard.trouble(service_id)) is not None:
+            if (
+                trouble := self._guard.trouble(service_id) or self._guard.refused(ENDPOINTS, service_id)
+            ) is not None:
                 reason = f"allocation failed: {trouble.error}"
                 grants = [Explain(task, reason) for task in tasks]
             else:
@@ -341,7 +344,7 @@ class Allocator:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    async def _commit(self, decided: Iterable[list[Grant]]) -> None:
+    async def _commit(self, what: str, decided: Iterable[list[Grant]]) -> None:
         """Write the grants, each a transaction of its own, in as few raft entries as possible."""
         grants: list[Grant] = []
         slices = Slices(self._clock)
@@ -356,14 +359,11 @@ class Allocator:
             apply(tx, grant, now)
 
         results = await write_each(self._term, write, grants)
-        failed: list[tuple[str, SkepError]] = []
-        for grant, result in zip(grants, results, strict=True):
+        for grant in grants:
             await slices.give_way()
             # Whatever the outcome, the store shows it now; what it does not show is not held.
             self._look_again(grant)
-            if isinstance(result, SkepError):
-                failed.append((key_of(grant), result))
-        self._guard.try_again(self._agenda, "grants", failed)
+        self._guard.try_again(self._agenda, what, zip(map(key_of, grants), results, strict=True))
 
     def _look_again(self, grant: Grant) -> None:
         match grant:

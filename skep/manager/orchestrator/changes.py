@@ -10,6 +10,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
+from skep.errors import SkepError
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.service import Service, UpdateState, UpdateStatus
@@ -77,10 +78,35 @@ class Recheck(msgspec.Struct, frozen=True):
     at: float
 
 
+ROLLED_BACK = "update rolled back"
+"""How the message of a rollback begins."""
+
 Change: TypeAlias = (
     FillSlot | RetireTask | ReplaceTask | StartTask | SetUpdateStatus | RollBack | RemoveService
 )
 Step: TypeAlias = Change | Recheck
+
+
+def instead(change: Change, error: SkepError) -> Change | None:
+    """What to write where ``change`` was refused for good; None: nothing but the same once more.
+
+    What the previous spec needs (a secret, say) may have been removed since, as nothing referred to it any more.
+    """
+    if not isinstance(change, RollBack):
+        return None
+    reason = change.message.removeprefix(ROLLED_BACK)
+    message = f"update paused{reason}: cannot roll back: {error}"
+    return SetUpdateStatus(change.service, UpdateState.PAUSED, message)
+
+
+def key_of(change: Change) -> str:
+    """What of its service a change is about: two of the same key are never decided together."""
+    match change:
+        case FillSlot(_, slot, node_id):
+            return f"{slot or node_id}"
+        case RetireTask(task) | ReplaceTask(task) | StartTask(task):
+            return task.id
+    return type(change).__name__
 
 
 def apply(tx: Transaction, change: Change, new_id: IdSource, now: Timestamp) -> None:

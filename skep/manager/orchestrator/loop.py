@@ -9,14 +9,15 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices
-from skep.errors import SkepError
+from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, write_each
-from skep.manager.orchestrator.changes import Change, Recheck, apply
+from skep.manager.orchestrator.changes import Change, Recheck, apply, instead
 from skep.manager.orchestrator.convergence import next_steps
 from skep.manager.orchestrator.enforcement import is_out_of_place, overcommitted
 from skep.manager.orchestrator.freezer import Freezer
+from skep.manager.orchestrator.refusals import Refusals
 from skep.manager.orchestrator.replicated import retire_all
 from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import Situation
@@ -39,8 +40,6 @@ REST_S_PER_TASK = 25e-6
 REST_S_MIN, REST_S_MAX = 0.01, 0.25
 FAILED = "orchestration failed"
 """How the message of a service begins whose decision raised."""
-RETRY_S = 0.5
-"""Until the next attempt when the store did not take a change (jittered)."""
 
 
 class Orchestrator:
@@ -61,6 +60,7 @@ class Orchestrator:
         self._random = random
         self._agenda: Agenda[ServiceId] = Agenda(clock)
         self._guard = Guard(clock, random)
+        self._refusals = Refusals(self._guard, clock)
         self._freezer = Freezer(term, clock, network_changed, self._look_at_everything)
         self._seen = Sightings(clock.monotonic())
         self._global: set[ServiceId] = set()
@@ -100,6 +100,7 @@ class Orchestrator:
                     self._global.discard(service.id)
                     self._rested_at.pop(service.id, None)
                     self._guard.forget(service.id)
+                    self._refusals.forget(service.id)
                     yield service.id
                 case Created(Task() as task) | Deleted(Task() as task):
                     if task.service_id:
@@ -164,23 +165,32 @@ class Orchestrator:
 
     async def _decided(self, service_id: ServiceId) -> list[tuple[ServiceId, Change]]:
         """The changes for one service; a decision that raises is written on the service and tried again later."""
-        changes = []
+        changes: list[Change] = []
         with self._guard.guarded(service_id):
             for step in self._steps(service_id):
                 if isinstance(step, Recheck):
                     self._agenda.add_at(service_id, step.at)
                 else:
-                    changes.append((service_id, step))
+                    changes.append(step)
+            changes, retry_at = self._refusals.admitted(service_id, changes)
+            if retry_at is not None:
+                self._agenda.add_at(service_id, retry_at)
         trouble = self._guard.trouble(service_id)
         if trouble is not None:
             self._agenda.add_at(service_id, trouble.retry_at)
             changes = []
+        error = trouble.error if trouble is not None else self._refusals.error(service_id)
         with self._guard.guarded(f"mark on {service_id}"):
-            if trouble is not None and trouble.failures == 1:
-                await self._term.update(_mark, service_id, trouble.error)
-            elif trouble is None and _is_marked(self._term.view().lookup(Service, service_id)):
-                await self._term.update(_unmark, service_id)
-        return changes
+            await self._tell(service_id, error)
+        return [(service_id, change) for change in changes]
+
+    async def _tell(self, service_id: ServiceId, error: str | None) -> None:
+        """Show on the service what is wrong with its decisions, or that nothing is any more."""
+        service = self._term.view().lookup(Service, service_id)
+        if error is not None and service is not None and not _is_marked(service, error):
+            await self._term.update(_mark, service_id, error)
+        elif error is None and _is_marked(service):
+            await self._term.update(_unmark, service_id)
 
     def _steps(self, service_id: ServiceId) -> Iterable[Change | Recheck]:
         view = self._term.view()
@@ -225,9 +235,18 @@ class Orchestrator:
             apply(tx, change, self._new_id, now)
 
         results = await write_each(self._term, write, [change for _, change in changes])
-        outcomes = zip(changes, results, strict=True)
-        failed = [(id, result) for (id, _), result in outcomes if isinstance(result, SkepError)]
-        self._guard.try_again(self._agenda, "changes", failed)
+        others: list[tuple[ServiceId, Change]] = []
+        for (id, change), result in zip(changes, results, strict=True):
+            retry_at = self._refusals.note(id, change, result)
+            if retry_at is not None:
+                self._agenda.add_at(id, retry_at)
+            if isinstance(result, SkepError) and not isinstance(result, Unavailable):
+                other = instead(change, result)
+                others += [(id, other)] if other is not None else []
+        failed = [result for result in results if isinstance(result, SkepError)]
+        if failed:
+            log.warning("not written, trying again", what="changes", count=len(failed), reason=str(failed[0]))
+        await self._commit(others)
 
 
 def rest_s(tasks: int) -> float:
@@ -257,10 +276,10 @@ def _is_relevant(old: Task, new: Task) -> bool:
     return is_news and state >= TaskState.RUNNING
 
 
-def _is_marked(service: Service | None) -> bool:
-    """Whether the service still shows the error of an earlier decision."""
+def _is_marked(service: Service | None, error: str = "") -> bool:
+    """Whether the service shows ``error``; any of an earlier decision where none is given."""
     status = service.update_status if service is not None else None
-    return status is not None and status.message.startswith(FAILED)
+    return status is not None and status.message.startswith(f"{FAILED}: {error}")
 
 
 def _mark(tx: Transaction, service_id: ServiceId, error: str) -> None:

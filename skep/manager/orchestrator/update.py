@@ -36,6 +36,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import (
+    ROLLED_BACK,
     FillSlot,
     Recheck,
     ReplaceTask,
@@ -68,7 +69,6 @@ from skep.model.times import SECOND_NS
 
 DEFAULT_MONITOR_S = 5.0
 
-ROLLED_BACK = "update rolled back"
 BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 

@@ -326,7 +326,7 @@ class Scheduler:
             results = await self._written(decisions)
         finally:
             self._deciding.difference_update(ids)
-        failed: list[tuple[str, SkepError]] = []
+        outcomes: list[tuple[str, SkepError | None]] = []
         view = self._term.view()
         for decision, result in zip(decisions, results, strict=True):
             id = decision.task.id
@@ -338,11 +338,10 @@ class Scheduler:
             group = self._group_of.get(id)
             if group is None:
                 continue
-            if isinstance(result, SkepError):
-                failed.append((group, result))
-            elif isinstance(decision, Assignment):
+            outcomes.append((group, result))
+            if result is None and isinstance(decision, Assignment):
                 self._agenda.add((group,))  # its node went away at the same moment
-        self._guard.try_again(self._agenda, "decisions", failed)
+        self._guard.try_again(self._agenda, "decisions", outcomes)
         await asyncio.sleep(0)
 
     async def _written(self, decisions: list[Decision]) -> list[SkepError | None]:

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices
-from skep.errors import SkepError
 from skep.manager.agenda import Agenda
 from skep.manager.follow import State, follow
 from skep.manager.guard import Guard, write_each
@@ -169,9 +168,8 @@ class Reaper:
             _write(tx, removal, now)
 
         results = await write_each(self._term, write, [removal for _, removal in removals])
-        outcomes = zip(removals, results, strict=True)
-        failed = [(key, result) for (key, _), result in outcomes if isinstance(result, SkepError)]
-        self._guard.try_again(self._agenda, "removals", failed)
+        keys = [key for key, _ in removals]
+        self._guard.try_again(self._agenda, "removals", zip(keys, results, strict=True))
 
 
 def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:

@@ -104,7 +104,7 @@ async def test_a_decision_that_cannot_be_written_holds_up_no_other(monkeypatch: 
         real(writer, tx, decision)
 
     monkeypatch.setattr(DecisionWriter, "write", write)
-    monkeypatch.setattr(guard, "RETRY_S", 0.01)
+    monkeypatch.setattr(guard, "FIRST_DELAY_S", 0.01)
     store = await a_store(*waiting(100))
     async with scheduling(store):
         await wait_for(store, lambda: nodes_of(store)[""] == 1)
