@@ -1,6 +1,5 @@
 """The control loops that one leader runs: they meet in the store and nowhere else."""
 
-from collections.abc import Callable
 from random import Random
 from typing import Protocol
 
@@ -28,17 +27,14 @@ def loops(
     clock: Clock,
     new_id: IdSource,
     random: Random,
-    network_changed: Callable[[], bool] = lambda: False,
     incarnation: int = 0,
 ) -> list[Loop]:
     """The loops of one term, each to be run as a task of its own.
 
-    ``network_changed``: whether this manager's own network changed since it was asked last.
     ``incarnation``: of the cluster.
     """
-    kinds = (Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
+    kinds = (Orchestrator, Allocator, Scheduler, Reaper, KeyRotation, CertificateAuthority)
     return [
-        Orchestrator(term, clock, new_id, random, network_changed),
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayKeyRotation(term, clock, random, incarnation=incarnation),
         PathJudge(term, clock),

@@ -47,13 +47,12 @@ from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.loop import Managers
 from skep.manager.membership.service import MembersService
 from skep.manager.membership.whereabouts import Whereabouts
-from skep.manager.own_network import OwnNetwork
 from skep.manager.paths.examination import Examinations
 from skep.manager.paths.streams import PathStreams
 from skep.manager.presence import Presence
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
-from skep.model.addresses import host_of, parted
+from skep.model.addresses import parted
 from skep.model.ids import IdSource, NodeId
 from skep.model.readable import names_from
 from skep.model.times import SECOND_NS, Timestamp, timestamp
@@ -247,13 +246,11 @@ class Manager:
                 group.create_task(managers.run(), name="managers")
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")
-                own_network = OwnNetwork(host_of(self._config.advertise_addr))
                 for loop in loops(
                     term,
                     self._clock,
                     self._new_id,
                     self._random,
-                    own_network.changed,
                     self._store.incarnation,
                 ):
                     group.create_task(loop.run(), name=type(loop).__name__)

@@ -176,7 +176,7 @@ class CutOff(ApiObject):
 class Node(ApiObject):
     """A machine of the cluster.
 
-    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_since``, and as parts of their
+    Writers: API: ``spec``; owner of the session: ``description``, ``status``, ``silent_*``, and as parts of their
     own ``load`` and ``failing_paths``; whoever takes it: ``session``; CA: ``certificate``; leader: ``attachments``,
     ``cut_off``; that manager itself: ``manager_status``, ``peer_roots``.
     What follows ``manager_status`` is internal and left out of API answers.
@@ -200,6 +200,8 @@ class Node(ApiObject):
     """Of a manager: digest of the roots that its etcd has trusted since its last start."""
     silent_since: Timestamp | None = None
     """Of a node that is down: when it was last heard, on its judge's clock."""
+    silent_together: bool = False
+    """Of a node that is down: whether its judge had missed heartbeats of others then, too."""
     failing_paths: tuple[FailingPath, ...] = ()
     """What it said of its ways to others, as far as it fails; the first few, by peer and check."""
     cut_off: tuple[CutOff, ...] = ()

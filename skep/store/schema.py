@@ -172,7 +172,7 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         name="node",
         type=Node,
         parts={
-            "status": ("description", "status", "silent_since"),
+            "status": ("description", "status", "silent_since", "silent_together"),
             "load": ("load",),
             "session": ("session",),
             "certificate": ("certificate",),

@@ -175,6 +175,25 @@ def test_a_storm_freezes_replacement_until_half_are_back(seed: int) -> None:
         cluster.check_invariants()
 
 
+@pytest.mark.parametrize("managers", [1, 3, 5])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_most_nodes_gone_at_once_are_a_storm_for_any_number_of_managers_and_nothing_is_replaced(
+    managers: int, seed: int
+) -> None:
+    with SimulatedCluster(managers=managers, workers=9, seed=seed) as cluster:
+        settle(cluster, a_spec())
+        cluster.run_for(READY_BEFORE_S + 15)
+        cut = cluster.links.cut(list(cluster.workers[:8]), [*cluster.managers, cluster.workers[8]])
+        cluster.run_until(lambda: freeze_of(cluster) is not None, within_s=10)
+        cluster.run_for(30)
+        assert cluster.created("web") == REPLICAS
+        cluster.loop.call_soon(cluster.links.mend, cut)
+        cluster.run_until(lambda: freeze_of(cluster) is None, within_s=20)
+        cluster.run_for(10)
+        assert cluster.created("web") == REPLICAS
+        cluster.check_invariants()
+
+
 def test_a_storm_that_lasts_is_taken_for_true_after_ten_minutes() -> None:
     with SimulatedCluster(managers=1, workers=6) as cluster:
         settle(cluster, a_spec())

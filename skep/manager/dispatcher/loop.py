@@ -320,7 +320,7 @@ class Dispatcher:
             await self._clock.sleep(TICK_S)
             self._time = self._time.after(self._clock.monotonic(), TICK_S, is_current=self._is_current)
             self._set_period()
-            silent = self._sessions.silent(self._time.seconds)
+            silent = self._sessions.silent(self._time.seconds, self._period_s)
             if not silent:
                 continue
             await take_down(

@@ -88,6 +88,7 @@ def take_session(tx: Transaction, registration: Registration) -> Node:
             description=_without_others_address(tx, node.id, status.addr, registration.description),
             status=status,
             silent_since=None,
+            silent_together=False,
             session=NodeSession(manager_id=registration.manager_id, session_id=registration.session_id),
         )
     )
@@ -100,6 +101,8 @@ class Silence(msgspec.Struct, frozen=True, kw_only=True):
     session_id: SessionId
     silent_s: float = 0.0
     """Own time since it was last heard."""
+    is_together: bool = False
+    """Whether heartbeats of others are missed as well."""
 
 
 def mark_down(tx: Transaction, silence: Silence, now_ns: int) -> bool:
@@ -110,7 +113,8 @@ def mark_down(tx: Transaction, silence: Silence, now_ns: int) -> bool:
     if node.status.state is not NodeState.DOWN:
         status = NodeStatus(state=NodeState.DOWN, message=HEARTBEAT_FAILURE, addr=node.status.addr)
         since = timestamp(now_ns - round(silence.silent_s * SECOND_NS))
-        tx.put(msgspec.structs.replace(node, status=status, silent_since=since))
+        told = {"silent_since": since, "silent_together": silence.is_together}
+        tx.put(msgspec.structs.replace(node, status=status, **told))
     return True
 
 
@@ -121,7 +125,7 @@ def mark_heard(tx: Transaction, node_id: NodeId, session_id: SessionId) -> None:
         return
     if node.status.state is NodeState.DOWN:
         status = NodeStatus(state=NodeState.READY, addr=node.status.addr)
-        tx.put(msgspec.structs.replace(node, status=status, silent_since=None))
+        tx.put(msgspec.structs.replace(node, status=status, silent_since=None, silent_together=False))
 
 
 def require_session(tx: Transaction, node_id: NodeId, session_id: SessionId) -> Node:

@@ -6,6 +6,7 @@ by the node's tasks however slowly the node reads.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import inf
 
 import msgspec
 
@@ -13,6 +14,9 @@ from skep.aio.lean_grpc import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.registration import NotRegistered, SessionInvalid, Silence
 from skep.model.ids import NodeId, SessionId, TaskId
+
+MISSED_PERIODS = 1.5
+"""A node that was not heard for so long has missed a heartbeat: their jitter is a tenth."""
 
 
 class Line:
@@ -205,8 +209,11 @@ class Sessions:
             session.cut(error)
         return len(released)
 
-    def silent(self, now: float) -> list[Silence]:
-        """Nodes whose grace has passed at ``now`` (own time), in order of their ids."""
+    def silent(self, now: float, period_s: float = inf) -> list[Silence]:
+        """Nodes whose grace has passed at ``now`` (own time), in order of their ids.
+
+        ``period_s``: between heartbeats; who was not heard for half a period more than that has missed one.
+        """
         # Thousands are looked at five times a second: those who were heard cost no tuple each.
         live = [
             (id, session.id, session.heard) for id, session in self._live.items() if session.deadline <= now
@@ -216,8 +223,11 @@ class Sessions:
             for id, absence in self._absent.items()
             if absence.deadline <= now
         ]
+        if not live and not absent:
+            return []
+        missed = sum([now - session.heard > MISSED_PERIODS * period_s for session in self._live.values()])
         return [
-            Silence(node_id=node_id, session_id=session_id, silent_s=now - heard)
+            Silence(node_id=node_id, session_id=session_id, silent_s=now - heard, is_together=missed > 1)
             for node_id, session_id, heard in sorted([*live, *absent])
         ]
 

@@ -30,26 +30,22 @@ SETTLING_GRACES = 2
 class Freezer:
     """Whether replacement is frozen.  Runs on the leader only."""
 
-    def __init__(
-        self, term: State, clock: Clock, network_changed: Callable[[], bool], changed: Callable[[], None]
-    ) -> None:
-        """
-        Args:
-            network_changed: whether this manager's own network changed since it was asked last.
-            changed: called when a freeze ends.
-        """
+    def __init__(self, term: State, clock: Clock, changed: Callable[[], None]) -> None:
+        """``changed``: called when a freeze ends."""
         self._term = term
         self._clock = clock
-        self._network_changed = network_changed
         self._changed = changed
         self._history = NodeHistory(())
-        self._network_changed_at = float("-inf")
         self._trip: Trip | None = None
         """Not written yet."""
         self._frozen_at: float | None = None
         """Since when this leader knows of the present freeze."""
         self.replaces_from = float("-inf")
-        """Nothing of a node that is down is replaced before: when half of a storm is back, the others are to come."""
+        """Nothing of a node that is down is replaced before.
+
+        Several fell, and more may; or half of a storm is back, and the others are to come.
+        """
+        self._held_since = float("-inf")
 
     @property
     def is_frozen(self) -> bool:
@@ -67,6 +63,7 @@ class Freezer:
         now = self._clock.monotonic()
         if self._history.note(commit, now):
             self._look(now)
+            self._hold(now)
         is_written = _freeze(self._term.view()) is not None
         if is_written and self._frozen_at is None:
             self._frozen_at, self._trip = now, None
@@ -78,9 +75,6 @@ class Freezer:
         while True:
             await self._clock.sleep(CHECK_S)
             now = self._clock.monotonic()
-            if self._network_changed():
-                self._network_changed_at = now
-                self._look(now)
             try:
                 if self._trip is not None:
                     await self._term.update(_write, self._trip, timestamp(self._clock.now_ns()))
@@ -98,15 +92,22 @@ class Freezer:
         """Freeze if what fell is a storm.  Later falls in a freeze change nothing."""
         if self.is_frozen:
             return
-        grace_s = _grace_s(self._term.view())
-        recently = now - self._network_changed_at <= grace_s
-        self._trip = self._history.trip(now, grace_s, network_changed=recently)
+        self._trip = self._history.trip(now, _grace_s(self._term.view()))
         if self._trip is not None:
             log.error(
                 "replacement is frozen: too many nodes went down at once",
                 nodes=self._trip.fallen,
                 ready_before=self._trip.ready_before,
             )
+
+    def _hold(self, now: float) -> None:
+        """Wait for further falls where there was more than one, but for no longer than a grace."""
+        period_s, _ = wished_heartbeats(self._term.view())
+        until = self._history.held_until(now, period_s)
+        if now >= self.replaces_from:
+            self._held_since = now
+        until = min(until, self._held_since + _grace_s(self._term.view()))
+        self.replaces_from = max(self.replaces_from, until)
 
     def _reason_to_end(self, now: float) -> str:
         freeze = _freeze(self._term.view())

@@ -1,7 +1,7 @@
 """The orchestrator's loop: watches services, tasks and nodes, and applies ``convergence.next_steps``."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from random import Random
 
 import structlog
@@ -51,9 +51,7 @@ class Orchestrator:
         clock: Clock,
         new_id: IdSource,
         random: Random,
-        network_changed: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``network_changed``: whether this manager's own network changed since it was asked last."""
         self._term = term
         self._clock = clock
         self._new_id = new_id
@@ -61,7 +59,7 @@ class Orchestrator:
         self._agenda: Agenda[ServiceId] = Agenda(clock)
         self._guard = Guard(clock, random)
         self._refusals = Refusals(self._guard, clock)
-        self._freezer = Freezer(term, clock, network_changed, self._look_at_everything)
+        self._freezer = Freezer(term, clock, self._look_at_everything)
         self._seen = Sightings(clock.monotonic())
         self._global: set[ServiceId] = set()
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}

@@ -4,13 +4,18 @@ A switch that restarts, or a leader whose own network goes, looks like the death
 tasks on the few that are left would make a small trouble a large one.  So replacement is *frozen* when
 
 * within one grace period more than half of the nodes that were ready a minute ago, and at least three, went down,
-* and one manager judged all of these, or this leader's own network changed meanwhile.
+  whichever managers said so: nodes spread over the managers, so no single one of them sees the whole of it.
 
 It goes on when half of them are back, when a user says so, or after ten minutes.
+
+Nodes that go at one moment fall one after the other, over a heartbeat's period, since each is waited for from its own
+last heartbeat.  So a fall that is not the only one is not answered before that period has passed: when a second node
+fell within it, or when the manager that says so misses heartbeats of others as well.  A single node's is, at once.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable
+from math import inf
 
 import msgspec
 
@@ -21,6 +26,8 @@ from skep.store.interface import Commit, Created, Deleted, Updated
 NODES_MIN = 3
 READY_BEFORE_S = 60.0
 FROZEN_S_MAX = 600.0
+HOLD_PERIODS = 1.5
+"""All nodes that went at one moment fall within one period, its jitter, and what writing that takes."""
 
 
 class Fall(msgspec.Struct, frozen=True):
@@ -29,8 +36,8 @@ class Fall(msgspec.Struct, frozen=True):
     node_id: NodeId
     at: float
     """When the leader saw it, on its own clock."""
-    judge: NodeId
-    """The manager that said so."""
+    is_together: bool = False
+    """Whether the manager that said so had missed heartbeats of others, too."""
 
 
 class Trip(msgspec.Struct, frozen=True):
@@ -48,23 +55,30 @@ def tripped(
     *,
     now: float,
     grace_s: float,
-    network_changed: bool = False,
 ) -> Trip | None:
     """Whether what fell within the last ``grace_s`` is a storm.
 
     Args:
         falls: of nodes that are still down.
         ready_before: the nodes that were ready a minute ago.
-        network_changed: whether this leader's own network changed in that time; then all judges count together.
     """
-    by_judge: defaultdict[NodeId, set[NodeId]] = defaultdict(set)
-    for fall in falls:
-        if fall.at > now - grace_s and fall.node_id in ready_before:
-            by_judge[NodeId("") if network_changed else fall.judge].add(fall.node_id)
-    for _, fallen in sorted(by_judge.items()):
-        if len(fallen) >= NODES_MIN and 2 * len(fallen) > len(ready_before):
-            return Trip(tuple(sorted(fallen)), len(ready_before))
+    fallen = {fall.node_id for fall in falls if fall.at > now - grace_s} & ready_before
+    if len(fallen) >= NODES_MIN and 2 * len(fallen) > len(ready_before):
+        return Trip(tuple(sorted(fallen)), len(ready_before))
     return None
+
+
+def held_until(falls: Iterable[Fall], *, now: float, period_s: float) -> float:
+    """Until when nothing of a node that is down is replaced, so that the rest of a storm can show; or minus infinity.
+
+    Args:
+        falls: of nodes that are still down.
+        period_s: between heartbeats.
+    """
+    recent = [fall for fall in falls if fall.at > now - period_s]
+    if len(recent) < 2 and not any(fall.is_together for fall in recent):
+        return -inf
+    return max(fall.at for fall in recent) + HOLD_PERIODS * period_s
 
 
 def is_over(fallen: Iterable[NodeId], ready: frozenset[NodeId], known: frozenset[NodeId]) -> bool:
@@ -97,24 +111,21 @@ class NodeHistory:
                 case Updated(Node() as old, Node() as new) if _is_ready(old) != _is_ready(new):
                     self._change(new.id, now, is_ready=_is_ready(new))
                     if new.status.state is NodeState.DOWN:
-                        judge = new.session.manager_id if new.session is not None else NodeId("")
-                        self._falls[new.id] = Fall(new.id, now, judge)
+                        self._falls[new.id] = Fall(new.id, now, new.silent_together)
                         has_fall = True
                 case Deleted(Node() as node):
                     self._change(node.id, now, is_ready=False)
                     self._before.discard(node.id)
         return has_fall
 
-    def trip(self, now: float, grace_s: float, *, network_changed: bool) -> Trip | None:
+    def trip(self, now: float, grace_s: float) -> Trip | None:
         """Whether the present falls are a storm."""
         self._forget(now)
-        return tripped(
-            self._falls.values(),
-            frozenset(self._before),
-            now=now,
-            grace_s=grace_s,
-            network_changed=network_changed,
-        )
+        return tripped(self._falls.values(), frozenset(self._before), now=now, grace_s=grace_s)
+
+    def held_until(self, now: float, period_s: float) -> float:
+        """See ``held_until``."""
+        return held_until(self._falls.values(), now=now, period_s=period_s)
 
     def forget_falls(self) -> None:
         """What fell until now was dealt with."""

@@ -90,6 +90,7 @@ def shown_node(trouble: Trouble, node: Node) -> Node:
         attachments=(),
         peer_roots="",
         silent_since=None,
+        silent_together=False,
         failing_paths=(),
         cut_off=(),
     )
