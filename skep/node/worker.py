@@ -170,17 +170,24 @@ class Worker:
         """No longer assigned: stop it in its own way and free what it holds."""
         driver = self._drivers.pop(id, None)
         if driver is not None:
-            self._running.pop(id).cancel()
-            self._spawn_removal(id, driver)
+            running = self._running.pop(id)
+            running.cancel()
+            self._spawn_removal(id, driver, running)
         self._files.forget(id)
 
-    def _spawn_removal(self, id: TaskId, driver: TaskDriver | None) -> None:
-        task = self._spawn(self._free(id, driver), f"remove-{id}")
+    def _spawn_removal(
+        self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None = None
+    ) -> None:
+        task = self._spawn(self._free(id, driver, running), f"remove-{id}")
         self._removing[id] = task
         task.add_done_callback(lambda _: self._removing.pop(id, None))
 
-    async def _free(self, id: TaskId, driver: TaskDriver | None) -> None:
-        """Free what a task holds; again after a while if that fails."""
+    async def _free(self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None) -> None:
+        """Free what a task holds, once its driver (``running``) has ended; again after a while if that fails."""
+        if running is not None:
+            await asyncio.wait(
+                [running]
+            )  # a verb that is not cut off may still be making what is to be freed
         backoff = Backoff(first_s=0.1, longest_s=60.0)
         while True:
             try:

@@ -220,6 +220,7 @@ class OciController:
         if container is not None:
             await self._drain(container, drain_s)
             await self._containers.stop(container.id)
+            await self._containers.retire(container.id)
 
     async def _drain(self, container: Container, limit_s: float) -> None:
         """Return when the last client of a task on a cluster's network has gone, or ``limit_s`` has passed.

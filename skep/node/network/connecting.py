@@ -1,7 +1,7 @@
 """A container's whole network: a namespace, its networks, and the gateway bridge last."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -56,7 +56,7 @@ class ContainerNetwork:
         naming: Naming | None = None,
     ) -> None:
         """``joining``: takes plain containers' places; ``naming``: None where nobody answers for names."""
-        self._namespaces = namespaces
+        self.namespaces = namespaces
         self._home = home
         self.gateway = gateway
         self.overlays = overlays
@@ -106,9 +106,9 @@ class ContainerNetwork:
             await self._join_mesh(id, endpoint)
         if self._naming is not None:
             await self._naming.restore(live)
-        for pinned in self._namespaces.pinned():
+        for pinned in self.namespaces.pinned():
             if pinned not in endpoints:
-                await self._namespaces.destroy(pinned)
+                await self.namespaces.destroy(pinned)
 
     async def attach(self, container: Container) -> Endpoint:
         """A namespace with ``eth0`` and so on: its places in their order, then the gateway bridge; and names in it.
@@ -119,11 +119,11 @@ class ContainerNetwork:
         if _mode_of(container) is NetworkMode.HOST:
             return Endpoint(netns="")
         container_id, places = container.id, container.config.places
-        endpoint = Endpoint(netns=str(self._namespaces.path(container_id)))
+        endpoint = Endpoint(netns=str(self.namespaces.path(container_id)))
         if container.plain is not None:
             places = await self._joining.join(container)
         try:
-            netns = await self._namespaces.create(container_id, _CONTAINER_SYSCTLS)
+            netns = await self.namespaces.create(container_id, _CONTAINER_SYSCTLS)
             connected = await self.overlays.connect(container_id, netns, places)
             endpoint = msgspec.structs.replace(endpoint, places=connected)
             if needs_way_out(container, places):
@@ -142,6 +142,33 @@ class ContainerNetwork:
     async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Free everything that ``attach`` gave; harmless when it is free already."""
         await self._undo(container_id, endpoint, [one.place for one in endpoint.places])
+
+    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
+        """Free namespaces, addresses, ports and names of containers that ``is_needed`` denies; gives their ids.
+
+        Raises: SkepError, OSError.
+        """
+        served = await self._naming.served() if self._naming is not None else frozenset[str]()
+        holders = {*self.namespaces.pinned(), *self.overlays.holders(), *self.gateway.users(), *served}
+        freed = []
+        for id in sorted(map(ContainerId, holders)):
+            if is_needed(id):
+                continue
+            held = self.gateway.endpoint_of(id) or Endpoint(netns=str(self.namespaces.path(id)))
+            connected = self.overlays.connected(id)
+            log.warning(
+                "network of a container that is gone removed",
+                container=id,
+                namespace=id in self.namespaces.pinned(),
+                addresses=[held.address, *(address for one in connected for address in one.place.addresses)],
+            )
+            endpoint = msgspec.structs.replace(held, places=connected)
+            await self._undo(id, endpoint, [one.place for one in connected])
+            if self._naming is not None and id in served:
+                await self._naming.detach(id)
+            freed.append(id)
+        await self.overlays.sweep()
+        return freed
 
     # --- while it runs ------------------------------------------------------------------------------------------
 
@@ -244,7 +271,7 @@ class ContainerNetwork:
             try:
                 await self.gateway.disconnect(container_id, endpoint)
             finally:
-                await self._namespaces.destroy(container_id)
+                await self.namespaces.destroy(container_id)
                 await self._joining.leave(container_id, places)
 
 

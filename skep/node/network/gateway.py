@@ -157,6 +157,10 @@ class Gateway:
             await carry_out(self._namespaces, self._namespaces.home, [DeleteLink(endpoint.port)])
         await self.disconnect(container_id, endpoint)
 
+    def endpoint_of(self, container_id: ContainerId) -> Endpoint | None:
+        """What ``connect`` gave a container that was not disconnected since; None: nothing."""
+        return self._endpoints.get(container_id)
+
     # --- another subnet ---------------------------------------------------------------------------------------
 
     @property

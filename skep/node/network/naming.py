@@ -58,6 +58,10 @@ class Naming:
         """Ignored when it has none.  Raises: SkepError."""
         await self._service.forget(id)
 
+    async def served(self) -> frozenset[str]:
+        """Ids of the containers that have names.  Raises: SkepError."""
+        return frozenset(one.id for one in (await self._service.listing()).served)
+
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         """A listener of the table keeper, after the one that wrote the tables where the net process reads them."""
         await self._service.refresh(changed)

@@ -236,6 +236,8 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
     finished_at: Timestamp = ZERO_TIME
     plain: Plain | None = None
     """None: it is a task's."""
+    is_retired: bool = False
+    """It never ran and never will: it has no network any more."""
 
     @property
     def pid(self) -> int:

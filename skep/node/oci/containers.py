@@ -10,9 +10,9 @@ that still run and settles the ones that ended meanwhile.
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -48,6 +48,11 @@ from skep.node.oci.signals import signal_number
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
+SWEEP_SECONDS = 20.0
+"""Between two comparisons of what the network holds for containers with the containers there are."""
+
 
 class Containers(ContainerChanger):
     """All containers of this node."""
@@ -80,6 +85,7 @@ class Containers(ContainerChanger):
         self._starting = asyncio.Semaphore(starts_max)
         self._waiting = WaitingClients()
         self._watches: dict[ContainerId, asyncio.Task[None]] = {}
+        self._turns: dict[ContainerId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._group: asyncio.TaskGroup | None = None
         self.log_keeper = LogKeeper(bundles, runtime, clock, self.list)
@@ -105,6 +111,7 @@ class Containers(ContainerChanger):
             for container in self._registry.list():
                 await self._adopt(container, has_network=container.id in connected)
             self._spawn(self.log_keeper.run(), name="log-rotation")
+            self._spawn(self._keep_sweeping(), name="network-sweep")
             try:
                 yield
             finally:
@@ -135,7 +142,7 @@ class Containers(ContainerChanger):
             config = msgspec.structs.replace(wish.config, hostname=container.id[:12])
             container = msgspec.structs.replace(container, config=config)
         self._registry.add(container)
-        container = await finish(self._make(container))
+        container = await finish(self._in_turn(container.id, self._make(container)))
         self.events.publish("create", container)
         return container
 
@@ -146,7 +153,7 @@ class Containers(ContainerChanger):
         """
         id = self.get(word).id
         async with self._starting:
-            return await finish(self._start(id))
+            return await finish(self._in_turn(id, self._start(id)))
 
     async def kill(self, word: str, signal_name: str = "SIGKILL") -> None:
         """Send a signal to its first process (``SIGTERM``, ``TERM`` or ``15``).
@@ -200,7 +207,91 @@ class Containers(ContainerChanger):
 
         Raises: NotFound; StillRunning: it runs and ``force`` was not given.
         """
-        container = self.get(word)
+        id = self.get(word).id
+        await self._in_turn(id, self._remove(id, force=force))
+
+    async def retire(self, word: str) -> None:
+        """A task's container that never ran is not going to: free what only a running one needs.
+
+        Its record stays, as that of one that ended.  Raises: NotFound.
+        """
+        id = self.get(word).id
+        await finish(self._in_turn(id, self._retire(id)))
+
+    async def sweep(self) -> Collection[ContainerId]:
+        """Free what the network holds for containers that are gone, have ended or never ran; gives whose it was.
+
+        Raises: SkepError, OSError: some of it could not be freed.
+        """
+        return await self._network.sweep(self._needs_network)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            await self._clock.sleep(SWEEP_SECONDS)
+            try:
+                await self.sweep()
+            except (SkepError, OSError) as error:
+                log.warning("leftovers of networks not removed yet", error=str(error))
+
+    def _needs_network(self, id: ContainerId) -> bool:
+        """Whether it has a network, or somebody is just giving it one or taking it back."""
+        turn, container = self._turns.get(id), self._registry.lookup(id)
+        if turn is not None and turn.locked():
+            return True
+        if container is None or container.endpoint is None:
+            return False
+        return container.is_running or not container.was_started
+
+    async def _in_turn(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
+        """What makes, starts, retires or removes one container happens one after the other.
+
+        A removal that overtook the making would leave the namespace that is just being made to nobody.
+        """
+        turn = self._turns.setdefault(id, asyncio.Lock())
+        try:
+            async with turn:
+                return await work
+        finally:
+            work.close()  # of one that was cancelled before its turn
+            if self._registry.lookup(id) is None and not turn.locked():
+                self._turns.pop(id, None)
+
+    async def _make(self, container: Container) -> Container:
+        try:
+            self._bundles.make(container)
+            if container.plain is None:
+                container = await self._connect(container)
+            await asyncio.to_thread(self._bundles.prepare, container)
+            return container
+        except BaseException as error:
+            await asyncio.shield(self._discard(container.id))
+            if isinstance(error, OSError):
+                raise StartError(f"cannot prepare the container: {error}") from error
+            raise
+
+    async def _connect(self, container: Container) -> Container:
+        """Give it its network, and write that down; a network that is in no record is nobody's to free."""
+        endpoint = await self._network.attach(container)
+        try:
+            return self._registry.change(container.id, endpoint=endpoint)
+        except BaseException:
+            await asyncio.shield(self._free(self._network.detach(container.id, endpoint), container.id))
+            raise
+
+    async def _retire(self, id: ContainerId) -> None:
+        container = self.get(id)
+        if container.state is not ContainerState.CREATED or container.plain is not None:
+            return
+        await self._runtime.delete(id)
+        if container.endpoint is not None:
+            await self._free(self._network.detach(id, container.endpoint), id)
+        await self._free(asyncio.to_thread(self._bundles.release, id), id)
+        self._registry.change(id, process=None, monitor=None, endpoint=None, is_retired=True)
+
+    async def _remove(self, id: ContainerId, *, force: bool) -> None:
+        container = self.get(id)
         if container.is_running:
             if not force:
                 raise StillRunning(
@@ -214,21 +305,6 @@ class Containers(ContainerChanger):
         await self._discard(container.id)
         self._waiting.fail(container.id, NotRunning(f"Container {container.id} was removed"))
         self.events.publish("destroy", container)
-
-    # --- inside -----------------------------------------------------------------------------------------------
-
-    async def _make(self, container: Container) -> Container:
-        try:
-            self._bundles.make(container)
-            endpoint = await self._network.attach(container) if container.plain is None else None
-            container = self._registry.change(container.id, endpoint=endpoint)
-            await asyncio.to_thread(self._bundles.prepare, container)
-            return container
-        except BaseException as error:
-            await asyncio.shield(self._discard(container.id))
-            if isinstance(error, OSError):
-                raise StartError(f"cannot prepare the container: {error}") from error
-            raise
 
     async def _start(self, id: ContainerId) -> Container:
         container = self.get(id)
@@ -330,11 +406,10 @@ class Containers(ContainerChanger):
         await self._free(asyncio.to_thread(self._bundles.release, id), id)
         code = error.exit_code if isinstance(error, StartError) else 128
         self._waiting.fail(id, NotRunning(str(error)))
-        self._registry.change(id, process=None, monitor=None, exit_code=code, error=str(error))
+        self._registry.change(id, process=None, monitor=None, endpoint=None, exit_code=code, error=str(error))
 
     async def _ready_again(self, container: Container) -> Container:
-        endpoint = await self._network.attach(container)
-        container = self._registry.change(container.id, endpoint=endpoint)
+        container = await self._connect(container)
         await asyncio.to_thread(self._bundles.prepare, container)
         return container
 
@@ -360,7 +435,7 @@ class Containers(ContainerChanger):
         """Go on where the process before this one stopped."""
         if container.is_running:
             self._watch(container)  # settles at once what ended meanwhile
-        elif not container.was_started:
+        elif not container.was_started and not container.is_retired:
             await self._adopt_created(container, has_network=has_network)
 
     async def _adopt_created(self, container: Container, *, has_network: bool) -> None:

@@ -1,7 +1,7 @@
 """What containers need of the node's network."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -24,6 +24,12 @@ class Networking(Protocol):
 
     async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Free all of it.  Harmless when nothing is left."""
+
+    async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
+        """Free what is held for containers that ``is_needed`` denies, and say so; gives their ids.
+
+        ``is_needed`` is asked for each at the moment it would be freed.  Raises: SkepError, OSError.
+        """
 
 
 def kept(containers: Iterable[Container]) -> list[Container]:

@@ -261,6 +261,21 @@ class Overlays:
                 domain.let_go(one.port)
             self._settling.soon(id, partial(self._settle, id))
 
+    def holders(self) -> frozenset[ContainerId]:
+        """Containers that have a place on a network of this node."""
+        return frozenset(self._containers).union(*self._places.values())
+
+    def connected(self, container_id: ContainerId) -> tuple[ConnectedPlace, ...]:
+        """The places of one container."""
+        return tuple(
+            places[container_id].connected for places in self._places.values() if container_id in places
+        )
+
+    async def sweep(self) -> None:
+        """Remove namespaces of networks that this node has no part in any more.  Raises: OSError."""
+        if self._is_cleared:
+            await self._clear_pins()
+
     def _enter(self, container_id: ContainerId, netns: str, connected: ConnectedPlace) -> None:
         self._heads.setdefault(connected.network_id, connected.place.head)
         places = self._places.setdefault(connected.network_id, {})
@@ -379,8 +394,14 @@ class Overlays:
     async def _clear_pins(self) -> None:
         """Remove namespaces of networks that this node has no part in any more."""
         for id in self._pins.pinned():
-            if id not in self._domains:
+            if id not in self._domains and not self._locks.setdefault(NetworkId(id), asyncio.Lock()).locked():
+                log.info("namespace of a network that is gone removed", network=id)
                 await pinned.remove(self._pins, id)
 
     def _head_of(self, id: NetworkId) -> NetworkHead:
-        return self._tables[id].head if id in self._tables else self._heads[id]
+        """Raises: KernelRefused: the network was removed meanwhile."""
+        if id in self._tables:
+            return self._tables[id].head
+        if id not in self._heads:
+            raise KernelRefused(f"nothing is known of network {id} any more")
+        return self._heads[id]
