@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "skep"
-LINES_MAX = 400
+LINES_MAX = 600
+"""A class lives in one file with what only it needs; functions fit a screen (ruff)."""
 GENERATED = ("_pb2.py", "_pb2.pyi", "_grpc.py")
 
 CLOCK = {
