@@ -15,6 +15,13 @@ from skep.wire import swarm_pb2 as swarm
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
+REQUEST_BYTES_MAX = 64 * 1024
+"""Largest request of most methods: a few ids and words."""
+DESCRIPTION_BYTES_MAX = 1024 * 1024
+"""Of those that describe a node: its labels, its networks, what it found on its paths."""
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+"""Of those with as many statuses or log lines as have gathered; SwarmKit's limit for every message."""
+
 
 class Access(Enum):
     """Who may make a call, judged by the certificate of the connection."""
@@ -33,6 +40,8 @@ class _Method(Generic[Q, A]):
     request: type[Q]
     reply: type[A]
     access: Access = Access.NODE
+    request_bytes_max: int = REQUEST_BYTES_MAX
+    """A manager refuses a larger one by the length that it announces."""
 
 
 class Unary(_Method[Q, A]):
@@ -76,19 +85,30 @@ NODE_CERTIFICATE_STATUS = Unary(
     swarm.NodeCertificateStatusResponse,
     Access.OPEN,
 )
-SESSION = ServerStream(f"{_SWARM}Dispatcher/Session", swarm.SessionRequest, swarm.SessionMessage)
+SESSION = ServerStream(
+    f"{_SWARM}Dispatcher/Session",
+    swarm.SessionRequest,
+    swarm.SessionMessage,
+    request_bytes_max=DESCRIPTION_BYTES_MAX,
+)
 HEARTBEAT = Unary(f"{_SWARM}Dispatcher/Heartbeat", swarm.HeartbeatRequest, swarm.HeartbeatResponse)
 ASSIGNMENTS = ServerStream(
     f"{_SWARM}Dispatcher/Assignments", swarm.AssignmentsRequest, swarm.AssignmentsMessage
 )
 UPDATE_TASK_STATUS = Unary(
-    f"{_SWARM}Dispatcher/UpdateTaskStatus", swarm.UpdateTaskStatusRequest, swarm.UpdateTaskStatusResponse
+    f"{_SWARM}Dispatcher/UpdateTaskStatus",
+    swarm.UpdateTaskStatusRequest,
+    swarm.UpdateTaskStatusResponse,
+    request_bytes_max=MESSAGE_BYTES_MAX,
 )
 LISTEN_SUBSCRIPTIONS = ServerStream(
     f"{_SWARM}LogBroker/ListenSubscriptions", swarm.ListenSubscriptionsRequest, swarm.SubscriptionMessage
 )
 PUBLISH_LOGS = ClientStream(
-    f"{_SWARM}LogBroker/PublishLogs", swarm.PublishLogsMessage, swarm.PublishLogsResponse
+    f"{_SWARM}LogBroker/PublishLogs",
+    swarm.PublishLogsMessage,
+    swarm.PublishLogsResponse,
+    request_bytes_max=MESSAGE_BYTES_MAX,
 )
 ATTACH_NETWORK = Unary(
     f"{_SWARM}ResourceAllocator/AttachNetwork", swarm.AttachNetworkRequest, swarm.AttachNetworkResponse
@@ -121,13 +141,31 @@ PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MA
 AWAIT_TABLES = Unary(
     "/skep.v1.ManagerLink/AwaitTables", skep.AwaitTablesRequest, skep.AwaitTablesResponse, Access.MANAGER
 )
-RELAY_LOGS = ServerStream("/skep.v1.ManagerLink/RelayLogs", skep.LogRelay, skep.RelayedLogs, Access.MANAGER)
-NETWORKS = BothStream("/skep.v1.NodeLink/Networks", skep.AppliedTables, skep.NetworkTables)
-PATHS = BothStream("/skep.v1.NodeLink/Paths", skep.PathNews, skep.PathOrder)
+RELAY_LOGS = ServerStream(
+    "/skep.v1.ManagerLink/RelayLogs",
+    skep.LogRelay,
+    skep.RelayedLogs,
+    Access.MANAGER,
+    request_bytes_max=MESSAGE_BYTES_MAX,
+)
+NETWORKS = BothStream(
+    "/skep.v1.NodeLink/Networks",
+    skep.AppliedTables,
+    skep.NetworkTables,
+    request_bytes_max=DESCRIPTION_BYTES_MAX,
+)
+PATHS = BothStream(
+    "/skep.v1.NodeLink/Paths", skep.PathNews, skep.PathOrder, request_bytes_max=DESCRIPTION_BYTES_MAX
+)
 RELAY_EXAMINATIONS = BothStream(
     "/skep.v1.ManagerLink/RelayExaminations", skep.ExaminationRelay, skep.RelayedExamination, Access.MANAGER
 )
-DESCRIBE = Unary("/skep.v1.NodeLink/Describe", skep.DescribeRequest, skep.DescribeResponse)
+DESCRIBE = Unary(
+    "/skep.v1.NodeLink/Describe",
+    skep.DescribeRequest,
+    skep.DescribeResponse,
+    request_bytes_max=DESCRIPTION_BYTES_MAX,
+)
 RENEW_EXPIRED = Unary(
     "/skep.v1.NodeCA/RenewExpired", skep.RenewExpiredRequest, skep.RenewExpiredResponse, Access.OPEN
 )

@@ -7,7 +7,8 @@
 * An unknown method is refused as gRPC refuses it (UNIMPLEMENTED, with a content type): an engine's fallbacks depend
   on it.
 * A stranger (a connection without a certificate) gets little: few connections, few streams, small windows,
-  small messages, little time.
+  small messages, little time.  When there are too many, those of the address that has most make room, not the new one:
+  otherwise connections that say nothing would keep every machine from joining.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 
 import structlog
 from grpclib.const import Status
@@ -24,6 +26,7 @@ from grpclib.exceptions import GRPCError
 
 from skep.aio import http2
 from skep.aio.groups import errors_as_they_are
+from skep.aio.http2 import Code, Violation
 from skep.aio.lean_tls import make_lean
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
@@ -42,12 +45,17 @@ CLOSE_SECONDS_MAX = 5.0
 
 NODE_CONNECTIONS_MAX = 32
 """Of one node at one time; it needs two, one of them for a moment."""
-NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=16 * 1024 * 1024)
-"""All streams' windows together are smaller than the connection's: log streams that nobody reads never hold up
-heartbeats."""
+NODE_LIMITS = Limits(streams=100, stream_window=128 * 1024, connection_window=20 * 1024 * 1024)
+"""All streams' windows and the largest message are together smaller than the connection's window: log streams that
+nobody reads never hold up heartbeats."""
+NODE_BYTES_MAX = 2 * NODE_LIMITS.connection_window
+"""Of requests that are held for one node, on all its connections.  The connection that brings more is closed."""
 
 STRANGERS_MAX = 64
+STRANGERS_PER_SOURCE_MAX = 4
 STRANGER_SECONDS_MAX = 60.0
+STRANGER_SILENT_SECONDS_MAX = 5.0
+"""Until its first call."""
 STRANGER_LIMITS = Limits(streams=8, stream_window=http2.WINDOW, connection_window=http2.WINDOW)
 
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
@@ -57,7 +65,8 @@ _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 BACKLOG = 1024
 ACCEPT_RETRY_S = 0.1
 HANDSHAKES_MAX = 256
-"""TLS handshakes at one time.  When there are more, the oldest is given up: an honest one takes milliseconds."""
+"""TLS handshakes at one time.  When there are more, the oldest of the address with most of them is given up: an
+honest one takes milliseconds."""
 
 
 class Bound:
@@ -76,6 +85,11 @@ class Bound:
     def connections(self) -> int:
         """Connections past their handshake."""
         return len(self._server.connections)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of requests that have arrived and are not answered."""
+        return sum(connection.held for connection in self._server.connections)
 
     def disconnect(self, who: Callable[[Identity], bool]) -> None:
         """End the connections of callers for whose certificate ``who`` is true."""
@@ -146,12 +160,13 @@ async def _accept(
     loop = asyncio.get_running_loop()
     while True:
         try:
-            connection, _ = await loop.sock_accept(listener)
+            connection, address = await loop.sock_accept(listener)
         except OSError as error:  # out of descriptors, or the peer has gone already
             log.warning("connection not accepted", error=str(error))
             await asyncio.sleep(ACCEPT_RETRY_S)
             continue
-        server.begin_handshake(group.create_task(_shake_hands(connection, server, tls), name="handshake"))
+        handshake = group.create_task(_shake_hands(connection, server, tls), name="handshake")
+        server.begin_handshake(handshake, source_of(str(address[0])))
         await asyncio.sleep(0)  # lets the handshake begin: it owns the socket from then on
 
 
@@ -178,19 +193,25 @@ class _Server:
         self.connections: set[_Connection] = set()
         self.strangers: set[_Connection] = set()
         self.of_node: Counter[NodeId] = Counter()
-        self.handshakes: dict[asyncio.Task[None], None] = {}
-        """Under way, oldest first."""
+        self.bytes_of_node: Counter[NodeId] = Counter()
+        self.handshakes: dict[asyncio.Task[None], str] = {}
+        """Under way, oldest first; where each comes from."""
 
-    def begin_handshake(self, task: asyncio.Task[None]) -> None:
-        """A connection was accepted; when there are too many, the oldest makes room."""
+    def begin_handshake(self, task: asyncio.Task[None], source: str) -> None:
+        """A connection was accepted; when there are too many, one of the address with most of them makes room."""
         if len(self.handshakes) >= HANDSHAKES_MAX:
-            oldest = next(iter(self.handshakes))
+            greediest = _most_common(self.handshakes.values())
+            oldest = next(one for one, source in self.handshakes.items() if source == greediest)
             del self.handshakes[oldest]
             oldest.cancel()
             if not self._is_flooded:
-                log.warning("too many handshakes at one time: the oldest are given up", most=HANDSHAKES_MAX)
+                log.warning(
+                    "too many handshakes at one time: the oldest are given up",
+                    most=HANDSHAKES_MAX,
+                    source=greediest,
+                )
             self._is_flooded = True
-        self.handshakes[task] = None
+        self.handshakes[task] = source
         task.add_done_callback(self._end_handshake)
 
     def _end_handshake(self, task: asyncio.Task[None]) -> None:
@@ -207,7 +228,7 @@ class _Server:
     def refusal(self, identity: Identity | None) -> str:
         """Why a connection is not taken; empty: it is."""
         if identity is None:
-            return "too many without a certificate" if len(self.strangers) >= STRANGERS_MAX else ""
+            return ""
         return "too many of one node" if self.of_node[identity.node_id] >= NODE_CONNECTIONS_MAX else ""
 
     def forget(self, connection: "_Connection") -> None:
@@ -219,6 +240,28 @@ class _Server:
             self.of_node[identity.node_id] -= 1
             if not self.of_node[identity.node_id]:
                 del self.of_node[identity.node_id]
+                del self.bytes_of_node[identity.node_id]
+
+    def admit_stranger(self, new: "_Connection", now: float) -> bool:
+        """Make room for a connection without a certificate; False: all others are being answered.
+
+        One that is idle, or is at it for long, makes room: of the new one's source if that has its share already, else
+        of the source with most of them.
+        """
+        shares = Counter(one.source for one in self.strangers)
+        spare = [
+            one for one in self.strangers if one.is_idle or now - one.since >= STRANGER_SILENT_SECONDS_MAX
+        ]
+        if shares[new.source] >= STRANGERS_PER_SOURCE_MAX:
+            spare = [one for one in spare if one.source == new.source]
+        elif len(self.strangers) < STRANGERS_MAX:
+            return True
+        if not spare:
+            return False
+        leaving = min(spare, key=lambda one: (-shares[one.source], one.since))
+        self.strangers.discard(leaving)
+        leaving.abort()
+        return True
 
     def close_connections(self) -> None:
         for connection in tuple(self.connections):
@@ -283,38 +326,74 @@ def _unknown(path: str) -> SkepError:
 class _Connection(Connection):
     """One connection.  What it is granted depends on whether the peer showed a certificate."""
 
-    __slots__ = ("_server", "_time_limit", "caller")
+    __slots__ = ("_server", "_time_limits", "caller", "since", "source")
 
     def __init__(self, server: _Server) -> None:
         super().__init__(self._answer_as_caller)
         self._server = server
         self.caller: Caller | None = None
-        self._time_limit: asyncio.TimerHandle | None = None
+        self.source = ""
+        """What a stranger shares its bounds with."""
+        self.since = 0.0
+        """The loop's time when it was made, or last became idle."""
+        self._time_limits: tuple[asyncio.TimerHandle, ...] = ()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         identity, address = _identity_of(transport), _address_of(transport)
+        self.source = source_of(address)
         if refusal := self._server.refusal(identity):
             log.warning("connection refused", reason=refusal, peer=address)
+            transport.abort()
+            return
+        if identity is None and not self._begin_as_stranger():
+            log.warning("connection refused", reason="too many without a certificate", peer=address)
             transport.abort()
             return
         self.caller = Caller(identity=identity, address=address, disconnect=self.close)
         self._server.connections.add(self)
         if identity is not None:
             self._server.of_node[identity.node_id] += 1
-            self.begin(transport, NODE_LIMITS)
-            return
+        self.begin(transport, NODE_LIMITS if identity is not None else STRANGER_LIMITS)
+
+    def _begin_as_stranger(self) -> bool:
+        loop = asyncio.get_running_loop()
+        self.since = loop.time()
+        if not self._server.admit_stranger(self, self.since):
+            return False
         self._server.strangers.add(self)
-        self._time_limit = asyncio.get_running_loop().call_later(STRANGER_SECONDS_MAX, self.close)
-        self.begin(transport, STRANGER_LIMITS)
+        self._time_limits = (
+            loop.call_later(STRANGER_SECONDS_MAX, self.close),
+            loop.call_later(STRANGER_SILENT_SECONDS_MAX, self._close_if_silent),
+        )
+        return True
+
+    def _close_if_silent(self) -> None:
+        if not self.has_called:
+            self.close()
+
+    def became_idle(self) -> None:
+        if self.source and self in self._server.strangers:
+            self.since = asyncio.get_running_loop().time()
+
+    def hold(self, size: int) -> None:
+        super().hold(size)
+        identity = self.caller.identity if self.caller is not None else None
+        if identity is None:
+            return  # a stranger's windows are small, and so is the number of strangers
+        held = self._server.bytes_of_node
+        held[identity.node_id] += size
+        if size > 0 and held[identity.node_id] > NODE_BYTES_MAX:
+            raise Violation("too much at one time of one node", Code.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)  # gives up what it holds
         if self in self._server.connections:
             self._server.forget(self)
         self.caller = None  # it knows how to end this connection: a cycle
-        if self._time_limit is not None:
-            self._time_limit.cancel()
-        super().connection_lost(exc)
+        for limit in self._time_limits:
+            limit.cancel()
+        self._time_limits = ()
 
     def _answer_as_caller(self, stream: Stream) -> Coroutine[None, None, None]:
         assert self.caller is not None
@@ -330,6 +409,21 @@ def _identity_of(transport: asyncio.Transport) -> Identity | None:
         return peer_identity(certificate)
     except Unauthenticated:
         return None
+
+
+def source_of(address: str) -> str:
+    """What connections without a certificate are counted by: an IPv4 address, or the 64 bits before an IPv6 host's."""
+    if ":" not in address:
+        return address
+    try:
+        packed = ip_address(address.partition("%")[0]).packed
+    except ValueError:
+        return address
+    return packed[:8].hex()
+
+
+def _most_common(sources: Iterable[str]) -> str:
+    return Counter(sources).most_common(1)[0][0]
 
 
 def _address_of(transport: asyncio.Transport) -> str:

@@ -26,14 +26,14 @@ log = structlog.get_logger(__name__)
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A", bound=Message)
 
-MESSAGE_BYTES_MAX = 4 * 1024 * 1024
-"""Largest request of a node; SwarmKit's managers have the same limit."""
-
-STRANGER_MESSAGE_BYTES_MAX = 64 * 1024
-"""Largest request without a certificate; a certificate request has 500 bytes."""
+STRANGER_REQUEST_BYTES_MAX = 32 * 1024
+"""Largest request without a certificate, of whatever method; a certificate request has 500 bytes."""
 
 UNARY_SECONDS_MAX = 60.0
 """A unary call ends after this even if the peer set no deadline."""
+
+MESSAGE_SECONDS_MAX = 60.0
+"""A message of which the length has come has to come as a whole within this."""
 
 
 class Stream(Protocol):
@@ -59,7 +59,7 @@ class Handler(msgspec.Struct, frozen=True):
 def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) -> Handler:
     async def answer(stream: Stream, caller: Caller) -> None:
         async with asyncio.timeout(UNARY_SECONDS_MAX):
-            request = await _only_request(stream, method.request, caller)
+            request = await _only_request(stream, method, caller)
             reply = await function(request, caller)
         await stream.send_message(reply)
 
@@ -68,7 +68,7 @@ def unary(method: Unary[Q, A], function: Callable[[Q, Caller], Awaitable[A]]) ->
 
 def server_stream(method: ServerStream[Q, A], function: Callable[[Q, Caller], AsyncIterator[A]]) -> Handler:
     async def answer(stream: Stream, caller: Caller) -> None:
-        await _send_all(stream, function(await _only_request(stream, method.request, caller), caller))
+        await _send_all(stream, function(await _only_request(stream, method, caller), caller))
 
     return Handler(method, answer)
 
@@ -77,7 +77,7 @@ def client_stream(
     method: ClientStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], Awaitable[A]]
 ) -> Handler:
     async def answer(stream: Stream, caller: Caller) -> None:
-        async with aclosing(_requests(stream, method.request, caller)) as requests:
+        async with aclosing(_requests(stream, method, caller)) as requests:
             reply = await function(requests, caller)
         await stream.send_message(reply)
 
@@ -88,7 +88,7 @@ def both_stream(
     method: BothStream[Q, A], function: Callable[[AsyncIterator[Q], Caller], AsyncIterator[A]]
 ) -> Handler:
     async def answer(stream: Stream, caller: Caller) -> None:
-        async with aclosing(_requests(stream, method.request, caller)) as requests:
+        async with aclosing(_requests(stream, method, caller)) as requests:
             await _send_all(stream, function(requests, caller))
 
     return Handler(method, answer)
@@ -105,7 +105,7 @@ def duplex(
 
     async def answer(stream: Stream, caller: Caller) -> None:
         await stream.send_initial_metadata()
-        async with aclosing(_requests(stream, method.request, caller)) as requests:
+        async with aclosing(_requests(stream, method, caller)) as requests:
             await function(requests, stream.send_message, caller)
 
     return Handler(method, answer)
@@ -141,25 +141,27 @@ async def _send_all(stream: Stream, replies: AsyncIterator[A]) -> None:
             await close()
 
 
-async def _only_request(stream: Stream, kind: type[Q], caller: Caller) -> Q:
-    request = await _receive(stream, kind, caller)
+async def _only_request(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q:
+    request = await _receive(stream, method, caller)
     if request is None:
         raise InvalidArgument("the request is missing")
     return request
 
 
-async def _requests(stream: Stream, kind: type[Q], caller: Caller) -> AsyncGenerator[Q, None]:
-    while (request := await _receive(stream, kind, caller)) is not None:
+async def _requests(stream: Stream, method: Method[Q, Any], caller: Caller) -> AsyncGenerator[Q, None]:
+    while (request := await _receive(stream, method, caller)) is not None:
         yield request
         del request  # likewise
 
 
-async def _receive(stream: Stream, kind: type[Q], caller: Caller) -> Q | None:
+async def _receive(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q | None:
     """The next request, or None after the last.
 
     Its length comes first: nobody can have a manager hold more than the limit.
     """
-    limit = MESSAGE_BYTES_MAX if caller.identity else STRANGER_MESSAGE_BYTES_MAX
+    limit = method.request_bytes_max
+    if caller.identity is None:
+        limit = min(limit, STRANGER_REQUEST_BYTES_MAX)
     try:
         prefix = await stream.recv_data(5)
         if not prefix:
@@ -169,6 +171,8 @@ async def _receive(stream: Stream, kind: type[Q], caller: Caller) -> Q | None:
         length = int.from_bytes(prefix[1:], "big")
         if length > limit:
             raise ResourceExhausted(f"grpc: received message larger than max ({length} vs. {limit})")
-        return kind.FromString(await stream.recv_data(length))
+        async with asyncio.timeout(MESSAGE_SECONDS_MAX):
+            data = await stream.recv_data(length)
+        return method.request.FromString(data)
     except (DecodeError, AssertionError) as error:
         raise InvalidArgument("the message cannot be decoded") from error

@@ -4,11 +4,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from skep.errors import NotFound, Unavailable
+from skep.errors import Unavailable
 from skep.model.ids import new_id
 from skep.model.node import Node, NodeRole
 from skep.security.keypair import KeyPair
-from skep.security.tls import ServerTls, client_context, joining_context
+from skep.security.tls import ServerTls, client_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Caller
@@ -46,26 +46,6 @@ async def test_a_root_that_is_taken_away_is_not_trusted_any_more():
         with pytest.raises(Unavailable):
             await call(address, worker.with_root(both))
         await call(address, new.pair(new_id()))
-
-
-async def test_strangers_are_few(monkeypatch):
-    monkeypatch.setattr("skep.wire.server.STRANGERS_MAX", 2)
-    cluster = Cluster()
-    async with cluster.serving():
-        context = joining_context(cluster.authority.root_pem)
-        request = pb.GetRootCACertificateRequest()
-        async with (
-            connected(cluster.address, context, "swarm-ca") as first,
-            connected(cluster.address, context, "swarm-ca") as second,
-        ):
-            for channel in (first, second):
-                await channel.call(methods.GET_ROOT_CA_CERTIFICATE, request)
-            with pytest.raises(Unavailable):
-                async with connected(cluster.address, context, "swarm-ca") as third:
-                    await third.call(methods.GET_ROOT_CA_CERTIFICATE, request)
-            # Nodes with a certificate are not held up by strangers.
-            with pytest.raises(NotFound, match="node not registered"):
-                await call(cluster.address, cluster.pair(new_id()))
 
 
 async def test_a_server_that_ends_tells_its_peers_at_once():

@@ -6,7 +6,7 @@ import resource
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -79,6 +79,94 @@ async def test_connections_without_a_handshake_are_bounded_and_hold_nobody_up(cl
             for one in silent:
                 one.close()
     await until(lambda: cluster.bound.handshakes == 0)
+
+
+async def test_a_flood_of_handshakes_pushes_out_its_own(cluster, monkeypatch):
+    monkeypatch.setattr("skep.wire.server.HANDSHAKES_MAX", 20)
+    slow = await silent_from(cluster, "127.0.0.2")
+    flood = [await silent_from(cluster, "127.0.0.3") for _ in range(100)]
+    await until(lambda: cluster.bound.handshakes == 20)
+    with pytest.raises(TimeoutError):  # it is older than all the others, and still there
+        async with asyncio.timeout(0.2):
+            await asyncio.get_running_loop().sock_recv(slow, 1)
+    for one in (slow, *flood):
+        one.close()
+
+
+async def silent_from(cluster: Cluster, address: str) -> socket.socket:
+    """A connection from ``address`` on which nothing is said."""
+    one = socket.socket()
+    one.setblocking(False)
+    one.bind((address, 0))
+    await asyncio.get_running_loop().sock_connect(one, split_address(cluster.address))
+    return one
+
+
+async def a_stranger(cluster: Cluster, address: str) -> asyncio.StreamWriter:
+    """A connection from ``address`` without a certificate, past its handshake."""
+    host, port = split_address(cluster.address)
+    context = joining_context(cluster.authority.root_pem)
+    _, writer = await asyncio.open_connection(
+        host, port, ssl=context, server_hostname="swarm-ca", local_addr=(address, 0)
+    )
+    return writer
+
+
+async def asks_for_the_root(cluster: Cluster) -> None:
+    """What a machine does first that joins."""
+    context = joining_context(cluster.authority.root_pem)
+    async with asyncio.timeout(5), connected(cluster.address, context, "swarm-ca") as channel:
+        await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
+
+
+async def test_strangers_that_say_nothing_keep_no_machine_from_joining(cluster):
+    """As many as there are places, from as many addresses as that takes, and then one more."""
+    silent = [await a_stranger(cluster, f"127.0.1.{number // 4 + 1}") for number in range(64)]
+    await until(lambda: cluster.bound.connections == 64)
+    await asks_for_the_root(cluster)
+    for writer in silent:
+        writer.transport.abort()
+
+
+async def test_strangers_of_one_address_are_few(cluster):
+    silent = [await a_stranger(cluster, "127.0.0.9") for _ in range(10)]
+    await until(lambda: cluster.bound.connections == 4)
+    await asks_for_the_root(cluster)
+    for writer in silent:
+        writer.transport.abort()
+
+
+async def test_a_stranger_that_never_calls_is_ended_soon(cluster, monkeypatch):
+    monkeypatch.setattr("skep.wire.server.STRANGER_SILENT_SECONDS_MAX", 0.05)
+    context = joining_context(cluster.authority.root_pem)
+    async with connected(cluster.address, context, "swarm-ca") as channel:
+        await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
+        silent = await a_stranger(cluster, "127.0.0.9")
+        await until(lambda: cluster.bound.connections == 1)
+        await channel.call(methods.GET_ROOT_CA_CERTIFICATE, pb.GetRootCACertificateRequest())
+    silent.transport.abort()
+
+
+async def test_half_messages_of_one_node_on_many_connections_are_bounded(cluster, tmp_path, monkeypatch):
+    """The connection that brings more than a node may have held is ended; other nodes are served."""
+    bound = 4 * MEBIBYTE
+    monkeypatch.setattr("skep.wire.server.NODE_BYTES_MAX", bound)
+    greedy, other = await a_worker(cluster, tmp_path / "greedy"), await a_worker(cluster, tmp_path / "other")
+    clients = [await a_deaf_client(cluster, greedy) for _ in range(4)]
+    most = 0
+    for deaf, writer in clients:
+        for _ in range(30):
+            deaf.half_request(METHODS["UPDATE_TASK_STATUS"].path, MEBIBYTE, bytes(60_000))
+            with suppress(ConnectionError):
+                await writer.drain()
+            await asyncio.sleep(0)
+            most = max(most, cluster.bound.held_bytes)
+    await until(lambda: cluster.bound.connections < 4)
+    assert MEBIBYTE < most <= bound + 16 * 1024
+    assert await is_served(cluster, other)
+    for _, writer in clients:
+        writer.transport.abort()
+    await until(lambda: cluster.bound.held_bytes == 0)
 
 
 async def test_one_node_may_hold_so_many_connections_and_no_more(cluster, tmp_path):
@@ -163,14 +251,29 @@ class Deaf:
         self.flush()
 
     def request(self, path: str, message: bytes) -> None:
+        stream_id = self._open(path)
+        self._http.send_data(stream_id, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
+        self.flush()
+
+    def half_request(self, path: str, length: int, begin: bytes) -> None:
+        """Announce a message of ``length`` bytes and send the beginning of it."""
+        stream_id = self._open(path)
+        data = b"\0" + length.to_bytes(4, "big") + begin
+        for start in range(0, len(data), 16_000):
+            self._http.outbound_flow_control_window = self._http.streams[
+                stream_id
+            ].outbound_flow_control_window = 1 << 20
+            self._http.send_data(stream_id, data[start : start + 16_000])
+        self.flush()
+
+    def _open(self, path: str) -> int:
         stream_id = self._http.get_next_available_stream_id()
         headers = [
             *((":method", "POST"), (":scheme", "https"), (":path", path), (":authority", "m")),
             *(("content-type", "application/grpc"), ("te", "trailers")),
         ]
         self._http.send_headers(stream_id, headers)
-        self._http.send_data(stream_id, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
-        self.flush()
+        return stream_id
 
 
 async def a_deaf_client(cluster: Cluster, pair: KeyPair) -> tuple[Deaf, asyncio.StreamWriter]:

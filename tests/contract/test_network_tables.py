@@ -26,7 +26,7 @@ from skep.node.tables.stream import SET_BYTES_MAX
 from skep.security.keypair import KeyPair
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
-from skep.wire.service import MESSAGE_BYTES_MAX
+from skep.wire.methods import MESSAGE_BYTES_MAX
 from tests.builders import a_node, a_service, a_task, an_overlay
 from tests.wire_rig import Cluster, a_session, a_worker, an_agent, put, until
 

@@ -59,6 +59,7 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_waiting",
         "_window_in",
+        "held",
         "is_open",
         "is_paused",
         "limits",
@@ -77,6 +78,8 @@ class Connection(asyncio.Protocol):
         self.is_paused = False
         """Whether the peer does not read."""
         self.is_open = False
+        self.held = 0
+        """Bytes of requests: not taken yet, or taken by a handler that is at work on them."""
         self._answer = answer
         self._received = b""
         """A frame that is not complete, or the preface."""
@@ -136,6 +139,12 @@ class Connection(asyncio.Protocol):
             self._give_up()
             self._transport.close()
 
+    def abort(self) -> None:
+        """End it without a word: for a peer that need not be told, or would not read it."""
+        if self.is_open:
+            self._give_up()
+            self._transport.abort()
+
     async def wait_closed(self) -> None:
         """Return when no call is being answered any more."""
         if tasks := [stream.task for stream in self._streams.values() if stream.task is not None]:
@@ -163,10 +172,28 @@ class Connection(asyncio.Protocol):
         finally:
             self._waiting.pop(waiter, None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is being answered."""
+        return not self._streams
+
+    @property
+    def has_called(self) -> bool:
+        """Whether the peer has ever made a call."""
+        return self._last_stream_id > 0
+
+    def became_idle(self) -> None:
+        """The last call under way has ended; for whoever counts."""
+
+    def hold(self, size: int) -> None:
+        """So many bytes more (or less) are held for the peer.  Raises: Violation: more than it is granted."""
+        self.held += size
+
     def allow(self, size: int) -> None:
         """The peer may send ``size`` bytes again, on whatever stream."""
         self._owed += size
-        if self._owed >= self.limits.connection_window // 2:
+        # What is owed and what is held come out of the same window: no more is owed than a stream may hold.
+        if self._owed >= min(self.limits.stream_window, self.limits.connection_window // 2):
             self._window_in += self._owed
             self.write(http2.window_update(0, self._owed))
             self._owed = 0
@@ -281,6 +308,8 @@ class Connection(asyncio.Protocol):
         del self._streams[stream.id]
         stream.task = None
         stream.forget()
+        if not self._streams:
+            self.became_idle()
 
     def _take_window(self, stream_id: int, size: int) -> None:
         if not stream_id:

@@ -22,7 +22,7 @@ class Stream:
 
     __slots__ = (
         "_connection", "_has_answered", "_has_ended", "_has_headers", "_held", "_is_gone", "_owed", "_reader",
-        "_received", "_window_in", "id", "request", "task", "window_out",
+        "_received", "_taken", "_window_in", "id", "request", "task", "window_out",
     )  # fmt: skip
 
     def __init__(self, connection: "Connection", id: int, request: Request) -> None:
@@ -35,7 +35,9 @@ class Stream:
         self._window_in = connection.limits.stream_window
         self._received = bytearray()
         self._held = 0
-        """Bytes, the last of those received, that the client may not send again yet."""
+        """Bytes, the last of those received, that the client may not send again on this stream yet."""
+        self._taken = 0
+        """Bytes that the handler has: they count as the client's until it asks for more, or ends."""
         self._owed = 0
         """Bytes that it may send again, and was not told so yet."""
         self._reader: asyncio.Future[None] | None = None
@@ -57,7 +59,9 @@ class Stream:
         self._received += data
         self._held += len(data)
         if size > len(data):
+            self._connection.allow(size - len(data))
             self._allow(size - len(data))
+        self._connection.hold(len(data))
         self._wake()
 
     def end(self) -> None:
@@ -72,20 +76,25 @@ class Stream:
     def give_up(self) -> None:
         """The client or the connection is gone: end whoever answers."""
         self._is_gone = True
-        self._received.clear()
+        self._drop_received()
         if self.task is not None:
             self.task.cancel()
 
     def forget(self) -> None:
         """Nobody answers any more: what was not read is the connection's to fill again."""
         self._is_gone = True
-        self._connection.allow(self._held)
-        self._held = 0
+        self._drop_received()
+        self._let_go()
 
     # -- the handler's side ---------------------------------------------------------------------------------------
 
     async def recv_data(self, size: int) -> bytes:
-        """Exactly ``size`` bytes; none, when there are no more.  Raises: AssertionError: it ends between."""
+        """Exactly ``size`` bytes; none, when there are no more.  Raises: AssertionError: it ends between.
+
+        A message may be larger than the stream's window, which goes on while it arrives.  The connection's does not:
+        it is filled again with what was taken whole, so that half messages cannot hold more than it.
+        """
+        self._let_go()
         received = self._received
         while len(received) < size and not self._has_ended:
             self._release(0)  # somebody waits for all of it
@@ -100,6 +109,8 @@ class Stream:
             return b""
         data = bytes(received[:size])
         del received[:size]
+        self._taken += size
+        self._connection.allow(size)
         self._release(len(received))
         return data
 
@@ -162,14 +173,25 @@ class Stream:
             await connection.wait_change()
         raise StreamTerminatedError("the peer is gone")
 
+    def _let_go(self) -> None:
+        """The handler is done with what it took."""
+        if self._taken:
+            self._connection.hold(-self._taken)
+            self._taken = 0
+
+    def _drop_received(self) -> None:
+        if dropped := len(self._received):
+            self._received.clear()
+            self._connection.hold(-dropped)
+            self._connection.allow(dropped)
+
     def _release(self, kept: int) -> None:
-        """All but the last ``kept`` bytes received are taken: as many may be sent again."""
+        """All but the last ``kept`` bytes received may be sent again on this stream."""
         if self._held > kept:
             self._allow(self._held - kept)
             self._held = kept
 
     def _allow(self, size: int) -> None:
-        self._connection.allow(size)
         if self._has_ended:
             return
         self._owed += size

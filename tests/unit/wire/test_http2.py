@@ -77,7 +77,7 @@ async def test_large_messages_pass_through_small_windows(rig):
     rig.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1000})
     await rig.turn()
     stream_id = rig.open()
-    sending, answer = framed(b"x" * 1_000_000), b""
+    sending, answer = framed(b"x" * 200_000), b""
     while sending:
         room = min(rig.client.local_flow_control_window(stream_id) - 256, 16_000)
         if room > 0:
@@ -85,9 +85,44 @@ async def test_large_messages_pass_through_small_windows(rig):
             sending = sending[room:]
         answer += b"".join(event.data for event in of(DataReceived, await rig.turn()))
     rig.client.end_stream(stream_id)
-    while len(answer) < 1_000_000:
+    while len(answer) < 200_000:
         answer += b"".join(event.data for event in of(DataReceived, await rig.turn()))
-    assert answer == framed(b"x" * 1_000_000)
+    assert answer == framed(b"x" * 200_000)
+
+
+async def test_half_messages_hold_no_more_than_the_connections_window(rig):
+    """A window that were filled again for what has arrived of them would let each grow to the largest message."""
+    ids = [rig.open() for _ in range(LIMITS.streams)]
+    for stream_id in ids:
+        rig.client.send_data(stream_id, b"\0" + (1_000_000).to_bytes(4, "big"))
+    for stream_id in ids * 100:
+        await rig.turn()
+        room = min(rig.client.local_flow_control_window(stream_id), 16_000)
+        if room:
+            rig.client.send_data(stream_id, bytes(room))
+    assert LIMITS.connection_window - 16_000 < rig.connection.held <= LIMITS.connection_window
+    for stream_id in ids:
+        rig.client.reset_stream(stream_id)
+    await rig.turn()
+    assert rig.connection.held == 0
+
+
+async def test_a_message_counts_until_its_handler_is_done_with_it(rig):
+    done = asyncio.Event()
+
+    async def work(stream: Stream) -> None:
+        await stream.recv_data(50_000)
+        await done.wait()
+
+    rig.answer = work
+    stream_id = rig.open()
+    for _ in range(5):
+        rig.client.send_data(stream_id, bytes(10_000))
+    await rig.turn()
+    assert rig.connection.held == 50_000
+    done.set()
+    await rig.turn()
+    assert rig.connection.held == 0
 
 
 async def test_what_nobody_reads_is_not_sent_again_and_what_nobody_will_read_is(rig):
