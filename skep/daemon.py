@@ -84,6 +84,9 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(error)
     configuration = loaded.configuration
     logs.configure(debug=configuration.debug, log_format=configuration.log_format, process="node")
+    os.umask(
+        0o022
+    )  # whoever starts it: nothing is writable for others, and images' files are readable in containers
     os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
     entries = {"net": _net, "forwarder": forwarder.enter, "manager": _manager}
     parent = zygote.start(entries, {"manager": _prepare_manager})

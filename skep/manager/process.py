@@ -200,6 +200,7 @@ def _listening(
         port=int(port),
         tls=ServerTls(pair).front,
         cluster_id=config.cluster_id,
+        standing=whereabouts.require_known,
     )
 
 

@@ -45,6 +45,15 @@ def parsed(text: str) -> Address:
     return ip_address(text)
 
 
+def is_address(text: str) -> bool:
+    """Whether ``text`` is an address, without a scope, and nothing else."""
+    try:
+        parsed(text)
+    except ValueError:
+        return False
+    return True
+
+
 def is_of_a_machine(address: Address) -> bool:
     """Whether other machines may reach one by ``address``.
 

@@ -94,7 +94,7 @@ class TaskFiles:
                 path.unlink(missing_ok=True)
                 continue
             beside = path.with_suffix(BESIDE)
-            write_new(beside, msgspec.json.encode(task), mode=0o644)
+            write_new(beside, msgspec.json.encode(task), mode=0o600)
             beside.rename(path)
         sync_directory(self._directory)  # once for all of them
 

@@ -18,7 +18,6 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from ipaddress import ip_address
 
 import structlog
 from grpclib.const import Status
@@ -26,6 +25,7 @@ from grpclib.exceptions import GRPCError
 
 from skep.aio import http2
 from skep.aio.groups import errors_as_they_are
+from skep.aio.handshakes import Handshakes, source_of
 from skep.aio.http2 import Code, Violation
 from skep.aio.lean_tls import make_lean
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
@@ -40,7 +40,6 @@ from skep.wire.service import Stream as HandledStream
 
 log = structlog.get_logger(__name__)
 
-HANDSHAKE_SECONDS_MAX = 10.0
 CLOSE_SECONDS_MAX = 5.0
 
 NODE_CONNECTIONS_MAX = 32
@@ -63,23 +62,20 @@ _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 
 BACKLOG = 1024
-ACCEPT_RETRY_S = 0.1
-HANDSHAKES_MAX = 256
-"""TLS handshakes at one time.  When there are more, the oldest of the address with most of them is given up: an
-honest one takes milliseconds."""
 
 
 class Bound:
     """A server that listens.  ``port``: the port it got."""
 
-    def __init__(self, port: int, server: "_Server") -> None:
+    def __init__(self, port: int, server: "_Server", handshakes: Handshakes) -> None:
         self.port = port
         self._server = server
+        self._handshakes = handshakes
 
     @property
     def handshakes(self) -> int:
         """TLS handshakes under way."""
-        return len(self._server.handshakes)
+        return self._handshakes.count
 
     @property
     def connections(self) -> int:
@@ -121,15 +117,15 @@ async def serve(
     """
     make_lean()
     server = _Server(handlers, cluster_id, standing)
+    handshakes = Handshakes(server.new_protocol, tls)
     listener = _listen(host, port)
     try:
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            accepting = group.create_task(_accept(listener, server, tls, group), name="accept connections")
+            accepting = group.create_task(handshakes.accept(listener, group), name="accept connections")
             try:
-                yield Bound(listener.getsockname()[1], server)
+                yield Bound(listener.getsockname()[1], server, handshakes)
             finally:
                 accepting.cancel()
-                server.give_up_handshakes()
     finally:
         listener.close()
         server.close_connections()
@@ -149,37 +145,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _accept(
-    listener: socket.socket, server: "_Server", tls: ssl.SSLContext, group: asyncio.TaskGroup
-) -> None:
-    """Accept connections until cancelled.
-
-    Not left to asyncio, which holds any number of handshakes: 10,000 connections that say nothing would cost a
-    manager a gigabyte.
-    """
-    loop = asyncio.get_running_loop()
-    while True:
-        try:
-            connection, address = await loop.sock_accept(listener)
-        except OSError as error:  # out of descriptors, or the peer has gone already
-            log.warning("connection not accepted", error=str(error))
-            await asyncio.sleep(ACCEPT_RETRY_S)
-            continue
-        handshake = group.create_task(_shake_hands(connection, server, tls), name="handshake")
-        server.begin_handshake(handshake, source_of(str(address[0])))
-        await asyncio.sleep(0)  # lets the handshake begin: it owns the socket from then on
-
-
-async def _shake_hands(connection: socket.socket, server: "_Server", tls: ssl.SSLContext) -> None:
-    loop = asyncio.get_running_loop()
-    try:
-        await loop.connect_accepted_socket(
-            server.new_protocol, connection, ssl=tls, ssl_handshake_timeout=HANDSHAKE_SECONDS_MAX
-        )
-    except OSError as error:  # TLS errors and lost peers are some
-        log.debug("handshake failed", error=str(error) or type(error).__name__)
-
-
 class _Server:
     """Makes a protocol per connection, knows all of them, and finds who answers a call."""
 
@@ -189,38 +154,10 @@ class _Server:
         self._handlers: Mapping[str, Handler] = {
             handler.method.path: self._guarded(handler) for handler in handlers
         }
-        self._is_flooded = False
         self.connections: set[_Connection] = set()
         self.strangers: set[_Connection] = set()
         self.of_node: Counter[NodeId] = Counter()
         self.bytes_of_node: Counter[NodeId] = Counter()
-        self.handshakes: dict[asyncio.Task[None], str] = {}
-        """Under way, oldest first; where each comes from."""
-
-    def begin_handshake(self, task: asyncio.Task[None], source: str) -> None:
-        """A connection was accepted; when there are too many, one of the address with most of them makes room."""
-        if len(self.handshakes) >= HANDSHAKES_MAX:
-            greediest = _most_common(self.handshakes.values())
-            oldest = next(one for one, source in self.handshakes.items() if source == greediest)
-            del self.handshakes[oldest]
-            oldest.cancel()
-            if not self._is_flooded:
-                log.warning(
-                    "too many handshakes at one time: the oldest are given up",
-                    most=HANDSHAKES_MAX,
-                    source=greediest,
-                )
-            self._is_flooded = True
-        self.handshakes[task] = source
-        task.add_done_callback(self._end_handshake)
-
-    def _end_handshake(self, task: asyncio.Task[None]) -> None:
-        self.handshakes.pop(task, None)
-        self._is_flooded = self._is_flooded and bool(self.handshakes)
-
-    def give_up_handshakes(self) -> None:
-        for task in tuple(self.handshakes):
-            task.cancel()
 
     def new_protocol(self) -> "_Connection":
         return _Connection(self)
@@ -409,21 +346,6 @@ def _identity_of(transport: asyncio.Transport) -> Identity | None:
         return peer_identity(certificate)
     except Unauthenticated:
         return None
-
-
-def source_of(address: str) -> str:
-    """What connections without a certificate are counted by: an IPv4 address, or the 64 bits before an IPv6 host's."""
-    if ":" not in address:
-        return address
-    try:
-        packed = ip_address(address.partition("%")[0]).packed
-    except ValueError:
-        return address
-    return packed[:8].hex()
-
-
-def _most_common(sources: Iterable[str]) -> str:
-    return Counter(sources).most_common(1)[0][0]
 
 
 def _address_of(transport: asyncio.Transport) -> str:

@@ -13,6 +13,7 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 
+from skep.aio.handshakes import HANDSHAKES_MAX
 from skep.errors import NotFound, ResourceExhausted
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
@@ -20,7 +21,7 @@ from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import connected, split_address
 from skep.wire.http2.connection import Connection
-from skep.wire.server import HANDSHAKES_MAX, NODE_CONNECTIONS_MAX
+from skep.wire.server import NODE_CONNECTIONS_MAX
 from tests.wire_calls import METHODS, call
 from tests.wire_rig import Cluster, a_session, a_worker, put, service_task, until
 
@@ -82,7 +83,7 @@ async def test_connections_without_a_handshake_are_bounded_and_hold_nobody_up(cl
 
 
 async def test_a_flood_of_handshakes_pushes_out_its_own(cluster, monkeypatch):
-    monkeypatch.setattr("skep.wire.server.HANDSHAKES_MAX", 20)
+    monkeypatch.setattr("skep.aio.handshakes.HANDSHAKES_MAX", 20)
     slow = await silent_from(cluster, "127.0.0.2")
     flood = [await silent_from(cluster, "127.0.0.3") for _ in range(100)]
     await until(lambda: cluster.bound.handshakes == 20)

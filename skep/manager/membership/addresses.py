@@ -11,11 +11,11 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
-from skep.errors import Unavailable
+from skep.errors import InvalidArgument, Unavailable
 from skep.manager.follow import State, follow
 from skep.manager.membership.consensus import Consensus
 from skep.manager.roster import on_change_of_managers
-from skep.model.addresses import host_of, joined, parted
+from skep.model.addresses import host_of, is_address, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import Peer
@@ -34,6 +34,8 @@ def full_address(said: str, seen: str) -> str:
     host, port = parted(said)
     addr = joined(host or seen, port)
     split_address(addr)
+    if not is_address(host or seen):
+        raise InvalidArgument(f"invalid address {addr!r}: want ip:port")
     return addr
 
 

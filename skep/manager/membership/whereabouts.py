@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 import structlog
 
 from skep.aio.clock import Clock
-from skep.errors import SkepError
+from skep.errors import PermissionDenied, SkepError
 from skep.manager.membership.addresses import AddressBook, full_address
 from skep.model.addresses import host_of, joined, parted
 from skep.model.ids import NodeId
+from skep.security.identity import Identity
 from skep.security.tls import MANAGER_NAME
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
 from skep.wire.access import Caller
 from skep.wire.client import connected
+from skep.wire.methods import Access
 from skep.wire.service import Handler, unary
 
 log = structlog.get_logger(__name__)
@@ -65,6 +67,16 @@ class Whereabouts:
                 for addr in self._candidates():
                     group.create_task(self._tell(addr), name=f"announce to {addr}")
             await self._clock.sleep(AGAIN_S)
+
+    def require_known(self, identity: Identity, _access: Access) -> None:
+        """Who is heard while there is no store to ask: managers that were some when there was one.
+
+        Those that came in since have a quorum with others, and are found by them.  Raises: PermissionDenied.
+        """
+        if identity.node_id not in {peer.name for peer in self._book.peers}:
+            raise PermissionDenied(
+                f"Permission denied: node {identity.node_id} is not known here as a manager of the swarm"
+            )
 
     def _candidates(self) -> list[str]:
         _, port = parted(self._addr)

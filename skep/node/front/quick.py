@@ -52,6 +52,25 @@ class QuickRelay:
         self._needed: asyncio.Future[UnderWay | None] | None = None
         self._waiting: _Waiting | None = None
         self._under_way: UnderWay | None = None
+        self._passed_on = 0
+        self._seen: tuple[int, bool] | None = None
+        """What ``end_if_overdue`` found last: requests passed on, and whether the next one had begun."""
+        self._seen_at = 0.0
+
+    def end_if_overdue(self, now: float, *, request_s: float, idle_s: float) -> None:
+        """End the connection if its client has begun a request so long ago, or done nothing for so long.
+
+        To be asked now and then: a time limit for each request would cost more than the request.  Never ends one
+        whose answer is under way, or whose request is not a small one.
+        """
+        if self._needed is None or self._needed.done() or self._under_way is not None:
+            self._seen = None
+            return
+        found = (self._passed_on, self._client.waiting_bytes > 0)
+        if found != self._seen:
+            self._seen, self._seen_at = found, now
+        elif now - self._seen_at >= (request_s if found[1] else idle_s):
+            self._client.close()
 
     async def wait_needed(self) -> UnderWay | None:
         """Return when there is something to do for the connection's task: an answer that is not small, or is not
@@ -102,6 +121,7 @@ class QuickRelay:
             return False
         sent = self._client.take(waiting.size_bytes)
         self._waiting = None
+        self._passed_on += 1
         self._under_way = UnderWay(sent, waiting.head_bytes, manager)
         manager.watch(self._manager_said)
         manager.transport.write(sent)

@@ -5,7 +5,8 @@ Bodies are streamed both ways as they come, whatever their length: a log that is
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from skep.aio.clock import Clock
@@ -14,6 +15,7 @@ from skep.node.front.framing import (
     Body,
     NoBody,
     Request,
+    Sized,
     UntilClose,
     body_of_request,
     body_of_response,
@@ -30,6 +32,9 @@ _FIRST_RETRY_S = 0.02
 _RETRY_S_MAX = 0.5
 SMALL_BODY = 64 * 1024
 """A body of at most this is passed on when all of it is there."""
+BODY_S = 60.0
+"""For a small body to arrive, and for the next bytes of a long one whose length was said; one without a length is a
+stream, and takes its time."""
 _REPEATABLE = frozenset({"GET", "HEAD"})
 _NO_MANAGER = (
     "This node is not a swarm manager. Manager is being prepared or has trouble connecting to the cluster."
@@ -113,7 +118,9 @@ async def relay(client: Side, request: Request, connections: Connections) -> boo
     body = body_of_request(request)
     head = request.head.with_headers(without=(b"connection", b"keep-alive"))
     if body.ends_within(SMALL_BODY) and not request.head.all(b"expect"):
-        head += await _whole_body(client, body)  # one write, and the manager reads all of it at once
+        with _in_time():
+            async with asyncio.timeout(BODY_S):
+                head += await _whole_body(client, body)  # one write, and the manager reads all of it at once
     manager = connections.kept()
     if manager is None:
         return await _exchange(client, request, head, body, await connections.fresh(), connections)
@@ -148,6 +155,15 @@ async def _whole_body(client: Side, body: Body) -> bytes:
         client.put_back(rest)
         whole += mine
     return whole
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Raises: Gone: what the client has begun did not come."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise Gone("the rest of a request did not come") from error
 
 
 async def _more(client: Side) -> bytes:
@@ -198,8 +214,12 @@ async def _send_to_manager(manager: Side, data: bytes) -> bool:
 async def _send_request(client: Side, head: bytes, body: Body, manager: Side) -> None:
     """Pass the request on.  Raises: Gone: the client has gone."""
     is_read = await _send_to_manager(manager, head)
+    patience_s = BODY_S if isinstance(body, Sized) else None
     while is_read and not body.is_complete:
-        mine, rest = body.take(await _more(client))
+        with _in_time():
+            async with asyncio.timeout(patience_s):
+                data = await _more(client)
+        mine, rest = body.take(data)
         client.put_back(rest)
         if mine:
             is_read = await _send_to_manager(manager, mine)

@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.handshakes import Handshakes, source_of
 from skep.api.errors import status_of
 from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.errors import FailedPrecondition, SkepError, Unavailable
@@ -31,8 +32,15 @@ log = structlog.get_logger()
 
 _BACKLOG = 1024
 _CONNECTIONS_MAX = 4096
-"""Of those whose requests are relayed or about to be routed; further ones are dropped."""
-_HEAD_TIMEOUT_S = 60.0
+"""On unix sockets, of those whose requests are relayed or about to be routed; further ones are dropped."""
+_TCP_CONNECTIONS_MAX = 2048
+"""Of all by TCP, whoever answers them; counted for themselves, so that root's socket is never full of them."""
+_TCP_PER_SOURCE_MAX = 512
+_REQUEST_TIMEOUT_S = 60.0
+"""For a head, or a whole small request, to arrive; and for the next byte of a long body whose length was said."""
+_IDLE_S = 300.0
+"""Of a connection by TCP between two requests; Docker waits for ever."""
+_LOOK_S = 5.0
 _GROUP = "docker"
 
 
@@ -69,7 +77,10 @@ class Front:
         self._engine_socket = engine_socket
         self._connections = Connections(manager_socket, clock, chance, partial(why_waiting, manager_waiting))
         self._servers: list[asyncio.Server] = []
+        self._watching: list[asyncio.Task[None]] = []
         self._open: set[asyncio.Task[None]] = set()
+        self._remote = _Remote()
+        self._waiting_for: set[QuickRelay] = set()
 
     @asynccontextmanager
     async def listening(
@@ -88,6 +99,8 @@ class Front:
                 finally:
                     for server in self._servers:
                         server.close()
+                    for watching in self._watching:
+                        watching.cancel()
                     self._connections.close()
                     for task in self._open:
                         task.cancel()
@@ -98,26 +111,43 @@ class Front:
         sockets: Sequence[tuple[Host, socket.socket]],
         tls: ssl.SSLContext | None,
     ) -> None:
-        def opened(side: Side) -> None:
-            if len(self._open) >= _CONNECTIONS_MAX:
-                side.abort()
-                return
-            task = group.create_task(self._serve(side), name="api connection")
-            self._open.add(task)
-            task.add_done_callback(self._open.discard)
-
         loop = asyncio.get_running_loop()
         for host, sock in sockets:
+            new_side = partial(Side, partial(self._opened, group, isinstance(host, TcpHost)))
             if isinstance(host, UnixHost):
-                server = await loop.create_unix_server(lambda: Side(opened), sock=sock, backlog=_BACKLOG)
+                server = await loop.create_unix_server(new_side, sock=sock, backlog=_BACKLOG)
+                self._servers.append(server)
+            elif tls is None:
+                server = await loop.create_server(new_side, sock=sock, backlog=_BACKLOG)
+                self._servers.append(server)
             else:
-                server = await loop.create_server(lambda: Side(opened), sock=sock, ssl=tls, backlog=_BACKLOG)
-            self._servers.append(server)
+                sock.setblocking(False)
+                accepting = Handshakes(new_side, tls).accept(sock, group)
+                self._watching.append(group.create_task(accepting, name=f"accept connections on {host}"))
             log.info("api served", host=str(host))
+        self._watching.append(group.create_task(self._end_overdue(), name="overdue api connections"))
 
-    async def _serve(self, client: Side) -> None:
+    def _opened(self, group: asyncio.TaskGroup, is_tcp: bool, side: Side) -> None:
+        if not (self._remote.admit(side.transport) if is_tcp else len(self._open) < _CONNECTIONS_MAX):
+            side.abort()
+            return
+        task = group.create_task(self._serve(side, is_tcp=is_tcp), name="api connection")
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+
+    async def _end_overdue(self) -> None:
+        """Until cancelled, end connections by TCP whose clients keep a request, or the next one, to themselves."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for quick in tuple(self._waiting_for):
+                quick.end_if_overdue(loop.time(), request_s=_REQUEST_TIMEOUT_S, idle_s=_IDLE_S)
+
+    async def _serve(self, client: Side, *, is_tcp: bool) -> None:
         """Answer the requests of one connection, one after another."""
         quick = QuickRelay(client, self._connections, self._is_for_manager)
+        if is_tcp:
+            self._waiting_for.add(quick)
         try:
             while True:
                 if (under_way := await quick.wait_needed()) is not None:
@@ -143,6 +173,8 @@ class Front:
         except BaseException:
             client.abort()
             raise
+        finally:
+            self._waiting_for.discard(quick)
 
     async def _answer(self, client: Side, raw: bytes) -> bool:
         """Have one request answered; whether this loop reads the next one of this connection.  Raises: SkepError."""
@@ -186,10 +218,37 @@ class Front:
             handler.eof_received()
 
 
+class _Remote:
+    """The connections by TCP that are open, whoever has them by now."""
+
+    def __init__(self) -> None:
+        self._transports: dict[asyncio.Transport, str] = {}
+
+    def admit(self, transport: asyncio.Transport) -> bool:
+        """Count a new connection; False: there are too many, of its address or in all."""
+        peer = transport.get_extra_info("peername")
+        source = source_of(str(peer[0])) if peer else ""
+        if not self._has_room(source):
+            for known in tuple(self._transports):
+                if known.is_closing():
+                    del self._transports[known]
+        if not self._has_room(source):
+            log.warning("api connection refused: too many", source=source, of_source=self._count(source))
+            return False
+        self._transports[transport] = source
+        return True
+
+    def _has_room(self, source: str) -> bool:
+        return len(self._transports) < _TCP_CONNECTIONS_MAX and self._count(source) < _TCP_PER_SOURCE_MAX
+
+    def _count(self, source: str) -> int:
+        return sum(one == source for one in self._transports.values())
+
+
 async def _rest_of_head(client: Side) -> bytes:
     """A head whose beginning may have arrived; nothing if the rest takes too long or the client has closed."""
     try:
-        async with asyncio.timeout(_HEAD_TIMEOUT_S):
+        async with asyncio.timeout(_REQUEST_TIMEOUT_S):
             return await client.read_head()
     except TimeoutError:
         return b""

@@ -5,6 +5,7 @@ leads to stands in a hosts file that only this manager's etcd sees, in place of 
 """
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
+from skep.model.addresses import is_address
 
 MEMBERS_FILE = "members.json"
 HOSTS_FILE = "hosts"
 
+_NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _HEAD = "127.0.0.1 localhost\n::1 localhost\n"
 
 
@@ -33,8 +36,10 @@ def peer_url(name: str, port: int) -> str:
 
 
 def hosts_content(peers: Iterable[Peer]) -> bytes:
-    """The hosts file in which all of ``peers`` are found."""
-    lines = sorted({f"{peer.ip} {peer.name}\n" for peer in peers if peer.ip})
+    """The hosts file in which all of ``peers`` are found, whose names and addresses are nothing else."""
+    lines = sorted(
+        {f"{peer.ip} {peer.name}\n" for peer in peers if is_address(peer.ip) and _NAME.fullmatch(peer.name)}
+    )
     return (_HEAD + "".join(lines)).encode()
 
 

@@ -1,6 +1,8 @@
 """A front on a socket of its own, with a manager and an engine behind it that a test plays."""
 
 import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -9,7 +11,7 @@ import aiohttp
 from aiohttp import web
 
 from skep.aio.clock import SystemClock
-from skep.configuration.configuration import UnixHost
+from skep.configuration.configuration import Host, TcpHost, UnixHost
 from skep.node.front.server import Front
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -61,10 +63,14 @@ class Rig:
         self.manager_socket = directory / "manager.sock"
         self.engine_socket = directory / "engine.sock"
         self.member = Member()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
         self.connections = 0
 
     @asynccontextmanager
-    async def front(self, answer: Answer | None = None) -> AsyncIterator[None]:
+    async def front(
+        self, answer: Answer | None = None, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[None]:
         """``answer``: what this node answers itself; it says where and how much was asked unless told otherwise."""
 
         async def here(request: web.Request) -> web.StreamResponse:
@@ -84,7 +90,8 @@ class Rig:
                 clock=SystemClock(),
                 chance=lambda: 0.5,
             )
-            async with front.listening([UnixHost(self.socket)]):
+            hosts: list[Host] = [UnixHost(self.socket), TcpHost("127.0.0.1", self.port)]
+            async with front.listening(hosts, tls):
                 yield
 
     @asynccontextmanager

@@ -9,7 +9,7 @@ from skep.manager.membership.addresses import AddressBook, full_address, peers_o
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node
 from skep.store.etcd.membership import RaftMember
-from skep.store.etcd.peers import HOSTS_FILE, Peer, load_peers, save_peers
+from skep.store.etcd.peers import HOSTS_FILE, Peer, hosts_content, load_peers, save_peers
 
 
 def a_manager(id: str, addr: str) -> Node:
@@ -112,3 +112,22 @@ def test_a_stranger_that_announces_itself_is_not_taken_note_of() -> None:
     book, saved = a_book()
     book.learn("x", "10.9.0.9")
     assert "x" not in saved.ips
+
+
+@pytest.mark.parametrize(
+    "said", ["10.0.0.1\n6.6.6.6 others:2377", "evil.example:2377", "10.0.0.1 x:2377", "fe80::1%x\ny:2377"]
+)
+def test_a_managers_address_is_an_address_and_nothing_else(said: str) -> None:
+    with pytest.raises(InvalidArgument, match="want ip:port"):
+        full_address(said, "10.0.0.9")
+
+
+def test_a_hosts_file_has_addresses_and_names_only() -> None:
+    peers = [
+        Peer(name="a", url="", ip="10.0.0.1"),
+        Peer(name="b", url="", ip="10.0.0.2\n6.6.6.6 a"),
+        Peer(name="c\n6.6.6.6 a", url="", ip="10.0.0.3"),
+        Peer(name="d", url="", ip="fd00::1"),
+    ]
+    lines = hosts_content(peers).decode().splitlines()[2:]
+    assert lines == ["10.0.0.1 a", "fd00::1 d"]

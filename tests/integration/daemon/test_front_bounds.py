@@ -1,0 +1,142 @@
+"""What clients of the API by TCP may keep to themselves: connections, time, and never root's socket."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.node.front import relay, server
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.tls import ServerTls
+from tests.integration.daemon.front_rig import Rig
+
+PATIENCE_S = 10.0
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front that soon loses its patience."""
+    for module, name in ((server, "_LOOK_S"), (server, "_REQUEST_TIMEOUT_S"), (server, "_IDLE_S")):
+        monkeypatch.setattr(module, name, 0.05)
+    monkeypatch.setattr(relay, "BODY_S", 0.05)
+
+
+async def is_answered(rig: Rig) -> bool:
+    async with rig.client() as client, client.get("/info") as response:
+        return response.status == 200
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    """Whether the other end closes within the test's patience."""
+    async with asyncio.timeout(PATIENCE_S):
+        try:
+            return await reader.read() == b""
+        except ConnectionError:
+            return True
+
+
+async def test_connections_by_tcp_are_bounded_and_leave_roots_socket_free(
+    front_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_TCP_CONNECTIONS_MAX", 5)
+    opened = [await asyncio.open_connection("127.0.0.1", front_rig.port) for _ in range(6)]
+    assert await ended(opened[5][0])
+    assert await is_answered(front_rig)
+    opened[0][1].close()
+    await opened[0][1].wait_closed()
+    reader, writer = await asyncio.open_connection("127.0.0.1", front_rig.port)
+    writer.write(b"GET /info HTTP/1.1\r\nHost: d\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    for _, each in (*opened, (reader, writer)):
+        each.close()
+
+
+async def test_one_address_does_not_take_all_connections(
+    front_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_TCP_PER_SOURCE_MAX", 3)
+    greedy = [
+        await asyncio.open_connection("127.0.0.1", front_rig.port, local_addr=("127.0.0.7", 0))
+        for _ in range(4)
+    ]
+    assert await ended(greedy[3][0])
+    reader, writer = await asyncio.open_connection("127.0.0.1", front_rig.port)
+    writer.write(b"GET /info HTTP/1.1\r\nHost: d\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    for _, each in (*greedy, (reader, writer)):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"GET /tasks HTTP/1.1\r\nHo",
+        b"POST /services/create HTTP/1.1\r\nHost: d\r\nContent-Length: 100\r\n\r\n{",
+        b"POST /services/create HTTP/1.1\r\nHost: d\r\nContent-Length: 1000000\r\n\r\n{",
+    ],
+    ids=["nothing", "a head", "a small body", "a long body"],
+)
+async def test_a_request_that_is_not_finished_is_not_waited_for_without_end(
+    front_rig: Rig, hurried: None, begun: bytes
+) -> None:
+    async def reads(request: web.Request) -> web.Response:
+        return web.Response(body=await request.read())
+
+    async with front_rig.manager(reads):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front_rig.port)
+        writer.write(begun)
+        assert await ended(reader)
+        writer.close()
+
+
+async def test_a_stream_takes_its_time(front_rig: Rig, hurried: None) -> None:
+    """Longer than any patience with requests: answers, and bodies without a length."""
+    going_on = asyncio.Event()
+
+    async def follow(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await going_on.wait()
+        await response.write(await request.content.readany())
+        return response
+
+    async with front_rig.manager(follow):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front_rig.port)
+        writer.write(b"POST /services/create HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.5)  # ten times its patience
+        going_on.set()
+        writer.write(b"4\r\nlate\r\n0\r\n\r\n")
+        async with asyncio.timeout(PATIENCE_S):
+            assert b"late" in await reader.readuntil(b"0\r\n\r\n")
+        writer.close()
+
+
+async def test_handshakes_are_bounded_and_hold_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skep.aio.handshakes.HANDSHAKES_MAX", 10)
+    authority, key = Authority.create(), new_private_key()
+    identity = Identity(node_id=NodeId("n"), cluster_id=ClusterId("c"), role=NodeRole.MANAGER)
+    pair = KeyPair(
+        certificate_pem=authority.sign(signing_request(key), identity, timedelta(days=1)),
+        key_pem=private_pem(key),
+        root_pem=authority.root_pem,
+    )
+    rig = Rig(tmp_path)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(rig.front(tls=ServerTls(pair).front))
+        silent = [await asyncio.open_connection("127.0.0.1", rig.port) for _ in range(11)]
+        assert await ended(silent[0][0])  # the oldest makes room
+        assert await is_answered(rig)
+        for _, writer in silent:
+            writer.close()
