@@ -154,7 +154,7 @@ class Cluster:
                     port=port,
                     tls=self.tls.front,
                     cluster_id=self.id,
-                    standing=Standing(self.store.view, self.dispatcher.is_current).require,
+                    standing=Standing(self.store.view, self.dispatcher.is_current, clock.monotonic).require,
                 )
             )
             self.bound = bound

@@ -80,6 +80,7 @@ class Manager:
         book: AddressBook,
         whereabouts: Whereabouts,
         restart_member: Callable[[], Awaitable[None]],
+        cut_peers: Callable[[], None],
         trouble: Callable[[], str],
         socket: Path,
         clock: Clock,
@@ -118,6 +119,7 @@ class Manager:
         self._book = book
         self._whereabouts = whereabouts
         self._restart_member = restart_member
+        self._cut_peers = cut_peers
         self._trouble = trouble
         self._consensus = consensus
         self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
@@ -170,7 +172,9 @@ class Manager:
                 port=int(port),
                 tls=self._tls.front,
                 cluster_id=self._config.cluster_id,
-                standing=Standing(self._store.view, self._dispatcher.is_current).require,
+                standing=Standing(
+                    self._store.view, self._dispatcher.is_current, self._clock.monotonic
+                ).require,
             ) as bound,
             asyncio.TaskGroup() as group,
         ):
@@ -205,7 +209,9 @@ class Manager:
             KeyPairFiles(self._config.paths.certificates, lock),
             self._clock,
             disconnect=bound.disconnect,
-            peers=PeerFiles(self._config.paths.tls, self._config.paths.manager, self._restart_member),
+            peers=PeerFiles(
+                self._config.paths.tls, self._config.paths.manager, self._restart_member, self._cut_peers
+            ),
             tell=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
         )
 

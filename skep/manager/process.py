@@ -51,6 +51,7 @@ from skep.security.tls import ServerTls, client_context, unverified_context
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.client import Client
 from skep.store.etcd.damage import Damaged
+from skep.store.etcd.deadlines import end_peer_connections
 from skep.store.etcd.flags import MemberSettings, PeerFiles
 from skep.store.etcd.founding import Unfinished, initialize
 from skep.store.etcd.member import Member, MemberRemoved
@@ -180,6 +181,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             book=book,
             whereabouts=whereabouts,
             restart_member=lambda: member.restart(member.settings),
+            cut_peers=lambda: end_peer_connections(member.pid, member.settings.peer_port),
             trouble=lambda: member.trouble,
             socket=paths.manager_socket,
             clock=clock,

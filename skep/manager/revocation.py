@@ -9,7 +9,7 @@ Source: swarmkit, manager/controlapi/node.go (RemoveNode: BlacklistedCertificate
 from collections.abc import Iterable
 
 from skep.model.node import Node
-from skep.model.times import Timestamp, timestamp, unix_ns
+from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 from skep.store.kinds import Revocation
 
@@ -34,8 +34,23 @@ def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> Non
             until=Timestamp(until),
             is_removed=is_removed,
             serials=tuple(serials[serial] for serial in sorted(serials)),
+            before=max(timestamp(now_ns), before.before if before is not None else Timestamp("")),
         )
     )
+
+
+def is_taken_back(revocation: Revocation | None, issued_s: int) -> bool:
+    """Whether a manager's certificate of this age counts for nothing.  ``issued_s``: unix seconds; 0: not known."""
+    if revocation is None or not revocation.before or not issued_s:
+        return False
+    return issued_s <= unix_ns(revocation.before) // SECOND_NS
+
+
+def issue_not_before_s(revocation: Revocation | None) -> int:
+    """The earliest time of issue that is not taken back, though the issuer's clock may be behind; unix seconds."""
+    if revocation is None or not revocation.before:
+        return 0
+    return unix_ns(revocation.before) // SECOND_NS + 1
 
 
 def expired(revocations: Iterable[Revocation], now_ns: int) -> list[Revocation]:

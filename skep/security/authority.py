@@ -6,7 +6,10 @@ names ``swarm-ca`` and ``swarm-manager`` instead of addresses, so a manager may 
 Source: swarmkit, ca/certificates.go; docker's acceptance of each field was tried with engine 20.10.
 """
 
+import ssl
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -17,7 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from skep.aio.clock import Clock, SystemClock
 from skep.errors import FailedPrecondition, InvalidArgument
 from skep.model.node import NodeRole
-from skep.model.times import moment
+from skep.model.times import SECOND_NS, moment
 from skep.security.identity import ROLE_NAMES, ROOT_NAME, Identity
 from skep.security.keys import PrivateKey, load_private_key, new_private_key, private_pem
 
@@ -35,6 +38,11 @@ CSR_BYTES_MAX = 16 * 1024
 _CLOCK = SystemClock()
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+
+
+def issued_s(certificate: Mapping[str, Any]) -> int:
+    """When one of our certificates was issued, in unix seconds; as ``SSLSocket.getpeercert()`` shows it."""
+    return ssl.cert_time_to_seconds(certificate["notBefore"]) + int(BACKDATE.total_seconds())
 
 
 class Authority:
@@ -106,16 +114,34 @@ class Authority:
         """The root's private key, in clear."""
         return private_pem(self._key)
 
-    def sign(self, csr_pem: bytes, identity: Identity, lifetime: timedelta = NODE_LIFETIME) -> bytes:
+    def sign(
+        self,
+        csr_pem: bytes,
+        identity: Identity,
+        lifetime: timedelta = NODE_LIFETIME,
+        *,
+        not_before_s: int = 0,
+    ) -> bytes:
         """A certificate (PEM chain) for the public key in a request; everything else of the request is ignored.
 
         Raises: InvalidArgument: no usable request, or not signed by its own key.
         """
-        return self.issue(requested_key(csr_pem), identity, lifetime)
+        return self.issue(requested_key(csr_pem), identity, lifetime, not_before_s=not_before_s)
 
-    def issue(self, public_key: PublicKey, identity: Identity, lifetime: timedelta = NODE_LIFETIME) -> bytes:
-        """A certificate (PEM chain) that says: who holds this key is ``identity``.  It does not outlive its root."""
-        now = moment(self._clock.now_ns())
+    def issue(
+        self,
+        public_key: PublicKey,
+        identity: Identity,
+        lifetime: timedelta = NODE_LIFETIME,
+        *,
+        not_before_s: int = 0,
+    ) -> bytes:
+        """A certificate (PEM chain) that says: who holds this key is ``identity``.  It does not outlive its root.
+
+        Args:
+            not_before_s: unix seconds; a clock that is behind that counts as standing there.
+        """
+        now = moment(max(self._clock.now_ns(), not_before_s * SECOND_NS))
         not_after = min(now + max(lifetime, NODE_LIFETIME_MIN), self._certificate.not_valid_after_utc)
         unit = ROLE_NAMES[identity.role]
         names = [unit, identity.node_id]

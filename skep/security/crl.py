@@ -17,6 +17,11 @@ _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _LIFETIME = timedelta(days=100 * 365)
 
 
+def listed_serials(content: bytes) -> frozenset[str]:
+    """The serial numbers in such a list.  Raises: ValueError: it is none."""
+    return frozenset(f"{revoked.serial_number:x}" for revoked in x509.load_der_x509_crl(content))
+
+
 def revocation_list(serials: Iterable[str]) -> bytes:
     """The list (DER) of certificates with these serial numbers, in hexadecimal digits."""
     builder = (

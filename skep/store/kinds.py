@@ -66,6 +66,8 @@ class Revocation(ApiObject):
     is_removed: bool = False
     serials: tuple[IssuedSerial, ...] = ()
     """Of its certificates as a manager, for etcd's peer port."""
+    before: Timestamp = Timestamp("")
+    """Certificates that it was issued until then count for nothing where a manager's is wanted; whatever they are."""
 
 
 def registry_auth_id(service_id: str) -> str:

@@ -48,7 +48,7 @@ def authorize(
             return
         case Access.NODE:
             allowed = identity is not None and identity.cluster_id == cluster_id
-        case Access.MANAGER:
+        case Access.MANAGER | Access.MANAGER_OR_UNKNOWN:
             allowed = (
                 identity is not None
                 and identity.cluster_id == cluster_id

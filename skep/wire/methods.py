@@ -32,6 +32,9 @@ class Access(Enum):
     """Every node of this cluster."""
     MANAGER = auto()
     """Managers of this cluster."""
+    MANAGER_OR_UNKNOWN = auto()
+    """Managers, and for a few seconds whoever has a manager's certificate and is not known here: a manager that a
+    backup knows nothing of.  May be told, and is not to be believed."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ PROMOTE_MEMBER = Unary(
     skep.PromoteMemberResponse,
     Access.MANAGER,
 )
-PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER)
+PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER_OR_UNKNOWN)
 AWAIT_TABLES = Unary(
     "/skep.v1.ManagerLink/AwaitTables", skep.AwaitTablesRequest, skep.AwaitTablesResponse, Access.MANAGER
 )

@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
+from msgspec.structs import replace
 
 from skep.aio import http2
 from skep.aio.groups import errors_as_they_are
@@ -30,6 +31,7 @@ from skep.aio.http2 import Code, Violation
 from skep.aio.lean_tls import make_lean
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
+from skep.security.authority import issued_s
 from skep.security.identity import Identity, peer_identity
 from skep.wire.access import Caller, Standing, authorize, in_good_standing
 from skep.wire.errors import LOST_PEER, to_status
@@ -343,9 +345,10 @@ def _identity_of(transport: asyncio.Transport) -> Identity | None:
     if not certificate:
         return None
     try:
-        return peer_identity(certificate)
+        identity = peer_identity(certificate)
     except Unauthenticated:
         return None
+    return replace(identity, issued_s=issued_s(certificate))
 
 
 def _address_of(transport: asyncio.Transport) -> str:

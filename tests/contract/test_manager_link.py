@@ -120,6 +120,28 @@ async def test_a_worker_has_no_part_in_the_link(cluster: Cluster, tmp_path: Path
                 await relay.receive()
 
 
+async def test_who_is_no_manager_of_the_cluster_is_told_the_incarnation_and_not_believed(
+    cluster: Cluster,
+) -> None:
+    """A later incarnation ends a manager for good; whoever has the root's key could say so."""
+    met: list[NodeId] = []
+    minted = cluster.pair(new_id(), NodeRole.MANAGER)
+    async with Manager(cluster, 1).serving() as one:
+        one.link._met = lambda manager, _: bool(met.append(manager))
+        async with (
+            connected(one.address, client_context(minted), MANAGER_NAME) as channel,
+            channel.stream(methods.PINGS) as pings,
+        ):
+            await pings.send(skep.Ping(incarnation=1 << 40, node_id=one.id))
+            answer = await pings.receive()
+            assert answer is not None
+            assert answer.node_id == one.id
+        assert met == []
+        two = Manager(cluster, 2)
+        async with two.serving():
+            await until(lambda: two.id in met)
+
+
 async def test_the_session_of_a_manager_that_went_is_adopted_under_another_id(
     cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -109,6 +109,8 @@ async def test_a_removed_managers_certificates_are_listed_and_a_workers_are_not(
         await cluster.store.update(remove_node, id, force=True, now_ns=CLOCK.now_ns())
     wanted = {f"{certificate.serial_number:x}" for certificate in certificates}
     await until(lambda: revoked(etcd.directory) == wanted)
+    kept = tmp_path / "kept" / REVOKED_FILE
+    await until(lambda: kept.exists() and kept.read_bytes() == (etcd.directory / REVOKED_FILE).read_bytes())
     assert etcd.found == []
     # After a reboot it is there before the store is.
     place_revoked(tmp_path / "tls", tmp_path / "kept")

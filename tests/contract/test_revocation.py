@@ -19,7 +19,7 @@ from tests.wire_calls import GUARDED, call
 from tests.wire_rig import CLOCK, Cluster, a_session, a_worker, an_agent, put, until
 
 NOW_NS = CLOCK.now_ns()
-FOR_MANAGERS = sorted(name for name, method in GUARDED.items() if method.access is Access.MANAGER)
+FOR_MANAGERS = sorted(name for name, method in GUARDED.items() if method.access is not Access.NODE)
 FOR_NODES = sorted(name for name, method in GUARDED.items() if method.access is Access.NODE)
 
 
@@ -78,6 +78,16 @@ async def test_a_former_managers_certificate_is_refused_at_every_call_of_manager
     assert await refused(cluster, pair, FOR_MANAGERS) == []
     await end(cluster, pair)
     assert await refused(cluster, pair, FOR_MANAGERS) == FOR_MANAGERS
+
+
+async def test_a_manager_that_was_minted_is_refused_at_every_call_of_managers(cluster, monkeypatch):
+    """Who was a manager has the root's key, and makes certificates for nodes that nobody knows."""
+    monkeypatch.setattr("skep.manager.ca.standing.UNKNOWN_S", 0.05)
+    minted = cluster.pair(new_id(), NodeRole.MANAGER)
+    async with connected(cluster.address, client_context(minted), "swarm-manager") as channel:
+        assert isinstance(await call(channel, "GET_UNLOCK_KEY"), Unavailable)
+    await asyncio.sleep(0.1)
+    assert await refused(cluster, minted, FOR_MANAGERS) == FOR_MANAGERS
 
 
 async def test_a_workers_certificate_is_refused_at_every_call_of_managers(cluster, tmp_path):

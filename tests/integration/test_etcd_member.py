@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from msgspec.structs import replace
 from skep.aio.backoff import Backoff
 from skep.errors import FailedPrecondition
 from skep.linux.processes import boot_id, start_ticks_of
+from skep.manager.ca.peer_files import PeerFiles, place_revoked
 from skep.store.etcd import flags
 from skep.store.etcd.binary import find_binary
 from skep.store.etcd.client import Client
 from skep.store.etcd.damage import Damaged
+from skep.store.etcd.deadlines import end_peer_connections
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.member import Member, MemberFailed, MemberRemoved
 from skep.store.etcd.membership import RaftMembers
@@ -362,6 +365,38 @@ async def test_the_peer_port_serves_managers_of_this_cluster_only(
         for context in (_context(settings), _context(settings, stranger)):
             with pytest.raises((ssl.SSLError, ConnectionError)):
                 await _offer(settings, context)
+
+
+async def test_open_connections_end_when_a_certificate_is_taken_back(
+    settings: MemberSettings, tmp_path: Path
+) -> None:
+    """etcd looks at its list at handshakes only; the certificate is the first of as many as a node may have."""
+    files = settings.peer_files
+    revoked = place_revoked(files.roots.parent, tmp_path)
+    settings = replace(settings, peer_files=replace(files, revoked=revoked))
+    member = a_member(settings)
+
+    def cut() -> None:
+        end_peer_connections(member.pid, settings.peer_port)
+
+    peers = PeerFiles(revoked.parent, tmp_path, member.wait_ready, cut)
+    host, _, number = settings.peer_listen.rpartition(":")
+    context = _context(settings, files)
+    async with member.running():
+        reader, writer = await asyncio.open_connection(host, int(number), ssl=context)
+        writer.write(b"GET /version HTTP/1.1\r\nHost: m1\r\n\r\n")
+        assert b"200" in await reader.readline()
+        peers.refuse(())
+        await _offer(settings, context)
+        peers.refuse(["2", *(f"{serial:x}" for serial in range(100, 400))])
+        async with asyncio.timeout(5):
+            with suppress(ConnectionError):
+                await reader.read()
+        writer.close()
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await _offer(settings, context)
+        async with Client(settings.socket) as client:
+            await client.status()  # only those of peers
 
 
 async def test_the_peer_port_never_speaks_plain_http(settings: MemberSettings) -> None:

@@ -5,7 +5,13 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 from cryptography import x509
 
-from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
+from skep.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+)
 from skep.model.ids import NodeId
 from skep.model.node import Availability, IssuedSerial, Node, NodeCertificate, NodeRole, NodeSpec
 from skep.model.swarm import RENEW_WINDOW_LABEL, Swarm, SwarmSpec
@@ -21,7 +27,8 @@ RENEW_WINDOW = timedelta(days=30)
 the least, so 48 days off always go well.  A disk that was thrown away stops being a key after at most 120."""
 
 SERIALS_MAX = 256
-"""Manager certificates of one node that are remembered; a manager in good order has two that have not expired."""
+"""Certificates as a manager that one node may have before the first of them expires; one in good order has two.  All
+are remembered: what was forgotten could not be taken back at etcd's port."""
 
 
 def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
@@ -107,7 +114,7 @@ def issued_certificate(
         state="issued",
         not_after=not_after,
         issuer=issuer,
-        serials=tuple(serials[-SERIALS_MAX:]),
+        serials=tuple(serials),
         last_not_after=max(not_after, before.last_not_after),
     )
 
@@ -118,6 +125,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
     Raises:
         PermissionDenied: the node was removed while its certificate was renewed.
         Unavailable: the root was rotated meanwhile.
+        ResourceExhausted: it has too many certificates as a manager.
     """
     identity = issued.identity
     swarm = tx.rely_on(Swarm, identity.cluster_id, "ca")
@@ -131,6 +139,10 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
         issuer=issued.issuer,
         before=node.certificate if node is not None else None,
     )
+    if len(certificate.serials) > SERIALS_MAX and identity.role is NodeRole.MANAGER:
+        raise ResourceExhausted(
+            f"node {identity.node_id} gets no further certificate: {SERIALS_MAX} as a manager have not expired"
+        )
     if node is not None:
         tx.put(msgspec.structs.replace(node, certificate=certificate))
     elif is_renewal:

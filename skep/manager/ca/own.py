@@ -14,6 +14,7 @@ from skep.errors import SkepError
 from skep.manager.ca.admission import Issued, lifetime_of, record_issue, renewing_identity
 from skep.manager.ca.authority import authority_of
 from skep.manager.cluster import cluster_of
+from skep.manager.revocation import issue_not_before_s
 from skep.model.node import Availability
 from skep.model.times import moment
 from skep.security.keypair import KeyPair
@@ -21,6 +22,7 @@ from skep.security.keys import new_private_key, private_pem, signing_request
 from skep.security.reloading import KeyPairFiles
 from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Store
+from skep.store.kinds import Revocation
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +69,12 @@ async def renewed_by_itself(store: Store, pair: KeyPair, files: KeyPairFiles, cl
         identity=identity,
         availability=Availability.ACTIVE,
         csr_pem=csr_pem,
-        certificate_pem=authority.sign(csr_pem, identity, lifetime_of(swarm)),
+        certificate_pem=authority.sign(
+            csr_pem,
+            identity,
+            lifetime_of(swarm),
+            not_before_s=issue_not_before_s(view.lookup(Revocation, identity.node_id)),
+        ),
         issuer=issuer_digest(tls_info(authority.root_pem)),
     )
     await store.update(record_issue, issued, moment(clock.now_ns()), is_renewal=True)

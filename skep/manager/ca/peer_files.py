@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from skep.linux.files import replace_file
-from skep.security.crl import revocation_list
+from skep.security.crl import listed_serials, revocation_list
 
 REVOKED_FILE = "removed.crl"
 
@@ -18,23 +18,45 @@ class PeerFiles:
     Args:
         kept: directory that outlives a reboot, for the list: the first handshakes after one come before the store.
         restart: restarts the member, which reads the roots once; returns when it serves again.
+        cut: ends the connections that other members have made to this one.
     """
 
-    def __init__(self, directory: Path, kept: Path, restart: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        kept: Path,
+        restart: Callable[[], Awaitable[None]],
+        cut: Callable[[], None] = lambda: None,
+    ) -> None:
         self.directory = directory
         self.restart = restart
+        self._cut = cut
         self._kept = kept
         self._serials: frozenset[str] | None = None
 
-    def write_revoked(self, serials: Iterable[str]) -> None:
-        """Have etcd refuse the certificates with these serial numbers from the next handshake on."""
+    def refuse(self, serials: Iterable[str]) -> None:
+        """Have etcd refuse the certificates with these serial numbers, also on connections that are open."""
         revoked = frozenset(serials)
         if revoked == self._serials:
             return
+        known = self._serials if self._serials is not None else _read_serials(self.directory / REVOKED_FILE)
+        self._write(revoked)
+        if revoked - known:
+            self._cut()
+
+    def _write(self, revoked: frozenset[str]) -> None:
         content = revocation_list(revoked)
         replace_file(self.directory / REVOKED_FILE, content, is_durable=False)
         replace_file(self._kept / REVOKED_FILE, content)
         self._serials = revoked
+
+
+def _read_serials(path: Path) -> frozenset[str]:
+    """Those that etcd has refused since its start."""
+    try:
+        return listed_serials(path.read_bytes())
+    except (OSError, ValueError):
+        return frozenset()
 
 
 def place_revoked(directory: Path, kept: Path) -> Path:

@@ -22,6 +22,7 @@ from skep.manager.ca.admission import (
 )
 from skep.manager.ca.authority import authority_of, root_bundle_of
 from skep.manager.cluster import cluster_of
+from skep.manager.revocation import issue_not_before_s
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Availability
 from skep.model.times import moment
@@ -30,6 +31,7 @@ from skep.security.expiry import proven_identity
 from skep.security.identity import Identity
 from skep.security.trust import issuer_digest, tls_info
 from skep.store.interface import Store
+from skep.store.kinds import Revocation
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
@@ -125,7 +127,12 @@ class CertificateService:
             identity=identity,
             availability=availability,
             csr_pem=csr_pem,
-            certificate_pem=authority.issue(key, identity, lifetime_of(cluster_of(view))),
+            certificate_pem=authority.issue(
+                key,
+                identity,
+                lifetime_of(cluster_of(view)),
+                not_before_s=issue_not_before_s(view.lookup(Revocation, identity.node_id)),
+            ),
             issuer=issuer_digest(tls_info(authority.root_pem)),
         )
         await self._store.update(record_issue, issued, self._now(), is_renewal=is_renewal)

@@ -17,6 +17,7 @@ from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.peers import is_my_turn
 from skep.manager.ca.standing import is_manager
 from skep.manager.follow import follow
+from skep.manager.revocation import is_taken_back
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.swarm import Swarm
@@ -34,6 +35,9 @@ log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 1.0
 """How often the node's files are looked at; most changes come with a commit, and then at once."""
+
+SETTLED_S = 3.0
+"""Between the restarts of two members: connections between them are there, and no election is under way."""
 
 WARN_EVERY_S = 24 * 3600.0
 
@@ -72,6 +76,8 @@ class Upkeep:
         self._served: KeyPair | None = None
         self._written: KeyPair | None = None
         self._peer_roots = b""
+        self._my_turn_at: float | None = None
+        """Since when this manager may restart its etcd, and waits for the others to have settled."""
         self._news = asyncio.Event()
 
     async def run(self) -> None:
@@ -100,8 +106,15 @@ class Upkeep:
         node = view.lookup(Node, revocation.id)
         if revocation.is_removed:
             self._disconnect(lambda peer: peer.node_id == revocation.id)
-        elif node is None or not is_manager(node):
-            self._disconnect(lambda peer: peer.node_id == revocation.id and _acts_as_manager(peer))
+        else:
+            is_none = node is None or not is_manager(node)
+            self._disconnect(
+                lambda peer: (
+                    peer.node_id == revocation.id
+                    and _acts_as_manager(peer)
+                    and (is_none or is_taken_back(revocation, peer.issued_s))
+                )
+            )
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -135,7 +148,7 @@ class Upkeep:
             log.info("certificate taken over", until=serving.not_after.isoformat())
         if self._peers is not None:
             serials = (serial.serial for kept in view.find(Revocation) for serial in kept.serials)
-            self._peers.write_revoked(frozenset(serials))
+            await asyncio.to_thread(self._peers.refuse, frozenset(serials))
             await self._keep_peers_up(self._peers, self._pair, swarms[0])
 
     async def _keep_peers_up(self, peers: PeerFiles, pair: KeyPair, swarm: Swarm) -> None:
@@ -151,12 +164,28 @@ class Upkeep:
         node = self._store.view().lookup(Node, self._own)
         if self._peer_roots != roots:
             if not is_my_turn(self._own, self._store.view().find(Node), root_digest(roots)):
+                self._my_turn_at = None
+                return
+            if not self._has_settled():
                 return
             log.info("restarting etcd: the roots of its peers have changed")
             await peers.restart()
             self._peer_roots = roots
+            self._my_turn_at = None
         if node is not None and node.peer_roots != root_digest(roots):
             await self._store.update(show_peer_roots, self._own, root_digest(roots))
+
+    def _has_settled(self) -> bool:
+        """Whether it has been this manager's turn for a while: the member that was restarted last is among the others.
+
+        A single manager has nobody to wait for.
+        """
+        if sum(node.manager_status is not None for node in self._store.view().find(Node)) < 2:
+            return True
+        now = self._clock.monotonic()
+        if self._my_turn_at is None:
+            self._my_turn_at = now
+        return now - self._my_turn_at >= SETTLED_S
 
     async def _warn(self) -> None:
         """Say once a day what expires soon."""

@@ -14,7 +14,8 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
-from skep.errors import SkepError, Unavailable
+from skep.errors import PermissionDenied, SkepError, Unavailable
+from skep.manager.ca.standing import require_standing
 from skep.manager.follow import follow
 from skep.manager.link.silence import LastHeard
 from skep.manager.roster import concerns_managers
@@ -25,6 +26,7 @@ from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
 from skep.wire.client import Channel
+from skep.wire.methods import Access
 from skep.wire.service import Handler, both_stream
 
 log = structlog.get_logger(__name__)
@@ -180,6 +182,18 @@ class ManagerLink:
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
         own = skep.Ping(incarnation=self._incarnation, node_id=self._own)
         async for ping in pings:
-            if self._met(caller.node_id, ping.incarnation):
+            if self._is_believed(caller) and self._met(caller.node_id, ping.incarnation):
                 self._heard.note(caller.node_id, self._time.seconds)
             yield own
+
+    def _is_believed(self, caller: Caller) -> bool:
+        """Whether it is one of the managers.  Who is not known here is told which incarnation this is, no more.
+
+        What it says could end this manager for good.
+        """
+        if caller.identity is None:
+            return False
+        try:
+            return require_standing(self._store.view(), caller.identity, Access.MANAGER)
+        except PermissionDenied:
+            return False

@@ -13,8 +13,14 @@ has acknowledged nothing for so long ends, on both sides, and etcd makes a new o
 import errno
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import structlog
 
 from skep.linux.processes import borrowed
+
+log = structlog.get_logger()
 
 SILENT_S = 5
 """As etcd means it to be; what both ends say, at least every 1.7 s, comes in between."""
@@ -36,19 +42,55 @@ class Deadlines:
         Raises: OSError: the process has ended, or this one may not have its descriptors.
         """
         done, given = set(), 0
-        process = os.pidfd_open(self._pid)
-        try:
-            for number in os.listdir(f"/proc/{self._pid}/fd"):
-                name = _socket(f"/proc/{self._pid}/fd/{number}")
-                if name is None:
-                    continue
-                if name not in self._done:
-                    given += _limit(process, int(number))
-                done.add(name)
-        finally:
-            os.close(process)
+        for name, process, number in _sockets(self._pid):
+            if name not in self._done:
+                given += _on_connection(process, number, _limit)
+            done.add(name)
         self._done = frozenset(done)
         return given
+
+
+def end_connections(pid: int, port: int) -> int:
+    """End the connections that others have made to ``port`` of a process; how many there were.
+
+    etcd looks at a certificate, and at the list of those that were taken back, when a connection begins, and never
+    again.  Those that may connect do so again at once.
+
+    Raises: OSError: as ``Deadlines.keep``.
+    """
+
+    def end(connection: socket.socket) -> bool:
+        if connection.getsockname()[1] != port:
+            return False
+        with suppress(OSError):  # it has just ended by itself
+            connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    return sum(_on_connection(process, number, end) for _, process, number in _sockets(pid))
+
+
+def end_peer_connections(pid: int | None, port: int) -> None:
+    """Have the other members of a running etcd connect anew, each with a certificate that still counts."""
+    if pid is None:
+        return
+    try:
+        ended = end_connections(pid, port)
+    except OSError as error:
+        log.error("connections of etcd not ended: restart this manager", error=str(error))
+    else:
+        log.info("connections of etcd ended: its peers show their certificates anew", connections=ended)
+
+
+def _sockets(pid: int) -> Iterator[tuple[str, int, int]]:
+    """Of each socket of a process: its name in ``/proc``, a pidfd, and its number there.  Raises: OSError."""
+    process = os.pidfd_open(pid)
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            name = _socket(f"/proc/{pid}/fd/{number}")
+            if name is not None:
+                yield name, process, int(number)
+    finally:
+        os.close(process)
 
 
 def _socket(path: str) -> str | None:
@@ -60,8 +102,8 @@ def _socket(path: str) -> str | None:
     return target if target.startswith("socket:") else None
 
 
-def _limit(process: int, descriptor: int) -> bool:
-    """Whether it is a connection of TCP that has a deadline now.  Raises: OSError."""
+def _on_connection(process: int, descriptor: int, act: Callable[[socket.socket], bool]) -> bool:
+    """What ``act`` gives, if the descriptor is a connection of TCP; else False.  Raises: OSError."""
     try:
         opened = socket.socket(fileno=borrowed(process, descriptor))
     except OSError as error:
@@ -73,8 +115,12 @@ def _limit(process: int, descriptor: int) -> bool:
             return False
         if opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return False
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _PROBES.items():
-            opened.setsockopt(socket.IPPROTO_TCP, option, value)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
-        return True
+        return act(opened)
+
+
+def _limit(connection: socket.socket) -> bool:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _PROBES.items():
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
+    return True

@@ -4,20 +4,23 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.errors import PermissionDenied
-from skep.manager.ca.admission import issued_certificate, stamp
-from skep.manager.ca.standing import require_standing
-from skep.manager.revocation import expired, forget, revoke
+from skep.errors import PermissionDenied, ResourceExhausted, Unavailable
+from skep.manager.ca.admission import SERIALS_MAX, Issued, issued_certificate, record_issue, stamp
+from skep.manager.ca.standing import UNKNOWN_MAX, UNKNOWN_S, Standing, require_standing
+from skep.manager.revocation import expired, forget, issue_not_before_s, revoke
 from skep.model.ids import ClusterId, NodeId
-from skep.model.node import Node, NodeRole
+from skep.model.node import Availability, Node, NodeRole
+from skep.model.swarm import Swarm
 from skep.model.times import SECOND_NS
-from skep.security.authority import Authority
+from skep.security.authority import BACKDATE, Authority
 from skep.security.crl import revocation_list
 from skep.security.identity import Identity
 from skep.security.keys import new_private_key
+from skep.security.trust import issuer_digest, tls_info
 from skep.store.kinds import Revocation
 from skep.store.memory import MemoryStore
 from skep.store.proposal import Proposal
@@ -104,8 +107,105 @@ async def test_a_certificate_counts_for_the_role_that_the_cluster_says(store, ro
             require_standing(store.view(), MANAGER, access)
 
 
-def test_a_manager_that_this_replica_does_not_know_yet_passes(store):
-    require_standing(store.view(), MANAGER, Access.MANAGER)
+class Times:
+    """A manager's monotonic clock, and whether it is in contact with the others."""
+
+    now = 100.0
+    is_current = True
+
+
+@pytest.fixture
+def times() -> Times:
+    return Times()
+
+
+@pytest.fixture
+def standing(store, times) -> Standing:
+    return Standing(store.view, lambda: times.is_current, lambda: times.now)
+
+
+def test_a_manager_that_is_not_known_does_nothing_that_only_managers_may(standing, times):
+    """At first it may have come in through another manager; later it was minted with a stolen root key."""
+    with pytest.raises(Unavailable, match="not known here yet"):
+        standing.require(MANAGER, Access.MANAGER)
+    times.now += UNKNOWN_S + 0.1
+    with pytest.raises(PermissionDenied, match="not part of the swarm"):
+        standing.require(MANAGER, Access.MANAGER)
+
+
+async def test_a_node_that_came_in_elsewhere_passes_for_a_few_seconds_and_then_if_it_is_known(
+    standing, times, store
+):
+    standing.require(MANAGER, Access.NODE)
+    times.now += UNKNOWN_S + 0.1
+    with pytest.raises(PermissionDenied):
+        standing.require(MANAGER, Access.NODE)
+    await store.update(lambda tx: tx.put(Node(id=NodeId("m1"))))
+    standing.require(MANAGER, Access.NODE)
+
+
+def test_a_manager_that_was_cut_off_gives_what_it_does_not_know_its_time_anew(standing, times):
+    standing.require(MANAGER, Access.NODE)
+    times.is_current = False
+    times.now += 60
+    with pytest.raises(Unavailable, match="lost contact"):
+        standing.require(MANAGER, Access.NODE)
+    times.is_current = True
+    standing.require(MANAGER, Access.NODE)
+
+
+def test_unknown_nodes_fill_no_memory(standing):
+    for number in range(UNKNOWN_MAX + 10):
+        standing.require(replace(MANAGER, node_id=NodeId(f"n{number}")), Access.NODE)
+    assert len(standing._unknown) == UNKNOWN_MAX
+
+
+async def test_certificates_from_before_a_demotion_count_for_nothing_after_the_next_promotion(store):
+    """Whichever they are: by node and time, not by serial numbers that were remembered."""
+    demoted_s = NOW_NS // SECOND_NS
+    certificate = issued_certificate(NodeRole.MANAGER, a_certificate(NodeRole.MANAGER), NOW)
+    node = Node(id=NodeId("m1"), certificate=certificate)
+    await store.update(lambda tx: revoke(tx, node, NOW_NS, is_removed=False))
+    await store.update(lambda tx: tx.put(node))  # it is a manager again
+    for issued_s in (demoted_s - 3600, demoted_s):
+        with pytest.raises(PermissionDenied, match="taken back"):
+            require_standing(store.view(), replace(MANAGER, issued_s=issued_s), Access.MANAGER)
+    earliest_s = issue_not_before_s(store.view().lookup(Revocation, "m1"))
+    assert require_standing(store.view(), replace(MANAGER, issued_s=earliest_s), Access.MANAGER)
+
+
+def test_an_issuer_whose_clock_is_behind_issues_nothing_that_is_taken_back_already():
+    ahead_s = NOW_NS // SECOND_NS + 600
+    chain = ROOT.issue(new_private_key().public_key(), MANAGER, not_before_s=ahead_s)
+    certificate = x509.load_pem_x509_certificate(chain)
+    assert int((certificate.not_valid_before_utc + BACKDATE).timestamp()) == ahead_s
+
+
+async def test_no_certificate_as_a_manager_is_ever_forgotten_before_it_expires(store):
+    """However often a manager renews: what is not on etcd's list is taken there."""
+    swarm = Swarm(id=ClusterId("c"), tls_info=tls_info(ROOT.root_pem))
+    await store.update(lambda tx: tx.put(swarm))
+    certificates = [a_certificate(NodeRole.MANAGER, 1) for _ in range(2)]
+    held = issued_certificate(NodeRole.MANAGER, certificates[0], NOW)
+    many = replace(held, serials=held.serials * (SERIALS_MAX - 1))
+    await store.update(lambda tx: tx.put(Node(id=NodeId("m1"), certificate=many)))
+
+    def issued() -> Issued:
+        return Issued(
+            identity=MANAGER,
+            availability=Availability.ACTIVE,
+            csr_pem=b"",
+            certificate_pem=certificates[1].public_bytes(Encoding.PEM),
+            issuer=issuer_digest(swarm.tls_info),
+        )
+
+    await store.update(record_issue, issued(), NOW, is_renewal=True)
+    with pytest.raises(ResourceExhausted, match="have not expired"):
+        await store.update(record_issue, issued(), NOW, is_renewal=True)
+    node = store.view().get(Node, NodeId("m1"))
+    assert len(node.certificate.serials) == SERIALS_MAX
+    assert node.certificate.serials[0] == held.serials[0]
+    await store.update(record_issue, issued(), NOW + timedelta(days=2), is_renewal=True)
 
 
 async def test_a_removal_that_cannot_be_read_counts(store):

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from skep.store.etcd.deadlines import SILENT_S, Deadlines
+from skep.store.etcd.deadlines import SILENT_S, Deadlines, end_connections
 
 
 def timeout_ms(one: socket.socket) -> int:
@@ -41,3 +41,21 @@ def test_a_process_that_has_ended_has_no_connections() -> None:
     os.waitpid(child, 0)
     with pytest.raises(ProcessLookupError):
         Deadlines(child).keep()
+
+
+def test_connections_that_others_have_made_end_and_no_others() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as other:
+        port = listener.getsockname()[1]
+        with (
+            socket.create_connection(listener.getsockname()) as near,
+            listener.accept()[0] as far,
+            socket.create_connection(other.getsockname()) as stays,
+            other.accept()[0] as answering,
+        ):
+            assert end_connections(os.getpid(), port) == 1
+            assert near.recv(1) == far.recv(1) == b""
+            stays.sendall(b"x")
+            assert answering.recv(1) == b"x"
+        with socket.create_connection(listener.getsockname()) as again, listener.accept()[0] as taken:
+            again.sendall(b"x")
+            assert taken.recv(1) == b"x"
