@@ -49,6 +49,7 @@ from skep.node.assembly import Node, Surroundings
 from skep.node.conditions import Conditions
 from skep.node.features import Features, detect
 from skep.node.founding import NewCluster
+from skep.node.isolation import check_isolation
 from skep.node.last_heard import LastHeardFile
 from skep.node.local import LocalNode
 from skep.node.machine import this_machine
@@ -196,6 +197,10 @@ class Daemon:
             )
             async with asyncio.TaskGroup() as group:
                 running = group.create_task(node.run(self._ready), name="node")
+                if self._configuration.executor == "oci":
+                    group.create_task(
+                        asyncio.to_thread(check_isolation, self._configuration.runc, self._conditions)
+                    )
                 reloading = group.create_task(self._reload_on(hangup, node), name="reload")
                 await stop.wait()
                 log.info("stopping")

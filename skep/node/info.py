@@ -16,6 +16,7 @@ from skep.configuration.configuration import Configuration
 from skep.model.times import Timestamp
 from skep.node.features import Features
 from skep.node.machine import Machine
+from skep.node.oci import apparmor
 
 API_VERSION_MIN = "1.24"
 _INDEX = "https://index.docker.io/v1/"
@@ -149,7 +150,10 @@ def info(
         "ContainerdCommit": nothing,
         "RuncCommit": runc,
         "InitCommit": nothing,
-        "SecurityOptions": ["name=seccomp,profile=default"] if features.has("seccomp") else [],
+        "SecurityOptions": [
+            *(["name=apparmor"] if apparmor.is_supported() else []),
+            *(["name=seccomp,profile=default"] if features.has("seccomp") else []),
+        ],
         "Warnings": list(warnings) or None,
     }
 

@@ -56,7 +56,7 @@ def check(data_dir: Path, tools: Mapping[Tool, str], find_etcd: Callable[[], Ver
     versions: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=len(tools) + 1) as pool:
         etcd = pool.submit(find_etcd)
-        outputs = pool.map(_version_output, tools.values())
+        outputs = pool.map(version_output, tools.values())
         for tool, output in zip(tools, outputs, strict=True):
             problem = tool_problem(tool, tools[tool], output)
             if problem:
@@ -114,7 +114,8 @@ def _data_dir_problems(data_dir: Path) -> Iterator[str]:
         )
 
 
-def _version_output(program: str | None) -> str | None:
+def version_output(program: str | None) -> str | None:
+    """What it says about its version; None: it cannot be run.  Blocks."""
     path = shutil.which(program) if program else None
     if path is None:
         return None

@@ -36,10 +36,11 @@ from skep.node.network.paths.place import ProbePlace
 from skep.node.network.paths.port_checks import PortChecks
 from skep.node.network.paths.prober import PathProber
 from skep.node.network.ports import OwnReservations, PortReservations
-from skep.node.oci import capabilities, seccomp
+from skep.node.oci import apparmor, capabilities, seccomp
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
 from skep.node.oci.containers import Containers
+from skep.node.oci.machine_paths import is_in_user_namespace, thermal_throttles
 from skep.node.oci.runtime import Runtime
 from skep.node.oci.spec import Capacity
 from skep.paths import Paths
@@ -237,4 +238,8 @@ def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
         is_cgroup_v2=cgroups.is_v2,
         init_binary=programs.init,
         has_x32=seccomp.runs_x32(),
+        has_apparmor=apparmor.is_supported(),
+        apparmor_problem=apparmor.problem(),
+        masked_paths=thermal_throttles(),
+        has_keyrings=not is_in_user_namespace(),
     )

@@ -128,6 +128,7 @@ def config(
         capability_add=spec.capability_add,
         capability_drop=spec.capability_drop,
         seccomp=_seccomp(privileges),
+        apparmor=_apparmor(privileges),
         no_new_privileges=privileges.no_new_privileges,
         oom_score_adj=spec.oom_score_adj,
         hosts=spec.hosts,
@@ -260,6 +261,11 @@ def _tmpfs_options(options: TmpfsOptions) -> tuple[str, ...]:
         opposite = word.removeprefix("no") if word.startswith("no") else f"no{word}"
         chosen = [one for one in chosen if one not in (word, opposite)] + [word]
     return tuple(chosen)
+
+
+def _apparmor(privileges: Privileges) -> str:
+    is_off = privileges.app_armor is not None and privileges.app_armor.mode == "disabled"
+    return "unconfined" if is_off else "default"
 
 
 def _seccomp(privileges: Privileges) -> str:

@@ -149,6 +149,8 @@ class ContainerConfig(msgspec.Struct, frozen=True, kw_only=True):
     capability_drop: tuple[str, ...] = ()
     seccomp: str = "default"
     """``default``, ``unconfined``, or a profile in Docker's JSON."""
+    apparmor: str = "default"
+    """``default``, ``unconfined``, or a profile that the kernel knows; means nothing where there is no AppArmor."""
     no_new_privileges: bool = False
     oom_score_adj: int = 0
     hosts: tuple[str, ...] = ()

@@ -24,6 +24,8 @@ from skep.node.oci.runtime import Runtime
 
 log = structlog.get_logger()
 
+STARTS_MAX = 8
+"""Execs of all containers that are started at the same moment: each takes a conmon, a runc and a runc init."""
 EXECS_MAX = 1000
 """Per container, ended ones included; the oldest ended ones are forgotten first."""
 
@@ -48,6 +50,7 @@ class Execs:
         self._spawn = spawn
         self._execs: dict[str, Exec] = {}
         self._ended: dict[str, asyncio.Event] = {}
+        self._starting = asyncio.Semaphore(STARTS_MAX)
 
     def create(self, word: str, wish: ExecConfig) -> str:
         """A new exec, not started yet; gives its id (64 hexadecimal characters).
@@ -87,10 +90,11 @@ class Execs:
         self._execs[exec_id] = msgspec.structs.replace(exec, running=True)
         self._publish("exec_start", container, exec)
         try:
-            path = await asyncio.to_thread(self._bundles.prepare_exec, container, exec_id, exec.config)
-            started = await self._runtime.exec(
-                container, exec_id, path, terminal=exec.config.tty, stdin=exec.config.attach_stdin
-            )
+            async with self._starting:
+                path = await asyncio.to_thread(self._bundles.prepare_exec, container, exec_id, exec.config)
+                started = await self._runtime.exec(
+                    container, exec_id, path, terminal=exec.config.tty, stdin=exec.config.attach_stdin
+                )
         except BaseException as error:
             self._finish(exec_id, error.exit_code if isinstance(error, StartError) else 126)
             raise

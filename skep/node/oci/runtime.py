@@ -279,7 +279,9 @@ class Runtime:
             "--exit-dir",
             str(exits),
         ]
-        arguments += ["--full-attach", "--no-sync-log", "--no-new-keyring", "--log-level", "error"]
+        arguments += ["--full-attach", "--no-sync-log", "--log-level", "error"]
+        if not self._capacity.has_keyrings:
+            arguments.append("--no-new-keyring")
         arguments += ["--runtime-arg", "--root", "--runtime-arg", str(self._root)]
         if terminal:
             arguments.append("-t")

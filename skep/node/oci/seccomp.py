@@ -1,7 +1,7 @@
-"""The default seccomp profile, in the form runc takes, for a set of capabilities.
+"""Seccomp profiles in the form runc takes, for a set of capabilities.
 
-The distribution ships Docker's profile (Debian: golang-github-containers-common) with conditions: which
-capabilities, architectures and kernels a rule is for.  ``for_runtime`` evaluates them.
+A profile in Docker's JSON has conditions: which capabilities, architectures and kernels a rule is for.
+``for_runtime`` evaluates them; the default one is ``seccomp_default``'s.
 
 Each architecture of the profile costs every start: runc builds the filter anew each time, 5 to 8 ms of processor
 time per architecture.  So the default profile leaves out x32, a second way to number the calls of x86_64, where the
@@ -15,14 +15,12 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from skep.errors import InvalidArgument, Unavailable
-
-PROFILE = Path("/usr/share/containers/seccomp.json")
+from skep.errors import InvalidArgument
+from skep.node.oci import seccomp_default
 
 _ARCHITECTURES = {
     "x86_64": ("amd64", "SCMP_ARCH_X86_64"),
@@ -62,19 +60,11 @@ def runs_x32() -> bool:
 
 @cache
 def default(capabilities: frozenset[str], *, has_x32: bool = True) -> msgspec.Raw:
-    """``linux.seccomp`` with the distribution's profile, encoded.  ``has_x32``: the kernel may run x32 calls.
+    """``linux.seccomp`` with the default profile, encoded.  ``has_x32``: the kernel may run x32 calls.
 
     Encoded because it is by far the largest part of a specification and the same for nearly every container.
-    Raises: Unavailable: the profile is not installed.
     """
-    try:
-        text = PROFILE.read_bytes()
-    except OSError as error:
-        raise Unavailable(
-            f"cannot read the seccomp profile {PROFILE}: {error.strerror};"
-            " install golang-github-containers-common"
-        ) from error
-    return custom(text, capabilities, has_x32=has_x32)
+    return _here(seccomp_default.profile(), capabilities, has_x32=has_x32)
 
 
 def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = True) -> msgspec.Raw:
@@ -83,15 +73,16 @@ def custom(profile: bytes, capabilities: Collection[str], *, has_x32: bool = Tru
     Raises: InvalidArgument: it is none.
     """
     try:
-        decoded = msgspec.json.decode(profile)
-        rules = for_runtime(
-            decoded,
-            frozenset(capabilities),
-            machine=platform.machine(),
-            kernel=_kernel_version(platform.release()),
-        )
+        return _here(msgspec.json.decode(profile), frozenset(capabilities), has_x32=has_x32)
     except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidArgument(f"Decoding seccomp profile failed: {error}") from error
+
+
+def _here(profile: Mapping[str, Any], capabilities: frozenset[str], *, has_x32: bool) -> msgspec.Raw:
+    """For this machine and kernel."""
+    rules = for_runtime(
+        profile, capabilities, machine=platform.machine(), kernel=_kernel_version(platform.release())
+    )
     if not has_x32:
         rules["architectures"] = [name for name in rules["architectures"] if name != _X32]
     return msgspec.Raw(msgspec.json.encode(rules))

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from skep.errors import InvalidArgument
-from skep.node.oci import capabilities, seccomp
+from skep.errors import FailedPrecondition, InvalidArgument
+from skep.node.oci import apparmor, capabilities, seccomp
 from skep.node.oci.container import Container, ContainerConfig, ExecConfig, MountPoint
 from skep.node.oci.plain import NetworkMode
 from skep.node.oci.users import Identity
@@ -21,15 +21,11 @@ INIT_PATH = "/sbin/docker-init"
 CPU_PERIOD_US = 100_000
 
 _MASKED_PATHS = (
-    *("/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list"),
-    *(
-        "/proc/timer_stats",
-        "/proc/sched_debug",
-        "/proc/scsi",
-        "/sys/firmware",
-        "/sys/devices/virtual/powercap",
-    ),
+    *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
+    *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats"),
+    *("/sys/devices/virtual/powercap", "/sys/firmware"),
 )
+"""What tells of the machine, or lets one container measure what another does."""
 _READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _DEFAULT_SYSCTLS = {
     # A process needs no capability to use a low port or to ping, in a network namespace of its own.
@@ -48,7 +44,13 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     has_swap_accounting: bool
     may_lower_oom_score: bool = True
     is_cgroup_v2: bool = False
-    apparmor_profile: str = ""
+    has_apparmor: bool = False
+    apparmor_problem: str = ""
+    """Why there is no default profile where there should be; empty: there is, or the machine has no AppArmor."""
+    masked_paths: tuple[str, ...] = ()
+    """Of this machine, beside those that are masked everywhere."""
+    has_keyrings: bool = True
+    """Whether each container gets a session keyring of its own."""
     init_binary: str = ""
     """A static init on the node, empty when there is none."""
     has_x32: bool = True
@@ -74,7 +76,7 @@ def build(
     """The specification of ``container``.
 
     ``files``: mounts that the node makes itself (/etc/hosts and its like), placed before the user's.
-    Raises: InvalidArgument: the wish cannot work on any node.
+    Raises: InvalidArgument: the wish cannot work on any node; FailedPrecondition: this one cannot confine it.
     """
     config = container.config
     warnings: list[str] = []
@@ -186,9 +188,19 @@ def _process(
             warnings.append("this node may not lower the OOM score")
         else:
             process["oomScoreAdj"] = config.oom_score_adj
-    if capacity.apparmor_profile:
-        process["apparmorProfile"] = capacity.apparmor_profile
+    if config.apparmor not in ("default", apparmor.UNCONFINED) and not capacity.has_apparmor:
+        raise FailedPrecondition(f"AppArmor is not enabled on this machine: no profile {config.apparmor}")
+    if capacity.has_apparmor:
+        process["apparmorProfile"] = _apparmor(config, capacity)
     return process
+
+
+def _apparmor(config: ContainerConfig, capacity: Capacity) -> str:
+    if config.apparmor != "default":
+        return config.apparmor
+    if capacity.apparmor_problem:
+        raise FailedPrecondition(capacity.apparmor_problem)
+    return apparmor.DEFAULT_PROFILE
 
 
 def _environment(config: ContainerConfig) -> list[str]:
@@ -230,7 +242,7 @@ def _linux(container: Container, capacity: Capacity, cgroup: str, warnings: list
         "cgroupsPath": cgroup,
         # runc adds the devices every container may use.
         "resources": {"devices": [{"allow": False, "access": "rwm"}]} | resources(config, capacity, warnings),
-        "maskedPaths": _MASKED_PATHS,
+        "maskedPaths": [*_MASKED_PATHS, *capacity.masked_paths],
         "readonlyPaths": _READONLY_PATHS,
         "sysctl": ({} if is_on_host else _DEFAULT_SYSCTLS) | dict(config.sysctls),
     }

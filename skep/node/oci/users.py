@@ -1,7 +1,7 @@
 """Who a process in a container is: ``user[:group]`` looked up in the image's own passwd and group files.
 
-Source: moby, daemon/oci_linux.go (getUser), and runc, libcontainer/user (GetExecUser): numbers need no entry,
-names do; a user without a group takes the group of its entry, or 0.
+Source: moby, daemon/oci_linux.go (getUser), and moby/sys, user (GetExecUser): numbers need no entry, names do; a user
+without a group takes the group of its entry, or 0.  Entries with numbers that are none or too large are passed over.
 """
 
 import os
@@ -42,7 +42,8 @@ def resolve(user: str, extra_groups: Iterable[str], passwd: str, group: str) -> 
     uid = _number(wanted_user)
     gid, home, name = 0, "/", None
     for entry in _entries(passwd, 7):
-        if entry[0] == wanted_user or (uid is not None and _number(entry[2]) == uid):
+        # A number is always an id, or an image could have 1000 mean root.
+        if entry[0] == wanted_user if uid is None else _id_of(entry[2]) == uid:
             name, uid, gid, home = entry[0], _number(entry[2]) or 0, _number(entry[3]) or 0, entry[5] or "/"
             break
     if uid is None:
@@ -55,28 +56,37 @@ def resolve(user: str, extra_groups: Iterable[str], passwd: str, group: str) -> 
         supplementary = [
             number
             for entry in groups
-            if name is not None and name in entry[3].split(",") and (number := _number(entry[2])) is not None
+            if name is not None and name in entry[3].split(",") and (number := _id_of(entry[2])) is not None
         ]
     supplementary += [_group_id(one, groups) for one in extra_groups]
     return Identity(uid, gid, tuple(dict.fromkeys(number for number in supplementary if number != gid)), home)
 
 
 def _group_id(wanted: str, groups: list[list[str]]) -> int:
+    number = _number(wanted)
+    if number is not None:
+        return number
     for entry in groups:
         if entry[0] == wanted and (number := _number(entry[2])) is not None:
             return number
-    number = _number(wanted)
-    if number is None:
-        raise InvalidArgument(f"unable to find group {wanted}: no matching entries in group file")
-    return number
+    raise InvalidArgument(f"unable to find group {wanted}: no matching entries in group file")
+
+
+def _id_of(word: str) -> int | None:
+    """The id of an entry; None: it has none that can be one."""
+    try:
+        return _number(word)
+    except InvalidArgument:
+        return None
 
 
 def _number(word: str) -> int | None:
     """A user or group id; None for a name.  Raises: InvalidArgument: a number out of range."""
     if not (word.isascii() and word.isdigit()):
         return None
-    number = int(word)
-    if number > _ID_MAX:
+    # Python converts thousands of digits slowly, and more than 4,300 not at all.
+    digits = word.lstrip("0") or "0"
+    if len(digits) > len(str(_ID_MAX)) or (number := int(digits)) > _ID_MAX:
         raise InvalidArgument(f"uids and gids must be in range 0-{_ID_MAX}")
     return number
 

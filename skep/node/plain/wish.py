@@ -6,6 +6,7 @@ docker command for what it sends.
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unimplemented
 from skep.model.addresses import parsed
@@ -21,7 +22,7 @@ from skep.model.service import PublishMode
 from skep.model.times import SECOND_NS
 from skep.node.executor import wish as executor_wish
 from skep.node.executor.interface import Rejected
-from skep.node.oci import health
+from skep.node.oci import apparmor, health
 from skep.node.oci.container import ContainerConfig, NodePort
 from skep.node.oci.images.image import ContainerDefaults
 from skep.node.oci.plain import NetworkMode, NetworkWish, Plain, RestartWish
@@ -144,7 +145,7 @@ def config_of(
         )
     except Rejected as error:
         raise InvalidArgument(str(error)) from error
-    seccomp, no_new_privileges = _security(host.security_opt)
+    security = _security(host.security_opt)
     stop_s = body.stop_timeout if body.stop_timeout is not None else image.stop_timeout
     is_on_host = host.network_mode == "host"
     exposed = {*(image.exposed_ports or {}), *body.exposed_ports, *host.port_bindings}
@@ -174,8 +175,9 @@ def config_of(
         sysctls=host.sysctls,
         capability_add=host.cap_add,
         capability_drop=host.cap_drop,
-        seccomp=seccomp,
-        no_new_privileges=no_new_privileges,
+        seccomp=security.seccomp,
+        apparmor=security.apparmor,
+        no_new_privileges=security.no_new_privileges,
         oom_score_adj=host.oom_score_adj,
         hosts=tuple(_host_line(text, gateway) for text in host.extra_hosts),
         nameservers=host.dns,
@@ -207,27 +209,36 @@ def _invocation(body: CreateBody, image: ContainerDefaults) -> tuple[tuple[str, 
     return executor_wish.invocation(ContainerSpec(command=body.entrypoint or (), args=body.cmd), image)
 
 
-def _security(options: Sequence[str]) -> tuple[str, bool]:
-    """Seccomp profile, and whether processes may gain privileges no more."""
-    seccomp, is_set = "default", False
+class _Security(NamedTuple):
+    """What ``--security-opt`` says."""
+
+    seccomp: str = "default"
+    apparmor: str = "default"
+    no_new_privileges: bool = False
+
+
+def _security(options: Sequence[str]) -> _Security:
+    found = _Security()
     for option in options:
         name, _, value = (
             option.replace(":", "=", 1).partition("=") if "=" not in option else option.partition("=")
         )
         match name, value:
             case "no-new-privileges", "" | "true":
-                is_set = True
+                found = found._replace(no_new_privileges=True)
             case "no-new-privileges", "false":
-                is_set = False
+                found = found._replace(no_new_privileges=False)
             case "seccomp", "" | "builtin":
-                seccomp = "default"
+                found = found._replace(seccomp="default")
             case "seccomp", _:
-                seccomp = value
-            case ("apparmor", "unconfined") | ("label", "disable"):
-                pass  # neither confines a container here
+                found = found._replace(seccomp=value)
+            case "apparmor", _ if value:
+                found = found._replace(apparmor="default" if value == apparmor.DEFAULT_PROFILE else value)
+            case "label", "disable":
+                pass  # it confines no container here
             case _:
                 raise refused(f"--security-opt {name}")
-    return seccomp, is_set
+    return found
 
 
 def _nano_cpus(host: HostBody) -> int:

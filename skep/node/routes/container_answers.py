@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skep.model.times import ZERO_TIME, unix_ns
+from skep.node.oci import apparmor
 from skep.node.oci.bundle import Bundles
-from skep.node.oci.container import Container, ContainerState, MountPoint
+from skep.node.oci.container import Container, ContainerConfig, ContainerState, MountPoint
 from skep.node.oci.health import HealthStatus
 from skep.node.oci.images.store import ImageStore
 from skep.node.routes.ages import age
@@ -103,7 +104,7 @@ def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -
         "Platform": "linux",
         "MountLabel": "",
         "ProcessLabel": "",
-        "AppArmorProfile": "",
+        "AppArmorProfile": _apparmor_profile(config),
         "ExecIDs": list(exec_ids) or None,
         "HostConfig": _host_config(container),
         "GraphDriver": {
@@ -119,6 +120,13 @@ def inspected(container: Container, bundles: Bundles, exec_ids: Sequence[str]) -
         "Config": _config(container),
         "NetworkSettings": network_settings(container),
     }
+
+
+def _apparmor_profile(config: ContainerConfig) -> str:
+    """Empty where the machine has no AppArmor, as in Docker."""
+    if not apparmor.is_supported():
+        return ""
+    return apparmor.DEFAULT_PROFILE if config.apparmor == "default" else config.apparmor
 
 
 def summary(container: Container, images: ImageStore, now_ns: int) -> dict[str, Any]:
@@ -245,6 +253,7 @@ def _host_config(container: Container) -> dict[str, Any]:
     config = container.config
     security = ["no-new-privileges"] if config.no_new_privileges else []
     security += [f"seccomp={config.seccomp}"] if config.seccomp != "default" else []
+    security += [f"apparmor={config.apparmor}"] if config.apparmor != "default" else []
     mounts = [_mount_wish(mount) for mount in config.mounts if not mount.internal]
     return {
         **_HOST_DEFAULTS,

@@ -21,7 +21,7 @@ def fields(status: str) -> dict[str, str]:
     return {name: rest.strip() for name, _, rest in (line.partition(":") for line in status.splitlines())}
 
 
-async def test_capabilities_and_seccomp_are_dockers(run: Runner) -> None:
+async def test_capabilities_are_dockers_and_a_filter_is_on(run: Runner) -> None:
     status = fields(await run.output("cat", "/proc/self/status"))
     for name in ("CapBnd", "CapEff", "CapPrm"):
         assert int(status[name], 16) == DOCKERS_CAPABILITIES

@@ -19,9 +19,9 @@ X86_64, X86 = 0xC000003E, 0x40000003
 X32_BIT = 0x40000000
 KILL, ERRNO, ALLOW = 0x00000000, 0x00050000, 0x7FFF0000
 CALLS = range(600)
-ARGUMENTS = (0, 8, 0x20000, 0x20008, 0xFFFFFFFF, 0x7E020000, 40)
+ARGUMENTS = (0, 8, 0x20000, 0x20008, 0xFFFFFFFF, 0x7E020000, 37, 38, 39, 40, 41)
 """First arguments that rules of the profile look at (personality, clone, socket), and others."""
-_COMPARED = {"SCMP_CMP_NE": 1, "SCMP_CMP_EQ": 4, "SCMP_CMP_MASKED_EQ": 7}
+_COMPARED = {"SCMP_CMP_LT": 2, "SCMP_CMP_EQ": 4, "SCMP_CMP_GT": 6, "SCMP_CMP_MASKED_EQ": 7}
 
 
 class _Comparison(ctypes.Structure):

@@ -146,7 +146,9 @@ def test_a_profile_that_is_none_is_an_invalid_argument(profile: bytes) -> None:
         ("alice:", Identity(1000, 1001, (50,), "/home/alice")),
         ("4321", Identity(4321, 0, (), "/")),
         ("4321:99", Identity(4321, 99, (), "/")),
-        ("1234", Identity(7, 8, (), "/")),
+        ("1234", Identity(1234, 0, (), "/")),  # a number is no name
+        ("0000", Identity(0, 0, (), "/root")),
+        ("alice:1234", Identity(1000, 1234, (), "/home/alice")),
     ],
 )
 def test_users_are_looked_up_as_docker_does(user: str, expected: Identity) -> None:
@@ -157,6 +159,23 @@ def test_users_are_looked_up_as_docker_does(user: str, expected: Identity) -> No
 def test_an_unknown_user_or_group_is_an_invalid_argument(user: str) -> None:
     with pytest.raises(InvalidArgument):
         resolve(user, (), PASSWD, GROUP)
+
+
+@pytest.mark.parametrize("number", ["99999999999", "9" * 5000, "-1", "0x10", ""])
+def test_an_entry_with_an_absurd_number_is_passed_over(number: str) -> None:
+    passwd, group = f"x:x:{number}:0::/:\n{PASSWD}", f"g:x:{number}:root,alice\n{GROUP}"
+    assert resolve("alice", (), passwd, group) == resolve("alice", (), PASSWD, GROUP)
+    assert resolve("1000", (), passwd, group) == resolve("1000", (), PASSWD, GROUP)
+    assert resolve("", ("video",), passwd, group).groups == (44,)
+
+
+@pytest.mark.parametrize("number", ["99999999999", "9" * 5000])
+def test_a_user_whose_own_number_is_absurd_is_refused_and_not_root(number: str) -> None:
+    for entry in (f"x:x:{number}:0::/:", f"x:x:1:{number}::/:"):
+        with pytest.raises(InvalidArgument, match="must be in range"):
+            resolve("x", (), entry, GROUP)
+    with pytest.raises(InvalidArgument, match="must be in range"):
+        resolve("alice:x", (), PASSWD, f"x:x:{number}:")
 
 
 def test_further_groups_are_added() -> None:

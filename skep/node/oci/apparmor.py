@@ -1,0 +1,150 @@
+"""AppArmor: Docker's ``docker-default``, where the machine has AppArmor.
+
+The profile confines what a container's processes may write below /proc and /sys and whom they may signal or trace, and
+keeps them from mounting, also where a capability would let them.  It is loaded once and lives in the kernel; a profile
+of that name that is there already (a Docker Engine's) says the same and stays.
+
+Source: moby/profiles, apparmor (template.go, apparmor.go); containerd, pkg/apparmor (HostSupports).
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from skep.errors import FailedPrecondition
+
+DEFAULT_PROFILE: Final = "docker-default"
+UNCONFINED: Final = "unconfined"
+
+_ENABLED = Path("/sys/module/apparmor/parameters/enabled")
+_KERNEL = Path("/sys/kernel/security/apparmor")
+_OWN = Path("/proc/self/attr/current")
+_INCLUDED = Path("/etc/apparmor.d")
+_TIMEOUT_S = 30.0
+
+_RULES = """\
+  network,
+  deny network alg,
+  capability,
+  file,
+  umount,
+
+  # Signals come from the machine, from whoever stops the container, and from within it.
+  signal (receive) peer=unconfined,
+  signal (receive) peer=runc,
+  signal (receive) peer=crun,
+  signal (receive) peer="{daemon}",
+  signal (send,receive) peer="{name}",
+  ptrace (trace,tracedby,read,readby) peer="{name}",
+
+  # Of /proc its own processes' directories and /proc/sys/kernel/shm* may be written.
+  deny @{{PROC}}/* w,
+  deny @{{PROC}}/{{[^1-9/],[^1-9/][^0-9/],[^1-9s/][^0-9y/][^0-9s/],[^1-9/][^0-9/][^0-9/][^0-9/]*}}/** w,
+  deny @{{PROC}}/sys/[^k]** w,
+  deny @{{PROC}}/sys/kernel/{{?,??,[^s][^h][^m]**}} w,
+  deny @{{PROC}}/{{kcore,sysrq-trigger}} rwklx,
+
+  deny mount,
+
+  # Of /sys nothing but /sys/fs/cgroup may be changed, and some of it not be read.
+  deny /sys/[^f]*/** wklx,
+  deny /sys/f[^s]*/** wklx,
+  deny /sys/fs/[^c]*/** wklx,
+  deny /sys/fs/c[^g]*/** wklx,
+  deny /sys/fs/cg[^r]*/** wklx,
+  deny /sys/{{firmware,devices/virtual/powercap,kernel/security}}/** rwklx,
+"""
+
+
+@cache
+def is_supported() -> bool:
+    """Whether the machine confines by AppArmor, as Docker finds out: also, whether a profile can be loaded."""
+    inside = os.environ.get("container")  # noqa: SIM112  # as systemd spells it
+    if inside or shutil.which("apparmor_parser") is None or not _KERNEL.is_dir():
+        return False
+    try:
+        return _ENABLED.read_text().startswith("Y")
+    except OSError:
+        return False
+
+
+def profile_text(
+    name: str, daemon: str = UNCONFINED, *, is_included: Callable[[str], bool] = lambda _: False
+) -> str:
+    """The profile ``name``.
+
+    ``daemon``: the profile that this process runs under; ``is_included``: whether /etc/apparmor.d has a file.
+    """
+    # "network" of a later ABI does not include unix sockets.
+    head = ["abi <abi/3.0>,"] if is_included("abi/3.0") else []
+    head += ["#include <tunables/global>" if is_included("tunables/global") else "@{PROC}=/proc/"]
+    body = ["  #include <abstractions/base>"] if is_included("abstractions/base") else []
+    rules = _RULES.format(name=name, daemon=daemon)
+    return "\n".join(
+        [*head, f'profile "{name}" flags=(attach_disconnected,mediate_deleted) {{', *body, rules + "}\n"]
+    )
+
+
+def load_default() -> None:
+    """Have the kernel know ``DEFAULT_PROFILE``.  Blocks.  Raises: FailedPrecondition: it is refused."""
+    if is_loaded(_profiles(), DEFAULT_PROFILE):
+        return
+    text = profile_text(DEFAULT_PROFILE, own_profile(), is_included=lambda one: (_INCLUDED / one).exists())
+    try:
+        # -K: it writes no cache, which may be on a file system that is read-only.
+        subprocess.run(
+            ("apparmor_parser", "-Kr"),
+            input=text,
+            text=True,
+            capture_output=True,
+            check=True,
+            timeout=_TIMEOUT_S,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        raise FailedPrecondition(
+            f"AppArmor enabled on system but the {DEFAULT_PROFILE} profile could not be loaded: {said.strip()}"
+        ) from error
+
+
+@cache
+def problem() -> str:
+    """Why containers cannot be given the default profile, found out once; empty: they can, or there is no AppArmor."""
+    if not is_supported():
+        return ""
+    try:
+        load_default()
+    except FailedPrecondition as error:
+        return str(error)
+    return ""
+
+
+def is_loaded(profiles: str, name: str) -> bool:
+    """Whether the kernel's list of ``profiles`` has ``name``: a line is ``docker-default (enforce)``."""
+    return any(label_of(line) == name for line in profiles.splitlines())
+
+
+def own_profile() -> str:
+    """The profile of this process."""
+    try:
+        return label_of(_OWN.read_text()) or UNCONFINED
+    except OSError:
+        return UNCONFINED
+
+
+def label_of(context: str) -> str:
+    """``a b (enforce)`` -> ``a b``; ``unconfined`` has no mode.  A kernel without AppArmor may say nothing."""
+    text = context.strip("\n\0")
+    name, mode, _ = text.rpartition(" (")
+    return name if mode and text.endswith(")") else text
+
+
+def _profiles() -> str:
+    try:
+        return (_KERNEL / "profiles").read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,86 @@
+"""Whether this node's runc has a known way out of a container.  A distribution mends its package without a new version.
+
+Sources: the advisories of opencontainers/runc; what the package has mended is named in its Debian changelog, or follows
+from its own version, which Debian's runc prints (``commit: 1.1.5+ds1-1+deb12u1``).
+"""
+
+import gzip
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+Version = tuple[int, int, int]
+
+_CHANGELOGS = ("runc/changelog*", "runc-*/changelog*")
+_CHANGELOG_BYTES_MAX = 4 << 20
+
+
+class Flaw(NamedTuple):
+    """``mended``: the first version of each series without it, the oldest series first."""
+
+    name: str
+    mended: tuple[Version, ...]
+    packages: str = "(?!)"
+    """Pattern of package versions that are known to be mended."""
+
+
+_SERIES_OF_2025 = ((1, 2, 8), (1, 3, 3), (1, 4, 0))
+FLAWS: Final = (
+    Flaw("CVE-2024-21626", ((1, 1, 12),), r"1\.1\.5\+ds1-1\+deb12u\d"),
+    Flaw("CVE-2025-31133", _SERIES_OF_2025),
+    Flaw("CVE-2025-52565", _SERIES_OF_2025),
+    Flaw("CVE-2025-52881", _SERIES_OF_2025),
+)
+
+
+def flaws_of(output: str, changelog: str = "") -> list[str]:
+    """Names of the ways out that the runc has which said ``output`` of its version.
+
+    ``changelog``: of its package; empty: it is none, or unknown.
+    """
+    found = re.search(r"\bversion v?(\d+)\.(\d+)\.(\d+)(-rc\S*)?", output)
+    if found is None:
+        return []
+    version: Version = (int(found[1]), int(found[2]), int(found[3]))
+    return [
+        flaw.name
+        for flaw in FLAWS
+        if (_precedes(version, flaw.mended) or (found[4] and version in flaw.mended))
+        and flaw.name not in changelog
+        and not re.search(flaw.packages, output)
+    ]
+
+
+def warning(output: str, changelog: str) -> str:
+    """A sentence for ``docker info``; empty: nothing is known against this runc."""
+    names = flaws_of(output, changelog)
+    if not names:
+        return ""
+    version = output.splitlines()[0].removeprefix("runc version ")
+    return (
+        f"runc {version} has known ways out of a container ({', '.join(names)}): upgrade it, or name another one "
+        "with --runc"
+    )
+
+
+def changelog_of(runc: Path, documents: Path = Path("/usr/share/doc")) -> str:
+    """The changelog of runc's package; empty: ``runc`` is of no package, or it has none here.  Blocks."""
+    if not runc.resolve().is_relative_to("/usr") or runc.resolve().is_relative_to("/usr/local"):
+        return ""
+    return "\n".join(_read(path) for pattern in _CHANGELOGS for path in sorted(documents.glob(pattern)))
+
+
+def _precedes(version: Version, mended: Iterable[Version]) -> bool:
+    """Whether ``version`` is older than what mends its series, or than all of them."""
+    fixes = list(mended)
+    of_series = [fix for fix in fixes if fix[:2] == version[:2]]
+    return version < (of_series[0] if of_series else fixes[0])
+
+
+def _read(path: Path) -> str:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return file.read(_CHANGELOG_BYTES_MAX).decode(errors="replace")
+    except (OSError, EOFError):
+        return ""
