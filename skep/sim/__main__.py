@@ -4,7 +4,9 @@ import argparse
 import sys
 
 from skep.aio.clock import SystemClock
-from skep.sim.run import failures, outcomes, report
+from skep.sim import life
+from skep.sim.alone import life as alone
+from skep.sim.run import Live, failures, outcomes, report
 
 TRACE_LINES = 400
 
@@ -16,12 +18,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=200, help="how many to live")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--processes", type=int, default=0, help="default: one per processor")
+    parser.add_argument("--store", action="store_true", help="lives of the store alone, which are cheaper")
     wish = parser.parse_args()
+    live: Live = alone.live if wish.store else life.live
     if wish.seed is not None:
-        return _tell(wish.seed)
+        return _tell(wish.seed, live)
     clock = SystemClock()
     began, failed = clock.monotonic(), 0
-    for outcome in failures(range(wish.first, wish.first + wish.seeds), wish.processes):
+    for outcome in failures(range(wish.first, wish.first + wish.seeds), wish.processes, live):
         failed += 1
         _say(report(outcome))
     took_s = clock.monotonic() - began
@@ -29,8 +33,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _tell(seed: int) -> int:
-    (outcome,) = outcomes([seed])
+def _tell(seed: int, live: Live) -> int:
+    (outcome,) = outcomes([seed], live)
     if outcome.violations:
         _say(report(outcome, TRACE_LINES))
         return 1

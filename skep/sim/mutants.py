@@ -36,12 +36,23 @@ from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.task import Task, TaskStatus
 from skep.node import revisions, worker
 from skep.node.worker import Worker
-from skep.sim.run import outcomes
+from skep.sim import life
+from skep.sim.alone import life as alone
+from skep.sim.etcd.client import SimulatedClient
+from skep.sim.run import Live, outcomes
 from skep.store import transaction
-from skep.store.etcd import batcher, store
-from skep.store.interface import Transaction
+from skep.store.draft import Draft
+from skep.store.etcd import batcher, election, store
+from skep.store.etcd.follow import Follower
+from skep.store.interface import Event, Transaction
+from skep.store.leadership import LeaderRecord
+from skep.store.proposal import Compare, Exists, Footprint, NothingSince
+from skep.store.state import State
+from skep.store.updates import Committed, Updater
 
 SEEDS = 200
+STORE_SEEDS = 2000
+"""Of the store alone, whose lives cost a twentieth."""
 
 
 class Patch(msgspec.Struct, frozen=True):
@@ -59,6 +70,9 @@ class Mutant(msgspec.Struct, frozen=True):
     rule: str
     """What the product no longer does."""
     patches: Callable[[], list[Patch]]
+    life: Live = life.live
+    seeds: int = SEEDS
+    """It is noticed within so many."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -71,12 +85,13 @@ class Verdict(msgspec.Struct, frozen=True):
     violation: str = ""
 
 
-def judged(mutant: Mutant, seeds: int = SEEDS) -> Verdict:
-    """Live lives with the rule broken until one goes wrong."""
+def judged(mutant: Mutant, seeds: int | None = None) -> Verdict:
+    """Live lives (``seeds`` None: as many as the mutant may live through) with the rule broken until one goes wrong."""
     clock = SystemClock()
     began = clock.monotonic()
+    seeds = mutant.seeds if seeds is None else seeds
     with broken(mutant):
-        for lives, outcome in enumerate(outcomes(range(seeds)), 1):
+        for lives, outcome in enumerate(outcomes(range(seeds), mutant.life), 1):
             if outcome.violations:
                 took_s = clock.monotonic() - began
                 return Verdict(mutant.name, outcome.seed, lives, took_s, outcome.violations[0])
@@ -250,6 +265,96 @@ def _again_and_again() -> list[Patch]:
     return [Patch(jobs, "is_done", lambda slot: False)]
 
 
+# -- of the store alone ------------------------------------------------------------------------------------------------
+
+
+def _admits_all() -> list[Patch]:
+    return [Patch(Footprint, "admits", lambda self, other: True)]
+
+
+def _settles_at_once() -> list[Patch]:
+    async def settle(self: batcher.Batcher, entry: batcher.Entry, loads: int) -> None:
+        await self._move_ticket()
+        for pending in entry.pending:
+            if pending in self._seen:
+                pending.resolve(Committed(self._seen[pending]))
+        self._requeue([pending for pending in entry.pending if pending not in self._seen])
+
+    return [Patch(batcher.Batcher, "_settle", settle)]
+
+
+def _observes_nothing() -> list[Patch]:
+    return [Patch(batcher.Batcher, "observe", lambda self, key, value, revision: None)]
+
+
+def _without_compares(kind: type[Compare]) -> Callable[[], list[Patch]]:
+    real = Draft.proposal
+
+    def proposal(self: Draft) -> Any:
+        whole = real(self)
+        return replace(whole, compares=tuple(one for one in whole.compares if not isinstance(one, kind)))
+
+    return lambda: [Patch(Draft, "proposal", proposal)]
+
+
+def _barrier_of_before() -> list[Patch]:
+    async def passed(self: store.SharedBarrier) -> None:
+        needed = self._begun  # the one under way, or the last one, is as good
+        while self._passed < needed:
+            async with self._turn:
+                if self._passed >= needed:
+                    return
+                self._begun += 1
+                mine = self._begun
+                await self._round_trip()
+                self._passed = max(self._passed, mine)
+
+    return [Patch(store.SharedBarrier, "passed", passed)]
+
+
+def _skips_a_revision() -> list[Patch]:
+    real = SimulatedClient.watch
+    return [Patch(SimulatedClient, "watch", lambda self, prefix, after: real(self, prefix, after + 1))]
+
+
+def _no_difference() -> list[Patch]:
+    async def nothing(self: Follower, state: State) -> list[Event]:
+        return []
+
+    return [Patch(Follower, "_difference", nothing)]
+
+
+def _decides_on_the_past() -> list[Patch]:
+    real = Updater._shown
+
+    async def shown(self: Updater, revision: int) -> None:
+        try:
+            await real(self, revision)
+        finally:
+            self._written = 0  # forgotten, for the case that the deadline has passed before it showed
+
+    return [Patch(Updater, "_shown", shown)]
+
+
+def _any_term() -> list[Patch]:
+    """A manager whose member slept through an election takes the leader key back."""
+    real = msgspec.json.decode
+
+    def decode(stored: bytes, type: Any) -> Any:
+        record = real(stored, type=type)
+        return replace(record, term=0) if type is LeaderRecord else record
+
+    class Json:
+        encode = staticmethod(msgspec.json.encode)
+
+    Json.decode = staticmethod(decode)  # type: ignore[attr-defined]
+
+    class Msgspec:
+        json = Json
+
+    return [Patch(election, "msgspec", Msgspec)]
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("fence", "the leader's writes compare the leader key", _unfenced),
     Mutant("session compare", "what a node says is written for its present session only", _any_session),
@@ -276,6 +381,25 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("keep", "on-disconnect: tasks of a node that is down keep their places", _always_replaced),
     Mutant("stop", "on-disconnect: a node that nobody hears stops its tasks by itself", _never_stopped),
     Mutant("done once", "a run of a job that is completed is not begun again", _again_and_again),
+    *(
+        Mutant(name, rule, patches, alone.live, STORE_SEEDS)
+        for name, rule, patches in (
+            ("footprints", "what reads what another writes does not share its entry", _admits_all),
+            ("settling", "what became of a write is asked when the replica shows it", _settles_at_once),
+            ("witnesses", "a write whose answer was lost is recognized in the watch", _observes_nothing),
+            ("existence", "what is referred to still exists", _without_compares(Exists)),
+            ("no users", "what is removed is referred to by nothing", _without_compares(NothingSince)),
+            (
+                "own barrier",
+                "a round trip that began before a read does not count for it",
+                _barrier_of_before,
+            ),
+            ("no gap", "a watch goes on where the one before it ended", _skips_a_revision),
+            ("differences", "watchers hear what a load has changed", _no_difference),
+            ("shown first", "a leader decides when it sees what it wrote before", _decides_on_the_past),
+            ("raft's term", "a leader of an older term does not take the key back", _any_term),
+        )
+    ),
 )
 
 

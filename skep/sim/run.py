@@ -9,17 +9,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 import structlog
 
 from skep.sim.life import Outcome, live
 
+Live = Callable[[int], Outcome]
+
 LIVES_BETWEEN_COLLECTIONS = 10
 CHUNK = 25
 
 
-def outcomes(seeds: Iterable[int], life: Callable[[int], Outcome] = live) -> Iterator[Outcome]:
+def outcomes(seeds: Iterable[int], life: Live = live) -> Iterator[Outcome]:
     """Live one seed after another in this process."""
     with quiet():
         for number, seed in enumerate(seeds, 1):
@@ -28,10 +31,10 @@ def outcomes(seeds: Iterable[int], life: Callable[[int], Outcome] = live) -> Ite
                 gc.collect()
 
 
-def failures(seeds: Iterable[int], processes: int = 0) -> Iterator[Outcome]:
+def failures(seeds: Iterable[int], processes: int = 0, life: Live = live) -> Iterator[Outcome]:
     """Live all seeds on all processors (or as many as ``processes``), and give the lives that went wrong."""
     with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
-        for found in pool.map(_failed, chunked(seeds, CHUNK)):
+        for found in pool.map(partial(_failed, life=life), chunked(seeds, CHUNK)):
             yield from found
 
 
@@ -69,5 +72,5 @@ def chunked(seeds: Iterable[int], size: int) -> Iterator[list[int]]:
         yield chunk
 
 
-def _failed(seeds: list[int]) -> list[Outcome]:
-    return [outcome for outcome in outcomes(seeds) if outcome.violations]
+def _failed(seeds: list[int], life: Live) -> list[Outcome]:
+    return [outcome for outcome in outcomes(seeds, life) if outcome.violations]

@@ -7,12 +7,14 @@ import msgspec
 from skep.model.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.requests import by_revision, change_of
+from skep.store.etcd.cipher import Cipher, decoded_ring
+from skep.store.etcd.requests import by_revision, change_of, etcd_key
 from skep.store.interface import Event, View
 from skep.store.leadership import LeaderRecord
 from skep.store.state import State
 from skep.store.tables import KeyChange
+
+KEY_RING = etcd_key(keys.KEY_RING)
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -50,6 +52,9 @@ class Truth:
     def take(self, origin: NodeId, revision: int, events: list[pb.Event]) -> None:
         """An entry of ``origin`` is committed."""
         assert self._cipher is not None, "founded before anybody writes"
+        for event in events:
+            if event.kv.key == KEY_RING and event.type == pb.Event.PUT:
+                self._cipher.use(decoded_ring(event.kv.value), revision)
         changes = tuple(
             change
             for event in events

@@ -15,6 +15,11 @@ def test_a_broken_rule_is_found(name: str) -> None:
     assert judged(by_name(name), seeds=20).seed is not None
 
 
+@pytest.mark.parametrize("name", ["existence", "own barrier", "no gap"])
+def test_a_broken_rule_of_the_store_is_found_by_lives_of_the_store_alone(name: str) -> None:
+    assert judged(by_name(name), seeds=60).seed is not None
+
+
 def test_at_least_ten_rules_are_broken_and_each_is_whole_again_afterwards() -> None:
     assert len({mutant.name for mutant in MUTANTS}) >= 10
     assert SEEDS == 200

@@ -23,6 +23,8 @@ STATUS_S = (0.3, 1.0)
 """How long a status may take while nothing changes; a change is told at once.  Keeps idle managers cheap."""
 RESPONSE_REVISIONS = 50
 """Revisions that one response of a watch may hold."""
+FRAGMENTED = 0.05
+"""How often a response of several events comes in two fragments, as etcd sends one that is too large for a message."""
 
 
 class SimulatedClient(Client):
@@ -40,6 +42,7 @@ class SimulatedClient(Client):
 
     async def range(self, request: pb.RangeRequest, *, timeout_s: float = READ_S) -> pb.RangeResponse:
         async def read() -> pb.RangeResponse:
+            await asyncio.sleep(0)  # whoever reads again at once lets others run in between
             if not request.serializable:
                 await self._raft.wait_readable(self._member)
             return self._as_on_disk(self._raft.kv.range(request, self._member.applied))
@@ -71,7 +74,7 @@ class SimulatedClient(Client):
     async def watch(self, prefix: bytes, after: int) -> AsyncIterator[Watching]:
         if not self._member.is_running:
             raise Uncertain("the store does not answer: connection refused")
-        watching = SimulatedWatching(self._raft, self._member, self._links, after)
+        watching = SimulatedWatching(self._raft, self._member, self._links, self._random, after)
         self._member.watchers.append(watching)
         try:
             yield watching
@@ -135,15 +138,18 @@ class _Response(msgspec.Struct, frozen=True):
 class SimulatedWatching(Watching):
     """One open watch on a member, of everything."""
 
-    def __init__(self, raft: Raft, member: Member, links: Links, after: int) -> None:
+    def __init__(self, raft: Raft, member: Member, links: Links, random: Random, after: int) -> None:
         self._raft = raft
         self._member = member
         self._links = links
+        self._random = random
         self._sent = after
         self._shown = member.applied
         self._answers: deque[_Response] = deque([_Response(_Header(member.applied), created=True)])
         self._lost = ""
         self._news = asyncio.Event()
+        self._take: Callable[[pb.WatchResponse], bool] = lambda _: False
+        self._is_waited_for = False
 
     def show(self, revision: int, lag_s: float) -> None:
         """The member has come to ``revision``; the watch tells it ``lag_s`` later, in order."""
@@ -162,28 +168,53 @@ class SimulatedWatching(Watching):
             await self._links.wait_thawed(self._member.id)
             if self._lost:
                 raise Uncertain(self._lost)
+            if not self._answers and self._sent < self._shown:
+                self._answers.extend(self._next())
             if self._answers:
                 return cast("pb.WatchResponse", self._answers.popleft())
-            if self._sent < self._shown:
-                return cast("pb.WatchResponse", self._next())
             self._news.clear()
-            await self._news.wait()
+            self._is_waited_for = True
+            try:
+                await self._news.wait()
+            finally:
+                self._is_waited_for = False
 
     def offer_to(self, take: Callable[[pb.WatchResponse], bool]) -> None:
-        """Everything here comes by ``receive``."""
+        self._take = take
 
     async def request_progress(self) -> None:
         self._answers.append(_Response(_Header(min(self._sent, self._shown))))
         self._news.set()
 
-    def _next(self) -> _Response:
+    def _next(self) -> list[_Response]:
+        """What comes next; several: fragments of one response."""
         kv = self._raft.kv
         if self._sent + 1 <= kv.compacted:
             self._sent = self._shown
-            return _Response(_Header(self._shown), canceled=True, compact_revision=kv.compacted)
+            return [_Response(_Header(self._shown), canceled=True, compact_revision=kv.compacted)]
         first, self._sent = self._sent + 1, min(self._shown, self._sent + RESPONSE_REVISIONS)
-        return _Response(_Header(self._sent), kv.events(first, self._sent))
+        header, events = _Header(self._sent), kv.events(first, self._sent)
+        if len(events) > 1 and self._random.random() < FRAGMENTED:
+            cut = self._random.randrange(1, len(events))
+            return [_Response(header, events[:cut], fragment=True), _Response(header, events[cut:])]
+        return [_Response(header, events)]
 
     def _show(self, revision: int) -> None:
         self._shown = max(self._shown, revision)
+        if self._is_offered():
+            self._answers.extend(self._next())
+            if len(self._answers) == 1 and self._take(cast("pb.WatchResponse", self._answers[0])):
+                self._answers.clear()
+                if self._sent == self._shown:
+                    return
         self._news.set()
+
+    def _is_offered(self) -> bool:
+        """Whether ``receive`` waits and nothing is ahead: what arrives then is offered first."""
+        return (
+            self._is_waited_for
+            and not self._news.is_set()
+            and not self._answers
+            and self._sent < self._shown
+            and not self._links.is_frozen(self._member.id)
+        )

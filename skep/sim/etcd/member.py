@@ -45,8 +45,10 @@ class Member:
         self.number = number
         self.is_running = False
         self.is_voter = True
+        self.logged = 1
+        """Revision up to which its disk has what is committed."""
         self.applied = 1
-        """Revision it has come to; all of it is on its disk."""
+        """Revision that it shows: less than ``logged`` while it starts."""
         self.term = 0
         self.leadership: Leadership | None = None
         """Whom it follows (or it is its own), as far as it knows."""

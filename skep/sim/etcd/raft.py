@@ -66,9 +66,11 @@ class Raft:
         member.is_voter = is_voter
         return member
 
-    def start(self, id: NodeId) -> None:
-        """Start a member that does not run, with what lies on its disk."""
-        self.members[id].is_running = True
+    def start(self, id: NodeId, *, less: int = 0) -> None:
+        """Start a member that does not run, with what lies on its disk; at first it shows ``less`` revisions of it."""
+        member = self.members[id]
+        member.is_running = True
+        member.applied = max(min(member.applied, member.logged - less), self.kv.compacted, 1)
         self.look()
 
     def rot(self, id: NodeId, key: bytes) -> bool:
@@ -87,14 +89,20 @@ class Raft:
         member.is_running = False
         for watching in list(member.watchers):
             watching.lose("the store is gone")
-        entries, member.entries = member.entries, []
-        for entry in entries:
-            if not entry.answer.done():
-                entry.answer.set_exception(Uncertain("the store does not answer: connection lost"))
+        if member.held:
+            member.held.clear()  # what was not written never will be
+        self._lose_answers(member)
         if member.leadership is not None and member.leadership.member is member:
             self._end(member.leadership)
         member.leadership = None
         self.look()
+
+    def reset_connections(self, id: NodeId) -> None:
+        """Whoever is connected to a member that runs is not any more; what was asked of it goes on."""
+        member = self.members[id]
+        for watching in list(member.watchers):
+            watching.lose("connection reset")
+        self._lose_answers(member)
 
     @property
     def voters(self) -> list[Member]:
@@ -144,6 +152,12 @@ class Raft:
         if not member.is_running:
             await asyncio.sleep(REFUSED_S)
             raise Uncertain("the store does not answer: connection refused")
+
+    def _lose_answers(self, member: Member) -> None:
+        entries, member.entries = member.entries, []
+        for entry in entries:
+            if not entry.answer.done():
+                entry.answer.set_exception(Uncertain("the store does not answer: connection lost"))
 
     def hang(self, id: NodeId) -> None:
         """The disk of a member writes nothing until ``resume``; it keeps its office all the same."""
@@ -215,6 +229,7 @@ class Raft:
         if revision <= member.applied:
             return
         member.applied = revision
+        member.logged = max(member.logged, revision)
         due = [future for wanted, future in member.waiting if wanted <= revision]
         if due:
             member.waiting = [one for one in member.waiting if one[0] > revision]
@@ -362,7 +377,7 @@ class Raft:
         votes = sum(
             voter.is_running
             and self._links.is_joined(candidate.id, voter.id)
-            and voter.applied <= candidate.applied
+            and voter.logged <= candidate.logged
             and (moving or not self._hears_leader(voter))
             for voter in self.voters
         )

@@ -1,0 +1,59 @@
+"""Random lives of the store alone."""
+
+from collections import Counter
+
+import pytest
+
+from skep.sim.alone.life import live
+from skep.sim.run import outcomes
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.follow import Follower
+
+
+def test_a_seed_gives_the_same_life_twice() -> None:
+    (one,) = outcomes([7], live)
+    (other,) = outcomes([7], live)
+    assert one.trace == other.trace
+    assert len(one.trace) > 20
+
+
+def test_a_life_of_the_store_goes_through_all_that_can_break_and_all_that_users_do() -> None:
+    told = [line for outcome in outcomes(range(20), live) for line in outcome.trace]
+    for word in (
+        "hang",
+        "crash",
+        "member",
+        "reset",
+        "slow",
+        "lags",
+        "cut off",
+        "split",
+        "frozen",
+        "compaction",
+        "data key",
+    ):
+        assert any(word in line for line in told), word
+
+
+def test_changes_are_taken_in_where_they_arrive_and_fragments_are_put_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken, fragments = Counter[bool](), 0
+    offered, checked = Follower._is_taken_in, Follower._check
+
+    def offer(self: Follower, response: pb.WatchResponse) -> bool:
+        is_taken = offered(self, response)
+        taken[is_taken] += 1
+        return is_taken
+
+    def check(self: Follower, response: pb.WatchResponse) -> None:
+        nonlocal fragments
+        fragments += response.fragment
+        checked(self, response)
+
+    monkeypatch.setattr(Follower, "_is_taken_in", offer)
+    monkeypatch.setattr(Follower, "_check", check)
+    failed = [outcome.violations for outcome in outcomes(range(3, 20), live) if outcome.violations]
+    assert not failed
+    assert taken[True] > 500
+    assert fragments > 0
