@@ -1,10 +1,13 @@
 """A client of the distribution protocol: manifests and blobs of one repository.
 
 A registry that wants to know who asks says so in its first answer (401 with a challenge); the answer to that, a
-token or a password, is kept for the rest of the conversation.  TLS is verified except for registries configured as
-insecure and those on loopback, and only these are tried without TLS.
+token or a password, is kept for the rest of the conversation.  It is for the registry alone: redirects, mostly of
+blobs to a store of somebody else, are followed without it, and a challenge on the other side of one is not answered.
+TLS is verified except for registries configured as insecure and those on loopback, and only these are asked without
+TLS; no redirect leads out of it.
 
-Source: OCI distribution-spec; moby 20.10, registry/{config,endpoint_v1,service_v2,auth}.go, distribution/errors.go.
+Source: OCI distribution-spec; moby 20.10, registry/{config,endpoint_v1,service_v2,auth}.go, distribution/errors.go;
+CVE-2020-15157 (containerd), for what a redirect must not get.
 """
 
 import base64
@@ -17,9 +20,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from skep.errors import InvalidArgument, NotFound, PermissionDenied, SkepError
 from skep.node.oci.images.digest import Digest, digest_of
@@ -32,6 +37,9 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
 _ACCEPT = ", ".join((DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX))
 _DOCKER_IO_HOST = "registry-1.docker.io"
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REDIRECTS_MAX = 10
+"""As in Go."""
 _TOKEN_BYTES_MAX = 1 << 20
 _ERROR_BYTES_MAX = 64 << 10
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
@@ -215,16 +223,49 @@ class Repository:
         sent = dict(headers or {})
         with _network_errors(url):
             for attempt in (1, 2):
-                if self._authorization:
-                    sent["Authorization"] = self._authorization
-                async with self._session.get(url, headers=sent, timeout=timeout) as response:
-                    if response.status == 401 and attempt == 1:
+                async with self._followed(url, sent, timeout) as response:
+                    if response.status == 401 and attempt == 1 and self._is_own(response.url):
                         challenge = response.headers.get("WWW-Authenticate", "")
                         self._authorization = await self._answer(challenge)
                         if self._authorization:
                             continue
                     yield response
                     return
+
+    @asynccontextmanager
+    async def _followed(
+        self, url: str, headers: Mapping[str, str], timeout: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """What ``url`` answers, or where it leads.  Raises: RegistryError: it leads out of TLS, or nowhere."""
+        target = URL(url)
+        for _ in range(_REDIRECTS_MAX + 1):
+            sent = dict(headers)
+            if self._authorization and self._is_own(target):
+                sent["Authorization"] = self._authorization
+            async with self._session.get(
+                target, headers=sent, timeout=timeout, allow_redirects=False, proxy=_proxy_for(target)
+            ) as response:
+                location = response.headers.get("Location", "")
+                if response.status not in _REDIRECTS or not location:
+                    yield response
+                    return
+            target = self._redirected(target, location)
+        raise RegistryError(f'Get "{url}": stopped after {_REDIRECTS_MAX} redirects')
+
+    def _redirected(self, source: URL, location: str) -> URL:
+        try:
+            # As it is: what signed it may have spelled it otherwise than we do.
+            target = source.join(URL(location, encoded=location.isascii() and " " not in location))
+        except ValueError as error:
+            raise RegistryError(f'Get "{source}": invalid redirect {location!r}') from error
+        may_be_plain = source.scheme == "http" or not self._endpoint.verify
+        if target.scheme not in ({"http", "https"} if may_be_plain else {"https"}) or not target.host:
+            raise RegistryError(f'Get "{source}": refused a redirect to {target.with_query(None)}')
+        # A name and password in it would be the registry's, for another.
+        return target.with_user(None)
+
+    def _is_own(self, url: URL) -> bool:
+        return url.origin() == URL(self._endpoint.url).origin()
 
     async def _answer(self, challenge: str) -> str:
         """The ``Authorization`` that a challenge asks for; empty if we have none to give."""
@@ -251,13 +292,26 @@ class Repository:
                     "refresh_token": known.identity_token,
                     "client_id": "docker",
                 }
-                request = self._session.post(realm, data=form, timeout=_SHORT_TIMEOUT)
+                request = self._session.post(
+                    realm,
+                    data=form,
+                    timeout=_SHORT_TIMEOUT,
+                    allow_redirects=False,
+                    proxy=_proxy_for(URL(realm)),
+                )
             else:
                 headers = {}
                 if known.username:
                     fields["account"] = known.username
                     headers["Authorization"] = aiohttp.encode_basic_auth(known.username, known.password)
-                request = self._session.get(realm, params=fields, headers=headers, timeout=_SHORT_TIMEOUT)
+                request = self._session.get(
+                    realm,
+                    params=fields,
+                    headers=headers,
+                    timeout=_SHORT_TIMEOUT,
+                    allow_redirects=False,
+                    proxy=_proxy_for(URL(realm)),
+                )
             async with request as response:
                 content = await _read(response, _TOKEN_BYTES_MAX)
                 if response.status == 401:
@@ -307,11 +361,8 @@ async def connected(
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         connector = aiohttp.TCPConnector(ssl=context, limit=16)
-        # As in Go, no proxy stands between this machine and itself.
-        uses_proxy = not is_loopback(urlsplit(endpoint.url).netloc)
-        async with aiohttp.ClientSession(
-            connector=connector, trust_env=uses_proxy, auto_decompress=False
-        ) as session:
+        # Without trust_env, by which aiohttp would send what root's ~/.netrc has for a host, too.
+        async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
             repository = Repository(session, endpoint, reference, credentials)
             try:
                 await repository.ping()
@@ -322,6 +373,16 @@ async def connected(
             return
     assert problem is not None, "there is at least one endpoint"
     raise problem
+
+
+def _proxy_for(url: URL) -> str | None:
+    """The proxy that the environment names for ``url``.  As in Go, none stands between this machine and itself."""
+    host = url.host or ""
+    if is_loopback(f"[{host}]" if ":" in host else host):
+        return None
+    if proxy_bypass(f"{host}:{url.port}"):
+        return None
+    return getproxies_environment().get(url.scheme)
 
 
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
