@@ -66,7 +66,7 @@ integration: setup ## every test, the slow ones too (real runc, etcd, nftables);
 	@mkdir -p bench/results
 	@$(PYTEST) --whole $(BESIDE_EACH_OTHER) --durations 20 $(call kept,integration)
 
-soak: setup ## an hour of load and faults on 3 managers and 5 workers (MINUTES=120); log kept in bench/results/
+soak: setup ## an hour of load and faults on 3 managers and 3 workers (MINUTES=120); log kept in bench/results/
 	@$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60)
 
 bench: setup ## beside real Docker Swarm, in alternating pairs; results kept in bench/results/

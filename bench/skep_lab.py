@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bench.engine import Engine
+from skep.playground.description import Node
 
 
 class SkepLab:
@@ -36,6 +39,11 @@ class SkepLab:
         self.node: dict[str, Any] = description["nodes"][0]
         self.engine = Engine(Path(self.node["endpoint"].removeprefix("unix://")))
         self.image = description["image"]
+
+    @property
+    def described(self) -> Node:
+        """The node as the playground describes it."""
+        return msgspec.convert(self.node, Node)
 
     @property
     def netns(self) -> Path:

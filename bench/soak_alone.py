@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bench import soak_daemons
+from bench import soak_daemons, soak_networks
 from bench.engine import EngineError
 from bench.skep_lab import SkepLab
 from bench.soak_users import DEADLINE_S, Log, Users, counted
@@ -48,6 +48,7 @@ class Soak:
         every_s = min(MEASURE_EVERY_S, minutes * 60 / MEASURES_MIN)
         end, measured = time.monotonic() + minutes * 60, -every_s
         first: soak_daemons.Held | None = None
+        self._users.prepare()
         while time.monotonic() < end:
             self._round()
             if time.monotonic() - measured >= every_s and self._rounds >= 20:
@@ -119,7 +120,9 @@ class Soak:
             for container in self._lab.engine.get("/containers/json")
         )
         wanted = self._users.wanted_running()
-        return "" if containers == wanted else f"containers {containers} instead of {wanted}"
+        if containers != wanted:
+            return f"containers {containers} instead of {wanted}"
+        return soak_networks.faults([(self._lab.described, self._lab.engine)], self._users.services)
 
     def _measure(self) -> soak_daemons.Held:
         deadline = time.monotonic() + DEADLINE_S

@@ -1,7 +1,7 @@
-"""Load and faults on three managers and five workers: machines are lost, cut off or hang, processes are killed.
+"""Load and faults on three managers and three workers: machines are lost, cut off or hang, processes are killed.
 
 Faults come between rounds and last for some of them, so that services change while machines are away: of the
-managers one at most (the others have to be able to decide), of the workers two (more would trip the storm guard, which
+managers one at most (the others have to be able to decide), of the workers one (more would trip the storm guard, which
 has tests of its own).  After each round what was asked for has to run on the machines that are there, no more and no
 less; machines that are back have to give up what others took over.
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from bench import soak_daemons
+from bench import soak_daemons, soak_networks
 from bench.cluster_lab import engine
 from bench.engine import Engine, EngineError
 from bench.soak_users import DEADLINE_S, Log, Users, counted
@@ -30,14 +30,16 @@ from skep.node.supervision.restart import CRASH_WINDOW_S
 from skep.playground.description import Node
 from skep.playground.playground import Playground
 
-MANAGERS, WORKERS = 3, 5
-MANAGERS_AWAY_MAX, WORKERS_AWAY_MAX = 1, 2
+MANAGERS, WORKERS = 3, 3
+MANAGERS_AWAY_MAX, WORKERS_AWAY_MAX = 1, 1
 AWAY_ROUNDS_MAX = 3
 MEASURE_EVERY_S = 600.0
 CALM_ROUNDS = 15
 """Without faults before memory is taken: no manager is judged that has just been started."""
 MEMORY_GROWTH_MAX = 1.2
 ANSWER_S = 10.0
+LATE_S = 10.0
+"""From then on a round's line says what it waited for."""
 
 
 class Away(msgspec.Struct):
@@ -82,6 +84,7 @@ class ClusterSoak:
         began = time.monotonic()
         end, measure_at = began + minutes * 60, began + every_s
         first: dict[str, list[float]] = {}
+        self._users.prepare()
         while time.monotonic() < end:
             self._round()
             if time.monotonic() >= measure_at:
@@ -108,12 +111,14 @@ class ClusterSoak:
         self._settle(", ".join(said))
 
     def _settle(self, what: str) -> None:
-        began = time.monotonic()
+        began, late = time.monotonic(), ""
         while difference := self._users.until_answered(self._difference):
             assert time.monotonic() - began < DEADLINE_S, f"after {what}: {difference} for {DEADLINE_S} s"
+            if time.monotonic() - began > LATE_S:
+                late = f", at last {difference}"
             time.sleep(0.2)
         away = f", without {' '.join(sorted(self._away))}" if self._away else ""
-        self._say(f"round {self._rounds}: {what}: settled in {time.monotonic() - began:.2f} s{away}")
+        self._say(f"round {self._rounds}: {what}: settled in {time.monotonic() - began:.2f} s{away}{late}")
 
     def _difference(self) -> str:
         if difference := self._users.difference():
@@ -124,7 +129,11 @@ class ClusterSoak:
             for container in engine(node, ANSWER_S).get("/containers/json")
         )
         wanted = self._users.wanted_running()
-        return "" if containers == wanted else f"containers {containers} instead of {wanted}"
+        if containers != wanted:
+            return f"containers {containers} instead of {wanted}"
+        return soak_networks.faults(
+            [(node, engine(node, ANSWER_S)) for node in self._there()], self._users.services
+        )
 
     # -- faults ----------------------------------------------------------------------------------------------------
 

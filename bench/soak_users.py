@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench import soak_networks
 from bench.engine import Engine, EngineError
-from bench.scenarios import WORKLOAD
 
 DEADLINE_S = 120.0
 """Until a request is taken, and until what was asked for is there."""
-SERVICES_MAX = 6
-REPLICAS_MAX = 8
+SERVICES_MAX = 8
+REPLICAS_MAX = 5
 T = TypeVar("T")
 
 
@@ -38,7 +38,14 @@ class Users:
         """``engine``: whom to ask, again for each attempt."""
         self._engine, self._image, self._random = engine, image, chance
         self.wanted: dict[str, int] = {}
+        self.services: dict[str, soak_networks.Service] = {}
+        self._secret = ""
         self._steps = 0
+
+    def prepare(self) -> None:
+        """Make what services are given: networks and a secret."""
+        self.until_answered(lambda: soak_networks.make(self._engine()))
+        self._secret = self.until_answered(lambda: soak_networks.secret_id(self._engine()))
 
     def step(self) -> str:
         """Ask for something new; what it was."""
@@ -99,7 +106,7 @@ class Users:
 
     def _update(self) -> str:
         name, number = self._any(), self._steps
-        self._change(name, lambda spec: spec["TaskTemplate"]["ContainerSpec"].update(Env=[f"STEP={number}"]))
+        self._change(name, lambda spec: _set_env(spec, f"STEP={number}"))
         return f"update {name}"
 
     def _remove_one(self) -> str:
@@ -109,7 +116,7 @@ class Users:
 
     def _remove(self, name: str) -> None:
         self._patiently("DELETE", f"/services/{name}", gone_is_fine=True)
-        del self.wanted[name]
+        del self.wanted[name], self.services[name]
 
     def _change(self, name: str, edit: Callable[[Any], None]) -> None:
         def attempt() -> None:
@@ -140,15 +147,20 @@ class Users:
         return self._random.choice(sorted(self.wanted))
 
     def _spec(self, name: str, replicas: int) -> dict[str, Any]:
+        service = self.services[name] = soak_networks.chosen(name, self._steps, self._random)
         return {
             "Name": name,
-            "TaskTemplate": {
-                "ContainerSpec": {"Image": self._image, "Command": WORKLOAD},
-                "RestartPolicy": {"Condition": "any", "Delay": 0},
-            },
+            **soak_networks.spec_of(service, self._image, self._secret, self._random),
             "UpdateConfig": {"Parallelism": 0, "Monitor": 1},
             "Mode": {"Replicated": {"Replicas": replicas}},
         }
+
+
+def _set_env(spec: Any, variable: str) -> None:
+    """Replace one variable, so that the tasks differ from those before."""
+    container = spec["TaskTemplate"]["ContainerSpec"]
+    name = variable.partition("=")[0]
+    container["Env"] = [one for one in container["Env"] if not one.startswith(f"{name}=")] + [variable]
 
 
 def counted(words: Iterable[str]) -> dict[str, int]:

@@ -119,7 +119,7 @@ class _Progress:
 
 def is_troubled(answer: Answer) -> bool:
     """Whether something of a node's answer fails, or is missing."""
-    return bool(answer.get("Error")) or any(
+    return bool(answer.get("Error") or answer.get("Conditions")) or any(
         finding["Failing"] for path in answer["Paths"] for finding in path["Findings"]
     )
 
@@ -142,7 +142,12 @@ def shown(answers: Sequence[Answer], *, shows_all: bool = False) -> Iterator[str
         yield click.style(line, fg="red") if 0 < number <= len(failing) else line
     if hidden:
         yield f"{hidden} ways without trouble are not shown (--all)"
-    for title, lines in (("Why", _details(answers)), ("Nodes without an answer", _errors(answers))):
+    sections = (
+        ("Why", _details(answers)),
+        ("What nodes say of themselves", _conditions(answers)),
+        ("Nodes without an answer", _errors(answers)),
+    )
+    for title, lines in sections:
         if lines:
             yield ""
             yield f"{title}:"
@@ -170,6 +175,8 @@ def verdict(answers: Sequence[Answer]) -> str:
         f"{what} fails {_where(places)}"
         for what, places in sorted(failing.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
+    if troubled := sum(bool(answer.get("Conditions")) for answer in answers):
+        words.append(f"{counted(troubled, 'node')} with trouble of its own")
     if silent:
         words.append(f"no answer from {counted(silent, 'node')}")
     if is_too_early(answers):
@@ -262,6 +269,10 @@ def _details(answers: Sequence[Answer]) -> list[str]:
     if len(lines) > _DETAIL_LINES_MAX:
         return [*lines[:_DETAIL_LINES_MAX], f"and {len(lines) - _DETAIL_LINES_MAX} more (--json)"]
     return lines
+
+
+def _conditions(answers: Sequence[Answer]) -> list[str]:
+    return [f"{answer['Hostname']}: {one}" for answer in answers for one in answer.get("Conditions", ())]
 
 
 def _errors(answers: Sequence[Answer]) -> list[str]:

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless
+from skep.aio.guard import contain
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
@@ -39,6 +40,7 @@ from skep.node.network.encrypted.methods import chosen
 from skep.node.network.encrypted.overlays import EncryptedOverlays
 from skep.node.network.encrypted.process import NAME as FORWARDER
 from skep.node.network.local.keeper import LocalNetworks
+from skep.node.network.neighbours import NeighbourTables
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
 from skep.node.path_stream import NodePaths
@@ -247,6 +249,11 @@ class Node:
                 chance=chance,
             )
             group.create_task(reap_orphans(clock), name="orphans")
+            if workload.overlays is not None:
+                neighbours = NeighbourTables(around.conditions, clock)
+                group.create_task(
+                    contain(neighbours.run(), "neighbour tables not watched"), name="neighbour tables"
+                )
             if engine is not None:
                 group.create_task(engine.follow(clock, chance), name="docker engine")
             group.create_task(worker.run(), name="worker")

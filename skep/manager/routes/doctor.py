@@ -5,6 +5,7 @@ from aiohttp import web
 
 from skep.api.server import JsonLines, Routes, flag
 from skep.manager.routes.access import current_view, manager_of
+from skep.model.conditions import network_conditions
 from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId
 from skep.model.node import Node
@@ -51,12 +52,16 @@ class Path(ApiObject):
 
 
 class Answer(ApiObject):
-    """Every further line: one node's answer.  ``error``: why it is none, or not whole."""
+    """Every further line: one node's answer.  ``error``: why it is none, or not whole.
+
+    ``conditions``: what the node says is wrong with its network.
+    """
 
     id: NodeId
     hostname: str = always("")
     paths: tuple[Path, ...] = always(())
     error: str = ""
+    conditions: tuple[str, ...] = ()
 
 
 @routes.get("/skep/doctor/network")
@@ -90,7 +95,13 @@ def answer_of(view: View, examined: Examined) -> Answer:
         hostname=_hostname(view, examined.node_id),
         paths=tuple(_path(view, report) for report in examined.reports),
         error=examined.error,
+        conditions=_conditions(view, examined.node_id),
     )
+
+
+def _conditions(view: View, id: NodeId) -> tuple[str, ...]:
+    node = view.lookup(Node, id)
+    return network_conditions(node.description) if node is not None else ()
 
 
 def _path(view: View, report: PathReport) -> Path:

@@ -1,7 +1,7 @@
 """A container's whole network: a namespace, its networks, and the gateway bridge last."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -15,6 +15,7 @@ from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.node.network.gateway import Gateway
 from skep.node.network.ingress.mesh import Mesh
+from skep.node.network.ingress.return_path import SYSCTLS as RETURN_SYSCTLS
 from skep.node.network.joining import Joining
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.network.namespaces import Namespaces
@@ -119,11 +120,11 @@ class ContainerNetwork:
         if _mode_of(container) is NetworkMode.HOST:
             return Endpoint(netns="")
         container_id, places = container.id, container.config.places
-        endpoint = Endpoint(netns=str(self.namespaces.path(container_id)))
+        endpoint = Endpoint(netns=str(self.namespaces.path(container_id)), sysctls=_sysctls_of(container))
         if container.plain is not None:
             places = await self._joining.join(container)
         try:
-            netns = await self.namespaces.create(container_id, _CONTAINER_SYSCTLS)
+            netns = await self.namespaces.create(container_id, endpoint.sysctls)
             connected = await self.overlays.connect(container_id, netns, places)
             endpoint = msgspec.structs.replace(endpoint, places=connected)
             if needs_way_out(container, places):
@@ -204,7 +205,7 @@ class ContainerNetwork:
         places = tuple(one for one in endpoint.places if one.network_id != network_id)
         left = msgspec.structs.replace(endpoint, places=places)
         if not needs_way_out(container, [one.place for one in places]):
-            left = Endpoint(netns=endpoint.netns, places=places)
+            left = Endpoint(netns=endpoint.netns, places=places, sysctls=endpoint.sysctls)
         await asyncio.shield(self._cut(container, endpoint, left, gone))
         return left
 
@@ -242,7 +243,7 @@ class ContainerNetwork:
             or (container.plain is None and not endpoint.places),
             wants_ipv6=has_way_out_by_ipv6([one.place for one in endpoint.places]),
         )
-        return msgspec.structs.replace(found, places=endpoint.places)
+        return msgspec.structs.replace(found, places=endpoint.places, sysctls=endpoint.sysctls)
 
     async def _join_mesh(
         self, container_id: ContainerId, endpoint: Endpoint, *, is_new: bool = False
@@ -292,6 +293,15 @@ def needs_way_out(container: Container, places: Sequence[Place]) -> bool:
 
 def _mode_of(container: Container) -> NetworkMode:
     return container.plain.mode if container.plain is not None else NetworkMode.NETWORKS
+
+
+def _sysctls_of(container: Container) -> Mapping[str, str]:
+    """What the node wants in the container's namespace where its user says nothing else."""
+    said = {name.replace(".", "/") for name in container.config.sysctls}
+    wanted = _CONTAINER_SYSCTLS
+    if any(place.head.is_ingress for place in container.config.places):
+        wanted = {**wanted, **RETURN_SYSCTLS}
+    return {name: value for name, value in wanted.items() if name not in said}
 
 
 def has_way_out_by_ipv6(places: Sequence[Place]) -> bool:

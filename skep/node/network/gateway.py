@@ -39,6 +39,7 @@ from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.rules import Owner, spoofing
 from skep.node.network.overlay.settling import Settling
 from skep.node.network.overlay.state import Address, Link, Peer, State
+from skep.node.network.overlay.wanted import USUAL_MTU
 from skep.node.network.ports import PortReservations
 from skep.node.network.remembered import Network, kept_subnet, remember
 from skep.node.network.rules import HostPort, between_table, gateway_table, gateway_table_ipv6
@@ -293,11 +294,11 @@ def gateway_state(
 
     The bridge has a MAC address of its own: without one it takes its lowest port's, and changes it with the ports.
     """
-    links = {bridge: Link(name=bridge, kind="bridge", mac=mac_of(subnet[1]))}
+    links = {bridge: Link(name=bridge, kind="bridge", mtu=USUAL_MTU, mac=mac_of(subnet[1]))}
     for one in endpoints:
         if one.port:
             peer = Peer(netns=one.netns, interface=one.interface, mac=one.mac_address)
-            links[one.port] = Link(name=one.port, kind="veth", master=bridge, peer=peer)
+            links[one.port] = Link(name=one.port, kind="veth", mtu=USUAL_MTU, master=bridge, peer=peer)
     addresses, sysctls6 = {Address(bridge, f"{subnet[1]}/{subnet.prefixlen}")}, {}
     if subnet6 is not None:
         addresses.add(Address(bridge, f"{subnet6[1]}/{subnet6.prefixlen}"))
@@ -305,6 +306,7 @@ def gateway_state(
             "net/ipv6/conf/all/forwarding": "1",
             f"net/ipv6/conf/{bridge}/accept_dad": "0",
             f"net/ipv6/conf/{bridge}/accept_ra": "0",
+            f"net/ipv6/conf/{bridge}/addr_gen_mode": "0",
             f"net/ipv6/conf/{bridge}/disable_ipv6": "0",
         }
     return State(

@@ -193,6 +193,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[NodePort, ...] = ()
     places: tuple[ConnectedPlace, ...] = ()
     """In the order of its interfaces."""
+    sysctls: Mapping[str, str] = {}
+    """Of its namespace (``net/...``), as the node wants them; those that its user has set are not among them."""
 
     @property
     def own_addresses(self) -> Sequence[str]:

@@ -104,3 +104,11 @@ def test_without_a_node_it_is_one_line() -> None:
     result = CliRunner().invoke(cli.main, ["-H", "unix:///nowhere.sock", "doctor", "network"])
     assert result.exit_code == 1
     assert result.output.startswith("Error: unix:///nowhere.sock does not answer")
+
+
+def test_what_a_node_says_of_its_network_is_trouble() -> None:
+    answers = [WELL[0] | {"Conditions": ["the kernel's table of neighbours overflows"]}, WELL[1]]
+    lines = list(shown(answers))
+    assert lines[0] == "2 nodes, 1 pair: 1 node with trouble of its own"
+    assert lines[-2:] == ["What nodes say of themselves:", "  m1: the kernel's table of neighbours overflows"]
+    assert [is_troubled(answer) for answer in answers] == [True, False]

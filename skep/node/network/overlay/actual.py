@@ -1,8 +1,8 @@
 """What a network namespace holds, read from the kernel.
 
 Only what can be ours is kept: bridges, VXLAN devices, veths and loopback, their addresses, routes that a program made,
-and permanent entries.  What the kernel makes by itself (routes of addresses, link-local addresses, what it learned)
-is left out.
+and permanent entries.  What the kernel makes by itself (routes of addresses, link-local addresses, rules) is kept as
+far as it is wanted; what it learned is left out.
 """
 
 import socket
@@ -22,21 +22,40 @@ from skep.node.network.netlink import (
     GETLINK,
     GETNEIGH,
     GETROUTE,
+    GETRULE,
     attributes,
     dumped,
 )
-from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Route, State, Vxlan
+from skep.node.network.overlay.state import (
+    LOCAL_TABLE,
+    MAIN_TABLE,
+    Address,
+    Entry,
+    EntryKind,
+    Link,
+    Route,
+    RouteKind,
+    Rule,
+    State,
+    Vxlan,
+)
 
 _KINDS = frozenset({"bridge", "vxlan", "tun", "veth", "loopback"})
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBi")
 _NDMSG = struct.Struct("=BxxxiHBB")
 _RTMSG = struct.Struct("=BBBBBBBBI")
+_RULE = struct.Struct("=BBBBBBBBI")
+_KINDS_OF_ROUTES = frozenset(map(int, RouteKind))
 _UP, _LOOPBACK = 0x1, 0x8
 _NTF_SELF, _NTF_MASTER = 0x02, 0x04
 _PERMANENT, _STATIC = 0x80, 0x40
-_MAIN_TABLE, _UNICAST, _BY_KERNEL, _BY_ADVERTISEMENT = 254, 1, 2, 9
-_SCOPE_LINK = 253
+BY_KERNEL = 2
+"""RTPROT_KERNEL."""
+_BY_ADVERTISEMENT = 9
+_PRIORITY, _RULE_TABLE = 6, 15
+_SAYS_NOTHING = frozenset({_PRIORITY, _RULE_TABLE, 14, 21})
+"""Attributes of a rule that choose no packets: these, the suppressed length of prefixes, the protocol."""
 _DF = 29
 """IFLA_VXLAN_DF."""
 
@@ -51,17 +70,21 @@ class Found(msgspec.Struct, frozen=True):
     indices: dict[str, int]
 
 
-def read(selects: Selection, sysctls: Iterable[str]) -> Found:
-    """The namespace of the calling thread; ``sysctls``: names that are looked at.  Blocks.  Raises: OSError."""
+def read(selects: Selection, wanted: State) -> Found:
+    """The namespace of the calling thread.  Blocks.  Raises: OSError.
+
+    ``wanted``: says which sysctls are looked at, and what of the kernel's own.
+    """
     indices, links = _links()
     chosen = {index: link for index, link in links.items() if selects(link)}
     names = {index: link.name for index, link in chosen.items()}
     state = State(
         links={link.name: link for link in chosen.values()},
         addresses=frozenset(_addresses(names)),
-        routes=frozenset(_routes(names)),
+        routes=frozenset(_routes(names, wanted.routes)),
         entries=frozenset(_entries(chosen)),
-        sysctls=_sysctls(sysctls),
+        rules=frozenset(_rules()) & wanted.rules if wanted.rules else frozenset(),
+        sysctls=_sysctls(wanted.sysctls),
     )
     return Found(state, indices)
 
@@ -114,28 +137,43 @@ def _vxlan(data: dict[int, memoryview]) -> Vxlan | None:
 
 def _addresses(names: dict[int, str]) -> Iterable[Address]:
     for _, body in dumped(GETADDR, _IFADDR.pack(0, 0, 0, 0, 0)):
-        family, length, _, scope, index = _IFADDR.unpack_from(body)
-        if index in names and scope != _SCOPE_LINK:
-            found = dict(attributes(body[_IFADDR.size :]))
-            value = found.get(2) or found.get(1)
-            if value:
-                yield Address(names[index], f"{inet_ntop(family, value)}/{length}")
+        family, length, _, _, index = _IFADDR.unpack_from(body)
+        if index not in names:
+            continue
+        found = dict(attributes(body[_IFADDR.size :]))
+        if value := found.get(2) or found.get(1):
+            yield Address(names[index], f"{inet_ntop(family, value)}/{length}")
 
 
-def _routes(names: dict[int, str]) -> Iterable[Route]:
+def _routes(names: dict[int, str], wanted: frozenset[Route]) -> Iterable[Route]:
     for _, body in dumped(GETROUTE, _RTMSG.pack(0, 0, 0, 0, 0, 0, 0, 0, 0)):
         family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
-        if family not in (AF_INET, AF_INET6) or table != _MAIN_TABLE or kind != _UNICAST:
-            continue
-        if protocol in (_BY_KERNEL, _BY_ADVERTISEMENT):
+        if family not in (AF_INET, AF_INET6) or table not in (MAIN_TABLE, LOCAL_TABLE):
             continue
         found = dict(attributes(body[_RTMSG.size :]))
         index = _number(found[4]) if 4 in found else 0
-        if index in names:
-            any_address = "0.0.0.0" if family == AF_INET else "::"
-            destination = inet_ntop(family, found[1]) if 1 in found else any_address
-            gateway = inet_ntop(family, found[5]) if 5 in found else ""
-            yield Route(names[index], f"{destination}/{length}", gateway)
+        if index not in names or kind not in _KINDS_OF_ROUTES or protocol == _BY_ADVERTISEMENT:
+            continue
+        any_address = "0.0.0.0" if family == AF_INET else "::"
+        destination = f"{inet_ntop(family, found[1]) if 1 in found else any_address}/{length}"
+        gateway = inet_ntop(family, found[5]) if 5 in found else ""
+        source = inet_ntop(family, found[7]) if 7 in found and family == AF_INET else ""
+        own = Route(names[index], destination, gateway, RouteKind(kind), table, source, is_kernels=True)
+        if own in wanted:
+            yield own
+        elif protocol != BY_KERNEL and kind == RouteKind.UNICAST and table == MAIN_TABLE:
+            yield Route(names[index], destination, gateway)
+
+
+def _rules() -> Iterable[Rule]:
+    """Those that choose all packets."""
+    for version, family in ((4, AF_INET), (6, AF_INET6)):
+        for _, body in dumped(GETRULE, _RULE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
+            answered, *lengths, _, table, _, _, _, _ = _RULE.unpack_from(body)
+            found = dict(attributes(body[_RULE.size :]))
+            if answered == family and not any(lengths) and found.keys() <= _SAYS_NOTHING:
+                priority = _number(found[_PRIORITY]) if _PRIORITY in found else 0
+                yield Rule(version, priority, table)
 
 
 def _entries(links: dict[int, Link]) -> Iterable[Entry]:

@@ -32,7 +32,16 @@ from skep.node.network.overlay.difference import (
     Remove,
     SetSysctl,
 )
-from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Route
+from skep.node.network.overlay.state import (
+    Address,
+    Entry,
+    EntryKind,
+    Link,
+    Route,
+    RouteKind,
+    Rule,
+    State,
+)
 
 log = structlog.get_logger()
 
@@ -44,6 +53,9 @@ _NDMSG = struct.Struct("=BxxxiHBB")
 _SELF, _MASTER = 0x02, 0x04
 _PERMANENT, _STATIC = 0x80, 0x40
 _DESTINATION, _MAC = 1, 2
+_SCOPE_LINK, _SCOPE_HOST = 253, 254
+_KERNEL_METRIC6 = 256
+"""IP6_RT_PRIO_ADDRCONF."""
 
 
 class KernelRefused(Unavailable):
@@ -73,7 +85,7 @@ async def remove_vxlans(namespaces: Namespaces, path: Path) -> None:
     logged.
     """
     try:
-        found = await namespaces.run(path, actual.read, _is_vxlan, ())
+        found = await namespaces.run(path, actual.read, _is_vxlan, State())
         await carry_out(namespaces, path, [DeleteLink(name) for name in found.state.links])
     except (Unavailable, OSError) as error:
         log.warning("network not cleared", path=str(path), error=str(error))
@@ -139,8 +151,12 @@ class _Changes:
                     "del", index=await self._index(link), address=address, prefixlen=int(length)
                 )
                 await _tolerating(_ABSENT, call)
+            case Put(Rule() as rule):
+                await _tolerating(_PRESENT, self._route.rule("add", **_rule_options(rule)))
             case Put(Route() as route):
-                call = self._route.route("add", **_route_options(route, await self._require(route.link)))
+                # Another link may have the kernel's route to the same place (multicast, link-local).
+                how = "append" if route.is_kernels and not route.source else "add"
+                call = self._route.route(how, **_route_options(route, await self._require(route.link)))
                 await _tolerating(_PRESENT, call)
             case Remove(Route() as route):
                 call = self._route.route("del", **_route_options(route, await self._index(route.link)))
@@ -255,11 +271,12 @@ async def _tolerating(numbers: frozenset[int], call: Any) -> None:
 
 
 def _address_options(address: str, length: int) -> dict[str, Any]:
-    return {
+    options = {
         "address": address,
         "prefixlen": length,
         "family": socket.AF_INET6 if ":" in address else socket.AF_INET,
     }
+    return options | {"scope": _SCOPE_HOST} if address.startswith("127.") else options
 
 
 def _route_options(route: Route, index: int) -> dict[str, Any]:
@@ -271,8 +288,24 @@ def _route_options(route: Route, index: int) -> dict[str, Any]:
     if route.gateway:
         options["gateway"] = route.gateway
     else:
-        options["scope"] = 253
+        options["scope"] = _SCOPE_HOST if route.kind is RouteKind.LOCAL else _SCOPE_LINK
+    if route.is_kernels:
+        options |= {"proto": actual.BY_KERNEL, "table": route.table, "type": int(route.kind)}
+    if route.source:
+        options["prefsrc"] = route.source
+    elif route.is_kernels and route.kind is not RouteKind.LOCAL:
+        options["priority"] = _KERNEL_METRIC6
     return options
+
+
+def _rule_options(rule: Rule) -> dict[str, Any]:
+    family = socket.AF_INET6 if rule.version == 6 else socket.AF_INET
+    return {
+        "family": family,
+        "priority": rule.priority,
+        "table": rule.table,
+        "protocol": actual.BY_KERNEL,
+    }
 
 
 # --- entries --------------------------------------------------------------------------------------------------

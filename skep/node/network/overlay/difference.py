@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Route, State
+from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Route, RouteKind, Rule, State
 
 
 class AddLink(msgspec.Struct, frozen=True):
@@ -38,9 +38,9 @@ class SetSysctl(msgspec.Struct, frozen=True):
 
 
 class Put(msgspec.Struct, frozen=True):
-    """Add an address, a route or an entry."""
+    """Add an address, a route, an entry or a rule."""
 
-    item: Address | Route | Entry
+    item: Address | Route | Entry | Rule
 
 
 class Remove(msgspec.Struct, frozen=True):
@@ -90,9 +90,10 @@ def difference(wanted: State, actual: State, *, is_ours: bool = True) -> list[Op
     held_routes = frozenset(one for one in actual.routes if one.link not in gone)
     operations: list[Operation] = []
     if is_ours:
-        operations += [Remove(one) for one in sorted(held_routes - wanted.routes)]
+        operations += [Remove(one) for one in sorted(held_routes - wanted.routes) if not one.is_kernels]
         operations += [Remove(one) for one in sorted(held_entries - wanted.entries)]
         operations += [Remove(one) for one in sorted(held_addresses - wanted.addresses)]
+        operations += [Remove(one) for one in sorted(held_routes - wanted.routes) if one.is_kernels]
     operations += [DeleteLink(name) for name in sorted(gone)]
     missing = [link for name, link in wanted.links.items() if name not in kept]
     operations += [AddLink(link) for link in sorted(missing, key=_link_order)]
@@ -102,10 +103,16 @@ def difference(wanted: State, actual: State, *, is_ours: bool = True) -> list[Op
         for name, value in wanted.sysctls.items()
         if actual.sysctls.get(name, value) != value or _is_of(name, {one.name for one in missing})
     ]
+    operations += [Put(one) for one in sorted(wanted.rules - actual.rules)]
     operations += [Put(one) for one in sorted(wanted.addresses - held_addresses)]
-    operations += [
-        Put(one) for one in sorted(wanted.routes - held_routes, key=lambda one: (bool(one.gateway), one))
+    # With an address, and with a link that comes up, the kernel makes its own routes itself.
+    made_anew = {one.link for one in wanted.addresses - held_addresses} | {
+        name for name in wanted.links if name not in kept or not kept[name].is_up
+    }
+    missing_routes = [
+        one for one in wanted.routes - held_routes if not (one.is_kernels and one.link in made_anew)
     ]
+    operations += [Put(one) for one in sorted(missing_routes, key=_route_order)]
     operations += [Put(one) for one in sorted(wanted.entries - held_entries)]
     return operations
 
@@ -137,6 +144,11 @@ def _differs(wanted: Link, found: Link) -> bool:
         or (wanted.offloads not in (None, found.offloads))
         or (wanted.is_closed_port and not found.is_closed_port)
     )
+
+
+def _route_order(route: Route) -> tuple[bool, bool, Route]:
+    """What another route needs comes before it: an address that is local, a network that the gateway is in."""
+    return bool(route.gateway), route.kind is not RouteKind.LOCAL, route
 
 
 def _link_order(link: Link) -> tuple[int, str]:

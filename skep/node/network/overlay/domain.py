@@ -14,8 +14,9 @@ from skep.node.network.overlay import actual, tables
 from skep.node.network.overlay.actual import Selection
 from skep.node.network.overlay.changing import KernelRefused, carry_out
 from skep.node.network.overlay.difference import AddLink, DeleteLink, Operation, difference
+from skep.node.network.overlay.kernel_made import RULES_4, RULES_6, completed, is_link_local
 from skep.node.network.overlay.repairs import Repairs, kind_of
-from skep.node.network.overlay.state import Link, State
+from skep.node.network.overlay.state import Link, Rule, State
 from skep.node.network.overlay.tables import Element, RuleTable
 
 log = structlog.get_logger()
@@ -25,6 +26,11 @@ _LEAVING_LOOKS_MAX = 25
 
 Remaking = Callable[[str], Awaitable[None]]
 """Makes a link, by its name, whose other end is in a namespace that somebody else keeps."""
+
+
+def own_rules() -> frozenset[Rule]:
+    """The rules that a new namespace has, of the IP versions that this kernel has."""
+    return RULES_4 | RULES_6 if Path("/proc/sys/net/ipv6").exists() else RULES_4
 
 
 def every_link(link: Link) -> bool:
@@ -54,7 +60,8 @@ class Domain:
         """``name``: for the log.  ``is_ours``: what is not wanted is removed.
 
         ``selects``: the links that are looked at besides the wanted ones.  ``has_own_routes``: routes by these links
-        are nobody else's.  ``remake``: makes missing links, where they cannot be made from here (a container's, whose
+        are nobody else's, and so are the kernel's first rules.
+        ``remake``: makes missing links, where they cannot be made from here (a container's, whose
         bridges are elsewhere).
         """
         self.name = name
@@ -65,6 +72,7 @@ class Domain:
         self._repairs = repairs
         self._selection = selects
         self._has_own_routes = has_own_routes
+        self._own_rules = own_rules() if has_own_routes else frozenset[Rule]()
         self._remake = remake
         self._changing = asyncio.Lock()
         self._parts: dict[str, tuple[State, tuple[RuleTable, ...]]] = {}
@@ -98,7 +106,8 @@ class Domain:
     def wanted(self) -> State:
         """What all parts want together."""
         if self._wanted is None:
-            self._wanted = _together([state for state, _ in self._parts.values()])
+            together = _together([state for state, _ in self._parts.values()])
+            self._wanted = completed(together, self._own_rules)
         return self._wanted
 
     @property
@@ -211,11 +220,17 @@ class Domain:
         self._listings.clear()
 
     async def _read(self, wanted: State) -> State:
-        found = await self._namespaces.run(self.path, actual.read, self._selects, wanted.sysctls)
+        found = await self._namespaces.run(self.path, actual.read, self._selects, wanted)
         self.indices = frozenset(found.indices[name] for name in found.state.links)
+        state = found.state
         if not self._has_own_routes:
-            return msgspec.structs.replace(found.state, routes=found.state.routes & wanted.routes)
-        return found.state
+            state = msgspec.structs.replace(state, routes=state.routes & wanted.routes)
+        if not self._has_own_routes or self.is_container:  # where others may have IPv6 on links of ours
+            held = frozenset(
+                one for one in state.addresses if one in wanted.addresses or not is_link_local(one)
+            )
+            state = msgspec.structs.replace(state, addresses=held)
+        return state
 
     def _without_leaving(self, found: State) -> State:
         """``found`` without what goes by itself; what is still there after several looks is somebody's mistake."""
@@ -350,6 +365,7 @@ def _together(states: Sequence[State]) -> State:
         addresses=frozenset().union(*(state.addresses for state in states)),
         routes=frozenset().union(*(state.routes for state in states)),
         entries=frozenset().union(*(state.entries for state in states)),
+        rules=frozenset().union(*(state.rules for state in states)),
         sysctls=sysctls,
     )
 

@@ -35,6 +35,8 @@ _GROUPS = (
     netlink.GROUP_ROUTE4,
     netlink.GROUP_ADDRESS6,
     netlink.GROUP_ROUTE6,
+    netlink.GROUP_RULE4,
+    netlink.GROUP_RULE6,
 )
 _NEIGHBOUR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
 _BYTES_MAX = 1 << 16

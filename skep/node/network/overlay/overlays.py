@@ -232,7 +232,7 @@ class Overlays:
     async def settle_container(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Addresses and routes in the container's namespace, kept from now on.  Raises: SkepError."""
         domain = await self._watch_container(container_id, endpoint)
-        domain.believe(just_made(domain.wanted))
+        domain.believe(just_made(domain.wanted, endpoint.sysctls))
         await domain.settle()
 
     async def change(self, id: ContainerId, gone: Iterable[ConnectedPlace], endpoint: Endpoint) -> None:

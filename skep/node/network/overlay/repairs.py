@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from skep.node.network.overlay.difference import AddLink, ChangeLink, DeleteLink, Operation, Put, Remove
-from skep.node.network.overlay.state import Address, Entry, EntryKind
+from skep.node.network.overlay.state import Address, Entry, EntryKind, Rule
 
 _ENTRIES = {EntryKind.FORWARD: "forwarding", EntryKind.PORT: "bridge entry", EntryKind.NEIGHBOUR: "neighbour"}
 
 
 class Repairs:
-    """Repairs since the start of the process, by kind: link, address, route, forwarding, bridge entry, neighbour,
+    """Repairs since the start of the process, by kind: link, address, route, rule, forwarding, bridge entry, neighbour,
     sysctl, rules, namespace."""
 
     def __init__(self) -> None:
@@ -43,6 +43,8 @@ def kind_of(operation: Operation) -> str:
                     return _ENTRIES[item.kind]
                 case Address():
                     return "address"
+                case Rule():
+                    return "rule"
                 case _:
                     return "route"
         case _:

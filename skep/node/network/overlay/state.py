@@ -76,12 +76,40 @@ class Address(NamedTuple):
     interface: str
 
 
+class RouteKind(IntEnum):
+    """The kernel's numbers (RTN_*)."""
+
+    UNICAST = 1
+    LOCAL = 2
+    BROADCAST = 3
+    MULTICAST = 5
+
+
+MAIN_TABLE, LOCAL_TABLE, DEFAULT_TABLE = 254, 255, 253
+
+
 class Route(NamedTuple):
-    """A route of the main table.  ``destination``: ``0.0.0.0/0`` for the default; ``gateway`` empty: on the link."""
+    """A route.  ``destination``: ``0.0.0.0/0`` for the default; ``gateway`` empty: on the link.
+
+    ``is_kernels``: the kernel makes it with an address (``kernel_made.py``).  ``source``: IPv4's preferred source, of
+    such routes only.
+    """
 
     link: str
     destination: str
     gateway: str = ""
+    kind: RouteKind = RouteKind.UNICAST
+    table: int = MAIN_TABLE
+    source: str = ""
+    is_kernels: bool = False
+
+
+class Rule(NamedTuple):
+    """A routing rule for all packets of one IP version: look into ``table``."""
+
+    version: int
+    priority: int
+    table: int
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,4 +119,5 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     addresses: frozenset[Address] = frozenset()
     routes: frozenset[Route] = frozenset()
     entries: frozenset[Entry] = frozenset()
+    rules: frozenset[Rule] = frozenset()
     sysctls: Mapping[str, str] = {}

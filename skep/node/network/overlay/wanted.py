@@ -46,6 +46,11 @@ OVERLAY_SYSCTLS = {
     "net/bridge/bridge-nf-call-arptables": "0",
 }
 """Of a network's namespace.  Bridged frames are nobody's routed traffic: no chain of the kernel's may see them."""
+INGRESS_SYSCTLS = {
+    # A client on the node may use 127.0.0.1; nothing from outside gets there (chain ``raw`` of the mesh).
+    f"net/ipv4/conf/{INGRESS_BRIDGE}/route_localnet": "1",
+}
+"""Of the node's own namespace."""
 
 
 class LocalPlace(msgspec.Struct, frozen=True):
@@ -119,7 +124,8 @@ def network_state(
         links=links,
         addresses=frozenset(Address(bridge, one) for one in own),
         entries=entries,
-        sysctls=_sysctls(
+        sysctls=(INGRESS_SYSCTLS if head.is_ingress else OVERLAY_SYSCTLS)
+        | _sysctls(
             bridge,
             () if head.is_encrypted else devices,
             is_dual=any(":" in one.subnet for one in head.segments),
@@ -165,9 +171,9 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
     ``networks``: its networks as they are known by now, with their MTU.
     """
     links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback")}
-    addresses: set[Address] = set()
+    addresses = {Address(LOOPBACK, "127.0.0.1/8")}
     routes: set[Route] = set()
-    sysctls: dict[str, str] = {}
+    sysctls = dict(endpoint.sysctls)
     for place in endpoint.places:
         name, (head, mtu) = place.interface, networks[place.network_id]
         links[name] = Link(name=name, kind="veth", mtu=mtu, mac=place.mac_address)
@@ -182,7 +188,9 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
             if subnet not in reached and subnet.version in versions:
                 routes.add(Route(name, str(subnet)))
     if endpoint.interface and endpoint.address:
-        links[endpoint.interface] = Link(name=endpoint.interface, kind="veth", mac=endpoint.mac_address)
+        links[endpoint.interface] = Link(
+            name=endpoint.interface, kind="veth", mtu=USUAL_MTU, mac=endpoint.mac_address
+        )
         addresses.add(Address(endpoint.interface, f"{endpoint.address}/{endpoint.prefix_length}"))
         routes.add(Route(endpoint.interface, "0.0.0.0/0", endpoint.gateway))
     if endpoint.interface and endpoint.address6:
@@ -197,15 +205,20 @@ def _ipv6_sysctls(interface: str) -> dict[str, str]:
     return {
         f"net/ipv6/conf/{interface}/accept_dad": "0",
         f"net/ipv6/conf/{interface}/accept_ra": "0",
+        f"net/ipv6/conf/{interface}/addr_gen_mode": "0",
         f"net/ipv6/conf/{interface}/disable_ipv6": "0",
     }
 
 
-def just_made(wanted: State) -> State:
-    """A container's namespace when its interfaces have just been made: they are down, and bare."""
+def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
+    """A container's namespace when its interfaces have just been made: they are down, and bare.
+
+    ``sysctls``: those that it was made with.
+    """
     return State(
         links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
-        sysctls=dict.fromkeys(wanted.sysctls, ""),
+        rules=wanted.rules,
+        sysctls={**dict.fromkeys(wanted.sysctls, ""), **sysctls},
     )
 
 

@@ -12,7 +12,13 @@ from skep.model.ids import NodeId
 from skep.model.paths import PROBE_VNI, PathPeer, PathWish
 from skep.node.network.addresses import mac_of
 from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, State, Vxlan
-from skep.node.network.overlay.wanted import OVERHEAD_V4, OVERHEAD_V6, Underlay, plain_address
+from skep.node.network.overlay.wanted import (
+    OVERHEAD_V4,
+    OVERHEAD_V6,
+    OVERLAY_SYSCTLS,
+    Underlay,
+    plain_address,
+)
 
 DEVICE = "probe"
 PORT = 4787
@@ -75,4 +81,5 @@ def probe_state(wish: PathWish, underlay: Underlay, *, offloads: bool | None) ->
         },
         addresses=frozenset({Address(DEVICE, f"{own}/{_LENGTH}")}),
         entries=frozenset(entries),
+        sysctls=OVERLAY_SYSCTLS,
     )

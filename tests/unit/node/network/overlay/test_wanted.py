@@ -163,8 +163,12 @@ def test_a_container_has_the_other_subnets_on_its_link_and_the_gateway_last() ->
     )
     found = container_state(endpoint, {HEAD.id: (HEAD, 1450)})
     assert found.routes == {Route("eth0", "10.0.2.0/24"), Route("eth1", "0.0.0.0/0", "172.18.0.1")}
-    assert found.addresses == {Address("eth0", "10.0.1.5/24"), Address("eth1", "172.18.0.2/16")}
-    assert (found.links["eth0"].mtu, found.links["eth1"].mtu) == (1450, 0)
+    assert found.addresses == {
+        Address("lo", "127.0.0.1/8"),
+        Address("eth0", "10.0.1.5/24"),
+        Address("eth1", "172.18.0.2/16"),
+    }
+    assert (found.links["eth0"].mtu, found.links["eth1"].mtu) == (1450, 1500)
 
 
 def test_a_way_out_by_ipv6_is_an_address_and_a_default_route_of_the_gateways_interface() -> None:

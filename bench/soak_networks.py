@@ -1,0 +1,295 @@
+"""What a soak checks of networks between two rounds, from where containers are.
+
+* **Every service answers every member.** From each container, each service that shares a network with it is resolved
+  at 127.0.0.11, and each address of the answer (one virtual address, or all tasks\' where it has none) gives the page
+  of that service, which has its secret and its volume on it. Each published port does so on every node.
+* **No address twice**, among the containers of all nodes.
+* **No namespace without a container.**
+* **No counter of drops rises** while the cluster is at rest and is asked all this: of interfaces, of sockets of name
+  servers, of the kernel\'s tables of neighbours and connections.
+"""
+
+import base64
+import random
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from dnslib import QTYPE, DNSRecord
+
+from bench.engine import Engine, EngineError
+from skep.node.network.namespaces import inside
+from skep.node.network.overlay import actual
+from skep.node.network.overlay.state import State
+from skep.playground.description import Node
+
+NETWORKS: dict[str, dict[str, str]] = {"plain": {}, "other": {}, "secret": {"encrypted": ""}}
+"""Overlays by name, with their options."""
+SECRET = "soak-secret"
+SECRET_DATA = b"open sesame"
+PORT = 80
+ANSWER_S = 5.0
+AT_ONCE = 16
+OWN_SUBNETS = "10."
+"""What addresses on overlays begin with; those of gateway bridges are each node\'s own."""
+SERVER = (
+    "trap 'exit 0' TERM INT; mkdir -p /tmp/www; echo -n \"$SERVICE \" > /tmp/www/index.html;"
+    f"cat /run/secrets/{SECRET} >> /tmp/www/index.html; touch /data/up && echo -n ' kept' >> /tmp/www/index.html;"
+    f"busybox httpd -f -p {PORT} -h /tmp/www & wait $!"
+)
+T = TypeVar("T")
+
+
+class Service(msgspec.Struct, frozen=True):
+    """What a service was asked to be.  ``published``: 0: not."""
+
+    name: str
+    networks: tuple[str, ...] = ()
+    published: int = 0
+
+    @property
+    def page(self) -> bytes:
+        return f"{self.name} ".encode() + SECRET_DATA + b" kept"
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A running container.  ``space``: its network namespace."""
+
+    id: str
+    service: str
+    node: str
+    space: Path
+    addresses: tuple[str, ...]
+
+
+def make(engine: Engine) -> None:
+    """The networks and the secret that services are given; what is there already is fine."""
+    for name, options in NETWORKS.items():
+        _made(engine, "/networks/create", {"Name": name, "Driver": "overlay", "Options": options})
+    data = base64.b64encode(SECRET_DATA).decode()
+    _made(engine, "/secrets/create", {"Name": SECRET, "Data": data})
+
+
+def _made(engine: Engine, path: str, spec: dict[str, Any]) -> None:
+    try:
+        engine.post(path, spec)
+    except EngineError as error:
+        if error.status != 409:
+            raise
+
+
+def secret_id(engine: Engine) -> str:
+    """Raises: EngineError."""
+    return str(engine.get(f"/secrets/{SECRET}")["ID"])
+
+
+def members(nodes: Iterable[tuple[Node, Engine]]) -> list[Member]:
+    """All running containers of services.  Raises: EngineError; OSError: one has just ended."""
+    found = []
+    for node, engine in nodes:
+        for container in engine.get("/containers/json"):
+            pid = engine.get(f"/containers/{container['Id']}/json")["State"]["Pid"]
+            space = Path(f"/proc/{pid}/ns/net")
+            service = container["Labels"]["com.docker.swarm.service.name"]
+            found.append(Member(container["Id"], service, node.name, space, within(space, _addresses)))
+    return found
+
+
+def faults(nodes: list[tuple[Node, Engine]], services: Mapping[str, Service]) -> str:
+    """The first thing that is not as it should be, or nothing.  Raises: EngineError, OSError."""
+    present = members(nodes)
+    twice = [
+        f"{address} is held by {count} containers"
+        for address, count in Counter(one for each in present for one in each.addresses).items()
+        if count > 1
+    ]
+    left = _left_over(nodes, present)
+    if twice or left:
+        return "; ".join([*twice, *left])
+    before = _drops(nodes, present)
+    refused = _refused(nodes, present, services)
+    if refused:
+        return "; ".join(refused[:5]) + (f" and {len(refused) - 5} more" if len(refused) > 5 else "")
+    risen = _drops(nodes, present)
+    risen.subtract(before)
+    return "; ".join(f"{name} rose by {number}" for name, number in sorted(risen.items()) if number > 0)
+
+
+# -- answers -------------------------------------------------------------------------------------------------------
+
+
+def _refused(
+    nodes: list[tuple[Node, Engine]], present: list[Member], services: Mapping[str, Service]
+) -> list[str]:
+    running = {one.service for one in present}
+    asked: list[tuple[Path, str, Callable[[], str]]] = []  # the namespace, whose it is, the question
+    for member in present:
+        own = set(services[member.service].networks)
+        asked += [
+            (member.space, f"{member.service} on {member.node}", partial(by_name, service))
+            for service in services.values()
+            if service.name in running and own & set(service.networks)
+        ]
+    for node, _ in nodes:
+        for service in services.values():
+            if service.published and service.name in running:
+                for other, _ in nodes:
+                    address = "127.0.0.1" if other is node else other.addr
+                    asked.append(
+                        (
+                            Path(node.netns),
+                            node.name,
+                            lambda one=service, at=address: page(one, at, one.published),
+                        )
+                    )
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        answers = threads.map(lambda one: _tried(one[0], one[2]), asked)
+        return [f"{who}: {wrong}" for (_, who, _), wrong in zip(asked, answers, strict=True) if wrong]
+
+
+def _tried(space: Path, ask: Callable[[], str]) -> str:
+    try:
+        return within(space, ask)
+    except OSError as error:
+        return str(error)
+
+
+def by_name(service: Service) -> str:
+    """Why a service does not answer by its name from the present namespace; empty: it does."""
+    question = DNSRecord.question(service.name)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+        opened.settimeout(ANSWER_S)
+        try:
+            opened.sendto(question.pack(), ("127.0.0.11", 53))
+            answer = DNSRecord.parse(opened.recv(4096))
+        except OSError as error:
+            return f"{service.name} is not resolved: {error}"
+    addresses = [str(one.rdata) for one in answer.rr if one.rtype == QTYPE.A]
+    if not addresses:
+        return f"{service.name} has no address: {QTYPE.A} {answer.header.rcode}"
+    return next((wrong for one in addresses if (wrong := page(service, one, PORT))), "")
+
+
+def page(service: Service, address: str, port: int) -> str:
+    """Why what is at ``address`` is not the service; empty: it is."""
+    where = f"{service.name} at {address}:{port}"
+    try:
+        with socket.create_connection((address, port), timeout=ANSWER_S) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = b""
+            while piece := connection.recv(4096):
+                answer += piece
+    except OSError as error:
+        return f"{where}: {error}"
+    body = answer.partition(b"\r\n\r\n")[2]
+    return "" if body == service.page else f"{where}: {answer[:80]!r} instead of {service.page!r}"
+
+
+# -- what is there -------------------------------------------------------------------------------------------------
+
+
+def within(space: Path, work: Callable[[], T]) -> T:
+    """``work`` in a namespace, on a thread that ends with it.  Raises: OSError."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(inside, space, work).result()
+
+
+def _addresses() -> tuple[str, ...]:
+    held = actual.read(lambda _: True, State()).state.addresses
+    return tuple(
+        sorted(
+            address for one in held if (address := one.interface.partition("/")[0]).startswith(OWN_SUBNETS)
+        )
+    )
+
+
+def _left_over(nodes: list[tuple[Node, Engine]], present: list[Member]) -> list[str]:
+    """Namespaces of no container.  Those of the probes and of networks lie elsewhere."""
+    found = []
+    for node, engine in nodes:
+        running = {one.id for one in present if one.node == node.name}
+        ready = {one["Id"] for one in engine.get("/containers/json", all=1, filters={"status": ["created"]})}
+        mounts = Path(f"/proc/{node.pids[0]}/mounts").read_text()
+        pinned = {
+            words[1].rpartition("/")[2]
+            for line in mounts.splitlines()
+            if "/netns/" in (words := line.split())[1] and words[0] == "nsfs"
+        }
+        found += [
+            f"{node.name}: namespace {id[:12]} of no container" for id in sorted(pinned - running - ready)
+        ]
+    return found
+
+
+def _drops(nodes: list[tuple[Node, Engine]], present: list[Member]) -> Counter[str]:
+    """Counters of what was dropped, by their names."""
+    found: Counter[str] = Counter()
+    for name in ("arp_cache", "ndisc_cache"):
+        with suppress(OSError):
+            found[f"overflows of {name}"] = _column(Path("/proc/net/stat", name), "table_fulls")
+    for label, space in [
+        *((node.name, Path(node.netns)) for node, _ in nodes),
+        *((f"{one.service} on {one.node}", one.space) for one in present),
+    ]:
+        with suppress(OSError):
+            found.update({f"{label}: {name}": number for name, number in within(space, _drops_here).items()})
+    return found
+
+
+def _drops_here() -> dict[str, int]:
+    """Of the present namespace."""
+    found = {}
+    for line in Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]:
+        name, _, counts = line.partition(":")
+        words = counts.split()
+        # An interface that goes takes its count along; one that stays counts up.
+        found[f"{name.strip()} dropped"] = int(words[3]) + int(words[11])
+    for line in Path("/proc/thread-self/net/udp").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[1].startswith("0B00007F"):
+            found["name server dropped"] = found.get("name server dropped", 0) + int(words[12])
+    for name in ("drop", "early_drop", "insert_failed"):
+        with suppress(OSError, KeyError, ValueError):
+            found[f"conntrack {name}"] = _column(Path("/proc/thread-self/net/stat/nf_conntrack"), name)
+    return found
+
+
+def _column(path: Path, name: str) -> int:
+    """The sum of one counter over all processors."""
+    head, *lines = path.read_text().splitlines()
+    number = head.split().index(name)
+    return sum(int(line.split()[number], 16) for line in lines)
+
+
+def chosen(name: str, number: int, chance: random.Random) -> Service:
+    """A service on one or two networks; every third is published.  ``number``: no other service has it."""
+    networks = tuple(sorted(chance.sample(sorted(NETWORKS), chance.randint(1, 2))))
+    return Service(name, networks, 20000 + number % 10000 if chance.random() < 0.34 else 0)
+
+
+def spec_of(service: Service, image: str, secret: str, chance: random.Random) -> dict[str, Any]:
+    """A service's specification without its name and mode.  ``secret``: the id of the one that all have."""
+    is_dnsrr = not service.published and chance.random() < 0.3
+    ports = [{"TargetPort": PORT, "PublishedPort": service.published, "Protocol": "tcp"}]
+    container: dict[str, Any] = {
+        "Image": image,
+        "Command": ["sh", "-c", SERVER],
+        "Env": [f"SERVICE={service.name}"],
+        "Mounts": [{"Type": "volume", "Source": f"{service.name}-data", "Target": "/data"}],
+    }
+    file = {"Name": SECRET, "UID": "0", "GID": "0", "Mode": 0o444}
+    container["Secrets"] = [{"File": file, "SecretID": secret, "SecretName": SECRET}]
+    return {
+        "TaskTemplate": {
+            "ContainerSpec": container,
+            "RestartPolicy": {"Condition": "any", "Delay": 0},
+            "Networks": [{"Target": one} for one in service.networks],
+        },
+        "EndpointSpec": {"Mode": "dnsrr"} if is_dnsrr else {"Ports": ports if service.published else []},
+    }

@@ -1,0 +1,266 @@
+"""Whatever the kernel holds in a namespace of Skep's is taken away, one by one, and each is back in five seconds.
+
+What there is to take away is asked of the kernel, not of a list: a new kind of object is found here before it is
+missed.
+"""
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skep.model.ids import NetworkId
+from skep.model.tables import NetworkHead, Segment
+from skep.node.network.encrypted.overlays import NoEncryption
+from skep.node.network.namespaces import Namespaces
+from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, shell, tried
+from tests.integration.node.test_overlay_healing import HEALED_SECONDS_MAX, Scene
+
+SECRET = NetworkHead(
+    id=NetworkId("secretnet"),
+    name="secret",
+    segments=(Segment("10.0.5.0/24", "10.0.5.1", 4101),),
+    is_encrypted=True,
+)
+SETTINGS = (
+    "net/ipv4/conf",
+    "net/ipv6/conf",
+    "net/ipv4/ip_forward",
+    "net/ipv4/tcp_fwmark_accept",
+    "net/bridge",
+)
+LISTINGS = (
+    "ip -j -d link",
+    "ip -j addr",
+    *(f"ip -{version} -j route show table all" for version in (4, 6)),
+    *(f"ip -{version} -j rule" for version in (4, 6)),
+    *(f"ip -{version} -j neigh show nud permanent" for version in (4, 6)),
+    "bridge -j fdb",
+    "nft -j list ruleset",
+)
+FOLLOWS = frozenset({"mtu", "forwarding", "mc_forwarding", "stable_secret"})
+"""Settings that follow others, or cannot be written."""
+
+
+class NobodyCarries(NoEncryption):
+    """Encrypted networks have their namespaces here, and no forwarder."""
+
+    def refusal(self, head: NetworkHead) -> str:
+        return ""
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    async with OverlayLab(tmp_path).running(2) as lab, lab.networks() as networks:
+        ends = []
+        for number, (node, network) in enumerate(zip(lab.nodes, networks, strict=True), 5):
+            network.overlays.encrypt_with(NobodyCarries())
+            ends.append(
+                await node.attach(
+                    network,
+                    place(INGRESS, f"10.0.0.{number}/24"),
+                    place(DUAL, f"10.0.4.{number}/24", f"fd04::{number}/64"),
+                    place(SECRET, f"10.0.5.{number}/24"),
+                )
+            )
+        for head in (DUAL, SECRET):
+            lab.tell(head)
+        lab.tell(INGRESS, ingress_addresses={"n1": "10.0.0.2", "n2": "10.0.0.3"})
+        await lab.apply(networks)
+        yield Scene(lab, networks, ends[0], ends[1])
+
+
+Inventory = dict[str, list[str]]
+"""What there is, each with all that matters of it, and the commands that take it away."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("where", ["overlay", "encrypted", "home", "container"])
+async def test_every_object_that_is_taken_away_is_back(scene: Scene, where: str) -> None:
+    space = scene.lab.nodes[0].paths.overlays / SECRET.id if where == "encrypted" else scene.namespace(where)
+    fresh = await fresh_settings(scene)
+    before = await steady(space, fresh, where)
+    assert len(before) > 15, "there is something to be taken away"
+    never: list[str] = []
+    for name, commands in before.items():
+        for command in commands:
+            code, output = await tried(space, command)
+            assert code == 0, f"{command} (of {name}): {output}"
+            began = time.monotonic()
+            while (after := await inventory(space, fresh, where)).keys() != before.keys():
+                if time.monotonic() - began > 2 * HEALED_SECONDS_MAX:
+                    never.append(f"{command}: {sorted(before.keys() ^ after.keys())}")
+                    before = after if len(never) < 20 else before
+                    break
+    assert not never, "\n".join(never)
+
+
+async def steady(space: Path, fresh: dict[str, str], where: str) -> Inventory:
+    """What there is when nothing changes any more."""
+    found = await inventory(space, fresh, where)
+    deadline = time.monotonic() + 10
+    while (again := await inventory(space, fresh, where)) != found:
+        assert time.monotonic() < deadline, "the namespace does not come to rest"
+        found = again
+    return found
+
+
+async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory:
+    """All objects of ours.  In the node's own namespace others have some, too."""
+    listed = await shell(space, "; echo @@; ".join(LISTINGS))
+    links, addresses, routes4, routes6, rules4, rules6, neighbours4, neighbours6, fdb, nft = (
+        json.loads(text) if text.strip() else [] for text in listed.split("@@\n")
+    )
+    ours = {one["ifname"] for one in links if is_ours(one["ifname"], where)}
+    found: Inventory = {}
+    for one in links:
+        if one["ifname"] in ours:
+            found |= link(one)
+    for one in addresses:
+        if one["ifname"] in ours:
+            for held in one["addr_info"]:
+                text = f"{held['local']}/{held['prefixlen']} dev {one['ifname']}"
+                found[f"address {text} {held['scope']}"] = [f"ip addr del {text}"]
+    for version, routes in ((4, routes4), (6, routes6)):
+        for one in routes:
+            if one.get("dev") in ours:
+                found |= route(version, one)
+    if where != "home":
+        for version, rules in ((4, rules4), (6, rules6)):
+            for one in rules:
+                text = f"pref {one['priority']}"
+                found[f"rule {version} {text} {one.get('fwmark')} {one['table']}"] = [
+                    f"ip -{version} rule del {text} lookup {one['table']}"
+                ]
+    for one in (*neighbours4, *neighbours6):
+        if one.get("dev") in ours:
+            text = f"{one['dst']} dev {one['dev']}"
+            found[f"neighbour {text} {one['lladdr']}"] = [f"ip neigh del {text}"]
+    for one in fdb:
+        if one["ifname"] in ours and (one["state"] == "static" or "dst" in one):
+            found |= forwarding(one)
+    found |= rule_tables(nft)
+    settings = await Namespaces(space.parent).run(space, read_settings)
+    return found | changed_settings(settings, fresh, ours, where)
+
+
+def is_ours(link: str, where: str) -> bool:
+    match where:
+        case "home":
+            return link.startswith(("skep-", "vs"))
+        case "container":
+            return True
+        case _:
+            return link != "lo"
+
+
+def link(one: dict[str, Any]) -> Inventory:
+    name, master = one["ifname"], one.get("master", "")
+    kind = one.get("linkinfo", {}).get("info_kind", "")
+    port = one.get("linkinfo", {}).get("info_slave_data", {})
+    mac = one["address"] if kind == "bridge" or name.startswith("eth") else ""
+    closed = (port.get("learning"), port.get("flood"))
+    text = f"link {name} {kind} mtu {one['mtu']} {'UP' in one['flags']} in {master} {mac} {closed}"
+    commands = [f"ip link set {name} down"]
+    if name != "lo":
+        commands += [f"ip link del {name}", f"ip link set {name} mtu {one['mtu'] - 96}"]
+    if master:
+        commands += [f"ip link set {name} nomaster", f"bridge link set dev {name} learning on flood on"]
+    if mac:
+        commands.append(f"ip link set {name} address 02:00:00:00:00:77")
+    return {text: commands}
+
+
+def route(version: int, one: dict[str, Any]) -> Inventory:
+    kind, table = one.get("type", "unicast"), one.get("table", "main")
+    destination = one["dst"] if one["dst"] != "default" else ("0.0.0.0/0" if version == 4 else "::/0")
+    text = f"{kind} {destination} dev {one['dev']} table {table}"
+    return {
+        f"route {version} {text} by {one.get('gateway')} from {one.get('prefsrc')}": [
+            f"ip -{version} route del {text}"
+        ]
+    }
+
+
+def forwarding(one: dict[str, Any]) -> Inventory:
+    text = f"{one['mac']} dev {one['ifname']}"
+    where = f"dst {one['dst']} self" if "dst" in one else "master"
+    return {f"forwarding {text} {where}": [f"bridge fdb del {text} {where}"]}
+
+
+def rule_tables(listed: Any) -> Inventory:
+    found: Inventory = {}
+    for one in listed.get("nftables", ()) if listed else ():
+        match one:
+            case {"table": table}:
+                name = f"{table['family']} {table['name']}"
+                found[f"table {name}"] = [f"nft delete table {name}"]
+            case {"chain": chain}:
+                name = f"{chain['family']} {chain['table']} {chain['name']}"
+                rules = [
+                    json.dumps(each["rule"]["expr"], sort_keys=True)
+                    for each in listed["nftables"]
+                    if "rule" in each
+                    and each["rule"]["chain"] == chain["name"]
+                    and each["rule"]["table"] == chain["table"]
+                    and each["rule"]["family"] == chain["family"]
+                ]
+                found[f"chain {name} {len(rules)} rules"] = [f"nft flush chain {name}"] if rules else []
+            case {"set": held} | {"map": held} if held.get("elem"):
+                name = f"{held['family']} {held['table']} {held['name']}"
+                kind = "set" if "set" in one else "map"
+                found[f"{kind} {name} {sorted(map(str, held['elem']))}"] = [f"nft flush {kind} {name}"]
+    return found
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def read_settings() -> dict[str, str]:
+    """The settings of the present namespace that a network can have."""
+    found = {}
+    for setting in SETTINGS:
+        root = Path("/proc/sys", setting)
+        for path in [root] if root.is_file() else root.rglob("*"):
+            if path.is_file() and path.name not in FOLLOWS:
+                try:
+                    found[str(path.relative_to("/proc/sys"))] = path.read_text().strip()
+                except OSError:
+                    continue
+    return found
+
+
+async def fresh_settings(scene: Scene) -> dict[str, str]:
+    """Those of a namespace in which nobody has been."""
+    spaces = Namespaces(scene.home.parent)
+    space = await spaces.create("fresh", {})
+    try:
+        return await spaces.run(space, read_settings)
+    finally:
+        await spaces.destroy("fresh")
+        spaces.close()
+
+
+def changed_settings(
+    settings: dict[str, str], fresh: dict[str, str], ours: Iterable[str], where: str
+) -> Inventory:
+    """Settings that differ from what a new namespace has; those of an interface, from what any new one here has."""
+    found: Inventory = {}
+    for name, value in settings.items():
+        words = name.split("/")
+        is_of_device = len(words) > 3 and words[2] == "conf" and words[3] not in ("all", "default", "lo")
+        if (
+            words[3:4] == ["lo"]
+            or (is_of_device and words[3] not in ours)
+            or (where == "home" and not is_of_device)
+        ):
+            continue
+        default = "/".join([*words[:3], "default", *words[4:]])
+        usual = settings.get(default, value) if is_of_device else fresh.get(name, value)
+        if value != usual:
+            found[f"setting {name} {value}"] = [f"echo {usual} > /proc/sys/{name}"]
+    return found
