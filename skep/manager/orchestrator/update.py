@@ -6,7 +6,8 @@ An update has no memory of its own: how far it is can be seen in the slots.
   differs in what a task is.  ``dirty`` says when.
 * An updated slot has a *lead*: the first task made from the present version that its node can still speak for.  The
   lead is *settled* when it was seen running or ended.  Until then, and for the update delay after it, the slot occupies
-  one of ``parallelism`` places.
+  one of ``parallelism`` places.  So does a slot in which nothing serves and which the update has not begun with: an
+  update that this one overtook may have left it so.
 * A lead that ends by itself before it ran for the monitor time is a failure, and so is one that is not settled within
   the progress deadline (a label of the service).  More failures than the ratio allows pause the update, roll it back,
   or are ignored; the update's message names the last one and its cause.
@@ -87,6 +88,11 @@ class _SlotView(msgspec.Struct, frozen=True):
     """What the slot was begun with: its lead, or what a version before that asks for the same has made (``_begun``)."""
 
     @property
+    def serves(self) -> bool:
+        """Whether something of the slot runs, and is to."""
+        return any(map(_serves, self.slot))
+
+    @property
     def stops(self) -> bool:
         """Whether something of the slot stops, or would have to."""
         return any(TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING for task in self.slot)
@@ -160,7 +166,12 @@ class _Rollout:
             yield from (RetireTask(task) for task in view.current if task is not best)
 
     def begin(self, waiting: list[_SlotView]) -> Iterator[Step]:
-        """Take as many further slots as there is room for; say when a delay makes room again."""
+        """Take as many further slots as there is room for; say when a delay makes room again.
+
+        Slots in which nothing serves come first, and one that serves is taken only where there is room for all of them
+        as well: an update before this one may have taken them out of service, and with as many more the service could
+        be left without any.
+        """
         busy, room_at = 0, []
         for task in self._begun:
             settled_at = self._settled_at(task)
@@ -170,7 +181,7 @@ class _Rollout:
                 busy += 1
                 room_at.append(settled_at + self._delay_s)
         room = (self._config.parallelism or len(waiting)) - busy
-        for view in waiting[: max(room, 0)]:
+        for view in sorted(waiting, key=lambda one: one.serves)[: max(room, 0)]:
             yield from self._replace(view)
         if len(waiting) > room and room_at:
             yield Recheck(min(room_at))

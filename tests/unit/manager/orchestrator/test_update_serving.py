@@ -1,0 +1,131 @@
+"""A service never serves with less than its update policy allows, whatever comes in the middle of an update."""
+
+from collections.abc import Iterable
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.orchestrator.sightings import Sightings
+from skep.model.ids import NodeId
+from skep.model.service import UpdateConfig, UpdateOrder, UpdateState
+from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS
+from tests.builders import a_node, a_service, a_task
+from tests.rollouts import a_spec, state, wanted
+from tests.worlds import World
+
+READY, RUNNING = TaskState.READY, TaskState.RUNNING
+
+
+def slots_without_service(tasks: Iterable[Task]) -> set[int]:
+    """Slots in which nothing serves: nothing runs that is wanted to.  What is on its way to removal has no slot."""
+    kept = [task for task in tasks if task.desired_state < TaskState.REMOVE]
+    serving = {task.slot for task in kept if task.is_wanted and task.status.state is RUNNING}
+    return {task.slot for task in kept} - serving
+
+
+class Slow:
+    """A world in which preparing, starting and stopping take their time, and nothing ever fails."""
+
+    def __init__(self, world: World, seconds: tuple[int, int, int]) -> None:
+        """``seconds``: to prepare, to start and to stop."""
+        self.world = world
+        self._seconds = seconds
+        self._since: dict[tuple[str, str], float] = {}
+
+    def live(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.decide()
+            for task in list(self.world.tasks.values()):
+                self._go_on(task)
+                self.decide()
+            self.world.now += 1
+
+    def decide(self) -> None:
+        """Take the orchestrator's steps, and check of each what it takes away."""
+        for _ in range(20):
+            changes = self.world.changes()
+            if not changes:
+                return
+            for change in changes:
+                before = slots_without_service(self.world.tasks.values())
+                self.world.apply([change])
+                after = slots_without_service(self.world.tasks.values())
+                config = self.world.situation.rollout_config
+                if config.parallelism and after - before:
+                    assert len(after) <= config.parallelism, (change, sorted(after))
+        raise AssertionError("it never settles")
+
+    def _go_on(self, task: Task) -> None:
+        prepare_s, start_s, stop_s = self._seconds
+        status, is_stopping = task.status.state, not task.is_wanted
+        if status.is_terminal:
+            return
+        if is_stopping:
+            self._after(task, "stop", stop_s, TaskState.SHUTDOWN)
+        elif status < READY:
+            self._after(task, "prepare", prepare_s, READY)
+        elif status is READY and task.desired_state is RUNNING:
+            self._after(task, "start", start_s, RUNNING)
+
+    def _after(self, task: Task, what: str, seconds: int, then: TaskState) -> None:
+        began = self._since.setdefault((task.id, what), self.world.now)
+        if self.world.now - began >= seconds:
+            status = replace(task.status, state=then)
+            self.world.put(replace(task, node_id=NodeId("n1"), status=status))
+
+
+def a_running_service(replicas: int) -> World:
+    world = World(a_service(spec=a_spec(replicas=replicas)), nodes=[a_node("n1")])
+    for slot in range(1, replicas + 1):
+        world.put(a_task(slot=slot, node="n1", service=world.service))
+    return world
+
+
+@pytest.mark.parametrize("image", ["app:3", "app:1"])
+@pytest.mark.parametrize("parallelism", [1, 2])
+@pytest.mark.parametrize("order", [UpdateOrder.STOP_FIRST, UpdateOrder.START_FIRST])
+def test_no_update_takes_away_more_than_its_policy_allows_whenever_it_comes(
+    parallelism: int, image: str, order: UpdateOrder
+) -> None:
+    """Two updates in the middle of a first one, at any second of it; the last may return to where it began."""
+    config = UpdateConfig(parallelism=parallelism, monitor=SECOND_NS, order=order)
+    for gap_s in range(5, 36, 6):
+        world = a_running_service(3)
+        slow = Slow(world, (1, 1, 10))
+        for wished in ("app:2", "app:4", image):
+            world.update(a_spec(wished, replicas=3, update=config))
+            slow.live(gap_s)
+        world.seen = Sightings(world.now)
+        slow.live(70)
+        assert state(world) is UpdateState.COMPLETED
+        assert len(wanted(world, image)) == 3
+        assert slots_without_service(world.tasks.values()) == set()
+
+
+def test_an_update_soon_after_another_one_leaves_the_last_replica_alone() -> None:
+    """The last of three still stops for the first update, and the second one begins with the first two."""
+    world = a_running_service(3)
+    slow = Slow(world, (0, 0, 10))
+    two = UpdateConfig(parallelism=2)
+    world.update(a_spec("app:2", replicas=3, update=two))
+    slow.live(20)
+    assert slots_without_service(world.tasks.values()) == {3}
+    world.update(a_spec("app:3", replicas=3, update=two))
+    slow.live(2)
+    assert len(slots_without_service(world.tasks.values())) == 2
+    slow.live(60)
+    assert state(world) is UpdateState.COMPLETED
+    assert len(wanted(world, "app:3")) == 3
+
+
+def test_slots_that_do_not_serve_come_first_and_as_many_at_a_time_as_any() -> None:
+    """Their tasks find no node, say, and the update is to change that."""
+    world = a_running_service(5)
+    for task in [task for task in world.tasks.values() if task.slot > 2]:
+        world.put(replace(task, node_id="", status=replace(task.status, state=TaskState.PENDING)))
+    world.update(a_spec("app:2", replicas=5, update=UpdateConfig(parallelism=2, monitor=SECOND_NS)))
+    world.settle()
+    assert {task.slot for task in wanted(world, "app:2")} == {3, 4}
+    Slow(world, (1, 1, 1)).live(60)
+    assert len(wanted(world, "app:2")) == 5
