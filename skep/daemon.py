@@ -14,9 +14,9 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from random import SystemRandom
-from types import MappingProxyType
 
 import msgspec
 import structlog
@@ -59,6 +59,7 @@ from skep.node.notify import notify
 from skep.node.orphans import adopt_orphans
 from skep.node.restoring import Restored
 from skep.node.supervision import zygote
+from skep.node.supervision.answers import manager_past_help
 from skep.node.supervision.detached import detached, held_lock, set_title
 from skep.node.supervision.supervisor import Supervisor
 from skep.node.supervision.zygote import Zygote
@@ -187,7 +188,12 @@ class Daemon:
                     last_heard=LastHeardFile(paths.last_heard, self._clock.since_boot, boot_id()),
                     net=self._supervisor("net", hands_over=True, gives_up=False),
                     forwarder=self._supervisor("forwarder", gives_up=False),
-                    manager=lambda: self._supervisor("manager", final={REMOVED: _REMOVED}, futile=FUTILE),
+                    manager=lambda: self._supervisor(
+                        "manager",
+                        final={REMOVED: _REMOVED},
+                        futile=FUTILE,
+                        past_help=partial(manager_past_help, paths, _hand_over, self._clock),
+                    ),
                     manager_stands_by=lambda wanted: self._zygote.stand_by("manager", wanted=wanted),
                     write_manager_files=self._write_manager_files,
                     write_recovery_files=self._write_recovery_files,
@@ -241,28 +247,18 @@ class Daemon:
         replace_file(path, msgspec.json.encode(features), mode=0o600, is_durable=False)
         return features
 
-    def _supervisor(
-        self,
-        name: str,
-        *,
-        hands_over: bool = False,
-        gives_up: bool = True,
-        final: Mapping[int, str] = MappingProxyType({}),
-        futile: int | None = None,
-    ) -> Supervisor:
+    @property
+    def _supervisor(self) -> "partial[Supervisor]":
+        """A supervisor of one process, but for its name and what is special about it."""
         paths = self._configuration.paths
-        return Supervisor(
-            name,
-            (str(paths.data), str(paths.run)),
+        return partial(
+            Supervisor,
+            arguments=(str(paths.data), str(paths.run)),
             paths=paths,
             zygote=self._zygote,
             clock=self._clock,
             chance=self._random.random,
             ends_with_node=lambda: self._is_stopping,
-            hands_over=hands_over,
-            gives_up=gives_up,
-            final=final,
-            futile=futile,
         )
 
     def _write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
@@ -357,6 +353,13 @@ def _bootstrap(plan: Founding) -> Bootstrap:
         data_path_port=plan.data_path_port,
         availability=plan.availability,
     )
+
+
+async def _hand_over(socket: Path) -> None:
+    # Hardly ever needed, and a node process knows nothing of the store otherwise.
+    from skep.store.etcd.handover import hand_over
+
+    await hand_over(socket)
 
 
 def _forget_keys(paths: Paths) -> None:

@@ -30,6 +30,7 @@ from skep.manager.config import FUTILE, REMOVED, ManagerConfig, encode, load, lo
 from skep.manager.founding import found_cluster
 from skep.manager.incarnation import Superseded, ask_others, check_lives, read_lives
 from skep.manager.keys import founding_wrapping_key, save_wrapping_key
+from skep.manager.loop_watch import watching
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.joining import Applicant, NotLetIn
@@ -54,6 +55,7 @@ from skep.store.etcd.damage import Damaged
 from skep.store.etcd.deadlines import end_peer_connections
 from skep.store.etcd.flags import MemberSettings, PeerFiles
 from skep.store.etcd.founding import Unfinished, initialize
+from skep.store.etcd.handover import hand_over
 from skep.store.etcd.member import Member, MemberRemoved
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.peers import load_peers, save_peers
@@ -188,7 +190,13 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             new_id=new_id,
             random=random,
         )
-        await manager.run()
+        last_words = paths.last_words("manager")
+        with watching(
+            partial(hand_over, paths.etcd_socket),
+            lambda why: replace_file(last_words, why.encode(), is_durable=False),
+            clock,
+        ):
+            await manager.run()
 
 
 def _listening(

@@ -1,14 +1,19 @@
-"""Faults that are not of machines: objects that make whoever decides about them raise, managers that show the past."""
+"""Faults that are not of machines: objects that make whoever decides raise, managers that show the past or hang."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
 from skep.errors import SkepError
 from skep.manager.follow import State
+from skep.model.ids import NodeId
+from skep.node.supervision.answers import wait_past_help
 from skep.store.interface import Object, Store, Transaction, View, Watch
+
+if TYPE_CHECKING:
+    from skep.sim.cluster import SimulatedCluster
 
 T = TypeVar("T", bound=msgspec.Struct)
 R = TypeVar("R")
@@ -89,3 +94,26 @@ class Rewindable:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
+
+
+def hang_manager(cluster: "SimulatedCluster", id: NodeId) -> None:
+    """A manager process stands still and its member of etcd goes on, until who supervises it replaces both."""
+    cluster.disturb()
+    cluster.disturbances += 1
+    cluster._stop(id)
+    cluster.running_managers.pop(id, None)
+
+    async def is_answered() -> bool:
+        return False
+
+    async def hand_over() -> None:
+        if cluster.raft.current is not None and cluster.leader == id:
+            cluster.depose()
+
+    async def supervise() -> None:
+        await wait_past_help(is_answered, hand_over, cluster.clocks[id])
+        cluster.raft.crash(id)
+        cluster.disturbances -= 1
+        cluster.start_manager(id)
+
+    cluster._processes[id] = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")

@@ -11,6 +11,7 @@ from skep.model.service import RestartPolicy
 from skep.model.task import TaskState
 from skep.model.times import SECOND_NS
 from skep.sim.cluster import SimulatedCluster
+from skep.sim.faults import hang_manager
 from tests.builders import a_service_spec
 
 SEEDS = range(3)
@@ -186,4 +187,20 @@ def test_a_container_that_fails_while_managers_are_only_away_for_a_moment_is_rep
         cluster.run_for(3)
         cluster.start_manager(cluster.managers[0])
         cluster.run_until(lambda: cluster.created("web") == 2 and cluster.running("web") == 1, within_s=20)
+        cluster.check_invariants()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_leader_that_hangs_beside_its_living_member_is_replaced_within_seconds(seed: int) -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
+        cluster.create(a_service_spec("web", replicas=3))
+        cluster.run_until(lambda: cluster.running("web") == 3, within_s=5)
+        cluster.run_for(5)
+        hung = cluster.leader
+        hang_manager(cluster, hung)
+        cluster.create(a_service_spec("other", replicas=3))
+        cluster.run_until(lambda: cluster.running("other") == 3, within_s=10)
+        cluster.run_for(30)
+        assert hung in cluster.running_managers, "it is back"
+        assert cluster.created("web") == cluster.created("other") == 3
         cluster.check_invariants()

@@ -3,10 +3,10 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -46,6 +46,7 @@ class Supervisor:
         ends_with_node: whether the node stops as planned, at the moment of asking.
         final: exit codes after which it is not started again, each with the reason.
         futile: exit code after which it is not started again because of what it said.
+        past_help: watches over the process while it runs, and returns why it is to be killed.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Supervisor:
         gives_up: bool = True,
         final: Mapping[int, str] = MappingProxyType({}),
         futile: int | None = None,
+        past_help: Callable[[], Coroutine[Any, Any, str]] | None = None,
     ) -> None:
         self._name = name
         self._arguments = arguments
@@ -75,6 +77,7 @@ class Supervisor:
         self._gives_up = gives_up
         self._final = final
         self._futile = futile
+        self._past_help = past_help
         self._ends: tuple[float, ...] = ()
         self._last_end = ""
         self.process: ProcessIdentity | None = None
@@ -158,11 +161,27 @@ class Supervisor:
             self.process = await self._start()
         if self.process is None:
             return None
-        await wait_end(self.process)
+        killed_for = await self._watched_to_its_end(self.process)
         code = await self._zygote.reap(self.process.pid)
-        self._last_end = self._last_words() or _how(code)
+        self._last_end = self._last_words() or killed_for or _how(code)
         self.process = None
         return code
+
+    async def _watched_to_its_end(self, process: ProcessIdentity) -> str:
+        """Return when the process has ended; why it was killed, if it was from here."""
+        if self._past_help is None:
+            await wait_end(process)
+            return ""
+        async with asyncio.TaskGroup() as group:
+            ending = group.create_task(wait_end(process), name=f"end of {self._name}")
+            watching = group.create_task(self._past_help(), name=f"answers of {self._name}")
+            await asyncio.wait({ending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not watching.done():
+                watching.cancel()
+                return ""
+            log.error("process killed", name=self._name, pid=process.pid, reason=watching.result())
+            _send(process, signal.SIGKILL)
+        return watching.result()
 
     def _last_words(self) -> str:
         """What the process said before it ended; empty: nothing."""

@@ -151,3 +151,20 @@ def _join(cluster: TestCluster, name: str, at: str) -> None:
     token = cluster.node(at).docker("swarm", "join-token", "-q", "manager").stdout.strip()
     addr = cluster.node(at).description["addr"]
     cluster.node(name).docker("swarm", "join", "--token", token, f"{addr}:2377")
+
+
+def test_a_leader_whose_process_stands_still_is_replaced_within_seconds(three: TestCluster) -> None:
+    """Stopped is the manager alone: its etcd lives, and would lead for ever."""
+    before = wait_managers(three.node("m1"), *ALL)
+    victim, watcher = three.node(before), three.node(others(before, *ALL)[0])
+    (manager,) = victim.pids("skep-manager")
+    os.kill(manager, signal.SIGSTOP)
+    create(watcher, "meanwhile", 2)
+    # Three seconds of silence, an election, and the start of two containers.
+    wait_running(watcher, "meanwhile", 2, within_s=12)
+    wait_until(lambda: leader(watcher) not in {"", before}, "another one leads")
+    assert manager in victim.pids("skep-manager"), "leadership went before the process did"
+    wait_until(lambda: manager not in victim.pids("skep-manager"), "it is killed")
+    wait_managers(watcher, *ALL)
+    wait_managers(victim, *ALL)
+    watcher.client().api.remove_service("meanwhile")

@@ -1,0 +1,64 @@
+"""When one who does not answer leads no more, and when its process is ended."""
+
+from skep.aio.patience import CALM_S, END_S, HAND_OVER_S, Patience, Step
+
+TICK_S = 0.5
+
+
+class Asking:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.patience = Patience(TICK_S, 0.0)
+
+    def silent(self, seconds: float) -> list[tuple[float, Step]]:
+        """What is done, and how long after the silence began."""
+        began, done = self.now, []
+        while self.now < began + seconds:
+            self.now += TICK_S
+            step = self.patience.look(self.now, is_answered=False)
+            done += [(self.now - began, step)] if step is not Step.WAIT else []
+            if step is Step.END:
+                break
+        return done
+
+    def well(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.now += TICK_S
+            assert self.patience.look(self.now, is_answered=True) is Step.WAIT
+
+
+def test_a_silent_one_leads_no_more_after_three_seconds_and_is_ended_after_fifteen() -> None:
+    asking = Asking()
+    asking.well(60)
+    assert asking.silent(100) == [(HAND_OVER_S, Step.HAND_OVER), (END_S, Step.END)]
+
+
+def test_a_short_silence_is_nothing() -> None:
+    asking = Asking()
+    for _ in range(100):
+        asking.well(0.5)
+        assert asking.silent(HAND_OVER_S - TICK_S) == []
+
+
+def test_a_standstill_of_who_asks_is_nobodys_fault() -> None:
+    """A suspend, or both were stopped."""
+    asking = Asking()
+    asking.well(10)
+    asking.now += 3600
+    assert asking.patience.look(asking.now, is_answered=False) is Step.WAIT
+    asking.well(10)
+    assert asking.silent(2) == []
+
+
+def test_one_that_is_slow_again_and_again_keeps_its_leader_for_longer_each_time() -> None:
+    asking = Asking()
+    asked_after = []
+    for _ in range(3):
+        asking.well(30)
+        asked_after += [after for after, _ in asking.silent(14)]
+    assert asked_after == [HAND_OVER_S, 2 * HAND_OVER_S, 4 * HAND_OVER_S]
+    asking.well(30)
+    assert asking.silent(14) == []
+    asking.well(CALM_S + 1)
+    assert asking.silent(4) == [(HAND_OVER_S, Step.HAND_OVER)]

@@ -1,0 +1,72 @@
+"""A loop that hangs is noticed from outside of it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import Unavailable
+from skep.manager import loop_watch
+from skep.manager.loop_watch import LoopWatch
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_watch, "TICK_S", 0.02)
+    monkeypatch.setattr("skep.aio.patience.HAND_OVER_S", 0.2)
+    monkeypatch.setattr("skep.aio.patience.END_S", 0.6)
+
+
+class Told:
+    """What the watch did; ``fails``: nobody takes leadership over."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.said: list[str] = []
+        self._fails = fails
+
+    async def hand_over(self) -> None:
+        await asyncio.sleep(0)
+        self.said.append("hand over")
+        if self._fails:
+            raise Unavailable("no other voter")
+
+    def end(self, why: str) -> None:
+        self.said.append(f"end: {why}")
+
+
+def hold_until(condition: Callable[[], bool]) -> None:
+    """Keep this thread, and so the loop; other threads run."""
+    until = time.monotonic() + 20
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def work(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_loop_that_hangs_has_another_lead_and_then_ends(fails: bool) -> None:
+    told = Told(fails=fails)
+    watch = LoopWatch(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
+    watch.start()
+    await asyncio.sleep(0.1)
+    assert told.said == []
+    hold_until(lambda: len(told.said) == 2)
+    assert told.said[0] == "hand over"
+    assert told.said[1].startswith("end: its event loop did not answer")
+    watch.stop()
+
+
+async def test_a_loop_that_works_and_waits_is_left_alone() -> None:
+    told = Told()
+    watch = LoopWatch(asyncio.get_running_loop(), told.hand_over, told.end, SystemClock())
+    watch.start()
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        work(0.02)
+        await asyncio.sleep(0.01)
+    watch.stop()
+    assert told.said == []
