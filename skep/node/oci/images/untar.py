@@ -2,7 +2,8 @@
 
 Archives are hostile input, so whatever they say happens inside the chroot: an absolute name, ``..``, a symbolic
 link to ``/etc`` or a hard link can reach no further than the layer itself, however they are combined, and there is
-no check that could race.  This is also how Docker confines them, hence what Docker accepts is accepted here.
+no check that could race.  This is also how Docker confines them, hence what Docker accepts is accepted here.  What else
+it gives up is in ``confinement``.
 
 Nothing is imported after the chroot, or the archive could bring modules of its own.  The module is run by itself: one
 JSON object of settings as argument, the stream on stdin, one JSON object of results on stdout.
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,15 +24,27 @@ import stat
 import sys
 import tarfile
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import Any, BinaryIO, Self
 
+from skep.node.oci.images.confinement import Helper, confine
 from skep.node.oci.images.streams import Malformed, plain_chunks
 
 _CHUNK_BYTES = 1 << 20
 _SPACE_CHECK_BYTES = 64 << 20
 _MEMORY_BYTES_MAX = 2 << 30
 _PR_SET_PDEATHSIG = 1
+_HEADER_BYTES_MAX = 1 << 20
+"""Of a long name or a PAX header, as in Go."""
+_LONG_HEADERS = frozenset(
+    {
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    }
+)
+_TIME = re.compile(r"\+?([0-9]{1,12})(?:\.([0-9]*))?")
 
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
@@ -119,12 +133,20 @@ class Header(tarfile.TarInfo):
             is_invalid = str(error) in ("bad checksum", "invalid header")
             raise Malformed("archive/tar: invalid tar header" if is_invalid else "unexpected EOF") from error
 
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+        """The standard reader takes whatever length a header says into memory."""
+        if self.type in _LONG_HEADERS and self.size > _HEADER_BYTES_MAX:
+            raise Malformed("archive/tar: header field too long")
+        found: tarfile.TarInfo | None = super()._proc_member(archive)  # type: ignore[misc]
+        return found
+
 
 class Unpacker:
     """Writes the members of one archive below ``/`` (of the chroot)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, helper: Helper) -> None:
         self._settings = settings
+        self._helper = helper
         self._written_bytes = 0
         self._checked_bytes = 0
         self._names: set[str] = set()
@@ -176,7 +198,7 @@ class Unpacker:
         """``.wh.x`` becomes what overlayfs reads as "x is not here"; ``.wh..wh..opq`` hides all below."""
         directory, name = os.path.split(path)
         if name == _OPAQUE:
-            os.setxattr(directory, _OVERLAY_XATTRS + "opaque", b"y")
+            self._helper.mark_opaque(directory)
             return True
         if not name.startswith(_WHITEOUT):
             return False
@@ -282,18 +304,33 @@ def _set_xattrs(path: str, member: tarfile.TarInfo) -> None:
 
 
 def _set_times(path: str, member: tarfile.TarInfo) -> None:
-    modified_ns = _time_ns(member.pax_headers.get("mtime"), member.mtime)
-    accessed_ns = _time_ns(member.pax_headers.get("atime"), modified_ns / 1e9)
+    modified_ns = _time_ns(member.pax_headers.get("mtime"))
+    if modified_ns is None:
+        modified_ns = _whole_seconds(member.mtime)
+    accessed_ns = _time_ns(member.pax_headers.get("atime"))
+    if accessed_ns is None:
+        accessed_ns = modified_ns
     os.utime(path, ns=(accessed_ns, modified_ns), follow_symlinks=False)
 
 
-def _time_ns(exact: str | None, seconds: float) -> int:
-    """Nanoseconds of a PAX record, else of the plain header; what is before the epoch becomes the epoch."""
-    try:
-        nanoseconds = int(Decimal(exact if exact is not None else str(seconds)) * 1_000_000_000)
-    except (InvalidOperation, OverflowError, ValueError):
+def _time_ns(record: str | None) -> int | None:
+    """Nanoseconds of a PAX record; None: there is none.
+
+    What is no decimal number, and what the kernel has no time for, becomes the epoch, as in Docker.  A number with an
+    exponent is none in PAX; one of six digits would be worked out to a million.
+    """
+    if record is None:
+        return None
+    time = _TIME.fullmatch(record)
+    if time is None:
         return 0
-    return min(max(nanoseconds, 0), (1 << 63) - 1)
+    nanoseconds = int(time[1]) * 1_000_000_000 + int((time[2] or "")[:9].ljust(9, "0"))
+    return nanoseconds if nanoseconds < 1 << 63 else 0
+
+
+def _whole_seconds(seconds: float) -> int:
+    """Nanoseconds of the plain header's time."""
+    return int(seconds) * 1_000_000_000 if 0 <= seconds < 9.2e9 else 0
 
 
 def tree_bytes(root: str) -> int:
@@ -314,16 +351,16 @@ def tree_bytes(root: str) -> int:
     return total
 
 
-def _confine(root: str) -> None:
+def _confine(root: str) -> Helper:
     """Enter ``root`` for good, able to import nothing more."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES_MAX, _MEMORY_BYTES_MAX))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0)
-    os.chroot(root)
-    os.chdir("/")
+    helper = confine(root)
     sys.path.clear()
     sys.path_importer_cache.clear()
     sys.path_hooks.clear()
+    return helper
 
 
 def _in_words(error: OSError) -> str:
@@ -341,9 +378,10 @@ def main() -> None:
     stream = PlainStream(sys.stdin.buffer, settings)
     result: dict[str, object]
     try:
-        _confine(settings.root)
-        Unpacker(settings).unpack(stream)
+        helper = _confine(settings.root)
+        Unpacker(settings, helper).unpack(stream)
         digest = stream.finish()
+        helper.close()
         result = {"digest": digest, "plain_bytes": stream.bytes_read, "size_bytes": tree_bytes("/")}
     except Duplicate:
         result = {"error": "duplicates of file paths not supported): ", "kind": "malformed"}

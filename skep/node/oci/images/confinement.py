@@ -1,0 +1,226 @@
+"""What the unpacking worker gives up before it reads a byte of an archive.
+
+It keeps the capabilities by which files get owners, modes, devices and file capabilities, in a root directory of its
+own and in namespaces without network, mounts or queues of anybody.  A filter refuses system calls that open more of the
+kernel, or another process: they fail with EPERM.  What the machine does not let it give up it keeps: the chroot is what
+holds, the rest is for the case that a parser of archives has a hole.
+
+The one thing that needs more, ``trusted.overlay.opaque``, is set by a helper that reads nothing but descriptors.
+"""
+
+import array  # noqa: F401  # socket.send_fds imports it when it is called, and then it is too late
+import ctypes
+import os
+import signal
+import socket
+import struct
+from typing import Final
+
+_CAPABILITIES: Final = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
+_CAPABILITY_VERSION_3 = 0x20080522
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
+_SECCOMP_MODE_FILTER = 2
+_NEW_NAMESPACES: Final = 0x00020000 | 0x08000000 | 0x40000000
+"""CLONE_NEWNS, -IPC and -NET."""
+
+_DESCRIPTORS_MAX = 256
+_OPAQUE = b"trusted.overlay.opaque"
+
+_ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000
+_AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_X32_BIT = 0x40000000
+_REFUSED: Final = {
+    # socket, socketpair, connect, accept, bind, clone, fork, vfork, execve, ptrace, personality, pivot_root, chroot,
+    # mount, umount2, reboot, init_module, delete_module, kexec_load, add_key, request_key, keyctl, unshare, setns,
+    # perf_event_open, name_to_handle_at, open_by_handle_at, process_vm_readv, process_vm_writev, kcmp, finit_module,
+    # bpf, execveat, userfaultfd, io_uring_setup, io_uring_enter, io_uring_register, pidfd_open, pidfd_getfd, clone3,
+    # kill, tkill, tgkill
+    "x86_64": (
+        *(
+            41,
+            53,
+            42,
+            43,
+            49,
+            56,
+            57,
+            58,
+            59,
+            101,
+            135,
+            155,
+            161,
+            165,
+            166,
+            169,
+            175,
+            176,
+            246,
+            248,
+            249,
+            250,
+        ),
+        *(
+            272,
+            308,
+            298,
+            303,
+            304,
+            310,
+            311,
+            312,
+            313,
+            321,
+            322,
+            323,
+            425,
+            426,
+            427,
+            434,
+            438,
+            435,
+            62,
+            200,
+            234,
+        ),
+    ),
+    "aarch64": (
+        *(198, 199, 203, 202, 200, 220, 221, 117, 92, 41, 51, 40, 39, 142, 105, 106, 104, 217, 218, 219),
+        *(
+            97,
+            268,
+            241,
+            264,
+            265,
+            270,
+            271,
+            272,
+            273,
+            280,
+            281,
+            282,
+            425,
+            426,
+            427,
+            434,
+            438,
+            435,
+            129,
+            130,
+            131,
+        ),
+    ),
+}
+"""Numbers of the calls that nobody needs who writes files, by machine."""
+_MOUNT_CALLS: Final = (428, 429, 430, 431, 432, 433, 442)
+"""open_tree to fspick and mount_setattr: they are the same everywhere."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def confine(root: str) -> "Helper":
+    """Enter ``root`` for good and keep what writing files takes.  Gives what else there is to ask for.
+
+    Raises: OSError: there is no such directory, or this process may not.
+    """
+    _libc.unshare(_NEW_NAMESPACES)
+    os.chroot(root)
+    os.chdir("/")
+    helper = Helper()
+    _drop_capabilities()
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _install(_filter(os.uname().machine))
+    return helper
+
+
+class Helper:
+    """A process in the same root that marks directories as opaque, and ends with this one."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        worker = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                os.closerange(0, theirs.fileno())  # the pipe of the worker's answer ends with the worker
+                os.closerange(theirs.fileno() + 1, _DESCRIPTORS_MAX)
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() == worker:
+                    _mark(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def close(self) -> None:
+        """End it."""
+        self._socket.close()
+        os.waitpid(self._pid, 0)
+
+    def mark_opaque(self, directory: str) -> None:
+        """Raises: OSError: the file system does not take it."""
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            socket.send_fds(self._socket, [b"x"], [descriptor])
+            answer = self._socket.recv(4)
+        finally:
+            os.close(descriptor)
+        number = int.from_bytes(answer, "little") if len(answer) == 4 else 5  # EIO: it is gone
+        if number:
+            raise OSError(number, os.strerror(number), directory)
+
+
+def _mark(asked: socket.socket) -> None:
+    while True:
+        said, descriptors, _, _ = socket.recv_fds(asked, 1, 1)
+        if not said or len(descriptors) != 1:
+            return
+        try:
+            os.setxattr(descriptors[0], _OPAQUE, b"y")
+            number = 0
+        except OSError as error:
+            number = error.errno or 5
+        finally:
+            os.close(descriptors[0])
+        asked.send(number.to_bytes(4, "little"))
+
+
+def _drop_capabilities() -> None:
+    kept = sum(1 << number for number in _CAPABILITIES.values())
+    for number in range(64):
+        if not kept >> number & 1:
+            _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+    sets = ctypes.create_string_buffer(24)
+    if _libc.capget(header, sets) != 0:
+        return
+    # Effective, permitted, inheritable; twice: the lower and the upper half.
+    _, permitted, _, _, _, _ = struct.unpack("=6I", sets.raw)
+    left = permitted & kept
+    _libc.capset(header, ctypes.create_string_buffer(struct.pack("=6I", left, left, 0, 0, 0, 0)))
+
+
+def _filter(machine: str) -> bytes:
+    """Classic BPF over ``struct seccomp_data``; empty: the numbers of this machine's calls are not known here."""
+    if machine not in _REFUSED:
+        return b""
+    refused = sorted({*_REFUSED[machine], *_MOUNT_CALLS})
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    program = [
+        (load, 0, 0, 4),  # the architecture
+        (equal, 1, 0, _AUDIT_ARCH[machine]),
+        (answer, 0, 0, _KILL),
+        (load, 0, 0, 0),  # the call
+        (at_least, len(refused) + 1, 0, _X32_BIT),
+    ]
+    program += [(equal, len(refused) - index, 0, number) for index, number in enumerate(refused)]
+    program += [(answer, 0, 0, _ALLOW), (answer, 0, 0, _REFUSE)]
+    return b"".join(struct.pack("=HBBI", *one) for one in program)
+
+
+def _install(program: bytes) -> None:
+    if not program:
+        return
+    code = ctypes.create_string_buffer(program)
+    length = len(program) // 8
+    header = struct.pack("@HxxxxxxP", length, ctypes.addressof(code))
+    _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header), 0, 0)
