@@ -24,6 +24,7 @@ from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
 from skep.linux.files import sync_directory
 from skep.node.oci.images import untar
 from skep.node.oci.images.digest import Digest, hex_of
+from skep.node.oci.images.turns import Turns
 
 log = structlog.get_logger()
 
@@ -31,6 +32,9 @@ NO_BLOB = Digest("")
 _COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _UNPACKERS_MAX = 3
 """Workers at once: decompression is bound by one core each."""
+_PATIENCE_S = 60.0
+_SLOW_UNPACKERS_MAX = 6
+"""Further workers, that had their places for longer than that."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +85,7 @@ class Layers:
         self._limits = limits
         self._layers: dict[str, Layer] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._workers = asyncio.Semaphore(_UNPACKERS_MAX)
+        self._turns = Turns(_UNPACKERS_MAX, patience_s=_PATIENCE_S, slow_max=_SLOW_UNPACKERS_MAX)
 
     def open(self) -> None:
         """Read what is there.  Blocks; call it in a thread."""
@@ -150,7 +154,9 @@ class Layers:
         files, kept = workspace / "diff", workspace / "content"
         files.mkdir(mode=0o755)
         is_compressed = await asyncio.to_thread(_is_compressed, content)
-        async with self._workers:
+        async with self._turns.of(
+            str(content.parent)
+        ):  # each image has a directory of its own for what comes in
             with content.open("rb") as source:
                 unpacked = await unpack(
                     source.fileno(),
