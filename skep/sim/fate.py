@@ -35,8 +35,6 @@ class Fate:
         self._cluster = cluster
         self._random: Random = cluster.random
         self._troubles: list[Trouble] = []
-        self.disks: tuple[Callable[[], None], ...] = (self._lastingly_slow_disk, self._hanging_disk)
-        """Not met by chance yet."""
         self._faults: tuple[Callable[[], None], ...] = (
             *(self._container_ends,) * 3,
             *(self._power_loss, self._node_process_dies, self._node_process_dies),
@@ -44,6 +42,7 @@ class Fate:
             *(self._manager_and_worker_die, self._freeze, self._freeze),
             *(self._cut_off, self._cut_off, self._split, self._split, self._lose_session_path),
             *(self._slow_machine, self._slow_member, self._slow_watch, self._slow_disk),
+            *(self._lastingly_slow_disk, self._hanging_disk),
             *(self._compaction, self._depose, self._depose, self._clock_jumps),
             *(self._poison, self._show_the_past, self._last_words),
         )

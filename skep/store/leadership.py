@@ -21,11 +21,15 @@ P = ParamSpec("P")
 
 
 class LeaderRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What the leader key says.  ``term``: grows with each election (raft's term beside etcd)."""
+    """What the leader key says.
+
+    ``term``: grows with each election (raft's term beside etcd); ``nonce``: of this claim alone.
+    """
 
     node: NodeId
     addr: str = ""
     term: int = 0
+    nonce: str = ""
 
 
 def leader_named(record: bytes | None) -> NodeId | None:

@@ -28,7 +28,6 @@ from skep.store.state import State, differences
 from skep.store.tables import KeyChange
 from skep.store.updates import (
     NO_LEADER,
-    SHOWN_S,
     Committed,
     Conflict,
     Outcome,
@@ -209,6 +208,19 @@ class MemoryCluster:
         self._terms = {node_id: term}
         store.elected(term)
 
+    def renew_lost(self) -> None:
+        """The leader's term ended while it was cut off: it leads anew."""
+        for term in tuple(self._terms.values()):
+            if term.is_lost:
+                self.renew(term)
+
+    def renew(self, term: TermState) -> None:
+        """A write of ``term`` may yet take effect: it is over, and its manager leads anew, if it reaches the others."""
+        term.lose()
+        for node_id, current in tuple(self._terms.items()):
+            if current is term and not self._candidates[node_id].faults.is_cut:
+                self.elect(node_id)
+
     def _depose(self, *, quietly: bool = False) -> None:
         for term in self._terms.values():
             if not quietly:
@@ -297,13 +309,16 @@ class MemoryStore(Updating):
         """Undo ``cut``: everything missed arrives."""
         self.faults.is_cut = False
         self.hear()
+        self.cluster.renew_lost()
 
     def _updater_behind(self, term: TermState | None) -> Updater:
-        lane = MemoryLane(self, term)
-        shown_s = SHOWN_S if term is None else None
         return Updater(
-            *(self._replica, lane, self.barrier, self._clock, self._replica.reached),
-            shown_s=shown_s,
+            self._replica,
+            MemoryLane(self, term),
+            self.barrier,
+            self._clock,
+            self._replica.reached,
+            is_of_a_term=term is not None,
             chance=lambda: 0.5,
         )
 
@@ -327,7 +342,18 @@ class MemoryLane:
         self._term = term
 
     async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
-        return [await self._propose(proposal) for proposal in proposals]
+        if self._term is None:
+            return [await self._propose(proposal) for proposal in proposals]
+        if self._term.is_lost:
+            raise NotLeader("this term of leadership is over")
+        try:
+            outcomes = [await self._propose(proposal) for proposal in proposals]
+        except asyncio.CancelledError:
+            self._store.cluster.renew(self._term)
+            raise
+        if any(isinstance(one, Unavailable) and not isinstance(one, NotLeader) for one in outcomes):
+            self._store.cluster.renew(self._term)
+        return outcomes
 
     async def _propose(self, proposal: Proposal) -> Outcome | SkepError:
         while True:

@@ -32,6 +32,9 @@ P = ParamSpec("P")
 DEADLINE_S = 5.0
 """For a whole update with all its attempts."""
 
+TERM_DEADLINE_S = 20.0
+"""For one of a leader: nobody waits for it, and one that is given up with a write under way ends the term."""
+
 SHOWN_S = 2.0
 """How long a user's acknowledged write may take to show in the replica before it is answered anyway."""
 
@@ -89,16 +92,15 @@ class Updater:
         clock: Clock,
         reached: Callable[[int], Awaitable[None]],
         *,
-        shown_s: float | None = SHOWN_S,
         chance: Callable[[], float] = random.random,
+        is_of_a_term: bool = False,
     ) -> None:
         """
         Args:
             barrier: returns once the replica shows the present.
             reached: returns once the replica shows a revision.
-            shown_s: how long a write may take to show before it is answered anyway; None: it is answered when it
-                shows, and nothing further is tried before.  A leader that does not see what it wrote would decide
-                the same again.
+            is_of_a_term: a write is answered when it shows, and nothing further is tried before: a leader that does
+                not see what it wrote would decide the same again.
             chance: numbers from 0 to 1, which spread the pauses between attempts.
         """
         self._replica = replica
@@ -106,7 +108,8 @@ class Updater:
         self._barrier = barrier
         self._clock = clock
         self._reached = reached
-        self._shown_s = shown_s
+        self._shown_s = None if is_of_a_term else SHOWN_S
+        self._deadline_s = TERM_DEADLINE_S if is_of_a_term else DEADLINE_S
         self._chance = chance
         self._written = 0
         """The last revision of ours, where the next attempt waits for it."""
@@ -118,7 +121,7 @@ class Updater:
         is_confirmed = False
         pause = self._pause()
         tried: tuple[Compare, ...] = ()
-        async with within_deadline():
+        async with within_deadline(self._deadline_s):
             await self._reached(self._written)
             while True:
                 try:
@@ -156,7 +159,7 @@ class Updater:
         for chunk in batched(pending, CHUNK):
             pause = self._pause()
             try:
-                async with within_deadline():
+                async with within_deadline(self._deadline_s):
                     await self._reached(self._written)
                     while left := await self._attempt(body, chunk, results):
                         await pause.after_conflict(is_progress=len(left) < len(chunk))

@@ -135,6 +135,27 @@ async def test_a_deposed_leader_writes_nothing(rig: Rig) -> None:
     await rig.store.update(put, a_secret("by the API"))
 
 
+async def test_a_term_whose_writer_is_cancelled_with_a_write_under_way_is_over(rig: Rig) -> None:
+    """What came of the write shows when the next term of the same manager begins, and nothing comes of it later."""
+    terms = rig.store.terms(FIRST, "127.0.0.1:2377")
+    term = await anext(terms)
+    writing = asyncio.create_task(term.update(put, a_secret("s")))
+    await asyncio.sleep(0)  # it is on its way
+    writing.cancel()
+    async with asyncio.timeout(5):
+        await term.wait_lost()
+    with pytest.raises(NotLeader):
+        await term.update(put, a_secret("later"))
+    async with asyncio.timeout(5):
+        renewed = await anext(terms)
+    assert renewed.number > term.number
+    shown = renewed.view().lookup(Secret, "s")
+    await renewed.update(put, a_secret("t"))
+    await rig.store.barrier()
+    assert rig.store.view().lookup(Secret, "s") == shown
+    assert rig.store.view().lookup(Secret, "later") is None
+
+
 async def test_a_write_whose_request_got_lost_is_sent_again(rig: Rig) -> None:
     rig.lose_request()
     await rig.store.update(put, using("web"))

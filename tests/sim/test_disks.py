@@ -1,13 +1,23 @@
 """Disks that hang or stay slow under a leader that keeps its office."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
+from skep.errors import Unavailable
+from skep.model.meta import Driver
+from skep.model.network import Network, NetworkSpec
+from skep.model.service import ReplicatedService, Service, ServiceMode
 from skep.sim.cluster import SimulatedCluster
+from skep.sim.truth import Change
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key
+from skep.store.interface import Created, Updated, View
+from skep.store.keys import LEADER
+from tests.builders import a_service_spec
 
 
 def put(number: int) -> pb.TxnRequest:
@@ -56,3 +66,119 @@ def test_what_a_hanging_disk_holds_is_lost_with_its_leader() -> None:
 
 async def _outcomes(*tasks: "asyncio.Task[pb.TxnResponse]") -> list[pb.TxnResponse | BaseException]:
     return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def hang_behind(cluster: SimulatedCluster, seconds: float, is_due: Callable[[Change], bool]) -> None:
+    """The leader's disk hangs behind the first entry that is due."""
+
+    def hang(change: Change, view: View) -> None:
+        if is_due(change):
+            cluster.truth.watchers.remove(hang)
+            leader = cluster.leader
+            cluster.raft.hang(leader)
+            cluster.loop.call_later(seconds, cluster.raft.resume, leader)
+
+    cluster.truth.watchers.append(hang)
+
+
+def scales(change: Change) -> bool:
+    return any(
+        isinstance(event, Updated) and isinstance(event.new, Service) and event.new.spec.replicas == 1
+        for event in change.events
+    )
+
+
+@pytest.mark.parametrize("hangs_s", [4.5, 5.5, 7.0, 21.0, 28.0])
+def test_a_slot_is_filled_once_however_long_the_disk_hangs_behind_the_write(hangs_s: float) -> None:
+    with SimulatedCluster(managers=1, workers=2, seed=1) as cluster:
+        cluster.create(a_service_spec("web", replicas=0))
+        cluster.run_for(2)
+        hang_behind(cluster, hangs_s, scales)
+        one = ServiceMode(replicated=ReplicatedService(replicas=1))
+        cluster.update("web", lambda spec: replace(spec, mode=one))
+        cluster.run_for(hangs_s + 10)
+        assert cluster.created("web") == 1
+        assert cluster.running("web") == 1
+        assert cluster.observer.violations == []
+
+
+def a_network(id: str) -> Network:
+    return Network(id=id, spec=NetworkSpec(name=id, driver_configuration=Driver(name="overlay")))
+
+
+@pytest.mark.parametrize("hangs_s", [5.6, 25.0])
+def test_two_networks_never_get_one_vxlan_id_or_subnet_however_long_the_disk_hangs(hangs_s: float) -> None:
+    with SimulatedCluster(managers=1, workers=2, seed=0) as cluster:
+        cluster.run_for(1)
+        store = cluster.running_managers[cluster.leader].store
+        assert store is not None
+        writing = []
+
+        def create_another(change: Change, view: View) -> None:
+            if "n1" in created(change):
+                writing.append(cluster.loop.create_task(store.update(lambda tx: tx.put(a_network("n2")))))
+
+        def created(change: Change) -> list[str]:
+            return [
+                event.object.id
+                for event in change.events
+                if isinstance(event, Created) and isinstance(event.object, Network)
+            ]
+
+        cluster.truth.watchers.append(create_another)
+        hang_behind(cluster, hangs_s, lambda change: "n2" in created(change))
+        cluster.write(lambda tx: tx.put(a_network("n1")))
+        cluster.run_for(hangs_s + 10)
+        given = [
+            (one.driver_state.options, [config.subnet for config in one.ipam_options.configs])
+            for one in cluster.view.find(Network)
+            if one.driver_state is not None and one.ipam_options is not None
+        ]
+        assert len(given) == 2
+        assert given[0][0] != given[1][0]
+        assert given[0][1] != given[1][1]
+
+
+def test_a_leader_that_learns_what_came_of_its_write_keeps_its_term_and_another_does_not() -> None:
+    terms: list[int] = []
+    with SimulatedCluster(managers=1, workers=2, seed=1) as cluster:
+
+        def count(change: Change, view: View) -> None:
+            terms.extend(change.revision for key in change.keys if key.key == LEADER)
+
+        cluster.create(a_service_spec("web", replicas=0))
+        cluster.run_for(2)
+        cluster.truth.watchers.append(count)
+        for replicas, hangs_s, renewed in ((1, 7.0, 0), (2, 25.0, 1)):
+            hang_behind(cluster, hangs_s, lambda change: bool(change.events))
+            mode = ServiceMode(replicated=ReplicatedService(replicas=replicas))
+            cluster.update("web", lambda spec, mode=mode: replace(spec, mode=mode))  # type: ignore[misc]
+            cluster.run_for(hangs_s + 10)
+            assert (replicas, len(terms)) == (replicas, renewed)
+            assert cluster.running("web") == replicas
+
+
+@pytest.mark.parametrize("entry_s", [0.4, 1.2, 4.0])
+def test_a_slow_disk_slows_everything_in_proportion_and_has_a_leader(entry_s: float) -> None:
+    """What a serial user gets done in a minute: one write per entry, but for the first, which is given up."""
+    with SimulatedCluster(managers=3, workers=2, seed=3) as cluster:
+        cluster.run_for(1)
+        for member in cluster.raft.members.values():
+            member.stall_s = entry_s
+        began, done = cluster.loop.time(), 0
+        store = cluster.running_managers[cluster.managers[0]].store
+        assert store is not None
+        while cluster.loop.time() < began + 60:
+            service = Service(id=f"s{done}", spec=a_service_spec(f"s{done}", replicas=1))
+            try:
+                cluster.do(store.update(lambda tx, service=service: tx.put(service)))  # type: ignore[misc]
+            except Unavailable:
+                continue
+            done += 1
+        assert done >= 0.7 * 60 / entry_s
+        assert sum(cluster.observer.created.values()) >= 0.7 * done
+        cluster.crash(cluster.leader)
+        cluster.run_until(
+            lambda: any(one.leads for one in cluster.running_managers.values()), within_s=3 + 2 * entry_s
+        )
+        assert cluster.observer.violations == []

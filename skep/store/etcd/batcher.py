@@ -6,14 +6,16 @@ proposals share an entry only if neither reads what the other writes (``Footprin
 on its way waits.
 
 **Unknown outcomes.**  Every entry compares the key ring, and this manager's *ticket*, a key that only it writes.
-When an answer does not come, the ticket is moved: from then on the lost entry can never take effect.  What the
-replica has seen by that revision is the truth: a proposal whose first write appeared is in; any other is simply sent
-again.
+When an answer does not come, the ticket is moved: from then on the lost entry can never take effect.  The ticket's new
+value is a random one, so that the watch proves the move as well as an answer does: of a slow store the answer may never
+come in time.  What the replica has seen by that revision is the truth: a proposal whose first write appeared is in; any
+other is simply sent again.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from secrets import token_bytes
 
 import structlog
 
@@ -22,7 +24,7 @@ from skep.aio.clock import Clock
 from skep.errors import ResourceExhausted, SkepError, Unavailable
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, decoded_ring
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import Client, Patience
 from skep.store.etcd.errors import Busy, Uncertain
 from skep.store.etcd.requests import Witness, etcd_key, fill_txn, guard, is_clear, is_fence_fallen
 from skep.store.interface import NotLeader
@@ -42,6 +44,12 @@ ETCD_OPERATIONS_MAX = 128
 
 IN_FLIGHT = 2
 
+SLOW_S = 0.25
+IN_FLIGHT_SLOW = 8
+"""Where an entry takes ``SLOW_S``, waiting for one before going into the next would double what a write takes."""
+
+TICKET_BYTES = 16
+
 BREATH = 25
 """Proposals encrypted and encoded between two returns to the event loop."""
 
@@ -57,6 +65,8 @@ class Pending:
         self.operations = proposal.operations + (fence is not None)
         """What etcd counts for it; the fence is one compare more."""
         self.outcome: asyncio.Future[Outcome | SkepError] = asyncio.get_running_loop().create_future()
+        self.is_away = False
+        """Whether it is in an entry that may take effect, now or later."""
 
     def resolve(self, outcome: Outcome | SkepError) -> None:
         """Tell the waiter, if it still waits."""
@@ -131,6 +141,7 @@ class Sending:
         self.request = pb.TxnRequest()
         self.witnesses: list[Witness] = []
         self.answer: Awaitable[pb.TxnResponse] | None = None
+        self.sent_at = 0.0
 
 
 class Batcher:
@@ -149,7 +160,14 @@ class Batcher:
         self._cipher = cipher
         self._replica = replica
         self._ticket = ticket
+        self._ticket_name = etcd_key(ticket)
+        self._ticket_value = b""
         self._ticket_revision = 0
+        self._move: asyncio.Future[int] | None = None
+        """The ticket is being moved; until it has its revision, whatever is sent may be void."""
+        self._patience = Patience()
+        self._took_s = 0.0
+        """What the last entry took."""
         self._clock = clock
         self._backoff = backoff
         self._queue: deque[Pending] = deque()
@@ -160,10 +178,11 @@ class Batcher:
         self._seen: dict[Pending, int] = {}
 
     async def propose(
-        self, proposals: Sequence[Proposal], fence: int | None
+        self, proposals: Sequence[Proposal], fence: int | None, give_up: Callable[[], None] = lambda: None
     ) -> Sequence[Outcome | SkepError]:
-        """Each one's outcome, or its error: NotLeader: ``fence`` has fallen; Unavailable.
+        """Each one's outcome, or its error: NotLeader: ``fence`` has fallen; Uncertain; Unavailable.
 
+        ``give_up``: called when the caller is cancelled while one of them may yet take effect.
         Raises: ResourceExhausted: too many proposals wait.
         """
         if len(self._queue) + len(proposals) > QUEUE_MAX:
@@ -173,6 +192,10 @@ class Batcher:
         self._send_on()
         try:
             return [await one.outcome for one in pending]
+        except asyncio.CancelledError:
+            if any(one.is_away and (one.outcome.cancelled() or not one.outcome.done()) for one in pending):
+                give_up()
+            raise
         finally:
             for one in pending:
                 one.outcome.cancel()
@@ -181,7 +204,7 @@ class Batcher:
         """Send until cancelled."""
         await self._move_ticket()
         async with asyncio.TaskGroup() as group:
-            for number in range(IN_FLIGHT):
+            for number in range(IN_FLIGHT_SLOW):
                 group.create_task(self._see_to_entries(), name=f"batcher-{number}")
 
     def observe(self, key: bytes, value: bytes | None, revision: int) -> None:
@@ -195,6 +218,8 @@ class Batcher:
             self._seen[found[1]] = revision
             if value is not None and not is_clear(key):
                 found[1].resolve(Committed(revision))
+        elif key == self._ticket_name and value == self._ticket_value:
+            self._ticket_moved(revision)
 
     async def _see_to_entries(self) -> None:
         while True:
@@ -212,7 +237,7 @@ class Batcher:
 
         A small one leaves before this returns, and not when the turn of who sees to it comes in the event loop.
         """
-        while self._queue and self._idle:
+        while self._queue and self._idle and self._move is None and self._has_room():
             if self._idle[0].done():
                 self._idle.popleft()  # it ends
                 continue
@@ -220,12 +245,17 @@ class Batcher:
             if not entry.pending:
                 return
             self._away.append(entry.footprint)
+            for pending in entry.pending:
+                pending.is_away = True
             sending = Sending(entry, self._replica.resets, self._cipher.ring_revision)
             self._idle.popleft().set_result(sending)
             if len(entry.pending) < BREATH:
                 for pending in entry.pending:
                     self._encode(pending, sending)
                 self._send(sending)
+
+    def _has_room(self) -> bool:
+        return len(self._away) < (IN_FLIGHT if self._took_s < SLOW_S else IN_FLIGHT_SLOW)
 
     def _encode(self, pending: Pending, sending: Sending) -> None:
         txn = sending.request.success.add().request_txn
@@ -235,7 +265,8 @@ class Batcher:
 
     def _send(self, sending: Sending) -> None:
         sending.request.MergeFrom(guard(self._ticket, self._ticket_revision, sending.ring_revision))
-        sending.answer = self._client.txn(sending.request)
+        sending.sent_at = self._clock.monotonic()
+        sending.answer = self._client.txn(sending.request, timeout_s=self._patience.seconds)
 
     async def _see_to(self, sending: Sending) -> None:
         entry = sending.entry
@@ -250,6 +281,8 @@ class Batcher:
             reply = await sending.answer
         except Uncertain as error:
             log.warning("outcome of writes unknown", proposals=len(entry.pending), error=str(error))
+            self._took_s = self._patience.seconds
+            self._patience.missed()
             await self._settle(entry, sending.loads)
         except Busy:
             await self._backoff().sleep(self._clock)
@@ -258,6 +291,8 @@ class Batcher:
             for pending in entry.pending:
                 pending.resolve(error)
         else:
+            self._took_s = self._clock.monotonic() - sending.sent_at
+            self._patience.answered(self._took_s)
             self._answer(entry, reply)
         finally:
             for pending, witness in zip(entry.pending, sending.witnesses, strict=False):
@@ -291,7 +326,7 @@ class Batcher:
         if self._replica.resets != loads:
             # The replica was loaded anew and may have missed the write and what came after it.
             for pending in entry.pending:
-                pending.resolve(Unavailable("the outcome of a write could not be found out"))
+                pending.resolve(Uncertain("the outcome of a write could not be found out"))
             return
         lost: list[Pending] = []
         for pending in entry.pending:
@@ -302,17 +337,46 @@ class Batcher:
         self._requeue(lost)
 
     async def _move_ticket(self) -> int:
-        """Void all entries on their way; the revision from which on that holds."""
+        """Void all entries on their way; the revision from which on that holds.
+
+        One move does for all that were sent before it ends: they compare an older ticket.
+        """
+        if self._move is not None:
+            return await asyncio.shield(self._move)
+        move: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._move = move
+        self._ticket_value = token_bytes(TICKET_BYTES)
+        try:
+            async with asyncio.TaskGroup() as group:
+                putting = group.create_task(self._put_ticket(), name="ticket")
+                revision = await move
+                putting.cancel()
+        finally:
+            move.cancel()  # whoever waits for it ends, too
+            self._move = None
+        self._send_on()
+        return revision
+
+    async def _put_ticket(self) -> None:
         backoff = self._backoff()
         while True:
             try:
-                reply = await self._client.put(etcd_key(self._ticket), b"")
+                reply = await self._client.put(
+                    self._ticket_name, self._ticket_value, timeout_s=self._patience.seconds
+                )
             except Unavailable:
+                self._patience.missed()
                 await backoff.sleep(self._clock)
             else:
-                self._ticket_revision = max(self._ticket_revision, reply.header.revision)
-                return reply.header.revision
+                return self._ticket_moved(reply.header.revision)
+
+    def _ticket_moved(self, revision: int) -> None:
+        self._ticket_revision = max(self._ticket_revision, revision)
+        if self._move is not None and not self._move.done():
+            self._move.set_result(revision)
 
     def _requeue(self, pending: list[Pending]) -> None:
+        for one in pending:
+            one.is_away = False
         self._queue.extendleft(reversed(pending))
         self._send_on()

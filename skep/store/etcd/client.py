@@ -21,11 +21,30 @@ A = TypeVar("A", bound=Message)
 WRITE_S = 1.0
 """A write sent in the moment the leader dies is lost without a word; after this time its outcome is looked up."""
 
+WRITE_S_MAX = 7.0
+"""Where writes take longer: etcd itself gives up after 5 s and two election timeouts."""
+
 READ_S = 2.0
 CHANGE_S = 5.0
 """For a change of the membership."""
 
 LOAD_S = 10.0
+
+
+class Patience:
+    """How long the answer to a write is waited for: ``WRITE_S``, and longer while writes take longer."""
+
+    def __init__(self) -> None:
+        self.seconds = WRITE_S
+
+    def missed(self) -> None:
+        """No answer came in this time."""
+        self.seconds = min(2 * self.seconds, WRITE_S_MAX)
+
+    def answered(self, took_s: float) -> None:
+        """One came after ``took_s``."""
+        if took_s < self.seconds / 4:
+            self.seconds = max(self.seconds / 2, WRITE_S)
 
 
 class Watching:

@@ -1,6 +1,7 @@
 """Who leads: the manager beside raft's leader, as soon as it has written the leader key.
 
-The revision of that write is the fence of its term.  Raft's term in the record keeps a manager whose member has
+The revision of that write is the fence of its term.  A claim without an answer is looked for in the key itself: it
+carries a number that no other one has.  Raft's term in the record keeps a manager whose member has
 been asleep from taking the key back.  A status that does not come proves nothing (a defragmentation blocks it for
 seconds): only another raft leader, or a failed fence, ends a term.
 """
@@ -8,6 +9,7 @@ seconds): only another raft leader, or a failed fence, ends a term.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from secrets import token_hex
 
 import msgspec
 import structlog
@@ -19,7 +21,8 @@ from skep.model.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.client import Client
+from skep.store.etcd.client import Client, Patience
+from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import change_of, compared_leader, compared_ring, etcd_key
 from skep.store.leadership import LeaderRecord, TermState
 
@@ -30,6 +33,8 @@ CANDIDATE_POLL_S = 0.15
 
 Twenty times a second made up half of what an idle manager and its member cost.
 """
+
+NONCE_BYTES = 16
 
 LEADER_POLL_S = 0.5
 """How often one that leads does.  Until it hears that it no longer does, the fence refuses what it writes."""
@@ -44,6 +49,9 @@ class Election:
         self._node_id = node_id
         self._addr = addr
         self._clock = clock
+        self._nonce = ""
+        """Of the claim that may have been written; none: there is no such claim."""
+        self._patience = Patience()
 
     async def elected(self, backoff: Backoff) -> AsyncIterator[TermState]:
         """Yields when this manager has become leader; keeps the term's state true until it is lost.
@@ -90,24 +98,31 @@ class Election:
             change = change_of(read.kvs[0], self._cipher)
             if change is not None and change.value is not None:
                 record = msgspec.json.decode(change.value, type=LeaderRecord)
+                if self._nonce and record.nonce == self._nonce and record.term == raft_term:
+                    return self._won(seen)
                 if record.term > raft_term or (record.term == raft_term and record.node != self._node_id):
+                    self._nonce = ""
                     return None
-        record = LeaderRecord(node=self._node_id, addr=self._addr, term=raft_term)
-        reply = await self._client.txn(
-            pb.TxnRequest(
-                compare=[
-                    compared_leader(seen),
-                    compared_ring(self._cipher.ring_revision),
-                ],
-                success=[
-                    pb.RequestOp(
-                        request_put=pb.PutRequest(
-                            key=name, value=self._cipher.encrypt(name, msgspec.json.encode(record))
-                        )
-                    )
-                ],
+        self._nonce = self._nonce or token_hex(NONCE_BYTES)
+        record = LeaderRecord(node=self._node_id, addr=self._addr, term=raft_term, nonce=self._nonce)
+        began = self._clock.monotonic()
+        try:
+            reply = await self._client.txn(
+                self._claiming(name, record, seen), timeout_s=self._patience.seconds
             )
+        except Uncertain:
+            self._patience.missed()
+            raise
+        self._patience.answered(self._clock.monotonic() - began)
+        return self._won(reply.header.revision) if reply.succeeded else None
+
+    def _claiming(self, name: bytes, record: LeaderRecord, seen: int) -> pb.TxnRequest:
+        value = self._cipher.encrypt(name, msgspec.json.encode(record))
+        return pb.TxnRequest(
+            compare=[compared_leader(seen), compared_ring(self._cipher.ring_revision)],
+            success=[pb.RequestOp(request_put=pb.PutRequest(key=name, value=value))],
         )
-        if not reply.succeeded:
-            return None
-        return TermState(number=reply.header.revision, fence=reply.header.revision)
+
+    def _won(self, revision: int) -> TermState:
+        self._nonce = ""
+        return TermState(number=revision, fence=revision)

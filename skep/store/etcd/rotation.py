@@ -22,7 +22,7 @@ from skep.errors import Unavailable
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, KeyRing, Unreadable, decoded_ring
-from skep.store.etcd.client import LOAD_S, Client, prefix_end
+from skep.store.etcd.client import LOAD_S, WRITE_S_MAX, Client, prefix_end
 from skep.store.etcd.follow import PAGE_KEYS_FIRST, next_limit
 from skep.store.etcd.requests import PREFIX, compared_key, compared_leader, compared_ring, etcd_key, is_clear
 from skep.store.leadership import TermState
@@ -127,7 +127,8 @@ class KeyRotation:
             pb.TxnRequest(
                 compare=[compared_leader(term.fence), compared_ring(self._cipher.ring_revision)],
                 success=operations,
-            )
+            ),
+            timeout_s=WRITE_S_MAX,
         )
         if not reply.succeeded:
             raise _Superseded("the term is over, or the ring is another one")
@@ -143,7 +144,8 @@ class KeyRotation:
                 compare=[compared_ring(self._cipher.ring_revision), *conditions],
                 success=[pb.RequestOp(request_put=pb.PutRequest(key=_RING, value=msgspec.json.encode(ring)))],
                 failure=[pb.RequestOp(request_range=pb.RangeRequest(key=_RING))],
-            )
+            ),
+            timeout_s=WRITE_S_MAX,
         )
         if reply.succeeded:
             self._cipher.use(ring, reply.header.revision)

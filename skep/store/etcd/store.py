@@ -18,6 +18,7 @@ from skep.store.etcd.batcher import Batcher
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.client import Client
 from skep.store.etcd.election import Election
+from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.follow import Follower
 from skep.store.etcd.founding import founded
 from skep.store.etcd.requests import etcd_key
@@ -26,7 +27,7 @@ from skep.store.interface import NotLeader, Object, Term, View, Watch
 from skep.store.leadership import FencedTerm, TermState, leader_named
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
-from skep.store.updates import SHOWN_S, Outcome, Updater, Updating, within_deadline
+from skep.store.updates import Outcome, Updater, Updating, within_deadline
 from skep.store.watches import CAPACITY
 
 T = TypeVar("T")
@@ -120,8 +121,8 @@ class EtcdStore(Updating):
             self.barrier,
             self._clock,
             self._follower.reached,
-            shown_s=SHOWN_S if term is None else None,
             chance=self._chance,
+            is_of_a_term=term is not None,
         )
 
     async def _reach_present(self) -> None:
@@ -149,8 +150,9 @@ class Lane:
             return await self._batcher.propose(proposals, None)
         if self._term.is_lost:
             raise NotLeader("this term of leadership is over")
-        outcomes = await self._batcher.propose(proposals, self._term.fence)
-        if any(isinstance(outcome, NotLeader) for outcome in outcomes):
+        # What may yet take effect is void as soon as this manager, or another one, has claimed the next term.
+        outcomes = await self._batcher.propose(proposals, self._term.fence, self._term.lose)
+        if any(isinstance(outcome, NotLeader | Uncertain) for outcome in outcomes):
             self._term.lose()
         return outcomes
 

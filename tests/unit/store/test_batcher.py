@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ from skep.store.etcd.batcher import (
     next_entry,
 )
 from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
+from skep.store.etcd.client import WRITE_S_MAX
+from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key
 from skep.store.proposal import Exists, Footprint, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
@@ -157,10 +160,10 @@ class Unanswering:
     def __init__(self) -> None:
         self.entries: asyncio.Queue[pb.TxnRequest] = asyncio.Queue()
 
-    async def put(self, key: bytes, value: bytes) -> pb.PutResponse:
+    async def put(self, key: bytes, value: bytes, *, timeout_s: float) -> pb.PutResponse:
         return pb.PutResponse(header=pb.ResponseHeader(revision=1))
 
-    async def txn(self, request: pb.TxnRequest) -> pb.TxnResponse:
+    async def txn(self, request: pb.TxnRequest, *, timeout_s: float) -> pb.TxnResponse:
         self.entries.put_nowait(request)
         return await asyncio.Event().wait()  # type: ignore[return-value]
 
@@ -234,7 +237,9 @@ async def test_no_more_than_two_entries_are_on_their_way():
 class Taking(Unanswering):
     """etcd whose calls are on their way as soon as they are made, as those of the real client."""
 
-    def txn(self, request: pb.TxnRequest) -> asyncio.Future[pb.TxnResponse]:  # type: ignore[override]
+    def txn(  # type: ignore[override]
+        self, request: pb.TxnRequest, *, timeout_s: float
+    ) -> asyncio.Future[pb.TxnResponse]:
         self.entries.put_nowait(request)
         return asyncio.get_running_loop().create_future()
 
@@ -275,7 +280,7 @@ async def test_an_entry_compares_the_ring_of_before_its_first_value_was_encrypte
         running = group.create_task(batcher.run())
         many = [Proposal(puts=((f"o/a/{number}", b"v"),)) for number in range(60)]
         proposing = group.create_task(batcher.propose(many, None))
-        for _ in range(3):
+        while not batcher._witnesses:  # noqa: ASYNC110 - nobody is told how far an entry is
             await asyncio.sleep(0)
         assert client.entries.empty()  # it is under way, and has given way to others
         cipher.use(cipher.new_ring(), 6)
@@ -285,3 +290,77 @@ async def test_an_entry_compares_the_ring_of_before_its_first_value_was_encrypte
         ] == [5]
         proposing.cancel()
         running.cancel()
+
+
+class Slow(Taking):
+    """etcd that does what it is asked for and never answers in time: only the watch shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tickets: asyncio.Queue[bytes] = asyncio.Queue()
+        self.timeouts_s: list[float] = []
+        self.is_slow = False
+
+    async def put(self, key: bytes, value: bytes, *, timeout_s: float) -> pb.PutResponse:
+        if not self.is_slow:
+            return await super().put(key, value, timeout_s=timeout_s)
+        self.tickets.put_nowait(value)
+        self.timeouts_s.append(timeout_s)
+        raise Uncertain("no answer in time")
+
+    def txn(  # type: ignore[override]
+        self, request: pb.TxnRequest, *, timeout_s: float
+    ) -> asyncio.Future[pb.TxnResponse]:
+        self.timeouts_s.append(timeout_s)
+        answer = super().txn(request, timeout_s=timeout_s)
+        if self.is_slow:
+            answer.set_exception(Uncertain("no answer in time"))
+        return answer
+
+
+async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_attempt_waits_longer():
+    client = Slow()
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        first = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/0", b"v"),))], None))
+        put = await put_of(client)
+        client.is_slow = True
+        batcher.observe(put.key, put.value, 2)
+        await first
+        client.timeouts_s.clear()
+        one = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/1", b"v"),))], None))
+        await client.entries.get()
+        ticket = await client.tickets.get()
+        assert len(set(ticket)) > 1  # not what anybody else writes
+        assert await client.tickets.get() == ticket
+        assert client.timeouts_s == [1.0, 2.0, 4.0]
+        await client.tickets.get()
+        assert client.timeouts_s[-1] == WRITE_S_MAX
+        client.is_slow = False
+        batcher.observe(etcd_key("w/m1"), b"of another move", 6)
+        assert client.entries.empty()  # it would be void
+        batcher._replica.advance(7)
+        batcher.observe(etcd_key("w/m1"), ticket, 7)
+        entry = await client.entries.get()  # sent again, as nothing of it had appeared
+        compared = {compare.key: compare.mod_revision for compare in entry.compare}
+        assert compared[etcd_key("w/m1")] == 7
+        put = entry.success[0].request_txn.success[0].request_put
+        batcher.observe(put.key, put.value, 8)
+        assert await one == [Committed(8)]
+
+
+async def test_whoever_gives_up_with_a_write_under_way_is_told_and_nobody_else():
+    client = Taking()
+    given_up: list[str] = []
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        tasks = {}
+        for name in ("first", "second", "waiting"):
+            proposal = (
+                Proposal(puts=(("o/a/1", b"v"),)) if name != "second" else Proposal(puts=(("o/a/2", b"v"),))
+            )
+            proposing = batcher.propose([proposal], 1, partial(given_up.append, name))
+            tasks[name] = asyncio.create_task(proposing)
+        await client.entries.get()  # of the two that do not touch each other
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.wait(tasks.values())
+        assert given_up == ["first", "second"]

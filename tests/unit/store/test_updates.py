@@ -12,7 +12,7 @@ from skep.store.interface import Transaction
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
 from skep.store.state import State
-from skep.store.updates import DEADLINE_S, SHOWN_S, Committed, Conflict, Updater
+from skep.store.updates import DEADLINE_S, SHOWN_S, TERM_DEADLINE_S, Committed, Conflict, Updater
 from tests.builders import a_node
 
 REVISION = 7
@@ -44,7 +44,7 @@ class Late:
         self.revision = REVISION
         self._shows.set()
 
-    def updater(self, **settings: float | None) -> Updater:
+    def updater(self, **settings: bool) -> Updater:
         return Updater(
             cast("Replica", self), self, self._barrier, VirtualClock(self.loop), self.reached, **settings
         )
@@ -79,17 +79,17 @@ def test_a_user_hears_of_a_write_that_does_not_show_yet(late: Late) -> None:
 
 def test_a_leader_goes_on_when_it_sees_what_it_wrote(late: Late) -> None:
     late.shows_after(SHOWN_S + 1)
-    leading = late.updater(shown_s=None)
+    leading = late.updater(is_of_a_term=True)
     assert late.took_s(lambda: leading.update_each(write, [1, 2])) == pytest.approx(SHOWN_S + 1, abs=0.1)
 
 
 def test_a_leader_that_does_not_see_what_it_wrote_writes_nothing_more(late: Late) -> None:
-    late.shows_after(1.5 * DEADLINE_S)
-    leading = late.updater(shown_s=None)
+    late.shows_after(1.5 * TERM_DEADLINE_S)
+    leading = late.updater(is_of_a_term=True)
     with pytest.raises(Unavailable):
         late.took_s(lambda: leading.update(write))
     assert late.proposed == 1
-    assert late.took_s(lambda: leading.update(write)) == pytest.approx(0.5 * DEADLINE_S, abs=0.1)
+    assert late.took_s(lambda: leading.update(write)) == pytest.approx(0.5 * TERM_DEADLINE_S, abs=0.1)
     assert late.proposed == 2
 
 
