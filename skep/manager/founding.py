@@ -17,6 +17,7 @@ from skep.model.node import (
     NodeSpec,
     Reachability,
 )
+from skep.model.planes import SKEP
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.swarm import Swarm
 from skep.model.times import Timestamp
@@ -65,6 +66,7 @@ def found_cluster(
             certificate,
             certificate.not_valid_before_utc,
             issuer=issuer_digest(tls_info(authority.root_pem)),
+            plane=SKEP,
         ),
     )
     tx.put(Payload(id=ROOT_KEY_ID, data=authority.key_pem))

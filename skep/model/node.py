@@ -130,6 +130,11 @@ class NodeCertificate(ApiObject):
     """Digest of the public key that signed the newest one (``security.trust.issuer_digest``)."""
     serials: tuple[IssuedSerial, ...] = ()
     """Manager certificates that have not expired: those that have to be taken back when it is no manager any more."""
+    plane: str = ""
+    """Which kind of node it joined as, and stays: ``docker`` or ``skep`` (``model.planes``).
+
+    Empty: it joined when that was not kept yet, and is what it says to be until it renews.
+    """
     last_not_after: Timestamp = Timestamp("")
     """When the last of all that were issued to it expires: not the newest, once the lifetime was shortened."""
 

@@ -61,8 +61,13 @@ def plane_of(network: Network) -> str:
 
 
 def is_docker_node(node: Node) -> bool:
-    """Whether the node is a Docker Engine.  A node that has not described itself yet is none."""
+    """Whether the node is a Docker Engine.  A node that has not described itself yet is none.
+
+    What it joined as counts, not what it says: docker nodes are sent keys that skep nodes never have.
+    """
     engine = node.description.engine
+    if node.certificate is not None and node.certificate.plane:
+        return bool(engine.engine_version) and node.certificate.plane == DOCKER
     return bool(engine.engine_version) and NODE_LABEL not in engine.labels
 
 

@@ -22,8 +22,8 @@ from skep.manager.loops import loops
 from skep.model.gossip import GossipKeys, decoded_keys
 from skep.model.ids import new_id
 from skep.model.network import Network
-from skep.model.node import Node, NodeState
-from skep.model.planes import SKEP
+from skep.model.node import Node, NodeCertificate, NodeState
+from skep.model.planes import DOCKER, SKEP
 from skep.model.task import NetworkAttachment, Task, TaskState
 from skep.model.times import SECOND_NS, timestamp
 from skep.security.keypair import KeyPair
@@ -53,7 +53,10 @@ async def cluster() -> AsyncIterator[Cluster]:
 async def an_engines_session(
     cluster: Cluster, pair: KeyPair
 ) -> AsyncIterator[tuple[Channel, Call[pb.SessionRequest, pb.SessionMessage], pb.SessionMessage]]:
-    """Registered as a Docker Engine: the channel, the stream of session messages, the first one."""
+    """Joined and registered as a Docker Engine: the channel, the stream of session messages, the first one."""
+    node = cluster.node(pair.identity.node_id)
+    joined = replace(node.certificate or NodeCertificate(), plane=DOCKER)
+    await put(cluster, replace(node, certificate=joined))
     async with (
         connected(cluster.address, client_context(pair), "swarm-manager") as channel,
         channel.stream(methods.SESSION) as call,

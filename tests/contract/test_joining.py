@@ -8,11 +8,13 @@ from skep.errors import (
     InvalidArgument,
     PermissionDenied,
 )
+from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeRole
+from skep.model.planes import DOCKER, SKEP
 from skep.node.joining import join, renew
 from skep.security.authority import Authority
 from skep.security.keys import new_private_key, signing_request
-from skep.security.tls import joining_context
+from skep.security.tls import client_context, joining_context
 from skep.security.tokens import join_token
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -72,6 +74,25 @@ async def test_an_engine_with_the_manager_token_is_refused_with_a_sentence(clust
     async with connected(cluster.address, context, "swarm-ca") as channel:
         with pytest.raises(FailedPrecondition, match="Docker engines as workers only"):
             await channel.call(methods.ISSUE_NODE_CERTIFICATE, request)
+
+
+async def test_which_kind_of_node_it_is_was_decided_when_it_joined(cluster, tmp_path):
+    """By the call that it joined with; what it asks or says later changes nothing."""
+    ours = await a_worker(cluster, tmp_path)
+    request = pb.IssueNodeCertificateRequest(
+        csr=signing_request(new_private_key()), token=cluster.swarm.join_tokens.worker
+    )
+    async with connected(cluster.address, joining_context(cluster.authority.root_pem), "swarm-ca") as channel:
+        reply = await channel.call(methods.ISSUE_NODE_CERTIFICATE, request)
+    async with connected(cluster.address, client_context(ours), "swarm-manager") as channel:
+        renewal = pb.IssueNodeCertificateRequest(csr=request.csr)
+        await channel.call(methods.ISSUE_NODE_CERTIFICATE, renewal)  # as an engine does
+
+    def plane(id: str) -> str:
+        certificate = cluster.node(NodeId(id)).certificate
+        return certificate.plane if certificate is not None else ""
+
+    assert (plane(ours.identity.node_id), plane(reply.node_id)) == (SKEP, DOCKER)
 
 
 async def test_a_node_renews_with_its_certificate_alone(cluster, tmp_path):

@@ -15,6 +15,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
+from skep.model.attaching import require_attachable, require_share
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -104,8 +105,7 @@ def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
         network = tx.resolve(Network, wish.network)
     except NotFound:
         raise NotFound(f"network {wish.network} not found") from None
-    if not network.spec.attachable:
-        raise PermissionDenied(f"network {wish.network} not manually attachable")
+    require_attachable(network, node)
     owner, plane = plane_of(network), plane_of_node(node)
     if owner not in ("", plane):
         raise FailedPrecondition(
@@ -114,6 +114,8 @@ def attach(tx: Transaction, wish: Wish, now: Timestamp) -> Task:
     places = [one for one in tx.find(Task, node_id=node.id) if _is_attachment(one)]
     if len(places) >= ATTACHMENTS_MAX:
         raise ResourceExhausted(f"the node has {ATTACHMENTS_MAX} containers on cluster networks already")
+    here = sum(network.id in {config.target for config in one.spec.networks} for one in places)
+    require_share(network, here, len(tx.find(Node)))
     wished = NetworkAttachment(network=network, addresses=(wish.address,) if wish.address else ())
     return tx.put(
         Task(

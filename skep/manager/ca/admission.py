@@ -84,6 +84,8 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     """The chain: while the root is rotated, the new root as the old one vouches for it comes second."""
     issuer: str
     """Digest of the key that signed it."""
+    plane: str = ""
+    """Of a node that asked by itself: which kind of node asks so."""
 
     @property
     def certificate(self) -> x509.Certificate:
@@ -97,11 +99,13 @@ def issued_certificate(
     now: datetime,
     *,
     issuer: str = "",
+    plane: str = "",
     before: NodeCertificate | None = None,
 ) -> NodeCertificate:
     """What a node object says of the certificate that was issued to it at ``now``.
 
     Args:
+        plane: which kind of node asked for it; counts the first time.
         before: what it said until now; certificates that have not expired stay known.
     """
     not_after = stamp(certificate.not_valid_after_utc)
@@ -115,6 +119,7 @@ def issued_certificate(
         not_after=not_after,
         issuer=issuer,
         serials=tuple(serials),
+        plane=before.plane or plane,
         last_not_after=max(not_after, before.last_not_after),
     )
 
@@ -137,6 +142,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
         issued.certificate,
         now,
         issuer=issued.issuer,
+        plane=issued.plane,
         before=node.certificate if node is not None else None,
     )
     if len(certificate.serials) > SERIALS_MAX and identity.role is NodeRole.MANAGER:

@@ -25,6 +25,7 @@ from skep.manager.cluster import cluster_of
 from skep.manager.revocation import issue_not_before_s
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import Availability
+from skep.model.planes import DOCKER, SKEP
 from skep.model.times import moment
 from skep.security.authority import requested_key
 from skep.security.expiry import proven_identity
@@ -87,7 +88,8 @@ class CertificateService:
         else:
             identity = joining_identity(swarm, request.token, self._new_id(), is_engine=is_engine)
         availability = availability_from_pb(request.availability)
-        await self._sign(identity, request.csr, caller, availability, is_renewal=is_renewal)
+        plane = DOCKER if is_engine else SKEP
+        await self._sign(identity, request.csr, caller, plane, availability, is_renewal=is_renewal)
         return pb.IssueNodeCertificateResponse(node_id=identity.node_id, node_membership=pb.NodeSpec.ACCEPTED)
 
     async def _renew_expired(
@@ -105,7 +107,7 @@ class CertificateService:
             window=renew_window_of(swarm.spec),
         )
         identity = renewing_identity(view, swarm, proven)
-        issued = await self._sign(identity, request.csr, caller, is_renewal=True)
+        issued = await self._sign(identity, request.csr, caller, SKEP, is_renewal=True)
         return skep.RenewExpiredResponse(
             certificate=issued.certificate_pem, roots=root_bundle_of(cluster_of(self._store.view()))
         )
@@ -115,6 +117,7 @@ class CertificateService:
         identity: Identity,
         csr_pem: bytes,
         caller: Caller,
+        plane: str,
         availability: Availability = Availability.ACTIVE,
         *,
         is_renewal: bool,
@@ -134,6 +137,7 @@ class CertificateService:
                 not_before_s=issue_not_before_s(view.lookup(Revocation, identity.node_id)),
             ),
             issuer=issuer_digest(tls_info(authority.root_pem)),
+            plane=plane,
         )
         await self._store.update(record_issue, issued, self._now(), is_renewal=is_renewal)
         self._keep(issued)

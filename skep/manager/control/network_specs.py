@@ -16,6 +16,7 @@ from skep.api.networks import PREDEFINED_LABEL
 from skep.errors import InvalidArgument, PermissionDenied, Unimplemented
 from skep.manager.control.names import check_dns_name
 from skep.model.addresses import Address, is_subnet, parsed
+from skep.model.attaching import ATTACH_LABEL, attach_constraints
 from skep.model.meta import Driver
 from skep.model.network import MTU_OPTION, MTUS, IPAMConfig, NetworkSpec, subnet_of
 from skep.model.overlays import VXLAN_ID_MAX, VXLAN_OPTION, is_number
@@ -43,6 +44,8 @@ def check_network_spec(spec: NetworkSpec) -> None:
     if driver is not None:
         _check_driver(driver, spec)
     _check_plane(spec)
+    if (wanted := spec.labels.get(ATTACH_LABEL)) is not None:
+        attach_constraints(wanted)
     if spec.ipam_options is not None:
         _check_ipam_driver(spec.ipam_options.driver)
         check_subnets(spec.ipam_options.configs)

@@ -81,6 +81,7 @@ WITHOUT_WORDS: dict[type, dict[str, Any]] = {
         "session": None,
         "peer_roots": "",
         "silent_since": None,
+        "silent_together": False,
         "failing_paths": (),
         "cut_off": (),
     },
@@ -88,6 +89,7 @@ WITHOUT_WORDS: dict[type, dict[str, Any]] = {
     NodeCertificate: {
         "not_after": Timestamp(""),
         "last_not_after": Timestamp(""),
+        "plane": "",
         "issuer": "",
         "serials": (),
     },
