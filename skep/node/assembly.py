@@ -53,6 +53,7 @@ from skep.node.routes.networks import NetworkParts, network_routes
 from skep.node.routes.plain_containers import own_container_routes, plain_container_routes
 from skep.node.supervision.identity import read_pid_file
 from skep.node.system import NodeSystem, engine_id
+from skep.node.tables import silence
 from skep.node.tables.files import SharedTables, StoredTables
 from skep.node.tables.keeper import TableKeeper
 from skep.node.task_files import TaskFiles
@@ -266,6 +267,10 @@ class Node:
             group.create_task(tables.run(), name="network tables")
             if workload.probes is not None:
                 group.create_task(workload.probes.run(), name="probes of other nodes")
+                group.create_task(
+                    silence.watch(contact, workload.probes.latest, tables.leave_out, clock),
+                    name="silent peers",
+                )
             if workload.containers is not None:
                 group.create_task(forward_container_events(workload.containers, events), name="events")
             group.create_task(membership.run(), name="membership")

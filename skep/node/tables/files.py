@@ -20,6 +20,7 @@ from skep.model.ids import NetworkId
 from skep.model.tables import Table
 from skep.node.network.local.objects import is_local
 from skep.node.revisions import Revision
+from skep.node.tables.silence import whole
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class SharedTables:
             return {}
         paths = (path for path in sorted(self._directory.iterdir()) if not is_local(path.name))
         found = ((path, _read(path, _decode_table)) for path in paths)
-        return {table.head.id: table for path, table in found if table and _is_named(path, table)}
+        return {table.head.id: whole(table) for path, table in found if table and _is_named(path, table)}
 
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         """Write what changed, remove what is gone; the first time also what an earlier process left."""

@@ -16,11 +16,12 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
 from skep.errors import SkepError
-from skep.model.ids import NetworkId
+from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import Table, TableSet
 from skep.node.revisions import Revision, advanced
 from skep.node.tables.files import StoredTables
 from skep.node.tables.merging import merged
+from skep.node.tables.silence import NOBODY, Silence, without
 from skep.node.tables.sound import sound_set, sound_table
 
 log = structlog.get_logger(__name__)
@@ -56,6 +57,8 @@ class TableKeeper:
         self._parts = [_Part(listener, chance) for listener in listeners]
         self._clock = clock
         self._tables: Mapping[NetworkId, Table] = NOTHING
+        self._silence = NOBODY
+        self._reduced: dict[NetworkId, tuple[Table, frozenset[NodeId], Table]] = {}
         self._seen = Revision()
         self._applied: Mapping[NetworkId, Revision] = {}
         self._news = asyncio.Event()
@@ -97,6 +100,20 @@ class TableKeeper:
         for id in changed:
             self._stored.note(id, tables.get(id), incarnation)
         self._note(changed)
+
+    def leave_out(self, silence: Silence) -> None:
+        """Have nothing served by these peers from now on, where others serve it; asked again it changes nothing."""
+        if silence == self._silence:
+            return
+        before, self._silence = self._silence, silence
+        differing = {id: before.of(table) ^ silence.of(table) for id, table in self._tables.items()}
+        self._note(
+            frozenset(
+                id
+                for id, table in self._tables.items()
+                if any(one.node_id in differing[id] for one in table.endpoints.values())
+            )
+        )
 
     async def clear(self) -> None:
         """The node leaves its swarm: forget everything.  Returns when nothing of it is in force any more."""
@@ -142,7 +159,7 @@ class TableKeeper:
     async def _hand_on(self) -> None:
         while True:
             self._news.clear()
-            tables, incarnation = self._tables, self._seen.incarnation
+            tables, incarnation = self._in_force(), self._seen.incarnation
             for part in self._parts:
                 part.waiting, part.changed = part.waiting | part.changed, frozenset()
             for part in self._parts:
@@ -156,6 +173,22 @@ class TableKeeper:
             self._applied = {**kept, **done}
             self._applied_more.set()
             await self._wait_for_more()
+
+    def _in_force(self) -> Mapping[NetworkId, Table]:
+        """The tables without what is left out; one that is the same as before is the same object."""
+        reduced = {}
+        for id, table in self._tables.items():
+            nodes = self._silence.of(table)
+            if nodes:
+                known = self._reduced.get(id)
+                is_known = known is not None and known[0] is table and known[1] == nodes
+                reduced[id] = known if known and is_known else (table, nodes, without(table, nodes))
+        self._reduced = reduced
+        return (
+            {**self._tables, **{id: found for id, (_, _, found) in reduced.items()}}
+            if reduced
+            else self._tables
+        )
 
     async def _apply(self, part: "_Part", tables: Mapping[NetworkId, Table]) -> None:
         """The one broad ``except`` of the keeper: a bug in one part must not keep the others from their tables."""

@@ -123,11 +123,14 @@ async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory
     for one in addresses:
         if one["ifname"] in ours:
             for held in one["addr_info"]:
+                if where == "home" and held["scope"] == "link":
+                    continue  # IPv6 on it is the machine's own setting
                 text = f"{held['local']}/{held['prefixlen']} dev {one['ifname']}"
                 found[f"address {text} {held['scope']}"] = [f"ip addr del {text}"]
     for version, routes in ((4, routes4), (6, routes6)):
         for one in routes:
-            if one.get("dev") in ours:
+            is_machines = where == "home" and one["dst"].startswith(("fe80:", "ff00:", "multicast"))
+            if one.get("dev") in ours and not is_machines:
                 found |= route(version, one)
     if where != "home":
         for version, rules in ((4, rules4), (6, rules6)):

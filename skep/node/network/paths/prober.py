@@ -87,6 +87,10 @@ class PathProber:
         """The latest of each peer."""
         return dict(self._reports)
 
+    def latest(self) -> Mapping[NodeId, PathReport]:
+        """``reports``, for who asks again and again."""
+        return self.reports
+
     async def next_reports(self) -> tuple[PathReport, ...]:
         """Wait for verdicts that changed or settled, or another MTU; the latest of each peer concerned."""
         await self._has_news.wait()

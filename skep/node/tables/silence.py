@@ -1,0 +1,127 @@
+"""Peers that do not answer, while no manager says who is there.
+
+With a manager, a node that is gone leaves the tables within seconds.  Without one nobody takes it out, and its share of
+connections fails for as long as that lasts.  The nodes probe each other all the time, so what a peer that does not
+answer was to serve is left out of this node's tables meanwhile: published ports, virtual addresses, names.
+
+* A service keeps what it has if all of it is silent: perhaps an answer comes yet.
+* Where no peer at all answers, it is this node's own cable that is out, and nothing is left out.
+* The first answer brings a peer back, and so do the tables of a manager that is there again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+import structlog
+
+from skep.aio.clock import Clock
+from skep.aio.first import Overtaken, unless
+from skep.model.ids import NodeId, ServiceId
+from skep.model.paths import PathCheck, PathReport
+from skep.model.tables import Table, TableEndpoint
+from skep.node.contact import Contact
+
+log = structlog.get_logger()
+
+LOST_SECONDS = 5.0
+"""Without a manager's word, until the probes count: a session that moves takes less."""
+FRESH_SECONDS = 15.0
+"""Of a session, until its manager's tables count alone: it has to find out itself who has gone."""
+LOOK_SECONDS = 1.0
+
+
+class Silence(msgspec.Struct, frozen=True):
+    """Peers that do not answer: on plain networks, on encrypted ones."""
+
+    plain: frozenset[NodeId] = frozenset()
+    encrypted: frozenset[NodeId] = frozenset()
+
+    def of(self, table: Table) -> frozenset[NodeId]:
+        """Those that matter to one network."""
+        return self.encrypted if table.head.is_encrypted else self.plain
+
+
+NOBODY = Silence()
+
+
+def silent(reports: Mapping[NodeId, PathReport]) -> Silence:
+    """Who does not answer, as the latest ``reports`` say; a verdict that is not settled is none."""
+    return Silence(_silent(reports, PathCheck.OVERLAY), _silent(reports, PathCheck.ENCRYPTED))
+
+
+def _silent(reports: Mapping[NodeId, PathReport], check: PathCheck) -> frozenset[NodeId]:
+    asked = {
+        id: report.is_settled and one.is_failing
+        for id, report in reports.items()
+        for one in report.findings
+        if one.check is check
+    }
+    found = frozenset(id for id, fails in asked.items() if fails)
+    return found if len(found) < len(asked) else frozenset()
+
+
+def without(table: Table, silent: frozenset[NodeId]) -> Table:
+    """``table`` with nothing served by ``silent`` nodes, but for services that nobody else serves."""
+    kept = {
+        one.service_id for one in table.endpoints.values() if one.is_serving and one.node_id not in silent
+    }
+    changed = {
+        id: msgspec.structs.replace(one, is_serving=False, is_left_out=True)
+        for id, one in table.endpoints.items()
+        if _is_left_out(one, silent, kept)
+    }
+    return msgspec.structs.replace(table, endpoints={**table.endpoints, **changed}) if changed else table
+
+
+def whole(table: Table) -> Table:
+    """``table`` as the managers said it: undoes ``without``."""
+    changed = {
+        id: msgspec.structs.replace(one, is_serving=True, is_left_out=False)
+        for id, one in table.endpoints.items()
+        if one.is_left_out
+    }
+    return msgspec.structs.replace(table, endpoints={**table.endpoints, **changed}) if changed else table
+
+
+def _is_left_out(one: TableEndpoint, silent: frozenset[NodeId], kept: Iterable[ServiceId]) -> bool:
+    return one.is_serving and one.node_id in silent and bool(one.service_id) and one.service_id in kept
+
+
+async def watch(
+    contact: Contact,
+    reports: Callable[[], Mapping[NodeId, PathReport]],
+    leave_out: Callable[[Silence], None],
+    clock: Clock,
+) -> None:
+    """Have silent peers left out whenever no manager's word is fresh, until cancelled."""
+    while True:
+        await contact.wait_lost()
+        try:
+            await _while_without_manager(contact, reports, leave_out, clock)
+        finally:
+            leave_out(NOBODY)
+
+
+async def _while_without_manager(
+    contact: Contact,
+    reports: Callable[[], Mapping[NodeId, PathReport]],
+    leave_out: Callable[[Silence], None],
+    clock: Clock,
+) -> None:
+    gained_at: float | None = None
+    before = NOBODY
+    while gained_at is None or clock.monotonic() - gained_at < FRESH_SECONDS:
+        is_lost = not contact.has_manager
+        if is_lost or gained_at is None:
+            gained_at = None if is_lost else clock.monotonic()
+        if contact.silence_s() >= LOST_SECONDS or before != NOBODY:
+            found = silent(reports())
+            if found != before:
+                log.warning("peers that do not answer serve nothing here", peers=sorted(found.plain))
+            leave_out(found)
+            before = found
+        try:
+            await unless(clock.sleep(LOOK_SECONDS), contact.wait_gained() if is_lost else contact.wait_lost())
+        except Overtaken:
+            if before == NOBODY and is_lost:
+                return  # nothing was left out
