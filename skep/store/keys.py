@@ -5,6 +5,7 @@
     o/<kind>/<id>                  the head of an object: the wish, and what only changes with it
     o/<kind>/<id>.<part>           another part, with a writer of its own
     n/<kind>/<name>                a unique name, p/<protocol>/<port> a published port: the value names the owner
+    v/<vxlan id>, i/<subnet>       what the leader gave a network, in the same form
     s/<claim>/<kind>/<id>          a shared hold on a claim (host-mode ports): bars the exclusive claim
     r/<kind>/<id>/<kind>/<id>      a reference: the second object uses the first
     meta/format, meta/level        what this data is, and the lowest version among the managers
@@ -65,6 +66,20 @@ def name_claim(kind: str, name: str) -> str:
 def port_claim(protocol: str, port: int) -> str:
     """The claim on a published port of the whole cluster."""
     return f"p/{quote(protocol, safe='')}/{port}"
+
+
+def vxlan_claim(vxlan_id: int) -> str:
+    """The claim on a VXLAN id."""
+    return f"v/{vxlan_id}"
+
+
+def subnet_claim(subnet: str) -> str:
+    """The claim on a subnet, as ``ipaddress`` spells it."""
+    return f"i/{quote(subnet, safe='')}"
+
+
+CLAIMS: Final = frozenset({"n/", "p/", "v/", "i/"})
+"""How claims begin."""
 
 
 def shared_key(claim: str, kind: str, id: str) -> str:

@@ -344,8 +344,6 @@ class MemoryLane:
     async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
         if self._term is None:
             return [await self._propose(proposal) for proposal in proposals]
-        if self._term.is_lost:
-            raise NotLeader("this term of leadership is over")
         try:
             outcomes = [await self._propose(proposal) for proposal in proposals]
         except asyncio.CancelledError:

@@ -9,20 +9,23 @@ Source: swarmkit, manager/controlapi/{service,network,secret,config}.go (conflic
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, Final
+from urllib.parse import unquote
 
 import msgspec
 from msgspec.structs import replace
 
 from skep.errors import AlreadyExists, InvalidArgument, SkepError
-from skep.model.network import Network
+from skep.model.addresses import is_subnet
+from skep.model.network import Network, subnet_of
 from skep.model.node import Availability, Node, NodeRole, NodeSpec
-from skep.model.planes import claimed_underlay
+from skep.model.overlays import vxlan_ids
+from skep.model.planes import claimed_underlay, is_overlay
 from skep.model.secret import Config, Secret
 from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.store.interface import KindSchema, Object
-from skep.store.keys import HEAD, name_claim, port_claim
+from skep.store.keys import HEAD, name_claim, port_claim, subnet_claim, vxlan_claim
 from skep.store.kinds import Payload, Revocation, SpecVersion
 
 
@@ -93,6 +96,24 @@ def _task_slot(task: Task) -> str:
 
 def _name_claims(kind: str) -> Callable[[Any], Iterable[str]]:
     return lambda named: (name_claim(kind, named.spec.name),)
+
+
+def _network_claims(network: Network) -> Iterator[str]:
+    """Its name, and what the leader gave it."""
+    yield name_claim("network", network.spec.name)
+    if is_overlay(network):
+        yield from map(vxlan_claim, vxlan_ids(network.driver_state.options))
+        for config in network.ipam_options.configs if network.ipam_options is not None else ():
+            if is_subnet(config.subnet):
+                yield subnet_claim(str(subnet_of(config)))
+
+
+def _network_taken(claim: str, wanting: Network, holder: Network) -> SkepError:
+    if claim.startswith("n/"):
+        return AlreadyExists(f"network {wanting.spec.name} already exists")
+    what = "VXLAN id" if claim.startswith("v/") else "subnet"
+    given = unquote(claim.partition("/")[2])
+    return AlreadyExists(f"{what} {given} belongs to network {holder.spec.name} ({holder.id})")
 
 
 def _name_taken(kind: str) -> Callable[[str, Any, Any], SkepError]:
@@ -202,8 +223,8 @@ SCHEMAS: Final[tuple[KindSchema, ...]] = (
         name="network",
         type=Network,
         parts={"allocation": ("driver_state", "ipam_options")},
-        claims=_name_claims("network"),
-        taken=_name_taken("network"),
+        claims=_network_claims,
+        taken=_network_taken,
         is_referable=True,
         indexes={"name": _spec_name},
     ),

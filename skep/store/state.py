@@ -125,14 +125,14 @@ class State:
                     if parts is None:
                         parts = objects[head] = {}
                     parts[part] = change
-                case "n/" | "p/":
-                    self._apply_claim(change)
                 case "s/":
                     claim, owner = keys.parsed_shared_key(key)
                     _set_member(self.sharers, claim, owner, present=change.value is not None)
                 case "r/":
                     used, user = keys.parsed_reference_key(key)
                     _set_member(self.users, used, user, present=change.value is not None)
+                case start if start in keys.CLAIMS:
+                    self._apply_claim(change)
         self.revision = max(self.revision, revision)
         by_kind: dict[str, dict[str, dict[str, KeyChange]]] = {}
         for head, parts in objects.items():

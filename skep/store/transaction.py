@@ -132,7 +132,7 @@ class Writing:
         if users:
             raise InUse(f"{table.schema.name} {id} is in use", users)
         for claim in table.schema.claims(current):
-            self._claimed[claim] = None
+            self._release(claim, owner)
         self._written[owner] = None
         if kind is Service:
             for version in self.find(SpecVersion, service_id=id):
@@ -213,10 +213,14 @@ class Writing:
         """Take what ``new`` claims and ``current`` did not, release the rest.  Raises: what ``taken`` says."""
         schema = table.schema
         wanted = set(schema.claims(new))
+        before = set(schema.claims(current)) if current is not None else set()
         shared = set(schema.shared_claims(new))
         for claim in sorted(wanted):
             holder = self._holder(claim)
-            if holder is not None and holder != owner:
+            if holder is not None and holder != owner and not self._is_stale(claim, holder):
+                if claim in before:
+                    wanted.discard(claim)  # both have had it since before it was claimed: neither is stopped
+                    continue
                 raise self._taken(schema, claim, new, holder)
             others = [sharer for sharer in self._sharers(claim) if sharer != owner]
             if others:
@@ -225,10 +229,22 @@ class Writing:
             holder = self._holder(claim)
             if holder is not None and holder != owner:
                 raise self._taken(schema, claim, new, holder)
-        for claim in set(schema.claims(current)) - wanted if current is not None else ():
-            self._claimed[claim] = None
+        for claim in before.difference(schema.claims(new)):
+            self._release(claim, owner)
         for claim in wanted:
             self._claimed[claim] = owner
+
+    def _release(self, claim: str, owner: Owner) -> None:
+        if self._holder(claim) == owner:
+            self._claimed[claim] = None
+
+    def _is_stale(self, claim: str, holder: Owner) -> bool:
+        """Whether ``holder`` is gone, or has given it up: a manager that knows no such claims has changed it."""
+        table = self._state.table_by_name[holder[0]]
+        held_by = self._object(holder)
+        if held_by is None:
+            return holder[1] not in table.unreadable
+        return claim not in set(table.schema.claims(held_by)) and holder[1] not in table.damaged
 
     def _taken(self, schema: KindSchema, claim: str, new: Any, holder: Owner) -> SkepError:
         held_by = self._object(holder)

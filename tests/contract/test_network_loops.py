@@ -1,5 +1,6 @@
 """Networks as the leader's loops serve them: room that comes back, room that is added, subnets that are held."""
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ from skep.model.task import Task, TaskState
 from skep.model.times import Timestamp
 from skep.store.interface import Store
 from skep.store.memory import MemoryStore
+from skep.store.proposal import Proposal
 from tests.builders import a_node, a_service_spec
 from tests.contract.store_rigs import memory_rig
 from tests.contract.test_control_loops import leading
@@ -118,3 +120,29 @@ async def test_a_subnet_is_given_again_when_the_last_task_of_a_removed_network_h
         await end(store)
         await wait_for(store, lambda: store.view().get(Network, second.id).ipam_options is not None)
     assert store.view().get(Network, second.id).driver_state.name == "overlay"
+
+
+async def test_networks_from_before_their_claims_get_them_and_claims_of_none_are_free(
+    store: MemoryStore,
+) -> None:
+    """A leader that knows of no such claims allocates without them, and leaves them when it removes a network."""
+    subnet = "i/10.0.0.0%2F24"
+    claims = ("v/4096", subnet)
+    async with leading(store):
+        first = await a_network(store, "first", "10.0.0.0/24")
+        await wait_for(store, lambda: store.view().get(Network, first.id).driver_state.options)
+    store.cluster.commit(Proposal(deletes=claims), None)
+    async with leading(store):
+        await wait_for_keys(store, claims, f"network/{first.id}")
+    await store.update(remove_network, first.id)
+    await wait_for(store, lambda: store.view().lookup(Network, first.id) is None)
+    claims = ("v/4097", subnet)  # ids go round
+    store.cluster.commit(Proposal(puts=tuple((claim, b"network/gone") for claim in claims)), None)
+    async with leading(store):
+        second = await a_network(store, "second", "10.0.0.0/24")
+        await wait_for_keys(store, claims, f"network/{second.id}")
+
+
+async def wait_for_keys(store: MemoryStore, names: tuple[str, ...], value: str) -> None:
+    while {entry.value for name in names if (entry := store.cluster._entries.get(name))} != {value.encode()}:  # noqa: ASYNC110 - no object shows a claim
+        await asyncio.sleep(0.01)

@@ -14,7 +14,9 @@ from skep.errors import (
     NotFound,
 )
 from skep.model.ids import ConfigId, SecretId, ServiceId
-from skep.model.network import Network
+from skep.model.meta import Driver
+from skep.model.network import IPAMConfig, IPAMOptions, Network
+from skep.model.overlays import VXLAN_OPTION
 from skep.model.secret import Config, ConfigSpec, Secret
 from skep.model.service import (
     Endpoint,
@@ -244,3 +246,38 @@ async def test_two_services_never_get_one_port(rig: Rig) -> None:
         await asyncio.gather(*map(one, range(start, start + AT_ONCE)))
     await rig.store.barrier()
     assert len(rig.store.view().find(Service)) == RACES
+
+
+def overlay(id: str, vxlan_id: int, subnet: str) -> Network:
+    """A network as the leader has allocated it."""
+    return replace(
+        a_network(id),
+        driver_state=Driver(name="overlay", options={VXLAN_OPTION: str(vxlan_id)}),
+        ipam_options=IPAMOptions(configs=(IPAMConfig(subnet=subnet),)),
+    )
+
+
+async def test_a_vxlan_id_and_a_subnet_have_one_owner_until_it_is_removed(store: Store) -> None:
+    await store.update(put, overlay("a", 4096, "10.0.0.0/24"))
+    with pytest.raises(AlreadyExists, match=r"^VXLAN id 4096 belongs to network a \(a\)$"):
+        await store.update(put, overlay("b", 4096, "10.0.1.0/24"))
+    with pytest.raises(AlreadyExists, match=r"^subnet 10\.0\.0\.0/24 belongs to network a \(a\)$"):
+        await store.update(put, overlay("b", 4097, "10.0.0.7/24"))
+    await store.update(delete, Network, "a")
+    await store.update(put, overlay("b", 4096, "10.0.0.0/24"))
+
+
+async def test_two_networks_never_get_one_vxlan_id_or_subnet(rig: Rig) -> None:
+    """Two managers that both believe to lead, without a fence between them."""
+
+    async def one(number: int) -> None:
+        shared_id = number % 2 == 0
+        ids = (5000 + number, 5000 + number if shared_id else 9000 + number)
+        subnets = (f"10.{number}.0.0/24", f"10.{number}.{int(shared_id)}.0/24")
+        results = await asyncio.gather(
+            outcome(rig.store.update(put, overlay(f"a{number}", ids[0], subnets[0]))),
+            outcome(rig.other.update(put, overlay(f"b{number}", ids[1], subnets[1]))),
+        )
+        assert sorted(type(result).__name__ for result in results) == ["AlreadyExists", "Network"]
+
+    await asyncio.gather(*map(one, range(100)))

@@ -24,6 +24,12 @@ class GiveSubnets(msgspec.Struct, frozen=True):
     network: Network
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """A network claims what it has: one that was given that by a leader which knew of no such claims."""
+
+    network: Network
+
+
 class GiveEndpoint(msgspec.Struct, frozen=True):
     """A service gets its ports and virtual addresses."""
 
@@ -52,7 +58,7 @@ class Explain(msgspec.Struct, frozen=True):
     reason: str
 
 
-Grant: TypeAlias = GiveSubnets | GiveEndpoint | AttachNode | Release | Explain
+Grant: TypeAlias = GiveSubnets | Claim | GiveEndpoint | AttachNode | Release | Explain
 
 
 def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
@@ -63,6 +69,10 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
             if network is not None and not is_allocated(network):
                 state, addresses = wanted_network.driver_state, wanted_network.ipam_options
                 tx.put(replace(network, driver_state=state, ipam_options=addresses))
+        case Claim(wanted_network):
+            network = tx.lookup(Network, wanted_network.id)
+            if network is not None:
+                tx.put(network)
         case GiveEndpoint(wanted, endpoint):
             service = tx.lookup(Service, wanted.id)
             if service is not None and service.spec_version == wanted.spec_version:
@@ -87,7 +97,7 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
 def key_of(grant: Grant) -> str:
     """What the loop has to look at again when the grant was not written."""
     match grant:
-        case GiveSubnets(network):
+        case GiveSubnets(network) | Claim(network):
             return network_key(network.id)
         case AttachNode(node_id):
             return node_key(node_id)

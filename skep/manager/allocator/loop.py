@@ -22,6 +22,7 @@ from skep.manager.allocator.grants import (
     NETWORK,
     NODE,
     AttachNode,
+    Claim,
     Explain,
     GiveEndpoint,
     GiveSubnets,
@@ -207,6 +208,8 @@ class Allocator:
     # -- deciding ----------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
+        allocated_before = [one for one in self._term.view().find(Network) if is_allocated(one)]
+        await self._commit("claims of networks", ([Claim(network)] for network in allocated_before))
         while True:
             keys = await self._agenda.take(BATCH)
             networks = [NetworkId(key.removeprefix(NETWORK)) for key in keys if key.startswith(NETWORK)]
@@ -379,7 +382,7 @@ class Allocator:
                 node = self._term.view().lookup(Node, node_id)
                 if node is not None:
                     self._books.enter_node(node)
-            case Explain():
+            case Explain() | Claim():
                 pass
 
 
