@@ -279,6 +279,7 @@ class Daemon:
             managers=() if new is not None else _others(node),
             look_at=configuration.managers,
             etcd_binary=str(configuration.etcd_binary or ""),
+            store_quota=configuration.store_quota,
         )
         replace_file(paths.manager_config, encode(config), mode=0o600)
 
@@ -292,6 +293,7 @@ class Daemon:
             before,
             advertise_addr=node.advertise_addr or before.advertise_addr,
             look_at=self._configuration.managers,
+            store_quota=self._configuration.store_quota,
         )
         if config != before:
             replace_file(path, encode(config), mode=0o600)

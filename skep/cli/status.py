@@ -65,6 +65,15 @@ async def _ask(host: HostOptions) -> list[Row]:
             return [*rows, ("cluster", f"not known: {error}")]
 
 
+async def _store(client: Client) -> Row:
+    """How full this manager's copy of the store is."""
+    try:
+        answer = await client.get("/skep/cluster/store", timeout_s=_ANSWERS_WITHIN_S)
+    except SkepError as error:
+        return "store", f"not known: {error}"
+    return "store", f"{answer['Summary']}, file {answer['Size'] >> 20} MiB"
+
+
 async def _about_swarm(client: Client, headers: Mapping[str, str]) -> list[Row]:
     """Raises: SkepError."""
     nodes = await client.get("/nodes", headers=headers, timeout_s=_ANSWERS_WITHIN_S)
@@ -80,7 +89,8 @@ async def _about_swarm(client: Client, headers: Mapping[str, str]) -> list[Row]:
             del wanting[id]
         else:
             wanting[id] = answer["Summary"]
-    return [*about_cluster(nodes, is_led=not headers), *about_services(services, wanting)]
+    rows = about_cluster(nodes, is_led=not headers)
+    return [*rows, await _store(client), *about_services(services, wanting)]
 
 
 def about_node(info: Mapping[str, Any], *, shows_error: bool = True) -> Iterator[Row]:

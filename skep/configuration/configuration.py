@@ -83,6 +83,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     nft: str = "nft"
     etcd_binary: Path | None = None
     """None: looked for beside the Python environment, then on the path."""
+    store_quota: int = 4 * 1024**3
+    """Bytes that the file of a manager's store may have."""
 
     insecure_registries: tuple[str, ...] = ()
     registry_mirrors: tuple[str, ...] = ()

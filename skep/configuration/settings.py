@@ -118,6 +118,11 @@ SETTINGS = (
     Setting(name="nft", help="nftables command (nft)", read=values.text),
     Setting(name="etcd-binary", help="etcd to run on a manager", read=values.existing_file),
     Setting(
+        name="store-quota",
+        help="largest file of a manager's store, the same on every manager (4GiB)",
+        read=values.store_quota,
+    ),
+    Setting(
         name="insecure-registry",
         key="insecure-registries",
         help="registry or network that may be spoken to without TLS",

@@ -15,6 +15,8 @@ from skep.model.addresses import joined
 from skep.model.service import DiscreteResource, GenericResource, NamedResource
 from skep.paths import SOCKET_PATH_BYTES_MAX
 
+STORE_QUOTA_MIN, STORE_QUOTA_MAX = 16 * 1024**2, 64 * 1024**3
+
 _HOST_AND_PORT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
 _RESOURCE_KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -43,6 +45,17 @@ def boolean(value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("false", "0"):
         return False
     raise ValueError(f"is {value!r}: write true or false")
+
+
+def store_quota(value: Any) -> int:
+    """Bytes, from ``512MiB`` or ``4GiB``."""
+    found = re.fullmatch(r"(\d{1,6})(MiB|GiB)", text(value))
+    if found is None:
+        raise ValueError(f"is {value!r}: write a number with its unit, 512MiB or 4GiB")
+    size = int(found[1]) * (1024**3 if found[2] == "GiB" else 1024**2)
+    if not STORE_QUOTA_MIN <= size <= STORE_QUOTA_MAX:
+        raise ValueError(f"is {value!r}: choose a quota from 16MiB to 64GiB")
+    return size
 
 
 def absolute_path(value: Any) -> Path:

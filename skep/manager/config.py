@@ -11,6 +11,7 @@ from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
 from skep.paths import Paths
+from skep.store.space import QUOTA_BYTES
 
 REMOVED = 3
 """Exit code of a manager process whose member the other managers have removed."""
@@ -48,6 +49,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """``ip:port`` of managers that may let this one in; empty: it founds its cluster."""
     look_at: tuple[str, ...] = ()
     """``ip:port`` where managers may be found that are not where they were."""
+    store_quota: int = QUOTA_BYTES
+    """Bytes that etcd's file may have."""
     etcd_binary: str = ""
     """Empty: the one that set-up placed, or the one on the path."""
 

@@ -52,6 +52,7 @@ from skep.manager.paths.streams import PathStreams
 from skep.manager.presence import Presence
 from skep.manager.quorum import Quorum, quorum
 from skep.manager.routes import ManagerApi, application
+from skep.manager.store_space import StoreSpace
 from skep.model.addresses import parted
 from skep.model.ids import IdSource, NodeId
 from skep.model.readable import names_from
@@ -123,6 +124,7 @@ class Manager:
         self._trouble = trouble
         self._consensus = consensus
         self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
+        self._space = StoreSpace(store, config.node_id, consensus, self._channel_to, clock)
         self._members = MembersService(
             store,
             consensus,
@@ -164,6 +166,7 @@ class Manager:
             *self._link.services(),
             *self._members.services(),
             *self._whereabouts.services(),
+            *self._space.services(),
         )
         async with (
             serve(
@@ -252,6 +255,7 @@ class Manager:
                 group.create_task(managers.run(), name="managers")
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")
+                group.create_task(self._space.keep(), name="store's space")
                 for loop in loops(
                     term,
                     self._clock,

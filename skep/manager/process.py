@@ -250,6 +250,7 @@ def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> M
         cluster_token=config.cluster_id,
         is_solo=len(load_peers(paths.etcd)) <= 1,
         has_hosts=True,
+        quota_bytes=config.store_quota,
         is_debug=LogSettings.read(paths.log_settings).debug,  # until etcd's next start
     )
 
@@ -285,13 +286,17 @@ async def _open(
     wrapping_key = await asyncio.to_thread(founding_wrapping_key, paths)
     if is_empty:
         await _found(config, paths, pair, clock, wrapping_key)
-    opening = open_store(paths.etcd_socket, config.node_id, wrapping_key, clock, chance=random.random)
+    opening = partial(
+        open_store,
+        *(paths.etcd_socket, config.node_id, wrapping_key, clock),
+        chance=random.random,
+        quota_bytes=config.store_quota,
+    )
     try:
-        store = await stack.enter_async_context(opening)
+        store = await stack.enter_async_context(opening())
     except Unfinished:
         await _found(config, paths, pair, clock, wrapping_key)
-        opening = open_store(paths.etcd_socket, config.node_id, wrapping_key, clock, chance=random.random)
-        store = await stack.enter_async_context(opening)
+        store = await stack.enter_async_context(opening())
     # From here on the root's key lies encrypted in the store, and nowhere else.
     paths.root_ca_key.unlink(missing_ok=True)
     return store

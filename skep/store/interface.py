@@ -17,6 +17,7 @@ import msgspec
 
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import NodeId
+from skep.store.space import Space
 
 Object: TypeAlias = msgspec.Struct
 """An instance of one of the kinds in ``store.schema``."""
@@ -194,6 +195,21 @@ class Store(Updates, Protocol):
 
         Returns when the new key is in use.  Nothing of it shows in any object.  Raises: Unavailable.
         """
+
+    async def space(self) -> Space | None:
+        """How much room this manager's own copy has, as of a moment ago; None: there is no limit.
+
+        Raises: Unavailable.
+        """
+
+    async def compact(self, kept_revisions: int) -> bool:
+        """Forget all history but the last revisions; whether there was any to forget.  Raises: Unavailable."""
+
+    async def defragment(self) -> None:
+        """Give free pages of this manager's own copy back.  It stands still meanwhile.  Raises: Unavailable."""
+
+    async def disarm(self) -> None:
+        """Take writes again after the quota was reached.  Raises: Unavailable."""
 
     @property
     def incarnation(self) -> int:

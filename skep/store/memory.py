@@ -24,6 +24,7 @@ from skep.store.keys import LEADER
 from skep.store.leadership import FencedTerm, LeaderRecord, TermState, leader_named
 from skep.store.proposal import Exists, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
+from skep.store.space import Space
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange
 from skep.store.updates import (
@@ -266,6 +267,18 @@ class MemoryStore(Updating):
 
     async def rotate_data_key(self) -> None:
         """Nothing here is encrypted."""
+
+    async def space(self) -> Space | None:
+        return None
+
+    async def compact(self, kept_revisions: int) -> bool:
+        return False
+
+    async def defragment(self) -> None:
+        """There is no file."""
+
+    async def disarm(self) -> None:
+        """There is no quota."""
 
     @property
     def incarnation(self) -> int:

@@ -133,6 +133,9 @@ ADD_MEMBER = Unary(
     "/skep.v1.Managers/AddMember", skep.AddMemberRequest, skep.AddMemberResponse, Access.MANAGER
 )
 RESIGN = Unary("/skep.v1.Managers/Resign", skep.ResignRequest, skep.ResignResponse, Access.MANAGER)
+STORE_SPACE = Unary(
+    "/skep.v1.Managers/StoreSpace", skep.StoreSpaceRequest, skep.StoreSpaceResponse, Access.MANAGER
+)
 ANNOUNCE = Unary("/skep.v1.Managers/Announce", skep.AnnounceRequest, skep.AnnounceResponse, Access.MANAGER)
 PROMOTE_MEMBER = Unary(
     "/skep.v1.Managers/PromoteMember",

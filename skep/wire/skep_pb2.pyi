@@ -824,6 +824,55 @@ class RenewExpiredResponse(_message.Message):
 Global___RenewExpiredResponse: _TypeAlias = RenewExpiredResponse
 
 @_typing.final
+class StoreSpaceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEFRAGMENT_FIELD_NUMBER: _builtins.int
+    defragment: _builtins.bool
+    """The store of the answering manager stands still meanwhile."""
+    def __init__(
+        self,
+        *,
+        defragment: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defragment", b"defragment"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreSpaceRequest: _TypeAlias = StoreSpaceRequest
+
+@_typing.final
+class StoreSpaceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    HAS_ALARM_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """Bytes: of the file, of what is in use of it, and at most."""
+    in_use: _builtins.int
+    quota: _builtins.int
+    has_alarm: _builtins.bool
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        in_use: _builtins.int = ...,
+        quota: _builtins.int = ...,
+        has_alarm: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_alarm", b"has_alarm", "in_use", b"in_use", "quota", b"quota", "size", b"size"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreSpaceResponse: _TypeAlias = StoreSpaceResponse
+
+@_typing.final
 class AddMemberRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

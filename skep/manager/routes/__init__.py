@@ -22,6 +22,7 @@ from skep.manager.routes import (
     quorum,
     runs,
     services,
+    store,
     swarm,
     tasks,
     warnings,
@@ -47,6 +48,7 @@ _TABLES = (
     lag.routes,
     quorum.routes,
     warnings.routes,
+    store.routes,
 )
 
 

@@ -13,7 +13,7 @@ from skep.aio.loop_lag import LoopLag
 from skep.api.answers import KnownJson
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
-from skep.errors import InvalidArgument, SkepError, Unavailable
+from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
 from skep.manager.quorum import Quorum
 from skep.model.ids import IdSource
@@ -22,6 +22,7 @@ from skep.model.paths import Examined
 from skep.model.readable import NameSource
 from skep.model.times import Timestamp, timestamp
 from skep.store.interface import Store, Transaction, View
+from skep.store.space import refusal
 
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -91,6 +92,13 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
         except SkepError:
             with rpc_errors(), self.own_trouble():
                 raise
+
+    async def require_room(self, *, creates: bool) -> None:
+        """For what makes the store grow.  Raises: ResourceExhausted: it is nearly full; Unavailable."""
+        with rpc_errors(), self.own_trouble():
+            space = await self.store.space()
+            if space is not None and (why := refusal(space, creates=creates)):
+                raise ResourceExhausted(why)
 
     @contextmanager
     def own_trouble(self) -> Iterator[None]:

@@ -55,6 +55,7 @@ async def create_secret(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     body = await read_json(request, _SecretBody)
     _refuse_templating(request, body, "secret")
+    await manager.require_room(creates=True)
     secret = await manager.update(
         control.create_secret, body.spec, body.data or b"", new_id=manager.new_id, now=manager.now()
     )
@@ -100,6 +101,7 @@ async def create_config(request: web.Request) -> web.StreamResponse:
     manager = manager_of(request)
     spec = await read_json(request, ConfigSpec)
     _refuse_templating(request, spec, "config")
+    await manager.require_room(creates=True)
     config = await manager.update(control.create_config, spec, new_id=manager.new_id, now=manager.now())
     return json_answer(Created(id=config.id), 201)
 

@@ -62,6 +62,7 @@ async def create_network(request: web.Request) -> web.StreamResponse:
     _check_free(await current_view(request), body.name)
     check_name(body.name)
     check_form(body)
+    await manager.require_room(creates=True)
     network = await manager.update(
         control.create_network, _spec(body), new_id=manager.new_id, now=manager.now()
     )

@@ -77,6 +77,7 @@ async def create_service(request: web.Request) -> web.StreamResponse:
     spec = await _read_spec(request)
     if control.names_networks(spec):  # else nothing is looked up that the transaction does not look up
         spec = control.with_network_ids(await current_view(request), spec)
+    await manager.require_room(creates=True)
     service = await manager.update(
         control.create_service,
         settled(spec),
@@ -102,6 +103,7 @@ async def inspect_service(request: web.Request) -> web.StreamResponse:
 async def update_service(request: web.Request) -> web.StreamResponse:
     """Replace the spec of a service, or swap it with the previous one (``rollback=previous``)."""
     manager = manager_of(request)
+    await manager.require_room(creates=False)
     spec = await _read_spec(request)
     version = version_parameter(request, "service")
     view = await current_view(request)

@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from aiohttp import web
 
 from skep.api.server import Routes, json_answer
+from skep.errors import Unavailable
 from skep.manager.ca.expiry import expiring
 from skep.manager.discovery.conflicts import data_path_warnings
 from skep.manager.routes.access import manager_of
 from skep.manager.routes.shown import damage_of
 from skep.model.node import Node
 from skep.model.times import moment
-from skep.store.interface import View
+from skep.store.interface import Store, View
 from skep.store.schema import SCHEMAS
+from skep.store.space import warning
 
 routes = Routes()
 
@@ -29,9 +31,19 @@ async def warnings(request: web.Request) -> web.Response:
         [
             *(expiry.warning for expiry in expiring(view, now)),
             *damage_warnings(view),
+            *await _space_warnings(manager.store),
             *data_path_warnings(view.find(Node)),
         ]
     )
+
+
+async def _space_warnings(store: Store) -> list[str]:
+    try:
+        space = await store.space()
+    except Unavailable:
+        return []  # its status says so
+    sentence = warning(space) if space is not None else ""
+    return [f"WARNING: {sentence}"] if sentence else []
 
 
 def damage_warnings(view: View) -> Iterator[str]:

@@ -40,6 +40,14 @@ _WORDS = (
 )
 """Text in etcd's last words -> what it means; first match wins.  Source: etcd 3.5, wal, bbolt."""
 
+_NOT_OF_FILES = (
+    "no space left on device",
+    "disk quota exceeded",
+    "too many open files",
+    "cannot allocate memory",
+)
+"""The disk or the machine has too little of something: nothing is wrong with the files, and it passes."""
+
 _MAGIC_AT, _MAGIC = 16, bytes.fromhex("edda0ced")
 """Of a bbolt database, in the byte order of the machines that we run on."""
 
@@ -63,6 +71,8 @@ def check_files(data: Path) -> None:
 
 def named(reason: str, data: Path) -> Damaged | None:
     """What etcd's last words mean; None: nothing about its files."""
+    if any(text in reason for text in _NOT_OF_FILES):
+        return None
     sentence = next((sentence for text, sentence in _WORDS if text in reason), None)
     return Damaged(f"{sentence.format(directory=data)} (etcd: {reason})") if sentence else None
 

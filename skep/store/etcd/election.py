@@ -21,7 +21,7 @@ from skep.model.ids import NodeId
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher
-from skep.store.etcd.client import Client, Patience
+from skep.store.etcd.client import Client, Patience, nested
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import change_of, compared_leader, compared_ring, etcd_key
 from skep.store.leadership import LeaderRecord, TermState
@@ -120,7 +120,7 @@ class Election:
         value = self._cipher.encrypt(name, msgspec.json.encode(record))
         return pb.TxnRequest(
             compare=[compared_leader(seen), compared_ring(self._cipher.ring_revision)],
-            success=[pb.RequestOp(request_put=pb.PutRequest(key=name, value=value))],
+            success=[nested(pb.RequestOp(request_put=pb.PutRequest(key=name, value=value)))],
         )
 
     def _won(self, revision: int) -> TermState:

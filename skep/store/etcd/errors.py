@@ -20,7 +20,7 @@ class Busy(Unavailable):
 
 
 class OutOfSpace(Unavailable):
-    """The database has reached its quota: only removals work until an operator has made room."""
+    """The database has reached its quota: plain writes are refused until the leader has made room."""
 
 
 class NotServing(Unavailable):
@@ -57,7 +57,7 @@ _MEANINGS: tuple[tuple[str, type[SkepError], str], ...] = (
     ("too many requests", Busy, "the store is busy: try again"),
     # While leadership is handed over: raft's own words, which etcd passes on.
     ("raft proposal dropped", Busy, "the store is changing its leader: try again"),
-    ("database space exceeded", OutOfSpace, "the store's disk quota is used up; see `skep status`"),
+    ("database space exceeded", OutOfSpace, "the store has reached its quota; see `skep status`"),
     ("rpc not supported for learner", NotServing, "this manager is still joining the cluster"),
     (
         "can only promote a learner member which is in sync",

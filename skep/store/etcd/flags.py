@@ -7,12 +7,12 @@ import msgspec
 from skep.model.addresses import parted
 from skep.security.tls import MANAGER_NAME
 from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
+from skep.store.space import QUOTA_BYTES
 
 MAX_OPERATIONS = 129
 """Of a proposal 127, and two around it: a batch compares its sender's ticket and the key ring."""
 
 MAX_REQUEST_BYTES = 1_572_864
-QUOTA_BYTES = 4 * 1024**3
 HISTORY_REVISIONS = 20_000
 
 TIMERS_MS = (100, 500)
@@ -61,6 +61,7 @@ class MemberSettings(msgspec.Struct, frozen=True, kw_only=True):
     is_solo: bool = True
     joins: tuple[Peer, ...] = ()
     has_hosts: bool = False
+    quota_bytes: int = QUOTA_BYTES
     ready_s: float = 30.0
     is_fsync_off: bool = False
     is_debug: bool = False
@@ -113,7 +114,7 @@ def arguments(settings: MemberSettings, version: tuple[int, int, int]) -> list[s
         "election-timeout": election_ms,
         # Skep guards the quorum itself; etcd's check refuses joins while any manager is down.
         "strict-reconfig-check": "false",
-        "quota-backend-bytes": QUOTA_BYTES,
+        "quota-backend-bytes": settings.quota_bytes,
         "auto-compaction-mode": "revision",
         "auto-compaction-retention": HISTORY_REVISIONS,
         "snapshot-count": SOLO_SNAPSHOT_COUNT if settings.is_solo else SNAPSHOT_COUNT,

@@ -29,6 +29,7 @@ from skep.store.etcd.campaign import campaign
 from skep.store.etcd.client import Client
 from skep.store.etcd.damage import check_files
 from skep.store.etcd.deadlines import Deadlines
+from skep.store.etcd.errors import OutOfSpace
 from skep.store.etcd.flags import MemberSettings, arguments, environment
 from skep.store.etcd.orphans import end_orphan, locked, remove_pid, write_pid
 from skep.store.etcd.output import Output
@@ -240,7 +241,7 @@ class Member:
                     raise MemberFailed(self._not_ready())
                 await self._clock.sleep(POLL_S)
             campaigning.cancel()
-            await self._probe(client)
+            await self._probe(client, started)
         write_version(self.settings.directory, self._binary.version)
         log.info("etcd ready", seconds=round(self._clock.monotonic() - started, 3))
         self._ready.set()
@@ -249,13 +250,20 @@ class Member:
         if self.settings.is_solo and not self.settings.is_sealed_off:
             await campaign(self.settings, self._binary.version, self._clock)
 
-    async def _probe(self, client: Client) -> None:
-        """Finish a write.  A learner does when it has got its vote, one among several when there is a quorum."""
+    async def _probe(self, client: Client, started: float) -> None:
+        """Finish a write.  A learner does when it has got its vote, one among several when there is a quorum.
+
+        A single member whose disk is slow does so later; one whose log is gone never does.
+        """
         while True:
             try:
                 await client.put(PREFIX + b"probe/" + self.settings.name.encode(), b"", timeout_s=PROBE_S)
+            except OutOfSpace as error:
+                # It serves, and takes what Skep writes; the leader makes room.
+                log.warning("etcd has reached its quota", reason=str(error))
+                return
             except Unavailable as error:
-                if self.settings.is_solo:
+                if self.settings.is_solo and self._clock.monotonic() - started > self.settings.ready_s:
                     raise MemberFailed(self._not_ready()) from error
                 await self._clock.sleep(POLL_S)
             else:
@@ -263,6 +271,8 @@ class Member:
 
     def _not_ready(self) -> str:
         """A single member with data that finds no leader, or finishes no write, lacks a part of its log."""
+        if missing := missing_bytes(self.settings.data):
+            return no_space(self.settings.directory, missing)
         if self._had_data:
             return damage.LOG.format(directory=self.settings.directory)
         return f"etcd was not ready after {self.settings.ready_s:.0f} s"
@@ -290,10 +300,7 @@ class Member:
         while missing := missing_bytes(self.settings.data):
             if not self.trouble:
                 log.error("no space for the store", path=str(self.settings.directory), missing_bytes=missing)
-            self.trouble = (
-                f"{self.settings.directory}: {_megabytes(missing)} MB of disk space are missing for the store of this "
-                "manager. Make room: it goes on by itself."
-            )
+            self.trouble = no_space(self.settings.directory, missing)
             await self._clock.sleep(1.0)
         self.trouble = ""
 
@@ -319,6 +326,14 @@ def missing_bytes(data: Path) -> int:
     disk = os.statvfs(there)
     needed = KNOWN_BYTES if (data / "member").exists() else FRESH_BYTES
     return max(0, needed - disk.f_bavail * disk.f_frsize)
+
+
+def no_space(directory: Path, missing: int) -> str:
+    """The sentence for users."""
+    return (
+        f"{directory}: {_megabytes(missing)} MB of disk space are missing for the store of this manager. "
+        "Make room: it goes on by itself."
+    )
 
 
 def _megabytes(missing: int) -> int:

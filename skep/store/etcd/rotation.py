@@ -22,7 +22,7 @@ from skep.errors import Unavailable
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, KeyRing, Unreadable, decoded_ring
-from skep.store.etcd.client import LOAD_S, WRITE_S_MAX, Client, prefix_end
+from skep.store.etcd.client import LOAD_S, WRITE_S_MAX, Client, nested, prefix_end
 from skep.store.etcd.follow import PAGE_KEYS_FIRST, next_limit
 from skep.store.etcd.requests import PREFIX, compared_key, compared_leader, compared_ring, etcd_key, is_clear
 from skep.store.leadership import TermState
@@ -142,7 +142,11 @@ class KeyRotation:
         reply = await self._client.txn(
             pb.TxnRequest(
                 compare=[compared_ring(self._cipher.ring_revision), *conditions],
-                success=[pb.RequestOp(request_put=pb.PutRequest(key=_RING, value=msgspec.json.encode(ring)))],
+                success=[
+                    nested(
+                        pb.RequestOp(request_put=pb.PutRequest(key=_RING, value=msgspec.json.encode(ring)))
+                    )
+                ],
                 failure=[pb.RequestOp(request_range=pb.RangeRequest(key=_RING))],
             ),
             timeout_s=WRITE_S_MAX,

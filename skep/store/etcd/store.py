@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +18,7 @@ from skep.store.etcd.batcher import Batcher
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.client import Client
 from skep.store.etcd.election import Election
-from skep.store.etcd.errors import Uncertain
+from skep.store.etcd.errors import Compacted, Uncertain
 from skep.store.etcd.follow import Follower
 from skep.store.etcd.founding import founded
 from skep.store.etcd.requests import etcd_key
@@ -27,12 +27,18 @@ from skep.store.interface import NotLeader, Object, Term, View, Watch
 from skep.store.leadership import FencedTerm, TermState, leader_named
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
+from skep.store.space import COMPACT_AT, QUOTA_BYTES, Space
 from skep.store.updates import Outcome, Updater, Updating, within_deadline
 from skep.store.watches import CAPACITY
 
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
+
+
+PROBE = "probe/space"
+SPACE_S = 0.25
+"""How old what is known of the space may be, while there is plenty."""
 
 
 class EtcdStore(Updating):
@@ -49,8 +55,12 @@ class EtcdStore(Updating):
         group: asyncio.TaskGroup,
         chance: Callable[[], float],
         incarnation: int,
+        quota_bytes: int,
     ) -> None:
         self.incarnation = incarnation
+        self._quota_bytes = quota_bytes
+        self._space: tuple[float, Space] | None = None
+        self._compacted = 0
         self._client = client
         self._replica = replica
         self._follower = follower
@@ -108,6 +118,38 @@ class EtcdStore(Updating):
 
     async def rotate_data_key(self) -> None:
         await self._rotation.begin()
+
+    async def space(self) -> Space:
+        now = self._clock.monotonic()
+        if self._space is not None and now - self._space[0] < SPACE_S and self._space[1].share < COMPACT_AT:
+            return self._space[1]
+        status = await self._client.status()
+        space = Space(
+            size=status.db_size,
+            in_use=status.db_size_in_use,
+            quota=self._quota_bytes,
+            has_alarm=any("NOSPACE" in error for error in status.errors),
+        )
+        self._space = now, space
+        return space
+
+    async def compact(self, kept_revisions: int) -> bool:
+        revision = self._replica.revision - kept_revisions
+        if revision <= self._compacted:
+            return False
+        with suppress(Compacted):  # by etcd itself, or by an earlier leader
+            await self._client.compact(revision)
+        # What was freed counts as in use until something is written.
+        written = await self._client.put(etcd_key(PROBE), b"")
+        self._compacted = written.header.revision
+        return True
+
+    async def defragment(self) -> None:
+        self._space = None
+        await self._client.defragment()
+
+    async def disarm(self) -> None:
+        await self._client.disarm()
 
     def end_elections(self) -> None:
         """Stand for no further term; for the end of ``open_store``."""
@@ -191,11 +233,17 @@ async def open_store(
     *,
     chance: Callable[[], float] = random.random,
     watch_capacity: int = CAPACITY,
+    quota_bytes: int = QUOTA_BYTES,
 ) -> AsyncIterator[EtcdStore]:
     """The store behind a ready member's ``socket``, with everything loaded.  Raises: as ``store_on``."""
     async with (
         Client(socket) as client,
-        store_on(client, node_id, wrapping_key, clock, chance=chance, watch_capacity=watch_capacity) as store,
+        store_on(
+            *(client, node_id, wrapping_key, clock),
+            chance=chance,
+            watch_capacity=watch_capacity,
+            quota_bytes=quota_bytes,
+        ) as store,
     ):
         yield store
 
@@ -209,6 +257,7 @@ async def store_on(
     *,
     chance: Callable[[], float] = random.random,
     watch_capacity: int = CAPACITY,
+    quota_bytes: int = QUOTA_BYTES,
 ) -> AsyncIterator[EtcdStore]:
     """The store behind an open ``client``, with everything loaded; a simulation brings a client of its own.
 
@@ -235,7 +284,9 @@ async def store_on(
             group.create_task(batcher.run(), name="store-batcher"),
         ]
         await follower.wait_loaded()
-        store = EtcdStore(client, replica, follower, batcher, cipher, clock, group, chance, found.incarnation)
+        store = EtcdStore(
+            client, replica, follower, batcher, cipher, clock, group, chance, found.incarnation, quota_bytes
+        )
         try:
             yield store
         finally:

@@ -204,6 +204,8 @@ BAD = [
     ("cgroup-parent", "a/../b", "names separated by '/'"),
     ("runc", "", "is empty"),
     ("etcd-binary", "/nonexistent/etcd", "there is no such file"),
+    ("store-quota", "4 GB", "write a number with its unit"),
+    ("store-quota", "1MiB", "from 16MiB to 64GiB"),
     ("insecure-registry", "http://x", "without http://"),
     ("registry-mirror", "mirror.example.com", "write a URL"),
     ("log-driver", "printer", "write json-file"),

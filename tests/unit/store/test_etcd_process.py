@@ -9,11 +9,13 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from skep.errors import FailedPrecondition, SkepError
+from skep.store.etcd import damage
 from skep.store.etcd.binary import check_upgrade, check_version, find_binary
 from skep.store.etcd.compile import DESCRIPTORS, HERE, STUB, compile_into
 from skep.store.etcd.errors import Busy, Compacted, NotServing, OutOfSpace, Refused, Uncertain, meaning_of
 from skep.store.etcd.flags import MemberSettings, PeerFiles, arguments, environment
 from skep.store.etcd.output import Output
+from tests.etcd_rig import member_settings
 
 
 def settings(*, is_solo: bool = True) -> MemberSettings:
@@ -179,3 +181,21 @@ def test_the_committed_messages_are_those_of_the_proto_file(tmp_path: Path):
     compile_into(tmp_path)
     for name in (DESCRIPTORS, STUB):
         assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_damage"),
+    [
+        ("walpb: crc mismatch", True),
+        ("wal: max entry size limit exceeded", True),
+        ("failed to save: wal: write /x/0.wal: no space left on device", False),
+        ("failed to open database: open /x/db: too many open files", False),
+    ],
+)
+def test_a_disk_without_room_is_no_damage(reason: str, is_damage: bool, tmp_path: Path):
+    assert (damage.named(reason, tmp_path) is not None) is is_damage
+
+
+def test_the_quota_is_the_one_of_the_settings(tmp_path: Path):
+    settings = replace(member_settings(tmp_path), quota_bytes=123456789)
+    assert "--quota-backend-bytes=123456789" in arguments(settings, (3, 5, 30))

@@ -1,0 +1,138 @@
+"""The leader sees to it that every manager's store has room (``store.space``), one step at a time.
+
+Another manager's store is asked, and defragmented, by a call; one that does not know the call is left out.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import structlog
+
+from skep.aio.clock import Clock
+from skep.errors import SkepError, Unavailable
+from skep.manager.membership.consensus import Consensus
+from skep.model.ids import NodeId
+from skep.store.etcd.membership import RaftMember
+from skep.store.interface import Store
+from skep.store.space import Compact, Defragment, Disarm, HandOver, Space, Step, next_step
+from skep.wire import methods
+from skep.wire import skep_pb2 as skep
+from skep.wire.access import Caller
+from skep.wire.client import Channel
+from skep.wire.service import Handler, unary
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 5.0
+ANSWER_S = 5.0
+DEFRAGMENT_S = 150.0
+SETTLE_S = 1.0
+"""After a compaction, until etcd has freed its pages."""
+
+
+class StoreSpace:
+    """Answers the leader; ``keep`` is its work."""
+
+    def __init__(
+        self,
+        store: Store,
+        own: NodeId,
+        consensus: Consensus,
+        channel: Callable[[NodeId], Channel],
+        clock: Clock,
+    ) -> None:
+        """``channel``: the link's connection to another manager; raises Unavailable."""
+        self._store = store
+        self._own = own
+        self._consensus = consensus
+        self._channel = channel
+        self._clock = clock
+        self._defragmenting = asyncio.Lock()
+
+    def services(self) -> Sequence[Handler]:
+        """What to hand to ``wire.server.serve``."""
+        return (unary(methods.STORE_SPACE, self._answer),)
+
+    async def keep(self) -> None:
+        """Look every ``LOOK_S`` until cancelled, as the leader."""
+        while True:
+            await self._clock.sleep(LOOK_S)
+            try:
+                await self._look()
+            except SkepError as error:
+                log.warning("store's space not looked after", reason=str(error))
+
+    async def _look(self) -> None:
+        """Everything there is to do now, each step after another look.  Raises: SkepError: not now."""
+        can_compact = True
+        while (space := await self._store.space()) is not None:
+            members = {member.name: member for member in await self._consensus.all()}
+            spaces = {self._own: space, **await self._others(sorted(members))}
+            step = next_step(self._own, spaces, can_compact=can_compact)
+            if step is None:
+                return
+            can_compact = await self._take(step, members, spaces)
+
+    async def _take(
+        self, step: Step, members: Mapping[str, RaftMember], spaces: Mapping[NodeId, Space]
+    ) -> bool:
+        """Do it; gives whether there may be more to compact."""
+        match step:
+            case Compact(kept_revisions):
+                has_cut = await self._store.compact(kept_revisions)
+                if has_cut:
+                    log.info("history of the store cut", space=spaces[self._own].words)
+                    await self._clock.sleep(SETTLE_S)
+                return has_cut
+            case Defragment(node_id):
+                log.warning(
+                    "a store stands still to be defragmented", node=node_id, file_bytes=spaces[node_id].size
+                )
+                await self._defragment(node_id)
+                log.info("store defragmented", node=node_id)
+            case HandOver(to):
+                log.info("leadership is handed over, to defragment this store", to=to)
+                await self._consensus.move_leader(members[to])
+                await asyncio.Event().wait()  # this term is about to end
+            case Disarm():
+                await self._store.disarm()
+                log.info("store has room again", space=spaces[self._own].words)
+        return False
+
+    async def _others(self, names: Sequence[str]) -> Mapping[NodeId, Space]:
+        """The space of the other managers that answer."""
+        found: dict[NodeId, Space] = {}
+        for name in names:
+            if name != self._own:
+                with suppress(SkepError):  # it is away, or older than the call
+                    found[NodeId(name)] = await self._asked(NodeId(name), defragment=False)
+        return found
+
+    async def _defragment(self, node_id: NodeId) -> None:
+        if node_id == self._own:
+            await self._store.defragment()
+        else:
+            await self._asked(node_id, defragment=True)
+
+    async def _asked(self, node_id: NodeId, *, defragment: bool) -> Space:
+        reply = await self._channel(node_id).call(
+            methods.STORE_SPACE,
+            skep.StoreSpaceRequest(defragment=defragment),
+            timeout_s=DEFRAGMENT_S if defragment else ANSWER_S,
+        )
+        return Space(size=reply.size, in_use=reply.in_use, quota=reply.quota, has_alarm=reply.has_alarm)
+
+    async def _answer(self, request: skep.StoreSpaceRequest, caller: Caller) -> skep.StoreSpaceResponse:
+        if request.defragment:
+            if self._defragmenting.locked():
+                raise Unavailable("this manager's store is being defragmented already")
+            async with self._defragmenting:
+                log.warning("this manager's store stands still to be defragmented", asked_by=caller.node_id)
+                await self._store.defragment()
+        space = await self._store.space()
+        if space is None:
+            raise Unavailable("this manager's store has no file")
+        return skep.StoreSpaceResponse(
+            size=space.size, in_use=space.in_use, quota=space.quota, has_alarm=space.has_alarm
+        )

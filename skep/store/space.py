@@ -1,0 +1,122 @@
+"""How much room the store has, and what its leader does about it.  Pure.
+
+etcd's file only grows: what is compacted becomes free pages, which new writes use, and only a defragmentation gives
+them back.  Its quota counts the file.  So room for data is the quota less what is *in use*, and a file near its quota
+with free pages in it has to be defragmented.
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import msgspec
+
+from skep.model.ids import NodeId
+
+QUOTA_BYTES = 4 * 1024**3
+"""Unless ``store-quota`` says otherwise."""
+
+COMPACT_AT, DEFRAGMENT_AT, WARN_AT, REFUSE_AT, REFUSE_ALL_AT = 0.5, 0.7, 0.7, 0.8, 0.95
+"""Shares of the quota: history is cut; a file with free pages is defragmented; people are warned; users create nothing
+more; they change nothing either."""
+
+GAIN = 0.2
+"""Share of the quota that a defragmentation must give back to be worth its pause."""
+ALARM_GAIN = 0.02
+DISARM_BELOW = 0.9
+
+KEPT_REVISIONS = ((0.7, 0), (0.6, 10), (0.0, 1000))
+"""Share in use -> revisions of history that a compaction leaves.  A replica that is further behind loads anew."""
+
+
+class Space(msgspec.Struct, frozen=True, kw_only=True):
+    """One member's file, in bytes.  ``has_alarm``: etcd refuses plain writes for want of space."""
+
+    size: int
+    in_use: int
+    quota: int
+    has_alarm: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of the quota, how much is in use."""
+        return self.in_use / self.quota
+
+    @property
+    def is_worth_defragmenting(self) -> bool:
+        """Whether the file is large and much of it is free."""
+        gain = (self.size - self.in_use) / self.quota
+        if self.has_alarm and self.size >= DISARM_BELOW * self.quota:
+            return gain >= ALARM_GAIN
+        return self.size >= DEFRAGMENT_AT * self.quota and gain >= GAIN
+
+    @property
+    def words(self) -> str:
+        """``83 % full (3.3 of 4.0 GiB)``"""
+        unit, name = (1024**3, "GiB") if self.quota >= 1024**3 else (1024**2, "MiB")
+        return f"{self.share:.0%} full ({self.in_use / unit:.1f} of {self.quota / unit:.1f} {name})".replace(
+            "%", " %"
+        )
+
+
+class Compact(msgspec.Struct, frozen=True):
+    """Cut the history down to so many revisions."""
+
+    kept_revisions: int
+
+
+class Defragment(msgspec.Struct, frozen=True):
+    """Have one manager's member defragment its file."""
+
+    node_id: NodeId
+
+
+class HandOver(msgspec.Struct, frozen=True):
+    """The leader's own file is next: another manager leads first."""
+
+    to: NodeId
+
+
+class Disarm(msgspec.Struct, frozen=True):
+    """There is room: end etcd's alarm."""
+
+
+Step: TypeAlias = Compact | Defragment | HandOver | Disarm
+
+
+def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool = True) -> Step | None:
+    """The next thing to do; None: nothing.
+
+    Args:
+        own: the leader.
+        members: of the managers that answered, the leader among them.
+        can_compact: whether there is history beyond what was cut last.
+    """
+    mine = members[own]
+    if can_compact and mine.share >= COMPACT_AT:
+        return Compact(next(kept for share, kept in KEPT_REVISIONS if mine.share >= share))
+    others = sorted(id for id in members if id != own)
+    for id in others:
+        if members[id].is_worth_defragmenting:
+            return Defragment(id)
+    if mine.is_worth_defragmenting:
+        return HandOver(others[0]) if others else Defragment(own)
+    if mine.has_alarm and all(space.size < DISARM_BELOW * space.quota for space in members.values()):
+        return Disarm()
+    return None
+
+
+def refusal(space: Space, *, creates: bool) -> str:
+    """Why a user's write is refused, with what to do; empty: it is not.  ``creates``: it adds an object."""
+    if space.share < (REFUSE_AT if creates else REFUSE_ALL_AT):
+        return ""
+    return (
+        f"the cluster's store is {space.words}: remove configs, secrets or services that are not needed, or raise "
+        "store-quota in skep.toml on every manager; it makes room by itself within a minute (skep status shows it)"
+    )
+
+
+def warning(space: Space) -> str:
+    """What people are told before it comes to that; empty: nothing."""
+    if space.has_alarm:
+        return f"the cluster's store has reached its quota and is being cleared: {space.words}"
+    return f"the cluster's store is {space.words}" if space.share >= WARN_AT else ""

@@ -1,0 +1,146 @@
+"""A real etcd that is driven to its quota goes on, takes what the cluster writes, and comes back by itself."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import ResourceExhausted, Unavailable
+from skep.manager import store_space
+from skep.manager.store_space import StoreSpace
+from skep.model.ids import ConfigId, NodeId
+from skep.model.secret import Config, ConfigSpec
+from skep.model.service import Service
+from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd.cipher import new_wrapping_key
+from skep.store.etcd.client import Client
+from skep.store.etcd.errors import OutOfSpace
+from skep.store.etcd.founding import initialize
+from skep.store.etcd.member import Member
+from skep.store.etcd.membership import RaftMembers
+from skep.store.etcd.store import EtcdStore, open_store
+from skep.store.interface import Transaction
+from skep.store.space import REFUSE_AT, Space, refusal
+from skep.store.transaction import Writing
+from skep.wire.client import Channel
+from tests.builders import a_service
+from tests.contract.store_rigs import found
+from tests.etcd_rig import a_member, member_settings
+
+pytestmark = [pytest.mark.needs("etcd", "setpriv"), pytest.mark.timeout(120)]
+
+QUOTA = 16 * 1024**2
+OWN = NodeId("m1")
+LARGE = b"x" * 1_000_000
+
+
+class Rig:
+    def __init__(self, store: EtcdStore, client: Client, member: Member) -> None:
+        self.store = store
+        self.client = client
+        self.member = member
+
+    async def raw_put(self, number: int) -> None:
+        """As no part of Skep writes: counted by etcd's quota."""
+        put = pb.PutRequest(key=b"/raw/%d" % number, value=LARGE)
+        await self.client._call("KV/Put", pb.PutResponse, put, 5.0)
+
+    async def fill(self) -> None:
+        """Raises: OutOfSpace."""
+        for number in range(100):
+            await self.raw_put(number % 4)
+
+
+async def wait_until(rig: Rig, is_so: Callable[[Space], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not is_so(await rig.store.space()):  # noqa: ASYNC110 (etcd tells nobody)
+            await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def a_full_store(root: Path) -> AsyncIterator[Rig]:
+    settings = replace(member_settings(root), quota_bytes=QUOTA)
+    key, clock = new_wrapping_key(), SystemClock()
+    async with AsyncExitStack() as stack:
+        member = await stack.enter_async_context(a_member(settings).running())
+        await initialize(settings.socket, key, clock, found)
+        opening = open_store(settings.socket, OWN, key, clock, quota_bytes=QUOTA)
+        store = await stack.enter_async_context(opening)
+        client = await stack.enter_async_context(Client(settings.socket))
+        yield Rig(store, client, member)
+
+
+@asynccontextmanager
+async def kept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """With a leader that sees to the space."""
+    monkeypatch.setattr(store_space, "LOOK_S", 0.1)
+    monkeypatch.setattr(store_space, "SETTLE_S", 0.3)
+
+    def nobody(_: NodeId) -> Channel:
+        raise Unavailable("there is no other manager")
+
+    keeper = StoreSpace(rig.store, OWN, RaftMembers(rig.client, rig.member), nobody, SystemClock())
+    keeping = asyncio.create_task(keeper.keep())
+    try:
+        yield
+    finally:
+        keeping.cancel()
+
+
+async def create_config(rig: Rig, number: int) -> ConfigId:
+    """As the API does it."""
+    id = ConfigId(f"c{number}")
+    if why := refusal(await rig.store.space(), creates=True):
+        raise ResourceExhausted(why)
+    config = Config(id=id, spec=ConfigSpec(name=id, data=LARGE))
+    await rig.store.update(lambda tx: tx.put(config))
+    return id
+
+
+def labelled(tx: Transaction, number: int) -> None:
+    web = tx.get(Service, "web")
+    tx.put(replace(web, spec=replace(web.spec, labels={"n": f"{number}"})))
+
+
+async def test_configs_made_and_removed_again_and_again_never_fill_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_full_store(tmp_path) as rig, kept(rig, monkeypatch):
+        await rig.store.update(lambda tx: tx.put(a_service("web")))
+        made = 0
+        while made < 40:
+            try:
+                id = await create_config(rig, made)
+            except ResourceExhausted:
+                await rig.store.update(labelled, made)  # the cluster itself goes on
+                await asyncio.sleep(0.1)
+                continue
+            made += 1
+            await rig.store.update(Writing.delete, Config, id)
+        await rig.store.update(labelled, made)
+        await wait_until(rig, lambda space: space.share < REFUSE_AT and space.size < QUOTA)
+        assert not (await rig.store.space()).has_alarm
+        await create_config(rig, made + 1)
+
+
+async def test_an_alarm_about_space_stops_nothing_and_ends_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_full_store(tmp_path) as rig:
+        await rig.store.update(lambda tx: tx.put(a_service("web")))
+        with pytest.raises(OutOfSpace):
+            await rig.fill()
+        assert (await rig.store.space()).has_alarm
+        await rig.store.update(labelled, 1)
+        await rig.client.put(b"/skep/v1/w/m1", b"")  # a ticket is moved
+        await rig.member.restart(rig.member.settings)  # and the member comes up again
+        async with asyncio.timeout(10):
+            await rig.store.update(labelled, 2)
+        async with kept(rig, monkeypatch):
+            await wait_until(rig, lambda space: not space.has_alarm)
+        await rig.raw_put(0)
+        assert rig.store.view().get(Service, "web").spec.labels == {"n": "2"}
