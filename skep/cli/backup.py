@@ -105,6 +105,8 @@ def restore(
             click.confirm("Restore it?", abort=True)
         asyncio.run(_restore(host, file, secret, advertise_addr, is_dry=False))
     click.echo(f"Swarm restored: current node ({plan.node_id}) is now its manager.")
+    for line in _for_the_workers(plan.advertise_addr):
+        click.echo(line)
 
 
 async def _backup(host: HostOptions, file: Path, secret: Secret) -> Manifest:
@@ -184,14 +186,23 @@ def _secret(passphrase_file: Path | None, key_file: Path | None, *, confirm: boo
     return "scrypt", passphrase.encode()
 
 
+def _for_the_workers(addr: str) -> Iterator[str]:
+    """What to do when no manager had this address before: nothing else can tell the workers of it."""
+    yield ""
+    yield f"Workers ask the addresses that their managers had. If none of them had {addr}, then on each worker"
+    yield "add this line to /etc/skep/skep.toml and restart skep (systemctl restart skep); containers run on:"
+    yield ""
+    yield f'    managers = ["{addr}"]'
+
+
 def _about(plan: RestorePlan) -> Iterator[tuple[str, str]]:
     yield "swarm", f"{plan.cluster_id}, incarnation {plan.incarnation}"
     yield "made", f"{plan.created_at} by {plan.hostname} ({plan.node_id}), skep {plan.skep_version}"
     yield "holds", _described(plan.counts)
     outcome = (
         f"makes this node {plan.node_id} at {plan.advertise_addr}, the only manager of the swarm; other managers "
-        "are shown as unreachable until they are removed, and stop when they meet this one; workers find it by "
-        "its address"
+        "are shown as unreachable until they are removed, and stop when they meet this one; workers look for it where "
+        "their managers were"
     )
     yield "restoring", outcome
 

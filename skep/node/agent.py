@@ -49,6 +49,8 @@ ATTACH_SECONDS_MAX = 15.0
 """A manager answers when it is written, which takes until its store has a leader again."""
 DETACH_SECONDS_MAX = 3.0
 """A container's end does not wait for longer; the manager hears of it all the same."""
+UNREACHED_S = 10.0
+"""After so long without any manager the node says so (``docker info``)."""
 LASTED_S = 10.0
 """A session that held for so long was a good one: the next attempt is made at once."""
 
@@ -113,6 +115,7 @@ class Agent:
         tables: TableSink | None = None,
         overlay_keys: Callable[[KeysTold], None] | None = None,
         paths: PathSource | None = None,
+        unreached: Callable[[str], None] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -121,7 +124,9 @@ class Agent:
             seen: the newest revision, which the machine keeps; None: forgotten with this agent.
             address_of: where this node reaches a manager; others may know it under another address.
             load, tables, overlay_keys, paths: see ``Session``.
+            unreached: told in a sentence that no manager is reached; with an empty one, that one is.
         """
+        self._unreached = unreached
         self._managers = managers
         self._address_of = address_of
         self._load = load
@@ -217,6 +222,8 @@ class Agent:
                 attempt = group.create_task(self._attempt(), name="session attempt")
             self.registered.clear()
             self._contact.lost()
+            if self._contact.silence_s() >= UNREACHED_S:
+                self._unreached(self._managers.unreached())
             if attempt.result() is Attempt.SESSION and self._clock.monotonic() - started >= LASTED_S:
                 backoff.reset()
             if attempt.result() is Attempt.NEXT:
@@ -273,6 +280,7 @@ class Agent:
             self._managers.worked(peer)
             self._peer = peer
             self._contact.gained()
+            self._unreached("")
             self.registered.set()
         peers = [Peer(NodeId(known.peer.node_id), known.peer.addr) for known in message.managers]
         self._managers.replace(peers, {known.peer.addr: known.weight for known in message.managers})

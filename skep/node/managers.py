@@ -76,6 +76,14 @@ class ManagerList:
         """How often in a row nothing came of ``peer``."""
         return self._failures.get(peer.addr, 0)
 
+    def unreached(self) -> str:
+        """What to say while none of them gives a session."""
+        asked = ", ".join(peer.addr for peer in self.peers) or "no address, because it knows none"
+        return (
+            f"no manager answers: this node asks {asked}. Containers run on. "
+            'If the managers are elsewhere now: managers = ["address:2377"] in /etc/skep/skep.toml, and restart skep'
+        )
+
     def choose(self, own_id: NodeId, random: Random) -> Peer | None:
         """The manager to try next; None: none is known."""
         return next_manager(self.peers, self._failures, own_id, random, self._weights)

@@ -24,7 +24,7 @@ from skep.model.planes import DATA_PATH_LABEL, NODE_LABEL, PATHS_LABEL
 from skep.model.routes import ROUTES_LABEL, MachineRoute, routes_label
 from skep.model.service import Platform, Resources
 from skep.node.agent import Agent
-from skep.node.assignments import AssignmentSet, LogSource
+from skep.node.assignments import LogSource
 from skep.node.conditions import Conditions
 from skep.node.contact import Contact
 from skep.node.executor.attaching import ClusterAttachments, is_attachment
@@ -186,11 +186,18 @@ class NodeParts:
             overlay_keys=self._overlay_keys,
             paths=self._paths,
             tables=self._tables,
+            unreached=self._note_unreached,
             seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
         )
         if self._places is not None:
             self._places.ask_through(agent)
         return agent
+
+    def _note_unreached(self, sentence: str) -> None:
+        if sentence:
+            self._conditions.raise_("no-manager", sentence)
+        else:
+            self._conditions.clear("no-manager")
 
     def _known_managers(self, node: LocalNode) -> tuple[Peer, ...]:
         """Those heard of last, and those that the configuration names."""
@@ -233,10 +240,11 @@ class NodeParts:
             log.warning("places on networks not given back", reason=str(error))
 
     async def remove_tasks(self) -> None:
-        """Have every task stopped and removed; waits for up to a minute, what is left then is logged."""
+        """Have every task killed and removed, as Docker does; waits for up to a minute, what is left then is logged."""
         if self._places is not None:
             self._places.ask_through(None)
-        await self._worker.assign(AssignmentSet(complete=True))
+        self._note_unreached("")
+        await self._worker.clear()
         backoff = Backoff(0.02, 0.5, chance=self._random.random)
         try:
             async with asyncio.timeout(_REMOVAL_TIMEOUT_S):

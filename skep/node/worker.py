@@ -113,6 +113,16 @@ class Worker:
             self._assign_one(assigned, change.registry_auths.get(assigned.task.id, ""))
         self._drop_payloads(change)
 
+    async def clear(self) -> None:
+        """Kill and remove every task, without a grace period: this node leaves its swarm.  Returns when that is begun.
+
+        Source: moby 20.10, daemon/cluster/swarm.go (Leave).
+        """
+        await self._ready.wait()
+        for id in sorted(self._drivers):
+            self._remove(id, at_once=True)
+        await self.assign(AssignmentSet(complete=True))
+
     def statuses(self) -> Mapping[TaskId, TaskStatus]:
         """The present status of every task here."""
         return {id: driver.status for id, driver in self._drivers.items()}
@@ -166,35 +176,42 @@ class Worker:
         except SkepError as error:
             log.warning("task not updated", task=driver.task.task.id, error=str(error))
 
-    def _remove(self, id: TaskId) -> None:
-        """No longer assigned: stop it in its own way and free what it holds."""
+    def _remove(self, id: TaskId, *, at_once: bool = False) -> None:
+        """No longer assigned: stop it in its own way (``at_once``: kill it) and free what it holds."""
         driver = self._drivers.pop(id, None)
         if driver is not None:
             running = self._running.pop(id)
             running.cancel()
-            self._spawn_removal(id, driver, running)
+            self._spawn_removal(id, driver, running, at_once=at_once)
         self._files.forget(id)
 
     def _spawn_removal(
-        self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None = None
+        self,
+        id: TaskId,
+        driver: TaskDriver | None,
+        running: asyncio.Task[None] | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
-        task = self._spawn(self._free(id, driver, running), f"remove-{id}")
+        task = self._spawn(self._free(id, driver, running, at_once=at_once), f"remove-{id}")
         self._removing[id] = task
         task.add_done_callback(lambda _: self._removing.pop(id, None))
 
-    async def _free(self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None) -> None:
+    async def _free(
+        self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None, *, at_once: bool
+    ) -> None:
         """Free what a task holds, once its driver (``running``) has ended; again after a while if that fails."""
         if running is not None:
-            await asyncio.wait(
-                [running]
-            )  # a verb that is not cut off may still be making what is to be freed
+            # A verb that is not cut off may still be making what is to be freed.
+            await asyncio.wait([running])
         backoff = Backoff(first_s=0.1, longest_s=60.0)
         while True:
             try:
                 if driver is None:
                     await self._executor.discard(id)
                 else:
-                    await driver.controller.shutdown(driver.drain_s)
+                    if not at_once:
+                        await driver.controller.shutdown(driver.drain_s)
                     await driver.controller.remove()
             except (SkepError, OSError) as error:
                 log.warning("task not removed", task=id, error=str(error))

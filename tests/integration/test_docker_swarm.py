@@ -60,7 +60,13 @@ def test_a_swarm_is_founded_joined_updated_and_left(fresh: tuple[TestNode, TestN
     wait_until(lambda: f"{worker.name} Down" in manager.docker(*states, cli=cli).stdout, "the worker is down")
     manager.docker("node", "rm", worker.name, cli=cli)
     assert manager.docker(*states, cli=cli).stdout == f"{manager.name} Ready\n"
+    # Docker kills tasks on the way out: no grace period is waited for.
+    ignores = ("sh", "-c", "trap '' TERM; sleep 3600 & wait; wait")
+    patient = ("--detach", "--name", "patient", "--stop-grace-period", "1h", IMAGE)
+    manager.docker("service", "create", *patient, *ignores, cli=cli)
+    wait_running(manager, "patient", 1)
     assert manager.docker("swarm", "leave", "--force", cli=cli).stdout == "Node left the swarm.\n"
+    assert manager.client().api.containers(all=True) == []
     assert [local_state(machine) for machine in fresh] == ["inactive", "inactive"]
 
 

@@ -300,6 +300,24 @@ class Stubborn(SimulatedController):
         await super().remove()
 
 
+class NeverStops(SimulatedController):
+    """Never stops when it is asked to."""
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_who_leaves_the_swarm_kills_at_once_what_would_not_stop(node: Node) -> None:
+    node.controllers["t1"] = NeverStops
+    async with node.working() as worker:
+        await worker.assign(complete(assigned("t1"), assigned("t2")))
+        for id in ("t1", "t2"):
+            await node.reports.wait(id, RUNNING)
+        await worker.clear()
+        await node.wait_empty()
+        assert worker.statuses() == {}
+
+
 async def test_a_removal_that_fails_is_tried_again(node: Node) -> None:
     node.controllers["a"] = Stubborn
     async with node.working() as worker:
