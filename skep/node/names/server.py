@@ -213,7 +213,7 @@ class ContainerServer:
                 if is_single_label:
                     if not self._forwarding.does_single_labels and query.type in (A, AAAA):
                         return reply(query, NOERROR, bytes_max=bytes_max)
-                    if self._forwarder.are_silent(self._forwarding.servers):
+                    if self._forwarder.are_silent(self._forwarding.servers, self._container):
                         return reply(query, NXDOMAIN, bytes_max=bytes_max)
                 return None if self._forwarding.servers else reply(query, SERVFAIL, bytes_max=bytes_max)
 

@@ -2,11 +2,14 @@
 
 A socket of its own means a port that nobody can guess, beside an id that nobody can guess; and only the server it is
 connected to is heard.  Servers that said nothing lately are asked last.
+
+Containers share what the node can ask at a time: when that is used up, one with fewer questions under way than another
+takes the place of the other's oldest.  A server that leaves one container's questions unanswered may be slow in one
+zone alone; it counts as silent for that container, and for all when several have found it so.
 """
 
 import asyncio
 import socket
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from ipaddress import ip_address
@@ -39,6 +42,8 @@ DEADLINE_S = 4.0
 """Of all attempts together: C libraries wait for 5 s before they ask again."""
 SILENT_S = 10.0
 """For so long a server that did not answer is believed to be away."""
+SEVERAL = 3
+"""Containers whose questions a server left unanswered before it counts as silent for the others."""
 _KNOWN_SERVERS_MAX = 1000
 
 
@@ -63,16 +68,19 @@ class Forwarder:
     def __init__(self, clock: Clock, new_id: Callable[[], int]) -> None:
         self._clock = clock
         self._new_id = new_id
-        self._in_flight: Counter[str] = Counter()
-        self._silent_until: dict[NameServer, float] = {}
+        self._in_flight: dict[str, dict[asyncio.Timeout, None]] = {}
+        """By container, the oldest question first."""
+        self._total = 0
+        self._silent_until: dict[NameServer, dict[str, float]] = {}
+        """By the containers that found them so."""
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight.total()
+        return self._total
 
-    def are_silent(self, servers: Sequence[NameServer]) -> bool:
-        """Whether none of ``servers`` has answered lately, though all were asked."""
-        return all(map(self._is_silent, servers[:SERVERS_MAX]))
+    def are_silent(self, servers: Sequence[NameServer], container: str) -> bool:
+        """Whether none of ``servers`` has answered lately, as far as ``container`` should know."""
+        return all(self._is_silent(server, container) for server in servers[:SERVERS_MAX])
 
     async def ask(
         self,
@@ -87,24 +95,49 @@ class Forwarder:
     ) -> bytes | None:
         """What the first of ``servers`` that knows says to ``query``, whose message is ``data``.
 
-        A server that fails or refuses is no answer; None: there was no other.  With too many questions under way,
-        the answer is a refusal.
+        A server that fails or refuses is no answer; None: there was no other, or others needed its place more.  With
+        too many questions of ``container`` under way, the answer is a refusal.
         """
-        if self.in_flight >= IN_FLIGHT_MAX or self._in_flight[container] >= IN_FLIGHT_PER_CONTAINER_MAX:
+        if not self._has_place(container):
             return reply(query, REFUSED, bytes_max=query.udp_bytes_max)
-        self._in_flight[container] += 1
         try:
-            async with asyncio.timeout(deadline_s):
-                return await self._ask(query, data, servers, inside, is_tcp, deadline_s)
+            async with asyncio.timeout(deadline_s) as deadline:
+                self._in_flight.setdefault(container, {})[deadline] = None
+                self._total += 1
+                try:
+                    return await self._ask(container, query, data, servers, inside, is_tcp, deadline_s)
+                finally:
+                    self._leave(container, deadline)
         except TimeoutError:
             return None
-        finally:
-            self._in_flight[container] -= 1
-            if not self._in_flight[container]:
-                del self._in_flight[container]
+
+    def _has_place(self, container: str) -> bool:
+        """Whether ``container`` may ask one more; if need be in the place of who asks most."""
+        own = len(self._in_flight.get(container, ()))
+        if own >= IN_FLIGHT_PER_CONTAINER_MAX:
+            return False
+        if self._total < IN_FLIGHT_MAX:
+            return True
+        most = max(self._in_flight, key=lambda one: len(self._in_flight[one]))
+        if own + 1 >= len(self._in_flight[most]):
+            return False
+        oldest = next(iter(self._in_flight[most]))
+        self._leave(most, oldest)
+        oldest.reschedule(asyncio.get_running_loop().time())
+        return True
+
+    def _leave(self, container: str, deadline: asyncio.Timeout) -> None:
+        """Again is harmless."""
+        here = self._in_flight.get(container, {})
+        if deadline in here:
+            del here[deadline]
+            self._total -= 1
+        if not here:
+            self._in_flight.pop(container, None)
 
     async def _ask(
         self,
+        container: str,
         query: Query,
         data: bytes,
         servers: Sequence[NameServer],
@@ -112,7 +145,7 @@ class Forwarder:
         is_tcp: bool,
         deadline_s: float,
     ) -> bytes | None:
-        ordered = sorted(servers[:SERVERS_MAX], key=self._is_silent)
+        ordered = sorted(servers[:SERVERS_MAX], key=lambda server: self._is_silent(server, container))
         again = ordered if len(ordered) < SERVERS_MAX else []  # a packet may be lost on the way
         # With time left for each, so that it is known who was silent.
         attempt_s = min(ATTEMPT_S, deadline_s / (1.25 * max(len(ordered), 1)))
@@ -124,12 +157,12 @@ class Forwarder:
                 async with asyncio.timeout(attempt_s):
                     answer = await self._exchange(query, data, server, inside, is_tcp)
             except TimeoutError:
-                self._note_silent(server)
+                self._note_silent(server, container)
                 continue
             except (OSError, SkepError, ValueError):
                 failed.add(server)
                 continue
-            self._silent_until.pop(server, None)
+            self._note_heard(server, container)
             if code_of(answer) not in (SERVFAIL, REFUSED):
                 return answer
             failed.add(server)
@@ -159,15 +192,28 @@ class Forwarder:
                 if is_answer(answer, id, query.question):
                     return answer
 
-    def _is_silent(self, server: NameServer) -> bool:
-        return self._silent_until.get(server, 0.0) > self._clock.monotonic()
+    def _is_silent(self, server: NameServer, container: str) -> bool:
+        found, now = self._silent_until.get(server, {}), self._clock.monotonic()
+        if found.get(container, 0.0) > now:
+            return True
+        # One inside is not reached by others on the same way.
+        return not server.is_inside and sum(until > now for until in found.values()) >= SEVERAL
 
-    def _note_silent(self, server: NameServer) -> None:
-        if not self._is_silent(server):
-            log.info("name server does not answer", address=server.address)
+    def _note_silent(self, server: NameServer, container: str) -> None:
+        if not self._is_silent(server, container):
+            log.info("name server does not answer", address=server.address, container=container)
         if len(self._silent_until) >= _KNOWN_SERVERS_MAX:
             self._silent_until.clear()
-        self._silent_until[server] = self._clock.monotonic() + SILENT_S
+        now = self._clock.monotonic()
+        found = {one: until for one, until in self._silent_until.get(server, {}).items() if until > now}
+        self._silent_until[server] = found | {container: now + SILENT_S}
+
+    def _note_heard(self, server: NameServer, container: str) -> None:
+        """It is there: for everybody, or by the way of this container."""
+        if not server.is_inside:
+            self._silent_until.pop(server, None)
+        elif (found := self._silent_until.get(server)) is not None:
+            found.pop(container, None)
 
 
 async def read_message(connection: socket.socket) -> bytes:
