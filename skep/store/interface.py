@@ -229,6 +229,12 @@ class Term(Updates, Protocol):
 
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]: ...
 
+    async def confirm(self) -> None:
+        """Have the fence compared, and nothing written; then the replica shows what was written before.
+
+        For what no fence covers, as a change of the consensus itself.  Raises: NotLeader; Unavailable.
+        """
+
     async def wait_lost(self) -> None:
         """Return when the term is over (another leader, or no word from the member for too long)."""
 

@@ -77,5 +77,8 @@ class FencedTerm(Updating):
     def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
         return self._replica.watch(*kinds)
 
+    async def confirm(self) -> None:
+        await self._updater.confirm()
+
     async def wait_lost(self) -> None:
         await self._state.wait_lost()

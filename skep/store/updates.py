@@ -169,6 +169,16 @@ class Updater:
                     results[index] = error
         return results
 
+    async def confirm(self) -> None:
+        """See ``interface.Term.confirm``."""
+        async with within_deadline(self._deadline_s):
+            (outcome,) = await self._proposer.propose([Proposal()])
+            match outcome:
+                case Committed(revision) | Conflict(revision):
+                    await self._reached(revision)
+                case SkepError():
+                    raise outcome
+
     async def _attempt(
         self, body: Callable[[Transaction, T], R], chunk: Sequence[tuple[int, T]], results: list[Any]
     ) -> list[tuple[int, T]]:

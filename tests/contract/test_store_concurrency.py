@@ -135,6 +135,17 @@ async def test_a_deposed_leader_writes_nothing(rig: Rig) -> None:
     await rig.store.update(put, a_secret("by the API"))
 
 
+async def test_a_term_is_confirmed_as_long_as_it_lasts_and_nothing_is_written(rig: Rig) -> None:
+    term = await anext(rig.store.terms(FIRST, "127.0.0.1:2377"))
+    await rig.other.update(put, a_secret("s"))
+    revision = rig.other.view().get(Secret, "s").version
+    await term.confirm()
+    assert term.view().get(Secret, "s").version == revision  # what was written before is seen
+    await rig.depose()
+    with pytest.raises(NotLeader):
+        await term.confirm()
+
+
 async def test_a_term_whose_writer_is_cancelled_with_a_write_under_way_is_over(rig: Rig) -> None:
     """What came of the write shows when the next term of the same manager begins, and nothing comes of it later."""
     terms = rig.store.terms(FIRST, "127.0.0.1:2377")

@@ -17,8 +17,8 @@ class Consensus(Protocol):
     async def promote(self, name: str) -> None:
         """Give a learner its vote.  Raises: Unavailable: it has not caught up; NoMember: it is none any more."""
 
-    async def remove(self, name: str) -> None:
-        """Put a member out, if it is in.  Raises: Unavailable."""
+    async def remove(self, member: RaftMember) -> None:
+        """Put this very member out, if it is in.  Raises: Unavailable."""
 
     async def move_leader(self, to: RaftMember) -> None:
         """Hand leadership over; for the leader's own manager only.  Raises: Unavailable."""

@@ -1,7 +1,7 @@
 """The leader's loop over the managers: who answers, and roles as they are wished."""
 
 import asyncio
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from typing import Protocol, assert_never
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
-from skep.manager.follow import State, follow
+from skep.manager.follow import follow
 from skep.manager.membership.consensus import Consensus
 from skep.manager.membership.roles import (
     Demote,
@@ -29,7 +29,7 @@ from skep.manager.roster import on_change_of_managers
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.store.etcd.membership import RaftMember
-from skep.store.interface import NotLeader, Transaction
+from skep.store.interface import NotLeader, Term, Transaction
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ class Managers:
 
     def __init__(
         self,
-        term: State,
+        term: Term,
         own: NodeId,
         consensus: Consensus,
         hearing: Hearing,
@@ -98,15 +98,27 @@ class Managers:
         for mark in roll_call(nodes, silent, heard, self._own):
             log.info("manager", node=mark.node_id, reachability=mark.reachability.value)
             await self._term.update(write_mark, mark)
-        members = await self._consensus.all()
-        for learner in self._learners.overdue(members, now):
+        overdue, steps = self._judged(await self._consensus.all(), heard, now)
+        if overdue or any(isinstance(step, Withdraw) for step in steps):
+            # No fence covers a removal, and what this manager knows by itself may be old: it is judged again by what
+            # a quorum says now, and by what the store shows that still knows this term.
+            await self._term.confirm()
+            overdue, steps = self._judged(await self._consensus.all(is_current=True), heard, now)
+        for learner in overdue:
             log.warning("a manager that never caught up is removed", node=learner.name)
             await self._withdraw(learner)
-        reachable = {member.name for member in members if member.name == self._own or member.name in heard}
-        steps = next_steps(nodes, members, reachable, self._own, view.unreadable(Node))
         self._tell_held(steps)
         for step in steps:
             await self._take(step)
+
+    def _judged(
+        self, members: Sequence[RaftMember], heard: Set[NodeId], now: float
+    ) -> tuple[list[RaftMember], list[Step]]:
+        """Members that learn for too long, and what brings members and certificates nearer to the wished roles."""
+        view = self._term.view()
+        reachable = {member.name for member in members if member.name == self._own or member.name in heard}
+        steps = next_steps(view.find(Node), members, reachable, self._own, view.unreadable(Node))
+        return self._learners.overdue(members, now), steps
 
     async def _take(self, step: Step) -> None:
         match step:
@@ -128,7 +140,7 @@ class Managers:
 
     async def _withdraw(self, member: RaftMember) -> None:
         await self._term.update(forget_presence, NodeId(member.name))
-        await self._consensus.remove(member.name)
+        await self._consensus.remove(member)
 
     def _tell_held(self, steps: Collection[Step]) -> None:
         held = ", ".join(step.member.name for step in steps if isinstance(step, Hold))

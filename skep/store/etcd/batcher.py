@@ -297,7 +297,7 @@ class Batcher:
         finally:
             for pending, witness in zip(entry.pending, sending.witnesses, strict=False):
                 self._seen.pop(pending, None)
-                del self._witnesses[witness.key]
+                self._witnesses.pop(witness.key, None)
 
     def _answer(self, entry: Entry, reply: pb.TxnResponse) -> None:
         if not reply.succeeded:

@@ -71,16 +71,13 @@ class RaftMembers:
                 return
             log.info("manager votes", node=name)
 
-    async def remove(self, name: str) -> None:
-        """Put ``name`` out; one that is out already is fine.  Raises: Unavailable."""
-        member = await self._member(name)
-        if member is None:
-            return
+    async def remove(self, member: RaftMember) -> None:
+        """Put this member out, and no later one of its name; one that is out already is fine.  Raises: Unavailable."""
         try:
             await self._client.remove(member.id)
         except NoMember:
             return
-        log.info("manager removed", node=name)
+        log.info("manager removed", node=member.name)
 
     async def move_leader(self, to: RaftMember) -> None:
         """Hand raft's leadership over; for the leader's own member only.  Raises: Unavailable."""

@@ -60,7 +60,7 @@ class Learning:
     async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
         raise NotImplementedError
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, member: RaftMember) -> None:
         raise NotImplementedError
 
     async def move_leader(self, to: RaftMember) -> None:

@@ -1,0 +1,132 @@
+"""Members are removed by a leader that still is one, by what a quorum says, and no later ones of the same name."""
+
+from collections.abc import Mapping, Set
+
+import pytest
+from msgspec.structs import replace
+
+from skep.manager.membership.loop import Managers
+from skep.manager.membership.roles import LEARNING_S
+from skep.model.ids import NodeId
+from skep.model.node import NodeRole
+from skep.store.etcd.membership import RaftMember
+from skep.store.interface import NotLeader
+from skep.store.memory import MemoryCluster, MemoryStore
+from tests.builders import a_node
+from tests.unit.manager.membership.test_votes import HandClock
+
+OWN, OTHER, THIRD, FOURTH = (NodeId(f"m{number}") for number in range(1, 5))
+
+
+def a_member(name: str, id: int, *, is_learner: bool = False) -> RaftMember:
+    return RaftMember(name=name, url=f"https://{name}:2378", id=id, is_learner=is_learner)
+
+
+class Consensus:
+    """``local``: the members as this manager knows them; ``current``: as a quorum does."""
+
+    def __init__(self, local: tuple[RaftMember, ...], current: tuple[RaftMember, ...]) -> None:
+        self.local, self.current = local, current
+        self.removed: list[int] = []
+
+    async def all(self, *, is_current: bool = False) -> tuple[RaftMember, ...]:
+        return self.current if is_current else self.local
+
+    async def remove(self, member: RaftMember) -> None:
+        self.removed.append(member.id)
+
+    async def add(self, name: str, url: str) -> tuple[RaftMember, ...]:
+        raise NotImplementedError
+
+    async def promote(self, name: str) -> None:
+        raise NotImplementedError
+
+    async def move_leader(self, to: RaftMember) -> None:
+        raise NotImplementedError
+
+
+class Hearing:
+    """All but the fourth are heard."""
+
+    def silent(self, now: float) -> Mapping[NodeId, float]:
+        return {}
+
+    def heard(self, now: float) -> Set[NodeId]:
+        return {OTHER, THIRD}
+
+
+class Rig:
+    """The loop of a leader that is ``m1``; ``m2`` is to be no manager."""
+
+    def __init__(self) -> None:
+        self.clock = HandClock()
+        self.cluster = MemoryCluster()
+        self.store = MemoryStore(self.clock, self.cluster)
+        self.terms = self.store.terms(OWN, "127.0.0.1:2377")
+
+    async def managers(self, consensus: Consensus, *wanted: NodeId) -> Managers:
+        for id in (OWN, OTHER, THIRD, FOURTH):
+            role = NodeRole.MANAGER if id in wanted else NodeRole.WORKER
+            node = a_node(id)
+            await self.store.update(lambda tx, node=node: tx.put(node))  # type: ignore[misc]
+            await self.store.update(
+                lambda tx, node=node, role=role: tx.put(replace(node, spec=replace(node.spec, role=role)))  # type: ignore[misc]
+            )
+        return Managers(await anext(self.terms), OWN, consensus, Hearing(), self.clock)
+
+
+VOTERS = (a_member(OWN, 1), a_member(OTHER, 2), a_member(THIRD, 3))
+
+
+async def test_a_member_that_is_to_go_is_removed():
+    rig = Rig()
+    consensus = Consensus(VOTERS, VOTERS)
+    managers = await rig.managers(consensus, OWN, THIRD)
+    await managers._look()
+    assert consensus.removed == [2]
+
+
+async def test_a_later_member_of_the_same_name_is_judged_anew_and_an_old_one_that_is_out_stays_out():
+    rig = Rig()
+    consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(THIRD, 3)))
+    managers = await rig.managers(consensus, OWN, THIRD)
+    await managers._look()
+    assert consensus.removed == []
+
+
+async def test_who_leads_no_more_removes_nobody():
+    rig = Rig()
+    consensus = Consensus(VOTERS, VOTERS)
+    managers = await rig.managers(consensus, OWN, THIRD)
+    other = MemoryStore(rig.clock, rig.cluster)
+    rig.cluster.stand(other, OTHER)
+    rig.cluster.elect(OTHER, quietly=True)
+    with pytest.raises(NotLeader):
+        await managers._look()
+    assert consensus.removed == []
+
+
+async def test_a_quorum_is_judged_by_what_a_quorum_says_of_the_members():
+    """By the old list two stay that are heard; in truth a new one has come for the third, and nobody hears it."""
+    rig = Rig()
+    consensus = Consensus(VOTERS, (a_member(OWN, 1), a_member(OTHER, 2), a_member(FOURTH, 4)))
+    managers = await rig.managers(consensus, OWN, THIRD, FOURTH)
+    await managers._look()
+    assert consensus.removed == []
+
+
+async def test_a_learner_that_has_just_got_its_vote_is_not_overdue():
+    rig = Rig()
+    learning = (a_member(OWN, 1), a_member(OTHER, 2), a_member(THIRD, 3, is_learner=True))
+    consensus = Consensus(learning, learning)
+    managers = await rig.managers(consensus, OWN, OTHER, THIRD)
+    await managers._look()
+    rig.clock.time += LEARNING_S
+    consensus.current = VOTERS
+    await managers._look()
+    assert consensus.removed == []
+    consensus.current = consensus.local
+    await managers._look()
+    rig.clock.time += LEARNING_S
+    await managers._look()
+    assert consensus.removed == [3]
