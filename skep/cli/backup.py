@@ -107,6 +107,9 @@ def restore(
     click.echo(f"Swarm restored: current node ({plan.node_id}) is now its manager.")
     for line in _for_the_workers(plan.advertise_addr):
         click.echo(line)
+    click.echo(
+        "Nodes that were removed, demoted or evicted after the backup was made are what they were then: do that again."
+    )
 
 
 async def _backup(host: HostOptions, file: Path, secret: Secret) -> Manifest:

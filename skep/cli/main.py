@@ -33,6 +33,7 @@ COMMANDS = {
     "cluster": Place(
         "skep.cli.cluster:cluster", "What Docker has no command for: resume replacement, set the grace."
     ),
+    "node": Place("skep.cli.node:node", "Nodes: docker's commands, and taking back what one knows."),
     "network": Place("skep.cli.network:network", "Networks: docker's commands, and giving one more room."),
     "backup": Place("skep.cli.backup:backup", "Write the whole swarm to an encrypted file, while it runs."),
     "restore": Place("skep.cli.backup:restore", "Make this node the manager of the swarm in a backup."),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from skep.aio.clock import Clock
+from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
 from skep.model.conditions import condition_messages
 from skep.model.draining import begins_to_drain
 from skep.model.encoding import ApiObject, always
@@ -26,6 +27,7 @@ from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import SECOND_NS, Timestamp, unix_ns
 from skep.store.interface import Created, Deleted, Event, Store, Updated, WatchLagged
+from skep.store.kinds import Payload
 
 KEPT = 1024
 """Past events that can be asked for (the engine keeps 256)."""
@@ -78,7 +80,8 @@ class ClusterEvents:
                     _end(reader)
 
     async def _follow(self) -> None:
-        async with self._store.watch(Service, Task, Node, Secret, Config, Network, Swarm) as watch:
+        kinds = (Service, Task, Node, Secret, Config, Network, Swarm, Payload)
+        async with self._store.watch(*kinds) as watch:
             async for commit in watch:
                 for event in commit.events:
                     for message in messages_of(event, self._clock.now_ns()):
@@ -157,6 +160,11 @@ def _is_between(message: Message, since_ns: int | None, until_ns: int | None) ->
 def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
     """What the API tells of one object's change: usually one message, none for what users do not see."""
     match event:
+        case Created(Payload() as payload) | Updated(_, Payload() as payload):
+            if payload.id == EVICTION_ID:  # the other payloads are nobody's to hear of
+                yield _eviction(decoded_eviction(payload), now_ns)
+        case Deleted(Payload()):
+            return
         case Created(Swarm()) | Deleted(Swarm()) | Created(Task()) | Deleted(Task()):
             return
         case Updated(Task() as old, Task() as new):
@@ -185,6 +193,20 @@ def messages_of(event: Event, now_ns: int) -> Iterator[Message]:
                 yield _message("resume", new, {}, now_ns)
         case Updated(_, new):
             yield _message("update", new, {}, now_ns)
+
+
+def _eviction(eviction: Eviction, at_ns: int) -> Message:
+    """Not in Docker: a node is being evicted; who asked, and how far it is."""
+    step = eviction.next_step
+    attributes = {
+        "name": eviction.hostname,
+        "by": eviction.asked_by,
+        "through": eviction.asked_through,
+        "done": f"{len(eviction.done)}/{len(eviction.steps)}",
+        "waits": eviction.waits_for if step is not None else "",
+    }
+    actor = Actor(id=eviction.node_id, attributes=attributes)
+    return Message(type="node", action="evict", actor=actor, time=at_ns // SECOND_NS, time_nano=at_ns)
 
 
 def _drain(task: Task, at_ns: int) -> Message:

@@ -1,30 +1,41 @@
-"""The key that opens the store's data keys, where this manager keeps it."""
+"""The key that opens the store's data keys, where this manager keeps it.
 
-from skep.errors import FailedPrecondition
+One file, of one key; while the key is replaced (``manager.eviction``) those that it may be replaced by stand behind it.
+A manager that has said to have a key has it safely on its disk: which one the store is under is found out by trying.
+"""
+
+import asyncio
+from pathlib import Path
+
+import structlog
+
+from skep.errors import FailedPrecondition, InvalidArgument
 from skep.paths import Paths
-from skep.security.locking import KeyLock
-from skep.store.etcd.cipher import KEY_BYTES, new_wrapping_key
+from skep.security.locking import REPLACING, KeyLock
+from skep.store.etcd.cipher import KEY_BYTES, WRAPPING_KEYS_MAX, new_wrapping_key, split_keys
+
+log = structlog.get_logger(__name__)
 
 
-def load_wrapping_key(paths: Paths) -> bytes:
-    """The wrapping key.  Raises: FailedPrecondition: it is missing or damaged; Locked."""
+def load_wrapping_keys(paths: Paths) -> bytes:
+    """The wrapping keys, one behind the other.  Raises: FailedPrecondition: missing or damaged; Locked."""
     path = paths.wrapping_key
     try:
-        key = KeyLock(paths).read(path)
+        keys = KeyLock(paths).read(path)
     except FileNotFoundError as error:
         raise FailedPrecondition(
             f"{path} is missing, and without it the cluster's data cannot be read: restore it from a copy of the "
             "data directory, or restore the cluster with skep restore"
         ) from error
-    if len(key) != KEY_BYTES:
-        raise FailedPrecondition(f"{path} is damaged: {len(key)} bytes instead of {KEY_BYTES}")
-    return key
+    if not keys or len(keys) % KEY_BYTES:
+        raise FailedPrecondition(f"{path} is damaged: {len(keys)} bytes instead of {KEY_BYTES}")
+    return keys
 
 
-def save_wrapping_key(paths: Paths, key: bytes) -> None:
-    """Keep ``key``, readable for root only, safely on disk.  Raises: Locked."""
+def save_wrapping_keys(paths: Paths, keys: bytes) -> None:
+    """Keep ``keys``, readable for root only, safely on disk.  Raises: Locked."""
     paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
-    KeyLock(paths).write(paths.wrapping_key, key)
+    KeyLock(paths).write(paths.wrapping_key, keys)
 
 
 def founding_wrapping_key(paths: Paths) -> bytes:
@@ -33,5 +44,43 @@ def founding_wrapping_key(paths: Paths) -> bytes:
     Raises: FailedPrecondition: it is lost or damaged; Locked.
     """
     if paths.root_ca_key.exists() and not paths.wrapping_key.exists():
-        save_wrapping_key(paths, new_wrapping_key())
-    return load_wrapping_key(paths)
+        save_wrapping_keys(paths, new_wrapping_key())
+    return load_wrapping_keys(paths)
+
+
+class WrappingKeys:
+    """Those of one manager on its disk.  A thread that writes goes on when whoever waits for it is cancelled."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+
+    @property
+    def path(self) -> Path:
+        return self._paths.wrapping_key
+
+    def load(self) -> bytes:
+        """As ``load_wrapping_keys``."""
+        return load_wrapping_keys(self._paths)
+
+    async def add(self, key: bytes) -> None:
+        """Keep one more; on disk when this returns.  Raises: InvalidArgument; FailedPrecondition; Locked."""
+        if len(key) != KEY_BYTES:
+            raise InvalidArgument(f"a wrapping key has {KEY_BYTES} bytes, not {len(key)}")
+        await asyncio.to_thread(self._add, key)
+
+    async def settle(self, key: bytes) -> None:
+        """The store is under ``key``: forget those before it.  Raises: FailedPrecondition; Locked."""
+        await asyncio.to_thread(self._settle, key)
+
+    def _add(self, key: bytes) -> None:
+        with REPLACING:
+            first, *others = split_keys(self.load())
+            if key not in (first, *others):
+                save_wrapping_keys(self._paths, b"".join((first, *others[-(WRAPPING_KEYS_MAX - 2) :], key)))
+
+    def _settle(self, key: bytes) -> None:
+        with REPLACING:
+            kept = split_keys(self.load())
+            if key in kept[1:]:
+                save_wrapping_keys(self._paths, b"".join(kept[kept.index(key) :]))
+                log.info("wrapping key replaced", path=str(self.path))

@@ -7,7 +7,6 @@ control loops are the leader's, and each of their writes is fenced by its term.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -35,9 +34,10 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.events import ClusterEvents
+from skep.manager.eviction.loop import Evictions, KeyedStore, keep_settled
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
-from skep.manager.keys import load_wrapping_key
+from skep.manager.keys import WrappingKeys
 from skep.manager.link.loop import ManagerLink
 from skep.manager.link.relays import LinkRelays
 from skep.manager.logbroker.broker import LogBroker
@@ -61,7 +61,7 @@ from skep.security.keypair import KeyPair
 from skep.security.locking import KeyLock
 from skep.security.reloading import KeyPairFiles
 from skep.security.tls import MANAGER_NAME, ServerTls, client_context
-from skep.store.interface import NotLeader, Store, Term
+from skep.store.interface import NotLeader, Term
 from skep.wire.client import Channel, connected
 from skep.wire.server import Bound, serve
 
@@ -74,7 +74,7 @@ class Manager:
     def __init__(
         self,
         config: ManagerConfig,
-        store: Store,
+        store: KeyedStore,
         pair: KeyPair,
         *,
         consensus: Consensus,
@@ -125,11 +125,13 @@ class Manager:
         self._consensus = consensus
         self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
         self._space = StoreSpace(store, config.node_id, consensus, self._channel_to, clock)
+        self._keys = WrappingKeys(config.paths)
         self._members = MembersService(
             store,
             consensus,
             book,
-            partial(load_wrapping_key, config.paths),
+            self._keys.load,
+            self._keep_wrapping_key,
             config.cluster_id,
             clock,
         )
@@ -140,9 +142,7 @@ class Manager:
         api = ManagerApi(
             store=self._store,
             logs=self._logs,
-            backups=Backups(
-                self._config, self._store, partial(load_wrapping_key, self._config.paths), self._clock
-            ),
+            backups=Backups(self._config, self._store, self._keys.load, self._clock),
             events=events,
             clock=self._clock,
             new_id=self._new_id,
@@ -150,6 +150,7 @@ class Manager:
             examinations=self._examinations,
             quorum=self._quorum,
             lag=LoopLag(),
+            own=self._config.node_id,
             trouble=self._trouble,
         )
         host, port = parted(self._config.listen_addr)
@@ -199,6 +200,8 @@ class Manager:
             group.create_task(self._upkeep(lock, bound, events).run(), name="certificates")
             autolock = Autolock(self._store, lock, self._clock, self._random)
             group.create_task(autolock.run(), name="autolock")
+            settling = keep_settled(self._store, self._keys, self._clock)
+            group.create_task(settling, name="wrapping keys")
             group.create_task(self._lead_when_elected(), name="election")
             async with serving(application(api), self._socket):
                 log.info("manager serves", socket=str(self._socket), listen_addr=self._config.listen_addr)
@@ -223,6 +226,11 @@ class Manager:
         lost_at = timestamp(self._clock.now_ns() - round(lost_s * SECOND_NS)) if lost_s else Timestamp("")
         silent = self._link.silent(self._clock.monotonic())
         return quorum(self._store.view(), self._config.node_id, silent, lost_at)
+
+    async def _keep_wrapping_key(self, key: bytes) -> None:
+        """Have a key that the store's data keys may soon be wrapped with; it is on the disk when this returns."""
+        await self._keys.add(key)
+        self._store.learn_wrapping_key(key)
 
     def _session(self, node_id: NodeId, session_id: str) -> LiveSession:
         return self._dispatcher.session(node_id, session_id)
@@ -253,6 +261,17 @@ class Manager:
             async with asyncio.TaskGroup() as group:
                 managers = Managers(term, self._config.node_id, self._consensus, self._link, self._clock)
                 group.create_task(managers.run(), name="managers")
+                evictions = Evictions(
+                    term,
+                    self._config.node_id,
+                    self._store,
+                    self._keys,
+                    self._channel_to,
+                    self._clock,
+                    self._new_id,
+                    self._random,
+                )
+                group.create_task(evictions.run(), name="evictions")
                 adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
                 group.create_task(adoption.run(), name="adoption")
                 group.create_task(self._space.keep(), name="store's space")

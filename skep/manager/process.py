@@ -29,7 +29,7 @@ from skep.manager.ca.peer_files import place_revoked
 from skep.manager.config import FUTILE, REMOVED, ManagerConfig, encode, load, load_recovery
 from skep.manager.founding import found_cluster
 from skep.manager.incarnation import Superseded, ask_others, check_lives, read_lives
-from skep.manager.keys import founding_wrapping_key, save_wrapping_key
+from skep.manager.keys import founding_wrapping_key, save_wrapping_keys
 from skep.manager.loop_watch import watching
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
@@ -228,7 +228,7 @@ async def _come_in(
     )
     paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
     kept = (
-        partial(save_wrapping_key, paths, admission.wrapping_key),
+        partial(save_wrapping_keys, paths, admission.wrapping_key),
         partial(save_peers, paths.etcd, admission.peers),
         partial(replace_file, paths.manager_config, encode(config), mode=0o600),
         partial(replace_file, paths.joining_mark, b""),

@@ -23,6 +23,7 @@ import binascii
 import hashlib
 import os
 import secrets
+import threading
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -71,6 +72,10 @@ def parsed_unlock_key(shown: str) -> bytes:
         raise InvalidArgument("invalid key string") from error
 
 
+REPLACING = threading.Lock()
+"""Held by a thread that reads a locked file to replace it: what another one writes meanwhile would be lost."""
+
+
 class KeyLock:
     """The lock of one node.  Blocking: files are read and written.
 
@@ -108,6 +113,10 @@ class KeyLock:
 
         Done again after a crash in the middle it goes on.  Raises: Locked; FailedPrecondition: a file is damaged.
         """
+        with REPLACING:
+            return self._turn(unlock_key)
+
+    def _turn(self, unlock_key: bytes | None) -> bool:
         if unlock_key is None:
             return self._turn_off()
         has_changed = self._keep_sealed(unlock_key)

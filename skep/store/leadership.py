@@ -71,6 +71,11 @@ class FencedTerm(Updating):
     def number(self) -> int:
         return self._state.number
 
+    @property
+    def fence(self) -> int:
+        """Revision of the leader key that opened it."""
+        return self._state.fence
+
     def view(self) -> View:
         return self._replica.state
 

@@ -143,6 +143,12 @@ PROMOTE_MEMBER = Unary(
     skep.PromoteMemberResponse,
     Access.MANAGER,
 )
+KEEP_WRAPPING_KEY = Unary(
+    "/skep.v1.Managers/KeepWrappingKey",
+    skep.KeepWrappingKeyRequest,
+    skep.KeepWrappingKeyResponse,
+    Access.MANAGER,
+)
 PINGS = BothStream("/skep.v1.ManagerLink/Pings", skep.Ping, skep.Ping, Access.MANAGER_OR_UNKNOWN)
 AWAIT_TABLES = Unary(
     "/skep.v1.ManagerLink/AwaitTables", skep.AwaitTablesRequest, skep.AwaitTablesResponse, Access.MANAGER

@@ -873,6 +873,40 @@ class StoreSpaceResponse(_message.Message):
 Global___StoreSpaceResponse: _TypeAlias = StoreSpaceResponse
 
 @_typing.final
+class KeepWrappingKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepWrappingKeyRequest: _TypeAlias = KeepWrappingKeyRequest
+
+@_typing.final
+class KeepWrappingKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepWrappingKeyResponse: _TypeAlias = KeepWrappingKeyResponse
+
+@_typing.final
 class AddMemberRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from skep.errors import FailedPrecondition
 from skep.model.ids import NodeId
 from skep.model.secret import Secret
 from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
+from skep.store.etcd import rotation
+from skep.store.etcd.cipher import new_wrapping_key
 from skep.store.etcd.client import Client, prefix_end
 from skep.store.etcd.flags import MemberSettings
 from skep.store.etcd.founding import founded as founded_in
 from skep.store.etcd.requests import PREFIX, etcd_key, is_clear
 from skep.store.etcd.store import EtcdStore, open_store
+from skep.store.interface import NotLeader, Term
 from tests.etcd_rig import member_settings
 from tests.integration.etcd_words import CLOCK, KEY, founded, put_secret
 
@@ -127,4 +131,67 @@ async def test_two_rotations_at_once_end_with_one_key(settings: MemberSettings) 
         await asyncio.gather(store.rotate_data_key(), other.rotate_data_key())
         await wait_rotated(settings, to=3)
         assert await data_keys(settings) == {3}
+        leading.cancel()
+
+
+async def a_term(store: EtcdStore) -> Term:
+    async for term in store.terms(NodeId("m1"), "127.0.0.1:2377"):
+        return term
+    raise AssertionError("elections have ended")
+
+
+async def test_the_wrapping_key_is_replaced_in_one_write_and_everything_encrypted_anew(
+    settings: MemberSettings,
+) -> None:
+    """Another manager that has been given the new key goes on; with the old one alone nobody comes up."""
+    new = new_wrapping_key()
+    async with (
+        founded(settings) as (_, store),
+        open_store(settings.socket, NodeId("m2"), KEY, CLOCK) as other,
+        asyncio.TaskGroup() as group,
+    ):
+        await store.update_each(put_secret, SECRETS)
+        leading = group.create_task(lead(store))
+        term = await a_term(store)
+        other.learn_wrapping_key(new)
+        await store.replace_wrapping_key(term, new)
+        await other.update(put_secret, "other")
+        assert await other.wait_rewrapped() == new
+        await wait_rotated(settings, to=2)
+        assert await data_keys(settings) == {2}
+        await other.rotate_data_key()  # under the new one, by either
+        await wait_rotated(settings, to=3)
+        with pytest.raises(FailedPrecondition):
+            async with open_store(settings.socket, NodeId("m3"), KEY, CLOCK):
+                pass
+        leading.cancel()
+        for keys in (KEY + new, new):
+            async with open_store(settings.socket, NodeId("m3"), keys, CLOCK) as again:
+                assert len(again.view().find(Secret)) == len(SECRETS) + 1
+                assert again.wrapping_key == new
+
+
+async def test_a_term_that_is_over_replaces_no_wrapping_key(settings: MemberSettings) -> None:
+    """Others may have been given another one meanwhile."""
+    async with founded(settings) as (_, store):
+        term = await a_term(store)
+        async with Client(settings.socket) as client:
+            leader = (await client.range(pb.RangeRequest(key=etcd_key(keys.LEADER)))).kvs[0]
+            await client.put(leader.key, leader.value)
+        with pytest.raises(NotLeader):
+            await store.replace_wrapping_key(term, new_wrapping_key())
+        assert store.wrapping_key == KEY
+
+
+async def test_a_data_key_that_has_encrypted_enough_is_replaced(
+    settings: MemberSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotation, "LOOK_S", 0.05)
+    monkeypatch.setattr(rotation, "REVISIONS_PER_KEY", 20)
+    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+        leading = group.create_task(lead(store))
+        for name in SECRETS[:20]:
+            await store.update(put_secret, name)
+        while 1 in await data_keys(settings):  # noqa: ASYNC110 - etcd announces nothing here
+            await asyncio.sleep(0.01)
         leading.cancel()

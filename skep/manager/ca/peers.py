@@ -5,10 +5,13 @@ of the new one, which the old one vouches for; so there is no hurry, and the mem
 leader's last, each only while the others have a quorum without it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from skep.model.ids import NodeId
 from skep.model.node import Node
+
+SETTLED_S = 3.0
+"""Between the restarts of two members: connections between them are there, and no election is under way."""
 
 
 def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
@@ -28,6 +31,24 @@ def is_my_turn(own: NodeId, nodes: Iterable[Node], wanted: str) -> bool:
         if node.is_reachable_manager and node.peer_roots != wanted:
             return False
     return False
+
+
+class Turn:
+    """A manager's wait for its turn: the member that was restarted last is to be among the others again."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def has_come(self, own: NodeId, nodes: Sequence[Node], wanted: str, now: float) -> bool:
+        """Whether it has been the turn of ``own`` for long enough at ``now``; a single manager waits for nobody."""
+        if not is_my_turn(own, nodes, wanted):
+            self._since = None
+            return False
+        if sum(node.manager_status is not None for node in nodes) < 2:
+            return True
+        if self._since is None:
+            self._since = now
+        return now - self._since >= SETTLED_S
 
 
 def _leads(node: Node) -> bool:

@@ -14,7 +14,7 @@ from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.ca.expiry import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles
-from skep.manager.ca.peers import is_my_turn
+from skep.manager.ca.peers import Turn
 from skep.manager.ca.standing import is_manager
 from skep.manager.follow import follow
 from skep.manager.revocation import is_taken_back
@@ -35,9 +35,6 @@ log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 1.0
 """How often the node's files are looked at; most changes come with a commit, and then at once."""
-
-SETTLED_S = 3.0
-"""Between the restarts of two members: connections between them are there, and no election is under way."""
 
 WARN_EVERY_S = 24 * 3600.0
 
@@ -76,8 +73,7 @@ class Upkeep:
         self._served: KeyPair | None = None
         self._written: KeyPair | None = None
         self._peer_roots = b""
-        self._my_turn_at: float | None = None
-        """Since when this manager may restart its etcd, and waits for the others to have settled."""
+        self._turn = Turn()
         self._news = asyncio.Event()
 
     async def run(self) -> None:
@@ -163,29 +159,15 @@ class Upkeep:
             self._written = wanted
         node = self._store.view().lookup(Node, self._own)
         if self._peer_roots != roots:
-            if not is_my_turn(self._own, self._store.view().find(Node), root_digest(roots)):
-                self._my_turn_at = None
-                return
-            if not self._has_settled():
+            nodes = self._store.view().find(Node)
+            if not self._turn.has_come(self._own, nodes, root_digest(roots), self._clock.monotonic()):
                 return
             log.info("restarting etcd: the roots of its peers have changed")
             await peers.restart()
             self._peer_roots = roots
-            self._my_turn_at = None
+            self._turn = Turn()
         if node is not None and node.peer_roots != root_digest(roots):
             await self._store.update(show_peer_roots, self._own, root_digest(roots))
-
-    def _has_settled(self) -> bool:
-        """Whether it has been this manager's turn for a while: the member that was restarted last is among the others.
-
-        A single manager has nobody to wait for.
-        """
-        if sum(node.manager_status is not None for node in self._store.view().find(Node)) < 2:
-            return True
-        now = self._clock.monotonic()
-        if self._my_turn_at is None:
-            self._my_turn_at = now
-        return now - self._my_turn_at >= SETTLED_S
 
     async def _warn(self) -> None:
         """Say once a day what expires soon."""

@@ -126,6 +126,28 @@ def update_swarm(
     return tx.put(replace(rooted, spec=spec, join_tokens=tokens))
 
 
+def rotate_root(tx: Transaction, now: datetime, new_root: Callable[[], Authority] = Authority.create) -> None:
+    """Begin a rotation to a fresh root, as ``docker swarm ca --rotate`` does."""
+    swarm = tx.get(Swarm, cluster_of(tx).id)
+    present = swarm.spec.ca_config
+    wish = replace(present, force_rotate=present.force_rotate + 1)
+    rooted = _rooted(tx, swarm, wish, now, new_root)
+    tx.put(replace(rooted, spec=replace(swarm.spec, ca_config=wish)))
+
+
+def rotate_join_tokens(tx: Transaction, new_id: IdSource) -> None:
+    """Make both tokens anew."""
+    swarm = tx.get(Swarm, cluster_of(tx).id)
+    rotations = Rotations(worker_token=True, manager_token=True)
+    tx.put(replace(swarm, join_tokens=_rotated(swarm, rotations, new_id)))
+
+
+def rotate_unlock_key(tx: Transaction, new_key: Callable[[], bytes] = new_unlock_key) -> None:
+    """Make another unlock key, if managers are locked."""
+    is_locked = tx.get(Swarm, cluster_of(tx).id).spec.encryption_config.auto_lock_managers
+    _keep_unlock_key(tx, is_wanted=is_locked, is_rotated=True, new_key=new_key)
+
+
 def resume_replacement(tx: Transaction) -> None:
     """Let tasks of nodes that are down be replaced again.  Raises: FailedPrecondition: nothing is frozen."""
     swarm = tx.get(Swarm, cluster_of(tx).id)

@@ -1,7 +1,7 @@
 """``skep.v1.Managers``: takes further managers in.  Any manager answers; a caller speaks for itself only."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 import structlog
@@ -37,7 +37,8 @@ class MembersService:
     """Takes managers in at their request.
 
     Args:
-        wrapping_key: what opens the cluster's data keys, at this moment.
+        wrapping_key: what opens the cluster's data keys, at this moment and soon.
+        keep_key: has one more of them; returns when it is safely on the disk.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class MembersService:
         consensus: Consensus,
         book: AddressBook,
         wrapping_key: Callable[[], bytes],
+        keep_key: Callable[[bytes], Awaitable[None]],
         cluster_id: ClusterId,
         clock: Clock,
     ) -> None:
@@ -53,6 +55,7 @@ class MembersService:
         self._consensus = consensus
         self._book = book
         self._wrapping_key = wrapping_key
+        self._keep_key = keep_key
         self._cluster_id = cluster_id
         self._clock = clock
 
@@ -62,6 +65,7 @@ class MembersService:
             unary(methods.ADD_MEMBER, self._add),
             unary(methods.PROMOTE_MEMBER, self._promote),
             unary(methods.RESIGN, self._resign),
+            unary(methods.KEEP_WRAPPING_KEY, self._keep),
         )
 
     async def _add(self, request: pb.AddMemberRequest, caller: Caller) -> pb.AddMemberResponse:
@@ -115,6 +119,11 @@ class MembersService:
                 await self._clock.sleep(0.05)
         log.info("manager resigned", node=caller.node_id)
         return pb.ResignResponse()
+
+    async def _keep(self, request: pb.KeepWrappingKeyRequest, caller: Caller) -> pb.KeepWrappingKeyResponse:
+        await self._keep_key(request.key)
+        log.info("one more wrapping key kept", manager=caller.node_id)
+        return pb.KeepWrappingKeyResponse()
 
 
 def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:

@@ -16,7 +16,7 @@ from skep.api.errors import rpc_errors
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
 from skep.manager.quorum import Quorum
-from skep.model.ids import IdSource
+from skep.model.ids import IdSource, NodeId
 from skep.model.logs import LogLine, LogQuery
 from skep.model.paths import Examined
 from skep.model.readable import NameSource
@@ -76,6 +76,8 @@ class ManagerApi(msgspec.Struct, frozen=True, kw_only=True):
     lag: LoopLag = msgspec.field(default_factory=LoopLag)
     nodes: KnownJson = msgspec.field(default_factory=KnownJson)
     services: KnownJson = msgspec.field(default_factory=KnownJson)
+    own: NodeId = NodeId("")
+    """This manager's node."""
     trouble: Callable[[], str] = str
     """Why this manager's own part of the store is not there, in a sentence; empty: it is, or nobody knows."""
 

@@ -4,12 +4,15 @@ Layout of a value: one byte of layout version, four bytes of key id, twelve of n
 tag.  The name of the key is the associated data, so a value cannot be moved to another key.  Names stay in clear.
 
 The data keys lie in the store themselves, wrapped (RFC 3394) by a key that does not: it stays in the manager's
-key directory.  ``meta/...`` is in clear: it is read before any key is known.
+key directory.  While it is replaced a manager keeps several: all that the ring may be under at its next start.
+``meta/...`` is in clear: it is read before any key is known.
 """
 
 import asyncio
 import os
 import secrets
+from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -22,6 +25,8 @@ _LAYOUT = b"\x01"
 _NONCE_BYTES = 12
 _HEADER_BYTES = 1 + 4 + _NONCE_BYTES
 KEY_BYTES = 32
+WRAPPING_KEYS_MAX = 16
+"""Of more that the ring may soon be under the oldest are forgotten: they are of attempts that came to nothing."""
 
 
 class Unreadable(SkepError):
@@ -60,6 +65,13 @@ class KeyRing(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def split_keys(keys: bytes) -> tuple[bytes, ...]:
+    """Wrapping keys as they are kept and handed on: one or more, of 32 bytes each.  Raises: FailedPrecondition."""
+    if not keys or len(keys) % KEY_BYTES:
+        raise FailedPrecondition(f"{len(keys)} bytes are no wrapping keys of {KEY_BYTES} bytes")
+    return tuple(keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
+
+
 def decoded_ring(stored: bytes) -> KeyRing:
     """The ring that was stored.  Raises: FailedPrecondition: it is damaged."""
     try:
@@ -82,12 +94,16 @@ class Cipher:
     """Encrypts and decrypts values with the keys of a ring.
 
     ``ring_revision``: of the stored ring that this one is; every write compares it, so that once a new data key is
-    in the store nothing is written under an older one any more.  ``changed`` is set whenever the ring changes.
+    in the store nothing is written under an older one any more.  ``changed`` is set whenever the ring changes,
+    ``rewrapped`` when it is under another wrapping key than before.
     """
 
-    def __init__(self, ring: KeyRing, wrapping_key: bytes, ring_revision: int = 0) -> None:
-        """Raises: FailedPrecondition: ``wrapping_key`` does not open the ring."""
-        self._wrapping_key = wrapping_key
+    def __init__(self, ring: KeyRing, wrapping_keys: bytes, ring_revision: int = 0) -> None:
+        """``wrapping_keys``: see ``split_keys``.  Raises: FailedPrecondition: none of them opens the ring."""
+        self._wrapping_keys = split_keys(wrapping_keys)
+        self.wrapping_key = self._wrapping_keys[0]
+        """The one that the ring is under."""
+        self.rewrapped = asyncio.Event()
         self._keys: dict[bytes, AESGCM] = {}
         self._current = b""
         self.ring = ring
@@ -103,17 +119,32 @@ class Cipher:
         """
         if revision < self.ring_revision:
             return
-        keys = {key.id.to_bytes(4, "big"): AESGCM(_unwrapped(key, self._wrapping_key)) for key in ring.keys}
+        wrapping_key, opened = _opened(ring, self._wrapping_keys)
+        keys = {id.to_bytes(4, "big"): AESGCM(key) for id, key in opened.items()}
         current = ring.current.to_bytes(4, "big")
         if current not in keys:
             raise FailedPrecondition(f"the key ring lacks its current key {ring.current}")
         self._keys |= keys
         self._current, self.ring, self.ring_revision = current, ring, revision
+        if wrapping_key != self.wrapping_key:
+            self.wrapping_key = wrapping_key
+            self.rewrapped.set()
         self.changed.set()
+
+    def learn(self, wrapping_key: bytes) -> None:
+        """The ring may be under this wrapping key soon."""
+        if wrapping_key not in self._wrapping_keys:
+            others = [key for key in self._wrapping_keys if key != self.wrapping_key]
+            kept = others[-(WRAPPING_KEYS_MAX - 2) :]
+            self._wrapping_keys = (self.wrapping_key, *kept, *split_keys(wrapping_key))
 
     def new_ring(self) -> KeyRing:
         """The present ring with one more data key, from then on the current one."""
-        return self.ring.with_new_key(self._wrapping_key)
+        return self.ring.with_new_key(self.wrapping_key)
+
+    def rewrapped_ring(self, wrapping_key: bytes) -> KeyRing:
+        """The present ring under another wrapping key, and with a data key that was never under the present one."""
+        return self.ring.rewrapped(self.wrapping_key, wrapping_key).with_new_key(wrapping_key)
 
     def is_current(self, stored: bytes) -> bool:
         """Whether a stored value is encrypted with the current data key."""
@@ -121,7 +152,7 @@ class Cipher:
 
     def encrypt(self, key: bytes, value: bytes) -> bytes:
         """``value`` as it is stored under ``key``.  Never the same twice."""
-        # Random nonces are good for 2**32 values per data key; `KeyRing.with_new_key` starts another.
+        # Random nonces are good for 2**32 values per data key; `rotation` makes another one in time.
         nonce = os.urandom(_NONCE_BYTES)
         return b"".join((_LAYOUT, self._current, nonce, self._keys[self._current].encrypt(nonce, value, key)))
 
@@ -136,6 +167,15 @@ class Cipher:
             return opener.decrypt(stored[5:_HEADER_BYTES], stored[_HEADER_BYTES:], key)
         except (InvalidTag, ValueError) as error:
             raise Unreadable("a stored value is damaged, or was moved from another key") from error
+
+
+def _opened(ring: KeyRing, wrapping_keys: Sequence[bytes]) -> tuple[bytes, dict[int, bytes]]:
+    """The wrapping key that the ring is under, and its data keys by id.  Raises: FailedPrecondition: none fits."""
+    *others, last = wrapping_keys
+    for wrapping_key in others:
+        with suppress(FailedPrecondition):
+            return wrapping_key, {key.id: _unwrapped(key, wrapping_key) for key in ring.keys}
+    return last, {key.id: _unwrapped(key, last) for key in ring.keys}
 
 
 def _fresh_key(id: int, wrapping_key: bytes) -> WrappedKey:

@@ -25,6 +25,7 @@ from skep.store.etcd.cipher import Cipher, KeyRing, Unreadable, decoded_ring
 from skep.store.etcd.client import LOAD_S, WRITE_S_MAX, Client, nested, prefix_end
 from skep.store.etcd.follow import PAGE_KEYS_FIRST, next_limit
 from skep.store.etcd.requests import PREFIX, compared_key, compared_leader, compared_ring, etcd_key, is_clear
+from skep.store.interface import NotLeader
 from skep.store.leadership import TermState
 
 log = structlog.get_logger()
@@ -33,6 +34,12 @@ BATCH_KEYS_MAX = 50
 BATCH_BYTES_MAX = 512 * 1024
 PAUSE_S = 0.01
 """Between two batches: users' writes go first."""
+
+LOOK_S = 3600.0
+"""How often it is looked whether a data key has encrypted enough."""
+REVISIONS_PER_KEY = 2**24
+"""Revisions of the store under one data key.  A revision has 127 values at the most, and random nonces of 96 bits are
+good for 2**32 values of one key (NIST SP 800-38D, 8.3)."""
 
 _LEADER = etcd_key(keys.LEADER)
 _RING = etcd_key(keys.KEY_RING)
@@ -55,6 +62,21 @@ class KeyRotation:
         while not await self._replace_ring(self._cipher.new_ring(), ()):
             pass  # it was another ring, which is known now
 
+    async def replace_wrapping_key(self, fence: int, wrapping_key: bytes) -> None:
+        """Put the ring under another wrapping key, with a fresh data key, in one write of the term with this fence.
+
+        Every manager has it safely by then: whoever has not is shut out of the store.
+
+        Raises: NotLeader: the term is over; Unavailable.
+        """
+        self._cipher.learn(wrapping_key)
+        while self._cipher.wrapping_key != wrapping_key:
+            before = self._cipher.ring_revision
+            ring = self._cipher.rewrapped_ring(wrapping_key)
+            is_done = await self._replace_ring(ring, (compared_leader(fence),))
+            if not is_done and self._cipher.ring_revision == before:
+                raise NotLeader("this term of leadership is over")
+
     async def run(self, term: TermState, *, chance: Callable[[], float]) -> None:
         """Re-encrypt whenever there is something to, until the term is over."""
         await wait_first(self._work(term, Backoff(longest_s=5.0, chance=chance)), term.wait_lost())
@@ -62,15 +84,26 @@ class KeyRotation:
     async def _work(self, term: TermState, backoff: Backoff) -> None:
         while True:
             self._cipher.changed.clear()
-            if len(self._cipher.ring.keys) == 1:
-                await self._cipher.changed.wait()
-                continue
             try:
+                if len(self._cipher.ring.keys) == 1:
+                    await wait_first(self._cipher.changed.wait(), self._clock.sleep(LOOK_S))
+                    if not self._cipher.changed.is_set():
+                        await self._begin_if_worn()
+                    continue
                 await self._finish(term)
                 backoff.reset()
             except (_Superseded, Unavailable) as error:
                 log.debug("rotation of data keys waits", reason=str(error))
                 await backoff.sleep(self._clock)
+
+    async def _begin_if_worn(self) -> None:
+        """Put a new key in the ring when the present one has encrypted enough.  Raises: Unavailable."""
+        leader = await self._client.range(pb.RangeRequest(key=_LEADER, count_only=True))
+        if leader.header.revision - self._cipher.ring_revision >= REVISIONS_PER_KEY:
+            log.info(
+                "a data key has encrypted enough: another one is made", data_key=self._cipher.ring.current
+            )
+            await self.begin()
 
     async def _finish(self, term: TermState) -> None:
         """Bring the rotation under way to its end.  Raises: _Superseded, Unavailable: not in this attempt."""

@@ -151,6 +151,34 @@ class EtcdStore(Updating):
     async def disarm(self) -> None:
         await self._client.disarm()
 
+    @property
+    def wrapping_key(self) -> bytes:
+        """What the data keys in the store are wrapped with."""
+        return self._cipher.wrapping_key
+
+    @property
+    def is_rotating(self) -> bool:
+        """Whether values may be left that an older data key encrypted."""
+        return len(self._cipher.ring.keys) > 1
+
+    def learn_wrapping_key(self, key: bytes) -> None:
+        """Be ready for data keys that are wrapped with ``key``."""
+        self._cipher.learn(key)
+
+    async def wait_rewrapped(self) -> bytes:
+        """Return the wrapping key when it has become another one since the last call."""
+        await self._cipher.rewrapped.wait()
+        self._cipher.rewrapped.clear()
+        return self._cipher.wrapping_key
+
+    async def replace_wrapping_key(self, term: Term, key: bytes) -> None:
+        """Wrap the data keys with ``key``, and encrypt everything with a fresh one; every manager has ``key`` by now.
+
+        Raises: NotLeader: ``term`` is over; Unavailable.
+        """
+        assert isinstance(term, FencedTerm), "terms of this store"
+        await self._rotation.replace_wrapping_key(term.fence, key)
+
     def end_elections(self) -> None:
         """Stand for no further term; for the end of ``open_store``."""
         for holding in self._elections:

@@ -1,9 +1,11 @@
 import pytest
+from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.errors import FailedPrecondition
 from skep.store.etcd.cipher import (
+    WRAPPING_KEYS_MAX,
     Cipher,
     Unreadable,
     decoded_ring,
@@ -54,6 +56,45 @@ def test_rewrapping_changes_the_wrapping_key_and_no_data():
     assert Cipher(rewrapped, other).decrypt(b"key", stored) == b"value"
     with pytest.raises(FailedPrecondition, match="another cluster"):
         Cipher(rewrapped, KEY)
+
+
+def test_a_ring_opens_with_whichever_of_several_wrapping_keys_it_is_under():
+    """Before and after the change a manager that has both comes up, in whatever order it keeps them."""
+    old, new = KEY, new_wrapping_key()
+    cipher = Cipher(new_key_ring(old), old + new, 1)
+    stored = cipher.encrypt(b"key", b"value")
+    ring = cipher.rewrapped_ring(new)
+    for keys in (old + new, new + old, new):
+        assert Cipher(ring, keys).decrypt(b"key", stored) == b"value"
+        assert Cipher(ring, keys).wrapping_key == new
+    cipher.use(ring, 2)
+    assert cipher.rewrapped.is_set()
+    assert cipher.wrapping_key == new
+    assert not cipher.is_current(stored)
+    with pytest.raises(FailedPrecondition, match="another cluster"):
+        Cipher(ring, old)
+
+
+def test_no_key_that_was_ever_under_the_old_wrapping_key_encrypts_after_a_change():
+    """Rings that the old one opens lie about on disks for long; the new data key is in none of them."""
+    old, new = KEY, new_wrapping_key()
+    before = new_key_ring(old)
+    after = Cipher(before, old).rewrapped_ring(new)
+    assert after.current not in {key.id for key in before.keys}
+    for key in after.keys:
+        with pytest.raises(InvalidUnwrap):
+            aes_key_unwrap(old, key.wrapped)
+
+
+def test_attempts_that_came_to_nothing_fill_no_memory_and_cost_no_key_in_use():
+    cipher = Cipher(new_key_ring(KEY), KEY, 1)
+    for _ in range(50):
+        cipher.learn(new_wrapping_key())
+    last = new_wrapping_key()
+    cipher.learn(last)
+    cipher.use(cipher.rewrapped_ring(last), 2)
+    assert cipher.wrapping_key == last
+    assert len(cipher._wrapping_keys) <= WRAPPING_KEYS_MAX
 
 
 def test_a_damaged_ring_is_refused():

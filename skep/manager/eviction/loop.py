@@ -1,0 +1,261 @@
+"""The leader's loop over an eviction: one step after the other, until nothing that the node knew is of any use."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Protocol, assert_never
+
+import structlog
+
+from skep.aio.backoff import Backoff
+from skep.aio.clock import Clock
+from skep.errors import FailedPrecondition, SkepError, Unavailable, Unimplemented
+from skep.manager.cluster import cluster_of
+from skep.manager.control.swarm import rotate_join_tokens, rotate_root, rotate_unlock_key
+from skep.manager.eviction.steps import (
+    EVICTION_ID,
+    TEXTS,
+    Eviction,
+    Step,
+    add_overlay_secret,
+    drop_old_overlay_secrets,
+    eviction_of,
+    has_new_root,
+    is_on_its_way,
+    names,
+    note_done,
+    note_waiting,
+    remove_evicted,
+)
+from skep.manager.follow import follow
+from skep.manager.keys import WrappingKeys
+from skep.model.ids import IdSource, NodeId
+from skep.model.node import Node
+from skep.model.times import moment, timestamp
+from skep.security.trust import is_issued_by, root_digest
+from skep.store.etcd.cipher import new_wrapping_key
+from skep.store.interface import Commit, Created, NotLeader, Store, Term, Updated, View
+from skep.store.kinds import Payload
+from skep.wire import methods
+from skep.wire import skep_pb2 as pb
+from skep.wire.client import Channel
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 0.5
+"""Between two looks while a step waits for something that causes no commit."""
+
+KEEP_S = 10.0
+"""For a manager to have a key safely on its disk."""
+
+OVERLAP_S = 10.0
+"""For every node to hear of a new secret of overlays before the old ones go."""
+
+
+class KeyedStore(Store, Protocol):
+    """A store whose data keys are wrapped (``store.etcd``)."""
+
+    @property
+    def wrapping_key(self) -> bytes: ...
+
+    @property
+    def is_rotating(self) -> bool: ...
+
+    def learn_wrapping_key(self, key: bytes) -> None: ...
+
+    async def wait_rewrapped(self) -> bytes: ...
+
+    async def replace_wrapping_key(self, term: Term, key: bytes) -> None: ...
+
+
+class Evictions:
+    """Takes the eviction that is under way to its end.  Runs on the leader only.
+
+    Args:
+        channel: the connection to another manager.  Raises: Unavailable.
+        keys: of this manager's disk.
+    """
+
+    def __init__(
+        self,
+        term: Term,
+        own: NodeId,
+        store: KeyedStore,
+        keys: WrappingKeys,
+        channel: Callable[[NodeId], Channel],
+        clock: Clock,
+        new_id: IdSource,
+        random: Random,
+    ) -> None:
+        self._term = term
+        self._own = own
+        self._store = store
+        self._keys = keys
+        self._channel = channel
+        self._clock = clock
+        self._new_id = new_id
+        self._random = random
+        self._changed = asyncio.Event()
+        self._key: bytes | None = None
+        """The wrapping key that managers are given; the same for as long as one of them is waited for."""
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        await follow(
+            self._term, (Payload,), start=lambda _: self._changed.set(), note=self._note, work=self._work
+        )
+
+    def _note(self, commit: Commit) -> None:
+        for event in commit.events:
+            match event:
+                case Created(Payload(id=id)) | Updated(_, Payload(id=id)) if id == EVICTION_ID:
+                    self._changed.set()
+
+    async def _work(self) -> None:
+        backoff = Backoff(LOOK_S, 10.0, chance=self._random.random)
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while (eviction := eviction_of(self._term.view())) and (step := eviction.next_step):
+                try:
+                    await self._take(eviction, step)
+                    backoff.reset()
+                except NotLeader:
+                    raise
+                except (SkepError, OSError) as error:
+                    log.warning("eviction waits", node=eviction.node_id, step=step, reason=str(error))
+                    await self._wait(eviction, str(error))
+                    await backoff.sleep(self._clock)
+
+    async def _take(self, eviction: Eviction, step: Step) -> None:
+        """Do as much of a step as can be done now.  Raises: SkepError: the reason stands in it."""
+        if waits_for := await self._try(eviction, step):
+            await self._wait(eviction, waits_for)
+            await self._clock.sleep(LOOK_S)
+            return
+        await self._term.update(note_done, eviction.node_id, step)
+        log.warning("eviction", node=eviction.node_id, name=eviction.hostname, done=TEXTS[step])
+
+    async def _wait(self, eviction: Eviction, reason: str) -> None:
+        present = eviction_of(self._term.view())
+        if present is not None and present.waits_for != reason:
+            try:
+                await self._term.update(note_waiting, eviction.node_id, reason)
+            except Unavailable as error:
+                log.warning("what the eviction waits for is not shown", error=str(error))
+
+    async def _try(self, eviction: Eviction, step: Step) -> str:
+        """What the step waits for; empty: it is done."""
+        match step:
+            case "remove":
+                return await self._term.update(remove_evicted, eviction.node_id, self._clock.now_ns())
+            case "keys":
+                return await self._replace_keys()
+            case "data":
+                return "values are encrypted anew" if self._store.is_rotating else ""
+            case "root":
+                return await self._replace_root(eviction)
+            case "restarts":
+                return self._not_restarted()
+            case "tokens":
+                await self._term.update(rotate_join_tokens, self._new_id)
+            case "unlock":
+                await self._term.update(rotate_unlock_key)
+            case "overlays":
+                await self._replace_overlay_secrets()
+            case _:
+                assert_never(step)
+        return ""
+
+    # -- keys of the store -----------------------------------------------------------------------------------------
+
+    async def _replace_keys(self) -> str:
+        """Have every manager keep a new wrapping key, then put the store's keys under it in one fenced write.
+
+        A manager that comes in meanwhile is handed all keys that its host has: if it was let in before the last of the
+        others had the new one, it is among those that are asked.
+        """
+        key = self._key = self._key or new_wrapping_key()
+        await self._keys.add(key)
+        self._store.learn_wrapping_key(key)
+        asked: set[NodeId] = {self._own}
+        while others := [node for node in self._managers() if node.id not in asked]:
+            for node in others:
+                try:
+                    await self._hand_over(node, key)
+                except Unavailable:
+                    return f"manager {names([node])} is to have the new key and cannot be reached: start or remove it"
+                asked.add(node.id)
+            await self._store.barrier()
+        await self._store.replace_wrapping_key(self._term, key)
+        self._key = None
+        return ""
+
+    async def _hand_over(self, node: Node, key: bytes) -> None:
+        request = pb.KeepWrappingKeyRequest(key=key)
+        try:
+            await self._channel(node.id).call(methods.KEEP_WRAPPING_KEY, request, timeout_s=KEEP_S)
+        except Unimplemented as error:
+            raise FailedPrecondition(
+                f"manager {names([node])} runs a version of Skep that cannot replace its wrapping key: upgrade it"
+            ) from error
+
+    def _managers(self) -> list[Node]:
+        return [node for node in self._term.view().find(Node) if node.manager_status is not None]
+
+    # -- the root --------------------------------------------------------------------------------------------------
+
+    async def _replace_root(self, eviction: Eviction) -> str:
+        view = self._term.view()
+        swarm = cluster_of(view)
+        if has_new_root(eviction, swarm):
+            return ""
+        if not is_on_its_way(eviction, swarm):
+            await self._term.update(rotate_root, moment(self._clock.now_ns()))
+            return "nodes renew their certificates"
+        waiting = _not_renewed(view)
+        return (
+            f"nodes renew their certificates, still to come: {names(waiting)}"
+            if waiting
+            else "the root changes"
+        )
+
+    def _not_restarted(self) -> str:
+        wanted = root_digest(cluster_of(self._term.view()).tls_info.trust_root.encode())
+        waiting = [node for node in self._managers() if node.peer_roots != wanted]
+        return (
+            f"managers restart their etcds one after another, still to come: {names(waiting)}"
+            if waiting
+            else ""
+        )
+
+    # -- overlays --------------------------------------------------------------------------------------------------
+
+    async def _replace_overlay_secrets(self) -> None:
+        now = timestamp(self._clock.now_ns())
+        add = partial(
+            add_overlay_secret, random_bytes=self._random.randbytes, incarnation=self._store.incarnation
+        )
+        if await self._term.update(add, now):
+            await self._clock.sleep(OVERLAP_S)
+            await self._term.update(drop_old_overlay_secrets, self._random.randbytes)
+
+
+def _not_renewed(view: View) -> list[Node]:
+    wanted = cluster_of(view).tls_info
+    return [node for node in view.find(Node) if not is_issued_by(node.description.tls_info, wanted)]
+
+
+async def keep_settled(store: KeyedStore, keys: WrappingKeys, clock: Clock) -> None:
+    """Keep one wrapping key on this manager's disk, the one that the store is under, until cancelled."""
+    key, backoff = store.wrapping_key, Backoff(longest_s=10.0)
+    while True:
+        try:
+            await keys.settle(key)
+        except (SkepError, OSError) as error:
+            log.error("wrapping keys not settled on the disk", error=str(error))
+            await backoff.sleep(clock)
+            continue
+        backoff.reset()
+        key = await store.wait_rewrapped()

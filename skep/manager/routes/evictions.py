@@ -1,0 +1,85 @@
+"""``/skep/cluster/evict``: takes back what a node knows that is not trusted any more.  Ours, not Docker's."""
+
+import structlog
+from aiohttp import web
+
+from skep.api.server import Routes, json_answer, read_json
+from skep.errors import NotFound
+from skep.manager.eviction.steps import TEXTS, Eviction, begin, eviction_of
+from skep.manager.routes.access import current_view, manager_of
+from skep.model.encoding import ApiObject, always
+from skep.model.times import Timestamp
+
+log = structlog.get_logger(__name__)
+
+BY_CHARACTERS_MAX = 200
+
+routes = Routes()
+
+
+class EvictionWish(ApiObject):
+    """Whom to evict, and who says so."""
+
+    node: str = ""
+    """Id or name; of a node that was removed already its whole id."""
+    by: str = ""
+
+
+class ShownStep(ApiObject):
+    """One step: what is true when it is done."""
+
+    text: str = always("")
+    done: bool = always(False)
+
+
+class ShownEviction(ApiObject):
+    """An eviction and how far it has come."""
+
+    node_id: str = always("")
+    hostname: str = always("")
+    asked_by: str = always("")
+    asked_through: str = always("")
+    asked_at: Timestamp = always(Timestamp(""))
+    steps: tuple[ShownStep, ...] = always(())
+    waits_for: str = always("")
+    complete: bool = always(False)
+
+
+@routes.post("/skep/cluster/evict")
+async def evict(request: web.Request) -> web.StreamResponse:
+    """Begin, or go on with what was interrupted."""
+    manager = manager_of(request)
+    wish = await read_json(request, EvictionWish)
+    by = "".join(filter(str.isprintable, wish.by))[:BY_CHARACTERS_MAX] or "a client of the API"
+    eviction = await manager.update(begin, wish.node, by, manager.own, manager.now())
+    log.warning(
+        "eviction asked for",
+        node=eviction.node_id,
+        name=eviction.hostname,
+        by=by,
+        manager=manager.own,
+    )
+    return json_answer(shown(eviction))
+
+
+@routes.get("/skep/cluster/evict")
+async def show_eviction(request: web.Request) -> web.StreamResponse:
+    """The last one."""
+    eviction = eviction_of(await current_view(request))
+    if eviction is None:
+        raise NotFound("no node was evicted yet")
+    return json_answer(shown(eviction))
+
+
+def shown(eviction: Eviction) -> ShownEviction:
+    """As the API shows it."""
+    return ShownEviction(
+        node_id=eviction.node_id,
+        hostname=eviction.hostname,
+        asked_by=eviction.asked_by,
+        asked_through=eviction.asked_through,
+        asked_at=eviction.asked_at,
+        steps=tuple(ShownStep(text=TEXTS[step], done=step in eviction.done) for step in eviction.steps),
+        waits_for=eviction.waits_for,
+        complete=eviction.next_step is None,
+    )

@@ -1,0 +1,246 @@
+"""The leader's loop over an eviction, with a store that knows of wrapping keys and others that do their parts."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import Unavailable, Unimplemented
+from skep.manager.ca.rotation import finish
+from skep.manager.eviction import loop
+from skep.manager.eviction.loop import Evictions
+from skep.manager.eviction.steps import OF_A_MANAGER, Eviction, begin, eviction_of
+from skep.manager.keys import WrappingKeys, save_wrapping_keys
+from skep.model.ids import ClusterId, NodeId, new_id
+from skep.model.node import (
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+    Reachability,
+)
+from skep.model.swarm import EncryptionConfig, Swarm, SwarmSpec
+from skep.model.times import Timestamp
+from skep.paths import Paths
+from skep.security.authority import Authority
+from skep.security.locking import KeyLock
+from skep.security.tokens import new_join_tokens
+from skep.security.trust import root_digest, tls_info
+from skep.store.interface import Term, Transaction
+from skep.store.kinds import ROOT_KEY_ID, UNLOCK_KEY_ID, Payload
+from skep.store.memory import MemoryStore
+from skep.wire import methods
+
+OWN, OTHER, EVICTED = NodeId("manager1"), NodeId("manager2"), NodeId("manager3")
+OLD = b"o" * 32
+NOW = Timestamp("2026-01-02T03:04:05Z")
+
+
+class KeyedStore(MemoryStore):
+    """Its values are in clear, and it knows under which wrapping key they would be."""
+
+    wrapping_key = OLD
+    is_rotating = False
+
+    def __init__(self) -> None:
+        super().__init__(SystemClock())
+        self.known = {OLD}
+
+    def learn_wrapping_key(self, key: bytes) -> None:
+        self.known.add(key)
+
+    async def wait_rewrapped(self) -> bytes:
+        raise NotImplementedError
+
+    async def replace_wrapping_key(self, term: Term, key: bytes) -> None:
+        assert key in self.known
+        self.wrapping_key = key
+
+
+class Others:
+    """The other managers, as the leader calls them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[NodeId, list[bytes]] = {}
+        self.error: Exception | None = None
+        self.on_call: Callable[[], Any] | None = None
+
+    def channel(self, manager: NodeId) -> Any:
+        others = self
+
+        class Called:
+            async def call(self, method: Any, request: Any, *, timeout_s: float) -> None:
+                assert method is methods.KEEP_WRAPPING_KEY
+                if others.error is not None:
+                    raise others.error
+                if others.on_call is not None:
+                    await others.on_call()
+                others.kept.setdefault(manager, []).append(request.key)
+
+        return Called()
+
+
+def a_manager(id: NodeId) -> Node:
+    return Node(
+        id=id,
+        spec=NodeSpec(role=NodeRole.MANAGER),
+        description=NodeDescription(hostname=id.replace("manager", "m")),
+        certificate=NodeCertificate(role=NodeRole.MANAGER, state="issued"),
+        manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=f"{id}:1"),
+    )
+
+
+@pytest.fixture
+async def store(monkeypatch: pytest.MonkeyPatch) -> KeyedStore:
+    monkeypatch.setattr(loop, "LOOK_S", 0.01)
+    monkeypatch.setattr(loop, "OVERLAP_S", 0.0)
+    store, authority = KeyedStore(), Authority.create()
+
+    def found(tx: Transaction) -> None:
+        spec = SwarmSpec(encryption_config=EncryptionConfig(auto_lock_managers=True))
+        root = authority.root_pem
+        tx.put(
+            Swarm(id=ClusterId("c"), spec=spec, tls_info=tls_info(root), join_tokens=new_join_tokens(root))
+        )
+        tx.put(Payload(id=ROOT_KEY_ID, data=authority.key_pem))
+        tx.put(Payload(id=UNLOCK_KEY_ID, data=b"u" * 32))
+        for id in (OWN, OTHER, EVICTED):
+            tx.put(a_manager(id))
+
+    await store.update(found)
+    return store
+
+
+@pytest.fixture
+def keys(tmp_path) -> WrappingKeys:
+    paths = Paths(tmp_path / "data", tmp_path / "run")
+    save_wrapping_keys(paths, OLD)
+    assert not KeyLock(paths).is_on
+    return WrappingKeys(paths)
+
+
+async def do_their_parts(store: KeyedStore) -> None:
+    """The loops beside: roles, the rotation of the root, and etcds that are restarted."""
+
+    def parts(tx: Transaction) -> None:
+        swarm = tx.get(Swarm, ClusterId("c"))
+        if swarm.rotation is not None:
+            finish(tx, swarm.rotation.root, new_id)
+            swarm = tx.get(Swarm, ClusterId("c"))
+        digest = root_digest(swarm.tls_info.trust_root.encode())
+        for node in tx.find(Node):
+            if node.spec.role is NodeRole.WORKER and node.manager_status is not None:
+                former = NodeCertificate(role=NodeRole.WORKER)
+                tx.put(replace(node, manager_status=None, certificate=former))
+            elif node.peer_roots != digest:
+                tx.put(replace(node, peer_roots=digest))
+
+    while True:
+        await store.update(parts)
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def led(store: KeyedStore, keys: WrappingKeys, others: Others) -> AsyncIterator[None]:
+    """One term of leadership."""
+    evictions = Evictions(
+        store,  # type: ignore[arg-type]  # a plain store will do, without the fence
+        OWN,
+        store,
+        keys,
+        others.channel,
+        SystemClock(),
+        new_id,
+        Random(1),
+    )
+    running = [asyncio.create_task(evictions.run()), asyncio.create_task(do_their_parts(store))]
+    try:
+        yield
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def present(store: KeyedStore) -> Eviction:
+    eviction = eviction_of(store.view())
+    assert eviction is not None
+    return eviction
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - several writers, none of which tells
+            await asyncio.sleep(0.005)
+
+
+async def test_everything_that_the_node_knew_is_another_thing_afterwards(store, keys):
+    others = Others()
+    before = store.view().get(Swarm, ClusterId("c"))
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, others):
+        await until(lambda: present(store).next_step is None)
+    view = store.view()
+    after = view.get(Swarm, ClusterId("c"))
+    assert present(store).done == OF_A_MANAGER
+    assert view.lookup(Node, EVICTED) is None
+    assert after.tls_info != before.tls_info
+    assert after.spec.ca_config.force_rotate == before.spec.ca_config.force_rotate + 1
+    assert after.join_tokens.manager != before.join_tokens.manager
+    assert after.join_tokens.worker != before.join_tokens.worker
+    assert view.get(Payload, UNLOCK_KEY_ID).data != b"u" * 32
+    assert others.kept == {OTHER: [store.wrapping_key]}
+    assert keys.load() == OLD + store.wrapping_key
+
+
+@pytest.mark.parametrize("steps", range(len(OF_A_MANAGER)))
+async def test_the_next_leader_goes_on_wherever_one_ended(store, keys, steps):
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, Others()):
+        await until(lambda: len(present(store).done) >= steps)
+    async with led(store, keys, Others()):
+        await until(lambda: present(store).next_step is None)
+    assert store.wrapping_key != OLD
+
+
+async def test_a_manager_that_is_away_is_waited_for_and_named(store, keys):
+    """The store stays under the old key until every manager has the new one on its disk."""
+    others = Others()
+    others.error = Unavailable("manager manager2 cannot be reached")
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, others):
+        await until(lambda: "m2" in present(store).waits_for)
+        assert present(store).done == ("remove",)
+        assert store.wrapping_key == OLD
+        others.error = None
+        await until(lambda: present(store).next_step is None)
+    assert len(keys.load()) == 2 * 32, "the same key was offered each time"
+
+
+async def test_an_older_manager_is_named_and_nothing_is_replaced(store, keys):
+    others = Others()
+    others.error = Unimplemented("unknown method")
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, others):
+        await until(lambda: "upgrade it" in present(store).waits_for)
+    assert store.wrapping_key == OLD
+
+
+async def test_a_manager_that_comes_in_meanwhile_has_the_key_before_it_is_used(store, keys):
+    others, late = Others(), NodeId("manager4")
+
+    async def comes_in() -> None:
+        await store.update(lambda tx: tx.put(a_manager(late)))
+
+    others.on_call = comes_in
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, others):
+        await until(lambda: present(store).next_step is None)
+    assert others.kept[OTHER] == others.kept[late] == [store.wrapping_key]

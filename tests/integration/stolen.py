@@ -1,0 +1,71 @@
+"""What somebody gets at a manager's ports who has a node's files: run inside a node's network namespace.
+
+    python -m tests.integration.stolen once CERTIFICATES ADDRESS...    which addresses take the certificate, as JSON
+    python -m tests.integration.stolen hold CERTIFICATES ADDRESS       says "open", and when the other end closes
+
+An address is ``ip:port`` for gRPC, ``peer:ip:port`` for etcd's peers.  Whom it talks to, it does not care.
+"""
+
+import asyncio
+import json
+import ssl
+import sys
+import time
+from pathlib import Path
+
+from skep.aio import http2
+from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE
+from skep.wire.client import split_address
+
+WITHIN_S = 5.0
+PEER_REQUEST = b"GET /version HTTP/1.1\r\nHost: m\r\n\r\n"
+MANAGER_REQUEST = http2.PREFACE + http2.settings({})
+
+
+async def opened(directory: Path, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.load_cert_chain(directory / CERTIFICATE_FILE, directory / KEY_FILE)
+    is_peer = address.startswith("peer:")
+    context.set_alpn_protocols(["http/1.1" if is_peer else "h2"])
+    host, port = split_address(address.removeprefix("peer:"))
+    async with asyncio.timeout(WITHIN_S):
+        reader, writer = await asyncio.open_connection(host, port, ssl=context)
+    writer.write(PEER_REQUEST if is_peer else MANAGER_REQUEST)
+    return reader, writer
+
+
+async def is_taken(directory: Path, address: str) -> bool:
+    """Whether anything is answered; a certificate is refused after the handshake, with TLS 1.3."""
+    try:
+        reader, writer = await opened(directory, address)
+        async with asyncio.timeout(WITHIN_S):
+            answer = await reader.read(100)
+        writer.close()
+    except (OSError, ssl.SSLError, TimeoutError):
+        return False
+    return bool(answer)
+
+
+async def hold(directory: Path, address: str) -> None:
+    reader, _ = await opened(directory, address)
+    assert await reader.read(100)
+    sys.stdout.write("open\n")
+    sys.stdout.flush()
+    try:
+        while await reader.read(100_000):
+            pass
+    except (OSError, ssl.SSLError):
+        pass
+    sys.stdout.write(f"{time.time()}\n")
+
+
+async def once(directory: Path, *addresses: str) -> None:
+    answers = await asyncio.gather(*(is_taken(directory, address) for address in addresses))
+    sys.stdout.write(json.dumps(dict(zip(addresses, answers, strict=True))))
+
+
+if __name__ == "__main__":
+    how, certificates, *rest = sys.argv[1:]
+    asyncio.run({"once": once, "hold": hold}[how](Path(certificates), *rest))

@@ -1,0 +1,186 @@
+"""What an eviction is, who may be evicted, and in which order what a node knew is taken back."""
+
+from datetime import UTC, datetime
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition, NotFound
+from skep.manager.control.nodes import remove_node
+from skep.manager.discovery.overlay_keys import decoded_ring, first_ring
+from skep.manager.eviction.steps import (
+    OF_A_MANAGER,
+    OF_A_WORKER,
+    TEXTS,
+    add_overlay_secret,
+    begin,
+    drop_old_overlay_secrets,
+    eviction_of,
+    has_new_root,
+    note_done,
+    note_waiting,
+    remove_evicted,
+)
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import (
+    EngineDescription,
+    IssuedSerial,
+    ManagerStatus,
+    Node,
+    NodeCertificate,
+    NodeDescription,
+    NodeRole,
+    NodeSpec,
+    NodeState,
+    NodeStatus,
+    Reachability,
+)
+from skep.model.swarm import RootRotation, Swarm
+from skep.model.times import Timestamp, timestamp
+from skep.security.authority import Authority
+from skep.security.trust import tls_info
+from skep.store.kinds import OVERLAY_KEYS_ID, Payload, Revocation
+from skep.store.memory import MemoryStore
+
+NOW_NS = int(datetime.now(UTC).timestamp()) * 10**9
+NOW = timestamp(NOW_NS)
+OWN = NodeId("manager1")
+ROOTS = [Authority.create().root_pem for _ in range(2)]
+
+
+def a_node(id: str, role: NodeRole, *, name: str = "") -> Node:
+    is_manager = role is NodeRole.MANAGER
+    serials = (IssuedSerial(serial="a1", not_after=timestamp(NOW_NS + 10**15)),) if is_manager else ()
+    status = ManagerStatus(reachability=Reachability.REACHABLE, addr=f"{id}:1") if is_manager else None
+    return Node(
+        id=NodeId(id),
+        spec=NodeSpec(role=role),
+        description=NodeDescription(hostname=name or id, engine=EngineDescription()),
+        status=NodeStatus(state=NodeState.READY),
+        certificate=NodeCertificate(role=role, state="issued", serials=serials),
+        manager_status=status,
+    )
+
+
+@pytest.fixture
+async def store() -> MemoryStore:
+    """Three managers and a worker."""
+    store = MemoryStore(SystemClock())
+
+    def found(tx):
+        tx.put(Swarm(id=ClusterId("c"), tls_info=tls_info(ROOTS[0])))
+        for number in (1, 2, 3):
+            tx.put(a_node(f"manager{number}", NodeRole.MANAGER, name=f"m{number}"))
+        tx.put(a_node("worker1", NodeRole.WORKER, name="w1"))
+
+    await store.update(found)
+    return store
+
+
+async def evict(store: MemoryStore, word: str):
+    return await store.update(begin, word, "root@desk", OWN, NOW)
+
+
+async def test_every_step_says_what_is_true_afterwards():
+    assert set(OF_A_MANAGER) | set(OF_A_WORKER) == set(TEXTS)
+    assert OF_A_MANAGER.index("keys") < OF_A_MANAGER.index("root")
+    assert OF_A_MANAGER[0] == OF_A_WORKER[0] == "remove"
+
+
+@pytest.mark.parametrize("word", ["manager3", "m3", "manager3"[:8]])
+async def test_a_manager_is_evicted_by_name_or_id_and_who_asked_is_kept(store, word):
+    eviction = await evict(store, word)
+    assert eviction == eviction_of(store.view())
+    assert (eviction.node_id, eviction.hostname, eviction.was_manager) == ("manager3", "m3", True)
+    assert (eviction.asked_by, eviction.asked_through, eviction.asked_at) == ("root@desk", OWN, NOW)
+    assert eviction.steps == OF_A_MANAGER
+
+
+async def test_asked_again_it_goes_on_and_another_one_waits(store):
+    eviction = await evict(store, "m3")
+    await store.update(note_done, eviction.node_id, "remove")
+    await store.update(note_waiting, eviction.node_id, "manager m2 cannot be reached")
+    again = await evict(store, "m3")
+    assert again.next_step == "keys"
+    assert again.waits_for == "manager m2 cannot be reached"
+    with pytest.raises(FailedPrecondition, match="the eviction of m3 is not complete: manager m2"):
+        await evict(store, "w1")
+    for step in OF_A_MANAGER:
+        await store.update(note_done, eviction.node_id, step)
+    assert eviction_of(store.view()).next_step is None
+    assert (await evict(store, "w1")).steps == OF_A_WORKER
+
+
+async def test_who_cannot_be_evicted(store):
+    with pytest.raises(FailedPrecondition, match="cannot evict itself"):
+        await evict(store, "m1")
+    with pytest.raises(NotFound):
+        await evict(store, "m9")
+    with pytest.raises(FailedPrecondition, match="ambiguous"):
+        await evict(store, "manager")
+    other = store.view().get(Node, NodeId("manager2"))
+    silent = replace(
+        other, manager_status=replace(other.manager_status, reachability=Reachability.UNREACHABLE)
+    )
+    await store.update(lambda tx: tx.put(silent))
+    with pytest.raises(FailedPrecondition, match="loss of quorum"):
+        await evict(store, "m3")
+
+
+async def test_a_manager_that_was_removed_already_is_evicted_by_its_id(store):
+    await store.update(lambda tx: tx.put(replace(tx.get(Node, NodeId("manager3")), spec=NodeSpec())))
+    await store.update(remove_node, NodeId("manager3"), force=True, now_ns=NOW_NS)
+    eviction = await evict(store, "manager3")
+    assert eviction.was_manager
+    assert await store.update(remove_evicted, eviction.node_id, NOW_NS) == ""
+
+
+async def test_a_manager_is_demoted_first_and_removed_when_it_has_no_vote(store):
+    id = NodeId("manager3")
+    assert "vote" in await store.update(remove_evicted, id, NOW_NS)
+    assert store.view().get(Node, id).spec.role is NodeRole.WORKER
+    assert "vote" in await store.update(remove_evicted, id, NOW_NS)
+
+    def withdrawn(tx):
+        node = tx.get(Node, id)
+        tx.put(
+            replace(node, manager_status=None, certificate=replace(node.certificate, role=NodeRole.WORKER))
+        )
+
+    await store.update(withdrawn)
+    assert await store.update(remove_evicted, id, NOW_NS) == ""
+    assert store.view().lookup(Node, id) is None
+    assert store.view().get(Revocation, id).is_removed
+
+
+async def test_a_root_whose_key_it_may_have_had_is_no_new_one(store):
+    """Not the present one, nor the one to which the cluster was rotating when it was evicted."""
+    swarm = store.view().get(Swarm, ClusterId("c"))
+    rotating = replace(swarm, rotation=RootRotation(root=ROOTS[1].decode(), cross_signed=""))
+    await store.update(lambda tx: tx.put(rotating))
+    eviction = await evict(store, "m3")
+    assert len(eviction.roots) == 2
+    for root in ROOTS:
+        assert not has_new_root(eviction, replace(swarm, tls_info=tls_info(root), rotation=None))
+    fresh = tls_info(Authority.create().root_pem)
+    assert has_new_root(eviction, replace(swarm, tls_info=fresh, rotation=None))
+    assert not has_new_root(eviction, replace(rotating, tls_info=fresh))
+
+
+async def test_secrets_of_overlays_overlap_and_then_the_old_ones_go(store):
+    numbers = iter(range(100))
+
+    def random_bytes(count: int) -> bytes:
+        return bytes([next(numbers)]) * count
+
+    ring = first_ring(random_bytes, Timestamp(NOW), 1)
+    assert not await store.update(add_overlay_secret, NOW, random_bytes, 1)
+    await store.update(lambda tx: tx.put(Payload(id=OVERLAY_KEYS_ID, data=ring.encode())))
+    assert await store.update(add_overlay_secret, NOW, random_bytes, 1)
+    both = decoded_ring(store.view().get(Payload, OVERLAY_KEYS_ID).data)
+    assert both.secrets[0] == ring.secrets[0]
+    await store.update(drop_old_overlay_secrets, random_bytes)
+    last = decoded_ring(store.view().get(Payload, OVERLAY_KEYS_ID).data)
+    assert last.secrets == both.secrets[-1:]
+    assert last.wireguard != ring.wireguard
