@@ -1,5 +1,6 @@
 """Files that are replaced in one step: a reader, or the next start, finds the old content or the new."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -49,3 +50,18 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_FALLOC_FL_KEEP_SIZE = 1
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Have the file system keep room for ``size`` bytes of a file, whose length stays as it is.
+
+    Raises: OSError: ENOSPC; EOPNOTSUPP: it cannot.
+    """
+    if size and ctypes.CDLL(None, use_errno=True).fallocate64(
+        descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)
+    ):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -197,7 +197,7 @@ async def test_an_archive_of_countless_files_is_refused(tmp_path: Path):
 
 
 async def test_unpacking_stops_before_the_disk_is_full(tmp_path: Path):
-    store = ImageStore(tmp_path / "images", limits=Limits(spare_bytes=1 << 60))
+    store = ImageStore(tmp_path / "images", limits=Limits(spare_bytes=1 << 60, spare_share=1.0))
     await store.open()
     with pytest.raises(UnpackFailed, match="no space left on device"):
         await store.load(pieces(a_docker_archive(a_layer())))

@@ -41,15 +41,27 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What this node takes from strangers.
 
     ``layer_bytes_max``: of one layer, unpacked; ``archive_bytes_max``: of an uploaded archive, unpacked;
-    ``spare_bytes``: stays free on the file system; ``unpack_s``: longest time for one layer, in seconds.
+    ``spare_bytes``: stays free on the file system, of a small one ``spare_share`` of it; ``unpack_s``: longest time for
+    one layer, in seconds.
     """
 
     layer_bytes_max: int = 64 << 30
     archive_bytes_max: int = 128 << 30
     entries_max: int = 2_000_000
-    spare_bytes: int = 256 << 20
+    spare_bytes: int = 1 << 30
+    spare_share: float = 0.05
     unpack_s: float = 1800.0
     manifest_bytes_max: int = 4 << 20
+
+    def spare_on(self, directory: Path) -> int:
+        """Bytes that stay free on the file system of ``directory``."""
+        space = os.statvfs(directory)
+        return min(self.spare_bytes, round(self.spare_share * space.f_blocks * space.f_frsize))
+
+    def room_on(self, directory: Path) -> int:
+        """Bytes that may still be written there."""
+        space = os.statvfs(directory)
+        return space.f_bavail * space.f_frsize - self.spare_on(directory)
 
 
 class UnpackFailed(SkepError):
@@ -213,16 +225,15 @@ async def unpack(
     Raises:
         InvalidArgument, ResourceExhausted, UnpackFailed.
     """
-    space = os.statvfs(target)
     settings = untar.Settings(
         root=str(target),
         is_layer=is_layer,
         bytes_max=limits.layer_bytes_max if is_layer else limits.archive_bytes_max,
         entries_max=limits.entries_max,
-        spare_bytes=limits.spare_bytes,
+        spare_bytes=limits.spare_on(target),
         copy_to=str(copy_to or ""),
     )
-    if space.f_bavail * space.f_frsize < limits.spare_bytes:
+    if limits.room_on(target) < 0:
         raise UnpackFailed(f"{target}: no space left on device")
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-m", untar.__name__, json.dumps(vars(settings))),

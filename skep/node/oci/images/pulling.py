@@ -8,6 +8,7 @@ Source: moby 20.10, distribution/pull_v2.go, distribution/xfer/download.go.
 """
 
 import asyncio
+import errno
 import hashlib
 import os
 import platform as machine
@@ -21,9 +22,10 @@ import msgspec
 from skep.aio.backoff import Backoff
 from skep.aio.groups import first_alone
 from skep.errors import InvalidArgument, NotFound, SkepError
+from skep.linux.files import allocate
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, parse_digest, short
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
-from skep.node.oci.images.layers import DigestMismatch, Limits
+from skep.node.oci.images.layers import DigestMismatch, Limits, UnpackFailed
 from skep.node.oci.images.local import LocalImages
 from skep.node.oci.images.progress import Message, Report, step, transfer
 from skep.node.oci.images.reference import Reference
@@ -256,7 +258,7 @@ async def _pull_image(
         content = await asyncio.to_thread(images.config_file(present).read_bytes)
         return await images.add(content, names)
     async with images.workspace("pull") as directory:
-        content = await _fetched_config(repository, manifest.config, directory)
+        content = await _fetched_config(repository, manifest.config, directory, images.limits)
         config = parse_config(content)
         if len(config.diff_ids) != len(manifest.layers):
             raise InvalidArgument(_MISMATCH)
@@ -264,6 +266,24 @@ async def _pull_image(
         async with images.pinned(chain):
             await _pull_layers(images, repository, manifest, config, directory, report)
             return await images.add(content, names)
+
+
+def _check_room(images: LocalImages, manifest: Manifest, config: ImageConfig, directory: Path) -> None:
+    """Refuse an image before its first byte, if what it says of itself does not fit.
+
+    What is not here takes as much again unpacked, at least.  Raises: UnpackFailed.
+    """
+    missing = [
+        max(descriptor.size, 0)
+        for descriptor, chain_id in zip(manifest.layers, chain_ids(config.diff_ids), strict=True)
+        if images.layer_store.get(chain_id) is None
+    ]
+    room = images.limits.room_on(directory)
+    if sum(missing) > room:
+        raise UnpackFailed(
+            f"{directory}: no space left on device: the image has {sum(missing)} bytes to download, and "
+            f"{max(room, 0)} may be used"
+        )
 
 
 async def _pull_layers(
@@ -274,12 +294,15 @@ async def _pull_layers(
     directory: Path,
     report: Report,
 ) -> None:
+    await asyncio.to_thread(_check_room, images, manifest, config, directory)
     downloads = asyncio.Semaphore(3)  # Docker's max-concurrent-downloads
 
     async def layer(number: int, descriptor: Descriptor, chain_id: Digest, diff_id: str) -> None:
         id = short(descriptor.digest)
         async with downloads:
-            path = await _download(repository, descriptor, directory / f"layer-{number}", report)
+            path = await _download(
+                repository, descriptor, directory / f"layer-{number}", images.limits, report
+            )
         report(step(id, "Download complete"))
         report(transfer(id, "Extracting", descriptor.size, descriptor.size))
         try:
@@ -304,17 +327,25 @@ async def _pull_layers(
                     group.create_task(layer(number, descriptor, chain_id, diff_id), name=f"layer-{number}")
 
 
-async def _fetched_config(repository: Repository, descriptor: Descriptor, directory: Path) -> bytes:
+async def _fetched_config(
+    repository: Repository, descriptor: Descriptor, directory: Path, limits: Limits
+) -> bytes:
     if descriptor.size > _CONFIG_BYTES_MAX:
         raise InvalidArgument(f"the image's configuration is larger than {_CONFIG_BYTES_MAX} bytes")
-    path = await _download(repository, descriptor, directory / "config", lambda _: None)
+    path = await _download(repository, descriptor, directory / "config", limits, lambda _: None)
     return await asyncio.to_thread(path.read_bytes)
 
 
-async def _download(repository: Repository, descriptor: Descriptor, path: Path, report: Report) -> Path:
-    """The blob's bytes in a file, checked.  Raises: InvalidArgument: they are not what the digest names."""
+async def _download(
+    repository: Repository, descriptor: Descriptor, path: Path, limits: Limits, report: Report
+) -> Path:
+    """The blob's bytes in a file, checked.
+
+    Raises: InvalidArgument: they are not what the digest names; UnpackFailed: there is no space for them.
+    """
     digest = parse_digest(descriptor.digest)
     with path.open("w+b") as file:
+        await asyncio.to_thread(_reserve, file, descriptor.size, limits)
         await _attempted(lambda: _transfer(repository, descriptor, file, report))
         report(step(short(digest), "Verifying Checksum"))
         found = await asyncio.to_thread(_digest_of_file, path, digest.partition(":")[0])
@@ -326,20 +357,40 @@ async def _download(repository: Repository, descriptor: Descriptor, path: Path, 
 async def _transfer(repository: Repository, descriptor: Descriptor, file: BinaryIO, report: Report) -> None:
     """Append what is still missing."""
     id = short(descriptor.digest)
-    async with repository.blob(descriptor.digest, start=file.seek(0, os.SEEK_END)) as (start, pieces):
-        file.truncate(start)
+    present = file.seek(0, os.SEEK_END)
+    async with repository.blob(descriptor.digest, start=present) as (start, pieces):
+        if start < present:  # to cut nothing off would give back what is reserved
+            file.truncate(start)
         written = reported = file.seek(start)
         async for piece in pieces:
-            await asyncio.to_thread(file.write, piece)
             written += len(piece)
             if written > descriptor.size:
                 raise InvalidArgument(f"blob {descriptor.digest} is larger than its {descriptor.size} bytes")
+            await asyncio.to_thread(file.write, piece)
             if written - reported >= _REPORT_BYTES or written == descriptor.size:
                 reported = written
                 report(transfer(id, "Downloading", written, descriptor.size))
     await asyncio.to_thread(file.flush)
     if written < descriptor.size:
         raise RegistryError(f"blob {descriptor.digest} ended after {written} of {descriptor.size} bytes")
+
+
+def _reserve(file: BinaryIO, size: int, limits: Limits) -> None:
+    """Have the file system keep ``size`` bytes for ``file``, so that no other download counts on them.
+
+    Raises: InvalidArgument: no blob has such a size; UnpackFailed: there is no space.
+    """
+    if size < 0:
+        raise InvalidArgument(f"invalid manifest: a blob of {size} bytes")
+    directory = Path(file.name).parent
+    if size > limits.room_on(directory):
+        raise UnpackFailed(f"{directory}: no space left on device")
+    try:
+        allocate(file.fileno(), size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UnpackFailed(f"{directory}: no space left on device") from error
+        # A file system that cannot: then another download may be faster.
 
 
 async def _attempted(action: Callable[[], Awaitable[T]]) -> T:
