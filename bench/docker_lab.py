@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine import Engine
+from skep.aio.trees import discard_tree_now
 
 NAMESPACE = "docker-beside-skep"
 CGROUP = "docker-beside-skep"
@@ -94,7 +95,7 @@ class DockerLab:
         for top in Path("/sys/fs/cgroup").glob(f"*/{CGROUP}"):
             for root, _, _ in os.walk(top, topdown=False):
                 Path(root).rmdir()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        discard_tree_now(self.directory)
 
     def _wait_api(self) -> None:
         def answers() -> bool:

@@ -4,12 +4,12 @@ The process forks its zygote before anything else (see ``node.supervision.zygote
 the lock of the data directory, and runs the node until SIGTERM.
 """
 
+from skep.aio.trees import discard_tree_now
 from skep.node import lean as _first  # noqa: F401  before everything that it concerns
 
 # isort: split
 import asyncio
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -367,7 +367,7 @@ async def _hand_over(socket: Path) -> None:
 def _forget_keys(paths: Paths) -> None:
     """An orderly stop locks a node that has autolock on; after a crash the next process goes on with the keys."""
     KeyLock(paths).forget()
-    shutil.rmtree(paths.tls, ignore_errors=True)
+    discard_tree_now(paths.tls)
 
 
 def _configure_logs(configuration: Configuration) -> None:

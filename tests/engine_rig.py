@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from skep.aio.trees import discard_tree_now
+
 ADDRESS = "10.99.0.1"
 IMAGE = "bb:latest"
 _CLONE_NEWNET = 0x40000000
@@ -131,7 +133,7 @@ async def an_engine() -> AsyncIterator[Engine]:
         yield engine
     finally:
         await engine.stop()
-        shutil.rmtree(directory, ignore_errors=True)
+        discard_tree_now(directory)
         for group in Path("/sys/fs/cgroup").glob(f"**/{directory.name}"):
             group.rmdir()
 

@@ -28,7 +28,7 @@ def _nothing(_: Exception) -> None:
 
 
 async def contain(
-    work: Awaitable[T], event: str, *, on_error: Callable[[Exception], None] = _nothing, **keys: Any
+    work: Awaitable[T], event: str, /, *, on_error: Callable[[Exception], None] = _nothing, **keys: Any
 ) -> T | None:
     """What came of ``work``; None when it failed, which is logged as ``event`` with ``keys``."""
     try:
@@ -42,6 +42,7 @@ async def contain(
 async def persist(
     work: Callable[[], Awaitable[T]],
     event: str,
+    /,
     *,
     clock: Clock,
     first_s: float = 0.1,

@@ -5,7 +5,6 @@ Started by the node process, which it outlives.  The order is that of trust: wha
 """
 
 import asyncio
-import shutil
 import signal
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
@@ -21,6 +20,7 @@ from skep.aio.backoff import Backoff
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.groups import errors_as_they_are
+from skep.aio.trees import remove_tree
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
@@ -118,7 +118,7 @@ async def _live(config: ManagerConfig, clock: Clock) -> None:
             if not config.paths.joining_mark.exists():
                 raise
             log.warning("removed before the vote: coming in again")
-            await asyncio.to_thread(shutil.rmtree, config.paths.etcd)
+            await remove_tree(config.paths.etcd)
         except Damaged as error:
             if not config.paths.joining_mark.exists():
                 raise

@@ -13,13 +13,13 @@ later one counts.  Whoever belongs to an earlier life and meets a later one, sto
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.trees import discard_tree_now
 from skep.manager.config import Recovery, load_recovery, save_recovery
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, Reachability
@@ -75,7 +75,7 @@ async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str
     await store.update(show_survivor, node_id, addr)
     paths.recovery.unlink(missing_ok=True)
     paths.recovery_snapshot.unlink(missing_ok=True)
-    shutil.rmtree(paths.etcd / "data.old", ignore_errors=True)
+    discard_tree_now(paths.etcd / "data.old")
 
 
 def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:

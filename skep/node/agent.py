@@ -18,6 +18,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
+from skep.aio.guard import report
 from skep.api.errors import rpc_words
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId, NodeId, TaskId
@@ -257,12 +258,16 @@ class Agent:
                     self._tables,
                     self._overlay_keys,
                     self._paths,
+                    self._random.random,
                 )
                 await session.run()
         except SkepError as error:
             had_session = self.registered.is_set()
             event = "session lost" if had_session else "no session"
             log.warning(event, manager=peer.addr, error=str(error))
+        except Exception as error:
+            had_session = self.registered.is_set()
+            report(error, "session failed", manager=peer.addr)
         finally:
             self._channel = None
         self._managers.failed(peer, was_there=is_there)

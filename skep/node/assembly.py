@@ -3,18 +3,16 @@
 import asyncio
 import gc
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from random import Random
-from typing import Any
 
 import msgspec
 import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
-from skep.aio.first import Overtaken, unless
-from skep.aio.guard import contain
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
@@ -27,6 +25,7 @@ from skep.node.events import NodeEvents
 from skep.node.features import Features
 from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
+from skep.node.keeping import after, keep_running, within
 from skep.node.last_heard import LastHeard
 from skep.node.local import LocalNode
 from skep.node.local_api import LocalApi
@@ -112,7 +111,8 @@ class Node:
         around, paths = self._around, self._configuration.paths
         clock, chance = around.clock, around.random.random
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-            group.create_task(around.net.run(), name="net process")
+            keep = partial(keep_running, group, clock)
+            keep(around.net.run, "net process")
             manager_api = LocalApi(paths.manager_socket, "the manager of this node")
             await stack.enter_async_context(manager_api.open())
             engine = await self._engine_of(stack)
@@ -133,7 +133,7 @@ class Node:
             )
             if workload.overlays is not None:
                 workload.overlays.encrypt_with(encrypted)
-            group.create_task(encrypted.run(), name="encrypted overlays")
+            keep(encrypted.run, "encrypted overlays")
             reports = Reports()
             contact = self._contact = Contact(clock, around.last_heard)
             worker = Worker(
@@ -249,34 +249,29 @@ class Node:
                 clock=clock,
                 chance=chance,
             )
-            group.create_task(reap_orphans(clock), name="orphans")
+            keep(partial(reap_orphans, clock), "orphans")
             if workload.overlays is not None:
-                neighbours = NeighbourTables(around.conditions, clock)
-                group.create_task(
-                    contain(neighbours.run(), "neighbour tables not watched"), name="neighbour tables"
-                )
+                keep(NeighbourTables(around.conditions, clock).run, "neighbour tables")
             if engine is not None:
-                group.create_task(engine.follow(clock, chance), name="docker engine")
+                keep(partial(engine.follow, clock, chance), "docker engine")
             group.create_task(worker.run(), name="worker")
             if workload.overlays is not None and not tables.tables:
-                group.create_task(workload.overlays.apply_nothing(), name="networks of an earlier process")
+                keep(workload.overlays.apply_nothing, "networks of an earlier process")
             if workload.mesh is not None and not tables.tables:
-                group.create_task(workload.mesh.apply_nothing(), name="ports of an earlier process")
+                keep(workload.mesh.apply_nothing, "ports of an earlier process")
             if workload.probes is not None and not paths.node_json.exists():
                 workload.probes.wish(None)
-            group.create_task(tables.run(), name="network tables")
+            keep(tables.run, "network tables")
             if workload.probes is not None:
-                group.create_task(workload.probes.run(), name="probes of other nodes")
-                group.create_task(
-                    silence.watch(contact, workload.probes.latest, tables.leave_out, clock),
-                    name="silent peers",
-                )
+                keep(workload.probes.run, "probes of other nodes")
+                leave_out = partial(silence.watch, contact, workload.probes.latest, tables.leave_out, clock)
+                keep(leave_out, "silent peers")
             if workload.containers is not None:
-                group.create_task(forward_container_events(workload.containers, events), name="events")
+                keep(partial(forward_container_events, workload.containers, events), "events")
             group.create_task(membership.run(), name="membership")
             if workload.plain is not None:
-                group.create_task(_after(worker.wait_ready(), workload.plain.run()), name="plain containers")
-            await _within(worker.wait_ready(), FOUND_AGAIN_SECONDS_MAX, clock)
+                keep(partial(after, worker.wait_ready, workload.plain.run), "plain containers")
+            await within(worker.wait_ready(), FOUND_AGAIN_SECONDS_MAX, clock)
             async with front.listening(self._configuration.api_hosts, tls_of(self._configuration)):
                 gc.collect()
                 gc.freeze()
@@ -302,6 +297,7 @@ class Node:
             events=events,
             clock=around.clock,
             chance=around.random.random,
+            conditions=around.conditions,
         )
 
     async def farewell(self) -> None:
@@ -337,24 +333,6 @@ class Node:
             configuration=self._configuration,
             versions=self._around.versions,
         )
-
-
-async def _within(ready: Coroutine[Any, Any, None], seconds: float, clock: Clock) -> None:
-    """Wait until the containers of earlier processes are known, so that no listing misses one."""
-    try:
-        await unless(ready, clock.sleep(seconds))
-    except Overtaken:
-        log.warning("not all containers are found again yet", after_s=seconds)
-
-
-async def _after(ready: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
-    """``work``, once ``ready``."""
-    try:
-        await ready
-    except BaseException:
-        work.close()
-        raise
-    await work
 
 
 class Knowledge:

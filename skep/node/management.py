@@ -5,7 +5,6 @@ among the others; one that got a worker's stops it and keeps nothing of what it 
 """
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -13,6 +12,7 @@ from typing import Protocol
 import structlog
 
 from skep.aio.backoff import Backoff
+from skep.aio.trees import discard_tree_now
 from skep.model.node import NodeRole
 from skep.paths import Paths
 from skep.security.locking import KeyLock
@@ -143,4 +143,4 @@ class Management:
     def _forget(self) -> None:
         """Keep nothing of the manager.  The node's own key, if it was locked, is a worker's now, and in clear."""
         KeyLock(self._paths).turn(None)
-        shutil.rmtree(self._paths.manager, ignore_errors=True)
+        discard_tree_now(self._paths.manager)

@@ -4,10 +4,10 @@ What it learns on the way, the other managers and its own role, is kept in ``nod
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -15,6 +15,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
 from skep.aio.groups import first_alone
+from skep.aio.guard import persist, report
 from skep.api.swarm_requests import Joining
 from skep.errors import SkepError
 from skep.model.node import NodeRole
@@ -112,6 +113,7 @@ class Participation:
         self._paths = paths
         self._clock = clock
         self._error = ""
+        self._is_unwritten = asyncio.Event()
         self._management = Management(
             paths,
             is_manager=node.is_manager,
@@ -162,9 +164,10 @@ class Participation:
         try:
             with first_alone(SkepError):
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(self._management.run(), name="management")
+                    group.create_task(self._persist(self._management.run, "management"), name="management")
                     group.create_task(self._run_agent(), name="agent")
                     group.create_task(self.wait_registered(), name="first session")
+                    group.create_task(self._write_later(), name="node.json")
         except ZygoteGone:
             raise  # it takes a new node process to start anything again
         except SkepError as error:
@@ -173,10 +176,21 @@ class Participation:
 
     async def _run_agent(self) -> None:
         try:
-            await self._agent.run()
+            await self._persist(self._agent.run, "agent")
         except SkepError:  # the cluster does not want this node any more
             self.dismiss()
             raise
+
+    async def _persist(self, work: Callable[[], Coroutine[Any, Any, None]], part: str) -> None:
+        """Raises: SkepError; what else a part meets is a bug, or the disk's, and it is tried again."""
+
+        async def run() -> None:
+            with first_alone(SkepError):
+                await work()
+
+        await persist(
+            run, "part of the node failed", clock=self._clock, longest_s=10.0, passes=(SkepError,), part=part
+        )
 
     async def wait_registered(self) -> None:
         """Return with the first session.  From then on the node is active, also while its manager is away."""
@@ -214,8 +228,26 @@ class Participation:
     def _remember(self, node: LocalNode) -> None:
         """Keep it for the next start; during init and join it is written with the rest, at their end."""
         self.node = node
+        try:
+            self._write()
+        except OSError as error:
+            report(error, "node.json not written")
+            self._is_unwritten.set()
+
+    def _write(self) -> None:
         if self._paths.node_json.exists():
-            write_local_node(self._paths.node_json, node)
+            write_local_node(self._paths.node_json, self.node)
+
+    async def _write_later(self) -> None:
+        """Write what the disk refused, as soon as it can be."""
+
+        async def write() -> None:
+            self._write()
+
+        while True:
+            await self._is_unwritten.wait()
+            self._is_unwritten.clear()
+            await persist(write, "node.json not written", clock=self._clock, longest_s=10.0)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

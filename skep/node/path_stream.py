@@ -6,6 +6,7 @@ from typing import Protocol
 
 import structlog
 
+from skep.aio.guard import explain, report
 from skep.errors import SkepError, Unavailable, Unimplemented
 from skep.model.ids import NodeId
 from skep.model.paths import Examination, PathPeer, PathReport, PathWish
@@ -125,6 +126,11 @@ class PathStream:
             answer.error = f"the examination took longer than {EXAMINATION_SECONDS_MAX:g} s"
         except SkepError as error:
             answer.error = str(error)
+        except (
+            Exception
+        ) as error:  # asked again, it may meet it again: the stream is for other questions, too
+            report(error, "examination failed")
+            answer.error = explain(error)
         await self._send(call, answer)
 
     async def _send(self, call: Call[skep.PathNews, skep.PathOrder], news: skep.PathNews) -> None:

@@ -7,8 +7,8 @@ import asyncio
 
 import structlog
 
+from skep.aio.guard import report
 from skep.errors import SkepError, Unavailable, Unimplemented
-from skep.model.logs import LogQuery
 from skep.node.assignments import LogSource
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
@@ -53,12 +53,14 @@ class LogPublisher:
         if len(self._publishing) >= SUBSCRIPTIONS_MAX:
             log.warning("log subscription refused: too many", subscription=message.id)
             return
-        task = group.create_task(self._publish(message.id, query_from_pb(message)), name=f"logs {message.id}")
+        task = group.create_task(self._publish(message), name=f"logs {message.id}")
         self._publishing[message.id] = task
         task.add_done_callback(lambda _: self._publishing.pop(message.id, None))
 
-    async def _publish(self, subscription_id: str, query: LogQuery) -> None:
+    async def _publish(self, message: pb.SubscriptionMessage) -> None:
+        subscription_id = message.id
         try:
+            query = query_from_pb(message)
             async with self._channel.stream(methods.PUBLISH_LOGS) as call:
                 lines = self._logs.read(query)
                 try:
@@ -76,3 +78,5 @@ class LogPublisher:
         except SkepError as error:
             # The reader has gone, or the logs cannot be read; neither is a reason to leave the session.
             log.info("log subscription ended", subscription=subscription_id, reason=str(error))
+        except Exception as error:
+            report(error, "log subscription failed", subscription=subscription_id)

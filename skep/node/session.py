@@ -5,16 +5,19 @@ lies between sessions (statuses not delivered, the revision seen) is kept by the
 """
 
 import asyncio
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless, wait_first
 from skep.aio.groups import first_alone
+from skep.aio.guard import persist
 from skep.errors import PermissionDenied, SkepError, Unavailable, Unimplemented
 from skep.model.node import NodeDescription
 from skep.model.pair_keys import KeysTold
@@ -45,6 +48,13 @@ PATIENCE_SLICES = 5
 DESCRIPTION_CHECK_S = 10.0
 STATUS_SECONDS_MAX = 15.0
 """A manager answers when a status is written, which takes until its store has a leader again."""
+
+
+PART_RETRY_S_MAX = 5.0
+STATUS_TRIES_MAX = 4
+"""Until another manager is asked to write statuses: a short loss of quorum is no reason to leave one."""
+
+Part: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 
 def unknown_load() -> None:
@@ -88,6 +98,7 @@ class Session:
         tables: TableSink | None = None,
         overlay_keys: Callable[[KeysTold], None] | None = None,
         paths: PathSource | None = None,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         """
         Args:
@@ -106,6 +117,7 @@ class Session:
         self._described_anew = described_anew or asyncio.Event()
         self._load = load
         self._overlay_keys = overlay_keys
+        self._chance = chance
         self._publisher = LogPublisher(channel, logs)
         self._tables = TableStream(channel, tables) if tables is not None else None
         self._paths = PathStream(channel, paths) if paths is not None else None
@@ -132,7 +144,7 @@ class Session:
                 self._id = message.session_id
                 self._host.session_message(message)
                 self._reports.report_again(self._sink.statuses())
-                parts = {
+                parts: dict[str, Part] = {
                     "heartbeats": self._heartbeats,
                     "assignments": self._assignments,
                     "reports": self._report,
@@ -141,15 +153,35 @@ class Session:
                 }
                 if self._overlay_keys is not None:
                     parts["overlay keys"] = partial(self._read_overlay_keys, self._overlay_keys)
-                for name, part in parts.items():
-                    group.create_task(part(), name=f"session {name}")
                 if self._tables is not None:
-                    group.create_task(self._tables.run(self._id), name="session tables")
+                    parts["tables"] = partial(self._tables.run, self._id)
                 if self._paths is not None:
-                    group.create_task(self._paths.run(self._id), name="session paths")
+                    parts["paths"] = partial(self._paths.run, self._id)
+                for name, part in parts.items():
+                    group.create_task(self._keep(name, part), name=f"session {name}")
                 async for message in call:
                     self._host.session_message(message)
         raise Unavailable(f"{self._channel.address} ended the session")
+
+    async def _keep(self, name: str, part: Part) -> None:
+        """Run one part; a bug that it meets ends neither the session nor the other parts.
+
+        Raises: SkepError: the session is over.
+        """
+
+        async def run() -> None:
+            with first_alone(SkepError):
+                await part()
+
+        await persist(
+            run,
+            "part of the session failed",
+            clock=self._clock,
+            longest_s=PART_RETRY_S_MAX,
+            chance=self._chance,
+            passes=(SkepError,),
+            part=name,
+        )
 
     async def _watch_description(self) -> None:
         """Say anew what the node is when that has changed, within the session if the manager knows how."""
@@ -268,6 +300,7 @@ class Session:
 
     async def _report(self) -> None:
         """One call at a time; meanwhile later statuses replace earlier ones."""
+        backoff, failures = Backoff(0.5, 5.0, chance=self._chance), 0
         while True:
             batch = await self._reports.take()
             request = pb.UpdateTaskStatusRequest(
@@ -282,9 +315,19 @@ class Session:
             except PermissionDenied as error:
                 # Kept, it would be refused again in every session.
                 log.warning("statuses refused", tasks=sorted(batch), error=str(error))
+            except Unavailable as error:
+                self._reports.put_back(batch)
+                failures += 1
+                if failures >= STATUS_TRIES_MAX:
+                    raise
+                log.warning("statuses not written yet", tasks=len(batch), error=str(error))
+                await backoff.sleep(self._clock)
             except BaseException:
                 self._reports.put_back(batch)
                 raise
+            else:
+                failures = 0
+                backoff.reset()
 
 
 def _seconds(period: Duration) -> float:

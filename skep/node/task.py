@@ -18,6 +18,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless
+from skep.aio.guard import explain, persist, report
 from skep.errors import SkepError
 from skep.model.ids import TaskId
 from skep.model.labels import drain_s
@@ -181,7 +182,7 @@ class TaskDriver:
             error = str(failure)
         except Exception as failure:
             log.exception("task failed by a bug", task=self.task.task.id, verb=step.verb.value)
-            error = f"{type(failure).__name__}: {failure}"
+            error = explain(failure)
         if error:
             self._reach(failed_state(self.status.state), self.status.message, error)
         else:
@@ -202,15 +203,26 @@ class TaskDriver:
 
     async def _watch(self) -> str:
         """Until the process has ended, and no further attempt is to be made; gives what went wrong."""
-        ended = await self.controller.wait()
+        ended = await self._ended()
         while await self._may_try_again(ended):
             try:
                 await self._start_again()
             except SkepError as error:
                 ended = TaskExit(exit_code=1, message=str(error))
             else:
-                ended = await self.controller.wait()
+                ended = await self._ended()
         return ended.message
+
+    async def _ended(self) -> TaskExit:
+        """Return when the process has ended.  That this cannot be seen at present says nothing of it."""
+        return await persist(
+            self.controller.wait,
+            "end of task not seen",
+            clock=self._clock,
+            longest_s=10.0,
+            passes=(SkepError,),
+            task=self.task.task.id,
+        )
 
     async def _may_try_again(self, ended: TaskExit) -> bool:
         """Whether there is no manager to replace the task, and its policy allows an attempt; returns when it is due."""
@@ -252,7 +264,11 @@ class TaskDriver:
 
     def _container(self, state: TaskState) -> tuple[ContainerStatus | None, PortStatus]:
         """The container as it is, from STARTING on; once it was seen it is not forgotten."""
-        observed = self.controller.observed() if state >= TaskState.STARTING else None
+        observed = None
+        try:
+            observed = self.controller.observed() if state >= TaskState.STARTING else None
+        except Exception as error:
+            report(error, "task's container not looked at", task=self.task.task.id)
         if observed is None:
             return self.status.container_status, self.status.port_status
         return observed.container, PortStatus(ports=observed.ports)

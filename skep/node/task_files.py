@@ -14,6 +14,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from skep.aio.clock import Clock, SystemClock
+from skep.aio.guard import contain, persist, report
 from skep.linux.files import BESIDE, sync_directory, write_new
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, TaskStatus
@@ -35,8 +37,9 @@ class RememberedTask(msgspec.Struct, frozen=True):
 class TaskFiles:
     """The tasks of this node on disk."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Clock | None = None) -> None:
         self._directory = directory
+        self._clock = clock or SystemClock()
         self._dirty: dict[TaskId, RememberedTask | None] = {}
         self._something = asyncio.Event()
         self._writing = threading.Lock()
@@ -48,8 +51,8 @@ class TaskFiles:
         for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
             try:
                 tasks.append(_decode(path.read_bytes()))
-            except (OSError, msgspec.DecodeError) as error:
-                log.warning("task file left out", path=str(path), error=str(error))
+            except Exception as error:  # whatever it is, it is one file
+                report(error, "task file left out", path=str(path))
         return tasks
 
     def remember(self, task: RememberedTask) -> None:
@@ -63,13 +66,13 @@ class TaskFiles:
         self._something.set()
 
     async def run(self) -> None:
-        """Write what changed until cancelled, and the rest then."""
+        """Write what changed until cancelled, and the rest then; what the disk refuses is kept and tried again."""
         try:
             while True:
                 await self._something.wait()
-                await self._flush()
+                await persist(self._flush, "task files not written", clock=self._clock, longest_s=10.0)
         finally:
-            await asyncio.shield(self._flush())
+            await contain(asyncio.shield(self._flush()), "task files not written")
 
     async def _flush(self) -> None:
         self._something.clear()
@@ -78,8 +81,8 @@ class TaskFiles:
             return
         try:
             await asyncio.to_thread(self._write, batch)
-        except asyncio.CancelledError:
-            # The thread may have written it or not: the last flush writes it again, after that.
+        except BaseException:
+            # A part may have been written: it is written again, unless there is something newer.
             self._dirty = {**batch, **self._dirty}
             raise
 

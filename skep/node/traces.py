@@ -1,10 +1,10 @@
 """What a swarm leaves on a node's disk, and its removal."""
 
 import asyncio
-import shutil
 
 import structlog
 
+from skep.aio.trees import discard_tree_now
 from skep.node.participation import Parts
 from skep.node.supervision.identity import read_pid_file
 from skep.node.supervision.supervisor import STOP_GRACE_S, terminate
@@ -20,7 +20,7 @@ def wipe(paths: Paths) -> None:
     """
     paths.node_json.unlink(missing_ok=True)
     for directory in (paths.tables, paths.kept_tables, paths.certificates, paths.manager):
-        shutil.rmtree(directory, ignore_errors=True)
+        discard_tree_now(directory)
 
 
 async def forget_swarm(paths: Paths) -> None:

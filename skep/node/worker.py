@@ -9,19 +9,19 @@ Source: swarmkit, agent/worker.go.
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
 
-from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import SkepError
+from skep.aio.guard import contain, explain, persist, report
 from skep.model.ids import ConfigId, SecretId, TaskId
 from skep.model.labels import ON_DISCONNECT, OnDisconnect, disconnect_policy
 from skep.model.task import AssignedTask, TaskState, TaskStatus
 from skep.node.assignments import AssignmentSet, ConfigFile, SecretFile, StatusReports
 from skep.node.contact import Contact
-from skep.node.executor.interface import Executor
+from skep.node.executor.interface import Controller, Executor, Rejected, Running, TaskExit
 from skep.node.task import TaskDriver
 from skep.node.task_files import RememberedTask, TaskFiles
 
@@ -50,7 +50,10 @@ class PayloadSink(Protocol):
 
 
 class Worker:
-    """Runs the tasks assigned to this node; the agent's ``AssignmentSink``."""
+    """Runs the tasks assigned to this node; the agent's ``AssignmentSink``.
+
+    Nothing that an executor raises about one task ends more than that task's work.
+    """
 
     def __init__(
         self,
@@ -79,14 +82,15 @@ class Worker:
         """Take up the remembered tasks, then work until cancelled.  Containers go on afterwards."""
         async with self._executor.running(), asyncio.TaskGroup() as group:
             self._group = group
-            for remembered in await asyncio.to_thread(self._files.load):
+            load = partial(asyncio.to_thread, self._files.load)
+            for remembered in await persist(load, "task files not read", clock=self._clock, longest_s=10.0):
                 self._add(remembered.assigned, remembered.status, attempts=remembered.attempts)
             # A session may have begun before, and then nobody told it how these are.
             for id, status in self.statuses().items():
                 self._reports.report(id, status)
             if self._contact is not None:
-                group.create_task(self._stop_when_cut_off(self._contact), name="stop-when-cut-off")
-            group.create_task(self._files.run(), name="task-files")
+                self._spawn(self._stop_when_cut_off(self._contact), "stop-when-cut-off")
+            self._spawn(self._files.run(), "task-files")
             self._ready.set()
 
     async def wait_ready(self) -> None:
@@ -97,10 +101,11 @@ class Worker:
         """Take over ``change``; return when it is accepted, not when its tasks run."""
         await self._ready.wait()
         if self._payloads is not None:
-            self._payloads.put(change.secrets, change.configs)
+            self._put_payloads(self._payloads, change)
         named = {assigned.task.id for assigned in change.tasks}
         if change.complete:
-            unknown = set(await self._executor.leftovers()) - set(self._drivers) - named
+            found = await contain(self._executor.leftovers(), "leftovers not looked for")
+            unknown = set(found or ()) - set(self._drivers) - named
             for id in sorted(unknown - set(self._removing)):
                 log.info("leftover removed", task=id)
                 self._spawn_removal(id, None)
@@ -111,7 +116,7 @@ class Worker:
             self._remove(id)
         for assigned in change.tasks:
             self._assign_one(assigned, change.registry_auths.get(assigned.task.id, ""))
-        self._drop_payloads(change)
+        await contain(self._drop_payloads(change), "secrets and configs not dropped")
 
     async def clear(self) -> None:
         """Kill and remove every task, without a grace period: this node leaves its swarm.  Returns when that is begun.
@@ -150,7 +155,11 @@ class Worker:
         self, assigned: AssignedTask, status: TaskStatus, registry_auth: str = "", attempts: int = 0
     ) -> None:
         id = assigned.task.id
-        controller = self._executor.controller(assigned, registry_auth)
+        try:
+            controller: Controller = self._executor.controller(assigned, registry_auth)
+        except Exception as error:
+            report(error, "task without a controller", task=id)
+            controller = BrokenController(error)
         driver = TaskDriver(
             assigned,
             status,
@@ -167,14 +176,11 @@ class Worker:
         removal = self._removing.get(driver.task.task.id)
         if removal is not None:  # assigned again while its remains are being removed
             await asyncio.wait([removal])
-        await driver.run()
+        await persist(driver.run, "task not driven", clock=self._clock, task=driver.task.task.id)
 
     async def _update(self, driver: TaskDriver) -> None:
         """New limits for a running container; a refusal leaves the old ones."""
-        try:
-            await driver.controller.update(driver.task)
-        except SkepError as error:
-            log.warning("task not updated", task=driver.task.task.id, error=str(error))
+        await contain(driver.controller.update(driver.task), "task not updated", task=driver.task.task.id)
 
     def _remove(self, id: TaskId, *, at_once: bool = False) -> None:
         """No longer assigned: stop it in its own way (``at_once``: kill it) and free what it holds."""
@@ -195,7 +201,11 @@ class Worker:
     ) -> None:
         task = self._spawn(self._free(id, driver, running, at_once=at_once), f"remove-{id}")
         self._removing[id] = task
-        task.add_done_callback(lambda _: self._removing.pop(id, None))
+        task.add_done_callback(lambda done: self._forget_removal(id, done))
+
+    def _forget_removal(self, id: TaskId, done: asyncio.Task[None]) -> None:
+        if self._removing.get(id) is done:  # the task may have been assigned, and be removed, again
+            del self._removing[id]
 
     async def _free(
         self, id: TaskId, driver: TaskDriver | None, running: asyncio.Task[None] | None, *, at_once: bool
@@ -204,20 +214,16 @@ class Worker:
         if running is not None:
             # A verb that is not cut off may still be making what is to be freed.
             await asyncio.wait([running])
-        backoff = Backoff(first_s=0.1, longest_s=60.0)
-        while True:
-            try:
-                if driver is None:
-                    await self._executor.discard(id)
-                else:
-                    if not at_once:
-                        await driver.controller.shutdown(driver.drain_s)
-                    await driver.controller.remove()
-            except (SkepError, OSError) as error:
-                log.warning("task not removed", task=id, error=str(error))
-                await backoff.sleep(self._clock)
-            else:
+
+        async def free() -> None:
+            if driver is None:
+                await self._executor.discard(id)
                 return
+            if not at_once:
+                await driver.controller.shutdown(driver.drain_s)
+            await driver.controller.remove()
+
+        await persist(free, "task not removed", clock=self._clock, task=id)
 
     async def _stop_when_cut_off(self, contact: Contact) -> None:
         """Stop the tasks of services that want it so, each when this node was cut off for its service's delay."""
@@ -244,7 +250,19 @@ class Worker:
         if driver is not None:
             self._files.remember(RememberedTask(driver.task, driver.status, driver.attempts))
 
-    def _drop_payloads(self, change: AssignmentSet) -> None:
+    def _put_payloads(self, payloads: PayloadSink, change: AssignmentSet) -> None:
+        """Keep the data of secrets and configs.  What cannot be kept now is tried again; a task that needs it fails."""
+        try:
+            payloads.put(change.secrets, change.configs)
+        except Exception as error:
+            report(error, "secrets and configs not kept, trying again")
+
+            async def put() -> None:
+                payloads.put(change.secrets, change.configs)
+
+            self._spawn(persist(put, "secrets and configs not kept", clock=self._clock), "payloads")
+
+    async def _drop_payloads(self, change: AssignmentSet) -> None:
         if self._payloads is None:
             return
         if change.complete:
@@ -256,4 +274,35 @@ class Worker:
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._group is not None, "the worker is used before it runs"
-        return self._group.create_task(work, name=name)
+        return self._group.create_task(contain(work, "work of the worker ended", name=name), name=name)
+
+
+class BrokenController:
+    """Of a task that the executor cannot even begin with: every verb says why."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def observed(self) -> None:
+        """There is nothing."""
+
+    async def prepare(self) -> None:
+        raise Rejected(explain(self._error)) from self._error
+
+    async def start(self) -> Running:
+        raise Rejected(explain(self._error)) from self._error
+
+    async def wait(self) -> TaskExit:
+        return TaskExit(exit_code=1, message=explain(self._error))
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Nothing runs."""
+
+    async def terminate(self) -> None:
+        """Nothing runs."""
+
+    async def update(self, task: AssignedTask) -> None:
+        """Nothing runs."""
+
+    async def remove(self) -> None:
+        """Nothing is held."""

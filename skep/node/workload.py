@@ -14,6 +14,7 @@ from skep.errors import NotFound, SkepError, Unimplemented
 from skep.model.meta import Driver
 from skep.model.readable import names_from
 from skep.node.assignments import LogLine, LogQuery, LogSource
+from skep.node.conditions import Conditions
 from skep.node.events import NodeEvents
 from skep.node.executor.assembly import Programs, find_programs, oci_executor
 from skep.node.executor.attaching import ClusterAttachments
@@ -128,6 +129,7 @@ async def oci_workload(
     events: NodeEvents,
     clock: Clock,
     chance: Callable[[], float],
+    conditions: Conditions,
 ) -> Workload:
     """Containers under runc, images in a store of our own."""
     paths = configuration.paths
@@ -149,6 +151,7 @@ async def oci_workload(
         mesh_ports=mesh_ports,
         log_default=Driver(name="json-file", options=configuration.log_opts),
         programs=programs(configuration),
+        conditions=conditions,
     )
     plain = PlainContainers(
         containers=executor.containers,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from skep.linux.trees import directories
 from skep.playground import names
 from skep.playground.commands import wait_until
 
@@ -44,9 +45,9 @@ def members(playground: str, node: str) -> set[int]:
     """Every process in the node's cgroups, its containers' included."""
     pids: set[int] = set()
     for hierarchy in hierarchies():
-        for directory, _, files in os.walk(hierarchy / names.cgroup(playground, node)):
-            if "cgroup.procs" in files:
-                pids |= set(_pids(Path(directory) / "cgroup.procs"))
+        for directory in directories(hierarchy / names.cgroup(playground, node)):
+            if (directory / "cgroup.procs").exists():
+                pids |= set(_pids(directory / "cgroup.procs"))
     return pids
 
 
@@ -71,9 +72,9 @@ async def remove(playground: str, node: str) -> None:
         top = hierarchy / names.cgroup(playground, node)
 
         async def gone(top: Path = top) -> bool:
-            for directory, _, _ in os.walk(top, topdown=False):
+            for directory in reversed(directories(top)):
                 with suppress(OSError):
-                    os.rmdir(directory)
+                    directory.rmdir()
             return not top.exists()
 
         await wait_until(gone, f"{top} can be removed", _GONE_WITHIN_S)

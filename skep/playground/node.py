@@ -1,13 +1,12 @@
 """One node of a playground: made, started, killed, removed."""
 
-import asyncio
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
 
+from skep.aio.trees import discard_tree
 from skep.errors import SkepError, Unavailable
 from skep.linux.processes import start_ticks_of
 from skep.playground import cgroups, docker, engine, names, processes, underlay
@@ -132,7 +131,7 @@ async def remove_files(home: Path) -> None:
     """
 
     async def removed() -> bool:
-        await asyncio.to_thread(shutil.rmtree, home, ignore_errors=True)
+        await discard_tree(home)
         return not home.exists()
 
     await wait_until(removed, f"{home} can be removed", within_s=20)

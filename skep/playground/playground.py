@@ -2,12 +2,12 @@
 
 import asyncio
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from skep.aio.trees import discard_tree
 from skep.api.client import Client
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from skep.paths import SOCKET_PATH_BYTES_MAX
@@ -112,7 +112,7 @@ class Playground:
             return bool(left)
         if cluster.netns_root_made:
             await underlay.remove_root()
-        await asyncio.to_thread(shutil.rmtree, self.images, ignore_errors=True)
+        await discard_tree(self.images)
         self._file.remove()
         if cluster.directory_made and not os.listdir(self._directory):
             self._directory.rmdir()

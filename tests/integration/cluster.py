@@ -17,6 +17,7 @@ import docker
 from docker.errors import APIError, DockerException, NotFound
 from requests.exceptions import RequestException
 
+from skep.aio.trees import discard_tree_now
 from tests.integration import last_words
 
 T = TypeVar("T")
@@ -187,7 +188,7 @@ def _directory() -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        discard_tree_now(directory)
 
 
 def _named(directory: Path, name: str) -> TestCluster:

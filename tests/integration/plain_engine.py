@@ -1,13 +1,13 @@
 """A real dockerd for tests, in namespaces and a cgroup of its own; nothing is left of it."""
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from skep.aio.trees import discard_tree_now
 from tests.integration.cluster import CLIS, wait_until
 
 # dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
@@ -60,7 +60,7 @@ def engine_in(directory: Path, *enter: str, before: str) -> Iterator[Path]:
             process.kill()
             process.wait(10)
         _remove_cgroups(directory.name)
-        shutil.rmtree(directory, ignore_errors=True)
+        discard_tree_now(directory)
 
 
 def docker(socket: Path, *words: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:

@@ -1,7 +1,6 @@
 """`make demo` and `make demo-down`, as a newcomer types them."""
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.aio.trees import discard_tree_now
 from tests.integration.cluster import TestCluster, wait_running, wait_until
 from tests.integration.footprint import inhabitants, machine, survivors
 
@@ -27,7 +27,7 @@ def place() -> Iterator[Path]:
         yield directory / "demo"
     finally:
         make("demo-down", directory / "demo", check=False)
-        shutil.rmtree(directory, ignore_errors=True)
+        discard_tree_now(directory)
 
 
 def make(target: str, directory: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:

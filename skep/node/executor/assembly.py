@@ -11,6 +11,7 @@ import msgspec
 from skep.aio.clock import Clock
 from skep.model.ids import new_container_id
 from skep.model.meta import Driver
+from skep.node.conditions import Conditions
 from skep.node.executor.attaching import ClusterAttachments
 from skep.node.executor.oci import OciExecutor
 from skep.node.executor.pulling import Images
@@ -78,6 +79,7 @@ def oci_executor(
     log_default: Driver | None = None,
     programs: Programs | None = None,
     resolver: Path = Path("/etc/resolv.conf"),
+    conditions: Conditions | None = None,
 ) -> OciExecutor:
     """The executor of one node.
 
@@ -124,6 +126,7 @@ def oci_executor(
         clock=clock,
         new_id=new_container_id,
         starts_max=2 * (os.cpu_count() or 1),
+        conditions=conditions,
     )
     return OciExecutor(
         containers=containers,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from skep.aio.trees import remove_tree
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.model.container import ContainerSpec
@@ -73,7 +74,7 @@ class ProcessExecutor:
     async def discard(self, task_id: TaskId) -> None:
         path = self.directory / task_id
         await _kill(path)
-        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+        await remove_tree(path)
 
     def identify(self, node_id: NodeId) -> None:
         """Nothing here carries the node's id."""
@@ -158,7 +159,7 @@ class ProcessController:
 
     async def remove(self) -> None:
         await _kill(self._path)
-        await asyncio.to_thread(shutil.rmtree, self._path, ignore_errors=True)
+        await remove_tree(self._path)
 
     def _spec(self) -> ContainerSpec:
         spec = self._task.task.spec.container_spec

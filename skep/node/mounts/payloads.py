@@ -6,11 +6,11 @@ into that container.
 """
 
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from skep.aio.trees import discard_tree_now
 from skep.errors import InvalidArgument, NotFound
 from skep.linux.files import replace_file
 from skep.model.container import ConfigReference, SecretReference
@@ -110,7 +110,7 @@ class Payloads:
 
     def forget(self, key: str) -> None:
         """Remove the files of ``key``'s container."""
-        shutil.rmtree(self._files(key), ignore_errors=True)
+        discard_tree_now(self._files(key))
 
     def _files(self, key: str) -> Path:
         return self._directory / "files" / key

@@ -4,9 +4,10 @@ import asyncio
 import os
 import re
 import secrets
-import shutil
 from pathlib import Path
 
+from skep.aio.guard import explain
+from skep.aio.trees import remove_tree
 from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
 from skep.node.oci.syscalls import open_in_root
@@ -53,8 +54,11 @@ class Volumes:
         return path
 
     async def remove(self, name: str) -> None:
-        """Remove a volume with everything in it."""
-        await asyncio.to_thread(shutil.rmtree, self.path(name).parent, ignore_errors=True)
+        """Remove a volume with everything in it.  Raises: Unavailable: something of it is left."""
+        try:
+            await remove_tree(self.path(name).parent)
+        except OSError as error:
+            raise Unavailable(f"cannot remove volume {name}: {explain(error)}") from error
 
     @staticmethod
     def new_name() -> str:

@@ -19,9 +19,9 @@ inodes of a start on the data's file system, 10 are less, and none is synced the
 stays on the data's file system.
 """
 
-import errno
+import asyncio
 import os
-import shutil
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +29,10 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from skep.aio.guard import report
+from skep.aio.trees import remove_tree
+from skep.errors import Unavailable
+from skep.linux.trees import walk
 from skep.model.ids import ContainerId
 from skep.node.oci import overlay, records, spec
 from skep.node.oci.cgroups import Cgroups
@@ -39,6 +43,19 @@ from skep.node.oci.users import identity
 log = structlog.get_logger()
 
 _RECORD = "record"
+_ID = re.compile("[0-9a-f]{64}")
+
+
+class Found(msgspec.Struct):
+    """Containers of earlier processes.
+
+    ``unknown``: there is no record, or none that means anything: they may still run, and nobody knows as what;
+    ``unreadable``: the disk does not give the record now.
+    """
+
+    known: list[Container] = []
+    unknown: list[ContainerId] = []
+    unreadable: list[ContainerId] = []
 
 
 class Bundles:
@@ -77,21 +94,32 @@ class Bundles:
 
     # --- records ----------------------------------------------------------------------------------------------
 
-    def load(self) -> tuple[list[Container], list[ContainerId]]:
-        """All records, and the containers that have none: they may still run, and nobody knows as what.
-
-        Raises: Unavailable: the disk does not give one now; no container is taken for unknown because of that.
-        """
+    def load(self) -> "Found":
+        """What earlier processes left."""
         self._directory.mkdir(parents=True, exist_ok=True)
         self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        containers, unknown = [], []
+        found = Found()
         for directory in sorted(self._directory.iterdir()):
-            container = records.read(directory / _RECORD)
+            id = ContainerId(directory.name)
+            if not _ID.fullmatch(id):
+                log.warning("no container's directory: left alone", path=str(directory))
+                continue
+            try:
+                container = self.read(id)
+            except Unavailable as error:
+                report(error, "container left alone", container=id)
+                found.unreadable.append(id)
+                continue
             if container is None:
-                unknown.append(ContainerId(directory.name))
+                found.unknown.append(id)
             else:
-                containers.append(container)
-        return containers, unknown
+                found.known.append(container)
+        return found
+
+    def read(self, id: ContainerId) -> Container | None:
+        """Its record; None: there is none that means anything.  Raises: Unavailable: the disk does not give it now."""
+        container = records.read(self.path(id) / _RECORD)
+        return container if container is not None and container.id == id else None
 
     def save(self, container: Container) -> None:
         """Replace the record on disk."""
@@ -143,30 +171,28 @@ class Bundles:
         """Unmount the root file system of a container that has ended; its changes and its output stay."""
         overlay.unmount_if_mounted(self.rootfs(id))
 
-    def discard(self, id: ContainerId) -> None:
-        """Remove the directory with everything in it."""
-        self.release(id)
-        # The record goes first: what an interrupted removal leaves is known as a leftover.
-        (self.path(id) / _RECORD).unlink(missing_ok=True)
-        for directory in (self.bundle(id), self.path(id)):
-            shutil.rmtree(directory, onerror=_tolerate_missing)
+    async def discard(self, id: ContainerId) -> None:
+        """Remove the directories with everything in them.
+
+        The record goes last, so what an interrupted removal leaves is still known.
+        Raises: OSError: something of them is left, the record too.
+        """
+        await asyncio.to_thread(self.release, id)
+        await remove_tree(self.bundle(id))
+        await remove_tree(self.path(id), keep=_RECORD)
 
     def changes(self, container: Container) -> Sequence[tuple[int, str]]:
         """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted."""
         upper = self.path(container.id) / "upper"
         lower = [Path(layer) for layer in container.layers]
         found = []
-        for directory, names, files in os.walk(upper):
-            for name in sorted([*names, *files]):
-                path = Path(directory, name)
-                inside = path.relative_to(upper)
-                status = path.lstat()
-                if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
-                    found.append((2, f"/{inside}"))
-                elif any(os.path.lexists(layer / inside) for layer in lower):
-                    found.append((0, f"/{inside}"))
-                else:
-                    found.append((1, f"/{inside}"))
+        for inside, status in walk(upper):
+            if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+                found.append((2, f"/{inside}"))
+            elif any(os.path.lexists(layer / inside) for layer in lower):
+                found.append((0, f"/{inside}"))
+            else:
+                found.append((1, f"/{inside}"))
         return sorted(found, key=lambda one: one[1])
 
     def _mount(self, container: Container) -> None:
@@ -206,10 +232,3 @@ class Bundles:
                     MountPoint(type="bind", source=str(file), destination=f"/etc/{name}", internal=True)
                 )
         return points
-
-
-def _tolerate_missing(function: object, path: str, info: tuple[type, BaseException, object]) -> None:
-    error = info[1]
-    if isinstance(error, OSError) and error.errno == errno.ENOENT:
-        return
-    raise error

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import structlog
 
+from skep.linux.trees import directories
 from skep.model.ids import ContainerId
 
 log = structlog.get_logger()
@@ -72,9 +73,9 @@ class Cgroups:
         directory = self.directory(container_id, "pids") or self.directory(container_id, "memory")
         found: set[int] = set()
         if directory is not None:
-            for procs in (directory / "cgroup.procs", *directory.rglob("*/cgroup.procs")):
+            for group in directories(directory):
                 with suppress(OSError):
-                    found.update(map(int, procs.read_text().split()))
+                    found.update(map(int, (group / "cgroup.procs").read_text().split()))
         return frozenset(found)
 
     def enter_monitors(self) -> None:
@@ -165,8 +166,7 @@ def _remove_tree(directory: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError:  # it has nested groups, or processes
-        nested = [Path(path) for path, _, _ in os.walk(directory, topdown=False)]
-        for path in nested:
+        for path in reversed(directories(directory)):
             with suppress(OSError):
                 path.rmdir()
     return not directory.exists()

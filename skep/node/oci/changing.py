@@ -41,13 +41,13 @@ class ContainerChanger(ContainerReader):
         """Freeze its processes.  Raises: NotFound; NotRunning; RuntimeFailed."""
         container = self.require_running(word)
         await self._runtime.pause(container.id)
-        self.events.publish("pause", self._registry.change(container.id, state=ContainerState.PAUSED))
+        self.events.publish("pause", self._registry.observe(container.id, state=ContainerState.PAUSED))
 
     async def unpause(self, word: str) -> None:
         """Let its processes go on.  Raises: NotFound; NotRunning; RuntimeFailed."""
         container = self.require_running(word)
         await self._runtime.resume(container.id)
-        self.events.publish("unpause", self._registry.change(container.id, state=ContainerState.RUNNING))
+        self.events.publish("unpause", self._registry.observe(container.id, state=ContainerState.RUNNING))
 
     async def update(self, word: str, *, nano_cpus: int, memory_bytes: int, pids: int) -> Container:
         """Change its limits without a restart; 0 lifts one.  Raises: NotFound; RuntimeFailed."""
@@ -59,7 +59,7 @@ class ContainerChanger(ContainerReader):
             return container
         if container.is_running:
             await self._runtime.update(container.id, config)
-        container = self._registry.change(container.id, config=config)
+        container = self._registry.observe(container.id, config=config)
         self.events.publish("update", container)
         return container
 
@@ -79,4 +79,4 @@ class ContainerChanger(ContainerReader):
 
     def change_endpoint(self, id: ContainerId, endpoint: Endpoint) -> Container:
         """Note that a running container is on other networks now.  Raises: NotFound."""
-        return self._registry.change(self.get(id).id, endpoint=endpoint)
+        return self._registry.observe(self.get(id).id, endpoint=endpoint)

@@ -10,24 +10,27 @@ that still run and settles the ones that ended meanwhile.
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import finish
 from skep.aio.groups import errors_as_they_are
+from skep.aio.guard import contain, explain, persist, report
 from skep.errors import NotFound, SkepError
 from skep.model.ids import ContainerId
 from skep.model.times import ZERO_TIME, timestamp
+from skep.node.conditions import Conditions
 from skep.node.oci import health
-from skep.node.oci.attachment import Attachment, WaitingClients, attach
+from skep.node.oci.attachment import Attachment, attach
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.cgroups import Cgroups
-from skep.node.oci.changing import ContainerChanger
 from skep.node.oci.conmon import StartError
 from skep.node.oci.container import (
     Container,
@@ -37,24 +40,23 @@ from skep.node.oci.container import (
     StillRunning,
 )
 from skep.node.oci.events import Events
-from skep.node.oci.execs import Execs
-from skep.node.oci.health_checks import HealthChecks
 from skep.node.oci.log_keeping import LogKeeper
 from skep.node.oci.networking import Networking, kept
 from skep.node.oci.processes import send_signal
 from skep.node.oci.registry import Registry
 from skep.node.oci.runtime import Runtime
+from skep.node.oci.settling import ContainerSettler
 from skep.node.oci.signals import signal_number
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
-SWEEP_SECONDS = 20.0
-"""Between two comparisons of what the network holds for containers with the containers there are."""
+_READ_TRIES_MAX = 5
+"""Of records that the disk does not give: it may be out of memory or descriptors for a moment."""
 
 
-class Containers(ContainerChanger):
+class Containers(ContainerSettler):
     """All containers of this node."""
 
     def __init__(
@@ -67,12 +69,14 @@ class Containers(ContainerChanger):
         clock: Clock,
         new_id: Callable[[], ContainerId],
         starts_max: int,
+        conditions: Conditions | None = None,
     ) -> None:
         """``starts_max``: containers that are created and started at the same moment, at most.
 
         Twice the number of cores keeps a single start short under load at no loss of rate.
         """
         super().__init__(
+            network=network,
             registry=Registry(bundles),
             bundles=bundles,
             cgroups=cgroups,
@@ -80,17 +84,10 @@ class Containers(ContainerChanger):
             runtime=runtime,
             events=Events(clock),
         )
-        self._network = network
         self._new_id = new_id
         self._starting = asyncio.Semaphore(starts_max)
-        self._waiting = WaitingClients()
-        self._watches: dict[ContainerId, asyncio.Task[None]] = {}
-        self._turns: dict[ContainerId, asyncio.Lock] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._group: asyncio.TaskGroup | None = None
+        self._conditions = conditions
         self.log_keeper = LogKeeper(bundles, runtime, clock, self.list)
-        self.execs = Execs(bundles, runtime, self.events, container=self.get, spawn=self._spawn)
-        self.health = HealthChecks(self._registry, self.execs, self.events, cgroups, clock)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -100,17 +97,10 @@ class Containers(ContainerChanger):
         """
         async with errors_as_they_are(), asyncio.TaskGroup() as group, self._network.running():
             self._group = group
-            known, unknown = await asyncio.to_thread(self._bundles.load)
-            for container in known:
-                self._registry.add(container)
-            for id in unknown:
-                await self._remove_unknown(id)
-            live = kept(known)
-            await self._network.restore(live)
-            connected = {one.id for one in live}
-            for container in self._registry.list():
-                await self._adopt(container, has_network=container.id in connected)
-            self._spawn(self.log_keeper.run(), name="log-rotation")
+            await self._restore()
+            self._spawn(self._registry.run(self._clock), name="records")
+            rotating = persist(self.log_keeper.run, "log rotation ended", clock=self._clock)
+            self._spawn(rotating, name="log-rotation")
             self._spawn(self._keep_sweeping(), name="network-sweep")
             try:
                 yield
@@ -227,37 +217,6 @@ class Containers(ContainerChanger):
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    async def _keep_sweeping(self) -> None:
-        while True:
-            await self._clock.sleep(SWEEP_SECONDS)
-            try:
-                await self.sweep()
-            except (SkepError, OSError) as error:
-                log.warning("leftovers of networks not removed yet", error=str(error))
-
-    def _needs_network(self, id: ContainerId) -> bool:
-        """Whether it has a network, or somebody is just giving it one or taking it back."""
-        turn, container = self._turns.get(id), self._registry.lookup(id)
-        if turn is not None and turn.locked():
-            return True
-        if container is None or container.endpoint is None:
-            return False
-        return container.is_running or not container.was_started
-
-    async def _in_turn(self, id: ContainerId, work: Coroutine[Any, Any, T]) -> T:
-        """What makes, starts, retires or removes one container happens one after the other.
-
-        A removal that overtook the making would leave the namespace that is just being made to nobody.
-        """
-        turn = self._turns.setdefault(id, asyncio.Lock())
-        try:
-            async with turn:
-                return await work
-        finally:
-            work.close()  # of one that was cancelled before its turn
-            if self._registry.lookup(id) is None and not turn.locked():
-                self._turns.pop(id, None)
-
     async def _make(self, container: Container) -> Container:
         try:
             self._bundles.make(container)
@@ -266,7 +225,7 @@ class Containers(ContainerChanger):
             await asyncio.to_thread(self._bundles.prepare, container)
             return container
         except BaseException as error:
-            await asyncio.shield(self._discard(container.id))
+            await asyncio.shield(self._free(self._discard(container.id), container.id))
             if isinstance(error, OSError):
                 raise StartError(f"cannot prepare the container: {error}") from error
             raise
@@ -279,16 +238,6 @@ class Containers(ContainerChanger):
         except BaseException:
             await asyncio.shield(self._free(self._network.detach(container.id, endpoint), container.id))
             raise
-
-    async def _retire(self, id: ContainerId) -> None:
-        container = self.get(id)
-        if container.state is not ContainerState.CREATED or container.plain is not None:
-            return
-        await self._runtime.delete(id)
-        if container.endpoint is not None:
-            await self._free(self._network.detach(id, container.endpoint), id)
-        await self._free(asyncio.to_thread(self._bundles.release, id), id)
-        self._registry.change(id, process=None, monitor=None, endpoint=None, is_retired=True)
 
     async def _remove(self, id: ContainerId, *, force: bool) -> None:
         container = self.get(id)
@@ -322,7 +271,7 @@ class Containers(ContainerChanger):
         except BaseException as error:
             await asyncio.shield(self._give_up(id, error))
             raise
-        container = self._registry.change(
+        container = self._registry.observe(
             id,
             state=ContainerState.RUNNING,
             started_at=timestamp(self._clock.now_ns()),
@@ -345,7 +294,7 @@ class Containers(ContainerChanger):
         plain = container.plain
         if plain is None or plain.is_stopped:
             return container
-        return self._registry.change(container.id, plain=msgspec.structs.replace(plain, is_stopped=True))
+        return self._registry.observe(container.id, plain=msgspec.structs.replace(plain, is_stopped=True))
 
     async def _signal(self, container: Container, number: int) -> None:
         if container.process is not None:
@@ -355,85 +304,74 @@ class Containers(ContainerChanger):
             with suppress(SkepError):
                 await self._runtime.resume(container.id)  # a frozen process does not even die
 
-    def _watch(self, container: Container) -> None:
-        task = self._spawn(self._wait_and_settle(container), name=f"container-{container.id[:12]}")
-        self._watches[container.id] = task
-        task.add_done_callback(lambda _: self._watches.pop(container.id, None))
-        if container.health is not None:
-            self._spawn(self.health.run(container.id), name=f"health-{container.id[:12]}")
-
-    async def _wait_settled(self, id: ContainerId) -> None:
-        """Return when everything is freed that an ended container does not need."""
-        watch = self._watches.get(id)
-        if watch is not None:
-            await asyncio.wait([watch])
-
-    async def _wait_and_settle(self, container: Container) -> None:
-        """Wait for its end, free what only a running container needs, then say that it ended."""
-        id = container.id
-        ended = await self._runtime.wait(container)
-        if container.endpoint is not None:
-            await self._free(self._network.detach(id, container.endpoint), id)
-        container = self._registry.change(
-            id,
-            state=ContainerState.EXITED,
-            process=None,
-            monitor=None,
-            exit_code=ended.exit_code,
-            error=ended.error,
-            oom_killed=ended.oom_killed,
-            finished_at=timestamp(self._clock.now_ns()),
-        )
-        if ended.oom_killed:
-            self.events.publish("oom", container)
-        self.events.publish("die", container, exitCode=str(ended.exit_code))
-        await self._runtime.clear(id)
-        await self._free(asyncio.to_thread(self._bundles.release, id), id)
-
-    async def _free(self, work: Coroutine[Any, Any, None], id: ContainerId) -> None:
-        """Free one thing; a failure is logged and the next start of the node process finds the rest."""
-        try:
-            await work
-        except (SkepError, OSError) as error:
-            log.warning("not freed", container=id, error=str(error))
-
-    async def _give_up(self, id: ContainerId, error: BaseException) -> None:
-        """A start failed: nothing of it stays but the record, which says why."""
-        container = self.get(id)
-        await self._runtime.delete(id)
-        if container.endpoint is not None:
-            await self._free(self._network.detach(id, container.endpoint), id)
-        await self._free(asyncio.to_thread(self._bundles.release, id), id)
-        code = error.exit_code if isinstance(error, StartError) else 128
-        self._waiting.fail(id, NotRunning(str(error)))
-        self._registry.change(id, process=None, monitor=None, endpoint=None, exit_code=code, error=str(error))
-
     async def _ready_again(self, container: Container) -> Container:
         container = await self._connect(container)
         await asyncio.to_thread(self._bundles.prepare, container)
         return container
 
-    async def _discard(self, id: ContainerId) -> None:
-        container = self.get(id)
-        self.execs.forget(id)
-        if container.state is ContainerState.CREATED:
-            await self._runtime.delete(id)
-            if container.endpoint is not None:
-                await self._free(self._network.detach(id, container.endpoint), id)
-        await asyncio.to_thread(self._bundles.discard, id)
-        self._registry.forget(id)
-
     # --- after a restart --------------------------------------------------------------------------------------
 
-    async def _remove_unknown(self, id: ContainerId) -> None:
-        """End and remove a container whose record cannot be read: a task's is replaced, as if it had failed."""
-        log.warning("container without a readable record removed", id=id)
-        await self._runtime.delete(id)
-        await asyncio.to_thread(self._bundles.discard, id)
+    async def _restore(self) -> None:
+        """Find the containers of earlier processes again.  Nothing that one of them has left stops this."""
+        load = partial(asyncio.to_thread, self._bundles.load)
+        found = await self._persist_restoring(load, "containers not found again")
+        backoff = Backoff(0.1, 2.0)
+        for _ in range(_READ_TRIES_MAX):
+            if not found.unreadable:
+                break
+            await backoff.sleep(self._clock)
+            found = await self._persist_restoring(load, "containers not found again")
+        for container in found.known:
+            self._registry.restore(container)
+        for id in found.unreadable:  # without its record nobody knows its network, which others are given now
+            log.error("container is ended: its record cannot be read", container=id)
+            await self._free(self._runtime.delete(id), id)
+            self._spawn(self._persist(partial(self._look_again, id), id), name=f"record-{id[:12]}")
+        for id in found.unknown:
+            log.warning("container without a record removed", container=id)
+            self._spawn(self._persist(partial(self._remove_unknown, id), id), name=f"remove-{id[:12]}")
+        live = kept(found.known)
+        await self._persist_restoring(partial(self._network.restore, live), "networks not restored")
+        connected = {one.id for one in live}
+        for container in self._registry.list():
+            work = self._adopt(container, has_network=container.id in connected)
+            await contain(
+                work,
+                "container not taken over",
+                on_error=partial(self._show, container.id),
+                container=container.id,
+            )
+
+    async def _persist_restoring(self, work: Callable[[], Awaitable[T]], event: str) -> T:
+        """What comes of ``work``; meanwhile the node answers, and says why it is not ready."""
+
+        def show(error: Exception) -> None:
+            if self._conditions is not None:
+                message = f"containers of before are not taken over: {explain(error)}"
+                self._conditions.raise_("restore", message)
+
+        result = await persist(work, event, clock=self._clock, longest_s=10.0, on_error=show)
+        if self._conditions is not None:
+            self._conditions.clear("restore")
+        return result
+
+    async def _look_again(self, id: ContainerId) -> None:
+        """Take over a container whose record could not be read.  Raises: Unavailable: it still cannot."""
+        container = await asyncio.to_thread(self._bundles.read, id)
+        if container is None:
+            await self._remove_unknown(id)
+        else:
+            self._registry.restore(container)
+            await self._adopt(container, has_network=False)
 
     async def _adopt(self, container: Container, *, has_network: bool) -> None:
         """Go on where the process before this one stopped."""
-        if container.is_running:
+        if container.state is ContainerState.REMOVING:
+            id = container.id
+            self._spawn(
+                self._persist(lambda: self._in_turn(id, self._discard(id)), id), name=f"remove-{id[:12]}"
+            )
+        elif container.is_running:
             self._watch(container)  # settles at once what ended meanwhile
         elif not container.was_started and not container.is_retired:
             await self._adopt_created(container, has_network=has_network)
@@ -443,11 +381,11 @@ class Containers(ContainerChanger):
         id = container.id
         if container.process is not None and await self._runtime.status(id) in ("running", "stopped"):
             started_at = timestamp(self._clock.now_ns())
-            container = self._registry.change(id, state=ContainerState.RUNNING, started_at=started_at)
+            container = self._registry.observe(id, state=ContainerState.RUNNING, started_at=started_at)
             self._watch(container)
             return
         await self._runtime.delete(id)
-        container = self._registry.change(id, process=None, monitor=None)
+        container = self._registry.observe(id, process=None, monitor=None)
         if container.plain is not None:
             if container.endpoint is not None:  # the process before this one ended in the middle of its start
                 await self._free(self._network.detach(id, container.endpoint), id)
@@ -457,17 +395,6 @@ class Containers(ContainerChanger):
                 await asyncio.to_thread(self._bundles.prepare, container)
             elif not container.error:  # it could not be started, and its network was given back
                 await self._ready_again(container)
-        except (SkepError, OSError) as error:
-            log.warning("container not ready again", container=id, error=str(error))
-            self._registry.change(id, error=str(error), exit_code=128)
-
-    # --- tasks ------------------------------------------------------------------------------------------------
-
-    def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        if self._group is None:
-            work.close()
-            raise RuntimeError("containers are used outside of running()")
-        task = self._group.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        except Exception as error:
+            report(error, "container not ready again", container=id)
+            self._registry.observe(id, error=explain(error), exit_code=128)

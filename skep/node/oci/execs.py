@@ -6,13 +6,15 @@ is kept in memory only, as the engine does, and forgotten when its container goe
 
 import asyncio
 import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from skep.aio.clock import Clock
+from skep.aio.guard import persist
+from skep.aio.trees import discard_tree
 from skep.errors import FailedPrecondition, NotFound, ResourceExhausted
 from skep.model.ids import ContainerId
 from skep.node.oci.attachment import Attachment
@@ -38,6 +40,7 @@ class Execs:
         bundles: Bundles,
         runtime: Runtime,
         events: Events,
+        clock: Clock,
         *,
         container: Callable[[str], Container],
         spawn: Callable[..., asyncio.Task[None]],
@@ -46,6 +49,7 @@ class Execs:
         self._bundles = bundles
         self._runtime = runtime
         self._events = events
+        self._clock = clock
         self._container = container
         self._spawn = spawn
         self._execs: dict[str, Exec] = {}
@@ -133,9 +137,15 @@ class Execs:
     async def _watch(
         self, container: Container, exec_id: str, path: Path, monitor: ProcessName | None
     ) -> None:
-        code = await self._runtime.wait_exec(container, path, monitor)
+        code = await persist(
+            lambda: self._runtime.wait_exec(container, path, monitor),
+            "end of exec not seen",
+            clock=self._clock,
+            longest_s=5.0,
+            exec=exec_id,
+        )
         self._finish(exec_id, code)
-        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+        await discard_tree(path)
 
     def _finish(self, exec_id: str, exit_code: int) -> None:
         exec = self._execs.get(exec_id)

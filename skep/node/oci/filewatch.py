@@ -1,13 +1,22 @@
-"""Waiting for changes in a directory (inotify), without polling."""
+"""Waiting for changes in a directory: by inotify, or by looking now and then where there is none to be had.
+
+A user may have 128 instances of inotify (``fs.inotify.max_user_instances``), and the root of every container is the
+same user as this process: what follows files must do without.
+"""
 
 import asyncio
 import ctypes
 import os
 from pathlib import Path
 
+import structlog
+
+log = structlog.get_logger()
+
 _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _IN_MODIFY, _IN_CREATE, _IN_MOVED = 0x2, 0x100, 0xC0
+_LOOK_S = 0.25
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -15,17 +24,17 @@ class FileWatch:
     """Tells that a file in a directory was written to, made or renamed.  Close it."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises: OSError: no such directory, or the user's limit of inotify instances is reached."""
-        self._descriptor = _libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
-        if self._descriptor < 0:
-            _raise("inotify_init1")
-        mask = _IN_MODIFY | _IN_CREATE | _IN_MOVED
-        if _libc.inotify_add_watch(self._descriptor, os.fsencode(directory), mask) < 0:
-            os.close(self._descriptor)
-            _raise(f"inotify_add_watch {directory}")
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = _watching(directory)
+        except OSError as error:
+            log.info("directory is looked at now and then", path=str(directory), reason=str(error))
 
     async def wait_changed(self) -> None:
-        """Return when something changed since the last return (or since the watch was made)."""
+        """Return when something changed since the last return (or since the watch was made), or may have."""
+        if self._descriptor is None:
+            await asyncio.sleep(_LOOK_S)
+            return
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         loop.add_reader(self._descriptor, readable.set)
@@ -40,7 +49,22 @@ class FileWatch:
                 return
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def _watching(directory: Path) -> int:
+    """An inotify descriptor.  Raises: OSError: no such directory, or the limit is reached."""
+    descriptor: int = _libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
+    if descriptor < 0:
+        _raise("inotify_init1")
+    mask = _IN_MODIFY | _IN_CREATE | _IN_MOVED
+    if _libc.inotify_add_watch(descriptor, os.fsencode(directory), mask) < 0:
+        number = ctypes.get_errno()
+        os.close(descriptor)
+        ctypes.set_errno(number)
+        _raise(f"inotify_add_watch {directory}")
+    return descriptor
 
 
 def _raise(what: str) -> None:

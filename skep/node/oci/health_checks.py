@@ -14,6 +14,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.first import Overtaken, unless
+from skep.aio.guard import explain, report
 from skep.errors import NotFound, SkepError
 from skep.model.container import HealthConfig
 from skep.model.ids import ContainerId
@@ -51,7 +52,7 @@ class HealthChecks:
             await unless(self._probe_on(id), self._wait_ended(id))
         container = self._registry.lookup(id)
         if container is not None and container.health is not None:
-            self._registry.change(id, health=health.stopped(container.health))
+            self._registry.observe(id, health=health.stopped(container.health))
 
     async def wait(self, id: ContainerId, *wanted: HealthStatus) -> Container:
         """Return when its health is one of ``wanted``, when it does not run, or at once if it has no probe.
@@ -86,11 +87,7 @@ class HealthChecks:
             if not self._registry.get(id).is_running:
                 return  # it ended meanwhile: what the probe says is of no use
             new = health.after(config, known, probe, began_s)
-            try:
-                container = self._registry.change(id, health=new)
-            except OSError as error:
-                log.warning("health not kept", container=id, error=str(error))
-                continue
+            container = self._registry.observe(id, health=new)
             if new.status is not known.status:
                 self._events.publish(f"health_status: {new.status.value}", container)
 
@@ -105,8 +102,10 @@ class HealthChecks:
             output = bytearray(
                 f"Health check exceeded timeout ({health.timeout_s(config):g}s){said}".encode()
             )
-        except (SkepError, OSError) as error:
-            exit_code, output = health.BROKEN, bytearray(str(error).encode())
+        except Exception as error:  # whatever the container had it meet
+            if not isinstance(error, SkepError | OSError):
+                report(error, "probe failed", container=container.id)
+            exit_code, output = health.BROKEN, bytearray(explain(error).encode(errors="replace"))
         return Probe(
             start=start, end=timestamp(self._clock.now_ns()), exit_code=exit_code, output=_text(output)
         )

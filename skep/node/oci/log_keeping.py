@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.guard import report
 from skep.node.oci import logs
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container
@@ -40,5 +41,5 @@ class LogKeeper:
         current = self._bundles.log(container.id)
         try:
             logs.rotate(current, container.config.log, lambda: self._runtime.reopen_log(container.id))
-        except OSError as error:
-            log.warning("log not rotated", container=container.id, error=str(error))
+        except Exception as error:  # it is one log
+            report(error, "log not rotated", container=container.id)

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from skep.model.ids import ContainerId
-from skep.node.oci.container import Container, Endpoint
+from skep.node.oci.container import Container, ContainerState, Endpoint
 from skep.node.oci.processes import is_alive
 
 
@@ -38,6 +38,7 @@ def kept(containers: Iterable[Container]) -> list[Container]:
         one
         for one in containers
         if one.endpoint is not None
+        and one.state is not ContainerState.REMOVING
         and os.path.ismount(one.endpoint.netns)
         and (not one.was_started or (one.process is not None and is_alive(one.process)))
     ]

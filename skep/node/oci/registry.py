@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from skep.aio.clock import Clock
+from skep.aio.guard import persist, report
 from skep.errors import AlreadyExists, NotFound
 from skep.model.ids import ContainerId
 from skep.node.oci.bundle import Bundles
@@ -20,6 +22,8 @@ class Registry:
         self._containers: dict[ContainerId, Container] = {}
         self._ids_by_name: dict[str, ContainerId] = {}
         self._changed: dict[ContainerId, asyncio.Event] = {}
+        self._unwritten: set[ContainerId] = set()
+        self._something = asyncio.Event()
 
     def list(self) -> Sequence[Container]:
         """All of them, the newest first."""
@@ -61,8 +65,44 @@ class Registry:
         container = msgspec.structs.replace(before, **fields)
         self._bundles.save(container)
         self._containers[id] = container
+        self._unwritten.discard(id)
         self._notify(id)
         return container
+
+    def observe(self, id: ContainerId, **fields: Any) -> Container:
+        """Like ``change`` for what is so, whether it can be written down now or not: it is written as soon as it can.
+
+        Raises: NotFound: it is gone.
+        """
+        try:
+            return self.change(id, **fields)
+        except OSError as error:
+            report(error, "record not written", container=id)
+        container = self._containers[id] = msgspec.structs.replace(self._containers[id], **fields)
+        self._unwritten.add(id)
+        self._something.set()
+        self._notify(id)
+        return container
+
+    async def run(self, clock: Clock) -> None:
+        """Write what could not be written, until cancelled."""
+        while True:
+            await self._something.wait()
+            self._something.clear()
+            await persist(self._write, "records not written", clock=clock, longest_s=5.0)
+
+    async def _write(self) -> None:
+        for id in tuple(self._unwritten):
+            container = self._containers.get(id)
+            if container is not None:
+                self._bundles.save(container)
+            self._unwritten.discard(id)
+
+    def restore(self, container: Container) -> None:
+        """Know a container of an earlier process; should its name be another's, it gets one of its own."""
+        if container.name in self._ids_by_name:
+            container = msgspec.structs.replace(container, name=f"{container.name}-{container.id[:12]}")
+        self.add(container)
 
     def rename(self, id: ContainerId, name: str) -> Container:
         """Give a container another name, on disk and here.  Raises: NotFound; AlreadyExists: it is taken."""
@@ -87,6 +127,7 @@ class Registry:
         container = self._containers.pop(id, None)
         if container is not None:
             del self._ids_by_name[container.name]
+        self._unwritten.discard(id)
         self._notify(id)
 
     async def wait_changed(self, id: ContainerId) -> None:

@@ -17,12 +17,12 @@ Source: runc, libcontainer/container_linux.go (exec, handleFifoResult, destroy),
 
 import asyncio
 import os
-import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
 
 from skep.errors import SkepError
+from skep.linux.trees import remove_tree
 from skep.model.ids import ContainerId
 from skep.node.oci.container import ProcessName
 from skep.node.oci.processes import open_pidfd
@@ -73,8 +73,7 @@ class RuncState:
 
     def forget(self, id: ContainerId) -> None:
         """Remove what runc knows of a container that has ended and whose control groups are gone."""
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._root / id)
+        remove_tree(self._root / id)
 
 
 async def _wait_executed(fifo: int, process: ProcessName) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.guard import report
 from skep.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -253,8 +254,8 @@ class PlainContainers:
                 next_ = await self._start_again(id, next_)
         except NotFound:
             pass  # its user was faster
-        except SkepError as error:
-            log.warning("plain container left as it is", container=id, reason=str(error))
+        except Exception as error:
+            report(error, "plain container left as it is", container=id)
 
     async def _start_again(self, id: ContainerId, due: restarts.StartAgain) -> restarts.Next:
         """Start it, unless its user has decided otherwise meanwhile; gives what follows.  Raises: NotFound."""

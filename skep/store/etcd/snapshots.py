@@ -18,6 +18,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.trees import discard_tree, discard_tree_now
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.commands import communicate
 from skep.linux.files import BESIDE, sync_directory
@@ -111,7 +112,7 @@ async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Pa
     except (SkepError, OSError) as error:
         log.warning("the store's own log cannot be used, its database is", reason=str(error))
     finally:
-        await asyncio.to_thread(shutil.rmtree, copy, ignore_errors=True)
+        await discard_tree(copy)
     database = settings.data / "member" / "snap" / "db"
     if not is_database(head_of(database)):
         raise Damaged(f"{database} is damaged: restore a backup")
@@ -120,7 +121,7 @@ async def salvage(settings: MemberSettings, binary: Binary, clock: Clock, to: Pa
 
 
 def _copy_files(source: Path, to: Path) -> None:
-    shutil.rmtree(to.parent, ignore_errors=True)
+    discard_tree_now(to.parent)
     shutil.copytree(source, to)
 
 
@@ -131,7 +132,7 @@ async def restore_store(snapshot: Path, settings: MemberSettings, binary: Binary
     """
     new, old = settings.directory / "data.new", settings.directory / "data.old"
     for leftover in (new, *([old] if settings.data.exists() else [])):
-        await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
+        await discard_tree(leftover)
     settings.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     process = await asyncio.create_subprocess_exec(
         str(_etcdutl(binary)),

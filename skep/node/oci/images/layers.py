@@ -9,7 +9,6 @@ import asyncio
 import ctypes
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
@@ -20,8 +19,11 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
+from skep.aio.guard import report
+from skep.aio.trees import discard_tree
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
 from skep.linux.files import sync_directory
+from skep.linux.trees import remove_tree
 from skep.node.oci.images import untar
 from skep.node.oci.images.digest import Digest, hex_of
 from skep.node.oci.images.turns import Turns
@@ -105,8 +107,8 @@ class Layers:
         for directory in sorted(self._root.iterdir()):
             try:
                 layer = msgspec.json.decode((directory / "layer.json").read_bytes(), type=Layer)
-            except (OSError, msgspec.DecodeError) as error:
-                log.warning("layer left out", directory=str(directory), reason=str(error))
+            except Exception as error:  # whatever it is, it is one layer
+                report(error, "layer left out", directory=str(directory))
             else:
                 self._layers[layer.chain_id] = layer
 
@@ -147,7 +149,7 @@ class Layers:
                 layer = await self._unpack(content, workspace, chain_id, diff_id, blob)
                 await asyncio.to_thread(_publish, workspace, self._root / hex_of(chain_id), layer)
             finally:
-                await asyncio.shield(asyncio.to_thread(shutil.rmtree, workspace, ignore_errors=True))
+                await asyncio.shield(discard_tree(workspace))
             self._layers[chain_id] = layer
             return layer
 
@@ -304,6 +306,6 @@ def _publish(workspace: Path, final: Path, layer: Layer) -> None:
     finally:
         os.close(directory)
     if final.exists():  # left by a process that knew it under a name we could not read
-        shutil.rmtree(final)
+        remove_tree(final)
     workspace.rename(final)
     sync_directory(final.parent)

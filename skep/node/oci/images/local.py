@@ -10,7 +10,6 @@ removal beside it leaves them; what is neither pinned nor part of an image is de
 """
 
 import asyncio
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
@@ -21,6 +20,8 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock, SystemClock
+from skep.aio.guard import report
+from skep.aio.trees import discard_tree, discard_tree_now
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound
 from skep.linux.files import BESIDE, replace_file
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
@@ -231,7 +232,7 @@ class LocalImages:
         try:
             yield path
         finally:
-            await asyncio.shield(asyncio.to_thread(shutil.rmtree, path, ignore_errors=True))
+            await asyncio.shield(discard_tree(path))
 
     def announce(self, action: str, id: str, name: str) -> None:
         """Tell that something happened to an image."""
@@ -249,25 +250,27 @@ class LocalImages:
         for directory in (self._root, self._root / "configs", self.scratch):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for leftover in self.scratch.iterdir():
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+            discard_tree_now(leftover)
         self.layer_store.open()
         self._catalog = _read_catalog(self._root / "catalog.json")
         for file in sorted((self._root / "configs").iterdir()):
             if file.suffix == BESIDE:
-                file.unlink()
+                discard_tree_now(file)
                 continue
-            content = file.read_bytes()
             try:
-                config = parse_config(content)
-            except InvalidArgument as error:
-                log.warning("image left out", file=str(file), reason=str(error))
-                continue
-            if hex_of(digest_of(content)) != file.name:
-                log.warning("image left out", file=str(file), reason="its content has changed")
-            elif all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
-                self._configs[digest_of(content)] = config
-            else:
-                log.warning("image left out", file=str(file), reason="a layer is missing")
+                self._read_config(file)
+            except Exception as error:  # whatever it is, it is one image
+                report(error, "image left out", file=str(file))
+
+    def _read_config(self, file: Path) -> None:
+        """Raises: InvalidArgument; OSError."""
+        content = file.read_bytes()
+        config = parse_config(content)
+        if hex_of(digest_of(content)) != file.name:
+            raise InvalidArgument("its content has changed")
+        if not all(self.layer_store.get(chain_id) for chain_id in chain_ids(config.diff_ids)):
+            raise InvalidArgument("a layer is missing")
+        self._configs[digest_of(content)] = config
 
     def _index(self) -> None:
         """Make the images anew from configurations and catalog."""
@@ -321,7 +324,7 @@ class LocalImages:
         unneeded = [layer for id, layer in self.layer_store.all().items() if id not in needed]
         chain = [layer.chain_id for layer in reversed(unneeded)]
         for grave in self.layer_store.detach(chain):
-            await asyncio.to_thread(shutil.rmtree, grave, ignore_errors=True)
+            await discard_tree(grave)
         return chain
 
 

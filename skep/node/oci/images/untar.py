@@ -18,14 +18,15 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import stat
 import sys
 import tarfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from skep.linux.trees import remove_tree, walk
 from skep.node.oci.images.confinement import Helper, confine
 from skep.node.oci.images.streams import Malformed, plain_chunks
 
@@ -285,7 +286,7 @@ def _make_way(path: str, member: tarfile.TarInfo) -> None:
     if not stat.S_ISDIR(present.st_mode):
         os.unlink(path)
     elif not member.isdir():
-        shutil.rmtree(path)
+        remove_tree(Path(path))
 
 
 def _set_xattrs(path: str, member: tarfile.TarInfo) -> None:
@@ -338,16 +339,12 @@ def tree_bytes(root: str) -> int:
 
     Source: moby, pkg/directory/directory_unix.go.
     """
-    total, seen, directories = 0, set(), [root]
-    while directories:
-        with os.scandir(directories.pop()) as entries:
-            for entry in entries:
-                status = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(status.st_mode):
-                    directories.append(entry.path)
-                elif status.st_nlink == 1 or status.st_ino not in seen:
-                    seen.add(status.st_ino)
-                    total += status.st_size
+    total, seen = 0, set()
+    for _, status in walk(Path(root)):
+        if not stat.S_ISDIR(status.st_mode) and (status.st_nlink == 1 or status.st_ino not in seen):
+            if status.st_nlink > 1:
+                seen.add(status.st_ino)
+            total += status.st_size
     return total
 
 

@@ -63,6 +63,7 @@ class Rig:
             cast("Bundles", NoDisk()),
             cast("Runtime", self.runtime),
             events,
+            clock,
             container=self.registry.get,
             spawn=lambda work, name: pytest.fail("nothing started"),
         )

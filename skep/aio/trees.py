@@ -1,0 +1,48 @@
+"""Removing directory trees beside the event loop: it may take minutes, so no other work waits for its threads."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from skep.linux import trees
+
+log = structlog.get_logger()
+
+_removers = ThreadPoolExecutor(max_workers=16, thread_name_prefix="remove-tree")
+
+
+async def remove_tree(path: Path, *, keep: str = "") -> None:
+    """Remove ``path`` with all that is in it; cancelled, it ends soon and leaves the rest.
+
+    ``keep``: the name of an entry of ``path`` that goes last.
+    Raises: OSError: something is left (``trees.NotRemoved``).
+    """
+    stop = threading.Event()
+    work = asyncio.get_running_loop().run_in_executor(_removers, partial(trees.remove_tree, path, stop, keep))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait((work,))  # no thread is left behind that removes what somebody makes anew
+        work.cancelled() or work.exception()
+        raise
+
+
+async def discard_tree(path: Path) -> None:
+    """Remove what nobody misses; what cannot be removed is logged, and left for the next start of the process."""
+    try:
+        await remove_tree(path)
+    except OSError as error:
+        log.warning("not removed", path=str(path), error=str(error))
+
+
+def discard_tree_now(path: Path) -> None:
+    """The same, for code that runs in a thread already."""
+    try:
+        trees.remove_tree(path)
+    except OSError as error:
+        log.warning("not removed", path=str(path), error=str(error))

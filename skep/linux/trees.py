@@ -1,0 +1,310 @@
+"""Directory trees that a container has made: removed and walked whatever their depth, size, names and mounts.
+
+``shutil.rmtree`` and ``os.walk`` recurse (before Python 3.12 and 3.13), so a few hundred nested directories are the
+end of whoever calls them.  Here a tree is taken apart with a stack of at most ``_LEVELS_MAX`` open directories: what
+lies deeper is moved up to the top first and removed from there.  Nothing is listed as a whole, no path is longer than a
+name, no symbolic link is followed and no mount is entered.
+"""
+
+import array
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_LEVELS_MAX = 48
+"""Open at one time, two descriptors each."""
+_GRAVE = ".skep-removed-"
+"""Begins the name of a directory that was moved up."""
+
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+_IMMUTABLE_OR_APPEND = 0x10 | 0x20
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_OPENAT2, _RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS = 437, 0x01, 0x04
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+class NotRemoved(OSError):
+    """Something of a tree is left; ``errno`` and the words are those of the first refusal."""
+
+    def __init__(self, path: Path, name: str, error: OSError) -> None:
+        super().__init__(error.errno, f"{name!r} cannot be removed: {error.strerror}", str(path))
+
+
+class Stopped(Exception):
+    """The caller does not want the tree to be removed any further now."""
+
+
+def remove_tree(path: Path, stop: threading.Event | None = None, keep: str = "") -> None:
+    """Remove ``path`` with all that is in it; nothing happens when there is nothing.
+
+    Files that are immutable are made removable first, mounts are taken off, as far as that is permitted.
+
+    Args:
+        stop: set by another thread to have this one end soon.
+        keep: name of an entry of ``path`` that stays until everything else has gone: an interrupted removal leaves it.
+
+    Raises: NotRemoved: something is left, after all else was removed; Stopped; OSError: ``path`` cannot be opened.
+    """
+    try:
+        parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        _Removal(path, stop or threading.Event(), keep).remove(parent)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(parent)
+
+
+class _Level:
+    """A directory that is being emptied."""
+
+    def __init__(self, descriptor: int, name: str, parent: int) -> None:
+        self.descriptor = descriptor
+        self.name = name
+        self.parent = parent
+        self.entries = os.scandir(descriptor)
+        self.removed = 0
+
+    def again(self) -> None:
+        """Read it from its beginning: entries may be skipped while others are removed."""
+        self.entries.close()
+        self.entries = os.scandir(self.descriptor)
+        self.removed = 0
+
+    def close(self) -> None:
+        self.entries.close()
+        os.close(self.descriptor)
+
+
+class _Removal:
+    """One call of ``remove_tree``."""
+
+    def __init__(self, path: Path, stop: threading.Event, keep: str) -> None:
+        self._path = path
+        self._stop = stop
+        self._keep = keep
+        self._refused: tuple[str, OSError] | None = None
+        self._moved = 0
+
+    def remove(self, parent: int) -> None:
+        """``parent``: the directory that the tree is in."""
+        name = self._path.name
+        try:
+            if self._remove_entry(parent, name):
+                return
+            top = _open_directory(parent, name)
+            try:
+                self._empty(os.dup(top))
+                left = self._left(top)
+                if self._keep and not left:
+                    self._remove_entry(top, self._keep)
+            finally:
+                os.close(top)
+            if not left and self._remove_entry(parent, name):
+                return
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise
+            raise NotRemoved(self._path, name, error) from error
+        nobody_knows = OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        first, reason = self._refused or (name, nobody_knows)
+        raise NotRemoved(self._path, first, reason) from reason
+
+    def _left(self, top: int) -> bool:
+        with os.scandir(top) as entries:
+            return any(entry.name != self._keep for entry in entries)
+
+    def _empty(self, top: int) -> None:
+        """Remove what is in the directory ``top``, which is closed."""
+        levels = [_Level(top, "", -1)]
+        try:
+            while levels:
+                level = levels[-1]
+                entry = next(level.entries, None)
+                if self._stop.is_set():
+                    raise Stopped
+                if entry is None:
+                    self._leave(levels)
+                elif not (len(levels) == 1 and entry.name == self._keep):
+                    self._visit(levels, entry)
+        finally:
+            for level in levels:
+                level.close()
+
+    def _visit(self, levels: list[_Level], entry: "os.DirEntry[str]") -> None:
+        """Remove an entry of the innermost directory, or begin with what is in it."""
+        level = levels[-1]
+        try:
+            if self._remove_entry(level.descriptor, entry.name):
+                level.removed += 1
+            elif len(levels) < _LEVELS_MAX:
+                inner = _open_directory(level.descriptor, entry.name)
+                levels.append(_Level(inner, entry.name, level.descriptor))
+            else:
+                self._move_up(level.descriptor, entry.name, levels[0].descriptor)
+                levels[0].removed += 1  # there is something to be found at the top
+                level.removed += 1
+        except FileNotFoundError:
+            level.removed += 1
+        except OSError as error:
+            self._note(entry.name, error)
+
+    def _leave(self, levels: list[_Level]) -> None:
+        """The innermost directory has been read to its end: remove it, or read it again."""
+        level = levels[-1]
+        if level.removed:
+            level.again()
+            return
+        levels.pop().close()
+        if levels:
+            try:
+                levels[-1].removed += self._remove_entry(level.parent, level.name)
+            except OSError as error:
+                self._note(level.name, error)
+
+    def _remove_entry(self, parent: int, name: str) -> bool:
+        """Unlink an entry or remove the empty directory that it is, whatever protects it; False: it is not empty."""
+
+        def remove() -> bool:
+            try:
+                os.unlink(name, dir_fd=parent)
+            except IsADirectoryError:
+                try:
+                    os.rmdir(name, dir_fd=parent)
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                        return False
+                    raise
+            return True
+
+        return _unprotected(remove, parent, name)
+
+    def _move_up(self, parent: int, name: str, top: int) -> None:
+        """Take a deep directory to the top, where it is found again."""
+
+        def move() -> bool:
+            self._moved += 1
+            try:
+                os.rename(name, f"{_GRAVE}{self._moved}", src_dir_fd=parent, dst_dir_fd=top)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # the name is taken
+                    return False
+                raise
+            return True
+
+        while not _unprotected(move, parent, name):
+            pass
+
+    def _note(self, name: str, error: OSError) -> None:
+        if self._refused is None:
+            self._refused = (name, error)
+
+
+def _unprotected(act: Callable[[], bool], parent: int, name: str) -> bool:
+    """What ``act`` on an entry gives, once what forbids it was taken away: mounts, then flags."""
+    for release in (_take_off_mount, _make_mutable):
+        try:
+            return act()
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EPERM, errno.EACCES):
+                raise
+        release(parent, name)
+    return act()
+
+
+def _open_directory(parent: int, name: str) -> int:
+    """Open a directory that is no mount; a mount is taken off first.  Raises: OSError: EXDEV: it cannot be."""
+    try:
+        return _open_here(parent, name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    _take_off_mount(parent, name)
+    return _open_here(parent, name)
+
+
+def _open_here(parent: int, name: str) -> int:
+    how = _OpenHow(flags=_DIRECTORY, mode=0, resolve=_RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS)
+    descriptor: int = _libc.syscall(
+        ctypes.c_long(_OPENAT2),
+        ctypes.c_long(parent),
+        os.fsencode(name),
+        ctypes.byref(how),
+        ctypes.c_long(ctypes.sizeof(how)),
+    )
+    if descriptor < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return descriptor
+
+
+def _take_off_mount(parent: int, name: str) -> None:
+    """Unmount what is mounted on an entry, all of it; harmless when nothing is."""
+    path = os.fsencode(f"/proc/self/fd/{parent}/{name}")
+    while _libc.umount2(path, _MNT_DETACH | _UMOUNT_NOFOLLOW) == 0:
+        pass
+
+
+def _make_mutable(parent: int, name: str) -> None:
+    """Take the flags ``immutable`` and ``append only`` from an entry and its directory, where that is permitted."""
+    _clear_flags(parent)
+    with suppress(OSError):
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            return  # no others can be opened without effect, or have flags
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            _clear_flags(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _clear_flags(descriptor: int) -> None:
+    flags = array.array("l", [0])
+    with suppress(OSError):
+        fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
+        if flags[0] & _IMMUTABLE_OR_APPEND:
+            flags[0] &= ~_IMMUTABLE_OR_APPEND
+            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, flags)
+
+
+def directories(top: Path) -> list[Path]:
+    """``top`` and all directories below it, each before those in it; empty when there is none."""
+    if not top.is_dir():
+        return []
+    return [top, *(top / path for path, status in walk(top) if stat.S_ISDIR(status.st_mode))]
+
+
+def walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Path below ``top`` and status of each entry, in no order; symbolic links are not followed.
+
+    Iterative, with one open directory.  What goes away meanwhile, and what lies deeper than a path can name
+    (4,096 bytes), is left out.
+    """
+    pending = [""]
+    while pending:
+        directory = pending.pop()
+        with suppress(OSError), os.scandir(top / directory) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                path = f"{directory}/{entry.name}" if directory else entry.name
+                yield path, status
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append(path)

@@ -1,0 +1,77 @@
+"""Calls of the system on files below a directory, of which chosen ones fail: whatever Python code makes them."""
+
+import errno
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ERRNOS = (errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EIO, errno.EROFS)
+
+_BY_PATH = (
+    *("open", "mkdir", "rmdir", "rename", "replace", "unlink", "remove", "link", "symlink", "chmod", "chown"),
+    *("scandir", "listdir", "stat", "lstat", "truncate", "utime"),
+)
+_BY_DESCRIPTOR = ("write", "fsync", "fchmod", "ftruncate")
+
+
+class Faults:
+    """Which calls fail.  Counts those on files below ``directory``, and in a process with nothing else to do on all
+    descriptors; from the call ``first`` on, ``count`` of them fail with ``number``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = str(directory)
+        self.calls = 0
+        self.hits: list[str] = []
+        self._first, self._count, self._number = -1, 0, 0
+        self._lock = threading.Lock()
+
+    def plan(self, first: int, number: int, count: int = 1) -> None:
+        with self._lock:
+            self.calls, self.hits = 0, []
+            self._first, self._count, self._number = first, count, number
+
+    def end(self) -> None:
+        with self._lock:
+            self._count = 0
+
+    def met(self, name: str, target: object) -> None:
+        if isinstance(target, bytes):
+            target = os.fsdecode(target)
+        if isinstance(target, str | os.PathLike) and os.path.isabs(target):
+            if not str(target).startswith(self.directory):
+                return
+        elif not isinstance(target, int) and name in _BY_DESCRIPTOR:
+            return
+        with self._lock:
+            self.calls += 1
+            if self._first <= self.calls - 1 < self._first + self._count:
+                self.hits.append(f"{name} {target}")
+                raise OSError(self._number, os.strerror(self._number), str(target))
+
+
+@contextmanager
+def file_faults(directory: Path) -> Iterator[Faults]:
+    """Every such call of this process goes through the ``Faults`` inside the block."""
+    faults = Faults(directory)
+
+    def faulty(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            is_ours = "dir_fd" in options or "src_dir_fd" in options
+            if arguments and (is_ours or not isinstance(arguments[0], int) or name in _BY_DESCRIPTOR):
+                faults.met(name, arguments[0])
+            return real(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*_BY_PATH, *_BY_DESCRIPTOR):
+            patch.setattr(os, name, faulty(name, getattr(os, name)))
+        patch.setattr(io, "open", faulty("open", io.open))
+        yield faults
