@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 import msgspec
 from msgspec.structs import replace
 
+from skep.model.network import Network
 from skep.model.node import Node
+from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.sim.reference import (
     Create,
@@ -49,7 +51,13 @@ class Answers:
 
     def __init__(self, view: View) -> None:
         """``view``: what is there before anybody asks anything."""
-        self._states = [State(nodes={node.id: (node.spec, node.version.index) for node in view.find(Node)})]
+        self._states = [
+            State(
+                nodes={node.id: (node.spec, node.version.index) for node in view.find(Node)},
+                networks=frozenset(network.id for network in view.find(Network)),
+                secrets=frozenset(secret.id for secret in view.find(Secret)),
+            )
+        ]
         self._open: list[Asked] = []
         self._done: list[Asked] = []
 
@@ -162,6 +170,14 @@ def _after(state: State, event: Event) -> State:
             return replace(state, services=services)
         case Created(Node() as node) | Updated(_, Node() as node):
             return replace(state, nodes={**state.nodes, node.id: (node.spec, node.version.index)})
+        case Created(Network() as network):
+            return replace(state, networks=state.networks | {network.id})
+        case Deleted(Network() as network):
+            return replace(state, networks=state.networks - {network.id})
+        case Created(Secret() as secret):
+            return replace(state, secrets=state.secrets | {secret.id})
+        case Deleted(Secret() as secret):
+            return replace(state, secrets=state.secrets - {secret.id})
         case Deleted(Node() as node):
             return replace(state, nodes={id: one for id, one in state.nodes.items() if id != node.id})
     return state

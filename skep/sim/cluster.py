@@ -24,6 +24,8 @@ from skep.errors import Unavailable
 from skep.model.ids import NodeId, ServiceId, base36
 from skep.model.node import (
     Availability,
+    EngineDescription,
+    EnginePlugin,
     Node,
     NodeDescription,
     NodeRole,
@@ -53,6 +55,8 @@ from skep.store.interface import Transaction, View
 
 T = TypeVar("T")
 
+ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay"),))
+"""Of every worker: it can be on networks of the cluster."""
 STEP_S = 0.05
 """How often ``run_until`` looks."""
 WRAPPING_KEY = bytes(32)
@@ -77,6 +81,7 @@ class SimulatedCluster:
         latency_s: float = 0.002,
         skew: bool = False,
         turns_max: int | None = None,
+        history_limit: int | None = None,
     ) -> None:
         """
         Args:
@@ -84,9 +89,11 @@ class SimulatedCluster:
             latency_s: what a write to the store takes, on average.
             skew: whether the machines' clocks disagree.
             turns_max: of the event loop, for a run that may spin.
+            history_limit: see ``joined``.
         """
         self.random = Random(seed)
         self.loop = VirtualLoop(turns_max)
+        self._history_limit = history_limit
         self.poisoned: set[str] = set()
         """Services whose decisions raise."""
         self.links = Links()
@@ -109,7 +116,7 @@ class SimulatedCluster:
         self.nodes = {
             id: SimulatedNode(
                 Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
-                NodeDescription(hostname=id, resources=resources),
+                NodeDescription(hostname=id, resources=resources, engine=ENGINE),
                 self.network,
                 peers,
                 clock=self.clocks[id],
@@ -377,7 +384,15 @@ class SimulatedCluster:
         client = SimulatedClient(self.raft, self.raft.members[first], self.links, self.random)
         self.raft.committed.remove(self.truth.take)  # what comes before the keys are known is read afterwards
         await self.raft.wait_readable(self.raft.members[first])
-        await initialize_on(client, WRAPPING_KEY, self.clocks[first], joined, self.managers, self.workers)
+        await initialize_on(
+            client,
+            WRAPPING_KEY,
+            self.clocks[first],
+            joined,
+            self.managers,
+            self.workers,
+            self._history_limit,
+        )
         self.truth.begin(Cipher((await founded(client)).ring, WRAPPING_KEY))
         self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
         self.raft.committed.append(self.truth.take)

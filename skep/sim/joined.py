@@ -1,7 +1,11 @@
 """What an init and the joins leave in the store of a simulated cluster."""
 
 from collections.abc import Iterable
+from itertools import count
 
+from msgspec.structs import replace
+
+from skep.manager.control.networks import first_networks
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import (
     Availability,
@@ -15,14 +19,26 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
+from skep.model.times import ZERO_TIME
 from skep.store.interface import Transaction
 
 CLUSTER = ClusterId("sim")
 
 
-def joined(tx: Transaction, managers: Iterable[NodeId], workers: Iterable[NodeId]) -> None:
-    """A cluster of these; managers are drained."""
-    tx.put(Swarm(id=CLUSTER, spec=DEFAULT_SWARM_SPEC))
+def joined(
+    tx: Transaction, managers: Iterable[NodeId], workers: Iterable[NodeId], history_limit: int | None = None
+) -> None:
+    """A cluster of these, with the networks that every cluster begins with; managers are drained.
+
+    ``history_limit``: how many ended tasks of a slot are kept; None: as many as Docker does.
+    """
+    spec, numbers = DEFAULT_SWARM_SPEC, count(1)
+    if history_limit is not None:
+        kept = replace(spec.orchestration, task_history_retention_limit=history_limit)
+        spec = replace(spec, orchestration=kept)
+    tx.put(Swarm(id=CLUSTER, spec=spec))
+    for network in first_networks(new_id=lambda: f"net{next(numbers)}", now=ZERO_TIME):
+        tx.put(network)
     for id in managers:
         tx.put(
             Node(

@@ -23,6 +23,7 @@ from skep.sim.drills import (
     take_an_update_back,
 )
 from skep.sim.fate import Fate
+from skep.sim.rules.allocations import allocation_violations
 from skep.sim.rules.rest import replica_violations
 from skep.sim.settled import unmet
 from skep.sim.users import Users
@@ -62,6 +63,7 @@ def live(seed: int, steps: int = STEPS) -> Outcome:
         behaviour=behaviour,
         skew=True,
         turns_max=TURNS_MAX,
+        history_limit=shape.choice((None, 0, 1, 3)),
     )
     try:
         with cluster:
@@ -111,7 +113,13 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
 
 
 def _converge(cluster: SimulatedCluster) -> None:
-    _until(cluster, lambda: [text for one in cluster.view.find(Service) for text in unmet(cluster.view, one)])
+    given_up = cluster.observer.restarts.given_up
+    _until(
+        cluster,
+        lambda: [
+            text for one in cluster.view.find(Service) for text in unmet(cluster.view, one, given_up(one))
+        ],
+    )
 
 
 def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> None:
@@ -131,6 +139,7 @@ def _check_rest(cluster: SimulatedCluster) -> None:
     before = set(cluster.rest_violations())
     cluster.run_for(STOPPED_S)
     note(now(), [violation for violation in cluster.rest_violations() if violation in before])
+    note(now(), allocation_violations(cluster.view))
     promises = cluster.observer.promises
     note(now(), promises.broken(cluster.view, promises.given()))
     for id in cluster.managers:

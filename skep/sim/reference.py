@@ -43,6 +43,8 @@ class State(msgspec.Struct, frozen=True):
     services: Mapping[ServiceId, Held] = {}
     nodes: Mapping[NodeId, tuple[NodeSpec, int]] = {}
     """What was asked of each, and its version."""
+    networks: frozenset[str] = frozenset()
+    secrets: frozenset[str] = frozenset()
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -90,9 +92,9 @@ def answer(state: State, request: Request) -> Accepted | Refused:
         case Create(_, spec):
             return _created(state, spec)
         case Update(id, spec, version):
-            return _updated(state.services.get(id), spec, version)
+            return _updated(state, id, spec, version)
         case Rollback(id, version):
-            return _rolled_back(state.services.get(id), version)
+            return _rolled_back(state, id, version)
         case Remove(id):
             return Accepted() if id in state.services else Refused(MISSING)
         case SetNode(id, _, version):
@@ -143,11 +145,11 @@ def is_job(spec: ServiceSpec) -> bool:
 def _created(state: State, spec: ServiceSpec) -> Accepted | Refused:
     if (fault := fault_of(spec)) is not None:
         return Refused(fault)
-    if _needs_ingress(spec):
+    if _lacks_secrets(state, spec):
         return Refused(BAD)
     if _is_taken(spec.name, state.services.values()):
         return Refused(TAKEN)
-    return Accepted(Held(spec, None, 0))
+    return _placed(state, None, spec) or Accepted(Held(spec, None, 0))
 
 
 def _is_taken(name: str, services: Iterable[Held]) -> bool:
@@ -155,34 +157,57 @@ def _is_taken(name: str, services: Iterable[Held]) -> bool:
     return any(held.spec.name.casefold() == name.casefold() for held in services)
 
 
-def _updated(held: Held | None, spec: ServiceSpec, version: int) -> Accepted | Refused:
+def _updated(state: State, id: ServiceId, spec: ServiceSpec, version: int) -> Accepted | Refused:
+    held = state.services.get(id)
     if (fault := fault_of(spec)) is not None:
         return Refused(fault)
     if held is None:
         return Refused(MISSING)
+    if _lacks_secrets(state, spec):
+        return Refused(BAD)
     if _kind(held.spec) != _kind(spec) or held.spec.name != spec.name:
         return Refused(NOT_OFFERED)
-    if _needs_ingress(spec):
-        return Refused(BAD)
     if held.version != version:
         return Refused(UNKNOWN)
-    return Accepted(Held(spec, held.spec, 0, _next_run(held)))
+    return _placed(state, id, spec) or Accepted(Held(spec, held.spec, 0, _next_run(held)))
 
 
-def _rolled_back(held: Held | None, version: int) -> Accepted | Refused:
+def _rolled_back(state: State, id: ServiceId, version: int) -> Accepted | Refused:
+    held = state.services.get(id)
     if held is None:
         return Refused(MISSING)
     if held.version != version:
         return Refused(UNKNOWN)
     if held.previous is None:
         return Refused(BAD)
-    return Accepted(Held(held.previous, held.spec, 0, _next_run(held)))
+    return _placed(state, id, held.previous) or Accepted(Held(held.previous, held.spec, 0, _next_run(held)))
 
 
-def _needs_ingress(spec: ServiceSpec) -> bool:
-    """There is no ingress network in a simulated cluster."""
+def _placed(state: State, id: ServiceId | None, spec: ServiceSpec) -> Refused | None:
+    """Refused: a port that it publishes is another service's, or what it uses is gone."""
+    mine = _ports(spec)
+    for other, held in state.services.items():
+        theirs = _ports(held.spec)
+        both_on_nodes = PublishMode.HOST, PublishMode.HOST
+        if other != id and any(
+            port in theirs and (mode, theirs[port]) != both_on_nodes for port, mode in mine.items()
+        ):
+            return Refused(BAD)
+    container = spec.task_template.container_spec
+    secrets = {one.secret_id for one in container.secrets} if container is not None else set()
+    networks = {one.target for one in spec.task_template.networks}
+    return None if secrets <= state.secrets and networks <= state.networks else Refused(MISSING)
+
+
+def _ports(spec: ServiceSpec) -> dict[tuple[str, int], PublishMode]:
+    """What it publishes by number, and how."""
     ports = spec.endpoint_spec.ports if spec.endpoint_spec is not None else ()
-    return any(port.publish_mode is PublishMode.INGRESS for port in ports)
+    return {(port.protocol, port.published_port): port.publish_mode for port in ports if port.published_port}
+
+
+def _lacks_secrets(state: State, spec: ServiceSpec) -> bool:
+    container = spec.task_template.container_spec
+    return container is not None and not {one.secret_id for one in container.secrets} <= state.secrets
 
 
 def _kind(spec: ServiceSpec) -> tuple[bool, bool, bool]:

@@ -27,22 +27,25 @@ from skep.store.interface import View
 _PAUSED = (UpdateState.PAUSED, UpdateState.ROLLBACK_PAUSED)
 
 
-def unmet(view: View, service: Service) -> Iterable[str]:
-    """What a service lacks of what its spec says."""
+def unmet(view: View, service: Service, given_up: int = 0) -> Iterable[str]:
+    """What a service lacks of what its spec says.
+
+    ``given_up``: slots whose tasks have ended, and whose restart policy asks for no more.
+    """
     if service.removed_at is not None:
         yield f"{service.id} is not gone"
     elif service.job_status is not None:
         yield from _unmet_of_job(view, service)
     else:
-        yield from _unmet_of_service(view, service)
+        yield from _unmet_of_service(view, service, given_up)
 
 
-def _unmet_of_service(view: View, service: Service) -> Iterable[str]:
+def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[str]:
     wanted = [task for task in view.find(Task, service_id=service.id) if task.is_wanted]
     slots = _by_slot(wanted)
     nodes = _eligible(view, service)
     number = len(nodes) if service.spec.mode.global_ is not None else service.spec.replicas
-    if len(slots) != number:
+    if not number - given_up <= len(slots) <= number:
         yield f"{service.id} has {len(slots)} slots of {number}"
         return
     container, status = service.spec.task_template.container_spec, service.update_status

@@ -14,10 +14,15 @@ from msgspec.structs import replace
 
 from skep.api.errors import status_of
 from skep.errors import SkepError, Unavailable
+from skep.manager.control.files import create_secret, remove_secret
+from skep.manager.control.networks import create_network, remove_network
 from skep.manager.control.nodes import update_node
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
 from skep.model.ids import NodeId, ServiceId
+from skep.model.meta import Driver
+from skep.model.network import Network, NetworkSpec
 from skep.model.node import Availability, Node, NodeSpec
+from skep.model.secret import Secret, SecretSpec
 from skep.model.service import (
     GlobalService,
     ReplicatedService,
@@ -29,12 +34,15 @@ from skep.model.times import timestamp
 from skep.sim.answers import Answers
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.reference import Create, Remove, Request, Rollback, SetNode, Update
-from skep.sim.wishes import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, a_spec, made_odd
+from skep.sim.wishes import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, Around, a_spec, made_odd
 from skep.store.etcd.store import EtcdStore
 
 T = TypeVar("T")
 
 SERVICES_MAX = 3
+NETWORK = "overlay"
+"""What the names of users' networks begin with."""
+NETWORKS_MAX, SECRETS_MAX = 4, 2
 LATE = 0.1
 """How often somebody changes a service or node as it was a version ago."""
 
@@ -56,6 +64,7 @@ class Users:
             *(self._update,) * 3,
             *(self._rollback, self._remove, self._availability, self._read, self._read),
             *(self._label, self._ask_what_is_refused),
+            *(self._network, self._network, self._secret),
         )
 
     def act(self) -> None:
@@ -139,7 +148,13 @@ class Users:
         since = self._answers.present
         store = await self._store()
         id = ServiceId(f"s{len(self._promises.services) + 1}")
-        await self._created(store, since, id, a_spec(self._random.choice(NAMES), self._random))
+        await self._created(store, since, id, self._a_spec(store))
+
+    def _a_spec(self, store: EtcdStore) -> ServiceSpec:
+        view = store.view()
+        networks = [one.id for one in view.find(Network) if one.spec.name.startswith(NETWORK)]
+        around = Around(tuple(networks), tuple(one.id for one in view.find(Secret)))
+        return a_spec(self._random.choice(NAMES), self._random, around)
 
     async def _created(self, store: EtcdStore, since: int, id: ServiceId, spec: ServiceSpec) -> None:
         promise = self._promises.asked(id, spec)
@@ -207,8 +222,7 @@ class Users:
         if self._random.random() < 0.5:
             store = await self._store()
             id = ServiceId(f"s{len(self._promises.services) + 1}")
-            spec = a_spec(self._random.choice(NAMES), self._random)
-            await self._created(store, since, id, made_odd(spec, self._random))
+            await self._created(store, since, id, made_odd(self._a_spec(store), self._random))
             return
         await self._changed(self._random.choice((self._odd, _of_another_mode, _renamed)))
 
@@ -245,6 +259,34 @@ class Users:
         except SkepError:  # it is gone: an earlier attempt of unknown outcome
             pass
         promise.is_removed = True
+
+    async def _network(self) -> None:
+        """Somebody makes an overlay network, or removes one that is there."""
+        store = await self._store()
+        present = [one for one in store.view().find(Network) if one.spec.name.startswith(NETWORK)]
+        if len(present) >= NETWORKS_MAX or (present and self._random.random() < 0.4):
+            id = self._random.choice(present).id
+            self._cluster.trace.add(f"user: remove network {id}")
+            await store.update(remove_network, id)
+            return
+        number = next(self._numbers)
+        spec = NetworkSpec(
+            name=f"{NETWORK}{number % NETWORKS_MAX}", driver_configuration=Driver(name="overlay")
+        )
+        self._cluster.trace.add(f"user: create network x{number} {spec.name}")
+        body = partial(create_network, new_id=lambda: f"x{number}", now=timestamp(self._now_ns()))
+        await store.update(body, spec)
+
+    async def _secret(self) -> None:
+        """Somebody makes a secret, or removes one that is there."""
+        store = await self._store()
+        present = store.view().find(Secret)
+        if len(present) >= SECRETS_MAX or (present and self._random.random() < 0.4):
+            await store.update(remove_secret, self._random.choice(present).id)
+            return
+        id = f"k{next(self._numbers)}"
+        body = partial(create_secret, new_id=lambda: id, now=timestamp(self._now_ns()))
+        await store.update(body, SecretSpec(name=id), b"hidden")
 
     async def _availability(self) -> None:
         id = self._random.choice(self._cluster.workers)

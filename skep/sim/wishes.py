@@ -3,27 +3,33 @@
 Names, labels, zones and ports are few, so that users get into each other's way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
+import msgspec
 from msgspec.structs import replace
 
-from skep.model.container import ContainerSpec
+from skep.model.container import ContainerSpec, SecretFileTarget, SecretReference
+from skep.model.ids import SecretId
 from skep.model.labels import ON_DISCONNECT, ON_DISCONNECT_DELAY, PROGRESS_DEADLINE
 from skep.model.service import (
     EndpointSpec,
     GlobalJob,
     GlobalService,
+    NetworkAttachmentConfig,
     Placement,
+    PlacementPreference,
     PortConfig,
     PublishMode,
     ReplicatedJob,
     ReplicatedService,
     ResourceRequirements,
     Resources,
+    RestartCondition,
     RestartPolicy,
     ServiceMode,
     ServiceSpec,
+    SpreadOver,
     TaskSpec,
     UpdateConfig,
     UpdateFailureAction,
@@ -42,6 +48,7 @@ ENDING_IMAGES = {CRASHING: (0.4, 1), "job:1": (0.5, 0), "job:2": (1.5, 0)}
 NAMES = ("web", "api", "db", "WEB")
 ZONE, ZONES = "zone", ("north", "south")
 HOST_PORTS = (8080, 8081)
+INGRESS_PORTS = (90, 91, 8081)
 CONSTRAINTS = (
     "node.labels.zone==north",
     "node.labels.zone != north",
@@ -51,7 +58,14 @@ CONSTRAINTS = (
 )
 
 
-def a_spec(name: str, random: Random) -> ServiceSpec:
+class Around(msgspec.Struct, frozen=True):
+    """What is there for a service to use."""
+
+    networks: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+
+
+def a_spec(name: str, random: Random, around: Around) -> ServiceSpec:
     """Any service."""
     mode = a_mode(random)
     is_job = mode.name in ("replicated-job", "global-job")
@@ -63,9 +77,12 @@ def a_spec(name: str, random: Random) -> ServiceSpec:
         labels=some_labels(random),
         task_template=TaskSpec(
             container_spec=ContainerSpec(
-                image=random.choice(JOB_IMAGES[:2]) if is_job else "app:1", stop_grace_period=SECOND_NS
+                image=random.choice(JOB_IMAGES[:2]) if is_job else "app:1",
+                stop_grace_period=SECOND_NS,
+                secrets=some_secrets(random, around.secrets),
             ),
-            restart_policy=RestartPolicy(delay=random.choice((0, SECOND_NS // 2, 2 * SECOND_NS))),
+            restart_policy=a_restart_policy(random, is_job=is_job),
+            networks=some_networks(random, around.networks),
             resources=ResourceRequirements(reservations=Resources(memory_bytes=memory)) if memory else None,
             placement=a_placement(random),
         ),
@@ -115,21 +132,61 @@ def some_labels(random: Random) -> dict[str, str]:
             return {**labels, ON_DISCONNECT: word, ON_DISCONNECT_DELAY: delay}
 
 
+def a_restart_policy(random: Random, *, is_job: bool) -> RestartPolicy:
+    """Mostly without a limit."""
+    delay = random.choice((0, SECOND_NS // 2, 2 * SECOND_NS))
+    condition = random.choices(
+        (RestartCondition.ANY, RestartCondition.ON_FAILURE, RestartCondition.NONE), (90, 7, 3)
+    )
+    if is_job or random.random() < 0.8:
+        return RestartPolicy(delay=delay)
+    return RestartPolicy(
+        condition=condition[0],
+        delay=delay,
+        max_attempts=random.randint(0, 3),
+        window=random.choice((0, 3 * SECOND_NS, 120 * SECOND_NS)),
+    )
+
+
+def some_secrets(random: Random, known: Sequence[str]) -> tuple[SecretReference, ...]:
+    """Mostly none."""
+    if not known or random.random() < 0.8:
+        return ()
+    id = random.choice(known)
+    return (SecretReference(file=SecretFileTarget(name=id), secret_id=SecretId(id), secret_name=id),)
+
+
+def some_networks(random: Random, known: Sequence[str]) -> tuple[NetworkAttachmentConfig, ...]:
+    """Often one, sometimes two."""
+    if not known or random.random() < 0.6:
+        return ()
+    chosen = random.sample(sorted(known), min(random.choice((1, 1, 2)), len(known)))
+    return tuple(NetworkAttachmentConfig(target=id) for id in chosen)
+
+
 def a_placement(random: Random) -> Placement | None:
     """Mostly none."""
     constraints = (random.choice(CONSTRAINTS),) if random.random() < 0.2 else ()
     max_replicas = random.randint(1, 2) if random.random() < 0.15 else 0
-    if not constraints and not max_replicas:
+    spread = PlacementPreference(spread=SpreadOver(spread_descriptor=f"node.labels.{ZONE}"))
+    preferences = [spread] if random.random() < 0.1 else []
+    if not constraints and not max_replicas and not preferences:
         return None
-    return Placement(constraints=constraints, max_replicas=max_replicas)
+    return Placement(constraints=constraints, max_replicas=max_replicas, preferences=tuple(preferences))
 
 
 def some_ports(random: Random) -> EndpointSpec | None:
-    """Mostly none; otherwise one on each node that has a task."""
-    if random.random() >= 0.15:
-        return None
-    port = PortConfig(target_port=80, published_port=random.choice(HOST_PORTS), publish_mode=PublishMode.HOST)
-    return EndpointSpec(ports=(port,))
+    """Mostly none; otherwise one on each node that has a task, or on every node, with a number or without."""
+    match random.choices(("none", "host", "ingress", "any"), (70, 15, 10, 5))[0]:
+        case "none":
+            return None
+        case "host":
+            number, mode = random.choice(HOST_PORTS), PublishMode.HOST
+        case "ingress":
+            number, mode = random.choice(INGRESS_PORTS), PublishMode.INGRESS
+        case _:
+            number, mode = 0, PublishMode.INGRESS
+    return EndpointSpec(ports=(PortConfig(target_port=80, published_port=number, publish_mode=mode),))
 
 
 def made_odd(spec: ServiceSpec, random: Random) -> ServiceSpec:
@@ -173,11 +230,6 @@ def _twice_published(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, endpoint_spec=EndpointSpec(ports=(port, replace(port, target_port=81))))
 
 
-def _without_ingress(spec: ServiceSpec) -> ServiceSpec:
-    """There is no ingress network in a simulated cluster."""
-    return replace(spec, endpoint_spec=EndpointSpec(ports=(PortConfig(target_port=80, published_port=90),)))
-
-
 def _undecided(spec: ServiceSpec) -> ServiceSpec:
     return replace(spec, labels={**spec.labels, ON_DISCONNECT: "perhaps"})
 
@@ -186,6 +238,6 @@ _ODDITIES = (
     _placed("node.labels.zone=north"),
     _placed("node role==worker"),
     _placed("node.role==~"),
-    *(_called, _without_image, _too_small, _hurried, _beyond_all, _twice_published, _without_ingress),
+    *(_called, _without_image, _too_small, _hurried, _beyond_all, _twice_published),
     _undecided,
 )

@@ -6,6 +6,7 @@ import msgspec
 
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.meta import Version
+from skep.model.network import Network
 from skep.model.node import Node, NodeDescription, NodeSession, NodeState, NodeStatus
 from skep.model.service import (
     Resources,
@@ -43,7 +44,7 @@ class History:
         body(tx)
         self._publish(tx.proposal(), by)
 
-    def put(self, *objects: Task | Service | Node, by: NodeId = LEADER) -> None:
+    def put(self, *objects: Task | Service | Node | Network, by: NodeId = LEADER) -> None:
         for one in objects:
             self.commit(lambda tx, one=one: tx.put(one), by=by)  # type: ignore[misc]
 

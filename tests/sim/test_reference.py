@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from skep.model.ids import NodeId, ServiceId
+from skep.model.container import SecretReference
+from skep.model.ids import NodeId, SecretId, ServiceId
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeSpec
 from skep.model.service import (
+    EndpointSpec,
     GlobalJob,
     GlobalService,
     JobStatus,
+    NetworkAttachmentConfig,
+    PortConfig,
+    PublishMode,
     Service,
     ServiceMode,
     ServiceSpec,
@@ -45,7 +50,35 @@ RECORDED = Path(__file__).parents[1] / "conformance" / "recorded" / "in_swarm.js
 WEB = ServiceId("web")
 SPEC = a_service_spec("web", replicas=2)
 NEXT = a_service_spec("web", replicas=3)
-THERE = State(services={WEB: Held(SPEC, None, 7)}, nodes={W1: (NodeSpec(), 4)})
+
+
+def published(spec: ServiceSpec, mode: PublishMode) -> ServiceSpec:
+    port = PortConfig(target_port=80, published_port=90, publish_mode=mode)
+    return replace(spec, endpoint_spec=EndpointSpec(ports=(port,)))
+
+
+def on_network(spec: ServiceSpec, id: str) -> ServiceSpec:
+    networks = (NetworkAttachmentConfig(target=id),)
+    return replace(spec, task_template=replace(spec.task_template, networks=networks))
+
+
+def with_secret(spec: ServiceSpec, id: str) -> ServiceSpec:
+    container = spec.task_template.container_spec
+    assert container is not None
+    secrets = (SecretReference(secret_id=SecretId(id), secret_name=id),)
+    return replace(
+        spec, task_template=replace(spec.task_template, container_spec=replace(container, secrets=secrets))
+    )
+
+
+THERE = State(
+    services={
+        WEB: Held(SPEC, None, 7),
+        ServiceId("s0"): Held(published(a_service_spec("zero"), PublishMode.INGRESS), None, 5),
+    },
+    nodes={W1: (NodeSpec(), 4)},
+    networks=frozenset({"x1"}),
+)
 
 Odd = Callable[[ServiceSpec], ServiceSpec]
 
@@ -105,13 +138,19 @@ def a_job(spec: ServiceSpec) -> ServiceSpec:
     [
         (Create(ServiceId("s2"), a_service_spec("other")), Accepted(Held(a_service_spec("other"), None, 0))),
         (Create(ServiceId("s2"), a_service_spec("WEB")), Refused(409)),
-        (Create(ServiceId("s2"), wishes._without_ingress(SPEC)), Refused(400)),
+        (Create(ServiceId("s2"), published(a_service_spec("other"), PublishMode.INGRESS)), Refused(400)),
+        (Create(ServiceId("s2"), published(a_service_spec("web"), PublishMode.INGRESS)), Refused(409)),
+        (Create(ServiceId("s2"), published(a_service_spec("other"), PublishMode.HOST)), Refused(400)),
+        (Create(ServiceId("s2"), on_network(a_service_spec("other"), "gone")), Refused(404)),
+        (Create(ServiceId("s2"), with_secret(a_service_spec("other"), "gone")), Refused(400)),
         (Update(WEB, NEXT, 7), Accepted(Held(NEXT, SPEC, 0))),
         (Update(WEB, NEXT, 6), Refused(500)),
         (Update(ServiceId("s2"), NEXT, 7), Refused(404)),
         (Update(WEB, replace(NEXT, name="web2"), 7), Refused(501)),
         (Update(WEB, replace(NEXT, mode=ServiceMode(global_=GlobalService())), 7), Refused(501)),
-        (Update(WEB, wishes._without_ingress(NEXT), 7), Refused(400)),
+        (Update(WEB, on_network(NEXT, "x1"), 7), Accepted(Held(on_network(NEXT, "x1"), SPEC, 0))),
+        (Update(WEB, on_network(NEXT, "gone"), 7), Refused(404)),
+        (Update(WEB, with_secret(NEXT, "gone"), 7), Refused(400)),
         (Rollback(WEB, 7), Refused(400)),
         (Rollback(WEB, 6), Refused(500)),
         (Remove(WEB), Accepted()),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.task import Task
 from skep.sim.links import Isolation, Uptime
+from skep.sim.rules.allocations import HeldByOne, networks_are_apart
 from skep.sim.rules.attempts import OneAttempt
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.damping import DecisionsStand
@@ -13,6 +14,7 @@ from skep.sim.rules.disconnection import PlacesAreKept
 from skep.sim.rules.liveness import NoFalseAlarm
 from skep.sim.rules.placement import global_jobs_run_once
 from skep.sim.rules.promises import Promises
+from skep.sim.rules.restarts import RestartsAsAsked
 from skep.sim.rules.tasks import (
     TasksAreSpread,
     UpdatesKeepServing,
@@ -48,6 +50,7 @@ class Observer:
             isolation: of nodes from all managers.
         """
         self.containers = Containers(uptime.since, isolation.since)
+        self.restarts = RestartsAsAsked()
         self.promises = Promises()
         """A rule as soon as there are users who keep it."""
         self.traced: list[str] = []
@@ -78,6 +81,9 @@ class Observer:
             PlacesAreKept(),
             global_jobs_run_once,
             self.containers,
+            self.restarts,
+            HeldByOne(),
+            networks_are_apart,
         ]
         truth.watchers.append(self._check)
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from math import inf
 
-from skep.model.ids import NodeId, TaskId
+from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Resources, Service, UpdateConfig, UpdateOrder
 from skep.model.task import Task, TaskState
@@ -114,10 +114,17 @@ class TasksAreSpread:
 
     def __init__(self) -> None:
         self._changed_at = 0.0
+        self._failed: set[ServiceId] = set()
+        """Services of which a task has failed anywhere: its node is avoided, also when its record is gone."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
+                case Updated(_, Task() as ended) if ended.status.state in (
+                    TaskState.FAILED,
+                    TaskState.REJECTED,
+                ):
+                    self._failed.add(ended.service_id)
                 case Created(Node()):
                     self._changed_at = change.time_s
                 case Updated(Node() as before, Node() as after) if (
@@ -138,7 +145,7 @@ class TasksAreSpread:
         ):
             return  # other reasons count too
         others = [one for one in view.find(Task, service_id=task.service_id) if one.id != task.id]
-        if any(one.status.state in (TaskState.FAILED, TaskState.REJECTED) for one in others):
+        if task.service_id in self._failed:
             return  # nodes where tasks failed are avoided
         staying = [one for one in others if one.is_active and one.slot != task.slot]
         copies = Counter(one.node_id for one in staying if one.node_id)

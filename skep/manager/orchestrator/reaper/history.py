@@ -8,7 +8,9 @@ Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
+from skep.manager.orchestrator.restart import REJECTED_DELAYS_S
 from skep.manager.orchestrator.slots import Slot, age
 from skep.model.meta import Version
 from skep.model.node import Node
@@ -50,16 +52,27 @@ def surplus_history(slot: Sequence[Task], limit: int, iteration: Version | None 
     """Tasks of one slot that its history no longer keeps, oldest first.
 
     ``limit`` counts all tasks of the slot, the running one included; negative: keep everything.  While a task waits
-    for its restart delay, the one before it stays: the delay is read from it.  What a job has completed in its present
-    ``iteration`` stays whatever the limit, or it would be run once more.
+    for its restart delay, the one before it stays: the delay is read from it, as from rejections in a row.  What a
+    job has completed in its present ``iteration`` stays whatever the limit, or it would be run once more.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
+    present = sum(not _is_past(task) for task in slot)
     past = [task for task in sorted(slot, key=age) if _is_past(task) and not _counts(task, iteration)]
-    surplus = past[: len(slot) - limit]
+    # Of what is present one counts: an older one that is still stopping takes no place from what restarts are counted in.
+    surplus = past[: max(len(slot) - max(present - 1, 0) - limit, 0)]
     if any(task.desired_state is TaskState.READY for task in slot) and surplus == past:
         del surplus[-1:]
-    return tuple(surplus)
+    counted = _counted_rejections(slot, past)
+    return tuple(task for task in surplus if task not in counted)
+
+
+def _counted_rejections(slot: Sequence[Task], past: Sequence[Task]) -> Sequence[Task]:
+    """Attempts in a row that could not be prepared: the next one is delayed by how many they are."""
+    if any(task.status.state is TaskState.RUNNING for task in slot):
+        return ()
+    rejected = takewhile(lambda task: task.status.state is TaskState.REJECTED, reversed(past))
+    return list(rejected)[: len(REJECTED_DELAYS_S)]
 
 
 def _counts(task: Task, iteration: Version | None) -> bool:
@@ -86,6 +99,11 @@ def unused_versions(
 
 
 def _is_past(task: Task) -> bool:
-    """Whether the task has ended, or will never run."""
-    is_stillborn = task.status.state < TaskState.ASSIGNED and not task.is_wanted
-    return task.status.state.is_terminal or is_stillborn
+    """Whether the task has ended, or will never run.
+
+    One that has ended and is still wanted waits for its successor, which takes its delay and its count from it; only
+    the runs of jobs are wanted for ever.
+    """
+    if task.is_wanted and task.job_iteration is None:
+        return False
+    return task.status.state.is_terminal or task.status.state < TaskState.ASSIGNED

@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.manager.orchestrator.reaper.history import (
     history_limit,
@@ -10,6 +11,7 @@ from skep.manager.orchestrator.reaper.history import (
     surplus_history,
     unused_versions,
 )
+from skep.model.meta import Version
 from skep.model.service import RestartPolicy
 from skep.model.task import Task, TaskState
 from skep.store.kinds import SpecVersion
@@ -41,6 +43,24 @@ def test_what_still_runs_is_never_surplus() -> None:
 def test_the_failure_that_a_restart_delay_is_read_from_stays() -> None:
     past = a_past_task()
     assert surplus_history([past, a_task(desired=TaskState.READY)], limit=0) == ()
+
+
+def test_a_failure_stays_until_its_successor_is_there_and_a_run_of_a_job_does_not_wait_for_one() -> None:
+    """Else the orchestrator would find an empty slot, and fill it without the delay."""
+    failed = a_task(node="n1", state=FAILED)
+    assert surplus_history([failed], limit=0) == ()
+    run = replace(failed, job_iteration=Version(index=1))
+    assert surplus_history([run], limit=0) == (run,)
+
+
+def test_rejections_in_a_row_stay_until_something_runs_or_the_image_would_be_asked_for_without_a_pause() -> (
+    None
+):
+    rejected = [a_task(node="n1", state=TaskState.REJECTED, desired=SHUTDOWN) for _ in range(6)]
+    assert surplus_history([a_past_task(), *rejected, a_task(state=TaskState.PREPARING)], limit=0) != ()
+    surplus = surplus_history([*rejected, a_task(state=TaskState.PREPARING)], limit=0)
+    assert surplus == tuple(rejected[:2])
+    assert surplus_history([*rejected, a_task(state=TaskState.RUNNING)], limit=0) == tuple(rejected)
 
 
 def test_what_is_to_be_removed_goes_once_it_has_stopped_or_never_began() -> None:
