@@ -5,9 +5,26 @@ from collections import Counter
 import pytest
 
 from skep.sim.alone.life import live
-from skep.sim.run import outcomes
+from skep.sim.run import chunked, outcomes, report
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.follow import Follower
+
+SEEDS = 1000
+QUICK = 100
+CHUNK = 100
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(seeds[0], marks=pytest.mark.slow if seeds[0] >= QUICK else ())
+        for seeds in chunked(range(SEEDS), CHUNK)
+    ],
+)
+def test_what_the_store_answers_has_an_order_and_all_replicas_show_it(first: int) -> None:
+    failed = [report(one) for one in outcomes(range(first, first + CHUNK), live) if one.violations]
+    assert not failed, "\n\n".join(failed)
 
 
 def test_a_seed_gives_the_same_life_twice() -> None:

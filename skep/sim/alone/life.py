@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from skep.errors import NotFound, SkepError, Unavailable
+from skep.errors import NotFound, Unavailable
 from skep.model.ids import NetworkId, NodeId, TaskId
 from skep.model.network import Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
@@ -59,7 +59,7 @@ NETWORKS = ("x1", "x2")
 LATENCY_S = 0.002
 LED_S = 10.0
 """With more than half of the managers well, somebody leads after this time."""
-WRITTEN_S = 5.0
+WRITTEN_S = 10.0
 TURNS_MAX = 200_000
 LOOK_S = 0.25
 REST_S = 3.0
@@ -361,12 +361,17 @@ class StoreLife:
             store = self.managers[id].store
             try:
                 self.do(self._written_by(store))
-            except (SkepError, TimeoutError) as error:
-                self.note([f"{id} cannot write: {error!r}"])
+            except TimeoutError:
+                self.note([f"{id} cannot write within {WRITTEN_S} s"])
 
     async def _written_by(self, store: EtcdStore | None) -> None:
         async with asyncio.timeout(WRITTEN_S):
-            await self._swap(store)
+            while True:
+                before = len(self.written)
+                await self._swap(store)
+                if len(self.written) > before:
+                    return
+                await asyncio.sleep(LOOK_S)
 
     async def _ended(self) -> None:
         while self._requests:

@@ -20,7 +20,7 @@ from skep.sim.etcd.kv import KeyValues
 from skep.sim.etcd.member import Entry, Leadership, Member, resolve
 from skep.sim.links import Links
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.errors import Uncertain
+from skep.store.etcd.errors import Uncertain, meaning_of
 
 REFUSED_S = 0.0002
 """How long it takes to find out that nobody listens: whoever asks again at once lets some time pass all the same."""
@@ -131,9 +131,13 @@ class Raft:
     async def write(self, member: Member, request: pb.TxnRequest) -> pb.TxnResponse:
         """Put ``request`` into the log by way of ``member``; returns when ``member`` has applied it.
 
-        May never return: there is no leader, or it is cut off.  Raises: Uncertain: ``member`` crashed.
+        May never return: its leader is gone or cut off.  Raises: Uncertain: ``member`` crashed; Busy: it knows of no
+        leader, and raft drops the proposal.
         """
         await self._wait_connected(member)
+        if member.leadership is None:
+            await asyncio.sleep(REFUSED_S)
+            raise meaning_of("etcdserver: raft proposal dropped")
         entry = Entry(member, request, self.loop.create_future())
         member.entries.append(entry)
         leadership = member.leadership

@@ -59,7 +59,7 @@ def surplus_history(slot: Sequence[Task], limit: int, iteration: Version | None 
         return ()
     present = sum(not _is_past(task) for task in slot)
     past = [task for task in sorted(slot, key=age) if _is_past(task) and not _counts(task, iteration)]
-    # Of what is present one counts: an older one that is still stopping takes no place from what restarts are counted in.
+    # Of what is present one counts: an older one that still stops takes no place from what restarts are counted in.
     surplus = past[: max(len(slot) - max(present - 1, 0) - limit, 0)]
     if any(task.desired_state is TaskState.READY for task in slot) and surplus == past:
         del surplus[-1:]
