@@ -13,8 +13,8 @@ from skep.store.proposal import Compare, Exists, NothingSince, Proposal, Unchang
 from skep.store.state import Owner, State
 from skep.store.tables import Table
 
-MAX_OPERATIONS = 126
-"""Compares or writes of one proposal: etcd counts 128, of which the nesting takes one and the fence another."""
+MAX_OPERATIONS = 1000
+"""Compares or writes of one proposal: two compares for each published port, one for each secret used."""
 
 MAX_BYTES = 1_500_000
 """All values of one proposal: with nonces and framing they stay below etcd's 1.5 MiB per request."""

@@ -126,7 +126,7 @@ async def test_a_body_that_writes_nothing_commits_nothing(store: Store) -> None:
 
 async def test_an_oversized_transaction_is_refused_whole(store: Store) -> None:
     def body(tx: Transaction) -> None:
-        for number in range(200):
+        for number in range(600):
             tx.put(a_secret(f"s{number}"))
 
     with pytest.raises(ResourceExhausted, match="too large"):
@@ -135,22 +135,22 @@ async def test_an_oversized_transaction_is_refused_whole(store: Store) -> None:
 
 
 async def test_the_largest_transaction_fits_for_the_api_and_behind_the_fence(rig: Rig) -> None:
-    """63 secrets are 126 keys, each written and compared; other writes go beside them."""
+    """500 secrets are 1,000 keys, each written and compared; other writes go beside them."""
 
     def body(tx: Transaction, first: int) -> None:
-        for number in range(first, first + 63):
+        for number in range(first, first + 500):
             tx.put(a_secret(f"s{number}"))
 
     term = await anext(rig.store.terms(FIRST, "127.0.0.1:2377"))
     await asyncio.gather(
         rig.store.update(body, 0),
-        term.update(body, 100),
+        term.update(body, 500),
         *(rig.store.update(put, a_task(f"t{number}")) for number in range(50)),
     )
-    assert len(rig.store.view().find(Secret)) == 126
+    assert len(rig.store.view().find(Secret)) == 1000
     assert len(rig.store.view().find(Task)) == 50
     with pytest.raises(ResourceExhausted, match="too large"):
-        await rig.store.update(lambda tx: [tx.put(a_secret(f"x{number}")) for number in range(64)])
+        await rig.store.update(lambda tx: [tx.put(a_secret(f"x{number}")) for number in range(501)])
 
 
 async def test_large_objects_do_not_add_up_beyond_what_one_request_may_hold(store: Store) -> None:

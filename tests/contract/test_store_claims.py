@@ -281,3 +281,19 @@ async def test_two_networks_never_get_one_vxlan_id_or_subnet(rig: Rig) -> None:
         assert sorted(type(result).__name__ for result in results) == ["AlreadyExists", "Network"]
 
     await asyncio.gather(*map(one, range(100)))
+
+
+async def test_a_service_with_many_ports_and_references_comes_and_goes(store: Store) -> None:
+    """150 ports and 500 secrets: Docker has no limit, and whoever publishes a range has many ports."""
+    secrets = tuple(f"s{number}" for number in range(500))
+    await store.update_each(lambda tx, name: tx.put(a_secret(name)), secrets)
+    ports = tuple(port(30_000 + number) for number in range(150))
+    await store.update(put, using("web", secrets=secrets, ports=ports))
+    with pytest.raises(InvalidArgument, match="port '30149' is already in use"):
+        await store.update(put, using("other", ports=ports[-1:]))
+    with pytest.raises(InUse):
+        await store.update(delete, Secret, "s499")
+    await store.update(change, Service, "web", removed_at=Timestamp("2026-01-01T00:00:00Z"))
+    await store.update(put, using("other", ports=ports))
+    await store.update(delete, Service, "web")
+    await store.update(delete, Secret, "s499")

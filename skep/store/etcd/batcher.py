@@ -26,6 +26,7 @@ from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.cipher import Cipher, decoded_ring
 from skep.store.etcd.client import Client, Patience
 from skep.store.etcd.errors import Busy, Uncertain
+from skep.store.etcd.flags import MAX_OPERATIONS
 from skep.store.etcd.requests import Witness, etcd_key, fill_txn, guard, is_clear, is_fence_fallen
 from skep.store.interface import NotLeader
 from skep.store.proposal import Footprint, Proposal
@@ -39,8 +40,8 @@ QUEUE_MAX = 10_000
 
 ENTRY_PROPOSALS_MAX = 100
 ENTRY_BYTES_MAX = 1024 * 1024
-ETCD_OPERATIONS_MAX = 128
-"""etcd's --max-txn-ops: proposals of an entry and operations of its largest proposal, together."""
+ETCD_OPERATIONS_MAX = MAX_OPERATIONS - 1
+"""Proposals of an entry and operations of its largest proposal, together; around a single one are two compares."""
 
 IN_FLIGHT = 2
 

@@ -9,8 +9,8 @@ from skep.security.tls import MANAGER_NAME
 from skep.store.etcd.peers import HOSTS_FILE, Peer, peer_url
 from skep.store.space import QUOTA_BYTES
 
-MAX_OPERATIONS = 129
-"""Of a proposal 127, and two around it: a batch compares its sender's ticket and the key ring."""
+MAX_OPERATIONS = 1200
+"""Compares or writes of an entry, nested ones included; a member asks this only of what its own manager sends."""
 
 MAX_REQUEST_BYTES = 1_572_864
 HISTORY_REVISIONS = 20_000

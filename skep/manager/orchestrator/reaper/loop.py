@@ -40,6 +40,11 @@ Key = NewType("Key", str)
 """A slot (``<service>/<slot or node>``) or a service (its id)."""
 
 
+VERSIONS_WITH_SERVICE_MAX = 50
+"""Versions of its spec that go in one transaction with a service; more are removed one by one before it."""
+AGAIN_S = 0.1
+
+
 class Orphan(msgspec.Struct, frozen=True):
     """The task's node is gone: the leader says how it ended, because nobody else will."""
 
@@ -151,10 +156,12 @@ class Reaper:
         if service is None:
             return
         tasks = view.find(Task, service_id=service_id)
-        if service.removed_at is not None and not tasks:
-            yield DeleteService(service)
-            return
         versions = view.find(SpecVersion, service_id=service_id)
+        if service.removed_at is not None and not tasks:
+            if len(versions) <= VERSIONS_WITH_SERVICE_MAX:
+                yield DeleteService(service)
+                return
+            self._agenda.add_at(Key(service_id), self._clock.monotonic() + AGAIN_S)
         if len(versions) > 1:
             yield from map(DeleteVersion, unused_versions(service, versions, tasks))
 
