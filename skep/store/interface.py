@@ -135,7 +135,8 @@ class Watch(Protocol):
     """Commits after ``snapshot``, each once, in order, without a gap."""
 
     @property
-    def snapshot(self) -> View: ...
+    def snapshot(self) -> View:
+        """What is there at the beginning; to be asked for before the first commit is."""
 
     def __aiter__(self) -> AsyncIterator[Commit]:
         """Raises: WatchLagged."""

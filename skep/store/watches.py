@@ -19,7 +19,7 @@ class Line:
     """The commits that one reader has not yet taken.  Implements ``interface.Watch``."""
 
     def __init__(self, snapshot: View, kinds: frozenset[type[Object]], capacity: int) -> None:
-        self._snapshot = snapshot
+        self._snapshot: View | None = snapshot
         self.kinds = kinds
         self._capacity = capacity
         self._commits: deque[Commit] = deque()
@@ -28,12 +28,15 @@ class Line:
 
     @property
     def snapshot(self) -> View:
+        assert self._snapshot is not None, "asked for before the first commit"
         return self._snapshot
 
     def __aiter__(self) -> AsyncIterator[Commit]:
         return self
 
     async def __anext__(self) -> Commit:
+        # A replica that is loaded anew has another state: whoever reads for long would keep the old one alive.
+        self._snapshot = None
         while not self._commits:
             if self._is_lagged:
                 raise WatchLagged(f"more than {self._capacity} commits behind")
@@ -76,6 +79,7 @@ class Watches:
     def open(self, snapshot: View, kinds: frozenset[type[Object]]) -> Iterator[Line]:
         """A line that gets everything published from now on."""
         line = Line(snapshot, kinds, self._capacity)
+        del snapshot  # the line alone keeps it, until it is read
         self._lines[line] = None
         try:
             yield line

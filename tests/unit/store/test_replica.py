@@ -1,10 +1,12 @@
 """Who hears first of a commit."""
 
 import asyncio
+import weakref
 
 from skep.model.ids import SecretId
 from skep.model.secret import Secret, SecretSpec
 from skep.store.replica import Replica
+from skep.store.state import State
 from skep.store.tables import KeyChange
 from skep.store.transaction import Writing
 
@@ -33,3 +35,15 @@ async def test_whoever_waits_for_a_revision_goes_on_before_those_who_watch_begin
         await asyncio.sleep(0)
         replica.apply(5, [KeyChange(key, value, 5, 5) for key, value in tx.proposal().puts])
     assert order == ["answer", "loop"]
+
+
+async def test_whoever_reads_a_watch_keeps_no_state_alive_that_a_load_has_replaced():
+    replica = Replica()
+    old = weakref.ref(replica.state)
+    async with replica.watch(Secret) as watch:
+        assert watch.snapshot is old()
+        reading = asyncio.create_task(anext(aiter(watch)))
+        await asyncio.sleep(0)
+        replica.reset(State(), None)
+        assert old() is None
+        reading.cancel()
