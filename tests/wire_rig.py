@@ -24,6 +24,7 @@ from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.eviction.loop import shut_out
 from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.paths.examination import Examinations
@@ -220,6 +221,7 @@ class Cluster:
             KeyPairFiles(directory),
             SystemClock(),
             disconnect=self.bound.disconnect,
+            root_gone=partial(shut_out, self.store, self.bound),
             peers=peers,
             tell=tell,
         )

@@ -36,6 +36,11 @@ class Handshakes:
         """Under way."""
         return len(self._under_way)
 
+    def give_up(self) -> None:
+        """End all that are under way."""
+        for task in tuple(self._under_way):
+            task.cancel()
+
     async def accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         """Accept connections until cancelled.  ``listener``: non-blocking."""
         loop = asyncio.get_running_loop()
@@ -53,8 +58,7 @@ class Handshakes:
                 )
                 await asyncio.sleep(0)  # lets the handshake begin: it owns the socket from then on
         finally:
-            for task in tuple(self._under_way):
-                task.cancel()
+            self.give_up()
 
     def _begin(self, task: asyncio.Task[None], source: str) -> None:
         """A connection was accepted; when there are too many, one of the address with most of them makes room."""

@@ -7,6 +7,7 @@ control loops are the leader's, and each of their writes is fenced by its term.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -34,7 +35,7 @@ from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.events import ClusterEvents
-from skep.manager.eviction.loop import Evictions, KeyedStore, keep_settled
+from skep.manager.eviction.loop import Evictions, KeyedStore, keep_settled, shut_out
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
 from skep.manager.keys import WrappingKeys
@@ -215,6 +216,7 @@ class Manager:
             KeyPairFiles(self._config.paths.certificates, lock),
             self._clock,
             disconnect=bound.disconnect,
+            root_gone=partial(shut_out, self._store, bound),
             peers=PeerFiles(
                 self._config.paths.tls, self._config.paths.manager, self._restart_member, self._cut_peers
             ),

@@ -89,6 +89,11 @@ class Bound:
         """Of requests that have arrived and are not answered."""
         return sum(connection.held for connection in self._server.connections)
 
+    def disconnect_all(self) -> None:
+        """End every connection, and every handshake: whoever comes again is judged by what counts now."""
+        self._handshakes.give_up()
+        self._server.close_connections()
+
     def disconnect(self, who: Callable[[Identity], bool]) -> None:
         """End the connections of callers for whose certificate ``who`` is true."""
         for connection in tuple(self._server.connections):

@@ -8,15 +8,20 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
-from skep.errors import FailedPrecondition
+from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.control.swarm import Rotations, update_swarm
-from skep.model.ids import new_id
-from skep.model.node import Node
+from skep.manager.eviction.steps import EVICTION_ID, Eviction
+from skep.model.ids import NodeId, new_id
+from skep.model.node import Node, NodeRole
 from skep.model.swarm import CAConfig
 from skep.model.task import Task, TaskState
+from skep.model.times import timestamp
 from skep.node.joining import join
+from skep.security.tls import client_context
 from skep.security.trust import is_issued_by, tls_info_of
 from skep.store.kinds import NEXT_ROOT_KEY_ID, ROOT_KEY_ID, Payload
+from skep.wire.client import connected
+from tests.wire_calls import call
 from tests.wire_rig import MANAGER_ID, Cluster, a_worker, an_agent, pair_of, put, service_task, until
 
 
@@ -171,3 +176,30 @@ async def test_the_present_root_given_again_ends_a_rotation(cluster, tmp_path):
         assert cluster.swarm.spec.ca_config.signing_ca_key == ""
         async with asyncio.timeout(5):
             await agent.registered.wait()
+
+
+@pytest.mark.parametrize("is_evicting", [True, False])
+async def test_connections_outlive_a_rotation_but_none_that_an_eviction_asked_for(
+    cluster, tmp_path, is_evicting
+):
+    """Who has the old root's key may have made one in the name of a node that stays."""
+    forged = cluster.pair(MANAGER_ID, NodeRole.MANAGER)
+    if is_evicting:
+        eviction = Eviction(
+            node_id=NodeId("gone"),
+            hostname="gone",
+            was_manager=True,
+            asked_by="root@desk",
+            asked_through=MANAGER_ID,
+            asked_at=timestamp(0),
+        )
+        await put(cluster, Payload(id=EVICTION_ID, data=eviction.encode()))
+    async with (
+        cluster.own_agent(tmp_path / "manager"),
+        connected(cluster.address, client_context(forged), "swarm-manager") as channel,
+    ):
+        await rotate(cluster)
+        await rotated(cluster)
+        root = cluster.swarm.tls_info.trust_root.encode()
+        await until(lambda: cluster.tls.pair.root_pem == root)
+        assert isinstance(await call(channel, "HEARTBEAT"), Unavailable) is is_evicting

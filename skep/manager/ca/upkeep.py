@@ -45,6 +45,7 @@ class Upkeep:
     Args:
         own: this manager's node.
         disconnect: ends the connections of callers for whom it is true.
+        root_gone: called when certificates of a root are not taken any more; connections that were made with them stay.
         peers: None where no etcd is (tests).
         tell: called once a day with everything that expires soon.
     """
@@ -58,6 +59,7 @@ class Upkeep:
         clock: Clock,
         *,
         disconnect: Callable[[Callable[[Identity], bool]], None],
+        root_gone: Callable[[], None] = lambda: None,
         peers: PeerFiles | None = None,
         tell: Callable[[Expiry], None] = lambda _: None,
     ) -> None:
@@ -68,6 +70,7 @@ class Upkeep:
         self._files = files
         self._clock = clock
         self._disconnect = disconnect
+        self._root_gone = root_gone
         self._peers = peers
         self._pair: KeyPair | None = None
         self._served: KeyPair | None = None
@@ -140,6 +143,8 @@ class Upkeep:
         serving = self._pair.with_root(trusted)
         if not _is_same(serving, self._served):
             self._tls.replace(serving)
+            if self._served is not None and self._served.root_pem != trusted and swarms[0].rotation is None:
+                self._root_gone()
             self._served = serving
             log.info("certificate taken over", until=serving.not_after.isoformat())
         if self._peers is not None:

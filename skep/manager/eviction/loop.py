@@ -40,6 +40,7 @@ from skep.store.kinds import Payload
 from skep.wire import methods
 from skep.wire import skep_pb2 as pb
 from skep.wire.client import Channel
+from skep.wire.server import Bound
 
 log = structlog.get_logger(__name__)
 
@@ -245,6 +246,20 @@ class Evictions:
 def _not_renewed(view: View) -> list[Node]:
     wanted = cluster_of(view).tls_info
     return [node for node in view.find(Node) if not is_issued_by(node.description.tls_info, wanted)]
+
+
+def shut_out(store: Store, bound: Bound) -> None:
+    """End every connection if the root has changed because of an eviction.
+
+    Connections outlive a rotation, as they do in Docker; but who has the old root's key may have made some in the
+    name of nodes that stay.
+    """
+    eviction = eviction_of(store.view())
+    if eviction is not None and eviction.next_step is not None:
+        log.warning(
+            "every connection is ended: the root is another one, and a node is evicted", node=eviction.node_id
+        )
+        bound.disconnect_all()
 
 
 async def keep_settled(store: KeyedStore, keys: WrappingKeys, clock: Clock) -> None:
