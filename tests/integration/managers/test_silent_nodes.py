@@ -39,5 +39,4 @@ def test_without_a_leader_nodes_that_do_not_answer_leave_the_load_balancing() ->
                 LEFT_OUT_WITHIN_S,
             )
         cluster.skep("start", "m2")
-        wait_managers(m1, "m1", "m2")
         wait_until(lambda: len(answers(w1)) == 3, "who is back serves again", LEFT_OUT_WITHIN_S)

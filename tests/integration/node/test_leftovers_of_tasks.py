@@ -129,3 +129,26 @@ async def test_what_is_held_for_containers_that_are_gone_is_swept_away(
     assert set(await executor.containers.sweep()) == {gone, bare}
     assert held(lab, executor) == before
     assert await executor.containers.sweep() == []
+
+
+@pytest.mark.parametrize("turns", [50, 200, 800])
+async def test_a_container_that_is_removed_while_it_starts_ends_nobody_elses_work(
+    lab: Lab, executor: OciExecutor, turns: int
+) -> None:
+    """What watches it must not meet a record that is gone: in the same group, that ended all containers' keeping."""
+    neighbour = executor.controller(a_task("sleep", "60", slot=1))
+    await neighbour.prepare()
+    await neighbour.start()
+    task = a_task("sleep", "60")
+    controller = executor.controller(task)
+    await controller.prepare()
+    starting = asyncio.create_task(controller.start())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await executor.discard(task.task.id)
+    await asyncio.wait([starting])
+    starting.exception()
+    await eventually(lambda: len(executor.containers.list()) == 1, "the other one is left")
+    assert neighbour.observed() is not None
+    await neighbour.terminate()
+    await neighbour.wait()

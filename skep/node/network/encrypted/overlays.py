@@ -22,7 +22,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import SkepError
+from skep.aio.guard import report
 from skep.model.ids import NetworkId, NodeId
 from skep.model.pair_keys import KeysTold, Method, NodeKeys, after
 from skep.model.tables import NetworkHead, Table
@@ -184,15 +184,15 @@ class EncryptedOverlays:
             # One that was adopted goes on with the plan it has until all that belongs into the next is known.
             is_whole = self._is_restored and self._are_keys_told
             if self._address and (is_whole or not self._is_running()):
-                plan = self.plan()
                 try:
+                    plan = self.plan()
                     if plan != applied:
                         status = await self._client.apply(plan)
                         applied = plan
                         _say_trouble(status)
                     backoff.reset()
-                except SkepError as error:
-                    log.warning("encrypted networks not carried, trying again", reason=str(error))
+                except Exception as error:  # containers of plain networks go on, whatever it is
+                    report(error, "encrypted networks not carried, trying again")
                     applied = None
                     await backoff.sleep(self._clock)
                     continue

@@ -13,6 +13,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.guard import contain
 from skep.errors import AlreadyExists, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId
@@ -251,20 +252,14 @@ class Mesh:
             await self._again.wait()
             await self._backoff.sleep(self._clock)
             self._again.clear()
-            try:
-                await self._follow()
-            except SkepError as error:
-                log.warning("ports are not published", reason=str(error))
-                self._again.set()
+            await contain(self._follow(), "ports are not published", on_error=lambda _: self._again.set())
 
     async def _look_for_obstacles(self) -> None:
         while True:
             found: tuple[str, ...] = ()
             if self._plan is not None and self._plan.ports:
-                try:
-                    found = await self._namespaces.run(self._namespaces.home, _find_obstacles)
-                except SkepError as error:
-                    log.debug("others' rules not read", reason=str(error))
+                work = self._namespaces.run(self._namespaces.home, _find_obstacles)
+                found = await contain(work, "others' rules not read") or ()
             for sentence in set(found) - set(self._obstacles):
                 log.warning(sentence)
             self._obstacles = found
@@ -284,7 +279,8 @@ class Mesh:
                         raise
                     concerns_bridge = True
                 if concerns_bridge and self._plan is not None and self._plan.ports:
-                    await self._namespaces.run(self._namespaces.home, _set_up, self._plan.has_ipv6)
+                    work = self._namespaces.run(self._namespaces.home, _set_up, self._plan.has_ipv6)
+                    await contain(work, "settings of the ingress bridge not made")
         finally:
             notices.close()
 

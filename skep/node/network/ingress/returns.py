@@ -9,6 +9,7 @@ import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.clock import Clock
+from skep.aio.guard import contain
 from skep.model.ids import ContainerId
 from skep.node.network import netlink, nft
 from skep.node.network.ingress.plan import Plan
@@ -81,7 +82,7 @@ class Returns:
                 self._wake.clear()
                 due, self._due = self._due, set()
                 for container_id in sorted(due):
-                    await self._repair(container_id)
+                    await contain(self._repair(container_id), "return path not seen", container=container_id)
         finally:
             for container_id in tuple(self._sockets):
                 self._listen_no_more(container_id)

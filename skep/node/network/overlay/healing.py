@@ -13,7 +13,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import SkepError
+from skep.aio.guard import report
 from skep.node.network import netlink
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
@@ -161,14 +161,14 @@ class Healing:
                 await self._clock.sleep(PAUSE_SECONDS)
 
     async def _heal(self, domain: Domain) -> bool:
-        """Whether ``domain`` is as it shall be now."""
+        """Whether ``domain`` is as it shall be now.  A bug that one namespace meets is no other's trouble."""
         if domain not in self._sockets:
             return True
         try:
             await domain.heal()
-        except (SkepError, OSError) as error:
+        except Exception as error:
             if domain in self._sockets:  # otherwise it was removed meanwhile
-                log.warning("network not repaired yet", where=domain.name, error=str(error))
+                report(error, "network not repaired yet", where=domain.name)
                 return False
         return True
 

@@ -1,7 +1,7 @@
 """What the kernel makes by itself of addresses, as wanted state: who takes it away finds it back.  Pure.
 
 With an IPv4 address come a route to its network, one to itself and one to the network's broadcast address; with an IPv6
-one a route to its network and one to itself; with IPv6 on an interface a link-local address and a route for multicast.
+one a route to its network and one to itself, on a router one to the address of all routers; with IPv6 on an interface a link-local address and a route for multicast.
 A new namespace has the rules that look into the local, the main and the default table.  The kernel makes each of them
 once.
 
@@ -31,12 +31,15 @@ RULES_6 = frozenset({Rule(6, 0, LOCAL_TABLE), Rule(6, 32766, MAIN_TABLE)})
 _MULTICAST = "ff00::/8"
 _BROADCAST_LENGTH_MAX = 30
 """A network of two addresses has no broadcast address (RFC 3021)."""
+_ANYCAST_LENGTH_MAX = 126
+"""Nor has one of IPv6 the address of its routers (RFC 6164)."""
 
 
 def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
     """``wanted`` with what the kernel makes of it; ``rules``: those of a namespace that is nobody else's."""
     addresses = wanted.addresses | frozenset(_link_locals(wanted))
-    routes = {route for address in addresses for route in _routes(address)}
+    is_router = wanted.sysctls.get("net/ipv6/conf/all/forwarding") == "1"
+    routes = {route for address in addresses for route in _routes(address, is_router=is_router)}
     routes |= {
         Route(link, _MULTICAST, kind=RouteKind.MULTICAST, table=LOCAL_TABLE, is_kernels=True)
         for link in wanted.links
@@ -63,7 +66,7 @@ def _has_ipv6(sysctls: Mapping[str, str], link: str) -> bool:
     return sysctls.get(f"net/ipv6/conf/{link}/disable_ipv6") == "0"
 
 
-def _routes(address: Address) -> Iterable[Route]:
+def _routes(address: Address, *, is_router: bool) -> Iterable[Route]:
     link, held = address.link, ip_interface(address.interface)
     network = held.network
     own = f"{held.ip}/{held.max_prefixlen}"
@@ -71,6 +74,9 @@ def _routes(address: Address) -> Iterable[Route]:
         yield Route(link, own, kind=RouteKind.LOCAL, table=LOCAL_TABLE, is_kernels=True)
         if network.prefixlen < held.max_prefixlen:
             yield Route(link, str(network), is_kernels=True)
+        if is_router and network.prefixlen <= _ANYCAST_LENGTH_MAX:
+            routers = f"{network.network_address}/{held.max_prefixlen}"
+            yield Route(link, routers, kind=RouteKind.ANYCAST, table=LOCAL_TABLE, is_kernels=True)
         return
     source = str(held.ip)
     yield Route(link, own, "", RouteKind.LOCAL, LOCAL_TABLE, source, is_kernels=True)

@@ -7,12 +7,8 @@ processor looks at what is deleted any more, which takes tens of milliseconds.
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 
-import structlog
-
 from skep.aio.clock import Clock
-from skep.errors import SkepError
-
-log = structlog.get_logger()
+from skep.aio.guard import contain
 
 PAUSE_SECONDS = 0.2
 
@@ -40,7 +36,4 @@ class Settling:
             await self._clock.sleep(PAUSE_SECONDS)
             due, self._due = self._due, {}
             for settle in due.values():
-                try:
-                    await settle()
-                except (SkepError, OSError) as error:
-                    log.warning("network not cleared yet", error=str(error))
+                await contain(settle(), "network not cleared yet")

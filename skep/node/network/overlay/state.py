@@ -82,6 +82,7 @@ class RouteKind(IntEnum):
     UNICAST = 1
     LOCAL = 2
     BROADCAST = 3
+    ANYCAST = 4
     MULTICAST = 5
 
 

@@ -7,6 +7,7 @@ whether they leave checksums to the network card).
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import is_set_within
+from skep.aio.guard import persist
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.paths import PathPeer, PathReport, PathWish
@@ -215,7 +217,14 @@ class PathProber:
                 self._news.pop(id, None)
         for id, peer in wanted.items():
             if id not in self._tasks:
-                task = group.create_task(self._keep_asking(peer), name=f"probes of {id}")
+                asking = persist(
+                    partial(self._keep_asking, peer),
+                    "probes have failed",
+                    clock=self._clock,
+                    chance=self._chance,
+                    peer=id,
+                )
+                task = group.create_task(asking, name=f"probes of {id}")
                 self._tasks[id] = (peer, task)
 
     async def _keep_asking(self, peer: PathPeer) -> None:
@@ -255,7 +264,7 @@ class PathProber:
             await self._keep()
             try:
                 await self._remeasured()
-            except SkepError as error:
+            except (SkepError, OSError) as error:
                 log.warning("overlays do not follow what was measured yet", reason=str(error))
                 self._is_measured.set()
                 await backoff.sleep(self._clock)

@@ -49,6 +49,16 @@ def test_with_ipv6_come_a_link_local_address_and_multicast() -> None:
     assert routes_of(address, disable_ipv6="0", addr_gen_mode="1") == own | multicast
 
 
+def test_a_router_answers_to_the_address_of_all_routers() -> None:
+    state = State(
+        links={"eth0": ETH},
+        addresses=frozenset({Address("eth0", "fd04::5/64")}),
+        sysctls={"net/ipv6/conf/all/forwarding": "1"},
+    )
+    found = {(route.kind, route.destination) for route in completed(state).routes}
+    assert (RouteKind.ANYCAST, "fd04::/128") in found
+
+
 def test_a_missing_route_of_the_kernels_is_put_back() -> None:
     found = State(
         links=WANTED.links, addresses=WANTED.addresses, routes=WANTED.routes - {NETWORK}, rules=RULES_4
