@@ -1,9 +1,9 @@
 """What the kernel makes by itself of addresses, as wanted state: who takes it away finds it back.  Pure.
 
 With an IPv4 address come a route to its network, one to itself and one to the network's broadcast address; with an IPv6
-one a route to its network and one to itself, on a router one to the address of all routers; with IPv6 on an interface a link-local address and a route for multicast.
-A new namespace has the rules that look into the local, the main and the default table.  The kernel makes each of them
-once.
+one a route to its network and one to itself, on a router one to the address of all routers; with IPv6 on an interface
+a link-local address and a route for multicast.  A new namespace has the rules that look into the local, the main and
+the default table.  The kernel makes each of them once.
 
 Source: linux, net/ipv4/fib_frontend.c (fib_add_ifaddr), net/ipv4/fib_rules.c (fib_default_rules_init),
 net/ipv6/addrconf.c (addrconf_add_dev, add_addr, addrconf_prefix_route), net/ipv6/fib6_rules.c.
