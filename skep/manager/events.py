@@ -16,6 +16,7 @@ import msgspec
 
 from skep.aio.clock import Clock
 from skep.manager.eviction.steps import EVICTION_ID, Eviction, decoded_eviction
+from skep.manager.guard import apart, id_of
 from skep.model.conditions import condition_messages
 from skep.model.draining import begins_to_drain
 from skep.model.encoding import ApiObject, always
@@ -84,8 +85,9 @@ class ClusterEvents:
         async with self._store.watch(*kinds) as watch:
             async for commit in watch:
                 for event in commit.events:
-                    for message in messages_of(event, self._clock.now_ns()):
-                        self._publish(message)
+                    with apart("event", id_of(event)):
+                        for message in messages_of(event, self._clock.now_ns()):
+                            self._publish(message)
 
     def expires(self, kind: str, id: str, name: str, not_after: Timestamp) -> None:
         """Tell that a certificate expires soon: no commit does."""

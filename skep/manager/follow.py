@@ -5,12 +5,14 @@ it gets to it, and so takes whatever has gathered meanwhile in one step.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import structlog
 
+from skep.aio.slices import STEP
+from skep.manager.guard import note_apart
 from skep.store.interface import Commit, Object, Updates, View, Watch, WatchLagged
 
 log = structlog.get_logger()
@@ -34,7 +36,8 @@ async def follow(
 ) -> None:
     """Run ``work`` until it fails or is cancelled; begin again from a fresh snapshot when the watch lagged.
 
-    ``start`` is called with each snapshot before ``note`` is called with what follows it.
+    ``start`` is called with each snapshot before ``note`` is called with what follows it.  An object that ``note``
+    makes nothing of is not noted, and ends nothing.
     """
     while True:
         try:
@@ -48,6 +51,17 @@ async def follow(
             )
 
 
+def all_of(view: Callable[[], View], *kinds: type[Object]) -> Iterator[Object | None]:
+    """Every object of these kinds as it is when it is asked for, so there may be pauses: wherever None comes."""
+    for kind in kinds:
+        for number, id in enumerate(view().ids(kind)):
+            found = view().lookup(kind, id)
+            if found is not None:
+                yield found
+            if number % STEP == 0:
+                yield None
+
+
 async def _read(watch: Watch, note: Callable[[Commit], None]) -> None:
     async for commit in watch:
-        note(commit)
+        note_apart(note.__qualname__, note, commit)

@@ -6,7 +6,7 @@ key backs off, and the loop goes on with the next object; what went wrong is kep
 
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 import structlog
@@ -14,7 +14,7 @@ import structlog
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
-from skep.store.interface import NotLeader, Transaction, Updates
+from skep.store.interface import Commit, Event, NotLeader, Transaction, Updated, Updates, WatchLagged
 
 log = structlog.get_logger()
 
@@ -28,6 +28,7 @@ AWAY_S_MAX = 5.0
 """The longest delay where the store was only not available: then nothing is wrong with the object."""
 
 
+SAID_MAX = 1000
 UNWRITTEN_MAX = 10_000
 """Keys remembered before those whose time has passed are forgotten: nobody may ever ask for them again."""
 
@@ -157,6 +158,58 @@ class _Guarded:
             return False
         self._guard.note(self._key, error)
         return True
+
+
+def apart(what: str, id: str) -> "_Apart":
+    """What goes wrong about one object ends here, with its trace in the log; for what is taken in, not decided."""
+    return _Apart(what, id)
+
+
+class _Apart:
+    __slots__ = ("_id", "_what")
+    _said: ClassVar[dict[tuple[str, str, str], None]] = {}
+    """What was logged already, the newest last."""
+
+    def __init__(self, what: str, id: str) -> None:
+        self._what = what
+        self._id = id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if error is None:
+            return False
+        if isinstance(error, NotLeader | WatchLagged) or not isinstance(error, Exception):
+            return False
+        key = self._what, self._id, f"{type(error).__name__}: {error}"
+        if key not in self._said:
+            if len(self._said) >= SAID_MAX:
+                del self._said[next(iter(self._said))]
+            self._said[key] = None
+            log.error("not taken in", what=self._what, object=self._id, error=key[2], exc_info=error)
+        return True
+
+
+def note_apart(what: str, note: Callable[[Commit], object], commit: Commit) -> None:
+    """``note`` a commit; where that fails, each of its events by itself, so that all but the bad one are noted.
+
+    ``note`` may see an event twice then: it says *look again*, never *what to do*.
+    """
+    try:
+        note(commit)
+    except (NotLeader, WatchLagged):
+        raise
+    except Exception:
+        for event in commit.events:
+            with apart(what, id_of(event)):
+                note(Commit(commit.revision, (event,)))
+
+
+def id_of(event: Event) -> str:
+    """Of the object that changed."""
+    id: str = (event.new if isinstance(event, Updated) else event.object).id  # type: ignore[attr-defined]
+    return id
 
 
 def contained(body: Callable[[Transaction, T], R]) -> Callable[[Transaction, T], R]:

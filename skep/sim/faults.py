@@ -72,6 +72,9 @@ class _PoisonedView:
             raise Poison(f"{kind.__name__} by {by}")
         return self._view.find(kind, **by)
 
+    def ids(self, kind: type[Object]) -> Sequence[str]:
+        return self._view.ids(kind)
+
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
         return self._view.unreadable(kind)
 

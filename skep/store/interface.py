@@ -47,6 +47,9 @@ class View(Protocol):
         ``view.find(Task, service_id=...)`` costs what it returns.  An unknown index is a bug (KeyError).
         """
 
+    def ids(self, kind: type[Object]) -> Sequence[str]:
+        """The ids of all objects of a kind, in order: a copy, for whoever goes through very many with pauses."""
+
     def unreadable(self, kind: type[Object]) -> Mapping[str, str]:
         """Ids of objects of a kind that are stored but cannot be read, and why; empty unless something is damaged.
 

@@ -73,6 +73,9 @@ class State:
     def find(self, kind: type[T], **by: str) -> Sequence[T]:
         return self.table_by_type[kind].find(by)
 
+    def ids(self, kind: type[msgspec.Struct]) -> Sequence[str]:
+        return self.table_by_type[kind].ids.copy()
+
     def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
         return self.table_by_type[kind].unreadable
 

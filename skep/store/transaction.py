@@ -84,6 +84,9 @@ class Writing:
                 insort(found, id)
         return [written[id] if id in written else table.objects[id] for id in found]
 
+    def ids(self, kind: type[msgspec.Struct]) -> Sequence[str]:
+        return [object.id for object in self.find(kind)]  # type: ignore[attr-defined]
+
     def unreadable(self, kind: type[msgspec.Struct]) -> Mapping[str, str]:
         return self._state.unreadable(kind)
 

@@ -24,7 +24,8 @@ REPLICAS = 50
 @asynccontextmanager
 async def leading(store: Store) -> AsyncIterator[None]:
     """The loops run within."""
-    term = await anext(aiter(store.terms(FIRST, "127.0.0.1:2377")))
+    terms = aiter(store.terms(FIRST, "127.0.0.1:2377"))
+    term = await anext(terms)
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(loop.run()) for loop in loops(term, SystemClock(), new_id, Random(1))]
         yield

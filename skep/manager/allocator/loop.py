@@ -1,20 +1,19 @@
 """The allocator's loop: gives networks their subnets and services their endpoints, then lets tasks go to PENDING."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from random import Random
 
 import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices
+from skep.aio.slices import Slices, go_through
 from skep.manager.agenda import Agenda
 from skep.manager.allocator.attachments import (
     Attached,
     Networks,
     NotAttached,
     attachments_for,
-    wanted_networks,
 )
 from skep.manager.allocator.books import Books, node_owner, service_owner
 from skep.manager.allocator.fullness import Fullness
@@ -33,23 +32,23 @@ from skep.manager.allocator.grants import (
     network_key,
     node_key,
 )
+from skep.manager.allocator.new_tasks import is_new, overlays_of, spec_or_template
 from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attachments
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
-from skep.manager.follow import State, follow
-from skep.manager.guard import Guard, write_each
+from skep.manager.follow import State, all_of, follow
+from skep.manager.guard import Guard, apart, id_of, write_each
 from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
-from skep.model.planes import is_docker_node, is_overlay
+from skep.model.planes import is_docker_node
 from skep.model.routes import routes_of_all
-from skep.model.service import Service, ServiceSpec
+from skep.model.service import Service
 from skep.model.swarm import Swarm
-from skep.model.task import Task, TaskState
+from skep.model.task import Task
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, Transaction, Updated, View
-from skep.store.kinds import spec_of
+from skep.store.interface import Commit, Created, Deleted, Event, Transaction, Updated, View
 
 log = structlog.get_logger()
 
@@ -69,6 +68,7 @@ class Allocator:
         """Services by their ids, networks and nodes by ``network_key`` and ``node_key``."""
         self._guard = Guard(clock, random)
         self._books = Books()
+        self._loading: Iterator[None] = iter(())
         self._new: dict[ServiceId, dict[TaskId, None]] = {}
         """Tasks not yet released, by service: work is in proportion to them, not to what the service has."""
         self._unallocated: dict[NetworkId, str] = {}
@@ -84,49 +84,58 @@ class Allocator:
 
     # -- keeping up with the store -----------------------------------------------------------------------------
 
-    def _start(self, snapshot: View) -> None:
-        self._books = Books.of(snapshot)
+    def _start(self, _snapshot: View) -> None:
+        self._books = Books()
         self._new.clear()
         self._unallocated.clear()
-        self._agenda.add(network_key(network.id) for network in snapshot.find(Network))
-        self._agenda.add(service.id for service in snapshot.find(Service))
-        for task in snapshot.find(Task):
-            self._note_new(task)
+        self._loading = self._load()
+
+    def _load(self) -> Iterator[None]:
+        """Enter everything, with pauses; what is noted in one of them is entered as it is by then, like all else."""
+        for one in all_of(self._term.view, Network, Service, Task, Node):
+            if one is None:
+                yield
+                continue
+            with apart("allocator", id_of(created := Created(one))):
+                self._note_one(created)
         self._note_nodes()
 
     def _note(self, commit: Commit) -> None:
         """Enter what the store shows *now*: an older state would give back what was given since."""
         for event in commit.events:
-            match event:
-                case Created(Service() as service) | Updated(_, Service() as service):
-                    self._look_at_service(service.id)
-                    self._agenda.add((service.id,))
-                case Deleted(Service() as service):
-                    self._look_at_service(service.id)
-                    self._new.pop(service.id, None)
-                    self._note_unallocated()
-                    self._guard.forget(service.id)
-                    self._guard.forget_unwritten(ENDPOINTS, service.id)
-                    self._guard.forget(f"tasks of {service.id}")
-                case Created(Task() as task):
-                    self._look_at_task(task)
-                    self._note_new(task)
-                case Updated(Task() as old, Task() as task) if task.networks_attachments:
-                    self._look_at_task(task)
-                    if old.node_id != task.node_id:
-                        self._note_node_of(task)
-                case Deleted(Task() as task):
-                    self._look_at_task(task)
-                case Created(Network() as network) | Updated(_, Network() as network):
-                    self._note_network(network)
-                case Deleted(Network() as network):
-                    self._books.leave_network(network)
-                    self._unallocated.pop(network.id, None)
-                    self._fullness.forget(network.id)
-                    self._note_unallocated()
-                    self._note_nodes()
-                case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
-                    self._look_at_node(node)
+            self._note_one(event)
+
+    def _note_one(self, event: Event) -> None:
+        match event:
+            case Created(Service() as service) | Updated(_, Service() as service):
+                self._look_at_service(service.id)
+                self._agenda.add((service.id,))
+            case Deleted(Service() as service):
+                self._look_at_service(service.id)
+                self._new.pop(service.id, None)
+                self._note_unallocated()
+                self._guard.forget(service.id)
+                self._guard.forget_unwritten(ENDPOINTS, service.id)
+                self._guard.forget(f"tasks of {service.id}")
+            case Created(Task() as task):
+                self._look_at_task(task)
+                self._note_new(task)
+            case Updated(Task() as old, Task() as task) if task.networks_attachments:
+                self._look_at_task(task)
+                if old.node_id != task.node_id:
+                    self._note_node_of(task)
+            case Deleted(Task() as task):
+                self._look_at_task(task)
+            case Created(Network() as network) | Updated(_, Network() as network):
+                self._note_network(network)
+            case Deleted(Network() as network):
+                self._books.leave_network(network)
+                self._unallocated.pop(network.id, None)
+                self._fullness.forget(network.id)
+                self._note_unallocated()
+                self._note_nodes()
+            case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
+                self._look_at_node(node)
 
     def _look_at_service(self, id: ServiceId) -> None:
         service = self._term.view().lookup(Service, id)
@@ -176,7 +185,7 @@ class Allocator:
         )
 
     def _note_new(self, task: Task) -> None:
-        if _is_new(task):
+        if is_new(task):
             self._new.setdefault(task.service_id, {})[task.id] = None
             self._agenda.add((task.service_id,))
             self._note_node_of(task)
@@ -208,6 +217,7 @@ class Allocator:
     # -- deciding ----------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
+        await go_through(self._loading, self._clock)
         allocated_before = [one for one in self._term.view().find(Network) if is_allocated(one)]
         await self._commit("claims of networks", ([Claim(network)] for network in allocated_before))
         while True:
@@ -278,7 +288,7 @@ class Allocator:
             return []
         with self._guard.guarded(node_key(node_id)):
             tasks = view.find(Task, node_id=node_id) if is_docker_node(node) else ()
-            to_come = [one for task in tasks if _is_new(task) for one in _overlays(view, task, networks)]
+            to_come = [one for task in tasks if is_new(task) for one in overlays_of(view, task, networks)]
             ingress = networks.ingress if networks.ingress and is_allocated(networks.ingress) else None
             is_published = bool(self._books.publishing)
             wanted = networks_of_node(node, tasks, ingress, to_come, is_published=is_published)
@@ -314,13 +324,13 @@ class Allocator:
     def _new_tasks(self, view: View, service_id: ServiceId) -> list[Task]:
         """The service's tasks that are still NEW; the others are forgotten."""
         found = [view.lookup(Task, id) for id in self._new.pop(service_id, ())]
-        tasks = [task for task in found if task is not None and _is_new(task)]
+        tasks = [task for task in found if task is not None and is_new(task)]
         if tasks:
             self._new[service_id] = {task.id: None for task in tasks}
         return tasks
 
     def _release(self, view: View, task: Task, networks: Networks) -> Grant:
-        spec = _spec_of(view, task)
+        spec = spec_or_template(view, task)
         self._books.leave_task(task.id)  # what an attempt before this one took
 
         def give(network: Network, wished: str) -> tuple[str, ...]:
@@ -384,19 +394,3 @@ class Allocator:
                     self._books.enter_node(node)
             case Explain() | Claim():
                 pass
-
-
-def _is_new(task: Task) -> bool:
-    return task.status.state is TaskState.NEW and task.is_wanted
-
-
-def _overlays(view: View, task: Task, networks: Networks) -> list[Network]:
-    """Networks on which a new task will get an address."""
-    wanted = wanted_networks(_spec_of(view, task), networks.ingress)
-    found = (networks.find(NetworkId(one.target)) for one in wanted)
-    return [network for network in found if network and is_overlay(network) and is_allocated(network)]
-
-
-def _spec_of(view: View, task: Task) -> ServiceSpec:
-    """The spec that the task was made from; the task's own template when that is no longer kept."""
-    return spec_of(view, task) or ServiceSpec(task_template=task.spec)

@@ -17,6 +17,8 @@ from skep.manager.discovery.derive import (
     places_of,
     service_on,
 )
+from skep.manager.discovery.stale import Stale
+from skep.manager.guard import apart, id_of
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -68,7 +70,7 @@ class Ledger:
         self._networks_of_node: dict[NodeId, dict[NetworkId, int]] = {}
         """Where it takes part, and with how many tasks."""
         self._publishing: set[ServiceId] = set()
-        self._stale = _Stale()
+        self._stale = Stale()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -101,7 +103,8 @@ class Ledger:
         found: list[Object] = [*view.find(Swarm), *view.find(Network), *view.find(Node), *view.find(Service)]
         found += [task for task in view.find(Task) if task.networks_attachments]
         for object in found:
-            self._enter(object)
+            with apart("tables", object.id):  # type: ignore[attr-defined]
+                self._enter(object)
             self._refresh()
             yield
         for book in self.books.values():
@@ -111,7 +114,8 @@ class Ledger:
         """Take in a commit that follows all that was taken in before."""
         self.revision = commit.revision
         for event in commit.events:
-            self._note(event)
+            with apart("tables", id_of(event)):
+                self._note(event)
         return self._refresh()
 
     def _note(self, event: Event) -> None:
@@ -308,32 +312,31 @@ class Ledger:
 
     def _refresh(self) -> Stirred:
         """Work out anew what may have changed."""
-        stale, self._stale = self._stale, _Stale()
+        stale, self._stale = self._stale, Stale()
         changed: set[NetworkId] = set()
         for network_id in stale.networks:
-            self._refresh_network(network_id, stale, changed)
+            with apart("table", network_id):
+                self._refresh_network(network_id, stale, changed)
         for network_id in stale.heads:
-            self._refresh_head(network_id, changed)
+            with apart("head of a table", network_id):
+                self._refresh_head(network_id, changed)
         for network_id, task_id in stale.endpoints:
             if (book := self.books.get(network_id)) is not None:
-                task = self._tasks.get(task_id)
-                endpoint = None
-                if task is not None:
-                    service, node = self._services.get(task.service_id), self._nodes.get(task.node_id)
-                    endpoint = endpoint_of(task, service, node, network_id)
-                if book.set_endpoint(task_id, endpoint, self.revision):
-                    changed.add(network_id)
+                with apart("endpoint", task_id):
+                    self._refresh_endpoint(book, task_id, changed)
         for network_id, service_id in stale.services:
             if (book := self.books.get(network_id)) is not None:
-                self._refresh_service(book, service_id, changed)
+                with apart("service in a table", service_id):
+                    self._refresh_service(book, service_id, changed)
         for network_id, node_id in stale.nodes:
             if (book := self.books.get(network_id)) is not None:
-                self._refresh_node(book, node_id, changed)
+                with apart("node in a table", node_id):
+                    self._refresh_node(book, node_id, changed)
         return Stirred(
             networks=frozenset(changed), nodes=frozenset(stale.takers), is_everybody=stale.is_everybody
         )
 
-    def _refresh_network(self, id: NetworkId, stale: "_Stale", changed: set[NetworkId]) -> None:
+    def _refresh_network(self, id: NetworkId, stale: Stale, changed: set[NetworkId]) -> None:
         book = self.books.get(id)
         if book is None:
             return
@@ -354,6 +357,14 @@ class Ledger:
             return
         if book.set_head(head_of(network, self._port), self.revision):
             changed.add(id)
+
+    def _refresh_endpoint(self, book: Book, id: TaskId, changed: set[NetworkId]) -> None:
+        task, endpoint = self._tasks.get(id), None
+        if task is not None:
+            service, node = self._services.get(task.service_id), self._nodes.get(task.node_id)
+            endpoint = endpoint_of(task, service, node, book.id)
+        if book.set_endpoint(id, endpoint, self.revision):
+            changed.add(book.id)
 
     def _refresh_service(self, book: Book, id: ServiceId, changed: set[NetworkId]) -> None:
         service, network = self._services.get(id), self._network_of(book)
@@ -378,18 +389,3 @@ class Ledger:
 def _is_elsewhere(before: Node | None, after: Node | None) -> bool:
     """Whether the node connects from another address."""
     return before is not None and after is not None and before.status.addr != after.status.addr
-
-
-class _Stale:
-    """What has to be worked out anew."""
-
-    def __init__(self) -> None:
-        # Ordered, so that every run is the same.
-        self.networks: dict[NetworkId, None] = {}
-        """Whether they are there, and all that follows from it."""
-        self.heads: dict[NetworkId, None] = {}
-        self.endpoints: dict[tuple[NetworkId, TaskId], None] = {}
-        self.services: dict[tuple[NetworkId, ServiceId], None] = {}
-        self.nodes: dict[tuple[NetworkId, NodeId], None] = {}
-        self.takers: set[NodeId] = set()
-        self.is_everybody = False

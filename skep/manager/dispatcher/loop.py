@@ -39,6 +39,7 @@ from skep.manager.dispatcher.statuses import Report, bounded, record_status
 from skep.manager.dispatcher.stops import Stops, WaitUnused
 from skep.manager.dispatcher.streams import AssignmentStreams
 from skep.manager.follow import follow
+from skep.manager.guard import apart
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, grace_period, wished_heartbeats
 from skep.model.gossip import GossipKey, decoded_keys
 from skep.model.ids import IdSource, NodeId, SessionId, TaskId
@@ -164,7 +165,8 @@ class Dispatcher:
         self._managers = managers_of(nodes, self._own)
         grace_s = grace_after_absence(self._period_s, wished_s=self._wished_grace_s)
         for node in nodes:
-            self._note_node(node, grace_s)
+            with apart("session", node.id):
+                self._note_node(node, grace_s)
         for session in self._sessions.all():
             session.messages.wake()
             session.wake_assignments(task.id for task in view.find(Task, node_id=session.node_id))

@@ -1,20 +1,20 @@
 """The orchestrator's loop: watches services, tasks and nodes, and applies ``convergence.next_steps``."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 
 import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices
+from skep.aio.slices import Slices, go_through, in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
-from skep.manager.follow import State, follow
+from skep.manager.follow import State, all_of, follow
 from skep.manager.guard import Guard, write_each
 from skep.manager.orchestrator.changes import Change, Recheck, apply, instead
-from skep.manager.orchestrator.convergence import next_steps
+from skep.manager.orchestrator.convergence import deciding
 from skep.manager.orchestrator.enforcement import is_out_of_place, overcommitted
 from skep.manager.orchestrator.freezer import Freezer
 from skep.manager.orchestrator.refusals import Refusals
@@ -61,6 +61,7 @@ class Orchestrator:
         self._refusals = Refusals(self._guard, clock)
         self._freezer = Freezer(term, clock, self._look_at_everything)
         self._seen = Sightings(clock.monotonic())
+        self._loading: Iterator[None] = iter(())
         self._global: set[ServiceId] = set()
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
         self._rested_at: dict[ServiceId, float] = {}
@@ -78,8 +79,17 @@ class Orchestrator:
         services = snapshot.find(Service)
         self._global = {service.id for service in services if _is_global(service)}
         self._agenda.add(service.id for service in services)
-        known = {service.id for service in services}
-        self._agenda.add(sorted({task.service_id for task in snapshot.find(Task) if task.service_id} - known))
+        self._loading = self._load({service.id for service in services})
+
+    def _load(self, known: set[ServiceId]) -> Iterator[None]:
+        """Tasks whose service is gone have nobody else who asks for them."""
+        left_over: set[ServiceId] = set()
+        for task in all_of(self._term.view, Task):
+            if task is None:
+                yield
+            elif isinstance(task, Task) and task.service_id not in known:
+                left_over.add(task.service_id)
+        self._agenda.add(sorted(left_over - {ServiceId("")}))
 
     def _note(self, commit: Commit) -> None:
         self._seen.note(commit, self._clock.monotonic())
@@ -137,6 +147,7 @@ class Orchestrator:
     async def _work_and_freeze(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._freezer.run(), name="freezer")
+            group.create_task(go_through(self._loading, self._clock), name="tasks without a service")
             await self._work()
 
     async def _work(self) -> None:
@@ -165,7 +176,7 @@ class Orchestrator:
         """The changes for one service; a decision that raises is written on the service and tried again later."""
         changes: list[Change] = []
         with self._guard.guarded(service_id):
-            for step in self._steps(service_id):
+            for step in await self._steps(service_id):
                 if isinstance(step, Recheck):
                     self._agenda.add_at(service_id, step.at)
                 else:
@@ -190,7 +201,8 @@ class Orchestrator:
         elif error is None and _is_marked(service):
             await self._term.update(_unmark, service_id)
 
-    def _steps(self, service_id: ServiceId) -> Iterable[Change | Recheck]:
+    async def _steps(self, service_id: ServiceId) -> Sequence[Change | Recheck]:
+        """The decision about one service; none where what it rests on has changed while it was made."""
         view = self._term.view()
         tasks = tuple(view.find(Task, service_id=service_id))
         if (rest := rest_s(len(tasks))) > 0:
@@ -198,20 +210,31 @@ class Orchestrator:
         service = view.lookup(Service, service_id)
         if service is None:
             return () if service_id in view.unreadable(Service) else retire_all(tasks)
-        return next_steps(
-            Situation(
-                service=service,
-                tasks=tasks,
-                nodes=lambda: tuple(view.find(Node)),
-                node=lambda node_id: view.lookup(Node, node_id),
-                overcommitted=self._overcommitted_on,
-                spec_of=lambda task: spec_of(view, task),
-                seen=self._seen,
-                now=self._clock.monotonic(),
-                is_frozen=self._freezer.is_frozen,
-                replaces_from=self._freezer.replaces_from,
-            )
+        situation = Situation(
+            service=service,
+            tasks=tasks,
+            # A view is good until the next pause, and the decision has some.
+            nodes=lambda: tuple(self._term.view().find(Node)),
+            node=lambda node_id: self._term.view().lookup(Node, node_id),
+            overcommitted=self._overcommitted_on,
+            spec_of=lambda task: spec_of(self._term.view(), task),
+            seen=self._seen,
+            now=self._clock.monotonic(),
+            is_frozen=self._freezer.is_frozen,
+            replaces_from=self._freezer.replaces_from,
         )
+        steps = await in_slices(deciding(situation), self._clock)
+        # Of tasks that changed meanwhile each change looks again; a freeze and another wish hold for all of them.
+        is_same = (
+            self._term.view().lookup(Service, service_id) is service
+            and situation.is_frozen == self._freezer.is_frozen
+            and situation.replaces_from == self._freezer.replaces_from
+        )
+        if not is_same:
+            self._rested_at.pop(service_id, None)
+            self._agenda.add((service_id,))
+            return ()
+        return steps
 
     def _overcommitted_on(self, node_id: NodeId) -> frozenset[TaskId]:
         """Decided once for each change of a node: the scheduler never gives it more than it has."""

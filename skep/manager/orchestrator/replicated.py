@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import count, islice
 
+from skep.aio.slices import STEP, Sliced, finished
 from skep.errors import InvalidArgument
 from skep.manager.orchestrator.changes import Change, FillSlot, RetireTask
 from skep.manager.orchestrator.restart import should_restart
@@ -25,9 +26,18 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = 
 
     Source: swarmkit, manager/orchestrator/replicated/services.go.
     """
+    return finished(reconciling(service, group_by_slot(tasks), seen or Sightings(0.0)))
+
+
+def reconciling(service: Service, slots: Mapping[int, Slot], seen: Sightings) -> Sliced[list[Change]]:
+    """``reconcile`` for tasks by slot, with pauses."""
     check_number(service.spec.replicas)
-    slots = group_by_slot(tasks)
-    held = {number: slot for number, slot in slots.items() if is_held(slot, service, seen or Sightings(0.0))}
+    held: dict[int, Slot] = {}
+    for number, slot in slots.items():
+        if is_held(slot, service, seen):
+            held[number] = slot
+        if number % STEP == 0:
+            yield
     missing = service.spec.replicas - len(held)
     kept = set(held)
     changes: list[Change] = []
@@ -38,6 +48,7 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = 
         changes += [FillSlot(service, n, desired=first_state(slots.get(n, ()))) for n in filled]
     else:
         kept -= set(in_eviction_order(held)[missing:])
+    yield
     # The history of a slot goes with it.
     changes += [
         RetireTask(task, TaskState.REMOVE)

@@ -7,9 +7,13 @@ retired and ended ones, and at most one that is wanted (two for a moment while a
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from skep.aio.slices import Sliced, finished
 from skep.model.ids import NodeId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.task import Task, TaskState
+
+PAUSE = 1000
+"""Tasks that are sorted between two pauses: of a few tenths of a microsecond each."""
 
 Slot: TypeAlias = tuple[Task, ...]
 """The tasks of one slot, oldest first."""
@@ -17,10 +21,22 @@ Slot: TypeAlias = tuple[Task, ...]
 
 def group_by_slot(tasks: Iterable[Task]) -> dict[int, Slot]:
     """Tasks by slot number, in order of number."""
+    return finished(grouping_by_slot(tasks))
+
+
+def grouping_by_slot(tasks: Iterable[Task]) -> Sliced[dict[int, Slot]]:
+    """``group_by_slot`` with pauses."""
     slots: dict[int, list[Task]] = {}
-    for task in tasks:
+    for number, task in enumerate(tasks):
         slots.setdefault(task.slot, []).append(task)
-    return {number: _by_age(slots[number]) for number in sorted(slots)}
+        if number % PAUSE == 0:
+            yield
+    grouped: dict[int, Slot] = {}
+    for slot in sorted(slots):
+        grouped[slot] = _by_age(slots[slot])
+        if slot % PAUSE == 0:
+            yield
+    return grouped
 
 
 def group_by_node(tasks: Iterable[Task]) -> dict[NodeId, Slot]:

@@ -36,6 +36,7 @@ from itertools import takewhile
 import msgspec
 from msgspec.structs import replace
 
+from skep.aio.slices import STEP, Sliced, paused
 from skep.manager.orchestrator.changes import (
     ROLLED_BACK,
     FillSlot,
@@ -111,15 +112,21 @@ def monitor_s(config: UpdateConfig) -> float:
     return config.monitor / SECOND_NS if config.monitor else DEFAULT_MONITOR_S
 
 
-def update_steps(slots: Iterable[Slot], situation: Situation) -> list[Step]:
+def update_steps(slots: Iterable[Slot], situation: Situation) -> Sliced[list[Step]]:
     """The next steps of the update of a service's ``slots`` (those that stay), if there is anything to update.
 
     Asking again after the steps were applied gives ``[]`` or a ``Recheck`` until something else happens.
     """
     service = situation.service
-    views = [_view(slot, situation) for slot in slots]
+    views: list[_SlotView] = []
+    yield from paused((_view(slot, situation) for slot in slots), views)
     rollout = _Rollout(service, views, situation)
-    steps: list[Step] = [step for view in views for step in rollout.finish(view)]
+    yield
+    steps: list[Step] = []
+    for number, view in enumerate(views):
+        steps += rollout.finish(view)
+        if number % STEP == 0:
+            yield
     state = rollout.state
     if state in _PAUSED:
         return steps

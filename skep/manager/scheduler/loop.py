@@ -6,7 +6,7 @@ that could help: a node, or a task that ended.
 """
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import TypeAlias
@@ -15,9 +15,10 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.aio.slices import go_through
 from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
-from skep.manager.follow import State, follow
+from skep.manager.follow import State, all_of, follow
 from skep.manager.guard import Guard, write_each
 from skep.manager.scheduler.accounting import Accounting, holds_resources
 from skep.manager.scheduler.candidates import shape_of
@@ -67,6 +68,7 @@ class Scheduler:
         self._agenda: Agenda[Group] = Agenda(self._clock)
         self._guard = Guard(self._clock, self._random)
         self._books_guard = Guard(self._clock, self._random)
+        self._loading: Iterator[None] = iter(())
         self._accounting = Accounting()
         self._choices = Choices(self._accounting)
         self._group_of: dict[TaskId, Group] = {}
@@ -80,13 +82,20 @@ class Scheduler:
 
     # -- keeping up with the store ---------------------------------------------------------------------------------
 
-    def _start(self, snapshot: View) -> None:
+    def _start(self, _snapshot: View) -> None:
         self._reset()
-        for node in snapshot.find(Node):
-            self._accounting.set_node(node)
-        for task in snapshot.find(Task):
-            with self._books_guard.guarded(task.id):
-                self._booked(task.id, task)
+        self._loading = self._load()
+
+    def _load(self) -> Iterator[None]:
+        """Enter everything as it is by then, with pauses."""
+        for one in all_of(self._term.view, Node, Task):
+            match one:
+                case None:
+                    yield
+                case Node():
+                    self._look_at_node(one.id)
+                case Task():
+                    self._look_at(one.id)
 
     def _note(self, commit: Commit) -> None:
         has_room = False
@@ -188,6 +197,7 @@ class Scheduler:
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
+        await go_through(self._loading, self._clock)
         while True:
             groups = await self._agenda.take(BATCH)
             now = self._clock.monotonic()

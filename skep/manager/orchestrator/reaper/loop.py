@@ -1,6 +1,6 @@
 """The reaper's loop: deletes what ``history`` says is no longer needed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from random import Random
 from typing import NewType, TypeAlias
 
@@ -9,9 +9,9 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.slices import Slices
+from skep.aio.slices import Slices, go_through
 from skep.manager.agenda import Agenda
-from skep.manager.follow import State, follow
+from skep.manager.follow import State, all_of, follow
 from skep.manager.guard import Guard, write_each
 from skep.manager.orchestrator.reaper.history import (
     goes_on,
@@ -81,6 +81,7 @@ class Reaper:
         self._random = random
         self._agenda: Agenda[Key] = Agenda(clock)
         self._guard = Guard(clock, random)
+        self._loading: Iterator[None] = iter(())
 
     async def run(self) -> None:
         """Delete until cancelled.  Runs on the leader only."""
@@ -89,12 +90,15 @@ class Reaper:
 
     def _start(self, snapshot: View) -> None:
         self._agenda.add(Key(service.id) for service in snapshot.find(Service))
+        self._loading = self._load()
+
+    def _load(self) -> Iterator[None]:
         # A slot has nothing to remove without a task that has ended, is not wanted, or has lost its node.
-        self._agenda.add(
-            _slot_key(task)
-            for task in snapshot.find(Task)
-            if not goes_on(task, snapshot.lookup(Node, task.node_id))
-        )
+        for task in all_of(self._term.view, Task):
+            if task is None:
+                yield
+            elif isinstance(task, Task) and not goes_on(task, self._term.view().lookup(Node, task.node_id)):
+                self._agenda.add((_slot_key(task),))
 
     def _note(self, commit: Commit) -> None:
         for event in commit.events:
@@ -116,6 +120,7 @@ class Reaper:
                     self._agenda.add(_slot_key(task) for task in self._term.view().find(Task))
 
     async def _work(self) -> None:
+        await go_through(self._loading, self._clock)
         while True:
             removals: list[tuple[Key, Removal]] = []
             due = await self._agenda.take(BATCH)

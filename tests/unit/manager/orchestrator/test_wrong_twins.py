@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from skep.aio.slices import Sliced
 from skep.manager.orchestrator import convergence, replicated, restart, slots, update
 from skep.manager.orchestrator.changes import (
     Change,
@@ -280,8 +281,9 @@ def test_a_property_holds_whatever_happens(
 # -- the twins -----------------------------------------------------------------------------------------------------
 
 
-def _unsorted(tasks: Iterable[Task]) -> dict[int, slots.Slot]:
+def _unsorted(tasks: Iterable[Task]) -> Sliced[dict[int, slots.Slot]]:
     """Believes that tasks come in the order in which they were made."""
+    yield
     by_slot: dict[int, list[Task]] = {}
     for task in tasks:
         by_slot.setdefault(task.slot, []).append(task)
@@ -308,7 +310,7 @@ TWINS: tuple[tuple[str, Property, Any, str, Any], ...] = (
         "tasks are taken as they come",
         the_order_of_tasks_does_not_matter,
         convergence,
-        "group_by_slot",
+        "grouping_by_slot",
         _unsorted,
     ),
     (
