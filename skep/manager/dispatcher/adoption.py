@@ -2,11 +2,14 @@
 
 Taking a session over is a write that compares the session as it was, and gives it a new id: if its owner lives after
 all (only the way between the two is cut), it sees that it lost the session, ends it, and the node registers again.
+If it does so with the silent manager, that one lives and writes: a node that reaches only that one would go from hand
+to hand, so the silent manager keeps its sessions for a while, longer each time.
 The dispatcher of the leader then waits for the nodes with the grace of their kind, like for any that it owns and
 that are not connected.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from math import inf
 
 import msgspec
 import structlog
@@ -22,6 +25,8 @@ from skep.store.interface import Transaction
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.2
+PATIENCE_S, PATIENCE_S_MAX = 4.0, 60.0
+"""For so long a silent manager that was seen to take a session keeps what it has; doubled each time."""
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +53,37 @@ def orphans(nodes: Iterable[Node], silent: Iterable[NodeId], own: NodeId) -> lis
         and node.status.state is not NodeState.DOWN
         and (session.manager_id in gone or session.manager_id not in managers)
     ]
+
+
+class ProofsOfLife:
+    """Which silent managers have taken sessions since they are silent: they live, and have a quorum."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[NodeId, SessionId] = {}
+        """Of every node, while a manager is silent: as they were at the last look."""
+        self._kept_until: dict[NodeId, float] = {}
+        self._patience_s: dict[NodeId, float] = {}
+
+    def living(self, nodes: Iterable[Node], silent: Iterable[NodeId], now: float) -> frozenset[NodeId]:
+        """Those of ``silent`` managers whose sessions are not to be adopted ``now`` (monotonic seconds)."""
+        silent = frozenset(silent)
+        for manager in [one for one in self._patience_s if one not in silent]:
+            del self._patience_s[manager]
+        before, self._sessions = self._sessions, {}
+        if not silent:
+            return frozenset()
+        for node in nodes:
+            if node.session is None:
+                continue
+            self._sessions[node.id] = node.session.session_id
+            manager = node.session.manager_id
+            is_new = bool(before) and before.get(node.id) != node.session.session_id
+            if is_new and manager in silent and self._kept_until.get(manager, -inf) <= now:
+                patience_s = min(2 * self._patience_s.get(manager, PATIENCE_S / 2), PATIENCE_S_MAX)
+                self._patience_s[manager] = patience_s
+                self._kept_until[manager] = now + patience_s
+                log.info("a silent manager takes sessions", manager=manager, kept_s=patience_s)
+        return frozenset(one for one in silent if self._kept_until.get(one, -inf) > now)
 
 
 def adopt(tx: Transaction, orphan: Orphan, own: NodeId, new_id: IdSource) -> bool:
@@ -77,12 +113,16 @@ class Adoption:
         self._silent = silent
         self._clock = clock
         self._new_id = new_id
+        self._proofs = ProofsOfLife()
 
     async def run(self) -> None:
         """Look for managers that have gone until cancelled."""
         while True:
             await self._clock.sleep(CHECK_S)
-            found = orphans(self._term.view().find(Node), self._silent(self._clock.monotonic()), self._own)
+            now = self._clock.monotonic()
+            silent, nodes = self._silent(now), self._term.view().find(Node)
+            living = self._proofs.living(nodes, silent, now)
+            found = orphans(nodes, silent.keys() - living, self._own)
             if found:
                 await self._adopt(found)
 
