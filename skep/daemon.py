@@ -168,7 +168,9 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, hangup.set)
         for sentence in self._warnings:
             log.warning("configuration", warning=sentence)
-        versions = await asyncio.to_thread(self._check_machine)
+        versions, flaws = await asyncio.gather(
+            asyncio.to_thread(self._check_machine), asyncio.to_thread(self._check_isolation)
+        )
         paths = self._configuration.paths
         with _sole_user(paths):
             _prepare(paths)
@@ -181,7 +183,7 @@ class Daemon:
                     machine=this_machine(),
                     features=features,
                     versions=versions,
-                    warnings=self._warnings,
+                    warnings=(*self._warnings, *flaws),
                     clock=self._clock,
                     random=self._random,
                     conditions=self._conditions,
@@ -203,10 +205,6 @@ class Daemon:
             )
             async with asyncio.TaskGroup() as group:
                 running = group.create_task(node.run(self._ready), name="node")
-                if self._configuration.executor == "oci":
-                    group.create_task(
-                        asyncio.to_thread(check_isolation, self._configuration.runc, self._conditions)
-                    )
                 reloading = group.create_task(self._reload_on(hangup, node), name="reload")
                 await stop.wait()
                 log.info("stopping")
@@ -236,6 +234,11 @@ class Daemon:
             tools if configuration.executor == "oci" else {},
             lambda: find_binary(configuration.etcd_binary, configuration.paths.etcd_version).version,
         )
+
+    def _check_isolation(self) -> tuple[str, ...]:
+        if self._configuration.executor != "oci":
+            return ()
+        return check_isolation(self._configuration.runc, self._conditions)
 
     def _features(self) -> Features:
         """What this machine can do.  After a crash what was found before still holds: a node must be back quickly."""

@@ -8,11 +8,14 @@ from skep.node.conditions import Conditions
 from skep.node.oci import apparmor, runc_flaws
 
 
-def check_isolation(runc: str, conditions: Conditions) -> None:
-    """Raise a condition for whatever is missing.  ``runc``: the program, or its name.  Blocks."""
+def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
+    """Sentences for ``docker info`` about ``runc``, a program or its name.  Blocks.
+
+    An AppArmor profile that is missing is a condition: containers do not start without it.
+    """
+    if problem := apparmor.problem():
+        conditions.raise_("apparmor", problem)
     program = shutil.which(runc) or ""
     output = requirements.version_output(program) or ""
     flaws = runc_flaws.warning(output, runc_flaws.changelog_of(Path(program)))
-    for name, sentence in (("runc", flaws), ("apparmor", apparmor.problem())):
-        if sentence:
-            conditions.raise_(name, sentence)
+    return (flaws,) if flaws else ()

@@ -1,0 +1,35 @@
+"""What a node says of the programs that confine its containers."""
+
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.node.conditions import Conditions
+from skep.node.isolation import check_isolation
+from skep.node.oci import apparmor
+
+
+def a_runc(directory: Path, version: str) -> str:
+    program = directory / "runc"
+    program.write_text(f"#!/bin/sh\necho runc version {version}\necho commit: none\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_a_runc_with_known_ways_out_is_warned_of(tmp_path: Path) -> None:
+    conditions = Conditions(SystemClock())
+    (warning,) = check_isolation(a_runc(tmp_path, "1.2.5"), conditions)
+    assert warning.startswith("runc 1.2.5 has known ways out of a container (CVE-2025-31133, ")
+    assert check_isolation(a_runc(tmp_path, "1.4.2"), conditions) == ()
+    assert check_isolation(str(tmp_path / "none"), conditions) == ()
+    assert conditions.present() == {}
+
+
+def test_a_profile_that_cannot_be_loaded_is_a_condition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditions = Conditions(SystemClock())
+    monkeypatch.setattr(apparmor, "problem", lambda: "AppArmor enabled on system but ...")
+    assert check_isolation(a_runc(tmp_path, "1.4.2"), conditions) == ()
+    assert conditions.present() == {"apparmor": "AppArmor enabled on system but ..."}
