@@ -15,6 +15,7 @@ from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
 from skep.store.interface import Store, Term, Transaction
+from skep.store.level import LEVEL
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +73,6 @@ def show_presence(tx: Transaction, node_id: NodeId, addr: str, *, leads: bool) -
         return
     is_heard = leads or before is None or before.reachability is Reachability.UNKNOWN
     reachability = Reachability.REACHABLE if is_heard or before is None else before.reachability
-    status = ManagerStatus(leader=leads, reachability=reachability, addr=addr)
+    status = ManagerStatus(leader=leads, reachability=reachability, addr=addr, level=LEVEL)
     if before != status:
         tx.put(replace(node, manager_status=status))

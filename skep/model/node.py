@@ -96,12 +96,17 @@ class NodeStatus(ApiObject):
 
 
 class ManagerStatus(ApiObject):
-    """``has_vote``: false for a manager that a restore or a forced new cluster left behind.  Left out of answers."""
+    """``has_vote``: false for a manager that a restore or a forced new cluster left behind.
+
+    ``level``: the newest level of the stored data that it knows; 0: it is of a version that does not say, and knows 1.
+    Both are left out of answers.
+    """
 
     leader: bool = False
     reachability: Reachability = always(Reachability.UNKNOWN)
     addr: str = ""
     has_vote: bool = True
+    level: int = 0
 
 
 class NodeSession(ApiObject):

@@ -61,6 +61,10 @@ class _PoisonedView:
     def revision(self) -> int:
         return self._view.revision
 
+    @property
+    def level(self) -> int:
+        return self._view.level
+
     def get(self, kind: type[T], id: str) -> T:
         return self._view.get(kind, id)
 

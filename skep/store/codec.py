@@ -4,9 +4,11 @@ Each part has a Struct of its own, made from the fields of the kind; missing fie
 a field added later reads well from older data.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from functools import cache
 from operator import attrgetter
-from typing import Any
+from types import new_class
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -40,15 +42,17 @@ class PartCodec:
             frozen=True,
             gc=False,
             omit_defaults=True,
+            forbid_unknown_fields=True,
         )
         self._decoder = msgspec.json.Decoder(self._struct)
+        self._known = frozenset(field.encode_name for field in msgspec.structs.fields(self._struct))
         self._defaults = (
             None if part == HEAD else {name: getattr(self._struct(), name) for name in self.fields}
         )
         # A head's version is made anew whenever the head changes (`Writing._stamped`), and tells by itself.
         self._is_versioned = part == HEAD and "version" in self.fields
         self._telling = attrgetter("version") if self._is_versioned else self._get
-        self._last: tuple[bytes | None, tuple[dict[str, Any], int]] = (None, ({}, 0))
+        self._last: tuple[bytes | None, Decoded] = (None, ({}, 0, {}))
         """What was decoded last: many tasks get the same status in one moment, and share it then."""
         self._last_encoded: tuple[Any, bytes] = (object(), b"")
         """The same of what was encoded, of a single field."""
@@ -76,16 +80,22 @@ class PartCodec:
         self._last_encoded = value, encoded
         return encoded
 
-    def decode(self, data: bytes) -> tuple[dict[str, Any], int]:
-        """The fields of this part, not to be changed, and the spec version it answers (0: none).
-
-        Raises: msgspec.ValidationError.
-        """
+    def decode(self, data: bytes) -> "Decoded":
+        """What a value of this part says, not to be changed.  Raises: msgspec.ValidationError."""
         known, decoded = self._last
         if data == known:
             return decoded
-        values = msgspec.structs.asdict(self._decoder.decode(data))
-        decoded = values, values.pop(_ANSWERS, 0) if self.is_answer else 0
+        extras: Extras = {}
+        try:
+            part = self._decoder.decode(data)
+        except msgspec.ValidationError:
+            # A newer version has written a field more, or it is damaged.
+            extras = extras_of(data, self._known)
+            if not extras:
+                raise
+            part = self._decoder.decode(_without(data, extras))
+        values = msgspec.structs.asdict(part)
+        decoded = values, values.pop(_ANSWERS, 0) if self.is_answer else 0, extras
         self._last = data, decoded
         return decoded
 
@@ -99,6 +109,62 @@ class PartCodec:
         """Whether two objects agree in this part."""
         first, second = self._telling(one), self._telling(other)
         return first is second or (not self._is_versioned and bool(first == second))
+
+
+Extras: TypeAlias = dict[str, bytes]
+"""Fields that this version does not know, by name, as they are written."""
+
+Decoded: TypeAlias = tuple[dict[str, Any], int, Extras]
+"""The fields of a part, the spec version that it answers (0: none), and what of it is unknown."""
+
+_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def extras_of(data: bytes, known: Set[str]) -> Extras:
+    """The fields of an encoded object that are not among the ``known`` ones.  Raises: msgspec.DecodeError."""
+    fields = _fields_of(data)
+    if fields.keys() <= known:
+        return {}
+    return {name: bytes(value) for name, value in fields.items() if name not in known}
+
+
+def with_extras(encoded: bytes | None, extras: Extras) -> bytes:
+    """An encoded part (None: only defaults) with fields that are not ours to lose."""
+    ours = _fields_of(encoded) if encoded is not None else {}
+    return _encode(
+        {**{name: msgspec.Raw(value) for name, value in extras.items() if name not in ours}, **ours}
+    )
+
+
+def _without(data: bytes, extras: Extras) -> bytes:
+    return _encode({name: value for name, value in _fields_of(data).items() if name not in extras})
+
+
+@cache
+def head_decoder(kind: type[Object]) -> Callable[[bytes], tuple[Any, Extras]]:
+    """Decodes heads of a kind, as objects whose other parts hold their defaults, and what of them is unknown.
+
+    The decoder says so itself, by a subclass that refuses unknown fields: to look at the names would take longer than
+    to decode.  What it gives becomes one of the kind in place; both have the same layout.
+    Raises, when called: msgspec.MsgspecError, UnicodeDecodeError.
+    """
+    strict: type[Object] = new_class(kind.__name__, (kind,), {"forbid_unknown_fields": True})
+    decode_strictly, decode = msgspec.json.Decoder(strict).decode, msgspec.json.Decoder(kind).decode
+    known = frozenset(field.encode_name for field in msgspec.structs.fields(kind))
+    become = msgspec.structs.force_setattr
+
+    def decoded(data: bytes) -> tuple[Any, Extras]:
+        try:
+            head = decode_strictly(data)
+        except msgspec.ValidationError:
+            return decode(data), extras_of(data, known)
+        become(head, "__class__", kind)
+        return head, _NO_EXTRAS
+
+    return decoded
+
+
+_NO_EXTRAS: Extras = {}
 
 
 def values_of(fields: Iterable[str]) -> Callable[[Object], tuple[Any, ...]]:

@@ -43,7 +43,7 @@ class Draft:
                 continue
             if part == "spec" and isinstance(object, Task) and self._is_spec_stored(object):
                 continue
-            value = codec.encode(object)
+            value = table.encoded(part, id, object)
             key = keys.part_key(head_key, part)
             known = table.revision(id, part)
             if value is None and not known:
@@ -109,6 +109,11 @@ class Draft:
             self._puts[claim] = "/".join(claimant).encode()
             if claim.startswith("p/"):
                 self._compares[NothingSince(keys.shared_prefix(claim), self._state.revision)] = None
+
+    def raise_level(self, level: int) -> None:
+        """Write the level of the stored data."""
+        self._compares[Unchanged(keys.LEVEL, self._state.level_revision)] = None
+        self._puts[keys.LEVEL] = str(level).encode()
 
     def rely_on(self, table: Table, id: str, parts: set[str] | None) -> None:
         """The object has not changed (in these parts); if there was none, there is none."""

@@ -35,6 +35,10 @@ class View(Protocol):
     def revision(self) -> int:
         """Grows with every commit anywhere in the cluster."""
 
+    @property
+    def level(self) -> int:
+        """The level of the stored data (``store.level``)."""
+
     def get(self, kind: type[T], id: str) -> T:
         """The object with exactly this id.  Raises: NotFound; Unavailable: it is stored and cannot be read."""
 
@@ -90,6 +94,9 @@ class Transaction(View, Protocol):
         Raises: NotFound; Unavailable: it cannot be read; FailedPrecondition: other objects refer to it (the ids are in
         the error's ``users``).
         """
+
+    def raise_level(self, level: int) -> None:
+        """Have the stored data be of this level from now on, unless they are of a higher one."""
 
     def rely_on(self, kind: type[T], id: str, *parts: str) -> T | None:
         """Like ``lookup``, and the commit fails if the object changed in between (``get`` does the same).

@@ -19,6 +19,7 @@ from skep.model.task import Task
 from skep.store import keys
 from skep.store.interface import Created, Deleted, Event, Updated, nothing
 from skep.store.kinds import SpecVersion, filled, spec_version_id, spec_version_of
+from skep.store.level import LOWEST
 from skep.store.schema import SCHEMAS
 from skep.store.tables import KeyChange, Table
 
@@ -46,6 +47,8 @@ class State:
 
     def __init__(self) -> None:
         self.revision = 0
+        self.level = LOWEST
+        self.level_revision = 0
         self.tables = [Table(schema) for schema in SCHEMAS]
         self.table_by_name: Final = {table.schema.name: table for table in self.tables}
         self.table_by_type: Final = {table.schema.type: table for table in self.tables}
@@ -128,6 +131,8 @@ class State:
                     if parts is None:
                         parts = objects[head] = {}
                     parts[part] = change
+                case "me" if key == keys.LEVEL and change.value is not None:
+                    self.level, self.level_revision = int(change.value), change.revision
                 case "s/":
                     claim, owner = keys.parsed_shared_key(key)
                     _set_member(self.sharers, claim, owner, present=change.value is not None)

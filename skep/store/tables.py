@@ -13,7 +13,7 @@ import structlog
 
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.service import Service
-from skep.store.codec import codecs_of, values_of
+from skep.store.codec import Extras, codecs_of, head_decoder, values_of, with_extras
 from skep.store.interface import Created, Deleted, Event, KindSchema, Object, Updated
 from skep.store.keys import HEAD
 
@@ -69,11 +69,13 @@ class Table:
         was before.  The revisions of its keys are known all the same."""
         self.damaged: dict[str, dict[str, str]] = {}
         """Id -> part -> why that cannot be read.  Such a part is not there, or is what it was before."""
+        self._extras: dict[tuple[str, str], Extras] = {}
+        """Part (or head) and id -> its fields that this version does not know."""
         self._never_read: dict[str, set[str]] = {}
         """Id -> damaged parts (or the head) of which no earlier value is known either."""
         self.indexes: dict[str, dict[str, str | list[str]]] = {name: {} for name in schema.indexes}
         self._places = [(value_of, self.indexes[name]) for name, value_of in schema.indexes.items()]
-        self._decode_head = msgspec.json.Decoder(schema.type).decode
+        self._decode_head = head_decoder(schema.type)
         self._elsewhere = tuple(field for part in schema.parts.values() for field in part)
         """The fields of the other parts."""
 
@@ -167,6 +169,8 @@ class Table:
     def _part_removed(self, id: str, part: str) -> Mapping[str, Any]:
         """What the fields of a part are without it."""
         self.revisions[part].pop(id, None)
+        if self._extras:
+            self._extras.pop((part, id), None)
         if part in self.answers:
             self.answers[part].pop(id, None)
         if self.damaged:
@@ -179,7 +183,7 @@ class Table:
         That takes half as long as to read its fields and lay them over ``old``: there are more of them than of others.
         """
         try:
-            head = self._decode_head(_intact(change))
+            head, extras = self._decode_head(_intact(change))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._complain(id, HEAD, error)
             self.unreadable[id] = str(error)
@@ -189,6 +193,8 @@ class Table:
             return self.schema.type(id=id)
         if self.unreadable and self.unreadable.pop(id, None) is not None:
             self._read_at_last(id, HEAD)
+        if extras or self._extras:
+            self._keep_extras(id, HEAD, extras)
         return head
 
     def _read(self, id: str, part: str, change: KeyChange, *, is_first: bool) -> Mapping[str, Any]:
@@ -198,7 +204,7 @@ class Table:
         """
         codec = self.codecs[part]
         try:
-            fields, answered = codec.decode(_intact(change))
+            fields, answered, extras = codec.decode(_intact(change))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._complain(id, part, error)
             self.damaged.setdefault(id, {})[part] = str(error)
@@ -209,7 +215,24 @@ class Table:
             self._mended(id, part)
         if codec.is_answer:
             self.answers[part][id] = answered
+        if extras or self._extras:
+            self._keep_extras(id, part, extras)
         return fields
+
+    def _keep_extras(self, id: str, part: str, extras: Extras) -> None:
+        if extras:
+            self._extras[part, id] = extras
+        else:
+            self._extras.pop((part, id), None)
+
+    def encoded(self, part: str, id: str, object: Any) -> bytes | None:
+        """A part of ``object`` as it is to be stored; None: it needs no key.
+
+        What a newer version has written there, and this one does not know, stays.
+        """
+        value = self.codecs[part].encode(object)
+        extras = self._extras.get((part, id)) if self._extras else None
+        return with_extras(value, extras) if extras else value
 
     def _complain(self, id: str, part: str, error: Exception) -> None:
         kind = self.schema.name
@@ -279,6 +302,8 @@ class Table:
     def _unmark(self, id: str) -> None:
         for revisions in (self.created, *self.revisions.values(), *self.answers.values()):
             revisions.pop(id, None)
+        for part in self.codecs if self._extras else ():
+            self._extras.pop((part, id), None)
 
     def _mended(self, id: str, part: str) -> None:
         """The part was written anew, or removed."""

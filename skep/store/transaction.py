@@ -45,6 +45,7 @@ class Writing:
         """Objects whose change in between fails the commit; the parts that count, None: all."""
         self._claimed: dict[str, Owner | None] = {}
         self._existing: set[Owner] = set()
+        self._level: int | None = None
 
     # -- View ------------------------------------------------------------------------------------------------
 
@@ -124,6 +125,14 @@ class Writing:
             self._keep_spec(stored)
         result: T = stored
         return result
+
+    @property
+    def level(self) -> int:
+        return self._level or self._state.level
+
+    def raise_level(self, level: int) -> None:
+        if level > self._state.level:
+            self._level = level
 
     def delete(self, kind: type[T], id: str) -> None:
         table = self._state.table_by_type[kind]
@@ -314,6 +323,8 @@ class Writing:
                     self._rely_on_spec(draft, object)
         for claim, claimant in self._claimed.items():
             draft.claim(claim, claimant)
+        if self._level is not None:
+            draft.raise_level(self._level)
         if not draft.writes:
             return Proposal()
         for owner, parts in self._relied.items():

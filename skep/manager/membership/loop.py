@@ -1,7 +1,7 @@
 """The leader's loop over the managers: who answers, and roles as they are wished."""
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from typing import Protocol, assert_never
@@ -30,6 +30,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.store.etcd.membership import RaftMember
 from skep.store.interface import NotLeader, Term, Transaction
+from skep.store.level import LOWEST
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +99,10 @@ class Managers:
         for mark in roll_call(nodes, silent, heard, self._own):
             log.info("manager", node=mark.node_id, reachability=mark.reachability.value)
             await self._term.update(write_mark, mark)
+        level = lowest_level(nodes)
+        if level > view.level and not view.unreadable(Node):
+            await self._term.update(write_level)
+            log.info("level raised", level=level)
         overdue, steps = self._judged(await self._consensus.all(), heard, now)
         if overdue or any(isinstance(step, Withdraw) for step in steps):
             # No fence covers a removal, and what this manager knows by itself may be old: it is judged again by what
@@ -164,6 +169,17 @@ def give_role(tx: Transaction, node_id: NodeId, role: NodeRole, now_ns: int) -> 
     if certificate is not None and certificate.role is not role:
         node = replace(node, certificate=replace(certificate, role=role, state="rotate"))
     tx.put(node)
+
+
+def lowest_level(nodes: Iterable[Node]) -> int:
+    """The newest level that every manager knows."""
+    levels = (max(node.manager_status.level, LOWEST) for node in nodes if node.manager_status is not None)
+    return min(levels, default=LOWEST)
+
+
+def write_level(tx: Transaction) -> None:
+    """Raise the level of the stored data as far as every manager knows it."""
+    tx.raise_level(lowest_level(tx.find(Node)))
 
 
 def forget_presence(tx: Transaction, node_id: NodeId) -> None:

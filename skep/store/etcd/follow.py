@@ -21,6 +21,7 @@ from skep.store.etcd.client import LOAD_S, Client, Watching, prefix_end
 from skep.store.etcd.errors import Compacted, Uncertain
 from skep.store.etcd.requests import PREFIX, by_revision, change_of
 from skep.store.interface import Event
+from skep.store.level import decoded_level
 from skep.store.replica import Replica
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange
@@ -205,6 +206,8 @@ class Follower:
         is_delete = event.type == pb.Event.DELETE
         if kv.key == _KEY_RING and not is_delete:
             self._use_key_ring(kv.value, kv.mod_revision)
+        if kv.key == _LEVEL and not is_delete:
+            decoded_level(kv.value)  # or this manager ends: it would misread what the others write
         self._observe(kv.key, None if is_delete else kv.value, revision)
         return change_of(kv, self._cipher, is_delete=is_delete)
 
@@ -223,3 +226,4 @@ def next_limit(limit: int, page_bytes: int) -> int:
 
 
 _KEY_RING = PREFIX + keys.KEY_RING.encode()
+_LEVEL = PREFIX + keys.LEVEL.encode()

@@ -19,6 +19,7 @@ from skep.store.etcd.client import LOAD_S, Client
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key, fill_txn
 from skep.store.interface import Transaction
+from skep.store.level import LEVEL, decoded_level
 from skep.store.proposal import Proposal, Unchanged
 from skep.store.state import State
 from skep.store.transaction import Writing
@@ -28,9 +29,6 @@ P = ParamSpec("P")
 
 FORMAT = 1
 """The layout of keys and values that this version reads and writes."""
-
-LEVEL = 1
-"""The newest level that this version knows."""
 
 FIRST_INCARNATION = 1
 """Of a cluster that was never restored nor forced; stores from before there was a number have none."""
@@ -121,7 +119,7 @@ async def founded(client: Client) -> Founded:
             f"format {FORMAT} only: install the version that wrote them"
         )
     level = await _read(client, keys.LEVEL)
-    check_level(level.value if level is not None else None)
+    decoded_level(level.value if level is not None else b"")
     ring = await _read(client, keys.KEY_RING)
     if ring is None:
         raise FailedPrecondition("the cluster's key ring is missing: restore the store from a backup")
@@ -157,18 +155,6 @@ def decoded_incarnation(stored: bytes) -> int:
         return int(stored)
     except ValueError as error:
         raise FailedPrecondition(f"the cluster's incarnation is damaged: {stored!r}") from error
-
-
-def check_level(stored: bytes | None) -> None:
-    """Raises: FailedPrecondition: other managers already write what this version does not know."""
-    try:
-        level = int(stored or b"")
-    except ValueError as error:
-        raise FailedPrecondition(f"the cluster's level is damaged: {stored!r}") from error
-    if level > LEVEL:
-        raise FailedPrecondition(
-            f"the cluster is at level {level}; this version of Skep knows level {LEVEL} only: upgrade this manager"
-        )
 
 
 async def _stored_ring(client: Client) -> KeyRing | None:

@@ -13,9 +13,11 @@ from skep.model.service import Service, UpdateState, UpdateStatus
 from skep.model.task import NetworkAttachment, Task, TaskState, TaskStatus
 from skep.store.codec import PartCodec
 from skep.store.interface import Created, Deleted, Updated
+from skep.store.keys import object_key
 from skep.store.schema import SCHEMA_BY_TYPE
 from skep.store.state import State, differences
 from skep.store.tables import KeyChange, Table
+from skep.store.transaction import Writing
 from tests.builders import a_node, a_service, a_task
 
 
@@ -223,3 +225,64 @@ def test_versions_survive_the_store(index):
     table = a_table(Task)
     table.apply("t1", whole(task))
     assert table.objects["t1"] == task
+
+
+EXTRAS = st.dictionaries(
+    st.text(min_size=1, max_size=8).map(lambda name: f"New{name}"),
+    st.recursive(st.none() | st.integers(-9, 9) | st.text(max_size=5), st.lists, max_leaves=5),
+    max_size=3,
+)
+
+
+@given(st.sampled_from(list(SCHEMA_BY_TYPE.values())), st.data())
+def test_fields_of_a_newer_version_stay_when_this_one_writes(schema, data):
+    """In every part of every kind, whatever of it this version changes."""
+    objects = {Task: a_task("x", slot=1, node="n1"), Service: a_service("x"), Node: a_node("x")}
+    one = objects.get(schema.type) or _an_object(schema.type)
+    state, extras = State(), {}
+    tx = Writing(State(), 1)
+    tx.put(one)
+    puts = dict(tx.proposal().puts)
+    changes = []
+    for part in ("", *schema.parts):
+        key = object_key(schema.name, one.id, part)
+        if (extra := data.draw(EXTRAS)) and (key in puts or part):
+            extras[key] = extra
+            puts[key] = msgspec.json.encode(msgspec.json.decode(puts.get(key, b"{}")) | extra)
+    changes = [KeyChange(key, value, 1, 1) for key, value in puts.items()]
+    state.apply(1, changes)
+    table = state.table_by_type[schema.type]
+    assert (table.unreadable, table.damaged) == ({}, {})
+    read = table.objects[one.id]
+    assert type(read) is schema.type
+    for part in ("", *schema.parts):
+        key = object_key(schema.name, one.id, part)
+        encoded = table.encoded(part, one.id, read)
+        stored = msgspec.json.decode(puts[key]) if key in puts else {}
+        written = msgspec.json.decode(encoded) if encoded is not None else {}
+        assert {name: written.get(name) for name in extras.get(key, {})} == extras.get(key, {})
+        assert written == stored or not extras.get(key)
+
+
+def _an_object(kind):
+    required = {
+        field.name: 1 if field.type is int else "x"
+        for field in msgspec.structs.fields(kind)
+        if field.required
+    }
+    return kind(**required)
+
+
+def test_a_state_that_an_older_manager_writes_keeps_what_a_newer_one_has_written():
+    state = State()
+    state.apply(1, changes_of(a_task("t1", node="n1")))
+    head = msgspec.json.decode(parts_of(a_task("t1", node="n1"))[""] or b"")
+    stored = msgspec.json.encode(head | {"Priority": {"Class": "high"}})
+    state.apply(2, [KeyChange("o/task/t1", stored, 2, 1)])
+    tx = Writing(state, 1)
+    tx.put(replace(tx.get(Task, "t1"), desired_state=TaskState.SHUTDOWN))
+    ((_, written),) = tx.proposal().puts
+    assert msgspec.json.decode(written)["Priority"] == {"Class": "high"}
+    assert msgspec.json.decode(written)["DesiredState"] == "shutdown"
+    state.apply(3, [KeyChange("o/task/t1", None, 3)])
+    assert state.table_by_type[Task]._extras == {}

@@ -1,0 +1,103 @@
+"""The level of the stored data follows the oldest of the managers, and a manager that does not know it ends."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition
+from skep.manager.membership.loop import lowest_level, write_level
+from skep.manager.presence import show_presence
+from skep.model.ids import NodeId
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec
+from skep.store import keys
+from skep.store.etcd.cipher import new_wrapping_key
+from skep.store.etcd.client import Client
+from skep.store.etcd.founding import initialize
+from skep.store.etcd.requests import etcd_key
+from skep.store.etcd.store import open_store
+from skep.store.interface import Transaction
+from skep.store.level import LEVEL
+from tests.builders import a_node
+from tests.contract.store_rigs import Rig, found
+from tests.etcd_rig import a_member, member_settings
+
+
+def a_manager(tx: Transaction, id: str, level: int) -> None:
+    node = replace(a_node(id), spec=NodeSpec(role=NodeRole.MANAGER))
+    tx.put(replace(node, manager_status=ManagerStatus(addr=f"{id}:2377", level=level)))
+
+
+@pytest.fixture
+def knows_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skep.store.level.LEVEL", 5)
+
+
+@pytest.mark.usefixtures("knows_more")
+async def test_the_level_is_the_lowest_that_every_manager_knows(rig: Rig) -> None:
+    async def raised_to() -> int:
+        await rig.store.update(write_level)
+        await rig.other.barrier()
+        assert rig.other.view().level == rig.store.view().level
+        return rig.store.view().level
+
+    for id, level in (("m1", 3), ("m2", 0), ("m3", 2)):
+        await rig.store.update(a_manager, id, level)
+    await rig.store.update(lambda tx: tx.put(a_node("w1")))
+    assert lowest_level(rig.store.view().find(Node)) == 1
+    assert await raised_to() == 1
+    await rig.store.update(a_manager, "m2", 2)
+    assert await raised_to() == 2
+
+
+async def test_a_raised_level_is_seen_by_all_and_raised_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skep.store.level.LEVEL", 5)
+    for id, level in (("m1", 3), ("m2", 2)):
+        await rig.store.update(a_manager, id, level)
+    await asyncio.gather(rig.store.update(write_level), rig.other.update(write_level))
+    for store in (rig.store, rig.other):
+        await store.barrier()
+        assert store.view().level == 2
+    revision = rig.store.view().revision
+    await rig.store.update(a_manager, "m1", 1)
+    await rig.store.update(write_level)
+    assert rig.store.view().level == 2
+    assert rig.store.view().revision == revision + 1
+
+
+async def test_every_manager_says_what_it_knows(rig: Rig) -> None:
+    await rig.store.update(a_manager, "m1", 0)
+    await rig.store.update(show_presence, NodeId("m1"), "m1:2377", leads=True)
+    status = rig.store.view().get(Node, "m1").manager_status
+    assert status is not None
+    assert status.level == LEVEL
+
+
+@pytest.fixture
+async def socket(tmp_path: Path) -> AsyncIterator[Path]:
+    settings = member_settings(tmp_path)
+    async with a_member(settings).running():
+        yield settings.socket
+
+
+@pytest.mark.needs("etcd", "setpriv")
+async def test_a_manager_ends_when_the_others_write_what_it_does_not_know(socket: Path) -> None:
+    key, clock = new_wrapping_key(), SystemClock()
+    await initialize(socket, key, clock, found)
+
+    async def serve() -> None:
+        async with open_store(socket, NodeId("m1"), key, clock), Client(socket) as client:
+            await client.put(etcd_key(keys.LEVEL), str(LEVEL + 1).encode())
+            await asyncio.Event().wait()
+
+    with pytest.raises(FailedPrecondition, match="upgrade this manager"):
+        async with asyncio.timeout(10):
+            await serve()
+    with pytest.raises(FailedPrecondition, match="upgrade this manager"):
+        async with open_store(socket, NodeId("m1"), key, clock):
+            pass
