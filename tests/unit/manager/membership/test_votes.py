@@ -69,7 +69,11 @@ class Learning:
 
 def asked(clock: HandClock, consensus: Learning) -> MembersService:
     store = MemoryStore(clock)
-    return MembersService(store, consensus, AddressBook((), _forget), bytes, ClusterId("c"), clock)
+    return MembersService(store, consensus, AddressBook((), _forget), bytes, _keep, ClusterId("c"), clock)
+
+
+async def _keep(_: bytes) -> None:
+    pass
 
 
 def _forget(_: Sequence[object]) -> None:
