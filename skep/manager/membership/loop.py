@@ -102,7 +102,7 @@ class Managers:
         level = lowest_level(nodes)
         if level > view.level and not view.unreadable(Node):
             await self._term.update(write_level)
-            log.info("level raised", level=level)
+            log.info("level of the data raised", data_level=level)
         overdue, steps = self._judged(await self._consensus.all(), heard, now)
         if overdue or any(isinstance(step, Withdraw) for step in steps):
             # No fence covers a removal, and what this manager knows by itself may be old: it is judged again by what
