@@ -34,7 +34,9 @@ class SkepLab:
         """Start the playground with the image it brings along."""
         self.down()
         options = ["--managers", "1", "--workers", "0", "--dir", str(self.directory), "--name", self.name]
-        subprocess.run([self._skep, "playground", "up", *options], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [self._skep, "playground", "up", "--no-relay", *options], check=True, stdout=subprocess.DEVNULL
+        )
         description = json.loads((self.directory / "cluster.json").read_text())
         self.node: dict[str, Any] = description["nodes"][0]
         self.engine = Engine(Path(self.node["endpoint"].removeprefix("unix://")))

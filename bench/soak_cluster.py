@@ -55,7 +55,7 @@ def soak(directory: Path, minutes: float, chance: random.Random, faults: float, 
     playground = Playground(directory, "soak", lambda _: None)
     asyncio.run(playground.down())
     try:
-        asyncio.run(playground.up(managers=MANAGERS, workers=WORKERS))
+        asyncio.run(playground.up(managers=MANAGERS, workers=WORKERS, relays=False))
         ClusterSoak(playground, chance, faults, log).run(minutes)
     except BaseException:
         for found in directory.glob("*/skep.log"):

@@ -67,9 +67,20 @@ def playground() -> None:
 @click.option(
     "--subnets", default=1, show_default=True, help="Spread the nodes over so many routed networks."
 )
+@click.option(
+    "--relay/--no-relay",
+    default=True,
+    help="Have published ports answer at 127.0.0.1, too.  [default: relay]",
+)
 @_verb
 def up(
-    directory: Path, name: str | None, managers: int, workers: int, docker_workers: int, subnets: int
+    directory: Path,
+    name: str | None,
+    managers: int,
+    workers: int,
+    docker_workers: int,
+    subnets: int,
+    relay: bool,
 ) -> None:
     """Start a playground: nodes m1, m2, ... and w1, w2, ..., one swarm, a busybox image on each.
 
@@ -82,10 +93,18 @@ def up(
     """
     ground = _open(directory, name)
     cluster = _finish(
-        ground.up(managers=managers, workers=workers, docker_workers=docker_workers, subnets=subnets)
+        ground.up(
+            managers=managers,
+            workers=workers,
+            docker_workers=docker_workers,
+            subnets=subnets,
+            relays=relay,
+        )
     )
     click.echo(f"{len(cluster.nodes)} nodes: {' '.join(node.name for node in cluster.nodes)}")
     click.echo(f"description: {directory.resolve() / 'cluster.json'}")
+    if relay:
+        click.echo("published ports answer at 127.0.0.1 of this machine (skep playground ps lists them)")
 
 
 @playground.command()
@@ -117,6 +136,8 @@ def ps(directory: Path, name: str | None) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    for published, local in _open(directory, name).relayed_ports().items():
+        click.echo(f"published port {published}: http://127.0.0.1:{local}")
 
 
 @playground.command()

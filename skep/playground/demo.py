@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import sys
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import click
 
 from skep.api.client import Client
 from skep.cli.passthrough import find_docker
-from skep.errors import FailedPrecondition, Unavailable
+from skep.errors import FailedPrecondition, Unavailable, reason_of
 from skep.linux.commands import communicate
 from skep.playground import nginx, node
-from skep.playground.commands import run
 from skep.playground.description import Cluster
 from skep.playground.playground import Playground
 
@@ -22,6 +22,7 @@ SERVICE = "web"
 REPLICAS = 3
 WORKERS = 2
 _CREATE_WITHIN_S = 120
+_ANSWERS_WITHIN_S = 10
 
 
 async def demo(playground: Playground) -> None:
@@ -36,7 +37,7 @@ async def demo(playground: Playground) -> None:
         raise FailedPrecondition(
             "the demo was left half-way, or a node of it is down: run `make demo-down` first"
         )
-    await _show(cluster)
+    await _show(cluster, playground)
 
 
 async def _build(playground: Playground) -> Cluster:
@@ -54,12 +55,12 @@ async def _build(playground: Playground) -> Cluster:
     return cluster
 
 
-async def _show(cluster: Cluster) -> None:
+async def _show(cluster: Cluster, playground: Playground) -> None:
     """Prove that it answers, and name the next commands."""
     first = cluster.nodes[0]
     await _docker(first.endpoint, "service", "ps", SERVICE)
-    address = await _an_address(cluster)
-    click.echo(f"\nhttp://{address} answers: {await _ask(cluster, address)}\n")
+    address = f"127.0.0.1:{await playground.relayed(await _a_port(cluster))}"
+    click.echo(f"\nhttp://{address} answers, in a browser too: {await asyncio.to_thread(_get, address)}\n")
     click.secho("Try next:", bold=True)
     if not shutil.which("docker"):
         click.echo(f"  export PATH={Path(sys.prefix) / 'bin'}:$PATH")
@@ -86,32 +87,24 @@ async def _docker(endpoint: str, *words: str) -> None:
         raise FailedPrecondition(f"docker {' '.join(words)} failed with exit code {process.returncode}")
 
 
-async def _an_address(cluster: Cluster) -> str:
-    """Where one running replica answers: address of its node and the port that it got there.
-
-    Raises: Unavailable: none says where it is.
-    """
+async def _a_port(cluster: Cluster) -> int:
+    """A port that one running replica got on its node.  Raises: Unavailable: none says so."""
     async with Client.at(cluster.nodes[0].endpoint) as manager:
-        nodes: list[dict[str, Any]] = await manager.get("/nodes")
         tasks: list[dict[str, Any]] = await manager.get("/tasks", filters={"service": [SERVICE]})
-    names = {known["ID"]: known["Description"]["Hostname"] for known in nodes}
     for task in tasks:
         for port in (task["Status"].get("PortStatus") or {}).get("Ports") or ():
             if task["Status"]["State"] == "running" and task["DesiredState"] == "running":
-                return f"{cluster.node(names[task['NodeID']]).addr}:{port['PublishedPort']}"
+                return int(port["PublishedPort"])
     raise Unavailable(f"no replica of {SERVICE} has published its port")
 
 
-async def _ask(cluster: Cluster, address: str) -> str:
-    """What the service answers to another machine of the playground."""
-    inside = f"--net={cluster.nodes[0].netns}"
-    answer = await run("nsenter", inside, sys.executable, "-c", _GET, address, deadline_s=10)
-    return answer.decode(errors="replace").strip()
-
-
-_GET = """
-import http.client, sys
-connection = http.client.HTTPConnection(sys.argv[1], timeout=5)
-connection.request("GET", "/")
-sys.stdout.write(connection.getresponse().read().decode())
-"""
+def _get(address: str) -> str:
+    """What the service answers to this machine.  Raises: Unavailable."""
+    connection = HTTPConnection(address, timeout=_ANSWERS_WITHIN_S)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().read().decode(errors="replace").strip()
+    except (OSError, HTTPException) as error:
+        raise Unavailable(f"http://{address} does not answer: {reason_of(error)}") from error
+    finally:
+        connection.close()

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,7 +11,7 @@ from skep.aio.trees import discard_tree
 from skep.api.client import Client
 from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from skep.paths import SOCKET_PATH_BYTES_MAX
-from skep.playground import cgroups, docker, engine, names, node, processes, underlay
+from skep.playground import cgroups, docker, engine, names, node, processes, relay, underlay
 from skep.playground.busybox import busybox_archive
 from skep.playground.commands import find, run, together, wait_until
 from skep.playground.description import Cluster, DescriptionFile, Node
@@ -56,10 +56,19 @@ class Playground:
         """What is described; None: nothing.  Raises: NotFound: a playground of another name."""
         return None if self._file.read() is None else self.cluster()
 
-    async def up(self, *, managers: int, workers: int, docker_workers: int = 0, subnets: int = 1) -> Cluster:
+    async def up(
+        self,
+        *,
+        managers: int,
+        workers: int,
+        docker_workers: int = 0,
+        subnets: int = 1,
+        relays: bool = True,
+    ) -> Cluster:
         """Start the nodes, load busybox into each, make a swarm of them.
 
-        ``docker_workers``: unmodified Docker Engines, joined as they join any swarm.
+        ``docker_workers``: unmodified Docker Engines, joined as they join any swarm.  ``relays``: published ports
+        answer at 127.0.0.1 of this machine, too.
 
         Raises: AlreadyExists, InvalidArgument, Unimplemented: before anything is made.  After a later failure
         what is there stays for a look, until ``down``.
@@ -75,6 +84,8 @@ class Playground:
         kinds += [(worker, "docker")] * docker_workers
         await self.plug_in(kinds, subnets)
         await self._form_swarm(self.cluster())
+        if relays:
+            await relay.start(self._directory)
         if docker_workers and not docker.has_ipvs():
             self._progress(docker.NO_IPVS)
         return self.cluster()
@@ -103,6 +114,8 @@ class Playground:
     async def down(self) -> bool:
         """Remove everything of this playground, however far ``up`` came; True if there was anything."""
         cluster = self.described()
+        if cluster is not None and (state := relay.read_state(self._directory)) is not None:
+            processes.kill_exactly(state.pid, state.started)
         name = names.check_name(self._wanted_name or (cluster.name if cluster else names.DEFAULT))
         left = {names.node_of_namespace(name, found) or "" for found in underlay.namespaces(name)}
         left |= set(cgroups.nodes(name)) | set(_names(cluster) if cluster else ())
@@ -114,6 +127,8 @@ class Playground:
             await underlay.remove_root()
         await discard_tree(self.images)
         self._file.remove()
+        for left_file in (relay.state_file(self._directory), self._directory / "relay.log"):
+            left_file.unlink(missing_ok=True)
         if cluster.directory_made and not os.listdir(self._directory):
             self._directory.rmdir()
         return True
@@ -186,6 +201,16 @@ class Playground:
         """Load an image archive into every node."""
         content = await asyncio.to_thread(archive.read_bytes)
         await together(*(engine.load(target.endpoint, content) for target in self.cluster().nodes))
+
+    async def relayed(self, port: int) -> int:
+        """The port of 127.0.0.1 where the published ``port`` answers.  Raises: Unavailable: it is not relayed."""
+        return await relay.wait_served(self._directory, port)
+
+    def relayed_ports(self) -> Mapping[int, int]:
+        """Published port -> the port of 127.0.0.1 at which it answers."""
+        self.cluster()
+        state = relay.read_state(self._directory)
+        return state.ports if state is not None else {}
 
     async def states(self) -> list[tuple[Node, str]]:
         """Each node with one word about it."""

@@ -128,7 +128,9 @@ class TestCluster:
     def up(self, **counts: int) -> subprocess.CompletedProcess[str]:
         """``up(managers=1, docker_workers=2)``: as many of each; else one manager and nothing more."""
         words = ({"managers": 1, "workers": 0} | counts).items()
-        return self.skep("up", *(f"--{name.replace('_', '-')}={count}" for name, count in words))
+        return self.skep(
+            "up", "--no-relay", *(f"--{name.replace('_', '-')}={count}" for name, count in words)
+        )
 
     def down(self) -> None:
         self.skep("down")

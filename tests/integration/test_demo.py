@@ -1,10 +1,12 @@
 """`make demo` and `make demo-down`, as a newcomer types them."""
 
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -52,7 +54,8 @@ def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_tra
     before = machine(NAME, place.parent)
     shown = make("demo", place).stdout
     assert "converged" in shown
-    assert "answers: nginx in container " in shown
+    (url,) = re.findall(r"http://127\.0\.0\.1:\d+", shown)
+    assert "in a browser too: nginx in container " in shown
     assert shown.count("\n  docker ") == 3
     assert f"export DOCKER_HOST=unix://{place}/m1/skep.sock" in shown
 
@@ -67,6 +70,8 @@ def test_the_demo_shows_a_service_names_the_next_commands_and_goes_without_a_tra
     wait_until(lambda: victim not in node.docker("ps", "--quiet").stdout, "the container is gone")
     wait_running(node, "web", 9)
     assert "GET / " in node.docker("service", "logs", "web").stdout
+    with urlopen(url, timeout=10) as answer:
+        assert answer.read().startswith(b"nginx in container ")
 
     living = inhabitants(NAME)
     make("demo-down", place)

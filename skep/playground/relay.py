@@ -1,0 +1,208 @@
+"""Published ports of a playground at 127.0.0.1 of the machine that it runs on.
+
+The nodes' addresses exist in the playground's own namespaces only; the machine would send packets for them to whoever
+has them on its network.  So one process listens on loopback for each published TCP port, and connects to the nodes
+from the switch's namespace.  It runs until the playground goes, and asks the managers once a second what is published.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from random import SystemRandom
+from socket import AF_INET, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
+from typing import Any
+
+import msgspec
+
+from skep.aio.clock import Clock, SystemClock
+from skep.api.client import Client
+from skep.errors import SkepError, Unavailable
+from skep.linux.processes import start_ticks_of
+from skep.node.network.ingress.relay_tcp import TcpRelay
+from skep.node.network.ingress.relays import RelayPort
+from skep.node.network.namespaces import inside
+from skep.playground import names, node
+from skep.playground.commands import wait_until
+from skep.playground.description import Cluster, DescriptionFile
+from skep.playground.underlay import NETNS_ROOT
+
+_LOOPBACK = "127.0.0.1"
+_LOOK_S = 1.0
+_ASK_S = 2.0
+_READY_WITHIN_S = 20
+_PORTS_MAX = 256
+
+Targets = Mapping[int, tuple[tuple[str, int], ...]]
+"""Published port -> the nodes that answer there: address and port."""
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """``DIR/relay.json``: the process, and at which local port it serves each published one."""
+
+    pid: int
+    started: int
+    ports: Mapping[int, int] = {}
+
+
+def state_file(directory: Path) -> Path:
+    return directory / "relay.json"
+
+
+def read_state(directory: Path) -> State | None:
+    """None: there is no relay, or none that wrote what it does."""
+    try:
+        return msgspec.json.decode(state_file(directory).read_bytes(), type=State)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+async def start(directory: Path) -> None:
+    """Have the relay run; returns when it looks after the playground.  Raises: Unavailable: it ended at once."""
+    process = _spawn(directory)
+
+    async def has_begun() -> bool:
+        if process.poll() is not None:
+            raise Unavailable(f"the relay of the playground ended at once: see {directory / 'relay.log'}")
+        return state_file(directory).exists()
+
+    await wait_until(has_begun, "the relay of the playground begins", _READY_WITHIN_S)
+
+
+def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
+    with (directory / "relay.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "skep.playground.relay", str(directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+async def wait_served(directory: Path, port: int) -> int:
+    """The local port at which the published ``port`` answers.  Raises: Unavailable: it is not served."""
+
+    async def served() -> bool:
+        state = read_state(directory)
+        return state is not None and port in state.ports
+
+    await wait_until(served, f"port {port} is relayed to this machine", _READY_WITHIN_S)
+    state = read_state(directory)
+    assert state is not None, "it was there a moment ago"
+    return state.ports[port]
+
+
+def targets(
+    cluster: Cluster,
+    nodes: Sequence[Mapping[str, Any]],
+    services: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Mapping[str, Any]],
+) -> Targets:
+    """Which nodes answer at which published TCP port: all of them in the mesh, a task's own in host mode."""
+    alive = {known.name: known.addr for known in cluster.nodes if node.is_up(known)}
+    hostnames = {one["ID"]: one["Description"].get("Hostname", "") for one in nodes}
+    found: dict[int, set[tuple[str, int]]] = {}
+    for service in services:
+        for port in (service.get("Endpoint") or {}).get("Ports") or ():
+            number = port.get("PublishedPort", 0)
+            if port.get("Protocol", "tcp") == "tcp" and port.get("PublishMode") == "ingress" and number:
+                found.setdefault(number, set()).update((addr, number) for addr in alive.values())
+    for task in tasks:
+        if task["Status"]["State"] != "running":
+            continue
+        addr = alive.get(hostnames.get(task.get("NodeID", ""), ""))
+        for port in (task["Status"].get("PortStatus") or {}).get("Ports") or ():
+            number = port.get("PublishedPort", 0)
+            if addr is not None and port.get("Protocol", "tcp") == "tcp" and number:
+                found.setdefault(number, set()).add((addr, number))
+    return {port: tuple(sorted(found[port])) for port in sorted(found)[:_PORTS_MAX]}
+
+
+class PortRelay:
+    """The process of one playground."""
+
+    def __init__(self, directory: Path, clock: Clock) -> None:
+        self._file = DescriptionFile(directory)
+        self._directory = directory
+        self._clock = clock
+        self._random = SystemRandom()
+        self._relays: dict[int, TcpRelay] = {}
+        self._ports: dict[int, int] = {}
+
+    async def run(self) -> None:
+        """Serve until the playground is gone."""
+        self._write()
+        while (cluster := self._file.read()) is not None:
+            try:
+                await self._settle(cluster, await _ask(cluster))
+            except SkepError as error:
+                # What is published stays as it was: without a manager nothing of it changes.
+                print(f"no manager answers: {error}", file=sys.stderr)
+            await self._clock.sleep(_LOOK_S)
+
+    async def _settle(self, cluster: Cluster, wanted: Targets) -> None:
+        switch = NETNS_ROOT / names.namespace(cluster.name, names.SWITCH)
+        before = dict(self._ports)
+        for published in self._relays.keys() - wanted.keys():
+            self._relays.pop(published).close(ends_connections=True)
+            del self._ports[published]
+        for published, backends in wanted.items():
+            port = RelayPort(protocol="tcp", address=_LOOPBACK, port=published, backends=backends)
+            if (relay := self._relays.get(published)) is not None:
+                relay.update(port)
+                continue
+            relay = TcpRelay(port, self._random.random, partial(inside, switch))
+            listener = _listener(published)
+            self._ports[published] = listener.getsockname()[1]
+            await relay.open(listener)
+            self._relays[published] = relay
+        if before != self._ports:
+            self._write()
+
+    def _write(self) -> None:
+        pid = os.getpid()
+        state = State(pid=pid, started=start_ticks_of(pid) or 0, ports=self._ports)
+        temporary = state_file(self._directory).with_suffix(".json.new")
+        temporary.write_bytes(msgspec.json.encode(state))
+        temporary.replace(state_file(self._directory))
+
+
+async def _ask(cluster: Cluster) -> Targets:
+    """What is published now.  Raises: Unavailable: no manager says so."""
+    trouble: SkepError = Unavailable("there is none")
+    for known in cluster.nodes:
+        if known.role != "manager" or not node.is_up(known):
+            continue
+        try:
+            async with Client.at(known.endpoint) as client:
+                nodes, services, tasks = [
+                    await client.get(path, timeout_s=_ASK_S, headers={"X-Skep-Stale": "1"})
+                    for path in ("/nodes", "/services", "/tasks")
+                ]
+            return targets(cluster, nodes, services, tasks)
+        except SkepError as error:
+            trouble = error
+    raise Unavailable(str(trouble))
+
+
+def _listener(published: int) -> socket:
+    """At the same port of loopback, or at any where that is taken, or is not ours to take."""
+    for port in (published, 0):
+        listener = socket(AF_INET, SOCK_STREAM)
+        listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        try:
+            listener.bind((_LOOPBACK, port))
+        except OSError:
+            listener.close()
+            continue
+        listener.setblocking(False)
+        return listener
+    raise Unavailable(f"no port of {_LOOPBACK} is free")
+
+
+if __name__ == "__main__":
+    asyncio.run(PortRelay(Path(sys.argv[1]), SystemClock()).run())

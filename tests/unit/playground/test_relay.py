@@ -1,0 +1,49 @@
+"""Which nodes of a playground answer at which published port."""
+
+import os
+
+from skep.linux.processes import start_ticks_of
+from skep.playground.description import Cluster, Node
+from skep.playground.relay import targets
+
+
+def a_node(name: str, addr: str, *, is_up: bool = True) -> Node:
+    pids = (os.getpid(),) if is_up else ()
+    return Node(
+        name=name,
+        role="manager",
+        endpoint="unix:///x",
+        addr=addr,
+        pids=pids,
+        started=start_ticks_of(os.getpid()) or 0,
+        netns="",
+        cgroup="",
+        state_dir="",
+        link=("", ""),
+        start=(),
+    )
+
+
+CLUSTER = Cluster(name="p", nodes=(a_node("m1", "a1"), a_node("w1", "a2"), a_node("w2", "a3", is_up=False)))
+NODES = [{"ID": f"id-{name}", "Description": {"Hostname": name}} for name in ("m1", "w1", "w2")]
+
+
+def test_a_port_of_the_mesh_answers_on_every_node_that_is_up() -> None:
+    ports = [
+        {"PublishedPort": 8080, "PublishMode": "ingress", "Protocol": "tcp"},
+        {"PublishedPort": 53, "PublishMode": "ingress", "Protocol": "udp"},
+    ]
+    assert targets(CLUSTER, NODES, [{"Endpoint": {"Ports": ports}}, {}], []) == {
+        8080: (("a1", 8080), ("a2", 8080))
+    }
+
+
+def test_a_port_in_host_mode_answers_where_its_task_runs() -> None:
+    def a_task(node: str, state: str, port: int) -> dict[str, object]:
+        return {
+            "NodeID": f"id-{node}",
+            "Status": {"State": state, "PortStatus": {"Ports": [{"PublishedPort": port, "Protocol": "tcp"}]}},
+        }
+
+    tasks = [a_task("m1", "running", 30001), a_task("w1", "failed", 30002), a_task("w2", "running", 30003)]
+    assert targets(CLUSTER, NODES, [], tasks) == {30001: (("a1", 30001),)}
