@@ -330,7 +330,7 @@ class _ServerStream:
         self._up = up
         self._unread = b""
 
-    async def recv_data(self, length: int) -> bytes:
+    async def recv_data(self, length: int, within_s: float | None = None) -> bytes:
         """Bytes of the framed requests, as they come from a connection; empty after the last."""
         if not self._unread:
             data = await self._up.get()

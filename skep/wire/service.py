@@ -39,8 +39,11 @@ MESSAGE_SECONDS_MAX = 60.0
 class Stream(Protocol):
     """What a handler's function has of a call: the bytes of the framed requests, and its answers."""
 
-    async def recv_data(self, size: int) -> bytes:
-        """Exactly ``size`` bytes; none after the last message.  Raises: AssertionError: it ends between."""
+    async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
+        """Exactly ``size`` bytes; none after the last message.
+
+        Raises: AssertionError: it ends between; TimeoutError: they were longer than ``within_s`` on their way.
+        """
 
     async def send_initial_metadata(self) -> None:
         """Say that there will be an answer."""
@@ -171,8 +174,6 @@ async def _receive(stream: Stream, method: Method[Q, Any], caller: Caller) -> Q 
         length = int.from_bytes(prefix[1:], "big")
         if length > limit:
             raise ResourceExhausted(f"grpc: received message larger than max ({length} vs. {limit})")
-        async with asyncio.timeout(MESSAGE_SECONDS_MAX):
-            data = await stream.recv_data(length)
-        return method.request.FromString(data)
+        return method.request.FromString(await stream.recv_data(length, MESSAGE_SECONDS_MAX))
     except (DecodeError, AssertionError) as error:
         raise InvalidArgument("the message cannot be decoded") from error

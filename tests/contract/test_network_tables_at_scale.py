@@ -40,7 +40,7 @@ class Peer:
         self.heard = asyncio.Event()
         self._unread = [REQUEST, b"\0" + len(REQUEST).to_bytes(4, "big")]
 
-    async def recv_data(self, size: int) -> bytes:
+    async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
         if self._unread:
             return self._unread.pop()
         return await asyncio.get_running_loop().create_future()

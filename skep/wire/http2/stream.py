@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from skep.wire.http2.connection import Connection
 
 
+PREFIX_BYTES = 5
+"""Before each message of gRPC: whether it is compressed, and its length."""
+
+
 class Stream:
     """The server's end of a call.  One task reads and answers; the connection puts in what arrives."""
 
     __slots__ = (
         "_connection", "_has_answered", "_has_ended", "_has_headers", "_held", "_is_gone", "_owed", "_reader",
-        "_received", "_taken", "_window_in", "id", "request", "task", "window_out",
+        "_received", "_taken", "_unsaid", "_window_in", "id", "request", "task", "window_out",
     )  # fmt: skip
 
     def __init__(self, connection: "Connection", id: int, request: Request) -> None:
@@ -38,6 +42,8 @@ class Stream:
         """Bytes, the last of those received, that the client may not send again on this stream yet."""
         self._taken = 0
         """Bytes that the handler has: they count as the client's until it asks for more, or ends."""
+        self._unsaid = 0
+        """Bytes taken for which the connection's window was not filled again yet."""
         self._owed = 0
         """Bytes that it may send again, and was not told so yet."""
         self._reader: asyncio.Future[None] | None = None
@@ -85,24 +91,27 @@ class Stream:
         self._is_gone = True
         self._drop_received()
         self._let_go()
+        if self._unsaid:
+            self._connection.allow(self._unsaid)
+            self._unsaid = 0
 
     # -- the handler's side ---------------------------------------------------------------------------------------
 
-    async def recv_data(self, size: int) -> bytes:
-        """Exactly ``size`` bytes; none, when there are no more.  Raises: AssertionError: it ends between.
+    async def recv_data(self, size: int, within_s: float | None = None) -> bytes:
+        """Exactly ``size`` bytes; none, when there are no more.  Raises: AssertionError: it ends between; TimeoutError.
 
         A message may be larger than the stream's window, which goes on while it arrives.  The connection's does not:
         it is filled again with what was taken whole, so that half messages cannot hold more than it.
+
+        Args:
+            within_s: how long the bytes may be on their way.
         """
-        self._let_go()
+        if self._taken > PREFIX_BYTES:
+            self._let_go()
         received = self._received
-        while len(received) < size and not self._has_ended:
-            self._release(0)  # somebody waits for all of it
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
+        if len(received) < size and not self._has_ended:
+            async with asyncio.timeout(within_s):
+                await self._wait_received(size)
         if len(received) < size:
             if received:
                 raise AssertionError("a message that ends early")
@@ -110,9 +119,21 @@ class Stream:
         data = bytes(received[:size])
         del received[:size]
         self._taken += size
-        self._connection.allow(size)
+        self._unsaid += size
+        if size > PREFIX_BYTES:  # with the prefix before it
+            self._connection.allow(self._unsaid)
+            self._unsaid = 0
         self._release(len(received))
         return data
+
+    async def _wait_received(self, size: int) -> None:
+        while len(self._received) < size and not self._has_ended:
+            self._release(0)  # somebody waits for all of it
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
 
     async def send_initial_metadata(self) -> None:
         """Headers, if none were sent; waits while the peer reads slowly."""

@@ -107,6 +107,23 @@ async def test_half_messages_hold_no_more_than_the_connections_window(rig):
     assert rig.connection.held == 0
 
 
+async def test_empty_messages_give_their_window_back(rig):
+    async def count(stream: Stream) -> None:
+        while await stream.recv_data(5):
+            await stream.recv_data(0)
+
+    rig.answer = count
+    for _ in range(3):
+        stream_id = rig.open()
+        for _ in range(200):
+            rig.client.send_data(stream_id, bytes(500))
+            await rig.turn()
+        rig.client.end_stream(stream_id)
+        await rig.turn()
+    assert rig.client.outbound_flow_control_window >= LIMITS.connection_window - LIMITS.stream_window
+    assert rig.connection.held == 0
+
+
 async def test_a_message_counts_until_its_handler_is_done_with_it(rig):
     done = asyncio.Event()
 
