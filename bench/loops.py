@@ -50,7 +50,7 @@ from skep.store.memory import MemoryStore
 NODES = 1000
 REPLICAS, SCALED = 20, 25
 CHANGES = 20
-SIZES = (50, 500, 5000)
+SIZES = (50, 500, 5000, 10_000)
 WAITING = ServiceId("waiting")
 
 
