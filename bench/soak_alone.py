@@ -77,7 +77,7 @@ class Soak:
     def _fault(self) -> str:
         now = time.monotonic()
         self._kills = [at for at in self._kills if now - at < CRASH_WINDOW_S]
-        candidates = [*soak_daemons.DAEMONS, "a container"]
+        candidates = [*soak_daemons.VICTIMS, "a container"]
         if len(self._kills) >= soak_daemons.GIVEN_UP_KILLS_MAX:
             candidates = [one for one in candidates if one not in soak_daemons.GIVEN_UP]
         victim = self._random.choice(candidates)

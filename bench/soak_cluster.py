@@ -179,7 +179,7 @@ class ClusterSoak:
     def _kill_a_process(self, node: Node) -> str:
         now = time.monotonic()
         kills = [at for at in self._kills.get(node.name, []) if now - at < CRASH_WINDOW_S]
-        candidates = list(soak_daemons.DAEMONS)
+        candidates = list(soak_daemons.VICTIMS)
         if len(kills) >= soak_daemons.GIVEN_UP_KILLS_MAX:
             candidates = [one for one in candidates if one not in soak_daemons.GIVEN_UP]
         victim = self._random.choice(candidates)
