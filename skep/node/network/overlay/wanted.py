@@ -217,6 +217,8 @@ def just_made(wanted: State, sysctls: Mapping[str, str]) -> State:
     """
     return State(
         links={name: msgspec.structs.replace(link, is_up=False) for name, link in wanted.links.items()},
+        # The kernel gives them as soon as the interfaces are up.
+        addresses=frozenset(one for one in wanted.addresses if one.interface.startswith(("127.", "fe80:"))),
         rules=wanted.rules,
         sysctls={**dict.fromkeys(wanted.sysctls, ""), **sysctls},
     )

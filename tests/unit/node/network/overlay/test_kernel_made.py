@@ -3,6 +3,7 @@
 from skep.node.network.overlay.difference import ChangeLink, Put, difference
 from skep.node.network.overlay.kernel_made import RULES_4, completed
 from skep.node.network.overlay.state import Address, Link, Route, RouteKind, State
+from skep.node.network.overlay.wanted import just_made
 
 LO = Link(name="lo", kind="loopback")
 ETH = Link(name="eth0", kind="veth", mac="02:42:0a:00:01:05")
@@ -81,3 +82,10 @@ def test_what_the_kernel_makes_with_an_address_or_a_link_is_left_to_it() -> None
 def test_missing_rules_come_before_all_routes() -> None:
     found = State(links=WANTED.links, addresses=WANTED.addresses, routes=WANTED.routes - {NETWORK})
     assert difference(WANTED, found) == [*(Put(rule) for rule in sorted(RULES_4)), Put(NETWORK)]
+
+
+def test_a_new_container_is_given_nothing_that_the_kernel_gives_it() -> None:
+    puts = [
+        one.item for one in difference(WANTED, just_made(WANTED, {}), is_ours=False) if isinstance(one, Put)
+    ]
+    assert puts == [Address("eth0", "10.0.1.5/24")]
