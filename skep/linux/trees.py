@@ -111,7 +111,9 @@ class _Removal:
                 self._empty(os.dup(top))
                 left = self._left(top)
                 if self._keep and not left:
-                    self._remove_entry(top, self._keep)
+                    self._keep = ""
+                    self._empty(os.dup(top))
+                    left = self._left(top)
             finally:
                 os.close(top)
             if not left and self._remove_entry(parent, name):

@@ -20,6 +20,7 @@ from skep.model.ids import new_container_id, new_id
 from skep.node import info
 from skep.node.conditions import Conditions
 from skep.node.contact import Contact
+from skep.node.disk_check import DiskCheck
 from skep.node.engine import Engine, with_containers_of
 from skep.node.events import NodeEvents
 from skep.node.features import Features
@@ -250,6 +251,7 @@ class Node:
                 chance=chance,
             )
             keep(partial(reap_orphans, clock), "orphans")
+            keep(DiskCheck((paths.data, paths.run), around.conditions, clock).run, "disk check")
             if workload.overlays is not None:
                 keep(NeighbourTables(around.conditions, clock).run, "neighbour tables")
             if engine is not None:

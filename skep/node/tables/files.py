@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.trees import discard_tree_now
 from skep.linux.files import replace_file
 from skep.model.ids import NetworkId
 from skep.model.tables import Table
@@ -165,7 +166,7 @@ def _is_named(path: Path, table: Table) -> bool:
 
 def _drop(path: Path, reason: str) -> None:
     log.warning("network table cannot be read: dropped", path=str(path), error=reason)
-    path.unlink(missing_ok=True)
+    discard_tree_now(path)  # it may be anything
 
 
 _decode_kept = msgspec.msgpack.Decoder(Kept).decode

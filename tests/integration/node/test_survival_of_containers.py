@@ -161,4 +161,4 @@ async def test_a_container_whose_record_is_damaged_is_ended_and_removed(lab: Lab
     async with second.running():
         assert second.containers.list() == []
         await eventually(lambda: not is_alive(process), "it ended")
-    assert lab.remains() == []
+        await eventually(lambda: not lab.remains(), "nothing of it is left")

@@ -17,6 +17,14 @@ from hypothesis import strategies as st
 from skep.aio import trees as beside
 from skep.linux.trees import NotRemoved, Stopped, remove_tree, walk
 
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """Emptied at once: pytest's own removal recurses."""
+    yield tmp_path
+    remove_tree(tmp_path)
+
+
 LEVELS = 1_500
 """More than any recursion of Python's; ``test_a_hundred_thousand_levels`` has more."""
 

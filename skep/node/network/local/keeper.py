@@ -10,6 +10,7 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
+from skep.aio.guard import report
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
 from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unimplemented
@@ -87,7 +88,12 @@ class LocalNetworks:
         if self._kept is None:
             now = self._now()
             ids = {name: self._new_id() for name in _PREDEFINED}
-            self._keep(_Kept(created_at=now, ids=ids, gateway=self._new_gateway(NetworkBody(name=GATEWAY))))
+            kept = _Kept(created_at=now, ids=ids, gateway=self._new_gateway(NetworkBody(name=GATEWAY)))
+            try:
+                self._keep(kept)
+            except OSError as error:  # the next change writes it, too
+                report(error, "the node's networks are not kept")
+                self._kept = kept
 
     def predefined(self) -> list[LocalNetwork]:
         """Those that every node has."""

@@ -13,7 +13,7 @@ import asyncio
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,7 @@ import structlog
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.guard import report
 from skep.aio.trees import discard_tree, discard_tree_now
-from skep.errors import FailedPrecondition, InvalidArgument, NotFound
+from skep.errors import InvalidArgument, NotFound
 from skep.linux.files import BESIDE, replace_file
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, hex_of
@@ -329,17 +329,20 @@ class LocalImages:
 
 
 def _read_catalog(file: Path) -> Catalog:
-    """What an earlier process wrote.  Raises: FailedPrecondition: it is damaged."""
-    if not file.exists():
-        return Catalog()
+    """What an earlier process wrote; one that is damaged is moved aside, and the images have no names."""
     try:
         catalog = msgspec.json.decode(file.read_bytes(), type=Catalog)
         for text in catalog.references:
             parse_reference(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
-        raise FailedPrecondition(
-            f"{file} cannot be read ({error}): restore it, or remove it to keep the images without their names"
-        ) from error
+    except FileNotFoundError:
+        return Catalog()
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
+        aside = file.with_suffix(".damaged")
+        report(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
+        discard_tree_now(aside)
+        with suppress(OSError):
+            file.rename(aside)
+        return Catalog()
     return catalog
 
 

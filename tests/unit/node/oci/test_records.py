@@ -49,8 +49,16 @@ def test_where_no_line_can_be_read_there_is_no_record(tmp_path: Path) -> None:
     assert records.read(tmp_path / "record") is None
 
 
-def test_a_disk_that_does_not_give_a_record_makes_no_container_unknown(tmp_path: Path) -> None:
+def test_a_disk_that_does_not_give_a_record_makes_no_container_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert records.read(tmp_path / "missing") is None
-    (tmp_path / "record").mkdir()  # anything that cannot be read, whoever asks
+    (tmp_path / "record").mkdir()
+    assert records.read(tmp_path / "record") is None, "what is no file is no record"
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(Unavailable, match="cannot be read"):
         records.read(tmp_path / "record")

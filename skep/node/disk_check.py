@@ -1,0 +1,73 @@
+"""Whether this node can write: tried every few seconds, and said as a condition while it cannot.
+
+A full disk, a file system that the kernel has made read-only, no descriptors or memory left, a disk that does not
+answer: what meets one of these fails with its own error, and here the node says what is behind all of them.
+"""
+
+import asyncio
+import errno
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from skep.aio.clock import Clock
+from skep.aio.guard import explain
+from skep.linux.files import replace_file
+from skep.node.conditions import Conditions
+
+PERIOD_S = 5.0
+HANG_S = 10.0
+"""A write that takes longer is said."""
+_PROBE = ".writable"
+_BLOCK = bytes(4096)
+_ADVICE = {
+    errno.ENOSPC: "make room: it goes on by itself",
+    errno.EDQUOT: "make room: it goes on by itself",
+    errno.EROFS: "look for errors of the disk in the kernel's log, and mount it again",
+    errno.EIO: "the disk fails: see the kernel's log",
+    errno.EMFILE: "the node process has too many files open: restart skep, containers run on",
+    errno.ENFILE: "the machine has too many files open",
+    errno.ENOMEM: "the machine has no memory left",
+}
+
+
+class DiskCheck:
+    """Writes a block to each directory, and keeps the condition ``disk`` true."""
+
+    def __init__(self, directories: Sequence[Path], conditions: Conditions, clock: Clock) -> None:
+        self._directories = directories
+        self._conditions = conditions
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-check")
+        self._writing: asyncio.Future[str] | None = None
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            trouble = await self.look()
+            if trouble:
+                self._conditions.raise_("disk", trouble)
+            else:
+                self._conditions.clear("disk")
+            await self._clock.sleep(PERIOD_S)
+
+    async def look(self, within_s: float = HANG_S) -> str:
+        """A sentence about what is wrong now; empty: nothing is."""
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().run_in_executor(self._thread, self._write)
+        done, _ = await asyncio.wait((self._writing,), timeout=within_s)
+        if not done:
+            return f"the disk below {self._directories[0]} does not answer: a write takes longer than {within_s:g} s"
+        writing, self._writing = self._writing, None
+        return writing.result()
+
+    def _write(self) -> str:
+        for directory in self._directories:
+            try:
+                replace_file(directory / _PROBE, _BLOCK, mode=0o600)
+            except Exception as error:
+                number = error.errno if isinstance(error, OSError) else None
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else explain(error)
+                advice = _ADVICE.get(number, "") if number is not None else ""
+                return f"cannot write to {directory}: {reason}" + (f" ({advice})" if advice else "")
+        return ""

@@ -1,0 +1,53 @@
+"""What a node says of a disk that it cannot write to."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.node import disk_check
+from skep.node.conditions import Conditions
+from skep.node.disk_check import DiskCheck
+from tests.file_faults import ERRNOS, file_faults
+
+
+class SlowlessClock(SystemClock):
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", ERRNOS)
+async def test_the_condition_comes_and_goes_with_the_fault(tmp_path: Path, number: int) -> None:
+    conditions = Conditions(SystemClock())
+    check = DiskCheck((tmp_path,), conditions, SlowlessClock())
+    with file_faults(tmp_path) as faults:
+        faults.plan(0, number, 1 << 30)
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            running = group.create_task(check.run())
+            while not conditions.warnings():  # noqa: ASYNC110  # a condition announces nothing
+                await asyncio.sleep(0.001)
+            assert conditions.warnings()[0].startswith(f"cannot write to {tmp_path}: ")
+            faults.end()
+            while conditions.warnings():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            running.cancel()
+
+
+async def test_a_disk_that_hangs_is_said_and_no_threads_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, calls = threading.Event(), []
+
+    def hang(path: Path, content: bytes, mode: int) -> None:
+        calls.append(path)
+        go.wait(10)
+
+    monkeypatch.setattr(disk_check, "replace_file", hang)
+    check = DiskCheck((tmp_path,), Conditions(SystemClock()), SystemClock())
+    for _ in range(3):
+        assert "does not answer" in await check.look(within_s=0.01)
+    assert len(calls) == 1
+    go.set()
+    assert await check.look(within_s=10) == ""

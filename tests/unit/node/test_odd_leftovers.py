@@ -1,0 +1,88 @@
+"""Whatever lies in the folders that a node reads at its start, it starts, and knows what is sound."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.linux.trees import remove_tree
+from skep.model.task import TaskStatus
+from skep.node.oci.images.store import ImageStore
+from skep.node.tables.files import StoredTables
+from skep.node.task_files import RememberedTask, TaskFiles
+from tests.oci_rig import ContainersExecutor, Machine, memory_containers, wish
+from tests.unit.linux.test_trees import nest
+from tests.unit.node.test_worker import assigned
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """Emptied at once: pytest's own removal recurses."""
+    yield tmp_path
+    remove_tree(tmp_path)
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "a file": lambda path: path.write_bytes(b"\xff{"),
+    "an empty file": lambda path: path.touch(),
+    "a deep directory": lambda path: nest(path, 1500),
+    "a link to nowhere": lambda path: path.symlink_to("/nonexistent"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "json of something else": lambda path: path.write_bytes(b'{"id": [' + b"1" * 5000 + b"]}"),
+}
+odd = pytest.mark.parametrize("make", ODD.values(), ids=list(ODD))
+
+
+@odd
+async def test_in_the_place_of_a_container_and_of_its_record(
+    tmp_path: Path, make: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine()
+    first = memory_containers(tmp_path, machine, monkeypatch)
+    async with first.running():
+        sound = await first.create(wish("sound"))
+        damaged = await first.create(wish("damaged"))
+    (tmp_path / "containers" / damaged.id / "record").unlink()
+    make(tmp_path / "containers" / damaged.id / "record")
+    make(tmp_path / "containers" / ("0" * 64))
+    make(tmp_path / "containers" / "lost+found")
+    second = memory_containers(tmp_path, machine, monkeypatch)
+    async with ContainersExecutor(second).running(), asyncio.timeout(30):
+        assert [one.id for one in second.list()] == [sound.id]
+        left = {sound.id, "lost+found"}
+        while {path.name for path in (tmp_path / "containers").iterdir()} - left:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+@odd
+async def test_in_the_place_of_a_task(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    files = TaskFiles(tmp_path)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(files.run())
+        files.remember(RememberedTask(assigned("a"), TaskStatus()))
+        while not (tmp_path / "a.json").exists():  # noqa: ASYNC110  # a file announces nothing
+            await asyncio.sleep(0.001)
+        running.cancel()
+    make(tmp_path / "odd.json")
+    assert [one.assigned.task.id for one in TaskFiles(tmp_path).load()] == ["a"]
+
+
+@odd
+async def test_among_images(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    await ImageStore(tmp_path).open()
+    for place in ("configs/odd", "configs/odd.new", "layers/odd", "tmp/odd", "catalog.json"):
+        make(tmp_path / place)
+    store = ImageStore(tmp_path)
+    await store.open()
+    assert store.images() == ()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@odd
+def test_among_networks(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    (tmp_path / "tables").mkdir()
+    make(tmp_path / "tables" / "odd")
+    assert StoredTables(tmp_path / "tables", SystemClock()).load()[0] == {}
+    assert list((tmp_path / "tables").iterdir()) == []
