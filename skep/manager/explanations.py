@@ -16,12 +16,14 @@ from skep.model.encoding import ApiObject, always
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
 from skep.model.service import Service, UpdateStatus
-from skep.model.task import Task, TaskState
-from skep.model.times import Timestamp, unix_ns
+from skep.model.task import Restart, Task, TaskState
+from skep.model.times import SECOND_NS, Timestamp, unix_ns
 
 REASONS_MAX = 10
 """Different reasons that the explanation of a service lists, the most frequent first."""
 
+_LOOP_FROM = 2
+"""Failures in a row that are called a loop."""
 _SIGNALED = 128
 """A shell's and Docker's way to say which signal ended a process: 128 + its number."""
 
@@ -152,6 +154,8 @@ def summary(task: Task, node: Node | None) -> str:
             return f"{where} prepares it: image, mounts and networks" + _because(status.err)
         case TaskState.READY:
             is_held = task.desired_state is TaskState.READY
+            if is_held and task.restart is not None:
+                return f"next attempt at {task.restart.not_before[11:19]} UTC{loop_words(task.restart)}"
             return "it is prepared and waits for its turn to start" if is_held else f"{where} starts it"
         case TaskState.STARTING:
             return f"{where} waits for it to become healthy" + _because(status.err)
@@ -163,6 +167,27 @@ def summary(task: Task, node: Node | None) -> str:
             return f"{where} could not prepare it" + _because(status.err)
         case _:
             return status.err or status.message or status.state.value
+
+
+def next_attempt(task: Task, now_ns: int) -> str:
+    """When a prepared task that follows failed ones starts: ``next attempt in 6 s (crash loop, 5th)``; else empty."""
+    restart = task.restart
+    is_held = task.desired_state is TaskState.READY and not task.status.state.is_terminal
+    if restart is None or not is_held:
+        return ""
+    seconds = max((unix_ns(restart.not_before) - now_ns) / SECOND_NS, 0)
+    return f"next attempt in {seconds:.0f} s{loop_words(restart)}"
+
+
+def loop_words(restart: Restart) -> str:
+    """Whether tasks of its slot fail again and again."""
+    return f" (crash loop, {_ordinal(restart.failures)})" if restart.failures >= _LOOP_FROM else ""
+
+
+def _ordinal(number: int) -> str:
+    """``1st``, ``2nd``, ``11th``."""
+    is_teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def signal_of(exit_code: int) -> str:

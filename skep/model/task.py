@@ -110,6 +110,16 @@ class VolumeAttachment(ApiObject):
     target: str = ""
 
 
+class Restart(ApiObject):
+    """Why a task that is prepared does not start yet: it follows others of its slot that failed.
+
+    ``failures``: how many did so in a row; ``not_before``: by the clock of the leader, for people to read.
+    """
+
+    failures: int = always(0)
+    not_before: Timestamp = always(ZERO_TIME)
+
+
 class Task(ApiObject):
     """One task.
 
@@ -133,6 +143,8 @@ class Task(ApiObject):
     job_iteration: Version | None = None
     volumes: tuple[VolumeAttachment, ...] = always(())
     spec_version: Version | None = None
+    restart: Restart | None = None
+    """Not in Docker's answers."""
 
     @property
     def shown_slot(self) -> int:

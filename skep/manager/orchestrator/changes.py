@@ -14,8 +14,8 @@ from skep.errors import SkepError
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.service import Service, UpdateState, UpdateStatus
-from skep.model.task import Task, TaskState, TaskStatus
-from skep.model.times import Timestamp, timestamp, unix_ns
+from skep.model.task import Restart, Task, TaskState, TaskStatus
+from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
 
 
@@ -23,12 +23,15 @@ class FillSlot(msgspec.Struct, frozen=True):
     """Create a task in a free slot: ``slot`` of a replicated service or job, ``node_id`` of a global one.
 
     ``desired`` READY: prepare it, but start it only when ``starts`` says so.  RUNNING means COMPLETE to a job.
+    ``delay_s``: until it may start, after so many ``failures`` in a row; for people to read.
     """
 
     service: Service
     slot: int = 0
     node_id: NodeId = NodeId("")
     desired: TaskState = TaskState.RUNNING
+    delay_s: float = 0.0
+    failures: int = 0
 
 
 class RetireTask(msgspec.Struct, frozen=True):
@@ -158,8 +161,16 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
             desired_state=TaskState.COMPLETE if is_job_start else change.desired,
             job_iteration=iteration,
             spec_version=service.spec_version,
+            restart=_restart(change, now),
         )
     )
+
+
+def _restart(change: FillSlot, now: Timestamp) -> Restart | None:
+    if not change.delay_s:
+        return None
+    at = timestamp(unix_ns(now) + round(change.delay_s * SECOND_NS))
+    return Restart(failures=change.failures, not_before=at)
 
 
 def _is_asked(tx: Transaction, change: FillSlot) -> bool:

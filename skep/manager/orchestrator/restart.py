@@ -30,9 +30,11 @@ from skep.model.times import SECOND_NS
 
 DEFAULT_DELAY_S = 5.0
 REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
-"""Least delay after so many rejections in a row, one being none; the last one holds for any more."""
-CRASH_DELAYS_S = (0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Least delay after the first, second, ... rejection in a row; the last one holds for any more."""
+CRASH_DELAYS_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """The same by how many tasks in a row crashed (``Sightings.crashes``).  A single crash costs nothing."""
+DAMPED_BELOW_S = 1.0
+"""A delay that the user set is what happens, from here on; a shorter one would be a tight loop, and is damped."""
 STOP_TIMEOUT_S = 60.0
 """A successor waits no longer than this for what it replaces to stop (swarmkit's defaultOldTaskTimeout)."""
 
@@ -134,7 +136,7 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     starts_at = situation.seen.created(task)
     predecessor = _predecessor(task, slot)
     if predecessor is not None and _is_delayed(predecessor, task.spec, situation):
-        starts_at += max(delay_s(predecessor), _damping_s(predecessor, slot, situation.seen))
+        starts_at += _pause_s(predecessor, slot, situation.seen)
     retired_at = [situation.seen.retired(other) for other in _waited_for(slot, situation)]
     return max([starts_at, *(at + STOP_TIMEOUT_S for at in retired_at)])
 
@@ -142,7 +144,7 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     """The task that takes the slot over; started at once where nothing has to be waited for."""
     is_delayed = _is_delayed(task, situation.service.spec.task_template, situation)
-    delay = max(delay_s(task), _damping_s(task, slot, situation.seen)) if is_delayed else 0.0
+    delay = _pause_s(task, slot, situation.seen) if is_delayed else 0.0
     starts_now = delay == 0 and not _waited_for(slot, situation) and not _is_held_back(task, slot, situation)
     starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
     return FillSlot(
@@ -150,20 +152,36 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
         task.slot,
         NodeId("") if task.slot else task.node_id,
         TaskState.RUNNING if starts_now else TaskState.READY,
+        delay,
+        failures_in_a_row(task, slot, situation.seen) if delay else 0,
     )
 
 
-def _damping_s(last: Task, slot: Slot, seen: Sightings) -> float:
-    """The least delay after ``last``, by how many tasks in a row up to it were rejected, or crashed."""
+def _pause_s(last: Task, slot: Slot, seen: Sightings) -> float:
+    """Seconds between the end of ``last`` and its successor's start: what the user set, else damped as it must be."""
+    wanted_s = delay_s(last)
+    if _is_set(last) and wanted_s >= DAMPED_BELOW_S:
+        return wanted_s
+    delays_s = REJECTED_DELAYS_S if last.status.state is TaskState.REJECTED else CRASH_DELAYS_S
+    failures = failures_in_a_row(last, slot, seen)
+    return max(wanted_s, _nth(delays_s, failures - 1) if failures else 0.0)
+
+
+def _is_set(task: Task) -> bool:
+    return task.spec.restart_policy is not None and task.spec.restart_policy.delay is not None
+
+
+def failures_in_a_row(last: Task, slot: Slot, seen: Sightings) -> int:
+    """How many tasks of the slot up to ``last`` were rejected, or crashed soon after they ran; 0: it did neither."""
     if last.status.state is not TaskState.REJECTED:
-        return _nth(CRASH_DELAYS_S, seen.crashes(last)) if last.status.state.is_terminal else 0.0
+        return seen.crashes(last) if last.status.state.is_terminal else 0
     rejections = 0
     for task in history(slot):
         is_rejected = task.status.state is TaskState.REJECTED and task.spec_version == last.spec_version
         rejections = rejections + 1 if is_rejected else 0
         if task.id == last.id:
             break
-    return _nth(REJECTED_DELAYS_S, rejections - 1)
+    return rejections
 
 
 def _nth(delays_s: tuple[float, ...], index: int) -> float:

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from skep.manager.control.service_form import with_defaults
 from skep.manager.control.swarm import frozen_message
 from skep.manager.control.tasks import known_status
+from skep.manager.explanations import next_attempt
 from skep.manager.orchestrator.global_services import is_eligible
 from skep.model.conditions import condition_messages
 from skep.model.ids import NodeId
@@ -113,15 +114,20 @@ def shown_swarm(view: View, swarm: Swarm) -> Swarm:
     return replace(swarm, rotation=None, freeze=None, damage=damage_of(view, Swarm, swarm.id))
 
 
-def shown_task(view: View, task: Task) -> Task:
+def shown_task(view: View, now_ns: int, task: Task) -> Task:
     """``task`` for an answer: as in the engine, only a service's specification says what runs it.
 
-    A task whose node is not heard any more is shown as unknown, never as running.
+    A task whose node is not heard any more is shown as unknown, never as running; one that waits for its restart
+    delay says until when, where ``docker service ps`` shows errors.
     """
     task = with_damage(view, task)
+    status = known_status(view, task)
+    if waits := next_attempt(task, now_ns):
+        status = replace(status, err="; ".join(filter(None, (status.err, waits))))
     return replace(
         task,
-        status=known_status(view, task),
+        status=status,
+        restart=None,
         slot=task.shown_slot,
         spec_version=None,
         spec=replace(task.spec, runtime=""),

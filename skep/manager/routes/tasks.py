@@ -43,14 +43,16 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
         tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
         await asyncio.sleep(0)  # others' turn
         view = manager_of(request).store.view()
-    return json_list_answer(tasks, partial(shown_task, view))
+    return json_list_answer(tasks, partial(shown_task, view, manager_of(request).clock.now_ns()))
 
 
 @routes.get("/tasks/{id}")
 async def inspect_task(request: web.Request) -> web.StreamResponse:
     """One task."""
     view = await current_view(request)
-    return json_answer(shown_task(view, view.resolve(Task, request.match_info["id"])))
+    return json_answer(
+        shown_task(view, manager_of(request).clock.now_ns(), view.resolve(Task, request.match_info["id"]))
+    )
 
 
 def _search(view: View, filters: Filters) -> tuple[Sequence[Task], Sequence[Condition]]:

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from skep.manager.explanations import explain_service, explain_task, signal_of, summary
+from skep.manager.explanations import explain_service, explain_task, next_attempt, signal_of, summary
 from skep.manager.scheduler.accounting import Accounting
 from skep.manager.scheduler.explain import NodeVerdict, book, verdict
 from skep.manager.scheduler.requirements import requirements_of
@@ -11,7 +11,7 @@ from skep.model.container import ContainerSpec
 from skep.model.meta import Version
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import GlobalJob, JobStatus, ReplicatedJob, Resources, Service, ServiceMode
-from skep.model.task import ContainerStatus, Task, TaskState, TaskStatus
+from skep.model.task import ContainerStatus, Restart, Task, TaskState, TaskStatus
 from skep.model.times import timestamp
 from tests.builders import a_node, a_service, a_task
 
@@ -189,3 +189,21 @@ def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_no
     tasks = [a_run(job, 1, TaskState.COMPLETE, iteration=2), a_run(job, 1, TaskState.RUNNING)]
     told = explain_service(job, tasks, wanted=1, nodes={})
     assert (told.summary, told.is_as_wanted) == ("0 of 2 completed, 1 run", False)
+
+
+def a_task_that_waits(failures: int) -> Task:
+    task = a_task(state=TaskState.READY, desired=TaskState.READY, node="n1")
+    return replace(task, restart=Restart(failures=failures, not_before=timestamp(106 * 10**9)))
+
+
+def test_a_task_that_waits_for_its_next_attempt_says_when_that_is() -> None:
+    now_ns = 100 * 10**9
+    assert next_attempt(a_task_that_waits(1), now_ns) == "next attempt in 6 s"
+    assert next_attempt(a_task_that_waits(5), now_ns) == "next attempt in 6 s (crash loop, 5th)"
+    assert next_attempt(a_task_that_waits(11), now_ns).endswith("(crash loop, 11th)")
+    assert next_attempt(a_task_that_waits(22), now_ns).endswith("(crash loop, 22nd)")
+    assert next_attempt(a_task(state=TaskState.READY, desired=TaskState.READY), now_ns) == ""
+    started = replace(a_task_that_waits(5), desired_state=TaskState.RUNNING)
+    assert next_attempt(started, now_ns) == ""
+    told = summary(a_task_that_waits(3), a_node("n1"))
+    assert told == "next attempt at 00:01:46 UTC (crash loop, 3rd)"

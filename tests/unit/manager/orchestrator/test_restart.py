@@ -10,7 +10,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Availability, NodeState
 from skep.model.service import RestartCondition, RestartPolicy
 from skep.model.task import Task, TaskState
-from skep.model.times import SECOND_NS, timestamp
+from skep.model.times import SECOND_NS, timestamp, unix_ns
 from tests.builders import a_node, a_service, a_service_spec, a_task
 from tests.worlds import World
 
@@ -45,7 +45,7 @@ def test_with_a_delay_the_successor_is_prepared_first_and_started_after_it() -> 
     world = a_world(RestartPolicy(delay=3 * SECOND_NS))
     world.now = 10.0
     world.report(only(world).id, TaskState.FAILED)
-    assert world.steps() == [ReplaceTask(only(world), FillSlot(world.service, 1, desired=READY))]
+    assert world.steps() == [ReplaceTask(only(world), FillSlot(world.service, 1, desired=READY, delay_s=3.0))]
     world.apply(world.changes())
     (successor,) = wanted(world)
     assert world.steps() == [Recheck(13.0)]
@@ -229,6 +229,29 @@ def test_a_crash_loop_without_a_delay_is_damped_and_what_ran_well_begins_anew() 
 def test_a_delay_longer_than_the_damping_holds_alone() -> None:
     world = a_world(RestartPolicy(delay=20 * SECOND_NS))
     assert [round(crash(world), 3) for _ in range(9)] == [20.0] * 9
+
+
+def test_a_delay_that_the_user_set_is_what_happens() -> None:
+    world = a_world(RestartPolicy(delay=2 * SECOND_NS))
+    assert [round(crash(world), 3) for _ in range(9)] == [2.0] * 9
+
+
+def test_a_delay_too_short_to_keep_a_loop_slow_is_damped_as_none() -> None:
+    world = a_world(RestartPolicy(delay=SECOND_NS // 10))
+    assert [round(crash(world), 3) for _ in range(8)] == [0.1, 0.1, 0.5, 1, 2, 4, 8, 8]
+
+
+def test_a_task_that_has_to_wait_says_until_when_and_after_how_many_failures() -> None:
+    world = a_world(AT_ONCE)
+    for _ in range(4):
+        crash(world)
+    world.settle()
+    world.report(next(task.id for task in wanted(world)), TaskState.FAILED)
+    world.apply(world.changes())
+    (task,) = wanted(world)
+    assert task.restart is not None
+    assert task.restart.failures == 5
+    assert unix_ns(task.restart.not_before) - unix_ns(task.created_at) == 2 * SECOND_NS
 
 
 def test_damping_does_not_need_the_history_of_the_slot() -> None:
