@@ -17,6 +17,9 @@ Undo = Callable[[], None]
 
 DISK_HANGS = "disk hangs"
 
+NODES_BACK_S = 3.0
+"""Until every node whose sessions the slow store has cost it has another."""
+
 
 class Trouble(msgspec.Struct):
     """A fault that lasts."""
@@ -35,6 +38,8 @@ class Fate:
         self._cluster = cluster
         self._random: Random = cluster.random
         self._troubles: list[Trouble] = []
+        self._written_at = 0.0
+        """When a disk that was slow has written what it had begun."""
         self._faults: tuple[Callable[[], None], ...] = (
             *(self._container_ends,) * 3,
             *(self._power_loss, self._node_process_dies, self._node_process_dies),
@@ -64,6 +69,8 @@ class Fate:
         self._cluster.run_for(max(hanging, default=now) - now)
         for trouble in list(self._troubles):
             self._end(trouble)
+        if self._written_at > self._cluster.loop.time():
+            self._cluster.run_for(self._written_at - self._cluster.loop.time() + NODES_BACK_S)
 
     # -- machines and processes ------------------------------------------------------------------------------------
 
@@ -211,14 +218,26 @@ class Fate:
         """Mostly the leader's; beyond a second, writers give up waiting for what is written all the same."""
         member = self._written_to()
         member.stall_s = self._random.choice((0.1, 1.1, 1.6))
-        self._begin("disk stalls", [], lambda: setattr(member, "stall_s", 0.0), (0.5, 2.0), detail=member.id)
+        self._begin("disk stalls", [], partial(self._end_slow, member), (0.5, 2.0), detail=member.id)
 
     def _lastingly_slow_disk(self) -> None:
         """For minutes, mostly the leader's: until all is healed."""
         member = self._written_to()
         member.stall_s = self._random.choice((0.1, 0.4, 0.8, 1.2, 2.0, 4.0))
         detail = f"{member.id} by {member.stall_s} s"
-        self._begin("disk is slow", [], lambda: setattr(member, "stall_s", 0.0), (60.0, 180.0), detail=detail)
+        self._begin("disk is slow", [], partial(self._end_slow, member), (60.0, 180.0), detail=detail)
+
+    def _end_slow(self, member: Member) -> None:
+        """What the disk has begun still takes its time, and nobody may be blamed for that."""
+        cluster, took_s, member.stall_s = self._cluster, member.stall_s, 0.0
+
+        def over() -> None:
+            cluster.disturbances -= 1
+            cluster.disturb()
+
+        cluster.disturbances += 1
+        cluster.loop.call_later(took_s, over)
+        self._written_at = cluster.loop.time() + took_s
 
     def _hanging_disk(self) -> None:
         """For 5 to 30 s, mostly the leader's, which keeps its office; it begins behind the next entry.
