@@ -15,6 +15,7 @@ from skep.sim.rules.liveness import NoFalseAlarm
 from skep.sim.rules.placement import global_jobs_run_once
 from skep.sim.rules.promises import Promises
 from skep.sim.rules.restarts import RestartsAsAsked
+from skep.sim.rules.serving import UpdatesTakeTurns
 from skep.sim.rules.tasks import (
     TasksAreSpread,
     UpdatesKeepServing,
@@ -75,6 +76,7 @@ class Observer:
             sessions_are_taken,
             TasksAreSpread(),
             UpdatesKeepServing(),
+            UpdatesTakeTurns(),
             NoFalseAlarm(calm_since, uptime.began),
             DecisionsStand(),
             OneAttempt(),
