@@ -25,7 +25,7 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
     remove_tree(tmp_path)
 
 
-LEVELS = 1_500
+LEVELS = 1_100
 """More than any recursion of Python's; ``test_a_hundred_thousand_levels`` has more."""
 
 

@@ -27,7 +27,7 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 ODD: dict[str, Callable[[Path], object]] = {
     "a file": lambda path: path.write_bytes(b"\xff{"),
     "an empty file": lambda path: path.touch(),
-    "a deep directory": lambda path: nest(path, 1500),
+    "a deep directory": lambda path: nest(path, 1100),
     "a link to nowhere": lambda path: path.symlink_to("/nonexistent"),
     "a link to itself": lambda path: path.symlink_to(path),
     "json of something else": lambda path: path.write_bytes(b'{"id": [' + b"1" * 5000 + b"]}"),
