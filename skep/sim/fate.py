@@ -10,6 +10,7 @@ from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.etcd.member import Member
+from skep.sim.links import Port
 from skep.sim.truth import Change
 from skep.store.interface import View
 
@@ -48,6 +49,8 @@ class Fate:
             *(self._cut_off, self._cut_off, self._split, self._split, self._lose_session_path),
             *(self._slow_machine, self._slow_member, self._slow_watch, self._slow_disk),
             *(self._lastingly_slow_disk, self._hanging_disk),
+            *(self._most_nodes_lost, self._port_cut, self._port_cut, self._connections_reset),
+            *(self._member_restarts, self._disk_full, self._suspend),
             *(self._compaction, self._depose, self._depose, self._clock_jumps),
             *(self._poison, self._show_the_past, self._last_words),
         )
@@ -116,6 +119,28 @@ class Fate:
             self._cluster.links.freeze(id)
             self._begin("frozen", [id], lambda: self._cluster.links.thaw(id), (0.3, 1.5, 6.0))
 
+    def _suspend(self) -> None:
+        """A machine sleeps: its monotonic clock stands still, the time since its start goes on."""
+        if id := self._victim([*self._cluster.managers, *self._cluster.workers]):
+            began = self._cluster.loop.time()
+            self._cluster.links.freeze(id)
+
+            def wake() -> None:
+                self._cluster.clocks[id].suspended_s += self._cluster.loop.time() - began
+                self._cluster.links.thaw(id)
+
+            self._begin("suspended", [id], wake, (1.5, 6.0))
+
+    def _disk_full(self) -> None:
+        """A node can write nothing; sooner or later its process ends and begins anew, too."""
+        if id := self._victim(self._cluster.workers):
+            disk = self._cluster.nodes[id].disk
+            disk.fill()
+            if self._random.random() < 0.3:
+                self._cluster.kill_node(id, keeps_containers=True)
+                self._cluster.start_node(id)
+            self._begin("disk full", [id], disk.make_room)
+
     def _without_power(self, ids: Sequence[NodeId]) -> Undo:
         """Nobody hears a last word from them."""
         cut = self._cluster.links.cut(ids, self._machines())
@@ -157,6 +182,38 @@ class Fate:
         side = [id for id in machines if self._random.random() < 0.5]
         cut = self._cluster.links.cut(side, [id for id in machines if id not in side])
         self._begin("split", [], lambda: self._cluster.links.mend(cut), detail=",".join(side))
+
+    def _most_nodes_lost(self) -> None:
+        """A switch takes most workers away at once."""
+        workers = [id for id in self._cluster.workers if id not in self._hit()]
+        if len(workers) == len(self._cluster.workers) > 2:
+            lost = self._random.sample(workers, len(workers) // 2 + 1)
+            cut = self._cluster.links.cut(lost, [id for id in self._machines() if id not in lost])
+            self._begin("cut off", lost, partial(self._cluster.links.mend, cut), (1.5, 6.0, 12.0))
+
+    def _port_cut(self) -> None:
+        """Managers reach each other's members of the store and not each other, or the other way round."""
+        if len(self._cluster.managers) > 1:
+            one, other = self._random.sample(self._cluster.managers, 2)
+            port = self._random.choice(list(Port))
+            cut = self._cluster.links.cut([one], [other], port=port)
+            detail = f"{one} and {other} at {port.value}"
+            self._begin("no way", [], partial(self._cluster.links.mend, cut), detail=detail)
+
+    def _connections_reset(self) -> None:
+        id = self._random.choice(self._machines())
+        self._tell(f"connections of {id} are reset")
+        self._cluster.network.reset_connections(id)
+        if id in self._cluster.raft.members and self._cluster.raft.members[id].is_running:
+            self._cluster.raft.reset_connections(id)
+
+    def _member_restarts(self) -> None:
+        """A member of the store alone ends; when it begins again it shows less than before, at first."""
+        if id := self._victim(self._cluster.managers):
+            self._cluster.raft.crash(id)
+            less = self._random.choice((0, 3, 20))
+            undo = partial(self._cluster.raft.start, id, less=less)
+            self._begin("member ends", [id], undo, (0.1, 1.5, 6.0))
 
     def _lose_session_path(self) -> None:
         """One worker does not reach one manager, perhaps only one way."""

@@ -5,14 +5,29 @@ A frozen machine (SIGSTOP, a hypervisor that does not run it) neither sends nor 
 
 import asyncio
 from collections.abc import Callable, Iterable
+from enum import Enum
 from itertools import product
 from math import inf
+from typing import NamedTuple
 
 Machine = str
 """The id of the node that lives there."""
 
-Cut = frozenset[tuple[Machine, Machine]]
-"""Ways from one machine to another on which nothing arrives."""
+
+class Port(Enum):
+    """Where managers are reached: each can be cut by itself."""
+
+    API = 2377
+    """By nodes and each other."""
+    PEER = 2378
+    """By each other's members of the store."""
+
+
+class Cut(NamedTuple):
+    """Ways from one machine to another on which nothing arrives.  ``port`` None: at any."""
+
+    pairs: frozenset[tuple[Machine, Machine]]
+    port: Port | None
 
 
 class Links:
@@ -25,23 +40,30 @@ class Links:
         self._cuts: list[Cut] = []
         self._frozen: dict[Machine, asyncio.Event] = {}
 
-    def reaches(self, source: Machine, target: Machine) -> bool:
-        """Whether what ``source`` sends arrives at ``target``."""
+    def reaches(self, source: Machine, target: Machine, port: Port = Port.API) -> bool:
+        """Whether what ``source`` sends arrives at ``target``, in a connection to ``port`` at either."""
         if self.is_whole:
             return True
         if source in self._frozen or target in self._frozen:
             return False
-        return not any((source, target) in cut for cut in self._cuts)
+        return not any((source, target) in cut.pairs and cut.port in (None, port) for cut in self._cuts)
 
-    def is_joined(self, one: Machine, other: Machine) -> bool:
+    def is_joined(self, one: Machine, other: Machine, port: Port = Port.API) -> bool:
         """Whether both reach each other."""
-        return self.reaches(one, other) and self.reaches(other, one)
+        return self.reaches(one, other, port) and self.reaches(other, one, port)
 
-    def cut(self, sources: Iterable[Machine], targets: Iterable[Machine], *, both_ways: bool = True) -> Cut:
+    def cut(
+        self,
+        sources: Iterable[Machine],
+        targets: Iterable[Machine],
+        *,
+        both_ways: bool = True,
+        port: Port | None = None,
+    ) -> Cut:
         """Lose everything on the way from ``sources`` to ``targets``; gives what ``mend`` undoes."""
         pairs = [pair for pair in product(list(sources), list(targets)) if pair[0] != pair[1]]
         back = [(target, source) for source, target in pairs] if both_ways else []
-        cut = frozenset([*pairs, *back])
+        cut = Cut(frozenset([*pairs, *back]), port)
         self._cuts.append(cut)
         self._tell()
         return cut

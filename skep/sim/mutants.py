@@ -21,7 +21,7 @@ from skep.manager.control import services, tasks
 from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
-from skep.manager.orchestrator import jobs, restart, situation, update
+from skep.manager.orchestrator import jobs, restart, sightings, situation, update
 from skep.manager.orchestrator import loop as orchestrator_loop
 from skep.manager.orchestrator.changes import FillSlot
 from skep.manager.orchestrator.situation import Situation
@@ -36,7 +36,7 @@ from skep.model.service import ReplicatedJob, Service, ServiceSpec
 from skep.model.task import Task, TaskStatus
 from skep.node import revisions, worker
 from skep.node.worker import Worker
-from skep.sim import life
+from skep.sim import life, twins
 from skep.sim.alone import life as alone
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.run import Live, outcomes
@@ -355,6 +355,17 @@ def _any_term() -> list[Patch]:
     return [Patch(election, "msgspec", Msgspec)]
 
 
+# -- of changes of leader ------------------------------------------------------------------------------------------
+
+
+def _counts_what_it_never_saw() -> list[Patch]:
+    return [Patch(sightings.Sightings, "saw_created", lambda self, task: True)]
+
+
+def _judges_what_it_never_saw() -> list[Patch]:
+    return [Patch(sightings.Sightings, name, lambda self, task: True) for name in ("saw_start", "saw_end")]
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("fence", "the leader's writes compare the leader key", _unfenced),
     Mutant("session compare", "what a node says is written for its present session only", _any_session),
@@ -381,6 +392,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("keep", "on-disconnect: tasks of a node that is down keep their places", _always_replaced),
     Mutant("stop", "on-disconnect: a node that nobody hears stops its tasks by itself", _never_stopped),
     Mutant("done once", "a run of a job that is completed is not begun again", _again_and_again),
+    Mutant(
+        "counts", "a new leader counts the restarts that it has seen", _counts_what_it_never_saw, twins.live
+    ),
+    Mutant("judgement", "a new leader judges by what it has seen", _judges_what_it_never_saw, twins.live),
     *(
         Mutant(name, rule, patches, alone.live, STORE_SEEDS)
         for name, rule, patches in (

@@ -123,6 +123,7 @@ class Network:
         """Machines whose messages take so many seconds longer."""
         self.held: WaySet = WaySet()
         self._listeners: dict[str, Listener] = {}
+        self._channels: dict[MemoryChannel, tuple[Machine, Machine]] = {}
         links.changed.append(self.held.flush)
 
     def delay_s(self, source: Machine, target: Machine) -> float:
@@ -159,10 +160,18 @@ class Network:
         channel = MemoryChannel(
             address, listener, identity, Way(self, source, target), Way(self, target, source)
         )
+        self._channels[channel] = source, target
         try:
             yield channel
         finally:
+            del self._channels[channel]
             channel.close()
+
+    def reset_connections(self, machine: Machine) -> None:
+        """Every connection from and to ``machine`` breaks; new ones can be made at once."""
+        for channel, ends in list(self._channels.items()):
+            if machine in ends:
+                channel.close()
 
     async def _shaken_hands(self, source: Machine, target: Machine) -> None:
         """Return when both have heard each other: what got lost is sent again, later and later."""

@@ -29,6 +29,7 @@ from skep.node.worker import Worker
 from skep.security.identity import Identity
 from skep.sim.credentials import NoLogs, SimulatedCredentials
 from skep.sim.network import Network
+from skep.sim.time import VirtualClock
 
 
 class SimulatedNode:
@@ -41,7 +42,7 @@ class SimulatedNode:
         network: Network,
         managers: tuple[Peer, ...],
         *,
-        clock: Clock,
+        clock: VirtualClock,
         random: Random,
         behaviour: Behaviour,
     ) -> None:
@@ -56,8 +57,8 @@ class SimulatedNode:
         self.watchers: list[ContainerWatcher] = []
         self.tasks: dict[TaskId, AssignedTask] = {}
         """What each process on the machine was made for, for whoever looks at it from outside."""
-        self._disk = MemoryFiles()
-        self._last_heard = LastHeard(clock.monotonic)
+        self.disk = MemoryFiles()
+        self._last_heard = LastHeard(clock.since_boot)
         self._seen = SeenRevision(None, identity.cluster_id)
         """On the disk too."""
         self._identity = identity
@@ -80,7 +81,7 @@ class SimulatedNode:
     @property
     def kept(self) -> list[TaskId]:
         """Tasks of which the machine keeps anything: on its disk, or a container that may have ended."""
-        remembered = (one.assigned.task.id for one in self._disk.load())
+        remembered = (one.assigned.task.id for one in self.disk.written())
         return sorted({*remembered, *self.machine.processes})
 
     async def run(self) -> None:
@@ -89,7 +90,7 @@ class SimulatedNode:
         executor = ImageExecutor(self, self._clock, self._random, self._behaviour)
         contact = Contact(self._clock, self._last_heard)
         worker = Worker(
-            executor=executor, files=self._disk, reports=reports, clock=self._clock, contact=contact
+            executor=executor, files=self.disk, reports=reports, clock=self._clock, contact=contact
         )
         tables = TableKeeper(StoredTables(None, self._clock), (), self._clock, self._random.random)
         agent = Agent(
@@ -228,19 +229,42 @@ class _ImageController(SimulatedController):
 
 
 class MemoryFiles(TaskFiles):
-    """The disk of a simulated machine."""
+    """The disk of a simulated machine.
+
+    While it is full, files can be removed and none be written: what was to be is written when there is room, unless
+    the node process has ended by then.
+    """
 
     def __init__(self) -> None:
         self._tasks: dict[TaskId, RememberedTask] = {}
+        self._unwritten: dict[TaskId, RememberedTask] = {}
+        self._is_full = False
 
     def load(self) -> list[RememberedTask]:
+        """A node process begins: it knows what is written."""
+        self._unwritten.clear()
+        return self.written()
+
+    def written(self) -> list[RememberedTask]:
         return [self._tasks[id] for id in sorted(self._tasks)]
 
     def remember(self, task: RememberedTask) -> None:
-        self._tasks[task.assigned.task.id] = task
+        files = self._unwritten if self._is_full else self._tasks
+        files[task.assigned.task.id] = task
 
     def forget(self, id: TaskId) -> None:
+        self._unwritten.pop(id, None)
         self._tasks.pop(id, None)
+
+    def fill(self) -> None:
+        """Nothing can be written any more."""
+        self._is_full = True
+
+    def make_room(self) -> None:
+        """What could not be written is."""
+        self._is_full = False
+        self._tasks |= self._unwritten
+        self._unwritten.clear()
 
     async def run(self) -> None:
         """Everything is written at once: there is nothing to do, until cancelled."""

@@ -115,6 +115,8 @@ class VirtualClock:
     ) -> None:
         """``wait_running``: returns while the machine is not frozen."""
         self.wall_off_s = wall_off_s
+        self.suspended_s = 0.0
+        """How long the machine has been suspended: its monotonic clock stood still."""
         self._loop = loop
         self._drift = drift
         self._began_s = began_s
@@ -124,6 +126,10 @@ class VirtualClock:
         return EPOCH_NS + round((self._loop.time() + self.wall_off_s) * SECOND_NS)
 
     def monotonic(self) -> float:
+        return self.since_boot() - self.suspended_s
+
+    def since_boot(self) -> float:
+        """Goes on while the machine is suspended."""
         return self._began_s + self._loop.time() * self._drift
 
     async def sleep(self, seconds: float) -> None:

@@ -18,7 +18,7 @@ from random import Random
 from skep.model.ids import NodeId
 from skep.sim.etcd.kv import KeyValues
 from skep.sim.etcd.member import Entry, Leadership, Member, resolve
-from skep.sim.links import Links
+from skep.sim.links import Links, Port
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain, meaning_of
 
@@ -141,7 +141,7 @@ class Raft:
         entry = Entry(member, request, self.loop.create_future())
         member.entries.append(entry)
         leadership = member.leadership
-        if leadership is not None and self._links.reaches(member.id, leadership.member.id):
+        if leadership is not None and self._links.reaches(member.id, leadership.member.id, Port.PEER):
             delay_s = self._latency_s * self._random.uniform(0.5, 1.5) + leadership.member.stall_s
             leadership.free_at = max(leadership.free_at, self._now() + delay_s)
             self._later(leadership.free_at - self._now(), lambda: self._append(leadership, entry))
@@ -183,7 +183,7 @@ class Raft:
         if leader.held is not None:
             leader.held.append((leadership, entry))
             return
-        reached = (other for other in self._running() if self._links.reaches(leader.id, other.id))
+        reached = (other for other in self._running() if self._links.reaches(leader.id, other.id, Port.PEER))
         entry.holders = {leader.id, *(other.id for other in reached)}
         leadership.pending.append(entry)
         self._advance(leadership)
@@ -221,7 +221,7 @@ class Raft:
         """Bring the other members what is committed."""
         leader, revision = leadership.member, self.kv.revision
         for member in self._running():
-            if member.applied < revision and self._links.is_joined(leader.id, member.id):
+            if member.applied < revision and self._links.is_joined(leader.id, member.id, Port.PEER):
                 delay_s = self._latency_s * 0.3 + member.lag_s if late else member.lag_s
                 self._later(delay_s, lambda member=member: self._catch_up(member, revision))  # type: ignore[misc]
 
@@ -252,7 +252,7 @@ class Raft:
             if (
                 leadership is not None
                 and leadership is self.current
-                and self._links.is_joined(member.id, leadership.member.id)
+                and self._links.is_joined(member.id, leadership.member.id, Port.PEER)
                 and self._can_commit(leadership)
             ):
                 return await member.reached(self.kv.revision)
@@ -295,7 +295,10 @@ class Raft:
     def _lead(self, leadership: Leadership) -> None:
         """Whoever hears the leader follows it, and gets what it missed."""
         for member in self._running():
-            if self._links.reaches(leadership.member.id, member.id) and member.term <= leadership.term:
+            if (
+                self._links.reaches(leadership.member.id, member.id, Port.PEER)
+                and member.term <= leadership.term
+            ):
                 own = member.leadership
                 if own is not None and own is not leadership and own.member is member:
                     self._end(own)
@@ -305,13 +308,19 @@ class Raft:
 
     def _is_outdated(self, leadership: Leadership) -> bool:
         """Whether the leader hears of a later term."""
-        others = (other for other in self._running() if self._links.reaches(other.id, leadership.member.id))
+        others = (
+            other
+            for other in self._running()
+            if self._links.reaches(other.id, leadership.member.id, Port.PEER)
+        )
         return any(other.term > leadership.term for other in others)
 
     def _can_commit(self, leadership: Leadership) -> bool:
         leader = leadership.member
         followers = (
-            member.is_voter and member.term <= leadership.term and self._links.is_joined(leader.id, member.id)
+            member.is_voter
+            and member.term <= leadership.term
+            and self._links.is_joined(leader.id, member.id, Port.PEER)
             for member in self._running()
         )
         return leader.is_running and not leadership.is_over and sum(followers) >= self.majority
@@ -348,7 +357,7 @@ class Raft:
             leadership is not None
             and not leadership.is_over
             and leadership.member.is_running
-            and self._links.reaches(leadership.member.id, member.id)
+            and self._links.reaches(leadership.member.id, member.id, Port.PEER)
         )
 
     def _stand(self, member: Member) -> None:
@@ -380,7 +389,7 @@ class Raft:
             return False
         votes = sum(
             voter.is_running
-            and self._links.is_joined(candidate.id, voter.id)
+            and self._links.is_joined(candidate.id, voter.id, Port.PEER)
             and voter.logged <= candidate.logged
             and (moving or not self._hears_leader(voter))
             for voter in self.voters
