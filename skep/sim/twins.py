@@ -7,6 +7,7 @@ not know when earlier restarts were, so a slot may run that would have been give
 """
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from random import Random
 
 import msgspec
@@ -24,10 +25,13 @@ from skep.model.service import (
     UpdateConfig,
     UpdateFailureAction,
 )
+from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.life import Outcome
 from skep.sim.node import image_of
+from skep.sim.truth import Change
+from skep.store.interface import Updated, View
 
 NAME = "web"
 NEXT = "app:2"
@@ -37,6 +41,9 @@ MOVED_S = 2.5
 """A change of leader keeps this distance to what happens next: what meets it is judged by other rules."""
 MOVE = -1
 """In place of a slot: leadership moves."""
+JUDGED_S = 3.5
+"""Longer than the monitor time: whether a slot has been updated a moment before its container ends depends on the delay
+between slots, which each leader begins anew."""
 SETTLED_S = 10.0
 UPDATED_S = 200.0
 
@@ -110,6 +117,15 @@ def lived(seed: int, life: Life, moves: Sequence[float]) -> tuple[Ending, list[s
     """Live it, with changes of leader at ``moves``; how it ended, and what happened."""
     with SimulatedCluster(managers=3, workers=3, seed=seed) as cluster:
         began = cluster.loop.time()
+        running_at: dict[str, float] = {}
+
+        def note(change: Change, view: View) -> None:
+            for event in change.events:
+                match event:
+                    case Updated(_, Task() as task) if task.status.state is TaskState.RUNNING:
+                        running_at.setdefault(task.id, change.time_s)
+
+        cluster.truth.watchers.append(note)
         cluster.create(life.spec)
         happening = sorted([*life.events, *((at, MOVE) for at in moves)], key=lambda one: one[0])
         for at, slot in happening:
@@ -119,10 +135,10 @@ def lived(seed: int, life: Life, moves: Sequence[float]) -> tuple[Ending, list[s
             elif slot == MOVE:
                 cluster.depose()
             else:
-                for task in [
-                    one for one in cluster.wanted(NAME) if one.slot == slot and _runs(cluster, one.id)
-                ]:
-                    cluster.kill_container(task, exit_code=1)
+                for task in cluster.wanted(NAME):
+                    is_old = cluster.loop.time() - running_at.get(task.id, inf) > JUDGED_S
+                    if task.slot == slot and is_old and _runs(cluster, task.id):
+                        cluster.kill_container(task, exit_code=1)
         _settle(cluster)
         service = cluster.service(NAME)
         status = service.update_status if service is not None else None

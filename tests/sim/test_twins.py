@@ -8,7 +8,7 @@ from skep.sim.run import outcomes, report
 from tests.sim.test_mutants import by_name
 
 SEEDS = 60
-QUICK = 8
+QUICK = 6
 
 
 @pytest.mark.timeout(300)
