@@ -145,7 +145,7 @@ class Cluster:
                 clock,
             )
             self.examinations = Examinations(self.store, MANAGER_ID, self.paths, self.channel)
-            self.logs = LogBroker(self.store, new_id)
+            self.logs = LogBroker(self.store, new_id, clock)
             self.tls = ServerTls(self.pair(MANAGER_ID, NodeRole.MANAGER))
             certificates = CertificateService(self.store, new_id)
             bound = await stack.enter_async_context(

@@ -115,7 +115,7 @@ class Manager:
         )
         self._paths = PathStreams(store, config.node_id, self._session, self._discovery, clock)
         self._examinations = Examinations(store, config.node_id, self._paths, self._channel_to)
-        self._logs = LogBroker(store, new_id, config.node_id, LinkRelays(self._link))
+        self._logs = LogBroker(store, new_id, clock, config.node_id, LinkRelays(self._link))
         self._attachments = AttachmentService(store, clock, new_id)
         self._overlay_keys = KeyService(store, clock)
         self._book = book

@@ -7,12 +7,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+import structlog
+
 from skep.aio.groups import errors_as_they_are
 from skep.errors import SkepError
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.node.assignments import LogLine, LogQuery, LogStream
 from skep.node.oci.container import Container, LogWish, Stream
 from skep.node.oci.containers import Containers
+
+log = structlog.get_logger(__name__)
 
 LABEL_TASK = "com.docker.swarm.task.id"
 LABEL_SERVICE = "com.docker.swarm.service.id"
@@ -66,6 +70,15 @@ class TaskLogs:
         await lines.put(None)
 
     async def _read_one(
+        self, container: Container, query: LogQuery, tail: int | None, lines: "asyncio.Queue[LogLine | None]"
+    ) -> None:
+        """One container's lines.  One that is removed meanwhile, or cannot be read, ends nobody else's."""
+        try:
+            await self._read_container(container, query, tail, lines)
+        except (SkepError, OSError) as error:
+            log.info("log of a container ended", container=container.id, reason=str(error))
+
+    async def _read_container(
         self, container: Container, query: LogQuery, tail: int | None, lines: "asyncio.Queue[LogLine | None]"
     ) -> None:
         wish = LogWish(

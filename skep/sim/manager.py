@@ -92,7 +92,7 @@ class SimulatedManager:
         dispatcher = self._dispatcher = Dispatcher(
             cast("Store", self._shown), own, self._clock, self._new_id, self._random
         )
-        logs = LogBroker(store, self._new_id)
+        logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random)
         handlers = (*dispatcher.services(), *discovery.services(), *logs.services(), *link.services())

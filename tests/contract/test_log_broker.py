@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from skep.manager.logbroker.broker import IncompleteLogs
@@ -117,3 +118,25 @@ async def test_a_slow_reader_holds_up_only_itself(cluster, tmp_path):
             assert cluster.node(agent.node_id).session == session
             assert cluster.node(agent.node_id).status.state is NodeState.READY
         await until(lambda: worker.closed_logs == 1)
+
+
+async def test_a_node_that_comes_back_goes_on_where_each_of_its_tasks_broke_off(cluster, tmp_path):
+    pair = await a_worker(cluster, tmp_path)
+    service, task = service_task(pair.identity.node_id)
+    _, other = service_task(pair.identity.node_id)
+    other = msgspec.structs.replace(other, service_id=service.id)
+    await put(cluster, service, task, other)
+
+    def at(task: Task, stamp_ns: int) -> LogLine:
+        return LogLine(task_id=task.id, timestamp_ns=stamp_ns, data=b"%d\n" % stamp_ns)
+
+    async with aclosing(cluster.logs.subscribe(LogQuery(services=(service.id,), follow=True))) as lines:
+        async with an_agent(cluster, pair, tmp_path) as (_, worker):
+            worker.lines = [at(task, 10), at(other, 50)]
+            worker.more_lines.set()
+            assert [(await anext(lines)).data for _ in range(2)] == [b"10\n", b"50\n"]
+        worker.lines = [at(task, 10), at(task, 20), at(other, 50), at(other, 60)]
+        async with an_agent(cluster, pair, tmp_path, worker):
+            got = [(await asyncio.wait_for(anext(lines), 10)).data for _ in range(2)]
+            assert got == [b"20\n", b"60\n"]
+            assert worker.queries[-1].since_ns == 10

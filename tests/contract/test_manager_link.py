@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 
 from skep.aio.clock import SystemClock
@@ -46,7 +47,7 @@ class Manager:
         self.link = ManagerLink(
             self.store, self.id, lambda addr: connected(addr, tls, MANAGER_NAME), clock, Random(1)
         )
-        self.logs = LogBroker(self.store, new_id, self.id, LinkRelays(self.link))
+        self.logs = LogBroker(self.store, new_id, clock, self.id, LinkRelays(self.link))
         own = ManagerPeer(node_id=self.id, addr="127.0.0.1:1")
         self.dispatcher = Dispatcher(self.store, own, clock, new_id, Random(1))
         async with AsyncExitStack() as stack:
@@ -59,6 +60,7 @@ class Manager:
                     cluster_id=self.cluster.id,
                 )
             )
+            self.bound = bound
             self.address = f"127.0.0.1:{bound.port}"
             await put(
                 self.cluster,
@@ -232,3 +234,65 @@ async def missing(manager: Manager, service_id: str) -> str:
         async for _ in manager.logs.subscribe(query):
             pass
     return str(caught.value)
+
+
+class TaskOutput(FakeWorker):
+    """A node's log source that begins where the question says, as a real one does."""
+
+    async def read(self, query: LogQuery) -> AsyncIterator[LogLine]:
+        lines = super().read(query)
+        try:
+            async for entry in lines:
+                if entry.timestamp_ns >= query.since_ns:
+                    yield entry
+        finally:
+            await lines.aclose()  # type: ignore[attr-defined]
+
+    def say(self, task_id: str, stamp_ns: int) -> None:
+        self.lines.append(LogLine(task_id=task_id, timestamp_ns=stamp_ns, data=b"%d\n" % stamp_ns))  # type: ignore[arg-type]
+        self.more_lines.set()
+
+
+async def test_a_follower_goes_on_with_a_node_that_comes_back_to_another_manager(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """And with a task that moves there later; what the node repeats is shown once."""
+    pair = await a_worker(cluster, tmp_path)
+    node_id, output = pair.identity.node_id, TaskOutput()
+    service, task = service_task(node_id)
+    await put(cluster, service, task)
+    output.say(task.id, 10)
+    async with AsyncExitStack() as stack:
+        one, two, three = [await stack.enter_async_context(Manager(cluster, n).serving()) for n in (1, 2, 3)]
+        await until(lambda: all(one.is_linked(other) for other in (two, three)))
+        query = LogQuery(services=(service.id,), follow=True)
+        async with aclosing(one.logs.subscribe(query)) as lines:  # type: ignore[type-var]
+            async with an_agent_of([Peer(two.id, two.address)], pair, tmp_path, output, Random(1)):
+                assert (await asyncio.wait_for(anext(lines), 10)).data == b"10\n"
+            for stamp_ns, manager in ((20, three), (30, two), (40, one), (50, two)):
+                peers = [Peer(manager.id, manager.address)]
+                async with an_agent_of(peers, pair, tmp_path, output, Random(1)):
+                    output.say(task.id, stamp_ns)
+                    assert (await asyncio.wait_for(anext(lines), 10)).data == b"%d\n" % stamp_ns
+                    _, moved = service_task(node_id)
+                    moved = msgspec.structs.replace(moved, service_id=service.id)
+                    await put(cluster, moved)
+                    output.say(moved.id, stamp_ns + 5)
+                    assert (await asyncio.wait_for(anext(lines), 10)).data == b"%d\n" % (stamp_ns + 5)
+        await until(lambda: not any(manager.logs._subscriptions for manager in (one, two, three)))
+
+
+async def test_a_relay_that_breaks_while_the_node_stays_is_asked_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    async with a_node_of_two(cluster, tmp_path) as (one, two, node_id, worker):
+        service, task = service_task(node_id)
+        await put(cluster, service, task)
+        worker.lines = [line(task.id, b"one\n")]
+        query = LogQuery(services=(service.id,), follow=True)
+        async with aclosing(one.logs.subscribe(query)) as lines:  # type: ignore[type-var]
+            assert (await anext(lines)).data == b"one\n"
+            two.bound.disconnect(lambda caller: caller.node_id == one.id)
+            worker.lines.append(LogLine(task_id=task.id, timestamp_ns=6, data=b"later\n"))
+            worker.more_lines.set()
+            assert (await asyncio.wait_for(anext(lines), 10)).data == b"later\n"

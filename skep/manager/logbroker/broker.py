@@ -3,6 +3,9 @@
 A node is asked by the manager that owns its session.  The others are asked through that manager (``Relays``): one
 stream to each for all its nodes at the start, further ones for nodes that come later.
 
+A follower's nodes come and go: ``Subscription.sources`` says through whom each one was asked, and whenever that is
+no longer where the node is (it listens again, its session moved, a relay broke), it is asked there for the rest.
+
 Source: swarmkit, manager/logbroker/broker.go.
 """
 
@@ -15,6 +18,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from skep.aio.clock import Clock
 from skep.errors import NotFound, PermissionDenied, SkepError, Unavailable
 from skep.manager.follow import follow
 from skep.manager.logbroker.selection import means, selected, shortfall
@@ -59,11 +63,17 @@ class LogBroker:
     """Streams of log lines from nodes, for readers at this manager and at others."""
 
     def __init__(
-        self, store: Store, new_id: IdSource, own: NodeId = NOBODY, relays: Relays | None = None
+        self,
+        store: Store,
+        new_id: IdSource,
+        clock: Clock,
+        own: NodeId = NOBODY,
+        relays: Relays | None = None,
     ) -> None:
         """``own``: this manager; ``relays``: None where there are no others."""
         self._store = store
         self._new_id = new_id
+        self._clock = clock
         self._own = own
         self._relays = relays
         self._group: asyncio.TaskGroup | None = None
@@ -115,7 +125,7 @@ class LogBroker:
     def _open(self, query: LogQuery, only: frozenset[NodeId] | None = None) -> Subscription:
         if len(self._subscriptions) >= SUBSCRIPTIONS_MAX:
             raise Unavailable("too many log streams are open")
-        subscription = Subscription(self._new_id(), query, only)
+        subscription = Subscription(self._new_id(), query, only, opened_ns=self._clock.now_ns())
         self._subscriptions[subscription.id] = subscription
         return subscription
 
@@ -136,37 +146,68 @@ class LogBroker:
     def _start(self, view: View) -> None:
         for subscription in self._subscriptions.values():
             if subscription.query.follow:
-                self._ask(subscription, sorted(selected(view, subscription.query).nodes))
+                nodes = selected(view, subscription.query).nodes
+                self._ask(subscription, sorted(nodes | subscription.sources.keys()))
 
     def _note(self, commit: Commit) -> None:
-        for subscription in self._subscriptions.values():
-            if not subscription.query.follow:
-                continue
-            for event in commit.events:
-                match event:
-                    case Created(Task() as task) | Updated(_, Task() as task):
-                        if task.node_id and means(subscription.query, task):
+        for event in commit.events:
+            match event:
+                case Created(Task() as task) | Updated(_, Task() as task) if task.node_id:
+                    for subscription in self._subscriptions.values():
+                        if subscription.query.follow and means(subscription.query, task):
                             self._ask(subscription, [task.node_id])
-                    case Updated(Node() as old, Node() as new) if _manager_of(old) != _manager_of(new):
-                        self._ask_again(subscription, new.id)
+                case Updated(_, Node() as node):
+                    self._forget_moved(node.id)
+                    self._ask_again(node.id)
+
+    def _forget_moved(self, node_id: NodeId) -> None:
+        """A node whose session moved to another manager listens here no more, whatever its old connection shows."""
+        if self._relays is not None and self._owner(node_id) not in (NOBODY, self._own):
+            moved = self._listeners.pop(node_id, None)
+            if moved is not None:
+                moved.end()
+
+    def _ask_again(self, node_id: NodeId) -> None:
+        """Followers that read from this node ask it where it is now."""
+        for subscription in self._subscriptions.values():
+            if subscription.query.follow and node_id in subscription.sources:
+                self._ask(subscription, [node_id])
 
     def _ask(self, subscription: Subscription, node_ids: Iterable[NodeId]) -> None:
-        """Ask nodes that were not asked yet, each where its session is."""
-        elsewhere: defaultdict[NodeId, list[NodeId]] = defaultdict(list)
+        """Ask nodes that were not asked yet, and those of a follower that are no longer where they were asked."""
+        elsewhere: defaultdict[tuple[NodeId, bool], list[NodeId]] = defaultdict(list)
         for node_id in node_ids:
-            if node_id in subscription.asked or not _is_for(subscription, node_id):
+            place = self._place(subscription, node_id)
+            if not _is_for(subscription, node_id) or _is_asked(subscription, node_id, place):
                 continue
-            subscription.asked.add(node_id)
-            owner = _manager_of(self._store.view().lookup(Node, node_id))
-            if (listener := self._listeners.get(node_id)) is not None:
-                subscription.pending.add(node_id)
-                listener.tell(_message(subscription, node_id))
-            elif subscription.only is None and self._relays is not None and owner not in (NOBODY, self._own):
-                elsewhere[owner].append(node_id)
-            else:
-                subscription.finish(node_id, f"node {node_id} is not available")
-        for owner, nodes in elsewhere.items():
-            self._relay(subscription, owner, nodes)
+            left = subscription.sources.pop(node_id, None)
+            if isinstance(left, _Relay):
+                left.drop(node_id)
+            match place:
+                case _Listener():
+                    message = _message(subscription, node_id)
+                    subscription.sources[node_id] = place
+                    subscription.told(node_id)
+                    place.tell(message)
+                case None:
+                    subscription.sources[node_id] = None
+                    subscription.finish(node_id, f"node {node_id} is not available")
+                case manager:
+                    elsewhere[manager, subscription.is_resumed(node_id)].append(node_id)
+        for (manager, _), nodes in elsewhere.items():
+            self._relay(subscription, manager, nodes)
+
+    def _place(self, subscription: Subscription, node_id: NodeId) -> "_Listener | NodeId | None":
+        """Where a node can be asked: here, through another manager, or nowhere."""
+        if (listener := self._listeners.get(node_id)) is not None:
+            return listener
+        owner = self._owner(node_id)
+        if subscription.only is not None or self._relays is None or owner in (NOBODY, self._own):
+            return None
+        return owner
+
+    def _owner(self, node_id: NodeId) -> NodeId:
+        return _manager_of(self._store.view().lookup(Node, node_id))
 
     def _close(self, subscription: Subscription) -> None:
         """Tell the nodes, and the managers that relay, that nobody reads any more."""
@@ -174,10 +215,9 @@ class LogBroker:
             relaying.cancel()
         del self._subscriptions[subscription.id]
         subscription.close()
-        for node_id in sorted(subscription.pending):
-            listener = self._listeners.get(node_id)
-            if listener is not None:
-                listener.tell(pb.SubscriptionMessage(id=subscription.id, close=True))
+        for node_id, source in sorted(subscription.sources.items()):
+            if isinstance(source, _Listener) and node_id in subscription.pending:
+                source.tell(pb.SubscriptionMessage(id=subscription.id, close=True))
 
     # -- other managers -------------------------------------------------------------------------------------------
 
@@ -185,37 +225,56 @@ class LogBroker:
         """Have another manager ask its nodes."""
         if self._group is None:
             for node_id in nodes:
+                subscription.sources[node_id] = None
                 subscription.finish(node_id, f"node {node_id} is not available")
             return
-        subscription.pending.update(nodes)
-        task = self._group.create_task(self._read_relay(subscription, manager, nodes), name="log relay")
+        query = subscription.rest(nodes)
+        relay = _Relay(manager, nodes)
+        for node_id in nodes:
+            subscription.sources[node_id] = relay
+            subscription.told(node_id)
+        task = self._group.create_task(self._read_relay(subscription, relay, query), name="log relay")
+        relay.task = task
         relaying = self._relaying.setdefault(subscription.id, set())
         relaying.add(task)
         task.add_done_callback(relaying.discard)
 
-    async def _read_relay(self, subscription: Subscription, manager: NodeId, nodes: Sequence[NodeId]) -> None:
+    async def _read_relay(self, subscription: Subscription, relay: "_Relay", query: LogQuery) -> None:
         assert self._relays is not None, "asked before"
-        waiting, reason = set(nodes), f"manager {manager} disconnected unexpectedly"
-        query = _rest_of(subscription, nodes[0]) if len(nodes) == 1 else subscription.query
+        is_followed = subscription.query.follow
+        reason = f"manager {relay.manager} disconnected unexpectedly"
         try:
-            async with aclosing(self._relays.relay_logs(manager, query, nodes)) as messages:
+            async with aclosing(
+                self._relays.relay_logs(relay.manager, query, sorted(relay.nodes))
+            ) as messages:
                 async for message in messages:
+                    subscription.backoff.reset()
                     for entry in message.messages:
                         line = line_from_pb(entry)
-                        checked = self._checked(line, line.node_id) if line.node_id in waiting else None
+                        checked = self._checked(line, line.node_id) if line.node_id in relay.nodes else None
                         if checked is not None and not await subscription.put(checked):
                             return
                     ended = NodeId(message.ended_node_id)
-                    if ended in waiting:
-                        waiting.discard(ended)
+                    # A node that a follower reads from may not be there yet: that manager asks it when it is.
+                    if ended in relay.nodes and not is_followed:
+                        relay.nodes.discard(ended)
                         subscription.finish(ended, message.reason)
         except SkepError as error:
             reason = str(error)
         finally:
-            # A follower asks again when the node has another manager.
-            for node_id in sorted(waiting):
-                if not subscription.query.follow:
-                    subscription.finish(node_id, f"node {node_id} did not answer: {reason}")
+            for node_id in sorted(relay.nodes):
+                subscription.finish(node_id, f"node {node_id} did not answer: {reason}")
+        if is_followed:
+            await self._replace_relay(subscription, relay)
+
+    async def _replace_relay(self, subscription: Subscription, relay: "_Relay") -> None:
+        """A follower's relay broke: ask its nodes again, where they are then."""
+        await subscription.backoff.sleep(self._clock)
+        relay.task = None  # asking replaces the relay, which this is
+        left = sorted(relay.nodes)
+        for node_id in left:
+            subscription.sources[node_id] = None
+        self._ask(subscription, left)
 
     async def _relay_to_manager(
         self, request: skep.LogRelay, _caller: Caller
@@ -251,8 +310,7 @@ class LogBroker:
         self._listeners[node_id] = listener
         if earlier is not None:
             earlier.end()
-        for subscription in self._subscriptions.values():
-            self._ask_again(subscription, node_id)
+        self._ask_again(node_id)
         try:
             while (message := await listener.next()) is not None:
                 yield message
@@ -263,23 +321,21 @@ class LogBroker:
                     if node_id in subscription.pending and not subscription.query.follow:
                         subscription.finish(node_id, f"node {node_id} disconnected unexpectedly")
 
-    def _ask_again(self, subscription: Subscription, node_id: NodeId) -> None:
-        """A node is back that a follower reads from: go on where its lines broke off."""
-        if subscription.query.follow and node_id in subscription.asked:
-            subscription.asked.discard(node_id)
-            self._ask(subscription, [node_id])
-
     async def _publish(
         self, messages: AsyncIterator[pb.PublishLogsMessage], caller: Caller
     ) -> pb.PublishLogsResponse:
         """One node's lines for one subscription; the first message says which."""
         node_id = caller.node_id
         subscription: Subscription | None = None
+        source: object = None
         reason = f"node {node_id} disconnected unexpectedly"
         try:
             async for message in messages:
                 if subscription is None:
                     subscription = self._require(message.subscription_id, node_id)
+                    source = subscription.sources[node_id]
+                elif subscription.sources[node_id] is not source:
+                    return pb.PublishLogsResponse()  # asked elsewhere since: the rest comes from there
                 for entry in message.messages:
                     line = self._checked(line_from_pb(entry), node_id)
                     if line is not None and not await subscription.put(line):
@@ -288,13 +344,16 @@ class LogBroker:
                     reason = ""
                     break
         finally:
-            if subscription is not None and not (subscription.query.follow and reason):
-                subscription.finish(node_id, reason)
+            if subscription is not None and subscription.sources[node_id] is source:
+                if not subscription.query.follow:
+                    subscription.finish(node_id, reason)
+                else:
+                    subscription.sources[node_id] = None  # whatever happens to it next has it asked again
         return pb.PublishLogsResponse()
 
     def _require(self, subscription_id: str, node_id: NodeId) -> Subscription:
         subscription = self._subscriptions.get(subscription_id)
-        if subscription is None or node_id not in subscription.asked:
+        if subscription is None or subscription.sources.get(node_id) is None:
             raise NotFound("no such subscription")
         return subscription
 
@@ -338,17 +397,32 @@ class _Listener:
         self._messages.put_nowait(None)
 
 
+class _Relay:
+    """A stream from another manager, for those of its nodes that were not asked elsewhere since."""
+
+    def __init__(self, manager: NodeId, nodes: Iterable[NodeId]) -> None:
+        self.manager = manager
+        self.nodes = set(nodes)
+        self.task: asyncio.Task[None] | None = None
+
+    def drop(self, node_id: NodeId) -> None:
+        self.nodes.discard(node_id)
+        if not self.nodes and self.task is not None:
+            self.task.cancel()
+
+
 def _message(subscription: Subscription, node_id: NodeId) -> pb.SubscriptionMessage:
-    selector, options = query_to_pb(_rest_of(subscription, node_id))
+    selector, options = query_to_pb(subscription.rest([node_id]))
     return pb.SubscriptionMessage(id=subscription.id, selector=selector, options=options)
 
 
-def _rest_of(subscription: Subscription, node_id: NodeId) -> LogQuery:
-    """The query without what this node has sent already."""
-    seen_ns = subscription.seen_ns.get(node_id)
-    if seen_ns is None:
-        return subscription.query
-    return msgspec.structs.replace(subscription.query, since_ns=seen_ns + 1, tail=None)
+def _is_asked(subscription: Subscription, node_id: NodeId, place: _Listener | NodeId | None) -> bool:
+    """Whether the node was asked, and for a follower: at the place where it is now."""
+    if node_id not in subscription.sources:
+        return False
+    source = subscription.sources[node_id]
+    here = source.manager if isinstance(source, _Relay) else source
+    return not subscription.query.follow or here == place
 
 
 def _manager_of(node: Node | None) -> NodeId:

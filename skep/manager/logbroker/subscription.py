@@ -6,56 +6,93 @@ reader costs a buffer and nothing else.
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 
-from skep.model.ids import NodeId
+import msgspec
+
+from skep.aio.backoff import Backoff
+from skep.model.ids import NodeId, TaskId
 from skep.model.logs import LogLine, LogQuery
+from skep.model.times import SECOND_NS
 
 LINES_MAX = 1000
+BEHIND_NS_MAX = 600 * SECOND_NS
+"""How far one task's lines may be behind another's of the same node for both to go on where they broke off."""
 
 
 class Subscription:
     """A query under way.  ``id``: what nodes know it by."""
 
-    def __init__(self, id: str, query: LogQuery, only: frozenset[NodeId] | None = None) -> None:
-        """``only``: the nodes to ask, for a reader at another manager that asks the others elsewhere."""
+    def __init__(
+        self, id: str, query: LogQuery, only: frozenset[NodeId] | None = None, *, opened_ns: int = 0
+    ) -> None:
+        """``only``: the nodes to ask, for a reader at another manager that asks the others elsewhere.
+
+        ``opened_ns``: when the reader began, Unix time.
+        """
         self.id = id
         self.query = query
         self.only = only
-        self.asked: set[NodeId] = set()
-        """Nodes that were told of it."""
+        self.sources: dict[NodeId, object | None] = {}
+        """Through whom each node was asked; None: it could not be, or its stream broke."""
+        self.backoff = Backoff(0.5, 30.0)
+        """Before relays are asked again."""
         self.pending: set[NodeId] = set()
         """Nodes that still have lines to send."""
         self.reasons: list[str] = []
         """Why lines are missing."""
         self.ended: deque[tuple[NodeId, str]] = deque()
         """Nodes that have sent everything or will not, each with the reason; bounded by the nodes asked."""
-        self.seen_ns: dict[NodeId, int] = {}
-        """Stamp of each node's latest line: where a node goes on that had to connect again."""
+        self._opened_ns = opened_ns
+        self._told: set[NodeId] = set()
+        self._seen_ns: dict[NodeId, dict[TaskId, int]] = {}
+        self._floors_ns: dict[NodeId, dict[TaskId, int]] = {}
         self.is_closed = False
         self._lines: deque[LogLine] = deque()
         self._news = asyncio.Event()
         self._room = asyncio.Event()
 
     async def put(self, line: LogLine) -> bool:
-        """Add a line, waiting for room; False: the reader has gone."""
+        """Add a line, waiting for room; one that a node repeats is left out.  False: the reader has gone."""
+        if line.timestamp_ns <= self._floors_ns.get(line.node_id, {}).get(line.task_id, -1):
+            return not self.is_closed
         while len(self._lines) >= LINES_MAX and not self.is_closed:
             self._room.clear()
             await self._room.wait()
         if self.is_closed:
             return False
         self._lines.append(line)
-        self.seen_ns[line.node_id] = line.timestamp_ns
+        self._see(line)
         self._news.set()
         return True
 
     def finish(self, node_id: NodeId, reason: str = "") -> None:
-        """A node has sent everything, or (``reason``) will not."""
+        """A node has sent everything, or (``reason``) will not.  Followers wait on."""
         self.pending.discard(node_id)
+        if self.query.follow:
+            return  # nothing is over: the node is asked again when it is back
         if self.only is not None:
             self.ended.append((node_id, reason))
         if reason:
             self.reasons.append(reason)
         self._news.set()
+
+    def told(self, node_id: NodeId) -> None:
+        """The node is asked for ``rest``: what it sends of a task comes after what came already."""
+        self._told.add(node_id)
+        self.pending.add(node_id)
+        self._floors_ns[node_id] = dict(self._seen_ns.get(node_id, {}))
+
+    def is_resumed(self, node_id: NodeId) -> bool:
+        """Whether the node is asked for the rest only."""
+        return node_id in self._told and (node_id in self._seen_ns or self.query.tail == 0)
+
+    def rest(self, nodes: Iterable[NodeId]) -> LogQuery:
+        """The query without what these nodes have sent already; all of them are resumed, or none is."""
+        since = [self._resume_ns(node_id) for node_id in nodes if self.is_resumed(node_id)]
+        if not since:
+            return self.query
+        return msgspec.structs.replace(self.query, since_ns=max(min(since), self.query.since_ns), tail=None)
 
     def close(self) -> None:
         """The reader has gone."""
@@ -87,3 +124,19 @@ class Subscription:
         while len(lines) < most and (line := self.take()) is not None:
             lines.append(line)
         return lines
+
+    def _resume_ns(self, node_id: NodeId) -> int:
+        seen = self._seen_ns.get(node_id, {}).values()
+        if not seen:
+            return self._opened_ns
+        return max(min(seen), max(seen) - BEHIND_NS_MAX)
+
+    def _see(self, line: LogLine) -> None:
+        seen = self._seen_ns.setdefault(line.node_id, {})
+        if (
+            line.task_id not in seen
+        ):  # a long reader sees many tasks: those that are silent for long are left out
+            old_ns = line.timestamp_ns - BEHIND_NS_MAX
+            for task_id in [id for id, stamp_ns in seen.items() if stamp_ns < old_ns]:
+                del seen[task_id]
+        seen[line.task_id] = line.timestamp_ns
