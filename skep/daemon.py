@@ -29,7 +29,7 @@ from skep.api.swarm_requests import Founding
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
 from skep.configuration.sources import Arguments, Loaded, load, parse_arguments
-from skep.errors import FailedPrecondition, SkepError
+from skep.errors import FailedPrecondition, SkepError, Unavailable
 from skep.linux.files import replace_file
 from skep.linux.processes import boot_id
 from skep.logs import LogSettings
@@ -48,7 +48,7 @@ from skep.node import requirements
 from skep.node.assembly import Node, Surroundings
 from skep.node.conditions import Conditions
 from skep.node.features import Features, detect
-from skep.node.founding import NewCluster
+from skep.node.founding import NewCluster, bind_error, chosen_peer_addr, peer_warning
 from skep.node.isolation import check_isolation
 from skep.node.last_heard import LastHeardFile
 from skep.node.local import LocalNode
@@ -201,6 +201,7 @@ class Daemon:
                     write_recovery_files=self._write_recovery_files,
                     write_restored_files=self._write_restored_files,
                     place_manager=self._place_manager,
+                    peer_listen=lambda: manager_config.load(paths.manager_config).peer_listen,
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -270,12 +271,15 @@ class Daemon:
         paths.manager_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
         if new is not None:
             replace_file(paths.root_ca_key, new.root_key_pem, mode=0o600)
+        peer_addr = chosen_peer_addr(node.listen_addr, configuration.peer_addr)
+        self._log_peer_addr(node.listen_addr, peer_addr)
         config = ManagerConfig(
             data_dir=str(paths.data),
             run_dir=str(paths.run),
             node_id=node.node_id,
             cluster_id=node.cluster_id,
             listen_addr=node.listen_addr,
+            peer_addr=peer_addr,
             advertise_addr=node.advertise_addr,
             hostname=this_machine().hostname,
             bootstrap=_bootstrap(new.plan) if new is not None else None,
@@ -292,6 +296,7 @@ class Daemon:
         if not path.exists():
             return  # the manager process says so
         before = manager_config.load(path)
+        self._log_peer_addr(before.listen_addr, before.peer_listen)
         config = msgspec.structs.replace(
             before,
             advertise_addr=node.advertise_addr or before.advertise_addr,
@@ -301,6 +306,10 @@ class Daemon:
         if config != before:
             replace_file(path, encode(config), mode=0o600)
 
+    def _log_peer_addr(self, listen_addr: str, peer_addr: str) -> None:
+        if warning := peer_warning(listen_addr, self._configuration.peer_addr, peer_addr):
+            log.warning("etcd's peer port", peer_addr=peer_addr, warning=warning)
+
     def _write_recovery_files(self, node: LocalNode) -> None:
         """Have the manager process go on alone with what it has.  An attempt that was begun goes on."""
         paths = self._configuration.paths
@@ -308,6 +317,8 @@ class Daemon:
         config = msgspec.structs.replace(
             config, listen_addr=node.listen_addr, advertise_addr=node.advertise_addr, managers=()
         )
+        if (error := bind_error(config.peer_listen)) is not None:
+            raise Unavailable(f"etcd cannot listen on {config.peer_listen}: {error.strerror}: free the port")
         replace_file(paths.manager_config, encode(config), mode=0o600)
         if load_recovery(paths) is None:
             paths.recovery_snapshot.unlink(missing_ok=True)

@@ -63,9 +63,12 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The Docker Engine that gets what is not ours; None: such requests are refused."""
 
     listen_addr: str = ""
+    peer_addr: str = ""
+    """``:port`` or ``ip:port``; empty: the port after ``listen_addr``'s, or the next that is free.  It counts when a
+    manager is made."""
     advertise_addr: str = ""
     data_path_addr: str = ""
-    """Address or interface; these four are what ``docker swarm init`` and ``join`` fall back to."""
+    """Address or interface; these, but for ``peer_addr``, are what ``docker swarm init`` and ``join`` fall back to."""
     data_path_port: int = DEFAULT_DATA_PATH_PORT
 
     managers: tuple[str, ...] = ()

@@ -73,6 +73,12 @@ SETTINGS = (
         read=values.address_and_port,
     ),
     Setting(
+        name="peer-addr",
+        help="port, or address and port, where this manager's etcd listens for the other managers "
+        "(the port after listen-addr's)",
+        read=values.peer_addr,
+    ),
+    Setting(
         name="advertise-addr",
         help="address or interface, with port, under which other nodes reach this one",
         read=values.address_and_port,

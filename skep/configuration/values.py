@@ -145,6 +145,21 @@ def address_and_port(value: Any) -> str:
     return joined(plain, number)
 
 
+def peer_addr(value: Any) -> str:
+    """``2380`` or ``192.0.2.1:2380``, as ``:2380`` or ``192.0.2.1:2380``."""
+    if isinstance(value, int) or (isinstance(value, str) and value.removeprefix(":").isdecimal()):
+        return f":{port(value.removeprefix(':') if isinstance(value, str) else value)}"
+    written = text(value)
+    host, separator, digits = written.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]") if separator else "")
+        return joined(address, port(digits))
+    except ValueError as error:
+        raise ValueError(
+            f"is {written!r}: write a port, or an IP address with a port: 2378 or 192.0.2.1:2378"
+        ) from error
+
+
 def one_of(*choices: str) -> Any:
     """A function that takes exactly these words."""
 

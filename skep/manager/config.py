@@ -7,6 +7,7 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
+from skep.model.addresses import default_peer_addr
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
@@ -33,7 +34,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
 class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One manager's settings, kept as JSON below its data directory.
 
-    ``listen_addr`` and ``advertise_addr`` are ``ip:port`` of the gRPC server; etcd's peers use the port after it.
+    ``listen_addr`` and ``advertise_addr`` are ``ip:port`` of the gRPC server.
     ``bootstrap`` stays in the file; it is used only while the store is still empty.
     """
 
@@ -44,6 +45,8 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     listen_addr: str
     advertise_addr: str
     hostname: str
+    peer_addr: str = ""
+    """``ip:port`` where its etcd listens for the other managers; empty: the port after ``listen_addr``'s."""
     bootstrap: Bootstrap | None = None
     managers: tuple[str, ...] = ()
     """``ip:port`` of managers that may let this one in; empty: it founds its cluster."""
@@ -58,6 +61,11 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     def paths(self) -> Paths:
         """Where everything lies."""
         return Paths(Path(self.data_dir), Path(self.run_dir))
+
+    @property
+    def peer_listen(self) -> str:
+        """``ip:port`` where its etcd listens for the other managers."""
+        return self.peer_addr or default_peer_addr(self.listen_addr)
 
 
 def load(path: Path) -> ManagerConfig:

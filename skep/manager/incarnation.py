@@ -17,7 +17,6 @@ from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, SkepError
 from skep.linux.files import replace_file
-from skep.model.addresses import joined, parted
 from skep.model.ids import NodeId
 from skep.model.node import NodeRole
 from skep.paths import Paths
@@ -107,7 +106,7 @@ async def ask_others(
 
     Raises: Superseded.
     """
-    others = [addr for peer in peers if peer.name != own and (addr := _manager_addr(peer))]
+    others = [addr for peer in peers if peer.name != own and (addr := peer.manager_addr)]
     backoff = Backoff(ASK_EVERY_S / 2, ASK_EVERY_S)
     while others and served:
         asking = (_incarnation_at(addr, context, own) for addr in others)
@@ -131,9 +130,3 @@ async def _incarnation_at(addr: str, context: ssl.SSLContext, own: NodeId) -> in
             answer = await call.receive()
             return int(answer.incarnation) if answer is not None else 0
     return 0
-
-
-def _manager_addr(peer: Peer) -> str:
-    """Where the manager beside a member is served: the port before its peer port."""
-    _, port = parted(peer.url)
-    return joined(peer.ip, int(port) - 1) if peer.ip and port.isdigit() else ""

@@ -38,7 +38,7 @@ from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
 from skep.manager.routes import compile_routes
 from skep.manager.waiting import wait_for_others
-from skep.model.addresses import joined, parted
+from skep.model.addresses import parted
 from skep.model.ids import new_id
 from skep.model.times import timestamp
 from skep.paths import Paths
@@ -63,9 +63,6 @@ from skep.store.etcd.store import EtcdStore, open_store
 from skep.wire.server import Bound, serve
 
 log = structlog.get_logger(__name__)
-
-PEER_PORT_OFFSET = 1
-"""etcd's peers meet at the port after the manager's own (2377, 2378)."""
 
 
 def run(paths: Paths) -> None:
@@ -240,12 +237,11 @@ async def _come_in(
 
 
 def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> MemberSettings:
-    host, port = parted(config.listen_addr)
     return MemberSettings(
         name=config.node_id,
         directory=paths.etcd,
         socket=paths.etcd_socket,
-        peer_listen=joined(host, int(port) + PEER_PORT_OFFSET),
+        peer_listen=config.peer_listen,
         peer_files=files,
         cluster_token=config.cluster_id,
         is_solo=len(load_peers(paths.etcd)) <= 1,

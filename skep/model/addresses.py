@@ -78,3 +78,9 @@ def is_subnet(text: str) -> bool:
     except ValueError:
         return False
     return bool(address and slash) and length.isdigit()
+
+
+def default_peer_addr(listen_addr: str) -> str:
+    """Where the etcd of a manager at ``listen_addr`` (``ip:port``) listens for others: at the port after it."""
+    host, port = parted(listen_addr)
+    return joined(host, int(port) + 1)

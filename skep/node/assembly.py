@@ -91,6 +91,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     write_recovery_files: Callable[[LocalNode], None]
     write_restored_files: Callable[[Restored], None]
     place_manager: Callable[[LocalNode], None]
+    peer_listen: Callable[[], str]
 
 
 class Node:
@@ -177,6 +178,7 @@ class Node:
                 write_recovery_files=around.write_recovery_files,
                 write_restored_files=around.write_restored_files,
                 place_manager=around.place_manager,
+                peer_listen=around.peer_listen,
                 method=method,
                 overlay_keys=encrypted.told,
                 paths=NodePaths(workload.probes, NameChecks(workload.list_containers, clock))

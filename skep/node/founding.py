@@ -6,6 +6,7 @@ Source: moby, daemon/cluster/swarm.go (Init), noderunner.go (the words of a fail
 import errno
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ import msgspec
 from skep.api.errors import Untranslated
 from skep.api.swarm_requests import Endpoints, Founding
 from skep.errors import InvalidArgument, Unavailable, Unimplemented
-from skep.model.addresses import joined, parted
+from skep.model.addresses import default_peer_addr, joined, parted
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import SwarmSpec
@@ -26,8 +27,7 @@ from skep.security.keys import new_private_key, private_pem
 
 _FREE_BYTES_MIN = 256 * 1024 * 1024
 _CERT_EXPIRY_MIN_NS = 3600 * SECOND_NS
-_PEER_PORT_OFFSET = 1
-"""etcd's peers use the port after the manager's."""
+_PEER_PORT_TRIES = 20
 
 _LISTEN_FAILED = "manager stopped: failed to listen on remote API address: listen tcp"
 _REASONS = {
@@ -103,21 +103,81 @@ def check_space(data_dir: Path) -> None:
         )
 
 
-def check_listening(listen_addr: str) -> None:
-    """Find out before anything is made whether the manager's ports are free.
+def bind_error(addr: str) -> OSError | None:
+    """Why nothing can listen on ``ip:port``; None: it can."""
+    host, port = parted(addr)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+            probe.listen(1)
+        except OSError as error:
+            return error
+    return None
+
+
+def check_listening(listen_addr: str, peer_addr: str = "") -> None:
+    """Find out before anything is made whether the manager's port is free.
+
+    Args:
+        peer_addr: ``:port`` or ``ip:port`` that its user named for etcd's peers; empty: any will do.
 
     Raises: Untranslated: they are not, in Docker's words.
     """
     host, digits = parted(listen_addr)
-    if not digits.isdigit() or int(digits) > 65535 - _PEER_PORT_OFFSET:
+    if not digits.isdigit() or int(digits) > 65534:  # the next one is etcd's, if it can be
         raise Untranslated(f"{_LISTEN_FAILED}: address {digits}: invalid port")
-    for port in (int(digits), int(digits) + _PEER_PORT_OFFSET):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-                probe.listen(1)
-            except OSError as error:
-                reason = _REASONS.get(error.errno or 0, error.strerror)
-                raise Untranslated(f"{_LISTEN_FAILED} {joined(host, port)}: bind: {reason}") from error
+    if (error := bind_error(listen_addr)) is not None:
+        raise Untranslated(f"{_LISTEN_FAILED} {joined(host, digits)}: bind: {_reason(error)}") from error
+    if peer_addr:
+        wanted = _completed(peer_addr, host)
+        error = OSError(errno.EADDRINUSE, "") if wanted == listen_addr else bind_error(wanted)
+        if error is not None:
+            raise Untranslated(
+                f"manager stopped: etcd cannot listen for the other managers on {wanted} (peer-addr): bind: "
+                f"{_reason(error)}: free the port, choose another, or leave the setting out"
+            ) from error
+
+
+def chosen_peer_addr(
+    listen_addr: str, wanted: str, refusal: Callable[[str], OSError | None] = bind_error
+) -> str:
+    """Where the etcd of a new manager listens for the others: ``wanted``, else the port after ``listen_addr``'s, else
+    the next one that is free; if none is, the first of these, and etcd says what is wrong.
+
+    Args:
+        wanted: ``:port`` or ``ip:port``; empty: nothing.
+        refusal: why ``ip:port`` cannot be listened on.
+    """
+    host, _ = parted(listen_addr)
+    default = default_peer_addr(listen_addr)
+    first = int(parted(default)[1])
+    candidates = [joined(host, port) for port in range(first, min(first + _PEER_PORT_TRIES, 65536))]
+    if wanted:
+        candidates.insert(0, _completed(wanted, host))
+    usable = (one for one in candidates if one != listen_addr and refusal(one) is None)
+    return next(usable, candidates[0])
+
+
+def peer_warning(listen_addr: str, wanted: str, peer_addr: str) -> str:
+    """What an operator has to know of the port of a manager's etcd; empty: it is the one that everybody expects."""
+    port = parted(peer_addr)[1]
+    if wanted and peer_addr != _completed(wanted, parted(listen_addr)[0]):
+        return (
+            f"peer-addr {wanted.removeprefix(':')} is not used: etcd of this manager listens for the other managers on "
+            f"{peer_addr}, as when it became one (demote it and promote it again to change that)"
+        )
+    if peer_addr != default_peer_addr(listen_addr):
+        return (
+            f"the other managers reach etcd of this manager at TCP port {port}: firewalls have to let it pass"
+        )
+    return ""
+
+
+def _completed(peer_addr: str, host: str) -> str:
+    own, port = parted(peer_addr)
+    return joined(own or host, port)
+
+
+def _reason(error: OSError) -> str:
+    return _REASONS.get(error.errno or 0, error.strerror or str(error))

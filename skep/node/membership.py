@@ -113,7 +113,7 @@ class Membership:
                 raise Unavailable(IN_A_SWARM)
             plan = founding(request, await read_interfaces())
             check_settings(plan.spec)
-            check_listening(plan.endpoints.listen_addr)
+            self._parts.check_ports(plan.endpoints.listen_addr)
             await asyncio.to_thread(check_space, self._paths.data)
             node, pair, root_key_pem = await asyncio.to_thread(found, plan, self._new_id)
             new = NewCluster(plan=plan, root_key_pem=root_key_pem)
@@ -173,7 +173,7 @@ class Membership:
             return plan_of(manifest, endpoints.advertise_addr, is_done=not is_dry)
 
     async def _take_place(self, manifest: Manifest, endpoints: Endpoints, snapshot: Path) -> None:
-        check_listening(endpoints.listen_addr)
+        self._parts.check_ports(endpoints.listen_addr)
         await asyncio.to_thread(check_space, self._paths.data)
         node, pair = await asyncio.to_thread(restored_node, manifest, endpoints)
         restored = Restored(
@@ -195,7 +195,7 @@ class Membership:
             pair = await self._parts.request_certificate(plan)
             is_manager = pair.identity.role is NodeRole.MANAGER
             if is_manager:
-                check_listening(plan.endpoints.listen_addr)
+                self._parts.check_ports(plan.endpoints.listen_addr)
                 await asyncio.to_thread(check_space, self._paths.data)
             node = LocalNode(
                 node_id=pair.identity.node_id,
@@ -314,6 +314,9 @@ class Membership:
             section |= {"ControlAvailable": True, "Error": waits_for}
         elif self.is_manager and not self._trouble:
             section |= await cluster_section(self._manager_api)
+        if self.node is not None and self.is_manager and (peer := self._parts.peer_section(self.node)):
+            warnings = [*section.get("Warnings", ()), *peer.pop("Warnings", ())]
+            section |= peer | ({"Warnings": warnings} if warnings else {})
         return section
 
     # --- within -----------------------------------------------------------------------------------------------

@@ -69,6 +69,12 @@ class Parts(Protocol):
     def write_manager_files(self, node: LocalNode, new: NewCluster | None) -> None:
         """Everything a new manager reads at its first start; without a ``new`` cluster it comes into the others'."""
 
+    def check_ports(self, listen_addr: str) -> None:
+        """Whether a new manager at ``listen_addr`` can listen.  Raises: Untranslated."""
+
+    def peer_section(self, node: LocalNode) -> dict[str, Any]:
+        """What ``/info`` says of where the other managers reach this one's etcd."""
+
     def write_restored_files(self, restored: Restored) -> None:
         """Everything a manager reads that begins from a backup."""
 

@@ -15,7 +15,7 @@ from skep.errors import InvalidArgument, Unavailable
 from skep.manager.follow import State, follow
 from skep.manager.membership.consensus import Consensus
 from skep.manager.roster import on_change_of_managers
-from skep.model.addresses import host_of, is_address, joined, parted
+from skep.model.addresses import is_address, joined, parted
 from skep.model.node import Node
 from skep.store.etcd.membership import RaftMember
 from skep.store.etcd.peers import Peer
@@ -39,25 +39,31 @@ def full_address(said: str, seen: str) -> str:
     return addr
 
 
-def said_by(nodes: Iterable[Node]) -> dict[str, str]:
-    """Name of each manager -> its address without a port, as the node objects say."""
+def said_by(nodes: Iterable[Node]) -> dict[str, tuple[str, int]]:
+    """Name of each manager -> its address and port, as the node objects say."""
     return {
-        str(node.id): host_of(node.manager_status.addr)
+        str(node.id): _ip_and_port(node.manager_status.addr)
         for node in nodes
         if node.manager_status is not None and node.manager_status.addr
     }
 
 
+def _ip_and_port(addr: str) -> tuple[str, int]:
+    ip, port = parted(addr)
+    return ip, int(port) if port.isdecimal() else 0
+
+
 def peers_of(
-    said: Mapping[str, str], members: Iterable[RaftMember], known: Iterable[Peer]
+    said: Mapping[str, tuple[str, int]], members: Iterable[RaftMember], known: Iterable[Peer]
 ) -> tuple[Peer, ...]:
     """All managers with their addresses: members, and those about to become one."""
-    found = {peer.name: peer.ip for peer in known}
+    found = {peer.name: (peer.ip, peer.manager_port) for peer in known}
     urls = {member.name: member.url for member in members}
-    return tuple(
-        Peer(name=name, url=urls.get(name, ""), ip=said.get(name) or found.get(name, ""))
-        for name in sorted(urls.keys() | said.keys())
-    )
+    peers = []
+    for name in sorted(urls.keys() | said.keys()):
+        ip, port = said.get(name) or found.get(name, ("", 0))
+        peers.append(Peer(name=name, url=urls.get(name, ""), ip=ip, manager_port=port))
+    return tuple(peers)
 
 
 class _Moved(msgspec.Struct, frozen=True):
@@ -84,14 +90,15 @@ class AddressBook:
 
     def note(self, nodes: Iterable[Node], members: Iterable[RaftMember]) -> None:
         """Take over what nodes and members are now."""
-        self._said = said_by(nodes)
+        said = said_by(nodes)
+        self._said = {name: ip for name, (ip, _) in said.items()}
         self._moved = {
             name: moved
             for name, moved in self._moved.items()
             if self._said.get(name, "") in {"", moved.instead_of} and moved.ip != self._said.get(name)
         }
-        present = {name: moved.ip for name, moved in self._moved.items() if name in self._said}
-        self._write(peers_of(self._said | present, members, self.peers))
+        present = {name: (moved.ip, said[name][1]) for name, moved in self._moved.items() if name in said}
+        self._write(peers_of(said | present, members, self.peers))
 
     def learn(self, name: str, ip: str) -> None:
         """A manager says where it is.  Strangers are not taken note of: only members and those let in are known."""

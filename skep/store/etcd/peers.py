@@ -13,7 +13,7 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
-from skep.model.addresses import is_address
+from skep.model.addresses import is_address, joined, parted
 
 MEMBERS_FILE = "members.json"
 HOSTS_FILE = "hosts"
@@ -23,11 +23,28 @@ _HEAD = "127.0.0.1 localhost\n::1 localhost\n"
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """One member.  ``name``: its node's id; ``url``: as raft knows it; ``ip``: where the name leads to."""
+    """One member.  ``name``: its node's id; ``url``: as raft knows it; ``ip``: where the name leads to.
+
+    ``manager_port``: of the manager beside it; 0: nothing is known but that it was the port before the URL's.
+    """
 
     name: str
     url: str
     ip: str
+    manager_port: int = 0
+
+    @property
+    def manager_addr(self) -> str:
+        """``ip:port`` of the manager beside it; empty: that is not known."""
+        _, port = parted(self.url)
+        manager_port = self.manager_port or (int(port) - 1 if port.isdecimal() else 0)
+        return joined(self.ip, manager_port) if self.ip and manager_port else ""
+
+    @property
+    def peer_addr(self) -> str:
+        """``ip:port`` where other members reach it; empty: that is not known."""
+        _, port = parted(self.url)
+        return joined(self.ip, port) if self.ip and port.isdecimal() else ""
 
 
 def peer_url(name: str, port: int) -> str:

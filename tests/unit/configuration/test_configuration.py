@@ -50,6 +50,20 @@ def test_a_flag_can_take_back_what_a_file_says() -> None:
     assert configured("--debug").debug is True
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (2380, ":2380"),
+        ("2380", ":2380"),
+        (":2380", ":2380"),
+        ("192.0.2.1:2380", "192.0.2.1:2380"),
+        ("[fd00::1]:2380", "[fd00::1]:2380"),
+    ],
+)
+def test_a_peer_address_is_a_port_or_an_address_with_one(written: int | str, read: str) -> None:
+    assert configured(toml={"peer-addr": written}).peer_addr == read
+
+
 def test_daemon_json_is_understood_by_its_own_names() -> None:
     configuration = configured(
         docker={
@@ -190,6 +204,10 @@ BAD = [
     ("listen-addr", "300.1.1.1", "an IP address or the name of an interface"),
     ("advertise-addr", "a name", "an IP address or the name of an interface"),
     ("data-path-addr", "1.2.3.4:5", "an IP address or the name of an interface"),
+    ("peer-addr", "0", "choose a port from 1 to 65535"),
+    ("peer-addr", "eth0:2378", "write a port, or an IP address with a port"),
+    ("peer-addr", "192.0.2.1", "write a port, or an IP address with a port"),
+    ("peer-addr", "192.0.2.1:70000", "write a port, or an IP address with a port"),
     ("data-path-port", "80", "choose a port from 1024 to 49151"),
     ("data-path-port", "-1", "choose a port from 1024 to 49151"),
     ("data-path-port", "many", "write a number"),

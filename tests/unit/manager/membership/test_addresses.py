@@ -23,9 +23,18 @@ def a_member(name: str) -> RaftMember:
 def test_the_book_has_members_and_those_about_to_become_one() -> None:
     nodes = [a_manager("a", "10.0.0.1:2377"), a_manager("b", "[fd00::2]:2377"), Node(id=NodeId("w"))]
     assert peers_of(said_by(nodes), [a_member("a")], []) == (
-        Peer(name="a", url="https://a:2378", ip="10.0.0.1"),
-        Peer(name="b", url="", ip="fd00::2"),
+        Peer(name="a", url="https://a:2378", ip="10.0.0.1", manager_port=2377),
+        Peer(name="b", url="", ip="fd00::2", manager_port=2377),
     )
+
+
+def test_the_manager_beside_a_member_is_where_its_node_says_whatever_the_members_port() -> None:
+    nodes = [a_manager("a", "10.0.0.1:2377")]
+    (peer,) = peers_of(said_by(nodes), [RaftMember(name="a", url="https://a:2380", id=1)], [])
+    assert (peer.manager_addr, peer.peer_addr) == ("10.0.0.1:2377", "10.0.0.1:2380")
+    # As a manager of before wrote it.
+    assert Peer(name="b", url="https://b:2378", ip="fd00::2").manager_addr == "[fd00::2]:2377"
+    assert Peer(name="c", url="", ip="10.0.0.3").manager_addr == ""
 
 
 def test_a_member_of_which_nothing_is_said_keeps_the_address_it_had() -> None:
