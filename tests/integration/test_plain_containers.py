@@ -344,3 +344,30 @@ def test_a_node_that_leaves_gives_places_back_and_its_containers_run_on(m1: Test
     run(w1, "two", "--network", "front")
     wait_inside(w1, "one", " 0% packet loss", "ping", "-c", "1", "-W", "2", "two")
     run(w1, "three")
+
+
+@pytest.mark.parametrize("cli", CLIS)
+def test_volumes_are_made_and_pruned_and_the_system_is(w1: TestNode, cli: str) -> None:
+    """As nightly jobs do it: what is in use stays, with its content."""
+    assert w1.docker("volume", "create", "--label", "a=b", "kept", cli=cli).stdout == "kept\n"
+    w1.docker("volume", "create", "spare", cli=cli)
+    nameless = w1.docker("volume", "create", cli=cli).stdout.strip()
+    try:
+        run(w1, "keeper", "-v", "kept:/v", command=("sh", "-c", "echo here > /v/file; exec sleep 600"))
+        wait_until(lambda: inside(w1, "keeper", "cat", "/v/file") == "here\n", "the file is written")
+        pruned = w1.docker("volume", "prune", "-af", cli=cli, check=False)
+        if pruned.returncode:  # a client before --all prunes them anyway
+            assert "unknown" in pruned.stderr
+            pruned = w1.docker("volume", "prune", "-f", cli=cli)
+        assert {"spare", nameless} <= set(pruned.stdout.split())
+        assert "Total reclaimed space" in pruned.stdout
+        assert w1.docker("volume", "ls", "-q", "--filter", "label=a=b", cli=cli).stdout == "kept\n"
+        assert "Total reclaimed space" in w1.docker("system", "prune", "-f", cli=cli).stdout
+        assert inside(w1, "keeper", "cat", "/v/file") == "here\n"
+    finally:
+        w1.docker("rm", "-f", "keeper", check=False)
+        w1.docker("volume", "rm", "-f", "kept", "spare", nameless, check=False)
+    assert 'plugin "nosuch" not found' in refused(w1, "volume", "create", "-d", "nosuch", "x")
+    assert 'option "type" of the driver "local" is not supported' in refused(
+        w1, "volume", "create", "-o", "type=tmpfs", "x"
+    )

@@ -55,7 +55,8 @@ class Mounting:
                         f'error looking up volume plugin {driver.name}: plugin "{driver.name}" not found'
                     )
                 name = source or self._volumes.new_name()
-                path = self._volumes.ensure(name)
+                labels = mount.volume_options.labels if mount.volume_options and source else None
+                path = self._volumes.ensure(name, labels or None)
                 point = wish.mount_point(mount, str(path), name)
                 return msgspec.structs.replace(point, anonymous=not source)
             case _:

@@ -4,20 +4,28 @@ import asyncio
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+
+import msgspec
 
 from skep.aio.guard import explain
 from skep.aio.trees import remove_tree
 from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
+from skep.linux.files import replace_file
 from skep.node.oci.syscalls import open_in_root
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
 _COPY_DEADLINE_S = 600.0
+_LABELS = "labels.json"
+_NAMELESS = re.compile(r"[0-9a-f]{64}")
+ANONYMOUS = "com.docker.volume.anonymous"
+"""Docker's label of a volume that nobody gave a name."""
 
 
 class Volumes:
-    """The volumes of one node, each at ``<data>/volumes/<name>/_data``."""
+    """The volumes of one node, each at ``<data>/volumes/<name>/_data``, with its labels beside in ``labels.json``."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -47,11 +55,23 @@ class Volumes:
         """When the volume was made, Unix time."""
         return self.path(name).parent.stat().st_mtime_ns
 
-    def ensure(self, name: str) -> Path:
-        """The volume's directory, made if there is none."""
+    def ensure(self, name: str, labels: Mapping[str, str] | None = None) -> Path:
+        """The volume's directory, made if there is none, with ``labels`` then; one that is there keeps its own."""
         path = self.path(name)
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if path.is_dir():
+            return path
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if labels is not None:  # before the directory, with which the volume is there
+            replace_file(path.parent / _LABELS, msgspec.json.encode(labels))
+        path.mkdir(mode=0o755, exist_ok=True)
         return path
+
+    def labels(self, name: str) -> Mapping[str, str] | None:
+        """As the volume was made with; None: it was made without saying, by a container."""
+        try:
+            return msgspec.json.decode((self.path(name).parent / _LABELS).read_bytes(), type=dict[str, str])
+        except FileNotFoundError:
+            return {ANONYMOUS: ""} if _NAMELESS.fullmatch(name) else None
 
     async def remove(self, name: str) -> None:
         """Remove a volume with everything in it.  Raises: Unavailable: something of it is left."""

@@ -1,6 +1,7 @@
-"""A kind of objects that a node without an engine never has: plugins.
+"""Kinds of objects that a node without an engine never has: plugins, caches of builds.
 
-``docker inspect NAME`` asks for objects of every kind until one is found, so it must hear that they are not there.
+``docker inspect NAME`` asks for objects of every kind until one is found, so it must hear that they are not there;
+``docker system prune`` prunes every kind.
 """
 
 from aiohttp import web
@@ -19,3 +20,8 @@ async def list_none(request: web.Request) -> web.StreamResponse:
 @routes.get("/plugins/{name:.+}/json")
 async def inspect_plugin(request: web.Request) -> web.StreamResponse:
     raise NotFound(f'plugin "{request.match_info["name"]}" not found')
+
+
+@routes.post("/build/prune")
+async def prune_none(request: web.Request) -> web.StreamResponse:
+    return json_answer({"CachesDeleted": None, "SpaceReclaimed": 0})

@@ -1,4 +1,4 @@
-"""What ``docker container prune`` and ``docker network prune`` mean by their filters."""
+"""What the ``prune`` commands mean by their filters."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,14 @@ def is_prunable(created_at: str, labels: Mapping[str, str], filters: Filters, no
 
     ``label`` names those it has to have, ``label!`` those it may not have, ``until`` when it was made at the latest.
     """
+    return all(unix_ns(created_at) < parse_moment(moment, now_ns) for moment in filters["until"]) and (
+        has_prunable_labels(labels, filters)
+    )
+
+
+def has_prunable_labels(labels: Mapping[str, str], filters: Filters) -> bool:
+    """Whether ``label`` and ``label!`` of the filters mean an object with these labels."""
     unwanted = [Filters({"label": (label,)}) for label in filters["label!"]]
-    return (
-        all(unix_ns(created_at) < parse_moment(moment, now_ns) for moment in filters["until"])
-        and filters.matches_labels("label", labels)
-        and not any(one.matches_labels("label", labels) for one in unwanted)
+    return filters.matches_labels("label", labels) and not any(
+        one.matches_labels("label", labels) for one in unwanted
     )

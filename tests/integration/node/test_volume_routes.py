@@ -81,6 +81,88 @@ async def test_what_is_not_there_is_said_so_and_docker_inspect_looks_further(
     assert (answer.status, (await answer.json())["message"]) == (404, message)
 
 
+async def test_a_volume_is_made_with_its_labels_and_another_time_is_what_it_is(
+    api: Api, volumes: Volumes
+) -> None:
+    body = {"Name": "v1", "Driver": "local", "Labels": {"a": "b"}}
+    for labels in ({"a": "b"}, {"a": "other"}):
+        made = await api.post("/volumes/create", json={**body, "Labels": labels})
+        assert made.status == 201
+        assert await made.json() == await (await api.get("/volumes/v1")).json()
+    assert (await (await api.get("/volumes/v1")).json())["Labels"] == {"a": "b"}
+    listed = await (await api.get('/volumes?filters={"label":["a=b"]}')).json()
+    assert [volume["Name"] for volume in listed["Volumes"]] == ["v1"]
+    nameless = await (await api.post("/volumes/create", json={})).json()
+    assert (len(nameless["Name"]), nameless["Labels"]) == (64, {"com.docker.volume.anonymous": ""})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (
+            {"Driver": "nosuch"},
+            404,
+            'create v1: error looking up volume plugin nosuch: plugin "nosuch" not found',
+        ),
+        ({"DriverOpts": {"bogus": "1"}}, 400, 'create v1: invalid option: "bogus"'),
+        (
+            {"DriverOpts": {"device": "/dev/x"}},
+            400,
+            'create v1: option "device" of the driver "local" is not',
+        ),
+        ({"ClusterVolumeSpec": {}}, 400, "create v1: cluster volumes (CSI) are not supported"),
+        ({"Name": "v"}, 400, "create v: volume name is too short"),
+        ({"Name": "../v"}, 400, 'create ../v: "../v" includes invalid characters for a local volume name'),
+    ],
+)
+async def test_volumes_that_cannot_be_are_refused_by_name(
+    api: Api, volumes: Volumes, body: dict[str, Any], status: int, message: str
+) -> None:
+    answer = await api.post("/volumes/create", json={"Name": "v1", **body})
+    assert answer.status == status
+    assert (await answer.json())["message"].startswith(message)
+    assert volumes.names() == ["free", "used"]
+
+
+NAMELESS = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("path", "pruned"),
+    [
+        ("/v1.42/volumes/prune", [NAMELESS]),
+        ("/v1.41/volumes/prune", [NAMELESS, "free", "labelled"]),
+        ('/v1.42/volumes/prune?filters={"all":["true"]}', [NAMELESS, "free", "labelled"]),
+        ('/v1.42/volumes/prune?filters={"all":["1"],"label":["a=b"]}', ["labelled"]),
+        ('/v1.42/volumes/prune?filters={"all":["1"],"label!":["a"]}', [NAMELESS, "free"]),
+    ],
+)
+async def test_unused_volumes_are_pruned_as_the_filters_and_the_version_say(
+    api: Api, volumes: Volumes, path: str, pruned: list[str]
+) -> None:
+    (volumes.ensure(NAMELESS) / "file").write_bytes(b"12345")
+    volumes.ensure("labelled", {"a": "b"})
+    report = await (await api.post(path)).json()
+    assert report == {"VolumesDeleted": pruned, "SpaceReclaimed": 5 if NAMELESS in pruned else 0}
+    assert "used" in volumes.names()
+    assert not set(pruned) & set(volumes.names())
+
+
+async def test_pruning_refuses_filters_that_it_does_not_know(api: Api, volumes: Volumes) -> None:
+    for filters, message in (
+        ('{"all":["maybe"]}', "invalid filter 'all=[maybe]'"),
+        ('{"until":["1h"]}', "Invalid filter 'until'"),
+    ):
+        refused = await api.post(f"/v1.43/volumes/prune?filters={filters}")
+        assert (refused.status, (await refused.json())["message"]) == (400, message)
+    assert volumes.names() == ["free", "used"]
+
+
+async def test_there_is_no_cache_of_builds_to_prune(api: Api) -> None:
+    answer = await (await api.post("/build/prune")).json()
+    assert answer == {"CachesDeleted": None, "SpaceReclaimed": 0}
+
+
 async def test_a_name_with_a_path_in_it_is_no_volume(api: Api) -> None:
     assert (await api.get("/volumes/..%2fused")).status == 404
     assert (await api.delete("/volumes/..%2f..")).status == 404
