@@ -13,10 +13,10 @@ from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay import actual, tables
 from skep.node.network.overlay.actual import Selection
 from skep.node.network.overlay.changing import KernelRefused, carry_out
-from skep.node.network.overlay.difference import AddLink, DeleteLink, Operation, difference
+from skep.node.network.overlay.difference import AddLink, DeleteLink, Operation, Put, difference
 from skep.node.network.overlay.kernel_made import RULES_4, RULES_6, completed, is_link_local
 from skep.node.network.overlay.repairs import Repairs, kind_of
-from skep.node.network.overlay.state import Link, Rule, State
+from skep.node.network.overlay.state import Link, Route, Rule, State
 from skep.node.network.overlay.tables import Element, RuleTable
 
 log = structlog.get_logger()
@@ -85,6 +85,9 @@ class Domain:
         self._listings: dict[str, str] = {}
         self._refused: dict[str, frozenset[Element]] = {}
         """Elements that the kernel does not take, by their table; they are left out while they are wanted."""
+        self._missed: frozenset[object] = frozenset()
+        self.is_unsure = False
+        """Whether the last ``heal`` left something for the next, which is to come soon."""
         self.indices: frozenset[int] | None = None
         """Of the links that matter, None: not known at present."""
 
@@ -152,7 +155,7 @@ class Domain:
             found = await self._read(wanted)
             wanted = self._goal or wanted  # what was let go meanwhile is not missed
             found = self._without_leaving(found)
-            operations = difference(wanted, found, is_ours=self.is_ours)
+            operations = self._without_unsure(difference(wanted, found, is_ours=self.is_ours))
             if operations:
                 self._believed = None
                 await self._do(operations)
@@ -231,6 +234,17 @@ class Domain:
             )
             state = msgspec.structs.replace(state, addresses=held)
         return state
+
+    def _without_unsure(self, operations: Sequence[Operation]) -> list[Operation]:
+        """``operations`` without IPv6 routes of the kernel's that were not missed before.
+
+        It makes them a moment after their address (addrconf_dad_work): what is missing twice was taken away.
+        """
+        missed = {one: one.item for one in operations if isinstance(one, Put) and _is_made_late(one.item)}
+        unsure = set(missed.values()) - self._missed
+        self._missed = frozenset(missed.values())
+        self.is_unsure = bool(unsure)
+        return [one for one in operations if one not in missed or missed[one] not in unsure]
 
     def _without_leaving(self, found: State) -> State:
         """``found`` without what goes by itself; what is still there after several looks is somebody's mistake."""
@@ -368,6 +382,10 @@ def _together(states: Sequence[State]) -> State:
         rules=frozenset().union(*(state.rules for state in states)),
         sysctls=sysctls,
     )
+
+
+def _is_made_late(item: object) -> bool:
+    return isinstance(item, Route) and item.is_kernels and ":" in item.destination
 
 
 def without(state: State, link: str) -> State:

@@ -170,6 +170,8 @@ class Healing:
             if domain in self._sockets:  # otherwise it was removed meanwhile
                 report(error, "network not repaired yet", where=domain.name)
                 return False
+        if domain.is_unsure and domain in self._sockets:
+            self.expect(domain)
         return True
 
 
