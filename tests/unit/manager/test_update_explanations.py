@@ -89,7 +89,7 @@ def test_the_order_of_tasks_does_not_matter(order: list[int], new: set[str]) -> 
 
 def test_people_read_it_in_one_line() -> None:
     found = explain_service(updated(), slots(RUNNING, PENDING, RUNNING), wanted=3, nodes={})
-    lines = list(about_service("web", msgspec.json.decode(to_json(found))))
+    lines = list(about_service("web", msgspec.json.decode(to_json(found)), 0.0))
     assert (
         "  update: 2 of 3 tasks are new; it waits for task t2: it waits for a node, until 2026-01-31T12:00:40Z"
         in lines

@@ -85,7 +85,8 @@ WITHOUT_WORDS: dict[type, dict[str, Any]] = {
         "failing_paths": (),
         "cut_off": (),
     },
-    ManagerStatus: {"has_vote": True},
+    ManagerStatus: {"has_vote": True, "level": 0},
+    Task: {"restart": None},
     NodeCertificate: {
         "not_after": Timestamp(""),
         "last_not_after": Timestamp(""),
