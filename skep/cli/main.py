@@ -4,6 +4,7 @@ Commands are named by module and attribute and imported when they are run or lis
 fast as docker does and the commands of other parts (the daemon, the playground) stay out of this one's imports.
 """
 
+import difflib
 import importlib
 import os
 from pathlib import Path
@@ -58,6 +59,20 @@ class Commands(click.Group):
         if cmd_name in passthrough.NOUNS:
             return passthrough.command(cmd_name)
         return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            meant = difflib.get_close_matches(
+                args[0], sorted({*COMMANDS, *passthrough.NOUNS}), n=2, cutoff=0.7
+            )
+            if not meant:
+                raise
+            words = " or ".join(f"'{name}'" for name in meant)
+            raise click.UsageError(f"No such command '{args[0]}'. Did you mean {words}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

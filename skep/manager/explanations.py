@@ -198,10 +198,18 @@ def signal_of(exit_code: int) -> str:
         return ""
 
 
+_NEVER_STARTED = "starting container failed"
+_CONTAINER_GONE = "No such container"
+
+
 def _ending(task: Task) -> str:
     code = _exit_code(task)
     if code is None:
         return "it failed" + _because(task.status.err)
+    if task.status.err.startswith(_NEVER_STARTED):
+        return "its process could not be started" + _because(task.status.err)
+    if task.status.err.startswith(_CONTAINER_GONE):
+        return "its container was gone before it ended" + _because(task.status.err)
     name = signal_of(code)
     return f"its process ended with code {code}" + (f" ({name})" if name else "") + _because(task.status.err)
 

@@ -11,6 +11,7 @@ import click
 from skep.errors import SkepError
 from skep.playground import names
 from skep.playground.commands import find
+from skep.playground.node import daemon_pid
 from skep.playground.playground import Playground
 from skep.playground.underlay import Way
 
@@ -131,7 +132,7 @@ def ps(directory: Path, name: str | None) -> None:
     """
     rows = [("NODE", "ROLE", "STATE", "ADDRESS", "PID", "ENDPOINT")]
     for node, state in _finish(_open(directory, name).states()):
-        pid = " ".join(map(str, node.pids)) or "-"
+        pid = str(daemon_pid(node) or "-")
         rows.append((node.name, node.role, state, node.addr, pid, node.endpoint))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

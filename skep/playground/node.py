@@ -20,7 +20,7 @@ _ENDS_MAX = 3
 """A daemon that refuses its configuration or its machine does so every time."""
 _CONFIGURATION = """\
 # Configuration of this node alone; the machine's own /etc/skep/skep.toml is not read here.
-# After a change: send SIGHUP to the node process, or kill and start the node.
+# After a change: send SIGHUP to the daemon (its PID: skep playground ps), or kill and start the node.
 """
 _TAIL_LINES = 15
 
@@ -140,6 +140,18 @@ async def remove_files(home: Path) -> None:
 def is_up(node: Node) -> bool:
     """Whether the node's holder lives.  Its daemon may still be starting."""
     return any(start_ticks_of(pid) == node.started for pid in node.pids)
+
+
+def daemon_pid(node: Node) -> int | None:
+    """The daemon that the holder keeps running: the first process of its shell.  None: there is none at present."""
+    pid = node.pids[0] if is_up(node) else None
+    for _ in ("shell", "daemon"):
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            return None
+        pid = int(children[0]) if children else None
+    return pid
 
 
 async def state(playground: str, node: Node) -> str:

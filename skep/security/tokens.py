@@ -58,7 +58,8 @@ def check_root(token: Token, root_pem: bytes) -> None:
     if not hmac.compare_digest(hashlib.sha256(root_pem).digest(), token.root_sha256):
         raise FailedPrecondition(
             "remote CA does not match fingerprint. Expected: "
-            f"{token.root_sha256.hex()}, actual: {hashlib.sha256(root_pem).hexdigest()}"
+            f"{token.root_sha256.hex()}, actual: {hashlib.sha256(root_pem).hexdigest()}.  If the swarm is the right "
+            "one, the token is from before the certificate authority was rotated: see `docker swarm join-token`"
         )
 
 

@@ -12,6 +12,8 @@ from skep.node.mounts.volumes import Volumes, copy_up
 from skep.node.oci.bundle import Bundles
 from skep.node.oci.container import Container, MountPoint
 
+NO_SOURCE = 'invalid mount config for type "bind": field Source must not be empty'
+
 
 class Mounting:
     """Finds and makes what containers mount."""
@@ -40,6 +42,8 @@ class Mounting:
         source = expand(mount.source)
         match mount.type:
             case "bind":
+                if not source:
+                    raise Rejected(NO_SOURCE)
                 if not os.path.exists(source):
                     options = mount.bind_options
                     if options is None or not options.create_mountpoint:

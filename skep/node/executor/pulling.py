@@ -47,7 +47,10 @@ class Pulling:
         self._failed_at: dict[str, float] = {}
 
     async def image(self, reference: str, auth: str) -> Image:
-        """The image to run.  Raises: Rejected: ``No such image: x``, neither here nor to be had."""
+        """The image to run.
+
+        Raises: Rejected: ``No such image: x: ...``, neither here nor to be had, and why the registry gave none.
+        """
         try:
             local = self._images.resolve(reference)
             if local is not None and self._needs_no_registry(reference, local):
@@ -104,8 +107,13 @@ class Pulling:
         except SkepError as invalid:
             raise Rejected(str(invalid)) from invalid
         if image is None:
-            raise Rejected(f"No such image: {reference}") from error
+            raise Rejected(_why_not(reference, error)) from error
         return image
+
+
+def _why_not(reference: str, error: SkepError | None) -> str:
+    words = f"No such image: {reference}"
+    return f"{words}: {error}" if error is not None and str(error) != words else words
 
 
 def _registry_of(reference: str) -> str:

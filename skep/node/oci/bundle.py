@@ -43,6 +43,7 @@ from skep.node.oci.users import identity
 log = structlog.get_logger()
 
 _RECORD = "record"
+_FILES_OF_THE_NODE = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
 _ID = re.compile("[0-9a-f]{64}")
 
 
@@ -182,7 +183,10 @@ class Bundles:
         await remove_tree(self.path(id), keep=_RECORD)
 
     def changes(self, container: Container) -> Sequence[tuple[int, str]]:
-        """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted."""
+        """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted.
+
+        The places of the files that the node writes are no change of the container's.
+        """
         upper = self.path(container.id) / "upper"
         lower = [Path(layer) for layer in container.layers]
         found = []
@@ -193,7 +197,10 @@ class Bundles:
                 found.append((0, f"/{inside}"))
             else:
                 found.append((1, f"/{inside}"))
-        return sorted(found, key=lambda one: one[1])
+        own = [one for one in found if one[1] not in _FILES_OF_THE_NODE]
+        if len(own) < len(found) and not any(inside.startswith("/etc/") for _, inside in own):
+            own = [one for one in own if one[1] != "/etc"]  # it holds nothing but them
+        return sorted(own, key=lambda one: one[1])
 
     def _mount(self, container: Container) -> None:
         path = self.path(container.id)

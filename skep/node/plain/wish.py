@@ -22,6 +22,7 @@ from skep.model.service import PublishMode
 from skep.model.times import SECOND_NS
 from skep.node.executor import wish as executor_wish
 from skep.node.executor.interface import Rejected
+from skep.node.executor.mounting import NO_SOURCE
 from skep.node.oci import apparmor, health
 from skep.node.oci.container import ContainerConfig, NodePort
 from skep.node.oci.images.image import ContainerDefaults
@@ -37,6 +38,8 @@ _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp|sctp))?")
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 _MEANINGLESS_HERE = frozenset({"", "rw", "z", "Z", "consistent", "cached", "delegated"})
 _HOST_GATEWAY = "host-gateway"
+MEMORY_BYTES_MIN = 6 << 20
+"""What a process needs to start at all: moby's linuxMinMemory."""
 
 
 def plain_of(body: CreateBody) -> Plain:
@@ -111,6 +114,8 @@ def mounts_of(body: CreateBody, image: ContainerDefaults) -> list[Mount]:
         )
         for target, words in host.tmpfs.items()
     ]
+    if any(mount.type == "bind" and not mount.source for mount in mounts):
+        raise InvalidArgument(NO_SOURCE)
     targets = {mount.target for mount in mounts}
     if len(targets) < len(mounts):
         twice = next(one for one in targets if [mount.target for mount in mounts].count(one) > 1)
@@ -167,8 +172,8 @@ def config_of(
         init=bool(host.init),
         read_only=host.readonly_rootfs,
         nano_cpus=_nano_cpus(host),
-        memory_bytes=_not_negative(host.memory, "memory"),
-        memory_reservation_bytes=_not_negative(host.memory_reservation, "memory reservation"),
+        memory_bytes=_memory(host.memory, "limit"),
+        memory_reservation_bytes=_memory(host.memory_reservation, "reservation"),
         pids=max(host.pids_limit or 0, 0),
         shm_bytes=_not_negative(host.shm_size, "shm size") or (64 << 20),
         ulimits=host.ulimits,
@@ -247,6 +252,13 @@ def _nano_cpus(host: HostBody) -> int:
     if host.cpu_quota > 0:
         return nano_cpus_of(host.cpu_quota, host.cpu_period)
     return _not_negative(host.nano_cpus, "number of CPUs")
+
+
+def _memory(value: int, what: str) -> int:
+    """Source: moby, daemon/daemon_unix.go (verifyPlatformContainerResources)."""
+    if 0 < value < MEMORY_BYTES_MIN:
+        raise InvalidArgument(f"Minimum memory {what} allowed is 6MB")
+    return _not_negative(value, f"memory {what}")
 
 
 def _not_negative(value: int, what: str) -> int:

@@ -265,7 +265,7 @@ def _host_config(container: Container) -> dict[str, Any]:
         "Dns": list(config.nameservers) or None,
         "DnsOptions": list(config.dns_options) or None,
         "DnsSearch": list(config.search_domains) or None,
-        "ExtraHosts": list(config.hosts) or None,
+        "ExtraHosts": extra_hosts(config.hosts) or None,
         "GroupAdd": list(config.groups) or None,
         "OomScoreAdj": config.oom_score_adj,
         "ReadonlyRootfs": config.read_only,
@@ -340,3 +340,9 @@ def _shown_image(container: Container, images: ImageStore) -> str:
     """The name it was made from, or the id where that name means something else by now."""
     image = images.lookup(container.image)
     return container.image if image is not None and image.id == container.image_id else container.image_id
+
+
+def extra_hosts(lines: Sequence[str]) -> list[str]:
+    """Lines of /etc/hosts, ``address name...``, as ``HostConfig`` has them: ``name:address`` for each name."""
+    words = [line.split() for line in lines]
+    return [f"{name}:{address}" for address, *names in words for name in names]

@@ -36,6 +36,7 @@ from skep.node.oci.images.store import ImageStore
 from skep.node.oci.images.untar import tree_bytes
 from skep.node.oci.spec import nano_cpus_of
 from skep.node.plain.containers import PlainContainers
+from skep.node.plain.wish import MEMORY_BYTES_MIN
 from skep.node.routes import container_answers
 from skep.node.routes.container_listing import Wish, ancestors, select
 from skep.node.routes.container_output import output_routes
@@ -333,4 +334,6 @@ def _limits(container: Container, wish: Limits) -> dict[str, int]:
     }
     if any(value < 0 for value in found.values()):
         raise InvalidArgument("invalid limit: it must not be negative")
+    if 0 < (wish.memory or 0) < MEMORY_BYTES_MIN:
+        raise InvalidArgument("Minimum memory limit allowed is 6MB")
     return found

@@ -71,7 +71,7 @@ async def test_the_container_has_dockers_name_and_labels(executor: OciExecutor) 
 
 
 async def test_a_missing_image_is_rejected_with_dockers_words(executor: OciExecutor) -> None:
-    with pytest.raises(Rejected, match=r"^No such image: nosuch:1$"):
+    with pytest.raises(Rejected, match=r"^No such image: nosuch:1: "):
         await executor.controller(a_task("true", image="nosuch:1")).prepare()
     assert await executor.leftovers() == []
 

@@ -38,3 +38,11 @@ def test_an_unknown_word_is_refused() -> None:
     result = CliRunner().invoke(cli.main, ["honey"])
     assert result.exit_code == 2
     assert "No such command 'honey'" in result.output
+    assert "Did you mean" not in result.output
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("statsu", "'stats' or 'status'"), ("servcie", "'service'")])
+def test_a_word_that_is_nearly_one_is_answered_with_it(typed: str, meant: str) -> None:
+    result = CliRunner().invoke(cli.main, [typed])
+    assert result.exit_code == 2
+    assert f"No such command '{typed}'. Did you mean {meant}?" in result.output

@@ -74,6 +74,15 @@ def failed_with(code: int, err: str) -> Task:
     return replace(a_task(node="n1", desired=TaskState.SHUTDOWN), status=status)
 
 
+def test_a_process_that_never_was_has_no_code_to_tell() -> None:
+    failed = failed_with(
+        127, 'starting container failed: OCI runtime create failed: exec: "nosuch": not found'
+    )
+    assert summary(failed, None) == f"its process could not be started: {failed.status.err}"
+    gone = failed_with(0, "No such container: web.4.x")
+    assert summary(gone, None) == "its container was gone before it ended: No such container: web.4.x"
+
+
 def test_a_failed_task_tells_its_code_its_signal_and_the_words_of_the_engine() -> None:
     task = failed_with(137, "task: non-zero exit (137): out of memory")
     told = explain_task(task, a_node("n1"))

@@ -62,7 +62,9 @@ async def test_tasks_that_come_together_share_one_failed_attempt_and_run_the_loc
 async def test_without_a_local_image_each_of_them_is_rejected() -> None:
     registry = Registry(None, Unavailable("no route"))
     answers = await _together(Pulling(registry, SystemClock()), registry, 3)
-    assert [(type(answer), str(answer)) for answer in answers] == [(Rejected, "No such image: web:1")] * 3
+    assert [(type(answer), str(answer)) for answer in answers] == [
+        (Rejected, "No such image: web:1: no route")
+    ] * 3
     assert registry.asked == 1
 
 

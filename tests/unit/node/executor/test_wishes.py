@@ -169,7 +169,7 @@ async def test_without_its_registry_the_local_image_is_used_and_the_registry_lef
 @pytest.mark.parametrize("error", [Unavailable("no route"), NotFound("no such tag"), None])
 async def test_neither_here_nor_to_be_had_is_rejected(error: SkepError | None) -> None:
     registry = Registry(is_local=False, error=error or Unavailable("x"))
-    with pytest.raises(Rejected, match=r"^No such image: nosuch:1$"):
+    with pytest.raises(Rejected, match=rf"^No such image: nosuch:1: {error or 'x'}$"):
         await Pulling(registry, HandClock()).image("nosuch:1", "")
 
 

@@ -96,6 +96,12 @@ def test_options_of_a_network_that_are_not_acted_on_are_refused_too() -> None:
         ({"Binds": ["/a:/b", "/c:/b"]}, "Duplicate mount point: /b"),
         ({"ExtraHosts": ["x"]}, "bad format for add-host"),
         ({"Memory": -1}, "invalid memory"),
+        ({"Memory": 1024}, "^Minimum memory limit allowed is 6MB$"),
+        ({"MemoryReservation": 1024}, "^Minimum memory reservation allowed is 6MB$"),
+        (
+            {"Mounts": [{"Type": "bind", "Target": "/x"}]},
+            '^invalid mount config for type "bind": field Source must not be empty$',
+        ),
     ],
 )
 def test_what_can_never_work_is_refused(host: dict[str, Any], said: str) -> None:

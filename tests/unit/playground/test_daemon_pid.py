@@ -1,0 +1,33 @@
+"""Which process of a node ``ps`` names."""
+
+import subprocess
+from pathlib import Path
+
+import msgspec
+
+from skep.linux.processes import start_ticks_of
+from skep.playground.node import daemon_pid, described
+
+
+def test_the_pid_of_a_node_is_its_daemons_and_not_its_holders(tmp_path: Path) -> None:
+    node = described(tmp_path, "demo", "w1", "worker", "192.168.100.13")
+    assert daemon_pid(node) is None
+    # As tini, the holder's shell and the daemon; ``:`` keeps each shell from becoming what it runs.
+    words = ["/bin/sh", "-c", "/bin/sh -c 'cat; :'; :"]
+    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        holder.stdin.write(b"x")
+        holder.stdin.flush()
+        assert holder.stdout.read(1) == b"x"  # cat runs
+        started = start_ticks_of(holder.pid)
+        assert started is not None
+        up = msgspec.structs.replace(node, pids=(holder.pid,), started=started)
+        pid = daemon_pid(up)
+        assert Path(f"/proc/{pid}/comm").read_text() == "cat\n"
+        assert daemon_pid(msgspec.structs.replace(up, started=started + 1)) is None
+    finally:
+        holder.stdin.close()
+        holder.wait()
+        holder.stdout.close()
