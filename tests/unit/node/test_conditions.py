@@ -89,7 +89,7 @@ def test_skep_status_lists_ready_nodes_that_say_what_is_wrong():
         {"ID": "b", "Description": {"Hostname": "w2"}, "Status": {"State": "ready"}},
     ]
     assert [row for row in about_cluster(nodes) if row[0] == "node"] == [
-        ("node", "w1 is ready the disk is full")
+        ("node", "w1 is ready: the disk is full")
     ]
 
 

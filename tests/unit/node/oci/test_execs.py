@@ -39,6 +39,7 @@ async def test_no_more_than_a_few_are_started_at_the_same_moment() -> None:
         cast("Bundles", SimpleNamespace(prepare_exec=lambda *_: Path())),
         cast("Runtime", runtime),
         Events(SystemClock()),
+        SystemClock(),
         container=lambda _: running,
         spawn=asyncio.create_task,
     )
