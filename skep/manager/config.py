@@ -7,7 +7,7 @@ import msgspec
 
 from skep.errors import FailedPrecondition
 from skep.linux.files import replace_file
-from skep.model.addresses import default_peer_addr
+from skep.model.addresses import default_peer_addr, host_of, joined, parted
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
@@ -66,6 +66,11 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
     def peer_listen(self) -> str:
         """``ip:port`` where its etcd listens for the other managers."""
         return self.peer_addr or default_peer_addr(self.listen_addr)
+
+    @property
+    def peer_advertised(self) -> str:
+        """``ip:port`` where the other managers reach its etcd."""
+        return joined(host_of(self.advertise_addr), parted(self.peer_listen)[1])
 
 
 def load(path: Path) -> ManagerConfig:

@@ -124,7 +124,9 @@ class Manager:
         self._cut_peers = cut_peers
         self._trouble = trouble
         self._consensus = consensus
-        self._presence = Presence(store, config.node_id, config.advertise_addr, clock, random)
+        self._presence = Presence(
+            store, config.node_id, config.advertise_addr, config.peer_advertised, clock, random
+        )
         self._space = StoreSpace(store, config.node_id, consensus, self._channel_to, clock)
         self._keys = WrappingKeys(config.paths)
         self._members = MembersService(

@@ -23,12 +23,18 @@ RETRY_S = 0.5
 
 
 class Presence:
-    """Keeps this manager's own status true.  ``addr``: ``ip:port`` under which others reach it."""
+    """Keeps this manager's own status true.
 
-    def __init__(self, store: Store, node_id: NodeId, addr: str, clock: Clock, random: Random) -> None:
+    ``addr``, ``peer_addr``: ``ip:port`` where others reach it, and its etcd.
+    """
+
+    def __init__(
+        self, store: Store, node_id: NodeId, addr: str, peer_addr: str, clock: Clock, random: Random
+    ) -> None:
         self._store = store
         self._node_id = node_id
         self._addr = addr
+        self._peer_addr = peer_addr
         self._clock = clock
         self._random = random
         self._term: Term | None = None
@@ -46,7 +52,7 @@ class Presence:
             term = self._term
             try:
                 await (term or self._store).update(
-                    show_presence, self._node_id, self._addr, leads=term is not None
+                    show_presence, self._node_id, self._addr, self._peer_addr, leads=term is not None
                 )
             except SkepError as error:
                 log.debug("presence not shown yet", reason=str(error))
@@ -55,8 +61,8 @@ class Presence:
                 await self._changed.wait()
 
 
-def show_presence(tx: Transaction, node_id: NodeId, addr: str, *, leads: bool) -> None:
-    """Show the manager ``node_id`` at ``addr``, and whether it leads; nobody else does then.
+def show_presence(tx: Transaction, node_id: NodeId, addr: str, peer_addr: str = "", *, leads: bool) -> None:
+    """Show the manager ``node_id`` at ``addr``, its etcd at ``peer_addr``, and whether it leads; nobody else does then.
 
     A node that was removed stays removed, one that was demoted no manager.  Whether a manager that was unreachable
     is heard again is said by the leader.
@@ -73,6 +79,8 @@ def show_presence(tx: Transaction, node_id: NodeId, addr: str, *, leads: bool) -
         return
     is_heard = leads or before is None or before.reachability is Reachability.UNKNOWN
     reachability = Reachability.REACHABLE if is_heard or before is None else before.reachability
-    status = ManagerStatus(leader=leads, reachability=reachability, addr=addr, level=LEVEL)
+    status = ManagerStatus(
+        leader=leads, reachability=reachability, addr=addr, level=LEVEL, peer_addr=peer_addr
+    )
     if before != status:
         tx.put(replace(node, manager_status=status))

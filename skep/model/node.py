@@ -99,7 +99,8 @@ class ManagerStatus(ApiObject):
     """``has_vote``: false for a manager that a restore or a forced new cluster left behind.
 
     ``level``: the newest level of the stored data that it knows; 0: it is of a version that does not say, and knows 1.
-    Both are left out of answers.
+    ``peer_addr``: ``ip:port`` where the other managers reach its etcd; empty: it does not say.
+    The three are left out of answers.
     """
 
     leader: bool = False
@@ -107,6 +108,7 @@ class ManagerStatus(ApiObject):
     addr: str = ""
     has_vote: bool = True
     level: int = 0
+    peer_addr: str = ""
 
 
 class NodeSession(ApiObject):

@@ -33,6 +33,8 @@ class PathPeer(msgspec.Struct, frozen=True, kw_only=True):
     """UDP; the cluster's data-path port."""
     control: str = ""
     """``192.0.2.1:2377`` or ``[fd09::1]:2377``; empty: no manager, or not to be asked."""
+    etcd: str = ""
+    """``192.0.2.1:2378``, where managers reach another one's etcd; empty: not to be asked."""
     gossip: str = ""
     """``192.0.2.1:7946`` of a docker node; empty: not to be asked."""
     encrypted: bool = False
@@ -54,6 +56,8 @@ class PathCheck(StrEnum):
 
     CONTROL = "control"
     """A TLS hello is answered on a manager's control port."""
+    ETCD = "etcd"
+    """A manager's etcd takes connections on its peer port.  Asked by managers alone."""
     OVERLAY = "overlay"
     """Small frames come through VXLAN and are answered."""
     LARGE_PACKETS = "large packets"

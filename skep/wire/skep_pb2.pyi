@@ -36,6 +36,7 @@ class PathPeer(_message.Message):
     CONTROL_FIELD_NUMBER: _builtins.int
     GOSSIP_FIELD_NUMBER: _builtins.int
     ENCRYPTED_FIELD_NUMBER: _builtins.int
+    ETCD_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     hostname: _builtins.str
     data_path: _builtins.str
@@ -47,6 +48,10 @@ class PathPeer(_message.Message):
     gossip: _builtins.str
     """ip:port; empty: no docker node, or not to be asked."""
     encrypted: _builtins.bool
+    etcd: _builtins.str
+    """ip:port of a manager's etcd, told to managers; empty: not to be asked.  An older node asks nothing, and what an
+    older manager does not say is not asked.
+    """
     def __init__(
         self,
         *,
@@ -57,10 +62,11 @@ class PathPeer(_message.Message):
         control: _builtins.str = ...,
         gossip: _builtins.str = ...,
         encrypted: _builtins.bool = ...,
+        etcd: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control", b"control", "data_path", b"data_path", "encrypted", b"encrypted", "gossip", b"gossip", "hostname", b"hostname", "node_id", b"node_id", "vxlan_port", b"vxlan_port"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control", b"control", "data_path", b"data_path", "encrypted", b"encrypted", "etcd", b"etcd", "gossip", b"gossip", "hostname", b"hostname", "node_id", b"node_id", "vxlan_port", b"vxlan_port"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

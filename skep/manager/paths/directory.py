@@ -48,7 +48,7 @@ def directory_of(nodes: Iterable[Node], vxlan_port: int) -> Directory:
 def is_seen_otherwise(old: Node, new: Node) -> bool:
     """Whether a directory takes something of a node that has changed.  Asked for each commit of each node."""
     if old.status is new.status and old.description is new.description:
-        return _control(old) != _control(new)
+        return _manager_ports(old) != _manager_ports(new)
     return _seen(old) != _seen(new)
 
 
@@ -59,7 +59,7 @@ def _seen(node: Node) -> tuple[object, ...]:
         underlay_of(node),
         probes_paths(node),
         is_docker_node(node),
-        _control(node),
+        _manager_ports(node),
     )
 
 
@@ -78,12 +78,21 @@ def wish_for(
         return None
     theirs = frozenset(encrypted(id))
     peers = []
+    known = set()
     for peer_id in plan.peers(id):
         peer = directory.peers.get(peer_id)
         if peer is not None:
             is_encrypted = bool(theirs) and not theirs.isdisjoint(encrypted(peer_id))
-            peers.append(replace(peer, encrypted=True) if is_encrypted else peer)
-    return PathWish(node=own, peers=(*peers, *_gossiping(id, directory)))
+            peers.append(_as_told(replace(peer, encrypted=True) if is_encrypted else peer, own))
+            known.add(peer_id)
+    managers = controlled(id, directory) if own.control else ()
+    others = (manager for manager in managers if manager.node_id not in known)
+    return PathWish(node=own, peers=(*peers, *others, *_gossiping(id, directory)))
+
+
+def _as_told(peer: PathPeer, own: PathPeer) -> PathPeer:
+    """Workers may be kept away from etcd's port, and have no use for it."""
+    return peer if own.control or not peer.etcd else replace(peer, etcd="")
 
 
 def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
@@ -97,9 +106,12 @@ def _gossiping(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
 
 
 def controlled(id: NodeId, directory: Directory) -> tuple[PathPeer, ...]:
-    """All managers but the node itself, to be asked for their control ports alone."""
+    """All managers but the node itself, to be asked for their ports as managers alone."""
+    own = directory.peers.get(id)
+    managers = (directory.peers[manager] for manager in directory.managers if manager != id)
     return tuple(
-        replace(directory.peers[manager], data_path="") for manager in directory.managers if manager != id
+        replace(peer, data_path="", etcd=peer.etcd if own is not None and own.control else "")
+        for peer in managers
     )
 
 
@@ -110,8 +122,14 @@ def _peer(node: Node, vxlan_port: int) -> PathPeer:
         data_path=underlay_of(node),
         vxlan_port=vxlan_port,
         control=_control(node),
+        etcd=_manager_ports(node)[1],
     )
 
 
 def _control(node: Node) -> str:
     return node.manager_status.addr if node.manager_status is not None else ""
+
+
+def _manager_ports(node: Node) -> tuple[str, str]:
+    status = node.manager_status
+    return (status.addr, status.peer_addr) if status is not None else ("", "")

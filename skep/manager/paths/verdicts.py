@@ -7,7 +7,12 @@ from skep.model.ids import NodeId
 from skep.model.node import FailingPath
 from skep.model.paths import PathCheck, PathPeer, PathReport
 
-_RANK: dict[str, int] = {PathCheck.OVERLAY: 0, PathCheck.ENCRYPTED: 1, PathCheck.CONTROL: 2}
+_RANK: dict[str, int] = {
+    PathCheck.OVERLAY: 0,
+    PathCheck.ENCRYPTED: 1,
+    PathCheck.CONTROL: 2,
+    PathCheck.ETCD: 3,
+}
 """What is written first where not all of it is."""
 
 

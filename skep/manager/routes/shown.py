@@ -81,7 +81,7 @@ def shown_node(trouble: Trouble, node: Node) -> Node:
         status = replace(status, message="; ".join(filter(None, (status.message, *more))))
     manager = node.manager_status
     if manager is not None:
-        manager = replace(manager, has_vote=True, level=0)  # and so left out
+        manager = replace(manager, has_vote=True, level=0, peer_addr="")  # and so left out
     return replace(
         node,
         status=status,

@@ -122,6 +122,7 @@ def _peer_to_pb(peer: PathPeer) -> pb.PathPeer:
         vxlan_port=peer.vxlan_port,
         control=peer.control,
         gossip=peer.gossip,
+        etcd=peer.etcd,
         encrypted=peer.encrypted,
     )
 
@@ -134,5 +135,6 @@ def _peer_from_pb(message: pb.PathPeer) -> PathPeer:
         vxlan_port=message.vxlan_port,
         control=message.control,
         gossip=message.gossip,
+        etcd=message.etcd,
         encrypted=message.encrypted,
     )

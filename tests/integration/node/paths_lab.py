@@ -17,7 +17,7 @@ from skep.node.network.encrypted.plan import Plan, PlannedPeer
 from tests.etcd_rig import peer_files
 from tests.integration.node.overlay_lab import LabNode, OverlayLab
 
-CONTROL_PORT, GOSSIP_PORT, VXLAN_PORT, ENCRYPTED_PORT = 2377, 7946, 4789, 4799
+CONTROL_PORT, ETCD_PORT, GOSSIP_PORT, VXLAN_PORT, ENCRYPTED_PORT = 2377, 2378, 7946, 4789, 4799
 
 
 def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
@@ -27,6 +27,7 @@ def a_peer(node: LabNode, *, has_ports: bool = False) -> PathPeer:
         hostname=f"host-{node.id}",
         data_path=node.underlay,
         control=f"{node.underlay}:{CONTROL_PORT}" if has_ports else "",
+        etcd=f"{node.underlay}:{ETCD_PORT}" if has_ports else "",
         gossip=f"{node.underlay}:{GOSSIP_PORT}" if has_ports else "",
         encrypted=has_ports,
     )
@@ -74,7 +75,7 @@ async def served_ports(lab: OverlayLab, root: Path) -> AsyncIterator[None]:
     forwarders: list[Forwarder] = []
     try:
         for node in lab.nodes:
-            for port, tls in ((CONTROL_PORT, context), (GOSSIP_PORT, None)):
+            for port, tls in ((CONTROL_PORT, context), (ETCD_PORT, context), (GOSSIP_PORT, None)):
                 listener = await node.namespaces.run(node.home, socket.create_server, (node.underlay, port))
                 servers.append(await loop.create_server(asyncio.Protocol, sock=listener, ssl=tls))
             forwarder = Forwarder(os.urandom, random.random, time.monotonic)

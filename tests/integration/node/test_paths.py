@@ -18,7 +18,7 @@ from tests.integration.node.overlay_lab import OverlayLab, shell, tried
 from tests.integration.node.paths_lab import a_peer, failing, report_until, served_ports, wish_all
 
 INSIDE = {PathCheck.OVERLAY, PathCheck.LARGE_PACKETS, PathCheck.CHECKSUM_OFFLOAD}
-EVERYTHING = INSIDE | {PathCheck.CONTROL, PathCheck.GOSSIP, PathCheck.ENCRYPTED}
+EVERYTHING = INSIDE | {PathCheck.CONTROL, PathCheck.ETCD, PathCheck.GOSSIP, PathCheck.ENCRYPTED}
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ async def test_open_ways_are_found_open(tmp_path: Path, is_v6: bool) -> None:
     [
         ("udp dport 4789 drop", PathCheck.OVERLAY, "4789/udp"),
         pytest.param("tcp dport 2377 drop", PathCheck.CONTROL, "2377/tcp", marks=pytest.mark.slow),
+        pytest.param("tcp dport 2378 drop", PathCheck.ETCD, "2378/tcp", marks=pytest.mark.slow),
         pytest.param("tcp dport 7946 drop", PathCheck.GOSSIP, "7946/tcp", marks=pytest.mark.slow),
         pytest.param("udp dport 4799 drop", PathCheck.ENCRYPTED, "4799/udp", marks=pytest.mark.slow),
         pytest.param("udp dport 4799 reject", PathCheck.ENCRYPTED, "4799/udp", marks=pytest.mark.slow),

@@ -85,7 +85,7 @@ WITHOUT_WORDS: dict[type, dict[str, Any]] = {
         "failing_paths": (),
         "cut_off": (),
     },
-    ManagerStatus: {"has_vote": True, "level": 0},
+    ManagerStatus: {"has_vote": True, "level": 0, "peer_addr": ""},
     Task: {"restart": None},
     NodeCertificate: {
         "not_after": Timestamp(""),

@@ -27,6 +27,7 @@ PEERS = st.builds(
     vxlan_port=st.integers(1, 65535),
     control=WORDS,
     gossip=WORDS,
+    etcd=WORDS,
     encrypted=st.booleans(),
 )
 LISTS = st.lists(PEERS, max_size=3).map(tuple)

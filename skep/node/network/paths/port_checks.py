@@ -10,7 +10,7 @@ from skep.node.network.paths.wishes import host_and_port
 
 
 class PortChecks:
-    """A manager's port, a docker node's gossip, the forwarder of encrypted networks: those that the peer has."""
+    """A manager's ports, a docker node's gossip, the forwarder of encrypted networks: those that the peer has."""
 
     def __init__(self, knocking: Knocking) -> None:
         self._knocking = knocking
@@ -22,6 +22,11 @@ class PortChecks:
             address, port = host_and_port(peer.control)
             outcome = await self._knocking.hello(address, port)
             found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
+        if peer.etcd:
+            # No hello: etcd's log would name a handshake that was not finished, each time.
+            address, port = host_and_port(peer.etcd)
+            outcome = await self._knocking.connect(address, port)
+            found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))
         if peer.gossip:
             address, port = host_and_port(peer.gossip)
             outcome = await self._knocking.connect(address, port)

@@ -35,6 +35,7 @@ def _sound(peer: PathPeer) -> PathPeer:
         data_path=peer.data_path if has_port and _is_address(peer.data_path) else "",
         vxlan_port=peer.vxlan_port if has_port else DEFAULT_DATA_PATH_PORT,
         control=peer.control if _is_host_and_port(peer.control) else "",
+        etcd=peer.etcd if _is_host_and_port(peer.etcd) else "",
         gossip=peer.gossip if _is_host_and_port(peer.gossip) else "",
     )
 

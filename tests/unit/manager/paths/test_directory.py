@@ -1,0 +1,60 @@
+"""What nodes are told of the others, from what the store says."""
+
+from msgspec.structs import replace
+
+from skep.manager.paths.directory import controlled, directory_of, is_seen_otherwise, wish_for
+from skep.manager.paths.plan import ALL_PAIRS_MAX, Plan
+from skep.model.ids import NodeId
+from skep.model.node import EngineDescription, ManagerStatus, Node, NodeDescription, NodeState, NodeStatus
+from skep.model.paths import PathPeer
+from skep.model.planes import PATHS_LABEL
+
+
+def a_node(name: str, number: int = 1, manager: ManagerStatus | None = None) -> Node:
+    engine = EngineDescription(labels={PATHS_LABEL: "1"})
+    return Node(
+        id=NodeId(name),
+        description=NodeDescription(hostname=name, engine=engine),
+        status=NodeStatus(state=NodeState.READY, addr=f"10.0.0.{number}"),
+        manager_status=manager,
+    )
+
+
+def a_manager(name: str, number: int, peer_port: int | None = 2378) -> Node:
+    host = f"10.0.0.{number}"
+    peer_addr = f"{host}:{peer_port}" if peer_port else ""
+    return a_node(name, number, ManagerStatus(addr=f"{host}:2377", peer_addr=peer_addr))
+
+
+def etcds(*nodes: Node, told: str) -> dict[str, str]:
+    """Where the others' etcd is, as the node is told."""
+    directory = directory_of(nodes, 4789)
+    wish = wish_for(NodeId(told), directory, Plan(directory.peers, {}), lambda _: ())
+    assert wish is not None
+    return {peer.node_id: peer.etcd for peer in wish.peers}
+
+
+def test_managers_are_told_where_the_others_etcd_is_and_workers_are_not() -> None:
+    nodes = (a_manager("m1", 1), a_manager("m2", 2, 2380), a_manager("older", 3, None), a_node("w1", 4))
+    assert etcds(*nodes, told="m1") == {"m2": "10.0.0.2:2380", "older": "", "w1": ""}
+    assert etcds(*nodes, told="w1") == {"m1": "", "m2": "", "older": ""}
+
+
+def test_managers_ask_each_other_in_a_cluster_of_any_size() -> None:
+    managers = [a_manager(f"m{number}", number) for number in range(1, 6)]
+    workers = [a_node(f"w{number}", 5 + number) for number in range(3 * ALL_PAIRS_MAX)]
+    told = etcds(*managers, *workers, told="m1")
+    assert {name for name, etcd in told.items() if etcd} == {"m2", "m3", "m4", "m5"}
+
+
+def test_whoever_is_asked_to_look_now_is_told_the_same() -> None:
+    directory = directory_of((a_manager("m1", 1), a_manager("m2", 2), a_node("w1", 3)), 4789)
+    asked = PathPeer(node_id=NodeId("m2"), hostname="m2", control="10.0.0.2:2377")
+    assert controlled(NodeId("m1"), directory) == (replace(asked, etcd="10.0.0.2:2378"),)
+    assert asked in controlled(NodeId("w1"), directory)
+
+
+def test_another_peer_port_is_seen() -> None:
+    before = a_manager("m1", 1)
+    assert is_seen_otherwise(before, replace(before, manager_status=a_manager("m1", 1, 2380).manager_status))
+    assert not is_seen_otherwise(before, replace(before, peer_roots="x"))
