@@ -12,6 +12,7 @@
     meta/incarnation               which life of the cluster this is: raised by every restore and forced new cluster
     leader                         the fence of the leader's writes
     w/<node id>                    a manager's ticket: moving it voids that manager's writes in flight
+    w/<node id>/<number>           what that manager writes beside deletions, to know them for its own
 """
 
 from collections.abc import Callable

@@ -27,6 +27,12 @@ def test_what_the_store_answers_has_an_order_and_all_replicas_show_it(first: int
     assert not failed, "\n\n".join(failed)
 
 
+def test_a_deletion_is_ones_own_only_if_one_can_tell_it_from_another_managers() -> None:
+    """Of a manager that lagged, and lost the answer to its deletion: the one that it saw was another's."""
+    (outcome,) = outcomes([3559], live)
+    assert not outcome.violations, report(outcome)
+
+
 def test_a_seed_gives_the_same_life_twice() -> None:
     (one,) = outcomes([7], live)
     (other,) = outcomes([7], live)

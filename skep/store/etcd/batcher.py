@@ -15,6 +15,7 @@ other is simply sent again.
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 from secrets import token_bytes
 
 import structlog
@@ -63,8 +64,8 @@ class Pending:
         self.fence = fence
         self.footprint = Footprint.of(proposal)
         self.size_bytes = proposal.size_bytes
-        self.operations = proposal.operations + (fence is not None)
-        """What etcd counts for it; the fence is one compare more."""
+        self.operations = proposal.operations + 1
+        """What etcd counts for it: the fence is one compare more, the sign of a deletion one write."""
         self.outcome: asyncio.Future[Outcome | SkepError] = asyncio.get_running_loop().create_future()
         self.is_away = False
         """Whether it is in an entry that may take effect, now or later."""
@@ -176,6 +177,9 @@ class Batcher:
         self._idle: deque[asyncio.Future[Sending]] = deque()
         """Those who see to entries and have none."""
         self._witnesses: dict[bytes, tuple[Witness, Pending]] = {}
+        self._signs = count()
+        self._spare_signs: list[bytes] = []
+        """Keys that deletions of now may be signed with; a few suffice, as they are used again and again."""
         self._seen: dict[Pending, int] = {}
 
     async def propose(
@@ -217,7 +221,7 @@ class Batcher:
         found = self._witnesses.get(key)
         if found is not None and found[0].value == value:
             self._seen[found[1]] = revision
-            if value is not None and not is_clear(key):
+            if not is_clear(key):
                 found[1].resolve(Committed(revision))
         elif key == self._ticket_name and value == self._ticket_value:
             self._ticket_moved(revision)
@@ -260,9 +264,16 @@ class Batcher:
 
     def _encode(self, pending: Pending, sending: Sending) -> None:
         txn = sending.request.success.add().request_txn
-        witness = fill_txn(txn, pending.proposal, pending.fence, self._cipher)
+        witness = fill_txn(txn, pending.proposal, pending.fence, self._cipher, self._sign)
         sending.witnesses.append(witness)
         self._witnesses[witness.key] = (witness, pending)
+
+    def _sign(self) -> bytes:
+        return (
+            self._spare_signs.pop()
+            if self._spare_signs
+            else b"%b/%d" % (self._ticket_name, next(self._signs))
+        )
 
     def _send(self, sending: Sending) -> None:
         sending.request.MergeFrom(guard(self._ticket, self._ticket_revision, sending.ring_revision))
@@ -299,6 +310,8 @@ class Batcher:
             for pending, witness in zip(entry.pending, sending.witnesses, strict=False):
                 self._seen.pop(pending, None)
                 self._witnesses.pop(witness.key, None)
+                if witness.key.startswith(self._ticket_name):
+                    self._spare_signs.append(witness.key)
 
     def _answer(self, entry: Entry, reply: pb.TxnResponse) -> None:
         if not reply.succeeded:

@@ -1,7 +1,8 @@
 """Proposals as etcd's requests, etcd's keys as ours.  Pure but for the nonces of encryption."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from secrets import token_bytes
 
 import msgspec
 import structlog
@@ -26,22 +27,31 @@ def etcd_key(key: str) -> bytes:
     return PREFIX + key.encode()
 
 
-class Witness(msgspec.Struct, frozen=True):
-    """By this write a lost proposal is recognized: an encrypted value is never the same twice.
+WITNESS_BYTES = 16
 
-    ``value`` None: the proposal only deletes.
-    """
+
+class Witness(msgspec.Struct, frozen=True):
+    """By this write a lost proposal is recognized: an encrypted value is never the same twice, nor a random one."""
 
     key: bytes
-    value: bytes | None
+    value: bytes
 
 
-NO_WITNESS = Witness(b"", None)
+NO_WITNESS = Witness(b"", b"")
 """Of a proposal that only compares: whether it took effect makes no difference."""
 
 
-def fill_txn(txn: pb.TxnRequest, proposal: Proposal, fence: int | None, cipher: Cipher) -> Witness:
+def fill_txn(
+    txn: pb.TxnRequest,
+    proposal: Proposal,
+    fence: int | None,
+    cipher: Cipher,
+    sign: Callable[[], bytes] | None = None,
+) -> Witness:
     """Write a proposal into an empty transaction.  With a ``fence``, the failure branch reads the leader key.
+
+    ``sign``: a key of this manager's alone, for a proposal that only deletes: that something is gone proves nothing,
+    as another manager may have deleted it, before or after.
 
     Messages are filled where they lie: one that is handed to another's constructor is copied with all that is in it.
     """
@@ -61,7 +71,11 @@ def fill_txn(txn: pb.TxnRequest, proposal: Proposal, fence: int | None, cipher: 
     for key in proposal.deletes:
         name = etcd_key(key)
         txn.success.add().request_delete_range.key = name
-        witness = witness or Witness(name, None)
+    if witness is None and proposal.deletes:
+        assert sign is not None, "nobody could tell what became of it"
+        witness = Witness(sign(), token_bytes(WITNESS_BYTES))
+        put = txn.success.add().request_put
+        put.key, put.value = witness.key, witness.value
     return witness or NO_WITNESS
 
 
