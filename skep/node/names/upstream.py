@@ -123,7 +123,8 @@ class Forwarder:
             return False
         oldest = next(iter(self._in_flight[most]))
         self._leave(most, oldest)
-        oldest.reschedule(asyncio.get_running_loop().time())
+        if not oldest.expired():  # it may be on its way out, and then its time cannot be changed any more
+            oldest.reschedule(asyncio.get_running_loop().time())
         return True
 
     def _leave(self, container: str, deadline: asyncio.Timeout) -> None:

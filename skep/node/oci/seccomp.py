@@ -11,6 +11,7 @@ x32 call can only fail.  It ends the process that makes one, as it does under sy
 """
 
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
@@ -32,6 +33,7 @@ _ARCHITECTURES = {
 }
 
 
+_RELEASE = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})", re.ASCII)
 _X32 = "SCMP_ARCH_X32"
 _X32_PROBE = """
 import ctypes, errno, sys
@@ -143,5 +145,7 @@ def _rule_for_runtime(rule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kernel_version(release: str) -> tuple[int, int]:
-    major, minor = release.split("-", 1)[0].split(".")[:2]
-    return int(major), int(minor)
+    found = _RELEASE.match(release)  # some say 6.16+deb14-amd64
+    if found is None:
+        raise ValueError(f"no version of a kernel: {release}")
+    return int(found[1]), int(found[2])

@@ -104,6 +104,30 @@ async def test_who_has_as_much_as_anybody_is_refused_when_all_is_taken(silent: N
     await asyncio.wait(under_way)
 
 
+@pytest.mark.usefixtures("few")
+async def test_a_place_is_taken_from_a_question_whose_time_is_over_but_which_has_not_left_yet(
+    silent: NameServer,
+) -> None:
+    asking, loop = Asking(), asyncio.get_running_loop()
+    hogs = [asking.ask(container, silent, deadline_s=60.0) for container in ("a", "b") for _ in range(4)]
+    await asking.under_way(8)
+    oldest = next(iter(asking.forwarder._in_flight["a"]))
+    async with serving(knows("192.0.2.1")) as good:
+        new: list[asyncio.Task[bytes | None]] = []
+        loop.call_soon(lambda: new.append(asking.ask("c", good)))
+        oldest.reschedule(loop.time())  # its time is over before that, and its turn to leave comes after it
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        answer = await new[0]
+    assert answer is not None
+    assert code_of(answer) == 0
+    assert await hogs[0] is None
+    for one in hogs:
+        one.cancel()
+    await asyncio.wait(hogs)
+    assert asking.forwarder.in_flight == 0
+
+
 async def test_a_server_that_leaves_one_containers_questions_is_silent_for_that_one_alone(
     silent: NameServer,
 ) -> None:

@@ -109,6 +109,22 @@ def test_a_profile_is_evaluated_for_capabilities_architecture_and_kernel() -> No
     assert ("ptrace", "ALLOW") not in rules(kernel=(4, 7))
 
 
+@pytest.mark.parametrize(
+    "release", ["6.16+deb14-amd64", "6.16.3+deb14-amd64", "6.16", "6.16-rc1", "6.16.0-40-generic", "6.16+"]
+)
+def test_a_kernel_is_as_new_as_its_release_begins(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    monkeypatch.setattr("platform.release", lambda: release)
+    profile = {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "syscalls": [
+            {"names": [version], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": version}}
+            for version in ("6.15", "6.16", "6.17")
+        ],
+    }
+    converted = msgspec.json.decode(seccomp.custom(msgspec.json.encode(profile), ()))
+    assert [rule["names"][0] for rule in converted["syscalls"]] == ["6.15", "6.16"]
+
+
 def test_a_converted_profile_keeps_arguments_errors_and_architectures() -> None:
     converted = seccomp.for_runtime(PROFILE, frozenset(), machine="x86_64", kernel=(6, 1))
     assert converted["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]
