@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LEVELS_MAX = 48
@@ -292,21 +292,40 @@ def directories(top: Path) -> list[Path]:
 
 
 def walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Path below ``top`` and status of each entry, in no order; symbolic links are not followed.
+    """Path below ``top`` and status of each entry, in no order.
 
-    Iterative, with one open directory.  What goes away meanwhile, and what lies deeper than a path can name
+    Symbolic links are not followed, not even one that takes a directory's place meanwhile, and mounts are not entered.
+    Iterative, with two open directories.  What goes away meanwhile, and what lies deeper than a path can name
     (4,096 bytes), is left out.
     """
-    pending = [""]
-    while pending:
-        directory = pending.pop()
-        with suppress(OSError), os.scandir(top / directory) as entries:
-            for entry in entries:
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue
-                path = f"{directory}/{entry.name}" if directory else entry.name
-                yield path, status
-                if stat.S_ISDIR(status.st_mode):
-                    pending.append(path)
+    try:
+        root = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        pending = [""]
+        while pending:
+            directory = pending.pop()
+            with suppress(OSError), _listed(root, directory or ".") as entries:
+                for entry in entries:
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except OSError:
+                        continue
+                    path = f"{directory}/{entry.name}" if directory else entry.name
+                    yield path, status
+                    if stat.S_ISDIR(status.st_mode):
+                        pending.append(path)
+    finally:
+        os.close(root)
+
+
+@contextmanager
+def _listed(root: int, path: str) -> "Iterator[Iterator[os.DirEntry[str]]]":
+    """What is in the directory ``path`` below ``root``.  Raises: OSError: it cannot be listed, or is a link now."""
+    descriptor = _open_here(root, path)
+    try:
+        with os.scandir(descriptor) as entries:
+            yield entries
+    finally:
+        os.close(descriptor)

@@ -91,15 +91,25 @@ class TaskFiles:
             self._write_batch(batch)
 
     def _write_batch(self, batch: Mapping[TaskId, RememberedTask | None]) -> None:
+        """Raises: what the first that is refused is refused for, once all others are written."""
+        refusals = []
         for id, task in batch.items():
-            path = self._directory / f"{id}{_SUFFIX}"
-            if task is None:
-                path.unlink(missing_ok=True)
-                continue
-            beside = path.with_suffix(BESIDE)
-            write_new(beside, msgspec.json.encode(task), mode=0o600)
-            beside.rename(path)
+            try:
+                self._write_one(id, task)
+            except Exception as error:
+                refusals.append(error)
         sync_directory(self._directory)  # once for all of them
+        if refusals:
+            raise refusals[0]
+
+    def _write_one(self, id: TaskId, task: RememberedTask | None) -> None:
+        path = self._directory / f"{id}{_SUFFIX}"
+        if task is None:
+            path.unlink(missing_ok=True)
+            return
+        beside = path.with_suffix(BESIDE)
+        write_new(beside, msgspec.json.encode(task), mode=0o600)
+        beside.rename(path)
 
 
 _decode = msgspec.json.Decoder(RememberedTask).decode

@@ -242,7 +242,6 @@ def capacity_of(cgroups: Cgroups, programs: Programs) -> Capacity:
         init_binary=programs.init,
         has_x32=seccomp.runs_x32(),
         has_apparmor=apparmor.is_supported(),
-        apparmor_problem=apparmor.problem(),
         masked_paths=thermal_throttles(),
         has_keyrings=not is_in_user_namespace(),
     )

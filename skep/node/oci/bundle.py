@@ -34,9 +34,9 @@ from skep.aio.trees import remove_tree
 from skep.errors import Unavailable
 from skep.linux.trees import walk
 from skep.model.ids import ContainerId
-from skep.node.oci import overlay, records, spec
+from skep.node.oci import apparmor, overlay, records, spec
 from skep.node.oci.cgroups import Cgroups
-from skep.node.oci.container import Container, ExecConfig, MountPoint
+from skep.node.oci.container import Container, ContainerConfig, ExecConfig, MountPoint
 from skep.node.oci.hosts import hosts_file, resolver_file
 from skep.node.oci.users import identity
 
@@ -139,9 +139,11 @@ class Bundles:
         """Mount the root file system and write what runc reads; may be called again after a restart.
 
         Gives warnings: what of the wish this node could not grant.
-        Raises: OSError; InvalidArgument: unknown user, invalid capability, ...
+        Raises: OSError; InvalidArgument: unknown user, invalid capability, ...; FailedPrecondition: this node cannot
+        confine it.
         """
         config = container.config
+        self._confine(config)
         self._mount(container)
         user = identity(self.rootfs(container.id), config.user, config.groups)
         built = spec.build(
@@ -159,6 +161,7 @@ class Bundles:
 
     def prepare_exec(self, container: Container, exec_id: str, wish: ExecConfig) -> Path:
         """Directory and process specification of an exec.  Raises: InvalidArgument: unknown user."""
+        self._confine(container.config)
         path = self.exec_path(container.id, exec_id)
         path.mkdir(parents=True)
         user = identity(
@@ -201,6 +204,14 @@ class Bundles:
         if len(own) < len(found) and not any(inside.startswith("/etc/") for _, inside in own):
             own = [one for one in own if one[1] != "/etc"]  # it holds nothing but them
         return sorted(own, key=lambda one: one[1])
+
+    def _confine(self, config: ContainerConfig) -> None:
+        """Have the kernel know the default AppArmor profile: an upgrade of AppArmor may have unloaded it.
+
+        Raises: FailedPrecondition: it cannot be loaded.
+        """
+        if self._capacity.has_apparmor and config.apparmor == "default":
+            apparmor.load_default()
 
     def _mount(self, container: Container) -> None:
         path = self.path(container.id)

@@ -92,11 +92,19 @@ class Registry:
             await persist(self._write, "records not written", clock=clock, longest_s=5.0)
 
     async def _write(self) -> None:
+        """Raises: what the first that is refused is refused for, once all others are written."""
+        refusals = []
         for id in tuple(self._unwritten):
             container = self._containers.get(id)
-            if container is not None:
-                self._bundles.save(container)
-            self._unwritten.discard(id)
+            try:
+                if container is not None:
+                    self._bundles.save(container)
+            except Exception as error:
+                refusals.append(error)
+            else:
+                self._unwritten.discard(id)
+        if refusals:
+            raise refusals[0]
 
     def restore(self, container: Container) -> None:
         """Know a container of an earlier process; should its name be another's, it gets one of its own."""

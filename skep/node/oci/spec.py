@@ -45,8 +45,6 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     may_lower_oom_score: bool = True
     is_cgroup_v2: bool = False
     has_apparmor: bool = False
-    apparmor_problem: str = ""
-    """Why there is no default profile where there should be; empty: there is, or the machine has no AppArmor."""
     masked_paths: tuple[str, ...] = ()
     """Of this machine, beside those that are masked everywhere."""
     has_keyrings: bool = True
@@ -191,16 +189,9 @@ def _process(
     if config.apparmor not in ("default", apparmor.UNCONFINED) and not capacity.has_apparmor:
         raise FailedPrecondition(f"AppArmor is not enabled on this machine: no profile {config.apparmor}")
     if capacity.has_apparmor:
-        process["apparmorProfile"] = _apparmor(config, capacity)
+        is_default = config.apparmor == "default"
+        process["apparmorProfile"] = apparmor.DEFAULT_PROFILE if is_default else config.apparmor
     return process
-
-
-def _apparmor(config: ContainerConfig, capacity: Capacity) -> str:
-    if config.apparmor != "default":
-        return config.apparmor
-    if capacity.apparmor_problem:
-        raise FailedPrecondition(capacity.apparmor_problem)
-    return apparmor.DEFAULT_PROFILE
 
 
 def _environment(config: ContainerConfig) -> list[str]:

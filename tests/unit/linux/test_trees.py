@@ -243,3 +243,17 @@ def test_a_walk_sees_everything_that_has_a_path(tmp_path: Path):
     assert {"a", "a/b", "link", "deep", "deep/d"} <= found
     assert len(found) > 1_000
     assert not any(path.startswith("link/") for path in found)
+
+
+def test_a_directory_that_becomes_a_link_while_it_is_walked_is_not_followed(tmp_path: Path):
+    top, outside = tmp_path / "top", tmp_path / "outside"
+    (outside / "a").mkdir(parents=True)
+    (outside / "a/secret").touch()
+    (top / "a/a").mkdir(parents=True)
+    found = []
+    for path, _ in walk(top):
+        found.append(path)
+        if path == "a":
+            (top / "a").rename(tmp_path / "was")
+            (top / "a").symlink_to(outside)
+    assert found == ["a"]

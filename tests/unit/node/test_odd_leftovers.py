@@ -8,6 +8,7 @@ import pytest
 
 from skep.aio.clock import SystemClock
 from skep.linux.trees import remove_tree
+from skep.model.ids import TaskId
 from skep.model.task import TaskStatus
 from skep.node.oci.images.store import ImageStore
 from skep.node.tables.files import StoredTables
@@ -54,6 +55,42 @@ async def test_in_the_place_of_a_container_and_of_its_record(
         left = {sound.id, "lost+found"}
         while {path.name for path in (tmp_path / "containers").iterdir()} - left:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
+
+
+async def test_in_the_place_of_a_file_that_is_being_written_it_keeps_no_other_from_being_written(
+    tmp_path: Path,
+) -> None:
+    nest(tmp_path / "a.new", 1)
+    (tmp_path / "c.json").touch()
+    files = TaskFiles(tmp_path)
+    async with asyncio.TaskGroup() as group, asyncio.timeout(30):
+        running = group.create_task(files.run())
+        for name in ("a", "b"):
+            files.remember(RememberedTask(assigned(name), TaskStatus()))
+        files.forget(TaskId("c"))
+        while not (tmp_path / "b.json").exists() or (tmp_path / "c.json").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        running.cancel()
+    assert not (tmp_path / "a.json").exists()
+
+
+async def test_in_the_place_of_a_record_that_is_being_written_it_keeps_no_other_from_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    containers = memory_containers(tmp_path, Machine(), monkeypatch)
+    async with containers.running(), asyncio.timeout(30):
+        made = [await containers.create(wish(name)) for name in ("one", "two", "three")]
+        records = [tmp_path / "containers" / one.id / "record" for one in made]
+        for record in records:
+            record.unlink()
+            nest(record, 1)
+        for one in made:
+            containers._registry.observe(one.id, error="x")
+        for record in records[1:]:
+            remove_tree(record)
+        while not all(record.is_file() for record in records[1:]):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        remove_tree(records[0])
 
 
 @odd

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -16,6 +17,7 @@ from skep.node.oci.container import ExecConfig
 from skep.node.oci.machine_paths import is_in_user_namespace, thermal_throttles
 from skep.node.oci.spec import exec_process
 from skep.node.oci.users import Identity
+from tests.oci_rig import Machine, memory_containers, wish
 from tests.unit.node.oci.test_specification import ALL_CAPACITY, a_container, built
 
 CONFINING = replace(ALL_CAPACITY, has_apparmor=True)
@@ -23,9 +25,11 @@ CONFINING = replace(ALL_CAPACITY, has_apparmor=True)
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
+    for remembered in (apparmor.is_supported, apparmor.problem):
+        remembered.cache_clear()
     yield
-    apparmor.is_supported.cache_clear()
-    apparmor.problem.cache_clear()
+    for remembered in (apparmor.is_supported, apparmor.problem):
+        remembered.cache_clear()
 
 
 def test_the_profile_denies_what_dockers_does() -> None:
@@ -107,19 +111,41 @@ def test_a_profile_that_is_there_stays(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not told.exists()
 
 
-def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfined(
+async def test_a_profile_that_is_refused_keeps_containers_from_starting_unconfined(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     a_machine_with_apparmor(monkeypatch, tmp_path, parser="cat > /dev/null; echo 'syntax error' >&2; exit 1")
-    problem = apparmor.problem()
-    assert problem == (
-        "AppArmor enabled on system but the docker-default profile could not be loaded: syntax error"
+    refused = "AppArmor enabled on system but the docker-default profile could not be loaded: syntax error"
+    assert apparmor.problem() == refused
+    containers = memory_containers(tmp_path, Machine(), monkeypatch)
+    async with containers.running():
+        with pytest.raises(FailedPrecondition, match="could not be loaded: syntax error"):
+            await containers.create(wish("confined"))
+        unconfined = wish("unconfined")
+        config = replace(unconfined.config, apparmor="unconfined")
+        container = await containers.create(replace(unconfined, config=config))
+    written = (tmp_path / "bundles" / container.id / "config.json").read_bytes()
+    assert msgspec.json.decode(written)["process"]["apparmorProfile"] == "unconfined"
+
+
+async def test_a_profile_that_somebody_has_unloaded_is_loaded_for_the_next_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    profiles = tmp_path / "kernel/profiles"
+    told = a_machine_with_apparmor(
+        monkeypatch,
+        tmp_path,
+        parser=f"cat > {tmp_path}/told; echo 'docker-default (enforce)' > {profiles}",
     )
-    without = replace(CONFINING, apparmor_problem=problem)
-    with pytest.raises(FailedPrecondition, match="could not be loaded"):
-        built(without)
-    process = built(without, apparmor="unconfined").specification["process"]
-    assert process["apparmorProfile"] == "unconfined"
+    containers = memory_containers(tmp_path, Machine(), monkeypatch)
+    async with containers.running():
+        await containers.create(wish("first"))
+        told.unlink()
+        await containers.create(wish("second"))
+        assert not told.exists()
+        profiles.write_text("")
+        await containers.create(wish("third"))
+        assert told.exists()
 
 
 def test_a_container_and_its_execs_get_the_profile() -> None:
