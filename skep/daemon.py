@@ -201,7 +201,7 @@ class Daemon:
                     write_recovery_files=self._write_recovery_files,
                     write_restored_files=self._write_restored_files,
                     place_manager=self._place_manager,
-                    peer_listen=lambda: manager_config.load(paths.manager_config).peer_listen,
+                    peer_addrs=partial(_peer_addrs, paths),
                 ),
             )
             async with asyncio.TaskGroup() as group:
@@ -359,6 +359,11 @@ class Daemon:
 def _others(node: LocalNode) -> tuple[str, ...]:
     """Managers that may let this node in among them."""
     return tuple(peer.addr for peer in node.managers if peer.node_id != node.node_id)
+
+
+def _peer_addrs(paths: Paths) -> tuple[str, str]:
+    config = manager_config.load(paths.manager_config)
+    return config.peer_listen, config.peer_advertised
 
 
 def _bootstrap(plan: Founding) -> Bootstrap:

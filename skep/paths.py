@@ -121,7 +121,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def joining_mark(self) -> Path:
-        """Exists from the moment in which this manager was let in until it has its vote."""
+        """Exists from the moment in which this manager was let in until it has its vote; says why it has none."""
         return self.etcd / "joining"
 
     @property

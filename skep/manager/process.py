@@ -151,7 +151,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
                 paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
             )
             if paths.joining_mark.exists():
-                waiting = applicant.vote()
+                waiting = applicant.vote(partial(_note_hindrance, paths.joining_mark))
             else:
                 listening = _listening(config, pair, whereabouts)
                 waiting = wait_for_others(
@@ -234,6 +234,13 @@ async def _come_in(
     await asyncio.gather(*(asyncio.to_thread(keep) for keep in kept))
     log.info("let in among the managers", addr=admission.addr, members=len(admission.peers))
     return config, settings
+
+
+def _note_hindrance(mark: Path, reason: str) -> None:
+    """Have the node process read why this manager has no vote yet."""
+    content = reason.encode()
+    if mark.exists() and mark.read_bytes() != content:
+        replace_file(mark, content, is_durable=False)
 
 
 def _member_settings(config: ManagerConfig, paths: Paths, files: PeerFiles) -> MemberSettings:

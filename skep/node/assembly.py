@@ -91,7 +91,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     write_recovery_files: Callable[[LocalNode], None]
     write_restored_files: Callable[[Restored], None]
     place_manager: Callable[[LocalNode], None]
-    peer_listen: Callable[[], str]
+    peer_addrs: Callable[[], tuple[str, str]]
 
 
 class Node:
@@ -178,7 +178,7 @@ class Node:
                 write_recovery_files=around.write_recovery_files,
                 write_restored_files=around.write_restored_files,
                 place_manager=around.place_manager,
-                peer_listen=around.peer_listen,
+                peer_addrs=around.peer_addrs,
                 method=method,
                 overlay_keys=encrypted.told,
                 paths=NodePaths(workload.probes, NameChecks(workload.list_containers, clock))

@@ -49,6 +49,7 @@ from skep.node.swarm_info import (
     cluster_section,
     local_section,
     wait_ready,
+    why_no_vote,
     why_waiting,
 )
 from skep.node.traces import clear_unfinished, forget_swarm
@@ -369,7 +370,9 @@ class Membership:
             async with asyncio.timeout(timeout_s):
                 await wait_ready(self._manager_api, node.node_id, self._clock)
         except TimeoutError as error:
-            raise Unavailable(self._trouble or TIMED_OUT) from error
+            hindrance = why_no_vote(self._paths.joining_mark)
+            why = f"Timeout was reached before node joined: {hindrance}" if hindrance else TIMED_OUT
+            raise Unavailable(self._trouble or why) from error
 
     async def _placed(self, node: LocalNode) -> LocalNode:
         """The node where its configuration says that it is now: its address may have changed while it was off."""

@@ -17,7 +17,7 @@ from skep.api.swarm_requests import Joining, advertised
 from skep.configuration.configuration import Configuration
 from skep.errors import InvalidArgument, SkepError, Unavailable
 from skep.linux.routes import read_routes
-from skep.model.addresses import host_of, joined, parted
+from skep.model.addresses import host_of
 from skep.model.ids import NodeId
 from skep.model.node import EngineDescription, EnginePlugin, NodeDescription, NodeRole
 from skep.model.pair_keys import KeysTold, Method
@@ -83,7 +83,8 @@ class NodeParts:
         paths: probes other nodes; None: there is nothing to probe with.
         places: of plain containers on the cluster's networks; None: the node runs none.
         place_manager: tells the manager of this node where it is, and where others may be.
-        peer_listen: ``ip:port`` where etcd of this manager listens for others; raises SkepError: it is not known.
+        peer_addrs: ``ip:port`` where etcd of this manager listens for others, and where they reach it; raises
+            SkepError: it is not known.
         write_recovery_files: writes what has the manager go on alone; write_restored_files: from a backup.
     """
 
@@ -110,7 +111,7 @@ class NodeParts:
         write_recovery_files: Callable[[LocalNode], None],
         write_restored_files: Callable[[Restored], None],
         place_manager: Callable[[LocalNode], None],
-        peer_listen: Callable[[], str],
+        peer_addrs: Callable[[], tuple[str, str]],
         method: Method | Refusal,
         overlay_keys: Callable[[KeysTold], None],
         paths: PathSource | None,
@@ -136,7 +137,7 @@ class NodeParts:
         self._write_recovery_files = write_recovery_files
         self._write_restored_files = write_restored_files
         self._place_manager = place_manager
-        self._peer_listen = peer_listen
+        self._peer_addrs = peer_addrs
         self._method = method
         self._overlay_keys = overlay_keys
         self._paths = paths if self._carries_overlays() else None
@@ -160,11 +161,10 @@ class NodeParts:
 
     def peer_section(self, node: LocalNode) -> dict[str, Any]:
         try:
-            listen = self._peer_listen()
+            listen, advertised = self._peer_addrs()
         except SkepError:  # there is no such file yet, or it is damaged; the manager process says so
             return {}
-        host = host_of(node.advertise_addr) or node.local_addr
-        section: dict[str, Any] = {"PeerAddr": joined(host, parted(listen)[1])}
+        section: dict[str, Any] = {"PeerAddr": advertised}
         warning = peer_warning(node.listen_addr, self._configuration().peer_addr, listen)
         return section | ({"Warnings": [f"WARNING: {warning}"]} if warning else {})
 

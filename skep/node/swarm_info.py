@@ -66,6 +66,14 @@ def why_waiting(mark: Path) -> str:
     return f"{NO_LEADER} {own_trouble}".strip()
 
 
+def why_no_vote(mark: Path) -> str:
+    """Why a manager that was let in among the others has no vote yet; empty: that is not known."""
+    try:
+        return mark.read_text()
+    except OSError:
+        return ""
+
+
 def local_section(
     node: LocalNode | None, *, status: str, trouble: str, managers: Sequence[Peer]
 ) -> dict[str, Any]:

@@ -71,16 +71,25 @@ class Applicant:
         reply = await self._ask(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, chance=self._chance))
         return admission_of(reply, self._pair.identity.node_id)
 
-    async def vote(self) -> None:
+    async def vote(self, hindered: Callable[[str], None]) -> None:
         """Ask for this manager's vote until it has one: that takes as long as it has to catch up.
+
+        ``hindered`` is told, each time anew, why it has none yet.
 
         Raises: NotLetIn: it was removed meanwhile.
         """
         # Somebody waits for the join.  The manager that is asked looks by itself, for as long as it usually takes.
         backoff = Backoff(0.03, 0.15, chance=self._chance)
-        await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff)
+        await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, hindered)
 
-    async def _ask(self, method: Unary[Q, A], request: Q, timeout_s: float, backoff: Backoff) -> A:
+    async def _ask(
+        self,
+        method: Unary[Q, A],
+        request: Q,
+        timeout_s: float,
+        backoff: Backoff,
+        hindered: Callable[[str], None] = lambda _: None,
+    ) -> A:
         """The first answer that any of the managers gives."""
         while True:
             for manager in self._managers:
@@ -89,6 +98,7 @@ class Applicant:
                         return await channel.call(method, request, timeout_s=timeout_s)
                 except Unavailable as error:
                     log.debug("not yet", asked=method.path, manager=manager, reason=str(error))
+                    hindered(str(error))
                 except Unimplemented as error:
                     raise NotLetIn(
                         f"{manager} is no manager of Skep: join its cluster with the worker token instead"

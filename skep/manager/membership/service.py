@@ -1,6 +1,7 @@
 """``skep.v1.Managers``: takes further managers in.  Any manager answers; a caller speaks for itself only."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
@@ -11,6 +12,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, U
 from skep.manager.control.nodes import check_demotion
 from skep.manager.membership.addresses import AddressBook, full_address
 from skep.manager.membership.consensus import Consensus
+from skep.model.addresses import parted
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
 from skep.store.etcd.errors import NoMember, StillLearning
@@ -28,6 +30,9 @@ RESIGN_S = 5.0
 
 CATCH_UP_S = 2.0
 """How long a manager that asks for its vote is kept waiting for it; then it has to ask again."""
+
+CONNECT_S = 1.5
+"""For a connection to the etcd of a manager that does not catch up: with ``CATCH_UP_S`` below the caller's deadline."""
 
 LOOK_S = 0.02
 """How often it is looked whether it has caught up meanwhile."""
@@ -106,10 +111,23 @@ class MembersService:
                 raise FailedPrecondition("this manager was removed while it was coming in") from error
             except StillLearning:
                 if self._clock.monotonic() >= until:
+                    await self._require_reached(caller.node_id)
                     raise
                 await self._clock.sleep(LOOK_S)
             else:
                 return pb.PromoteMemberResponse()
+
+    async def _require_reached(self, name: str) -> None:
+        """Raises: Unavailable: this manager does not reach the etcd of the one that comes in, with what to do."""
+        addr = next((peer.peer_addr for peer in self._book.peers if peer.name == name), "")
+        if addr and (error := await connect_error(addr)):
+            log.warning(
+                "the etcd of a manager that comes in is not reached", node=name, addr=addr, reason=error
+            )
+            raise Unavailable(
+                f"the managers cannot reach {addr} (etcd's peers): {error}: open it, or choose another port with "
+                "--peer-addr"
+            )
 
     async def _resign(self, _request: pb.ResignRequest, caller: Caller) -> pb.ResignResponse:
         """Demote the caller, which leaves; returns when it has no vote any more."""
@@ -124,6 +142,20 @@ class MembersService:
         await self._keep_key(request.key)
         log.info("one more wrapping key kept", manager=caller.node_id)
         return pb.KeepWrappingKeyResponse()
+
+
+async def connect_error(addr: str) -> str:
+    """Why ``ip:port`` takes no connection; empty: it does."""
+    host, port = parted(addr)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            _, writer = await asyncio.open_connection(host, int(port))
+    except TimeoutError:
+        return "no answer"
+    except OSError as error:
+        return os.strerror(error.errno).lower() if error.errno else str(error)
+    writer.close()
+    return ""
 
 
 def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:

@@ -52,7 +52,7 @@ class Output:
             log.warning("etcd says", line=text)
             return
         message = str(entry.pop("msg", ""))
-        if any(noise in message for noise in _NOISE):
+        if any(noise in message for noise in _NOISE) or _is_probe(message, entry):
             return
         level = str(entry.pop("level", "warn"))
         for name in ("ts", "caller", "stacktrace", "logger"):
@@ -63,6 +63,11 @@ class Output:
             self._fatal = summary
         details = {f"etcd_{name.replace('-', '_')}": value for name, value in entry.items()}
         getattr(log, _LEVELS.get(level, "error"))(message, **details)
+
+
+def _is_probe(message: str, entry: dict[str, Any]) -> bool:
+    """Whether another manager looked whether the port is open: a connection that ends before its handshake."""
+    return message.startswith("rejected connection") and entry.get("error") == "EOF"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -153,10 +153,20 @@ def test_lines_are_logged_with_their_level_and_details():
         Output().take(b'{"level":"warn","ts":"t","caller":"c","msg":"slow fdatasync","took":"1.2s"}\n')
         Output().take(b"plain words\n")
         Output().take(b'{"level":"warn","msg":"Running http and grpc server on single port"}\n')
+        for error in ("EOF", "tls: bad certificate"):
+            Output().take(
+                b'{"level":"warn","msg":"rejected connection on peer endpoint","error":"%b"}\n'
+                % error.encode()
+            )
     assert logs == [
         {"log_level": "warning", "event": "slow fdatasync", "etcd_took": "1.2s"},
         {"log_level": "warning", "event": "etcd says", "line": "plain words"},
-    ]
+        {
+            "log_level": "warning",
+            "event": "rejected connection on peer endpoint",
+            "etcd_error": "tls: bad certificate",
+        },
+    ], "that another manager looks whether the port is open is no news"
 
 
 def test_the_reason_is_the_fatal_line_else_the_panic_else_the_last_line():

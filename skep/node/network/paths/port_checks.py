@@ -23,7 +23,7 @@ class PortChecks:
             outcome = await self._knocking.hello(address, port)
             found.append(port_finding(PathCheck.CONTROL, peer, address, port, outcome, protocol="tcp"))
         if peer.etcd:
-            # No hello: etcd's log would name a handshake that was not finished, each time.
+            # No hello: what etcd says of a connection alone is left out of the log (``store.etcd.output``).
             address, port = host_and_port(peer.etcd)
             outcome = await self._knocking.connect(address, port)
             found.append(port_finding(PathCheck.ETCD, peer, address, port, outcome, protocol="tcp"))

@@ -1,11 +1,12 @@
 """A manager that asks for its vote is kept waiting while it catches up, and not for ever."""
 
+import socket
 from collections.abc import Sequence
 
 import pytest
 
 from skep.aio.clock import SystemClock
-from skep.errors import FailedPrecondition
+from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.service import CATCH_UP_S, MembersService
 from skep.model.ids import ClusterId, NodeId
@@ -13,6 +14,7 @@ from skep.model.node import NodeRole
 from skep.security.identity import Identity
 from skep.store.etcd.errors import NoMember, StillLearning
 from skep.store.etcd.membership import RaftMember
+from skep.store.etcd.peers import Peer
 from skep.store.memory import MemoryStore
 from skep.wire import skep_pb2 as pb
 from skep.wire.access import Caller
@@ -67,9 +69,10 @@ class Learning:
         raise NotImplementedError
 
 
-def asked(clock: HandClock, consensus: Learning) -> MembersService:
+def asked(clock: HandClock, consensus: Learning, port: int = 0) -> MembersService:
     store = MemoryStore(clock)
-    return MembersService(store, consensus, AddressBook((), _forget), bytes, _keep, ClusterId("c"), clock)
+    known = (Peer(name=M2, url=f"https://m2:{port}", ip="127.0.0.1"),) if port else ()
+    return MembersService(store, consensus, AddressBook(known, _forget), bytes, _keep, ClusterId("c"), clock)
 
 
 async def _keep(_: bytes) -> None:
@@ -101,3 +104,22 @@ async def test_one_that_was_removed_while_it_learned_hears_of_it():
     clock = HandClock()
     with pytest.raises(FailedPrecondition, match="removed while it was coming in"):
         await asked(clock, Learning(clock, 0.5, is_out=True))._promote(pb.PromoteMemberRequest(), CALLER)
+
+
+async def test_a_manager_that_is_not_reached_hears_at_which_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    clock = HandClock()
+    service = asked(clock, Learning(clock, caught_up_at=1e9), port)
+    with pytest.raises(
+        Unavailable, match=rf"cannot reach 127.0.0.1:{port} \(etcd's peers\): connection refused"
+    ):
+        await service._promote(pb.PromoteMemberRequest(), CALLER)
+
+
+async def test_a_manager_that_is_reached_is_only_late() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        clock = HandClock()
+        service = asked(clock, Learning(clock, caught_up_at=1e9), server.getsockname()[1])
+        with pytest.raises(StillLearning):
+            await service._promote(pb.PromoteMemberRequest(), CALLER)
