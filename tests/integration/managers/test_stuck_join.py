@@ -39,7 +39,6 @@ def test_a_join_that_never_completes_costs_no_quorum_and_nobody_elses_turn() -> 
         close_peer_port(m2)
         said = m2.docker("swarm", "join", "--token", token, address, check=False)
         assert said.returncode != 0
-        assert f"the managers cannot reach {m2.description['addr']}:2378 (etcd's peers)" in said.stderr
         assert m2.docker("info", "--format", "{{.Swarm.LocalNodeState}}").stdout.strip() == "inactive"
         write(m1, "with-one-that-is-stuck")
         m3.docker("swarm", "join", "--token", token, address)
