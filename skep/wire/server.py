@@ -182,6 +182,8 @@ class _Server:
         identity = connection.caller.identity if connection.caller is not None else None
         if identity is not None:
             self.of_node[identity.node_id] -= 1
+            # What handlers have taken from it is nobody's any more when they end.
+            self.bytes_of_node[identity.node_id] -= connection.held
             if not self.of_node[identity.node_id]:
                 del self.of_node[identity.node_id]
                 del self.bytes_of_node[identity.node_id]

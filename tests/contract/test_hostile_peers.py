@@ -148,6 +148,22 @@ async def test_a_stranger_that_never_calls_is_ended_soon(cluster, monkeypatch):
     silent.transport.abort()
 
 
+async def test_what_a_lost_connection_held_is_counted_no_more(cluster, tmp_path, monkeypatch):
+    """A handler has taken it when its peer goes, and the node has another connection, which is served."""
+    monkeypatch.setattr("skep.wire.server.NODE_BYTES_MAX", 128 * 1024)
+    pair = await a_worker(cluster, tmp_path)
+    path, padding = METHODS["LISTEN_SUBSCRIPTIONS"].path, b"\xfa\x01\xc0\xb8\x02" + bytes(40_000)
+    async with connected(cluster.address, client_context(pair), "swarm-manager") as kept:
+        assert isinstance(await call(kept, "HEARTBEAT"), NotFound)
+        for _ in range(5):
+            deaf, writer = await a_deaf_client(cluster, pair)
+            deaf.request(path, padding)
+            await until(lambda: cluster.bound.held_bytes > 40_000)
+            writer.transport.abort()
+            await until(lambda: cluster.bound.connections == 1)
+        assert isinstance(await call(kept, "HEARTBEAT"), NotFound)
+
+
 async def test_half_messages_of_one_node_on_many_connections_are_bounded(cluster, tmp_path, monkeypatch):
     """The connection that brings more than a node may have held is ended; other nodes are served."""
     bound = 4 * MEBIBYTE
@@ -253,7 +269,9 @@ class Deaf:
 
     def request(self, path: str, message: bytes) -> None:
         stream_id = self._open(path)
-        self._http.send_data(stream_id, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
+        data = b"\0" + len(message).to_bytes(4, "big") + message
+        for start in range(0, len(data), 16_000):
+            self._http.send_data(stream_id, data[start : start + 16_000], end_stream=start + 16_000 >= len(data))
         self.flush()
 
     def half_request(self, path: str, length: int, begin: bytes) -> None:
