@@ -6,16 +6,18 @@ Another manager's store is asked, and defragmented, by a call; one that does not
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import inf
 
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError, Unavailable
 from skep.manager.membership.consensus import Consensus
 from skep.model.ids import NodeId
 from skep.store.etcd.membership import RaftMember
 from skep.store.interface import Store
-from skep.store.space import Compact, Defragment, Disarm, HandOver, Space, Step, next_step
+from skep.store.space import COMPACT_AT, Compact, Defragment, Disarm, HandOver, Space, Step, next_step
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire.access import Caller
@@ -24,11 +26,16 @@ from skep.wire.service import Handler, unary
 
 log = structlog.get_logger(__name__)
 
-LOOK_S = 5.0
+LOOK_S, LOOK_S_MAX = 5.0, 60.0
+"""Between two looks; longer each time while something fails: a defragmentation that fails for want of disk space has
+kept its store standing still all the same."""
 ANSWER_S = 5.0
 DEFRAGMENT_S = 150.0
 SETTLE_S = 1.0
 """After a compaction, until etcd has freed its pages."""
+COMPACT_AGAIN_S = 30.0
+"""Before history is cut once more where that was not enough: a replica that is loaded anew reads one revision of the
+store for so long, and what else is to be done comes in between however much is written."""
 
 
 class StoreSpace:
@@ -48,6 +55,8 @@ class StoreSpace:
         self._consensus = consensus
         self._channel = channel
         self._clock = clock
+        self._cut: tuple[float, int] = (-inf, 0)
+        """When history was cut last, and to how many revisions, if that was not enough."""
         self._defragmenting = asyncio.Lock()
 
     def services(self) -> Sequence[Handler]:
@@ -56,35 +65,47 @@ class StoreSpace:
 
     async def keep(self) -> None:
         """Look every ``LOOK_S`` until cancelled, as the leader."""
+        backoff = Backoff(LOOK_S, LOOK_S_MAX)
         while True:
             await self._clock.sleep(LOOK_S)
             try:
                 await self._look()
+                backoff.reset()
             except SkepError as error:
                 log.warning("store's space not looked after", reason=str(error))
+                await backoff.sleep(self._clock)
 
     async def _look(self) -> None:
         """Everything there is to do now, each step after another look.  Raises: SkepError: not now."""
         can_compact = True
         while (space := await self._store.space()) is not None:
+            if space.share < COMPACT_AT:
+                self._cut = (-inf, 0)
             members = {member.name: member for member in await self._consensus.all()}
             spaces = {self._own: space, **await self._others(sorted(members))}
             step = next_step(self._own, spaces, can_compact=can_compact)
+            if isinstance(step, Compact):
+                can_compact = False
+                if not self._may_compact(step.kept_revisions):
+                    continue
             if step is None:
                 return
-            can_compact = await self._take(step, members, spaces)
+            await self._take(step, members, spaces)
+
+    def _may_compact(self, kept_revisions: int) -> bool:
+        """Whether history may be cut again by now: further than the last time at once."""
+        cut_at, kept = self._cut
+        return kept_revisions < kept or self._clock.monotonic() - cut_at >= COMPACT_AGAIN_S
 
     async def _take(
         self, step: Step, members: Mapping[str, RaftMember], spaces: Mapping[NodeId, Space]
-    ) -> bool:
-        """Do it; gives whether there may be more to compact."""
+    ) -> None:
         match step:
             case Compact(kept_revisions):
-                has_cut = await self._store.compact(kept_revisions)
-                if has_cut:
+                if await self._store.compact(kept_revisions):
+                    self._cut = self._clock.monotonic(), kept_revisions
                     log.info("history of the store cut", space=spaces[self._own].words)
                     await self._clock.sleep(SETTLE_S)
-                return has_cut
             case Defragment(node_id):
                 log.warning(
                     "a store stands still to be defragmented", node=node_id, file_bytes=spaces[node_id].size
@@ -94,11 +115,12 @@ class StoreSpace:
             case HandOver(to):
                 log.info("leadership is handed over, to defragment this store", to=to)
                 await self._consensus.move_leader(members[to])
-                await asyncio.Event().wait()  # this term is about to end
+                await self._clock.sleep(
+                    LOOK_S
+                )  # this term is about to end, unless leadership came straight back
             case Disarm():
                 await self._store.disarm()
                 log.info("store has room again", space=spaces[self._own].words)
-        return False
 
     async def _others(self, names: Sequence[str]) -> Mapping[NodeId, Space]:
         """The space of the other managers that answer."""

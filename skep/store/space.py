@@ -89,7 +89,7 @@ def next_step(own: NodeId, members: Mapping[NodeId, Space], *, can_compact: bool
     Args:
         own: the leader.
         members: of the managers that answered, the leader among them.
-        can_compact: whether there is history beyond what was cut last.
+        can_compact: whether history may be cut, which was not tried at this look yet.
     """
     mine = members[own]
     if can_compact and mine.share >= COMPACT_AT:

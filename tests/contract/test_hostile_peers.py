@@ -271,7 +271,9 @@ class Deaf:
         stream_id = self._open(path)
         data = b"\0" + len(message).to_bytes(4, "big") + message
         for start in range(0, len(data), 16_000):
-            self._http.send_data(stream_id, data[start : start + 16_000], end_stream=start + 16_000 >= len(data))
+            self._http.send_data(
+                stream_id, data[start : start + 16_000], end_stream=start + 16_000 >= len(data)
+            )
         self.flush()
 
     def half_request(self, path: str, length: int, begin: bytes) -> None:

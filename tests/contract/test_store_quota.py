@@ -79,6 +79,7 @@ async def kept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]
     """With a leader that sees to the space."""
     monkeypatch.setattr(store_space, "LOOK_S", 0.1)
     monkeypatch.setattr(store_space, "SETTLE_S", 0.3)
+    monkeypatch.setattr(store_space, "COMPACT_AGAIN_S", 0.5)
 
     def nobody(_: NodeId) -> Channel:
         raise Unavailable("there is no other manager")
