@@ -246,7 +246,7 @@ class Daemon:
         path = self._configuration.paths.features
         try:
             return msgspec.json.decode(path.read_bytes(), type=Features)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             features = detect(self._configuration.paths.data, self._configuration.nft)
         replace_file(path, msgspec.json.encode(features), mode=0o600, is_durable=False)
         return features

@@ -33,7 +33,7 @@ class LogSettings(msgspec.Struct, frozen=True):
         """What ``path`` says; the defaults where it is missing or says something else."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=LogSettings)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return LogSettings()
 
 

@@ -56,7 +56,7 @@ def read_lives(paths: Paths) -> Lives:
     """What is known; nothing if the file is missing or damaged."""
     try:
         return msgspec.json.decode(paths.incarnation.read_bytes(), type=Lives)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return Lives()
 
 

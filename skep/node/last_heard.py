@@ -56,7 +56,7 @@ class LastHeardFile(LastHeard):
     def _load(self) -> float | None:
         try:
             kept = msgspec.json.decode(self._path.read_bytes(), type=_Kept)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return None
         return kept.at if kept.boot_id == self._boot_id else None
 

@@ -47,7 +47,7 @@ def read_local_node(path: Path) -> LocalNode | None:
         return msgspec.json.decode(path.read_bytes(), type=LocalNode)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FailedPrecondition(
             f"{path} cannot be read ({error}): restore it, or remove it and join the swarm again"
         ) from error

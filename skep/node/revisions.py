@@ -87,7 +87,7 @@ def _read(path: Path, cluster: ClusterId) -> Revision:
         kept = msgspec.json.decode(path.read_bytes(), type=_File)
     except FileNotFoundError:
         return Revision()
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("revision cannot be read: beginning anew", path=str(path), error=str(error))
         return Revision()
     return kept.seen if kept.cluster == cluster else Revision()

@@ -56,7 +56,7 @@ def read_state(directory: Path) -> State | None:
     """None: there is no relay, or none that wrote what it does."""
     try:
         return msgspec.json.decode(state_file(directory).read_bytes(), type=State)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 

@@ -128,7 +128,7 @@ async def _serve(paths: Paths, reservations: Reservations, serving: Serving) -> 
                     break
                 writer.write(frame(await _answer(request, reservations, serving)))
                 await writer.drain()
-        except (SkepError, msgspec.DecodeError, OSError) as error:
+        except (SkepError, msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
             log.warning("conversation ended", reason=str(error))
         finally:
             writer.close()

@@ -63,7 +63,7 @@ def reopened(state: Path) -> Held:
     """What an earlier process wrote down, bound again; what somebody took meanwhile is left out."""
     try:
         reservations = msgspec.json.decode(state.read_bytes(), type=tuple[Reservation, ...])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
     held: Held = {}
     for reservation in reservations:

@@ -165,7 +165,7 @@ async def read_pid(answers: asyncio.StreamReader, verb: str = "create") -> int:
         raise StartError("conmon ended without an answer", verb)
     try:
         answer = _decode(line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StartError(f"conmon answered {line[:200]!r}", verb) from error
     pid = answer.data or answer.pid
     if pid <= 0:

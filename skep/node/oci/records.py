@@ -51,7 +51,7 @@ def read(path: Path) -> Container | None:
     for line in reversed(lines):
         try:
             return _decode(line)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             continue
     return None
 

@@ -6,6 +6,7 @@ from its own version, which Debian's runc prints (``commit: 1.1.5+ds1-1+deb12u1`
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -82,5 +83,5 @@ def _read(path: Path) -> str:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return file.read(_CHANGELOG_BYTES_MAX).decode(errors="replace")
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return ""

@@ -45,6 +45,6 @@ def read_pid_file(path: Path) -> ProcessIdentity | None:
     """
     try:
         process = msgspec.json.decode(path.read_bytes(), type=ProcessIdentity)
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     return process if is_alive(process) else None

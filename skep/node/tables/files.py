@@ -151,7 +151,7 @@ def _read(path: Path, decode: Callable[[bytes], T]) -> T | None:
     """What a file says; None: nothing that can be read, and it is gone."""
     try:
         return decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         _drop(path, str(error))
         return None
 

@@ -72,7 +72,12 @@ def ask_once(settings: MemberSettings, version: tuple[int, int, int]) -> None:
             }
             peer.request("POST", "/raft", message.SerializeToString(), headers)
             _answered(peer)
-    except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:  # TLS errors are OSErrors
+    except (
+        OSError,
+        http.client.HTTPException,
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+    ) as error:  # TLS errors are OSErrors
         raise Unavailable(f"the member does not answer at its peer port: {error}") from error
 
 

@@ -95,7 +95,7 @@ def load_peers(directory: Path) -> tuple[Peer, ...]:
         return msgspec.json.decode(path.read_bytes(), type=tuple[Peer, ...])
     except FileNotFoundError:
         return ()
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FailedPrecondition(
             f"{path} cannot be read ({error}): remove this manager from the swarm and join it again"
         ) from error

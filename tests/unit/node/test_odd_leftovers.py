@@ -11,6 +11,7 @@ from skep.linux.trees import remove_tree
 from skep.model.ids import TaskId
 from skep.model.task import TaskStatus
 from skep.node.oci.images.store import ImageStore
+from skep.node.supervision.identity import read_pid_file
 from skep.node.tables.files import StoredTables
 from skep.node.task_files import RememberedTask, TaskFiles
 from tests.oci_rig import ContainersExecutor, Machine, memory_containers, wish
@@ -31,6 +32,7 @@ ODD: dict[str, Callable[[Path], object]] = {
     "a deep directory": lambda path: nest(path, 1100),
     "a link to nowhere": lambda path: path.symlink_to("/nonexistent"),
     "a link to itself": lambda path: path.symlink_to(path),
+    "json with bytes that are no text": lambda path: path.write_bytes(b'{"id": "\xff", "version": "\xff"}'),
     "json of something else": lambda path: path.write_bytes(b'{"id": [' + b"1" * 5000 + b"]}"),
 }
 odd = pytest.mark.parametrize("make", ODD.values(), ids=list(ODD))
@@ -123,3 +125,9 @@ def test_among_networks(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "tables" / "odd")
     assert StoredTables(tmp_path / "tables", SystemClock()).load()[0] == {}
     assert list((tmp_path / "tables").iterdir()) == []
+
+
+def test_a_pid_file_with_bytes_that_are_no_text_names_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "manager.pid"
+    path.write_bytes(b'{"version": "\xff", "pid": 1, "started": 1}')
+    assert read_pid_file(path) is None

@@ -74,7 +74,7 @@ async def _serve(paths: Paths) -> None:
             while (body := await read_frame(reader, FRAME_BYTES_MAX)) is not None:
                 writer.write(frame(_answer(paths, forwarder, decode_request(body))))
                 await writer.drain()
-        except (SkepError, msgspec.DecodeError, OSError) as error:
+        except (SkepError, msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
             log.warning("conversation ended", reason=str(error))
         finally:
             conversations.discard(writer)
@@ -125,5 +125,5 @@ def _resume(paths: Paths, forwarder: Forwarder) -> None:
         forwarder.apply(plan)
     except FileNotFoundError:
         return
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("plan not resumed", reason=str(error))

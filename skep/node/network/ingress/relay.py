@@ -109,7 +109,7 @@ class Relays:
             return msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])
         except FileNotFoundError:
             return ()
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning("relays cannot be read", file=str(self._plan), reason=str(error))
             return ()
 

@@ -83,7 +83,7 @@ class LocalNetworks:
             self._kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             log.warning("the node's networks are begun anew", file=str(self._file), error=str(error))
         if self._kept is None:
             now = self._now()

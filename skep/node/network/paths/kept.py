@@ -29,7 +29,11 @@ def load(file: Path) -> Kept | None:
         return msgspec.msgpack.decode(file.read_bytes(), type=Kept)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:  # a value of another type is a DecodeError as well
+    except (
+        OSError,
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+    ) as error:  # a value of another type is a DecodeError as well
         log.warning("what was measured of paths cannot be read", file=str(file), reason=str(error))
         return None
 

@@ -275,7 +275,7 @@ def _judged(answer: bytes) -> Unpacked:
     """What the worker's line of JSON means."""
     try:
         result = msgspec.json.decode(answer, type=dict[str, str | int])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UnpackFailed("the unpacking process ended without an answer") from error
     message = str(result.get("error", ""))
     match result.get("kind"):

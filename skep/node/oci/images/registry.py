@@ -198,7 +198,7 @@ class Repository:
             content = await _read(response, bytes_max)
         try:
             return msgspec.json.decode(content, type=_Tags).tags or ()
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RegistryError(f"{response.url}: {error}") from error
 
     @asynccontextmanager
@@ -320,7 +320,7 @@ class Repository:
                     raise RegistryError(f"{realm}: unexpected status {response.status}")
         try:
             answer = msgspec.json.decode(content, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RegistryError(f"{realm}: {error}") from error
         return str(answer.get("token") or answer.get("access_token") or "")
 
@@ -435,6 +435,6 @@ def _first_error(content: bytes, status: int) -> tuple[str, str]:
         document = msgspec.json.decode(content, type=dict[str, Any])
         first = document["errors"][0]
         return str(first.get("code", "UNKNOWN")), str(first.get("message", ""))
-    except (msgspec.DecodeError, KeyError, IndexError, TypeError, AttributeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
         code = {401: "UNAUTHORIZED", 403: "DENIED", 404: "MANIFEST_UNKNOWN"}.get(status, "UNKNOWN")
         return code, f"unexpected status {status}"

@@ -54,6 +54,7 @@ def test_the_changelog_is_that_of_the_package(tmp_path: Path) -> None:
     (tmp_path / "runc").mkdir()
     (tmp_path / "runc/changelog.Debian.gz").write_bytes(gzip.compress(CHANGELOG.encode()))
     (tmp_path / "runc/changelog.gz").write_bytes(b"no gzip")
+    (tmp_path / "runc/changelog.damaged.gz").write_bytes(gzip.compress(b"x" * 99)[:10] + b"\xff" * 20)
     assert changelog_of(Path("/usr/sbin/runc"), tmp_path).strip() == CHANGELOG.strip()
     assert changelog_of(Path("/usr/local/bin/runc"), tmp_path) == ""
     assert changelog_of(Path("/opt/runc"), tmp_path) == ""
