@@ -6,6 +6,7 @@ from typing import Any
 from skep import __version__
 from skep.aio.clock import Clock
 from skep.api.backups import BackupRequest, Manifest, Sealer
+from skep.errors import Unavailable
 from skep.manager.cluster import cluster_of
 from skep.manager.config import ManagerConfig
 from skep.model.network import Network
@@ -14,6 +15,7 @@ from skep.model.secret import Config, Secret
 from skep.model.service import Service
 from skep.model.task import Task
 from skep.model.times import timestamp
+from skep.store.etcd.cipher import split_keys
 from skep.store.etcd.client import Client
 from skep.store.etcd.snapshots import Verified
 from skep.store.interface import Store
@@ -46,13 +48,17 @@ class Backups:
 
     async def pieces(self, sealer: Sealer) -> AsyncIterator[bytes]:
         """The file.  Raises: Unavailable, FailedPrecondition: it is not whole, and its end is missing."""
-        yield sealer.manifest(self._manifest())
+        manifest = self._manifest()
+        yield sealer.manifest(manifest)
         verified = Verified()
         async with Client(self._config.paths.etcd_socket) as client:
             async for piece in client.snapshot():
                 verified.update(piece)
                 yield sealer.add(piece)
         verified.check()
+        if not set(split_keys(self._wrapping_key())) <= set(split_keys(manifest.wrapping_key)):
+            # What was read may be under a key that came after the manifest, and open for nobody.
+            raise Unavailable("the key of the cluster's store is being replaced: make the backup once more")
         yield sealer.end()
 
     def _manifest(self) -> Manifest:

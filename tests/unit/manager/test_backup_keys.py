@@ -1,0 +1,76 @@
+"""A backup opens with the keys that are in it."""
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.api.backups import BackupRequest, Opener, key_of, new_header
+from skep.errors import Unavailable
+from skep.manager import backup
+from skep.manager.backup import Backups
+from skep.manager.config import ManagerConfig
+from skep.model.ids import NodeId
+from skep.store.etcd.cipher import KEY_BYTES
+from tests.wire_rig import Cluster
+
+PRESENT, NEXT = b"a" * KEY_BYTES, b"b" * KEY_BYTES
+DATABASE = bytes(16) + bytes.fromhex("edda0ced") + bytes(1000)
+
+
+class Snapshots:
+    """An etcd that gives a snapshot; ``begun`` is called when it is asked for one."""
+
+    def __init__(self, begun: Callable[[], None]) -> None:
+        self._begun = begun
+
+    async def __aenter__(self) -> "Snapshots":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def snapshot(self) -> AsyncIterator[bytes]:
+        self._begun()
+        yield DATABASE + hashlib.sha256(DATABASE).digest()
+
+
+async def a_backup(monkeypatch: pytest.MonkeyPatch, before: bytes, during: bytes) -> bytes:
+    """The wrapping keys in a backup that is whole; ``during``: those on the disk from the snapshot on."""
+    kept = [before]
+    monkeypatch.setattr(backup, "Client", lambda _: Snapshots(lambda: kept.append(during)))
+    cluster = Cluster()
+    await cluster.store.update(cluster._found)
+    config = ManagerConfig(
+        data_dir=str(Path("/nowhere")),
+        run_dir=str(Path("/nowhere")),
+        cluster_id=cluster.id,
+        node_id=NodeId("m1"),
+        listen_addr="0.0.0.0:2377",
+        advertise_addr="10.0.0.1:2377",
+        hostname="m1",
+    )
+    header = new_header("hkdf")
+    request = BackupRequest(header=header, key=key_of(b"k" * 32, header))
+    backups = Backups(config, cluster.store, lambda: kept[-1], SystemClock())
+    sealer = backups.begin(request)
+    opener = Opener(request.key)
+    async for piece in backups.pieces(sealer):
+        opener.feed(piece)
+    return opener.check_whole().wrapping_key
+
+
+async def test_a_backup_during_which_the_store_may_have_come_under_another_key_is_not_whole(monkeypatch):
+    with pytest.raises(Unavailable, match="once more"):
+        await a_backup(monkeypatch, PRESENT, PRESENT + NEXT)
+
+
+@pytest.mark.parametrize(
+    ("before", "during"),
+    [(PRESENT, PRESENT), (PRESENT + NEXT, PRESENT + NEXT), (PRESENT + NEXT, NEXT)],
+    ids=["one key", "a replacement under way", "a replacement that ends"],
+)
+async def test_a_backup_has_every_key_that_the_store_may_be_under(monkeypatch, before, during):
+    assert await a_backup(monkeypatch, before, during) == before
