@@ -11,6 +11,7 @@ import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
 from skep.aio.groups import errors_as_they_are
+from skep.aio.guard import contain
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.node.network.gateway import Gateway
@@ -103,8 +104,9 @@ class ContainerNetwork:
         await self._healing.watch(self._home)
         await self.prober.restore()
         await self.overlays.begin(endpoints)
-        for id, endpoint in endpoints.items():
-            await self._join_mesh(id, endpoint)
+        for id, endpoint in endpoints.items():  # a container may have made its namespace unusable for it
+            joining = self._join_mesh(id, endpoint)
+            await contain(joining, "return path not there yet, tried again with the next ports", container=id)
         if self._naming is not None:
             await self._naming.restore(live)
         for pinned in self.namespaces.pinned():
