@@ -57,6 +57,7 @@ class Guard:
         self._random = random
         self._troubles: dict[str, Trouble] = {}
         self._unwritten: dict[str, Trouble] = {}
+        self._forget_above = UNWRITTEN_MAX
 
     def guarded(self, key: str) -> "_Guarded":
         """Run one object's decision; what it raises ends here, except that the term is over."""
@@ -98,9 +99,11 @@ class Guard:
         if not is_away and (before is None or before.error != trouble.error):
             log.error("change refused", object=key, error=trouble.error)
         self._unwritten[key] = trouble
-        if len(self._unwritten) > UNWRITTEN_MAX:
+        if len(self._unwritten) > self._forget_above:
             now = self._clock.monotonic()
             self._unwritten = {key: one for key, one in self._unwritten.items() if one.retry_at > now}
+            # Not again at each further one, where many thousands are refused at once.
+            self._forget_above = max(UNWRITTEN_MAX, 2 * len(self._unwritten))
         return trouble
 
     def try_again(self, agenda: Agenda[K], what: str, results: Iterable[tuple[K, object]]) -> None:

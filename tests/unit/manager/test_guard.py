@@ -106,3 +106,19 @@ def _put_good(tx: Transaction, config: Config) -> Config:
     if config.id == "bad":
         raise KeyError(config.id)
     return tx.put(config)
+
+
+def test_many_refusals_at_once_are_not_gone_through_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CountingClock(SystemClock):
+        asked = 0
+
+        def monotonic(self) -> float:
+            self.asked += 1
+            return 0.0
+
+    monkeypatch.setattr("skep.manager.guard.UNWRITTEN_MAX", 100)
+    clock = CountingClock()
+    guard = Guard(clock, Random(1))
+    for number in range(1000):
+        guard.note_unwritten(f"slot {number}", "web", Unavailable("no leader"))
+    assert clock.asked < 1010
