@@ -118,7 +118,7 @@ class Evictions:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            while (eviction := eviction_of(self._term.view())) and (step := eviction.next_step):
+            while (eviction := self._present()) and (step := eviction.next_step):
                 try:
                     await self._take(eviction, step)
                     backoff.reset()
@@ -128,6 +128,13 @@ class Evictions:
                     log.warning("eviction waits", node=eviction.node_id, step=step, reason=str(error))
                     await self._wait(eviction, str(error))
                     await backoff.sleep(self._clock)
+
+    def _present(self) -> Eviction | None:
+        try:
+            return eviction_of(self._term.view())
+        except FailedPrecondition as error:
+            log.error("eviction left alone", error=str(error))
+            return None
 
     async def _take(self, eviction: Eviction, step: Step) -> None:
         """Do as much of a step as can be done now.  Raises: SkepError: the reason stands in it."""

@@ -85,7 +85,11 @@ def eviction_of(view: View) -> Eviction | None:
 
 
 def decoded_eviction(payload: Payload) -> Eviction:
-    return msgspec.json.decode(payload.data, type=Eviction)
+    """Raises: FailedPrecondition: it is damaged, or has steps that this version does not know."""
+    try:
+        return msgspec.json.decode(payload.data, type=Eviction)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise FailedPrecondition(f"this version of Skep cannot read the eviction: {error}") from error
 
 
 def begin(tx: Transaction, word: str, by: str, own: NodeId, now: Timestamp) -> Eviction:
