@@ -117,6 +117,9 @@ class Follower:
                 pb.RangeRequest(key=first, range_end=prefix_end(PREFIX), limit=limit, revision=revision),
                 timeout_s=LOAD_S,
             )
+            for kv in page.kvs:
+                if kv.key == _LEVEL:
+                    decoded_level(kv.value)  # raised while the watch was away
             changes = [change for kv in page.kvs if (change := change_of(kv, self._cipher)) is not None]
             leader = next((change.value for change in changes if change.key == keys.LEADER), leader)
             state.apply(revision, changes)

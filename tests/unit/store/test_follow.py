@@ -1,9 +1,19 @@
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skep.aio.backoff import Backoff
+from skep.aio.clock import SystemClock
+from skep.errors import FailedPrecondition
+from skep.store import keys
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.follow import PAGE_BYTES, PAGE_KEYS_FIRST, PAGE_KEYS_MAX, next_limit
-from skep.store.etcd.requests import by_revision
+from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
+from skep.store.etcd.follow import PAGE_BYTES, PAGE_KEYS_FIRST, PAGE_KEYS_MAX, Follower, next_limit
+from skep.store.etcd.requests import by_revision, etcd_key
+from skep.store.level import LEVEL
+from skep.store.replica import Replica
 
 
 def test_pages_of_small_objects_grow_to_the_most_keys():
@@ -29,3 +39,25 @@ def test_events_are_grouped_by_revision_in_order():
     grouped = [(revision, len(group)) for revision, group in by_revision(events)]
     assert grouped == [(3, 2), (4, 1), (6, 3)]
     assert list(by_revision([])) == []
+
+
+class Pages:
+    """A store of one key."""
+
+    def __init__(self, key: bytes, value: bytes) -> None:
+        self._kv = pb.KeyValue(key=key, value=value, mod_revision=7)
+
+    async def range(self, request: pb.RangeRequest, **_: object) -> pb.RangeResponse:
+        reply = pb.RangeResponse(header=pb.ResponseHeader(revision=7))
+        if request.range_end:
+            reply.kvs.append(self._kv)
+        return reply
+
+
+async def test_a_replica_that_is_loaded_anew_takes_no_level_that_it_does_not_know():
+    client: Any = Pages(etcd_key(keys.LEVEL), str(LEVEL + 1).encode())
+    key = new_wrapping_key()
+    cipher = Cipher(new_key_ring(key), key)
+    follower = Follower(client, Replica(), cipher, lambda *_: None, SystemClock(), Backoff())
+    with pytest.raises(FailedPrecondition, match="upgrade this manager"):
+        await follower.run()
