@@ -58,7 +58,7 @@ async def test_many_reports_of_one_service_are_decided_upon_together() -> None:
         for slot in range(1, TASKS + 1)
     ]
     await store.update_each(put, tasks)
-    with patch.object(orchestrator, "next_steps", wraps=orchestrator.next_steps) as decided:
+    with patch.object(orchestrator, "deciding", wraps=orchestrator.deciding) as decided:
         async with asyncio.TaskGroup() as group, store.watch(Task) as watch:
             running = group.create_task(Orchestrator(store, clock, new_id, Random(1)).run())
             for slot in range(1, REPORTS + 1):
