@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from random import Random
 
 import pytest
@@ -24,13 +24,15 @@ REPLICAS = 50
 @asynccontextmanager
 async def leading(store: Store) -> AsyncIterator[None]:
     """The loops run within."""
-    terms = aiter(store.terms(FIRST, "127.0.0.1:2377"))
-    term = await anext(terms)
-    async with asyncio.TaskGroup() as group:
-        running = [group.create_task(loop.run()) for loop in loops(term, SystemClock(), new_id, Random(1))]
-        yield
-        for task in running:
-            task.cancel()
+    async with aclosing(store.terms(FIRST, "127.0.0.1:2377")) as terms:
+        term = await anext(terms)
+        async with asyncio.TaskGroup() as group:
+            running = [
+                group.create_task(loop.run()) for loop in loops(term, SystemClock(), new_id, Random(1))
+            ]
+            yield
+            for task in running:
+                task.cancel()
 
 
 async def wait_for(store: Store, condition: Callable[[], bool]) -> None:

@@ -86,6 +86,8 @@ async def test_work_on_everything_would_be_noticed(monkeypatch: pytest.MonkeyPat
         await real(self, *decisions)
         term: State = self._term
         self._start(term.view())
+        for _ in self._loading:
+            pass
 
     monkeypatch.setattr(Scheduler, "_commit", careful)
     small, large = await calls_for_a_change(10), await calls_for_a_change(100)
