@@ -112,10 +112,9 @@ class Client:
         return _answered(pb.TxnResponse, answer)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
-        """Forget history before ``revision``."""
-        await self._call(
-            "KV/Compact", pb.CompactionResponse, pb.CompactionRequest(revision=revision), timeout_s
-        )
+        """Forget history before ``revision``; returns when this member's file has its pages back."""
+        request = pb.CompactionRequest(revision=revision, physical=True)
+        await self._call("KV/Compact", pb.CompactionResponse, request, timeout_s)
 
     async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
         """What this member knows by itself: leader, term, size.  Answered without a quorum."""

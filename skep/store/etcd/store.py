@@ -135,14 +135,14 @@ class EtcdStore(Updating):
 
     async def compact(self, kept_revisions: int) -> bool:
         revision = self._replica.revision - kept_revisions
-        if revision <= self._compacted:
-            return False
-        with suppress(Compacted):  # by etcd itself, or by an earlier leader
-            await self._client.compact(revision)
-        # What was freed counts as in use until something is written.
+        is_more = revision > self._compacted
+        if is_more:
+            with suppress(Compacted):  # by etcd itself, or by an earlier leader
+                await self._client.compact(revision)
+        # What was freed counts as in use until something is written, on each member after its own compaction.
         written = await self._client.put(etcd_key(PROBE), b"")
         self._compacted = written.header.revision
-        return True
+        return is_more
 
     async def defragment(self) -> None:
         self._space = None
