@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 LOST_SECONDS = 5.0
 """Without a manager's word, until the probes count: a session that moves takes less."""
-FRESH_SECONDS = 15.0
+FRESH_SECONDS = 6.0
 """Of a session, until its manager's tables count alone: it has to find out itself who has gone."""
 LOOK_SECONDS = 1.0
 
