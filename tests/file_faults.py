@@ -1,15 +1,21 @@
 """Calls of the system on files below a directory, of which chosen ones fail: whatever Python code makes them."""
 
+import asyncio
 import errno
 import io
+import itertools
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
+
+DEADLINE_S = 60
 
 ERRNOS = (errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EIO, errno.EROFS)
 
@@ -75,3 +81,39 @@ def file_faults(directory: Path) -> Iterator[Faults]:
             patch.setattr(os, name, faulty(name, getattr(os, name)))
         patch.setattr(io, "open", faulty("open", io.open))
         yield faults
+
+
+Life = Callable[[Path, Faults], Awaitable[None]]
+"""What happens below a directory: faults come from its beginning on, until it calls ``Faults.end``."""
+
+
+async def walk(
+    directory: Path, life: Life, *, template: Path | None = None, count: int = 1, step: int = 1
+) -> int:
+    """Have the n-th call on a file fail, for every ``step``-th n and with one error after the other.
+
+    Args:
+        template: what lies in each life's directory at its beginning.
+        count: so many calls fail from there on.
+
+    Returns: how many calls a life without a fault makes.
+    """
+    numbers = itertools.cycle(ERRNOS)
+    for n in itertools.count(0, step):
+        place = directory / str(n)
+        if template is not None:
+            shutil.copytree(template, place, symlinks=True)
+        else:
+            place.mkdir(parents=True)
+        with file_faults(place) as faults, capture_logs():
+            faults.plan(n, next(numbers), count)
+            try:
+                async with asyncio.timeout(DEADLINE_S):
+                    await life(place, faults)
+            except BaseException as error:
+                error.add_note(f"call {n} failed: {faults.hits}")
+                raise
+            if not faults.hits:
+                return faults.calls
+        shutil.rmtree(place)
+    raise AssertionError("unreachable")

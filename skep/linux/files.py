@@ -1,6 +1,7 @@
 """Files that are replaced in one step: a reader, or the next start, finds the old content or the new."""
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, is_durable: b
     os.replace(beside, path)
     if is_durable:
         sync_directory(path.parent)
+
+
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+
+
+def is_no_file(error: OSError) -> bool:
+    """Whether there is no file to be read; any other failure (no descriptor free, say) says nothing of its content."""
+    return error.errno in _NO_FILE
 
 
 def write_new(path: Path, content: bytes, *, mode: int, is_synced: bool = True) -> None:

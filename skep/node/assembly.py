@@ -253,6 +253,8 @@ class Node:
                 chance=chance,
             )
             keep(partial(reap_orphans, clock), "orphans")
+            if workload.images is not None:
+                keep(partial(workload.images.settle, around.conditions.say("images")), "images")
             keep(DiskCheck((paths.data, paths.run), around.conditions, clock).run, "disk check")
             if workload.overlays is not None:
                 keep(NeighbourTables(around.conditions, clock).run, "neighbour tables")

@@ -7,7 +7,7 @@ the node's status message and of its events, and a placement constraint can avoi
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 import structlog
@@ -54,6 +54,10 @@ class Conditions:
                 return
             condition.cleared_at = self._clock.monotonic()
         log.info("condition has ended", name=name)
+
+    def say(self, name: str) -> Callable[[str], None]:
+        """Tell the result how it is: the message, or an empty text when nothing is wrong."""
+        return lambda message: self.raise_(name, message) if message else self.clear(name)
 
     def present(self) -> Mapping[str, str]:
         """Name -> message of what is wrong now."""

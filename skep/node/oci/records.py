@@ -8,16 +8,15 @@ A line begins with the line feed, so that one torn by the end of the process (or
 Nothing is synced: after a loss of power no container runs.
 """
 
-import errno
 import os
 from pathlib import Path
 
 import msgspec
 
 from skep.errors import Unavailable
+from skep.linux.files import is_no_file
 from skep.node.oci.container import Container
 
-_NO_RECORD = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _BYTES_MAX = 64 << 10
 """A longer file is written anew with its last line: health checks change a record for as long as it lives."""
 
@@ -45,7 +44,7 @@ def read(path: Path) -> Container | None:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        if error.errno in _NO_RECORD:
+        if is_no_file(error):
             return None
         raise Unavailable(f"the record {path} cannot be read: {error.strerror}") from error
     for line in reversed(lines):

@@ -273,6 +273,7 @@ async def test_what_an_interrupted_load_left_is_gone_after_a_restart(tmp_path: P
     again = ImageStore(tmp_path / "images")
     await again.open()
     assert not again.images()
+    await again.settle()
     assert files_below(tmp_path / "images") == {"configs", "layers", "tmp", "catalog.json"}
 
 

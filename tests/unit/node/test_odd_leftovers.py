@@ -116,7 +116,9 @@ async def test_among_images(tmp_path: Path, make: Callable[[Path], object]) -> N
     store = ImageStore(tmp_path)
     await store.open()
     assert store.images() == ()
+    await store.settle()
     assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(tmp_path.glob("gone-*")) == []
 
 
 @odd

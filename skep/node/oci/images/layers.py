@@ -22,8 +22,7 @@ import structlog
 from skep.aio.guard import report
 from skep.aio.trees import discard_tree
 from skep.errors import InvalidArgument, NotFound, ResourceExhausted, SkepError
-from skep.linux.files import sync_directory
-from skep.linux.trees import remove_tree
+from skep.linux.files import is_no_file, sync_directory
 from skep.node.oci.images import untar
 from skep.node.oci.images.digest import Digest, hex_of
 from skep.node.oci.images.turns import Turns
@@ -102,15 +101,23 @@ class Layers:
         self._turns = Turns(_UNPACKERS_MAX, patience_s=_PATIENCE_S, slow_max=_SLOW_UNPACKERS_MAX)
 
     def open(self) -> None:
-        """Read what is there.  Blocks; call it in a thread."""
+        """Read what is there.  Blocks; call it in a thread.
+
+        Raises: OSError: some of it cannot be read now; the rest was.
+        """
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unread: OSError | None = None
         for directory in sorted(self._root.iterdir()):
             try:
                 layer = msgspec.json.decode((directory / "layer.json").read_bytes(), type=Layer)
             except Exception as error:  # whatever it is, it is one layer
                 report(error, "layer left out", directory=str(directory))
+                if isinstance(error, OSError) and not is_no_file(error):
+                    unread = error
             else:
                 self._layers[layer.chain_id] = layer
+        if unread is not None:
+            raise unread
 
     def get(self, chain_id: str) -> Layer | None:
         return self._layers.get(chain_id)
@@ -154,12 +161,21 @@ class Layers:
             return layer
 
     def detach(self, chain_ids: Iterable[str]) -> Sequence[Path]:
-        """Take layers that nothing stands on out of sight, at once; the caller deletes the returned directories."""
+        """Take layers that nothing stands on out of sight, at once; the caller deletes the returned directories.
+
+        One that the file system refuses stays a layer.
+        """
         graves = []
         for chain_id in chain_ids:
-            if self._layers.pop(chain_id, None) is not None:
+            if chain_id not in self._layers:
+                continue
+            try:
                 graves.append(Path(tempfile.mkdtemp(prefix="gone-", dir=self._scratch)))
                 (self._root / hex_of(chain_id)).rename(graves[-1] / "layer")
+            except OSError as error:
+                report(error, "layer not removed", chain_id=chain_id)
+            else:
+                del self._layers[chain_id]
         return graves
 
     async def _unpack(
@@ -305,7 +321,7 @@ def _publish(workspace: Path, final: Path, layer: Layer) -> None:
             raise UnpackFailed(f"{workspace}: {os.strerror(ctypes.get_errno()).lower()}")
     finally:
         os.close(directory)
-    if final.exists():  # left by a process that knew it under a name we could not read
-        remove_tree(final)
+    if final.exists():  # what it is could not be read; a container may stand on it until this process ends
+        final.rename(workspace.with_name(f"{workspace.name}-replaced"))
     workspace.rename(final)
     sync_directory(final.parent)

@@ -5,11 +5,15 @@ which references name which image; ``layers`` has the files.  An image exists wh
 do, so it appears and vanishes in one step.  The catalog is written beside, synced and renamed before the
 change is seen by anyone.
 
+What cannot be read at the start (no descriptor is free, the disk fails) is read later: until then no image changes its
+names, or no layer is deleted, since nobody knows what they are for.
+
 Reads are synchronous, from memory.  Layers that a load or pull is about to stand on are *pinned*, so that a
 removal beside it leaves them; what is neither pinned nor part of an image is deleted.
 """
 
 import asyncio
+import secrets
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
@@ -20,10 +24,10 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock, SystemClock
-from skep.aio.guard import report
+from skep.aio.guard import explain, persist, report
 from skep.aio.trees import discard_tree, discard_tree_now
-from skep.errors import InvalidArgument, NotFound
-from skep.linux.files import BESIDE, replace_file
+from skep.errors import InvalidArgument, NotFound, Unavailable
+from skep.linux.files import BESIDE, is_no_file, replace_file
 from skep.model.times import ZERO_TIME, Timestamp, timestamp
 from skep.node.oci.images.digest import Digest, chain_ids, digest_of, hex_of
 from skep.node.oci.images.image import Image, ImageConfig, parse_config
@@ -31,6 +35,9 @@ from skep.node.oci.images.layers import Layers, Limits
 from skep.node.oci.images.reference import Reference, parse_any, parse_reference
 
 log = structlog.get_logger()
+
+_ASIDE = "gone-"
+"""Begins the names of directories that are about to be removed."""
 
 
 class ImageEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,17 +82,38 @@ class LocalImages:
         self._clock = clock or SystemClock()
         self._on_event = on_event
         self._catalog = Catalog()
+        self._knows_catalog = False
         self._configs: dict[str, ImageConfig] = {}
         self._images: dict[str, Image] = {}
         self._by_reference: dict[Reference, Image] = {}
         self._pinned: Counter[str] = Counter()
         self._writing = asyncio.Lock()
+        self.trouble = ""
+        """Why images are missing that may be here; empty: all were read."""
         self.layer_store = Layers(root / "layers", self.scratch, self.limits)
 
     async def open(self) -> None:
-        """Read what earlier processes left; remove what they did not finish."""
-        await asyncio.to_thread(self._read)
-        self._index()
+        """Read what earlier processes left; ``settle`` does the rest."""
+        await asyncio.to_thread(self._set_aside)
+        await self._read_or_say()
+
+    async def settle(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Read what could not be read, then remove what earlier processes did not finish.
+
+        ``say`` is told what is wrong meanwhile, and an empty text when nothing is.
+        """
+
+        async def read() -> None:
+            if self.trouble:
+                async with self._writing:
+                    await self._read_or_say()
+            say(self.trouble)
+            if self.trouble:
+                raise Unavailable(self.trouble)
+
+        await persist(read, "images not read yet", clock=self._clock, first_s=1.0)
+        for leftover in sorted(self._root.glob(f"{_ASIDE}*")):
+            await discard_tree(leftover)
         await self._collect()
 
     # --- looking ---------------------------------------------------------------------------------------------------
@@ -226,7 +254,8 @@ class LocalImages:
 
     @asynccontextmanager
     async def workspace(self, prefix: str) -> AsyncIterator[Path]:
-        """A directory that exists as long as the block runs."""
+        """A directory that exists as long as the block runs.  Raises: Unavailable: no image can be added now."""
+        self._require_catalog()
         # Not in a thread: who is cancelled meanwhile would leave it behind.
         path = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.scratch))
         try:
@@ -246,13 +275,38 @@ class LocalImages:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    def _set_aside(self) -> None:
+        """What earlier processes did not finish may be large: it is removed once everything else goes on."""
+        try:
+            if self.scratch.exists():
+                self.scratch.rename(self._root / f"{_ASIDE}{secrets.token_hex(8)}")
+        except OSError as error:
+            report(error, "leftovers of images not set aside", directory=str(self.scratch))
+
+    async def _read_or_say(self) -> None:
+        try:
+            await asyncio.to_thread(self._read)
+        except OSError as error:
+            self.trouble = f"images of this node cannot be read: {explain(error)}"
+        else:
+            self.trouble = ""
+        self._index()
+
     def _read(self) -> None:
+        """Read all that can be read.  Raises: OSError: not all can."""
+        unread: OSError | None = None
         for directory in (self._root, self._root / "configs", self.scratch):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for leftover in self.scratch.iterdir():
-            discard_tree_now(leftover)
-        self.layer_store.open()
-        self._catalog = _read_catalog(self._root / "catalog.json")
+        try:
+            if not self._knows_catalog:
+                self._catalog = _read_catalog(self._root / "catalog.json")
+                self._knows_catalog = True
+        except OSError as error:
+            unread = error
+        try:
+            self.layer_store.open()
+        except OSError as error:
+            unread = error
         for file in sorted((self._root / "configs").iterdir()):
             if file.suffix == BESIDE:
                 discard_tree_now(file)
@@ -261,6 +315,10 @@ class LocalImages:
                 self._read_config(file)
             except Exception as error:  # whatever it is, it is one image
                 report(error, "image left out", file=str(file))
+                if isinstance(error, OSError) and not is_no_file(error):
+                    unread = error
+        if unread is not None:
+            raise unread
 
     def _read_config(self, file: Path) -> None:
         """Raises: InvalidArgument; OSError."""
@@ -303,21 +361,29 @@ class LocalImages:
         return found[0] if len(found) == 1 else None
 
     async def _put(self, catalog: Catalog) -> None:
-        """Write the catalog, then show it.  Under ``_writing``."""
+        """Write the catalog, then show it.  Under ``_writing``.  Raises: Unavailable: nobody knows what is in it."""
+        self._require_catalog()
         content = msgspec.json.encode(catalog)
         await asyncio.to_thread(replace_file, self._root / "catalog.json", content)
         self._catalog = catalog
         self._index()
 
+    def _require_catalog(self) -> None:
+        """What is in the file must not be lost by writing it anew."""
+        if not self._knows_catalog:
+            raise Unavailable(self.trouble)
+
     async def _forget(self, image_ids: Iterable[str]) -> None:
         """Delete configurations.  Under ``_writing``."""
         for id in image_ids:
-            self._configs.pop(id, None)
             (self._root / "configs" / hex_of(id)).unlink(missing_ok=True)
+            self._configs.pop(id, None)
         self._index()
 
     async def _collect(self) -> Sequence[Digest]:
         """Delete the layers that no image has and nobody has pinned; their chain ids, top first."""
+        if self.trouble:
+            return ()
         needed: set[str] = set(self._pinned)
         for config in self._configs.values():
             needed.update(chain_ids(config.diff_ids))
@@ -329,7 +395,10 @@ class LocalImages:
 
 
 def _read_catalog(file: Path) -> Catalog:
-    """What an earlier process wrote; one that is damaged is moved aside, and the images have no names."""
+    """What an earlier process wrote; one that is damaged is moved aside, and the images have no names.
+
+    Raises: OSError: it cannot be read now.
+    """
     try:
         catalog = msgspec.json.decode(file.read_bytes(), type=Catalog)
         for text in catalog.references:
@@ -337,6 +406,8 @@ def _read_catalog(file: Path) -> Catalog:
     except FileNotFoundError:
         return Catalog()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
         aside = file.with_suffix(".damaged")
         report(error, "names of images lost: their file is damaged", file=str(file), kept_as=str(aside))
         discard_tree_now(aside)
