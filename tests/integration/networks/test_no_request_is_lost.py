@@ -196,11 +196,17 @@ def slow_requests(cluster: TestCluster, count: int, seconds: int) -> Iterator[li
 
 
 def spread_out(m1: TestNode) -> None:
-    """Four tasks, at least one of them on w2."""
+    """Four tasks, at least one of them on w2, and no update under way.
+
+    One that is told to stop before its server has a handler for that goes on until the grace period ends: the
+    kernel drops such signals for the first process of a PID namespace.
+    """
     wait_running(m1, "web", 4, 60)
     if not tasks_on(m1, "w2"):
+        before = tasks_of(m1)
         update(m1)
-        wait_until(lambda: len(tasks_of(m1)) == 4 and tasks_on(m1, "w2"), "tasks are on w2 too", 90)
+        wait_until(lambda: len(tasks_of(m1) - before) == 4 and tasks_on(m1, "w2"), "tasks are on w2 too", 90)
+        wait_stopped(m1, before)
 
 
 def tasks_on(m1: TestNode, node: str) -> set[str]:
