@@ -154,7 +154,7 @@ def summary(task: Task, node: Node | None) -> str:
             return f"{where} prepares it: image, mounts and networks" + _because(status.err)
         case TaskState.READY:
             is_held = task.desired_state is TaskState.READY
-            if is_held and task.restart is not None:
+            if is_held and task.restart is not None and task.restart.delay:
                 return f"next attempt at {task.restart.not_before[11:19]} UTC{loop_words(task.restart)}"
             return "it is prepared and waits for its turn to start" if is_held else f"{where} starts it"
         case TaskState.STARTING:
@@ -173,7 +173,7 @@ def next_attempt(task: Task, now_ns: int) -> str:
     """When a prepared task that follows failed ones starts: ``next attempt in 6 s (crash loop, 5th)``; else empty."""
     restart = task.restart
     is_held = task.desired_state is TaskState.READY and not task.status.state.is_terminal
-    if restart is None or not is_held:
+    if restart is None or not restart.delay or not is_held:
         return ""
     seconds = max((unix_ns(restart.not_before) - now_ns) / SECOND_NS, 0)
     return f"next attempt in {seconds:.0f} s{loop_words(restart)}"

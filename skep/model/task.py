@@ -111,12 +111,14 @@ class VolumeAttachment(ApiObject):
 
 
 class Restart(ApiObject):
-    """Why a task that is prepared does not start yet: it follows others of its slot that failed.
+    """What a task follows in its slot: all that restarts are decided by, whatever is kept of the tasks before it.
 
-    ``failures``: how many did so in a row; ``not_before``: by the clock of the leader, for people to read.
+    ``failures``: how many before it failed in a row; ``delay``: from its creation until it may start, in nanoseconds;
+    ``not_before``: the end of that by the clock of the leader, for people to read.
     """
 
     failures: int = always(0)
+    delay: int = 0
     not_before: Timestamp = always(ZERO_TIME)
 
 

@@ -63,7 +63,7 @@ def live(seed: int, steps: int = STEPS) -> Outcome:
         behaviour=behaviour,
         skew=True,
         turns_max=TURNS_MAX,
-        history_limit=shape.choice((None, None, 3, 3)),
+        history_limit=shape.choice((None, 0, 1, 3)),
     )
     try:
         with cluster:

@@ -23,7 +23,7 @@ class FillSlot(msgspec.Struct, frozen=True):
     """Create a task in a free slot: ``slot`` of a replicated service or job, ``node_id`` of a global one.
 
     ``desired`` READY: prepare it, but start it only when ``starts`` says so.  RUNNING means COMPLETE to a job.
-    ``delay_s``: until it may start, after so many ``failures`` in a row; for people to read.
+    ``delay_s``: until it may start, from its creation; ``failures``: how many before it failed in a row.
     """
 
     service: Service
@@ -167,10 +167,10 @@ def _fill(tx: Transaction, change: FillSlot, new_id: IdSource, now: Timestamp) -
 
 
 def _restart(change: FillSlot, now: Timestamp) -> Restart | None:
-    if not change.delay_s:
+    if not (change.delay_s or change.failures):
         return None
-    at = timestamp(unix_ns(now) + round(change.delay_s * SECOND_NS))
-    return Restart(failures=change.failures, not_before=at)
+    delay = round(change.delay_s * SECOND_NS)
+    return Restart(failures=change.failures, delay=delay, not_before=timestamp(unix_ns(now) + delay))
 
 
 def _is_asked(tx: Transaction, change: FillSlot) -> bool:

@@ -8,8 +8,10 @@ What cannot even be prepared (REJECTED: a missing image, say) is tried again lat
 the policy: an attempt that can fail in a millisecond must not keep the leader busy with nothing else.  So is what ends
 soon after it ran, again and again: a crash loop without a delay of its own would start tasks as fast as it can.
 
-How often a slot was restarted is not counted anywhere: it is the number of tasks that the slot has had with the
-same version of the spec, less the first (the task history keeps as many as the policy needs).
+Each successor carries what the next decision needs: its delay, and how many before it failed in a row.  So
+neither the history that is kept nor a change of leader changes a delay.  How often a slot was restarted is not counted
+anywhere: it is the number of tasks that the slot has had with the same version of the spec, less the first (the task
+history keeps as many as the policy needs).
 
 Source: swarmkit, manager/orchestrator/restart/restart.go and manager/orchestrator/taskinit/init.go.
 """
@@ -24,7 +26,7 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, history, is_lost, is_stopping, wanted
 from skep.model.ids import NodeId
 from skep.model.node import Availability
-from skep.model.service import RestartCondition, RestartPolicy, TaskSpec, UpdateOrder
+from skep.model.service import RestartCondition, RestartPolicy, UpdateOrder
 from skep.model.task import Task, TaskState
 from skep.model.times import SECOND_NS
 
@@ -32,7 +34,7 @@ DEFAULT_DELAY_S = 5.0
 REJECTED_DELAYS_S = (0.0, 0.25, 1.0, 2.0)
 """Least delay after the first, second, ... rejection in a row; the last one holds for any more."""
 CRASH_DELAYS_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""The same by how many tasks in a row crashed (``Sightings.crashes``).  A single crash costs nothing."""
+"""The same where the last one ended soon after it ran (``Sightings.was_stable``).  A single crash costs nothing."""
 DAMPED_BELOW_S = 1.0
 """A delay that the user set is what happens, from here on; a shorter one would be a tight loop, and is damped."""
 STOP_TIMEOUT_S = 60.0
@@ -133,18 +135,17 @@ def start_time(task: Task, slot: Slot, situation: Situation) -> float:
     """
     if task.desired_state is not TaskState.READY:
         return situation.now
-    starts_at = situation.seen.created(task)
-    predecessor = _predecessor(task, slot)
-    if predecessor is not None and _is_delayed(predecessor, task.spec, situation):
-        starts_at += _pause_s(predecessor, slot, situation.seen)
+    delay = task.restart.delay if task.restart is not None else 0
+    starts_at = situation.seen.created(task) + delay / SECOND_NS
     retired_at = [situation.seen.retired(other) for other in _waited_for(slot, situation)]
     return max([starts_at, *(at + STOP_TIMEOUT_S for at in retired_at)])
 
 
 def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
     """The task that takes the slot over; started at once where nothing has to be waited for."""
-    is_delayed = _is_delayed(task, situation.service.spec.task_template, situation)
-    delay = _pause_s(task, slot, situation.seen) if is_delayed else 0.0
+    is_same = task.spec == situation.service.spec.task_template
+    failures = failures_in_a_row(task, situation) if is_same else 0
+    delay = _pause_s(task, failures) if is_same and _is_delayed(task, situation) else 0.0
     starts_now = delay == 0 and not _waited_for(slot, situation) and not _is_held_back(task, slot, situation)
     starts_now = starts_now and (task.status.state.is_terminal or is_lost(situation.node_of(task)))
     return FillSlot(
@@ -153,17 +154,16 @@ def _successor(task: Task, slot: Slot, situation: Situation) -> FillSlot:
         NodeId("") if task.slot else task.node_id,
         TaskState.RUNNING if starts_now else TaskState.READY,
         delay,
-        failures_in_a_row(task, slot, situation.seen) if delay else 0,
+        failures,
     )
 
 
-def _pause_s(last: Task, slot: Slot, seen: Sightings) -> float:
+def _pause_s(last: Task, failures: int) -> float:
     """Seconds between the end of ``last`` and its successor's start: what the user set, else damped as it must be."""
     wanted_s = delay_s(last)
     if _is_set(last) and wanted_s >= DAMPED_BELOW_S:
         return wanted_s
     delays_s = REJECTED_DELAYS_S if last.status.state is TaskState.REJECTED else CRASH_DELAYS_S
-    failures = failures_in_a_row(last, slot, seen)
     return max(wanted_s, _nth(delays_s, failures - 1) if failures else 0.0)
 
 
@@ -171,17 +171,17 @@ def _is_set(task: Task) -> bool:
     return task.spec.restart_policy is not None and task.spec.restart_policy.delay is not None
 
 
-def failures_in_a_row(last: Task, slot: Slot, seen: Sightings) -> int:
-    """How many tasks of the slot up to ``last`` were rejected, or crashed soon after they ran; 0: it did neither."""
-    if last.status.state is not TaskState.REJECTED:
-        return seen.crashes(last) if last.status.state.is_terminal else 0
-    rejections = 0
-    for task in history(slot):
-        is_rejected = task.status.state is TaskState.REJECTED and task.spec_version == last.spec_version
-        rejections = rejections + 1 if is_rejected else 0
-        if task.id == last.id:
-            break
-    return rejections
+def failures_in_a_row(last: Task, situation: Situation) -> int:
+    """How many tasks of the slot up to ``last`` were rejected, or ended by themselves soon after they ran.
+
+    One that was stopped, or lost its node, in such a row is none of them and does not end the row.
+    """
+    before = last.restart.failures if last.restart is not None else 0
+    if last.status.state is TaskState.REJECTED:
+        return before + 1
+    if situation.seen.was_stable(last, situation.now):
+        return 0
+    return before + (last.status.state in (TaskState.COMPLETE, TaskState.FAILED))
 
 
 def _nth(delays_s: tuple[float, ...], index: int) -> float:
@@ -189,23 +189,11 @@ def _nth(delays_s: tuple[float, ...], index: int) -> float:
     return delays_s[min(max(index, 0), len(delays_s) - 1)]
 
 
-def _predecessor(task: Task, slot: Slot) -> Task | None:
-    before = None
-    for other in history(slot):
-        if other.id == task.id:
-            break
-        before = other
-    return before
+def _is_delayed(predecessor: Task, situation: Situation) -> bool:
+    """Whether the successor of ``predecessor`` starts under the restart delay, what a task is being the same as before.
 
-
-def _is_delayed(predecessor: Task, spec: TaskSpec, situation: Situation) -> bool:
-    """Whether a task of ``spec`` restarts ``predecessor`` under the restart delay.
-
-    Not when what a task is has changed (an update is paced by its own settings), nor when the predecessor was
-    stopped on purpose or had to leave a drained node.
+    Not when it was stopped on purpose or had to leave a drained node.
     """
-    if predecessor.spec != spec:
-        return False
     if predecessor.status.state.is_terminal:
         return predecessor.status.state is not TaskState.SHUTDOWN
     node = situation.node_of(predecessor)

@@ -6,23 +6,14 @@ delays only: what is counted or judged by its duration asks whether it was seen 
 ``saw_start``), or every old restart would look like one of this moment.
 """
 
-import msgspec
-
 from skep.model.ids import NodeId, TaskId
-from skep.model.meta import Version
 from skep.model.node import Node, NodeState
-from skep.model.service import Service
 from skep.model.task import Task, TaskState
+from skep.model.times import SECOND_NS, unix_ns
 from skep.store.interface import Commit, Created, Deleted, Updated
 
 STABLE_S = 10.0
 """A task that ran for so long before it ended is not part of a crash loop."""
-_BY_ITSELF = (TaskState.COMPLETE, TaskState.FAILED)
-
-
-class _Crashes(msgspec.Struct, frozen=True):
-    version: Version | None
-    count: int
 
 
 class Sightings:
@@ -38,7 +29,6 @@ class Sightings:
         self._retired: dict[TaskId, float] = {}
         self._ended: dict[TaskId, float] = {}
         self._down: dict[NodeId, float] = {}
-        self._crashes: dict[str, _Crashes] = {}
 
     def created(self, task: Task) -> float:
         """When the task appeared."""
@@ -72,10 +62,18 @@ class Sightings:
             return None
         return self._ended.get(task.id, self._began)
 
-    def crashes(self, task: Task) -> int:
-        """How many tasks of its slot and version ended by themselves soon after they ran, in a row up to the last."""
-        crashes = self._crashes.get(_slot_of(task))
-        return crashes.count if crashes is not None and crashes.version == task.spec_version else 0
+    def was_stable(self, task: Task, now: float) -> bool:
+        """Whether it has run for ``STABLE_S``; by its own stamps where only an earlier leader saw it start.
+
+        Those are of two machines' clocks: they decide about a delay of seconds, once in a change of leader.
+        """
+        ran_at, until = self.running(task), self._ended.get(task.id, now)
+        if ran_at is not None and until - ran_at >= STABLE_S:
+            return True
+        if self.saw_created(task) or self.saw_start(task) or not task.status.state.is_terminal:
+            return False
+        waited = task.restart.delay if task.restart is not None else 0
+        return unix_ns(task.status.timestamp) - unix_ns(task.created_at) - waited >= STABLE_S * SECOND_NS
 
     def down(self, node: Node) -> float:
         """When the node was first seen down, of those times that it is down now."""
@@ -94,8 +92,6 @@ class Sightings:
                         self._ran_before.add(task.id)
                     if old.is_wanted and not task.is_wanted:
                         self._retired.setdefault(task.id, now)
-                    if task.status.state != old.status.state and task.status.state in _BY_ITSELF:
-                        self._note_end(task, now)
                     self._note_state(task, now)
                 case Updated(Node() as before, Node() as node) if before.status.state != node.status.state:
                     self._down.pop(node.id, None)
@@ -103,30 +99,13 @@ class Sightings:
                         self._down[node.id] = now
                 case Deleted(Node() as node):
                     self._down.pop(node.id, None)
-                case Deleted(Service() as service):
-                    for slot in [one for one in self._crashes if one.startswith(f"{service.id}/")]:
-                        del self._crashes[slot]
                 case Deleted(Task() as task):
                     for stamps in (self._created, self._running, self._retired, self._ended):
                         stamps.pop(task.id, None)
                     self._ran_before.discard(task.id)
-
-    def _note_end(self, task: Task, now: float) -> None:
-        if not task.is_wanted:
-            return  # it was stopped
-        ran_at = self.running(task)
-        if ran_at is not None and now - ran_at >= STABLE_S:
-            self._crashes.pop(_slot_of(task), None)
-        else:
-            self._crashes[_slot_of(task)] = _Crashes(task.spec_version, self.crashes(task) + 1)
 
     def _note_state(self, task: Task, now: float) -> None:
         if task.status.state is TaskState.RUNNING:
             self._running.setdefault(task.id, now)
         elif task.status.state.is_terminal:
             self._ended.setdefault(task.id, now)
-
-
-def _slot_of(task: Task) -> str:
-    """The schema's index "slot"."""
-    return f"{task.service_id}/{task.slot or task.node_id}"

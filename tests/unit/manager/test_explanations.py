@@ -202,7 +202,9 @@ def test_a_job_under_way_is_neither_done_nor_failed_and_earlier_iterations_do_no
 
 def a_task_that_waits(failures: int) -> Task:
     task = a_task(state=TaskState.READY, desired=TaskState.READY, node="n1")
-    return replace(task, restart=Restart(failures=failures, not_before=timestamp(106 * 10**9)))
+    return replace(
+        task, restart=Restart(failures=failures, delay=6 * 10**9, not_before=timestamp(106 * 10**9))
+    )
 
 
 def test_a_task_that_waits_for_its_next_attempt_says_when_that_is() -> None:

@@ -1,16 +1,15 @@
 """Task history: how many ended tasks a slot keeps, and when what was removed is really gone.
 
 A task that is to be removed goes as soon as it has stopped (or never had started).  Of each slot's ended tasks as many
-stay as the cluster's history limit says; with ``max_attempts`` at least one more than that, because restarts
-are counted in them.  A removed service goes with its last task; a version of a spec goes when no task follows it.
+stay as the cluster's history limit says, and the youngest always; with ``max_attempts`` at least one more than that,
+because restarts are counted in them.  A removed service goes with its last task; a version of a spec goes when no task
+follows it.
 
 Source: swarmkit, manager/orchestrator/taskreaper/task_reaper.go.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 
-from skep.manager.orchestrator.restart import REJECTED_DELAYS_S
 from skep.manager.orchestrator.slots import Slot, age
 from skep.model.meta import Version
 from skep.model.node import Node
@@ -48,31 +47,26 @@ def is_orphaned(task: Task, node: Node | None) -> bool:
     )
 
 
-def surplus_history(slot: Sequence[Task], limit: int, iteration: Version | None = None) -> Slot:
+def surplus_history(
+    slot: Sequence[Task], limit: int, iteration: Version | None = None, updating: Version | None = None
+) -> Slot:
     """Tasks of one slot that its history no longer keeps, oldest first.
 
-    ``limit`` counts all tasks of the slot, the running one included; negative: keep everything.  While a task waits
-    for its restart delay, the one before it stays: the delay is read from it, as from rejections in a row.  What a
-    job has completed in its present ``iteration`` stays whatever the limit, or it would be run once more.
+    ``limit`` counts all tasks of the slot, the running one included; negative: keep everything.  Whatever the limit,
+    what decisions are read from stays: the youngest task of the slot (its delay, and that the slot was given up); what
+    a job has completed in its present ``iteration``, which would be run once more; and the first task of the version
+    to which an update is under way (``updating``), by which it may fail.
     """
     if limit < 0 or len(slot) <= limit:
         return ()
     present = sum(not _is_past(task) for task in slot)
-    past = [task for task in sorted(slot, key=age) if _is_past(task) and not _counts(task, iteration)]
+    ordered = sorted(slot, key=age)
+    lead = next((task for task in ordered if updating is not None and task.spec_version == updating), None)
+    past = [
+        task for task in ordered[:-1] if _is_past(task) and task is not lead and not _counts(task, iteration)
+    ]
     # Of what is present one counts: an older one that still stops takes no place from what restarts are counted in.
-    surplus = past[: max(len(slot) - max(present - 1, 0) - limit, 0)]
-    if any(task.desired_state is TaskState.READY for task in slot) and surplus == past:
-        del surplus[-1:]
-    counted = _counted_rejections(slot, past)
-    return tuple(task for task in surplus if task not in counted)
-
-
-def _counted_rejections(slot: Sequence[Task], past: Sequence[Task]) -> Sequence[Task]:
-    """Attempts in a row that could not be prepared: the next one is delayed by how many they are."""
-    if any(task.status.state is TaskState.RUNNING for task in slot):
-        return ()
-    rejected = takewhile(lambda task: task.status.state is TaskState.REJECTED, reversed(past))
-    return list(rejected)[: len(REJECTED_DELAYS_S)]
+    return tuple(past[: max(len(slot) - max(present - 1, 0) - limit, 0)])
 
 
 def _counts(task: Task, iteration: Version | None) -> bool:
@@ -102,8 +96,9 @@ def _is_past(task: Task) -> bool:
     """Whether the task has ended, or will never run.
 
     One that has ended and is still wanted waits for its successor, which takes its delay and its count from it; only
-    the runs of jobs are wanted for ever.
+    a completed run of a job is wanted for ever.
     """
-    if task.is_wanted and task.job_iteration is None:
+    is_run = task.job_iteration is not None and task.status.state is TaskState.COMPLETE
+    if task.is_wanted and not is_run:
         return False
     return task.status.state.is_terminal or task.status.state < TaskState.ASSIGNED

@@ -23,8 +23,9 @@ from skep.manager.orchestrator.reaper.history import (
     unused_versions,
 )
 from skep.model.ids import IdSource, ServiceId
+from skep.model.meta import Version
 from skep.model.node import Node
-from skep.model.service import Service
+from skep.model.service import UNDER_WAY, Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState, TaskStatus
 from skep.model.times import Timestamp, timestamp
@@ -154,7 +155,7 @@ class Reaper:
             limit = history_limit(service, _cluster_limit(view))
             kept = [task for task in tasks if task not in disposable]
             iteration = service.job_status.job_iteration if service.job_status is not None else None
-            yield from map(DeleteTask, surplus_history(kept, limit, iteration))
+            yield from map(DeleteTask, surplus_history(kept, limit, iteration, _updating(service)))
 
     def _of_service(self, view: View, service_id: ServiceId) -> Iterable[Removal]:
         service = view.lookup(Service, service_id)
@@ -211,6 +212,11 @@ def _write(tx: Transaction, removal: Removal, now: Timestamp) -> None:
 def _slot_key(task: Task) -> Key:
     """The schema's index "slot"."""
     return Key(f"{task.service_id}/{task.slot or task.node_id}")
+
+
+def _updating(service: Service) -> Version | None:
+    status = service.update_status
+    return service.spec_version if status is not None and status.state in UNDER_WAY else None
 
 
 def _cluster_limit(view: View) -> int | None:

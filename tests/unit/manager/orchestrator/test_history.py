@@ -1,5 +1,6 @@
 """What of a slot's past is kept."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -40,27 +41,27 @@ def test_what_still_runs_is_never_surplus() -> None:
     assert surplus_history([stopping, a_task()], limit=0) == ()
 
 
-def test_the_failure_that_a_restart_delay_is_read_from_stays() -> None:
-    past = a_past_task()
-    assert surplus_history([past, a_task(desired=TaskState.READY)], limit=0) == ()
-
-
-def test_a_failure_stays_until_its_successor_is_there_and_a_run_of_a_job_does_not_wait_for_one() -> None:
-    """Else the orchestrator would find an empty slot, and fill it without the delay."""
-    failed = a_task(node="n1", state=FAILED)
+def test_the_youngest_stays_whatever_the_limit_as_the_next_delay_is_read_from_it() -> None:
+    past, failed = a_past_task(), a_past_task()
     assert surplus_history([failed], limit=0) == ()
-    run = replace(failed, job_iteration=Version(index=1))
-    assert surplus_history([run], limit=0) == (run,)
+    assert surplus_history([past, failed], limit=0) == (past,)
+    assert surplus_history([past, failed, a_task(desired=TaskState.READY)], limit=0) == (past, failed)
 
 
-def test_rejections_in_a_row_stay_until_something_runs_or_the_image_would_be_asked_for_without_a_pause() -> (
-    None
-):
-    rejected = [a_task(node="n1", state=TaskState.REJECTED, desired=SHUTDOWN) for _ in range(6)]
-    assert surplus_history([a_past_task(), *rejected, a_task(state=TaskState.PREPARING)], limit=0) != ()
-    surplus = surplus_history([*rejected, a_task(state=TaskState.PREPARING)], limit=0)
-    assert surplus == tuple(rejected[:2])
-    assert surplus_history([*rejected, a_task(state=TaskState.RUNNING)], limit=0) == tuple(rejected)
+@pytest.mark.parametrize("state", [FAILED, TaskState.REJECTED])
+@pytest.mark.parametrize("iteration", [None, Version(index=1)])
+def test_a_failure_stays_until_its_successor_is_there(state: TaskState, iteration: Version | None) -> None:
+    """Else the orchestrator would find an empty slot, and fill it without the delay."""
+    failed = replace(a_task(node="n1", state=state), job_iteration=iteration)
+    assert surplus_history([failed], limit=0, iteration=iteration) == ()
+
+
+def test_what_an_update_may_fail_by_stays_until_it_is_over() -> None:
+    old, lead, retry = a_past_task(), a_past_task(), a_past_task()
+    lead, retry = (replace(task, spec_version=Version(index=7)) for task in (lead, retry))
+    slot = [old, lead, retry, a_task(state=TaskState.PREPARING)]
+    assert surplus_history(slot, limit=0, updating=Version(index=7)) == (old, retry)
+    assert surplus_history(slot, limit=0) == (old, lead, retry)
 
 
 def test_what_is_to_be_removed_goes_once_it_has_stopped_or_never_began() -> None:

@@ -1,11 +1,14 @@
 """Whether and when an ended task gets a successor."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from skep.manager.orchestrator.changes import FillSlot, Recheck, ReplaceTask, RetireTask, StartTask
+from skep.manager.orchestrator.sightings import Sightings
 from skep.model.ids import NodeId
 from skep.model.node import Availability, NodeState
 from skep.model.service import RestartCondition, RestartPolicy
@@ -38,7 +41,7 @@ def test_without_a_delay_the_successor_starts_at_once() -> None:
     world = a_world(AT_ONCE)
     world.report(only(world).id, TaskState.FAILED)
     failed = only(world)
-    assert world.steps() == [ReplaceTask(failed, FillSlot(world.service, 1, desired=RUNNING))]
+    assert world.steps() == [ReplaceTask(failed, FillSlot(world.service, 1, desired=RUNNING, failures=1))]
 
 
 def test_with_a_delay_the_successor_is_prepared_first_and_started_after_it() -> None:
@@ -254,14 +257,70 @@ def test_a_task_that_has_to_wait_says_until_when_and_after_how_many_failures() -
     assert unix_ns(task.restart.not_before) - unix_ns(task.created_at) == 2 * SECOND_NS
 
 
-def test_damping_does_not_need_the_history_of_the_slot() -> None:
+def forget_the_past(world: World) -> None:
+    """What history allows: of each slot only the youngest task is kept."""
+    for task in list(world.tasks.values())[:-1]:
+        del world.tasks[task.id]
+
+
+def change_the_leader(world: World) -> None:
+    world.now += 100.0
+    world.seen = Sightings(world.now)
+
+
+@pytest.mark.parametrize("between", [forget_the_past, change_the_leader])
+def test_neither_history_nor_a_change_of_leader_ends_a_crash_loop(between: Callable[[World], None]) -> None:
+    world, waits = a_world(AT_ONCE), []
+    for _ in range(7):
+        waits.append(round(crash(world), 3))
+        between(world)
+    assert waits == [0, 0, 0.5, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("between", [forget_the_past, change_the_leader])
+def test_neither_forgets_how_often_a_task_could_not_be_prepared(between: Callable[[World], None]) -> None:
+    world, delays = a_world(AT_ONCE), []
+    for _ in range(5):
+        world.now += 10.0
+        world.settle()
+        world.report(wanted(world)[0].id, TaskState.REJECTED)
+        world.settle()
+        (task,) = wanted(world)
+        delays.append(task.restart.delay / SECOND_NS if task.restart is not None else None)
+        between(world)
+    assert delays == [0, 0.25, 1, 2, 2]
+
+
+def test_a_delay_holds_without_the_task_that_it_was_decided_by() -> None:
+    world = a_world(RestartPolicy(delay=3 * SECOND_NS))
+    world.report(only(world).id, TaskState.FAILED)
+    world.apply(world.changes())
+    forget_the_past(world)
+    assert world.steps() == [Recheck(3.0)]
+
+
+def test_a_task_that_an_earlier_leader_saw_start_has_run_for_as_long_as_its_own_stamps_say() -> None:
+    world = a_world(AT_ONCE)
+    for _ in range(6):
+        crash(world)
+    world.settle()
+    world.report(wanted(world)[0].id, RUNNING)
+    change_the_leader(world)
+    (task,) = wanted(world)
+    ended = timestamp(unix_ns(task.created_at) + 3600 * SECOND_NS)
+    for at, delay_s in ((task.created_at, 8.0), (ended, 0.0)):
+        status = replace(task.status, state=TaskState.FAILED, timestamp=at)
+        world.put(replace(task, status=status))
+        fills = [step.successor for step in world.steps() if isinstance(step, ReplaceTask)]
+        assert [fill.delay_s for fill in fills] == [delay_s]
+
+
+def test_a_scale_in_a_crash_loop_does_not_end_it() -> None:
     world = a_world(AT_ONCE)
     for _ in range(5):
         crash(world)
-        for task in list(world.tasks.values()):
-            if task.status.state.is_terminal:
-                del world.tasks[task.id]
-    assert round(crash(world), 3) == 4.0
+    world.update(replace(world.service.spec, labels={"a": "b"}))
+    assert crash(world) == pytest.approx(4.0)
 
 
 def test_a_crash_loop_of_one_slot_costs_the_others_nothing() -> None:

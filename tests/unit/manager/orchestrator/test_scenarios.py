@@ -9,7 +9,7 @@ from skep.model.ids import NodeId, TaskId
 from skep.model.meta import Version
 from skep.model.node import Availability, NodeState
 from skep.model.service import Resources, RestartPolicy
-from skep.model.task import Task, TaskState
+from skep.model.task import Restart, Task, TaskState
 from skep.model.times import SECOND_NS
 from tests.builders import a_node, a_service, a_service_spec, a_task
 from tests.rollouts import advance
@@ -100,6 +100,7 @@ def test_a_new_leader_goes_on_with_a_delay_that_another_began() -> None:
     service = a_service(restart=DELAYED)
     failed = a_task("t1", node="n1", service=service, state=TaskState.FAILED, desired=TaskState.SHUTDOWN)
     ready = a_task("t2", node="n1", service=service, state=READY, desired=READY)
+    ready = replace(ready, restart=Restart(failures=1, delay=3 * SECOND_NS))
     world = World(service, [failed, ready], [a_node("n1")])
     world.settle()
     assert world.tasks[ready.id].desired_state is READY
