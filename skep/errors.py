@@ -54,6 +54,14 @@ class ResourceExhausted(SkepError):
     """A bounded queue or a size limit is full."""
 
 
+class RetryLater(ResourceExhausted):
+    """The same request works in ``after_s`` seconds."""
+
+    def __init__(self, message: str, after_s: float) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
 class Unimplemented(SkepError):
     """Known to the API, not supported by this node."""
 

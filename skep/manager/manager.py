@@ -27,6 +27,7 @@ from skep.manager.ca.service import CertificateService
 from skep.manager.ca.standing import Standing
 from skep.manager.ca.upkeep import Upkeep
 from skep.manager.config import ManagerConfig
+from skep.manager.crowd import Crowd
 from skep.manager.discovery.draining import Draining
 from skep.manager.discovery.key_service import KeyService
 from skep.manager.discovery.loop import Discovery
@@ -100,8 +101,9 @@ class Manager:
         own = ManagerPeer(node_id=config.node_id, addr=config.advertise_addr)
         self._discovery = Discovery(store, self._session, clock)
         self._draining = Draining(store, config.node_id, self._discovery, self._channel_to, clock, random)
+        crowd = Crowd()
         self._dispatcher = Dispatcher(
-            store, own, clock, new_id, random, wait_unused=self._draining.wait_unused
+            store, own, clock, new_id, random, wait_unused=self._draining.wait_unused, crowd=crowd
         )
         self._incarnation = Incarnation(config.paths, store.incarnation)
         self._link = ManagerLink(
@@ -112,6 +114,7 @@ class Manager:
             random,
             incarnation=store.incarnation,
             met=self._incarnation.met,
+            crowd=crowd,
         )
         self._paths = PathStreams(store, config.node_id, self._session, self._discovery, clock)
         self._examinations = Examinations(store, config.node_id, self._paths, self._channel_to)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
+from itertools import count
 from random import Random
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from skep.aio.clock import Clock
 from skep.aio.first import wait_first
 from skep.aio.guard import report
 from skep.api.errors import rpc_words
-from skep.errors import SkepError, Unavailable
+from skep.errors import RetryLater, SkepError, Unavailable
 from skep.model.ids import ContainerId, NodeId, TaskId
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeDescription, NodeRole
@@ -52,8 +53,17 @@ DETACH_SECONDS_MAX = 3.0
 """A container's end does not wait for longer; the manager hears of it all the same."""
 UNREACHED_S = 10.0
 """After so long without any manager the node says so (``docker info``)."""
+POSTPONED_MAX = 10
+"""A manager that told the node to come again so often is left for another one."""
+STAY_AWAY_S_MAX = 30.0
+"""No manager may have the node wait for longer in one go."""
 LASTED_S = 10.0
 """A session that held for so long was a good one: the next attempt is made at once."""
+
+
+def time_to_stay_away(told_s: float, chance: float) -> float:
+    """Seconds to wait when a manager says ``told_s``: never less, and not the same for two that were told the same."""
+    return min(max(told_s, FIRST_RETRY_S) * (1.0 + 0.1 * chance), STAY_AWAY_S_MAX)
 
 
 class Attempt(Enum):
@@ -245,22 +255,7 @@ class Agent:
             async with self._credentials.connected(address, timeout_s=timeout_s) as channel:
                 is_there = True
                 self._channel = channel
-                session = Session(
-                    channel,
-                    _Host(self, peer),
-                    self._sink,
-                    self._reports,
-                    self._logs,
-                    self._clock,
-                    self._description,
-                    self._credentials.news,
-                    self._load,
-                    self._tables,
-                    self._overlay_keys,
-                    self._paths,
-                    self._random.random,
-                )
-                await session.run()
+                await self._hold_session(channel, peer)
         except SkepError as error:
             had_session = self.registered.is_set()
             event = "session lost" if had_session else "no session"
@@ -274,6 +269,36 @@ class Agent:
         if had_session:
             return Attempt.SESSION
         return Attempt.NONE if is_there or self._managers.is_last_of_round(peer) else Attempt.NEXT
+
+    async def _hold_session(self, channel: Channel, peer: Peer) -> None:
+        """Hold a session until it breaks; on the same connection later, where the manager says so.
+
+        Raises: SkepError: why.
+        """
+        for postponed in count(1):
+            session = Session(
+                channel,
+                _Host(self, peer),
+                self._sink,
+                self._reports,
+                self._logs,
+                self._clock,
+                self._description,
+                self._credentials.news,
+                self._load,
+                self._tables,
+                self._overlay_keys,
+                self._paths,
+                self._random.random,
+            )
+            try:
+                await session.run()
+                return
+            except RetryLater as error:
+                if self.registered.is_set() or postponed == POSTPONED_MAX:
+                    raise
+                log.info("told to register later", manager=peer.addr, after_s=round(error.after_s, 1))
+                await self._clock.sleep(time_to_stay_away(error.after_s, self._random.random()))
 
     def _description(self) -> NodeDescription:
         return msgspec.structs.replace(self._describe(), tls_info=self._credentials.tls_info)

@@ -8,6 +8,7 @@ from typing import cast
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import Unavailable
+from skep.manager.crowd import Crowd
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
@@ -87,14 +88,14 @@ class SimulatedManager:
         return True
 
     async def _serve(self, store: EtcdStore) -> None:
-        own = ManagerPeer(node_id=self._id, addr=self._addr)
+        own, crowd = ManagerPeer(node_id=self._id, addr=self._addr), Crowd()
         self._shown = Rewindable(store)
         dispatcher = self._dispatcher = Dispatcher(
-            cast("Store", self._shown), own, self._clock, self._new_id, self._random
+            cast("Store", self._shown), own, self._clock, self._new_id, self._random, crowd=crowd
         )
         logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
-        link = ManagerLink(store, self._id, self._connect, self._clock, self._random)
+        link = ManagerLink(store, self._id, self._connect, self._clock, self._random, crowd=crowd)
         handlers = (*dispatcher.services(), *discovery.services(), *logs.services(), *link.services())
         async with self._network.listening(self._addr, handlers), asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run(), name=f"{self._id} dispatcher")

@@ -14,14 +14,14 @@ from grpclib.client import Channel as GrpcChannel
 from grpclib.client import Handler, Stream
 from grpclib.config import Configuration
 from grpclib.const import Cardinality
-from grpclib.exceptions import ProtocolError, StreamTerminatedError
+from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from grpclib.protocol import H2Protocol
 
 from skep.aio.grpc import breaks_of_grpclib
 from skep.aio.lean_grpc import CoalescingTransport, make_lean
 from skep.errors import InvalidArgument, Unavailable, reason_of
 from skep.model.addresses import parted
-from skep.wire.errors import peer_errors
+from skep.wire.errors import PUSHBACK, peer_errors, told_pushback
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
 
 Q = TypeVar("Q", bound=Message)
@@ -161,12 +161,21 @@ def _answer_of(stream: Stream[Any, Any], address: str) -> Iterator[None]:
     with peer_errors(address):
         try:
             yield
+        except GRPCError as error:
+            error.details = _pushback_of(stream)
+            raise
         except StreamTerminatedError:
             if stream._send_request_done:
                 stream._maybe_raise()
             raise
         except AssertionError as error:  # grpclib's way to say that a message ended early
             raise DecodeError("the message is incomplete") from error
+
+
+def _pushback_of(stream: Stream[Any, Any]) -> float | None:
+    """When to come again, in seconds, as the refusal says; grpclib shows no trailers of gRPC's own."""
+    inner = stream._stream
+    return told_pushback(dict(inner.trailers or inner.headers or ()).get(PUSHBACK))
 
 
 async def _end(stream: Stream[Any, Any]) -> None:

@@ -42,18 +42,32 @@ _MESSAGE_CHARACTERS_MAX = 2048
 """A status message travels as a header; many peers refuse headers over 8 KiB."""
 
 
+PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailer of a call that works later, and when.  gRPC's own (proposal A6); who does not know it passes it over."""
+
+
 def to_status(error: SkepError) -> GRPCError:
-    """What a peer is told of ``error``."""
+    """What a peer is told of ``error``; its details say when to come again, in seconds, if that is known."""
+    after_s = error.after_s if isinstance(error, errors.RetryLater) else None
     for kind, status in STATUS_OF:
         if isinstance(error, kind):
-            return GRPCError(status, str(error)[:_MESSAGE_CHARACTERS_MAX])
+            return GRPCError(status, str(error)[:_MESSAGE_CHARACTERS_MAX], after_s)
     return GRPCError(Status.UNKNOWN, str(error)[:_MESSAGE_CHARACTERS_MAX])
 
 
 def from_status(error: GRPCError) -> SkepError:
     """The error that a peer told us."""
+    if error.status is Status.RESOURCE_EXHAUSTED and isinstance(error.details, float):
+        return errors.RetryLater(error.message or "come again later", error.details)
     kind = _ERROR_OF.get(error.status, SkepError)
     return kind(error.message or f"the peer answered {error.status.name}")
+
+
+def told_pushback(value: str | bytes | None) -> float | None:
+    """Seconds until the call works, as a trailer says; None: it says nothing that can be understood."""
+    if not isinstance(value, str) or not (value.isascii() and value.isdigit()) or len(value) > 9:
+        return None
+    return int(value) / 1000
 
 
 @contextmanager

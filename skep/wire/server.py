@@ -231,7 +231,7 @@ class _Server:
                 async with asyncio.timeout(_timeout_s(request.timeout)):
                     await self._call(stream, caller)
             except GRPCError as error:
-                await stream.send_status(error.status, error.message)
+                await stream.send_status(error.status, error.message, error.details)
             except TimeoutError:
                 await stream.send_status(Status.DEADLINE_EXCEEDED, "the call took too long")
             else:

@@ -14,6 +14,8 @@ import structlog
 from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
 from skep.errors import SkepError, Unavailable
+from skep.manager.crowd import SUSPENDED_S_MAX, Crowd, patience_left
+from skep.manager.dispatcher.admission import Admission
 from skep.manager.dispatcher.liveness import (
     RECOVERY_GRACE_S,
     grace_after_absence,
@@ -80,13 +82,20 @@ class Dispatcher:
         new_id: IdSource,
         random: Random,
         wait_unused: WaitUnused | None = None,
+        crowd: Crowd | None = None,
     ) -> None:
-        """``own``: this manager, as nodes reach it.  ``wait_unused``: see ``Stops``; None: nobody uses any task."""
+        """
+        Args:
+            own: this manager, as nodes reach it.
+            wait_unused: see ``Stops``; None: nobody uses any task.
+            crowd: what other managers say of how many nodes come back to them; None: there are none.
+        """
         self._store = store
         self._own = own
         self._clock = clock
         self._new_id = new_id
         self._random = random
+        self._crowd = crowd or Crowd()
         self._sessions = Sessions()
         self._assignments = AssignmentStreams(store, self._sessions)
         self._stops = Stops(store, self._sessions, clock, wait_unused)
@@ -96,10 +105,12 @@ class Dispatcher:
             self._sessions,
             clock,
             send_on=self._send_on,
-            may_send_on=lambda: self._is_current,
+            may_send_on=lambda: self._is_current and not self._crowd.is_anywhere(self._clock.monotonic()),
         )
         self._loads = Loads(store, self._sessions.all, self._sessions.live, clock)
         self._repeats = Repeats(store, self._sessions.live, clock)
+        self._patience_left_s = SUSPENDED_S_MAX
+        self._admission = Admission(clock, random)
         self._rate = RegistrationRate()
         self._description_rate = RegistrationRate()
         self._managers: tuple[ManagerPeer, ...] = (own,)
@@ -253,11 +264,15 @@ class Dispatcher:
             await session.messages.wait()
 
     async def _register(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
-        """Write the session, and return when this replica shows it."""
-        node_id, session_id = caller.node_id, SessionId(self._new_id())
+        """Write the session in its turn, and return when this replica shows it.  Raises: RetryLater."""
+        self._rate.note(caller.node_id, self._clock.monotonic())
         if not self._is_current:
             raise Unavailable("this manager has lost contact with the others")
-        self._rate.note(node_id, self._clock.monotonic())
+        async with self._admission.turn():
+            return await self._take_session(request, caller)
+
+    async def _take_session(self, request: pb.SessionRequest, caller: Caller) -> LiveSession:
+        node_id, session_id = caller.node_id, SessionId(self._new_id())
         if self._store.view().lookup(Node, node_id) is None:
             await self._store.barrier()  # its certificate may come from another manager a moment ago
         await self._store.update(
@@ -320,7 +335,8 @@ class Dispatcher:
         """Write down as down who was silent for its grace."""
         while True:
             await self._clock.sleep(TICK_S)
-            self._time = self._time.after(self._clock.monotonic(), TICK_S, is_current=self._is_current)
+            is_counted = self._is_current and not self._is_suspended()
+            self._time = self._time.after(self._clock.monotonic(), TICK_S, is_current=is_counted)
             self._set_period()
             silent = self._sessions.silent(self._time.seconds, self._period_s)
             if not silent:
@@ -328,6 +344,13 @@ class Dispatcher:
             await take_down(
                 self._store, self._sessions, silent, lambda: self._time.seconds, self._clock.now_ns()
             )
+
+    def _is_suspended(self) -> bool:
+        """Whether nodes' silence is not counted: thousands come back, and some of them were told to come later."""
+        self._crowd.is_here = self._admission.is_crowded()
+        is_crowded = self._crowd.is_anywhere(self._clock.monotonic())
+        self._patience_left_s = patience_left(self._patience_left_s, TICK_S, is_crowded=is_crowded)
+        return is_crowded and self._patience_left_s > 0
 
     async def _stay_current(self) -> None:
         """End all sessions while this manager has lost contact with the others."""

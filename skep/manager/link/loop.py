@@ -16,6 +16,7 @@ from skep.aio.clock import Clock
 from skep.aio.own_time import OwnTime
 from skep.errors import PermissionDenied, SkepError, Unavailable
 from skep.manager.ca.standing import require_standing
+from skep.manager.crowd import Crowd
 from skep.manager.follow import follow
 from skep.manager.link.silence import LastHeard
 from skep.manager.roster import concerns_managers
@@ -53,10 +54,12 @@ class ManagerLink:
         *,
         incarnation: int = 1,
         met: Callable[[NodeId, int], bool] | None = None,
+        crowd: Crowd | None = None,
     ) -> None:
         """``connect``: a connection to the manager at an address, as a manager.
 
         ``met``: hears of each manager's incarnation, and says whether it is ours; others are not heard of.
+        ``crowd``: what this manager tells the others, and hears of them.
         """
         self._store = store
         self._own = own
@@ -65,6 +68,7 @@ class ManagerLink:
         self._random = random
         self._incarnation = incarnation
         self._met = met or (lambda _, theirs: theirs == incarnation)
+        self._crowd = crowd or Crowd()
         self._heard = LastHeard()
         self._time = OwnTime(seen_at=clock.monotonic())
         self._peers: dict[NodeId, str] = {}
@@ -161,11 +165,10 @@ class ManagerLink:
         return manager not in self.silent(self._clock.monotonic())
 
     async def _ping(self, channel: Channel, manager: NodeId) -> None:
-        own = skep.Ping(incarnation=self._incarnation, node_id=self._own)
         async with channel.stream(methods.PINGS) as call:
             while True:
                 async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                    await call.send(own)
+                    await call.send(self._own_ping())
                     answer = await call.receive()
                 if answer is None:
                     raise Unavailable(f"{channel.address} ended the link")
@@ -177,14 +180,18 @@ class ManagerLink:
                     self._channels[manager] = channel
                     log.info("linked", manager=manager, address=channel.address)
                 self._heard.note(manager, self._time.seconds)
+                self._crowd.note(manager, answer.crowded, self._clock.monotonic())
                 await self._clock.sleep(PING_S)
 
     async def _pings(self, pings: AsyncIterator[skep.Ping], caller: Caller) -> AsyncIterator[skep.Ping]:
-        own = skep.Ping(incarnation=self._incarnation, node_id=self._own)
         async for ping in pings:
             if self._is_believed(caller) and self._met(caller.node_id, ping.incarnation):
                 self._heard.note(caller.node_id, self._time.seconds)
-            yield own
+                self._crowd.note(caller.node_id, ping.crowded, self._clock.monotonic())
+            yield self._own_ping()
+
+    def _own_ping(self) -> skep.Ping:
+        return skep.Ping(incarnation=self._incarnation, node_id=self._own, crowded=self._crowd.is_here)
 
     def _is_believed(self, caller: Caller) -> bool:
         """Whether it is one of the managers.  Who is not known here is told which incarnation this is, no more.

@@ -14,6 +14,7 @@ from hpack.exceptions import HPACKError
 from hpack.hpack import encode_integer
 
 from skep.aio.http2 import Code, Violation
+from skep.wire.errors import PUSHBACK
 
 HEADER_LIST_BYTES_MAX = 64 * 1024
 """Of one request, decoded."""
@@ -88,9 +89,10 @@ ANSWER = _OK + _literal(b"content-type", b"application/grpc+proto")
 TRAILERS_OK = _literal(b"grpc-status", b"0")
 
 
-def trailers(status: int, message: str) -> bytes:
-    """``message``: percent-encoded."""
-    return _literal(b"grpc-status", b"%d" % status) + _literal(b"grpc-message", message.encode("ascii"))
+def trailers(status: int, message: str, pushback_ms: int | None = None) -> bytes:
+    """``message``: percent-encoded.  ``pushback_ms``: when to come again, if that is known."""
+    block = _literal(b"grpc-status", b"%d" % status) + _literal(b"grpc-message", message.encode("ascii"))
+    return block if pushback_ms is None else block + _literal(PUSHBACK.encode(), b"%d" % pushback_ms)
 
 
 def refusal(http_status: int) -> bytes:

@@ -155,12 +155,18 @@ class Stream:
             self._connection.window_out -= len(part)
             self._connection.write(http2.frame(http2.DATA, 0, self.id, part))
 
-    async def send_status(self, status: Status, message: str | None = None) -> None:
-        """The last word.  A client that was refused and has more to send is told not to."""
+    async def send_status(
+        self, status: Status, message: str | None = None, pushback_s: float | None = None
+    ) -> None:
+        """The last word.  A client that was refused and has more to send is told not to.
+
+        ``pushback_s``: when the same call works, if that is known.
+        """
         if status is Status.OK:
             block = headers.TRAILERS_OK
         else:
-            block = headers.trailers(status.value, encode_grpc_message(message or ""))
+            pushback_ms = round(pushback_s * 1000) if pushback_s is not None else None
+            block = headers.trailers(status.value, encode_grpc_message(message or ""), pushback_ms)
         await self._wait_writable(0)
         self._end_with(block if self._has_headers else headers.ANSWER + block)
         if status is not Status.OK:

@@ -1,0 +1,116 @@
+"""More nodes than a manager can take at once: who is told to come later, and what they cost the loop."""
+
+import asyncio
+import gc
+import time
+
+import pytest
+
+from skep.aio.clock import SystemClock
+from skep.errors import ResourceExhausted, RetryLater
+from skep.manager.dispatcher import admission
+from skep.manager.dispatcher.loop import Dispatcher
+from skep.manager.dispatcher.messages import ManagerPeer
+from skep.model.ids import NodeId, new_id
+from skep.model.node import Node, NodeRole, NodeState
+from skep.security.identity import Identity
+from skep.security.tls import client_context
+from skep.sim.joined import CLUSTER
+from skep.store.memory import MemoryStore
+from skep.wire import methods
+from skep.wire import swarm_pb2 as pb
+from skep.wire.access import Caller
+from skep.wire.client import connected
+from tests.builders import a_node
+from tests.wire_rig import Cluster, Random, a_worker, an_agent, until
+
+HELD_S_MAX = 0.25
+
+
+@pytest.fixture
+async def cluster():
+    async with Cluster().serving() as serving:
+        yield serving
+
+
+async def test_a_refusal_says_when_to_come_and_counts_as_any_other_for_who_does_not_know_it(
+    cluster, tmp_path, monkeypatch
+):
+    pair = await a_worker(cluster, tmp_path)
+    monkeypatch.setattr(admission, "AT_ONCE_MAX", 0)
+    monkeypatch.setattr(admission, "HOLD_S", 0.01)
+    async with (
+        connected(cluster.address, client_context(pair), "swarm-manager") as channel,
+        channel.stream(methods.SESSION) as call,
+    ):
+        await call.send(pb.SessionRequest(), end=True)
+        with pytest.raises(ResourceExhausted, match="come again in") as refused:
+            await call.receive()
+    assert isinstance(refused.value, RetryLater)
+    assert admission.SHORTEST_S <= refused.value.after_s <= admission.LONGEST_S
+
+
+async def test_a_node_that_is_told_to_come_later_does_so_on_the_same_connection(
+    cluster, tmp_path, monkeypatch
+):
+    pair = await a_worker(cluster, tmp_path)
+    made: list[object] = []
+    new_protocol = cluster.bound._server.new_protocol
+    monkeypatch.setattr(cluster.bound._handshakes, "_new_protocol", lambda: made.append(1) or new_protocol())
+    monkeypatch.setattr(admission, "AT_ONCE_MAX", 0)
+    monkeypatch.setattr(admission, "HOLD_S", 0.01)
+
+    async def make_room() -> None:
+        await until(cluster.dispatcher._admission.is_crowded)
+        await until(lambda: cluster.dispatcher._admission._told > 0)
+        monkeypatch.setattr(admission, "AT_ONCE_MAX", 1)
+
+    room = asyncio.create_task(make_room())
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        await room
+        assert cluster.node(agent.node_id).status.state is NodeState.READY
+        assert len(made) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_five_thousand_at_once_do_not_hold_the_loop_and_are_all_in():
+    """Measured is the processor time between two turns of a task that always wants one."""
+    store = MemoryStore(SystemClock())
+    names = [NodeId(f"node{number:021d}") for number in range(5000)]
+    await store.update_each(lambda tx, name: tx.put(a_node(name)), names)
+    gc.collect()
+    gc.freeze()  # as a manager does once it has loaded
+    own = ManagerPeer(node_id=NodeId("m1"), addr="127.0.0.1:1")
+    dispatcher = Dispatcher(store, own, SystemClock(), new_id, Random(1))
+    held_s = 0.0
+
+    async def measure() -> None:
+        nonlocal held_s
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0.001)
+            held_s = max(held_s, time.thread_time() - before)
+
+    async def come(id: NodeId) -> None:
+        identity = Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER)
+        caller = Caller(identity=identity, address="127.0.0.1", disconnect=lambda: None)
+        while True:
+            try:
+                await dispatcher._register(pb.SessionRequest(), caller)
+            except RetryLater as later:
+                await asyncio.sleep(later.after_s)
+            else:
+                return
+
+    async with asyncio.TaskGroup() as group:
+        measuring = group.create_task(measure())
+        async with asyncio.TaskGroup() as coming:
+            for number, id in enumerate(names):
+                coming.create_task(come(id))
+                if number % 50 == 49:
+                    await asyncio.sleep(0)  # as connections come in
+        measuring.cancel()
+    gc.unfreeze()
+    assert all(store.view().get(Node, id).session for id in names)
+    assert held_s < HELD_S_MAX
