@@ -21,7 +21,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    survival_of_containers.py cgroup_v2.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration soak bench bench-networks bare virtual lock
+.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -65,6 +65,10 @@ conformance: setup ## the API as docker, docker-py and a recorded engine see it
 integration: setup ## every test, the slow ones too (real runc, etcd, nftables); log kept in bench/results/
 	@mkdir -p bench/results
 	@$(PYTEST) --whole $(BESIDE_EACH_OTHER) --durations 20 $(call kept,integration)
+
+escapes: setup ## ways out of a container, tried in Skep's and in a Docker Engine's; table kept in bench/results/
+	@mkdir -p bench/results
+	@$(PYTEST) -s tests/integration/node/test_escapes_beside_docker.py $(call kept,escapes)
 
 soak: setup ## an hour of load and faults on 3 managers and 3 workers (MINUTES=120); log kept in bench/results/
 	@$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),60)

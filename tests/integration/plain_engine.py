@@ -10,11 +10,13 @@ from pathlib import Path
 from skep.aio.trees import discard_tree_now
 from tests.integration.cluster import CLIS, wait_until
 
-# dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top.
+# dockerd writes bridge settings through sysfs, which must show its own network namespace; the cgroups go back on top,
+# and securityfs, by which it finds AppArmor.
 _START = """
 {before}
 mkdir -p /etc/docker /run/docker {dir}/cgroups
 mount --rbind /sys/fs/cgroup {dir}/cgroups && mount -t sysfs none /sys && mount --rbind {dir}/cgroups /sys/fs/cgroup
+[ ! -d /sys/kernel/security ] || mount -t securityfs none /sys/kernel/security
 mount --bind {dir}/etc /etc/docker && mount -t tmpfs none /run/docker
 exec dockerd --data-root {dir}/data --exec-root {dir}/run --pidfile {dir}/docker.pid -H unix://{dir}/docker.sock \
   --cgroup-parent /{name}
