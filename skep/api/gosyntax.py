@@ -1,6 +1,6 @@
-"""What Go's JSON scanner says of a text that is not JSON, word for word.
+"""What Go's JSON scanner says of a text that is not JSON, word for word; and the words that Go takes for booleans.
 
-Decoding itself is msgspec's; this module is asked only once a body has been refused.  It walks the text
+Decoding itself is msgspec's; the scanner is asked only once a body has been refused.  It walks the text
 token by token with the states of Go's scanner and returns the sentence of the first error.
 
 Source: Go 1.19, src/encoding/json/scanner.go and stream.go.
@@ -18,6 +18,12 @@ _DIGITS = b"0123456789"
 _HEX = b"0123456789abcdefABCDEF"
 
 UNEXPECTED_END = "unexpected EOF"
+
+BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
+"""What ``strconv.ParseBool`` reads, and as what."""
 
 
 def first_error(text: bytes) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from skep.node.oci import apparmor
 from tests.integration.cluster import (
     CLIS,
     IDLE,
@@ -248,6 +249,41 @@ def test_what_docker_refuses_is_refused_in_its_words(m1: TestNode, w1: TestNode)
         127,
         "",
     )
+
+
+@pytest.mark.slow
+def test_security_options_hold_or_are_refused_in_dockers_words(m1: TestNode, tmp_path: Path) -> None:
+    def confined_by(*options: str, command: tuple[str, ...]) -> str:
+        chosen = (word for option in options for word in ("--security-opt", option))
+        return m1.docker("run", "--rm", *LABEL, *chosen, IMAGE, *command, check=False).stderr
+
+    def fails(test: str) -> tuple[str, ...]:
+        return ("sh", "-c", f"[ {test} ] || echo other >&2")
+
+    seccomp = "$(grep Seccomp: /proc/self/status | tr -dc 0-9)"
+    privileges = "$(grep NoNewPrivs /proc/self/status | tr -dc 0-9)"
+    assert not confined_by(command=fails(f"{seccomp}{privileges} = 20"))
+    assert not confined_by("seccomp=unconfined", command=fails(f"{seccomp} = 0"))
+    assert not confined_by("no-new-privileges", command=fails(f"{privileges} = 1"))
+    profile = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"}],
+    }
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    said = confined_by(f"seccomp={tmp_path}/profile.json", command=("mkdir", "/x"))
+    assert "Operation not permitted" in said
+
+    options = ["label=disable", "apparmor=unconfined", "no-new-privileges=true"]
+    run(m1, "box", *(word for option in options for word in ("--security-opt", option)))
+    shown = m1.docker("inspect", "-f", "{{json .HostConfig.SecurityOpt}}", "box").stdout
+    assert json.loads(shown) == options
+    for option, reason in (
+        ("selinux=off", 'invalid --security-opt 2: "selinux=off"'),
+        ("label=level:s0", "do not have --security-opt label"),
+        ("systempaths=unconfined", "do not have --security-opt systempaths"),
+        ("apparmor=nosuch", "apparmor" if apparmor.is_supported() else "no profile nosuch"),
+    ):
+        assert reason in refused(m1, "run", "--rm", *LABEL, "--security-opt", option, IMAGE)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from skep.aio.loop_lag import LoopLag
 from skep.api.answers import KnownJson
 from skep.api.backups import BackupRequest, Sealer
 from skep.api.errors import rpc_errors
+from skep.api.gosyntax import BOOLEANS
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unavailable
 from skep.manager.events import ClusterEvents
 from skep.manager.quorum import Quorum
@@ -135,10 +136,6 @@ async def current_view(request: web.Request) -> View:
 
 
 _DIGITS = re.compile(r"[0-9]+")
-_BOOLEANS = {
-    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
-    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
-}
 
 
 def strict_flag(request: web.Request, name: str) -> bool | None:
@@ -150,9 +147,9 @@ def strict_flag(request: web.Request, name: str) -> bool | None:
     word = request.query.get(name, "")
     if not word:
         return None
-    if word not in _BOOLEANS:
+    if word not in BOOLEANS:
         raise ValueError(word)
-    return _BOOLEANS[word]
+    return BOOLEANS[word]
 
 
 def wrapped_flag(request: web.Request, name: str) -> bool:

@@ -101,6 +101,7 @@ def config(
     limits = resources.limits if resources else None
     reservations = resources.reservations if resources else None
     privileges = spec.privileges or Privileges()
+    _require_applicable(privileges)
     dns = spec.dns_config
     return ContainerConfig(
         path=(entrypoint + command)[0],
@@ -261,6 +262,17 @@ def _tmpfs_options(options: TmpfsOptions) -> tuple[str, ...]:
         opposite = word.removeprefix("no") if word.startswith("no") else f"no{word}"
         chosen = [one for one in chosen if one not in (word, opposite)] + [word]
     return tuple(chosen)
+
+
+def _require_applicable(privileges: Privileges) -> None:
+    """Raises: Rejected: what confines on Windows, in an engine's words, or by SELinux."""
+    if (credential := privileges.credential_spec) is not None:
+        for source, value in msgspec.structs.asdict(credential).items():
+            if value:
+                raise Rejected(f'invalid --security-opt 2: "credentialspec={source}://{value}"')
+    labels = privileges.selinux_context
+    if labels is not None and (labels.user or labels.role or labels.type or labels.level):
+        raise Rejected("this node gives containers no SELinux labels: leave the SELinuxContext out")
 
 
 def _apparmor(privileges: Privileges) -> str:

@@ -51,5 +51,7 @@ class Plain(msgspec.Struct, frozen=True, kw_only=True):
     """How often its policy has started it since the user did."""
     is_stopped: bool = False
     """By its user: only he starts it again."""
+    security_options: tuple[str, ...] = ()
+    """As the user wrote them."""
     attached: tuple[str, ...] = ()
     """Which of its streams the client took when it was made: stdin, stdout, stderr."""

@@ -6,8 +6,9 @@ docker command for what it sends.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from skep.api.gosyntax import BOOLEANS
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError, Unimplemented
 from skep.model.addresses import parsed
 from skep.model.container import (
@@ -52,6 +53,7 @@ def plain_of(body: CreateBody) -> Plain:
         "network_mode": mode or "default",
         "restart": restart,
         "auto_remove": host.auto_remove,
+        "security_options": host.security_opt,
         "attached": tuple(
             name
             for name, wanted in (
@@ -214,6 +216,14 @@ def _invocation(body: CreateBody, image: ContainerDefaults) -> tuple[tuple[str, 
     return executor_wish.invocation(ContainerSpec(command=body.entrypoint or (), args=body.cmd), image)
 
 
+_SECURITY_WORDS: Final = {
+    "no-new-privileges": "no-new-privileges=true",
+    "writable-cgroups": "writable-cgroups=true",
+    "disable": "label=disable",
+}
+"""Options that have no value, and what they say."""
+
+
 class _Security(NamedTuple):
     """What ``--security-opt`` says."""
 
@@ -223,26 +233,32 @@ class _Security(NamedTuple):
 
 
 def _security(options: Sequence[str]) -> _Security:
+    """Raises: InvalidArgument; Unimplemented: an option that confines nothing here.
+
+    Source: moby, daemon/daemon_unix.go (parseSecurityOpt).
+    """
     found = _Security()
-    for option in options:
-        name, _, value = (
-            option.replace(":", "=", 1).partition("=") if "=" not in option else option.partition("=")
-        )
-        match name, value:
-            case "no-new-privileges", "" | "true":
-                found = found._replace(no_new_privileges=True)
-            case "no-new-privileges", "false":
-                found = found._replace(no_new_privileges=False)
-            case "seccomp", "" | "builtin":
-                found = found._replace(seccomp="default")
+    for given in options:
+        option = _SECURITY_WORDS.get(given, given)
+        name, separator, value = option.partition("=" if "=" in option else ":")
+        if not separator:
+            raise InvalidArgument(f'invalid --security-opt 1: "{given}"')
+        match name, BOOLEANS.get(value):
+            case "no-new-privileges", bool() as is_on:
+                found = found._replace(no_new_privileges=is_on)
             case "seccomp", _:
-                found = found._replace(seccomp=value)
-            case "apparmor", _ if value:
-                found = found._replace(apparmor="default" if value == apparmor.DEFAULT_PROFILE else value)
-            case "label", "disable":
-                pass  # it confines no container here
+                found = found._replace(seccomp="default" if value in ("", "builtin") else value)
+            case "apparmor", _:
+                found = found._replace(
+                    apparmor="default" if value in ("", apparmor.DEFAULT_PROFILE) else value
+                )
+            case ("label", _) | ("writable-cgroups", True):
+                if value != "disable":  # labels are off here in any case
+                    raise refused(f"--security-opt {name}")
+            case "writable-cgroups", False:
+                pass
             case _:
-                raise refused(f"--security-opt {name}")
+                raise InvalidArgument(f'invalid --security-opt 2: "{given}"')
     return found
 
 

@@ -251,9 +251,6 @@ def _config(container: Container) -> dict[str, Any]:
 
 def _host_config(container: Container) -> dict[str, Any]:
     config = container.config
-    security = ["no-new-privileges"] if config.no_new_privileges else []
-    security += [f"seccomp={config.seccomp}"] if config.seccomp != "default" else []
-    security += [f"apparmor={config.apparmor}"] if config.apparmor != "default" else []
     mounts = [_mount_wish(mount) for mount in config.mounts if not mount.internal]
     return {
         **_HOST_DEFAULTS,
@@ -269,7 +266,7 @@ def _host_config(container: Container) -> dict[str, Any]:
         "GroupAdd": list(config.groups) or None,
         "OomScoreAdj": config.oom_score_adj,
         "ReadonlyRootfs": config.read_only,
-        "SecurityOpt": security or None,
+        "SecurityOpt": _security_options(container) or None,
         "ShmSize": config.shm_bytes,
         "Isolation": "default",
         "Memory": config.memory_bytes,
@@ -281,6 +278,15 @@ def _host_config(container: Container) -> dict[str, Any]:
         **({"Sysctls": dict(config.sysctls)} if config.sysctls else {}),
         **({"Mounts": mounts} if mounts else {}),
     }
+
+
+def _security_options(container: Container) -> list[str]:
+    if container.plain is not None and container.plain.security_options:
+        return list(container.plain.security_options)
+    config = container.config
+    found = ["no-new-privileges"] if config.no_new_privileges else []
+    found += [f"seccomp={config.seccomp}"] if config.seccomp != "default" else []
+    return found + ([f"apparmor={config.apparmor}"] if config.apparmor != "default" else [])
 
 
 def _plain_host_config(container: Container) -> dict[str, Any]:

@@ -8,16 +8,39 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from skep.errors import InvalidArgument, NotFound, SkepError, Unavailable
-from skep.model.container import ContainerSpec, Mount, TmpfsOptions
+from skep.model.container import (
+    AppArmorOpts,
+    ContainerSpec,
+    CredentialSpec,
+    Mount,
+    Privileges,
+    SeccompOpts,
+    SELinuxContext,
+    TmpfsOptions,
+)
+from skep.model.ids import NodeId
 from skep.model.meta import Driver
+from skep.model.service import TaskSpec
+from skep.model.task import AssignedTask
 from skep.node.executor.interface import Rejected
 from skep.node.executor.pulling import RETRY_AFTER_S, Pulling
 from skep.node.executor.template import expand
-from skep.node.executor.wish import invocation, log_config, mount_point, parse_size, stop_signal
+from skep.node.executor.wish import (
+    NodeFacts,
+    config,
+    invocation,
+    log_config,
+    mount_point,
+    parse_size,
+    stop_signal,
+)
+from skep.node.oci.container import ContainerConfig
 from skep.node.oci.images.digest import Digest
 from skep.node.oci.images.image import ContainerDefaults, Image, ImageConfig
+from tests.builders import a_task
 
 IMAGE = Image(id=Digest("sha256:" + "a" * 64), config=ImageConfig())
 CONTEXT = {"Service": {"Name": "web", "Labels": {"a.b": "c"}}, "Task": {"Slot": "3"}}
@@ -201,3 +224,38 @@ def test_a_task_that_could_never_be_stopped_is_rejected() -> None:
     """It ran, and was in the way of its service's removal for good."""
     with pytest.raises(Rejected, match=r"^Invalid signal: NOSUCH$"):
         stop_signal("NOSUCH")
+
+
+@pytest.mark.parametrize(
+    ("privileges", "said"),
+    [
+        (
+            Privileges(credential_spec=CredentialSpec(file="spec.json")),
+            '^invalid --security-opt 2: "credentialspec=file://spec.json"$',
+        ),
+        (Privileges(selinux_context=SELinuxContext(level="s0:c100")), "no SELinux labels"),
+    ],
+)
+def test_what_cannot_confine_here_is_rejected(privileges: Privileges, said: str) -> None:
+    with pytest.raises(Rejected, match=said):
+        configured(privileges)
+
+
+def test_the_rest_of_a_services_privileges_reaches_its_containers() -> None:
+    found = configured(
+        Privileges(
+            credential_spec=CredentialSpec(),
+            selinux_context=SELinuxContext(disable=True),
+            seccomp=SeccompOpts(mode="custom", profile=b"{}"),
+            app_armor=AppArmorOpts(mode="disabled"),
+            no_new_privileges=True,
+        )
+    )
+    assert (found.seccomp, found.apparmor, found.no_new_privileges) == ("{}", "unconfined", True)
+
+
+def configured(privileges: Privileges) -> ContainerConfig:
+    spec = TaskSpec(container_spec=ContainerSpec(image="busybox:1", args=("true",), privileges=privileges))
+    task = AssignedTask(task=replace(a_task("t1"), spec=spec))
+    facts = NodeFacts(id=NodeId("n1"), hostname="m1")
+    return config(task, facts, ContainerDefaults(), (), Driver())

@@ -66,7 +66,10 @@ def test_what_the_docker_command_always_sends_says_nothing() -> None:
         ({"MaskedPaths": []}, "systempaths"),
         ({"MemorySwap": -1}, "--memory-swap"),
         ({"SomethingOfTomorrow": "on"}, "somethingoftomorrow"),
-        ({"SecurityOpt": ["apparmor="]}, "--security-opt apparmor"),
+        ({"SecurityOpt": ["label=level:s0:c100"]}, "--security-opt label"),
+        ({"SecurityOpt": ["label:type:svirt_apache_t"]}, "--security-opt label"),
+        ({"SecurityOpt": ["writable-cgroups"]}, "--security-opt writable-cgroups"),
+        ({"SecurityOpt": ["writable-cgroups=1"]}, "--security-opt writable-cgroups"),
         ({"NetworkMode": "container:box"}, "--network container:NAME"),
     ],
 )
@@ -95,6 +98,10 @@ def test_options_of_a_network_that_are_not_acted_on_are_refused_too() -> None:
         ({"Binds": ["/a:/b:bogus"]}, "invalid mode: bogus"),
         ({"Binds": ["/a:/b", "/c:/b"]}, "Duplicate mount point: /b"),
         ({"ExtraHosts": ["x"]}, "bad format for add-host"),
+        ({"SecurityOpt": ["seccomp"]}, '^invalid --security-opt 1: "seccomp"$'),
+        ({"SecurityOpt": ["no-new-privileges=yes"]}, '^invalid --security-opt 2: "no-new-privileges=yes"$'),
+        ({"SecurityOpt": ["no-new-privileges="]}, '^invalid --security-opt 2: "no-new-privileges="$'),
+        ({"SecurityOpt": ["selinux=off"]}, '^invalid --security-opt 2: "selinux=off"$'),
         ({"Memory": -1}, "invalid memory"),
         ({"Memory": 1024}, "^Minimum memory limit allowed is 6MB$"),
         ({"MemoryReservation": 1024}, "^Minimum memory reservation allowed is 6MB$"),
@@ -169,6 +176,32 @@ def test_security_and_the_rest_of_the_wish() -> None:
     assert plain_of(
         body({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}})
     ).restart == RestartWish(name="on-failure", attempts_max=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ([], ("default", "default", False)),
+        (["seccomp=unconfined", "apparmor=unconfined"], ("unconfined", "unconfined", False)),
+        (["seccomp:unconfined", "apparmor:mine"], ("unconfined", "mine", False)),
+        (["seccomp=builtin", "apparmor=docker-default"], ("default", "default", False)),
+        (["seccomp=", "apparmor="], ("default", "default", False)),
+        (['seccomp={"defaultAction": "a=b:c"}'], ('{"defaultAction": "a=b:c"}', "default", False)),
+        (["no-new-privileges"], ("default", "default", True)),
+        (["no-new-privileges:true"], ("default", "default", True)),
+        (["no-new-privileges", "no-new-privileges=0"], ("default", "default", False)),
+        (
+            ["label=disable", "label:disable", "disable", "writable-cgroups=false"],
+            ("default", "default", False),
+        ),
+    ],
+)
+def test_security_options_are_read_as_docker_reads_them(
+    options: list[str], found: tuple[str, str, bool]
+) -> None:
+    config = configured(host={"SecurityOpt": options})
+    assert (config.seccomp, config.apparmor, config.no_new_privileges) == found
+    assert plain_of(body({"SecurityOpt": options})).security_options == tuple(options)
 
 
 def test_no_plain_container_says_that_it_is_a_tasks() -> None:
