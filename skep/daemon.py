@@ -25,6 +25,7 @@ from skep import logs
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import SystemClock
 from skep.aio.groups import first_alone
+from skep.aio.guard import report
 from skep.api.swarm_requests import Founding
 from skep.configuration.configuration import Configuration, ConfigurationError
 from skep.configuration.reload import reload
@@ -37,6 +38,7 @@ from skep.manager import config as manager_config
 from skep.manager.config import (
     FUTILE,
     REMOVED,
+    STARVED,
     Bootstrap,
     ManagerConfig,
     Recovery,
@@ -194,6 +196,8 @@ class Daemon:
                         "manager",
                         final={REMOVED: _REMOVED},
                         futile=FUTILE,
+                        starved=STARVED,
+                        say=self._conditions.say("manager"),
                         past_help=partial(manager_past_help, paths, _hand_over, self._clock),
                     ),
                     manager_stands_by=lambda wanted: self._zygote.stand_by("manager", wanted=wanted),
@@ -248,7 +252,10 @@ class Daemon:
             return msgspec.json.decode(path.read_bytes(), type=Features)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             features = detect(self._configuration.paths.data, self._configuration.nft)
-        replace_file(path, msgspec.json.encode(features), mode=0o600, is_durable=False)
+        try:
+            replace_file(path, msgspec.json.encode(features), mode=0o600, is_durable=False)
+        except OSError as error:  # the next process finds out again
+            report(error, "what this machine can do is not kept")
         return features
 
     @property

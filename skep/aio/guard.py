@@ -50,6 +50,7 @@ async def persist(
     chance: Callable[[], float] = random.random,
     on_error: Callable[[Exception], None] = _nothing,
     passes: tuple[type[Exception], ...] = (),
+    kinds: tuple[type[Exception], ...] = (Exception,),
     **keys: Any,
 ) -> T:
     """The result of ``work``, which is called anew after each failure, with pauses that grow to ``longest_s``.
@@ -60,6 +61,7 @@ async def persist(
         event: the line of the log; the same error again is logged for debugging only.
         on_error: told every error.
         passes: errors that the caller wants to see: they are raised.
+        kinds: of errors that are tried again; any other is raised, too.
     """
     backoff = Backoff(first_s, longest_s, chance=chance)
     before = ""
@@ -69,7 +71,7 @@ async def persist(
             result = await work()
         except passes:
             raise
-        except Exception as error:
+        except kinds as error:
             if clock.monotonic() - began >= longest_s:
                 backoff.reset()
             delay_s = backoff.next_delay_s()

@@ -20,6 +20,9 @@ REMOVED = 3
 FUTILE = 4
 """Exit code of a manager process that would fail again in the same way; its last words say what to do."""
 
+STARVED = 5
+"""Exit code of a manager process to which the machine refused what it needs (files, memory): it may get it later."""
+
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """The wish with which a new cluster begins (``POST /swarm/init``)."""
@@ -79,7 +82,7 @@ def load(path: Path) -> ManagerConfig:
         return msgspec.json.decode(path.read_bytes(), type=ManagerConfig)
     except FileNotFoundError:
         raise FailedPrecondition(f"{path} is missing: this node was not set up as a manager") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FailedPrecondition(
             f"{path} is damaged ({error}): restore it from a backup, or leave the swarm and join again"
         ) from error
@@ -106,7 +109,7 @@ def load_recovery(paths: Paths) -> Recovery | None:
         return msgspec.json.decode(paths.recovery.read_bytes(), type=Recovery)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FailedPrecondition(f"{paths.recovery} is damaged: ask for the new cluster again") from error
 
 

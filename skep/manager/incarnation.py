@@ -9,14 +9,16 @@ import asyncio
 import ssl
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import NoReturn
 
 import msgspec
 import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.guard import report
 from skep.errors import FailedPrecondition, SkepError
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import NodeId
 from skep.model.node import NodeRole
 from skep.paths import Paths
@@ -53,10 +55,12 @@ def superseded(served: int, later: int) -> Superseded:
 
 
 def read_lives(paths: Paths) -> Lives:
-    """What is known; nothing if the file is missing or damaged."""
+    """What is known; nothing if the file is missing or damaged.  Raises: OSError: it cannot be read now."""
     try:
         return msgspec.json.decode(paths.incarnation.read_bytes(), type=Lives)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
         return Lives()
 
 
@@ -87,16 +91,25 @@ class Incarnation:
 
     async def run(self) -> None:
         """Wait until a later life is met.  Raises: Superseded."""
-        write_lives(self._paths, Lives(served=self.served))
+        if not self._later:
+            write_lives(self._paths, Lives(served=self.served))
         await self._met.wait()
-        write_lives(self._paths, Lives(served=self.served, later=self._later))
-        raise superseded(self.served, self._later)
+        _stop(self._paths, self.served, self._later)
 
 
 def write_lives(paths: Paths, lives: Lives) -> None:
     """Keep what is known."""
     if read_lives(paths) != lives:
         replace_file(paths.incarnation, msgspec.json.encode(lives) + b"\n")
+
+
+def _stop(paths: Paths, served: int, later: int) -> NoReturn:
+    """Keep that there is a later life, if the disk lets it: the others will say it again.  Raises: Superseded."""
+    try:
+        write_lives(paths, Lives(served=served, later=later))
+    except OSError as error:
+        report(error, "a later incarnation of the cluster is not kept")
+    raise superseded(served, later)
 
 
 async def ask_others(
@@ -113,8 +126,7 @@ async def ask_others(
         answers = await asyncio.gather(*asking, return_exceptions=True)
         later = max(answer if isinstance(answer, int) else 0 for answer in answers)
         if later > served:
-            write_lives(paths, Lives(served=served, later=later))
-            raise superseded(served, later)
+            _stop(paths, served, later)
         await backoff.sleep(clock)
 
 

@@ -5,16 +5,19 @@ control loops are the leader's, and each of their writes is fenced by its term.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.groups import first_alone
+from skep.aio.guard import persist
 from skep.aio.loop_lag import LoopLag
 from skep.api.server import runner
 from skep.errors import Unavailable
@@ -195,12 +198,13 @@ class Manager:
             group.create_task(self._logs.run(), name="log broker")
             group.create_task(self._link.run(), name="link")
             group.create_task(self._overlay_keys.run(), name="overlay keys")
-            group.create_task(self._incarnation.run(), name="incarnation")
+            write = partial(_keep_writing, group, self._clock, self._random)
+            write(self._incarnation.run, "incarnation")
             group.create_task(events.run(), name="events")
             relay = Relay(self._store, host, self._clock, self._random)
             group.create_task(relay.run(), name="gossip relay")
-            book = keep_book(self._book, self._store, self._consensus, self._clock)
-            group.create_task(book, name="address book")
+            book = partial(keep_book, self._book, self._store, self._consensus, self._clock)
+            write(book, "address book")
             group.create_task(self._presence.run(), name="presence")
             lock = KeyLock(self._config.paths)
             group.create_task(self._upkeep(lock, bound, events).run(), name="certificates")
@@ -292,6 +296,31 @@ class Manager:
                     group.create_task(loop.run(), name=type(loop).__name__)
         except* NotLeader:
             log.info("a write met a newer leader", term=term.number)
+
+
+def _keep_writing(
+    group: asyncio.TaskGroup,
+    clock: Clock,
+    random: Random,
+    work: Callable[[], Coroutine[Any, Any, None]],
+    name: str,
+) -> None:
+    """Have a part run that writes files: what the disk refuses is tried again, while the manager goes on."""
+
+    async def run() -> None:
+        with first_alone(OSError):
+            await work()
+
+    kept = persist(
+        run,
+        "part of the manager failed",
+        clock=clock,
+        longest_s=10.0,
+        chance=random.random,
+        kinds=(OSError,),
+        part=name,
+    )
+    group.create_task(kept, name=name)
 
 
 @asynccontextmanager

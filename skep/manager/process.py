@@ -5,8 +5,9 @@ Started by the node process, which it outlives.  The order is that of trust: wha
 """
 
 import asyncio
+import errno
 import signal
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from random import Random, SystemRandom
@@ -20,13 +21,14 @@ from skep.aio.backoff import Backoff
 from skep.aio.children import watch_children_by_pidfd
 from skep.aio.clock import Clock, SystemClock
 from skep.aio.groups import errors_as_they_are
+from skep.aio.guard import explain
 from skep.aio.trees import remove_tree
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.logs import LogSettings
 from skep.manager.ca.own import renewed_by_itself, wait_renewed
 from skep.manager.ca.peer_files import place_revoked
-from skep.manager.config import FUTILE, REMOVED, ManagerConfig, encode, load, load_recovery
+from skep.manager.config import FUTILE, REMOVED, STARVED, ManagerConfig, encode, load, load_recovery
 from skep.manager.founding import found_cluster
 from skep.manager.incarnation import Superseded, ask_others, check_lives, read_lives
 from skep.manager.keys import founding_wrapping_key, save_wrapping_keys
@@ -64,19 +66,45 @@ from skep.wire.server import Bound, serve
 
 log = structlog.get_logger(__name__)
 
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
+
 
 def run(paths: Paths) -> None:
     """Run the manager of the node in ``paths`` until SIGTERM.  Raises: SystemExit: it cannot go on.
 
     Its settings may have been written elsewhere: a data directory can be copied, and then must not lead back.
     """
-    config = msgspec.structs.replace(
-        load(paths.manager_config), data_dir=str(paths.data), run_dir=str(paths.run)
-    )
-    logs.name_process("manager")
-    logs.follow(config.paths.log_settings)
-    watch_children_by_pidfd()
-    asyncio.run(_until_stopped(config))
+    try:
+        config = msgspec.structs.replace(
+            load(paths.manager_config), data_dir=str(paths.data), run_dir=str(paths.run)
+        )
+        logs.name_process("manager")
+        logs.follow(config.paths.log_settings)
+        watch_children_by_pidfd()
+        asyncio.run(_until_stopped(config))
+    except Exception as error:
+        refusal = refusal_in(error)
+        if refusal is None:
+            raise
+        log.error("manager cannot go on", reason=explain(refusal), exc_info=error)
+        _say_last(paths, explain(refusal))
+        raise SystemExit(STARVED) from error
+
+
+def refusal_in(error: BaseException) -> OSError | None:
+    """What the machine refused, if that is what ``error`` comes from: it may be there the next time."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(refusal_in, error.exceptions)), None)
+    return error if isinstance(error, OSError) and error.errno in _REFUSALS else None
+
+
+def _say_last(paths: Paths, words: str) -> None:
+    """For the node process, which shows them."""
+    with suppress(OSError):  # the exit code says enough
+        replace_file(paths.last_words("manager"), words.encode(), is_durable=False)
 
 
 def prepare() -> None:
@@ -98,11 +126,11 @@ async def _until_stopped(config: ManagerConfig) -> None:
                 loop.add_signal_handler(number, living.cancel)
     except (MemberRemoved, NotLetIn) as error:
         log.warning("manager ends", reason=str(error))
-        replace_file(config.paths.last_words("manager"), str(error).encode(), is_durable=False)
+        _say_last(config.paths, str(error))
         raise SystemExit(REMOVED) from error
     except SkepError as error:
         log.error("manager cannot go on", reason=str(error))
-        replace_file(config.paths.last_words("manager"), str(error).encode(), is_durable=False)
+        _say_last(config.paths, str(error))
         raise SystemExit(FUTILE if isinstance(error, Damaged | Superseded) else 1) from error
     log.info("manager stopped")
 
@@ -187,12 +215,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
             new_id=new_id,
             random=random,
         )
-        last_words = paths.last_words("manager")
-        with watching(
-            partial(hand_over, paths.etcd_socket),
-            lambda why: replace_file(last_words, why.encode(), is_durable=False),
-            clock,
-        ):
+        with watching(partial(hand_over, paths.etcd_socket), partial(_say_last, paths), clock):
             await manager.run()
 
 

@@ -13,6 +13,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.guard import contain
 from skep.api.server import application, runner
 from skep.api.versions import NEWEST
 from skep.configuration.configuration import Configuration
@@ -156,7 +157,7 @@ class Node:
                 chance,
             )
             if paths.node_json.exists():
-                tables.load(await asyncio.to_thread(shared.load))
+                await tables.restore(shared)
             parts = NodeParts(
                 certificates=paths.certificates,
                 lock=KeyLock(paths),
@@ -187,7 +188,12 @@ class Node:
                 places=workload.attachments,
             )
             membership = self._membership = Membership(
-                paths=paths, parts=parts, manager_api=manager_api, clock=clock, new_id=new_id
+                paths=paths,
+                parts=parts,
+                manager_api=manager_api,
+                clock=clock,
+                new_id=new_id,
+                say=around.conditions.say("swarm"),
             )
             self._system = NodeSystem(
                 self._description(),
@@ -203,7 +209,7 @@ class Node:
             local = workload.local or LocalNetworks(
                 paths.networks / "local", workload.gateway, clock=clock, new_id=new_container_id
             )
-            await asyncio.to_thread(local.open)
+            await contain(asyncio.to_thread(local.open), "networks of this node not read yet")
             cluster_networks = ClusterNetworks(
                 member=membership,
                 manager=manager_api,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import msgspec
 
-from skep.errors import FailedPrecondition
-from skep.linux.files import replace_file
+from skep.errors import FailedPrecondition, Unavailable
+from skep.linux.files import is_no_file, replace_file
 from skep.model.addresses import from_here
 from skep.model.ids import ClusterId, NodeId
 
@@ -42,14 +42,19 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_local_node(path: Path) -> LocalNode | None:
-    """What ``node.json`` says; None outside of a swarm.  Raises: FailedPrecondition: it is damaged."""
+    """What ``node.json`` says; None outside of a swarm.
+
+    Raises: FailedPrecondition: it is damaged; Unavailable: it cannot be read now.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=LocalNode)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise Unavailable(f"{path} cannot be read: {error.strerror}") from error
         raise FailedPrecondition(
-            f"{path} cannot be read ({error}): restore it, or remove it and join the swarm again"
+            f"{path} cannot be read ({error}): restore it, or docker swarm leave --force and join again"
         ) from error
 
 

@@ -18,6 +18,7 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
+from skep.aio.guard import explain, persist
 from skep.api.backups import Manifest, RestorePlan
 from skep.api.swarm_requests import Endpoints, founding, joining
 from skep.errors import AlreadyExists, Unavailable
@@ -38,6 +39,7 @@ from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
 from skep.node.local_api import LocalApi
 from skep.node.participation import Participation, Parts
 from skep.node.restoring import Restored, endpoints_for, plan_of, received, restored_node
+from skep.node.supervision.zygote import ZygoteGone
 from skep.node.swarm_info import (
     IN_A_SWARM,
     LEAVING_LOCKED,
@@ -69,8 +71,16 @@ class Membership:
     """This node's place in a swarm, or outside of any."""
 
     def __init__(
-        self, *, paths: Paths, parts: Parts, manager_api: LocalApi, clock: Clock, new_id: IdSource
+        self,
+        *,
+        paths: Paths,
+        parts: Parts,
+        manager_api: LocalApi,
+        clock: Clock,
+        new_id: IdSource,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """``say``: told why what this node knows of its swarm cannot be used now; an empty text when it can."""
         self._paths = paths
         self._parts = parts
         self._manager_api = manager_api
@@ -82,22 +92,51 @@ class Membership:
         self._taking_part: asyncio.Task[None] | None = None
         self._part: Participation | None = None
         self._locked: LocalNode | None = None  # while it waits for the unlock key
+        self._say = say
+        self._unread = ""  # why nobody knows whether this node is in a swarm
 
     async def run(self) -> None:
-        """Take part in the swarm that the data directory says, until cancelled."""
+        """Take part in the swarm that the data directory says, until cancelled.
+
+        What cannot be read of it is tried again; meanwhile this node takes no part in any, and says why.
+        """
         async with asyncio.TaskGroup() as group:
             self._group = group
-            async with self._control:
-                node = read_local_node(self._paths.node_json)
-                if node is not None and node.is_manager and self._lock.is_locked:
-                    log.warning("locked: docker swarm unlock")
-                    self._locked = node
-                elif node is not None:
-                    self._begin(await self._placed(node))
-                else:
-                    await clear_unfinished(self._paths, self._parts)
-                    await self._parts.manager_stands_by(True)
+            await persist(
+                self._resume,
+                "not taking part in the swarm",
+                clock=self._clock,
+                longest_s=10.0,
+                on_error=lambda error: self._note_unread(explain(error)),
+                passes=(ZygoteGone,),
+            )
             await asyncio.Event().wait()
+
+    async def _resume(self) -> None:
+        async with self._control:
+            if self.node is not None:
+                return  # a user was faster
+            node = read_local_node(self._paths.node_json)
+            if node is not None and node.is_manager and self._lock.is_locked:
+                log.warning("locked: docker swarm unlock")
+                self._locked = node
+            elif node is not None:
+                self._begin(await self._placed(node))
+            else:
+                await clear_unfinished(self._paths, self._parts)
+                await self._parts.manager_stands_by(True)
+            self._note_unread("")
+
+    def _note_unread(self, why: str) -> None:
+        self._unread = why
+        self._say(f"this node does not take part in its swarm: {why}" if why else "")
+
+    def _require_outside(self) -> None:
+        """Raises: Unavailable: this node is in a swarm, or may be."""
+        if self.node is not None:
+            raise Unavailable(IN_A_SWARM)
+        if self._unread:
+            raise Unavailable(self._unread)
 
     # --- the swarm routes -------------------------------------------------------------------------------------
 
@@ -110,8 +149,7 @@ class Membership:
         async with self._control:
             if self.node is not None and request.force_new_cluster:
                 return await self._go_on_alone(self.node, request)
-            if self.node is not None:
-                raise Unavailable(IN_A_SWARM)
+            self._require_outside()
             plan = founding(request, await read_interfaces())
             check_settings(plan.spec)
             self._parts.check_ports(plan.endpoints.listen_addr)
@@ -161,8 +199,7 @@ class Membership:
         SkepError: the manager does not come up, and nothing of it was kept.
         """
         async with self._control:
-            if self.node is not None:
-                raise Unavailable(IN_A_SWARM)
+            self._require_outside()
             snapshot = self._paths.data / "restore.snapshot"
             try:
                 manifest = await received(pieces, key, snapshot)
@@ -190,8 +227,7 @@ class Membership:
         Raises: Unavailable, InvalidArgument, Unimplemented: in Docker's words.
         """
         async with self._control:
-            if self.node is not None:
-                raise Unavailable(IN_A_SWARM)
+            self._require_outside()
             plan = joining(request, await read_interfaces())
             pair = await self._parts.request_certificate(plan)
             is_manager = pair.identity.role is NodeRole.MANAGER
@@ -218,17 +254,18 @@ class Membership:
         Raises: Unavailable: not in a swarm, or a manager without ``force``.
         """
         async with self._control:
-            if self.node is None:
-                raise Unavailable(NO_SWARM)
+            if self.node is None and not (self._unread and force):
+                raise Unavailable(self._unread or NO_SWARM)
             if self.is_locked and not force:
                 raise Unavailable(LEAVING_LOCKED)
-            if self.node.is_manager and not force:
+            if self.is_manager and not force:
                 raise Unavailable(await objection(self._manager_api))
-            if self.node.is_manager and self._part is not None:
+            if self.is_manager and self._part is not None:
                 await self._parts.resign(self._part.other_managers)
             await self._parts.give_places_back()
             self._paths.node_json.unlink(missing_ok=True)
             await self._end()
+            self._note_unread("")
             log.info("swarm left")
 
     async def unlock(self, request: UnlockRequest) -> None:
@@ -292,7 +329,7 @@ class Membership:
     def status(self) -> str:
         """``inactive``, ``locked``, ``pending``, ``active`` or ``error``, as ``LocalNodeState`` of ``/info``."""
         if self.node is None:
-            return "inactive"
+            return "error" if self._unread else "inactive"
         if self.is_locked:
             return "locked"
         if self._trouble:
@@ -324,7 +361,7 @@ class Membership:
 
     @property
     def _trouble(self) -> str:
-        return self._part.trouble if self._part is not None else ""
+        return self._part.trouble if self._part is not None else self._unread
 
     async def _settle(
         self, node: LocalNode, pair: KeyPair, write_files: Callable[[], None], timeout_s: float

@@ -204,7 +204,9 @@ class NodeParts:
             paths=self._paths,
             tables=self._tables,
             unreached=self._note_unreached,
-            seen=SeenRevision(self._certificates / REVISION_FILE, credentials.identity.cluster_id),
+            seen=SeenRevision(
+                self._certificates / REVISION_FILE, credentials.identity.cluster_id, self._clock
+            ),
         )
         if self._places is not None:
             self._places.ask_through(agent)

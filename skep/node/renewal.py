@@ -19,6 +19,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.guard import explain, report
 from skep.errors import SkepError, Unavailable
 from skep.model.meta import TLSInfo
 from skep.model.node import NodeRole
@@ -115,7 +116,11 @@ class KeyPairCredentials:
     def take_roots(self, root_pem: bytes) -> None:
         """A manager says whom to trust."""
         if root_pem and root_pem != self.pair.root_pem:
-            self._adopt(self.pair.with_root(root_pem))
+            try:
+                self._adopt(self.pair.with_root(root_pem))
+            except OSError as error:  # no reason to end the session; the next message has them, too
+                report(error, "the cluster's root certificates not written")
+                return
             log.info("the cluster's root certificates changed")
 
     @property
@@ -156,8 +161,10 @@ class KeyPairCredentials:
         try:
             if not (self.is_expired and self._is_renewed_beside()):
                 self._adopt(await self._requested(choose()))
-        except SkepError as error:
-            log.warning("certificate not renewed", error=str(error), until=self.pair.not_after.isoformat())
+        except (SkepError, OSError) as error:
+            log.warning(
+                "certificate not renewed", error=explain(error), until=self.pair.not_after.isoformat()
+            )
             return False
         log.info(
             "certificate renewed", until=self.pair.not_after.isoformat(), role=self.pair.identity.role.value

@@ -10,8 +10,10 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from skep.aio.clock import Clock, SystemClock
+from skep.aio.guard import persist
 from skep.errors import FailedPrecondition
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import ClusterId
 
 log = structlog.get_logger(__name__)
@@ -45,10 +47,14 @@ class _File(msgspec.Struct, frozen=True):
 class SeenRevision:
     """The newest revision this node has seen of its cluster, kept in a file."""
 
-    def __init__(self, path: Path | None, cluster: ClusterId) -> None:
-        """``path``: None keeps it in memory only.  A file of another cluster, or a damaged one, counts for nothing."""
+    def __init__(self, path: Path | None, cluster: ClusterId, clock: Clock | None = None) -> None:
+        """``path``: None keeps it in memory only.  A file of another cluster, or a damaged one, counts for nothing.
+
+        Raises: OSError: it cannot be read now.
+        """
         self._path = path
         self._cluster = cluster
+        self._clock = clock or SystemClock()
         self._changed = asyncio.Event()
         self._seen = _read(path, cluster) if path is not None else Revision()
 
@@ -64,22 +70,22 @@ class SeenRevision:
             self._changed.set()
 
     async def run(self) -> None:
-        """Write what changed until cancelled: one write at a time, only the newest.
+        """Write what changed until cancelled: one write at a time, only the newest; again while the disk refuses.
 
         It lags behind what was taken by as long as a write lasts.  After a crash in that time the node may be told
         by a lagging manager what it knew the moment before, and no older.
         """
         if self._path is None:
             await asyncio.Event().wait()
-        assert self._path is not None, "checked above"
         while True:
             await self._changed.wait()
             self._changed.clear()
-            content = msgspec.json.encode(_File(self._cluster, self._seen))
-            try:
-                await asyncio.to_thread(replace_file, self._path, content)
-            except OSError as error:
-                log.warning("revision not kept", path=str(self._path), error=str(error))
+            await persist(self._write, "revision not kept", clock=self._clock, longest_s=10.0)
+
+    async def _write(self) -> None:
+        assert self._path is not None, "checked before"
+        content = msgspec.json.encode(_File(self._cluster, self._seen))
+        await asyncio.to_thread(replace_file, self._path, content)
 
 
 def _read(path: Path, cluster: ClusterId) -> Revision:
@@ -88,6 +94,8 @@ def _read(path: Path, cluster: ClusterId) -> Revision:
     except FileNotFoundError:
         return Revision()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
         log.warning("revision cannot be read: beginning anew", path=str(path), error=str(error))
         return Revision()
     return kept.seen if kept.cluster == cluster else Revision()

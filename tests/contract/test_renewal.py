@@ -1,5 +1,6 @@
 """Certificates are renewed under a running session, over real mutual TLS on loopback."""
 
+import errno
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -47,6 +48,24 @@ async def renewed(cluster: Cluster, agent: Agent, before: int) -> None:
     await until(lambda: serial(agent) != before)
     assert cluster.node(agent.node_id).session == session
     assert agent.registered.is_set()
+
+
+async def test_a_disk_that_refuses_the_certificate_is_no_end_of_the_session(cluster, tmp_path, monkeypatch):
+    pair = aged(cluster, await a_worker(cluster, tmp_path), days=89)
+    save, refused = keypair.save, []
+
+    def full(*arguments: object) -> None:
+        refused.append(arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with an_agent(cluster, pair, tmp_path) as (agent, _):
+        monkeypatch.setattr(keypair, "save", full)
+        agent._credentials.take_roots(agent._credentials.pair.root_pem + cluster.authority.root_pem)
+        agent.renew_certificate()
+        await until(lambda: len(refused) >= 2)
+        before = serial(agent)
+        monkeypatch.setattr(keypair, "save", save)
+        await renewed(cluster, agent, before)
 
 
 @pytest.mark.parametrize(("days", "is_due"), [(40, False), (73, True), (89, True)])

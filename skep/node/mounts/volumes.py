@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from skep.aio.guard import explain
+from skep.aio.guard import explain, report
 from skep.aio.trees import remove_tree
 from skep.errors import InvalidArgument, Unavailable
 from skep.linux.commands import communicate
@@ -67,11 +67,14 @@ class Volumes:
         return path
 
     def labels(self, name: str) -> Mapping[str, str] | None:
-        """As the volume was made with; None: it was made without saying, by a container."""
+        """As the volume was made with; None: it was made without saying, by a container, or nobody knows."""
         try:
             return msgspec.json.decode((self.path(name).parent / _LABELS).read_bytes(), type=dict[str, str])
         except FileNotFoundError:
             return {ANONYMOUS: ""} if _NAMELESS.fullmatch(name) else None
+        except Exception as error:  # whatever it is, it is one volume
+            report(error, "labels of a volume not read", volume=name)
+            return None
 
     async def remove(self, name: str) -> None:
         """Remove a volume with everything in it.  Raises: Unavailable: something of it is left."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import SkepError
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 from skep.node.netprocess.protocol import Reservation
 from skep.node.network.ports import bind
 
@@ -60,10 +60,15 @@ class Reservations:
 
 
 def reopened(state: Path) -> Held:
-    """What an earlier process wrote down, bound again; what somebody took meanwhile is left out."""
+    """What an earlier process wrote down, bound again; what somebody took meanwhile is left out.
+
+    Raises: OSError: it cannot be read now.
+    """
     try:
         reservations = msgspec.json.decode(state.read_bytes(), type=tuple[Reservation, ...])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
         return {}
     held: Held = {}
     for reservation in reservations:

@@ -3,7 +3,6 @@
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, SkepError, Unavailable
+from skep.linux.files import is_no_file
 from skep.model.ids import NetworkId
 from skep.node.names.networks import Networks
 from skep.node.names.server import Sockets
@@ -230,6 +230,12 @@ class Serving:
 
 
 def _read(path: Path) -> Written | None:
-    with suppress(OSError, msgspec.DecodeError):
+    """None: that is none.  Raises: OSError: it cannot be read now."""
+    try:
         return msgspec.msgpack.decode(path.read_bytes(), type=Written)
-    return None
+    except msgspec.DecodeError:
+        return None
+    except OSError as error:
+        if is_no_file(error):
+            return None
+        raise

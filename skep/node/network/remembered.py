@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import structlog
 
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 
 log = structlog.get_logger()
 
@@ -19,12 +19,14 @@ def kept_subnet(
 ) -> Network:
     """The subnet that ``file`` remembers, unless one of ``taken`` collides with it by now: then a ``fresh`` one.
 
-    ``taken``: what the machine's routes reach.  Raises: what ``fresh`` does; OSError: it cannot be remembered.
+    ``taken``: what the machine's routes reach.  Raises: what ``fresh`` does; OSError: it cannot be read, or
+    not be remembered.
     """
     try:
         remembered = version(file.read_text().strip())
-    except (OSError, ValueError):
-        pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise  # containers are on it
     else:
         # The default route is everywhere.
         if not any(remembered.overlaps(network) for network in taken if network.prefixlen):

@@ -22,6 +22,8 @@ from skep.paths import Paths
 log = structlog.get_logger()
 
 STOP_GRACE_S = 15.0
+_LASTING_S = 15.0
+"""After which a process has what it needs."""
 _RETRY_SECONDS_MAX = 5.0
 """Between attempts to look after a process that may well run: no descriptor was free, for example."""
 
@@ -46,6 +48,8 @@ class Supervisor:
         ends_with_node: whether the node stops as planned, at the moment of asking.
         final: exit codes after which it is not started again, each with the reason.
         futile: exit code after which it is not started again because of what it said.
+        starved: exit code after which it is started again however often it ended: the machine refused it something.
+        say: told why it does not run while it is ``starved``, and an empty text once it does.
         past_help: watches over the process while it runs, and returns why it is to be killed.
     """
 
@@ -63,6 +67,8 @@ class Supervisor:
         gives_up: bool = True,
         final: Mapping[int, str] = MappingProxyType({}),
         futile: int | None = None,
+        starved: int | None = None,
+        say: Callable[[str], None] = lambda _: None,
         past_help: Callable[[], Coroutine[Any, Any, str]] | None = None,
     ) -> None:
         self._name = name
@@ -77,6 +83,8 @@ class Supervisor:
         self._gives_up = gives_up
         self._final = final
         self._futile = futile
+        self._starved = starved
+        self._say = say
         self._past_help = past_help
         self._ends: tuple[float, ...] = ()
         self._last_end = ""
@@ -111,7 +119,11 @@ class Supervisor:
                     log.error("process given up", name=self._name, last=self._last_end)
                     await asyncio.Event().wait()
                 self._ends = recent((*self._ends, self._clock.monotonic()), self._clock.monotonic())
-                match after_end(self._ends, self._clock.monotonic(), self._chance(), gives_up=self._gives_up):
+                is_starved = code is not None and code == self._starved
+                if is_starved:
+                    self._say(f"the {self._name} process does not run: {self._last_end}; it is tried again")
+                gives_up = self._gives_up and not is_starved
+                match after_end(self._ends, self._clock.monotonic(), self._chance(), gives_up=gives_up):
                     case GiveUp(crashes):
                         self.trouble = (
                             f"the {self._name} process ended {crashes} times within {CRASH_WINDOW_S:.0f} s "
@@ -169,6 +181,18 @@ class Supervisor:
 
     async def _watched_to_its_end(self, process: ProcessIdentity) -> str:
         """Return when the process has ended; why it was killed, if it was from here."""
+        async with asyncio.TaskGroup() as group:
+            lasting = group.create_task(self._say_that_it_lasts(), name=f"start of {self._name}")
+            try:
+                return await self._watched(process)
+            finally:
+                lasting.cancel()
+
+    async def _say_that_it_lasts(self) -> None:
+        await self._clock.sleep(_LASTING_S)
+        self._say("")
+
+    async def _watched(self, process: ProcessIdentity) -> str:
         if self._past_help is None:
             await wait_end(process)
             return ""

@@ -1,13 +1,13 @@
 """Tables as files: on the disk for the next start, on tmpfs for the net process.
 
-A file is replaced in one step, and named after its network.  What cannot be read is told and dropped: the managers
-say it again.  On tmpfs the tables of the node's own bridge networks lie beside them (``network/local/places.py``),
-which are none of the managers'.
+A file is replaced in one step, and named after its network.  What cannot be decoded is told and dropped: the managers
+say it again.  What cannot be read now stays, and is read again soon.  On tmpfs the tables of the node's own bridge
+networks lie beside them (``network/local/places.py``), which are none of the managers'.
 """
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +15,9 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.guard import persist, report
 from skep.aio.trees import discard_tree_now
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 from skep.model.ids import NetworkId
 from skep.model.tables import Table
 from skep.node.network.local.objects import is_local
@@ -44,14 +45,13 @@ class SharedTables:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._is_swept = False
+        self.has_unread = False
+        """Whether a table was left out by the last ``load`` that may be read later."""
 
     def load(self) -> Mapping[NetworkId, Table]:
         """What an earlier process of this node had in force when it ended; nothing after a reboot."""
-        if not self._directory.is_dir():
-            return {}
-        paths = (path for path in sorted(self._directory.iterdir()) if not is_local(path.name))
-        found = ((path, _read(path, _decode_table)) for path in paths)
-        return {table.head.id: whole(table) for path, table in found if table and _is_named(path, table)}
+        tables, self.has_unread = _all(self._directory, _decode_table, _itself)
+        return {table.head.id: whole(table) for table in tables}
 
     async def apply(self, tables: Mapping[NetworkId, Table], changed: frozenset[NetworkId]) -> None:
         """Write what changed, remove what is gone; the first time also what an earlier process left."""
@@ -84,17 +84,16 @@ class StoredTables:
         self._writing = threading.Lock()
         self._has_ended = False
         """No thread that is late writes over what was written last."""
+        self.has_unread = False
+        """As in ``SharedTables``."""
 
     def load(self) -> tuple[Mapping[NetworkId, Table], Revision]:
         """What was kept, and the newest revision among it."""
-        tables: dict[NetworkId, Table] = {}
-        newest = Revision()
-        for path in sorted(self._directory.iterdir()) if self._directory and self._directory.is_dir() else ():
-            kept = _read(path, _decode_kept)
-            if kept is not None and _is_named(path, kept.table):
-                tables[kept.table.head.id] = kept.table
-                newest = max(newest, Revision(kept.incarnation, kept.table.revision))
-        return tables, newest
+        if self._directory is None:
+            return {}, Revision()
+        found, self.has_unread = _all(self._directory, _decode_kept, lambda kept: kept.table)
+        newest = max((Revision(one.incarnation, one.table.revision) for one in found), default=Revision())
+        return {one.table.head.id: one.table for one in found}, newest
 
     def note(self, id: NetworkId, table: Table | None, incarnation: int) -> None:
         """Have ``table`` written soon; None: have it removed."""
@@ -102,21 +101,27 @@ class StoredTables:
         self._is_dirty.set()
 
     async def run(self) -> None:
-        """Write until cancelled, and once more then."""
+        """Write until cancelled, and once more then; what the disk refuses is written when it can be."""
         if self._directory is None:
             await asyncio.Event().wait()
         try:
             while True:
                 await self._is_dirty.wait()
-                await self.flush()
+                await persist(self.flush, "network tables not kept", clock=self._clock, first_s=WRITE_PAUSE_S)
                 await self._clock.sleep(WRITE_PAUSE_S)
         finally:
             with self._writing:
-                self._write(self._dirty)
+                try:
+                    self._write(self._dirty)
+                except OSError as error:
+                    report(error, "network tables not kept", path=str(self._directory))
                 self._has_ended = True
 
     async def flush(self) -> None:
-        """Write now what is to be written; returns when it is, and when nothing else is being written."""
+        """Write now what is to be written; returns when it is, and when nothing else is being written.
+
+        Raises: OSError: the disk refused some of it, which is written the next time.
+        """
         async with self._flushing:
             self._is_dirty.clear()
             batch, self._dirty = self._dirty, {}
@@ -124,7 +129,7 @@ class StoredTables:
                 return
             try:
                 await asyncio.to_thread(self._write_unless_ended, batch)
-            except asyncio.CancelledError:
+            except BaseException:
                 self._dirty = {**batch, **self._dirty}  # the thread may have written it or not
                 raise
 
@@ -135,33 +140,44 @@ class StoredTables:
 
     def _write(self, batch: Mapping[NetworkId, Kept | None]) -> None:
         assert self._directory is not None, "nothing is written without a directory"
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for id, kept in batch.items():
-                if kept is None:
-                    (self._directory / id).unlink(missing_ok=True)
-                else:
-                    replace_file(self._directory / id, msgspec.msgpack.encode(kept))
-        except OSError as error:
-            # They are in force, and in the next process's tables once a manager has been heard.
-            log.warning("network tables not kept", path=str(self._directory), error=str(error))
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for id, kept in batch.items():
+            if kept is None:
+                (self._directory / id).unlink(missing_ok=True)
+            else:
+                replace_file(self._directory / id, msgspec.msgpack.encode(kept))
 
 
-def _read(path: Path, decode: Callable[[bytes], T]) -> T | None:
-    """What a file says; None: nothing that can be read, and it is gone."""
+def _all(
+    directory: Path, decode: Callable[[bytes], T], table_of: Callable[[T], Table]
+) -> tuple[Sequence[T], bool]:
+    """What the files say, and whether there may be more that cannot be read now; what is no table is gone."""
+    found, has_unread = [], False
     try:
-        return decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        _drop(path, str(error))
-        return None
+        paths = sorted(directory.iterdir())
+    except OSError as error:
+        return (), not is_no_file(error)
+    for path in paths:
+        if is_local(path.name):
+            continue
+        try:
+            one = decode(path.read_bytes())
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and not is_no_file(error):
+                report(error, "network table not read", path=str(path))
+                has_unread = True
+            else:
+                _drop(path, str(error))
+            continue
+        if table_of(one).head.id == path.name:
+            found.append(one)
+        else:
+            _drop(path, f"it is the table of network {table_of(one).head.id!r}")
+    return found, has_unread
 
 
-def _is_named(path: Path, table: Table) -> bool:
-    """Whether the file is that of the table's network; if not, it is gone."""
-    if table.head.id == path.name:
-        return True
-    _drop(path, f"it is the table of network {table.head.id!r}")
-    return False
+def _itself(table: Table) -> Table:
+    return table
 
 
 def _drop(path: Path, reason: str) -> None:

@@ -15,11 +15,12 @@ import structlog
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
+from skep.aio.guard import contain
 from skep.errors import SkepError
 from skep.model.ids import NetworkId, NodeId
 from skep.model.tables import Table, TableSet
 from skep.node.revisions import Revision, advanced
-from skep.node.tables.files import StoredTables
+from skep.node.tables.files import SharedTables, StoredTables
 from skep.node.tables.merging import merged
 from skep.node.tables.silence import NOBODY, Silence, without
 from skep.node.tables.sound import sound_set, sound_table
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 10.0
+READ_AGAIN_S = 10.0
 
 NOTHING: Mapping[NetworkId, Table] = MappingProxyType({})
 
@@ -56,6 +58,7 @@ class TableKeeper:
         self._stored = stored
         self._parts = [_Part(listener, chance) for listener in listeners]
         self._clock = clock
+        self._chance = chance
         self._tables: Mapping[NetworkId, Table] = NOTHING
         self._silence = NOBODY
         self._reduced: dict[NetworkId, tuple[Table, frozenset[NodeId], Table]] = {}
@@ -73,6 +76,19 @@ class TableKeeper:
     def applied(self) -> Mapping[NetworkId, Revision]:
         """Network -> as of when its table is in force with every part of the node."""
         return self._applied
+
+    async def restore(self, shared: SharedTables) -> None:
+        """``load`` what an earlier process had in force; what cannot be read is tried again for some seconds.
+
+        Without its table a network would be taken down.
+        """
+        backoff = Backoff(FIRST_RETRY_S, chance=self._chance)
+        until = self._clock.monotonic() + READ_AGAIN_S
+        while True:
+            self.load(await asyncio.to_thread(shared.load))
+            if not (shared.has_unread or self._stored.has_unread) or self._clock.monotonic() >= until:
+                return
+            await backoff.sleep(self._clock)
 
     def load(self, in_force: Mapping[NetworkId, Table] = NOTHING) -> None:
         """Begin with what an earlier process of this node kept.  Before ``run``; it reads the disk.
@@ -125,7 +141,7 @@ class TableKeeper:
         while self._applied or any(part.is_behind for part in self._parts):
             self._applied_more.clear()
             await self._applied_more.wait()
-        await self._stored.flush()
+        await contain(self._stored.flush(), "network tables not forgotten yet")
 
     async def run(self) -> None:
         """Hand on and write down what changes, until cancelled."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from skep.errors import FailedPrecondition
-from skep.linux.files import replace_file
+from skep.linux.files import is_no_file, replace_file
 from skep.model.addresses import is_address, joined, parted
 
 MEMBERS_FILE = "members.json"
@@ -88,7 +88,7 @@ def save_peers(directory: Path, peers: Iterable[Peer]) -> None:
 def load_peers(directory: Path) -> tuple[Peer, ...]:
     """The members as last heard of; empty: this one is alone, or has not come in yet.
 
-    Raises: FailedPrecondition: the file is damaged.
+    Raises: FailedPrecondition: the file is damaged; OSError: it cannot be read now.
     """
     path = directory / MEMBERS_FILE
     try:
@@ -96,6 +96,8 @@ def load_peers(directory: Path) -> tuple[Peer, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not is_no_file(error):
+            raise
         raise FailedPrecondition(
             f"{path} cannot be read ({error}): remove this manager from the swarm and join it again"
         ) from error

@@ -11,8 +11,10 @@ import pytest
 
 from skep import __version__
 from skep.aio.clock import SystemClock
+from skep.manager.config import STARVED
 from skep.node.supervision import supervisor
 from skep.node.supervision.identity import identify, is_alive, read_pid_file, write_pid_file
+from skep.node.supervision.restart import CRASHES_MAX
 from skep.node.supervision.supervisor import Supervisor, terminate
 from skep.paths import Paths
 from tests.integration.daemon.rig import INIT, DaemonRig, children_named, wait_until
@@ -143,6 +145,37 @@ async def test_a_descriptor_that_cannot_be_had_is_no_end_of_the_process(
     assert supervised.process is not None
     monkeypatch.undo()
     await terminate(supervised.process, 5)
+
+
+async def test_what_the_machine_refused_is_tried_for_ever_and_said_until_it_lasts(
+    paths: Paths, forks: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Starving(Forks):
+        def _start(self) -> subprocess.Popen[bytes]:
+            if len(self.started) < 2 * CRASHES_MAX:
+                paths.last_words("manager").write_text("/data/x: No space left on device")
+                return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({STARVED})"])
+            return super()._start()
+
+    said: list[str] = []
+    supervised = Supervisor(
+        "manager",
+        (),
+        paths=paths,
+        zygote=Starving(paths),
+        clock=FastClock(),
+        chance=lambda: 0.5,
+        ends_with_node=lambda: True,
+        starved=STARVED,
+        say=said.append,
+    )
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        running = group.create_task(supervised.run())
+        while not (said and said[-1] == "" and supervised.process is not None):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert supervised.trouble == ""
+        running.cancel()
+    assert "the manager process does not run: /data/x: No space left on device; it is tried again" in said
 
 
 async def test_a_pid_file_that_cannot_be_read_now_is_not_an_absent_process(paths: Paths) -> None:

@@ -1,27 +1,59 @@
 """Each call on a file that a node keeps may fail: it says so, goes on when it can, and has lost nothing."""
 
 import asyncio
+import errno
 import hashlib
 import io
+import os
 import shutil
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, NamedTuple
 
 import pytest
+from structlog.testing import capture_logs
 
+from skep.api.networks import NetworkBody
 from skep.errors import SkepError
+from skep.linux.files import replace_file
+from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles
+from skep.manager.config import STARVED, ManagerConfig, Recovery, encode, load, load_recovery, save_recovery
+from skep.manager.incarnation import Lives, read_lives, write_lives
+from skep.manager.keys import load_wrapping_keys, save_wrapping_keys
+from skep.manager.process import refusal_in
+from skep.manager.process import run as run_manager
+from skep.model.ids import ClusterId, NodeId, new_container_id
+from skep.model.node import NodeRole
+from skep.node.local import LocalNode, Peer, read_local_node, write_local_node
+from skep.node.membership import Membership
+from skep.node.network.local.keeper import LocalNetworks
 from skep.node.oci.images import layers, pulling
 from skep.node.oci.images.layers import Unpacked
 from skep.node.oci.images.reference import Reference
 from skep.node.oci.images.registry import DOCKER_MANIFEST, Document
 from skep.node.oci.images.store import ImageStore
+from skep.node.revisions import Revision, SeenRevision
+from skep.node.tables.files import SharedTables, StoredTables
+from skep.node.tables.keeper import TableKeeper
+from skep.paths import Paths
+from skep.security import keypair
+from skep.security.crl import listed_serials
+from skep.security.locking import KeyLock
+from skep.store.etcd.peers import Peer as EtcdPeer
+from skep.store.etcd.peers import load_peers, save_peers
 from tests.archives import a_config, a_file, a_tar, sha256
-from tests.file_faults import Faults, walk
+from tests.file_faults import Faults, file_faults, walk
 from tests.oci_rig import QuickClock
 from tests.registry_rig import a_manifest
+from tests.unit.node.tables.test_keeper import Part, a_table, told
+from tests.unit.node.test_participation import FakeParts
+from tests.unit.security.test_keypair import a_pair
+
+REAL_STAT = os.stat
+"""It does not count, and does not fail."""
 
 OLD, NEW = a_tar(a_file("old", b"old")), a_tar(a_file("new", b"new"))
 
@@ -105,7 +137,7 @@ async def images_come_and_the_process_changes(directory: Path, faults: Faults) -
     assert list(third.scratch.iterdir()) == []
 
 
-@pytest.mark.parametrize(("count", "step"), [(1, 1), (25, 11)])
+@pytest.mark.parametrize(("count", "step"), [(1, 3), (25, 11), pytest.param(1, 1, marks=pytest.mark.slow)])
 async def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, step: int) -> None:
     monkeypatch.setattr(pulling, "connected", connected)
     monkeypatch.setattr(layers, "unpack", unpack)
@@ -121,3 +153,262 @@ async def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: in
         > 100
     )
     shutil.rmtree(tmp_path / "lives")
+
+
+# --- what the node knows of its swarm ---------------------------------------------------------------------------------
+
+NODE = LocalNode(node_id=NodeId("n1"), cluster_id=ClusterId("c1"), is_manager=False)
+MOVED = LocalNode(
+    node_id=NodeId("n1"),
+    cluster_id=ClusterId("c1"),
+    is_manager=False,
+    managers=(Peer(NodeId("m1"), "10.0.0.1:2377"),),
+)
+
+
+class Remembering(FakeParts):
+    """Its agent hears of other managers, which is to be kept."""
+
+    def agent(self, node: LocalNode, remember: Callable[..., None], certified: object) -> Any:
+        self.remember = remember
+        return super().agent()
+
+    async def placed(self, node: LocalNode) -> LocalNode:
+        return node
+
+    async def remove_tasks(self) -> None:
+        raise AssertionError("the node is in a swarm")
+
+
+async def a_node_begins_and_hears_of_managers(directory: Path, faults: Faults) -> None:
+    paths = Paths(directory / "data", directory / "run")
+    parts = Remembering(NodeRole.WORKER)
+    said: list[str] = []
+    membership = Membership(
+        paths=paths,
+        parts=parts,
+        manager_api=None,  # type: ignore[arg-type]  # a worker asks none
+        clock=QuickClock(),
+        new_id=lambda: "id",
+        say=said.append,
+    )
+    running = asyncio.create_task(membership.run())
+    while not membership.is_in_swarm and membership.status != "error":  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    if membership.status == "error":
+        assert said[-1]
+        with pytest.raises(SkepError):
+            await membership.leave(force=False)
+    else:
+        parts.remember(MOVED.managers)
+    faults.end()
+    while not membership.is_in_swarm:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert said[-1] == ""
+    parts.remember(MOVED.managers)
+    while read_local_node(paths.node_json) != MOVED:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_the_nodes_place_in_its_swarm(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "template" / "data", tmp_path / "template" / "run")
+    paths.data.mkdir(parents=True)
+    paths.run.mkdir()
+    write_local_node(paths.node_json, NODE)
+    assert await walk(tmp_path / "lives", a_node_begins_and_hears_of_managers, template=tmp_path / "template")
+
+
+async def tables_come(directory: Path, faults: Faults) -> None:
+    stored, shared = StoredTables(directory / "kept", QuickClock()), SharedTables(directory / "shared")
+    part = Part()
+    keeper = TableKeeper(stored, [shared, part], QuickClock(), Random(1).random)
+    restoring = asyncio.create_task(keeper.restore(shared))
+    while not (restoring.done() or shared.has_unread or stored.has_unread):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    if not restoring.done():
+        faults.end()
+    await restoring
+    assert keeper.tables.keys() == {"a", "b"}, "no table is taken for gone that could not be read"
+    running = asyncio.create_task(keeper.run())
+    keeper.take(told(a_table("a", "new", revision=9), a_table("b", "old")), incarnation=1)
+    await part.wait(lambda: "a" in part.tables and "new" in part.tables["a"].nodes)
+    faults.end()
+    again = StoredTables(directory / "kept", QuickClock())
+    while not shared.load()["a"].nodes.keys() == again.load()[0]["a"].nodes.keys() == {"new"}:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    while keeper.applied != {"a": Revision(1, 9), "b": Revision(1, 1)}:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
+
+
+async def test_tables_of_networks(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    stored, shared = StoredTables(template / "kept", QuickClock()), SharedTables(template / "shared")
+    tables = {one.head.id: one for one in (a_table("a", "old"), a_table("b", "old"))}
+    await shared.apply(tables, frozenset(tables))
+    for id, table in tables.items():
+        stored.note(id, table, 1)
+    await stored.flush()
+    assert await walk(tmp_path / "lives", tables_come, template=template) > 10
+
+
+async def networks_are_used(directory: Path, faults: Faults) -> None:
+    networks = LocalNetworks(directory / "local", None, clock=QuickClock(), new_id=new_container_id)
+    for attempt in range(2):
+        try:
+            networks.add_configuration(NetworkBody(name=f"new{attempt}"))
+        except (SkepError, OSError):
+            pass
+    faults.end()
+    again = LocalNetworks(directory / "local", None, clock=QuickClock(), new_id=new_container_id)
+    names = {one.name for one in again.configurations()}
+    assert names >= {"old", *(one.name for one in networks.configurations())}
+
+
+async def test_the_nodes_own_networks(tmp_path: Path) -> None:
+    (tmp_path / "template").mkdir()
+    kept = LocalNetworks(tmp_path / "template" / "local", None, clock=QuickClock(), new_id=new_container_id)
+    kept.add_configuration(NetworkBody(name="old"))
+    assert await walk(tmp_path / "lives", networks_are_used, template=tmp_path / "template") > 10
+
+
+async def revisions_are_seen(directory: Path, faults: Faults) -> None:
+    try:
+        seen = SeenRevision(directory / "seen", NODE.cluster_id, QuickClock())
+    except OSError:
+        faults.end()
+        seen = SeenRevision(directory / "seen", NODE.cluster_id, QuickClock())
+    assert seen.seen == Revision(1, 7)
+    before = REAL_STAT(directory / "seen").st_ino
+    running = asyncio.create_task(seen.run())
+    seen.advance(Revision(1, 8))
+    while not faults.hits and REAL_STAT(directory / "seen").st_ino == before:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    faults.end()
+    while SeenRevision(directory / "seen", NODE.cluster_id).seen != Revision(1, 8):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    running.cancel()
+
+
+async def test_the_newest_revision(tmp_path: Path) -> None:
+    (tmp_path / "template").mkdir()
+    seen = SeenRevision(tmp_path / "template" / "seen", NODE.cluster_id)
+    seen.advance(Revision(1, 7))
+    await seen._write()
+    assert await walk(tmp_path / "lives", revisions_are_seen, template=tmp_path / "template") > 5
+
+
+# --- what a manager keeps ---------------------------------------------------------------------------------------------
+
+
+def test_a_manager_that_cannot_read_its_settings_says_that_it_is_worth_another_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = Paths(tmp_path / "data", tmp_path / "run")
+    paths.manager.mkdir(parents=True)
+    paths.run.mkdir()
+    replace_file(paths.manager_config, encode(CONFIG))
+    with file_faults(paths.data) as faults, capture_logs():
+        faults.plan(0, errno.EMFILE)
+        with pytest.raises(SystemExit) as ended:
+            run_manager(paths)
+    assert ended.value.code == STARVED
+    assert paths.last_words("manager").read_text().endswith("config.json: Too many open files")
+
+
+def test_what_the_machine_refused_is_found_in_groups_and_bugs_are_none() -> None:
+    refusal = OSError(errno.ENOSPC, "No space left on device")
+    assert refusal_in(ExceptionGroup("", [ValueError(), ExceptionGroup("", [refusal])])) is refusal
+    assert refusal_in(ExceptionGroup("", [ValueError(), ConnectionResetError(errno.ECONNRESET, "")])) is None
+
+
+class Kept(NamedTuple):
+    """One file of a manager: what is in it before, and after a change."""
+
+    save: Callable[[Paths, Any], object]
+    load: Callable[[Paths], Any]
+    old: Any
+    new: Any
+
+
+CONFIG = ManagerConfig(
+    data_dir="/data",
+    run_dir="/run",
+    node_id=NodeId("n1"),
+    cluster_id=ClusterId("c1"),
+    listen_addr="0.0.0.0:2377",
+    advertise_addr="10.0.0.1:2377",
+    hostname="one",
+)
+OLD_PAIR, NEW_PAIR = a_pair(), a_pair()
+
+
+def _peer(name: str) -> EtcdPeer:
+    return EtcdPeer(name=name, url="https://10.0.0.1:2378", ip="10.0.0.1", manager_port=2377)
+
+
+def _refused(paths: Paths, serials: frozenset[str]) -> None:
+    PeerFiles(paths.tls, paths.manager, restart=None).refuse(serials)  # type: ignore[arg-type]
+
+
+KEPT = {
+    "settings": Kept(
+        lambda paths, config: replace_file(paths.manager_config, encode(config), mode=0o600),
+        lambda paths: load(paths.manager_config),
+        CONFIG,
+        ManagerConfig(
+            **{**{name: getattr(CONFIG, name) for name in CONFIG.__struct_fields__}, "hostname": "two"}
+        ),
+    ),
+    "recovery": Kept(save_recovery, load_recovery, Recovery(), Recovery(stage="restored")),
+    "incarnation": Kept(write_lives, read_lives, Lives(served=1), Lives(served=1, later=2)),
+    "members": Kept(
+        lambda paths, peers: save_peers(paths.etcd, peers),
+        lambda paths: load_peers(paths.etcd),
+        (_peer("a"),),
+        (_peer("a"), _peer("b")),
+    ),
+    "wrapping key": Kept(save_wrapping_keys, load_wrapping_keys, bytes(32), bytes(32) + b"k" * 32),
+    "certificate": Kept(
+        lambda paths, pair: keypair.save(pair, paths.certificates, KeyLock(paths)),
+        lambda paths: keypair.load(paths.certificates, KeyLock(paths)).certificate_pem,
+        OLD_PAIR,
+        NEW_PAIR,
+    ),
+    "list of revoked certificates": Kept(
+        _refused,
+        lambda paths: listed_serials((paths.manager / REVOKED_FILE).read_bytes()),
+        frozenset({"1"}),
+        frozenset({"1", "2"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT.values(), ids=list(KEPT))
+async def test_files_of_a_manager(tmp_path: Path, kept: Kept) -> None:
+    def paths_of(directory: Path) -> Paths:
+        return Paths(directory / "data", directory / "run")
+
+    paths = paths_of(tmp_path / "template")
+    for directory in (paths.etcd, paths.tls, paths.certificates, paths.manager_keys):
+        directory.mkdir(parents=True, exist_ok=True)
+    kept.save(paths, kept.old)
+    old = kept.load(paths)
+
+    async def life(directory: Path, faults: Faults) -> None:
+        paths = paths_of(directory)
+        try:
+            assert kept.load(paths) == old
+            kept.save(paths, kept.new)
+        except OSError:  # nothing that says that the file is damaged
+            pass
+        faults.end()
+        found = kept.load(paths)
+        kept.save(paths, kept.new)
+        assert found in (old, kept.load(paths))
+
+    assert await walk(tmp_path / "lives", life, template=tmp_path / "template") > 5

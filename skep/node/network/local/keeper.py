@@ -1,6 +1,7 @@
 """Keeps the node's own networks over restarts, and gives the gateway bridge the subnet that the user wants."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Protocol
@@ -10,11 +11,12 @@ import structlog
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
-from skep.aio.guard import report
+from skep.aio.guard import explain, report
+from skep.aio.trees import discard_tree_now
 from skep.api.errors import Forbidden
 from skep.api.networks import NetworkBody, SubnetBody
-from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unimplemented
-from skep.linux.files import replace_file
+from skep.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented
+from skep.linux.files import is_no_file, replace_file
 from skep.model.times import Timestamp, timestamp
 from skep.node.network.local.objects import GATEWAY, LocalNetwork, find, subnet_of
 from skep.node.network.local.wishes import bridge_of
@@ -78,13 +80,22 @@ class LocalNetworks:
         self._kept: _Kept | None = None
 
     def open(self) -> None:
-        """Read what an earlier process kept, as the first use does; what cannot be read is begun anew."""
+        """Read what an earlier process kept, as the first use does; what cannot be decoded is begun anew.
+
+        Raises: Unavailable: it cannot be read now, and is not written over.
+        """
         try:
             self._kept = msgspec.json.decode(self._file.read_bytes(), type=_Kept)
         except FileNotFoundError:
             pass
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            log.warning("the node's networks are begun anew", file=str(self._file), error=str(error))
+            if isinstance(error, OSError) and not is_no_file(error):
+                raise Unavailable(f"the node's networks cannot be read: {explain(error)}") from error
+            aside = self._file.with_suffix(".damaged")
+            report(error, "the node's networks are begun anew", file=str(self._file), kept_as=str(aside))
+            discard_tree_now(aside)
+            with suppress(OSError):
+                self._file.rename(aside)
         if self._kept is None:
             now = self._now()
             ids = {name: self._new_id() for name in _PREDEFINED}
