@@ -51,6 +51,7 @@ from skep.sim.trace import Trace
 from skep.sim.truth import Truth
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.founding import founded, initialize_on
+from skep.store.etcd.requests import etcd_key
 from skep.store.interface import Transaction, View
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ class SimulatedCluster:
         self.disturbances = 0
         """Faults that last at present."""
         self._disturbed_at = 0.0
-        self._uptime = Uptime(self.loop.time, self.links)
+        self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
         isolation = Isolation(self.loop.time, self.links, self.workers, self.managers)
@@ -207,6 +208,18 @@ class SimulatedCluster:
         """Commit ``body`` by way of whichever manager takes it."""
         self.do(self._write(body))
 
+    async def write_probe(self, name: str) -> None:
+        """Have the store come to its next revision, however long that takes; no object changes."""
+        while True:
+            member = self.raft.members[self.random.choice(self.managers)]
+            try:
+                client = SimulatedClient(self.raft, member, self.links, self.random)
+                await client.put(etcd_key(f"probe/{name}"), b"")
+            except Unavailable:
+                await asyncio.sleep(STEP_S)
+            else:
+                return
+
     # -- faults ------------------------------------------------------------------------------------------------
 
     @property
@@ -240,6 +253,21 @@ class SimulatedCluster:
         self.raft.crash(id)
         self._stop(id)
         self.running_managers.pop(id, None)
+
+    def kill_manager(self, id: NodeId) -> asyncio.Task[None]:
+        """The same, from within the loop: what the process has begun ends without having written anything more.
+
+        Gives the process, which has to have ended before another one begins.
+        """
+        self.disturb()
+        self.raft.crash(id)
+        self.running_managers.pop(id, None)
+        self._processes[id].cancel()
+        return self._processes[id]
+
+    def watch_over(self, task: asyncio.Task[None]) -> None:
+        """Its failure fails the run."""
+        self._processes[NodeId(task.get_name())] = task
 
     def depose(self, *, quietly: bool = False) -> None:
         """Another manager leads from now on.  ``quietly``: the old leader hears of it late."""
@@ -362,7 +390,7 @@ class SimulatedCluster:
 
     def _calm_since(self) -> float:
         """When the last fault was over; infinity while there is one."""
-        is_whole = self.links.is_whole and len(self._processes) == len(self.managers) + len(self.workers)
+        is_whole = self.links.is_whole and self._processes.keys() >= {*self.managers, *self.workers}
         return self._disturbed_at if is_whole and not self.disturbances else inf
 
     async def _write(self, body: Callable[[Transaction], object]) -> None:

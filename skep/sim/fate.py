@@ -10,13 +10,19 @@ from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.sim.cluster import SimulatedCluster
 from skep.sim.etcd.member import Member
+from skep.sim.faults import hang_manager
 from skep.sim.links import Port
 from skep.sim.truth import Change
+from skep.store.etcd.requests import PREFIX, etcd_key
 from skep.store.interface import View
+from skep.store.space import QUOTA_BYTES
 
 Undo = Callable[[], None]
 
 DISK_HANGS = "disk hangs"
+
+OBJECTS, TASKS = etcd_key("o/"), etcd_key("o/task/")
+"""What the keys of objects begin with."""
 
 NODES_BACK_S = 3.0
 """Until every node whose sessions the slow store has cost it has another."""
@@ -53,6 +59,13 @@ class Fate:
             *(self._member_restarts, self._disk_full, self._suspend),
             *(self._compaction, self._depose, self._depose, self._clock_jumps),
             *(self._poison, self._show_the_past, self._last_words),
+            *(
+                self._manager_hangs,
+                self._manager_hangs,
+                self._killed_between_writes,
+                self._killed_between_writes,
+            ),
+            *(self._values_rot, self._values_rot, self._no_space, self._quota_reached),
         )
 
     def act(self) -> None:
@@ -118,6 +131,54 @@ class Fate:
         if id := self._victim([*self._cluster.managers, *self._cluster.workers]):
             self._cluster.links.freeze(id)
             self._begin("frozen", [id], lambda: self._cluster.links.thaw(id), (0.3, 1.5, 6.0))
+
+    def _manager_hangs(self) -> None:
+        """Its loop is stuck, or the process is stopped; its member of the store goes on."""
+        if id := self._running_manager():
+            for_s = self._random.uniform(5.0, 30.0)
+            undo = hang_manager(self._cluster, id, for_s=for_s)
+            self._begin("manager hangs", [id], undo, (1.5, for_s))
+
+    def _killed_between_writes(self) -> None:
+        """A manager, mostly the leader, is killed right behind a write of its own: what follows it never happens."""
+        id, watchers = self._running_manager(), self._cluster.truth.watchers
+        if id is None:
+            return
+        left = self._random.randint(1, 4)
+
+        def kill(change: Change, view: View) -> None:
+            nonlocal left
+            if change.origin == id:
+                left -= 1
+            if left == 0:
+                watchers.remove(kill)
+                self._cluster.trace.add(f"fault: {id} is killed")
+                self._cluster.loop.call_soon(self._cluster.kill_manager, id)
+
+        def undo() -> None:
+            if kill in watchers:
+                watchers.remove(kill)
+            else:
+                self._cluster.crash(id)
+                self._cluster.start_manager(id)
+
+        watchers.append(kill)
+        self._begin("killed behind a write", [id], undo)
+
+    def _no_space(self) -> None:
+        """The disk of a manager, or of most, has no space left: members of the store end, and begin when it has."""
+        healthy = [id for id in self._cluster.managers if id not in self._hit()]
+        number = len(healthy) // 2 + 1 if self._random.random() < 0.3 else 1
+        ids = self._random.sample(healthy, min(number, len(healthy)))
+        if ids:
+            for id in ids:
+                self._cluster.raft.crash(id)
+
+            def undo() -> None:
+                for id in ids:
+                    self._cluster.raft.start(id)
+
+            self._begin("no space", ids, undo, (6.0, 20.0))
 
     def _suspend(self) -> None:
         """A machine sleeps: its monotonic clock stands still, the time since its start goes on."""
@@ -192,12 +253,16 @@ class Fate:
             self._begin("cut off", lost, partial(self._cluster.links.mend, cut), (1.5, 6.0, 12.0))
 
     def _port_cut(self) -> None:
-        """Managers reach each other's members of the store and not each other, or the other way round."""
+        """Managers reach each other's members of the store and not each other, or the other way round.
+
+        Two of them, or one and all others.
+        """
         if len(self._cluster.managers) > 1:
-            one, other = self._random.sample(self._cluster.managers, 2)
+            one, *others = self._random.sample(self._cluster.managers, len(self._cluster.managers))
+            others = others[:1] if self._random.random() < 0.5 else others
             port = self._random.choice(list(Port))
-            cut = self._cluster.links.cut([one], [other], port=port)
-            detail = f"{one} and {other} at {port.value}"
+            cut = self._cluster.links.cut([one], others, port=port)
+            detail = f" {one} and {','.join(others)} at {port.value}"
             self._begin("no way", [], partial(self._cluster.links.mend, cut), detail=detail)
 
     def _connections_reset(self) -> None:
@@ -323,6 +388,55 @@ class Fate:
         member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
         return leads.member if leads is not None and self._random.random() < 0.7 else member
 
+    def _values_rot(self) -> None:
+        """A manager begins with values on its disk that it cannot read, until its disk is another one.
+
+        What others see and write is whole: nothing may be taken for gone.  Heads of tasks do not rot here: nobody
+        knows then which service they are of, and their slots are filled anew.
+        """
+        id, raft = self._running_manager(), self._cluster.raft
+        keys = [
+            key
+            for key in raft.kv.present
+            if key.startswith(OBJECTS) and not (key.startswith(TASKS) and b"." not in key)
+        ]
+        if id is None or not keys:
+            return
+        chosen = self._random.sample(keys, min(self._random.randint(1, 4), len(keys)))
+        self._cluster.crash(id)
+        for key in chosen:
+            raft.rot(id, key)
+        self._cluster.start_manager(id)
+
+        def undo() -> None:
+            self._cluster.crash(id)
+            raft.members[id].rotten.clear()
+            self._cluster.start_manager(id)
+
+        names = " ".join(key.removeprefix(PREFIX).decode() for key in chosen)
+        self._begin("values rot", [id], undo, (1.5, 6.0, 12.0), detail=f" {names}")
+
+    def _quota_reached(self) -> None:
+        """Values that nobody needs fill the store; sometimes they are removed soon, and sometimes much is history.
+
+        Users are refused what makes it grow; the leader goes on, and makes room as soon as it can.
+        """
+        space = self._cluster.raft.space
+        if space.in_use:
+            return
+        live, old = self._random.choice(((0.75, 0.0), (0.85, 0.2), (0.4, 0.65), (0.97, 0.0), (0.1, 0.95)))
+        space.fill(self._cluster.managers, round(live * QUOTA_BYTES), round(old * QUOTA_BYTES))
+
+        async def free() -> None:
+            await self._cluster.write_probe("removed")
+            space.old += space.live
+            space.live = 0
+
+        def undo() -> None:
+            self._cluster.watch_over(self._cluster.loop.create_task(free(), name="free the store"))
+
+        self._begin("the store is full", [], undo, (1.5, 6.0, 20.0), detail=f" {live} {old}")
+
     def _compaction(self) -> None:
         revision = self._cluster.raft.kv.revision - self._random.choice((0, 0, 5, 50))
         self._tell(f"compaction at {revision}")
@@ -370,6 +484,14 @@ class Fate:
 
     def _hit(self) -> set[NodeId]:
         return {id for trouble in self._troubles for id in trouble.hits}
+
+    def _running_manager(self) -> NodeId | None:
+        """A healthy one, mostly the leader."""
+        leads = self._cluster.raft.current
+        healthy = [id for id in self._cluster.managers if id in self._cluster.running_managers]
+        if leads is not None and leads.member.id in healthy and self._random.random() < 0.6:
+            healthy = [leads.member.id]
+        return self._victim(healthy)
 
     def _victim(self, candidates: Sequence[NodeId]) -> NodeId | None:
         healthy = [id for id in candidates if id not in self._hit()]

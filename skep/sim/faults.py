@@ -1,7 +1,9 @@
 """Faults that are not of machines: objects that make whoever decides raise, managers that show the past or hang."""
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
+from math import inf
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
@@ -10,6 +12,7 @@ from skep.errors import SkepError
 from skep.manager.follow import State
 from skep.model.ids import NodeId
 from skep.node.supervision.answers import wait_past_help
+from skep.sim.time import VirtualClock
 from skep.store.interface import Object, Store, Transaction, View, Watch
 
 if TYPE_CHECKING:
@@ -103,24 +106,34 @@ class Rewindable:
         return getattr(self._store, name)
 
 
-def hang_manager(cluster: "SimulatedCluster", id: NodeId) -> None:
-    """A manager process stands still and its member of etcd goes on, until who supervises it replaces both."""
-    cluster.disturb()
+def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf) -> Callable[[], None]:
+    """A manager process stands still and its member of etcd goes on, until who supervises it replaces both.
+
+    ``for_s``: or until it goes on by itself.  Gives what ends it at once.
+    """
     cluster.disturbances += 1
-    cluster._stop(id)
-    cluster.running_managers.pop(id, None)
+    cluster.links.hang(id)
 
     async def is_answered() -> bool:
-        return False
+        return not cluster.links.is_frozen(id)
 
     async def hand_over() -> None:
         if cluster.raft.current is not None and cluster.leader == id:
             cluster.depose()
 
     async def supervise() -> None:
-        await wait_past_help(is_answered, hand_over, cluster.clocks[id])
-        cluster.raft.crash(id)
-        cluster.disturbances -= 1
-        cluster.start_manager(id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(for_s if for_s < inf else None):
+                await wait_past_help(is_answered, hand_over, VirtualClock(cluster.loop))
+                await asyncio.wait([cluster.kill_manager(id)])
+                cluster.start_manager(id)
 
-    cluster._processes[id] = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
+    def end(_: object = None) -> None:
+        if cluster.links.is_frozen(id):
+            cluster.links.thaw(id)
+            cluster.disturbances -= 1
+
+    supervising = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
+    supervising.add_done_callback(end)
+    cluster.watch_over(supervising)
+    return lambda: (supervising.cancel(), None)[1]

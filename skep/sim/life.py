@@ -28,6 +28,7 @@ from skep.sim.rules.rest import replica_violations
 from skep.sim.settled import unmet
 from skep.sim.users import Users
 from skep.sim.wishes import BROKEN, ENDING_IMAGES, HANGING
+from skep.store.space import COMPACT_AT, QUOTA_BYTES
 from skep.store.state import State
 
 STEPS = 20
@@ -114,12 +115,14 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
 
 def _converge(cluster: SimulatedCluster) -> None:
     given_up = cluster.observer.restarts.given_up
-    _until(
-        cluster,
-        lambda: [
-            text for one in cluster.view.find(Service) for text in unmet(cluster.view, one, given_up(one))
-        ],
-    )
+
+    def missing() -> Iterable[str]:
+        for one in cluster.view.find(Service):
+            yield from unmet(cluster.view, one, given_up(one))
+        if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
+            yield "the store has not been given its room back"
+
+    _until(cluster, missing)
 
 
 def _until(cluster: SimulatedCluster, missing: Callable[[], Iterable[str]]) -> None:

@@ -1,6 +1,7 @@
 """Which machine's packets reach which other machine.  Every direction is cut and mended by itself.
 
 A frozen machine (SIGSTOP, a hypervisor that does not run it) neither sends nor hears; what was sent to it waits.
+Of a machine whose manager process alone hangs, the member of the store goes on.
 """
 
 import asyncio
@@ -39,12 +40,16 @@ class Links:
         """Whether everybody reaches everybody: asked for every message."""
         self._cuts: list[Cut] = []
         self._frozen: dict[Machine, asyncio.Event] = {}
+        self._hung: set[Machine] = set()
+        """Those of them whose manager process alone stands still."""
 
     def reaches(self, source: Machine, target: Machine, port: Port = Port.API) -> bool:
         """Whether what ``source`` sends arrives at ``target``, in a connection to ``port`` at either."""
         if self.is_whole:
             return True
-        if source in self._frozen or target in self._frozen:
+        if any(
+            end in self._frozen and not (end in self._hung and port is Port.PEER) for end in (source, target)
+        ):
             return False
         return not any((source, target) in cut.pairs and cut.port in (None, port) for cut in self._cuts)
 
@@ -81,8 +86,14 @@ class Links:
         self._frozen.setdefault(machine, asyncio.Event())
         self._tell()
 
+    def hang(self, machine: Machine) -> None:
+        """Stop its manager process; ``thaw`` lets it go on."""
+        self._hung.add(machine)
+        self.freeze(machine)
+
     def thaw(self, machine: Machine) -> None:
         """Let ``machine`` go on, as if no time had passed there."""
+        self._hung.discard(machine)
         event = self._frozen.pop(machine, None)
         if event is not None:
             event.set()
@@ -130,9 +141,11 @@ class Isolation:
 class Uptime:
     """Since when processes run without a break; a frozen machine is one."""
 
-    def __init__(self, now: Callable[[], float], links: Links) -> None:
+    def __init__(self, now: Callable[[], float], links: Links, asked_at: Callable[[], float]) -> None:
+        """``asked_at``: when whoever wrote what is being committed asked for that."""
         self._now = now
         self._links = links
+        self._asked_at = asked_at
         self._since: dict[Machine, float] = {}
         self._began: dict[Machine, float] = {}
         self._still: set[Machine] = set()
@@ -142,8 +155,9 @@ class Uptime:
         self._since[machine] = self._began[machine] = self._now()
 
     def began(self, machine: Machine) -> float:
-        """When its process was last started."""
-        return self._began[machine]
+        """When its process was last started; long ago while something is committed that the one before asked for."""
+        began = self._began[machine]
+        return began if self._asked_at() >= began else -inf
 
     def stop(self, machine: Machine) -> None:
         self._since.pop(machine, None)

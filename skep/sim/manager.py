@@ -16,6 +16,7 @@ from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import loops
+from skep.manager.store_space import StoreSpace
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.task import Task
@@ -23,6 +24,8 @@ from skep.security.identity import Identity
 from skep.sim.faults import PoisonedState, Rewindable
 from skep.sim.network import Network
 from skep.store.etcd.client import Client
+from skep.store.etcd.member import Member
+from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.store import EtcdStore, store_on
 from skep.store.interface import NotLeader, Store, Term, View
 from skep.wire.client import Channel
@@ -96,12 +99,20 @@ class SimulatedManager:
         logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, crowd=crowd)
-        handlers = (*dispatcher.services(), *discovery.services(), *logs.services(), *link.services())
+        members = RaftMembers(self._client, cast("Member", _Etcd()))
+        space = StoreSpace(store, self._id, members, link.channel, self._clock)
+        handlers = (
+            *dispatcher.services(),
+            *discovery.services(),
+            *logs.services(),
+            *link.services(),
+            *space.services(),
+        )
         async with self._network.listening(self._addr, handlers), asyncio.TaskGroup() as group:
             group.create_task(dispatcher.run(), name=f"{self._id} dispatcher")
             group.create_task(discovery.run(), name=f"{self._id} discovery")
             group.create_task(link.run(), name=f"{self._id} link")
-            group.create_task(self._stand(store, link), name=f"{self._id} election")
+            group.create_task(self._stand(store, link, space), name=f"{self._id} election")
 
     def _connect(self, addr: str) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager."""
@@ -109,17 +120,17 @@ class SimulatedManager:
         # It has the calls of a real one.
         return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
 
-    async def _stand(self, store: EtcdStore, link: ManagerLink) -> None:
+    async def _stand(self, store: EtcdStore, link: ManagerLink, space: StoreSpace) -> None:
         async for term in store.terms(self._id, self._addr):
             self.leads = True
             try:
-                await self._lead(term, link)
+                await self._lead(term, link, space)
             except* NotLeader:
                 pass  # the next term, if there is one
             finally:
                 self.leads = False
 
-    async def _lead(self, term: Term, link: ManagerLink) -> None:
+    async def _lead(self, term: Term, link: ManagerLink, space: StoreSpace) -> None:
         state = PoisonedState(term, self._poisoned)
         adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id)
         async with asyncio.TaskGroup() as group:
@@ -127,6 +138,14 @@ class SimulatedManager:
                 group.create_task(loop.run(), name=f"{self._id} {type(loop).__name__}")
                 for loop in (*loops(state, self._clock, self._new_id, self._random), adoption)
             ]
+            running.append(group.create_task(space.keep(), name=f"{self._id} store's space"))
             await term.wait_lost()
             for task in running:
                 task.cancel()
+
+
+class _Etcd:
+    """What the membership tells the process of its member."""
+
+    def is_one_of_several(self) -> None:
+        """A simulated member finds out by itself."""

@@ -36,6 +36,7 @@ from skep.sim.cluster import SimulatedCluster
 from skep.sim.reference import Create, Remove, Request, Rollback, SetNode, Update
 from skep.sim.wishes import IMAGES, JOB_IMAGES, NAMES, ZONE, ZONES, Around, a_spec, made_odd
 from skep.store.etcd.store import EtcdStore
+from skep.store.space import refusal
 
 T = TypeVar("T")
 
@@ -122,10 +123,11 @@ class Users:
         if not task.cancelled():
             task.result()
 
-    async def _store(self) -> EtcdStore:
+    async def _store(self, *, creates: bool | None = None) -> EtcdStore:
         """A manager's store that shows the present, and everything that was acknowledged before.
 
-        Raises: Unavailable: no manager is there, or it has no quorum.
+        ``creates``: whether something is to be created; None: nothing is that makes the store grow.
+        Raises: Unavailable: no manager is there, it has no quorum, or the store is nearly full.
         """
         running = [
             manager for manager in self._cluster.running_managers.values() if manager.store is not None
@@ -136,7 +138,11 @@ class Users:
         assert store is not None
         given = self._promises.given()
         await store.barrier()
-        self._note(self._promises.broken(store.view(), given))
+        view = store.view()
+        damaged = view.unreadable(Service)
+        self._note(self._promises.broken(view, [one for one in given if one[0].id not in damaged]))
+        if creates is not None and (why := refusal(await store.space(), creates=creates)):
+            raise Unavailable(why)
         return store
 
     async def _read(self) -> None:
@@ -146,7 +152,7 @@ class Users:
         if len(self._living()) >= SERVICES_MAX:
             return
         since = self._answers.present
-        store = await self._store()
+        store = await self._store(creates=True)
         id = ServiceId(f"s{len(self._promises.services) + 1}")
         await self._created(store, since, id, self._a_spec(store))
 
@@ -196,7 +202,7 @@ class Users:
             return
         id = id or self._random.choice(living)
         since = self._answers.present
-        store = await self._store()
+        store = await self._store(creates=False)
         service = store.view().get(Service, id)
         # No two requests ask for the same, so that each can be told by what it leaves.
         wish = change(service.spec)
@@ -220,7 +226,7 @@ class Users:
         """Something odd, another mode or another name."""
         since = self._answers.present
         if self._random.random() < 0.5:
-            store = await self._store()
+            store = await self._store(creates=True)
             id = ServiceId(f"s{len(self._promises.services) + 1}")
             await self._created(store, since, id, made_odd(self._a_spec(store), self._random))
             return
@@ -234,7 +240,7 @@ class Users:
             return
         id = self._random.choice(living)
         since = self._answers.present
-        store = await self._store()
+        store = await self._store(creates=False)
         service = store.view().get(Service, id)
         version = self._version(service.version.index)
         self._cluster.trace.add(f"user: rollback {id} at {version}")
@@ -262,7 +268,7 @@ class Users:
 
     async def _network(self) -> None:
         """Somebody makes an overlay network, or removes one that is there."""
-        store = await self._store()
+        store = await self._store(creates=True)
         present = [one for one in store.view().find(Network) if one.spec.name.startswith(NETWORK)]
         if len(present) >= NETWORKS_MAX or (present and self._random.random() < 0.4):
             id = self._random.choice(present).id
@@ -279,7 +285,7 @@ class Users:
 
     async def _secret(self) -> None:
         """Somebody makes a secret, or removes one that is there."""
-        store = await self._store()
+        store = await self._store(creates=True)
         present = store.view().find(Secret)
         if len(present) >= SECRETS_MAX or (present and self._random.random() < 0.4):
             await store.update(remove_secret, self._random.choice(present).id)
@@ -310,6 +316,8 @@ class Users:
         since = self._answers.present
         try:
             store = await self._store()
+            if id in store.view().unreadable(Node):
+                return False  # what stands for it is not what was asked for
             node = store.view().get(Node, id)
             spec, version = change(node.spec), node.version.index
             self._cluster.trace.add(f"user: {id} {spec.availability.value} {dict(spec.labels)}")
@@ -328,6 +336,7 @@ class Users:
         except Unavailable:
             raise  # nobody knows what comes of it
         except SkepError as error:
+            self._cluster.trace.add(f"user: refused: {error}")
             self._note(self._answers.refused(asked, status_of(error)))
             raise
         self._note(self._answers.accepted(asked))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import AlreadyExists, Unavailable
+from skep.manager.control.networks import create_network
+from skep.manager.control.services import create_service
 from skep.manager.dispatcher.assignments import everything
 from skep.manager.dispatcher.registration import Registration, take_session
 from skep.manager.dispatcher.statuses import Report, record_status
@@ -18,7 +21,9 @@ from skep.manager.routes import application
 from skep.manager.routes.shown import damage_of
 from skep.manager.routes.warnings import damage_warnings
 from skep.model.container import ContainerSpec, SecretReference
-from skep.model.ids import ClusterId, NodeId, SecretId, SessionId
+from skep.model.ids import ClusterId, NetworkId, NodeId, SecretId, SessionId
+from skep.model.meta import Driver
+from skep.model.network import Network, NetworkSpec
 from skep.model.node import (
     Availability,
     ManagerStatus,
@@ -30,11 +35,10 @@ from skep.model.node import (
     Reachability,
 )
 from skep.model.secret import Secret, SecretSpec
-from skep.model.service import (
-    Service,
-)
+from skep.model.service import PortConfig, PublishMode, Service
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.task import Task, TaskState
+from skep.model.times import ZERO_TIME
 from skep.store import keys
 from skep.store.interface import Deleted, InUse, Store, Transaction
 from skep.store.memory import MemoryCluster, MemoryStore
@@ -294,6 +298,21 @@ async def test_names_and_uses_that_cannot_be_read_hold_all_the_same_and_are_mend
     again = await rig.loaded()
     with pytest.raises(AlreadyExists):
         await again.update(lambda tx: tx.put(a_service("web", id="second")))
+
+
+async def test_an_ingress_network_that_cannot_be_read_is_not_taken_for_missing(rig: DamageRig) -> None:
+    spec = NetworkSpec(name="ingress", driver_configuration=Driver(name="overlay"), ingress=True)
+    await _put(rig.store, Network(id=NetworkId("net1"), spec=spec))
+    await rig.damage("o/network/net1")
+    store = await rig.loaded()
+    new_id = partial(next, iter(("one", "two", "three", "four")))
+    port = PortConfig(target_port=80, published_port=90, publish_mode=PublishMode.INGRESS)
+    web = a_service_spec("web", ports=(port,))
+    with pytest.raises(Unavailable, match="net1 cannot be read"):
+        await store.update(partial(create_service, new_id=new_id, new_name=new_id, now=ZERO_TIME), web)
+    another = replace(spec, name="another")
+    with pytest.raises(Unavailable, match="net1 cannot be read"):
+        await store.update(partial(create_network, new_id=new_id, now=ZERO_TIME), another)
 
 
 async def test_with_everything_damaged_nothing_is_taken_away(rig: DamageRig) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from skep.api.networks import PREDEFINED_LABEL
-from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from skep.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 from skep.manager.control.network_specs import (
     SUBNETS_MAX,
     check_network_spec,
@@ -41,7 +41,7 @@ def create_network(tx: Transaction, spec: NetworkSpec, *, new_id: IdSource, now:
     """
     check_network_spec(spec)
     if spec.ingress:
-        present = ingress_network(tx)
+        present = known_ingress_network(tx)
         if present is not None:
             raise AlreadyExists(f"ingress network ({present.id}) is already present")
     network = Network(id=NetworkId(new_id()), created_at=now, spec=spec)
@@ -123,6 +123,14 @@ def first_networks(*, new_id: IdSource, now: Timestamp) -> tuple[Network, ...]:
 def ingress_network(view: View) -> Network | None:
     """The cluster's ingress network, if it has one."""
     return next(filter(is_ingress, view.find(Network)), None)
+
+
+def known_ingress_network(view: View) -> Network | None:
+    """The same, for whoever decides by it.  Raises: Unavailable: a network that cannot be read may be it."""
+    network = ingress_network(view)
+    if network is None and (unreadable := view.unreadable(Network)):
+        raise Unavailable(f"network {min(unreadable)} cannot be read: it may be the ingress network")
+    return network
 
 
 def _check_ingress_unused(tx: Transaction) -> None:

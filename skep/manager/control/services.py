@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from skep.api.errors import Untranslated
 from skep.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfSequence, Unimplemented
-from skep.manager.control.networks import ingress_network
+from skep.manager.control.networks import known_ingress_network
 from skep.manager.control.service_rules import check_service_spec
 from skep.manager.removal import hide_service
 from skep.model.ids import IdSource, ServiceId
@@ -56,6 +56,7 @@ def create_service(
         InvalidArgument: the spec can never work, a port is taken, a secret or config is missing.
         AlreadyExists: the name is taken.
         FailedPrecondition: it publishes ports on the ingress network and there is none.
+        Unavailable: what it needs cannot be read.
     """
     if not spec.name:
         spec = replace(spec, name=_free_name(tx, new_name))
@@ -223,7 +224,7 @@ def _check_attachments(view: View, spec: ServiceSpec) -> None:
 
 
 def _check_ingress(view: View, spec: ServiceSpec) -> None:
-    if needs_ingress(spec) and ingress_network(view) is None:
+    if needs_ingress(spec) and known_ingress_network(view) is None:
         raise FailedPrecondition("service needs ingress network, but no ingress network is present")
 
 

@@ -92,7 +92,9 @@ def _missing_runs(
     total = job.total_completions or 0
     check_number(total)
     done = {number for number, slot in slots.items() if is_done(slot)}
-    under_way = {number for number, slot in slots.items() if wanted(slot)} - done
+    # What took the place of a run that has completed after all counts until it is retired, which may fail.
+    active = {number for number, slot in slots.items() if any(task.is_active for task in slot)}
+    under_way = active | {number for number, slot in slots.items() if wanted(slot)} - done
     given_up = {number for number in slots if _is_given_up(slots[number], situation)} - done - under_way
     taken = done | under_way | given_up
     room = min((job.max_concurrent or 0) - len(under_way), total - len(taken))

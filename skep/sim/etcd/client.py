@@ -13,14 +13,17 @@ from skep.sim.etcd.member import Member
 from skep.sim.etcd.raft import Raft
 from skep.sim.links import Links
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.client import LOAD_S, READ_S, WRITE_S, Client, Watching
-from skep.store.etcd.errors import Uncertain
+from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, Client, Watching, nested
+from skep.store.etcd.errors import Busy, Uncertain
+from skep.store.etcd.peers import peer_url
 from skep.store.updates import NO_LEADER
 
 T = TypeVar("T")
 
 STATUS_S = (0.3, 1.0)
 """How long a status may take while nothing changes; a change is told at once.  Keeps idle managers cheap."""
+DEFRAGMENT_S = (0.1, 3.0)
+PEER_PORT = 2378
 RESPONSE_REVISIONS = 50
 """Revisions that one response of a watch may hold."""
 FRAGMENTED = 0.05
@@ -51,24 +54,51 @@ class SimulatedClient(Client):
 
     async def put(self, key: bytes, value: bytes, *, timeout_s: float = WRITE_S) -> pb.PutResponse:
         put = pb.RequestOp(request_put=pb.PutRequest(key=key, value=value))
-        reply = await self.txn(pb.TxnRequest(success=[put]), timeout_s=timeout_s)
+        reply = await self.txn(pb.TxnRequest(success=[nested(put)]), timeout_s=timeout_s)
         return pb.PutResponse(header=reply.header)
 
     async def txn(self, request: pb.TxnRequest, *, timeout_s: float = WRITE_S) -> pb.TxnResponse:
         return await self._answered(self._raft.write(self._member, request), timeout_s)
 
     async def compact(self, revision: int, *, timeout_s: float = LOAD_S) -> None:
-        self._raft.kv.compact(revision)
+        async def compacted() -> None:
+            await self._raft.wait_readable(self._member)
+            self._raft.kv.compact(revision)
+            self._raft.space.compact()
+
+        await self._answered(compacted(), timeout_s)
+
+    async def defragment(self) -> None:
+        """The member stands still meanwhile: its disk does."""
+        was_held = self._member.held is not None
+        self._raft.hang(self._member.id)
+        try:
+            await self._answered(asyncio.sleep(self._random.uniform(*DEFRAGMENT_S)), LOAD_S)
+        finally:
+            if not was_held:
+                self._raft.resume(self._member.id)
+        self._raft.space.defragment(self._member.id)
+
+    async def disarm(self) -> int:
+        was_armed = self._raft.space.has_alarm
+        await self._answered(self._raft.wait_readable(self._member), READ_S)
+        self._raft.space.has_alarm = False
+        return int(was_armed)
 
     async def status(self, *, timeout_s: float = READ_S) -> pb.StatusResponse:
         return await self._answered(self._read_status(), timeout_s)
 
     async def members(self, *, timeout_s: float = READ_S, is_current: bool = False) -> pb.MemberListResponse:
-        members = [
-            pb.Member(id=member.number, name=member.id, is_learner=not member.is_voter)
-            for member in self._raft.members.values()
-        ]
-        return pb.MemberListResponse(members=members)
+        if is_current:
+            await self._answered(self._raft.wait_readable(self._member), timeout_s)
+        return pb.MemberListResponse(members=self._members())
+
+    async def move_leader(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
+        leads = self._raft.current
+        if leads is None or leads.member is not self._member:
+            raise Busy("this member does not lead")
+        if not self._raft.transfer(self._raft.numbered(member_id).id):
+            raise Uncertain(NO_LEADER)
 
     @asynccontextmanager
     async def watch(self, prefix: bytes, after: int) -> AsyncIterator[Watching]:
@@ -92,7 +122,26 @@ class SimulatedClient(Client):
         self._told = known
         leader, term = known
         header = pb.ResponseHeader(member_id=self._member.number, cluster_id=1, raft_term=term)
-        return pb.StatusResponse(header=header, leader=leader, raft_term=term)
+        space = self._raft.space
+        return pb.StatusResponse(
+            header=header,
+            leader=leader,
+            raft_term=term,
+            db_size=space.file(self._member.id),
+            db_size_in_use=space.in_use,
+            errors=["alarm:NOSPACE"] if space.has_alarm else [],
+        )
+
+    def _members(self) -> list[pb.Member]:
+        return [
+            pb.Member(
+                id=member.number,
+                name=member.id,
+                peer_urls=[peer_url(member.id, PEER_PORT)],
+                is_learner=not member.is_voter,
+            )
+            for member in self._raft.members.values()
+        ]
 
     def _as_on_disk(self, response: pb.RangeResponse) -> pb.RangeResponse:
         """What the keys of the member itself say: what is written anew is whole again."""
@@ -111,6 +160,7 @@ class SimulatedClient(Client):
             async with asyncio.timeout(timeout_s):
                 answer = await work
         except TimeoutError as error:
+            await self._links.wait_thawed(self._member.id)
             raise Uncertain(NO_LEADER) from error
         await self._links.wait_thawed(self._member.id)
         if not self._member.is_running:

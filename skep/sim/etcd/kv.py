@@ -75,6 +75,11 @@ class KeyValues:
         """Everything that happened in these revisions, in order."""
         return [event for events in self._events[first - 2 : last - 1] for event in events]
 
+    @property
+    def present(self) -> Sequence[bytes]:
+        """The keys that are there, in order."""
+        return [name for name in self._names if self._versions[name][-1].value is not None]
+
     def compact(self, revision: int) -> None:
         """Forget what was before ``revision``."""
         self.compacted = max(self.compacted, min(revision, self.revision))

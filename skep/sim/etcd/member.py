@@ -14,8 +14,13 @@ class Entry:
     """A transaction on its way into the log."""
 
     def __init__(
-        self, origin: "Member", request: pb.TxnRequest, answer: "asyncio.Future[pb.TxnResponse]"
+        self,
+        origin: "Member",
+        request: pb.TxnRequest,
+        answer: "asyncio.Future[pb.TxnResponse]",
+        asked_at: float,
     ) -> None:
+        self.asked_at = asked_at
         self.origin = origin
         self.request = request
         self.answer = answer

@@ -18,6 +18,7 @@ from random import Random
 from skep.model.ids import NodeId
 from skep.sim.etcd.kv import KeyValues
 from skep.sim.etcd.member import Entry, Leadership, Member, resolve
+from skep.sim.etcd.space import Space
 from skep.sim.links import Links, Port
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.errors import Uncertain, meaning_of
@@ -39,12 +40,15 @@ class Raft:
     ) -> None:
         """``latency_s``: what an entry takes with everybody there, on average."""
         self.kv = KeyValues()
+        self.space = Space()
         self.members: dict[NodeId, Member] = {}
         self.committed: list[Committed] = []
         self.moved: list[Callable[[NodeId, int], None]] = []
         """Called with each new leader and its term."""
         self.current: Leadership | None = None
         """The latest to be elected."""
+        self.asked_at = 0.0
+        """When the entry that was committed last was asked for."""
         self.loop = loop
         self._later = loop.call_later
         self._now = loop.time
@@ -104,6 +108,10 @@ class Raft:
             watching.lose("connection reset")
         self._lose_answers(member)
 
+    def numbered(self, number: int) -> Member:
+        """The member that etcd calls so."""
+        return next(member for member in self.members.values() if member.number == number)
+
     @property
     def voters(self) -> list[Member]:
         return [member for member in self.members.values() if member.is_voter]
@@ -132,13 +140,16 @@ class Raft:
         """Put ``request`` into the log by way of ``member``; returns when ``member`` has applied it.
 
         May never return: its leader is gone or cut off.  Raises: Uncertain: ``member`` crashed; Busy: it knows of no
-        leader, and raft drops the proposal.
+        leader, and raft drops the proposal; OutOfSpace: the quota is reached, and it writes outside of a nested
+        transaction.
         """
         await self._wait_connected(member)
+        if self.space.has_alarm and any(one.HasField("request_put") for one in request.success):
+            raise meaning_of("etcdserver: mvcc: database space exceeded")
         if member.leadership is None:
             await asyncio.sleep(REFUSED_S)
             raise meaning_of("etcdserver: raft proposal dropped")
-        entry = Entry(member, request, self.loop.create_future())
+        entry = Entry(member, request, self.loop.create_future(), self._now())
         member.entries.append(entry)
         leadership = member.leadership
         if leadership is not None and self._links.reaches(member.id, leadership.member.id, Port.PEER):
@@ -197,6 +208,7 @@ class Raft:
             revision = self.kv.revision
             self._apply(leadership.member, revision)
             self._spread(leadership, late=True)
+            self.asked_at = entry.asked_at
             if revision > before:
                 for committed in self.committed:
                     committed(entry.origin.id, revision, self.kv.events(revision, revision))

@@ -32,7 +32,9 @@ class DecisionsStand:
     """What the leader decided, scale, restart or placement, it does not take back by itself.
 
     Causes are: its service is asked for otherwise (by its user, or a rollback), the task's node changes, the task has
-    ended.  Nothing in the product moves a task for any other reason yet, so the cool-down has no end here; what will
+    ended, or of a job another task of its run has completed.
+
+    Nothing in the product moves a task for any other reason yet, so the cool-down has no end here; what will
     (rebalancing, autoscaling) brings one.
     """
 
@@ -95,6 +97,10 @@ class DecisionsStand:
             return
         if task.spec != service.spec.task_template:
             return  # an update has come to it
+        if task.job_iteration is not None and _is_completed(
+            _place_of(task), view.find(Task, service_id=service.id)
+        ):
+            return  # the run that it stands for has completed after all
         decided_at = self._decided_at[task.id]
         caused_at = max(self._asked_at.get(task.service_id, 0.0), self._changed_at.get(task.node_id, 0.0))
         if caused_at < decided_at - KNOWN_S:
@@ -114,6 +120,10 @@ def _is_another(before: Node, after: Node) -> bool:
         or before.description != after.description
         or before.status.state is not after.status.state
     )
+
+
+def _is_completed(place: tuple[str, int], tasks: Iterable[Task]) -> bool:
+    return any(_place_of(one) == place and one.status.state is TaskState.COMPLETE for one in tasks)
 
 
 def _place_of(task: Task) -> tuple[str, int]:

@@ -116,6 +116,18 @@ def test_a_run_that_was_replaced_and_completes_after_all_is_enough() -> None:
     assert world.tasks[successor.id].desired_state is TaskState.SHUTDOWN
 
 
+def test_what_took_the_place_of_a_completed_run_counts_until_it_is_retired() -> None:
+    """The decision to retire it may fail: until it is written, nothing begins in its place."""
+    world = World(a_job(concurrent=1, total=2))
+    world.settle()
+    (lost,) = live(world)
+    world.put(replace(lost, desired_state=TaskState.SHUTDOWN))
+    world.settle()
+    (successor,) = live(world)
+    world.report(lost.id, TaskState.COMPLETE)
+    assert world.steps() == [RetireTask(world.tasks[successor.id])]
+
+
 def test_another_iteration_runs_everything_again_and_keeps_what_ended_as_history() -> None:
     world = World(a_job(concurrent=2, total=2))
     world.settle()
