@@ -95,6 +95,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._done: set[str] = set()
+        self._damaged: set[str] = set()
         self._said = ""
 
     def show(self, state: Mapping[str, Any]) -> bool:
@@ -103,6 +104,9 @@ class _Progress:
             if step["Done"] and step["Text"] not in self._done:
                 self._done.add(step["Text"])
                 click.echo(f"done: {step['Text']}")
+        if damaged := [key for key in state.get("Damaged") or () if key not in self._damaged]:
+            self._damaged.update(damaged)
+            click.echo(f"      could not be read, and are left as they are: {', '.join(damaged)}", err=True)
         if state["Complete"]:
             click.echo(
                 f"{state['Hostname'] or state['NodeID']} is evicted: what it knew opens nothing any more."

@@ -22,7 +22,7 @@ from skep.aio.clock import Clock
 from skep.aio.trees import discard_tree_now
 from skep.manager.config import Recovery, load_recovery, save_recovery
 from skep.model.ids import NodeId
-from skep.model.node import ManagerStatus, Node, Reachability
+from skep.model.node import ManagerStatus, Node, NodeState, Reachability
 from skep.model.times import SECOND_NS
 from skep.paths import Paths
 from skep.store.etcd.binary import Binary
@@ -33,6 +33,9 @@ from skep.store.etcd.snapshots import restore_store, salvage
 from skep.store.interface import Store, Transaction
 
 log = structlog.get_logger(__name__)
+
+UNHEARD = 'Node moved to "unknown" state due to leadership change in cluster'
+"""SwarmKit's word."""
 
 
 async def restore_if_wanted(paths: Paths, settings: MemberSettings, binary: Binary, clock: Clock) -> bool:
@@ -79,7 +82,11 @@ async def finish_recovery(paths: Paths, store: Store, node_id: NodeId, addr: str
 
 
 def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
-    """Show ``node_id`` as the only manager that can be reached; the others wait to be demoted and removed."""
+    """Show ``node_id`` as the only manager that can be reached; the others wait to be demoted and removed.
+
+    Nothing is known of their nodes until they are heard: they get their grace like all others, and are shown as
+    SwarmKit shows nodes after a change of leader (manager/dispatcher/dispatcher.go, markNodesUnknown).
+    """
     for node in tx.find(Node):
         if node.id == node_id:
             status = ManagerStatus(leader=True, reachability=Reachability.REACHABLE, addr=addr)
@@ -88,5 +95,9 @@ def show_survivor(tx: Transaction, node_id: NodeId, addr: str) -> None:
             status = ManagerStatus(reachability=Reachability.UNREACHABLE, addr=known.addr, has_vote=False)
         else:
             continue
-        if node.manager_status != status:
-            tx.put(msgspec.structs.replace(node, manager_status=status))
+        changed = msgspec.structs.replace(node, manager_status=status)
+        if node.id != node_id and node.status.state is NodeState.READY:
+            unknown = msgspec.structs.replace(node.status, state=NodeState.UNKNOWN, message=UNHEARD)
+            changed = msgspec.structs.replace(changed, status=unknown)
+        if changed != node:
+            tx.put(changed)

@@ -16,7 +16,7 @@ import re
 import socket
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import structlog
@@ -43,6 +43,9 @@ from skep.wire.service import Stream as HandledStream
 log = structlog.get_logger(__name__)
 
 CLOSE_SECONDS_MAX = 5.0
+
+CLOSED_PER_S, CLOSING_S_MAX = 200, 10.0
+"""Where all connections are ended: fewer a second than nodes can register, but all of them within this time."""
 
 NODE_CONNECTIONS_MAX = 32
 """Of one node at one time; it needs two, one of them for a moment."""
@@ -89,10 +92,22 @@ class Bound:
         """Of requests that have arrived and are not answered."""
         return sum(connection.held for connection in self._server.connections)
 
-    def disconnect_all(self) -> None:
-        """End every connection, and every handshake: whoever comes again is judged by what counts now."""
+    def disconnect_all(self, first: Callable[[Identity], bool]) -> None:
+        """End every connection, and every handshake: whoever comes again is judged by what counts now.
+
+        Those of strangers, and of callers for whose certificate ``first`` is true, at once; the others one after
+        another, so that not thousands come again at one moment.
+        """
         self._handshakes.give_up()
-        self._server.close_connections()
+        loop, later = asyncio.get_running_loop(), []
+        for connection in tuple(self._server.connections):
+            identity = connection.caller.identity if connection.caller is not None else None
+            if identity is None or first(identity):
+                connection.close()
+            else:
+                later.append(connection)
+        for connection, after_s in zip(later, closing_times(len(later)), strict=True):
+            loop.call_later(after_s, connection.close)
 
     def disconnect(self, who: Callable[[Identity], bool]) -> None:
         """End the connections of callers for whose certificate ``who`` is true."""
@@ -100,6 +115,12 @@ class Bound:
             caller = connection.caller
             if caller is not None and caller.identity is not None and who(caller.identity):
                 connection.close()
+
+
+def closing_times(count: int) -> Sequence[float]:
+    """When each of ``count`` connections is ended, in seconds from now."""
+    apart_s = min(1 / CLOSED_PER_S, CLOSING_S_MAX / max(count, 1))
+    return [number * apart_s for number in range(count)]
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """The leader's loop over an eviction, with a store that knows of wrapping keys and others that do their parts."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from random import Random
@@ -11,11 +12,12 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.errors import Unavailable, Unimplemented
-from skep.manager.ca.rotation import finish
+from skep.manager.ca.rotation import finish as finish_rotation
 from skep.manager.eviction import loop
 from skep.manager.eviction.loop import Evictions
 from skep.manager.eviction.steps import OF_A_MANAGER, Eviction, begin, eviction_of
 from skep.manager.keys import WrappingKeys, save_wrapping_keys
+from skep.manager.routes.evictions import shown
 from skep.model.ids import ClusterId, NodeId, new_id
 from skep.model.node import (
     ManagerStatus,
@@ -40,6 +42,8 @@ from skep.wire import methods
 
 OWN, OTHER, EVICTED = NodeId("manager1"), NodeId("manager2"), NodeId("manager3")
 OLD = b"o" * 32
+THIS = sys.modules[__name__]
+finish = finish_rotation
 NOW = Timestamp("2026-01-02T03:04:05Z")
 
 
@@ -48,6 +52,7 @@ class KeyedStore(MemoryStore):
 
     wrapping_key = OLD
     is_rotating = False
+    unreadable_values: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__(SystemClock())
@@ -132,7 +137,7 @@ async def do_their_parts(store: KeyedStore) -> None:
     def parts(tx: Transaction) -> None:
         swarm = tx.get(Swarm, ClusterId("c"))
         if swarm.rotation is not None:
-            finish(tx, swarm.rotation.root, new_id)
+            finish_rotation(tx, swarm.rotation.root, new_id)
             swarm = tx.get(Swarm, ClusterId("c"))
         digest = root_digest(swarm.tls_info.trust_root.encode())
         for node in tx.find(Node):
@@ -222,6 +227,55 @@ async def test_a_manager_that_is_away_is_waited_for_and_named(store, keys):
         others.error = None
         await until(lambda: present(store).next_step is None)
     assert len(keys.load()) == 2 * 32, "the same key was offered each time"
+
+
+def a_worker(id: str) -> Node:
+    return Node(id=NodeId(id), description=NodeDescription(hostname=id), certificate=NodeCertificate())
+
+
+async def test_a_worker_that_is_switched_off_keeps_no_other_eviction_from_going_on(store, keys, monkeypatch):
+    """It is waited for with the root alone, which both evictions need; it has the new one when it is back."""
+    monkeypatch.setattr(THIS, "finish_rotation", finish_when_renewed)
+    fourth = NodeId("manager4")
+    await store.update(lambda tx: [tx.put(a_worker("w1")), tx.put(a_manager(fourth))])
+    others = Others()
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, others):
+        await until(lambda: "w1" in present(store).waits_for)
+        assert present(store).done == ("remove", "keys", "data")
+        assert (await store.update(begin, "m3", "root@desk", OWN, NOW)).node_id == EVICTED, (
+            "it is gone, and goes on"
+        )
+        first, offered = store.wrapping_key, others.kept[fourth]
+        await store.update(begin, "m4", "root@desk", OWN, NOW)
+        await until(lambda: store.view().lookup(Node, fourth) is None and "w1" in present(store).waits_for)
+        assert store.wrapping_key not in (first, *offered), (
+            "the second one knew the key that the first was shut out by"
+        )
+        assert present(store).others == (EVICTED,)
+        await store.update(begin, EVICTED, "root@desk", OWN, NOW)  # asked again: it goes on
+        assert present(store).node_id == fourth
+        await store.update(lambda tx: tx.delete(Node, "w1"))
+        await until(lambda: present(store).next_step is None)
+    roots = store.view().get(Swarm, ClusterId("c")).tls_info.trust_root.encode()
+    assert root_digest(roots) not in present(store).roots
+    assert len(present(store).roots) == 2, (
+        "the root, and the one that was on its way when the second was to go"
+    )
+
+
+def finish_when_renewed(tx: Transaction, root: str, ids: Any) -> bool:
+    """The rotation of the root waits for a worker that is away."""
+    return tx.lookup(Node, "w1") is None and finish(tx, root, ids)
+
+
+async def test_a_value_that_nothing_opens_is_named_and_holds_nothing_up(store, keys):
+    store.is_rotating, store.unreadable_values = True, ("o/secret/abc/spec",)
+    await store.update(begin, "m3", "root@desk", OWN, NOW)
+    async with led(store, keys, Others()):
+        await until(lambda: present(store).next_step is None)
+    assert present(store).damaged == ("o/secret/abc/spec",)
+    assert shown(present(store)).damaged == ("o/secret/abc/spec",)
 
 
 async def test_an_older_manager_is_named_and_nothing_is_replaced(store, keys):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -13,6 +14,7 @@ from skep.model.node import Node, NodeCertificate, NodeRole, NodeSpec
 from skep.node.joining import renew
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
+from skep.wire import server
 from skep.wire.client import connected
 from skep.wire.methods import Access
 from tests.wire_calls import GUARDED, call
@@ -115,6 +117,34 @@ async def test_open_connections_of_a_demoted_manager_end_and_those_of_others_sta
         await demoted(cluster, pair)
         await until(lambda: cluster.bound.connections == before - 1, within_s=1)
         assert not isinstance(await call(channel, "LISTEN_SUBSCRIPTIONS"), PermissionDenied)
+
+
+async def test_where_all_connections_end_managers_are_first_and_nodes_one_after_another(
+    cluster, tmp_path, monkeypatch
+):
+    manager, pairs = await a_manager(cluster), [await a_worker(cluster, tmp_path) for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        for pair in (manager, *pairs):
+            tls = client_context(pair)
+            channel = await stack.enter_async_context(connected(cluster.address, tls, "swarm-manager"))
+            await call(channel, "HEARTBEAT")
+        await until(lambda: cluster.bound.connections >= 4)
+        monkeypatch.setattr(
+            server, "closing_times", lambda count: [3600.0 * number for number in range(count)]
+        )
+        cluster.bound.disconnect_all(lambda caller: caller.role is NodeRole.MANAGER)
+        await until(lambda: cluster.bound.connections == 2)
+        left = {connection.caller.identity.role for connection in cluster.bound._server.connections}
+        assert left == {NodeRole.WORKER}
+        monkeypatch.undo()
+        cluster.bound.disconnect_all(lambda caller: caller.role is NodeRole.MANAGER)
+        await until(lambda: not cluster.bound.connections)
+
+
+def test_connections_end_in_portions_and_all_within_seconds():
+    assert server.closing_times(0) == []
+    assert server.closing_times(3) == [0.0, 1 / server.CLOSED_PER_S, 2 / server.CLOSED_PER_S]
+    assert max(server.closing_times(100_000)) < server.CLOSING_S_MAX
 
 
 async def test_a_removed_node_gets_no_other_certificate(cluster, tmp_path):

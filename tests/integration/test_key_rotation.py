@@ -90,6 +90,26 @@ async def test_an_interrupted_rotation_goes_on_with_the_next_leader(settings: Me
         leading.cancel()
 
 
+async def test_a_value_that_nothing_opens_is_named_and_everything_else_is_encrypted_anew(
+    settings: MemberSettings,
+) -> None:
+    async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
+        await store.update_each(put_secret, SECRETS)
+        damaged = keys.object_key("secret", SECRETS[7])
+        async with Client(settings.socket) as client:
+            (kv,) = (await client.range(pb.RangeRequest(key=etcd_key(damaged)))).kvs
+            await client.put(kv.key, kv.value[:-3] + bytes([kv.value[-3] ^ 1]) + kv.value[-2:])
+        leading = group.create_task(lead(store))
+        for times in (1, 2):  # another rotation does what it can, too
+            await store.rotate_data_key()
+            while not store.unreadable_values:  # noqa: ASYNC110 - it announces nothing
+                await asyncio.sleep(0.01)
+            assert store.unreadable_values == (etcd_key(damaged).decode(),)
+            assert await data_keys(settings) == {1, 1 + times}
+            assert store.is_rotating, "another member may open it, with the old key"
+        leading.cancel()
+
+
 async def test_writes_go_on_during_a_rotation_and_none_is_lost(settings: MemberSettings) -> None:
     async with founded(settings) as (_, store), asyncio.TaskGroup() as group:
         await store.update_each(put_secret, SECRETS)

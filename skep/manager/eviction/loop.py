@@ -24,6 +24,7 @@ from skep.manager.eviction.steps import (
     has_new_root,
     is_on_its_way,
     names,
+    note_damaged,
     note_done,
     note_waiting,
     remove_evicted,
@@ -31,7 +32,7 @@ from skep.manager.eviction.steps import (
 from skep.manager.follow import follow
 from skep.manager.keys import WrappingKeys
 from skep.model.ids import IdSource, NodeId
-from skep.model.node import Node
+from skep.model.node import Node, NodeRole, NodeState
 from skep.model.times import moment, timestamp
 from skep.security.trust import is_issued_by, root_digest
 from skep.store.etcd.cipher import new_wrapping_key
@@ -50,6 +51,9 @@ LOOK_S = 0.5
 KEEP_S = 10.0
 """For a manager to have a key safely on its disk."""
 
+DAMAGED_MAX = 100
+"""Values that are named."""
+
 OVERLAP_S = 10.0
 """For every node to hear of a new secret of overlays before the old ones go."""
 
@@ -62,6 +66,9 @@ class KeyedStore(Store, Protocol):
 
     @property
     def is_rotating(self) -> bool: ...
+
+    @property
+    def unreadable_values(self) -> tuple[str, ...]: ...
 
     def learn_wrapping_key(self, key: bytes) -> None: ...
 
@@ -98,8 +105,10 @@ class Evictions:
         self._new_id = new_id
         self._random = random
         self._changed = asyncio.Event()
-        self._key: bytes | None = None
-        """The wrapping key that managers are given; the same for as long as one of them is waited for."""
+        self._offered: tuple[NodeId, bytes] | None = None
+        """The wrapping key that managers are given, and in whose eviction; the same while one of them is waited for."""
+        self._early: NodeId | None = None
+        """In whose eviction the secrets of overlays were replaced before the root."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -157,11 +166,11 @@ class Evictions:
         """What the step waits for; empty: it is done."""
         match step:
             case "remove":
-                return await self._term.update(remove_evicted, eviction.node_id, self._clock.now_ns())
+                return await self._term.update(remove_evicted, eviction.nodes, self._clock.now_ns())
             case "keys":
-                return await self._replace_keys()
+                return await self._replace_keys(eviction)
             case "data":
-                return "values are encrypted anew" if self._store.is_rotating else ""
+                return await self._wait_encrypted(eviction)
             case "root":
                 return await self._replace_root(eviction)
             case "restarts":
@@ -178,13 +187,16 @@ class Evictions:
 
     # -- keys of the store -----------------------------------------------------------------------------------------
 
-    async def _replace_keys(self) -> str:
+    async def _replace_keys(self, eviction: Eviction) -> str:
         """Have every manager keep a new wrapping key, then put the store's keys under it in one fenced write.
 
         A manager that comes in meanwhile is handed all keys that its host has: if it was let in before the last of the
-        others had the new one, it is among those that are asked.
+        others had the new one, it is among those that are asked.  A key that was offered before the node was to go may
+        be known to it.
         """
-        key = self._key = self._key or new_wrapping_key()
+        if self._offered is None or self._offered[0] != eviction.node_id:
+            self._offered = eviction.node_id, new_wrapping_key()
+        key = self._offered[1]
         await self._keys.add(key)
         self._store.learn_wrapping_key(key)
         asked: set[NodeId] = {self._own}
@@ -197,7 +209,15 @@ class Evictions:
                 asked.add(node.id)
             await self._store.barrier()
         await self._store.replace_wrapping_key(self._term, key)
-        self._key = None
+        self._offered = None
+        return ""
+
+    async def _wait_encrypted(self, eviction: Eviction) -> str:
+        """What nothing opens is left as it is and named: it opens with no key that the node had, either."""
+        damaged = self._store.unreadable_values
+        if self._store.is_rotating and not damaged:
+            return "values are encrypted anew"
+        await self._term.update(note_damaged, eviction.node_id, damaged[:DAMAGED_MAX])
         return ""
 
     async def _hand_over(self, node: Node, key: bytes) -> None:
@@ -223,11 +243,15 @@ class Evictions:
             await self._term.update(rotate_root, moment(self._clock.now_ns()))
             return "nodes renew their certificates"
         waiting = _not_renewed(view)
-        return (
-            f"nodes renew their certificates, still to come: {names(waiting)}"
-            if waiting
-            else "the root changes"
-        )
+        if not waiting:
+            return "the root changes"
+        if all(node.status.state is not NodeState.READY for node in waiting):
+            if self._early != eviction.node_id:
+                # These may be away for days, and the rest of it comes after the root: a first time.
+                await self._replace_overlay_secrets()
+                self._early = eviction.node_id
+            return f"nodes that are away renew their certificates when they are back, or are removed: {names(waiting)}"
+        return f"nodes renew their certificates, still to come: {names(waiting)}"
 
     def _not_restarted(self) -> str:
         wanted = root_digest(cluster_of(self._term.view()).tls_info.trust_root.encode())
@@ -266,7 +290,10 @@ def shut_out(store: Store, bound: Bound) -> None:
         log.warning(
             "every connection is ended: the root is another one, and a node is evicted", node=eviction.node_id
         )
-        bound.disconnect_all()
+        # A manager's word may end the others, and there are few of them.
+        bound.disconnect_all(
+            lambda caller: caller.role is NodeRole.MANAGER or caller.node_id in eviction.nodes
+        )
 
 
 async def keep_settled(store: KeyedStore, keys: WrappingKeys, clock: Clock) -> None:

@@ -47,6 +47,8 @@ TEXTS: Mapping[Step, str] = {
 OF_A_MANAGER: tuple[Step, ...] = ("remove", "keys", "data", "root", "restarts", "unlock", "overlays")
 OF_A_WORKER: tuple[Step, ...] = ("remove", "tokens", "overlays")
 """It never had a key of the managers."""
+OF_SEVERAL: tuple[Step, ...] = (*OF_A_MANAGER[:5], "tokens", *OF_A_MANAGER[5:])
+"""The root may have been another one, and tokens with it, before the last of them was evicted."""
 
 
 class Eviction(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,11 +65,22 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True):
     done: tuple[Step, ...] = ()
     waits_for: str = ""
     """What the present step waits for, in a sentence; empty: it is under way."""
+    others: tuple[NodeId, ...] = ()
+    """Nodes whose evictions were not complete when this one began, and are part of it now."""
+    damaged: tuple[str, ...] = ()
+    """Keys of values in the store that no data key opens: they are left as they are."""
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """All that are evicted."""
+        return (self.node_id, *self.others)
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """All of them, in order."""
-        return OF_A_MANAGER if self.was_manager else OF_A_WORKER
+        if not self.was_manager:
+            return OF_A_WORKER
+        return OF_SEVERAL if self.others else OF_A_MANAGER
 
     @property
     def next_step(self) -> Step | None:
@@ -95,17 +108,18 @@ def decoded_eviction(payload: Payload) -> Eviction:
 def begin(tx: Transaction, word: str, by: str, own: NodeId, now: Timestamp) -> Eviction:
     """Begin to evict the node that ``word`` names, or go on; a node that was removed already is named by its id.
 
-    Raises: NotFound; FailedPrecondition: another eviction is under way, or it is the node that was asked.
+    One that is under way, perhaps waiting for a node that is switched off, becomes part of this one.
+
+    Raises: NotFound; FailedPrecondition: it is the node that was asked.
     """
     present = _stored(tx)
     swarm = cluster_of(tx)
+    under_way = present if present is not None and present.next_step is not None else None
+    if under_way is not None and word == under_way.hostname and not tx.find(Node, name=word.lower()):
+        return under_way
     target = _target(tx, word)
-    if present is not None and present.next_step is not None:
-        if target.id != present.node_id:
-            raise FailedPrecondition(
-                f"the eviction of {present.hostname or present.node_id} is not complete: {present.waits_for or 'wait'}"
-            )
-        return present
+    if under_way is not None and target.id in under_way.nodes:
+        return under_way
     if target.id == own:
         raise FailedPrecondition("a manager cannot evict itself: run this on another manager")
     was_manager = _was_manager(tx, target)
@@ -121,8 +135,30 @@ def begin(tx: Transaction, word: str, by: str, own: NodeId, now: Timestamp) -> E
         asked_at=now,
         roots=tuple(root_digest(root.encode()) for root in roots),
     )
+    if under_way is not None:
+        eviction = joined(under_way, eviction)
     tx.put(Payload(id=EVICTION_ID, data=eviction.encode()))
     return eviction
+
+
+def joined(earlier: Eviction, later: Eviction) -> Eviction:
+    """``later``, and with it what is left of ``earlier``.
+
+    A manager had all keys, those that were made meanwhile too: everything is done again.  After a worker nothing is but
+    what its own eviction takes.
+    """
+    if later.was_manager:
+        done: tuple[Step, ...] = ()
+    else:
+        done = tuple(step for step in earlier.done if step not in OF_A_WORKER)
+    return replace(
+        later,
+        was_manager=later.was_manager or earlier.was_manager,
+        roots=tuple(dict.fromkeys((*earlier.roots, *later.roots) if later.was_manager else earlier.roots)),
+        others=tuple(dict.fromkeys(earlier.nodes)),
+        done=done,
+        damaged=() if later.was_manager else earlier.damaged,
+    )
 
 
 def _target(tx: Transaction, word: str) -> Node:
@@ -164,6 +200,13 @@ def note_done(tx: Transaction, node_id: NodeId, step: Step) -> None:
         tx.put(Payload(id=EVICTION_ID, data=changed.encode()))
 
 
+def note_damaged(tx: Transaction, node_id: NodeId, keys: tuple[str, ...]) -> None:
+    """Which values stay as they are because nothing opens them."""
+    present = _stored(tx)
+    if present is not None and present.node_id == node_id and present.damaged != keys:
+        tx.put(Payload(id=EVICTION_ID, data=replace(present, damaged=keys).encode()))
+
+
 def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
     """What the present step waits for."""
     present = _stored(tx)
@@ -171,8 +214,12 @@ def note_waiting(tx: Transaction, node_id: NodeId, reason: str) -> None:
         tx.put(Payload(id=EVICTION_ID, data=replace(present, waits_for=reason).encode()))
 
 
-def remove_evicted(tx: Transaction, node_id: NodeId, now_ns: int) -> str:
-    """Demote the node, then remove it; gives what that waits for, nothing when it is gone."""
+def remove_evicted(tx: Transaction, node_ids: Iterable[NodeId], now_ns: int) -> str:
+    """Demote the nodes, then remove them; gives what that waits for, nothing when they are gone."""
+    return "".join(dict.fromkeys([_remove(tx, id, now_ns) for id in node_ids]))
+
+
+def _remove(tx: Transaction, node_id: NodeId, now_ns: int) -> str:
     node = tx.lookup(Node, node_id)
     if node is None:
         return ""

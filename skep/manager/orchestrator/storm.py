@@ -143,4 +143,7 @@ class NodeHistory:
 
 
 def _is_ready(node: Node) -> bool:
-    return node.status.state is NodeState.READY
+    """A node that had a session, and of which nothing is known since a restore, has not fallen yet, and may."""
+    return node.status.state is NodeState.READY or (
+        node.status.state is NodeState.UNKNOWN and node.session is not None
+    )

@@ -42,6 +42,8 @@ class ShownEviction(ApiObject):
     asked_at: Timestamp = always(Timestamp(""))
     steps: tuple[ShownStep, ...] = always(())
     waits_for: str = always("")
+    damaged: tuple[str, ...] = always(())
+    """Keys of values in the store that could not be read, and stay as they are."""
     complete: bool = always(False)
 
 
@@ -81,5 +83,6 @@ def shown(eviction: Eviction) -> ShownEviction:
         asked_at=eviction.asked_at,
         steps=tuple(ShownStep(text=TEXTS[step], done=step in eviction.done) for step in eviction.steps),
         waits_for=eviction.waits_for,
+        damaged=eviction.damaged,
         complete=eviction.next_step is None,
     )

@@ -56,6 +56,14 @@ class KeyRotation:
         self._client = client
         self._cipher = cipher
         self._clock = clock
+        self._left: tuple[int, tuple[str, ...]] | None = None
+        """Which ring the last whole pass was for, by its revision, and the keys of values that it could not read."""
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Keys of values that stay under an older data key, all others being done; empty: none, or none yet."""
+        ring_revision, left = self._left or (0, ())
+        return left if ring_revision == self._cipher.ring_revision else ()
 
     async def begin(self) -> None:
         """Put one more data key in the ring, for everything that is written from now on.  Raises: Unavailable."""
@@ -113,7 +121,9 @@ class KeyRotation:
             term.lose()
             return
         log.info("re-encrypting", data_key=self._cipher.ring.current)
-        count, damaged, after, limit = 0, 0, PREFIX, PAGE_KEYS_FIRST
+        count, after, limit = 0, PREFIX, PAGE_KEYS_FIRST
+        ring_revision = self._cipher.ring_revision
+        damaged: list[str] = []
         while after:
             page = await self._client.range(
                 pb.RangeRequest(key=after, range_end=prefix_end(PREFIX), limit=limit), timeout_s=LOAD_S
@@ -127,7 +137,8 @@ class KeyRotation:
         fence = compared_leader(term.fence)
         if damaged:
             # Another member may have them undamaged, and would need the old keys to read them.
-            log.warning("old data keys stay: some values cannot be read on this manager", values=damaged)
+            log.warning("old data keys stay: some values cannot be read on this manager", values=len(damaged))
+            self._left = ring_revision, tuple(damaged)
             await self._cipher.changed.wait()
             return
         if not await self._replace_ring(self._cipher.ring.without_old_keys(), (fence,)):
@@ -141,17 +152,19 @@ class KeyRotation:
             if not is_clear(kv.key) and kv.key != _LEADER and not self._cipher.is_current(kv.value)
         ]
 
-    async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> int:
-        """Each value anew under the current key, unless it changed meanwhile; how many cannot be read.
+    async def _rewrite(self, batch: Sequence[pb.KeyValue], term: TermState) -> Sequence[str]:
+        """Each value anew under the current key, unless it changed meanwhile; the keys of those that cannot be read.
 
         Raises: _Superseded, Unavailable.
         """
         operations: list[pb.RequestOp] = []
+        damaged: list[str] = []
         for kv in batch:
             try:
                 value = self._cipher.encrypt(kv.key, self._cipher.decrypt(kv.key, kv.value))
             except Unreadable as error:
                 log.error("stored value cannot be read", key=kv.key.decode(), error=str(error))
+                damaged.append(kv.key.decode())
                 continue
             unchanged = compared_key(kv.key, kv.mod_revision)
             put = pb.RequestOp(request_put=pb.PutRequest(key=kv.key, value=value))
@@ -165,7 +178,7 @@ class KeyRotation:
         )
         if not reply.succeeded:
             raise _Superseded("the term is over, or the ring is another one")
-        return len(batch) - len(operations)
+        return damaged
 
     async def _replace_ring(self, ring: KeyRing, conditions: Sequence[pb.Compare]) -> bool:
         """Write ``ring`` in place of the one that is known; False: it was not that one, now the present one is known.

@@ -161,6 +161,11 @@ class EtcdStore(Updating):
         """Whether values may be left that an older data key encrypted."""
         return len(self._cipher.ring.keys) > 1
 
+    @property
+    def unreadable_values(self) -> tuple[str, ...]:
+        """Keys of values that no data key opens, once everything else is under the newest one."""
+        return self._rotation.unreadable
+
     def learn_wrapping_key(self, key: bytes) -> None:
         """Be ready for data keys that are wrapped with ``key``."""
         self._cipher.learn(key)

@@ -52,6 +52,7 @@ def test_two_managers_of_three_are_lost_and_join_again(own: TestCluster) -> None
 
     forced = m1.docker("swarm", "init", "--force-new-cluster")
     assert "Swarm initialized" in forced.stdout
+    assert {listed(m1)[lost][0] for lost in ("m2", "m3")} <= {"unknown", "down"}, "not ready for a moment"
     assert "before" in secrets(m1)
     write(m1, "alone")
     wait_until(lambda: listed(m1).get("w1", ("", ""))[0] == "ready", "the worker is back")

@@ -12,7 +12,7 @@ from skep.manager.control.nodes import remove_node, update_node
 from skep.manager.incarnation import Incarnation, Lives, Superseded, check_lives, read_lives, write_lives
 from skep.manager.recovery import show_survivor
 from skep.model.ids import NodeId
-from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, Reachability
+from skep.model.node import ManagerStatus, Node, NodeRole, NodeSpec, NodeState, NodeStatus, Reachability
 from skep.paths import Paths
 from skep.store.memory import MemoryStore
 
@@ -61,14 +61,17 @@ def test_a_damaged_file_says_nothing(paths: Paths) -> None:
     assert read_lives(paths) == Lives()
 
 
+READY = NodeStatus(state=NodeState.READY)
+
+
 def a_manager(id: str) -> Node:
     status = ManagerStatus(reachability=Reachability.REACHABLE, leader=id == "m2", addr=f"{id}:2377")
-    return Node(id=NodeId(id), spec=NodeSpec(role=NodeRole.MANAGER), manager_status=status)
+    return Node(id=NodeId(id), spec=NodeSpec(role=NodeRole.MANAGER), manager_status=status, status=READY)
 
 
 async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_demoted_and_removed() -> None:
     store = MemoryStore(SystemClock())
-    worker = Node(id=NodeId("w1"), spec=NodeSpec(role=NodeRole.WORKER))
+    worker = Node(id=NodeId("w1"), spec=NodeSpec(role=NodeRole.WORKER), status=READY)
     for node in (a_manager("m1"), a_manager("m2"), a_manager("m3"), worker):
         await store.update(lambda tx, node=node: tx.put(node))
     await store.update(show_survivor, NodeId("m1"), "new:2377")
@@ -79,6 +82,13 @@ async def test_only_the_survivor_is_shown_as_reachable_and_the_others_may_be_dem
     )
     assert shown[M2] is not None
     assert (shown[M2].leader, shown[M2].reachability) == (False, Reachability.UNREACHABLE)
+    states = {node.id: node.status.state for node in store.view().find(Node)}
+    assert states == {
+        "m1": NodeState.READY,
+        "m2": NodeState.UNKNOWN,
+        "m3": NodeState.UNKNOWN,
+        "w1": NodeState.READY,
+    }, "nobody has heard of the other managers' nodes"
     assert shown[NodeId("w1")] is None
 
     m2 = store.view().get(Node, M2)

@@ -97,11 +97,18 @@ def test_the_history_knows_who_was_ready_a_minute_ago() -> None:
     for age_s, expected in ((50.0, False), (70.0, True)):
         history = NodeHistory([])
         for node in ready_nodes(5):
-            unknown = replace(node, status=NodeStatus(state=NodeState.UNKNOWN))
+            unknown = replace(node, status=NodeStatus(state=NodeState.UNKNOWN), session=None)
             history.note(Commit(revision=1, events=(Updated(unknown, node),)), 1000.0)
         has_fall = history.note(Commit(revision=2, events=tuple(map(down, ready_nodes(5)))), 1000.0 + age_s)
         assert has_fall
         assert (history.trip(1000.0 + age_s, GRACE_S) is not None) is expected
+
+
+def test_nodes_that_were_not_heard_since_a_restore_are_a_storm_when_they_turn_out_to_be_gone() -> None:
+    unknown = [replace(node, status=NodeStatus(state=NodeState.UNKNOWN)) for node in ready_nodes(5)]
+    history = NodeHistory(unknown)
+    history.note(Commit(revision=2, events=tuple(map(down, unknown[:3]))), 20.0)
+    assert history.trip(20.0, GRACE_S) is not None
 
 
 def test_a_node_that_is_back_did_not_fall() -> None:
