@@ -14,9 +14,10 @@ from pathlib import Path
 from hpack import Encoder
 
 from bench.machine import resident_mib
-from skep.aio import collector, http2, lean_tls
+from skep.aio import collector, lean_tls
 from skep.model.node import NodeDescription
 from skep.model.task import TaskState, TaskStatus
+from skep.rpc import frames
 from skep.security import keypair
 from skep.security.tls import MANAGER_NAME, client_context
 from skep.wire import methods
@@ -152,23 +153,23 @@ class Agent(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        settings = http2.settings({http2.ENABLE_PUSH: 0, http2.INITIAL_WINDOW_SIZE: WINDOW})
+        settings = frames.settings({frames.ENABLE_PUSH: 0, frames.INITIAL_WINDOW_SIZE: WINDOW})
         request = pb.SessionRequest(description=description_to_pb(self.description))
         transport.write(
-            http2.PREFACE
+            frames.PREFACE
             + settings
-            + http2.window_update(0, WINDOW)
+            + frames.window_update(0, WINDOW)
             + self._call(SESSION, request.SerializeToString(), is_last=True)
         )
 
     def data_received(self, data: bytes) -> None:
-        came, self._received = http2.split(self._received + data)
+        came, self._received = frames.split(self._received + data)
         for frame in came:
-            if frame.kind == http2.SETTINGS and not frame.flags & http2.ACK:
-                self._transport.write(http2.frame(http2.SETTINGS, http2.ACK, 0))
-            elif frame.kind == http2.DATA:
+            if frame.kind == frames.SETTINGS and not frame.flags & frames.ACK:
+                self._transport.write(frames.frame(frames.SETTINGS, frames.ACK, 0))
+            elif frame.kind == frames.DATA:
                 self._take(frame.stream_id, self._messages.pop(frame.stream_id, b"") + frame.payload)
-            elif frame.kind == http2.HEADERS and frame.flags & http2.END_STREAM:
+            elif frame.kind == frames.HEADERS and frame.flags & frames.END_STREAM:
                 self.ended(frame.stream_id)
 
     def _take(self, stream_id: int, data: bytes) -> None:
@@ -211,7 +212,7 @@ class Agent(asyncio.Protocol):
 
     def _call(self, stream_id: int, message: bytes, *, is_last: bool = False) -> bytes:
         headers = self._crowd.headers[min(stream_id // 2, len(self._crowd.headers) - 1)]
-        return http2.frame(http2.HEADERS, http2.END_HEADERS, stream_id, headers) + _data(
+        return frames.frame(frames.HEADERS, frames.END_HEADERS, stream_id, headers) + _data(
             stream_id, message, is_last=is_last
         )
 
@@ -282,7 +283,7 @@ class _PatientAgent(Agent):
 
 def _data(stream_id: int, message: bytes, *, is_last: bool = False) -> bytes:
     framed = b"\0" + len(message).to_bytes(4, "big") + message
-    return http2.frame(http2.DATA, http2.END_STREAM if is_last else 0, stream_id, framed)
+    return frames.frame(frames.DATA, frames.END_STREAM if is_last else 0, stream_id, framed)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from google.protobuf.wrappers_pb2 import BytesValue
-from grpclib.const import Status
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import DataReceived, Event
 
-from skep.wire.http2.connection import Connection, Limits
-from skep.wire.http2.stream import Stream
+from skep.rpc import frames
+from skep.rpc.core import HEADER_BLOCK_BYTES_MAX
+from skep.rpc.frames import Code
+from skep.rpc.server import Limits, ServerConnection, ServerStream
 
 LIMITS = Limits(streams=3, stream_window=100_000, connection_window=250_000)
 REQUEST = (
@@ -46,30 +47,30 @@ class Rig:
     """A server's connection with a client of h2 at its other end."""
 
     def __init__(self) -> None:
-        self.calls: list[Stream] = []
+        self.calls: list[ServerStream] = []
         self.ended: list[int] = []
-        self.connection = Connection(self._answer)
+        self.connection = ServerConnection(self._answer)
         self.wire = Wire()
         self.client = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
         self.connection.begin(self.wire, LIMITS)
         self.client.initiate_connection()
-        self.answer: Callable[[Stream], Awaitable[None]] = self.echo
+        self.answer: Callable[[ServerStream], Awaitable[None]] = self.echo
 
-    async def _answer(self, stream: Stream) -> None:
+    async def _answer(self, stream: ServerStream) -> None:
         self.calls.append(stream)
         try:
             await self.answer(stream)
         finally:
             self.ended.append(stream.id)
 
-    async def echo(self, stream: Stream) -> None:
+    async def echo(self, stream: ServerStream) -> None:
         while prefix := await stream.recv_data(5):
             await stream.send_message(
                 BytesValue.FromString(await stream.recv_data(int.from_bytes(prefix[1:], "big")))
             )
-        await stream.send_status(Status.OK)
+        await stream.send_status()
 
-    async def wait_for_nothing(self, stream: Stream) -> None:
+    async def wait_for_nothing(self, stream: ServerStream) -> None:
         """A handler that neither reads nor answers."""
         await asyncio.Event().wait()
 
@@ -110,3 +111,43 @@ def framed(value: bytes) -> bytes:
 
 def of(kind: type[Any], heard: list[Event]) -> list[Any]:
     return [event for event in heard if isinstance(event, kind)]
+
+
+HEADERS, CONTINUATION = frames.HEADERS, frames.CONTINUATION
+BROKEN: dict[str, tuple[bytes, Code]] = {
+    "a frame that is too long": (frames.frame(frames.PING, 0, 0, b"x" * 16_385), Code.FRAME_SIZE_ERROR),
+    "data of no stream": (frames.frame(frames.DATA, 0, 0, b"x"), Code.PROTOCOL_ERROR),
+    "data of a stream to come": (frames.frame(frames.DATA, 0, 7, b"x"), Code.PROTOCOL_ERROR),
+    "a reset of a stream to come": (frames.reset(7, Code.NO_ERROR), Code.PROTOCOL_ERROR),
+    "an even stream": (frames.frame(HEADERS, 4, 8, b"\x83"), Code.PROTOCOL_ERROR),
+    "more padding than frame": (frames.frame(HEADERS, 0xC, 1, b"\x09\x83"), Code.PROTOCOL_ERROR),
+    "a priority that ends early": (frames.frame(HEADERS, 0x24, 1, b"\x83"), Code.PROTOCOL_ERROR),
+    "another frame amid headers": (
+        frames.frame(HEADERS, 0, 1, b"\x83") + frames.frame(frames.PING, 0, 0, b"12345678"),
+        Code.PROTOCOL_ERROR,
+    ),
+    "a continuation of nothing": (frames.frame(CONTINUATION, 4, 1, b"\x83"), Code.PROTOCOL_ERROR),
+    "empty continuations": (
+        frames.frame(HEADERS, 0, 1, b"\x83") + frames.frame(CONTINUATION, 0, 1),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+    "headers without end": (
+        frames.frame(HEADERS, 0, 1, b"\x83" * 16_000)
+        + frames.frame(CONTINUATION, 0, 1, b"\x83" * 16_000)
+        + frames.frame(CONTINUATION, 0, 1, b"\x83" * (HEADER_BLOCK_BYTES_MAX - 31_999)),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+    "headers that unfold": (
+        # One of 4,000 bytes that is said once and meant a hundred times.
+        frames.frame(HEADERS, 4, 1, b"\x40\x01a\x7f" + b"\xa1\x1e" + b"b" * 4000 + b"\xbe" * 100),
+        Code.COMPRESSION_ERROR,
+    ),
+    "an index of nothing": (frames.frame(HEADERS, 4, 1, b"\xff\x7f"), Code.COMPRESSION_ERROR),
+    "a window of zero more": (frames.window_update(0, 0), Code.FLOW_CONTROL_ERROR),
+    "a window beyond all": (frames.window_update(0, 2**31 - 1), Code.FLOW_CONTROL_ERROR),
+    "a setting that ends early": (frames.frame(frames.SETTINGS, 0, 0, b"x"), Code.FRAME_SIZE_ERROR),
+    "a ping of the wrong length": (frames.frame(frames.PING, 0, 0, b"x"), Code.FRAME_SIZE_ERROR),
+    "a ping of a stream": (frames.frame(frames.PING, 0, 1, b"12345678"), Code.PROTOCOL_ERROR),
+    "a push": (frames.frame(frames.PUSH_PROMISE, 4, 1, b"12345"), Code.PROTOCOL_ERROR),
+}
+"""What neither end of a connection may say: raw frames, and the code that the other end ends it with."""

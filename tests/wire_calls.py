@@ -2,9 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
-
-from grpclib.client import Channel as GrpcChannel
 
 from skep.errors import SkepError
 from skep.security.keypair import KeyPair
@@ -30,7 +27,7 @@ async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None =
     """Call a method with an empty request; gives the error, or None for an answer (or a stream that stays open)."""
     method = METHODS[name]
     if metadata is not None:
-        channel = Channel(channel.address, _Forging(channel._channel, metadata))  # type: ignore[arg-type]
+        channel = channel.with_metadata(metadata)
     try:
         if isinstance(method, Unary):
             await channel.call(method, method.request())
@@ -44,17 +41,6 @@ async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None =
     except TimeoutError:
         return None
     return None
-
-
-class _Forging:
-    """A channel that adds ``metadata`` to each call."""
-
-    def __init__(self, channel: GrpcChannel, metadata: Mapping[str, str]) -> None:
-        self._channel = channel
-        self._metadata = metadata
-
-    def request(self, *words: Any) -> Any:
-        return self._channel.request(*words, metadata=dict(self._metadata))
 
 
 async def all_calls(address: str, pair: KeyPair) -> Mapping[str, str]:

@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 from google.protobuf.message import Message
-from grpclib.exceptions import GRPCError
 
 from skep.errors import SkepError, Unavailable, Unimplemented
+from skep.rpc.status import CallFailed
 from skep.security.identity import Identity
 from skep.sim.links import Links, Machine
 from skep.wire.access import Caller
@@ -332,7 +332,7 @@ class MemoryCall(Generic[Q, A]):
 
 
 class _ServerStream:
-    """What handlers see of a stream; stands for ``wire.http2.stream.Stream``."""
+    """What handlers see of a stream; stands for ``rpc.server.ServerStream``."""
 
     def __init__(self, up: _Pipe[bytes], down: _Pipe[bytes]) -> None:
         self.down = down
@@ -361,7 +361,7 @@ async def _serve(handler: Handler, stream: Any, caller: Caller) -> None:
     try:
         await run_handler(handler, stream, caller)
         end = _End()
-    except GRPCError as error:
+    except CallFailed as error:
         end = _End(from_status(error))
     finally:
         stream.down.put(end)

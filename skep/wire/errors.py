@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from google.protobuf.message import DecodeError
-from grpclib.const import Status
-from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
-from h2.exceptions import H2Error
 
 from skep import errors
-from skep.aio.grpc import breaks_of_grpclib
 from skep.errors import SkepError
+from skep.rpc.status import CallFailed, Status
 
 STATUS_OF: tuple[tuple[type[SkepError], Status], ...] = (
     (errors.InvalidArgument, Status.INVALID_ARGUMENT),
@@ -35,48 +32,36 @@ _ERROR_OF: dict[Status, type[SkepError]] = {
     Status.CANCELLED: errors.Unavailable,
 }
 
-LOST_PEER = (StreamTerminatedError, ProtocolError, H2Error, OSError, asyncio.IncompleteReadError)
+LOST_PEER = (OSError, asyncio.IncompleteReadError)
 """What using a connection raises when its other end is gone or has closed the stream."""
 
 _MESSAGE_CHARACTERS_MAX = 2048
 """A status message travels as a header; many peers refuse headers over 8 KiB."""
 
 
-PUSHBACK = "grpc-retry-pushback-ms"
-"""Trailer of a call that works later, and when.  gRPC's own (proposal A6); who does not know it passes it over."""
-
-
-def to_status(error: SkepError) -> GRPCError:
-    """What a peer is told of ``error``; its details say when to come again, in seconds, if that is known."""
+def to_status(error: SkepError) -> CallFailed:
+    """What a peer is told of ``error``."""
     after_s = error.after_s if isinstance(error, errors.RetryLater) else None
     for kind, status in STATUS_OF:
         if isinstance(error, kind):
-            return GRPCError(status, str(error)[:_MESSAGE_CHARACTERS_MAX], after_s)
-    return GRPCError(Status.UNKNOWN, str(error)[:_MESSAGE_CHARACTERS_MAX])
+            return CallFailed(status, str(error)[:_MESSAGE_CHARACTERS_MAX], after_s)
+    return CallFailed(Status.UNKNOWN, str(error)[:_MESSAGE_CHARACTERS_MAX])
 
 
-def from_status(error: GRPCError) -> SkepError:
+def from_status(error: CallFailed) -> SkepError:
     """The error that a peer told us."""
-    if error.status is Status.RESOURCE_EXHAUSTED and isinstance(error.details, float):
-        return errors.RetryLater(error.message or "come again later", error.details)
+    if error.status is Status.RESOURCE_EXHAUSTED and error.retry_after_s is not None:
+        return errors.RetryLater(error.message or "come again later", error.retry_after_s)
     kind = _ERROR_OF.get(error.status, SkepError)
     return kind(error.message or f"the peer answered {error.status.name}")
-
-
-def told_pushback(value: str | bytes | None) -> float | None:
-    """Seconds until the call works, as a trailer says; None: it says nothing that can be understood."""
-    if not isinstance(value, str) or not (value.isascii() and value.isdigit()) or len(value) > 9:
-        return None
-    return int(value) / 1000
 
 
 @contextmanager
 def peer_errors(address: str) -> Iterator[None]:
     """Turn whatever a call to ``address`` can raise into our errors; a lost peer is ``Unavailable``."""
     try:
-        with breaks_of_grpclib():
-            yield
-    except GRPCError as error:
+        yield
+    except CallFailed as error:
         raise from_status(error) from error
     except TimeoutError as error:
         raise errors.Unavailable(f"{address} did not answer in time") from error

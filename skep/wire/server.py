@@ -1,6 +1,6 @@
 """The gRPC server of a manager: one port for nodes, managers and machines that want to become nodes.
 
-``http2`` speaks the protocol; who is let in, what they are granted, and which handler answers, is here:
+``rpc`` speaks the protocol; who is let in, what they are granted, and which handler answers, is here:
 
 * Every connection that is ended gets a GOAWAY first: an engine that hears none heartbeats into the void for 40 s and
   longer.
@@ -20,23 +20,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager, suppress
 
 import structlog
-from grpclib.const import Status
-from grpclib.exceptions import GRPCError
 from msgspec.structs import replace
 
-from skep.aio import http2
 from skep.aio.groups import errors_as_they_are
 from skep.aio.handshakes import Handshakes, source_of
-from skep.aio.http2 import Code, Violation
 from skep.aio.lean_tls import make_lean
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
+from skep.rpc import frames
+from skep.rpc.frames import Code, Violation
+from skep.rpc.server import Limits, ServerConnection, ServerStream
+from skep.rpc.status import CallFailed, Status
 from skep.security.authority import issued_s
 from skep.security.identity import Identity, peer_identity
 from skep.wire.access import Caller, Standing, authorize, in_good_standing
 from skep.wire.errors import LOST_PEER, to_status
-from skep.wire.http2.connection import Connection, Limits
-from skep.wire.http2.stream import Stream
 from skep.wire.service import Handler, run_handler
 from skep.wire.service import Stream as HandledStream
 
@@ -60,7 +58,7 @@ STRANGERS_PER_SOURCE_MAX = 4
 STRANGER_SECONDS_MAX = 60.0
 STRANGER_SILENT_SECONDS_MAX = 5.0
 """Until its first call."""
-STRANGER_LIMITS = Limits(streams=8, stream_window=http2.WINDOW, connection_window=http2.WINDOW)
+STRANGER_LIMITS = Limits(streams=8, stream_window=frames.WINDOW, connection_window=frames.WINDOW)
 
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])", re.ASCII)
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -238,7 +236,7 @@ class _Server:
         for connection in tuple(self.connections):
             await connection.wait_closed()
 
-    async def answer(self, stream: Stream, caller: Caller) -> None:
+    async def answer(self, stream: ServerStream, caller: Caller) -> None:
         """Answer one call, for as long as its client waits, and say how it ended."""
         request = stream.request
         with suppress(*LOST_PEER):
@@ -251,15 +249,15 @@ class _Server:
             try:
                 async with asyncio.timeout(_timeout_s(request.timeout)):
                     await self._call(stream, caller)
-            except GRPCError as error:
-                await stream.send_status(error.status, error.message, error.details)
+            except CallFailed as error:
+                await stream.send_status(error)
             except TimeoutError:
-                await stream.send_status(Status.DEADLINE_EXCEEDED, "the call took too long")
+                await stream.send_status(CallFailed(Status.DEADLINE_EXCEEDED, "the call took too long"))
             else:
-                await stream.send_status(Status.OK)
+                await stream.send_status()
 
-    def _call(self, stream: Stream, caller: Caller) -> Coroutine[None, None, None]:
-        """Raises: GRPCError: nobody answers such calls."""
+    def _call(self, stream: ServerStream, caller: Caller) -> Coroutine[None, None, None]:
+        """Raises: CallFailed: nobody answers such calls."""
         handler = self._handlers.get(stream.request.path)
         if handler is None:
             raise to_status(_unknown(stream.request.path))
@@ -290,7 +288,7 @@ def _unknown(path: str) -> SkepError:
     return Unimplemented(f"unknown method {path}")
 
 
-class _Connection(Connection):
+class _Connection(ServerConnection):
     """One connection.  What it is granted depends on whether the peer showed a certificate."""
 
     __slots__ = ("_server", "_time_limits", "caller", "since", "source")
@@ -362,7 +360,7 @@ class _Connection(Connection):
             limit.cancel()
         self._time_limits = ()
 
-    def _answer_as_caller(self, stream: Stream) -> Coroutine[None, None, None]:
+    def _answer_as_caller(self, stream: ServerStream) -> Coroutine[None, None, None]:
         assert self.caller is not None
         return self._server.answer(stream, self.caller)
 

@@ -13,10 +13,9 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 import structlog
 from google.protobuf.message import DecodeError, Message
-from grpclib.const import Status
-from grpclib.exceptions import GRPCError
 
 from skep.errors import InvalidArgument, ResourceExhausted, SkepError, Unimplemented
+from skep.rpc.status import CallFailed, Status
 from skep.wire.access import Caller
 from skep.wire.errors import LOST_PEER, to_status
 from skep.wire.methods import BothStream, ClientStream, Method, ServerStream, Unary
@@ -115,20 +114,20 @@ def duplex(
 
 
 async def run_handler(handler: Handler, stream: Stream, caller: Caller) -> None:
-    """Answer one call; whatever goes wrong becomes a status.  Raises: GRPCError."""
+    """Answer one call; whatever goes wrong becomes a status.  Raises: CallFailed."""
     try:
         await handler.answer(stream, caller)
     except SkepError as error:
         raise to_status(error) from error
-    except GRPCError:
+    except CallFailed:
         raise
     except TimeoutError as error:
-        raise GRPCError(Status.DEADLINE_EXCEEDED, "the call took too long") from error
+        raise CallFailed(Status.DEADLINE_EXCEEDED, "the call took too long") from error
     except LOST_PEER as error:
-        raise GRPCError(Status.UNAVAILABLE, "the peer is gone") from error
+        raise CallFailed(Status.UNAVAILABLE, "the peer is gone") from error
     except Exception as error:
         log.exception("call failed", method=handler.method.path, peer=caller.address)
-        raise GRPCError(Status.INTERNAL, "internal error") from error
+        raise CallFailed(Status.INTERNAL, "internal error") from error
 
 
 async def _send_all(stream: Stream, replies: AsyncIterator[A]) -> None:

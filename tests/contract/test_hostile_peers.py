@@ -15,12 +15,13 @@ from h2.connection import H2Connection
 
 from skep.aio.handshakes import HANDSHAKES_MAX
 from skep.errors import NotFound, ResourceExhausted
+from skep.rpc import frames
+from skep.rpc.server import ServerConnection
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context, joining_context
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.client import connected, split_address
-from skep.wire.http2.connection import Connection
 from skep.wire.server import NODE_CONNECTIONS_MAX
 from tests.wire_calls import METHODS, call
 from tests.wire_rig import Cluster, a_session, a_worker, put, service_task, until
@@ -206,7 +207,7 @@ async def test_one_node_may_hold_so_many_connections_and_no_more(cluster, tmp_pa
 
 def _is_of_the_server(one: object) -> bool:
     """The callers are in this process, too."""
-    return isinstance(one, Connection) or (isinstance(one, ssl.SSLObject) and one.server_side)
+    return isinstance(one, ServerConnection) or (isinstance(one, ssl.SSLObject) and one.server_side)
 
 
 async def test_connections_that_have_ended_leave_nothing_for_the_collector(cluster, tmp_path):
@@ -245,9 +246,10 @@ async def test_a_message_of_a_gibibyte_is_refused_when_its_length_is_said(cluste
 
 async def announce(stream, length: int) -> None:
     """Begin a message of ``length`` bytes and send a few of them."""
-    grpc = stream._stream
-    await grpc.send_request()
-    await grpc._stream.send_data(b"\0" + length.to_bytes(4, "big") + b"x" * 1000)
+    inner = stream._stream = stream._connection.open()
+    head = frames.frame(frames.HEADERS, frames.END_HEADERS, inner.id, stream._block)
+    inner.send_data(head, b"\0" + length.to_bytes(4, "big") + b"x" * 1000)
+    await inner.drained()
 
 
 class Deaf:

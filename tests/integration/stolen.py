@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from skep.aio import http2
+from skep.rpc import frames
 from skep.security.keypair import CERTIFICATE_FILE, KEY_FILE
 from skep.wire.client import split_address
 
 WITHIN_S = 5.0
 PEER_REQUEST = b"GET /version HTTP/1.1\r\nHost: m\r\n\r\n"
-MANAGER_REQUEST = http2.PREFACE + http2.settings({})
+MANAGER_REQUEST = frames.PREFACE + frames.settings({})
 
 
 async def opened(directory: Path, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

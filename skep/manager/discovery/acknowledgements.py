@@ -9,7 +9,7 @@ anew only when the last node that had it has gone on, and nobody is woken before
 
 from collections.abc import Iterable
 
-from skep.aio.lean_grpc import Event
+from skep.aio.event import Event
 from skep.model.ids import NetworkId, NodeId
 
 

@@ -15,7 +15,7 @@ from itertools import islice
 import structlog
 
 from skep.aio.clock import Clock
-from skep.aio.lean_grpc import Event
+from skep.aio.event import Event
 from skep.aio.slices import Slices
 from skep.errors import Unavailable
 from skep.manager.discovery.acknowledgements import Acknowledgements

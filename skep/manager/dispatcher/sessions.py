@@ -10,7 +10,7 @@ from math import inf
 
 import msgspec
 
-from skep.aio.lean_grpc import Event
+from skep.aio.event import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.registration import NotRegistered, SessionInvalid, Silence
 from skep.model.ids import NodeId, SessionId, TaskId

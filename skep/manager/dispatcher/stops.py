@@ -12,8 +12,8 @@ import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.event import Event
 from skep.aio.first import Overtaken, unless
-from skep.aio.lean_grpc import Event
 from skep.errors import SkepError
 from skep.manager.dispatcher.assignments import matters
 from skep.manager.dispatcher.sessions import Sessions

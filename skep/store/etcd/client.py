@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from skep.rpc.calls import Calls
+from skep.rpc.client import ClientStream
 from skep.store.etcd import etcd_pb2 as pb
-from skep.store.etcd.calls import Calls
-from skep.store.etcd.connection import Stream
 from skep.store.etcd.errors import Uncertain, answers_of_etcd
 
 A = TypeVar("A", bound=Message)
@@ -51,7 +51,7 @@ class Patience:
 class Watching:
     """One open watch stream."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: ClientStream) -> None:
         self._stream = stream
 
     async def receive(self) -> pb.WatchResponse:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from skep.errors import SkepError, Unavailable
-from skep.store.etcd.connection import CallFailed
+from skep.rpc.status import CallFailed
 from skep.store.updates import NO_LEADER
 
 

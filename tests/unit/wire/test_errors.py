@@ -4,10 +4,9 @@ import asyncio
 import ssl
 
 import pytest
-from grpclib.const import Status
-from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from skep import errors
+from skep.rpc.status import CallFailed, Lost, Status
 from skep.wire.errors import STATUS_OF, from_status, peer_errors, to_status
 
 
@@ -37,10 +36,10 @@ def test_a_long_message_is_cut_because_it_travels_as_a_header():
     [
         TimeoutError(),
         ConnectionRefusedError("refused"),
-        StreamTerminatedError("gone"),
+        Lost("gone"),
         ssl.SSLError("handshake"),
         asyncio.IncompleteReadError(b"", 1),
-        GRPCError(Status.DEADLINE_EXCEEDED),
+        CallFailed(Status.DEADLINE_EXCEEDED),
     ],
     ids=lambda failure: type(failure).__name__,
 )

@@ -12,8 +12,8 @@ from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError
 from grpclib.server import Server
 
-from skep.store.etcd.calls import Calls
-from skep.store.etcd.connection import CONNECTION_WINDOW, STREAM_WINDOW, CallFailed, Lost
+from skep.rpc.calls import BOUNDS, Calls
+from skep.rpc.status import CallFailed, Lost
 from tests.etcd_rig import Relay
 
 MEGABYTE = bytes(range(256)) * 4096
@@ -189,8 +189,8 @@ async def test_a_peer_is_not_ahead_of_its_reader_by_more_than_the_window(peer: P
             before = peer.sent
             for _ in range(20):
                 assert await calls.unary("/t/echo", b"by the way", TIMEOUT_S) == b"by the way"
-        assert peer.sent <= 2 + STREAM_WINDOW // len(MEGABYTE)
-        assert peer.sent < CONNECTION_WINDOW // len(MEGABYTE)
+        assert peer.sent <= 2 + BOUNDS.stream_window // len(MEGABYTE)
+        assert peer.sent < BOUNDS.connection_window // len(MEGABYTE)
         for _ in range(99):
             assert await stream.receive() is not None
 

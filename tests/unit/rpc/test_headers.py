@@ -1,4 +1,4 @@
-"""Header blocks of etcd's client."""
+"""Header blocks of clients."""
 
 import pytest
 from h2.config import H2Configuration
@@ -6,9 +6,8 @@ from h2.connection import H2Connection
 from h2.events import RequestReceived
 from hpack import Encoder
 
-from skep.aio import http2
-from skep.aio.http2 import Violation
-from skep.store.etcd import headers
+from skep.rpc import frames, headers
+from skep.rpc.frames import Violation
 
 
 def test_a_request_reads_the_same_each_time_it_is_sent() -> None:
@@ -19,7 +18,7 @@ def test_a_request_reads_the_same_each_time_it_is_sent() -> None:
     block = headers.request_block("/a.B/C", 1.5, (("hasleader", "true"),))
     for stream_id in (1, 3):
         events = reader.receive_data(
-            http2.frame(http2.HEADERS, http2.END_HEADERS | http2.END_STREAM, stream_id, block)
+            frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream_id, block)
         )
         said = dict(next(event for event in events if isinstance(event, RequestReceived)).headers)
         assert said[b":path"] == b"/a.B/C"
@@ -34,11 +33,11 @@ def test_a_block_of_a_peer_without_a_table_is_read_by_itself() -> None:
     again = encoder.encode([(":status", "200"), ("content-type", "application/grpc")])
     assert first != again  # the first one says that there is no table
     for block in (again, first, again):
-        assert headers.headers_of(block) == {":status": "200", "content-type": "application/grpc"}
+        assert headers.answer_of(block) == {":status": "200", "content-type": "application/grpc"}
 
 
 def test_a_block_that_refers_to_one_before_it_is_a_violation() -> None:
     encoder = Encoder()
     encoder.encode([("x-a", "b")])
     with pytest.raises(Violation):
-        headers.headers_of(encoder.encode([("x-a", "b")]))
+        headers.answer_of(encoder.encode([("x-a", "b")]))

@@ -2,24 +2,29 @@
 
 Decoding is a function of the block and of the table that the blocks before it have built.  Nodes send each other's
 blocks: the first of each connection is the same for all of a kind, and so is the table after it.  Therefore tables are
-values, shared by all connections that have come to the same one, and the function remembers its last results.
+values, shared by all connections that have come to the same one, and the function remembers its last results.  A client
+tells its server to keep no table, so that a block of an answer means the same wherever it comes.
+
+Source: RFC 7541, gRPC's PROTOCOL-HTTP2.md.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from functools import lru_cache
 
 import msgspec
-from hpack import Decoder
+from hpack import Decoder, Encoder, NeverIndexedHeaderTuple
 from hpack.exceptions import HPACKError
 from hpack.hpack import encode_integer
 
-from skep.aio.http2 import Code, Violation
-from skep.wire.errors import PUSHBACK
+from skep.rpc import frames
+from skep.rpc.frames import Code, Violation
+from skep.rpc.status import PUSHBACK, CallFailed, encode_message
 
 HEADER_LIST_BYTES_MAX = 64 * 1024
 """Of one request, decoded."""
 REMEMBERED = 256
-"""Blocks whose meaning is remembered, among all connections."""
+"""Blocks whose meaning, or whose bytes, are remembered among all connections."""
 REMEMBERED_BYTES_MAX = 1024
 """A longer block is decoded each time, so that nobody can fill memory with them."""
 
@@ -89,12 +94,64 @@ ANSWER = _OK + _literal(b"content-type", b"application/grpc+proto")
 TRAILERS_OK = _literal(b"grpc-status", b"0")
 
 
-def trailers(status: int, message: str, pushback_ms: int | None = None) -> bytes:
-    """``message``: percent-encoded.  ``pushback_ms``: when to come again, if that is known."""
-    block = _literal(b"grpc-status", b"%d" % status) + _literal(b"grpc-message", message.encode("ascii"))
-    return block if pushback_ms is None else block + _literal(PUSHBACK.encode(), b"%d" % pushback_ms)
+def trailers(failure: CallFailed) -> bytes:
+    """The last header block of a call that failed."""
+    block = _literal(b"grpc-status", b"%d" % failure.status)
+    block += _literal(b"grpc-message", encode_message(failure.message))
+    if failure.retry_after_s is None:
+        return block
+    return block + _literal(PUSHBACK.encode(), b"%d" % round(failure.retry_after_s * 1000))
 
 
 def refusal(http_status: int) -> bytes:
     """Headers for a request that is none of gRPC."""
     return _literal(b":status", b"%d" % http_status)
+
+
+def greeting(stream_window: int, connection_window: int) -> bytes:
+    """What a client sends first: it keeps no header table, wants no push, and takes in this much at once."""
+    settings = {frames.HEADER_TABLE_SIZE: 0, frames.ENABLE_PUSH: 0, frames.INITIAL_WINDOW_SIZE: stream_window}
+    more = frames.window_update(0, connection_window - frames.WINDOW)
+    return frames.PREFACE + frames.settings(settings) + more
+
+
+@lru_cache(REMEMBERED)
+def request_block(
+    path: str,
+    timeout_s: float | None,
+    metadata: tuple[tuple[str, str], ...] = (),
+    *,
+    scheme: str = "http",
+    authority: str = "localhost",
+) -> bytes:
+    """The header block of a call, which means the same wherever it comes: it enters no table."""
+    headers = [
+        (":method", "POST"),
+        (":scheme", scheme),
+        (":path", path),
+        (":authority", authority),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+        *metadata,
+    ]
+    if timeout_s is not None:
+        headers.append(("grpc-timeout", f"{max(1, round(timeout_s * 1000))}m"))
+    # Never indexed: the peer could not read the block without those before it.
+    return bytes(Encoder().encode([NeverIndexedHeaderTuple(*header) for header in headers]))
+
+
+def answer_of(block: bytes) -> Mapping[str, str]:
+    """What a header block of a server says, which was told to keep no table.  Raises: Violation."""
+    return (_remembered_answer if len(block) <= REMEMBERED_BYTES_MAX else _answer)(block)
+
+
+def _answer(block: bytes) -> Mapping[str, str]:
+    decoder = Decoder(max_header_list_size=HEADER_LIST_BYTES_MAX)
+    decoder.header_table_size = decoder.max_allowed_table_size = 0
+    try:
+        return {str(name): str(value) for name, value in decoder.decode(block)}
+    except (HPACKError, UnicodeDecodeError) as error:
+        raise Violation(f"unreadable headers: {error!r}") from error
+
+
+_remembered_answer = lru_cache(REMEMBERED)(_answer)

@@ -4,7 +4,6 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from grpclib.const import Status
 from h2.events import (
     ConnectionTerminated,
     DataReceived,
@@ -19,13 +18,12 @@ from hpack import Encoder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skep.aio import http2
-from skep.aio.http2 import Code, Violation
-from skep.wire.http2 import headers
-from skep.wire.http2.connection import HEADER_BLOCK_BYTES_MAX, Connection
-from skep.wire.http2.headers import Request
-from skep.wire.http2.stream import Stream
-from tests.http2_rig import LIMITS, REQUEST, Rig, Wire, framed, of
+from skep.rpc import frames, headers
+from skep.rpc.frames import Code, Violation
+from skep.rpc.headers import Request
+from skep.rpc.server import ServerConnection, ServerStream
+from skep.rpc.status import CallFailed, Status
+from tests.http2_rig import BROKEN, LIMITS, REQUEST, Rig, Wire, framed, of
 
 
 @pytest.fixture
@@ -50,8 +48,8 @@ async def test_a_call_is_answered_with_headers_message_and_status(rig):
 
 
 async def test_a_refused_client_hears_why_and_is_told_to_stop(rig):
-    async def refuse(stream: Stream) -> None:
-        await stream.send_status(Status.NOT_FOUND, "no such node: ä%")
+    async def refuse(stream: ServerStream) -> None:
+        await stream.send_status(CallFailed(Status.NOT_FOUND, "no such node: ä%"))
 
     rig.answer = refuse
     rig.open()
@@ -108,7 +106,7 @@ async def test_half_messages_hold_no_more_than_the_connections_window(rig):
 
 
 async def test_empty_messages_give_their_window_back(rig):
-    async def count(stream: Stream) -> None:
+    async def count(stream: ServerStream) -> None:
         while await stream.recv_data(5):
             await stream.recv_data(0)
 
@@ -127,7 +125,7 @@ async def test_empty_messages_give_their_window_back(rig):
 async def test_a_message_counts_until_its_handler_is_done_with_it(rig):
     done = asyncio.Event()
 
-    async def work(stream: Stream) -> None:
+    async def work(stream: ServerStream) -> None:
         await stream.recv_data(50_000)
         await done.wait()
 
@@ -164,7 +162,7 @@ async def test_a_peer_that_sends_more_than_its_window_is_cut_off(rig):
     stream_id = rig.open()
     await rig.turn()
     for _ in range(7):
-        rig.say(http2.frame(http2.DATA, 0, stream_id, b"x" * 16_000))
+        rig.say(frames.frame(frames.DATA, 0, stream_id, b"x" * 16_000))
     heard = await rig.turn()
     assert of(ConnectionTerminated, heard)[0].error_code == Code.FLOW_CONTROL_ERROR
     assert (rig.wire.is_closed, rig.ended) == (True, [stream_id])
@@ -173,7 +171,7 @@ async def test_a_peer_that_sends_more_than_its_window_is_cut_off(rig):
 async def test_streams_that_were_reset_count_until_their_handlers_have_ended(rig):
     release = asyncio.Event()
 
-    async def hold_on(stream: Stream) -> None:
+    async def hold_on(stream: ServerStream) -> None:
         try:
             await asyncio.Event().wait()
         finally:
@@ -199,15 +197,15 @@ async def test_streams_that_were_reset_count_until_their_handlers_have_ended(rig
 
 
 async def test_data_for_a_call_that_has_ended_is_dropped(rig):
-    async def refuse(stream: Stream) -> None:
-        await stream.send_status(Status.UNIMPLEMENTED)
+    async def refuse(stream: ServerStream) -> None:
+        await stream.send_status(CallFailed(Status.UNIMPLEMENTED))
 
     rig.answer = refuse
     stream_id = rig.open()
     rig.client.send_data(stream_id, b"x" * 100)
     await rig.turn()
-    rig.say(http2.frame(http2.DATA, 0, stream_id, b"late"))
-    rig.say(http2.window_update(stream_id, 5) + http2.reset(stream_id, Code.NO_ERROR))
+    rig.say(frames.frame(frames.DATA, 0, stream_id, b"late"))
+    rig.say(frames.window_update(stream_id, 5) + frames.reset(stream_id, Code.NO_ERROR))
     rig.answer = rig.echo
     rig.open(end=True)
     assert of(StreamEnded, await rig.turn())
@@ -247,45 +245,6 @@ async def test_pings_are_answered(rig):
     assert of(PingAckReceived, await rig.turn())[0].ping_data == b"12345678"
 
 
-HEADERS, CONTINUATION = http2.HEADERS, http2.CONTINUATION
-BROKEN = {
-    "a frame that is too long": (http2.frame(http2.PING, 0, 0, b"x" * 16_385), Code.FRAME_SIZE_ERROR),
-    "data of no stream": (http2.frame(http2.DATA, 0, 0, b"x"), Code.PROTOCOL_ERROR),
-    "data of a stream to come": (http2.frame(http2.DATA, 0, 7, b"x"), Code.PROTOCOL_ERROR),
-    "a reset of a stream to come": (http2.reset(7, Code.NO_ERROR), Code.PROTOCOL_ERROR),
-    "an even stream": (http2.frame(HEADERS, 4, 8, b"\x83"), Code.PROTOCOL_ERROR),
-    "more padding than frame": (http2.frame(HEADERS, 0xC, 1, b"\x09\x83"), Code.PROTOCOL_ERROR),
-    "a priority that ends early": (http2.frame(HEADERS, 0x24, 1, b"\x83"), Code.PROTOCOL_ERROR),
-    "another frame amid headers": (
-        http2.frame(HEADERS, 0, 1, b"\x83") + http2.frame(http2.PING, 0, 0, b"12345678"),
-        Code.PROTOCOL_ERROR,
-    ),
-    "a continuation of nothing": (http2.frame(CONTINUATION, 4, 1, b"\x83"), Code.PROTOCOL_ERROR),
-    "empty continuations": (
-        http2.frame(HEADERS, 0, 1, b"\x83") + http2.frame(CONTINUATION, 0, 1),
-        Code.ENHANCE_YOUR_CALM,
-    ),
-    "headers without end": (
-        http2.frame(HEADERS, 0, 1, b"\x83" * 16_000)
-        + http2.frame(CONTINUATION, 0, 1, b"\x83" * 16_000)
-        + http2.frame(CONTINUATION, 0, 1, b"\x83" * (HEADER_BLOCK_BYTES_MAX - 31_999)),
-        Code.ENHANCE_YOUR_CALM,
-    ),
-    "headers that unfold": (
-        # One of 4,000 bytes that is said once and meant a hundred times.
-        http2.frame(HEADERS, 4, 1, b"\x40\x01a\x7f" + b"\xa1\x1e" + b"b" * 4000 + b"\xbe" * 100),
-        Code.COMPRESSION_ERROR,
-    ),
-    "an index of nothing": (http2.frame(HEADERS, 4, 1, b"\xff\x7f"), Code.COMPRESSION_ERROR),
-    "a window of zero more": (http2.window_update(0, 0), Code.FLOW_CONTROL_ERROR),
-    "a window beyond all": (http2.window_update(0, 2**31 - 1), Code.FLOW_CONTROL_ERROR),
-    "a setting that ends early": (http2.frame(http2.SETTINGS, 0, 0, b"x"), Code.FRAME_SIZE_ERROR),
-    "a ping of the wrong length": (http2.frame(http2.PING, 0, 0, b"x"), Code.FRAME_SIZE_ERROR),
-    "a ping of a stream": (http2.frame(http2.PING, 0, 1, b"12345678"), Code.PROTOCOL_ERROR),
-    "a push": (http2.frame(http2.PUSH_PROMISE, 4, 1, b"12345"), Code.PROTOCOL_ERROR),
-}
-
-
 @pytest.mark.parametrize("what", BROKEN)
 async def test_what_is_no_http2_ends_the_connection(rig, what):
     raw, code = BROKEN[what]
@@ -297,7 +256,7 @@ async def test_what_is_no_http2_ends_the_connection(rig, what):
 
 
 async def test_somebody_who_speaks_something_else_is_cut_off() -> None:
-    connection, wire = Connection(Rig().echo), Wire()
+    connection, wire = ServerConnection(Rig().echo), Wire()
     connection.begin(wire, LIMITS)
     connection.data_received(b"GET / HTTP/1.1\r\n")
     assert wire.is_closed
@@ -305,17 +264,17 @@ async def test_somebody_who_speaks_something_else_is_cut_off() -> None:
 
 @given(st.data())
 async def test_what_arrives_means_the_same_however_it_is_cut(data):
-    whole = http2.PREFACE + b"".join(
-        http2.frame(http2.PING, 0, 0, b"ping %03d" % number) for number in range(9)
+    whole = frames.PREFACE + b"".join(
+        frames.frame(frames.PING, 0, 0, b"ping %03d" % number) for number in range(9)
     )
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=30)))
-    connection, wire = Connection(Rig().echo), Wire()
+    connection, wire = ServerConnection(Rig().echo), Wire()
     connection.begin(wire, LIMITS)
     for first, last in zip([0, *cuts], [*cuts, len(whole)], strict=True):
         connection.data_received(whole[first:last])
     await asyncio.sleep(0)
-    heard, _ = http2.split(bytes(wire.written))
-    assert [frame.payload for frame in heard if frame.kind == http2.PING] == [
+    heard, _ = frames.split(bytes(wire.written))
+    assert [frame.payload for frame in heard if frame.kind == frames.PING] == [
         b"ping %03d" % n for n in range(9)
     ]
 
@@ -351,9 +310,9 @@ def test_a_block_of_anything_is_a_request_or_a_fault(block):
 
 @given(st.lists(st.binary(max_size=100), max_size=10))
 async def test_anything_after_the_preface_is_survived(pieces):
-    connection, wire = Connection(Rig().echo), Wire()
+    connection, wire = ServerConnection(Rig().echo), Wire()
     connection.begin(wire, LIMITS)
-    connection.data_received(http2.PREFACE)
+    connection.data_received(frames.PREFACE)
     for piece in pieces:
         connection.data_received(piece)
     connection.connection_lost(None)

@@ -10,10 +10,14 @@ The peer is trusted not to fill the memory with one message, and to take any num
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
-from skep.store.etcd import headers
-from skep.store.etcd.connection import Connection, Stream
+from skep.rpc import headers
+from skep.rpc.client import Bounds, ClientConnection, ClientStream
+
+BOUNDS = Bounds(stream_window=8 * 1024 * 1024, connection_window=16 * 1024 * 1024, message=512 * 1024 * 1024)
+"""etcd answers a read of many keys in one message, and is trusted not to fill the memory with one."""
 
 
 class Calls:
@@ -21,7 +25,7 @@ class Calls:
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
-        self._connection: Connection | None = None
+        self._connection: ClientConnection | None = None
         self._connecting = asyncio.Lock()
 
     def close(self) -> None:
@@ -56,7 +60,7 @@ class Calls:
         timeout_s: float,
         metadata: tuple[tuple[str, str], ...] = (),
         is_last: bool = False,
-    ) -> AsyncIterator[Stream]:
+    ) -> AsyncIterator[ClientStream]:
         """A call of many messages, begun with ``request`` (``is_last``: the only one); it ends with the context.
 
         ``timeout_s``: to reach the server.  Raises: TimeoutError; OSError: no connection.
@@ -67,19 +71,21 @@ class Calls:
             stream.begin(headers.request_block(path, None, metadata), request, is_last=is_last)
             yield stream
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> ClientConnection:
         if self._connection is None or self._connection.is_lost:
             async with self._connecting:
                 if self._connection is None or self._connection.is_lost:
                     loop = asyncio.get_running_loop()
-                    _, self._connection = await loop.create_unix_connection(Connection, str(self._socket))
+                    _, self._connection = await loop.create_unix_connection(
+                        partial(ClientConnection, BOUNDS), str(self._socket)
+                    )
         return self._connection
 
 
 class Call:
     """A request that was sent, whose one answer is to be awaited."""
 
-    def __init__(self, connection: Connection, block: bytes, request: bytes, timeout_s: float) -> None:
+    def __init__(self, connection: ClientConnection, block: bytes, request: bytes, timeout_s: float) -> None:
         self._connection = connection
         self._stream = connection.open()
         # A timer alone costs half of what asyncio.timeout does, which knows about tasks and cancelling.
@@ -92,4 +98,4 @@ class Call:
             return await self._stream.only_message()
         finally:
             self._expiry.cancel()
-            self._connection.close(self._stream)
+            self._connection.release(self._stream)

@@ -1,0 +1,368 @@
+"""The client's end of an HTTP/2 connection to a gRPC server, and the calls on it.
+
+Headers and message of a call leave in one write; an answer wakes its caller once, whatever it came in.  The server is
+one whose certificate was verified, or runs on this machine; still, what it can make a client hold is bounded: the
+windows of what nobody has read, the longest message, and what ``core`` bounds.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from struct import Struct
+
+import msgspec
+
+from skep.rpc import frames, headers
+from skep.rpc.coalescing import CoalescingTransport
+from skep.rpc.core import Connection, Stream
+from skep.rpc.frames import Code, Frame, Violation
+from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, status_of, told_pushback
+
+_MESSAGE_HEAD = Struct(">BI")
+"""Whether the message is compressed, and how long it is."""
+
+ANSWERS_WHILE_PAUSED_MAX = 1000
+"""To pings and settings of a server that does not read."""
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What a client takes in, in bytes."""
+
+    stream_window: int
+    """How far a stream may be ahead of its reader, who has not yet taken what is whole."""
+    connection_window: int
+    """At least the default of HTTP/2."""
+    message: int
+    """The longest one."""
+
+
+class ClientStream(Stream):
+    """One call: messages out, messages in.  For one reader."""
+
+    __slots__ = (
+        "_bounds", "_error", "_is_expired", "_messages", "_partial", "_spent_bytes", "_taker", "_trailers",
+        "_unread_bytes", "_waiter",
+    )  # fmt: skip
+
+    def __init__(self, connection: "ClientConnection", id: int) -> None:
+        super().__init__(connection, id)
+        self._bounds = connection.bounds
+        self._partial = bytearray()
+        self._messages: deque[bytes] = deque()
+        self._unread_bytes = 0
+        """Of the peer's window, taken while a whole message was waiting to be read."""
+        self._spent_bytes = 0
+        """Of the peer's window, to be given back."""
+        self._trailers: Mapping[str, str] | None = None
+        self._error: Exception | None = None
+        self._is_expired = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._taker: Callable[[bytes], bool] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more will come."""
+        return self._trailers is not None or self._error is not None
+
+    @property
+    def is_gone(self) -> bool:
+        return self.has_ended
+
+    @property
+    def has_said_all(self) -> bool:
+        """Our direction has ended."""
+        return self.ends_after_unsent and not self.unsent
+
+    def begin(self, block: bytes, message: bytes | None, *, is_last: bool) -> None:
+        """Send the headers and the first message, if there is one yet."""
+        head = frames.frame(frames.HEADERS, frames.END_HEADERS, self.id, block)
+        self.send_data(head, b"" if message is None else _framed(message), ends=is_last)
+
+    def send(self, message: bytes, *, is_last: bool = False) -> None:
+        """Send one more message; never waits: what the peer does not take yet is kept (``drained``).
+
+        Raises: CallFailed, Lost: the call has ended.
+        """
+        if self.has_ended:
+            self._raise_end()
+        self.send_data(b"", _framed(message), ends=is_last)
+
+    async def receive(self) -> bytes | None:
+        """The next message; None when there are no more.  Raises: CallFailed, Lost."""
+        while not self._messages:
+            if self._error is not None:
+                raise self._error
+            if self._trailers is not None:
+                _check_status(self._trailers)
+                return None
+            await self._changed()
+        message = self._messages.popleft()
+        if not self._messages and not self.has_ended:
+            unread, self._unread_bytes = self._unread_bytes, 0
+            self._give_back(unread)
+        return message
+
+    async def only_message(self) -> bytes:
+        """The answer of a call that has one.  Raises: CallFailed, Lost; TimeoutError: ``expire``."""
+        while not self.has_ended:
+            if self._is_expired:
+                raise TimeoutError
+            await self._changed()
+        if self._error is not None:
+            raise self._error
+        if self._trailers is not None:
+            _check_status(self._trailers)
+        if len(self._messages) != 1:
+            raise Lost("not one message in answer")
+        return self._messages.popleft()
+
+    def expire(self) -> None:
+        """Who waits for the only message does so no longer."""
+        self._is_expired = True
+        self._wake()
+
+    def offer_to(self, taker: Callable[[bytes], bool]) -> None:
+        """Messages that come while the reader waits are shown to ``taker`` first, and are done with if it says so.
+
+        What it raises, the reader gets.
+        """
+        self._taker = taker
+
+    async def drained(self) -> None:
+        """As ``Stream``'s.  Raises: CallFailed, Lost: what the peer has answered counts for more than that it did."""
+        try:
+            await super().drained()
+        except Lost:
+            self._raise_end()
+
+    # -- called by the connection ---------------------------------------------------------------------------------
+
+    def take_data(self, data: bytes, window_bytes: int) -> None:
+        """Bytes of messages; ``window_bytes``: what they took of the window.  Raises: Violation."""
+        self._partial += data
+        start = 0
+        with memoryview(self._partial) as received:
+            while len(received) - start >= _MESSAGE_HEAD.size:
+                is_compressed, size = _MESSAGE_HEAD.unpack_from(received, start)
+                if is_compressed:
+                    raise Violation("a compressed message")
+                if size > self._bounds.message:
+                    raise Violation(f"a message of {size} bytes", Code.ENHANCE_YOUR_CALM)
+                begin = start + _MESSAGE_HEAD.size
+                if begin + size > len(received):
+                    break
+                start = begin + size
+                message = bytes(received[begin:start])
+                if not self._is_taken(message):
+                    self._messages.append(message)
+        del self._partial[:start]
+        if self._messages:
+            self._unread_bytes += window_bytes
+            if self._unread_bytes > self._bounds.stream_window:
+                raise Violation("more than the stream's window", Code.FLOW_CONTROL_ERROR)
+            self._wake()
+        else:
+            self._give_back(window_bytes)  # a message may be longer than the window
+
+    def take_headers(self, said: Mapping[str, str], *, is_last: bool) -> None:
+        """Headers, or with ``is_last`` the trailers, which may come alone."""
+        if said.get(":status", "200") != "200":
+            self.end(Lost(f"HTTP status {said[':status']}"))
+        elif is_last:
+            self._trailers = said
+            self._finish()
+
+    def reset(self, code: int) -> None:
+        self.end(Lost(f"the call was reset, code {code}"))
+
+    def end(self, error: Lost) -> None:
+        """No answer will come, or no more of it; nothing that is still unsent matters."""
+        if not self.has_ended:
+            self._error = error
+            self._finish()
+
+    # -- within -----------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        self.drop_unsent()
+        self._wake()
+        self._connection.wake()  # whoever waits for its windows
+
+    def _raise_end(self) -> None:
+        """Raises: what ended the call."""
+        if self._error is not None:
+            raise self._error
+        if self._trailers is not None:
+            _check_status(self._trailers)
+        raise Lost("the call has ended")
+
+    def _is_taken(self, message: bytes) -> bool:
+        if self._taker is None or self._messages or self._waiter is None or self._waiter.done():
+            return False
+        try:
+            return self._taker(message)
+        except Exception as error:  # the reader's business: it climbs there
+            self._error = error
+            self._wake()
+            return True
+
+    async def _changed(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _give_back(self, size: int) -> None:
+        self._spent_bytes += size
+        if self._spent_bytes >= self._bounds.stream_window // 2:
+            self._connection.write(frames.window_update(self.id, self._spent_bytes))
+            self._spent_bytes = 0
+
+
+class ClientConnection(Connection[ClientStream]):
+    """One connection, and the calls on it."""
+
+    __slots__ = ("_answers_owed", "_coalesces", "_next_id", "_spent_bytes", "bounds")
+
+    def __init__(self, bounds: Bounds, *, coalesces: bool = False) -> None:
+        """``coalesces``: what is written in one turn of the event loop leaves in one piece, as TLS is dear."""
+        super().__init__()
+        self.bounds = bounds
+        self._coalesces = coalesces
+        self._next_id = 1
+        self._spent_bytes = 0
+        self._answers_owed = 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no call can be made on it any more."""
+        return not self.is_open
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether there is no id left for another call."""
+        return self._next_id > frames.STREAM_ID_MAX
+
+    @contextmanager
+    def stream(self) -> Iterator[ClientStream]:
+        """A call of the next id, until the end of the context.  Raises: as ``open``."""
+        stream = self.open()
+        try:
+            yield stream
+        finally:
+            self.release(stream)
+
+    def open(self) -> ClientStream:
+        """A call of the next id; ``begin`` it before another is opened, and ``release`` it.
+
+        Raises: Lost: the connection is, or has no more ids.
+        """
+        if self.is_used_up:
+            self.abort()
+        if not self.is_open:
+            raise Lost("the connection is closed")
+        stream = ClientStream(self, self._next_id)
+        self._next_id += 2
+        self._streams[stream.id] = stream
+        return stream
+
+    def release(self, stream: ClientStream) -> None:
+        """Be done with a call, whether it has ended or not."""
+        del self._streams[stream.id]
+        if not (stream.has_ended and stream.has_said_all):
+            self.write(frames.reset(stream.id, Code.CANCEL))
+
+    def close(self) -> None:
+        """End it when what was sent has been written."""
+        if self._transport is not None:
+            self._transport.close()
+        self._lose(Lost("the connection was closed"))
+
+    def abort(self) -> None:
+        """Drop the connection now."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._lose(Lost("the connection was closed"))
+
+    # -- what the transport says --------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = CoalescingTransport(transport) if self._coalesces else transport
+        self.is_open = True
+        self.write(headers.greeting(self.bounds.stream_window, self.bounds.connection_window))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(Lost(f"the connection broke: {exc or 'closed by the other end'}"))
+        self._transport = None
+
+    def resume_writing(self) -> None:
+        self._answers_owed = 0
+        super().resume_writing()
+
+    # -- frames -----------------------------------------------------------------------------------------------------
+
+    def known(self, stream_id: int) -> ClientStream | None:
+        if not stream_id % 2 or stream_id >= self._next_id:
+            raise Violation("a stream that was never opened")
+        return self._streams.get(stream_id)
+
+    def take_data(self, frame: Frame) -> None:
+        # The connection's window is given back at once, so that a slow reader holds up nobody but itself.
+        self._spent_bytes += len(frame.payload)
+        if self._spent_bytes >= self.bounds.connection_window // 2:
+            self.write(frames.window_update(0, self._spent_bytes))
+            self._spent_bytes = 0
+        if stream := self.known(frame.stream_id):
+            if not stream.has_ended:
+                stream.take_data(frames.content(frame), len(frame.payload))
+            if frame.flags & frames.END_STREAM:
+                stream.end(Lost("the answer ended without a status"))
+
+    def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
+        said = headers.answer_of(block)
+        if stream := self.known(stream_id):
+            stream.take_headers(said, is_last=is_last)
+
+    def take_goaway(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        self._lose(Lost("the server goes away"))
+
+    def fail(self, fault: Violation) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        self._lose(Lost(f"not HTTP/2 as agreed: {fault}"))
+
+    def hold_answer(self) -> None:
+        # Unlike a server, a client goes on reading while the peer does not: both would wait for ever.
+        self._answers_owed += 1
+        if self._answers_owed > ANSWERS_WHILE_PAUSED_MAX:
+            raise Violation("a server that asks and does not read", Code.ENHANCE_YOUR_CALM)
+
+    def _lose(self, error: Lost) -> None:
+        self.is_open = False
+        for stream in self._streams.values():
+            stream.end(error)
+        self.wake()
+
+
+def _framed(message: bytes) -> bytes:
+    return _MESSAGE_HEAD.pack(0, len(message)) + message
+
+
+def _check_status(trailers: Mapping[str, str]) -> None:
+    """Raises: CallFailed; Lost: there is no status."""
+    number = trailers.get("grpc-status")
+    if number is None:
+        raise Lost("the answer ended without a status")
+    status = status_of(number)
+    if status is not Status.OK:
+        message = decode_message(trailers.get("grpc-message", ""))
+        raise CallFailed(status, message, told_pushback(trailers.get(PUSHBACK)))

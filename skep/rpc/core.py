@@ -1,0 +1,271 @@
+"""What both ends of an HTTP/2 connection do alike (RFC 9113): take frames apart, and send within the peer's windows.
+
+What a peer can make an end hold is bounded: one frame, one header block, and answers to its pings and settings while it
+does not read.  What else it holds is the business of each end (``server``, ``client``).
+"""
+
+import asyncio
+from abc import abstractmethod
+from typing import Any, Generic, TypeVar
+
+from skep.rpc import frames
+from skep.rpc.frames import Code, Frame, Violation
+from skep.rpc.status import Lost
+
+HEADER_BLOCK_BYTES_MAX = 32 * 1024
+"""Of one request or answer, as it comes, continuations included."""
+
+_NOTHING = memoryview(b"")
+
+
+class Stream:
+    """One call, as far as both ends send alike: bytes that wait for the peer's windows."""
+
+    __slots__ = ("_connection", "ends_after_unsent", "id", "unsent", "window_out")
+
+    def __init__(self, connection: "Connection[Any]", id: int) -> None:
+        self.id = id
+        self.window_out = connection.window_of_streams
+        """Bytes that the peer takes; may be negative."""
+        self.unsent = _NOTHING
+        self.ends_after_unsent = False
+        """Whether the last byte of ``unsent`` ends our direction."""
+        self._connection = connection
+
+    @property
+    @abstractmethod
+    def is_gone(self) -> bool:
+        """Whether nothing that is sent can arrive any more."""
+
+    def reset(self, code: int) -> None:
+        """The peer has ended the call without a status."""
+
+    def send_data(self, head: bytes, data: bytes, *, ends: bool = False) -> None:
+        """Send ``head`` (frames) now, and ``data`` as far as the windows let it; the rest when they grow."""
+        self.unsent = memoryview(bytes(self.unsent) + data if self.unsent else data)
+        self.ends_after_unsent = ends
+        self._connection.write(head + self._connection.sendable(self))
+
+    async def drained(self) -> None:
+        """Return when everything has been sent and the peer reads.  Raises: Lost: it is gone."""
+        connection = self._connection
+        while not self.is_gone:
+            if not self.unsent and not connection.is_paused:
+                return
+            await connection.wait_change()
+        raise Lost("the peer is gone")
+
+    def drop_unsent(self) -> None:
+        """Nobody will read what was not sent yet."""
+        self.unsent = _NOTHING
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class Connection(asyncio.Protocol, Generic[S]):
+    """Frames in and out, and whose they are."""
+
+    __slots__ = (
+        "_begun",
+        "_received",
+        "_streams",
+        "_transport",
+        "_waiting",
+        "is_open",
+        "is_paused",
+        "window_of_streams",
+        "window_out",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.window_out = frames.WINDOW
+        """Bytes that the peer takes on all streams together."""
+        self.window_of_streams = frames.WINDOW
+        """Bytes that the peer takes on a stream that begins."""
+        self.is_paused = False
+        """Whether the peer does not read."""
+        self.is_open = False
+        self._transport: asyncio.Transport | None = None
+        self._received = b""
+        """A frame that is not complete."""
+        self._streams: dict[int, S] = {}
+        self._begun: tuple[int, int, bytes] | None = None
+        """A header block that continues: stream, flags of its first frame, what has come of it."""
+        self._waiting: dict[asyncio.Future[None], None] = {}
+
+    # -- what the two ends do differently ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def known(self, stream_id: int) -> S | None:
+        """The stream; None: it has ended.  Raises: Violation: it never began."""
+
+    @abstractmethod
+    def take_data(self, frame: Frame) -> None:
+        """DATA.  Raises: Violation."""
+
+    @abstractmethod
+    def take_block(self, stream_id: int, block: bytes, *, is_last: bool) -> None:
+        """A whole header block; ``is_last``: nothing follows on its stream.  Raises: Violation."""
+
+    @abstractmethod
+    def take_goaway(self) -> None:
+        """The peer ends the connection."""
+
+    @abstractmethod
+    def fail(self, fault: Violation) -> None:
+        """The peer does not speak as agreed: end the connection."""
+
+    def hold_answer(self) -> None:
+        """An answer to the peer has to wait, as it does not read.  Raises: Violation: there are too many."""
+
+    # -- what the transport says --------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_open:
+            return
+        try:
+            for frame in self._frames(self._received + data):
+                self._take(frame)
+        except Violation as fault:
+            self.fail(fault)
+
+    def pause_writing(self) -> None:
+        self.is_paused = True
+
+    def resume_writing(self) -> None:
+        self.is_paused = False
+        self._send_on()
+
+    # -- sending ----------------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Send frames; after the end of the connection they are lost."""
+        if data and self.is_open and self._transport is not None:
+            self._transport.write(data)
+
+    def sendable(self, stream: Stream) -> bytes:
+        """The frames of what ``stream`` may send now."""
+        ready = []
+        while stream.unsent and not self.is_paused:
+            size = min(len(stream.unsent), self.window_out, stream.window_out, frames.FRAME_BYTES)
+            if size <= 0:
+                break
+            part, stream.unsent = stream.unsent[:size], stream.unsent[size:]
+            self.window_out -= size
+            stream.window_out -= size
+            flags = frames.END_STREAM if stream.ends_after_unsent and not stream.unsent else 0
+            ready.append(frames.frame(frames.DATA, flags, stream.id, part))
+        return b"".join(ready)
+
+    async def wait_change(self) -> None:
+        """Return when a window has grown, the peer reads again, or the connection has ended."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting[waiter] = None
+        try:
+            await waiter
+        finally:
+            self._waiting.pop(waiter, None)
+
+    def wake(self) -> None:
+        """Whoever waits for a change looks again."""
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _send_on(self) -> None:
+        """Send what waited for windows, the oldest call first."""
+        for stream in self._streams.values():
+            if stream.unsent:
+                self.write(self.sendable(stream))
+        self.wake()
+
+    # -- frames -----------------------------------------------------------------------------------------------------
+
+    def _frames(self, data: bytes) -> list[Frame]:
+        """The frames in ``data``; keeps what is left.  Raises: Violation."""
+        whole, self._received = frames.split(data)
+        return whole
+
+    def _take(self, frame: Frame) -> None:
+        """Raises: Violation."""
+        if not self.is_open:
+            return  # ended by a frame before this one
+        kind = frame.kind
+        if self._begun is not None and kind != frames.CONTINUATION:
+            raise Violation("headers that do not go on")
+        if kind == frames.DATA:
+            self.take_data(frame)
+        elif kind == frames.HEADERS:
+            self._take_part(frame.stream_id, frame.flags, frames.content(frame), frame.flags)
+        elif kind == frames.CONTINUATION:
+            self._take_continuation(frame)
+        elif kind == frames.WINDOW_UPDATE:
+            self._take_window(frame.stream_id, frames.number(frame.payload))
+        elif kind == frames.RST_STREAM:
+            code = frames.number(frame.payload)
+            if stream := self.known(frame.stream_id):
+                stream.reset(code)
+        elif frame.stream_id and kind in (frames.SETTINGS, frames.PING, frames.GOAWAY):
+            raise Violation("a word on the connection, said on a stream")
+        elif kind == frames.SETTINGS:
+            self._take_settings(frame)
+        elif kind == frames.PING:
+            self._take_ping(frame)
+        elif kind == frames.GOAWAY:
+            self.take_goaway()
+        elif kind == frames.PUSH_PROMISE:
+            raise Violation("a push, which nobody has allowed")
+
+    def _take_continuation(self, frame: Frame) -> None:
+        if self._begun is None or self._begun[0] != frame.stream_id:
+            raise Violation("a continuation of nothing")
+        stream_id, first_flags, block = self._begun
+        self._take_part(stream_id, frame.flags, block + frame.payload, first_flags)
+
+    def _take_part(self, stream_id: int, flags: int, block: bytes, first_flags: int) -> None:
+        if len(block) > HEADER_BLOCK_BYTES_MAX:
+            raise Violation("too many headers", Code.ENHANCE_YOUR_CALM)
+        if flags & frames.END_HEADERS:
+            self._begun = None
+            self.take_block(stream_id, block, is_last=bool(first_flags & frames.END_STREAM))
+            return
+        if self._begun is not None and block == self._begun[2]:
+            raise Violation("continuations of nothing", Code.ENHANCE_YOUR_CALM)
+        self._begun = stream_id, first_flags, block
+
+    def _take_window(self, stream_id: int, size: int) -> None:
+        if not stream_id:
+            self.window_out += size
+            window = self.window_out
+        elif stream := self.known(stream_id):
+            stream.window_out += size
+            window = stream.window_out
+        else:
+            return
+        if not size or window > frames.WINDOW_MAX:
+            raise Violation("a window that cannot be", Code.FLOW_CONTROL_ERROR)
+        self._send_on()
+
+    def _take_settings(self, frame: Frame) -> None:
+        if frame.flags & frames.ACK:
+            return
+        window = frames.settings_of(frame.payload).get(frames.INITIAL_WINDOW_SIZE, self.window_of_streams)
+        if window > frames.WINDOW_MAX:
+            raise Violation("a window that cannot be", Code.FLOW_CONTROL_ERROR)
+        for stream in self._streams.values():
+            stream.window_out += window - self.window_of_streams
+        self.window_of_streams = window
+        self._acknowledge(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        self._send_on()
+
+    def _take_ping(self, frame: Frame) -> None:
+        if len(frame.payload) != 8:
+            raise Violation("a ping of the wrong length", Code.FRAME_SIZE_ERROR)
+        if not frame.flags & frames.ACK:
+            self._acknowledge(frames.frame(frames.PING, frames.ACK, 0, frame.payload))
+
+    def _acknowledge(self, frame: bytes) -> None:
+        if self.is_paused:
+            self.hold_answer()
+        self.write(frame)

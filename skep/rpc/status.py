@@ -1,0 +1,75 @@
+"""How a call of gRPC ends.  Source: gRPC's doc/statuscodes.md and doc/PROTOCOL-HTTP2.md."""
+
+from enum import IntEnum
+from urllib.parse import quote, unquote
+
+
+class Status(IntEnum):
+    """gRPC's status codes."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+_BY_NUMBER = {str(status.value): status for status in Status}
+
+
+class CallFailed(Exception):
+    """A call ended with another status than OK; ``str``: its message.
+
+    ``retry_after_s``: when the same call works, if the server knows.
+    """
+
+    def __init__(self, status: Status, message: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class Lost(ConnectionError):
+    """The connection, or the call on it, ended without a status."""
+
+
+def status_of(number: str) -> Status:
+    """A number that gRPC does not know counts as UNKNOWN, as its documents want it."""
+    return _BY_NUMBER.get(number, Status.UNKNOWN)
+
+
+PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailer of a call that works later, and when.  gRPC's own (proposal A6); who does not know it passes it over."""
+
+
+def told_pushback(value: str | None) -> float | None:
+    """Seconds until the call works, as a trailer says; None: it says nothing that can be understood."""
+    if value is None or not (value.isascii() and value.isdigit()) or len(value) > 9:
+        return None
+    return int(value) / 1000
+
+
+def encode_message(text: str) -> bytes:
+    """A status message as a header's value: percent-encoded, but for what is printable in ASCII."""
+    return quote(text, safe=_PRINTABLE, errors="replace").encode("ascii")
+
+
+_PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+
+def decode_message(value: str) -> str:
+    """The text of a status message; what is no UTF-8 is replaced."""
+    return unquote(value, errors="replace")
