@@ -291,7 +291,7 @@ def _unknown(path: str) -> SkepError:
 class _Connection(ServerConnection):
     """One connection.  What it is granted depends on whether the peer showed a certificate."""
 
-    __slots__ = ("_server", "_time_limits", "caller", "since", "source")
+    __slots__ = ("_server", "_time_limits", "caller", "has_crashed", "since", "source")
 
     def __init__(self, server: _Server) -> None:
         super().__init__(self._answer_as_caller)
@@ -301,6 +301,8 @@ class _Connection(ServerConnection):
         """What a stranger shares its bounds with."""
         self.since = 0.0
         """The loop's time when it was made, or last became idle."""
+        self.has_crashed = False
+        """See ``Caller.has_crashed``."""
         self._time_limits: tuple[asyncio.TimerHandle, ...] = ()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -315,7 +317,12 @@ class _Connection(ServerConnection):
             log.warning("connection refused", reason="too many without a certificate", peer=address)
             transport.abort()
             return
-        self.caller = Caller(identity=identity, address=address, disconnect=self.close)
+        self.caller = Caller(
+            identity=identity,
+            address=address,
+            disconnect=self.close,
+            has_crashed=lambda: self.has_crashed,
+        )
         self._server.connections.add(self)
         if identity is not None:
             self._server.of_node[identity.node_id] += 1
@@ -352,6 +359,8 @@ class _Connection(ServerConnection):
             raise Violation("too much at one time of one node", Code.ENHANCE_YOUR_CALM)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        # Any other error is of the way (ETIMEDOUT, EHOSTUNREACH) and says nothing of the machine at its end.
+        self.has_crashed = self.is_open and isinstance(exc, ConnectionResetError | None)
         super().connection_lost(exc)  # gives up what it holds
         if self in self._server.connections:
             self._server.forget(self)

@@ -12,6 +12,7 @@ from skep.errors import (
     InvalidArgument,
     PermissionDenied,
 )
+from skep.manager.dispatcher.liveness import AWAY_GRACE_S
 from skep.model.node import Node, NodeState
 from skep.security import keypair
 from skep.security.authority import Authority
@@ -21,6 +22,7 @@ from skep.store.memory import MemoryStore
 from skep.wire import methods
 from skep.wire import skep_pb2 as skep
 from skep.wire import swarm_pb2 as pb
+from skep.wire.client import Channel
 from tests.wire_rig import (
     MANAGER_ID,
     Cluster,
@@ -58,6 +60,37 @@ async def test_a_node_that_goes_silent_is_down_after_its_grace(cluster, tmp_path
     assert cluster.node(agent.node_id).status.state is NodeState.READY  # a broken session is not a dead node
     await cluster.until(lambda view: view.get(Node, agent.node_id).status.state is NodeState.DOWN)
     assert cluster.node(agent.node_id).status.message == "heartbeat failure"
+
+
+async def test_a_node_whose_process_ends_without_a_word_is_given_the_time_to_be_back(cluster, tmp_path):
+    """The kernel closes the connection: the machine is there, and so are its containers."""
+    pair = await a_worker(cluster, tmp_path)
+    async with a_session(cluster, pair) as (channel, session_id), channel.stream(methods.HEARTBEATS) as call:
+        await call.send(skep.Heartbeat(session_id=session_id))
+        await call.receive()
+        session = cluster.dispatcher.session(pair.identity.node_id, session_id)
+        assert session.deadline - session.heard < 1
+        killed(channel)
+        await until(lambda: session.deadline - session.heard >= AWAY_GRACE_S)
+
+
+async def test_a_process_that_leaves_a_manager_gets_no_more_time_than_any(cluster, tmp_path):
+    """It lives, and resets its calls before it closes the connection: a one-way cut ends sessions like this."""
+    pair = await a_worker(cluster, tmp_path)
+    async with a_session(cluster, pair) as (channel, session_id), channel.stream(methods.HEARTBEATS) as call:
+        await call.send(skep.Heartbeat(session_id=session_id))
+        await call.receive()
+        session = cluster.dispatcher.session(pair.identity.node_id, session_id)
+    await until(lambda: not cluster.bound.connections)
+    await cluster.until(lambda view: view.get(Node, pair.identity.node_id).status.state is NodeState.DOWN)
+    assert session.deadline - session.heard < 1
+
+
+def killed(channel: Channel) -> None:
+    """Close the connection as the kernel does for a process that was killed: nothing more is sent on it."""
+    protocol = channel._channel._protocol
+    assert protocol is not None
+    protocol.processor.connection._transport.abort()
 
 
 async def test_a_node_that_returns_is_ready_again(cluster, tmp_path):

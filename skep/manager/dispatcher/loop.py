@@ -304,13 +304,24 @@ class Dispatcher:
     async def _heartbeats(
         self, requests: AsyncIterator[skep.Heartbeat], caller: Caller
     ) -> AsyncIterator[skep.HeartbeatPeriod]:
-        async for request in requests:
-            session = self._sessions.require(caller.node_id, request.session_id)
-            session.is_skep = True
-            if request.HasField("load"):
-                session.load = told_load(request.load)
-            yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session, is_away=request.away)))
-            del request
+        session = None
+        try:
+            async for request in requests:
+                session = self._sessions.require(caller.node_id, request.session_id)
+                session.is_skep = True
+                if request.HasField("load"):
+                    session.load = told_load(request.load)
+                yield skep.HeartbeatPeriod(period=duration_to_pb(self._beat(session, is_away=request.away)))
+                del request
+        finally:
+            if session is not None and caller.has_crashed():
+                self._expect_back(session)
+
+    def _expect_back(self, session: LiveSession) -> None:
+        """The node process has ended without a word, and its kernel says so: it is given the time of a planned stop."""
+        grace_s = grace_when_away(self._period_s, wished_s=self._wished_grace_s)
+        session.deadline = max(session.deadline, self._time.seconds + grace_s)
+        log.info("node process ended", node=session.node_id, grace_s=grace_s)
 
     def _beat(self, session: LiveSession, *, is_away: bool = False) -> int:
         """Note a heartbeat, ``is_away``: the last one before a planned stop; gives nanoseconds until the next one."""

@@ -1,6 +1,7 @@
 """What a call is answered before and beside its handler."""
 
 import asyncio
+import errno
 
 import pytest
 from h2.events import ResponseReceived, StreamReset
@@ -12,7 +13,7 @@ from skep.security.identity import Identity
 from skep.wire import methods
 from skep.wire import swarm_pb2 as pb
 from skep.wire.access import Access, Caller
-from skep.wire.server import _Server
+from skep.wire.server import _Connection, _Server
 from skep.wire.service import unary
 from tests.http2_rig import Rig, of
 
@@ -90,3 +91,27 @@ async def test_a_mistake_of_ours_is_not_explained():
 
     answer = await answer_to(standing=broken)
     assert (answer["grpc-status"], answer["grpc-message"]) == ("13", "internal error")
+
+
+@pytest.mark.parametrize(
+    ("error", "has_crashed"),
+    [
+        (None, True),
+        (ConnectionResetError("reset"), True),
+        (TimeoutError(errno.ETIMEDOUT, "timed out"), False),
+        (OSError(errno.EHOSTUNREACH, "no route to host"), False),
+    ],
+    ids=["closed", "reset", "timed out", "unreachable"],
+)
+async def test_what_the_other_kernel_closes_tells_of_the_end_of_a_process(error, has_crashed):
+    connection = _Connection(_Server([], CLUSTER, lambda *_: None))
+    connection.is_open = True
+    connection.connection_lost(error)
+    assert connection.has_crashed is has_crashed
+
+
+async def test_what_was_closed_from_here_tells_nothing_of_the_other_end():
+    connection = _Connection(_Server([], CLUSTER, lambda *_: None))
+    connection.is_open = False
+    connection.connection_lost(None)
+    assert not connection.has_crashed
