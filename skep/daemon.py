@@ -1,7 +1,7 @@
 """``skep daemon``: builds one node from its configuration and runs it.  The only module that knows all others.
 
-The process forks its zygote before anything else (see ``node.supervision.zygote``), then looks at the machine, holds
-the lock of the data directory, and runs the node until SIGTERM.
+The process becomes the zygote (see ``node.supervision.zygote``), whose first child, the node process, looks at the
+machine, holds the lock of the data directory, and runs the node until SIGTERM.
 """
 
 from skep.aio.trees import discard_tree_now
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
@@ -57,7 +57,6 @@ from skep.node.local import LocalNode
 from skep.node.machine import this_machine
 from skep.node.netprocess import process as net_process
 from skep.node.network.encrypted import process as forwarder
-from skep.node.notify import notify
 from skep.node.orphans import adopt_orphans
 from skep.node.restoring import Restored
 from skep.node.supervision import zygote
@@ -75,6 +74,9 @@ _REMOVED = (
     "The other managers do not take this one in: promote the node, or have it leave the swarm and join again."
 )
 
+_LOCK_WAIT_S = 2.0
+"""For the end of a node process that was killed a moment ago, and of what it had forked."""
+
 FORMAT = "1"
 """Layout of the data directory."""
 
@@ -86,15 +88,21 @@ def main(argv: Sequence[str]) -> int:
         loaded = load(arguments)
     except ConfigurationError as error:
         return _refuse(error)
-    configuration = loaded.configuration
-    logs.configure(debug=configuration.debug, log_format=configuration.log_format, process="node")
+    _name_logs(loaded.configuration)
     os.umask(
         0o022
     )  # whoever starts it: nothing is writable for others, and images' files are readable in containers
     os.chdir("/")  # where it was started may go away, and what has no directory cannot start anything
     entries = {"net": _net, "forwarder": forwarder.enter, "manager": _manager}
-    parent = zygote.start(entries, {"manager": _prepare_manager})
+    return zygote.host(entries, {"manager": _prepare_manager}, partial(_node, arguments, loaded))
+
+
+def _node(arguments: Arguments, loaded: Loaded, parent: Zygote) -> int:
+    """The node process; ``loaded``: what the configuration was when the zygote began."""
     set_title("skep-node")
+    with suppress(ConfigurationError):  # another process that could not start would help nobody
+        loaded = load(arguments)
+    _name_logs(loaded.configuration)
     watch_children_by_pidfd()
     try:
         with first_alone(SkepError):
@@ -102,8 +110,12 @@ def main(argv: Sequence[str]) -> int:
     except SkepError as error:
         return _refuse(error)
     finally:
-        parent.end()
+        parent.close()
     return 0
+
+
+def _name_logs(configuration: Configuration) -> None:
+    logs.configure(debug=configuration.debug, log_format=configuration.log_format, process="node")
 
 
 def _refuse(error: BaseException) -> int:
@@ -214,7 +226,7 @@ class Daemon:
                 await stop.wait()
                 log.info("stopping")
                 self._is_stopping = True
-                notify("STOPPING=1")
+                self._zygote.notify("STOPPING=1")
                 reloading.cancel()
                 await node.farewell()
                 running.cancel()
@@ -223,7 +235,7 @@ class Daemon:
 
     def _ready(self) -> None:
         log.info("ready")
-        notify("READY=1")
+        self._zygote.notify("READY=1")
 
     def _check_machine(self) -> Mapping[str, str]:
         """Versions of what this node starts.  Raises: Unfit."""
@@ -408,7 +420,7 @@ def _sole_user(paths: Paths) -> Iterator[None]:
     """Hold the lock of the data directory.  Raises: FailedPrecondition: another daemon uses it."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(held_lock(paths.data_lock))
+            stack.enter_context(held_lock(paths.data_lock, wait_s=_LOCK_WAIT_S))
         except FailedPrecondition as error:
             raise FailedPrecondition(
                 f"another skep daemon uses the data dir {paths.data}: "

@@ -23,18 +23,18 @@ from skep.node.netprocess import process
 from skep.node.netprocess.client import NetClient
 from skep.node.netprocess.protocol import Named, NameServer, Place
 from skep.node.network.namespaces import Namespaces
-from skep.node.supervision import zygote
 from skep.node.supervision.identity import ProcessIdentity, identify, read_pid_file
 from skep.node.supervision.supervisor import Supervisor, terminate, wait_end
-from skep.node.supervision.zygote import Zygote
 from skep.paths import Paths
+from tests import zygote_rig
+from tests.zygote_rig import StartedZygote
 
 ANSWER_S = 5.0
 BRIDGE = "switch"
 
 
 @asynccontextmanager
-async def forks(paths: Paths) -> AsyncIterator[Zygote]:
+async def forks(paths: Paths) -> AsyncIterator[StartedZygote]:
     """Starts net processes on demand."""
 
     def run(_: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ async def forks(paths: Paths) -> AsyncIterator[Zygote]:
         sys.stdout = sys.stderr = Path(os.environ.get("SKEP_TEST_LOG", os.devnull)).open("a")  # noqa: SIM115
         process.run(paths)
 
-    started = zygote.start({"net": run})
+    started = zygote_rig.start({"net": run})
     try:
         yield started
     finally:
@@ -50,7 +50,7 @@ async def forks(paths: Paths) -> AsyncIterator[Zygote]:
 
 
 @asynccontextmanager
-async def net(paths: Paths, started: Zygote) -> AsyncIterator[NetClient]:
+async def net(paths: Paths, started: StartedZygote) -> AsyncIterator[NetClient]:
     """A supervised net process for the block; it is stopped at its end."""
     supervisor = Supervisor(
         "net",
@@ -82,7 +82,7 @@ def net_process(paths: Paths) -> ProcessIdentity:
 class NamesLab:
     """One node's net process, and containers on one network (10.0.1.0/24, fd00:1::/64)."""
 
-    def __init__(self, paths: Paths, started: Zygote) -> None:
+    def __init__(self, paths: Paths, started: StartedZygote) -> None:
         self.paths = paths
         self.client = NetClient(paths.net_socket, SystemClock(), random.random)
         self.namespaces = Namespaces(paths.netns)

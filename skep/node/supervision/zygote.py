@@ -1,34 +1,45 @@
-"""A process that has the imports done and nothing else, from which manager and net are forked.
+"""A process that has the imports done and nothing else, from which node, manager and net are forked.
 
 Forking shares the pages of the interpreter and all libraries: three processes cost 56 MB instead of 141.  It has to
-happen from a process with one thread and no event loop, so the node process forks the zygote before it does
-anything, and asks it over a socket.  What the zygote forks lives in sessions of its own and outlives both.
+happen from a process with one thread and no event loop.  So what systemd starts becomes the zygote (``host``), forks
+the node process, and passes signals on to it; the node process asks it over a socket to fork the others.  What it
+forks so lives in sessions of its own and outlives both.
 
-One request, one answer, with the request's number: ``Fork`` -> pid, ``Reap`` -> how that child ended.  The zygote ends
-when the node process does.
+A node process that crashes is forked again: without an interpreter's start and the imports, which take seconds on a
+busy machine, it is back before its managers miss it.  If the zygote ends, its node process ends with it.
+
+One request, one answer, with the request's number: ``Fork`` -> pid, ``Reap`` -> how that child ended.
 
 What somebody will wait for can be had *standing by*: forked ahead, with its own imports done, too, and waiting for
 its arguments.  ``Fork`` then only hands them over.  What stands by ends with the zygote.
 """
 
 import asyncio
+import ctypes
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from types import MappingProxyType
+from types import FrameType
 from typing import NamedTuple, NoReturn
 
 import msgspec
+import structlog
 
+from skep.aio.clock import SystemClock
 from skep.errors import Unavailable
+from skep.node.notify import notify
 from skep.node.supervision.detached import set_title
+
+log = structlog.get_logger()
 
 Entry = Callable[[Sequence[str]], None]
 """What a forked process runs: blocks until its work is over.  An exception ends it with exit code 1."""
@@ -38,6 +49,13 @@ Preparation = Callable[[], None]
 
 _MESSAGE_BYTES_MAX = 64 * 1024
 _ANSWER_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+LASTED_S = 3.0
+"""A node process that ended sooner is not forked again: what supervises the zygote starts all anew."""
+_PAUSE_S = 0.2
+"""Before another is forked: what the last one had begun (a call of runc) ends meanwhile."""
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
@@ -56,11 +74,17 @@ class StandBy(msgspec.Struct, frozen=True, tag=True):
     wanted: bool
 
 
+class Notify(msgspec.Struct, frozen=True, tag=True):
+    """Tell systemd, which listens to the process that it started alone.  Has no answer."""
+
+    state: str
+
+
 class Ask(msgspec.Struct, frozen=True):
     """A request with its number, which its answer repeats: one that nobody waits for any more is known by it."""
 
     number: int
-    request: Fork | Reap | StandBy
+    request: Fork | Reap | StandBy | Notify
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -80,15 +104,11 @@ class ZygoteGone(Unavailable):
 class Zygote:
     """The node process's end."""
 
-    def __init__(self, connection: socket.socket, pid: int) -> None:
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
         self._connection = connection
-        self._pid = pid
         self._turn = asyncio.Lock()
         self._asked = 0
-
-    @property
-    def pid(self) -> int:
-        return self._pid
 
     async def fork(self, entry: str, arguments: Sequence[str]) -> int:
         """Start ``entry`` in a process of its own; its pid.  Raises: ZygoteGone, Unavailable."""
@@ -109,11 +129,14 @@ class Zygote:
         """
         await self._ask(StandBy(entry, wanted))
 
-    def end(self) -> None:
-        """Let it go and wait for its end; what it forked goes on."""
+    def notify(self, state: str) -> None:
+        """Tell systemd (``node.notify``)."""
+        with suppress(OSError):
+            self._connection.send(msgspec.msgpack.encode(Ask(0, Notify(state))))
+
+    def close(self) -> None:
+        """Ask nothing any more."""
         self._connection.close()
-        with suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
 
     async def _ask(self, request: Fork | Reap | StandBy) -> int:
         loop = asyncio.get_running_loop()
@@ -133,45 +156,128 @@ class Zygote:
         raise ZygoteGone
 
 
-def start(
-    entries: Mapping[str, Entry], preparations: Mapping[str, Preparation] = MappingProxyType({})
-) -> Zygote:
-    """Fork the zygote.  To be called once, early: with a single thread and no event loop.
+def host(
+    entries: Mapping[str, Entry], preparations: Mapping[str, Preparation], node: Callable[[Zygote], int]
+) -> int:
+    """Be the zygote, and have a node process at work: ``node``, in a child; gives the exit code of the last one.
+
+    To be called early: with a single thread and no event loop.  SIGTERM, SIGINT and SIGHUP are the node process's.
 
     Args:
         preparations: of the entries that can stand by.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     gc.collect()
     gc.freeze()  # what was imported is never looked at again, so its pages stay shared
+    children = Children(entries, preparations)
+    relay = _Relay()
+    for number in _SIGNALS:
+        signal.signal(number, relay.take)
+    clock = SystemClock()
+    while True:
+        started = clock.monotonic()
+        status = _run_node(node, children, relay)
+        has_crashed = os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == os.EX_SOFTWARE
+        if relay.is_stopping or not has_crashed or clock.monotonic() - started < LASTED_S:
+            return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        log.error("node process crashed", how=_how(status))
+        time.sleep(_PAUSE_S)
+
+
+class _Relay:
+    """Passes signals on to the node process."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.is_stopping = False
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        self.is_stopping |= number != signal.SIGHUP
+        if self.pid:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def _run_node(node: Callable[[Zygote], int], children: "Children", relay: _Relay) -> int:
+    """Fork a node process and serve it until it has ended; gives its status (``os.waitpid``)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
     sys.stderr.flush()
+    zygote = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none comes before it is known whose it is
+    if relay.is_stopping:
+        return 0
     pid = os.fork()
     if pid == 0:
         ours.close()
-        _live(theirs, _Children(entries, preparations))
-    theirs.close()
-    ours.setblocking(False)
-    return Zygote(ours, pid)
-
-
-def _live(connection: socket.socket, children: "_Children") -> NoReturn:
-    """The zygote: answer requests until the node process has gone."""
-    os.setsid()
+        children.forget()
+        _be_node(node, theirs, zygote)
+    relay.pid = pid
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     set_title("skep-zygote")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it goes with its node process, not before
-    while ask := _received(connection):
-        match ask.request:
-            case Fork(entry, arguments):
-                answer = children.fork(entry, arguments)
-            case Reap(pid):
-                answer = _status_of(pid)
-            case StandBy(entry, wanted):
-                children.stand_by(entry, wanted=wanted)
-                answer = 0
-        connection.send(msgspec.msgpack.encode(Told(ask.number, answer)))
-    os._exit(0)
+    theirs.close()
+    ended = os.pidfd_open(pid)
+    try:
+        with ours:
+            serve(ours, children, ended)
+        relay.pid = 0
+        return os.waitpid(pid, 0)[1]
+    finally:
+        os.close(ended)
+
+
+def _be_node(node: Callable[[Zygote], int], connection: socket.socket, zygote: int) -> NoReturn:
+    """Run ``node`` in this process, which ends with it, and with the zygote."""
+    status = os.EX_SOFTWARE
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != zygote:
+            os._exit(status)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it reads everything now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        status = node(Zygote(connection))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def serve(connection: socket.socket, children: "Children", ended: int) -> None:
+    """Answer requests until the process of the descriptor ``ended`` has ended."""
+    looking = select.poll()
+    looking.register(connection, select.POLLIN)
+    looking.register(ended, select.POLLIN)
+    while True:
+        ready = {number for number, _ in looking.poll()}
+        if connection.fileno() in ready:
+            if (ask := _received(connection)) is None:
+                looking.unregister(connection)
+                continue
+            answer = _answer(ask.request, children)
+            if answer is not None:
+                with suppress(OSError):  # it has ended
+                    connection.send(msgspec.msgpack.encode(Told(ask.number, answer)))
+        elif ended in ready:
+            return
+
+
+def _answer(request: Fork | Reap | StandBy | Notify, children: "Children") -> int | None:
+    match request:
+        case Fork(entry, arguments):
+            return children.fork(entry, arguments)
+        case Reap(pid):
+            return _status_of(pid)
+        case StandBy(entry, wanted):
+            children.stand_by(entry, wanted=wanted)
+            return 0
+        case Notify(state):
+            notify(state)
+            return None
 
 
 class _Standby(NamedTuple):
@@ -200,8 +306,8 @@ class _Standby(NamedTuple):
         os.waitpid(self.pid, 0)
 
 
-class _Children:
-    """What the zygote forks, and has standing by."""
+class Children:
+    """What a zygote forks, and has standing by."""
 
     def __init__(self, entries: Mapping[str, Entry], preparations: Mapping[str, Preparation]) -> None:
         self._entries = entries
@@ -218,6 +324,12 @@ class _Children:
         if pid == 0:
             _become(lambda: entry(arguments))
         return pid
+
+    def forget(self) -> None:
+        """In a node process: what stands by waits for the zygote's word, and for its end."""
+        for standby in self._standing_by.values():
+            os.close(standby.pipe)
+        self._standing_by.clear()
 
     def stand_by(self, name: str, *, wanted: bool) -> None:
         """Have one process for ``name`` waiting, or none."""
@@ -250,6 +362,10 @@ def _received(connection: socket.socket) -> Ask | None:
     except ConnectionError:
         return None
     return msgspec.msgpack.decode(message, type=Ask) if message else None
+
+
+def _how(status: int) -> str:
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "by an exception"
 
 
 def _status_of(pid: int) -> int:

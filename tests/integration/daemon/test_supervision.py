@@ -199,8 +199,10 @@ from skep.node.assembly import Node
 run = Node.run
 
 async def fail() -> None:
-    while not Path(sys.argv[1]).exists():
+    file = Path(sys.argv[1])
+    while not file.exists():
         await asyncio.sleep(0.02)
+    file.unlink()
     raise RuntimeError("injected")
 
 async def failing_run(self, ready):
@@ -219,6 +221,11 @@ class FailingRig(DaemonRig):
         _, _, *arguments = super().command(*flags)
         return [sys.executable, "-c", FAILING, str(self.toml.with_name("fail")), *arguments]
 
+    def nodes(self) -> list[int]:
+        """Node processes."""
+        assert self.process is not None
+        return children_named(self.process.pid, "skep-node")
+
 
 def test_an_exception_in_the_node_process_ends_that_one_alone(rig: DaemonRig) -> None:
     failing = FailingRig(rig.data.parent)
@@ -230,17 +237,17 @@ def test_an_exception_in_the_node_process_ends_that_one_alone(rig: DaemonRig) ->
         manager = rig.pid_of("manager")
         return manager, rig.pid_of("net"), children_named(manager, "etcd") if manager else []
 
-    before = pids()
+    before, first = pids(), failing.nodes()
     assert None not in before
     assert before[2]
+    assert first
     rig.toml.with_name("fail").touch()
-    assert failing.process is not None
-    assert failing.process.wait(30) == 1
-    assert "RuntimeError: injected" in rig.log.read_text()
+    wait_until(lambda: "RuntimeError: injected" in rig.log.read_text(), "the node process fails")
+    wait_until(
+        lambda: (
+            failing.nodes() not in ([], first) and rig.answers() and rig.swarm()["LocalNodeState"] == "active"
+        ),
+        "the node is back",
+        within_s=50,
+    )
     assert pids() == before
-    rig.process = None
-    rig.start()
-    wait_until(lambda: rig.swarm()["LocalNodeState"] == "active", "the node is back")
-    assert pids() == before
-    rig.stop()
-    assert (rig.pid_of("manager"), rig.pid_of("net")) == (None, None)

@@ -3,16 +3,20 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from skep.linux.processes import start_ticks_of
 from skep.node.supervision import zygote
-from skep.node.supervision.zygote import Zygote
+from tests import zygote_rig
+from tests.integration.daemon.rig import is_running, wait_until
+from tests.zygote_rig import StartedZygote
 
 
 def _end(_: Sequence[str]) -> None:
@@ -32,16 +36,16 @@ def _write(arguments: Sequence[str]) -> None:
 
 
 @pytest.fixture
-async def started() -> AsyncIterator[Zygote]:
+async def started() -> AsyncIterator[StartedZygote]:
     nothing = dict.fromkeys(("stay", "write"), lambda: None)
-    process = zygote.start({"end": _end, "stay": _stay, "write": _write}, nothing)
+    process = zygote_rig.start({"end": _end, "stay": _stay, "write": _write}, nothing)
     try:
         yield process
     finally:
         process.end()
 
 
-async def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(started: Zygote) -> None:
+async def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(started: StartedZygote) -> None:
     os.kill(started.pid, signal.SIGSTOP)
     abandoned = asyncio.ensure_future(started.fork("stay", ()))
     await asyncio.sleep(0)  # it has asked
@@ -59,14 +63,14 @@ async def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(started
 
 
 async def test_a_zygote_that_has_ended_is_told_apart_from_one_that_cannot_start_something(
-    started: Zygote,
+    started: StartedZygote,
 ) -> None:
     os.kill(started.pid, signal.SIGKILL)
     with pytest.raises(zygote.ZygoteGone):
         await started.fork("end", ())
 
 
-async def test_what_stands_by_is_given_its_arguments(started: Zygote, tmp_path: Path) -> None:
+async def test_what_stands_by_is_given_its_arguments(started: StartedZygote, tmp_path: Path) -> None:
     await started.stand_by("write", wanted=True)
     await started.stand_by("write", wanted=True)
     (standing_by,) = _children(started)
@@ -82,14 +86,14 @@ async def test_what_stands_by_is_given_its_arguments(started: Zygote, tmp_path: 
     assert written.read_text() == "again"
 
 
-async def test_what_stands_by_and_is_not_wanted_any_more_ends(started: Zygote) -> None:
+async def test_what_stands_by_and_is_not_wanted_any_more_ends(started: StartedZygote) -> None:
     await started.stand_by("stay", wanted=False)
     await started.stand_by("stay", wanted=True)
     await started.stand_by("stay", wanted=False)
     assert _children(started) == []
 
 
-async def test_one_that_died_standing_by_is_replaced(started: Zygote, tmp_path: Path) -> None:
+async def test_one_that_died_standing_by_is_replaced(started: StartedZygote, tmp_path: Path) -> None:
     await started.stand_by("write", wanted=True)
     (standing_by,) = _children(started)
     os.kill(standing_by, signal.SIGKILL)
@@ -102,14 +106,102 @@ async def test_one_that_died_standing_by_is_replaced(started: Zygote, tmp_path: 
     assert _children(started) == []
 
 
-async def test_what_stands_by_ends_with_the_zygote(started: Zygote) -> None:
+async def test_what_stands_by_ends_with_the_zygote(started: StartedZygote) -> None:
     await started.stand_by("stay", wanted=True)
     (standing_by,) = _children(started)
     os.kill(started.pid, signal.SIGKILL)
     await _wait_ended(standing_by)
 
 
-def _children(process: Zygote) -> list[int]:
+# --- the node process of a zygote -------------------------------------------------------------------------------------
+
+HOST = """
+import os, sys, time
+from pathlib import Path
+from skep.node.supervision import zygote
+
+zygote.LASTED_S = float(sys.argv[2])
+started = Path(sys.argv[1])
+
+def node(parent):
+    with started.open("a") as file:
+        file.write(f"{os.getpid()}\\n")
+    ACT
+
+sys.exit(zygote.host({}, {}, node))
+"""
+"""A zygote whose node process writes its pid and then does something."""
+FAILS_ONCE = """
+    if len(started.read_text().split()) == 1:
+        raise RuntimeError("injected")
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hosted(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], Path]]]:
+    """Start a zygote; gives it, and the file of its node processes."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(act: str = "time.sleep(60)", lasted_s: float = 0.0) -> tuple[subprocess.Popen[bytes], Path]:
+        file = tmp_path / "started"
+        words = [sys.executable, "-c", HOST.replace("ACT", act.strip()), str(file), str(lasted_s)]
+        running.append(subprocess.Popen(words, stderr=subprocess.DEVNULL))
+        wait_until(lambda: nodes_of(file), "the node process runs")
+        return running[0], file
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait(10)
+
+
+def nodes_of(file: Path) -> list[int]:
+    """Pids of the node processes, the first one first."""
+    return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+
+def test_a_node_process_that_is_killed_is_forked_again(hosted: Any) -> None:
+    process, file = hosted()
+    os.kill(nodes_of(file)[0], signal.SIGKILL)
+    assert wait_until(lambda: nodes_of(file)[1:], "another node process")
+    assert process.poll() is None
+
+
+def test_a_node_process_that_fails_is_forked_again(hosted: Any) -> None:
+    process, file = hosted(FAILS_ONCE)
+    assert wait_until(lambda: nodes_of(file)[1:], "another node process")
+    assert process.poll() is None
+
+
+def test_one_that_fails_at_once_ends_its_zygote_so_that_all_is_started_anew(hosted: Any) -> None:
+    process, file = hosted(FAILS_ONCE, lasted_s=1000.0)
+    assert process.wait(20) == os.EX_SOFTWARE
+    assert len(nodes_of(file)) == 1
+
+
+def test_a_node_process_that_ends_by_itself_ends_its_zygote(hosted: Any) -> None:
+    process, file = hosted("return 1")
+    assert process.wait(20) == 1
+    assert len(nodes_of(file)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_zygote_is_the_node_processs(hosted: Any, number: signal.Signals) -> None:
+    process, file = hosted()
+    process.send_signal(number)
+    process.wait(20)
+    assert len(nodes_of(file)) == 1
+    assert not is_running(nodes_of(file)[0])
+
+
+def test_a_node_process_ends_with_its_zygote(hosted: Any) -> None:
+    process, file = hosted()
+    process.kill()
+    wait_until(lambda: not is_running(nodes_of(file)[0]), "the node process has ended")
+
+
+def _children(process: StartedZygote) -> list[int]:
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(word) for word in path.read_text().split()]
 
