@@ -2,8 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations
 
 from tests.integration.cluster import TestNode, wait_until
@@ -41,17 +39,3 @@ def wait_started_again(node: TestNode, struck: dict[str, set[int]]) -> None:
             f"{node.name} has a new {kind} process",
             within_s=60,
         )
-
-
-@contextmanager
-def heartbeats(manager: TestNode, period: str) -> Iterator[None]:
-    """Nodes send a sign of life so often, and are down after three that did not come; then as before.
-
-    On a busy machine a node process that starts anew may need longer than the three seconds it is given by default.
-    """
-    before = manager.client().api.inspect_swarm()["Spec"]["Dispatcher"]["HeartbeatPeriod"]
-    manager.docker("swarm", "update", "--dispatcher-heartbeat", period)
-    try:
-        yield
-    finally:
-        manager.docker("swarm", "update", "--dispatcher-heartbeat", f"{before}ns")

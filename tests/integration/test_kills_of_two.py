@@ -1,21 +1,13 @@
 """Any two of a node's processes die at one moment: nothing is lost, nothing moves, and all goes on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.cluster import TestNode, container_pids, containers, create, wait_running, wait_until
-from tests.integration.kills import PAIRS, heartbeats, strike, wait_started_again
+from tests.integration.kills import PAIRS, strike, wait_started_again
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-def patient(m1: TestNode) -> Iterator[TestNode]:
-    """The manager of the shared playground; a node of it may be away for 15 s before its tasks are replaced."""
-    with heartbeats(m1, "5s"):
-        yield m1
 
 
 QUICK = (("node", "etcd"), ("manager", "conmon"))
@@ -28,9 +20,8 @@ QUICK = (("node", "etcd"), ("manager", "conmon"))
     ids="-".join,
 )
 def test_of_any_two_that_are_killed_together_nothing_is_lost_and_nothing_moves(
-    patient: TestNode, pair: tuple[str, str]
+    m1: TestNode, pair: tuple[str, str]
 ) -> None:
-    m1 = patient
     create(m1, "web", 3, "--restart-delay", "0s")
     tasks = {task["ID"] for task in wait_running(m1, "web", 3)}
     before = container_pids(m1, "web")

@@ -19,7 +19,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.kills import heartbeats
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -138,8 +137,7 @@ def test_a_partition_that_a_service_sits_out_changes_nothing(three: TestCluster,
 
 
 def test_killed_node_processes_move_nothing(three: TestCluster, m1: TestNode) -> None:
-    with heartbeats(m1, "3s"):
-        ends_of_node_processes_move_nothing(three, m1, signal.SIGKILL)
+    ends_of_node_processes_move_nothing(three, m1, signal.SIGKILL)
 
 
 def test_planned_restarts_of_node_processes_move_nothing(three: TestCluster, m1: TestNode) -> None:

@@ -1,7 +1,6 @@
 """Containers outlive every daemon: whatever is killed, they go on, are adopted, and none is doubled."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import docker
@@ -9,7 +8,6 @@ import pytest
 import requests
 
 from tests.integration.cluster import (
-    TestCluster,
     TestNode,
     container_pids,
     containers,
@@ -17,17 +15,10 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.kills import heartbeats
 
 pytestmark = pytest.mark.timeout(120)
 
 DAEMONS = {"node": "skep-node", "manager": "skep-manager", "etcd": "etcd", "net": "skep-net"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patient(cluster: TestCluster) -> Iterator[None]:
-    with heartbeats(cluster.node("m1"), "3s"):
-        yield
 
 
 @pytest.mark.parametrize("victim", DAEMONS)
@@ -84,6 +75,7 @@ def test_a_power_loss_ends_in_the_wanted_state(own_m1: TestNode) -> None:
     own_m1.cluster.skep("kill", "m1")
     assert not list(own_m1.processes())
     own_m1.cluster.skep("start", "m1")
+    wait_until(lambda: _answers(own_m1), "its manager is back", within_s=60)
     wait_running(own_m1, "web", 3, within_s=60)
     wait_until(lambda: len(container_pids(own_m1, "web")) == 3, "three containers, none doubled")
 

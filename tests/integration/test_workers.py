@@ -18,7 +18,6 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.kills import heartbeats
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -170,18 +169,17 @@ def test_a_worker_that_is_cut_off_keeps_its_containers_until_it_hears_that_they_
 
 @pytest.mark.slow
 def test_a_killed_daemon_of_a_worker_costs_no_container(trio: TestCluster, m1: TestNode) -> None:
-    with heartbeats(m1, "5s"):
-        create(m1, "web", 6, *QUICK)
-        wait_running(m1, "web", 6)
-        w1 = trio.node("w1")
-        before = container_pids(w1, "web")
-        for pid in w1.pids("skep-node"):
-            w1.kill(pid)
-        wait_until(lambda: w1.docker("ps", check=False).returncode == 0, "the daemon answers again")
-        wait_until(lambda: container_pids(w1, "web") == before, "the same containers")
-        wait_running(m1, "web", 6)
-        assert container_pids(w1, "web") == before
-        assert spread(m1, "web") == {"m1": 2, "w1": 2, "w2": 2}
+    create(m1, "web", 6, *QUICK)
+    wait_running(m1, "web", 6)
+    w1 = trio.node("w1")
+    before = container_pids(w1, "web")
+    for pid in w1.pids("skep-node"):
+        w1.kill(pid)
+    wait_until(lambda: w1.docker("ps", check=False).returncode == 0, "the daemon answers again")
+    wait_until(lambda: container_pids(w1, "web") == before, "the same containers")
+    wait_running(m1, "web", 6)
+    assert container_pids(w1, "web") == before
+    assert spread(m1, "web") == {"m1": 2, "w1": 2, "w2": 2}
 
 
 @pytest.mark.slow
@@ -280,23 +278,22 @@ def give_gpus(cluster: TestCluster, name: str, count: int) -> None:
 def test_the_youngest_tasks_leave_a_node_that_has_less_than_is_reserved(
     trio: TestCluster, m1: TestNode
 ) -> None:
-    with heartbeats(m1, "5s"):
-        try:
-            give_gpus(trio, "w1", 3)
-            create(m1, "web", 1, *QUICK, "--generic-resource", "gpu=1")
-            (oldest,) = wait_running(m1, "web", 1)
-            m1.docker("service", "scale", "--detach", "web=3")
-            wait_running(m1, "web", 3)
-            assert spread(m1, "web") == {"w1": 3}
-            give_gpus(trio, "w2", 2)
-            assert spread(m1, "web") == {"w1": 3}
-            give_gpus(trio, "w1", 1)
-            wait_until(lambda: spread(m1, "web") == {"w1": 1, "w2": 2}, "two have moved")
-            assert oldest["ID"] in {task["ID"] for task in running(m1, "web")}
-        finally:
-            remove_services(m1)
-            for name in ("w1", "w2"):
-                give_gpus(trio, name, 0)
+    try:
+        give_gpus(trio, "w1", 3)
+        create(m1, "web", 1, *QUICK, "--generic-resource", "gpu=1")
+        (oldest,) = wait_running(m1, "web", 1)
+        m1.docker("service", "scale", "--detach", "web=3")
+        wait_running(m1, "web", 3)
+        assert spread(m1, "web") == {"w1": 3}
+        give_gpus(trio, "w2", 2)
+        assert spread(m1, "web") == {"w1": 3}
+        give_gpus(trio, "w1", 1)
+        wait_until(lambda: spread(m1, "web") == {"w1": 1, "w2": 2}, "two have moved")
+        assert oldest["ID"] in {task["ID"] for task in running(m1, "web")}
+    finally:
+        remove_services(m1)
+        for name in ("w1", "w2"):
+            give_gpus(trio, name, 0)
 
 
 def update_status(manager: TestNode) -> dict[str, Any]:

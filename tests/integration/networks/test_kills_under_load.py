@@ -24,7 +24,7 @@ from tests.integration.cluster import (
     wait_running,
     wait_until,
 )
-from tests.integration.kills import heartbeats, strike, wait_started_again
+from tests.integration.kills import strike, wait_started_again
 from tests.integration.networks.lab import (
     Seen,
     addresses,
@@ -55,7 +55,7 @@ MARGIN_S = 0.5
 def cluster() -> Iterator[TestCluster]:
     with a_playground("kill", managers=3, workers=2) as cluster:
         m1 = cluster.node("m1")
-        with heartbeats(m1, "3s"), leaving_nothing(cluster):
+        with leaving_nothing(cluster):
             set_up(m1)
             yield cluster
 
