@@ -16,9 +16,10 @@ STAMP = $(shell date -u +%Y-%m-%d-%H%M)-$(shell git rev-parse --short HEAD)
 SUITE ?= bookworm
 # kept(NAME): shows the output and keeps it, without the place of this checkout.
 kept = 2>&1 | sed -u 's,$(CURDIR),CLONE,g' | tee bench/results/$(1)-$(STAMP).log
-# What depends on the kernel's cgroups.
+# What depends on the kernel: its cgroups, AppArmor, file systems.
 VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings.py container_life.py \
-                   survival_of_containers.py cgroup_v2.py)
+                   survival_of_containers.py cgroup_v2.py apparmor.py escapes.py escapes_beside_docker.py \
+                   trees_with_mounts.py) tests/unit/linux/test_trees.py tests/unit/node/oci/test_apparmor.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual lock
@@ -83,7 +84,7 @@ bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, 
 	@mkdir -p bench/results
 	@setup/bare.sh $(SUITE) $(call kept,bare-$(SUITE))
 
-virtual: setup-run ## limits and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
+virtual: setup-run ## limits, isolation and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
 	@mkdir -p bench/results
 	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
 

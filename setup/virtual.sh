@@ -1,7 +1,8 @@
 #!/bin/bash
 # Commands on a machine with a kernel of its own: virtual.sh SUITE COMMAND...
 # Makes the bare machine of bare.sh, sets it up, and boots it in an emulator with the kernel of that suite: cgroups of
-# version 2 alone, the distribution's modules (VXLAN, IPVS, WireGuard, ...), a file system without overlays below it.
+# version 2 alone, AppArmor, the distribution's modules (VXLAN, IPVS, WireGuard, ...) and its Docker Engine for comparison,
+# a file system without overlays below it.
 # It has no way to the outside; what needs one is done before it boots.  Its processor is emulated, so everything takes
 # some five times as long; KVM=1 asks for the real one.
 # Needs root, debootstrap, qemu-system-x86 and e2fsprogs.  CPUS (1: several, emulated in parallel, made newer kernels fall
@@ -28,7 +29,11 @@ machine=$place/machine
 say "$suite: a virtual machine, commit $(git rev-parse --short HEAD)"
 make_machine "$suite" "$machine"
 say "$suite: setting it up, with the kernel of $kernel"
-run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommends $kernel kmod udev" \
+# What the packages would start would run on this machine's kernel.
+printf '#!/bin/sh\nexit 101\n' >"$machine/usr/sbin/policy-rc.d"
+chmod +x "$machine/usr/sbin/policy-rc.d"
+packages="$kernel kmod udev apparmor docker.io"
+run_inside "$machine" "make setup && apt-get -q -y install --no-install-recommends $packages" \
     </dev/null >"$place/log" 2>&1 || {
     tail -20 "$place/log" >&2
     fail "the machine could not be set up (above)"
@@ -41,6 +46,7 @@ export HOME=/root TERM=dumb CI=true PATH=/usr/local/sbin:/usr/local/bin:/usr/sbi
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t securityfs securityfs /sys/kernel/security
 mkdir -p /dev/pts /dev/shm /dev/mqueue
 mountpoint -q /dev/pts || mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
@@ -51,6 +57,7 @@ hostname virtual
 ip link set lo up
 cd /root/skep
 echo "kernel $(uname -r), cgroup controllers of version 2: $(cat /sys/fs/cgroup/cgroup.controllers)"
+echo "kernel confines by $(cat /sys/kernel/security/lsm)"
 code=0
 while read -r command; do
     began=$SECONDS
@@ -84,7 +91,7 @@ timeout "${DEADLINE_S:-3600}" qemu-system-x86_64 -M q35,acpi=on -cpu max -accel 
     -serial stdio -serial "file:$place/code" \
     -drive "file=$place/disk,format=raw,if=virtio,cache=unsafe" \
     -kernel "$place"/vmlinuz-* -initrd "$place"/initrd.img-* \
-    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 init=/root/first" </dev/null | sed -u 's,\r,,g' ||
+    -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1 apparmor=1 security=apparmor init=/root/first" </dev/null | sed -u 's,\r,,g' ||
     fail "$suite: the machine did not end within ${DEADLINE_S:-3600} s, or could not be started (above)"
 code=$(tr -cd 0-9 <"$place/code")
 say "$suite: ended with ${code:-no} exit code after $((SECONDS - began)) s"

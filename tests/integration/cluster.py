@@ -28,7 +28,7 @@ _UNPACKED = Path(sys.prefix) / "libexec/skep"
 
 def docker_version(cli: str) -> str:
     """``28.2.2`` of ``Docker version 28.2.2, build e6534b4``."""
-    said = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    said = subprocess.run([cli, "--version"], capture_output=True, text=True, timeout=120, check=True).stdout
     return said.split()[2].strip(",").partition("+")[0]
 
 

@@ -52,7 +52,7 @@ def engine_in(directory: Path, *enter: str, before: str) -> Iterator[Path]:
             start_new_session=True,
         )
     try:
-        wait_until(lambda: docker(socket, "version").returncode == 0, "dockerd answers", within_s=60)
+        wait_until(lambda: docker(socket, "version").returncode == 0, "dockerd answers", within_s=180)
         yield socket
     finally:
         process.terminate()
@@ -69,7 +69,9 @@ def docker(socket: Path, *words: str, stdin: bytes | None = None) -> subprocess.
     """Run the docker command against this engine."""
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "DOCKER_HOST": f"unix://{socket}"}
     command = [CLIS[0], *words]
-    return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=60, check=False)
+    return subprocess.run(
+        command, input=stdin, capture_output=True, env=environment, timeout=240, check=False
+    )
 
 
 def _remove_cgroups(name: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 
 from skep.errors import SkepError
-from skep.node.oci import seccomp_default
+from skep.node.oci import apparmor, seccomp_default
 from tests.integration.node import test_escapes
 from tests.integration.node.conftest import Runner
 from tests.integration.node.escapes import (
@@ -28,6 +28,7 @@ from tests.integration.node.escapes import (
     outcomes,
     spoil_users,
 )
+from tests.integration.node.test_apparmor import unload_default
 from tests.integration.plain_engine import docker, plain_engine
 from tests.runc_lab import Lab, busybox_tree
 
@@ -109,7 +110,9 @@ async def test_each_attempt_ends_as_in_docker(
 ) -> None:
     profile = tmp_path / "seccomp.json"
     profile.write_text(json.dumps(seccomp_default.profile()))
+    forget_profile()
     ours = await outcomes(lambda *words, **way: test_escapes.python(run, *words, **way), victim)
+    forget_profile()
     same_profile = await outcomes(lambda *words, **way: engine.python(str(profile), *words, **way), victim)
     theirs = await outcomes(lambda *words, **way: engine.python("", *words, **way), victim)
     print(f"\n{table(engine.version, ours, same_profile, theirs)}")
@@ -148,6 +151,12 @@ async def test_absurd_users_get_as_far_as_in_docker(engine: Engine, lab: Lab, ru
     assert "uids and gids must be in range" in theirs
     ours = await run.output("id", user="alice")
     assert "uid=1000(alice) gid=1001(alice) groups=50(staff),1001(alice)\n" in ours
+
+
+def forget_profile() -> None:
+    """Each engine confines by an AppArmor profile of its own, by the same name."""
+    if apparmor.is_supported():
+        unload_default()
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> set[str]:
