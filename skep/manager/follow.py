@@ -5,17 +5,23 @@ it gets to it, and so takes whatever has gathered meanwhile in one step.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import msgspec
 import structlog
 
-from skep.aio.slices import STEP
 from skep.manager.guard import note_apart
 from skep.store.interface import Commit, Object, Updates, View, Watch, WatchLagged
+from skep.store.updates import batched
 
 log = structlog.get_logger()
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+PORTION = 250
+"""Objects between two pauses of whoever goes through all of them: of a few microseconds each."""
 
 
 class State(Updates, Protocol):
@@ -51,15 +57,11 @@ async def follow(
             )
 
 
-def all_of(view: Callable[[], View], *kinds: type[Object]) -> Iterator[Object | None]:
-    """Every object of these kinds as it is when it is asked for, so there may be pauses: wherever None comes."""
-    for kind in kinds:
-        for number, id in enumerate(view().ids(kind)):
-            found = view().lookup(kind, id)
-            if found is not None:
-                yield found
-            if number % STEP == 0:
-                yield None
+def portions_of(view: Callable[[], View], kind: type[T]) -> Iterator[Sequence[T]]:
+    """Every object of ``kind`` as it is when its portion is asked for, so there may be pauses between portions."""
+    for ids in batched(view().ids(kind), PORTION):
+        now = view()
+        yield [found for id in ids if (found := now.lookup(kind, id)) is not None]
 
 
 async def _read(watch: Watch, note: Callable[[Commit], None]) -> None:

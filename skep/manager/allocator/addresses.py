@@ -16,12 +16,13 @@ from typing import TypeAlias
 import msgspec
 
 from skep.errors import SkepError
-from skep.model.addresses import Address, parsed
+from skep.model.addresses import parsed
 from skep.model.ids import NetworkId
 from skep.model.network import IPAMConfig, Network, network_of, subnet_of
 
 _Key: TypeAlias = tuple[NetworkId, int]
-"""A network and a version of IP."""
+"""A network and a version of IP.  Its addresses are numbers here: a new leader enters those of all tasks, and objects
+of ``ipaddress`` take ten times as long."""
 
 NEARLY_FULL = 0.8
 """Share of a network's addresses in use from which on the user is warned."""
@@ -49,38 +50,41 @@ class AddressBook:
     """Which address of which network belongs to whom."""
 
     def __init__(self) -> None:
-        self._taken: dict[_Key, dict[Address, int]] = {}
-        self._held: dict[str, tuple[tuple[NetworkId, Address], ...]] = {}
-        self._last: dict[_Key, Address] = {}
+        self._taken: dict[_Key, dict[int, int]] = {}
+        """How often an address is held."""
+        self._held: dict[str, tuple[tuple[_Key, int], ...]] = {}
+        self._last: dict[_Key, int] = {}
 
     def hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
         """``owner`` holds exactly ``addresses`` (``ip/length``) from now on."""
+        self._hold(owner, tuple([_parsed(network_id, text) for network_id, text in addresses]))
+
+    def _hold(self, owner: str, held: tuple[tuple[_Key, int], ...]) -> None:
         self.release(owner)
-        held = tuple([(network_id, _address(text)) for network_id, text in addresses])
-        for network_id, address in held:
-            self._take(network_id, address)
+        for key, number in held:
+            self._take(key, number)
         if held:
             self._held[owner] = held
 
-    def _take(self, network_id: NetworkId, address: Address) -> None:
-        key = network_id, 4 if type(address) is IPv4Address else 6
+    def _take(self, key: _Key, number: int) -> None:
         taken = self._taken.get(key)
         if taken is None:
             taken = self._taken[key] = {}
-        taken[address] = taken.get(address, 0) + 1
+        taken[number] = taken.get(number, 0) + 1
 
     def release(self, owner: str) -> frozenset[NetworkId]:
         """``owner`` holds nothing any more; gives the networks on which it did."""
-        held = self._held.pop(owner, ())
-        for network_id, address in held:
-            key = (network_id, address.version)
+        held = self._held.pop(owner, None)
+        if held is None:
+            return frozenset()
+        for key, number in held:
             taken = self._taken[key]
-            taken[address] -= 1
-            if not taken[address]:
-                del taken[address]
+            taken[number] -= 1
+            if not taken[number]:
+                del taken[number]
             if not taken:
                 del self._taken[key]
-        return frozenset(network_id for network_id, _ in held)
+        return frozenset(network_id for (network_id, _), _ in held)
 
     def is_used(self, network_id: NetworkId) -> bool:
         """Whether anybody holds an address of the network."""
@@ -106,7 +110,7 @@ class AddressBook:
             if has_ipv6(network):
                 given = (*given, self._give(owner, network, wished if is_6 else "", 6))
         except NoAddress:
-            self.hold(owner, [(network_id, str(address)) for network_id, address in before])
+            self._hold(owner, before)
             raise
         return given
 
@@ -116,41 +120,42 @@ class AddressBook:
 
     def _give(self, owner: str, network: Network, wished: str, version: int) -> str:
         version = 6 if ":" in wished else version
-        taken = self._taken.get((network.id, version), {})
+        key = network.id, version
+        taken = self._taken.get(key, {})
         if wished:
-            address, length = _wished(network, wished, taken)
+            number, length = _wished(network, wished, taken)
         else:
-            address, length = self._next(network, taken, version)
-        self._take(network.id, address)
-        self._held[owner] = (*self._held.get(owner, ()), (network.id, address))
-        return f"{address}/{length}"
+            number, length = self._next(network, taken, version)
+        self._take(key, number)
+        self._held[owner] = (*self._held.get(owner, ()), (key, number))
+        return f"{(IPv6Address if version == 6 else IPv4Address)(number)}/{length}"
 
-    def _next(self, network: Network, taken: Mapping[Address, int], version: int) -> tuple[Address, int]:
+    def _next(self, network: Network, taken: Mapping[int, int], version: int) -> tuple[int, int]:
         """Behind the last one given, and from the start again when the end is reached."""
         key = (network.id, version)
         if key not in self._last and taken:
-            self._last[key] = max(taken, key=int)  # a new leader: what was given before it is not known
+            self._last[key] = max(taken)  # a new leader: what was given before it is not known
         last = self._last.get(key)
         pools = [pool for pool in _pools(network) if pool.version == version]
-        current = [pool for pool in pools if last is not None and last in pool.hosts]
+        current = [pool for pool in pools if last is not None and pool.first <= last <= pool.last]
         for pool, after in (*((pool, last) for pool in current), *((pool, None) for pool in pools)):
-            address = pool.first_free(taken, after)
-            if address is not None:
-                self._last[key] = address
-                return address, pool.length
+            number = pool.first_free(taken, after)
+            if number is not None:
+                self._last[key] = number
+                return number, pool.length
         raise NoAddress(
             f"no available IPv{version} addresses on this network's address pools: "
             f"{network.spec.name} ({network.id})"
         )
 
 
-def _address(text: str) -> Address:
-    """Of ``ip/length``.  A new leader reads those of all tasks, and ``ipaddress`` takes ten times as long."""
+def _parsed(network_id: NetworkId, text: str) -> tuple[_Key, int]:
+    """Of ``ip/length``."""
     try:
-        packed = inet_pton(AF_INET, text.partition("/")[0])
+        return (network_id, 4), int.from_bytes(inet_pton(AF_INET, text.partition("/")[0]), "big")
     except OSError:
-        return ip_interface(text).ip
-    return IPv4Address(int.from_bytes(packed, "big"))
+        address = ip_interface(text).ip
+        return (network_id, address.version), int(address)
 
 
 def has_ipv6(network: Network) -> bool:
@@ -171,30 +176,29 @@ class _Pool:
     def __init__(self, config: IPAMConfig) -> None:
         subnet = subnet_of(config)
         self.version = subnet.version
-        self.hosts = network_of(config.range) if config.range else subnet
+        hosts = network_of(config.range) if config.range else subnet
         self.length = subnet.prefixlen
-        self._reserved: set[Address] = {subnet.network_address}
+        self.first, self.last = int(hosts.network_address), int(hosts.broadcast_address)
+        self._reserved = {int(subnet.network_address)}
         if subnet.version == 4:
-            self._reserved.add(subnet.broadcast_address)
-        self._reserved |= {ip_address(text) for text in config.auxiliary_addresses.values()}
+            self._reserved.add(int(subnet.broadcast_address))
+        self._reserved |= {int(ip_address(text)) for text in config.auxiliary_addresses.values()}
         if config.gateway:
-            self._reserved.add(ip_address(config.gateway))
+            self._reserved.add(int(ip_address(config.gateway)))
 
     @property
     def size(self) -> int:
-        return self.hosts.num_addresses - sum(address in self.hosts for address in self._reserved)
+        reserved = sum(self.first <= number <= self.last for number in self._reserved)
+        return self.last - self.first + 1 - reserved
 
-    def may_give(self, address: Address, taken: Mapping[Address, int]) -> bool:
-        return address not in self._reserved and address not in taken
+    def may_give(self, number: int, taken: Mapping[int, int]) -> bool:
+        return number not in self._reserved and number not in taken
 
-    def first_free(self, taken: Mapping[Address, int], after: Address | None) -> Address | None:
-        number = int(after) + 1 if after is not None else int(self.hosts.network_address)
-        last = int(self.hosts.broadcast_address)
-        make = IPv4Address if self.version == 4 else IPv6Address
-        while number <= last:
-            address = make(number)
-            if self.may_give(address, taken):
-                return address
+    def first_free(self, taken: Mapping[int, int], after: int | None) -> int | None:
+        number = after + 1 if after is not None else self.first
+        while number <= self.last:
+            if self.may_give(number, taken):
+                return number
             number += 1
         return None
 
@@ -204,7 +208,7 @@ def _pools(network: Network) -> Iterator[_Pool]:
     return (_Pool(config) for config in configs)
 
 
-def _wished(network: Network, wished: str, taken: Mapping[Address, int]) -> tuple[Address, int]:
+def _wished(network: Network, wished: str, taken: Mapping[int, int]) -> tuple[int, int]:
     try:
         address = parsed(wished.partition("/")[0])
     except ValueError:
@@ -213,7 +217,7 @@ def _wished(network: Network, wished: str, taken: Mapping[Address, int]) -> tupl
         if address not in subnet_of(config):
             continue
         pool = _Pool(config)
-        if pool.may_give(address, taken):
-            return address, pool.length
+        if pool.may_give(int(address), taken):
+            return int(address), pool.length
         raise NoAddress(f"address {address} of network {network.spec.name} is already in use")
     raise NoAddress(f"address {address} is not in a subnet of network {network.spec.name}")

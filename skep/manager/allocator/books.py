@@ -69,7 +69,7 @@ class Books:
         """A task as it is now; whether it gave addresses back."""
         if not occupies_networks(task):
             return self.leave_task(task.id)
-        addresses = _addresses(task.networks_attachments)
+        addresses = _addresses(task.networks_attachments) if task.networks_attachments else ()
         if addresses:
             for attachment in task.networks_attachments:
                 network = attachment.network
@@ -111,7 +111,8 @@ class Books:
     def _hold(self, owner: str, addresses: Iterable[tuple[NetworkId, str]]) -> None:
         before = self.addresses.release(owner)
         self.addresses.hold(owner, addresses)
-        self._forget_gone(before)
+        if before:
+            self._forget_gone(before)
 
     def _forget_gone(self, ids: Iterable[NetworkId]) -> None:
         for id in ids:

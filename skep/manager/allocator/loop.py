@@ -37,8 +37,8 @@ from skep.manager.allocator.nodes import is_ready, networks_of_node, node_attach
 from skep.manager.allocator.ports import endpoint_for
 from skep.manager.allocator.subnets import NotAllocated, allocated, is_allocated
 from skep.manager.allocator.virtual_ips import virtual_ips_for
-from skep.manager.follow import State, all_of, follow
-from skep.manager.guard import Guard, apart, id_of, write_each
+from skep.manager.follow import State, follow, portions_of
+from skep.manager.guard import Guard, each_apart, write_each
 from skep.model.ids import IdSource, NetworkId, ServiceId, TaskId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -48,7 +48,7 @@ from skep.model.service import Service
 from skep.model.swarm import Swarm
 from skep.model.task import Task
 from skep.model.times import timestamp
-from skep.store.interface import Commit, Created, Deleted, Event, Transaction, Updated, View
+from skep.store.interface import Commit, Created, Deleted, Event, Object, Transaction, Updated, View
 
 log = structlog.get_logger()
 
@@ -92,13 +92,20 @@ class Allocator:
 
     def _load(self) -> Iterator[None]:
         """Enter everything, with pauses; what is noted in one of them is entered as it is by then, like all else."""
-        for one in all_of(self._term.view, Network, Service, Task, Node):
-            if one is None:
+        for kind in (Network, Service, Task, Node):
+            for portion in portions_of(self._term.view, kind):
+                each_apart("allocator", portion, self._enter)
                 yield
-                continue
-            with apart("allocator", id_of(created := Created(one))):
-                self._note_one(created)
         self._note_nodes()
+
+    def _enter(self, one: Object) -> None:
+        """Take in an object that was there when this began."""
+        if not isinstance(one, Task):
+            self._note_one(Created(one))
+            return
+        if one.networks_attachments:
+            self._books.enter_task(one)
+        self._note_new(one)
 
     def _note(self, commit: Commit) -> None:
         """Enter what the store shows *now*: an older state would give back what was given since."""

@@ -5,16 +5,17 @@ rules below.  A slot whose task ended is restarted before it is updated: the suc
 anyway.  Starts come last because all others decide which task of a slot is meant to start.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from skep.aio.slices import STEP, Sliced, finished
 from skep.manager.orchestrator import global_services, jobs, replicated
 from skep.manager.orchestrator.changes import FillSlot, ReplaceTask, RetireTask, StartTask, Step
+from skep.manager.orchestrator.rest import slots_at_rest
 from skep.manager.orchestrator.restart import restart_steps, start_steps
 from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, group_by_node, grouping_by_slot
-from skep.manager.orchestrator.update import update_steps
+from skep.manager.orchestrator.update import is_outdated, update_steps
 from skep.model.ids import NodeId
 from skep.model.node import Availability
 
@@ -36,8 +37,11 @@ def deciding(situation: Situation) -> Sliced[list[Step]]:
     slots: Mapping[Any, Slot]
     match service.spec.mode.name:
         case "replicated":
-            slots = yield from grouping_by_slot(tasks)
-            steps: list[Step] = [*(yield from replicated.reconciling(service, slots, situation.seen))]
+            slots, resting = yield from _slots(situation)
+            if not slots and len(resting) == service.spec.replicas:
+                return []
+            changes = yield from replicated.reconciling(service, slots, situation.seen, resting)
+            steps: list[Step] = [*changes]
         case "global":
             slots = _on_active_nodes(group_by_node(tasks), situation)
             present = [task for task in tasks if not situation.is_held(task)]
@@ -63,6 +67,18 @@ def deciding(situation: Situation) -> Sliced[list[Step]]:
         if number % STEP == 0:
             yield
     return steps
+
+
+def _slots(situation: Situation) -> Sliced[tuple[dict[int, Slot], Collection[int]]]:
+    """The slots of a replicated service that are to be looked at, and the numbers of those that need not be."""
+    tasks = situation.tasks
+    resting = yield from slots_at_rest(situation)
+    if resting:
+        others = yield from grouping_by_slot([task for task in tasks if task.slot not in resting])
+        has_surplus = len(resting) + len(others) > situation.service.spec.replicas
+        if not has_surplus and not any(is_outdated(slot, situation) for slot in others.values()):
+            return others, resting
+    return (yield from grouping_by_slot(tasks)), ()
 
 
 def _updatable(slots: Mapping[Any, Slot], situation: Situation) -> list[Slot]:

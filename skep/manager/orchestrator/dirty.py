@@ -16,20 +16,30 @@ def is_dirty(task: Task, situation: Situation) -> bool:
 
     Source: swarmkit, manager/orchestrator/task.go (IsTaskDirty).
     """
-    service = situation.service
-    if task.spec_version == service.spec_version:
+    if is_same(task, situation):
         return False
-    spec = service.spec
-    made_from = situation.spec_of(task)
-    if made_from is not None and _ports(made_from.endpoint_spec) != _ports(spec.endpoint_spec):
+    spec = situation.service.spec
+    if _has_other_ports(task, situation):
         return True
-    if task.spec == spec.task_template:
-        return False
     if _without_placement(task.spec) != _without_placement(spec.task_template):
         return True
     node = situation.node_of(task)
     constraints = (spec.task_template.placement or Placement()).constraints
     return node is None or not is_satisfied(constraints, node)
+
+
+def is_same(task: Task, situation: Situation) -> bool:
+    """Whether the present spec asks for ``task`` just as it is, on whatever node; so it does for all of its version."""
+    service = situation.service
+    if task.spec_version == service.spec_version:
+        return True
+    return task.spec == service.spec.task_template and not _has_other_ports(task, situation)
+
+
+def _has_other_ports(task: Task, situation: Situation) -> bool:
+    made_from = situation.spec_of(task)
+    wanted = _ports(situation.service.spec.endpoint_spec)
+    return made_from is not None and _ports(made_from.endpoint_spec) != wanted
 
 
 def _without_placement(spec: TaskSpec) -> TaskSpec:

@@ -10,14 +10,17 @@ not depend on chance.
 Source: swarmkit, manager/orchestrator/constraintenforcer/constraint_enforcer.go.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from skep.manager.orchestrator.slots import age
 from skep.manager.resources import GenericStock, reservations_of
 from skep.model.constraints import is_satisfied
 from skep.model.ids import TaskId
 from skep.model.node import Availability, Node
+from skep.model.service import Resources
 from skep.model.task import Task, TaskState
+
+_ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 
 
 def is_out_of_place(task: Task, node: Node) -> bool:
@@ -28,22 +31,18 @@ def is_out_of_place(task: Task, node: Node) -> bool:
     return node.spec.availability is Availability.ACTIVE and not is_satisfied(constraints, node)
 
 
-def overcommitted(node: Node, tasks: Iterable[Task]) -> frozenset[TaskId]:
+def overcommitted(node: Node, tasks: Collection[Task]) -> frozenset[TaskId]:
     """Which of the ``tasks`` of an active ``node`` are more than it has room for; the oldest find room first."""
     if node.spec.availability is not Availability.ACTIVE:
         return frozenset()
     resources = node.description.resources
+    if _has_room_for_all(resources, tasks):
+        return frozenset()
     nano_cpus, memory_bytes = resources.nano_cpus, resources.memory_bytes
-    holding = [(task, reservations_of(task.spec)) for task in tasks if _holds(task)]
-    if (
-        sum(reserved.nano_cpus for _, reserved in holding) <= nano_cpus
-        and sum(reserved.memory_bytes for _, reserved in holding) <= memory_bytes
-        and not any(task.generic_resources for task, _ in holding)
-    ):
-        return frozenset()  # there is room for all, whoever came first
     stock = GenericStock(resources.generic_resources)
     surplus = set()
-    for task, reserved in sorted(holding, key=lambda item: age(item[0])):
+    for task in sorted(filter(_holds, tasks), key=age):
+        reserved = reservations_of(task.spec)
         has_room = reserved.nano_cpus <= nano_cpus and reserved.memory_bytes <= memory_bytes
         if not (has_room and all(map(stock.holds, task.generic_resources))):
             surplus.add(task.id)
@@ -54,6 +53,19 @@ def overcommitted(node: Node, tasks: Iterable[Task]) -> frozenset[TaskId]:
     return frozenset(surplus)
 
 
+def _has_room_for_all(resources: Resources, tasks: Iterable[Task]) -> bool:
+    """Whether there is room for all, whoever came first.  A new leader asks this about every task of the cluster."""
+    nano_cpus = memory_bytes = 0
+    for task in tasks:
+        if task.generic_resources:
+            return False
+        wanted = task.spec.resources
+        if wanted is not None and (reserved := wanted.reservations) is not None and _holds(task):
+            nano_cpus += reserved.nano_cpus
+            memory_bytes += reserved.memory_bytes
+    return nano_cpus <= resources.nano_cpus and memory_bytes <= resources.memory_bytes
+
+
 def _holds(task: Task) -> bool:
     """Whether the task is meant to go on holding its part of the node."""
-    return task.is_wanted and TaskState.ASSIGNED <= task.status.state <= TaskState.RUNNING
+    return task.is_wanted and _ASSIGNED <= task.status.state.number <= _RUNNING

@@ -11,7 +11,7 @@ from skep.aio.clock import Clock
 from skep.aio.slices import Slices, go_through, in_slices
 from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
-from skep.manager.follow import State, all_of, follow
+from skep.manager.follow import State, follow, portions_of
 from skep.manager.guard import Guard, write_each
 from skep.manager.orchestrator.changes import Change, Recheck, apply, instead
 from skep.manager.orchestrator.convergence import deciding
@@ -64,6 +64,7 @@ class Orchestrator:
         self._loading: Iterator[None] = iter(())
         self._global: set[ServiceId] = set()
         self._overcommitted: dict[NodeId, frozenset[TaskId]] = {}
+        self._sound_nodes: dict[NodeId, bool] = {}
         self._rested_at: dict[ServiceId, float] = {}
         """Until when large services rest."""
 
@@ -75,6 +76,7 @@ class Orchestrator:
     def _start(self, snapshot: View) -> None:
         self._seen = Sightings(self._clock.monotonic())
         self._overcommitted.clear()
+        self._sound_nodes.clear()
         self._freezer.start(snapshot)
         services = snapshot.find(Service)
         self._global = {service.id for service in services if _is_global(service)}
@@ -84,11 +86,9 @@ class Orchestrator:
     def _load(self, known: set[ServiceId]) -> Iterator[None]:
         """Tasks whose service is gone have nobody else who asks for them."""
         left_over: set[ServiceId] = set()
-        for task in all_of(self._term.view, Task):
-            if task is None:
-                yield
-            elif isinstance(task, Task) and task.service_id not in known:
-                left_over.add(task.service_id)
+        for tasks in portions_of(self._term.view, Task):
+            left_over.update({task.service_id for task in tasks} - known)
+            yield
         self._agenda.add(sorted(left_over - {ServiceId("")}))
 
     def _note(self, commit: Commit) -> None:
@@ -116,7 +116,8 @@ class Orchestrator:
                 case Updated(Task() as old, Task() as new):
                     if new.service_id and (_is_relevant(old, new) or self._is_assigned_in_vain(old, new)):
                         yield new.service_id
-                case Created(Node()):
+                case Created(Node() as node):
+                    self._sound_nodes.pop(node.id, None)
                     yield from sorted(self._global)
                 case Deleted(Node() as node):
                     self._overcommitted.pop(node.id, None)
@@ -136,6 +137,8 @@ class Orchestrator:
         return node is None or is_unusable(node) or is_out_of_place(new, node)
 
     def _of_node(self, node: Node) -> Iterable[ServiceId]:
+        """Services with tasks on a node that changed, or went."""
+        self._sound_nodes.pop(node.id, None)
         yield from sorted(self._global)
         for task in self._term.view().find(Task, node_id=node.id):
             if task.service_id:
@@ -222,6 +225,7 @@ class Orchestrator:
             now=self._clock.monotonic(),
             is_frozen=self._freezer.is_frozen,
             replaces_from=self._freezer.replaces_from,
+            sound_nodes=self._sound_nodes,
         )
         steps = await in_slices(deciding(situation), self._clock)
         # Of tasks that changed meanwhile each change looks again; a freeze and another wish hold for all of them.

@@ -1,7 +1,7 @@
 """Replicated services: as many filled slots as the user wants."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import count, islice
 
 from skep.aio.slices import STEP, Sliced, finished
@@ -29,8 +29,13 @@ def reconcile(service: Service, tasks: Iterable[Task], seen: Sightings | None = 
     return finished(reconciling(service, group_by_slot(tasks), seen or Sightings(0.0)))
 
 
-def reconciling(service: Service, slots: Mapping[int, Slot], seen: Sightings) -> Sliced[list[Change]]:
-    """``reconcile`` for tasks by slot, with pauses."""
+def reconciling(
+    service: Service, slots: Mapping[int, Slot], seen: Sightings, resting: Collection[int] = ()
+) -> Sliced[list[Change]]:
+    """``reconcile`` for tasks by slot, with pauses.
+
+    ``resting``: further slots, all of them filled.  With ``slots`` they are no more than the service asks for.
+    """
     check_number(service.spec.replicas)
     held: dict[int, Slot] = {}
     for number, slot in slots.items():
@@ -38,11 +43,11 @@ def reconciling(service: Service, slots: Mapping[int, Slot], seen: Sightings) ->
             held[number] = slot
         if number % STEP == 0:
             yield
-    missing = service.spec.replicas - len(held)
+    missing = service.spec.replicas - len(held) - len(resting)
     kept = set(held)
     changes: list[Change] = []
     if missing >= 0:
-        free = (number for number in count(1) if number not in held)
+        free = (number for number in count(1) if number not in held and number not in resting)
         filled = list(islice(free, missing))
         kept.update(filled)
         changes += [FillSlot(service, n, desired=first_state(slots.get(n, ()))) for n in filled]

@@ -38,6 +38,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """Whether tasks of nodes that are down keep their places (``storm``)."""
     replaces_from: float = -inf
     """Before this they keep them, too: a storm is just over."""
+    sound_nodes: dict[NodeId, bool] = msgspec.field(default_factory=dict)
+    """What is known already of ``is_sound``; whoever keeps it forgets a node that changes."""
 
     @property
     def rollout_config(self) -> UpdateConfig:
@@ -61,6 +63,15 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         if is_unusable(node):
             return True
         return is_out_of_place(task, node) or task.id in self.overcommitted(task.node_id)
+
+    def is_sound(self, node_id: NodeId) -> bool:
+        """Whether a node has nothing about it that its tasks would have to leave, unless by their constraints."""
+        sound = self.sound_nodes.get(node_id)
+        if sound is None:
+            node = self.node(node_id)
+            sound = not is_unusable(node) and not self.overcommitted(node_id)
+            self.sound_nodes[node_id] = sound
+        return sound
 
     def leaves_at(self, task: Task) -> float:
         """When a task whose node is down loses its place; infinity: not for now, or its node is not down."""

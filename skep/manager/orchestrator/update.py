@@ -302,18 +302,25 @@ class _Rollout:
         return ran_at is None or ended_at is None or ended_at - ran_at <= self._monitor_s
 
 
+def is_outdated(slot: Slot, situation: Situation) -> bool:
+    """Whether the slot has something that an update would replace."""
+    past = history(slot)
+    return bool(_outdated(wanted(past), past, situation))
+
+
+def _outdated(kept: Slot, past: Slot, situation: Situation) -> Slot:
+    """Of the wanted tasks of a slot, or the last where none is; ``past``: its history."""
+    if len(kept) == 1:
+        return kept if is_dirty(kept[0], situation) else ()
+    return tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
+
+
 def _view(slot: Slot, situation: Situation) -> _SlotView:
     # Asked of every slot of a service at every decision: no loop where there is one task, as nearly always.
     past = history(slot)
     kept = wanted(past)
-    current: Slot
-    outdated: Slot
-    if len(kept) == 1:
-        outdated = kept if is_dirty(kept[0], situation) else ()
-        current = () if outdated else kept
-    else:
-        outdated = tuple([task for task in kept or past[-1:] if is_dirty(task, situation)])
-        current = tuple([task for task in kept if task not in outdated])
+    outdated = _outdated(kept, past, situation)
+    current = kept if not outdated else tuple([task for task in kept if task not in outdated])
     lead = _lead(past, situation)
     return _SlotView(slot, current, outdated, lead, lead or _begun(past, current, situation))
 

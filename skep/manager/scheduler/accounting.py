@@ -13,23 +13,27 @@ import msgspec
 
 from skep.manager.resources import GenericStock, reservations_of
 from skep.manager.scheduler.load import MeanLoad
-from skep.manager.scheduler.requirements import HostPort, Requirements
+from skep.manager.scheduler.requirements import HostPort, Requirements, host_ports
 from skep.model.ids import NodeId, ServiceId, TaskId
 from skep.model.node import Node
-from skep.model.service import GenericResource
+from skep.model.service import GenericResource, TaskSpec
 from skep.model.task import Task, TaskState
+from skep.store.interface import View
+from skep.store.kinds import spec_of
 
 _ASSIGNED, _RUNNING = TaskState.ASSIGNED.number, TaskState.RUNNING.number
 _NO_COPIES: Counter[NodeId] = Counter()
+
+USAGES_MAX = 50_000
+"""Usages remembered before all are forgotten: of a hundred bytes each."""
 
 FAILURE_MEMORY_S = 300.0
 """How long a failure speaks against its node (swarmkit's monitorFailures)."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What one task holds on its node."""
+    """What a task holds on its node: tasks of one version of a service hold the same."""
 
-    node_id: NodeId
     service_id: ServiceId
     nano_cpus: int
     memory_bytes: int
@@ -72,6 +76,22 @@ class Account:
         if usage.host_ports:
             self.host_ports.update(usage.host_ports)
         self.active += usage.is_active
+        self.changes += 1
+
+    def add_all(self, usages: Iterable[Usage]) -> None:
+        """Tasks take their parts.  Of a new leader's 200,000 tasks this is a third of the time that ``add`` takes."""
+        nano_cpus = memory_bytes = active = 0
+        for usage in usages:
+            nano_cpus += usage.nano_cpus
+            memory_bytes += usage.memory_bytes
+            active += usage.is_active
+            if usage.generic:
+                self.generic.take(usage.generic)
+            if usage.host_ports:
+                self.host_ports.update(usage.host_ports)
+        self.free_nano_cpus -= nano_cpus
+        self.free_memory_bytes -= memory_bytes
+        self.active += active
         self.changes += 1
 
     def remove(self, usage: Usage) -> None:
@@ -153,8 +173,7 @@ class Accounting:
         held = self._usages.setdefault(node.id, {})
         if account is None:
             account = self.accounts[node.id] = Account(node)
-            for usage in held.values():
-                account.add(usage)
+            account.add_all(held.values())
         else:
             account.update(node, held.values())
         self._set_load(node.id, node.load)
@@ -168,26 +187,24 @@ class Accounting:
 
     def add(self, task: Task, host_ports: tuple[HostPort, ...]) -> None:
         """``task`` takes its part of its node (again, if it changed)."""
-        self.book(task.id, _usage(task, host_ports))
+        self.book(task.id, task.node_id, usage_of(task, host_ports))
 
-    def book(self, task_id: TaskId, usage: Usage) -> None:
-        """A task takes ``usage``, in place of what it had."""
-        node_id = usage.node_id
+    def book(self, task_id: TaskId, node_id: NodeId, usage: Usage) -> None:
+        """A task takes ``usage`` of a node, in place of what it had."""
+        if task_id in self._node_of:
+            if self._node_of[task_id] == node_id and self._usages[node_id][task_id] == usage:
+                return
+            self.remove(task_id)
         held = self._usages.get(node_id)
         if held is None:
             held = self._usages[node_id] = {}
-        elif held.get(task_id) == usage:
-            return
-        if task_id in self._node_of:
-            self.remove(task_id)
-            held = self._usages.setdefault(node_id, held)
         held[task_id] = usage
         self._node_of[task_id] = node_id
         if usage.is_active and usage.service_id:
             copies = self._copies.get(usage.service_id)
             if copies is None:
                 copies = self._copies[usage.service_id] = Counter()
-            copies[node_id] += 1
+            copies[node_id] = copies.get(node_id, 0) + 1  # what it lacks, a Counter finds slowly
         account = self.accounts.get(node_id)
         if account is not None:
             account.add(usage)
@@ -254,10 +271,30 @@ def holds_resources(task: Task) -> bool:
     return bool(task.node_id) and _ASSIGNED <= task.status.state.number <= _RUNNING
 
 
-def _usage(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:
+class Usages:
+    """``usage_of``, remembered: tasks of one version share it, and a new leader asks for those of all tasks."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[ServiceId, int, int], tuple[TaskSpec, Usage]] = {}
+
+    def of(self, task: Task, view: View) -> Usage:
+        """What ``task`` holds."""
+        version = task.spec_version
+        if version is None or task.generic_resources:
+            return usage_of(task, host_ports(spec_of(view, task)))
+        key = task.service_id, version.index, task.desired_state.number
+        known = self._known.get(key)
+        if known is None or known[0] is not task.spec:
+            if len(self._known) >= USAGES_MAX:
+                self._known.clear()
+            known = self._known[key] = task.spec, usage_of(task, host_ports(spec_of(view, task)))
+        return known[1]
+
+
+def usage_of(task: Task, host_ports: tuple[HostPort, ...]) -> Usage:
+    """What a task holds that opens ``host_ports`` on its node."""
     reservations = reservations_of(task.spec)
     return Usage(
-        node_id=task.node_id,
         service_id=task.service_id,
         nano_cpus=reservations.nano_cpus,
         memory_bytes=reservations.memory_bytes,

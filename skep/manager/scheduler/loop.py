@@ -18,21 +18,20 @@ from skep.aio.clock import Clock
 from skep.aio.slices import go_through
 from skep.errors import SkepError, Unavailable
 from skep.manager.agenda import Agenda
-from skep.manager.follow import State, all_of, follow
+from skep.manager.follow import State, follow, portions_of
 from skep.manager.guard import Guard, write_each
-from skep.manager.scheduler.accounting import Accounting, holds_resources
+from skep.manager.scheduler.accounting import Accounting, Usages, holds_resources
 from skep.manager.scheduler.candidates import shape_of
 from skep.manager.scheduler.placement import Assignment, Placed, Refusal, confirm, leaving, place
-from skep.manager.scheduler.requirements import Requirements, Wishes, host_ports
+from skep.manager.scheduler.requirements import Requirements, Wishes
 from skep.manager.scheduler.spread import Choices
 from skep.manager.scheduler.writes import Decision, DecisionWriter, is_pending
 from skep.model.ids import IdSource, NodeId, TaskId
 from skep.model.node import Node, differ_in_load_alone
-from skep.model.service import Service, ServiceSpec
+from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.model.times import timestamp
 from skep.store.interface import Commit, Created, Deleted, Updated, View
-from skep.store.kinds import spec_of
 from skep.store.updates import batched
 
 log = structlog.get_logger()
@@ -71,6 +70,7 @@ class Scheduler:
         self._loading: Iterator[None] = iter(())
         self._accounting = Accounting()
         self._choices = Choices(self._accounting)
+        self._usages = Usages()
         self._group_of: dict[TaskId, Group] = {}
         """Of every task that waits."""
         self._pending: dict[Group, dict[TaskId, None]] = {}
@@ -88,14 +88,21 @@ class Scheduler:
 
     def _load(self) -> Iterator[None]:
         """Enter everything as it is by then, with pauses."""
-        for one in all_of(self._term.view, Node, Task):
-            match one:
-                case None:
-                    yield
-                case Node():
-                    self._look_at_node(one.id)
-                case Task():
-                    self._look_at(one.id)
+        for tasks in portions_of(self._term.view, Task):
+            self._enter_all(tasks)
+            yield
+        for node_id in self._term.view().ids(Node):
+            self._look_at_node(NodeId(node_id))
+            yield
+
+    def _enter_all(self, tasks: Sequence[Task]) -> None:
+        view = self._term.view()
+        with self._books_guard.guarded("tasks"):
+            for task in tasks:
+                self._booked(task.id, task, view)
+            return
+        for task in tasks:  # one of them is not as it should be, and the trouble is its own
+            self._look_at(task.id)
 
     def _note(self, commit: Commit) -> None:
         has_room = False
@@ -151,15 +158,17 @@ class Scheduler:
         """Take the present state of a task into the books; whether it gave something back."""
         has_room = False
         if id not in self._deciding:
+            view = self._term.view()
             with self._books_guard.guarded(id):
-                has_room = self._booked(id, self._term.view().lookup(Task, id))
+                has_room = self._booked(id, view.lookup(Task, id), view)
         return has_room
 
-    def _booked(self, id: TaskId, task: Task | None) -> bool:
+    def _booked(self, id: TaskId, task: Task | None, view: View) -> bool:
         if task is not None and holds_resources(task):
             self._leave(id)
-            self._accounting.add(task, host_ports(self._spec_of(task)))
-            return not task.is_wanted
+            usage = self._usages.of(task, view)
+            self._accounting.book(id, task.node_id, usage)
+            return not usage.is_active
         has_room = self._accounting.remove(id)
         if task is not None and is_pending(task):
             self._enter(task)
@@ -190,9 +199,6 @@ class Scheduler:
             del self._pending[group]
         self._refused.discard(group)
         self._guard.forget(group)
-
-    def _spec_of(self, task: Task) -> ServiceSpec | None:
-        return spec_of(self._term.view(), task) if task.spec_version is not None else None
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 

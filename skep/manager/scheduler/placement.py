@@ -112,7 +112,6 @@ def _assigned(
     node_id = account.node.id
     generic = account.generic.chosen(wish.generic) if wish.generic else ()
     usage = Usage(
-        node_id=node_id,
         service_id=task.service_id,
         nano_cpus=wish.nano_cpus,
         memory_bytes=wish.memory_bytes,
@@ -120,7 +119,7 @@ def _assigned(
         host_ports=wish.host_ports,
         is_active=True,
     )
-    accounting.book(task.id, usage)
+    accounting.book(task.id, node_id, usage)
     return Assignment(task=task, node_id=node_id, generic_resources=generic, message=message)
 
 

@@ -3,10 +3,11 @@
 from random import Random
 
 import pytest
+from structlog.testing import capture_logs
 
 from skep.aio.clock import SystemClock
 from skep.errors import NotFound, Unavailable
-from skep.manager.guard import BadObject, Guard, contained, write_each
+from skep.manager.guard import BadObject, Guard, contained, each_apart, write_each
 from skep.model.ids import ConfigId, NodeId
 from skep.model.secret import Config, ConfigSpec
 from skep.sim.time import VirtualClock, VirtualLoop
@@ -122,3 +123,26 @@ def test_many_refusals_at_once_are_not_gone_through_for_each_of_them(monkeypatch
     for number in range(1000):
         guard.note_unwritten(f"slot {number}", "web", Unavailable("no leader"))
     assert clock.asked < 1010
+
+
+def test_of_many_objects_one_that_cannot_be_taken_in_keeps_none_of_the_others_out() -> None:
+    entered = []
+
+    def enter(config: Config) -> None:
+        if config.id in ("c1", "c4"):
+            raise ValueError("odd")
+        entered.append(config.id)
+
+    configs = [Config(id=ConfigId(f"c{number}"), spec=ConfigSpec(name="x")) for number in range(1, 5)]
+    with capture_logs() as logs:
+        each_apart("test of entering", configs, enter)
+    assert entered == ["c2", "c3"]
+    assert [line["object"] for line in logs] == ["c1", "c4"]
+
+
+def test_that_the_term_is_over_is_nothing_about_an_object() -> None:
+    def enter(_: Config) -> None:
+        raise NotLeader("over")
+
+    with pytest.raises(NotLeader):
+        each_apart("test of entering", [Config(id=ConfigId("c1"), spec=ConfigSpec(name="x"))], enter)

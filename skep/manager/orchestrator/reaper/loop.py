@@ -1,6 +1,7 @@
 """The reaper's loop: deletes what ``history`` says is no longer needed."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from random import Random
 from typing import NewType, TypeAlias
 
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 from skep.aio.clock import Clock
 from skep.aio.slices import Slices, go_through
 from skep.manager.agenda import Agenda
-from skep.manager.follow import State, all_of, follow
+from skep.manager.follow import State, follow, portions_of
 from skep.manager.guard import Guard, write_each
 from skep.manager.orchestrator.reaper.history import (
     goes_on,
@@ -95,11 +96,10 @@ class Reaper:
 
     def _load(self) -> Iterator[None]:
         # A slot has nothing to remove without a task that has ended, is not wanted, or has lost its node.
-        for task in all_of(self._term.view, Task):
-            if task is None:
-                yield
-            elif isinstance(task, Task) and not goes_on(task, self._term.view().lookup(Node, task.node_id)):
-                self._agenda.add((_slot_key(task),))
+        for tasks in portions_of(self._term.view, Task):
+            node = partial(self._term.view().lookup, Node)
+            self._agenda.add(_slot_key(task) for task in tasks if not goes_on(task, node(task.node_id)))
+            yield
 
     def _note(self, commit: Commit) -> None:
         for event in commit.events:
@@ -161,8 +161,10 @@ class Reaper:
         service = view.lookup(Service, service_id)
         if service is None:
             return
-        tasks = view.find(Task, service_id=service_id)
         versions = view.find(SpecVersion, service_id=service_id)
+        if service.removed_at is None and len(versions) <= 1:
+            return
+        tasks = view.find(Task, service_id=service_id)
         if service.removed_at is not None and not tasks:
             if len(versions) <= VERSIONS_WITH_SERVICE_MAX:
                 yield DeleteService(service)

@@ -65,7 +65,7 @@ def test_a_global_service_leaves_a_node_that_was_labelled_anew() -> None:
 def test_of_a_node_that_shrank_the_oldest_tasks_keep_their_place(has: Resources, stay: int) -> None:
     service = a_service("web", reserve=Resources(nano_cpus=1, memory_bytes=10))
     tasks = [a_task(service=service, slot=number, node="n1") for number in (1, 2, 3)]
-    gone = overcommitted(a_node("n1", has=has), reversed(tasks))
+    gone = overcommitted(a_node("n1", has=has), tasks[::-1])
     assert gone == {task.id for task in tasks[stay:]}
 
 

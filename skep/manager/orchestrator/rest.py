@@ -1,0 +1,68 @@
+"""Slots at rest: those about which nothing is to be decided, found without a decision about each.
+
+Nearly every slot of a large service is one at nearly every decision.  Exactly one task of it is wanted; that one runs
+on a sound node and is what the service asks for.  What else the slot has is history, and counts for nothing as long
+as a task is wanted.  Such a slot is filled, and no rule but two takes it up: a surplus of slots, and an update, which
+compares all of them.
+"""
+
+from skep.aio.slices import Sliced
+from skep.manager.orchestrator.dirty import is_same
+from skep.manager.orchestrator.enforcement import is_out_of_place
+from skep.manager.orchestrator.situation import Situation
+from skep.manager.orchestrator.slots import PAUSE
+from skep.model.meta import Version
+from skep.model.service import UNDER_WAY
+from skep.model.task import Task, TaskState
+
+_RUNNING = TaskState.RUNNING
+
+
+def slots_at_rest(situation: Situation) -> Sliced[set[int]]:
+    """Their numbers, of a replicated service; none while an update is under way.
+
+    A decision without them comes out as one with them, unless there are more slots than are asked for or one of the
+    others is outdated.
+    """
+    status = situation.service.update_status
+    if status is not None and status.state in UNDER_WAY:
+        return set()
+    resting: set[int] = set()
+    restless: set[int] = set()
+    same: dict[Version, bool] = {}
+    sound = situation.sound_nodes
+    for number, task in enumerate(situation.tasks):
+        if number % PAUSE == 0:
+            yield
+        slot = task.slot
+        if (
+            task.desired_state is _RUNNING
+            and task.status.state is _RUNNING
+            and slot not in resting
+            and (sound.get(task.node_id) or situation.is_sound(task.node_id))
+            and _is_in_place(task, situation)
+            and _is_same(task, situation, same)
+        ):
+            resting.add(slot)
+        elif task.is_wanted:
+            restless.add(slot)
+    return resting - restless
+
+
+def _is_in_place(task: Task, situation: Situation) -> bool:
+    placement = task.spec.placement
+    if placement is None or not placement.constraints:
+        return True
+    node = situation.node_of(task)
+    return node is not None and not is_out_of_place(task, node)
+
+
+def _is_same(task: Task, situation: Situation, same: dict[Version, bool]) -> bool:
+    version = task.spec_version
+    if version == situation.service.spec_version:
+        return True
+    if version is None:
+        return is_same(task, situation)
+    if version not in same:
+        same[version] = is_same(task, situation)
+    return same[version]
