@@ -1,7 +1,16 @@
-"""How late an event loop comes back to those who wait: the measure of whether anything holds it too long."""
+"""How late an event loop comes back to those who wait: the measure of whether anything holds it too long.
 
+A loop is late for one of three reasons, which the kernel tells apart by what its thread did meanwhile: it *ran* (a
+callback computed for too long: ours to mend), it *waited for a processor* (the machine is busy with something else),
+or it *slept* (a callback called something that blocks, or another thread held the interpreter's lock).
+"""
+
+import os
+import sys
+import threading
 from bisect import bisect_left
 from itertools import accumulate
+from types import FrameType, TracebackType
 
 import msgspec
 import structlog
@@ -15,6 +24,11 @@ PERIOD_S = 0.05
 
 LATE_S = 0.1
 """Lag that is worth a line in the log."""
+
+CHECK_S = 2 * PERIOD_S
+"""How often the thread beside the loop looks whether that has had a turn."""
+
+FRAMES_MAX = 8
 
 BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
@@ -38,14 +52,17 @@ class LoopLag:
         self._ms_max = 0.0
 
     async def run(self, clock: Clock) -> None:
-        """Measure until cancelled; a lag of ``LATE_S`` is logged."""
-        while True:
-            before = clock.monotonic()
-            await clock.sleep(PERIOD_S)
-            lag_s = clock.monotonic() - before - PERIOD_S
-            self.note(lag_s)
-            if lag_s >= LATE_S:
-                log.warning("something held the event loop", lag_ms=round(lag_s * 1000))
+        """Measure until cancelled; a lag of ``LATE_S`` is logged, with its cause and where the loop stood."""
+        with StackWatch() as watch, ThreadTimes() as times:
+            spent = times.read()
+            while True:
+                before = clock.monotonic()
+                await clock.sleep(PERIOD_S)
+                lag_s = clock.monotonic() - before - PERIOD_S
+                self.note(lag_s)
+                stood, last, spent = watch.turn(), spent, times.read()
+                if lag_s >= LATE_S:
+                    _tell(lag_s, spent[0] - last[0], spent[1] - last[1], stood)
 
     def note(self, lag_s: float) -> None:
         """Count one look that came ``lag_s`` late."""
@@ -66,3 +83,89 @@ class LoopLag:
             bounds_ms=BOUNDS_MS,
             counts=tuple(self._counts),
         )
+
+
+class ThreadTimes:
+    """What the present thread does."""
+
+    def __enter__(self) -> "ThreadTimes":
+        try:
+            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._file = -1  # a kernel without these figures
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def read(self) -> tuple[float, float]:
+        """Seconds for which it ran, and for which it could have run and waited for a processor, since it began."""
+        if self._file < 0:
+            return 0.0, 0.0
+        ran_ns, waited_ns, _ = os.pread(self._file, 100, 0).split()
+        return int(ran_ns) / 1e9, int(waited_ns) / 1e9
+
+
+class StackWatch:
+    """A thread that notes where the thread which made it stands, when that has not called ``turn`` for a while."""
+
+    def __init__(self) -> None:
+        self.stood: tuple[str, ...] = ()
+        """Innermost first, at the first look at which it was late; empty: it was not."""
+        self._turns = 0
+        self._watched = threading.get_ident()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loop lag", daemon=True)
+
+    def __enter__(self) -> "StackWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def turn(self) -> tuple[str, ...]:
+        """The watched thread goes on; gives where it stood, if it was late."""
+        self._turns += 1
+        stood, self.stood = self.stood, ()
+        return stood
+
+    def _run(self) -> None:
+        seen = -1
+        while not self._stopped.wait(CHECK_S):
+            if self._turns == seen and not self.stood:
+                self.stood = stack_of(sys._current_frames().get(self._watched))
+            seen = self._turns
+
+
+def stack_of(frame: FrameType | None) -> tuple[str, ...]:
+    """A frame and those that called it, innermost first: ``module.py:12 name``."""
+    places: list[str] = []
+    while frame is not None and len(places) < FRAMES_MAX:
+        code = frame.f_code
+        places.append(f"{os.path.basename(code.co_filename)}:{frame.f_lineno} {code.co_qualname}")
+        frame = frame.f_back
+    return tuple(places)
+
+
+def cause(lag_s: float, ran_s: float, waited_s: float) -> str:
+    """What most of a lag was: the thread ``ran``, ``waited for a processor``, or ``slept``."""
+    parts = {"ran": ran_s, "waited for a processor": waited_s, "slept": lag_s - ran_s - waited_s}
+    return max(parts, key=parts.__getitem__)
+
+
+def _tell(lag_s: float, ran_s: float, waited_s: float, stood: tuple[str, ...]) -> None:
+    why = cause(lag_s, ran_s, waited_s)
+    is_starved = why == "waited for a processor"
+    log.warning(
+        "the event loop got no processor" if is_starved else "something held the event loop",
+        lag_ms=round(lag_s * 1000),
+        ran_ms=round(ran_s * 1000),
+        waited_for_processor_ms=round(waited_s * 1000),
+        cause=why,
+        stood=stood,
+    )

@@ -1,9 +1,14 @@
 import asyncio
+import time
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
+from typing import Any
 
+import pytest
 import structlog
 
-from skep.aio.loop_lag import BOUNDS_MS, LATE_S, PERIOD_S, LoopLag
+from skep.aio.clock import SystemClock
+from skep.aio.loop_lag import BOUNDS_MS, LATE_S, PERIOD_S, LoopLag, cause
 
 
 class LateClock:
@@ -39,7 +44,7 @@ def test_nothing_measured_is_no_lag():
 async def test_a_late_loop_is_logged_once_per_hold():
     with structlog.testing.capture_logs() as lines:
         await measured(0.001, LATE_S + PERIOD_S, 0.002)
-    assert [line["event"] for line in lines] == ["something held the event loop"]
+    assert [line["lag_ms"] for line in lines] == [150]
 
 
 async def test_one_look_in_a_thousand_does_not_count_for_the_percentile():
@@ -51,3 +56,42 @@ async def test_a_lag_beyond_all_bounds_is_its_own_percentile():
     seen = (await measured(7.5)).seen()
     assert round(seen.ms_p999) == 7500
     assert seen.counts == (*[0] * len(BOUNDS_MS), 1)
+
+
+@pytest.mark.parametrize(
+    ("ran_s", "waited_s", "expected"),
+    [(0.2, 0.05, "ran"), (0.05, 0.2, "waited for a processor"), (0.01, 0.02, "slept")],
+)
+def test_a_lag_is_what_the_thread_did_most_of_the_time(ran_s: float, waited_s: float, expected: str) -> None:
+    assert cause(0.25, ran_s, waited_s) == expected
+
+
+async def test_a_callback_that_computes_is_told_with_where_it_stood():
+    line = await told(lambda: compute(0.3), lambda line: any(it.endswith(" compute") for it in line["stood"]))
+    assert line["ran_ms"] >= 300
+
+
+async def test_a_callback_that_blocks_is_told_as_one_that_slept():
+    def slept_ms(line: MutableMapping[str, Any]) -> int:
+        return line["lag_ms"] - line["ran_ms"] - line["waited_for_processor_ms"]
+
+    line = await told(lambda: time.sleep(0.3), lambda line: slept_ms(line) >= 200)
+    assert line["event"] == "something held the event loop" or line["waited_for_processor_ms"] >= 200
+
+
+async def told(hold: Callable[[], None], wanted: Callable[[MutableMapping[str, Any]], bool]) -> Any:
+    """The first line that is ``wanted``, of those that are logged while the loop is held again and again."""
+    with structlog.testing.capture_logs() as lines:
+        async with asyncio.TaskGroup() as group:
+            measuring = group.create_task(LoopLag().run(SystemClock()))
+            while not any(map(wanted, lines)):
+                await asyncio.sleep(PERIOD_S)
+                hold()
+            measuring.cancel()
+    return next(filter(wanted, lines))
+
+
+def compute(processor_s: float) -> None:
+    until = time.thread_time() + processor_s
+    while time.thread_time() < until:
+        pass
