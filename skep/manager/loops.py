@@ -37,5 +37,5 @@ def loops(
     return [
         *(kind(term, clock, new_id, random) for kind in kinds),
         OverlayKeyRotation(term, clock, random, incarnation=incarnation),
-        PathJudge(term, clock),
+        PathJudge(term, clock, random),
     ]

@@ -203,7 +203,7 @@ class Manager:
             group.create_task(events.run(), name="events")
             relay = Relay(self._store, host, self._clock, self._random)
             group.create_task(relay.run(), name="gossip relay")
-            book = partial(keep_book, self._book, self._store, self._consensus, self._clock)
+            book = partial(keep_book, self._book, self._store, self._consensus, self._clock, self._random)
             write(book, "address book")
             group.create_task(self._presence.run(), name="presence")
             lock = KeyLock(self._config.paths)
@@ -270,7 +270,9 @@ class Manager:
         """Run the control loops for one term; returns early when a write found the term to be over."""
         try:
             async with asyncio.TaskGroup() as group:
-                managers = Managers(term, self._config.node_id, self._consensus, self._link, self._clock)
+                managers = Managers(
+                    term, self._config.node_id, self._consensus, self._link, self._clock, self._random
+                )
                 group.create_task(managers.run(), name="managers")
                 evictions = Evictions(
                     term,
@@ -283,7 +285,9 @@ class Manager:
                     self._random,
                 )
                 group.create_task(evictions.run(), name="evictions")
-                adoption = Adoption(term, self._config.node_id, self._link.silent, self._clock, self._new_id)
+                adoption = Adoption(
+                    term, self._config.node_id, self._link.silent, self._clock, self._new_id, self._random
+                )
                 group.create_task(adoption.run(), name="adoption")
                 group.create_task(self._space.keep(), name="store's space")
                 for loop in loops(

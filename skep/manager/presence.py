@@ -10,7 +10,9 @@ from random import Random
 import structlog
 from msgspec.structs import replace
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.errors import SkepError
 from skep.model.ids import NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
@@ -19,7 +21,7 @@ from skep.store.level import LEVEL
 
 log = structlog.get_logger(__name__)
 
-RETRY_S = 0.5
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 5.0
 
 
 class Presence:
@@ -47,6 +49,7 @@ class Presence:
 
     async def run(self) -> None:
         """Write until cancelled: once at the start, then whenever leadership changes, however often that takes."""
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             self._changed.clear()
             term = self._term
@@ -56,8 +59,9 @@ class Presence:
                 )
             except SkepError as error:
                 log.debug("presence not shown yet", reason=str(error))
-                await self._clock.sleep(RETRY_S * self._random.uniform(0.5, 1.5))
+                await wait_first(backoff.sleep(self._clock), self._changed.wait())
             else:
+                backoff.reset()
                 await self._changed.wait()
 
 

@@ -132,7 +132,7 @@ class SimulatedManager:
 
     async def _lead(self, term: Term, link: ManagerLink, space: StoreSpace) -> None:
         state = PoisonedState(term, self._poisoned)
-        adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id)
+        adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
         async with asyncio.TaskGroup() as group:
             running = [
                 group.create_task(loop.run(), name=f"{self._id} {type(loop).__name__}")

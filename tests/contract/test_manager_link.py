@@ -150,7 +150,7 @@ async def test_the_session_of_a_manager_that_went_is_adopted_under_another_id(
     pair = await a_worker(cluster, tmp_path)
     node_id = pair.identity.node_id
     async with Manager(cluster, 1).serving() as one:
-        adoption = Adoption(one.store, one.id, one.link.silent, SystemClock(), new_id)
+        adoption = Adoption(one.store, one.id, one.link.silent, SystemClock(), new_id, Random(1))
         adopting = asyncio.create_task(adoption.run())
         try:
             async with Manager(cluster, 2).serving() as two:

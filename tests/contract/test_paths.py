@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
 from msgspec.structs import replace
@@ -52,7 +53,7 @@ async def probing(
 
 @asynccontextmanager
 async def judging(cluster: Cluster) -> AsyncIterator[None]:
-    running = asyncio.create_task(PathJudge(cluster.store, SystemClock()).run())
+    running = asyncio.create_task(PathJudge(cluster.store, SystemClock(), Random(1)).run())
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from random import Random
 
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
 from skep.errors import SkepError
@@ -22,7 +23,7 @@ log = structlog.get_logger()
 RECHECK_S = 5.0
 """While a rotation waits for nodes: until asking those again that did not renew."""
 
-RETRY_S = 0.5
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
 SWEEP_S = 3600.0
 
 
@@ -51,16 +52,18 @@ class CertificateAuthority:
         self._changed.set()
 
     async def _work(self) -> None:
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             await self._changed.wait()
             self._changed.clear()
             try:
                 await self._step()
+                backoff.reset()
             except NotLeader:
                 raise
             except SkepError as error:
                 log.warning("root rotation: the store took no write", reason=str(error))
-                await self._clock.sleep(RETRY_S * self._random.uniform(0.5, 1.5))
+                await backoff.sleep(self._clock)
                 self._changed.set()
 
     async def _step(self) -> None:

@@ -10,10 +10,12 @@ that are not connected.
 
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
+from random import Random
 
 import msgspec
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.follow import State
@@ -25,6 +27,7 @@ from skep.store.interface import Transaction
 log = structlog.get_logger(__name__)
 
 CHECK_S = 0.2
+LONGEST_RETRY_S = 2.0
 PATIENCE_S, PATIENCE_S_MAX = 4.0, 60.0
 """For so long a silent manager that was seen to take a session keeps what it has; doubled each time."""
 
@@ -106,6 +109,7 @@ class Adoption:
         silent: Callable[[float], Mapping[NodeId, float]],
         clock: Clock,
         new_id: IdSource,
+        random: Random,
     ) -> None:
         """``silent``: managers that are silent at a time, with the seconds since they were heard."""
         self._term = term
@@ -113,20 +117,26 @@ class Adoption:
         self._silent = silent
         self._clock = clock
         self._new_id = new_id
+        self._random = random
         self._proofs = ProofsOfLife()
 
     async def run(self) -> None:
         """Look for managers that have gone until cancelled."""
+        backoff = Backoff(CHECK_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             await self._clock.sleep(CHECK_S)
             now = self._clock.monotonic()
             silent, nodes = self._silent(now), self._term.view().find(Node)
             living = self._proofs.living(nodes, silent, now)
             found = orphans(nodes, silent.keys() - living, self._own)
-            if found:
-                await self._adopt(found)
+            if not found or await self._adopt(found):
+                backoff.reset()
+            else:
+                await backoff.sleep(self._clock)
 
-    async def _adopt(self, found: list[Orphan]) -> None:
+    async def _adopt(self, found: list[Orphan]) -> bool:
+        """Whether nothing of it is left to be written."""
+
         def body(tx: Transaction, orphan: Orphan) -> bool:
             return adopt(tx, orphan, self._own, self._new_id)
 
@@ -138,3 +148,4 @@ class Adoption:
         if adopted:
             managers = sorted({orphan.session.manager_id for orphan in adopted})
             log.info("sessions adopted", managers=managers, sessions=len(adopted))
+        return not failed

@@ -5,6 +5,7 @@ from random import Random
 
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.follow import State
@@ -17,7 +18,7 @@ from skep.store.kinds import GOSSIP_KEYS_ID, Payload
 
 log = structlog.get_logger(__name__)
 
-RETRY_S = 5.0
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 """Until the next attempt when the store did not take the keys (jittered)."""
 
 
@@ -35,15 +36,17 @@ class KeyRotation:
 
         The wait is measured on this leader's monotonic clock; only the first one counts from another's stamp.
         """
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             try:
                 now = timestamp(self._clock.now_ns())
                 wait_s = await self._term.update(step, now, self._random.randbytes)
+                backoff.reset()
             except NotLeader:
                 raise
             except SkepError as error:
                 log.warning("gossip keys not written, trying again", reason=str(error))
-                wait_s = RETRY_S * self._random.uniform(0.5, 1.0)
+                wait_s = backoff.next_delay_s()
             await self._clock.sleep(wait_s)
 
 

@@ -6,11 +6,14 @@ has announced itself elsewhere (``whereabouts``) is there, until its object says
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from random import Random
 
 import msgspec
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.first import wait_first
 from skep.errors import InvalidArgument, Unavailable
 from skep.manager.follow import State, follow
 from skep.manager.membership.consensus import Consensus
@@ -23,7 +26,7 @@ from skep.wire.client import split_address
 
 log = structlog.get_logger(__name__)
 
-RETRY_S = 1.0
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 10.0
 
 
 def full_address(said: str, seen: str) -> str:
@@ -116,9 +119,12 @@ class AddressBook:
         self._save(peers)
 
 
-async def keep_book(book: AddressBook, store: State, consensus: Consensus, clock: Clock) -> None:
+async def keep_book(
+    book: AddressBook, store: State, consensus: Consensus, clock: Clock, random: Random
+) -> None:
     """Follow the managers until cancelled."""
     changed = asyncio.Event()
+    backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=random.random)
 
     async def keep() -> None:
         while True:
@@ -128,8 +134,10 @@ async def keep_book(book: AddressBook, store: State, consensus: Consensus, clock
                 book.note(store.view().find(Node), await consensus.all())
             except Unavailable as error:
                 log.debug("members not known", reason=str(error))
-                await clock.sleep(RETRY_S)
+                await wait_first(backoff.sleep(clock), changed.wait())
                 changed.set()
+            else:
+                backoff.reset()
 
     await follow(
         store,

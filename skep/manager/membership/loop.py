@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from functools import partial
+from random import Random
 from typing import Protocol, assert_never
 
 import structlog
 from msgspec.structs import replace
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.follow import follow
@@ -35,6 +37,7 @@ from skep.store.level import LOWEST
 log = structlog.get_logger(__name__)
 
 LOOK_S = 0.5
+LONGEST_RETRY_S = 5.0
 """Silence and learners announce nothing."""
 
 
@@ -56,7 +59,9 @@ class Managers:
         consensus: Consensus,
         hearing: Hearing,
         clock: Clock,
+        random: Random,
     ) -> None:
+        self._random = random
         self._term = term
         self._own = own
         self._consensus = consensus
@@ -78,6 +83,7 @@ class Managers:
         )
 
     async def _work(self, changed: asyncio.Event) -> None:
+        backoff = Backoff(LOOK_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
@@ -85,11 +91,12 @@ class Managers:
             changed.clear()
             try:
                 await self._look()
+                backoff.reset()
             except NotLeader:
                 raise
             except SkepError as error:
                 log.warning("managers not looked after", reason=str(error))
-                await self._clock.sleep(LOOK_S)
+                await backoff.sleep(self._clock)
 
     async def _look(self) -> None:
         now = self._clock.monotonic()

@@ -5,9 +5,11 @@ costs this loop nothing.
 """
 
 import asyncio
+from random import Random
 
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import SkepError
 from skep.manager.follow import State, follow
@@ -21,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 PAUSE_S = 1.0
 """After news: a link that breaks is told by both its ends, a switch by everybody behind it."""
-RETRY_S = 1.0
+FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 10.0
 AT_ONCE = 100
 """Nodes written at once."""
 AT_ONCE_PATHS = 2_000
@@ -31,9 +33,10 @@ AT_ONCE_PATHS = 2_000
 class PathJudge:
     """Says of which nodes tasks on overlay networks keep away.  Leader only."""
 
-    def __init__(self, term: State, clock: Clock) -> None:
+    def __init__(self, term: State, clock: Clock, random: Random) -> None:
         self._term = term
         self._clock = clock
+        self._random = random
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -56,12 +59,15 @@ class PathJudge:
                 self._changed.set()
 
     async def _work(self) -> None:
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S, chance=self._random.random)
         while True:
             await self._changed.wait()
             self._changed.clear()
-            if not await self._judge():
+            if await self._judge():
+                backoff.reset()
+            else:
                 self._changed.set()
-                await self._clock.sleep(RETRY_S)
+                await backoff.sleep(self._clock)
             await self._clock.sleep(PAUSE_S)
 
     async def _judge(self) -> bool:

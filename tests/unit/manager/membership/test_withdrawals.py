@@ -1,6 +1,7 @@
 """Members are removed by a leader that still is one, by what a quorum says, and no later ones of the same name."""
 
 from collections.abc import Mapping, Set
+from random import Random
 
 import pytest
 from msgspec.structs import replace
@@ -72,7 +73,7 @@ class Rig:
             await self.store.update(
                 lambda tx, node=node, role=role: tx.put(replace(node, spec=replace(node.spec, role=role)))  # type: ignore[misc]
             )
-        return Managers(await anext(self.terms), OWN, consensus, Hearing(), self.clock)
+        return Managers(await anext(self.terms), OWN, consensus, Hearing(), self.clock, Random(1))
 
 
 VOTERS = (a_member(OWN, 1), a_member(OTHER, 2), a_member(THIRD, 3))
