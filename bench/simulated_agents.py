@@ -14,7 +14,7 @@ from pathlib import Path
 from hpack import Encoder
 
 from bench.machine import resident_mib
-from skep.aio import collector, lean_tls
+from skep.aio import collector
 from skep.model.node import NodeDescription
 from skep.model.task import TaskState, TaskStatus
 from skep.rpc import frames
@@ -40,7 +40,6 @@ RUNS = TaskStatus(state=TaskState.RUNNING, message="started")
 
 async def run(directory: Path, address: str) -> None:
     """Do what standard input says, a word a line; each is answered with a figure (seconds, or MiB)."""
-    lean_tls.make_lean()
     crowd = _Patient(address, [client_context(keypair.load(path)) for path in sorted(directory.iterdir())])
     await obey(crowd)
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from bench.simulated_agents import STATUS, Agent, Crowd, obey
-from skep.aio import lean_tls
 from skep.model.node import EngineDescription, NodeDescription
 from skep.model.planes import NODE_LABEL
 from skep.model.service import Platform, Resources
@@ -39,7 +38,6 @@ STATUSES = {
 
 async def run(count: int, address: str, token: str) -> None:
     """Join with so many nodes, then do what standard input says."""
-    lean_tls.make_lean()
     pairs = await joined(count, address, token)
     await obey(Nodes(address, [client_context(pair) for pair in pairs]))
 

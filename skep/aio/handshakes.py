@@ -12,6 +12,8 @@ from ipaddress import ip_address
 
 import structlog
 
+from skep.aio.tls import accept
+
 log = structlog.get_logger(__name__)
 
 HANDSHAKE_SECONDS_MAX = 10.0
@@ -78,11 +80,8 @@ class Handshakes:
         self._is_flooded = self._is_flooded and bool(self._under_way)
 
     async def _shake_hands(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         try:
-            await loop.connect_accepted_socket(
-                self._new_protocol, connection, ssl=self._tls, ssl_handshake_timeout=HANDSHAKE_SECONDS_MAX
-            )
+            await accept(self._new_protocol, connection, self._tls, handshake_s=HANDSHAKE_SECONDS_MAX)
         except OSError as error:  # TLS errors and lost peers are some
             log.debug("handshake failed", error=str(error) or type(error).__name__)
 

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from skep.aio.tls import connect
 from skep.errors import InvalidArgument, Unavailable, reason_of
 from skep.model.addresses import parted
 from skep.rpc.client import Bounds, ClientConnection, ClientStream
@@ -126,16 +127,14 @@ async def connected(
 
 async def _connect(host: str, port: int, tls: ssl.SSLContext, name: str) -> ClientConnection:
     """Raises: Unavailable: nothing is reached there; otherwise as the handshake of TLS ends."""
-    loop = asyncio.get_running_loop()
     try:
-        _, connection = await loop.create_connection(
-            lambda: ClientConnection(BOUNDS, coalesces=True), host, port, ssl=tls, server_hostname=name
+        return await connect(
+            lambda: ClientConnection(BOUNDS, coalesces=True), host, port, tls, server_name=name
         )
     except OSError as error:
         if isinstance(error, ssl.SSLError | TimeoutError):
             raise
         raise Unavailable(f"cannot reach {host}:{port}: {reason_of(error)}") from error
-    return connection
 
 
 def split_address(address: str) -> tuple[str, int]:

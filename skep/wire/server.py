@@ -24,7 +24,6 @@ from msgspec.structs import replace
 
 from skep.aio.groups import errors_as_they_are
 from skep.aio.handshakes import Handshakes, source_of
-from skep.aio.lean_tls import make_lean
 from skep.errors import FailedPrecondition, SkepError, Unauthenticated, Unavailable, Unimplemented
 from skep.model.ids import ClusterId, NodeId
 from skep.rpc import frames
@@ -141,7 +140,6 @@ async def serve(
     Raises:
         Unavailable: the address cannot be bound.
     """
-    make_lean()
     server = _Server(handlers, cluster_id, standing)
     handshakes = Handshakes(server.new_protocol, tls)
     listener = _listen(host, port)

@@ -1,0 +1,86 @@
+"""TLS connections that cost a fraction of what asyncio's own do; made by ``accept`` and ``connect``.
+
+* asyncio gives each TLS connection a buffer of 256 KiB to read into.  What was read is handed to OpenSSL before
+  anything else is read, so one buffer serves all connections of a thread.
+* It keeps the peer's certificate as dictionaries, besides OpenSSL's own, and a queue for what waits to be written.
+  Here the former are made when somebody asks, and the latter is a list.
+"""
+
+import asyncio
+import asyncio.sslproto
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
+
+READ_BYTES = 16 * 1024
+"""Read at once from one connection: a TLS record."""
+
+_of_thread = threading.local()
+
+
+async def accept(
+    new_protocol: Callable[[], asyncio.BaseProtocol],
+    connection: socket.socket,
+    tls: ssl.SSLContext,
+    *,
+    handshake_s: float,
+) -> None:
+    """Shake hands with who has connected; returns when the protocol has its transport.
+
+    ``connection`` is owned by this function from its first step on.  Raises: OSError: TLS errors are some, too.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    inner = _Protocol(loop, new_protocol(), tls, ready, server_side=True, ssl_handshake_timeout=handshake_s)
+    transport, _ = await loop.connect_accepted_socket(lambda: inner, connection)
+    await _shaken(transport, ready)
+
+
+async def connect(
+    new_protocol: Callable[[], P], host: str, port: int, tls: ssl.SSLContext, *, server_name: str
+) -> P:
+    """The protocol of a new connection, past its handshake.  The deadline is the caller's.  Raises: OSError."""
+    loop = asyncio.get_running_loop()
+    protocol = new_protocol()
+    ready: asyncio.Future[None] = loop.create_future()
+    inner = _Protocol(loop, protocol, tls, ready, server_side=False, server_hostname=server_name)
+    transport, _ = await loop.create_connection(lambda: inner, host, port)
+    await _shaken(transport, ready)
+    return protocol
+
+
+async def _shaken(transport: asyncio.BaseTransport, ready: "asyncio.Future[None]") -> None:
+    try:
+        await ready
+    except BaseException:
+        transport.close()
+        raise
+
+
+class _Protocol(asyncio.sslproto.SSLProtocol):
+    """asyncio's, with a buffer that it shares."""
+
+    max_size = READ_BYTES
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(_of_thread, "buffer"):
+            _of_thread.buffer = bytearray(READ_BYTES)
+            _of_thread.view = memoryview(_of_thread.buffer)
+        self._ssl_buffer = _of_thread.buffer
+        self._ssl_buffer_view = _of_thread.view
+        self._write_backlog = []  # type: ignore[assignment]
+
+    def _on_handshake_complete(self, handshake_exc: BaseException | None) -> None:
+        super()._on_handshake_complete(handshake_exc)
+        self._extra.pop("peercert", None)
+
+    def _get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "peercert" and name not in self._extra and "ssl_object" in self._extra:
+            connection: ssl.SSLObject = self._extra["ssl_object"]
+            return connection.getpeercert()
+        return super()._get_extra_info(name, default)

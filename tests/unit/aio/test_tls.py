@@ -1,0 +1,121 @@
+"""TLS connections that share their read buffer behave as asyncio's own."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from skep.aio import tls
+from skep.model.ids import ClusterId, NodeId
+from skep.model.node import NodeRole
+from skep.security.authority import Authority
+from skep.security.identity import Identity
+from skep.security.keypair import KeyPair
+from skep.security.keys import new_private_key, private_pem, signing_request
+from skep.security.tls import MANAGER_NAME, ServerTls, client_context
+
+Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def a_pair(authority: Authority, node_id: str, role: NodeRole) -> KeyPair:
+    key = new_private_key()
+    identity = Identity(node_id=NodeId(node_id), cluster_id=ClusterId("cluster"), role=role)
+    certificate = authority.sign(signing_request(key), identity)
+    return KeyPair(certificate_pem=certificate, key_pem=private_pem(key), root_pem=authority.root_pem)
+
+
+@asynccontextmanager
+async def connections(names: list[str]) -> AsyncIterator[list[tuple[Ends, Ends]]]:
+    """One per name: what the client has of it, and what the server has."""
+    authority = Authority.create()
+    context = ServerTls(a_pair(authority, "m1", NodeRole.MANAGER)).front
+    both: list[tuple[Ends, Ends]] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        for name in names:
+            wanted = client_context(a_pair(authority, name, NodeRole.WORKER))
+            client, served = await asyncio.gather(a_client(listener, wanted), a_served(listener, context))
+            both.append((client, served))
+        yield both
+        for ends in both:
+            for _, writer in ends:
+                writer.transport.abort()
+
+
+async def a_client(listener: socket.socket, context: ssl.SSLContext) -> Ends:
+    streams = Streams()
+    host, port = listener.getsockname()
+    await tls.connect(lambda: streams, host, port, context, server_name=MANAGER_NAME)
+    return streams.ends
+
+
+async def a_served(listener: socket.socket, context: ssl.SSLContext) -> Ends:
+    connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+    streams = Streams()
+    await tls.accept(lambda: streams, connection, context, handshake_s=10)
+    return streams.ends
+
+
+class Streams(asyncio.StreamReaderProtocol):
+    """A protocol as a reader and a writer."""
+
+    def __init__(self) -> None:
+        self.reader = asyncio.StreamReader()
+        super().__init__(self.reader)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        loop = asyncio.get_running_loop()
+        self.ends = (self.reader, asyncio.StreamWriter(transport, self, self.reader, loop))
+
+
+async def test_connections_that_are_read_in_turn_keep_apart():
+    names = [f"n{number}" for number in range(5)]
+    async with connections(names) as both, asyncio.TaskGroup() as group:
+        for number, ((_, writer), _) in enumerate(both):
+            writer.write(bytes([number]) * 3_000_000)
+        reads = [group.create_task(reader.readexactly(3_000_000)) for _, (reader, _) in both]
+    assert [read.result() == bytes([number]) * 3_000_000 for number, read in enumerate(reads)] == [True] * 5
+
+
+async def test_who_the_peer_is_is_told_whenever_somebody_asks():
+    async with connections(["n1", "n2"]) as both:
+        for name, (_, (_, writer)) in zip(("n1", "n2"), both, strict=True):
+            connection: ssl.SSLObject = writer.get_extra_info("ssl_object")
+            certificate = writer.get_extra_info("peercert")
+            assert certificate == connection.getpeercert()
+            assert (("commonName", name),) in certificate["subject"]
+            assert writer.get_extra_info("peername")[0] == "127.0.0.1"
+            assert writer.get_extra_info("nothing", "default") == "default"
+
+
+async def test_connections_of_a_thread_read_into_one_buffer():
+    async with connections(["n1", "n2"]) as both:
+        buffers = {id(writer.transport._ssl_protocol._ssl_buffer) for ends in both for _, writer in ends}
+    assert len(buffers) == 1
+
+
+async def test_a_handshake_that_fails_is_told_at_both_ends():
+    """A certificate of another cluster is not taken."""
+    context = ServerTls(a_pair(Authority.create(), "m1", NodeRole.MANAGER)).front
+    wanted = client_context(a_pair(Authority.create(), "n1", NodeRole.WORKER))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        ended = await asyncio.gather(
+            a_client(listener, wanted), a_served(listener, context), return_exceptions=True
+        )
+    assert isinstance(ended[0], ssl.SSLCertVerificationError)
+    assert isinstance(ended[1], OSError)
+
+
+async def test_a_peer_that_says_nothing_is_given_up():
+    context = ServerTls(a_pair(Authority.create(), "m1", NodeRole.MANAGER)).front
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs, pytest.raises(ConnectionAbortedError, match="handshake"):
+        await tls.accept(Streams, ours, context, handshake_s=0.01)
+    assert ours.fileno() == -1
