@@ -117,6 +117,7 @@ def oci_executor(
         clock=clock,
         chance=chance,
         naming=naming,
+        conditions=conditions,
     )
     containers = Containers(
         bundles=bundles,
@@ -158,6 +159,7 @@ def container_network(
     naming: Naming | None = None,
     names: NameService | None = None,
     attachments: ClusterAttachments | None = None,
+    conditions: Conditions | None = None,
 ) -> ContainerNetwork:
     """All networks of one node's containers.
 
@@ -216,6 +218,9 @@ def container_network(
         settling=settling,
         prober=prober,
         naming=naming,
+        clock=clock,
+        chance=chance,
+        say=conditions.say("networks") if conditions is not None else lambda _: None,
     )
 
 

@@ -1,8 +1,9 @@
 """A container's whole network: a namespace, its networks, and the gateway bridge last."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import msgspec
 import structlog
 from pyroute2.netlink.exceptions import NetlinkError
 
+from skep.aio.clock import Clock
 from skep.aio.groups import errors_as_they_are
-from skep.aio.guard import contain
+from skep.aio.guard import contain, explain, persist, report
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
 from skep.node.network.gateway import Gateway
@@ -25,6 +27,7 @@ from skep.node.network.overlay.domain import Domain
 from skep.node.network.overlay.healing import Healing
 from skep.node.network.overlay.overlays import Overlays
 from skep.node.network.overlay.settling import Settling
+from skep.node.network.overlay.wanted import check_endpoint
 from skep.node.network.paths.prober import PathProber
 from skep.node.oci.container import Container, Endpoint, Place
 from skep.node.oci.plain import NetworkMode, NetworkWish
@@ -55,9 +58,17 @@ class ContainerNetwork:
         settling: Settling,
         prober: PathProber,
         joining: Joining,
+        clock: Clock,
+        chance: Callable[[], float],
         naming: Naming | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``joining``: takes plain containers' places; ``naming``: None where nobody answers for names."""
+        """
+        Args:
+            joining: takes plain containers' places.
+            naming: None where nobody answers for names.
+            say: told whose networks are not kept; an empty text when it is nobody's.
+        """
         self.namespaces = namespaces
         self._home = home
         self.gateway = gateway
@@ -69,6 +80,10 @@ class ContainerNetwork:
         self._naming = naming
         self._settling = settling
         self._joining = joining
+        self._clock = clock
+        self._chance = chance
+        self._say = say
+        self._left_out: dict[ContainerId, str] = {}
         self.repairs = healing.repairs
 
     @property
@@ -78,14 +93,22 @@ class ContainerNetwork:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keep what containers are given, whatever others change, until the block ends."""
+        """Keep what containers are given, whatever others change, until the block ends.
+
+        A part that fails is begun again, later and later; the others go on.
+        """
+        parts: dict[str, Callable[[], Awaitable[None]]] = {
+            "healing of networks": self._healing.run,
+            "clearing of networks": self._settling.run,
+            "published ports": self.mesh.run,
+            "probes of other nodes": self.prober.run,
+        }
+        keep = partial(persist, clock=self._clock, chance=self._chance)
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
-            tasks = (
-                group.create_task(self._healing.run(), name="healing of networks"),
-                group.create_task(self._settling.run(), name="clearing of networks"),
-                group.create_task(self.mesh.run(), name="published ports"),
-                group.create_task(self.prober.run(), name="probes of other nodes"),
-            )
+            tasks = [
+                group.create_task(keep(run, "part of the network failed", part=name), name=name)
+                for name, run in parts.items()
+            ]
             try:
                 yield
             finally:
@@ -95,8 +118,11 @@ class ContainerNetwork:
     async def restore(self, live: Collection[Container]) -> None:
         """Make the node ready, keep what belongs to the ``live`` containers, free all other containers' things.
 
+        A container whose record says what no network can be is left alone as it is, and out of what others get.
         Raises: SkepError: this node cannot network containers.
         """
+        theirs = {one.id for one in live if one.endpoint is not None}
+        live = [one for one in live if self._is_sound(one)]
         endpoints = {one.id: one.endpoint for one in live if one.endpoint is not None}
         await self._joining.restore(live)
         self.overlays.restore(endpoints)
@@ -110,8 +136,25 @@ class ContainerNetwork:
         if self._naming is not None:
             await self._naming.restore(live)
         for pinned in self.namespaces.pinned():
-            if pinned not in endpoints:
-                await self.namespaces.destroy(pinned)
+            if pinned not in theirs:
+                await contain(self.namespaces.destroy(pinned), "namespace not removed", container=pinned)
+
+    def _is_sound(self, container: Container) -> bool:
+        if container.endpoint is None or container.id in self._left_out:
+            return container.endpoint is None
+        try:
+            check_endpoint(container.endpoint)
+        except Exception as error:  # whatever it is, it is one container
+            report(error, "network of a container left out", container=container.id)
+            self._left_out[container.id] = explain(error)
+            self._say_left_out()
+            return False
+        return True
+
+    def _say_left_out(self) -> None:
+        reasons = (f"{id[:12]} ({reason})" for id, reason in sorted(self._left_out.items()))
+        names = ", ".join(reasons)
+        self._say(f"the networks of these containers are not kept, start them anew: {names}" if names else "")
 
     async def attach(self, container: Container) -> Endpoint:
         """A namespace with ``eth0`` and so on: its places in their order, then the gateway bridge; and names in it.
@@ -144,7 +187,12 @@ class ContainerNetwork:
 
     async def detach(self, container_id: ContainerId, endpoint: Endpoint) -> None:
         """Free everything that ``attach`` gave; harmless when it is free already."""
-        await self._undo(container_id, endpoint, [one.place for one in endpoint.places])
+        undoing = self._undo(container_id, endpoint, [one.place for one in endpoint.places])
+        if self._left_out.pop(container_id, None) is None:
+            await undoing
+        else:
+            await contain(undoing, "network of a container not wholly freed", container=container_id)
+            self._say_left_out()
 
     async def sweep(self, is_needed: Callable[[ContainerId], bool]) -> Collection[ContainerId]:
         """Free namespaces, addresses, ports and names of containers that ``is_needed`` denies; gives their ids.

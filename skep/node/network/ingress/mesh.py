@@ -4,7 +4,7 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.guard import contain
+from skep.aio.guard import contain, persist
 from skep.errors import AlreadyExists, SkepError
 from skep.linux.files import replace_file
 from skep.model.ids import ContainerId, NetworkId, NodeId
@@ -67,6 +67,7 @@ class Mesh:
         self._ports = ports
         self._relays = relays
         self._clock = clock
+        self._chance = chance
         self._backoff = Backoff(_FIRST_RETRY_S, _RETRY_S_MAX, chance=chance)
         self._returns = Returns(namespaces)
         self._node_id = NodeId("")
@@ -101,12 +102,17 @@ class Mesh:
 
     async def run(self) -> None:
         """Until cancelled: try again what failed, and look after the bridge's settings."""
+        parts: dict[str, Callable[[], Awaitable[None]]] = {
+            "mesh-retries": self._try_again,
+            "mesh-bridge": self._watch_bridge,
+            "mesh-rules": self._tables.watch,
+            "mesh-returns": partial(self._returns.run, self._clock),
+            "mesh-obstacles": self._look_for_obstacles,
+        }
+        keep = partial(persist, clock=self._clock, chance=self._chance)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._try_again(), name="mesh-retries")
-            group.create_task(self._watch_bridge(), name="mesh-bridge")
-            group.create_task(self._tables.watch(), name="mesh-rules")
-            group.create_task(self._returns.run(self._clock), name="mesh-returns")
-            group.create_task(self._look_for_obstacles(), name="mesh-obstacles")
+            for name, run in parts.items():
+                group.create_task(keep(run, "part of the mesh failed", part=name), name=name)
 
     async def joined(
         self,

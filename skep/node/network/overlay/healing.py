@@ -8,12 +8,14 @@ namespace after the other is compared in a slow round, for what is not told (sys
 import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.aio.guard import report
+from skep.aio.first import wait_first
+from skep.aio.guard import explain, persist, report
 from skep.node.network import netlink
 from skep.node.network.namespaces import Namespaces
 from skep.node.network.overlay.domain import Domain
@@ -25,6 +27,8 @@ PAUSE_SECONDS = 1.0
 """Between two comparisons of one namespace: somebody who changes much is answered once."""
 GATHERING_SECONDS = 0.05
 """What belongs to one change comes as several notices."""
+RETRY_SECONDS_MAX = 60.0
+"""Between two attempts at a namespace that cannot be put right."""
 ROUND_PAUSE_SECONDS_MIN = 0.2
 SHARE = 0.02
 """Of the time that the slow round may take, comparisons and repairs included."""
@@ -40,6 +44,15 @@ _GROUPS = (
 )
 _NEIGHBOUR_MESSAGES = (netlink.NEWNEIGH, netlink.DELNEIGH)
 _BYTES_MAX = 1 << 16
+
+
+class _Failing:
+    """A namespace whose last comparison failed."""
+
+    def __init__(self, backoff: Backoff) -> None:
+        self.backoff = backoff
+        self.again_at = 0.0
+        self.reason = ""
 
 
 class Healing:
@@ -62,6 +75,7 @@ class Healing:
         self._share = share
         self._sockets: dict[Domain, list[socket.socket]] = {}
         self._due: dict[Domain, None] = {}
+        self._failing: dict[Domain, _Failing] = {}
         self._wake = asyncio.Event()
 
     async def watch(self, domain: Domain) -> None:
@@ -101,6 +115,7 @@ class Healing:
             loop.remove_reader(one)
             one.close()
         self._due.pop(domain, None)
+        self._failing.pop(domain, None)
 
     def close(self) -> None:
         """Forget all."""
@@ -109,10 +124,12 @@ class Healing:
 
     async def run(self) -> None:
         """Heal until cancelled."""
+        keep = partial(persist, clock=self._clock, chance=self._chance)
+        event = "healing of networks failed"
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._heal_due(), name="changed namespaces")
-                group.create_task(self._go_round(), name="all namespaces")
+                group.create_task(keep(self._heal_due, event), name="changed namespaces")
+                group.create_task(keep(self._go_round, event), name="all namespaces")
         finally:
             self.close()
 
@@ -133,25 +150,31 @@ class Healing:
             self.expect(domain)
 
     async def _heal_due(self) -> None:
-        backoff = Backoff(first_s=PAUSE_SECONDS, longest_s=4 * PAUSE_SECONDS, chance=self._chance)
         while True:
-            await self._wake.wait()
+            await self._wait_due()
             await self._clock.sleep(GATHERING_SECONDS)
             self._wake.clear()
-            due = tuple(self._due)
-            self._due.clear()
-            failed = [domain for domain in due if not await self._heal(domain)]
-            if failed:
-                self._due.update(dict.fromkeys(one for one in failed if one in self._sockets))
-                self._wake.set()
-                await backoff.sleep(self._clock)
-            else:
-                backoff.reset()
-                await self._clock.sleep(PAUSE_SECONDS)
+            for domain in [one for one in self._due if not self._waits(one)]:
+                self._due.pop(domain, None)
+                await self._heal(domain)
+            await self._clock.sleep(PAUSE_SECONDS)
+
+    async def _wait_due(self) -> None:
+        """Return when something was told, or one that has failed may be tried again."""
+        waiting = [self._failing[domain].again_at for domain in self._due if domain in self._failing]
+        if waiting:
+            pause_s = max(0.0, min(waiting) - self._clock.monotonic())
+            await wait_first(self._wake.wait(), self._clock.sleep(pause_s))
+        else:
+            await self._wake.wait()
+
+    def _waits(self, domain: Domain) -> bool:
+        failing = self._failing.get(domain)
+        return failing is not None and self._clock.monotonic() < failing.again_at
 
     async def _go_round(self) -> None:
         while True:
-            domains = tuple(self._sockets)
+            domains = tuple(one for one in self._sockets if not self._waits(one))
             for domain in domains:
                 began = self._clock.monotonic()
                 await self._heal(domain)
@@ -160,19 +183,33 @@ class Healing:
             if not domains:
                 await self._clock.sleep(PAUSE_SECONDS)
 
-    async def _heal(self, domain: Domain) -> bool:
-        """Whether ``domain`` is as it shall be now.  A bug that one namespace meets is no other's trouble."""
+    async def _heal(self, domain: Domain) -> None:
+        """Have ``domain`` as it shall be; one that fails is tried again later and later, and no other waits for it."""
         if domain not in self._sockets:
-            return True
+            return
         try:
             await domain.heal()
         except Exception as error:
             if domain in self._sockets:  # otherwise it was removed meanwhile
-                report(error, "network not repaired yet", where=domain.name)
-                return False
+                self._note_failure(domain, error)
+            return
+        if self._failing.pop(domain, None) is not None:
+            log.info("network repaired again", where=domain.name)
         if domain.is_unsure and domain in self._sockets:
             self.expect(domain)
-        return True
+
+    def _note_failure(self, domain: Domain, error: Exception) -> None:
+        failing = self._failing.get(domain)
+        if failing is None:
+            backoff = Backoff(PAUSE_SECONDS, RETRY_SECONDS_MAX, chance=self._chance)
+            failing = self._failing[domain] = _Failing(backoff)
+        delay_s = failing.backoff.next_delay_s()
+        failing.again_at = self._clock.monotonic() + delay_s
+        if failing.reason != explain(error):
+            failing.reason = explain(error)
+            report(error, "network not repaired yet", where=domain.name, again_in_s=round(delay_s, 1))
+        self._due[domain] = None
+        self._wake.set()
 
 
 def _concerns(domain: Domain, kind: int, body: memoryview) -> bool:

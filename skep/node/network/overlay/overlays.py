@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from skep.aio.guard import contain
 from skep.errors import FailedPrecondition, InvalidArgument, SkepError
 from skep.model.ids import ContainerId, NetworkId, NodeId
 from skep.model.tables import NetworkHead, Table
@@ -203,8 +204,10 @@ class Overlays:
     async def begin(self, live: Mapping[ContainerId, Endpoint]) -> None:
         """The node's own network is there: keep the insides of the ``live`` containers, and take tables."""
         for id, endpoint in live.items():
-            domain = await self._watch_container(id, endpoint)
+            domain = self._container_domain(id, endpoint)
             domain.adopt()
+            watching = self._healing.watch(domain)
+            await contain(watching, "changes in a container's namespace are not heard of", container=id)
             self._healing.expect(domain)
         self._restored.set()
 
@@ -282,6 +285,11 @@ class Overlays:
         places[container_id] = LocalPlace(netns, connected)
 
     async def _watch_container(self, container_id: ContainerId, endpoint: Endpoint) -> Domain:
+        domain = self._container_domain(container_id, endpoint)
+        await self._healing.watch(domain)
+        return domain
+
+    def _container_domain(self, container_id: ContainerId, endpoint: Endpoint) -> Domain:
         domain = Domain(
             f"container {container_id[:12]}",
             Path(endpoint.netns),
@@ -292,7 +300,6 @@ class Overlays:
         )
         domain.wish("container", container_state(endpoint, self._networks_of(endpoint)))
         self._containers[container_id] = (domain, endpoint)
-        await self._healing.watch(domain)
         return domain
 
     async def _remake(self, endpoint: Endpoint, interface: str) -> None:

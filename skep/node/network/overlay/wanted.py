@@ -10,7 +10,7 @@ network are on the link of each of its containers, so that frames between them n
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 
 import msgspec
 
@@ -163,6 +163,16 @@ def remote_entries(table: Table, node_id: NodeId, underlay: Underlay | None) -> 
         if node.id in reached:
             found.update(_entries(table.head, node.addresses, reached[node.id]))
     return frozenset(found)
+
+
+def check_endpoint(endpoint: Endpoint) -> None:
+    """Whether networks can be made of what a record says.  Raises: ValueError, or any other error: they cannot."""
+    for one in endpoint.places:
+        place = LocalPlace(endpoint.netns, one)
+        network_state(one.place.head, None, (place,), node_id=NodeId(""), underlay=None, remote=frozenset())
+    container_state(endpoint, {one.network_id: (one.place.head, USUAL_MTU) for one in endpoint.places})
+    if endpoint.address:
+        IPv4Address(endpoint.address)
 
 
 def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[NetworkHead, int]]) -> State:

@@ -156,8 +156,10 @@ class PathProber:
         """Probe until cancelled; what is in the kernel then stays for the next process."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._keep_overlays(), name="measured overlays")
-                await self._keep_place(group)
+                keep = partial(persist, clock=self._clock, chance=self._chance)
+                keeping = keep(self._keep_overlays, "overlays do not follow what was measured")
+                group.create_task(keeping, name="measured overlays")
+                await keep(partial(self._keep_place, group), "probes have failed")
         finally:
             self._data_path.close()
 

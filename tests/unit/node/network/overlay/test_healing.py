@@ -90,6 +90,49 @@ async def test_a_bug_met_in_one_namespace_ends_no_other_ones_healing() -> None:
     await asyncio.wait([task])
 
 
+async def test_a_namespace_that_cannot_be_put_right_is_tried_less_and_less_often() -> None:
+    clock = Stopwatch()
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 1.0)
+    broken, well = Broken(clock, 0.001), Slow(clock, 0.001)
+    for domain in (broken, well):
+        healing.take_turns(domain)
+        healing.expect(domain)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while clock.now < 600:  # nobody is told
+        healing.expect(broken)  # whoever changes much in it
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert 7 <= broken.compared <= 6 + 600 / 60
+    assert well.compared > 3 * broken.compared
+
+
+async def test_a_loop_that_meets_a_bug_is_begun_again_and_nothing_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Stopwatch()
+    healing = Healing(Namespaces(Path("/none")), clock, Repairs(), chance=lambda: 0.5)
+    well, go_round, bugs = (
+        Slow(clock, 0.001),
+        healing._go_round,
+        [KeyError("bug"), OSError(24, "no descriptor")],
+    )
+
+    async def failing() -> None:
+        if bugs:
+            raise bugs.pop()
+        await go_round()
+
+    monkeypatch.setattr(healing, "_go_round", failing)
+    healing.take_turns(well)
+    task = asyncio.get_running_loop().create_task(healing.run())
+    while well.compared < 5 and not task.done():  # noqa: ASYNC110  # nobody is told
+        await asyncio.sleep(0)
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait([task])
+
+
 @pytest.mark.parametrize("error", [Unavailable("not now"), KeyError("net1")])
 async def test_what_is_settled_later_is_settled_once_and_a_failure_keeps_nobody_else(
     error: Exception,
