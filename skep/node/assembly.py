@@ -27,6 +27,7 @@ from skep.node.events import NodeEvents
 from skep.node.features import Features
 from skep.node.founding import NewCluster
 from skep.node.front.server import Front, tls_context
+from skep.node.isolation import keep_profile
 from skep.node.keeping import after, keep_running, within
 from skep.node.last_heard import LastHeard
 from skep.node.local import LocalNode
@@ -42,6 +43,7 @@ from skep.node.network.encrypted.overlays import EncryptedOverlays
 from skep.node.network.encrypted.process import NAME as FORWARDER
 from skep.node.network.local.keeper import LocalNetworks
 from skep.node.network.neighbours import NeighbourTables
+from skep.node.oci import apparmor
 from skep.node.orphans import reap_orphans
 from skep.node.parts import NodeParts
 from skep.node.path_stream import NodePaths
@@ -260,6 +262,8 @@ class Node:
             )
             keep(partial(reap_orphans, clock), "orphans")
             if workload.images is not None:
+                if apparmor.is_supported():
+                    keep(partial(keep_profile, around.conditions, clock), "apparmor profile")
                 keep(partial(workload.images.settle, around.conditions.say("images")), "images")
             keep(DiskCheck((paths.data, paths.run), around.conditions, clock).run, "disk check")
             if workload.overlays is not None:

@@ -1,11 +1,16 @@
 """What containers of this node are confined by, as far as it is the machine's and not this program's."""
 
+import asyncio
 import shutil
 from pathlib import Path
 
+from skep.aio.clock import Clock
 from skep.node import requirements
 from skep.node.conditions import Conditions
 from skep.node.oci import apparmor, runc_flaws
+
+PROFILE_S = 30.0
+"""Between two looks at the AppArmor profile."""
 
 
 def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
@@ -13,9 +18,16 @@ def check_isolation(runc: str, conditions: Conditions) -> tuple[str, ...]:
 
     An AppArmor profile that is missing is a condition: containers do not start without it.
     """
-    if problem := apparmor.problem():
-        conditions.raise_("apparmor", problem)
+    conditions.say("apparmor")(apparmor.problem())
     program = shutil.which(runc) or ""
     output = requirements.version_output(program) or ""
     flaws = runc_flaws.warning(output, runc_flaws.changelog_of(Path(program)))
     return (flaws,) if flaws else ()
+
+
+async def keep_profile(conditions: Conditions, clock: Clock) -> None:
+    """Look until cancelled whether containers can be given their AppArmor profile, which others may load or unload."""
+    say = conditions.say("apparmor")
+    while True:
+        await clock.sleep(PROFILE_S)
+        say(await asyncio.to_thread(apparmor.problem))

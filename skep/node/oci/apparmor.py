@@ -111,9 +111,8 @@ def load_default() -> None:
         ) from error
 
 
-@cache
 def problem() -> str:
-    """Why containers cannot be given the default profile, found out once; empty: they can, or there is no AppArmor."""
+    """Why containers cannot be given the default profile now; empty: they can, or there is no AppArmor.  Blocks."""
     if not is_supported():
         return ""
     try:

@@ -1,13 +1,15 @@
 """What a node says of the programs that confine its containers."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from skep.aio.clock import SystemClock
 from skep.node.conditions import Conditions
-from skep.node.isolation import check_isolation
+from skep.node.isolation import check_isolation, keep_profile
 from skep.node.oci import apparmor
+from tests.oci_rig import QuickClock
 
 
 def a_runc(directory: Path, version: str) -> str:
@@ -33,3 +35,17 @@ def test_a_profile_that_cannot_be_loaded_is_a_condition(
     monkeypatch.setattr(apparmor, "problem", lambda: "AppArmor enabled on system but ...")
     assert check_isolation(a_runc(tmp_path, "1.4.2"), conditions) == ()
     assert conditions.present() == {"apparmor": "AppArmor enabled on system but ..."}
+
+
+async def test_a_profile_that_somebody_loads_ends_the_condition_and_one_that_is_lost_begins_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conditions, problems = Conditions(SystemClock()), [""]
+    monkeypatch.setattr(apparmor, "problem", lambda: problems[-1])
+    looking = asyncio.create_task(keep_profile(conditions, QuickClock()))
+    for problem in ("could not be loaded", "", "lost"):
+        problems.append(problem)
+        async with asyncio.timeout(30):
+            while conditions.present() != ({"apparmor": problem} if problem else {}):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+    looking.cancel()

@@ -25,11 +25,9 @@ CONFINING = replace(ALL_CAPACITY, has_apparmor=True)
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    for remembered in (apparmor.is_supported, apparmor.problem):
-        remembered.cache_clear()
+    apparmor.is_supported.cache_clear()
     yield
-    for remembered in (apparmor.is_supported, apparmor.problem):
-        remembered.cache_clear()
+    apparmor.is_supported.cache_clear()
 
 
 def test_the_profile_denies_what_dockers_does() -> None:
