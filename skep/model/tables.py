@@ -103,6 +103,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     nodes: Mapping[NodeId, TableNode] = {}
     endpoints: Mapping[TaskId, TableEndpoint] = {}
     services: Mapping[ServiceId, TableService] = {}
+    unread: tuple[ServiceId, ...] = ()
+    """Services that the managers cannot read, on this network or another: what was told of them before holds."""
 
 
 class TableChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +119,8 @@ class TableChange(msgspec.Struct, frozen=True, kw_only=True):
     removed_endpoints: tuple[TaskId, ...] = ()
     services: tuple[TableService, ...] = ()
     removed_services: tuple[ServiceId, ...] = ()
+    unread: tuple[ServiceId, ...] = ()
+    """As in ``Table``; in whole tables only."""
 
 
 class TableSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +141,7 @@ def whole(table: Table) -> TableChange:
         nodes=tuple(table.nodes.values()),
         endpoints=tuple(table.endpoints.values()),
         services=tuple(table.services.values()),
+        unread=table.unread,
     )
 
 
@@ -174,7 +179,30 @@ def changed(old: Table | None, change: TableChange) -> Table:
         services=_merged(
             before.services if before else {}, change.removed_services, {s.id: s for s in change.services}
         ),
+        unread=_still_unread(change.unread if change.is_whole or old is None else old.unread, change),
     )
+
+
+def keeping_unread(before: Table | None, after: Table) -> Table:
+    """``after`` with what ``before`` said of services that cannot be read any more: names, addresses, ports."""
+    if before is None or not after.unread:
+        return after
+    kept = {
+        id: before.services[id] for id in after.unread if id in before.services and id not in after.services
+    }
+    names = {
+        id: msgspec.structs.replace(one, name=known.name)
+        for id, one in after.endpoints.items()
+        if not one.name and one.service_id in after.unread and (known := before.endpoints.get(id)) is not None
+    }
+    return msgspec.structs.replace(
+        after, services={**after.services, **kept}, endpoints={**after.endpoints, **names}
+    )
+
+
+def _still_unread(unread: tuple[ServiceId, ...], change: TableChange) -> tuple[ServiceId, ...]:
+    known = {*(one.id for one in change.services), *change.removed_services}
+    return tuple(id for id in unread if id not in known)
 
 
 def _differing(old: Mapping[K, V], new: Mapping[K, V]) -> tuple[tuple[V, ...], tuple[K, ...]]:

@@ -415,6 +415,7 @@ class NetworkChange(_message.Message):
     REMOVED_ENDPOINTS_FIELD_NUMBER: _builtins.int
     SERVICES_FIELD_NUMBER: _builtins.int
     REMOVED_SERVICES_FIELD_NUMBER: _builtins.int
+    UNREAD_SERVICES_FIELD_NUMBER: _builtins.int
     whole: _builtins.bool
     """Nothing is left of an earlier table."""
     @_builtins.property
@@ -431,6 +432,10 @@ class NetworkChange(_message.Message):
     def services(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkService]: ...
     @_builtins.property
     def removed_services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def unread_services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The manager cannot read them: what the node was told of them before goes on to hold."""
+
     def __init__(
         self,
         *,
@@ -442,10 +447,11 @@ class NetworkChange(_message.Message):
         removed_endpoints: _abc.Iterable[_builtins.str] | None = ...,
         services: _abc.Iterable[Global___NetworkService] | None = ...,
         removed_services: _abc.Iterable[_builtins.str] | None = ...,
+        unread_services: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "head", b"head", "nodes", b"nodes", "removed_endpoints", b"removed_endpoints", "removed_nodes", b"removed_nodes", "removed_services", b"removed_services", "services", b"services", "whole", b"whole"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "head", b"head", "nodes", b"nodes", "removed_endpoints", b"removed_endpoints", "removed_nodes", b"removed_nodes", "removed_services", b"removed_services", "services", b"services", "unread_services", b"unread_services", "whole", b"whole"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ Whoever knows the table as of some revision is told what changed since, each thi
 kept per reader; the memory of changes is bounded, and who is further behind is told everything.
 """
 
+from collections.abc import Collection
 from typing import TypeAlias, TypeVar
 
 from skep.model.ids import NetworkId, NodeId, ServiceId, TaskId
@@ -26,8 +27,9 @@ REMEMBERED_MIN = 1000
 class Book:
     """The table of one network, kept up to date by ``Ledger``; times are revisions of the store."""
 
-    def __init__(self, id: NetworkId, revision: int) -> None:
-        """A table that is empty as of ``revision``."""
+    def __init__(self, id: NetworkId, revision: int, unread: Collection[ServiceId] = ()) -> None:
+        """A table that is empty as of ``revision``.  ``unread``: services that cannot be read, as of now."""
+        self._unread = unread
         self.id = id
         self.network: Network | None = None
         """As the store has it; None: it was removed while tasks still use it."""
@@ -87,6 +89,7 @@ class Book:
             nodes=dict(self.nodes),
             endpoints=dict(self.endpoints),
             services=dict(self.services),
+            unread=tuple(sorted(self._unread)),
         )
 
     def is_news_for(self, told: int | None) -> bool:

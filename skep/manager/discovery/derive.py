@@ -16,7 +16,7 @@ Source: moby, daemon/cluster/executor/container/container.go (serviceConfig), da
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from skep.model.ids import NetworkId
+from skep.model.ids import NetworkId, ServiceId
 from skep.model.network import Network
 from skep.model.node import Node, NodeState
 from skep.model.overlays import head_of
@@ -44,9 +44,10 @@ SHORT_ID_CHARACTERS = 12
 def table_of(view: View, network: Network) -> Table:
     """Everything about ``network``, as of the view's revision; the cost is that of going through all tasks."""
     tasks = [task for task in view.find(Task) if network.id in places_of(task)]
+    unread = unread_services(view)
     services = {service.id: service for service in view.find(Service)}
     nodes = {node.id: node for node in view.find(Node)}
-    publishes = any(is_publishing(service) for service in services.values())
+    publishes = bool(unread - services.keys()) or any(is_publishing(service) for service in services.values())
     claiming: dict[str, list[Node]] = {}
     for node in nodes.values():
         claiming.setdefault(claimed_underlay(node) or "", []).append(node)
@@ -68,8 +69,28 @@ def table_of(view: View, network: Network) -> Table:
         services=_present(
             (service.id, service_on(service, network, has_tasks=service.id in with_tasks))
             for service in services.values()
+            if service.id not in unread
         ),
+        unread=tuple(sorted(unread)),
     )
+
+
+def unread_services(view: View) -> frozenset[ServiceId]:
+    """Services of which it is not known what tables are made of."""
+    without_endpoint = (
+        id
+        for id, parts in view.damaged(Service).items()
+        if "endpoint" in parts
+        and (found := view.lookup(Service, id)) is not None
+        and not (has_endpoint(found) or found.removed_at)
+    )
+    without_head = (id for id in view.unreadable(Service) if view.lookup(Service, id) is None)
+    return frozenset(map(ServiceId, (*without_head, *without_endpoint)))
+
+
+def has_endpoint(service: Service) -> bool:
+    """Whether anything is known of its addresses and ports."""
+    return bool(service.endpoint.virtual_ips or service.endpoint.ports)
 
 
 def _present(entries: Iterable[tuple[K, V | None]]) -> Mapping[K, V]:

@@ -12,10 +12,12 @@ import msgspec
 from skep.manager.discovery.book import Book, counted
 from skep.manager.discovery.derive import (
     endpoint_of,
+    has_endpoint,
     is_publishing,
     node_on,
     places_of,
     service_on,
+    unread_services,
 )
 from skep.manager.discovery.stale import Stale
 from skep.manager.guard import apart, id_of
@@ -70,6 +72,10 @@ class Ledger:
         self._networks_of_node: dict[NodeId, dict[NetworkId, int]] = {}
         """Where it takes part, and with how many tasks."""
         self._publishing: set[ServiceId] = set()
+        self._unread: set[ServiceId] = set()
+        """What nodes know of them goes on to hold."""
+        self._headless: set[ServiceId] = set()
+        """Those of which nothing is known: each may publish ports."""
         self._stale = Stale()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -102,6 +108,9 @@ class Ledger:
         self.revision = view.revision
         found: list[Object] = [*view.find(Swarm), *view.find(Network), *view.find(Node), *view.find(Service)]
         found += [task for task in view.find(Task) if task.networks_attachments]
+        self._unread |= unread_services(view)
+        self._headless = {id for id in self._unread if view.lookup(Service, id) is None}
+        self._publishing |= self._headless
         for object in found:
             with apart("tables", object.id):  # type: ignore[attr-defined]
                 self._enter(object)
@@ -148,6 +157,8 @@ class Ledger:
                 self._place(object, NOWHERE)
             case Service():
                 self._services.pop(object.id, None)
+                self._unread.discard(object.id)
+                self._headless.discard(object.id)
                 self._publish(object.id, is_publishing=False)
                 self._note_service(object.id, frozenset())
             case Node():
@@ -209,6 +220,9 @@ class Ledger:
     # -- services -----------------------------------------------------------------------------------------------
 
     def _enter_service(self, service: Service) -> None:
+        if service.id in self._headless or has_endpoint(service) or service.removed_at is not None:
+            self._unread.discard(service.id)
+            self._headless.discard(service.id)
         before = self._services.get(service.id)
         self._services[service.id] = service
         self._publish(service.id, is_publishing=is_publishing(service))
@@ -289,7 +303,7 @@ class Ledger:
         """The network's book; a new one if there is none."""
         book = self.books.get(id)
         if book is None:
-            book = self.books[id] = Book(id, self.revision)
+            book = self.books[id] = Book(id, self.revision, self._unread)
             there = (one for one, networks in self._networks_of_service.items() if id in networks)
             self._stale.services.update(dict.fromkeys((id, service_id) for service_id in there))
         return book
@@ -369,7 +383,7 @@ class Ledger:
     def _refresh_service(self, book: Book, id: ServiceId, changed: set[NetworkId]) -> None:
         service, network = self._services.get(id), self._network_of(book)
         entry = None
-        if service is not None and network is not None:
+        if service is not None and network is not None and id not in self._unread:
             entry = service_on(service, network, has_tasks=book.id in self._tasks_of_service.get(id, ()))
         if book.set_service(id, entry, self.revision):
             changed.add(book.id)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from skep.errors import InvalidArgument
 from skep.model.ids import NetworkId
-from skep.model.tables import Table, TableSet, changed, difference
+from skep.model.tables import Table, TableSet, changed, difference, keeping_unread
 
 
 def merged(
@@ -27,6 +27,8 @@ def merged(
         gone |= after.keys() - {change.head.id for change in news.changes}
     for id in gone:
         after.pop(id, None)
+    for id in {change.head.id for change in news.changes} & after.keys():
+        after[id] = keeping_unread(tables.get(id), after[id])
     differing = {
         id for id in {change.head.id for change in news.changes} if _differ(tables.get(id), after.get(id))
     }

@@ -35,6 +35,7 @@ def pieces_of(change: TableChange) -> Iterator[pb.NetworkChange]:
     piece.removed_nodes.extend(change.removed_nodes)
     piece.removed_endpoints.extend(change.removed_endpoints)
     piece.removed_services.extend(change.removed_services)
+    piece.unread_services.extend(change.unread)
     size = piece.ByteSize()
     for entry in _entries_to_pb(change):
         if size >= PIECE_BYTES:
@@ -159,6 +160,7 @@ def _change_from_pb(change: pb.NetworkChange, revision: int) -> TableChange:
         removed_endpoints=tuple(map(TaskId, change.removed_endpoints)),
         services=tuple(map(_service_from_pb, change.services)),
         removed_services=tuple(map(ServiceId, change.removed_services)),
+        unread=tuple(map(ServiceId, change.unread_services)),
     )
 
 
