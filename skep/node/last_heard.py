@@ -54,11 +54,7 @@ class LastHeardFile(LastHeard):
         super().__init__(since_boot, self._load())
 
     def _load(self) -> float | None:
-        try:
-            kept = msgspec.json.decode(self._path.read_bytes(), type=_Kept)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-            return None
-        return kept.at if kept.boot_id == self._boot_id else None
+        return heard_at(self._path, self._boot_id)
 
     def _keep(self, at: float) -> None:
         content = msgspec.json.encode(_Kept(self._boot_id, at))
@@ -66,3 +62,12 @@ class LastHeardFile(LastHeard):
             replace_file(self._path, content, mode=0o600, is_durable=False)
         except OSError as error:
             log.warning("not kept when a manager last heard this node", error=str(error))
+
+
+def heard_at(path: Path, boot_id: str) -> float | None:
+    """What is kept in ``path``, in seconds since boot; None: nothing is known of this boot."""
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return kept.at if kept.boot_id == boot_id else None

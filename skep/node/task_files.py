@@ -47,13 +47,7 @@ class TaskFiles:
     def load(self) -> list[RememberedTask]:
         """All of them, by id.  A file that cannot be read is left out: its task will be assigned anew."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tasks = []
-        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
-            try:
-                tasks.append(_decode(path.read_bytes()))
-            except Exception as error:  # whatever it is, it is one file
-                report(error, "task file left out", path=str(path))
-        return tasks
+        return read_tasks(self._directory)
 
     def remember(self, task: RememberedTask) -> None:
         """Write it soon; an earlier version that was not written yet is skipped."""
@@ -110,6 +104,17 @@ class TaskFiles:
         beside = path.with_suffix(BESIDE)
         write_new(beside, msgspec.json.encode(task), mode=0o600)
         beside.rename(path)
+
+
+def read_tasks(directory: Path) -> list[RememberedTask]:
+    """All of them in ``directory``, by id; a file that cannot be read is left out."""
+    tasks = []
+    for path in sorted(directory.glob(f"*{_SUFFIX}")):
+        try:
+            tasks.append(_decode(path.read_bytes()))
+        except Exception as error:  # whatever it is, it is one file
+            report(error, "task file left out", path=str(path))
+    return tasks
 
 
 _decode = msgspec.json.Decoder(RememberedTask).decode

@@ -16,6 +16,7 @@ from skep.errors import AlreadyExists, SkepError
 from skep.node.conversation import read_frame, serve
 from skep.node.netprocess import handover
 from skep.node.netprocess.handover import Taken
+from skep.node.netprocess.last_resort import LastResort
 from skep.node.netprocess.protocol import (
     FRAME_BYTES_MAX,
     Answer,
@@ -83,6 +84,7 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
         )
         try:
             start_task(Relays(paths.relays, SystemClock(), random.random).run())
+            start_task(LastResort(paths, SystemClock()).run())
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, reservations, serving)
         finally:

@@ -42,7 +42,6 @@ from skep.node.oci.users import identity
 
 log = structlog.get_logger()
 
-_RECORD = "record"
 _FILES_OF_THE_NODE = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
 _ID = re.compile("[0-9a-f]{64}")
 
@@ -119,12 +118,12 @@ class Bundles:
 
     def read(self, id: ContainerId) -> Container | None:
         """Its record; None: there is none that means anything.  Raises: Unavailable: the disk does not give it now."""
-        container = records.read(self.path(id) / _RECORD)
+        container = records.read(self.path(id) / records.NAME)
         return container if container is not None and container.id == id else None
 
     def save(self, container: Container) -> None:
         """Replace the record on disk."""
-        records.write(self.path(container.id) / _RECORD, container)
+        records.write(self.path(container.id) / records.NAME, container)
 
     # --- making and unmaking ----------------------------------------------------------------------------------
 
@@ -183,7 +182,7 @@ class Bundles:
         """
         await asyncio.to_thread(self.release, id)
         await remove_tree(self.bundle(id))
-        await remove_tree(self.path(id), keep=_RECORD)
+        await remove_tree(self.path(id), keep=records.NAME)
 
     def changes(self, container: Container) -> Sequence[tuple[int, str]]:
         """What differs from the image, sorted by path: 0 modified, 1 added, 2 deleted.

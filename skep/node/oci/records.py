@@ -17,6 +17,8 @@ from skep.errors import Unavailable
 from skep.linux.files import is_no_file
 from skep.node.oci.container import Container
 
+NAME = "record"
+"""Of the file in the container's directory."""
 _BYTES_MAX = 64 << 10
 """A longer file is written anew with its last line: health checks change a record for as long as it lives."""
 
