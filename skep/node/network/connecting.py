@@ -16,6 +16,7 @@ from skep.aio.groups import errors_as_they_are
 from skep.aio.guard import contain, explain, persist, report
 from skep.errors import SkepError, Unavailable
 from skep.model.ids import ContainerId
+from skep.node.network.conntrack import SYSCTLS as TRACKING_SYSCTLS
 from skep.node.network.gateway import Gateway
 from skep.node.network.ingress.mesh import Mesh
 from skep.node.network.ingress.return_path import SYSCTLS as RETURN_SYSCTLS
@@ -39,6 +40,7 @@ _CONTAINER_SYSCTLS = {
     "net/ipv4/conf/default/rp_filter": "0",
     "net/ipv6/conf/all/disable_ipv6": "1",
     "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/ipv6/conf/lo/disable_ipv6": "1",
 }
 
 
@@ -348,7 +350,9 @@ def _mode_of(container: Container) -> NetworkMode:
 def _sysctls_of(container: Container) -> Mapping[str, str]:
     """What the node wants in the container's namespace where its user says nothing else."""
     said = {name.replace(".", "/") for name in container.config.sysctls}
-    wanted = _CONTAINER_SYSCTLS
+    if "net/ipv6/conf/all/disable_ipv6" in said:
+        said.add("net/ipv6/conf/lo/disable_ipv6")  # lo follows
+    wanted = {**_CONTAINER_SYSCTLS, **TRACKING_SYSCTLS}
     if any(place.head.is_ingress for place in container.config.places):
         wanted = {**wanted, **RETURN_SYSCTLS}
     return {name: value for name, value in wanted.items() if name not in said}

@@ -20,6 +20,17 @@ _SOURCE = {socket.AF_INET: 1, socket.AF_INET6: 3}
 _DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
 _RECEIVE_BYTES = 1 << 18
 
+SYSCTLS = {
+    # An idle connection is forgotten by nobody before its ends forget it.
+    "net/netfilter/nf_conntrack_tcp_timeout_established": "432000",
+    # One end has closed, the other still works on its answer.  The kernel's own are 120 s and 60 s.
+    "net/netfilter/nf_conntrack_tcp_timeout_fin_wait": "7200",
+    "net/netfilter/nf_conntrack_tcp_timeout_close_wait": "7200",
+    # A segment that looks out of its window belongs to the connection all the same: let the ends judge.
+    "net/netfilter/nf_conntrack_tcp_be_liberal": "1",
+}
+"""Of a container's namespace: a new one has the kernel's values, whatever the node's are."""
+
 
 class Refused(OSError):
     """The kernel said no, which is something else than not answering."""

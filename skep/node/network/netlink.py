@@ -33,7 +33,7 @@ GETRULE = 34
 AF_BRIDGE = 7
 
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
-REPLACE, CREATE = 0x100, 0x400
+REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
 NESTED = 0x8000
 """Flag of an attribute's type: its value is attributes."""
 

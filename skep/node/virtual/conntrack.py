@@ -1,4 +1,4 @@
-"""Connection tracking of a namespace: its times, and flows that have to find another backend.
+"""Connection tracking of a namespace: flows that have to find another backend.
 
 UDP has no end, so a flow that goes on keeps its entry, and with it a backend that is gone: such entries are deleted,
 and the flow's next packet draws another backend.  TCP connections stay where they are.
@@ -7,20 +7,11 @@ and the flow's next packet draws another backend.  TCP connections stay where th
 import socket
 
 from skep.node.network import conntrack
+from skep.node.network.conntrack import SYSCTLS
 from skep.node.network.namespaces import set_sysctl
 from skep.node.virtual.wanted import Leads, is_ipv6
 
 _TIMEOUT_S = 2.0
-
-SYSCTLS = {
-    # An idle connection is forgotten by nobody before its ends forget it.
-    "net/netfilter/nf_conntrack_tcp_timeout_established": "432000",
-    # One end has closed, the other still works on its answer.  The kernel's own are 120 s and 60 s.
-    "net/netfilter/nf_conntrack_tcp_timeout_fin_wait": "7200",
-    "net/netfilter/nf_conntrack_tcp_timeout_close_wait": "7200",
-    # A segment that looks out of its window belongs to the connection all the same: let the ends judge.
-    "net/netfilter/nf_conntrack_tcp_be_liberal": "1",
-}
 
 
 def set_times() -> None:

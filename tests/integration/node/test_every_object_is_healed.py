@@ -1,4 +1,6 @@
-"""Whatever the kernel holds in a namespace of Skep's is taken away, one by one, and each is back in five seconds.
+"""Whatever the kernel holds in a namespace of Skep's is taken away, one by one, and each is back.
+
+In five seconds, where the machine is not crowded.
 
 What there is to take away is asked of the kernel, not of a list: a new kind of object is found here before it is
 missed.
@@ -17,7 +19,7 @@ from skep.model.tables import NetworkHead, Segment
 from skep.node.network.encrypted.overlays import NoEncryption
 from skep.node.network.namespaces import Namespaces
 from tests.integration.node.overlay_lab import DUAL, INGRESS, OverlayLab, place, shell, tried
-from tests.integration.node.test_overlay_healing import HEALED_SECONDS_MAX, Scene
+from tests.integration.node.test_overlay_healing import Scene
 
 SECRET = NetworkHead(
     id=NetworkId("secretnet"),
@@ -31,6 +33,7 @@ SETTINGS = (
     "net/ipv4/ip_forward",
     "net/ipv4/tcp_fwmark_accept",
     "net/bridge",
+    "net/netfilter",
 )
 LISTINGS = (
     "ip -j -d link",
@@ -41,7 +44,9 @@ LISTINGS = (
     "bridge -j fdb",
     "nft -j list ruleset",
 )
-FOLLOWS = frozenset({"mtu", "forwarding", "mc_forwarding", "stable_secret"})
+PATIENCE_SECONDS = 60.0
+"""Until something is taken for lost: five seconds are what a machine takes that is not crowded."""
+FOLLOWS = frozenset({"mtu", "forwarding", "mc_forwarding", "stable_secret", "nf_conntrack_count"})
 """Settings that follow others, or cannot be written."""
 
 
@@ -78,7 +83,7 @@ Inventory = dict[str, list[str]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("where", ["overlay", "encrypted", "home", "container"])
 async def test_every_object_that_is_taken_away_is_back(scene: Scene, where: str) -> None:
     space = scene.lab.nodes[0].paths.overlays / SECRET.id if where == "encrypted" else scene.namespace(where)
@@ -92,7 +97,7 @@ async def test_every_object_that_is_taken_away_is_back(scene: Scene, where: str)
             assert code == 0, f"{command} (of {name}): {output}"
             began = time.monotonic()
             while (after := await inventory(space, fresh, where)).keys() != before.keys():
-                if time.monotonic() - began > 2 * HEALED_SECONDS_MAX:
+                if time.monotonic() - began > PATIENCE_SECONDS:
                     never.append(f"{command}: {sorted(before.keys() ^ after.keys())}")
                     before = after if len(never) < 20 else before
                     break
@@ -116,6 +121,7 @@ async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory
         json.loads(text) if text.strip() else [] for text in listed.split("@@\n")
     )
     ours = {one["ifname"] for one in links if is_ours(one["ifname"], where)}
+    bridges = {one["ifname"] for one in links if one.get("linkinfo", {}).get("info_kind") == "bridge"} & ours
     found: Inventory = {}
     for one in links:
         if one["ifname"] in ours:
@@ -146,6 +152,9 @@ async def inventory(space: Path, fresh: dict[str, str], where: str) -> Inventory
     for one in fdb:
         if one["ifname"] in ours and (one["state"] == "static" or "dst" in one):
             found |= forwarding(one)
+        elif one["ifname"] in bridges and one.get("master") == one["ifname"] and "vlan" not in one:
+            text = f"{one['mac']} dev {one['ifname']}"
+            found[f"own entry {text}"] = [f"bridge fdb del {text} self"]
     found |= rule_tables(nft)
     settings = await Namespaces(space.parent).run(space, read_settings)
     return found | changed_settings(settings, fresh, ours, where)
@@ -168,9 +177,9 @@ def link(one: dict[str, Any]) -> Inventory:
     mac = one["address"] if kind == "bridge" or name.startswith("eth") else ""
     closed = (port.get("learning"), port.get("flood"))
     text = f"link {name} {kind} mtu {one['mtu']} {'UP' in one['flags']} in {master} {mac} {closed}"
-    commands = [f"ip link set {name} down"]
+    commands = [f"ip link set {name} down", f"ip link set {name} mtu {one['mtu'] - 96}"]
     if name != "lo":
-        commands += [f"ip link del {name}", f"ip link set {name} mtu {one['mtu'] - 96}"]
+        commands.append(f"ip link del {name}")
     if master:
         commands += [f"ip link set {name} nomaster", f"bridge link set dev {name} learning on flood on"]
     if mac:
@@ -257,7 +266,7 @@ def changed_settings(
         words = name.split("/")
         is_of_device = len(words) > 3 and words[2] == "conf" and words[3] not in ("all", "default", "lo")
         if (
-            words[3:4] == ["lo"]
+            (words[3:4] == ["lo"] and "lo" not in ours)
             or (is_of_device and words[3] not in ours)
             or (where == "home" and not is_of_device)
         ):

@@ -56,6 +56,8 @@ _BY_ADVERTISEMENT = 9
 _PRIORITY, _RULE_TABLE = 6, 15
 _SAYS_NOTHING = frozenset({_PRIORITY, _RULE_TABLE, 14, 21})
 """Attributes of a rule that choose no packets: these, the suppressed length of prefixes, the protocol."""
+_VLAN = 5
+"""NDA_VLAN: of an entry of a bridge for one VLAN, of which ours have none."""
 _DF = 29
 """IFLA_VXLAN_DF."""
 
@@ -179,10 +181,11 @@ def _rules() -> Iterable[Rule]:
 def _entries(links: dict[int, Link]) -> Iterable[Entry]:
     devices = {index: link.name for index, link in links.items() if link.kind == "vxlan"}
     ports = {index: link.name for index, link in links.items() if link.master}
+    bridges = {index: link.name for index, link in links.items() if link.kind == "bridge"}
     for family in (AF_BRIDGE, AF_INET, AF_INET6) if devices else (AF_BRIDGE,):
         for _, body in dumped(GETNEIGH, _NDMSG.pack(family, 0, 0, 0, 0)):
             _, index, state, flags, _ = _NDMSG.unpack_from(body)
-            if index not in ports and index not in devices:
+            if index not in ports and index not in devices and index not in bridges:
                 continue
             found = dict(attributes(body[_NDMSG.size :]))
             mac = bytes(found[2]).hex(":") if 2 in found else ""
@@ -192,6 +195,8 @@ def _entries(links: dict[int, Link]) -> Iterable[Entry]:
                     yield Entry(EntryKind.FORWARD, devices[index], mac, address)
                 elif index in ports and state & _STATIC and not state & _PERMANENT:
                     yield Entry(EntryKind.PORT, ports[index], mac)
+                elif index in bridges and state & _PERMANENT and not flags & _NTF_SELF and _VLAN not in found:
+                    yield Entry(EntryKind.OWN, bridges[index], mac)
             elif state & _PERMANENT and index in devices:
                 yield Entry(EntryKind.NEIGHBOUR, devices[index], mac, address)
 

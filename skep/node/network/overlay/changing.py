@@ -319,12 +319,14 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
         assert isinstance(entry, Entry), "sorted out before"
         is_put = isinstance(change, Put)
         index = indices.get(entry.link, 0)
-        if not index and (not is_put or entry.kind is EntryKind.PORT):
+        is_of_bridge = entry.kind in (EntryKind.PORT, EntryKind.OWN)
+        if not index and (not is_put or is_of_bridge):
             continue  # gone, or a port that its container does not need any more
         kind = netlink.NEWNEIGH if is_put else netlink.DELNEIGH
-        flags = netlink.CREATE | netlink.REPLACE if is_put else 0
-        requests.append((kind, flags, entry_message(entry, index)))
-        if entry.kind is EntryKind.PORT or not is_put:
+        # One that the kernel made stays the kernel's, and follows the bridge's address.
+        how = netlink.EXCL if entry.kind is EntryKind.OWN else netlink.REPLACE
+        requests.append((kind, netlink.CREATE | how if is_put else 0, entry_message(entry, index)))
+        if is_of_bridge or not is_put:
             tolerated.append(_PRESENT | _ABSENT)  # as above, if it goes at this moment
         else:
             tolerated.append(_PRESENT)
@@ -336,12 +338,14 @@ def _write_entries(changes: Iterable[Put | Remove]) -> None:
 def entry_message(entry: Entry, index: int) -> bytes:
     """The kernel's form of an entry of the link ``index``.
 
-    A bridge's entry is ``static``: ``permanent`` would mean the bridge itself, which swallows the frames.  A VXLAN's
-    says ``self``, without which it is silently not made.
+    A bridge's entry is ``static``: ``permanent`` means the bridge itself, which swallows the frames.  A VXLAN's
+    says ``self``, without which it is silently not made; so does a bridge's own.
     """
     mac = netlink.attribute(_MAC, bytes.fromhex(entry.mac.replace(":", "")))
     if entry.kind is EntryKind.PORT:
         return _NDMSG.pack(netlink.AF_BRIDGE, index, _STATIC, _MASTER, 0) + mac
+    if entry.kind is EntryKind.OWN:
+        return _NDMSG.pack(netlink.AF_BRIDGE, index, _PERMANENT, _SELF, 0) + mac
     family = socket.AF_INET6 if ":" in entry.address else socket.AF_INET
     address = netlink.attribute(_DESTINATION, socket.inet_pton(family, entry.address))
     if entry.kind is EntryKind.FORWARD:

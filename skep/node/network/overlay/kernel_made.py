@@ -3,7 +3,8 @@
 With an IPv4 address come a route to its network, one to itself and one to the network's broadcast address; with an IPv6
 one a route to its network and one to itself, on a router one to the address of all routers; with IPv6 on an interface
 a link-local address and a route for multicast.  A new namespace has the rules that look into the local, the main and
-the default table.  The kernel makes each of them once.
+the default table.  A bridge has an entry for its own hardware address, without which it takes nothing that is sent to
+it.  The kernel makes each of them once.
 
 Source: linux, net/ipv4/fib_frontend.c (fib_add_ifaddr), net/ipv4/fib_rules.c (fib_default_rules_init),
 net/ipv6/addrconf.c (addrconf_add_dev, add_addr, addrconf_prefix_route), net/ipv6/fib6_rules.c.
@@ -20,6 +21,8 @@ from skep.node.network.overlay.state import (
     LOCAL_TABLE,
     MAIN_TABLE,
     Address,
+    Entry,
+    EntryKind,
     Route,
     RouteKind,
     Rule,
@@ -45,8 +48,17 @@ def completed(wanted: State, rules: frozenset[Rule] = frozenset()) -> State:
         for link in wanted.links
         if _has_ipv6(wanted.sysctls, link)
     }
+    own = {
+        Entry(EntryKind.OWN, link.name, link.mac)
+        for link in wanted.links.values()
+        if link.kind == "bridge" and link.mac
+    }
     return msgspec.structs.replace(
-        wanted, addresses=addresses, routes=wanted.routes | routes, rules=wanted.rules | rules
+        wanted,
+        addresses=addresses,
+        routes=wanted.routes | routes,
+        entries=wanted.entries | own if own else wanted.entries,
+        rules=wanted.rules | rules,
     )
 
 

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping
 from skep.node.network.overlay.difference import AddLink, ChangeLink, DeleteLink, Operation, Put, Remove
 from skep.node.network.overlay.state import Address, Entry, EntryKind, Rule
 
-_ENTRIES = {EntryKind.FORWARD: "forwarding", EntryKind.PORT: "bridge entry", EntryKind.NEIGHBOUR: "neighbour"}
+_ENTRIES = {
+    EntryKind.FORWARD: "forwarding",
+    EntryKind.PORT: "bridge entry",
+    EntryKind.NEIGHBOUR: "neighbour",
+    EntryKind.OWN: "bridge entry",
+}
 
 
 class Repairs:

@@ -58,6 +58,8 @@ class EntryKind(IntEnum):
     """Bridge: frames for ``mac`` leave by this port; ``address`` is empty."""
     NEIGHBOUR = 3
     """``address`` (IPv4 or IPv6) has ``mac``: what the device answers with when a container asks."""
+    OWN = 4
+    """Bridge: frames for ``mac`` are for the bridge itself; the kernel makes it with the bridge's address."""
 
 
 class Entry(NamedTuple):

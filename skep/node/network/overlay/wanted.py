@@ -33,7 +33,8 @@ OVERHEAD_V4, OVERHEAD_V6 = 50, 70
 """Bytes that VXLAN puts around a frame: its own header, UDP, IP, and the inner Ethernet header."""
 USUAL_MTU = 1500
 IPV6_MTU_MIN = 1280
-LOOPBACK = "lo"
+LOOPBACK, LOOPBACK_MTU = "lo", 65536
+"""As the kernel makes it."""
 
 OVERLAY_SYSCTLS = {
     "net/ipv4/conf/all/rp_filter": "0",
@@ -180,7 +181,7 @@ def container_state(endpoint: Endpoint, networks: Mapping[NetworkId, tuple[Netwo
 
     ``networks``: its networks as they are known by now, with their MTU.
     """
-    links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback")}
+    links = {LOOPBACK: Link(name=LOOPBACK, kind="loopback", mtu=LOOPBACK_MTU)}
     addresses = {Address(LOOPBACK, "127.0.0.1/8")}
     routes: set[Route] = set()
     sysctls = dict(endpoint.sysctls)

@@ -2,7 +2,7 @@
 
 from skep.node.network.overlay.difference import ChangeLink, Put, difference
 from skep.node.network.overlay.kernel_made import RULES_4, completed
-from skep.node.network.overlay.state import Address, Link, Route, RouteKind, State
+from skep.node.network.overlay.state import Address, Entry, EntryKind, Link, Route, RouteKind, State
 from skep.node.network.overlay.wanted import just_made
 
 LO = Link(name="lo", kind="loopback")
@@ -89,3 +89,12 @@ def test_a_new_container_is_given_nothing_that_the_kernel_gives_it() -> None:
         one.item for one in difference(WANTED, just_made(WANTED, {}), is_ours=False) if isinstance(one, Put)
     ]
     assert puts == [Address("eth0", "10.0.1.5/24")]
+
+
+def test_a_bridge_has_an_entry_for_itself():
+    links = {
+        "br0": Link(name="br0", kind="bridge", mac="02:42:0a:00:01:01"),
+        "br1": Link(name="br1", kind="bridge"),
+        "eth0": Link(name="eth0", kind="veth", mac="02:42:0a:00:01:05"),
+    }
+    assert completed(State(links=links)).entries == {Entry(EntryKind.OWN, "br0", "02:42:0a:00:01:01")}
