@@ -29,7 +29,7 @@ def run(paths: Paths) -> None:
         run_handle(handle)
         took = time.thread_time() - began
         if took >= LONG_S:
-            holds[_name(handle)].append(took)
+            holds[name_of(handle)].append(took)
 
     asyncio.Handle._run = timed  # type: ignore[method-assign]
     gc.callbacks.append(_collections(holds))
@@ -59,7 +59,7 @@ def _collections(holds: dict[str, list[float]]) -> Callable[[str, dict[str, int]
     return note
 
 
-def _name(handle: asyncio.Handle) -> str:
+def name_of(handle: asyncio.Handle) -> str:
     owner = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
     if isinstance(owner, asyncio.Task):
         return f"{owner.get_name()} {getattr(owner.get_coro(), '__qualname__', '?')}"

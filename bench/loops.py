@@ -95,9 +95,9 @@ async def measured(services: int) -> Result:
     """Build the cluster, take it over, change it."""
     clock = SystemClock()
     store = MemoryStore(clock)
-    store.cluster.commit(proposal_of(store, [*_nodes(), *_services(services)]), None)
+    store.cluster.commit(proposal_of(store, [*all_nodes(), *all_services(services)]), None)
     stored = store.view().find(Service)
-    store.cluster.commit(proposal_of(store, list(_tasks(stored))), None)
+    store.cluster.commit(proposal_of(store, list(all_tasks(stored))), None)
     settle()  # as the manager does with what it has loaded
     busy = noise()
     async for term in store.terms(NodeId("m1"), ""):
@@ -107,7 +107,7 @@ async def measured(services: int) -> Result:
             started = [running.create_task(loop.run()) for loop in _loops(term, clock)]
             await _wait_assigned(store, WAITING, 1)
             first = time.perf_counter() - began, time.process_time() - processor
-            settled = await _wait_settled(began, processor)
+            settled = await wait_settled(began, processor)
             changes = [await _change_ms(store, service.id) for service in stored[:CHANGES]]
             calls = [await _change_calls(store, service.id) for service in stored[CHANGES : CHANGES + 11]][1:]
             for task in started:
@@ -142,7 +142,7 @@ async def _change_ms(store: MemoryStore, id: ServiceId) -> float:
 
     await store.update(scale)
     await _wait_assigned(store, id, SCALED)
-    _, processor = await _wait_settled(time.perf_counter(), began)
+    _, processor = await wait_settled(time.perf_counter(), began)
     return processor * 1000
 
 
@@ -158,18 +158,18 @@ async def _change_calls(store: MemoryStore, id: ServiceId) -> int:
 async def _wait_assigned(store: MemoryStore, id: ServiceId, count: int) -> None:
     """Return when so many tasks of the service have a node."""
     async with store.watch(Task) as watch:
-        if _assigned(store, id) >= count:
+        if assigned(store, id) >= count:
             return
         async for change in watch:
-            if any(isinstance(event, Updated) for event in change.events) and _assigned(store, id) >= count:
+            if any(isinstance(event, Updated) for event in change.events) and assigned(store, id) >= count:
                 return
 
 
-def _assigned(store: MemoryStore, id: ServiceId) -> int:
+def assigned(store: MemoryStore, id: ServiceId) -> int:
     return sum(1 for task in store.view().find(Task, service_id=id) if task.node_id)
 
 
-async def _wait_settled(began: float, processor: float) -> tuple[float, float]:
+async def wait_settled(began: float, processor: float) -> tuple[float, float]:
     """Seconds (wall, processor) since then, when 50 ms pass in which next to nothing is done."""
     while True:
         wall_s, processor_s = time.perf_counter() - began, time.process_time() - processor
@@ -178,7 +178,7 @@ async def _wait_settled(began: float, processor: float) -> tuple[float, float]:
             return wall_s, processor_s
 
 
-def _nodes() -> Iterator[Node]:
+def all_nodes() -> Iterator[Node]:
     for number in range(NODES):
         yield Node(
             id=NodeId(f"node{number:04}"),
@@ -191,13 +191,13 @@ def _nodes() -> Iterator[Node]:
         )
 
 
-def _services(count: int) -> Iterator[Service]:
+def all_services(count: int) -> Iterator[Service]:
     for number in range(count):
-        yield _service(ServiceId(f"service{number:05}"), REPLICAS, memory_mib=1 + number % 10)
-    yield _service(WAITING, 1, memory_mib=1)
+        yield a_service(ServiceId(f"service{number:05}"), REPLICAS, memory_mib=1 + number % 10)
+    yield a_service(WAITING, 1, memory_mib=1)
 
 
-def _service(id: ServiceId, replicas: int, memory_mib: int) -> Service:
+def a_service(id: ServiceId, replicas: int, memory_mib: int) -> Service:
     reservations = Resources(nano_cpus=1_000_000, memory_bytes=memory_mib << 20)
     template = TaskSpec(
         container_spec=ContainerSpec(image="busybox:1"),
@@ -207,7 +207,7 @@ def _service(id: ServiceId, replicas: int, memory_mib: int) -> Service:
     return Service(id=id, spec=ServiceSpec(name=id, task_template=template, mode=mode))
 
 
-def _tasks(services: Sequence[Service]) -> Iterator[Task]:
+def all_tasks(services: Sequence[Service]) -> Iterator[Task]:
     number = 0
     for service in services:
         if service.id == WAITING:

@@ -34,12 +34,15 @@ def slots_at_rest(situation: Situation) -> Sliced[set[int]]:
     for number, task in enumerate(situation.tasks):
         if number % PAUSE == 0:
             yield
+        if task.node_id not in sound:
+            situation.is_sound(task.node_id)  # looks at all tasks of the node, and keeps what it finds
+            yield
         slot = task.slot
         if (
             task.desired_state is _RUNNING
             and task.status.state is _RUNNING
             and slot not in resting
-            and (sound.get(task.node_id) or situation.is_sound(task.node_id))
+            and sound.get(task.node_id)
             and _is_in_place(task, situation)
             and _is_same(task, situation, same)
         ):

@@ -42,7 +42,7 @@ async def list_services(request: web.Request) -> web.StreamResponse:
     filters.refuse_unknown("name", "id", "label", "mode", "runtime")
     status = wrapped_flag(request, "status") if api_version(request) >= _V1_41 else False
     view = await current_view(request)
-    services = list(_fitting(view, filters))
+    services = list(_fitting(view, filters) if filters else _all(view))
     trouble = trouble_of(view, Service)
     if not status and not filters:
         return known_list_answer(services, shown_service, trouble, manager_of(request).services)
@@ -55,6 +55,10 @@ async def list_services(request: web.Request) -> web.StreamResponse:
             for service in services
         ]
     )
+
+
+def _all(view: View) -> Iterator[Service]:
+    return (service for service in view.find(Service) if service.removed_at is None)
 
 
 def _fitting(view: View, filters: Filters) -> Iterator[Service]:

@@ -4,7 +4,7 @@ Source: moby 20.10, daemon/cluster/{tasks,filters}.go; swarmkit, manager/control
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -13,12 +13,14 @@ from aiohttp import web
 from skep.api.errors import Untranslated
 from skep.api.server import Filters, Routes, json_answer, json_list_answer
 from skep.manager.control.tasks import is_up_to_date
+from skep.manager.follow import portions_of
 from skep.manager.routes.access import current_view, manager_of
 from skep.manager.routes.shown import has_labels, shown_task
 from skep.model.node import Node
 from skep.model.service import Service
 from skep.model.task import Task, TaskState
 from skep.store.interface import View
+from skep.store.updates import batched
 
 routes = Routes()
 
@@ -36,10 +38,9 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
         "name", "id", "label", "service", "node", "desired-state", "_up-to-date", "runtime"
     )
     view = await current_view(request)
-    found, conditions = _search(view, filters)
+    pieces, conditions = _search(view, filters, manager_of(request).store.view)
     tasks: list[Task] = []
-    for start in range(0, len(found), _PIECE):
-        piece = found[start : start + _PIECE]
+    for piece in pieces:
         tasks += [task for task in piece if all(holds(view, task) for holds in conditions)]
         await asyncio.sleep(0)  # others' turn
         view = manager_of(request).store.view()
@@ -55,8 +56,10 @@ async def inspect_task(request: web.Request) -> web.StreamResponse:
     )
 
 
-def _search(view: View, filters: Filters) -> tuple[Sequence[Task], Sequence[Condition]]:
-    """Where to look for tasks, and what must hold for each.
+def _search(
+    view: View, filters: Filters, present: Callable[[], View]
+) -> tuple[Iterator[Sequence[Task]], Sequence[Condition]]:
+    """Where to look for tasks, in pieces, and what must hold for each.  ``present``: as it is between two of them.
 
     Raises:
         NotFound, InvalidArgument: a filter names no service or node; Untranslated: no such state.
@@ -65,11 +68,11 @@ def _search(view: View, filters: Filters) -> tuple[Sequence[Task], Sequence[Cond
     nodes = {view.resolve(Node, word).id for word in filters["node"]}
     states = {_state(word) for word in filters["desired-state"] if word}
     if services:
-        found: Sequence[Task] = [task for id in sorted(services) for task in view.find(Task, service_id=id)]
+        found = batched([task for id in sorted(services) for task in view.find(Task, service_id=id)], _PIECE)
     elif nodes:
-        found = [task for id in sorted(nodes) for task in view.find(Task, node_id=id)]
+        found = batched([task for id in sorted(nodes) for task in view.find(Task, node_id=id)], _PIECE)
     else:
-        found = view.find(Task)
+        found = portions_of(present, Task)
     conditions: Sequence[tuple[object, Condition]] = (
         (services, lambda _, task: task.service_id in services),
         (nodes, lambda _, task: task.node_id in nodes),
