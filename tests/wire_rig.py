@@ -25,6 +25,7 @@ from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.eviction.loop import shut_out
+from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.keys import first_keys
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.paths.examination import Examinations
@@ -224,6 +225,7 @@ class Cluster:
             root_gone=partial(shut_out, self.store, self.bound),
             peers=peers,
             tell=tell,
+            is_evicting=is_evicting_manager,
         )
         running = asyncio.create_task(upkeep.run())
         try:

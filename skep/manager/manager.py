@@ -40,6 +40,7 @@ from skep.manager.dispatcher.messages import ManagerPeer
 from skep.manager.dispatcher.sessions import LiveSession
 from skep.manager.events import ClusterEvents
 from skep.manager.eviction.loop import Evictions, KeyedStore, keep_settled, shut_out
+from skep.manager.eviction.steps import is_evicting_manager
 from skep.manager.gossip.relay import Relay
 from skep.manager.incarnation import Incarnation
 from skep.manager.keys import WrappingKeys
@@ -229,6 +230,7 @@ class Manager:
             peers=PeerFiles(
                 self._config.paths.tls, self._config.paths.manager, self._restart_member, self._cut_peers
             ),
+            is_evicting=is_evicting_manager,
             tell=lambda it: events.expires(it.kind, it.id, it.name, stamp(it.not_after)),
         )
 

@@ -8,6 +8,9 @@ Source: swarmkit, manager/controlapi/node.go (RemoveNode: BlacklistedCertificate
 
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
+from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.times import SECOND_NS, Timestamp, timestamp, unix_ns
 from skep.store.interface import Transaction
@@ -35,8 +38,37 @@ def revoke(tx: Transaction, node: Node, now_ns: int, *, is_removed: bool) -> Non
             is_removed=is_removed,
             serials=tuple(serials[serial] for serial in sorted(serials)),
             before=max(timestamp(now_ns), before.before if before is not None else Timestamp("")),
+            foreign=before.foreign if before is not None else (),
         )
     )
+
+
+def take_back_others(tx: Transaction, node_id: NodeId, own_serial: str, window_ns: int) -> None:
+    """Take back every certificate in a manager's name but its own, as it says.
+
+    While two roots are trusted, who has the old one's key can speak for the manager, and have a certificate of the new
+    root issued in its name.  All of those are known, and no others can be made.
+
+    Args:
+        window_ns: for how long after its expiry a certificate may still be renewed.
+    """
+    node = tx.rely_on(Node, node_id, "certificate")
+    if node is None or node.certificate is None:
+        return
+    before = tx.lookup(Revocation, node_id) or Revocation(id=node_id, until=Timestamp(""))
+    known = {one.serial: one for one in (*before.foreign, *node.certificate.serials)}
+    if own_serial not in known:
+        return  # which of them is its own cannot be told
+    foreign = tuple(known[serial] for serial in sorted(known) if serial != own_serial)
+    if foreign == before.foreign:
+        return
+    ends = [timestamp(unix_ns(one.not_after) + window_ns) for one in foreign]
+    tx.put(replace(before, foreign=foreign, until=max([before.until, *ends])))
+
+
+def is_foreign(revocation: Revocation | None, serial: str) -> bool:
+    """Whether this certificate in a node's name is not the node's."""
+    return revocation is not None and any(one.serial == serial for one in revocation.foreign)
 
 
 def is_taken_back(revocation: Revocation | None, issued_s: int) -> bool:

@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from msgspec.structs import replace
 
 from skep.errors import PermissionDenied
 from skep.security.identity import Identity, identity_of
@@ -65,7 +66,7 @@ def proven_identity(
             f"the node's certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}, longer ago than this swarm "
             f"lets nodes renew (skep.renew-window, {window.days} days): leave the swarm and join it again"
         )
-    return identity_of(certificate)
+    return replace(identity_of(certificate), serial=f"{certificate.serial_number:x}")
 
 
 def _signed(certificate: x509.Certificate, csr_pem: bytes) -> bytes:

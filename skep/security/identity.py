@@ -31,6 +31,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     role: NodeRole
     issued_s: int = 0
     """When the certificate was issued, in unix seconds, as its issuer says; 0: not looked at."""
+    serial: str = ""
+    """Of the certificate, in hexadecimal digits; empty: not looked at."""
 
 
 def identity_of(certificate: x509.Certificate) -> Identity:

@@ -68,6 +68,8 @@ class Revocation(ApiObject):
     """Of its certificates as a manager, for etcd's peer port."""
     before: Timestamp = Timestamp("")
     """Certificates that it was issued until then count for nothing where a manager's is wanted; whatever they are."""
+    foreign: tuple[IssuedSerial, ...] = ()
+    """Certificates in its name that it does not have: they count for nothing at all, whoever got them."""
 
 
 def registry_auth_id(service_id: str) -> str:

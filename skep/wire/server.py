@@ -381,7 +381,9 @@ def _identity_of(transport: asyncio.Transport) -> Identity | None:
         identity = peer_identity(certificate)
     except Unauthenticated:
         return None
-    return replace(identity, issued_s=issued_s(certificate))
+    return replace(
+        identity, issued_s=issued_s(certificate), serial=f"{int(certificate['serialNumber'], 16):x}"
+    )
 
 
 def _address_of(transport: asyncio.Transport) -> str:

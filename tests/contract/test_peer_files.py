@@ -7,15 +7,24 @@ import pytest
 from cryptography import x509
 from msgspec.structs import replace
 
+from skep.errors import PermissionDenied
 from skep.manager.ca.admission import issued_certificate
 from skep.manager.ca.peer_files import REVOKED_FILE, PeerFiles, place_revoked
 from skep.manager.ca.rotation import Renewal, ask_to_renew
 from skep.manager.control.nodes import remove_node
-from skep.model.ids import new_id
-from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
+from skep.manager.eviction.steps import EVICTION_ID, Eviction
+from skep.manager.revocation import take_back_others
+from skep.model.ids import NodeId, new_id
+from skep.model.node import ManagerStatus, Node, NodeCertificate, NodeRole, Reachability
+from skep.model.times import timestamp
+from skep.node.joining import renew
 from skep.security import keypair
+from skep.security.tls import client_context
 from skep.security.trust import root_digest
+from skep.store.kinds import Payload, Revocation
+from skep.wire.client import connected
 from tests.contract.test_root_rotation import rotate, rotated
+from tests.wire_calls import call
 from tests.wire_rig import CLOCK, MANAGER_ID, Cluster, a_worker, an_agent, put, until
 
 
@@ -115,3 +124,61 @@ async def test_a_removed_managers_certificates_are_listed_and_a_workers_are_not(
     # After a reboot it is there before the store is.
     place_revoked(tmp_path / "tls", tmp_path / "kept")
     assert revoked(etcd.directory) == wanted
+
+
+async def test_what_was_had_in_a_managers_name_while_two_roots_were_trusted_is_taken_back(cluster, etcd):
+    """Who is evicted has the old root's key, and so can have certificates of the new one issued to others' names."""
+    eviction = Eviction(
+        node_id=NodeId("gone"),
+        hostname="gone",
+        was_manager=True,
+        asked_by="root@desk",
+        asked_through=MANAGER_ID,
+        asked_at=timestamp(0),
+    )
+    away = Node(id=NodeId("away"), certificate=NodeCertificate())
+    await put(cluster, Payload(id=EVICTION_ID, data=eviction.encode()), away)
+    forged = cluster.pair(MANAGER_ID, NodeRole.MANAGER)
+    await rotate(cluster)
+    await cluster.until(lambda _: cluster.swarm.rotation is not None)
+    had = await renew(cluster.address, forged, CLOCK)
+    again = await renew(cluster.address, had, CLOCK)
+    await cluster.store.update(lambda tx: tx.delete(Node, "away"))
+    await rotated(cluster)
+    root = cluster.swarm.tls_info.trust_root.encode()
+    await cluster.until(lambda view: view.get(Node, MANAGER_ID).peer_roots == root_digest(root))
+    own = keypair.load(etcd.directory)
+    for pair in (had, again):
+        pair = pair.with_root(root)
+        assert f"{pair.certificate.serial_number:x}" in revoked(etcd.directory)
+        async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
+            for name in ("HEARTBEAT", "PINGS"):
+                assert "is not the node's" in str(await call(channel, name))
+        with pytest.raises(PermissionDenied, match="is not the node's"):
+            await renew(cluster.address, pair, CLOCK)
+    assert f"{own.certificate.serial_number:x}" not in revoked(etcd.directory)
+    assert (await renew(cluster.address, own, CLOCK)).identity.role is NodeRole.MANAGER
+
+
+async def test_a_manager_that_was_just_renewing_takes_its_own_certificate_out_again(cluster, etcd):
+    other = cluster.pair(MANAGER_ID, NodeRole.MANAGER)
+    await cluster.store.update(ask_to_renew, Renewal(MANAGER_ID))
+    await cluster.until(lambda view: view.get(Node, MANAGER_ID).certificate.serials)
+    certificate = issued_certificate(NodeRole.MANAGER, other.certificate, datetime.now(UTC))
+
+    def mistaken(tx):
+        node = tx.get(Node, MANAGER_ID)
+        serials = (*node.certificate.serials, *certificate.serials)
+        tx.put(replace(node, certificate=replace(node.certificate, serials=serials)))
+        take_back_others(tx, MANAGER_ID, certificate.serials[0].serial, 0)
+
+    own = cluster.node(MANAGER_ID).certificate.serials[-1].serial
+    await cluster.store.update(mistaken)
+    await cluster.until(
+        lambda view: (
+            {one.serial for one in view.get(Revocation, MANAGER_ID).foreign}
+            == {certificate.serials[0].serial}
+        )
+    )
+    await until(lambda: revoked(etcd.directory) == {certificate.serials[0].serial})
+    assert own not in revoked(etcd.directory)

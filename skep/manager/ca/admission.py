@@ -12,6 +12,7 @@ from skep.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from skep.manager.revocation import is_foreign
 from skep.model.ids import NodeId
 from skep.model.node import Availability, IssuedSerial, Node, NodeCertificate, NodeRole, NodeSpec
 from skep.model.swarm import RENEW_WINDOW_LABEL, Swarm, SwarmSpec
@@ -21,6 +22,7 @@ from skep.security.identity import Identity
 from skep.security.tokens import role_of
 from skep.security.trust import issuer_digest
 from skep.store.interface import Transaction, View
+from skep.store.kinds import Revocation
 
 RENEW_WINDOW = timedelta(days=30)
 """A machine that is off over a long break comes back by itself: with the usual 90 days a certificate has 18 left at
@@ -34,11 +36,15 @@ are remembered: what was forgotten could not be taken back at etcd's port."""
 def renewing_identity(view: View, swarm: Swarm, caller: Identity) -> Identity:
     """The identity that a node's next certificate has: its own, in the role it has in the cluster.
 
-    Raises: PermissionDenied: the node was removed, or belongs to another cluster.
+    Raises: PermissionDenied: the node was removed, or belongs to another cluster, or the certificate is not its own.
     """
     node = view.lookup(Node, caller.node_id) if caller.cluster_id == swarm.id else None
     if node is None:
         raise PermissionDenied(f"Permission denied: node {caller.node_id} is not part of this swarm")
+    if is_foreign(view.lookup(Revocation, caller.node_id), caller.serial):
+        raise PermissionDenied(
+            f"Permission denied: this certificate of node {caller.node_id} is not the node's"
+        )
     role = node.certificate.role if node.certificate is not None else caller.role
     return Identity(node_id=node.id, cluster_id=swarm.id, role=role)
 
@@ -86,6 +92,8 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the key that signed it."""
     plane: str = ""
     """Of a node that asked by itself: which kind of node asks so."""
+    shown: str = ""
+    """Serial number of the certificate that was shown for it."""
 
     @property
     def certificate(self) -> x509.Certificate:
@@ -128,7 +136,7 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
     """Write the node object at its first certificate, afterwards only the certificate's part.
 
     Raises:
-        PermissionDenied: the node was removed while its certificate was renewed.
+        PermissionDenied: the node was removed, or its certificate taken back, while it was renewed.
         Unavailable: the root was rotated meanwhile.
         ResourceExhausted: it has too many certificates as a manager.
     """
@@ -136,6 +144,10 @@ def record_issue(tx: Transaction, issued: Issued, now: datetime, *, is_renewal: 
     swarm = tx.rely_on(Swarm, identity.cluster_id, "ca")
     if swarm is None or issuer_digest(swarm.tls_info) != issued.issuer:
         raise Unavailable("the cluster's root has just changed: ask again")
+    if is_foreign(tx.rely_on(Revocation, identity.node_id), issued.shown):
+        raise PermissionDenied(
+            f"Permission denied: this certificate of node {identity.node_id} is not the node's"
+        )
     node = tx.lookup(Node, identity.node_id)
     certificate = issued_certificate(
         identity.role,

@@ -89,7 +89,10 @@ class CertificateService:
             identity = joining_identity(swarm, request.token, self._new_id(), is_engine=is_engine)
         availability = availability_from_pb(request.availability)
         plane = DOCKER if is_engine else SKEP
-        await self._sign(identity, request.csr, caller, plane, availability, is_renewal=is_renewal)
+        shown = caller.identity.serial if caller.identity is not None and is_renewal else ""
+        await self._sign(
+            identity, request.csr, caller, plane, availability, is_renewal=is_renewal, shown=shown
+        )
         return pb.IssueNodeCertificateResponse(node_id=identity.node_id, node_membership=pb.NodeSpec.ACCEPTED)
 
     async def _renew_expired(
@@ -107,7 +110,7 @@ class CertificateService:
             window=renew_window_of(swarm.spec),
         )
         identity = renewing_identity(view, swarm, proven)
-        issued = await self._sign(identity, request.csr, caller, SKEP, is_renewal=True)
+        issued = await self._sign(identity, request.csr, caller, SKEP, is_renewal=True, shown=proven.serial)
         return skep.RenewExpiredResponse(
             certificate=issued.certificate_pem, roots=root_bundle_of(cluster_of(self._store.view()))
         )
@@ -121,8 +124,9 @@ class CertificateService:
         availability: Availability = Availability.ACTIVE,
         *,
         is_renewal: bool,
+        shown: str,
     ) -> Issued:
-        """Sign what was asked for, write that, and keep it for being fetched."""
+        """Sign what was asked for, write that, and keep it for being fetched.  ``shown``: see ``Issued``."""
         key = requested_key(csr_pem)
         view = self._store.view()
         authority = authority_of(view)
@@ -138,6 +142,7 @@ class CertificateService:
             ),
             issuer=issuer_digest(tls_info(authority.root_pem)),
             plane=plane,
+            shown=shown,
         )
         await self._store.update(record_issue, issued, self._now(), is_renewal=is_renewal)
         self._keep(issued)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from skep.errors import PermissionDenied, Unavailable
-from skep.manager.revocation import is_taken_back
+from skep.manager.revocation import is_foreign, is_taken_back
 from skep.model.ids import NodeId
 from skep.model.node import Node, NodeRole
 from skep.security.identity import Identity
@@ -82,6 +82,10 @@ def require_standing(view: View, identity: Identity, access: Access) -> bool:
     revocation = view.lookup(Revocation, identity.node_id)
     if revocation is not None and revocation.is_removed:
         raise PermissionDenied(f"Permission denied: node {identity.node_id} was removed from the swarm")
+    if is_foreign(revocation, identity.serial):
+        raise PermissionDenied(
+            f"Permission denied: this certificate of node {identity.node_id} is not the node's"
+        )
     node = view.lookup(Node, identity.node_id)
     if node is None and identity.node_id in view.unreadable(Revocation):
         raise PermissionDenied(f"Permission denied: what node {identity.node_id} may not do cannot be read")

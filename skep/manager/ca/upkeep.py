@@ -6,22 +6,25 @@ is handed to the server, written where etcd reads it, and told to whoever asks f
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import structlog
+from cryptography import x509
 from msgspec.structs import replace
 
 from skep.aio.clock import Clock
 from skep.errors import SkepError
+from skep.manager.ca.admission import renew_window_of
 from skep.manager.ca.expiry import Expiry, expiring
 from skep.manager.ca.peer_files import PeerFiles
 from skep.manager.ca.peers import Turn
 from skep.manager.ca.standing import is_manager
 from skep.manager.follow import follow
-from skep.manager.revocation import is_taken_back
+from skep.manager.revocation import is_foreign, is_taken_back, take_back_others
 from skep.model.ids import NodeId
 from skep.model.node import Node
 from skep.model.swarm import Swarm
-from skep.model.times import moment
+from skep.model.times import SECOND_NS, moment
 from skep.security import keypair
 from skep.security.identity import Identity
 from skep.security.keypair import KeyPair
@@ -48,6 +51,7 @@ class Upkeep:
         root_gone: called when certificates of a root are not taken any more; connections that were made with them stay.
         peers: None where no etcd is (tests).
         tell: called once a day with everything that expires soon.
+        is_evicting: whether a manager is evicted at present.
     """
 
     def __init__(
@@ -62,7 +66,9 @@ class Upkeep:
         root_gone: Callable[[], None] = lambda: None,
         peers: PeerFiles | None = None,
         tell: Callable[[Expiry], None] = lambda _: None,
+        is_evicting: Callable[[View], bool] = lambda _: False,
     ) -> None:
+        self._is_evicting = is_evicting
         self._store = store
         self._tell = tell
         self._own = own
@@ -106,6 +112,9 @@ class Upkeep:
         if revocation.is_removed:
             self._disconnect(lambda peer: peer.node_id == revocation.id)
         else:
+            self._disconnect(
+                lambda peer: peer.node_id == revocation.id and is_foreign(revocation, peer.serial)
+            )
             is_none = node is None or not is_manager(node)
             self._disconnect(
                 lambda peer: (
@@ -140,6 +149,10 @@ class Upkeep:
         if self._pair is None or not swarms:
             return
         trusted = trusted_roots(swarms[0])
+        serial = _serial_of(self._pair)
+        if is_foreign(view.lookup(Revocation, self._own), serial):
+            # It was being renewed in the moment in which the others were taken back.
+            await self._store.update(take_back_others, self._own, serial, _window_ns(swarms[0]))
         serving = self._pair.with_root(trusted)
         if not _is_same(serving, self._served):
             self._tls.replace(serving)
@@ -148,7 +161,7 @@ class Upkeep:
             self._served = serving
             log.info("certificate taken over", until=serving.not_after.isoformat())
         if self._peers is not None:
-            serials = (serial.serial for kept in view.find(Revocation) for serial in kept.serials)
+            serials = (one.serial for kept in view.find(Revocation) for one in (*kept.serials, *kept.foreign))
             await asyncio.to_thread(self._peers.refuse, frozenset(serials))
             await self._keep_peers_up(self._peers, self._pair, swarms[0])
 
@@ -172,7 +185,8 @@ class Upkeep:
             self._peer_roots = roots
             self._turn = Turn()
         if node is not None and node.peer_roots != root_digest(roots):
-            await self._store.update(show_peer_roots, self._own, root_digest(roots))
+            show = partial(show_peer_roots, is_evicting=self._is_evicting, window_ns=_window_ns(swarm))
+            await self._store.update(show, self._own, root_digest(roots), _serial_of(pair))
 
     async def _warn(self) -> None:
         """Say once a day what expires soon."""
@@ -189,11 +203,32 @@ def trusted_roots(swarm: Swarm) -> bytes:
     return (swarm.tls_info.trust_root + (swarm.rotation.root if swarm.rotation else "")).encode()
 
 
-def show_peer_roots(tx: Transaction, own: NodeId, digest: str) -> None:
-    """Say which roots this manager's etcd trusts."""
+def show_peer_roots(
+    tx: Transaction,
+    own: NodeId,
+    digest: str,
+    serial: str,
+    *,
+    is_evicting: Callable[[View], bool],
+    window_ns: int,
+) -> None:
+    """Say which roots this manager's etcd trusts.
+
+    After an eviction its certificates but the one of ``serial`` are taken back.
+    """
     node = tx.lookup(Node, own)
     if node is not None and node.manager_status is not None:
         tx.put(replace(node, peer_roots=digest))
+        if is_evicting(tx):
+            take_back_others(tx, own, serial, window_ns)
+
+
+def _serial_of(pair: KeyPair) -> str:
+    return f"{x509.load_pem_x509_certificate(pair.certificate_pem).serial_number:x}"
+
+
+def _window_ns(swarm: Swarm) -> int:
+    return round(renew_window_of(swarm.spec).total_seconds()) * SECOND_NS
 
 
 def _acts_as_manager(peer: Identity) -> bool:

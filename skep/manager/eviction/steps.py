@@ -97,6 +97,15 @@ def eviction_of(view: View) -> Eviction | None:
     return decoded_eviction(payload) if payload is not None else None
 
 
+def is_evicting_manager(view: View) -> bool:
+    """Whether the eviction of a manager is under way; one that cannot be read is none."""
+    try:
+        eviction = eviction_of(view)
+    except FailedPrecondition:
+        return False
+    return eviction is not None and eviction.was_manager and eviction.next_step is not None
+
+
 def decoded_eviction(payload: Payload) -> Eviction:
     """Raises: FailedPrecondition: it is damaged, or has steps that this version does not know."""
     try:
