@@ -55,8 +55,7 @@ class Peer:
         """None: not agreed yet; nothing is sent."""
         self._random_bytes = random_bytes
         self._chance = chance
-        self._private = X25519PrivateKey.from_private_bytes(random_bytes(32))
-        self.public = self._private.public_key().public_bytes_raw()
+        self._make_pair()
         self._keys: dict[int, PairKey] = {}
         self._greeting_keys: dict[int, tuple[AESGCM, AESGCM]] = {}
         """By epoch: to seal with, to open with."""
@@ -88,9 +87,16 @@ class Peer:
         return sum(opener.reassembly.lost for opener in self._openers.values())
 
     def use(self, keys: Iterable[PairKey], now: float) -> None:
-        """From now on these are the keys.  An epoch that was dropped does not come back."""
+        """From now on these are the keys.  An epoch that was dropped for later ones does not come back.
+
+        Without any key all is forgotten: the nodes share no network at present.  They may share one again in the same
+        epoch, and agree then as two that have never met, so that no counter is taken twice.
+        """
         fresh = {key.epoch: key for key in keys if key.epoch > self._last_dropped}
         if fresh == self._keys:
+            return
+        if not fresh:
+            self._forget()
             return
         gone = self._keys.keys() - fresh.keys()
         self._last_dropped = max(gone, default=self._last_dropped)
@@ -100,6 +106,17 @@ class Peer:
         }
         self._refresh()
         self.ask(now)
+
+    def _forget(self) -> None:
+        self._make_pair()
+        self.sealer = self._session = None
+        self._keys, self._greeting_keys, self._openers = {}, {}, {}
+        self._peer_epochs = ()
+        self._is_pending = False
+
+    def _make_pair(self) -> None:
+        self._private = X25519PrivateKey.from_private_bytes(self._random_bytes(32))
+        self.public = self._private.public_key().public_bytes_raw()
 
     def ask(self, now: float) -> None:
         """Begin to greet, unless that has begun already."""

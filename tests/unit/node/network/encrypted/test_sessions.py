@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,3 +234,27 @@ def test_an_epoch_that_was_dropped_never_comes_back() -> None:
     ends.talk()
     assert opened(ends.a_at_b, recorded) is None
     assert ends.a_at_b.epochs == ()
+
+
+@pytest.mark.parametrize("side", ["a", "b", "both"])
+def test_nodes_that_shared_no_network_for_a_while_agree_again_in_the_same_epoch(side: str) -> None:
+    ends = Ends()
+    ends.talk()
+    assert ends.is_agreed
+    before = {ends.b_at_a.public, ends.a_at_b.public}
+    ends.tell((), a=side != "b", b=side != "a")
+    assert not ends.is_agreed
+    ends.talk()
+    ends.tell((1,))
+    ends.talk(20.0)
+    assert ends.is_agreed
+    assert {ends.b_at_a.public, ends.a_at_b.public} != before, "no counter of the old session is taken again"
+
+
+def test_an_epoch_that_was_dropped_for_a_later_one_stays_dropped_without_any_key_between() -> None:
+    ends = Ends(epochs=(1,))
+    ends.tell((2,))
+    ends.tell(())
+    ends.tell((1,))
+    ends.talk(5.0)
+    assert not ends.is_agreed
