@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import docker
@@ -157,10 +158,20 @@ class TestCluster:
 
 
 @contextmanager
-def a_playground(name: str, **counts: int) -> Iterator[TestCluster]:
-    """A playground of a test's or a module's own, removed afterwards.  ``counts``: see ``TestCluster.up``."""
+def a_playground(
+    name: str, *, configured: Mapping[str, str] = MappingProxyType({}), **counts: int
+) -> Iterator[TestCluster]:
+    """A playground of a test's or a module's own, removed afterwards.
+
+    Args:
+        configured: node -> its ``skep.toml``.
+        counts: see ``TestCluster.up``.
+    """
     with _directory() as directory:
         cluster = _named(directory, name)
+        for node, configuration in configured.items():
+            (directory / node).mkdir()
+            (directory / node / "skep.toml").write_text(configuration)
         last_words.live[cluster.name] = directory
         try:
             cluster.up(**counts)
