@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from skep.errors import InvalidArgument
 from skep.model.encoding import ApiObject
+from skep.model.unknown import leniently
 
 MAGIC = b"SKEP-BACKUP-1\n"
 PIECE_BYTES = 256 * 1024
@@ -133,7 +134,7 @@ def parsed_opening(content: bytes) -> tuple[Header, int] | None:
             raise InvalidArgument(NOT_A_BACKUP)
         return None
     try:
-        header = msgspec.json.decode(content[len(MAGIC) : end], type=Header)
+        header = leniently(content[len(MAGIC) : end], Header)
     except msgspec.DecodeError as error:
         raise InvalidArgument(NOT_A_BACKUP) from error
     if len(header.prefix) != _PREFIX_BYTES or len(header.salt) != _SALT_BYTES:
@@ -261,7 +262,7 @@ class Opener:
         if len(self._content) < end:
             return False
         try:
-            self.manifest = msgspec.json.decode(self._content[4:end], type=Manifest)
+            self.manifest = leniently(self._content[4:end], Manifest)
         except msgspec.DecodeError as error:
             raise InvalidArgument(f"the backup is of another version of skep: {error}") from error
         self._content = self._content[end:]

@@ -22,6 +22,7 @@ from skep.api.errors import error_of
 from skep.api.ssh import Destination, forwarded
 from skep.api.versions import NEWEST, ApiVersion
 from skep.errors import InvalidArgument, SkepError, Unavailable, reason_of
+from skep.model.unknown import leniently
 
 T = TypeVar("T")
 
@@ -138,7 +139,7 @@ class Client:
 
     async def read(self, type_: type[T], path: str, *, filters: Filters | None = None, **query: str) -> T:
         """The answer to ``GET path`` as ``type_``.  Raises: as ``get``."""
-        return msgspec.convert(await self.request("GET", path, filters=filters, query=query), type_)
+        return _as(type_, await self.request("GET", path, filters=filters, query=query))
 
     async def request(
         self,
@@ -181,7 +182,7 @@ class Client:
         answer = await self.request(
             "POST", path, body=content, query=query, headers=headers, timeout_s=timeout_s
         )
-        return msgspec.convert(answer, type_)
+        return _as(type_, answer)
 
     @asynccontextmanager
     async def stream(
@@ -286,6 +287,11 @@ class Stream:
             except asyncio.IncompleteReadError as error:
                 raise Unavailable("the stream broke off") from error
             yield OutputStream(head[0]), data
+
+
+def _as(type_: type[T], answer: Any) -> T:
+    """A decoded answer as ``type_``.  A server of another version may say more than is known here."""
+    return leniently(msgspec.json.encode(answer), type_)
 
 
 def _decoded(content: bytes) -> Any:

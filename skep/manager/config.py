@@ -11,6 +11,7 @@ from skep.model.addresses import default_peer_addr, host_of, joined, parted
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import Availability
 from skep.model.swarm import DEFAULT_DATA_PATH_PORT, DEFAULT_POOL, DEFAULT_SUBNET_SIZE, SwarmSpec
+from skep.model.unknown import leniently
 from skep.paths import Paths
 from skep.store.space import QUOTA_BYTES
 
@@ -79,7 +80,7 @@ class ManagerConfig(msgspec.Struct, frozen=True, kw_only=True):
 def load(path: Path) -> ManagerConfig:
     """Read a manager's settings.  Raises: FailedPrecondition: missing or damaged, with what to do."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ManagerConfig)
+        return leniently(path.read_bytes(), ManagerConfig)
     except FileNotFoundError:
         raise FailedPrecondition(f"{path} is missing: this node was not set up as a manager") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -50,9 +50,13 @@ class ApiObject(
     kw_only=True,
     gc=False,
     omit_defaults=True,
+    forbid_unknown_fields=True,
     rename=go_name,
 ):
     """Base of every object of the Engine API: immutable, keyword-only, spelled as Docker spells it.
+
+    Unknown fields are refused, at any depth and at no cost: the store then keeps them, whoever else reads what another
+    version may have written asks ``model.unknown.leniently``, and bodies of requests are cut to what is known before.
 
     ``gc=False`` is safe because an immutable tree cannot hold a cycle; it halves the time to decode.
     """

@@ -19,6 +19,7 @@ from skep.aio.guard import contain, persist, report
 from skep.linux.files import BESIDE, sync_directory, write_new
 from skep.model.ids import TaskId
 from skep.model.task import AssignedTask, TaskStatus
+from skep.model.unknown import leniently
 
 log = structlog.get_logger()
 
@@ -111,10 +112,7 @@ def read_tasks(directory: Path) -> list[RememberedTask]:
     tasks = []
     for path in sorted(directory.glob(f"*{_SUFFIX}")):
         try:
-            tasks.append(_decode(path.read_bytes()))
+            tasks.append(leniently(path.read_bytes(), RememberedTask))
         except Exception as error:  # whatever it is, it is one file
             report(error, "task file left out", path=str(path))
     return tasks
-
-
-_decode = msgspec.json.Decoder(RememberedTask).decode

@@ -4,14 +4,14 @@ Each part has a Struct of its own, made from the fields of the kind; missing fie
 a field added later reads well from older data.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from operator import attrgetter
-from types import new_class
 from typing import Any, TypeAlias
 
 import msgspec
 
+from skep.model.unknown import NOTHING, Unknown, divided, joined
 from skep.store.interface import KindSchema, Object
 from skep.store.keys import HEAD
 from skep.store.schema import head_fields
@@ -45,14 +45,13 @@ class PartCodec:
             forbid_unknown_fields=True,
         )
         self._decoder = msgspec.json.Decoder(self._struct)
-        self._known = frozenset(field.encode_name for field in msgspec.structs.fields(self._struct))
         self._defaults = (
             None if part == HEAD else {name: getattr(self._struct(), name) for name in self.fields}
         )
         # A head's version is made anew whenever the head changes (`Writing._stamped`), and tells by itself.
         self._is_versioned = part == HEAD and "version" in self.fields
         self._telling = attrgetter("version") if self._is_versioned else self._get
-        self._last: tuple[bytes | None, Decoded] = (None, ({}, 0, {}))
+        self._last: tuple[bytes | None, Decoded] = (None, ({}, 0, NOTHING))
         """What was decoded last: many tasks get the same status in one moment, and share it then."""
         self._last_encoded: tuple[Any, bytes] = (object(), b"")
         """The same of what was encoded, of a single field."""
@@ -85,19 +84,23 @@ class PartCodec:
         known, decoded = self._last
         if data == known:
             return decoded
-        extras: Extras = {}
+        extras = NOTHING
         try:
             part = self._decoder.decode(data)
         except msgspec.ValidationError:
             # A newer version has written a field more, or it is damaged.
-            extras = extras_of(data, self._known)
-            if not extras:
+            kept, extras = divided(data, self._struct)
+            if extras is NOTHING:
                 raise
-            part = self._decoder.decode(_without(data, extras))
+            part = self._decoder.decode(kept)
         values = msgspec.structs.asdict(part)
         decoded = values, values.pop(_ANSWERS, 0) if self.is_answer else 0, extras
         self._last = data, decoded
         return decoded
+
+    def with_unknown(self, encoded: bytes | None, extras: Unknown) -> bytes:
+        """This part as ``encode`` gave it, with what a newer version has written there."""
+        return joined(encoded, extras, self._struct) if extras is not NOTHING or encoded is None else encoded
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -111,60 +114,28 @@ class PartCodec:
         return first is second or (not self._is_versioned and bool(first == second))
 
 
-Extras: TypeAlias = dict[str, bytes]
-"""Fields that this version does not know, by name, as they are written."""
-
-Decoded: TypeAlias = tuple[dict[str, Any], int, Extras]
-"""The fields of a part, the spec version that it answers (0: none), and what of it is unknown."""
-
-_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-def extras_of(data: bytes, known: Set[str]) -> Extras:
-    """The fields of an encoded object that are not among the ``known`` ones.  Raises: msgspec.DecodeError."""
-    fields = _fields_of(data)
-    if fields.keys() <= known:
-        return {}
-    return {name: bytes(value) for name, value in fields.items() if name not in known}
-
-
-def with_extras(encoded: bytes | None, extras: Extras) -> bytes:
-    """An encoded part (None: only defaults) with fields that are not ours to lose."""
-    ours = _fields_of(encoded) if encoded is not None else {}
-    return _encode(
-        {**{name: msgspec.Raw(value) for name, value in extras.items() if name not in ours}, **ours}
-    )
-
-
-def _without(data: bytes, extras: Extras) -> bytes:
-    return _encode({name: value for name, value in _fields_of(data).items() if name not in extras})
+Decoded: TypeAlias = tuple[dict[str, Any], int, Unknown]
+"""The fields of a part, the spec version that it answers (0: none), and what of it this version does not know."""
 
 
 @cache
-def head_decoder(kind: type[Object]) -> Callable[[bytes], tuple[Any, Extras]]:
+def head_decoder(kind: type[Object]) -> Callable[[bytes], tuple[Any, Unknown]]:
     """Decodes heads of a kind, as objects whose other parts hold their defaults, and what of them is unknown.
 
-    The decoder says so itself, by a subclass that refuses unknown fields: to look at the names would take longer than
-    to decode.  What it gives becomes one of the kind in place; both have the same layout.
     Raises, when called: msgspec.MsgspecError, UnicodeDecodeError.
     """
-    strict: type[Object] = new_class(kind.__name__, (kind,), {"forbid_unknown_fields": True})
-    decode_strictly, decode = msgspec.json.Decoder(strict).decode, msgspec.json.Decoder(kind).decode
-    known = frozenset(field.encode_name for field in msgspec.structs.fields(kind))
-    become = msgspec.structs.force_setattr
+    decode = msgspec.json.Decoder(kind).decode
 
-    def decoded(data: bytes) -> tuple[Any, Extras]:
+    def decoded(data: bytes) -> tuple[Any, Unknown]:
         try:
-            head = decode_strictly(data)
+            return decode(data), NOTHING
         except msgspec.ValidationError:
-            return decode(data), extras_of(data, known)
-        become(head, "__class__", kind)
-        return head, _NO_EXTRAS
+            kept, extras = divided(data, kind)
+            if extras is NOTHING:
+                raise
+            return decode(kept), extras
 
     return decoded
-
-
-_NO_EXTRAS: Extras = {}
 
 
 def values_of(fields: Iterable[str]) -> Callable[[Object], tuple[Any, ...]]:

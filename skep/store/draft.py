@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from skep.errors import ResourceExhausted
+from skep.model.service import Service
 from skep.model.task import Task
+from skep.model.unknown import Unknown
 from skep.store import keys
 from skep.store.interface import nothing
 from skep.store.keys import HEAD
@@ -44,6 +46,8 @@ class Draft:
             if part == "spec" and isinstance(object, Task) and self._is_spec_stored(object):
                 continue
             value = table.encoded(part, id, object)
+            if base is None and isinstance(object, SpecVersion):
+                value = codec.with_unknown(value, self._unknown_in_spec(object))
             key = keys.part_key(head_key, part)
             known = table.revision(id, part)
             if value is None and not known:
@@ -71,6 +75,10 @@ class Draft:
         before = set(schema.shared_claims(base)) if base is not None else set()
         for claim in sorted(set(schema.shared_claims(object)) - before):
             self._expect_unclaimed(claim, owner)
+
+    def _unknown_in_spec(self, version: SpecVersion) -> Unknown:
+        """What a newer version has written into the spec that this one is a copy of."""
+        return self._state.table_by_type[Service].unknown_in(version.service_id, "Spec")
 
     def _is_spec_stored(self, task: Task) -> bool:
         """Whether the task's spec need not be written: it is found under its version."""

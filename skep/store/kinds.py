@@ -41,7 +41,7 @@ class SpecVersion(ApiObject):
     spec: ServiceSpec = always(ServiceSpec())
 
 
-class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Payload(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
     """Bytes that must never be shown: a secret's data, the root CA's key, registry credentials.
 
     Ids say what it belongs to: ``secret/<id>``, ``root-ca``, ``root-ca-next``, ``registry/<service id>``.  Read by id,

@@ -13,7 +13,8 @@ import structlog
 
 from skep.errors import NotFound, SkepError, Unavailable
 from skep.model.service import Service
-from skep.store.codec import Extras, codecs_of, head_decoder, values_of, with_extras
+from skep.model.unknown import NOTHING, Unknown
+from skep.store.codec import codecs_of, head_decoder, values_of
 from skep.store.interface import Created, Deleted, Event, KindSchema, Object, Updated
 from skep.store.keys import HEAD
 
@@ -69,7 +70,7 @@ class Table:
         was before.  The revisions of its keys are known all the same."""
         self.damaged: dict[str, dict[str, str]] = {}
         """Id -> part -> why that cannot be read.  Such a part is not there, or is what it was before."""
-        self._extras: dict[tuple[str, str], Extras] = {}
+        self._extras: dict[tuple[str, str], Unknown] = {}
         """Part (or head) and id -> its fields that this version does not know."""
         self._never_read: dict[str, set[str]] = {}
         """Id -> damaged parts (or the head) of which no earlier value is known either."""
@@ -193,7 +194,7 @@ class Table:
             return self.schema.type(id=id)
         if self.unreadable and self.unreadable.pop(id, None) is not None:
             self._read_at_last(id, HEAD)
-        if extras or self._extras:
+        if extras is not NOTHING or self._extras:
             self._keep_extras(id, HEAD, extras)
         return head
 
@@ -215,12 +216,12 @@ class Table:
             self._mended(id, part)
         if codec.is_answer:
             self.answers[part][id] = answered
-        if extras or self._extras:
+        if extras is not NOTHING or self._extras:
             self._keep_extras(id, part, extras)
         return fields
 
-    def _keep_extras(self, id: str, part: str, extras: Extras) -> None:
-        if extras:
+    def _keep_extras(self, id: str, part: str, extras: Unknown) -> None:
+        if extras is not NOTHING:
             self._extras[part, id] = extras
         else:
             self._extras.pop((part, id), None)
@@ -232,7 +233,12 @@ class Table:
         """
         value = self.codecs[part].encode(object)
         extras = self._extras.get((part, id)) if self._extras else None
-        return with_extras(value, extras) if extras else value
+        return self.codecs[part].with_unknown(value, extras) if extras is not None else value
+
+    def unknown_in(self, id: str, field: str) -> Unknown:
+        """What of one field of a head (its name in JSON) this version does not know, for copies of it elsewhere."""
+        extras = self._extras.get((HEAD, id), NOTHING)
+        return Unknown(inside={field: extras.inside[field]}) if field in extras.inside else NOTHING
 
     def _complain(self, id: str, part: str, error: Exception) -> None:
         kind = self.schema.name

@@ -15,6 +15,7 @@ import msgspec
 
 from skep.errors import Unavailable
 from skep.linux.files import is_no_file
+from skep.model.unknown import leniently
 from skep.node.oci.container import Container
 
 NAME = "record"
@@ -51,7 +52,7 @@ def read(path: Path) -> Container | None:
         raise Unavailable(f"the record {path} cannot be read: {error.strerror}") from error
     for line in reversed(lines):
         try:
-            return _decode(line)
+            return leniently(line, Container)
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
     return None
@@ -60,6 +61,3 @@ def read(path: Path) -> Container | None:
 def _write(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-_decode = msgspec.json.Decoder(Container).decode

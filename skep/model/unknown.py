@@ -1,0 +1,223 @@
+"""Fields that this version does not know, at any depth of a JSON value: set apart when it is read, put back when it is
+written.
+
+Structs of the model refuse such fields, which costs nothing where there are none; only then a value comes here.
+
+* Of an object, they stay at their place for as long as the object is there, if only as a default.
+* Of an item of a list, they stay with the item that is the same in all that is known, or else with the one that has the
+  same name (the first field of ``NAMES`` that it has).  One that is neither is another item, and has none of them.
+* Of a value in a mapping, they stay with its key.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+T = TypeVar("T")
+
+NAMES = ("ID", "SecretID", "ConfigID", "NetworkID", "Network", "Target", "Name", "Subnet", "Serial", "URL")
+"""What tells items of lists apart, in the model's objects."""
+
+
+class Unknown(msgspec.Struct, frozen=True):
+    """What is not known of one object (or mapping)."""
+
+    fields: Mapping[str, bytes] = {}
+    inside: Mapping[str, "Unknown | UnknownOfItems"] = {}
+    """By field (or key)."""
+
+
+class UnknownOfItems(msgspec.Struct, frozen=True):
+    """What is not known of a list."""
+
+    items: Sequence[tuple[bytes, bytes, Unknown]] = ()
+    """Of each item of which something is not known: all that is, its name (empty: none), the rest."""
+
+
+Extras: TypeAlias = Unknown | UnknownOfItems
+
+_NULL = b"null"
+_fields_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_items_of = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def divided(data: bytes, type_: Any) -> tuple[bytes, Unknown]:
+    """An encoded object of ``type_`` without what is unknown of it, and that.  Raises: msgspec.DecodeError."""
+    known, extras = _divided(data, _shape_of(type_))
+    return known, extras if isinstance(extras, Unknown) else NOTHING
+
+
+def joined(encoded: bytes | None, extras: Unknown, type_: Any) -> bytes:
+    """An encoded object (None: only defaults) with what is not this version's to lose."""
+    return _joined(encoded or b"{}", extras, _shape_of(type_))
+
+
+def leniently(data: bytes, type_: type[T]) -> T:
+    """A value as far as it is known; the rest is dropped.  Raises: msgspec.DecodeError."""
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except msgspec.ValidationError:
+        known, extras = _divided(data, _shape_of(type_))  # type: ignore[arg-type]  # every class is hashable
+        if extras is None:
+            raise
+        return msgspec.json.decode(known, type=type_)
+
+
+NOTHING = Unknown()
+
+
+def _divided(data: bytes, shape: inspect.Type) -> tuple[bytes, Extras | None]:
+    match shape:
+        case inspect.StructType() | inspect.DictType():
+            return _divided_object(data, shape)
+        case inspect.VarTupleType() | inspect.ListType():
+            return _divided_items(data, _core(shape.item_type))
+        case _:
+            return data, None
+
+
+def _divided_object(data: bytes, shape: inspect.StructType | inspect.DictType) -> tuple[bytes, Extras | None]:
+    known: dict[str, msgspec.Raw] = {}
+    unknown: dict[str, bytes] = {}
+    inside: dict[str, Extras] = {}
+    shapes = _shapes_of(shape)
+    for name, value in _fields_of(data).items():
+        if shapes is not None and name not in shapes:
+            unknown[name] = bytes(value)
+            continue
+        core = shapes[name] if shapes is not None else _core(shape.value_type)  # type: ignore[union-attr]
+        rest: Extras | None = None
+        if _is_deep(core) and bytes(value) != _NULL:
+            kept, rest = _divided(bytes(value), core)
+        known[name] = msgspec.Raw(kept) if rest is not None else value
+        if rest is not None:
+            inside[name] = rest
+    if not unknown and not inside:
+        return data, None
+    return _encode(known), Unknown(unknown, inside)
+
+
+def _divided_items(data: bytes, shape: inspect.Type) -> tuple[bytes, Extras | None]:
+    items: list[msgspec.Raw] = []
+    found: list[tuple[bytes, bytes, Unknown]] = []
+    for item in _items_of(data):
+        known, rest = _divided(bytes(item), shape)
+        items.append(msgspec.Raw(known))
+        if isinstance(rest, Unknown) and isinstance(shape, inspect.StructType):
+            same = _encode(msgspec.json.decode(known, type=shape.cls))  # spelled as this version spells it
+            found.append((same, _name_of(same), rest))
+    return (_encode(items), UnknownOfItems(found)) if found else (data, None)
+
+
+def _joined(encoded: bytes, extras: Extras, shape: inspect.Type) -> bytes:
+    if isinstance(extras, UnknownOfItems):
+        return _joined_items(encoded, extras, _core(shape.item_type))  # type: ignore[attr-defined]
+    ours = _fields_of(encoded)
+    fields = {name: msgspec.Raw(value) for name, value in extras.fields.items() if name not in ours} | ours
+    shapes = _shapes_of(shape)
+    for name, rest in extras.inside.items():
+        core = shapes[name] if shapes is not None else _core(shape.value_type)  # type: ignore[attr-defined]
+        if name in ours and bytes(ours[name]) != _NULL:
+            fields[name] = msgspec.Raw(_joined(bytes(ours[name]), rest, core))
+        elif isinstance(rest, Unknown) and name not in ours and _stands_by_default(shape, name):
+            fields[name] = msgspec.Raw(_joined(b"{}", rest, core))
+    return _encode(fields)
+
+
+def _joined_items(encoded: bytes, extras: UnknownOfItems, shape: inspect.Type) -> bytes:
+    items = [bytes(item) for item in _items_of(encoded)]
+    left = list(extras.items)
+    whose: dict[int, Unknown] = {}
+    for index, item in enumerate(items):
+        for kept in left:
+            if kept[0] == item:
+                left.remove(kept)
+                whose[index] = kept[2]
+                break
+    for index, item in enumerate(items):
+        name = _name_of(item) if index not in whose and left else b""
+        for kept in left:
+            if name and kept[1] == name:
+                left.remove(kept)
+                whose[index] = kept[2]
+                break
+    return _encode(
+        [
+            msgspec.Raw(_joined(item, whose[index], shape) if index in whose else item)
+            for index, item in enumerate(items)
+        ]
+    )
+
+
+def _name_of(item: bytes) -> bytes:
+    """What tells an item from the others of its list, whatever else of it changes; empty: nothing does."""
+    fields = _fields_of(item)
+    for name in NAMES:
+        value = bytes(fields.get(name, b""))
+        if value.startswith(b"{"):
+            value = _name_of(value)
+        if value not in (b"", b'""', _NULL):
+            return b"%b=%b" % (name.encode(), value)
+    return b""
+
+
+@cache
+def _shape_of(type_: Any) -> inspect.Type:
+    return _core(inspect.type_info(type_))
+
+
+def _core(shape: inspect.Type) -> inspect.Type:
+    """``shape`` without metadata and without ``| None``."""
+    while True:
+        if isinstance(shape, inspect.Metadata):
+            shape = shape.type
+        elif isinstance(shape, inspect.UnionType):
+            shape = next(part for part in shape.types if not isinstance(part, inspect.NoneType))
+        else:
+            return shape
+
+
+def _shapes_of(shape: inspect.Type) -> Mapping[str, inspect.Type] | None:
+    """The fields of a Struct, by their name in JSON; None: it is a mapping."""
+    return _shapes_by_class(shape.cls) if isinstance(shape, inspect.StructType) else None
+
+
+@cache
+def _shapes_by_class(cls: type) -> Mapping[str, inspect.Type]:
+    shape = _shape_of(cls)
+    assert isinstance(shape, inspect.StructType), "asked for objects alone"
+    return {field.encode_name: _core(field.type) for field in shape.fields}
+
+
+def _stands_by_default(shape: inspect.Type, name: str) -> bool:
+    """Whether an object that is left out is one with defaults, and not none."""
+    if not isinstance(shape, inspect.StructType):
+        return False
+    field = next(field for field in shape.fields if field.encode_name == name)
+    return not any(isinstance(part, inspect.NoneType) for part in _parts(field.type))
+
+
+def _parts(shape: inspect.Type) -> Iterator[inspect.Type]:
+    if isinstance(shape, inspect.Metadata):
+        yield from _parts(shape.type)
+    elif isinstance(shape, inspect.UnionType):
+        yield from shape.types
+    else:
+        yield shape
+
+
+def _is_deep(shape: inspect.Type) -> bool:
+    """Whether there may be an object in it."""
+    match shape:
+        case inspect.StructType():
+            return True
+        case inspect.VarTupleType() | inspect.ListType():
+            return _is_deep(_core(shape.item_type))
+        case inspect.DictType():
+            return _is_deep(_core(shape.value_type))
+        case _:
+            return False
