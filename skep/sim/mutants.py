@@ -325,15 +325,12 @@ def _no_difference() -> list[Patch]:
 
 
 def _decides_on_the_past() -> list[Patch]:
-    real = Updater._shown
+    """What is in but does not show yet is forgotten when the deadline has passed."""
 
-    async def shown(self: Updater, revision: int) -> None:
-        try:
-            await real(self, revision)
-        finally:
-            self._written = 0  # forgotten, for the case that the deadline has passed before it showed
+    async def at_once(self: Updater) -> None:
+        return None
 
-    return [Patch(Updater, "_shown", shown)]
+    return [Patch(Updater, "_left", at_once), Patch(Updater, "_earlier_shown", at_once)]
 
 
 def _any_term() -> list[Patch]:

@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import msgspec
@@ -34,6 +35,7 @@ from skep.store.updates import (
     Outcome,
     Updater,
     Updating,
+    leave,
     within_deadline,
 )
 
@@ -331,9 +333,13 @@ class MemoryStore(Updating):
             self.barrier,
             self._clock,
             self._replica.reached,
-            is_of_a_term=term is not None,
+            term=Renewing(self.cluster, term) if term is not None else None,
             chance=lambda: 0.5,
         )
+
+    async def shown(self) -> None:
+        """Return when the replica shows what is there now."""
+        await self._replica.reached(self.cluster.revision)
 
     def _show(self, until: int) -> None:
         if self._replica.revision < self.cluster.compacted:
@@ -347,6 +353,21 @@ class MemoryStore(Updating):
             self._replica.apply(revision, changes)
 
 
+class Renewing:
+    """A term whose manager leads anew when its writer ends it.  Implements ``updates.Held``."""
+
+    def __init__(self, cluster: MemoryCluster, term: TermState) -> None:
+        self._cluster = cluster
+        self._term = term
+
+    @property
+    def is_lost(self) -> bool:
+        return self._term.is_lost
+
+    def lose(self) -> None:
+        self._cluster.renew(self._term)
+
+
 class MemoryLane:
     """Proposals of one manager, or of one term of it.  Implements ``updates.Proposer``."""
 
@@ -357,14 +378,24 @@ class MemoryLane:
     async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
         if self._term is None:
             return [await self._propose(proposal) for proposal in proposals]
+        outcomes: list[Outcome | SkepError] = []
         try:
-            outcomes = [await self._propose(proposal) for proposal in proposals]
+            for proposal in proposals:
+                outcomes += [await self._propose(proposal)]
         except asyncio.CancelledError:
-            self._store.cluster.renew(self._term)
+            await leave(
+                Renewing(self._store.cluster, self._term), partial(self._rest, proposals[len(outcomes) :])
+            )
             raise
         if any(isinstance(one, Unavailable) and not isinstance(one, NotLeader) for one in outcomes):
             self._store.cluster.renew(self._term)
         return outcomes
+
+    async def _rest(self, proposals: Sequence[Proposal]) -> None:
+        """What left before its writer did is done all the same."""
+        for proposal in proposals:
+            await self._propose(proposal)
+        await self._store.shown()
 
     async def _propose(self, proposal: Proposal) -> Outcome | SkepError:
         while True:

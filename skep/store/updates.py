@@ -35,6 +35,10 @@ DEADLINE_S = 5.0
 TERM_DEADLINE_S = 20.0
 """For one of a leader: nobody waits for it, and one that is given up with a write under way ends the term."""
 
+LEFT_S = 8.0
+"""How long a leader's cancelled update waits for what came of its write: for two entries on disks that are just about
+quick enough."""
+
 SHOWN_S = 2.0
 """How long a user's acknowledged write may take to show in the replica before it is answered anyway."""
 
@@ -81,6 +85,37 @@ class Proposer(Protocol):
         """
 
 
+class Held(Protocol):
+    """A term, as far as its writers can end it."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is over."""
+
+    def lose(self) -> None:
+        """End it."""
+
+
+async def leave(term: Held, settled: Callable[[], Awaitable[None]]) -> None:
+    """For a term's writer that was cancelled, before it goes: wait until what it wrote is ``settled``, and shows.
+
+    Whoever decides next has to see it: a loop that begins again from a snapshot, for instance.  Where that takes too
+    long, the term is over: the next one begins with everything that was ever written.
+    """
+    if term.is_lost:
+        return
+    is_settled = False
+    try:
+        async with asyncio.timeout(LEFT_S):
+            await settled()
+        is_settled = True
+    except (TimeoutError, SkepError) as error:
+        log.warning("term ends, as a write of it has no known outcome", waited_s=LEFT_S, reason=str(error))
+    finally:
+        if not is_settled:
+            term.lose()
+
+
 class Updater:
     """Implements ``interface.Updates`` over a replica and a proposer."""
 
@@ -93,14 +128,14 @@ class Updater:
         reached: Callable[[int], Awaitable[None]],
         *,
         chance: Callable[[], float] = random.random,
-        is_of_a_term: bool = False,
+        term: Held | None = None,
     ) -> None:
         """
         Args:
             barrier: returns once the replica shows the present.
             reached: returns once the replica shows a revision.
-            is_of_a_term: a write is answered when it shows, and nothing further is tried before: a leader that does
-                not see what it wrote would decide the same again.
+            term: a write of it is answered when it shows, and nothing further is tried before: a leader that does not
+                see what it wrote would decide the same again.  Where it does not show in time, the term is over.
             chance: numbers from 0 to 1, which spread the pauses between attempts.
         """
         self._replica = replica
@@ -108,11 +143,11 @@ class Updater:
         self._barrier = barrier
         self._clock = clock
         self._reached = reached
-        self._shown_s = None if is_of_a_term else SHOWN_S
-        self._deadline_s = TERM_DEADLINE_S if is_of_a_term else DEADLINE_S
+        self._term = term
+        self._deadline_s = TERM_DEADLINE_S if term is not None else DEADLINE_S
         self._chance = chance
         self._written = 0
-        """The last revision of ours, where the next attempt waits for it."""
+        """The last revision of a term."""
 
     async def update(
         self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
@@ -121,8 +156,8 @@ class Updater:
         is_confirmed = False
         pause = self._pause()
         tried: tuple[Compare, ...] = ()
-        async with within_deadline(self._deadline_s):
-            await self._reached(self._written)
+        async with within_deadline(self._deadline_s, self._left) as deadline:
+            await self._earlier_shown()
             while True:
                 try:
                     result, proposal = self._run(lambda tx: body(tx, *args, **kwargs))
@@ -140,7 +175,7 @@ class Updater:
                 (outcome,) = await self._proposer.propose([proposal])
                 match outcome:
                     case Committed(revision):
-                        await self._shown(revision)
+                        await self._shown(revision, deadline)
                         return result
                     case Conflict(revision):
                         await self._reached(revision)
@@ -159,9 +194,9 @@ class Updater:
         for chunk in batched(pending, CHUNK):
             pause = self._pause()
             try:
-                async with within_deadline(self._deadline_s):
-                    await self._reached(self._written)
-                    while left := await self._attempt(body, chunk, results):
+                async with within_deadline(self._deadline_s, self._left) as deadline:
+                    await self._earlier_shown()
+                    while left := await self._attempt(body, chunk, results, deadline):
                         await pause.after_conflict(is_progress=len(left) < len(chunk))
                         chunk = left
             except Unavailable as error:
@@ -180,7 +215,11 @@ class Updater:
                     raise outcome
 
     async def _attempt(
-        self, body: Callable[[Transaction, T], R], chunk: Sequence[tuple[int, T]], results: list[Any]
+        self,
+        body: Callable[[Transaction, T], R],
+        chunk: Sequence[tuple[int, T]],
+        results: list[Any],
+        deadline: "within_deadline",
     ) -> list[tuple[int, T]]:
         """Run and propose each item once; gives back those that met a conflict.
 
@@ -205,7 +244,7 @@ class Updater:
                         conflicts.append((index, item))
                     case SkepError():
                         results[index] = outcome
-        await self._shown(revision)
+        await self._shown(revision, deadline)
         return conflicts
 
     def _run_each(
@@ -227,7 +266,11 @@ class Updater:
 
     async def _outcomes(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
         try:
-            return await self._proposer.propose(proposals)
+            outcomes = await self._proposer.propose(proposals)
+            self._written = max(
+                self._written, *(one.revision for one in outcomes if isinstance(one, Committed)), 0
+            )
+            return outcomes
         except SkepError as error:
             return [error] * len(proposals)
 
@@ -239,16 +282,28 @@ class Updater:
     def _pause(self) -> "_Pause":
         return _Pause(self._clock, Backoff(0.01, 0.5, chance=self._chance))
 
-    async def _shown(self, revision: int) -> None:
+    async def _shown(self, revision: int, deadline: "within_deadline") -> None:
+        """The write at ``revision`` is in: no deadline of its attempts makes an error of it any more."""
+        self._written = max(self._written, revision)
         if self._replica.revision >= revision:
-            return
-        if self._shown_s is None:
-            self._written = max(self._written, revision)
+            return None
+        if self._term is not None:
+            return await self._reached(revision)
+        deadline.extend(SHOWN_S + 1)
         try:
-            async with asyncio.timeout(self._shown_s):
+            async with asyncio.timeout(SHOWN_S):
                 await self._reached(revision)
         except TimeoutError:
             log.warning("replica does not show an acknowledged write", revision=revision)
+
+    async def _earlier_shown(self) -> None:
+        if self._term is not None:
+            await self._reached(self._written)
+
+    async def _left(self) -> None:
+        """The caller was cancelled, by its deadline or from outside."""
+        if self._term is not None and self._replica.revision < self._written:
+            await leave(self._term, partial(self._reached, self._written))
 
 
 class _Pause:
@@ -296,20 +351,35 @@ def _swapped(body: Callable[[Transaction, T], R], item: T, tx: Transaction) -> R
 class within_deadline:  # noqa: N801 (it is used like a function)
     """Raises: Unavailable: the block took longer.
 
+    ``left``: awaited before, and as well when the block is cancelled from outside.
     A class, since a generator behind a context manager costs a small request more than the timeout itself.
     """
 
-    def __init__(self, seconds: float = DEADLINE_S) -> None:
+    def __init__(
+        self, seconds: float = DEADLINE_S, left: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self._timeout = asyncio.timeout(seconds)
+        self._left = left
 
-    async def __aenter__(self) -> None:
+    def extend(self, seconds: float) -> None:
+        """Let the block last so long from now on, at least."""
+        end = self._timeout.when()
+        assert end is not None, "it was set at the beginning"
+        self._timeout.reschedule(max(end, asyncio.get_running_loop().time() + seconds))
+
+    async def __aenter__(self) -> "within_deadline":
         await self._timeout.__aenter__()
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            await self._timeout.__aexit__(kind, error, traceback)
+            try:
+                if self._left is not None and isinstance(error, asyncio.CancelledError):
+                    await self._left()
+            finally:
+                await self._timeout.__aexit__(kind, error, traceback)
             if isinstance(error, TimeoutError):
                 raise error
         except TimeoutError as late:

@@ -20,6 +20,7 @@ from skep.model.service import (
 )
 from skep.model.swarm import Swarm
 from skep.model.task import Task, TaskState
+from skep.store import updates
 from skep.store.interface import (
     NotLeader,
     Transaction,
@@ -146,14 +147,35 @@ async def test_a_term_is_confirmed_as_long_as_it_lasts_and_nothing_is_written(ri
         await term.confirm()
 
 
-async def test_a_term_whose_writer_is_cancelled_with_a_write_under_way_is_over(rig: Rig) -> None:
-    """What came of the write shows when the next term of the same manager begins, and nothing comes of it later."""
+async def test_a_term_whose_writer_is_cancelled_goes_on_once_it_shows_what_came_of_the_write(
+    rig: Rig,
+) -> None:
+    """As where a loop begins again from a snapshot: what it decides then is decided on all that was written."""
     terms = rig.store.terms(FIRST, "127.0.0.1:2377")
     term = await anext(terms)
     writing = asyncio.create_task(term.update(put, a_secret("s")))
     await asyncio.sleep(0)  # it is on its way
     writing.cancel()
+    await asyncio.wait([writing])
+    assert term.view().lookup(Secret, "s") is not None
+    await term.update(put, a_secret("t"))
+    await terms.aclose()
+
+
+async def test_a_term_whose_writer_is_cancelled_with_a_write_under_way_and_hears_nothing_is_over(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came of the write shows when the next term of the same manager begins, and nothing comes of it later."""
+    monkeypatch.setattr(updates, "LEFT_S", 0.2)
+    terms = rig.store.terms(FIRST, "127.0.0.1:2377")
+    term = await anext(terms)
+    rig.cut_store()
+    writing = asyncio.create_task(term.update(put, a_secret("s")))
+    await asyncio.sleep(0)  # it is on its way
+    writing.cancel()
     async with asyncio.timeout(5):
+        await asyncio.wait([writing])
+        rig.mend()
         await term.wait_lost()
     with pytest.raises(NotLeader):
         await term.update(put, a_secret("later"))

@@ -1,13 +1,18 @@
 """Random lives of the store alone."""
 
+import asyncio
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
-from skep.sim.alone.life import live
+from skep.sim.alone.life import StoreLife, live
+from skep.sim.alone.managers import WANT
 from skep.sim.run import chunked, outcomes, report
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.follow import Follower
+from skep.store.kinds import Payload
+from skep.store.updates import TERM_DEADLINE_S
 
 SEEDS = 1000
 QUICK = 100
@@ -31,6 +36,46 @@ def test_a_deletion_is_ones_own_only_if_one_can_tell_it_from_another_managers() 
     """Of a manager that lagged, and lost the answer to its deletion: the one that it saw was another's."""
     (outcome,) = outcomes([3559], live)
     assert not outcome.violations, report(outcome)
+
+
+@pytest.fixture
+def calm() -> Iterator[StoreLife]:
+    """One manager that leads, and in which nothing breaks by itself."""
+    life = StoreLife(next(seed for seed in range(20) if len(StoreLife(seed).ids) == 1))
+    asyncio.set_event_loop(life.loop)
+    (id,) = life.ids
+    life.raft.add(id)
+    life.raft.start(id)
+    life.do(life._found())
+    life._start(id)
+    life._become_well()
+    try:
+        yield life
+    finally:
+        life.end()
+
+
+@pytest.mark.parametrize("behind_s", [5.0, 21.0, 45.0])
+def test_what_is_answered_and_does_not_show_is_not_decided_once_more(
+    calm: StoreLife, behind_s: float
+) -> None:
+    """The leader's watch is behind for longer than its update waits, while its writes are answered."""
+    (member,) = calm.raft.members.values()
+    (manager,) = calm.managers.values()
+    assert manager.store is not None
+    wants = [f"{WANT}{number}" for number in range(3)]
+    member.stall_s = 1.0
+    calm.do(manager.store.update_each(lambda tx, name: tx.put(Payload(id=name)), wants))
+    calm.run_for(0.5)  # the number of the first is on its way
+    member.watch_lag_s = behind_s
+    calm.run_for(1.0)
+    member.stall_s = 0.0
+    calm.run_for(behind_s)
+    member.watch_lag_s = 0.0
+    calm.run_for(behind_s + 2 * TERM_DEADLINE_S)
+    assert not calm.violations
+    numbers = [calm.truth.view.get(Payload, name).data for name in wants]
+    assert sorted(numbers) == [b"1", b"2", b"3"]
 
 
 def test_a_seed_gives_the_same_life_twice() -> None:

@@ -53,6 +53,7 @@ from skep.store.interface import Commit, Created, Deleted, Event, Object, Transa
 log = structlog.get_logger()
 
 ENDPOINTS = "endpoints"
+CLAIMS = "claims of networks"
 BATCH = 500
 """Objects looked at before their changes are committed together."""
 
@@ -139,6 +140,7 @@ class Allocator:
                 self._books.leave_network(network)
                 self._unallocated.pop(network.id, None)
                 self._fullness.forget(network.id)
+                self._guard.forget_unwritten(CLAIMS, network_key(network.id))
                 self._note_unallocated()
                 self._note_nodes()
             case Created(Node() as node) | Updated(_, Node() as node) | Deleted(Node() as node):
@@ -226,7 +228,7 @@ class Allocator:
     async def _work(self) -> None:
         await go_through(self._loading, self._clock)
         allocated_before = [one for one in self._term.view().find(Network) if is_allocated(one)]
-        await self._commit("claims of networks", ([Claim(network)] for network in allocated_before))
+        await self._commit(CLAIMS, ([Claim(network)] for network in allocated_before))
         while True:
             keys = await self._agenda.take(BATCH)
             networks = [NetworkId(key.removeprefix(NETWORK)) for key in keys if key.startswith(NETWORK)]
@@ -234,10 +236,18 @@ class Allocator:
             services = [ServiceId(key) for key in keys if "/" not in key]
             # In this order: each needs what the one before it gives, and finds it in the store.
             await self._commit("subnets", (self._subnets(id) for id in networks))
+            await self._commit(CLAIMS, (self._claims(id) for id in networks))
             known = self._networks()
             await self._commit(ENDPOINTS, (self._endpoint(id, known) for id in services))
             await self._commit("node attachments", (self._attached_node(id, known) for id in nodes))
             await self._commit("releases", (self._releases(id, known) for id in services))
+
+    def _claims(self, id: NetworkId) -> list[Grant]:
+        """What a network from before the claims holds, if the store has not taken that yet."""
+        network = self._term.view().lookup(Network, id)
+        if network is None or self._guard.unwritten(CLAIMS, network_key(id)) is None:
+            return []
+        return [Claim(network)]
 
     def _subnets(self, id: NetworkId) -> list[Grant]:
         """The allocation of a network that has none yet."""

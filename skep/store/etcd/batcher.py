@@ -15,6 +15,7 @@ other is simply sent again.
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import count
 from secrets import token_bytes
 
@@ -30,9 +31,10 @@ from skep.store.etcd.errors import Busy, Uncertain
 from skep.store.etcd.flags import MAX_OPERATIONS
 from skep.store.etcd.requests import Witness, etcd_key, fill_txn, guard, is_clear, is_fence_fallen
 from skep.store.interface import NotLeader
+from skep.store.leadership import TermState
 from skep.store.proposal import Footprint, Proposal
 from skep.store.replica import Replica
-from skep.store.updates import Committed, Conflict, Outcome
+from skep.store.updates import Committed, Conflict, Outcome, leave
 
 log = structlog.get_logger()
 
@@ -69,11 +71,29 @@ class Pending:
         self.outcome: asyncio.Future[Outcome | SkepError] = asyncio.get_running_loop().create_future()
         self.is_away = False
         """Whether it is in an entry that may take effect, now or later."""
+        self._late: asyncio.Future[Outcome | SkepError] | None = None
 
     def resolve(self, outcome: Outcome | SkepError) -> None:
         """Tell the waiter, if it still waits."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
+        elif self._late is not None and not self._late.done():
+            self._late.set_result(outcome)
+
+    def came_back(self) -> None:
+        """Its entry has not taken effect, and never will."""
+        self.is_away = False
+        if self.outcome.cancelled():
+            self.resolve(Unavailable("nobody waits for it any more"))
+
+    def late(self) -> "asyncio.Future[Outcome | SkepError] | None":
+        """What came, or comes, of it although its waiter was cancelled; None: it has not left, and does not now."""
+        if self.outcome.done() and not self.outcome.cancelled():
+            return self.outcome
+        self.outcome.cancel()
+        if self.is_away:
+            self._late = asyncio.get_running_loop().create_future()
+        return self._late
 
 
 class Entry:
@@ -183,27 +203,37 @@ class Batcher:
         self._seen: dict[Pending, int] = {}
 
     async def propose(
-        self, proposals: Sequence[Proposal], fence: int | None, give_up: Callable[[], None] = lambda: None
+        self, proposals: Sequence[Proposal], term: TermState | None = None
     ) -> Sequence[Outcome | SkepError]:
-        """Each one's outcome, or its error: NotLeader: ``fence`` has fallen; Uncertain; Unavailable.
+        """Each one's outcome, or its error: NotLeader: the fence of ``term`` has fallen; Uncertain; Unavailable.
 
-        ``give_up``: called when the caller is cancelled while one of them may yet take effect.
+        A term whose writer is cancelled is over, unless it is soon known what came of all that had left, and shown.
         Raises: ResourceExhausted: too many proposals wait.
         """
         if len(self._queue) + len(proposals) > QUEUE_MAX:
             raise ResourceExhausted("too many writes are waiting for the store")
+        fence = term.fence if term is not None else None
         pending = [Pending(proposal, fence) for proposal in proposals]
         self._queue.extend(pending)
         self._send_on()
         try:
             return [await one.outcome for one in pending]
         except asyncio.CancelledError:
-            if any(one.is_away and (one.outcome.cancelled() or not one.outcome.done()) for one in pending):
-                give_up()
+            if term is not None:
+                await leave(term, partial(self._settled, pending))
             raise
         finally:
             for one in pending:
                 one.outcome.cancel()
+
+    async def _settled(self, pending: Sequence[Pending]) -> None:
+        """Return when it is known what came of each, and the replica shows it.  Raises: Uncertain."""
+        for late in [late for one in pending if (late := one.late()) is not None]:
+            outcome = await late
+            if isinstance(outcome, Uncertain):
+                raise outcome
+            if isinstance(outcome, Committed):
+                await self._replica.reached(outcome.revision)
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -391,6 +421,6 @@ class Batcher:
 
     def _requeue(self, pending: list[Pending]) -> None:
         for one in pending:
-            one.is_away = False
+            one.came_back()
         self._queue.extendleft(reversed(pending))
         self._send_on()

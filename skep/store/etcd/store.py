@@ -197,7 +197,7 @@ class EtcdStore(Updating):
             self._clock,
             self._follower.reached,
             chance=self._chance,
-            is_of_a_term=term is not None,
+            term=term,
         )
 
     async def _reach_present(self) -> None:
@@ -222,11 +222,11 @@ class Lane:
 
     async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Outcome | SkepError]:
         if self._term is None:
-            return await self._batcher.propose(proposals, None)
+            return await self._batcher.propose(proposals)
         if self._term.is_lost:
             raise NotLeader("this term of leadership is over")
         # What may yet take effect is void as soon as this manager, or another one, has claimed the next term.
-        outcomes = await self._batcher.propose(proposals, self._term.fence, self._term.lose)
+        outcomes = await self._batcher.propose(proposals, self._term)
         if any(isinstance(outcome, NotLeader | Uncertain) for outcome in outcomes):
             self._term.lose()
         return outcomes

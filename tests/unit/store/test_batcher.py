@@ -4,13 +4,13 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import SystemClock
+from skep.store import updates
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.batcher import (
     ENTRY_BYTES_MAX,
@@ -25,6 +25,7 @@ from skep.store.etcd.cipher import Cipher, new_key_ring, new_wrapping_key
 from skep.store.etcd.client import WRITE_S_MAX
 from skep.store.etcd.errors import Uncertain
 from skep.store.etcd.requests import etcd_key
+from skep.store.leadership import TermState
 from skep.store.proposal import Exists, Footprint, NothingSince, Proposal, Unchanged
 from skep.store.replica import Replica
 from skep.store.updates import Committed
@@ -348,19 +349,60 @@ async def test_a_write_is_settled_by_its_ticket_in_the_watch_alone_and_each_atte
         assert await one == [Committed(8)]
 
 
-async def test_whoever_gives_up_with_a_write_under_way_is_told_and_nobody_else():
+async def leaving(
+    client: Taking, batcher: Batcher, terms: dict[str, TermState]
+) -> tuple[dict[str, "asyncio.Task[object]"], pb.TxnRequest]:
+    """Writers of three terms are cancelled: an entry has left with what two of them write, not what the third does."""
+    tasks: dict[str, asyncio.Task[object]] = {}
+    for name in ("first", "second", "waiting"):
+        key = "o/a/2" if name == "second" else "o/a/1"
+        proposing = batcher.propose([Proposal(puts=((key, b"v"),))], terms[name])
+        tasks[name] = asyncio.create_task(proposing)
+    entry = await client.entries.get()
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.wait([tasks["waiting"]])
+    assert not terms["waiting"].is_lost
+    return tasks, entry
+
+
+async def test_a_writer_that_goes_waits_for_what_came_of_its_write_and_its_term_goes_on():
     client = Taking()
-    given_up: list[str] = []
+    terms = {name: TermState(1, 1) for name in ("first", "second", "waiting")}
     async with a_batcher(client) as batcher, asyncio.timeout(5):
-        tasks = {}
-        for name in ("first", "second", "waiting"):
-            proposal = (
-                Proposal(puts=(("o/a/1", b"v"),)) if name != "second" else Proposal(puts=(("o/a/2", b"v"),))
-            )
-            proposing = batcher.propose([proposal], 1, partial(given_up.append, name))
-            tasks[name] = asyncio.create_task(proposing)
-        await client.entries.get()  # of the two that do not touch each other
-        for task in tasks.values():
-            task.cancel()
+        tasks, entry = await leaving(client, batcher, terms)
+        for revision, one in zip((7, 8), entry.success, strict=True):
+            put = one.request_txn.success[0].request_put
+            batcher.observe(put.key, put.value, revision)
+        await asyncio.sleep(0.01)
+        assert not tasks["first"].done()  # it is known, and does not show yet
+        batcher._replica.advance(8)
+        await asyncio.wait([tasks["first"], tasks["second"]])
+        assert not any(term.is_lost for term in terms.values())
+        assert tasks["first"].cancelled()
+
+
+async def test_a_writer_that_goes_ends_its_term_where_nothing_is_known(monkeypatch):
+    monkeypatch.setattr(updates, "LEFT_S", 0.05)
+    client = Taking()
+    terms = {name: TermState(1, 1) for name in ("first", "second", "waiting")}
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        tasks, _ = await leaving(client, batcher, terms)
         await asyncio.wait(tasks.values())
-        assert given_up == ["first", "second"]
+        assert {name: term.is_lost for name, term in terms.items()} == {
+            "first": True,
+            "second": True,
+            "waiting": False,
+        }
+
+
+async def test_a_writer_of_a_term_that_is_over_goes_at_once():
+    client = Taking()
+    terms = {name: TermState(1, 1) for name in ("first", "second", "waiting")}
+    async with a_batcher(client) as batcher, asyncio.timeout(5):
+        for term in terms.values():
+            term.lose()
+        writing = asyncio.create_task(batcher.propose([Proposal(puts=(("o/a/1", b"v"),))], terms["first"]))
+        await client.entries.get()
+        writing.cancel()
+        await asyncio.wait([writing])

@@ -9,10 +9,11 @@ import pytest
 from skep.errors import Unavailable
 from skep.sim.time import VirtualClock, VirtualLoop
 from skep.store.interface import Transaction
+from skep.store.leadership import TermState
 from skep.store.proposal import Proposal
 from skep.store.replica import Replica
 from skep.store.state import State
-from skep.store.updates import DEADLINE_S, SHOWN_S, TERM_DEADLINE_S, Committed, Conflict, Updater
+from skep.store.updates import DEADLINE_S, LEFT_S, SHOWN_S, TERM_DEADLINE_S, Committed, Conflict, Updater
 from tests.builders import a_node
 
 REVISION = 7
@@ -44,9 +45,9 @@ class Late:
         self.revision = REVISION
         self._shows.set()
 
-    def updater(self, **settings: bool) -> Updater:
+    def updater(self, term: TermState | None = None) -> Updater:
         return Updater(
-            cast("Replica", self), self, self._barrier, VirtualClock(self.loop), self.reached, **settings
+            cast("Replica", self), self, self._barrier, VirtualClock(self.loop), self.reached, term=term
         )
 
     async def _barrier(self) -> None:
@@ -79,18 +80,72 @@ def test_a_user_hears_of_a_write_that_does_not_show_yet(late: Late) -> None:
 
 def test_a_leader_goes_on_when_it_sees_what_it_wrote(late: Late) -> None:
     late.shows_after(SHOWN_S + 1)
-    leading = late.updater(is_of_a_term=True)
+    leading = late.updater(TermState(1, 1))
     assert late.took_s(lambda: leading.update_each(write, [1, 2])) == pytest.approx(SHOWN_S + 1, abs=0.1)
 
 
-def test_a_leader_that_does_not_see_what_it_wrote_writes_nothing_more(late: Late) -> None:
-    late.shows_after(1.5 * TERM_DEADLINE_S)
-    leading = late.updater(is_of_a_term=True)
-    with pytest.raises(Unavailable):
-        late.took_s(lambda: leading.update(write))
-    assert late.proposed == 1
-    assert late.took_s(lambda: leading.update(write)) == pytest.approx(0.5 * TERM_DEADLINE_S, abs=0.1)
-    assert late.proposed == 2
+@pytest.mark.parametrize("many", [False, True])
+def test_a_leader_that_does_not_see_what_it_wrote_leads_no_longer(late: Late, many: bool) -> None:
+    """Its loops decide on what they see, and would decide the same once more."""
+    late.shows_after(2 * TERM_DEADLINE_S)
+    term = TermState(1, 1)
+    leading = late.updater(term)
+
+    async def lead() -> None:
+        if many:
+            (outcome,) = await leading.update_each(write, [1])
+            assert isinstance(outcome, Unavailable)
+        else:
+            with pytest.raises(Unavailable):
+                await leading.update(write)
+
+    assert late.took_s(lead) == pytest.approx(TERM_DEADLINE_S + LEFT_S, abs=0.1)
+    assert term.is_lost
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_leader_that_is_interrupted_leads_on_once_it_sees_what_it_wrote(late: Late, many: bool) -> None:
+    late.shows_after(SHOWN_S)
+    term = TermState(1, 1)
+    leading = late.updater(term)
+
+    async def interrupted() -> None:
+        updating = asyncio.create_task(leading.update_each(write, [1]) if many else leading.update(write))  # type: ignore[arg-type]
+        await asyncio.sleep(SHOWN_S / 2)
+        updating.cancel()
+        await asyncio.wait([updating])
+        assert updating.cancelled()
+
+    assert late.took_s(interrupted) == pytest.approx(SHOWN_S, abs=0.1)
+    assert not term.is_lost
+
+
+class Slow(Late):
+    """One that takes its time to commit."""
+
+    commits_after_s = 0.0
+
+    async def propose(self, proposals: Sequence[Proposal]) -> Sequence[Committed]:
+        await asyncio.sleep(self.commits_after_s)
+        return await super().propose(proposals)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_write_that_was_acknowledged_just_before_the_deadline_is_no_error(many: bool) -> None:
+    """A user would be told that there is no leader, and do it again."""
+    loop = VirtualLoop()
+    slow = Slow(loop)
+    slow.commits_after_s = DEADLINE_S - 0.5
+    slow.shows_after(60.0)
+
+    async def update() -> None:
+        if many:
+            assert await slow.updater().update_each(write, [1, 2]) == [None, None]
+        else:
+            await slow.updater().update(write)
+
+    assert slow.took_s(update) == pytest.approx(DEADLINE_S - 0.5 + SHOWN_S, abs=0.1)
+    loop.close()
 
 
 class Contested(Late):
