@@ -28,6 +28,8 @@ AWAY_S_MAX = 5.0
 """The longest delay where the store was only not available: then nothing is wrong with the object."""
 
 
+ERROR_CHARACTERS_MAX = 1000
+"""It is written on objects, and may quote what users wrote."""
 SAID_MAX = 1000
 UNWRITTEN_MAX = 10_000
 """Keys remembered before those whose time has passed are forgotten: nobody may ever ask for them again."""
@@ -130,7 +132,7 @@ class Guard:
         failures = before.failures + 1 if before else 1
         delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 10), longest_s)
         return Trouble(
-            error=f"{type(error).__name__}: {error}",
+            error=f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS_MAX],
             failures=failures,
             retry_at=self._clock.monotonic() + delay_s * self._random.uniform(0.5, 1.0),
             is_away=is_away,

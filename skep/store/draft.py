@@ -19,7 +19,7 @@ MAX_OPERATIONS = 1000
 """Compares or writes of one proposal: two compares for each published port, one for each secret used."""
 
 MAX_BYTES = 1_500_000
-"""All values of one proposal: with nonces and framing they stay below etcd's 1.5 MiB per request."""
+"""One proposal, as ``Proposal.size_bytes`` counts; what goes around it fits below etcd's 1.5 MiB per request."""
 
 
 class Draft:

@@ -39,6 +39,10 @@ class NothingSince(msgspec.Struct, frozen=True, gc=False):
 Compare: TypeAlias = Unchanged | Exists | NothingSince
 
 
+COMPARE_BYTES, WRITE_BYTES = 56, 80
+"""Beside what a compare or write itself consists of."""
+
+
 class Proposal(msgspec.Struct, frozen=True, gc=False):
     """One transaction's effect.  Keys are without the store's prefix, values in clear."""
 
@@ -58,9 +62,14 @@ class Proposal(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def size_bytes(self) -> int:
-        """Roughly what it adds to a request."""
-        framing = 100 * (len(self.compares) + len(self.puts) + len(self.deletes))
-        return framing + sum(len(value) for _, value in self.puts)
+        """What it adds to a request, at most: keys and values with etcd's prefix, encryption and framing."""
+        size = COMPARE_BYTES * len(self.compares) + WRITE_BYTES * (len(self.puts) + len(self.deletes))
+        for compare in self.compares:
+            # A range has a second key, as long as the first one.
+            size += 2 * len(compare.prefix) if isinstance(compare, NothingSince) else len(compare.key)
+        for key, value in self.puts:
+            size += len(key) + len(value)
+        return size + sum(map(len, self.deletes))
 
 
 class Footprint:

@@ -150,7 +150,7 @@ def test_a_leader_that_learns_what_came_of_its_write_keeps_its_term_and_another_
         cluster.create(a_service_spec("web", replicas=0))
         cluster.run_for(2)
         cluster.truth.watchers.append(count)
-        for replicas, hangs_s, renewed in ((1, 7.0, 0), (2, 25.0, 1)):
+        for replicas, hangs_s, renewed in ((1, 7.0, 0), (2, 35.0, 1)):
             hang_behind(cluster, hangs_s, lambda change: bool(change.events))
             mode = ServiceMode(replicated=ReplicatedService(replicas=replicas))
             cluster.update("web", lambda spec, mode=mode: replace(spec, mode=mode))  # type: ignore[misc]

@@ -6,6 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.manager.allocator.subnets import is_allocated
+from skep.manager.guard import ERROR_CHARACTERS_MAX
 from skep.model.ids import NodeId
 from skep.model.network import Network
 from skep.model.node import Node
@@ -87,7 +88,7 @@ def apply(tx: Transaction, grant: Grant, now: Timestamp) -> None:
                 status = TaskStatus(timestamp=now, state=TaskState.PENDING, message=PENDING)
                 tx.put(replace(task, status=status, networks_attachments=attachments))
         case Explain(wanted_task, reason):
-            task = tx.lookup(Task, wanted_task.id)
+            task, reason = tx.lookup(Task, wanted_task.id), reason[:ERROR_CHARACTERS_MAX]
             if task is not None and task.status.state is TaskState.NEW and task.status.err != reason:
                 tx.put(replace(task, status=replace(task.status, timestamp=now, err=reason)))
         case _:

@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
+from skep.manager.guard import ERROR_CHARACTERS_MAX
 from skep.manager.scheduler.placement import Assignment, Refusal
 from skep.manager.scheduler.requirements import overlays_of
 from skep.model.ids import NetworkId
@@ -53,6 +54,7 @@ class DecisionWriter:
                     )
                 )
             case Refusal(_, reason):
+                reason = reason[:ERROR_CHARACTERS_MAX]
                 if task.status.err != reason:
                     tx.put(replace(task, status=replace(task.status, err=reason, timestamp=self._now)))
 
