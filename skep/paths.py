@@ -170,6 +170,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.run / "manager.waiting"
 
     @property
+    def store_full(self) -> Path:
+        """Exists while the manager's store waits for disk space, and says how much."""
+        return self.run / "manager.full"
+
+    @property
     def etcd_socket(self) -> Path:
         return self.run / "etcd.sock"
 

@@ -173,7 +173,8 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         config.node_id, config.advertise_addr, book, config.look_at, partial(client_context, pair), clock
     )
     async with AsyncExitStack() as stack:
-        member = Member(settings, binary, clock, Backoff(longest_s=5.0, chance=random.random))
+        backoff = Backoff(longest_s=30.0, chance=random.random)
+        member = Member(settings, binary, clock, backoff, partial(_note_trouble, paths.store_full))
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             asking = ask_others(
                 paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
@@ -217,6 +218,14 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         )
         with watching(partial(hand_over, paths.etcd_socket), partial(_say_last, paths), clock):
             await manager.run()
+
+
+def _note_trouble(mark: Path, trouble: str) -> None:
+    """For the node process, which tells of it as a condition of the node."""
+    if trouble:
+        replace_file(mark, trouble.encode(), is_durable=False)
+    else:
+        mark.unlink(missing_ok=True)
 
 
 def _listening(

@@ -265,7 +265,8 @@ class Node:
                 if apparmor.is_supported():
                     keep(partial(keep_profile, around.conditions, clock), "apparmor profile")
                 keep(partial(workload.images.settle, around.conditions.say("images")), "images")
-            keep(DiskCheck((paths.data, paths.run), around.conditions, clock).run, "disk check")
+            check = DiskCheck((paths.data, paths.run), around.conditions, clock, paths.store_full)
+            keep(check.run, "disk check")
             if workload.overlays is not None:
                 keep(NeighbourTables(around.conditions, clock).run, "neighbour tables")
             if engine is not None:

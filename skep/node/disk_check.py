@@ -32,9 +32,19 @@ _ADVICE = {
 
 
 class DiskCheck:
-    """Writes a block to each directory, and keeps the condition ``disk`` true."""
+    """Writes a block to each directory, and keeps the condition ``disk`` true.
 
-    def __init__(self, directories: Sequence[Path], conditions: Conditions, clock: Clock) -> None:
+    The condition ``disk-full`` says what a manager's store lacks, as the manager has written it into ``store_full``.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        conditions: Conditions,
+        clock: Clock,
+        store_full: Path | None = None,
+    ) -> None:
+        self._store_full = store_full
         self._directories = directories
         self._conditions = conditions
         self._clock = clock
@@ -44,11 +54,8 @@ class DiskCheck:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            trouble = await self.look()
-            if trouble:
-                self._conditions.raise_("disk", trouble)
-            else:
-                self._conditions.clear("disk")
+            self._conditions.say("disk")(await self.look())
+            self._conditions.say("disk-full")(self._told_by_the_manager())
             await self._clock.sleep(PERIOD_S)
 
     async def look(self, within_s: float = HANG_S) -> str:
@@ -60,6 +67,12 @@ class DiskCheck:
             return f"the disk below {self._directories[0]} does not answer: a write takes longer than {within_s:g} s"
         writing, self._writing = self._writing, None
         return writing.result()
+
+    def _told_by_the_manager(self) -> str:
+        try:
+            return self._store_full.read_text().rstrip(".") if self._store_full is not None else ""
+        except OSError:
+            return ""
 
     def _write(self) -> str:
         for directory in self._directories:

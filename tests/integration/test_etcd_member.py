@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from skep.aio.backoff import Backoff
+from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition
 from skep.linux.processes import boot_id, start_ticks_of
 from skep.manager.ca.peer_files import PeerFiles, place_revoked
@@ -300,6 +301,42 @@ async def test_a_disk_without_room_is_refused_with_the_missing_amount(small_disk
     with pytest.raises(FailedPrecondition, match=r"1\d\d MB of disk space are missing"):
         async with a_member(settings).running():
             pytest.fail("started")
+
+
+class CountingClock(SystemClock):
+    """Pauses take no time, and are counted."""
+
+    def __init__(self) -> None:
+        self.pauses: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        await asyncio.sleep(0)
+
+
+async def test_without_room_it_is_started_again_later_and_later_and_says_so(
+    settings: MemberSettings, tmp_path: Path
+) -> None:
+    """Bytes may be free and inodes not; or the room is gone again as soon as the store begins to write."""
+    script = 'echo \'{"level":"fatal","msg":"failed to create WAL: no space left on device"}\' >&2; exit 1'
+    clock, told = CountingClock(), []
+    backoff = Backoff(0.03, 5.0, chance=lambda: 1.0)
+    member = Member(settings, a_fake_etcd(tmp_path / "etcd", script), clock, backoff, told.append)
+
+    async def run() -> None:
+        async with member.running():
+            pytest.fail("it is never ready")
+
+    async with asyncio.timeout(60):
+        running = asyncio.create_task(run())
+        await until(lambda: member.starts == 8)  # more often than a member may crash
+        assert not running.done(), running
+        running.cancel()
+        await asyncio.wait([running])
+    grown = [0.03 * 2**number for number in range(7)]
+    assert [pause for pause in clock.pauses if pause in grown] == grown
+    assert "has run out of disk space. Make room: it goes on by itself." in told[0]
+    assert told[-1] == ""
 
 
 @pytest.mark.parametrize(

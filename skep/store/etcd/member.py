@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -50,6 +50,7 @@ PROBE_S = 5.0
 DEADLINES_S = 1.0
 """How often new connections of etcd are looked for; it takes a fifth of a millisecond."""
 STOP_S = 5.0
+NO_SPACE = "no space left on device"
 CRASHES_MAX = 5
 CRASHES_WITHIN_S = 60.0
 
@@ -65,7 +66,15 @@ class MemberRemoved(SkepError):
 class Member:
     """One supervised etcd.  ``running`` starts and ends it."""
 
-    def __init__(self, settings: MemberSettings, binary: Binary, clock: Clock, backoff: Backoff) -> None:
+    def __init__(
+        self,
+        settings: MemberSettings,
+        binary: Binary,
+        clock: Clock,
+        backoff: Backoff,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """``tell`` hears of ``trouble``, whenever it has changed."""
         self.settings = settings
         self.starts = 0
         """How often the process was started."""
@@ -74,6 +83,7 @@ class Member:
         self._binary = binary
         self._clock = clock
         self._backoff = backoff
+        self._tell = tell
         self._process: asyncio.subprocess.Process | None = None
         self._had_data = False
         self._ready = asyncio.Event()
@@ -102,6 +112,7 @@ class Member:
                     yield self
                 finally:
                     keeping.cancel()
+                    self._in_trouble("")
 
     async def wait_ready(self) -> None:
         """Return when the member serves, after a restart of it too."""
@@ -163,7 +174,11 @@ class Member:
                 raise MemberRemoved("this node is no longer a manager: the other managers removed its store")
             now = self._clock.monotonic()
             log.error("etcd ended", return_code=return_code, reason=output.reason)
-            if missing_bytes(self.settings.data):
+            if now - started > CRASHES_WITHIN_S:
+                self._backoff.reset()
+            if missing_bytes(self.settings.data) or NO_SPACE in output.reason:
+                self._in_trouble(full(self.settings.directory))
+                await self._backoff.sleep(self._clock)
                 continue
             if (damaged := damage.named(output.reason, self.settings.data)) is not None:
                 raise damaged
@@ -172,8 +187,6 @@ class Member:
                 crashes.popleft()
             if len(crashes) >= CRASHES_MAX:
                 raise MemberFailed(f"etcd ended {CRASHES_MAX} times in a minute: {output.reason}")
-            if now - started > CRASHES_WITHIN_S:
-                self._backoff.reset()
             await self._backoff.sleep(self._clock)
 
     async def _run_once(self, output: Output) -> int:
@@ -300,9 +313,14 @@ class Member:
         while missing := missing_bytes(self.settings.data):
             if not self.trouble:
                 log.error("no space for the store", path=str(self.settings.directory), missing_bytes=missing)
-            self.trouble = no_space(self.settings.directory, missing)
+            self._in_trouble(no_space(self.settings.directory, missing))
             await self._clock.sleep(1.0)
-        self.trouble = ""
+        self._in_trouble("")
+
+    def _in_trouble(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            self.trouble = trouble
+            self._tell(trouble)
 
 
 def _with_own_hosts(settings: MemberSettings) -> tuple[str, ...]:
@@ -326,6 +344,13 @@ def missing_bytes(data: Path) -> int:
     disk = os.statvfs(there)
     needed = KNOWN_BYTES if (data / "member").exists() else FRESH_BYTES
     return max(0, needed - disk.f_bavail * disk.f_frsize)
+
+
+def full(directory: Path) -> str:
+    """The sentence for users while nothing says how much is missing: it may be no bytes, but inodes."""
+    return (
+        f"{directory}: the store of this manager has run out of disk space. Make room: it goes on by itself."
+    )
 
 
 def no_space(directory: Path, missing: int) -> str:

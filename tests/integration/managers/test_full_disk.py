@@ -12,12 +12,14 @@ import pytest
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
+from skep.model.conditions import condition_label
 from skep.store.etcd.client import Client
 from tests.integration.cluster import (
     TestCluster,
     TestNode,
     a_playground,
     create,
+    nodes_by_name,
     running,
     wait_running,
     wait_until,
@@ -91,6 +93,12 @@ def configs(node: TestNode) -> set[str]:
     return {config["Spec"]["Name"] for config in node.client().api.configs()}
 
 
+def condition(seen_by: TestNode, name: str) -> str:
+    """What this node's condition ``disk-full`` says, as another one shows it."""
+    engine = nodes_by_name(seen_by)[name]["Description"]["Engine"]
+    return str((engine.get("Labels") or {}).get(condition_label("disk-full"), ""))
+
+
 def refusal(node: TestNode) -> str:
     """What this node says when it is asked, once it says what is missing."""
     said = node.docker("node", "ls", check=False).stderr
@@ -119,12 +127,21 @@ def test_the_leader_of_three_runs_out_of_disk() -> None:
         said = wait_until(lambda: refusal(full), "the full one says so", 60)
         assert str(store_of(full)) in said
         assert MISSING in full.client().info()["Swarm"]["Error"]
+        wait_until(
+            lambda: "disk space" in str(full.client().info()["Warnings"]), "its own conditions say so", 60
+        )
+        wait_until(
+            lambda: "disk space" in condition(other, "m1"), "the others are told by its conditions", 60
+        )
         assert not put_config(full, "refused")
         assert not full.pids("etcd")
         assert roles(other)["m1"] != "leader"
 
         filler.unlink()
         wait_managers(other, *MANAGERS)
+        wait_until(
+            lambda: "disk space" not in str(full.client().info()["Warnings"]), "the condition has ended", 60
+        )
         wait_managers(full, *MANAGERS)
         assert acknowledged <= configs(full)
         assert configs(full) == configs(other)
