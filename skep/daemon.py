@@ -366,8 +366,12 @@ class Daemon:
                 continue
             taken = reload(self._configuration, written.configuration)
             self._configuration = taken.configuration
-            _configure_logs(taken.configuration)
-            node.reload(taken.configuration)
+            try:
+                _configure_logs(taken.configuration)
+                node.reload(taken.configuration)
+            except Exception as error:  # a wish for other settings is no reason to end
+                report(error, "configuration not reloaded everywhere")
+                continue
             log.info(
                 "configuration reloaded",
                 reloaded=", ".join(taken.reloaded) or "nothing changed",
@@ -412,7 +416,10 @@ def _configure_logs(configuration: Configuration) -> None:
     """Log as ``configuration`` says, and have manager and net do so when they look next."""
     settings = LogSettings(debug=configuration.debug, log_format=configuration.log_format)
     logs.configure(debug=settings.debug, log_format=settings.log_format)
-    settings.write(configuration.paths.log_settings)
+    try:
+        settings.write(configuration.paths.log_settings)
+    except OSError as error:  # they log as before
+        report(error, "settings of logs not written")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ipaddress import ip_address
 
 import structlog
 
+from skep.aio.guard import report
 from skep.aio.tls import accept
 
 log = structlog.get_logger(__name__)
@@ -84,6 +85,8 @@ class Handshakes:
             await accept(self._new_protocol, connection, self._tls, handshake_s=HANDSHAKE_SECONDS_MAX)
         except OSError as error:  # TLS errors and lost peers are some
             log.debug("handshake failed", error=str(error) or type(error).__name__)
+        except Exception as error:  # whatever it is, it is one peer
+            report(error, "handshake failed")
 
 
 def source_of(address: str) -> str:

@@ -280,7 +280,6 @@ class Node:
                 workload.probes.wish(None)
             keep(tables.run, "network tables")
             if workload.probes is not None:
-                keep(workload.probes.run, "probes of other nodes")
                 leave_out = partial(silence.watch, contact, workload.probes.latest, tables.leave_out, clock)
                 keep(leave_out, "silent peers")
             if workload.containers is not None:

@@ -4,14 +4,17 @@ A controller is thin: what a task wants becomes a ``ContainerWish``, and ``Conta
 container of a task is found by its label, so nothing about tasks has to be remembered here.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import msgspec
 import structlog
 
 from skep.aio.clock import Clock
+from skep.aio.guard import persist
 from skep.errors import InvalidArgument, NotFound, SkepError
 from skep.model.ids import NodeId, TaskId
 from skep.model.labels import LABEL_TASK_ID
@@ -101,7 +104,8 @@ class OciExecutor:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Find the containers of earlier processes again; they go on when the block ends."""
-        self.payloads.open()
+        opening = partial(asyncio.to_thread, self.payloads.open)
+        await persist(opening, "no place for secrets yet", clock=self.clock, longest_s=10.0)
         async with self.containers.running():
             yield
 

@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 
 from skep.aio.clock import Clock
+from skep.aio.guard import report
 from skep.aio.handshakes import Handshakes, source_of
 from skep.api.errors import status_of
 from skep.configuration.configuration import Host, TcpHost, UnixHost
@@ -141,7 +142,11 @@ class Front:
         while True:
             await asyncio.sleep(_LOOK_S)
             for quick in tuple(self._waiting_for):
-                quick.end_if_overdue(loop.time(), request_s=_REQUEST_TIMEOUT_S, idle_s=_IDLE_S)
+                try:
+                    quick.end_if_overdue(loop.time(), request_s=_REQUEST_TIMEOUT_S, idle_s=_IDLE_S)
+                except Exception as error:  # whatever it is, it is one connection
+                    report(error, "api connection not ended")
+                    self._waiting_for.discard(quick)
 
     async def _serve(self, client: Side, *, is_tcp: bool) -> None:
         """Answer the requests of one connection, one after another."""

@@ -12,6 +12,7 @@ import msgspec
 import structlog
 
 from skep.aio.clock import SystemClock
+from skep.aio.guard import persist
 from skep.errors import AlreadyExists, SkepError
 from skep.node.conversation import read_frame, serve
 from skep.node.netprocess import handover
@@ -83,7 +84,8 @@ async def _run(paths: Paths, reservations: Reservations, taken: Taken) -> None:
             start_task=start_task,
         )
         try:
-            start_task(Relays(paths.relays, SystemClock(), random.random).run())
+            relays = Relays(paths.relays, SystemClock(), random.random)
+            start_task(persist(relays.run, "relays of ports failed", clock=SystemClock()))
             start_task(LastResort(paths, SystemClock()).run())
             serving.take_over(taken.named, taken.waiting)
             await _serve(paths, reservations, serving)

@@ -104,6 +104,7 @@ class StoredTables:
         """Write until cancelled, and once more then; what the disk refuses is written when it can be."""
         if self._directory is None:
             await asyncio.Event().wait()
+        self._has_ended = False
         try:
             while True:
                 await self._is_dirty.wait()

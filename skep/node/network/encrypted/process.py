@@ -16,6 +16,7 @@ import structlog
 
 from skep import logs
 from skep.aio.clock import SystemClock
+from skep.aio.guard import explain, report
 from skep.errors import SkepError
 from skep.linux.files import replace_file
 from skep.node.conversation import read_frame, serve
@@ -72,7 +73,7 @@ async def _serve(paths: Paths) -> None:
         conversations.add(writer)
         try:
             while (body := await read_frame(reader, FRAME_BYTES_MAX)) is not None:
-                writer.write(frame(_answer(paths, forwarder, decode_request(body))))
+                writer.write(frame(_answered(paths, forwarder, decode_request(body))))
                 await writer.drain()
         except (SkepError, msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
             log.warning("conversation ended", reason=str(error))
@@ -105,6 +106,14 @@ async def _serve(paths: Paths) -> None:
         await all_closed.wait()
 
 
+def _answered(paths: Paths, forwarder: Forwarder, request: Request) -> Answer:
+    try:
+        return _answer(paths, forwarder, request)
+    except Exception as error:  # a plan that cannot be is no reason to carry nothing
+        report(error, "request not answered")
+        return Refused(explain(error))
+
+
 def _answer(paths: Paths, forwarder: Forwarder, request: Request) -> Answer:
     match request:
         case Apply(plan):
@@ -125,5 +134,5 @@ def _resume(paths: Paths, forwarder: Forwarder) -> None:
         forwarder.apply(plan)
     except FileNotFoundError:
         return
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.warning("plan not resumed", reason=str(error))
+    except Exception as error:  # the node process says it again
+        report(error, "plan not resumed")

@@ -14,6 +14,7 @@ import structlog
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
+from skep.aio.guard import explain
 from skep.linux.descriptors import set_aside
 from skep.node.network.ingress.relay_tcp import TcpRelay
 from skep.node.network.ingress.relay_udp import UdpRelay
@@ -43,6 +44,7 @@ class Relays:
         in_namespace: Callable[[Callable[[], socket.socket]], socket.socket] = lambda call: call(),
     ) -> None:
         self._plan = plan
+        self._planned: tuple[RelayPort, ...] = ()
         self._clock = clock
         self._chance = chance
         self._in_namespace = in_namespace
@@ -83,16 +85,15 @@ class Relays:
             self._open.pop(key).close()
         refused = set()
         for key, port in wanted.items():
-            relay = self._open.get(key)
-            if relay is not None:
-                relay.update(port)
-                continue
             try:
-                self._open[key] = await self._opened(port)
-            except OSError as error:
+                if (relay := self._open.get(key)) is not None:
+                    relay.update(port)
+                else:
+                    self._open[key] = await self._opened(port)
+            except Exception as error:  # whatever it is, it is one port
                 refused.add(key)
                 if key not in self._refused:
-                    log.warning("port is not relayed", port=key, reason=error.strerror)
+                    log.warning("port is not relayed", port=key, reason=explain(error))
         self._refused = refused
 
     async def _opened(self, port: RelayPort) -> TcpRelay | UdpRelay:
@@ -105,13 +106,14 @@ class Relays:
         return relay
 
     def _read(self) -> tuple[RelayPort, ...]:
+        """What is wanted; as it was while that cannot be read."""
         try:
-            return msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])
+            self._planned = msgspec.json.decode(self._plan.read_bytes(), type=tuple[RelayPort, ...])
         except FileNotFoundError:
-            return ()
+            self._planned = ()
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            log.warning("relays cannot be read", file=str(self._plan), reason=str(error))
-            return ()
+            log.warning("relays cannot be read", file=str(self._plan), reason=explain(error))
+        return self._planned
 
 
 def _bound(port: RelayPort) -> socket.socket:

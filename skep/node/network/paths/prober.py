@@ -211,7 +211,7 @@ class PathProber:
     def _keep_peers(self, group: asyncio.TaskGroup) -> None:
         wanted = {peer.node_id: peer for peer in self._wish.peers} if self._wish is not None else {}
         for id, (peer, task) in tuple(self._tasks.items()):
-            if wanted.get(id) != peer:
+            if wanted.get(id) != peer or task.done():
                 task.cancel()
                 del self._tasks[id]
             if id not in wanted:

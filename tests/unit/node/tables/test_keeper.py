@@ -269,3 +269,21 @@ async def test_what_an_earlier_process_left_on_tmpfs_is_removed(tmp_path: Path) 
     shared = SharedTables(tmp_path)
     await shared.apply({A: a_table("a")}, frozenset({A}))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+async def test_a_keeper_that_is_begun_again_goes_on_writing(tmp_path: Path) -> None:
+    stored = StoredTables(tmp_path / "tables", SystemClock())
+    keeper = TableKeeper(stored, [], SystemClock(), lambda: 0.5)
+    for number in (1, 2):
+        running = asyncio.create_task(keeper.run())
+        keeper.take(told(a_table("a", f"n{number}", revision=number)), incarnation=1)
+        async with asyncio.timeout(30):
+            while _kept_revision(tmp_path / "tables") != number:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def _kept_revision(directory: Path) -> int:
+    kept, _ = StoredTables(directory, SystemClock()).load()
+    return kept[A].revision if A in kept else 0

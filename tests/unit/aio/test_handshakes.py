@@ -1,0 +1,35 @@
+"""A handshake that ends in whatever way ends no other connection, and not whoever accepts them."""
+
+import asyncio
+import socket
+import ssl
+
+import pytest
+from structlog.testing import capture_logs
+
+from skep.aio import handshakes
+from skep.aio.handshakes import Handshakes
+
+
+async def test_a_handshake_that_meets_a_bug_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+
+    async def accept(*arguments: object, **_: object) -> None:
+        tried.append(arguments)
+        raise ValueError("a name that is none") if len(tried) == 1 else OSError("reset")
+
+    monkeypatch.setattr(handshakes, "accept", accept)
+    with socket.create_server(("127.0.0.1", 0)) as listener, capture_logs() as logs:
+        listener.setblocking(False)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            accepting = group.create_task(
+                Handshakes(asyncio.Protocol, context).accept(listener, group)  # type: ignore[arg-type]
+            )
+            for number in (1, 2):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                while len(tried) < number:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                writer.close()
+            accepting.cancel()
+    assert [one["event"] for one in logs if one["log_level"] == "error"] == ["handshake failed"]
