@@ -36,6 +36,7 @@ from skep.manager.loop_watch import watching
 from skep.manager.manager import Manager
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.joining import Applicant, NotLetIn
+from skep.manager.membership.ways import closed_ways
 from skep.manager.membership.whereabouts import Whereabouts
 from skep.manager.recovery import finish_recovery, raise_if_restored, restore_if_wanted
 from skep.manager.routes import compile_routes
@@ -180,7 +181,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
                 paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
             )
             if paths.joining_mark.exists():
-                waiting = applicant.vote(partial(_note_hindrance, paths.joining_mark))
+                waiting = applicant.vote(load_peers(paths.etcd), partial(_note_hindrance, paths.joining_mark))
             else:
                 listening = _listening(config, pair, whereabouts)
                 waiting = wait_for_others(
@@ -256,11 +257,13 @@ async def _come_in(
         settings, joins=admission.peers, is_solo=False, cluster_token=admission.cluster_token
     )
     paths.etcd.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Where it reaches none, etcd ends before anybody asks why there is no vote.
+    hindrance = await closed_ways(admission.peers, config.node_id)
     kept = (
         partial(save_wrapping_keys, paths, admission.wrapping_key),
         partial(save_peers, paths.etcd, admission.peers),
         partial(replace_file, paths.manager_config, encode(config), mode=0o600),
-        partial(replace_file, paths.joining_mark, b""),
+        partial(replace_file, paths.joining_mark, hindrance.encode()),
     )
     # The disk is waited for once.  Without a store all of it is written anew, so no order matters.
     await asyncio.gather(*(asyncio.to_thread(keep) for keep in kept))

@@ -8,7 +8,7 @@ Source: moby, daemon/cluster/{swarm,cluster,noderunner}.go (the order of the che
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ import structlog
 
 from skep.aio.clock import Clock
 from skep.aio.first import wait_first
+from skep.aio.groups import first_alone
 from skep.aio.guard import explain, persist
 from skep.api.backups import Manifest, RestorePlan
 from skep.api.swarm_requests import Endpoints, founding, joining
-from skep.errors import AlreadyExists, Unavailable
+from skep.errors import AlreadyExists, SkepError, Unavailable
 from skep.model.ids import IdSource, NodeId
 from skep.model.node import NodeRole
 from skep.model.swarm import InitRequest, JoinRequest, UnlockRequest
@@ -65,6 +66,7 @@ log = structlog.get_logger()
 _FOUNDING_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 20.0
 """Docker's swarmConnectTimeout."""
+_MARK_LOOK_S = 0.2
 
 
 class Membership:
@@ -94,6 +96,8 @@ class Membership:
         self._locked: LocalNode | None = None  # while it waits for the unlock key
         self._say = say
         self._unread = ""  # why nobody knows whether this node is in a swarm
+        self._hindrance = ""
+        """What kept the last new manager from its vote; empty: nothing is known."""
 
     async def run(self) -> None:
         """Take part in the swarm that the data directory says, until cancelled.
@@ -370,6 +374,7 @@ class Membership:
 
         ``write_files``: writes what its manager reads, if it is to have one.
         """
+        self._hindrance = ""
         try:
             await asyncio.to_thread(keypair.save, pair, self._paths.certificates)
             if node.is_manager:
@@ -390,11 +395,31 @@ class Membership:
         taking_part = self._begin(node)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._wait_registered_or(taking_part)
+                await self._noting_hindrances(self._wait_registered_or(taking_part))
         except TimeoutError as error:
-            raise Unavailable(self._trouble or TIMED_OUT) from error
+            raise Unavailable(self._trouble or self._why_late()) from error
         if self._trouble:
             raise Unavailable(self._trouble)
+
+    def _why_late(self) -> str:
+        """What a join is refused with that did not come about in time."""
+        return f"Timeout was reached before node joined: {self._hindrance}" if self._hindrance else TIMED_OUT
+
+    async def _noting_hindrances(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """``waiting``, and meanwhile what keeps a new manager from its vote; its mark goes with each attempt."""
+
+        async def note() -> None:
+            while True:
+                self._hindrance = why_no_vote(self._paths.joining_mark) or self._hindrance
+                await self._clock.sleep(_MARK_LOOK_S)
+
+        with first_alone(SkepError):
+            async with asyncio.TaskGroup() as group:
+                noting = group.create_task(note(), name="hindrances")
+                try:
+                    await waiting
+                finally:
+                    noting.cancel()
 
     async def _wait_registered_or(self, taking_part: asyncio.Task[None]) -> None:
         """Return with the first session, or when there will be none."""
@@ -405,11 +430,9 @@ class Membership:
         """Return when the manager shows this node as ready."""
         try:
             async with asyncio.timeout(timeout_s):
-                await wait_ready(self._manager_api, node.node_id, self._clock)
+                await self._noting_hindrances(wait_ready(self._manager_api, node.node_id, self._clock))
         except TimeoutError as error:
-            hindrance = why_no_vote(self._paths.joining_mark)
-            why = f"Timeout was reached before node joined: {hindrance}" if hindrance else TIMED_OUT
-            raise Unavailable(self._trouble or why) from error
+            raise Unavailable(self._trouble or self._why_late()) from error
 
     async def _placed(self, node: LocalNode) -> LocalNode:
         """The node where its configuration says that it is now: its address may have changed while it was off."""

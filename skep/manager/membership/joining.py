@@ -4,7 +4,7 @@ It is let in as a member that learns, starts its etcd among the others, and asks
 an interrupted attempt left among the others is removed by the next one, or by the leader after a minute.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import FailedPrecondition, PermissionDenied, SkepError, Unavailable, Unimplemented
+from skep.manager.membership.ways import closed_ways
 from skep.model.ids import NodeId
 from skep.security.keypair import KeyPair
 from skep.security.tls import MANAGER_NAME, client_context
@@ -71,16 +72,25 @@ class Applicant:
         reply = await self._ask(methods.ADD_MEMBER, request, ADD_S, Backoff(0.1, 2.0, chance=self._chance))
         return admission_of(reply, self._pair.identity.node_id)
 
-    async def vote(self, hindered: Callable[[str], None]) -> None:
+    async def vote(self, peers: Sequence[Peer], hindered: Callable[[str], None]) -> None:
         """Ask for this manager's vote until it has one: that takes as long as it has to catch up.
 
-        ``hindered`` is told, each time anew, why it has none yet.
+        Args:
+            peers: all members, as it was told when it was let in.
+            hindered: is told, each time anew, why it has none yet: which way to or from another's etcd is closed.
 
         Raises: NotLetIn: it was removed meanwhile.
         """
         # Somebody waits for the join.  The manager that is asked looks by itself, for as long as it usually takes.
         backoff = Backoff(0.03, 0.15, chance=self._chance)
-        await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, hindered)
+        own = self._pair.identity.node_id
+
+        async def hinders(reason: str) -> None:
+            hindered(
+                await closed_ways(peers, own) or reason
+            )  # what is closed to it keeps its own etcd from serving
+
+        await self._ask(methods.PROMOTE_MEMBER, pb.PromoteMemberRequest(), VOTE_S, backoff, hinders)
 
     async def _ask(
         self,
@@ -88,7 +98,7 @@ class Applicant:
         request: Q,
         timeout_s: float,
         backoff: Backoff,
-        hindered: Callable[[str], None] = lambda _: None,
+        hindered: Callable[[str], Awaitable[None]] | None = None,
     ) -> A:
         """The first answer that any of the managers gives."""
         while True:
@@ -98,7 +108,8 @@ class Applicant:
                         return await channel.call(method, request, timeout_s=timeout_s)
                 except Unavailable as error:
                     log.debug("not yet", asked=method.path, manager=manager, reason=str(error))
-                    hindered(str(error))
+                    if hindered is not None:
+                        await hindered(str(error))
                 except Unimplemented as error:
                     raise NotLetIn(
                         f"{manager} is no manager of Skep: join its cluster with the worker token instead"

@@ -1,7 +1,6 @@
 """``skep.v1.Managers``: takes further managers in.  Any manager answers; a caller speaks for itself only."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
@@ -12,7 +11,7 @@ from skep.errors import FailedPrecondition, InvalidArgument, PermissionDenied, U
 from skep.manager.control.nodes import check_demotion
 from skep.manager.membership.addresses import AddressBook, full_address
 from skep.manager.membership.consensus import Consensus
-from skep.model.addresses import parted
+from skep.manager.membership.ways import connect_error
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import ManagerStatus, Node, NodeRole, Reachability
 from skep.store.etcd.errors import NoMember, StillLearning
@@ -29,10 +28,10 @@ log = structlog.get_logger(__name__)
 RESIGN_S = 5.0
 
 CATCH_UP_S = 2.0
-"""How long a manager that asks for its vote is kept waiting for it; then it has to ask again."""
+"""How long a manager that asks for its vote is kept waiting for it; then it has to ask again.
 
-CONNECT_S = 1.5
-"""For a connection to the etcd of a manager that does not catch up: with ``CATCH_UP_S`` below the caller's deadline."""
+With ``ways.CONNECT_S`` below its deadline.
+"""
 
 LOOK_S = 0.02
 """How often it is looked whether it has caught up meanwhile."""
@@ -142,20 +141,6 @@ class MembersService:
         await self._keep_key(request.key)
         log.info("one more wrapping key kept", manager=caller.node_id)
         return pb.KeepWrappingKeyResponse()
-
-
-async def connect_error(addr: str) -> str:
-    """Why ``ip:port`` takes no connection; empty: it does."""
-    host, port = parted(addr)
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            _, writer = await asyncio.open_connection(host, int(port))
-    except TimeoutError:
-        return "no answer"
-    except OSError as error:
-        return os.strerror(error.errno).lower() if error.errno else str(error)
-    writer.close()
-    return ""
 
 
 def announce_manager(tx: Transaction, node_id: NodeId, addr: str) -> None:

@@ -4,12 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tests.integration.cluster import TestNode, a_playground, wait_until
 from tests.integration.managers.words import wait_managers, write
-from tests.integration.test_path_failures import blocked, doctor, failing, message
+from tests.integration.test_path_failures import blocked, doctor, failing, in_network_of, message
 
 LISTENER = """
 import socket, time
@@ -61,3 +63,37 @@ def test_a_manager_whose_peer_port_is_taken_uses_the_next_one_and_says_so() -> N
                 60,
             )
             wait_until(lambda: "m2 2379/tcp (etcd)" in message(m1, "m3"), "its status says it", 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_peer_port_that_is_closed_on_the_way_out_or_on_the_way_in_is_named() -> None:
+    with a_playground("peerways", managers=1) as cluster:
+        cluster.skep("add", "manager", "m2")
+        m1, m2 = map(cluster.node, ("m1", "m2"))
+        addresses = [node.description["addr"] for node in (m1, m2)]
+        token = m1.docker("swarm", "join-token", "-q", "manager").stdout.strip()
+
+        with lost(m2, "output", "tcp dport 2378"):
+            refused = m2.docker("swarm", "join", "--token", token, f"{addresses[0]}:2377", check=False)
+        assert f"this manager cannot reach {addresses[0]}:2378 (etcd's peers): no answer" in refused.stderr
+        # The etcd that comes in opens what it needs; the way in is missed when it has to send a snapshot, say.
+        with lost(m2, "input", "tcp dport 2378"):
+            m2.docker("swarm", "join", "--token", token, f"{addresses[0]}:2377")
+            wait_managers(m1, "m1", "m2")
+            wait_until(
+                lambda: ("m1", "m2", "2378/tcp") in failing(json.loads(doctor(m1, "--json").stdout)),
+                "named",
+                60,
+            )
+
+
+@contextmanager
+def lost(node: TestNode, chain: str, packets: str) -> Iterator[None]:
+    """``packets`` (nft) that come in or go out (``chain``: input, output) are lost."""
+    rules = f"table inet lost {{ chain lost {{ type filter hook {chain} priority -400; {packets} drop; }}; }}"
+    in_network_of(node, "nft", "-f", "-", stdin=rules)
+    try:
+        yield
+    finally:
+        in_network_of(node, "nft", "delete", "table", "inet", "lost")

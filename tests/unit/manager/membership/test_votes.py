@@ -9,6 +9,7 @@ from skep.aio.clock import SystemClock
 from skep.errors import FailedPrecondition, Unavailable
 from skep.manager.membership.addresses import AddressBook
 from skep.manager.membership.service import CATCH_UP_S, MembersService
+from skep.manager.membership.ways import closed_ways
 from skep.model.ids import ClusterId, NodeId
 from skep.model.node import NodeRole
 from skep.security.identity import Identity
@@ -123,3 +124,17 @@ async def test_a_manager_that_is_reached_is_only_late() -> None:
         service = asked(clock, Learning(clock, caught_up_at=1e9), server.getsockname()[1])
         with pytest.raises(StillLearning):
             await service._promote(pb.PromoteMemberRequest(), CALLER)
+
+
+async def test_a_manager_names_the_ways_that_are_closed_from_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed, socket.create_server(("127.0.0.1", 0)) as server:
+        ports = {"m1": server.getsockname()[1], "m3": closed.getsockname()[1], M2: 1}
+        closed.close()
+        peers = [
+            Peer(name=name, url=f"https://{name}:{port}", ip="127.0.0.1") for name, port in ports.items()
+        ]
+        assert await closed_ways(peers, M2) == (
+            f"this manager cannot reach 127.0.0.1:{ports['m3']} (etcd's peers): connection refused: "
+            "open the way there"
+        )
+        assert await closed_ways(peers[:1], M2) == ""
