@@ -6,11 +6,10 @@ as a task is wanted.  Such a slot is filled, and no rule but two takes it up: a 
 compares all of them.
 """
 
-from skep.aio.slices import Sliced
+from skep.aio.slices import STEP, Sliced
 from skep.manager.orchestrator.dirty import is_same
 from skep.manager.orchestrator.enforcement import is_out_of_place
 from skep.manager.orchestrator.situation import Situation
-from skep.manager.orchestrator.slots import PAUSE
 from skep.model.meta import Version
 from skep.model.service import UNDER_WAY
 from skep.model.task import Task, TaskState
@@ -32,7 +31,7 @@ def slots_at_rest(situation: Situation) -> Sliced[set[int]]:
     same: dict[Version, bool] = {}
     sound = situation.sound_nodes
     for number, task in enumerate(situation.tasks):
-        if number % PAUSE == 0:
+        if number % STEP == 0:
             yield
         if task.node_id not in sound:
             situation.is_sound(task.node_id)  # looks at all tasks of the node, and keeps what it finds

@@ -52,7 +52,7 @@ from skep.manager.orchestrator.sightings import Sightings
 from skep.manager.orchestrator.situation import ROLLBACKS, Situation
 from skep.manager.orchestrator.slots import Slot, age, history, is_lost, wanted
 from skep.manager.resources import reservations_of
-from skep.model.ids import NodeId
+from skep.model.ids import NodeId, TaskId
 from skep.model.labels import progress_deadline_s
 from skep.model.service import (
     UNDER_WAY,
@@ -130,15 +130,17 @@ def update_steps(slots: Iterable[Slot], situation: Situation) -> Sliced[list[Ste
     state = rollout.state
     if state in _PAUSED:
         return steps
+    yield
     outdated = [view for view in views if view.outdated]
     if not outdated and state not in UNDER_WAY:
         return steps
     if state is None:
         steps.append(SetUpdateStatus(service, UpdateState.UPDATING, "update in progress"))
+    yield from rollout.look()
     if (verdict := rollout.verdict()) is not None:
         return [*steps, verdict]
     if waiting := [view for view in outdated if not view.current and view.lead is None]:
-        return [*steps, *rollout.begin(waiting)]
+        return [*steps, *(yield from rollout.beginning(waiting))]
     return [*steps, *rollout.complete()]
 
 
@@ -149,6 +151,10 @@ class _Rollout:
         self._service = service
         self._views = views
         self._begun = [view.begun for view in views if view.begun is not None]
+        self._settled: dict[TaskId, float | None] = {}
+        """When each of these settled; see ``look``."""
+        self._failed: list[Task] = []
+        """Leads."""
         self._seen = situation.seen
         self._now = situation.now
         self._spec_of = situation.spec_of
@@ -172,7 +178,7 @@ class _Rollout:
             best = max(view.current, key=lambda task: (task.desired_state.number, task.status.state.number))
             yield from (RetireTask(task) for task in view.current if task is not best)
 
-    def begin(self, waiting: list[_SlotView]) -> Iterator[Step]:
+    def beginning(self, waiting: list[_SlotView]) -> Sliced[list[Step]]:
         """Take as many further slots as there is room for; say when a delay makes room again.
 
         Slots in which nothing serves come first, and one that serves is taken only where there is room for all of them
@@ -181,29 +187,50 @@ class _Rollout:
         """
         busy, room_at = 0, []
         for task in self._begun:
-            settled_at = self._settled_at(task)
+            settled_at = self._settled[task.id]
             if settled_at is None:
                 busy += 1
             elif settled_at + self._delay_s > self._now:
                 busy += 1
                 room_at.append(settled_at + self._delay_s)
         room = (self._config.parallelism or len(waiting)) - busy
-        for view in sorted(waiting, key=lambda one: one.serves)[: max(room, 0)]:
-            yield from self._replace(view)
+        yield
+        idle: list[_SlotView] = []
+        serving: list[_SlotView] = []
+        for number, view in enumerate(waiting):
+            (serving if view.serves else idle).append(view)
+            if number % STEP == 0:
+                yield
+        steps: list[Step] = []
+        for number, view in enumerate([*idle, *serving][: max(room, 0)]):
+            steps += self._replace(view)
+            if number % STEP == 0:
+                yield
         if len(waiting) > room and room_at:
-            yield Recheck(min(room_at))
-        yield from self._recheck_progress()
+            steps.append(Recheck(min(room_at)))
+        return [*steps, *self._recheck_progress()]
+
+    def look(self) -> Sliced[None]:
+        """Find out which tasks are settled and which have failed, for all that follows."""
+        for number, view in enumerate(self._views):
+            if view.begun is not None:
+                self._settled[view.begun.id] = self._settled_at(view.begun)
+            if view.lead is not None and self._has_failed(view.lead):
+                self._failed.append(view.lead)
+            if number % STEP == 0:
+                yield
 
     def verdict(self) -> Step | None:
         """What too many failures lead to."""
         action = self._config.failure_action or UpdateFailureAction.PAUSE
         if action is UpdateFailureAction.CONTINUE:
             return None
-        failed = [view.lead for view in self._views if view.lead is not None and self._has_failed(view.lead)]
-        total = sum(1 for view in self._views if view.lead is not None or view.outdated)
-        if not failed or len(failed) / total <= self._config.max_failure_ratio:
+        if not self._failed:
             return None
-        newest = max(failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id))
+        total = len([view for view in self._views if view.lead is not None or view.outdated])
+        if len(self._failed) / total <= self._config.max_failure_ratio:
+            return None
+        newest = max(self._failed, key=lambda task: (self._seen.ended(task) or 0.0, task.id))
         reason = self._reason(newest)
         if self._is_rollback:
             # Never roll back a rollback.
@@ -219,11 +246,12 @@ class _Rollout:
         """No slot is left to begin with: the update is over once every lead was watched for the monitor time."""
         if self.state not in UNDER_WAY:
             return
-        settled = [self._settled_at(view.lead) for view in self._views if view.lead is not None]
-        if any(at is None for at in settled):
+        leads = [self._settled[view.lead.id] for view in self._views if view.lead is not None]
+        settled = [at for at in leads if at is not None]
+        if len(settled) < len(leads):
             yield from self._recheck_progress()
             return
-        over_at = max((at for at in settled if at is not None), default=self._now) + self._monitor_s
+        over_at = max(settled, default=self._now) + self._monitor_s
         if settled and over_at > self._now:
             yield Recheck(over_at)
         elif self._is_rollback:
@@ -272,7 +300,7 @@ class _Rollout:
 
     def _recheck_progress(self) -> Iterator[Step]:
         """Look again when the deadline of the first that is not settled has passed."""
-        due = [self._due_at(task) for task in self._begun if self._settled_at(task) is None]
+        due = [self._due_at(task) for task in self._begun if self._settled[task.id] is None]
         if due:
             yield Recheck(min(due))
 
