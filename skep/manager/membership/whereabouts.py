@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
+from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
 from skep.errors import PermissionDenied, SkepError
 from skep.manager.membership.addresses import AddressBook, full_address
@@ -28,7 +29,7 @@ from skep.wire.service import Handler, unary
 log = structlog.get_logger(__name__)
 
 ANNOUNCE_S = 2.0
-AGAIN_S = 1.0
+FIRST_AGAIN_S, LONGEST_AGAIN_S = 1.0, 4.0
 
 
 class Whereabouts:
@@ -62,11 +63,12 @@ class Whereabouts:
 
     async def search(self) -> None:
         """Say to everybody where this manager is, again and again until cancelled."""
+        backoff = Backoff(FIRST_AGAIN_S, LONGEST_AGAIN_S)
         while True:
             async with asyncio.TaskGroup() as group:
                 for addr in self._candidates():
                     group.create_task(self._tell(addr), name=f"announce to {addr}")
-            await self._clock.sleep(AGAIN_S)
+            await backoff.sleep(self._clock)
 
     def require_known(self, identity: Identity, _access: Access) -> None:
         """Who is heard while there is no store to ask: managers that were some when there was one.
