@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from skep.model.planes import NODE_LABEL
 from skep.playground.docker import NO_IPVS, has_ipvs
 from tests.integration.cluster import (
     IDLE,
@@ -262,7 +263,8 @@ def test_an_engine_brings_what_it_counts_and_can_leave_and_be_removed(
     try:
         d3 = cluster.node("d3")
         cluster.skep("kill", "d3")
-        (cluster.directory / "d3" / "daemon.json").write_text('{"node-generic-resources": ["gpu=UUID1"]}')
+        said = {"node-generic-resources": ["gpu=UUID1"], "labels": [f"{NODE_LABEL}=true"]}
+        (cluster.directory / "d3" / "daemon.json").write_text(json.dumps(said))
         cluster.skep("start", "d3")
         swarm = m1.client().api.inspect_swarm()
         address = m1.description["addr"]
@@ -271,10 +273,15 @@ def test_an_engine_brings_what_it_counts_and_can_leave_and_be_removed(
         )
         assert "takes Docker engines as workers only" in refused.stderr
         d3.docker("swarm", "join", "--token", swarm["JoinTokens"]["Worker"], f"{address}:2377")
-        generic = m1.client().api.inspect_node("d3")["Description"]["Resources"]["GenericResources"]
+        description = m1.client().api.inspect_node("d3")["Description"]
+        generic = description["Resources"]["GenericResources"]
         assert generic == [{"NamedResourceSpec": {"Kind": "gpu", "Value": "UUID1"}}]
+        # It says that it is a Skep node, and joined as an engine.
+        assert description["Engine"]["Labels"][NODE_LABEL] == "true"
+        refused = m1.docker("node", "promote", "d3", check=False)
+        assert "node d3 is a Docker Engine and cannot manage this cluster" in refused.stderr
         create(m1, "web", 1, "--generic-resource", "gpu=1")
-        wait_running(m1, "web", 1)
+        wait_running(m1, "web", 1, within_s=90)
         assert places(m1, "web") == ["d3"]
         (container,) = containers(d3, "web")
         assert (
