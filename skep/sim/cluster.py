@@ -61,6 +61,8 @@ ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay")
 STEP_S = 0.05
 """How often ``run_until`` looks."""
 WRAPPING_KEY = bytes(32)
+TIMERS_MAX = 25
+"""Of one machine at rest, for its loops, streams and deadlines."""
 WRITE_S = 30.0
 """How long ``create`` and its like try."""
 
@@ -354,6 +356,16 @@ class SimulatedCluster:
         kept = [(node.id, task_id) for node in nodes for task_id in node.kept]
         return list(rest_violations(self.truth.view, containers, kept))
 
+    def leftovers(self) -> list[str]:
+        """What managers still have of what is over, and more timers than there is reason for; asked at rest."""
+        found = [
+            f"{id} {text}" for id, manager in self.running_managers.items() for text in manager.leftovers()
+        ]
+        timers = self.loop.timers()
+        if timers > TIMERS_MAX * (len(self.managers) + len(self.workers)):
+            found.append(f"{timers} timers run, more than {TIMERS_MAX} for each machine")
+        return found
+
     def disturb(self) -> None:
         """Something breaks, or is mended: nobody may be blamed for a while."""
         self._disturbed_at = self.loop.time()
@@ -364,6 +376,12 @@ class SimulatedCluster:
         """Let virtual time pass."""
         self.do(asyncio.sleep(seconds))
         self.observer.look()
+        for id, manager in self.running_managers.items():
+            is_asked = manager.loops and not manager.writes and not self.links.is_frozen(id)
+            if is_asked and manager.store is not None:
+                self.observer.note(
+                    self.loop.time(), self.observer.books(id, manager.loops, manager.store.view())
+                )
 
     def run_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
         """Let time pass until ``condition``; the seconds it took.  AssertionError: it did not come."""

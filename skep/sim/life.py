@@ -139,9 +139,10 @@ def _check_rest(cluster: SimulatedCluster) -> None:
     """Everything that holds once nothing happens any more."""
     note, now = cluster.observer.note, cluster.loop.time
     # Services whose containers crash never rest: what is being stopped, or not reported yet, is no violation.
-    before = set(cluster.rest_violations())
+    before = {*cluster.rest_violations(), *cluster.leftovers()}
     cluster.run_for(STOPPED_S)
-    note(now(), [violation for violation in cluster.rest_violations() if violation in before])
+    after = [*cluster.rest_violations(), *cluster.leftovers()]
+    note(now(), [violation for violation in after if violation in before])
     note(now(), allocation_violations(cluster.view))
     promises = cluster.observer.promises
     note(now(), promises.broken(cluster.view, promises.given()))

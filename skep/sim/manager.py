@@ -1,21 +1,23 @@
 """A simulated manager: the production store, dispatcher, link and control loops on a simulated member of etcd."""
 
 import asyncio
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from random import Random
-from typing import cast
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from skep.aio.backoff import Backoff
 from skep.aio.clock import Clock
-from skep.errors import Unavailable
+from skep.errors import SkepError, Unavailable
 from skep.manager.crowd import Crowd
 from skep.manager.discovery.loop import Discovery
 from skep.manager.dispatcher.adoption import Adoption
 from skep.manager.dispatcher.loop import Dispatcher
 from skep.manager.dispatcher.messages import ManagerPeer
+from skep.manager.follow import State
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
-from skep.manager.loops import loops
+from skep.manager.loops import Loop, loops
 from skep.manager.store_space import StoreSpace
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
@@ -23,12 +25,17 @@ from skep.model.task import Task
 from skep.security.identity import Identity
 from skep.sim.faults import PoisonedState, Rewindable
 from skep.sim.network import Network
+from skep.sim.rules.books import leftovers
 from skep.store.etcd.client import Client
 from skep.store.etcd.member import Member
 from skep.store.etcd.membership import RaftMembers
 from skep.store.etcd.store import EtcdStore, store_on
-from skep.store.interface import NotLeader, Store, Term, View
+from skep.store.interface import NotLeader, Object, Store, Term, Transaction, View, Watch
 from skep.wire.client import Channel
+
+R = TypeVar("R")
+Item = TypeVar("Item")
+P = ParamSpec("P")
 
 
 class SimulatedManager:
@@ -53,7 +60,12 @@ class SimulatedManager:
         self._shown: Rewindable | None = None
         """What nodes are told from."""
         self._dispatcher: Dispatcher | None = None
+        self._logs: LogBroker | None = None
         self.leads = False
+        self.loops: Sequence[Loop] = ()
+        """Of the term, while there is one."""
+        self.writes = 0
+        """Updates of these loops that are under way."""
         self._id = id
         self._addr = addr
         self._client = client
@@ -90,13 +102,19 @@ class SimulatedManager:
             session.wake_assignments([task.id for task in present.find(Task, node_id=session.node_id)])
         return True
 
+    def leftovers(self) -> Iterable[str]:
+        """What it still has of what is over; asked at rest."""
+        if self.store is None or self._dispatcher is None or self._logs is None:
+            return ["it serves nothing"]
+        return leftovers(self.store, self._dispatcher, self._logs, self.loops)
+
     async def _serve(self, store: EtcdStore) -> None:
         own, crowd = ManagerPeer(node_id=self._id, addr=self._addr), Crowd()
         self._shown = Rewindable(store)
         dispatcher = self._dispatcher = Dispatcher(
             cast("Store", self._shown), own, self._clock, self._new_id, self._random, crowd=crowd
         )
-        logs = LogBroker(store, self._new_id, self._clock)
+        logs = self._logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, crowd=crowd)
         members = RaftMembers(self._client, cast("Member", _Etcd()))
@@ -131,17 +149,52 @@ class SimulatedManager:
                 self.leads = False
 
     async def _lead(self, term: Term, link: ManagerLink, space: StoreSpace) -> None:
-        state = PoisonedState(term, self._poisoned)
+        state = PoisonedState(_Counted(term, self), self._poisoned)
         adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
-        async with asyncio.TaskGroup() as group:
-            running = [
-                group.create_task(loop.run(), name=f"{self._id} {type(loop).__name__}")
-                for loop in (*loops(state, self._clock, self._new_id, self._random), adoption)
-            ]
-            running.append(group.create_task(space.keep(), name=f"{self._id} store's space"))
-            await term.wait_lost()
-            for task in running:
-                task.cancel()
+        own = self.loops = (*loops(state, self._clock, self._new_id, self._random), adoption)
+        try:
+            async with asyncio.TaskGroup() as group:
+                running = [
+                    group.create_task(loop.run(), name=f"{self._id} {type(loop).__name__}") for loop in own
+                ]
+                running.append(group.create_task(space.keep(), name=f"{self._id} store's space"))
+                await term.wait_lost()
+                for task in running:
+                    task.cancel()
+        finally:
+            self.loops = ()
+
+
+class _Counted:
+    """A term that counts what is being written."""
+
+    def __init__(self, term: State, manager: SimulatedManager) -> None:
+        self._term = term
+        self._manager = manager
+
+    def view(self) -> View:
+        return self._term.view()
+
+    def watch(self, *kinds: type[Object]) -> AbstractAsyncContextManager[Watch]:
+        return self._term.watch(*kinds)
+
+    async def update(
+        self, body: Callable[Concatenate[Transaction, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        self._manager.writes += 1
+        try:
+            return await self._term.update(body, *args, **kwargs)
+        finally:
+            self._manager.writes -= 1
+
+    async def update_each(
+        self, body: Callable[[Transaction, Item], R], items: Iterable[Item], /
+    ) -> Sequence[R | SkepError]:
+        self._manager.writes += 1
+        try:
+            return await self._term.update_each(body, items)
+        finally:
+            self._manager.writes -= 1
 
 
 class _Etcd:

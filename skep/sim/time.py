@@ -57,6 +57,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Let time pass."""
         self._now += seconds
 
+    def timers(self) -> int:
+        """How many wait for their time."""
+        return sum(not timer.cancelled() for timer in self._scheduled)  # type: ignore[attr-defined]
+
     def turn(self) -> None:
         """The loop turns once more.  Raises: Spinning."""
         if self._turns_left is None:

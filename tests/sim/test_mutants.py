@@ -10,7 +10,19 @@ def by_name(name: str) -> Mutant:
     return next(mutant for mutant in MUTANTS if mutant.name == name)
 
 
-@pytest.mark.parametrize(("name", "seeds"), [("name claims", 20), ("sequence", 20), ("host ports", 40)])
+@pytest.mark.parametrize(
+    ("name", "seeds"),
+    [
+        ("name claims", 20),
+        ("sequence", 20),
+        ("host ports", 40),
+        ("address given back", 40),
+        *(
+            pytest.param(name, 40, marks=pytest.mark.slow)
+            for name in ("address held", "subnet given back", "reports kept")
+        ),
+    ],
+)
 def test_a_broken_rule_is_found(name: str, seeds: int) -> None:
     assert judged(by_name(name), seeds=seeds).seed is not None
 

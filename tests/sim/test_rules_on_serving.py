@@ -50,6 +50,14 @@ def test_a_new_task_that_fails_is_no_update_under_way() -> None:
     assert history.violations == []
 
 
+def test_a_new_task_that_gets_nowhere_is_none_after_the_progress_deadline() -> None:
+    for seconds, is_told in ((500.0, True), (700.0, False)):
+        history = a_history(1)
+        take(history, 1)
+        take(history.after(seconds), 2)
+        assert bool(history.violations) is is_told
+
+
 def test_a_restart_is_no_update_and_no_limit_is_none() -> None:
     history = a_history(1)
     for slot in (1, 2, 3):

@@ -25,12 +25,13 @@ from skep.model.network import Network, NetworkSpec
 from skep.model.service import NetworkAttachmentConfig, NetworkAttachmentSpec, TaskSpec
 from skep.model.task import Task
 from skep.sim.alone.faults import Faults
-from skep.sim.alone.managers import WANT, WRAPPING_KEY, Manager, kept_of_writes
+from skep.sim.alone.managers import WANT, WRAPPING_KEY, Manager
 from skep.sim.alone.registers import Registers, compare, delete, swap, swap_each
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.etcd.raft import Raft
 from skep.sim.life import Outcome
 from skep.sim.links import Links
+from skep.sim.rules.books import kept_of_writes
 from skep.sim.rules.rest import replica_violations
 from skep.sim.time import VirtualClock, VirtualLoop
 from skep.sim.truth import Change, Truth

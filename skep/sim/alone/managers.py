@@ -175,21 +175,6 @@ class Watcher:
             yield f"the watch of {self._id} says that {id} was {expected}, and it was {self._known.get(id)}"
 
 
-def kept_of_writes(store: EtcdStore) -> Iterable[str]:
-    """What a store at rest remembers of writes on their way: nothing."""
-    batcher = store._batcher
-    for name, kept in (
-        ("waits", batcher._queue),
-        ("is on its way", batcher._away),
-        ("is to be recognized", batcher._witnesses),
-        ("has been recognized", batcher._seen),
-    ):
-        if kept:
-            yield f"keeps what {name}: {len(kept)}"
-    if store._replica._waiting:
-        yield f"keeps {len(store._replica._waiting)} who wait for a revision"
-
-
 def given(tx: Transaction, id: str, number: bytes) -> None:
     found = tx.lookup(Payload, id)
     if found is not None and not found.data:

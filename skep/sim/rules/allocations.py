@@ -13,6 +13,7 @@ from skep.sim.truth import Change
 from skep.store.interface import Created, Deleted, Updated, View
 
 VXLAN = "com.docker.network.driver.overlay.vxlanid_list"
+PORT = "port"
 Holding = tuple[Hashable, ...]
 """What can be held by one only: an address of a network, a published port."""
 
@@ -32,7 +33,7 @@ class HeldByOne:
         for event in change.events:
             match event:
                 case Created(object) | Updated(_, object):
-                    taken |= self._hold(object, _holdings(object))
+                    taken |= self._hold(object, holdings(object))
                 case Deleted(object):
                     self._hold(object, frozenset())
         for holding in sorted(taken, key=str):
@@ -107,7 +108,8 @@ def _present(event: object) -> object:
     return None
 
 
-def _holdings(object: object) -> frozenset[Holding]:
+def holdings(object: object) -> frozenset[Holding]:
+    """What a task, service or node has for itself: ``(network, address)`` and ``(PORT, protocol, number)``."""
     match object:
         case Task() if object.status.state <= TaskState.RUNNING:
             return frozenset(_addresses(object.networks_attachments))
@@ -118,7 +120,7 @@ def _holdings(object: object) -> frozenset[Holding]:
                 (one.network_id, ip_interface(one.addr).ip) for one in object.endpoint.virtual_ips if one.addr
             ]
             ports = [
-                ("port", port.protocol, port.published_port)
+                (PORT, port.protocol, port.published_port)
                 for port in object.endpoint.ports
                 if port.publish_mode is PublishMode.INGRESS
                 and port.published_port

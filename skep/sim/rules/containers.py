@@ -139,6 +139,8 @@ class Containers:
         by_itself = (TaskState.COMPLETE, TaskState.FAILED, TaskState.REJECTED)
         if old.status.state != new.status.state and new.status.state in by_itself and old.is_wanted:
             record.failed_at = now
+        if new.desired_state is TaskState.REMOVE:
+            record.failed_at = None  # its slot has gone; one that comes back with a scale has no past
 
     def _beside(self, task: Task, now: float, view: View) -> Iterable[str]:
         service = view.lookup(Service, task.service_id)

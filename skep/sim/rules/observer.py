@@ -8,6 +8,7 @@ from skep.model.task import Task
 from skep.sim.links import Isolation, Uptime
 from skep.sim.rules.allocations import HeldByOne, networks_are_apart
 from skep.sim.rules.attempts import OneAttempt
+from skep.sim.rules.books import BooksAreKept
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.damping import DecisionsStand
 from skep.sim.rules.disconnection import PlacesAreKept
@@ -52,6 +53,7 @@ class Observer:
         """
         self.containers = Containers(uptime.since, isolation.since)
         self.restarts = RestartsAsAsked()
+        self.books = BooksAreKept()
         self.promises = Promises()
         """A rule as soon as there are users who keep it."""
         self.traced: list[str] = []

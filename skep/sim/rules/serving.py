@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from skep.manager.orchestrator.situation import ROLLBACKS
+from skep.manager.orchestrator.update import step_seconds_max
 from skep.model.ids import ServiceId
 from skep.model.node import Availability, Node, NodeState
 from skep.model.service import Service, UpdateConfig
@@ -17,30 +18,33 @@ class UpdatesTakeTurns:
     """An update takes no slot out of service while as many as its parallelism are out already because of updates.
 
     A slot is out from when its running task is retired for one of another spec, until one runs in it again.  One whose
-    new task fails is out for that, and no longer because of the update.
+    new task fails, or gets nowhere within the progress deadline, is out for that, and no longer because of the update.
     """
 
     def __init__(self) -> None:
-        self._out: defaultdict[ServiceId, set[int]] = defaultdict(set)
+        self._out: defaultdict[ServiceId, dict[int, float]] = defaultdict(dict)
+        """Slots that are out, and since when."""
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:
             match event:
                 case Updated(Task() as old, Task() as new) if new.slot:
                     if _is_taken_out(old, new, view):
-                        yield from self._take_out(new, view)
+                        yield from self._take_out(new, view, change.time_s)
                     elif (
                         new.is_wanted
                         and (new.status.state is TaskState.RUNNING or new.status.state.is_terminal)
                     ) or new.desired_state is TaskState.REMOVE:
-                        self._out[new.service_id].discard(new.slot)
+                        self._out[new.service_id].pop(new.slot, None)
                 case Deleted(Service() as service):
                     self._out.pop(service.id, None)
 
-    def _take_out(self, task: Task, view: View) -> Iterable[str]:
+    def _take_out(self, task: Task, view: View, now: float) -> Iterable[str]:
         service = view.get(Service, task.service_id)
-        out = self._out[service.id]
-        out.add(task.slot)
+        before, deadline_s = self._out[service.id], step_seconds_max(service.spec)
+        out = {slot: since for slot, since in before.items() if now - since < deadline_s}
+        out[task.slot] = now
+        self._out[service.id] = out
         parallelism = _config(service).parallelism
         if parallelism and len(out) > parallelism:
             yield f"slots {sorted(out)} of {service.spec.name} are out of service, {parallelism} may be"
