@@ -12,7 +12,8 @@ The same seed gives the same run, to the last commit.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from itertools import combinations
 from math import inf
 from random import Random
 from types import TracebackType
@@ -40,7 +41,7 @@ from skep.security.identity import Identity
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.etcd.raft import Raft
 from skep.sim.joined import CLUSTER, address_of, joined
-from skep.sim.links import Isolation, Links, Uptime
+from skep.sim.links import Isolation, Links, Port, Uptime
 from skep.sim.manager import SimulatedManager
 from skep.sim.network import Network
 from skep.sim.node import SimulatedNode, image_of
@@ -61,6 +62,9 @@ ENGINE = EngineDescription(plugins=(EnginePlugin(type="Network", name="overlay")
 STEP_S = 0.05
 """How often ``run_until`` looks."""
 WRAPPING_KEY = bytes(32)
+LED_S = 10.0
+"""With a majority of managers well, somebody leads after this time."""
+SLOW_S = 0.2
 TIMERS_MAX = 25
 """Of one machine at rest, for its loops, streams and deadlines."""
 WRITE_S = 30.0
@@ -108,6 +112,8 @@ class SimulatedCluster:
         self.disturbances = 0
         """Faults that last at present."""
         self._disturbed_at = 0.0
+        self._led_at = 0.0
+        """When a manager was last seen to lead, or no majority of them to be well."""
         self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
@@ -376,6 +382,7 @@ class SimulatedCluster:
         """Let virtual time pass."""
         self.do(asyncio.sleep(seconds))
         self.observer.look()
+        self.observer.note(self.loop.time(), self._leaderless())
         for id, manager in self.running_managers.items():
             is_asked = manager.loops and not manager.writes and not self.links.is_frozen(id)
             if is_asked and manager.store is not None:
@@ -405,6 +412,31 @@ class SimulatedCluster:
             if task.done() and not task.cancelled():
                 task.result()  # a part that failed fails the run
         return result
+
+    def _leaderless(self) -> Iterable[str]:
+        """A majority of managers that are well has a leader soon."""
+        now = self.loop.time()
+        if self._is_majority_well() and not any(one.leads for one in self.running_managers.values()):
+            if now - self._led_at > LED_S:
+                self._led_at = inf  # it is said once
+                yield f"nobody leads, though a majority of managers has been well for {LED_S} s"
+        else:
+            self._led_at = now
+
+    def _is_majority_well(self) -> bool:
+        well = [
+            id
+            for id, member in self.raft.members.items()
+            if id in self.running_managers
+            and not self.links.is_frozen(id)
+            and member.is_running
+            and member.held is None
+            and max(member.stall_s, member.lag_s, member.watch_lag_s) < SLOW_S
+        ]
+        return any(
+            all(self.links.is_joined(one, other, Port.PEER) for one, other in combinations(some, 2))
+            for some in combinations(well, self.raft.majority)
+        )
 
     def _calm_since(self) -> float:
         """When the last fault was over; infinity while there is one."""

@@ -18,9 +18,8 @@ from msgspec.structs import replace
 
 from skep.aio.clock import SystemClock
 from skep.manager.allocator.books import Books
-from skep.manager.allocator.loop import Allocator
 from skep.manager.control import services, tasks
-from skep.manager.dispatcher import adoption, registration, statuses
+from skep.manager.dispatcher import adoption, statuses
 from skep.manager.dispatcher import loop as dispatcher_loop
 from skep.manager.dispatcher.registration import SessionInvalid
 from skep.manager.orchestrator import jobs, restart, sightings, situation, update
@@ -30,7 +29,6 @@ from skep.manager.orchestrator.situation import Situation
 from skep.manager.orchestrator.slots import Slot, age
 from skep.manager.scheduler import requirements, spread
 from skep.manager.scheduler.accounting import Account
-from skep.manager.scheduler.ranking import Ranking
 from skep.model.assignment import AssignmentSet
 from skep.model.ids import IdSource, NodeId, ServiceId, SessionId, TaskId
 from skep.model.labels import DisconnectPolicy
@@ -41,7 +39,7 @@ from skep.model.task import Task, TaskStatus
 from skep.node import revisions, worker
 from skep.node.reports import Reports
 from skep.node.worker import Worker
-from skep.sim import life, twins
+from skep.sim import life, short, twins
 from skep.sim.alone import life as alone
 from skep.sim.etcd.client import SimulatedClient
 from skep.sim.run import Live, outcomes
@@ -53,7 +51,6 @@ from skep.store.interface import Event, Transaction
 from skep.store.leadership import LeaderRecord
 from skep.store.proposal import Compare, Exists, Footprint, NothingSince
 from skep.store.state import State
-from skep.store.transaction import Writing
 from skep.store.updates import Committed, Updater
 
 SEEDS = 200
@@ -283,26 +280,12 @@ def _adopts_whatever_is_there() -> list[Patch]:
     return [Patch(adoption, "adopt", careless)]
 
 
-def _registers_whatever_the_state() -> list[Patch]:
-    """A replica that does not show yet that the node is down writes nothing there."""
-    real = Writing.rely_on
-
-    def rely_on(self: Writing, kind: Any, id: str, *parts: str) -> Any:
-        return real(self, kind, id, *(part for part in parts if part != "status"))
-
-    def careless(tx: Transaction, taken: registration.Registration) -> Node:
-        with mock.patch.object(Writing, "rely_on", rely_on):
-            return registration.take_session(tx, taken)
-
-    return [Patch(dispatcher_loop, "take_session", careless)]
-
-
 def _reports_once() -> list[Patch]:
     return [Patch(Reports, "put_back", lambda self, batch: None)]
 
 
-def _passes_over_for_good() -> list[Patch]:
-    return [Patch(Ranking, "put_back", lambda self, entry: None)]
+def _suspects_all() -> list[Patch]:
+    return [Patch(update._Rollout, "_has_failed", lambda self, lead: True)]
 
 
 def _gives_back_early() -> list[Patch]:
@@ -327,16 +310,6 @@ def _forgets_removed_networks() -> list[Patch]:
         self.networks.leave(network.id)
 
     return [Patch(Books, "leave_network", leave_network)]
-
-
-def _holds_what_an_attempt_took() -> list[Patch]:
-    real = Allocator._release
-
-    def release(self: Allocator, *args: Any) -> Any:
-        with mock.patch.object(Books, "leave_task", return_value=False):
-            return real(self, *args)
-
-    return [Patch(Allocator, "_release", release)]
 
 
 # -- of the store alone ------------------------------------------------------------------------------------------------
@@ -463,27 +436,31 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("keep", "on-disconnect: tasks of a node that is down keep their places", _always_replaced),
     Mutant("stop", "on-disconnect: a node that nobody hears stops its tasks by itself", _never_stopped),
     Mutant("done once", "a run of a job that is completed is not begun again", _again_and_again),
-    Mutant(
-        "adopt", "a session is adopted only if it is still the one that was silent", _adopts_whatever_is_there
-    ),
-    Mutant(
-        "take session",
-        "a node that registers is ready, whatever this replica shows",
-        _registers_whatever_the_state,
-    ),
     Mutant("reports kept", "what could not be reported is reported later", _reports_once),
+    Mutant("causes", "an update is stopped for a failure", _suspects_all),
     Mutant(
-        "nodes put back", "a node that one service passes over is there for others", _passes_over_for_good
+        "adopt",
+        "a session is adopted only if it is still the one of the manager that is silent",
+        _adopts_whatever_is_there,
+        short.sessions,
     ),
-    Mutant("address held", "a task holds its address until it has ended", _gives_back_early),
-    Mutant("address given back", "what a task held is free when it has ended", _gives_back_never),
-    Mutant(
-        "subnet given back", "a removed network's subnet is free after its last task", _keeps_removed_networks
+    *(
+        Mutant(name, rule, patches, short.allocations)
+        for name, rule, patches in (
+            ("address held", "a task holds its address until it has ended", _gives_back_early),
+            ("address given back", "what a task held is free when it has ended", _gives_back_never),
+            (
+                "subnet given back",
+                "a removed network's subnet is free after its last task",
+                _keeps_removed_networks,
+            ),
+            (
+                "subnet held",
+                "a removed network's subnet is taken until its last task has ended",
+                _forgets_removed_networks,
+            ),
+        )
     ),
-    Mutant(
-        "subnet held", "a removed network's subnet is taken until its last task", _forgets_removed_networks
-    ),
-    Mutant("attempts", "what an attempt at an allocation took is given back", _holds_what_an_attempt_took),
     Mutant(
         "counts", "a new leader counts the restarts that it has seen", _counts_what_it_never_saw, twins.live
     ),

@@ -101,20 +101,19 @@ def _allocated(books: Books) -> Mapping[str, object]:
 
 
 def _held(books: Books) -> Mapping[str, object]:
-    return {
-        "addresses": {
-            owner.rpartition("/")[2]: frozenset(places)
-            for owner, places in books.addresses._held.items()
-            if places
-        }
-    }
+    held = books.addresses._held.items()
+    return {"addresses": {owner.rpartition("/")[2]: frozenset(places) for owner, places in held if places}}
 
 
 def _holding(view: View) -> Mapping[str, object]:
     """Who has addresses, by the objects alone: nothing of the books' own reading of them is asked."""
     objects: list[Task | Service | Node] = [*view.find(Task), *view.find(Service), *view.find(Node)]
-    held = {one.id: frozenset(held for held in holdings(one) if held[0] != PORT) for one in objects}
-    return {"addresses": {id: places for id, places in held.items() if places}}
+    held: dict[str, frozenset[object]] = {}
+    for one in objects:
+        places = [place for place in holdings(one) if place[0] != PORT]
+        if places:
+            held[one.id] = frozenset(((network, ip.version), int(ip)) for network, ip in places)  # type: ignore[attr-defined, call-overload]
+    return {"addresses": held}
 
 
 def _accounted(view: View) -> Accounting:

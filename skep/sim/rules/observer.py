@@ -9,6 +9,7 @@ from skep.sim.links import Isolation, Uptime
 from skep.sim.rules.allocations import HeldByOne, networks_are_apart
 from skep.sim.rules.attempts import OneAttempt
 from skep.sim.rules.books import BooksAreKept
+from skep.sim.rules.causes import StopsHaveACause
 from skep.sim.rules.containers import Containers
 from skep.sim.rules.damping import DecisionsStand
 from skep.sim.rules.disconnection import PlacesAreKept
@@ -79,6 +80,7 @@ class Observer:
             TasksAreSpread(),
             UpdatesKeepServing(),
             UpdatesTakeTurns(),
+            StopsHaveACause(),
             NoFalseAlarm(calm_since, uptime.began),
             DecisionsStand(),
             OneAttempt(),
