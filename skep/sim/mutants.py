@@ -372,12 +372,12 @@ def _no_difference() -> list[Patch]:
 
 
 def _decides_on_the_past() -> list[Patch]:
-    """What is in but does not show yet is forgotten when the deadline has passed."""
+    """What is acknowledged is done, whatever the replica shows."""
 
-    async def at_once(self: Updater) -> None:
+    async def at_once(self: Updater, *_: object) -> None:
         return None
 
-    return [Patch(Updater, "_left", at_once), Patch(Updater, "_earlier_shown", at_once)]
+    return [Patch(Updater, name, at_once) for name in ("_shown", "_earlier_shown", "_left")]
 
 
 def _any_term() -> list[Patch]:

@@ -94,6 +94,8 @@ class Numbers:
         self._clock = clock
         self._held: dict[str, bytes] = {}
         self._not_before: dict[str, float] = {}
+        self._given: set[str] = set()
+        """Not looked at again, as the allocator goes on with the next one, whatever the store shows."""
 
     async def give_all(self) -> None:
         """Until nobody wants.  Raises: NotLeader."""
@@ -114,11 +116,17 @@ class Numbers:
                 raise
             except Unavailable:
                 self._not_before[id] = self._clock.monotonic() + RETRY_S
+            else:
+                self._given.add(id)
             self._look_again(id)
 
     def _wanting(self) -> list[str]:
         payloads = self._term.view().find(Payload)
-        return [one.id for one in payloads if one.id.startswith(WANT) and not one.data]
+        return [
+            one.id
+            for one in payloads
+            if one.id.startswith(WANT) and not one.data and one.id not in self._given
+        ]
 
     def _look_again(self, id: str) -> None:
         """What the store shows is held; what it does not show is not."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from skep.aio.clock import SystemClock
+from skep.manager.process import _note_trouble
 from skep.node import disk_check
 from skep.node.conditions import Conditions
 from skep.node.disk_check import DiskCheck
@@ -33,6 +34,24 @@ async def test_the_condition_comes_and_goes_with_the_fault(tmp_path: Path, numbe
             while conditions.warnings():  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             running.cancel()
+
+
+async def test_what_a_managers_store_lacks_is_a_condition_until_there_is_room(tmp_path: Path) -> None:
+    """Written by the manager, as its process hears of it from the supervisor of its etcd."""
+    mark, conditions = tmp_path / "manager.full", Conditions(SystemClock())
+    check = DiskCheck((tmp_path,), conditions, SlowlessClock(), mark)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(check.run())
+        _note_trouble(mark, "/x: 80 MB of disk space are missing. Make room: it goes on by itself.")
+        while not conditions.present():  # noqa: ASYNC110  # a condition announces nothing
+            await asyncio.sleep(0.001)
+        said = "/x: 80 MB of disk space are missing. Make room: it goes on by itself"
+        assert conditions.present() == {"disk-full": said}
+        _note_trouble(mark, "")
+        _note_trouble(mark, "")
+        while conditions.present():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        running.cancel()
 
 
 async def test_a_disk_that_hangs_is_said_and_no_threads_pile_up(
