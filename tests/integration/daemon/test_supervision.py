@@ -33,8 +33,8 @@ class Forks:
         process = self._start()
         self.started.append(process)
         named = identify(process.pid, __version__)
-        assert named is not None
-        write_pid_file(self._paths.pid_file(entry), named)
+        if named is not None:  # it may have ended already
+            write_pid_file(self._paths.pid_file(entry), named)
         return process.pid
 
     def _start(self) -> subprocess.Popen[bytes]:
