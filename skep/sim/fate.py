@@ -1,5 +1,6 @@
 """What breaks: faults of machines, processes, disks, clocks and the network between them, by chance, and their end."""
 
+from asyncio import Handle
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
@@ -144,7 +145,7 @@ class Fate:
         id, watchers = self._running_manager(), self._cluster.truth.watchers
         if id is None:
             return
-        left = self._random.randint(1, 4)
+        left, killing = self._random.randint(1, 4), list[Handle]()
 
         def kill(change: Change, view: View) -> None:
             nonlocal left
@@ -153,12 +154,13 @@ class Fate:
             if left == 0:
                 watchers.remove(kill)
                 self._cluster.trace.add(f"fault: {id} is killed")
-                self._cluster.loop.call_soon(self._cluster.kill_manager, id)
+                killing.append(self._cluster.loop.call_soon(self._cluster.kill_manager, id))
 
         def undo() -> None:
             if kill in watchers:
                 watchers.remove(kill)
             else:
+                killing[0].cancel()  # it may not have come to it yet
                 self._cluster.crash(id)
                 self._cluster.start_manager(id)
 

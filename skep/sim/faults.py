@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from math import inf
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -121,19 +121,28 @@ def hang_manager(cluster: "SimulatedCluster", id: NodeId, *, for_s: float = inf)
         if cluster.raft.current is not None and cluster.leader == id:
             cluster.depose()
 
-    async def supervise() -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(for_s if for_s < inf else None):
-                await wait_past_help(is_answered, hand_over, VirtualClock(cluster.loop))
-                await asyncio.wait([cluster.kill_manager(id)])
-                cluster.start_manager(id)
-
-    def end(_: object = None) -> None:
+    def thaw() -> None:
         if cluster.links.is_frozen(id):
             cluster.links.thaw(id)
             cluster.disturbances -= 1
 
+    async def supervise() -> None:
+        try:
+            async with asyncio.timeout(for_s if for_s < inf else None):
+                await wait_past_help(is_answered, hand_over, VirtualClock(cluster.loop))
+        except TimeoutError:
+            thaw()
+            return
+        process = cluster.kill_manager(id)
+        thaw()  # what is killed ends, however still it stood
+        await asyncio.wait([process], timeout=1.0)
+        cluster.start_manager(id)
+
+    def end() -> None:
+        if cluster.links.is_frozen(id):
+            supervising.cancel()
+            thaw()
+
     supervising = cluster.loop.create_task(supervise(), name=f"supervisor of {id}")
-    supervising.add_done_callback(end)
     cluster.watch_over(supervising)
-    return lambda: (supervising.cancel(), None)[1]
+    return end

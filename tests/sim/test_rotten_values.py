@@ -36,3 +36,16 @@ def test_a_leader_with_values_that_it_cannot_read_changes_nothing(seed: int) -> 
         cluster.run_for(60)
         assert {task.id for task in cluster.view.find(Task)} == tasks
         assert (cluster.running("web"), cluster.containers("web")) == (REPLICAS, REPLICAS)
+
+
+def test_nodes_keep_their_sessions_with_a_manager_that_cannot_read_the_cluster_itself() -> None:
+    with SimulatedCluster(managers=1, workers=3, seed=1) as cluster:
+        (manager,) = cluster.managers
+        cluster.crash(manager)
+        assert cluster.raft.rot(manager, etcd_key("o/swarm/sim"))
+        cluster.start_manager(manager)
+        cluster.run_for(5)
+        sessions = [cluster.view.get(Node, id).session for id in cluster.workers]
+        cluster.run_for(20)
+        assert [cluster.view.get(Node, id).session for id in cluster.workers] == sessions
+        cluster.check_invariants()

@@ -44,7 +44,7 @@ from skep.manager.follow import follow
 from skep.manager.guard import apart
 from skep.manager.heartbeats import DEFAULT_PERIOD_S, grace_period, wished_heartbeats
 from skep.model.gossip import GossipKey, decoded_keys
-from skep.model.ids import IdSource, NodeId, SessionId, TaskId
+from skep.model.ids import ClusterId, IdSource, NodeId, SessionId, TaskId
 from skep.model.node import Node, NodeState, differ_in_load_alone
 from skep.model.planes import is_docker_node
 from skep.model.swarm import Swarm
@@ -241,18 +241,19 @@ class Dispatcher:
         while True:
             session.require_open()
             view = self._store.view()
-            node, swarms = view.lookup(Node, session.node_id), view.find(Swarm)
-            if node is None or not swarms:
+            node, swarm = view.lookup(Node, session.node_id), _known_swarm(view)
+            if node is None or swarm is None:
                 raise NotRegistered
             keys: tuple[GossipKey, ...] = ()
             if is_docker_node(node):
                 stored = view.lookup(Payload, GOSSIP_KEYS_ID)
-                if stored is None:
-                    # The leader is about to make them; an engine without keys gossips in clear.
+                if stored is None or swarm.id in view.unreadable(Swarm):
+                    # The leader is about to make them; an engine without keys gossips in clear.  One that is told no
+                    # root trusts nobody.
                     await session.messages.wait()
                     continue
                 keys = decoded_keys(stored.data).keys
-            found = (node, swarms[0], self._managers, keys, self._spreading.weights)
+            found = (node, swarm, self._managers, keys, self._spreading.weights)
             if found != seen:  # a node that has just registered is woken by its own registration
                 seen = found
                 message = session_message(session.id, *found)
@@ -427,3 +428,10 @@ class Dispatcher:
 
 def _is_down(node: Node) -> bool:
     return node.status.state is NodeState.DOWN
+
+
+def _known_swarm(view: View) -> Swarm | None:
+    """The cluster.  Where it cannot be read one that says nothing: a node keeps what it was told."""
+    found = view.find(Swarm)
+    unreadable = view.unreadable(Swarm)
+    return found[0] if found else Swarm(id=ClusterId(min(unreadable))) if unreadable else None
