@@ -196,7 +196,9 @@ import asyncio, sys
 from pathlib import Path
 from skep import daemon
 from skep.node.assembly import Node
+from skep.node.supervision import zygote
 
+zygote.LASTED_S = 0.0  # one that ends at once is forked again, too
 run = Node.run
 
 async def fail() -> None:
