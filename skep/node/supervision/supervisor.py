@@ -170,9 +170,9 @@ class Supervisor:
             if running is not None and not self._hands_over:
                 log.info("process of another version is replaced", name=self._name, version=running.version)
                 await terminate(running, STOP_GRACE_S)
-            self.process = await self._start()
-        if self.process is None:
-            return None
+            self.process, code = await self._start()
+            if self.process is None:
+                return code
         killed_for = await self._watched_to_its_end(self.process)
         code = await self._zygote.reap(self.process.pid)
         self._last_end = self._last_words() or killed_for or _how(code)
@@ -217,19 +217,22 @@ class Supervisor:
         path.unlink(missing_ok=True)
         return said
 
-    async def _start(self) -> ProcessIdentity | None:
+    async def _start(self) -> tuple[ProcessIdentity | None, int | None]:
+        """The process; None: it has not begun, or has ended already, with this exit code."""
         try:
             pid = await self._zygote.fork(self._name, self._arguments)
         except ZygoteGone:
             raise
         except Unavailable as error:
             self._last_end = str(error)
-            return None
+            return None, None
         log.info("process started", name=self._name, pid=pid)
         process = identify(pid, __version__)
-        if process is None:
-            self._last_end = _how(await self._zygote.reap(pid))
-        return process
+        if process is not None:
+            return process, None
+        code = await self._zygote.reap(pid)
+        self._last_end = self._last_words() or _how(code)
+        return None, code
 
 
 async def wait_end(process: ProcessIdentity) -> None:
