@@ -71,7 +71,10 @@ def _unmet_of_service(view: View, service: Service, given_up: int) -> Iterable[s
     waiting = [task for task in wanted if _waits(task, service, view)]
     if is_under_way and not waiting:
         yield f"{service.id} is still being updated"
+    is_held_up = is_under_way and bool(waiting)
     for key, slot in slots.items():
+        if is_held_up and len(slot) == 1 and _runs(slot[0]):
+            continue  # its turn does not come: new tasks that fit nowhere are as many as the update takes at a time
         right = [task for task in slot if _runs(task) and image_of(task) == container.image]
         if not (right and len(slot) == 1) and not any(task in waiting for task in slot):
             yield f"slot {key} of {service.id} does not run {container.image}: {[_told(task) for task in slot]}"
