@@ -11,10 +11,11 @@ import msgspec
 from msgspec.structs import replace
 
 from skep.model.network import Network
-from skep.model.node import Node
+from skep.model.node import Node, NodeRole
 from skep.model.secret import Secret
 from skep.model.service import Service
 from skep.sim.reference import (
+    BAD,
     Create,
     Held,
     Refused,
@@ -89,9 +90,17 @@ class Answers:
         else:
             self._open.remove(asked)
         answers = [answer(state, asked.request) for state in self._states[asked.since :]]
-        if Refused(status) not in answers:
+        if Refused(status) not in answers and not self._is_refused_demotion(asked, status):
             expected = sorted({one.status if isinstance(one, Refused) else 200 for one in answers})
             yield f"{_said(asked.request)} was answered {status}, not {' or '.join(map(str, expected))}"
+
+    def _is_refused_demotion(self, asked: Asked, status: int) -> bool:
+        """Whether the others can do without a manager depends on who is reachable, which is not told here."""
+        request = asked.request
+        if not isinstance(request, SetNode) or status != BAD or request.spec.role is not NodeRole.WORKER:
+            return False
+        known = [state.nodes.get(request.id) for state in self._states[asked.since :]]
+        return any(one is not None and one[0].role is NodeRole.MANAGER for one in known)
 
     def __call__(self, change: Change, view: View) -> Iterable[str]:
         for event in change.events:

@@ -50,6 +50,7 @@ from skep.sim.rules.rest import rest_violations
 from skep.sim.time import VirtualClock, VirtualLoop
 from skep.sim.trace import Trace
 from skep.sim.truth import Truth
+from skep.sim.versions import UnknownFieldsAreKept
 from skep.store.etcd.cipher import Cipher
 from skep.store.etcd.founding import founded, initialize_on
 from skep.store.etcd.requests import etcd_key
@@ -115,30 +116,31 @@ class SimulatedCluster:
         self._led_at = 0.0
         """When a manager was last seen to lead, or no majority of them to be well."""
         self._uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
+        self._manager_uptime = Uptime(self.loop.time, self.links, lambda: self.raft.asked_at)
         self.managers = tuple(NodeId(f"m{number}") for number in range(1, managers + 1))
         self.workers = tuple(NodeId(f"w{number}") for number in range(1, workers + 1))
-        isolation = Isolation(self.loop.time, self.links, self.workers, self.managers)
-        self.observer = Observer(self.truth, self.trace, self._calm_since, self._uptime, isolation)
-        self.clocks = {id: self._clock(id, skew) for id in (*self.managers, *self.workers)}
-        peers = tuple(Peer(id, address_of(id)) for id in self.managers)
-        resources = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
-        self.nodes = {
-            id: SimulatedNode(
-                Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
-                NodeDescription(hostname=id, resources=resources, engine=ENGINE),
-                self.network,
-                peers,
-                clock=self.clocks[id],
-                random=self.random,
-                behaviour=behaviour or Behaviour(),
-            )
-            for id in self.workers
-        }
-        for node in self.nodes.values():
-            node.watchers.append(self.observer)
+        self._isolation = Isolation(self.loop.time, self.links, lambda: self.workers, lambda: self.managers)
+        self.observer = self._observer()
+        self.newer: set[NodeId] = set()
+        """Managers of a version that the others do not know, from their next start on."""
+        self.observer.rules.append(UnknownFieldsAreKept(self._cannot_read))
+        self.changing: set[NodeId] = set()
+        """Machines that come in, go out or change their role, which have no other trouble meanwhile."""
+        self.renew: Callable[[NodeId], None] = lambda _: None
+        """Called when a node is asked to renew its certificate."""
+        self._skew = skew
+        self._capacity = capacity or Resources(nano_cpus=4_000_000_000, memory_bytes=8 << 30)
+        self._behaviour = behaviour or Behaviour()
+        self.clocks: dict[NodeId, VirtualClock] = {}
+        self.nodes: dict[NodeId, SimulatedNode] = {}
+        for id in self.managers:
+            self.add_machine(id)
+        for id in self.workers:
+            self.add_node(id)
         self.links.changed.append(self.disturb)
         self.running_managers: dict[NodeId, SimulatedManager] = {}
-        self._processes: dict[NodeId, asyncio.Task[None]] = {}
+        self._processes: dict[str, asyncio.Task[None]] = {}
+        """Node processes by id, those of managers by ``_manager``."""
 
     def __enter__(self) -> Self:
         asyncio.set_event_loop(self.loop)
@@ -219,7 +221,7 @@ class SimulatedCluster:
     async def write_probe(self, name: str) -> None:
         """Have the store come to its next revision, however long that takes; no object changes."""
         while True:
-            member = self.raft.members[self.random.choice(self.managers)]
+            member = self.random.choice(list(self.raft.members.values()))
             try:
                 client = SimulatedClient(self.raft, member, self.links, self.random)
                 await client.put(etcd_key(f"probe/{name}"), b"")
@@ -227,6 +229,50 @@ class SimulatedCluster:
                 await asyncio.sleep(STEP_S)
             else:
                 return
+
+    # -- machines ----------------------------------------------------------------------------------------------
+
+    def add_machine(self, id: NodeId) -> None:
+        """A machine that nothing runs on."""
+        self.clocks[id] = self._clock(id, self._skew)
+
+    def add_node(self, id: NodeId) -> SimulatedNode:
+        """A machine that may be a worker; its node process does not run yet."""
+        self.add_machine(id)
+        node = self.nodes[id] = SimulatedNode(
+            Identity(node_id=id, cluster_id=CLUSTER, role=NodeRole.WORKER),
+            NodeDescription(hostname=id, resources=self._capacity, engine=ENGINE),
+            self.network,
+            tuple(Peer(manager, address_of(manager)) for manager in self.managers),
+            clock=self.clocks[id],
+            random=self.random,
+            behaviour=self._behaviour,
+            renew=lambda: self.renew(id),
+        )
+        node.watchers.append(self.observer)
+        return node
+
+    async def end_node(self, id: NodeId) -> None:
+        """A machine goes out for good, with everything on it."""
+        self.disturb()
+        process = self._processes.pop(id)
+        process.cancel()
+        await asyncio.wait([process])
+        self._uptime.stop(id)
+        self.nodes.pop(id).lose_power()
+        self.disturb()
+
+    async def end_manager(self, id: NodeId) -> None:
+        """A manager process ends for good, and its member, whether that has its vote still or not."""
+        self.disturb()
+        process = self._processes.pop(_manager(id), None)
+        self.running_managers.pop(id, None)
+        if id in self.raft.members:
+            self.raft.crash(id)
+        if process is not None:
+            process.cancel()
+            await asyncio.wait([process])
+        self.disturb()
 
     # -- faults ------------------------------------------------------------------------------------------------
 
@@ -251,15 +297,16 @@ class SimulatedCluster:
             new_id=self.new_id,
             random=self.random,
             poisoned=self.poisoned,
+            is_newer=id in self.newer,
         )
-        self._processes[id] = self.loop.create_task(manager.run(), name=id)
-        self._uptime.start(id)
+        self._processes[_manager(id)] = self.loop.create_task(manager.run(), name=_manager(id))
+        self._manager_uptime.start(id)
 
     def crash(self, id: NodeId) -> None:
         """kill -9 of a manager and its member: its nodes find another one, and another one leads."""
         self.disturb()
         self.raft.crash(id)
-        self._stop(id)
+        self._stop(_manager(id))
         self.running_managers.pop(id, None)
 
     def kill_manager(self, id: NodeId) -> asyncio.Task[None]:
@@ -270,12 +317,12 @@ class SimulatedCluster:
         self.disturb()
         self.raft.crash(id)
         self.running_managers.pop(id, None)
-        self._processes[id].cancel()
-        return self._processes[id]
+        self._processes[_manager(id)].cancel()
+        return self._processes[_manager(id)]
 
     def watch_over(self, task: asyncio.Task[None]) -> None:
         """Its failure fails the run."""
-        self._processes[NodeId(task.get_name())] = task
+        self._processes[task.get_name()] = task
 
     def depose(self, *, quietly: bool = False) -> None:
         """Another manager leads from now on.  ``quietly``: the old leader hears of it late."""
@@ -283,7 +330,10 @@ class SimulatedCluster:
         if self.raft.current is None:
             return  # they are electing
         old = self.leader
-        others = [id for id in self.managers if id != old and self.raft.members[id].is_running]
+        voters = self.raft.voters
+        others = [
+            voter.id for voter in voters if voter.id in self.managers and voter.id != old and voter.is_running
+        ]
         if others and self.raft.transfer(self.random.choice(others)) and quietly:
             self.raft.members[old].deaf_until = self.loop.time() + self.random.uniform(0.2, 2.0)
 
@@ -292,6 +342,12 @@ class SimulatedCluster:
         self.disturb()
         self._processes[id] = self.loop.create_task(self.nodes[id].run(), name=id)
         self._uptime.start(id)
+
+    def start_all(self) -> None:
+        """Start every machine that does not run."""
+        for id in self.workers:
+            if id not in self._processes:
+                self.start_node(id)
 
     def kill_node(self, id: NodeId, *, keeps_containers: bool = False) -> None:
         """Power loss of a worker, or (``keeps_containers``) only the end of its node process."""
@@ -372,6 +428,15 @@ class SimulatedCluster:
             found.append(f"{timers} timers run, more than {TIMERS_MAX} for each machine")
         return found
 
+    def observe_with(self, kind: type[Observer]) -> None:
+        """Another observer goes on, which knows nothing of what was before."""
+        before = self.observer
+        self.truth.watchers.remove(before._check)
+        self.observer = self._observer(kind)
+        self.observer.violations, self.observer.traced = before.violations, before.traced
+        for node in self.nodes.values():
+            node.watchers = [self.observer]
+
     def disturb(self) -> None:
         """Something breaks, or is mended: nobody may be blamed for a while."""
         self._disturbed_at = self.loop.time()
@@ -413,6 +478,14 @@ class SimulatedCluster:
                 task.result()  # a part that failed fails the run
         return result
 
+    def _observer(self, kind: type[Observer] = Observer) -> Observer:
+        return kind(
+            self.truth, self.trace, self._calm_since, self._uptime, self._manager_uptime, self._isolation
+        )
+
+    def _cannot_read(self, id: NodeId) -> bool:
+        return id in self.raft.members and bool(self.raft.members[id].rotten)
+
     def _leaderless(self) -> Iterable[str]:
         """A majority of managers that are well has a leader soon."""
         now = self.loop.time()
@@ -440,7 +513,10 @@ class SimulatedCluster:
 
     def _calm_since(self) -> float:
         """When the last fault was over; infinity while there is one."""
-        is_whole = self.links.is_whole and self._processes.keys() >= {*self.managers, *self.workers}
+        is_whole = self.links.is_whole and self._processes.keys() >= {
+            *map(_manager, self.managers),
+            *self.workers,
+        }
         return self._disturbed_at if is_whole and not self.disturbances else inf
 
     async def _write(self, body: Callable[[Transaction], object]) -> None:
@@ -475,8 +551,8 @@ class SimulatedCluster:
         self.truth.take(first, self.raft.kv.revision, self.raft.kv.events(2, self.raft.kv.revision))
         self.raft.committed.append(self.truth.take)
 
-    def _stop(self, id: NodeId) -> None:
-        process = self._processes.pop(id, None)
+    def _stop(self, name: str) -> None:
+        process = self._processes.pop(name, None)
         if process is not None:
             process.cancel()
             self.loop.run_until_complete(asyncio.gather(process, return_exceptions=True))
@@ -490,3 +566,8 @@ class SimulatedCluster:
             wall_off_s=chance(-1.0, 1.0),
             wait_running=lambda: self.links.wait_thawed(id),
         )
+
+
+def _manager(id: NodeId) -> str:
+    """The name of a manager process; a machine may have a node process beside it."""
+    return f"manager {id}"

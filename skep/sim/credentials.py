@@ -1,7 +1,7 @@
 """What the agent of a simulated node has instead of certificates and sockets: its name, and the simulated network."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import cast
 
@@ -17,7 +17,9 @@ from skep.wire.client import Channel
 class SimulatedCredentials:
     """Everybody believes them, and they never age.  Implements ``node.agent.Credentials``."""
 
-    def __init__(self, identity: Identity, network: Network) -> None:
+    def __init__(self, identity: Identity, network: Network, renew: Callable[[], None]) -> None:
+        """``renew``: called when managers ask for another certificate."""
+        self._renew = renew
         self.identity = identity
         self.tls_info = TLSInfo()
         self.news = asyncio.Event()
@@ -38,7 +40,8 @@ class SimulatedCredentials:
         """Roles stay as they are."""
 
     def want_renewal(self) -> None:
-        """What never ages is not renewed."""
+        """Somebody else does it, as they are nobody's but the simulation's."""
+        self._renew()
 
     async def run(self, choose: Managers) -> None:
         """There is nothing to do, until cancelled."""

@@ -126,7 +126,8 @@ class Fate:
     def _manager_and_worker_die(self) -> None:
         manager, worker = self._victim(self._cluster.managers), self._victim(self._cluster.workers)
         if manager and worker:
-            self._begin("power loss", [manager, worker], self._without_power([manager, worker]))
+            ids = sorted({manager, worker})
+            self._begin("power loss", ids, self._without_power(ids))
 
     def _freeze(self) -> None:
         if id := self._victim([*self._cluster.managers, *self._cluster.workers]):
@@ -207,19 +208,19 @@ class Fate:
     def _without_power(self, ids: Sequence[NodeId]) -> Undo:
         """Nobody hears a last word from them."""
         cut = self._cluster.links.cut(ids, self._machines())
-        for id in ids:
-            if id in self._cluster.nodes:
-                self._cluster.kill_node(id)
-            else:
-                self._cluster.crash(id)
+        managers = [id for id in ids if id in self._cluster.managers]
+        workers = [id for id in ids if id in self._cluster.nodes]
+        for id in workers:
+            self._cluster.kill_node(id)
+        for id in managers:
+            self._cluster.crash(id)
 
         def undo() -> None:
             self._cluster.links.mend(cut)
-            for id in ids:
-                if id in self._cluster.nodes:
-                    self._cluster.start_node(id)
-                else:
-                    self._cluster.start_manager(id)
+            for id in workers:
+                self._cluster.start_node(id)
+            for id in managers:
+                self._cluster.start_manager(id)
 
         return undo
 
@@ -299,7 +300,9 @@ class Fate:
         old = node.session if node is not None else None
         if worker is None or old is None or len(self._cluster.managers) == 1:
             return
-        member = self._cluster.raft.members[old.manager_id]
+        member = self._cluster.raft.members.get(old.manager_id)
+        if member is None:
+            return
         member.watch_lag_s = self._random.uniform(0.5, 1.8)
         cut = self._cluster.links.cut([worker], [old.manager_id], both_ways=self._random.random() < 0.5)
         undo = partial(self._cluster.links.mend, cut)
@@ -329,12 +332,12 @@ class Fate:
     # -- the store -------------------------------------------------------------------------------------------------
 
     def _slow_member(self) -> None:
-        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
+        member = self._random.choice(list(self._cluster.raft.members.values()))
         member.lag_s = self._random.uniform(0.05, 1.5)
         self._begin("member lags", [], lambda: setattr(member, "lag_s", 0.0), detail=member.id)
 
     def _slow_watch(self) -> None:
-        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
+        member = self._random.choice(list(self._cluster.raft.members.values()))
         member.watch_lag_s = self._random.uniform(0.05, 3.0)
         self._begin("watch lags", [], lambda: setattr(member, "watch_lag_s", 0.0), detail=member.id)
 
@@ -387,7 +390,7 @@ class Fate:
     def _written_to(self) -> Member:
         """Mostly the member that leads."""
         leads = self._cluster.raft.current
-        member = self._cluster.raft.members[self._random.choice(self._cluster.managers)]
+        member = self._random.choice(list(self._cluster.raft.members.values()))
         return leads.member if leads is not None and self._random.random() < 0.7 else member
 
     def _values_rot(self) -> None:
@@ -481,16 +484,22 @@ class Fate:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def well(self) -> list[NodeId]:
+        """Machines without a trouble of their own."""
+        hit = self._hit()
+        return [id for id in self._machines() if id not in hit]
+
     def _machines(self) -> list[NodeId]:
-        return [*self._cluster.managers, *self._cluster.workers]
+        """A manager may be a worker, too."""
+        return list(dict.fromkeys([*self._cluster.managers, *self._cluster.workers]))
 
     def _hit(self) -> set[NodeId]:
-        return {id for trouble in self._troubles for id in trouble.hits}
+        return {id for trouble in self._troubles for id in trouble.hits} | self._cluster.changing
 
     def _running_manager(self) -> NodeId | None:
         """A healthy one, mostly the leader."""
         leads = self._cluster.raft.current
-        healthy = [id for id in self._cluster.managers if id in self._cluster.running_managers]
+        healthy = [id for id in self._cluster.running_managers if id not in self._cluster.nodes]
         if leads is not None and leads.member.id in healthy and self._random.random() < 0.6:
             healthy = [leads.member.id]
         return self._victim(healthy)

@@ -11,6 +11,7 @@ from skep.model.node import (
     Availability,
     ManagerStatus,
     Node,
+    NodeCertificate,
     NodeDescription,
     NodeRole,
     NodeSpec,
@@ -18,6 +19,7 @@ from skep.model.node import (
     NodeStatus,
     Reachability,
 )
+from skep.model.planes import SKEP
 from skep.model.swarm import DEFAULT_SWARM_SPEC, Swarm
 from skep.model.times import ZERO_TIME
 from skep.store.interface import Transaction
@@ -41,16 +43,27 @@ def joined(
         tx.put(network)
     for id in managers:
         tx.put(
-            Node(
-                id=id,
-                spec=NodeSpec(role=NodeRole.MANAGER, availability=Availability.DRAIN),
-                description=NodeDescription(hostname=id),
+            replace(
+                a_manager(id),
                 status=NodeStatus(state=NodeState.READY),
                 manager_status=ManagerStatus(reachability=Reachability.REACHABLE, addr=address_of(id)),
             )
         )
     for id in workers:
-        tx.put(Node(id=id))
+        tx.put(a_worker(id))
+
+
+def a_worker(id: NodeId) -> Node:
+    """What a join leaves: a node that may become a manager."""
+    certificate = NodeCertificate(role=NodeRole.WORKER, state="issued", plane=SKEP)
+    return Node(id=id, certificate=certificate)
+
+
+def a_manager(id: NodeId) -> Node:
+    """The same of one that joins as a manager, drained."""
+    spec = NodeSpec(role=NodeRole.MANAGER, availability=Availability.DRAIN)
+    certificate = NodeCertificate(role=NodeRole.MANAGER, state="issued", plane=SKEP)
+    return Node(id=id, spec=spec, description=NodeDescription(hostname=id), certificate=certificate)
 
 
 def address_of(id: NodeId) -> str:

@@ -23,6 +23,8 @@ from skep.sim.drills import (
     take_an_update_back,
 )
 from skep.sim.fate import Fate
+from skep.sim.operators import Operators
+from skep.sim.restore import restore
 from skep.sim.rules.allocations import allocation_violations
 from skep.sim.rules.rest import replica_violations
 from skep.sim.settled import unmet
@@ -82,19 +84,24 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
         node.hanging_images.add(HANGING)
         node.ending_images.update(ENDING_IMAGES)
     users, fate, random = Users(cluster), Fate(cluster), cluster.random
+    operators = Operators(cluster, users, fate.well)
     users.create()
     cluster.run_for(0.5)
     for _ in range(steps):
-        if random.random() < 0.6:
-            users.act()
-        else:
-            fate.act()
+        match random.choices(("user", "operator", "fate"), (55, 12, 33))[0]:
+            case "user":
+                users.act()
+            case "operator":
+                operators.act()
+            case _:
+                fate.act()
         cluster.run_for(random.choice(PAUSES_S))
         fate.pass_by()
         if cluster.observer.violations:
             return
     fate.heal()
     cluster.trace.add("all is healed")
+    _until(cluster, lambda: [f"{name} does not end" for name in operators.under_way])
     cluster.do(users.finished())
     cluster.do(users.activate_all())
     _converge(cluster)
@@ -103,6 +110,7 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
         _until(cluster, lambda: [f"service {one.id} is still there" for one in cluster.view.find(Service)])
     cluster.run_for(2.0)
     _check_rest(cluster)
+    revision = cluster.raft.kv.revision
     if random.random() < 0.4:
         one_more_fault(cluster)
     cut_off_for_long(cluster)
@@ -111,6 +119,20 @@ def _live(cluster: SimulatedCluster, steps: int) -> None:
     show_the_past(cluster)
     move_while_a_report_is_on_its_way(cluster)
     lose_a_node(cluster)
+    if random.random() < 0.3 and not cluster.observer.violations:
+        _go_on_from(cluster, revision)
+
+
+def _go_on_from(cluster: SimulatedCluster, revision: int) -> None:
+    """Nodes come out of the future of a snapshot: all is as was asked for before it was taken."""
+    restore(cluster, revision)
+    _converge(cluster)
+    cluster.run_for(STOPPED_S)
+    before = set(cluster.rest_violations())
+    cluster.run_for(STOPPED_S)
+    note, now = cluster.observer.note, cluster.loop.time()
+    note(now, [violation for violation in cluster.rest_violations() if violation in before])
+    note(now, allocation_violations(cluster.view))
 
 
 def _converge(cluster: SimulatedCluster) -> None:
@@ -121,6 +143,9 @@ def _converge(cluster: SimulatedCluster) -> None:
             yield from unmet(cluster.view, one, given_up(one))
         if cluster.raft.space.has_alarm or cluster.raft.space.in_use > COMPACT_AT * QUOTA_BYTES:
             yield "the store has not been given its room back"
+        yield from (f"{id} has no session" for id in cluster.workers if not cluster.nodes[id].has_session)
+        if (voters := {member.id for member in cluster.raft.voters}) != set(cluster.managers):
+            yield f"{sorted(voters)} vote, and {sorted(cluster.managers)} are managers"
 
     _until(cluster, missing)
 

@@ -117,25 +117,31 @@ class Isolation:
     """Since when machines are joined to none of certain others."""
 
     def __init__(
-        self, now: Callable[[], float], links: Links, of: Iterable[Machine], others: Iterable[Machine]
+        self,
+        now: Callable[[], float],
+        links: Links,
+        of: Callable[[], Iterable[Machine]],
+        others: Callable[[], Iterable[Machine]],
     ) -> None:
-        """``of``: whom is asked about; ``others``: whom they may reach."""
+        """``of``: whom is asked about; ``others``: whom they may reach.  Both may change."""
         self._now = now
         self._links = links
-        self._others = list(others)
-        self._since = dict.fromkeys(of, inf)
+        self._of = of
+        self._others = others
+        self._since: dict[Machine, float] = {}
         links.changed.append(self._look)
 
     def since(self, machine: Machine) -> float:
         """Infinity: it and one of the others reach each other."""
-        return self._since[machine]
+        return self._since.get(machine, inf)
 
     def _look(self) -> None:
-        for machine, since in self._since.items():
-            if any(self._links.is_joined(machine, other) for other in self._others):
+        others = tuple(self._others())
+        for machine in self._of():
+            if any(self._links.is_joined(machine, other) for other in others):
                 self._since[machine] = inf
             else:
-                self._since[machine] = min(since, self._now())
+                self._since[machine] = min(self._since.get(machine, inf), self._now())
 
 
 class Uptime:

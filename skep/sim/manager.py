@@ -18,6 +18,9 @@ from skep.manager.follow import State
 from skep.manager.link.loop import ManagerLink
 from skep.manager.logbroker.broker import LogBroker
 from skep.manager.loops import Loop, loops
+from skep.manager.membership.consensus import Consensus
+from skep.manager.membership.loop import Managers
+from skep.manager.presence import Presence
 from skep.manager.store_space import StoreSpace
 from skep.model.ids import ClusterId, IdSource, NodeId
 from skep.model.node import NodeRole
@@ -26,6 +29,7 @@ from skep.security.identity import Identity
 from skep.sim.faults import PoisonedState, Rewindable
 from skep.sim.network import Network
 from skep.sim.rules.books import leftovers
+from skep.sim.versions import write_as_tomorrow
 from skep.store.etcd.client import Client
 from skep.store.etcd.member import Member
 from skep.store.etcd.membership import RaftMembers
@@ -53,10 +57,18 @@ class SimulatedManager:
         new_id: IdSource,
         random: Random,
         poisoned: set[str],
+        is_newer: bool = False,
     ) -> None:
-        """``poisoned``: services whose decisions raise; may change at any time."""
+        """
+        Args:
+            poisoned: services whose decisions raise; may change at any time.
+            is_newer: whether it is of a version that the others do not know.
+        """
+        self._is_newer = is_newer
         self.store: EtcdStore | None = None
         """None: not loaded yet."""
+        self.members: Consensus
+        """Of the store, from when it was loaded first."""
         self._shown: Rewindable | None = None
         """What nodes are told from."""
         self._dispatcher: Dispatcher | None = None
@@ -109,6 +121,8 @@ class SimulatedManager:
         return leftovers(self.store, self._dispatcher, self._logs, self.loops)
 
     async def _serve(self, store: EtcdStore) -> None:
+        if self._is_newer:
+            write_as_tomorrow(store._cipher)
         own, crowd = ManagerPeer(node_id=self._id, addr=self._addr), Crowd()
         self._shown = Rewindable(store)
         dispatcher = self._dispatcher = Dispatcher(
@@ -117,8 +131,9 @@ class SimulatedManager:
         logs = self._logs = LogBroker(store, self._new_id, self._clock)
         discovery = Discovery(store, dispatcher.session, self._clock)
         link = ManagerLink(store, self._id, self._connect, self._clock, self._random, crowd=crowd)
-        members = RaftMembers(self._client, cast("Member", _Etcd()))
-        space = StoreSpace(store, self._id, members, link.channel, self._clock)
+        self.members = RaftMembers(self._client, cast("Member", _Etcd()))
+        space = StoreSpace(store, self._id, self.members, link.channel, self._clock)
+        presence = Presence(store, self._id, self._addr, "", self._clock, self._random)
         handlers = (
             *dispatcher.services(),
             *discovery.services(),
@@ -130,7 +145,8 @@ class SimulatedManager:
             group.create_task(dispatcher.run(), name=f"{self._id} dispatcher")
             group.create_task(discovery.run(), name=f"{self._id} discovery")
             group.create_task(link.run(), name=f"{self._id} link")
-            group.create_task(self._stand(store, link, space), name=f"{self._id} election")
+            group.create_task(presence.run(), name=f"{self._id} presence")
+            group.create_task(self._stand(store, link, space, presence), name=f"{self._id} election")
 
     def _connect(self, addr: str) -> AbstractAsyncContextManager[Channel]:
         """A connection to another manager."""
@@ -138,20 +154,25 @@ class SimulatedManager:
         # It has the calls of a real one.
         return cast("AbstractAsyncContextManager[Channel]", self._network.connected(addr, identity))
 
-    async def _stand(self, store: EtcdStore, link: ManagerLink, space: StoreSpace) -> None:
+    async def _stand(
+        self, store: EtcdStore, link: ManagerLink, space: StoreSpace, presence: Presence
+    ) -> None:
         async for term in store.terms(self._id, self._addr):
             self.leads = True
+            presence.lead(term)
             try:
                 await self._lead(term, link, space)
             except* NotLeader:
                 pass  # the next term, if there is one
             finally:
                 self.leads = False
+                presence.lead(None)
 
     async def _lead(self, term: Term, link: ManagerLink, space: StoreSpace) -> None:
         state = PoisonedState(_Counted(term, self), self._poisoned)
         adoption = Adoption(term, self._id, link.silent, self._clock, self._new_id, self._random)
-        own = self.loops = (*loops(state, self._clock, self._new_id, self._random), adoption)
+        managers = Managers(term, self._id, self.members, link, self._clock, self._random)
+        own = self.loops = (*loops(state, self._clock, self._new_id, self._random), adoption, managers)
         try:
             async with asyncio.TaskGroup() as group:
                 running = [

@@ -5,6 +5,7 @@ runs and keeps the disk.
 """
 
 import asyncio
+from collections.abc import Callable
 from random import Random
 from typing import Protocol
 
@@ -45,7 +46,9 @@ class SimulatedNode:
         clock: VirtualClock,
         random: Random,
         behaviour: Behaviour,
+        renew: Callable[[], None],
     ) -> None:
+        """``renew``: called when managers ask for another certificate."""
         self.id = identity.node_id
         self.broken_images: set[str] = set()
         """Images that cannot be prepared here."""
@@ -68,6 +71,13 @@ class SimulatedNode:
         self._clock = clock
         self._random = random
         self._behaviour = behaviour
+        self._renew = renew
+        self._registered: asyncio.Event | None = None
+
+    @property
+    def has_session(self) -> bool:
+        """Whether its node process runs and a manager has taken it in."""
+        return self._registered is not None and self._registered.is_set()
 
     @property
     def containers(self) -> dict[TaskId, Task]:
@@ -93,9 +103,10 @@ class SimulatedNode:
             executor=executor, files=self.disk, reports=reports, clock=self._clock, contact=contact
         )
         tables = TableKeeper(StoredTables(None, self._clock), (), self._clock, self._random.random)
+        managers = ManagerList(self._managers)
         agent = Agent(
-            credentials=SimulatedCredentials(self._identity, self._network),
-            managers=ManagerList(self._managers),
+            credentials=SimulatedCredentials(self._identity, self._network, self._renew),
+            managers=managers,
             describe=lambda: self._description,
             sink=worker,
             reports=reports,
@@ -106,10 +117,15 @@ class SimulatedNode:
             seen=self._seen,
             tables=tables,
         )
-        async with asyncio.TaskGroup() as group:
-            group.create_task(worker.run(), name=f"{self.id} worker")
-            group.create_task(tables.run(), name=f"{self.id} tables")
-            group.create_task(agent.run(), name=f"{self.id} agent")
+        self._registered = agent.registered
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(worker.run(), name=f"{self.id} worker")
+                group.create_task(tables.run(), name=f"{self.id} tables")
+                group.create_task(agent.run(), name=f"{self.id} agent")
+        finally:
+            self._registered = None
+            self._managers = managers.peers  # a node keeps what it was told last
 
     def lose_power(self) -> None:
         """Every process is gone; the disk stays."""

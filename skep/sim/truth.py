@@ -70,6 +70,10 @@ class Truth:
         for watcher in tuple(self.watchers):
             watcher(told, self._state)
 
+    def restore(self, events: list[pb.Event]) -> None:
+        """Everything after ``events`` has not happened."""
+        self._state, self.leader = self.past(events), None
+
     def past(self, events: list[pb.Event]) -> State:
         """The state after ``events`` alone, which are those of the first revisions."""
         assert self._cipher is not None

@@ -18,10 +18,11 @@ from skep.manager.control.files import create_secret, remove_secret
 from skep.manager.control.networks import create_network, remove_network
 from skep.manager.control.nodes import update_node
 from skep.manager.control.services import create_service, remove_service, rollback_service, update_service
+from skep.manager.membership.service import resign
 from skep.model.ids import NodeId, ServiceId
 from skep.model.meta import Driver
 from skep.model.network import Network, NetworkSpec
-from skep.model.node import Availability, Node, NodeSpec
+from skep.model.node import Availability, Node, NodeRole, NodeSpec
 from skep.model.secret import Secret, SecretSpec
 from skep.model.service import (
     GlobalService,
@@ -310,6 +311,18 @@ class Users:
 
     async def _set_availability(self, id: NodeId, availability: Availability) -> bool:
         return await self._set_node(id, lambda spec: replace(spec, availability=availability))
+
+    async def set_role(self, id: NodeId, role: NodeRole) -> bool:
+        """Gives whether the node is wished to be in ``role``."""
+        return await self._set_node(id, lambda spec: replace(spec, role=role))
+
+    async def resign(self, id: NodeId) -> None:
+        """A manager that leaves asks to be demoted.  Raises: SkepError: the others cannot do without it."""
+        store = await self._store()
+        node = store.view().get(Node, id)
+        spec = replace(node.spec, role=NodeRole.WORKER)
+        self._answers.asked(SetNode(id, spec, node.version.index), self._answers.present)
+        await store.update(resign, id)
 
     async def _set_node(self, id: NodeId, change: Callable[[NodeSpec], NodeSpec]) -> bool:
         """Gives whether the node is as was asked."""

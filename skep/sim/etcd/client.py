@@ -9,13 +9,16 @@ from typing import TypeVar, cast
 
 import msgspec
 
+from skep.model.ids import NodeId
 from skep.sim.etcd.member import Member
 from skep.sim.etcd.raft import Raft
 from skep.sim.links import Links
 from skep.store.etcd import etcd_pb2 as pb
 from skep.store.etcd.client import CHANGE_S, LOAD_S, READ_S, WRITE_S, Client, Watching, nested
-from skep.store.etcd.errors import Busy, Uncertain
+from skep.store.etcd.errors import Busy, Uncertain, meaning_of
+from skep.store.etcd.membership import name_in
 from skep.store.etcd.peers import peer_url
+from skep.store.etcd.requests import etcd_key
 from skep.store.updates import NO_LEADER
 
 T = TypeVar("T")
@@ -92,6 +95,33 @@ class SimulatedClient(Client):
         if is_current:
             await self._answered(self._raft.wait_readable(self._member), timeout_s)
         return pb.MemberListResponse(members=self._members())
+
+    async def add_learner(self, url: str, *, timeout_s: float = CHANGE_S) -> pb.MemberAddResponse:
+        await self._changing(timeout_s)
+        if any(not member.is_voter for member in self._raft.members.values()):
+            raise meaning_of("etcdserver: too many learner members in cluster")
+        id = NodeId(name_in(url))
+        if id in self._raft.members:
+            raise meaning_of("etcdserver: Peer URLs already exists: peerURLs exists")
+        self._raft.add(id, is_voter=False)
+        return pb.MemberAddResponse(members=self._members())
+
+    async def promote(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
+        await self._changing(timeout_s)
+        member = self._raft.numbered(member_id)
+        if member.is_voter:
+            raise meaning_of("etcdserver: can only promote a learner member")
+        if not self._raft.promote(member.id):
+            raise meaning_of("etcdserver: can only promote a learner member which is in sync with leader")
+
+    async def remove(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
+        await self._changing(timeout_s)
+        self._raft.remove(self._raft.numbered(member_id).id)
+
+    async def _changing(self, timeout_s: float) -> None:
+        """A change of members is an entry like others.  Raises: Uncertain: it cannot be committed."""
+        put = pb.RequestOp(request_put=pb.PutRequest(key=etcd_key("probe/members"), value=b""))
+        await self.txn(pb.TxnRequest(success=[nested(put)]), timeout_s=timeout_s)
 
     async def move_leader(self, member_id: int, *, timeout_s: float = CHANGE_S) -> None:
         leads = self._raft.current

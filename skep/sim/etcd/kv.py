@@ -84,6 +84,17 @@ class KeyValues:
         """Forget what was before ``revision``."""
         self.compacted = max(self.compacted, min(revision, self.revision))
 
+    def as_of(self, revision: int) -> "KeyValues":
+        """What a snapshot of that revision makes."""
+        restored = KeyValues()
+        restored.revision, restored.compacted = revision, min(self.compacted, revision)
+        restored._events = self._events[: revision - 1]
+        for name, versions in self._versions.items():
+            if kept := [one for one in versions if one.revision <= revision]:
+                restored._versions[name] = kept
+                insort(restored._names, name)
+        return restored
+
     # -- inside --------------------------------------------------------------------------------------------
 
     def _planned(self, request: pb.TxnRequest) -> Planned:

@@ -25,6 +25,8 @@ from skep.store.etcd.errors import Uncertain, meaning_of
 
 REFUSED_S = 0.0002
 """How long it takes to find out that nobody listens: whoever asks again at once lets some time pass all the same."""
+PROMOTED_AT = 0.9
+"""How much of the history a learner has to show for its vote.  Source: etcd 3.5, server/etcdserver/server.go."""
 ELECTION_S = (0.5, 1.0)
 """How long a member waits for its leader before it stands itself; as long a leader does for its quorum."""
 
@@ -42,6 +44,7 @@ class Raft:
         self.kv = KeyValues()
         self.space = Space()
         self.members: dict[NodeId, Member] = {}
+        self._numbered = 0
         self.committed: list[Committed] = []
         self.moved: list[Callable[[NodeId, int], None]] = []
         """Called with each new leader and its term."""
@@ -66,7 +69,8 @@ class Raft:
 
     def add(self, id: NodeId, *, is_voter: bool = True) -> Member:
         """A further member, which does not run yet."""
-        member = self.members[id] = Member(id, len(self.members) + 1)
+        self._numbered += 1
+        member = self.members[id] = Member(id, self._numbered)
         member.is_voter = is_voter
         return member
 
@@ -76,6 +80,28 @@ class Raft:
         member.is_running = True
         member.applied = max(min(member.applied, member.logged - less), self.kv.compacted, 1)
         self.look()
+
+    def promote(self, id: NodeId) -> bool:
+        """Give a learner its vote; gives whether it has come far enough for that."""
+        member = self.members[id]
+        if not member.is_running or member.applied < PROMOTED_AT * self.kv.revision:
+            return False
+        member.is_voter = True
+        self.look()
+        return True
+
+    def remove(self, id: NodeId) -> None:
+        """Put a member out: its process ends."""
+        self.crash(id)
+        del self.members[id]
+        self.look()
+
+    def restore(self, id: NodeId, revision: int) -> None:
+        """Make a store of its own for one member of a snapshot; no member runs."""
+        self.kv = self.kv.as_of(revision)
+        self._older, self._orphans = [], []
+        self.members = {id: Member(id, self.members[id].number)}
+        self.members[id].logged = self.members[id].applied = revision
 
     def rot(self, id: NodeId, key: bytes) -> bool:
         """Flip a bit of the value of ``key`` on the disk of one member; gives whether there is a value.
@@ -109,8 +135,11 @@ class Raft:
         self._lose_answers(member)
 
     def numbered(self, number: int) -> Member:
-        """The member that etcd calls so."""
-        return next(member for member in self.members.values() if member.number == number)
+        """The member that etcd calls so.  Raises: NoMember."""
+        found = [member for member in self.members.values() if member.number == number]
+        if not found:
+            raise meaning_of("etcdserver: member not found")
+        return found[0]
 
     @property
     def voters(self) -> list[Member]:
@@ -182,7 +211,9 @@ class Raft:
 
     def resume(self, id: NodeId) -> None:
         """The disk writes everything that waits for it, in order."""
-        member = self.members[id]
+        member = self.members.get(id)
+        if member is None:
+            return  # it was put out
         held, member.held = member.held or [], None
         for leadership, entry in held:
             self._append(leadership, entry)

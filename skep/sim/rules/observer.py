@@ -44,12 +44,14 @@ class Observer:
         trace: Trace,
         calm_since: Callable[[], float],
         uptime: Uptime,
+        manager_uptime: Uptime,
         isolation: Isolation,
     ) -> None:
         """
         Args:
             calm_since: when the last fault was over; infinity while there is one.
-            uptime: of every machine's process.
+            uptime: of node processes.
+            manager_uptime: of manager processes.
             isolation: of nodes from all managers.
         """
         self.containers = Containers(uptime.since, isolation.since)
@@ -81,7 +83,7 @@ class Observer:
             UpdatesKeepServing(),
             UpdatesTakeTurns(),
             StopsHaveACause(),
-            NoFalseAlarm(calm_since, uptime.began),
+            NoFalseAlarm(calm_since, manager_uptime.began),
             DecisionsStand(),
             OneAttempt(),
             PlacesAreKept(),

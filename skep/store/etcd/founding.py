@@ -138,14 +138,19 @@ async def raise_incarnation(socket: Path, at_least: int) -> int:
     Raises: Unfinished; Unavailable.
     """
     async with Client(socket) as client:
-        incarnation = max((await founded(client)).incarnation + 1, at_least)
-        begin = pb.PutRequest(key=etcd_key(keys.INCARNATION), value=str(incarnation).encode())
-        depose = pb.DeleteRangeRequest(key=etcd_key(keys.LEADER))
-        operations = [
-            pb.RequestOp(request_put=begin),
-            pb.RequestOp(request_delete_range=depose),
-        ]
-        await client.txn(pb.TxnRequest(success=operations), timeout_s=LOAD_S)
+        return await raise_incarnation_on(client, at_least)
+
+
+async def raise_incarnation_on(client: Client, at_least: int) -> int:
+    """The same through an open ``client``; a simulation brings a client of its own."""
+    incarnation = max((await founded(client)).incarnation + 1, at_least)
+    begin = pb.PutRequest(key=etcd_key(keys.INCARNATION), value=str(incarnation).encode())
+    depose = pb.DeleteRangeRequest(key=etcd_key(keys.LEADER))
+    operations = [
+        pb.RequestOp(request_put=begin),
+        pb.RequestOp(request_delete_range=depose),
+    ]
+    await client.txn(pb.TxnRequest(success=operations), timeout_s=LOAD_S)
     return incarnation
 
 

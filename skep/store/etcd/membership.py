@@ -92,7 +92,7 @@ def parsed_members(members: Sequence[pb.Member]) -> tuple[RaftMember, ...]:
     return tuple(
         sorted(
             RaftMember(
-                name=_name_in(url := member.peer_urls[0] if member.peer_urls else ""),
+                name=name_in(url := member.peer_urls[0] if member.peer_urls else ""),
                 url=url,
                 id=member.id,
                 is_learner=member.is_learner,
@@ -103,6 +103,6 @@ def parsed_members(members: Sequence[pb.Member]) -> tuple[RaftMember, ...]:
     )
 
 
-def _name_in(url: str) -> str:
+def name_in(url: str) -> str:
     """``https://<node id>:2378`` -> the node's id."""
     return url.partition("://")[2].rpartition(":")[0]

@@ -1,0 +1,151 @@
+"""Machines join and leave, nodes are removed, promoted and demoted: members, nodes and tasks are as they should be."""
+
+from collections.abc import Coroutine
+
+import pytest
+from msgspec.structs import replace
+
+from skep.model.ids import NodeId
+from skep.model.node import Availability, Node, NodeRole
+from skep.sim.cluster import SimulatedCluster
+from skep.sim.operators import Operators
+from skep.sim.restore import restore
+from skep.sim.truth import Change
+from skep.sim.users import Users
+from skep.sim.versions import FIELD, UnknownFieldsAreKept
+from skep.store.state import State
+from skep.store.tables import KeyChange
+from tests.builders import a_service_spec
+from tests.sim.words import with_replicas
+
+W1, W9, M2, M9 = NodeId("w1"), NodeId("w9"), NodeId("m2"), NodeId("m9")
+
+
+def operators_of(cluster: SimulatedCluster) -> Operators:
+    return Operators(cluster, Users(cluster), lambda: [*cluster.managers, *cluster.workers])
+
+
+def done(cluster: SimulatedCluster, *deeds: Coroutine[None, None, None]) -> None:
+    """Let time pass until all is done, one after the other, and everything has settled."""
+    for deed in deeds:
+        cluster.do(deed)
+    cluster.run_for(10)
+    cluster.check_invariants()
+
+
+def voters(cluster: SimulatedCluster) -> set[str]:
+    return {member.id for member in cluster.raft.voters}
+
+
+def test_workers_come_and_go_and_their_tasks_move() -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=1) as cluster:
+        cluster.create(a_service_spec("everywhere", is_global=True))
+        operators = operators_of(cluster)
+        done(cluster, operators.join_worker(W9))
+        assert cluster.running("everywhere") == 4
+        done(cluster, operators.leave_worker(W1), operators.remove_worker(NodeId("w2")))
+        assert {task.node_id for task in cluster.wanted("everywhere")} == {"w3", "w9"}
+        assert {node.id for node in cluster.view.find(Node)} == {"m1", "m2", "m3", "w3", "w9"}
+
+
+@pytest.mark.parametrize("managers", [1, 3])
+def test_a_manager_that_joins_and_a_worker_that_is_promoted_get_their_votes(managers: int) -> None:
+    with SimulatedCluster(managers=managers, workers=3, seed=2) as cluster:
+        cluster.create(a_service_spec("web", replicas=6))
+        cluster.run_until(lambda: cluster.running("web") == 6, within_s=10)
+        operators = operators_of(cluster)
+        done(cluster, operators.join_manager(M9), operators.promote(W1))
+        assert voters(cluster) == {*(f"m{number + 1}" for number in range(managers)), M9, W1}
+        assert cluster.created("web") == 6
+        others = [id for id in cluster.managers if id != cluster.leader]
+        cluster.crash(cluster.leader)
+        if len(others) > 1:
+            cluster.run_until(lambda: cluster.raft.has_quorum, within_s=5)
+
+
+def test_managers_are_demoted_to_the_last_which_stays() -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=3) as cluster:
+        cluster.create(a_service_spec("web", replicas=6))
+        cluster.run_until(lambda: cluster.running("web") == 6, within_s=10)
+        operators = operators_of(cluster)
+        done(cluster, operators.promote(W1))
+        done(cluster, *(operators.demote(id) for id in (NodeId("m1"), M2, W1, NodeId("m3"))))
+        assert voters(cluster) == set(cluster.managers) == {"m3"}
+        node = cluster.view.get(Node, W1)
+        assert node.spec.role is NodeRole.WORKER
+        assert node.manager_status is None
+        assert cluster.view.lookup(Node, "m1") is None
+        assert cluster.created("web") == 6
+        assert cluster.running("web") == 6
+
+
+def test_a_manager_that_leaves_takes_its_vote_along_also_the_one_that_leads() -> None:
+    with SimulatedCluster(managers=3, workers=2, seed=4) as cluster:
+        operators = operators_of(cluster)
+        cluster.run_for(2)
+        leader = cluster.leader
+        done(cluster, operators.leave_manager(leader))
+        assert leader not in voters(cluster)
+        assert cluster.view.lookup(Node, leader) is None
+        assert cluster.raft.has_quorum
+
+
+@pytest.mark.parametrize("managers", [1, 3])
+def test_a_restore_goes_on_from_its_snapshot_on_every_node(managers: int) -> None:
+    with SimulatedCluster(managers=managers, workers=3, seed=5) as cluster:
+        cluster.create(a_service_spec("web", replicas=6))
+        cluster.run_until(lambda: cluster.running("web") == 6, within_s=10)
+        revision, before = cluster.raft.kv.revision, {task.id for task in cluster.wanted("web")}
+        cluster.create(a_service_spec("later", replicas=3))
+        cluster.update("web", lambda spec: with_replicas(spec, 2))
+        cluster.run_until(
+            lambda: cluster.running("later") == 3 and cluster.containers("web") == 2, within_s=20
+        )
+        restore(cluster, revision)
+        assert cluster.service("later") is None
+        cluster.run_until(
+            lambda: (
+                cluster.running("web") == cluster.containers("web") == 6 and not cluster.containers("later")
+            ),
+            within_s=30,
+        )
+        assert {task.id for task in cluster.wanted("web")} & before
+        cluster.run_for(10)
+        cluster.check_invariants()
+
+
+def test_an_older_manager_keeps_the_fields_that_a_newer_one_writes() -> None:
+    with SimulatedCluster(managers=3, workers=3, seed=6) as cluster:
+        operators = operators_of(cluster)
+        upgraded = next(id for id in cluster.managers if id != cluster.leader)
+        done(cluster, operators.upgrade(upgraded))
+        store = cluster.running_managers[upgraded].store
+        assert store is not None
+        written = set[str]()
+        cluster.truth.watchers.append(lambda change, _: written.update(keys_with_field(change)))
+        cluster.do(store.update(lambda tx: tx.put(named(tx.get(Node, W1), "tomorrow"))))
+        assert written == {"o/node/w1"}
+        cluster.crash(upgraded)
+        written.clear()
+        cluster.set_availability(W1, Availability.PAUSE)
+        cluster.run_for(5)
+        assert "o/node/w1" in written
+        assert not [one for one in cluster.observer.violations if "lost what" in one]
+
+
+def named(node: Node, name: str) -> Node:
+    return replace(node, spec=replace(node.spec, name=name))
+
+
+def keys_with_field(change: Change) -> set[str]:
+    return {one.key for one in change.keys if one.value is not None and f'"{FIELD}"'.encode() in one.value}
+
+
+def test_a_lost_field_is_noticed() -> None:
+    rule, key = UnknownFieldsAreKept(lambda _: False), "o/node/w1"
+    kept = KeyChange(key, b'{"ID":"w1","FromTomorrow":true}', 2)
+    lost = KeyChange(key, b'{"ID":"w1"}', 3)
+    view = State()
+    assert not list(rule(Change(0.0, M2, M2, 2, (kept,), ()), view))
+    assert list(rule(Change(0.0, M2, M2, 3, (lost,), ()), view))
+    assert not list(rule(Change(0.0, M2, M2, 4, (lost,), ()), view))
