@@ -88,9 +88,7 @@ async def test_a_process_that_leaves_a_manager_gets_no_more_time_than_any(cluste
 
 def killed(channel: Channel) -> None:
     """Close the connection as the kernel does for a process that was killed: nothing more is sent on it."""
-    protocol = channel._channel._protocol
-    assert protocol is not None
-    protocol.processor.connection._transport.abort()
+    channel._connection.abort()
 
 
 async def test_a_node_that_returns_is_ready_again(cluster, tmp_path):
