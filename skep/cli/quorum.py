@@ -42,6 +42,8 @@ def no_leader(quorum: Mapping[str, Any]) -> Iterator[str]:
     since = quorum["Since"].partition(".")[0].replace("T", " ").rstrip("Z")
     yield f"NO LEADER since {since} UTC: {answering} of {len(managers)} managers {verb}{missing}"
     yield "what follows is what this manager knew then; containers run on, nothing can be changed"
+    if trouble := quorum.get("Trouble"):
+        yield f"this manager itself: {trouble}"
     if answering < needed:
         count = needed - answering
         them = "it" if len(silent) == 1 else f"{count} of them"

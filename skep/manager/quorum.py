@@ -23,11 +23,13 @@ class Quorum(ApiObject):
     """Answer of ``GET /skep/quorum``; it never waits.
 
     ``has_leader``: whether reads and writes went through a moment ago; ``since``: when they did last, if not.
+    ``trouble``: what this manager lacks itself, such as disk space, in a sentence; the others may be well.
     """
 
     has_leader: bool = always(True)
     since: Timestamp = Timestamp("")
     managers: tuple[PeerManager, ...] = always(())
+    trouble: str = ""
 
 
 def quorum(view: View, own: NodeId, silent: Mapping[NodeId, float], lost_at: Timestamp) -> Quorum:

@@ -117,16 +117,18 @@ async def cluster_section(manager_api: LocalApi) -> dict[str, Any]:
 
 
 def lost_quorum(quorum: Mapping[str, Any]) -> str:
-    """Docker's sentence, and which managers do not answer."""
+    """Docker's sentence, which managers do not answer, and what the one that was asked lacks itself."""
     managers = quorum["Managers"]
     silent = [manager["Hostname"] for manager in managers if not manager["Answers"]]
-    if not silent:
-        return NO_LEADER
-    verb = "does" if len(silent) == 1 else "do"
-    return (
-        f"{NO_LEADER} {len(managers) - len(silent)} of {len(managers)} managers answer: "
-        f"{', '.join(silent)} {verb} not."
-    )
+    sentences = [NO_LEADER]
+    if silent:
+        verb = "does" if len(silent) == 1 else "do"
+        sentences.append(
+            f"{len(managers) - len(silent)} of {len(managers)} managers answer: {', '.join(silent)} {verb} not."
+        )
+    if trouble := quorum.get("Trouble"):
+        sentences.append(trouble)
+    return " ".join(sentences)
 
 
 def frozen_warnings(nodes: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from skep.cli.quorum import no_leader
 from skep.cli.status import about_cluster, about_node, about_services, is_as_wanted
+from skep.node.swarm_info import NO_LEADER, lost_quorum
 
 
 def an_info(**swarm: Any) -> dict[str, Any]:
@@ -100,3 +101,10 @@ def test_without_a_leader_the_missing_managers_and_the_ways_out_are_named() -> N
     told = list(no_leader(a_quorum(True, True, False)))
     assert told[0].endswith("2 of 3 managers answer (m3 does not)")
     assert "force-new-cluster" not in "".join(told)
+
+
+def test_a_manager_that_lacks_something_itself_says_what() -> None:
+    """The others may be well: neither `docker info` nor `skep status` of this one may blame them alone."""
+    full = {**a_quorum(True, True, True), "Trouble": "/data: 40 MB of disk space are missing."}
+    assert "this manager itself: /data: 40 MB of disk space are missing." in no_leader(full)
+    assert lost_quorum(full) == f"{NO_LEADER} /data: 40 MB of disk space are missing."
