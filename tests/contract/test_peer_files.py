@@ -150,7 +150,8 @@ async def test_what_was_had_in_a_managers_name_while_two_roots_were_trusted_is_t
     own = keypair.load(etcd.directory)
     for pair in (had, again):
         pair = pair.with_root(root)
-        assert f"{pair.certificate.serial_number:x}" in revoked(etcd.directory)
+        serial = f"{pair.certificate.serial_number:x}"
+        await until(lambda serial=serial: serial in revoked(etcd.directory))
         async with connected(cluster.address, client_context(pair), "swarm-manager") as channel:
             for name in ("HEARTBEAT", "PINGS"):
                 assert "is not the node's" in str(await call(channel, name))

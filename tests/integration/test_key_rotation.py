@@ -1,6 +1,7 @@
 """Data keys of a real store: what lies in etcd before, during and after a rotation."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,13 @@ async def a_term(store: EtcdStore) -> Term:
     raise AssertionError("elections have ended")
 
 
+async def replaced(store: EtcdStore, new: bytes) -> None:
+    """Have the wrapping key replaced in whichever term; one of them may end before, on a busy machine."""
+    while store.wrapping_key != new:
+        with suppress(NotLeader):
+            await store.replace_wrapping_key(await a_term(store), new)
+
+
 async def test_the_wrapping_key_is_replaced_in_one_write_and_everything_encrypted_anew(
     settings: MemberSettings,
 ) -> None:
@@ -172,9 +180,8 @@ async def test_the_wrapping_key_is_replaced_in_one_write_and_everything_encrypte
     ):
         await store.update_each(put_secret, SECRETS)
         leading = group.create_task(lead(store))
-        term = await a_term(store)
         other.learn_wrapping_key(new)
-        await store.replace_wrapping_key(term, new)
+        await replaced(store, new)
         await other.update(put_secret, "other")
         assert await other.wait_rewrapped() == new
         await wait_rotated(settings, to=2)
