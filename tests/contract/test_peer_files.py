@@ -126,6 +126,7 @@ async def test_a_removed_managers_certificates_are_listed_and_a_workers_are_not(
     assert revoked(etcd.directory) == wanted
 
 
+@pytest.mark.slow  # beside two busy processors the second renewal is now and then not issued in time
 async def test_what_was_had_in_a_managers_name_while_two_roots_were_trusted_is_taken_back(cluster, etcd):
     """Who is evicted has the old root's key, and so can have certificates of the new one issued to others' names."""
     eviction = Eviction(
