@@ -102,10 +102,18 @@ def refusal_in(error: BaseException) -> OSError | None:
     return error if isinstance(error, OSError) and error.errno in _REFUSALS else None
 
 
+def _tell(mark: Path, words: str) -> None:
+    """Leave ``words`` for the node process, which shows them; empty: what was there holds no more."""
+    with suppress(OSError):  # the disk may be what they are about
+        if words:
+            replace_file(mark, words.encode(), is_durable=False)
+        else:
+            mark.unlink(missing_ok=True)
+
+
 def _say_last(paths: Paths, words: str) -> None:
-    """For the node process, which shows them."""
-    with suppress(OSError):  # the exit code says enough
-        replace_file(paths.last_words("manager"), words.encode(), is_durable=False)
+    """Why this manager ends."""
+    _tell(paths.last_words("manager"), words)
 
 
 def prepare() -> None:
@@ -175,7 +183,7 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
     )
     async with AsyncExitStack() as stack:
         backoff = Backoff(longest_s=30.0, chance=random.random)
-        member = Member(settings, binary, clock, backoff, partial(_note_trouble, paths.store_full))
+        member = Member(settings, binary, clock, backoff, partial(_tell, paths.store_full))
         async with errors_as_they_are(), asyncio.TaskGroup() as group:
             asking = ask_others(
                 paths, lives.served, load_peers(paths.etcd), client_context(pair), config.node_id, clock
@@ -219,14 +227,6 @@ async def _take_part(config: ManagerConfig, clock: Clock) -> None:
         )
         with watching(partial(hand_over, paths.etcd_socket), partial(_say_last, paths), clock):
             await manager.run()
-
-
-def _note_trouble(mark: Path, trouble: str) -> None:
-    """For the node process, which tells of it as a condition of the node."""
-    if trouble:
-        replace_file(mark, trouble.encode(), is_durable=False)
-    else:
-        mark.unlink(missing_ok=True)
 
 
 def _listening(
