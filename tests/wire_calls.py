@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Mapping
 
 from skep.errors import SkepError
+from skep.rpc.headers import request_block
 from skep.security.keypair import KeyPair
 from skep.security.tls import client_context
 from skep.wire import methods
 from skep.wire.client import Channel, connected
-from skep.wire.methods import Access, BothStream, ClientStream, ServerStream, Unary
+from skep.wire.methods import A, Access, BothStream, ClientStream, Method, Q, ServerStream, Unary
 
 METHODS = {
     name: method
@@ -27,7 +28,7 @@ async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None =
     """Call a method with an empty request; gives the error, or None for an answer (or a stream that stays open)."""
     method = METHODS[name]
     if metadata is not None:
-        channel = channel.with_metadata(metadata)
+        channel = _Forging(channel, metadata)
     try:
         if isinstance(method, Unary):
             await channel.call(method, method.request())
@@ -41,6 +42,17 @@ async def call(channel: Channel, name: str, metadata: Mapping[str, str] | None =
     except TimeoutError:
         return None
     return None
+
+
+class _Forging(Channel):
+    """A channel that adds ``metadata`` to each call."""
+
+    def __init__(self, channel: Channel, metadata: Mapping[str, str]) -> None:
+        super().__init__(channel.address, channel._connection, channel._name)
+        self._metadata = tuple(metadata.items())
+
+    def _block(self, method: Method[Q, A]) -> bytes:
+        return request_block(method.path, None, self._metadata, scheme="https", authority=self._name)
 
 
 async def all_calls(address: str, pair: KeyPair) -> Mapping[str, str]:

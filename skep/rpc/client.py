@@ -9,18 +9,14 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from struct import Struct
 
 import msgspec
 
 from skep.rpc import frames, headers
 from skep.rpc.coalescing import CoalescingTransport
-from skep.rpc.core import Connection, Stream
+from skep.rpc.core import MESSAGE_HEAD, Connection, Stream, framed
 from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.status import PUSHBACK, CallFailed, Lost, Status, decode_message, status_of, told_pushback
-
-_MESSAGE_HEAD = Struct(">BI")
-"""Whether the message is compressed, and how long it is."""
 
 ANSWERS_WHILE_PAUSED_MAX = 1000
 """To pings and settings of a server that does not read."""
@@ -32,9 +28,20 @@ class Bounds(msgspec.Struct, frozen=True):
     stream_window: int
     """How far a stream may be ahead of its reader, who has not yet taken what is whole."""
     connection_window: int
-    """At least the default of HTTP/2."""
+    """More than the default of HTTP/2."""
     message: int
     """The longest one."""
+
+    def greeting(self) -> bytes:
+        """What the connection begins with: no header table is kept, and no push wanted."""
+        greeting = frames.settings(
+            {
+                frames.HEADER_TABLE_SIZE: 0,
+                frames.ENABLE_PUSH: 0,
+                frames.INITIAL_WINDOW_SIZE: self.stream_window,
+            }
+        )
+        return frames.PREFACE + greeting + frames.window_update(0, self.connection_window - frames.WINDOW)
 
 
 class ClientStream(Stream):
@@ -74,10 +81,10 @@ class ClientStream(Stream):
         """Our direction has ended."""
         return self.ends_after_unsent and not self.unsent
 
-    def begin(self, block: bytes, message: bytes | None, *, is_last: bool) -> None:
-        """Send the headers and the first message, if there is one yet."""
+    def begin(self, block: bytes, message: bytes, *, is_last: bool) -> None:
+        """Send the headers and the first message."""
         head = frames.frame(frames.HEADERS, frames.END_HEADERS, self.id, block)
-        self.send_data(head, b"" if message is None else _framed(message), ends=is_last)
+        self.send_data(head, framed(message), ends=is_last)
 
     def send(self, message: bytes, *, is_last: bool = False) -> None:
         """Send one more message; never waits: what the peer does not take yet is kept (``drained``).
@@ -86,7 +93,7 @@ class ClientStream(Stream):
         """
         if self.has_ended:
             self._raise_end()
-        self.send_data(b"", _framed(message), ends=is_last)
+        self.send_data(b"", framed(message), ends=is_last)
 
     async def receive(self) -> bytes | None:
         """The next message; None when there are no more.  Raises: CallFailed, Lost."""
@@ -143,13 +150,13 @@ class ClientStream(Stream):
         self._partial += data
         start = 0
         with memoryview(self._partial) as received:
-            while len(received) - start >= _MESSAGE_HEAD.size:
-                is_compressed, size = _MESSAGE_HEAD.unpack_from(received, start)
+            while len(received) - start >= MESSAGE_HEAD.size:
+                is_compressed, size = MESSAGE_HEAD.unpack_from(received, start)
                 if is_compressed:
                     raise Violation("a compressed message")
                 if size > self._bounds.message:
                     raise Violation(f"a message of {size} bytes", Code.ENHANCE_YOUR_CALM)
-                begin = start + _MESSAGE_HEAD.size
+                begin = start + MESSAGE_HEAD.size
                 if begin + size > len(received):
                     break
                 start = begin + size
@@ -296,7 +303,7 @@ class ClientConnection(Connection[ClientStream]):
         assert isinstance(transport, asyncio.Transport)
         self._transport = CoalescingTransport(transport) if self._coalesces else transport
         self.is_open = True
-        self.write(headers.greeting(self.bounds.stream_window, self.bounds.connection_window))
+        self.write(self.bounds.greeting())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose(Lost(f"the connection broke: {exc or 'closed by the other end'}"))
@@ -351,10 +358,6 @@ class ClientConnection(Connection[ClientStream]):
         for stream in self._streams.values():
             stream.end(error)
         self.wake()
-
-
-def _framed(message: bytes) -> bytes:
-    return _MESSAGE_HEAD.pack(0, len(message)) + message
 
 
 def _check_status(trailers: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ does not read.  What else it holds is the business of each end (``server``, ``cl
 
 import asyncio
 from abc import abstractmethod
+from struct import Struct
 from typing import Any, Generic, TypeVar
 
 from skep.rpc import frames
@@ -15,7 +16,15 @@ from skep.rpc.status import Lost
 HEADER_BLOCK_BYTES_MAX = 32 * 1024
 """Of one request or answer, as it comes, continuations included."""
 
+MESSAGE_HEAD = Struct(">BI")
+"""Before each message of gRPC: whether it is compressed, and how long it is."""
+
 _NOTHING = memoryview(b"")
+
+
+def framed(message: bytes) -> bytes:
+    """A message as it is sent."""
+    return MESSAGE_HEAD.pack(0, len(message)) + message
 
 
 class Stream:

@@ -17,7 +17,6 @@ from hpack import Decoder, Encoder, NeverIndexedHeaderTuple
 from hpack.exceptions import HPACKError
 from hpack.hpack import encode_integer
 
-from skep.rpc import frames
 from skep.rpc.frames import Code, Violation
 from skep.rpc.status import PUSHBACK, CallFailed, encode_message
 
@@ -106,13 +105,6 @@ def trailers(failure: CallFailed) -> bytes:
 def refusal(http_status: int) -> bytes:
     """Headers for a request that is none of gRPC."""
     return _literal(b":status", b"%d" % http_status)
-
-
-def greeting(stream_window: int, connection_window: int) -> bytes:
-    """What a client sends first: it keeps no header table, wants no push, and takes in this much at once."""
-    settings = {frames.HEADER_TABLE_SIZE: 0, frames.ENABLE_PUSH: 0, frames.INITIAL_WINDOW_SIZE: stream_window}
-    more = frames.window_update(0, connection_window - frames.WINDOW)
-    return frames.PREFACE + frames.settings(settings) + more
 
 
 @lru_cache(REMEMBERED)

@@ -1,6 +1,6 @@
-"""The server's end of one HTTP/2 connection (RFC 9113), and of the calls on it: thousands of silent connections, small
-messages, hostile peers.
+"""The server's end of one HTTP/2 connection (RFC 9113), and of the calls on it.
 
+It is made for thousands of silent connections, small messages and hostile peers.
 What a peer can make it hold is bounded: what ``core`` bounds, its windows of unread data, and its number of streams
 (one that it has reset counts until its handler has ended).  While it does not read, nothing is read of it.
 """
@@ -14,15 +14,12 @@ from google.protobuf.message import Message
 
 from skep.rpc import frames, headers
 from skep.rpc.coalescing import CoalescingTransport
-from skep.rpc.core import Connection, Stream
+from skep.rpc.core import MESSAGE_HEAD, Connection, Stream, framed
 from skep.rpc.frames import Code, Frame, Violation
 from skep.rpc.headers import Request
 from skep.rpc.status import CallFailed
 
 log = structlog.get_logger(__name__)
-
-PREFIX_BYTES = 5
-"""Before each message of gRPC: whether it is compressed, and its length."""
 
 
 class ServerStream(Stream):
@@ -117,7 +114,7 @@ class ServerStream(Stream):
         Args:
             within_s: how long the bytes may be on their way.
         """
-        if self._taken > PREFIX_BYTES:
+        if self._taken > MESSAGE_HEAD.size:
             self._let_go()
         received = self._received
         if len(received) < size and not self._has_ended:
@@ -131,7 +128,7 @@ class ServerStream(Stream):
         del received[:size]
         self._taken += size
         self._unsaid += size
-        if size > PREFIX_BYTES:  # with the prefix before it
+        if size > MESSAGE_HEAD.size:  # with the prefix before it
             self._server.allow(self._unsaid)
             self._unsaid = 0
         self._release(len(received))
@@ -154,11 +151,11 @@ class ServerStream(Stream):
 
     async def send_message(self, message: Message) -> None:
         """Waits while the peer reads slowly.  Raises: Lost: it is gone."""
-        data = message.SerializeToString()
+        data = framed(message.SerializeToString())
         await self.drained()
         if not self._has_headers:
             self._send_headers()
-        self.send_data(b"", b"\0" + len(data).to_bytes(4, "big") + data)
+        self.send_data(b"", data)
         await self.drained()
 
     async def send_status(self, failure: CallFailed | None = None) -> None:

@@ -5,7 +5,7 @@ The manager's certificate is verified for a name of its role, never for its addr
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from typing import Generic, TypeVar
 
@@ -72,21 +72,10 @@ class Call(Generic[Q, A]):
 class Channel:
     """One connection to a manager; made by ``connected``."""
 
-    def __init__(
-        self,
-        address: str,
-        connection: ClientConnection,
-        name: str,
-        metadata: tuple[tuple[str, str], ...] = (),
-    ) -> None:
+    def __init__(self, address: str, connection: ClientConnection, name: str) -> None:
         self.address = address
         self._connection = connection
         self._name = name
-        self._metadata = metadata
-
-    def with_metadata(self, metadata: Mapping[str, str]) -> "Channel":
-        """The same connection, with ``metadata`` on each call."""
-        return Channel(self.address, self._connection, self._name, tuple(metadata.items()))
 
     async def call(self, method: Unary[Q, A], request: Q, *, timeout_s: float = CALL_SECONDS_MAX) -> A:
         """Raises: Unavailable: no answer in time; otherwise what the manager answered."""
@@ -104,7 +93,7 @@ class Channel:
             yield call
 
     def _block(self, method: Method[Q, A]) -> bytes:
-        return request_block(method.path, None, self._metadata, scheme="https", authority=self._name)
+        return request_block(method.path, None, scheme="https", authority=self._name)
 
 
 @asynccontextmanager

@@ -98,8 +98,7 @@ class Bound:
         self._handshakes.give_up()
         loop, later = asyncio.get_running_loop(), []
         for connection in tuple(self._server.connections):
-            identity = connection.caller.identity if connection.caller is not None else None
-            if identity is None or first(identity):
+            if connection.identity is None or first(connection.identity):
                 connection.close()
             else:
                 later.append(connection)
@@ -109,8 +108,7 @@ class Bound:
     def disconnect(self, who: Callable[[Identity], bool]) -> None:
         """End the connections of callers for whose certificate ``who`` is true."""
         for connection in tuple(self._server.connections):
-            caller = connection.caller
-            if caller is not None and caller.identity is not None and who(caller.identity):
+            if connection.identity is not None and who(connection.identity):
                 connection.close()
 
 
@@ -196,8 +194,7 @@ class _Server:
         """It has ended."""
         self.connections.discard(connection)
         self.strangers.discard(connection)
-        identity = connection.caller.identity if connection.caller is not None else None
-        if identity is not None:
+        if (identity := connection.identity) is not None:
             self.of_node[identity.node_id] -= 1
             # What handlers have taken from it is nobody's any more when they end.
             self.bytes_of_node[identity.node_id] -= connection.held
@@ -303,6 +300,11 @@ class _Connection(ServerConnection):
         """See ``Caller.has_crashed``."""
         self._time_limits: tuple[asyncio.TimerHandle, ...] = ()
 
+    @property
+    def identity(self) -> Identity | None:
+        """The node at the other end; None: a stranger, or a connection that is not taken."""
+        return self.caller.identity if self.caller is not None else None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         identity, address = _identity_of(transport), _address_of(transport)
@@ -348,7 +350,7 @@ class _Connection(ServerConnection):
 
     def hold(self, size: int) -> None:
         super().hold(size)
-        identity = self.caller.identity if self.caller is not None else None
+        identity = self.identity
         if identity is None:
             return  # a stranger's windows are small, and so is the number of strangers
         held = self._server.bytes_of_node

@@ -91,11 +91,11 @@ class LastResort:
         if self._clock.monotonic() >= self._scan_at:
             self._doomed = tuple(_doomed(self._paths))
             self._scan_at = self._clock.monotonic() + RESCAN_S
+        has_node_process = bool(self._doomed) and is_locked(self._paths.data_lock)
         for one in self._doomed:
-            self._treat(one, silence_s)
+            self._treat(one, silence_s, has_node_process=has_node_process)
 
-    def _treat(self, one: Doomed, silence_s: float) -> None:
-        has_node_process = is_locked(self._paths.data_lock)
+    def _treat(self, one: Doomed, silence_s: float, *, has_node_process: bool) -> None:
         number = due(one, silence_s, has_node_process=has_node_process, was_asked=one.process in self._asked)
         if number and self._send(one.process, number):
             self._asked.add(one.process)

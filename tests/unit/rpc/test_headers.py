@@ -7,6 +7,7 @@ from h2.events import RequestReceived
 from hpack import Encoder
 
 from skep.rpc import frames, headers
+from skep.rpc.client import Bounds
 from skep.rpc.frames import Violation
 
 
@@ -14,7 +15,7 @@ def test_a_request_reads_the_same_each_time_it_is_sent() -> None:
     """To an independent reader with a header table, which a block must not rely on."""
     reader = H2Connection(H2Configuration(client_side=False))
     reader.initiate_connection()
-    reader.receive_data(headers.greeting(100_000, 200_000))
+    reader.receive_data(Bounds(stream_window=100_000, connection_window=200_000, message=1).greeting())
     block = headers.request_block("/a.B/C", 1.5, (("hasleader", "true"),))
     for stream_id in (1, 3):
         events = reader.receive_data(
