@@ -8,6 +8,8 @@ PYTEST := $(BIN)/pytest -q
 # Most tests wait for something most of the time. Files stay whole: their tests share a cluster.
 WORKERS ?= 2
 BESIDE_EACH_OTHER = -n $(WORKERS) --dist loadfile
+# What a busy machine did not do in time is tried once more, and shown at the end as RERUN (record 29).
+IN_TIME_AT_LAST = --reruns 1 --only-rerun 'Timeout|not within|in time' -rR
 # Images are layered by overlay mounts, which cannot lie on an overlay themselves (inside a container).
 DEMO_DIR ?= $(if $(filter overlayfs,$(shell stat -f -c %T /var/tmp)),/dev/shm,/var/tmp)/skep-demo
 DEMO_NAME ?= demo
@@ -46,7 +48,7 @@ check: setup ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 
 test: check ## check, then all tests that are not slow (what the continuous integration runs)
-	@$(PYTEST) --whole -m 'not slow' $(BESIDE_EACH_OTHER) --durations 15
+	@$(PYTEST) --whole -m 'not slow' $(BESIDE_EACH_OTHER) $(IN_TIME_AT_LAST) --durations 15
 
 unit: setup ## pure tests, seconds
 	@$(PYTEST) tests/unit tests/test_*.py
@@ -65,7 +67,7 @@ conformance: setup ## the API as docker, docker-py and a recorded engine see it
 
 integration: setup ## every test, the slow ones too (real runc, etcd, nftables); log kept in bench/results/
 	@mkdir -p bench/results
-	@$(PYTEST) --whole $(BESIDE_EACH_OTHER) --durations 20 $(call kept,integration)
+	@$(PYTEST) --whole $(BESIDE_EACH_OTHER) $(IN_TIME_AT_LAST) --durations 20 $(call kept,integration)
 
 escapes: setup ## ways out of a container, tried in Skep's and in a Docker Engine's; table kept in bench/results/
 	@mkdir -p bench/results

@@ -329,12 +329,12 @@ async def test_without_room_it_is_started_again_later_and_later_and_says_so(
 
     async with asyncio.timeout(60):
         running = asyncio.create_task(run())
-        await until(lambda: member.starts == 8)  # more often than a member may crash
+        await until(lambda: member.starts >= 8)  # more often than a member may crash
         assert not running.done(), running
         running.cancel()
         await asyncio.wait([running])
     grown = [0.03 * 2**number for number in range(7)]
-    assert [pause for pause in clock.pauses if pause in grown] == grown
+    assert [pause for pause in clock.pauses if pause in grown][: len(grown)] == grown
     assert "has run out of disk space. Make room: it goes on by itself." in told[0]
     assert told[-1] == ""
 
