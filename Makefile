@@ -24,7 +24,7 @@ VIRTUAL_TESTS ?= $(addprefix tests/integration/node/test_,container_surroundings
                    trees_with_mounts.py) tests/unit/linux/test_trees.py tests/unit/node/oci/test_apparmor.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual lock
+.PHONY: help setup setup-run demo demo-down check test unit contract sim mutants conformance integration escapes soak bench bench-networks bare virtual reference lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -89,6 +89,9 @@ bare: setup-run ## both commands of the README in a bare machine (SUITE=trixie, 
 virtual: setup-run ## limits, isolation and cgroup v2 alone, in a virtual machine (SUITE=trixie); log kept in bench/results/
 	@mkdir -p bench/results
 	@setup/virtual.sh $(SUITE) "$(BIN)/pytest -q --timeout 900 $(VIRTUAL_TESTS)" $(call kept,virtual-$(SUITE))
+
+reference: setup ## write the pages of docs/reference/ that follow from the code, and the man page
+	@$(BIN)/python -m docs.reference.generate
 
 lock: setup ## renew the lock files from pyproject.toml
 	@setup/lock.sh

@@ -13,7 +13,13 @@ _ANSWERS_WITHIN_S = 15.0
 
 @click.group()
 def cluster() -> None:
-    """What an operator tells the cluster."""
+    """Settings and actions of the cluster that docker has no command for.
+
+    \b
+    Examples:
+      skep cluster grace 10s
+      skep cluster resume
+    """
 
 
 @cluster.command()

@@ -17,6 +17,15 @@ from skep.paths import SOCKET_PATH_BYTES_MAX
 DEFAULT_TOML = Path("/etc/skep/skep.toml")
 DEFAULT_DAEMON_JSON = Path("/etc/docker/daemon.json")
 
+EXAMPLES = """\
+Examples:
+  skep daemon
+  skep daemon --config /etc/skep/skep.toml --debug
+  skep daemon --engine-socket /var/run/docker.sock --label zone=inner
+
+Every setting is a key of the TOML file as well; a flag wins over the file.
+"""
+
 _THE_ENGINES_OWN = frozenset({"hosts", "data_dir"})
 
 
@@ -39,7 +48,12 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Take the command line of ``skep daemon`` apart.  Exits with usage on an unknown flag, as argparse does."""
-    parser = argparse.ArgumentParser(prog="skep daemon", description="Run this machine as a skep node.")
+    parser = argparse.ArgumentParser(
+        prog="skep daemon",
+        description="Run this machine as a skep node.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.allow_abbrev = False
     parser.add_argument("--config", metavar="FILE", help=f"TOML file ({DEFAULT_TOML})")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """What was written (a flag's text, a value of TOML or JSON) -> the typed value of a setting.
 
-Every function raises ``ValueError`` with the second half of a sentence: what is wrong, and what to write instead.
+Every function raises ``ValueError`` with the second half of a sentence: what is wrong, and what to write instead.  The
+first sentence of its docstring is the form of the setting in ``docs/reference/configuration.md``.
 """
 
 import ipaddress
@@ -37,7 +38,7 @@ def text(value: Any) -> str:
 
 
 def boolean(value: Any) -> bool:
-    """true or false, as a word too."""
+    """``true`` or ``false``."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in ("true", "1"):
@@ -48,7 +49,7 @@ def boolean(value: Any) -> bool:
 
 
 def store_quota(value: Any) -> int:
-    """Bytes, from ``512MiB`` or ``4GiB``."""
+    """A size from ``16MiB`` to ``64GiB``.  Gives bytes."""
     found = re.fullmatch(r"(\d{1,6})(MiB|GiB)", text(value))
     if found is None:
         raise ValueError(f"is {value!r}: write a number with its unit, 512MiB or 4GiB")
@@ -59,7 +60,7 @@ def store_quota(value: Any) -> int:
 
 
 def absolute_path(value: Any) -> Path:
-    """A path from the root on."""
+    """An absolute path."""
     path = Path(text(value))
     if not path.is_absolute() or ".." in path.parts:
         raise ValueError(f"is {str(path)!r}: write an absolute path without '..'")
@@ -67,6 +68,7 @@ def absolute_path(value: Any) -> Path:
 
 
 def existing_file(value: Any) -> Path:
+    """The absolute path of a file that exists."""
     path = absolute_path(value)
     if not path.is_file():
         raise ValueError(f"is {str(path)!r}, and there is no such file: create it or correct the path")
@@ -74,7 +76,7 @@ def existing_file(value: Any) -> Path:
 
 
 def socket_path(value: Any) -> Path:
-    """A unix socket, as a path or as ``unix://`` with one."""
+    """The absolute path of a unix socket."""
     path = absolute_path(text(value).removeprefix("unix://"))
     if len(str(path).encode()) > SOCKET_PATH_BYTES_MAX:
         raise ValueError(
@@ -111,7 +113,7 @@ def port(value: Any) -> int:
 
 
 def data_path_port(value: Any) -> int:
-    """The UDP port of the overlay.  Source: moby, daemon/cluster/listen_addr.go (getDataPathPort)."""
+    """A port from 1024 to 49151.  Source: moby, daemon/cluster/listen_addr.go (getDataPathPort)."""
     number = _integer(value)
     if not 1024 <= number <= 49151:
         raise ValueError(f"is {number}: choose a port from 1024 to 49151")
@@ -130,7 +132,7 @@ def address(value: Any) -> str:
 
 
 def address_and_port(value: Any) -> str:
-    """An IP address or interface, and perhaps a port behind it."""
+    """An IP address or the name of an interface, with or without ``:port``."""
     written = text(value)
     name, separator, digits = written.rpartition(":")
     if not separator or (":" in name and not name.startswith("[")):
@@ -146,7 +148,7 @@ def address_and_port(value: Any) -> str:
 
 
 def peer_addr(value: Any) -> str:
-    """``2380`` or ``192.0.2.1:2380``, as ``:2380`` or ``192.0.2.1:2380``."""
+    """A port, or an IP address with a port.  Gives ``:2380`` or ``192.0.2.1:2380``."""
     if isinstance(value, int) or (isinstance(value, str) and value.removeprefix(":").isdecimal()):
         return f":{port(value.removeprefix(':') if isinstance(value, str) else value)}"
     written = text(value)
@@ -161,18 +163,19 @@ def peer_addr(value: Any) -> str:
 
 
 def one_of(*choices: str) -> Any:
-    """A function that takes exactly these words."""
+    """A function that takes exactly these values."""
 
     def choice(value: Any) -> str:
         if value not in choices:
             raise ValueError(f"is {value!r}: choose {' or '.join(choices)}")
         return str(value)
 
+    choice.__doc__ = f"{' or '.join(f'``{one}``' for one in choices)}."
     return choice
 
 
 def cgroup_parent(value: Any) -> str:
-    """A path below every controller's root, without a leading slash."""
+    """A path of cgroups, without a leading slash."""
     written = text(value).strip("/")
     if not all(_CGROUP_PART.fullmatch(part) for part in written.split("/")):
         raise ValueError(f"is {value!r}: write names separated by '/', like skep or machine/skep")
@@ -180,7 +183,7 @@ def cgroup_parent(value: Any) -> str:
 
 
 def labels(values: Any) -> Mapping[str, str]:
-    """``key=value`` each; the value may hold blanks and further equals signs."""
+    """``key=value``; the value may hold blanks and further equals signs."""
     result: dict[str, str] = {}
     for written in _texts(values):
         key, separator, value = written.partition("=")
@@ -192,7 +195,7 @@ def labels(values: Any) -> Mapping[str, str]:
 
 
 def generic_resources(values: Any) -> tuple[GenericResource, ...]:
-    """``gpu=4`` (a number) or ``gpu=UUID1`` (one named unit); several may be joined with commas.
+    """``gpu=4`` (a number) or ``gpu=UUID1`` (one named unit); several are joined with commas.
 
     Source: swarmkit, api/genericresource/parse.go.
     """
@@ -228,11 +231,12 @@ def generic_resources(values: Any) -> tuple[GenericResource, ...]:
 
 
 def hosts(values: Any) -> tuple[Host, ...]:
+    """``unix:///path`` or ``tcp://address:port``."""
     return tuple(dict.fromkeys(host(value) for value in _texts(values)))
 
 
 def managers(values: Any) -> tuple[str, ...]:
-    """``address:port``, of managers."""
+    """``address:port``."""
     for written in _texts(values):
         if ":" not in address_and_port(written).rpartition("]")[2]:
             raise ValueError(f"is {written!r}: write address:port, for instance 192.0.2.1:2377")
@@ -253,7 +257,7 @@ def registries(values: Any) -> tuple[str, ...]:
 
 
 def mirrors(values: Any) -> tuple[str, ...]:
-    """URLs of registries that hold copies of Docker Hub."""
+    """A URL."""
     for written in _texts(values):
         parts = urlsplit(written)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -262,13 +266,14 @@ def mirrors(values: Any) -> tuple[str, ...]:
 
 
 def log_driver(value: Any) -> str:
+    """``json-file``; for another one of Docker's drivers there is a warning, and it is not used."""
     if value not in _LOG_DRIVERS_OF_DOCKER:
         raise ValueError(f"is {value!r}: write json-file")
     return str(value)
 
 
 def log_options(values: Any) -> Mapping[str, str]:
-    """``key=value`` each from flags, an object of texts from a file."""
+    """``key=value`` as a flag, a table of texts in a file."""
     if not isinstance(values, Mapping):
         return labels(values)
     for key, value in values.items():
@@ -278,7 +283,7 @@ def log_options(values: Any) -> Mapping[str, str]:
 
 
 def address_pools(values: Any) -> tuple[AddressPool, ...]:
-    """``{"base": "10.10.0.0/16", "size": 24}`` each, or ``base=10.10.0.0/16,size=24``."""
+    """``base=10.10.0.0/16,size=24``, or ``{"base": "10.10.0.0/16", "size": 24}`` in a file."""
     if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
         raise ValueError(f"is {values!r}: write a list")
     pools = []

@@ -1,6 +1,7 @@
-"""Labels by which a plain Docker client sets what only Skep knows: ``skep.*`` on services and on the cluster.
+"""Labels by which a plain Docker client sets what only Skep has, and reads what nodes report: all ``skep.*`` labels.
 
-A label that cannot be read is refused when it is written; should one be there all the same, it counts as absent.
+``LABELS`` lists every one of them.  A label that cannot be read is refused when it is written; should one be there all
+the same, it counts as absent.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ of its connections."""
 DEFAULT_DRAIN_S = 1.0
 
 IGNORE_PATHS = "skep.ignore-paths"
-"""On nodes: ``true`` has the node take tasks on overlay networks though others do not reach it."""
+"""``true`` has the node take tasks on overlay networks though others do not reach it."""
 
 LABEL_TASK_ID = "com.docker.swarm.task.id"
 """Docker's, on a task's container: by it the container is found again."""
@@ -163,3 +164,188 @@ def _seconds(labels: Mapping[str, str], name: str, largest_s: float) -> float | 
             f"invalid label {name}={text}: want a duration like 30s or 5m, at most {largest_s / 3600:g} h"
         )
     return duration / SECOND_NS
+
+
+class LabelTarget(Enum):
+    """What carries a label; the value is a sentence on how to set or read it."""
+
+    SERVICE = "`docker service create --label NAME=VALUE`, `docker service update --label-add`."
+    NETWORK = "`docker network create --label NAME=VALUE`."
+    NODE = "`docker node update --label-add NAME=VALUE NODE`."
+    CLUSTER = "`Spec.Labels` of `POST /swarm/update`; docker has no flag for it."
+    ENGINE = (
+        "Read-only, in `Description.Engine.EngineLabels` of `docker node inspect`; "
+        "placement constraints see them as `engine.labels.NAME`."
+    )
+
+
+class Label(msgspec.Struct, frozen=True):
+    """One label of ours, for the reference.  Upper-case words in ``name`` stand for something."""
+
+    target: LabelTarget
+    name: str
+    values: str
+    default: str
+    effect: str
+
+
+_PUBLISH = "skep.publish[.PORT[/PROTOCOL]]"
+
+LABELS = (
+    Label(
+        LabelTarget.SERVICE,
+        ON_DISCONNECT,
+        "`replace`, `keep`, `stop`",
+        "`replace`",
+        "what becomes of tasks on a node that lost all managers: others replace them; they keep their slots for as "
+        "long as the node exists; the node stops them, and only then others replace them",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        ON_DISCONNECT_DELAY,
+        "duration",
+        "`0s`; with `stop` `30s`",
+        "time before that: with `replace` since the node is down, with `stop` since a manager last heard it",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        PROGRESS_DEADLINE,
+        "duration",
+        "`10m`",
+        "how long an update waits for one task to run or to end before it has failed",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        JOB_TTL,
+        "duration",
+        "kept",
+        "how long a job that has ended is kept before it is removed with its tasks",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        DRAIN,
+        "duration",
+        "`1s`",
+        "how long a task that is to stop waits for nodes that may still send it connections, and then again for its "
+        "last connection to end",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.host-ip",
+        "IP address",
+        "all",
+        "the only address of a node that the port answers on",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.affinity",
+        "`none`, `client-ip`",
+        "`none`",
+        "`client-ip`: one client always reaches the same task, as long as that is healthy",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.local",
+        "`true`, `false`",
+        "`false`",
+        "`true`: a node with healthy tasks of its own sends connections to those only",
+    ),
+    Label(
+        LabelTarget.SERVICE,
+        f"{_PUBLISH}.proxy-protocol",
+        "`none`, `v1`, `v2`",
+        "`none`",
+        "each TCP connection begins with a PROXY protocol header that names its client",
+    ),
+    Label(
+        LabelTarget.NETWORK,
+        "skep.attach",
+        "constraints, separated by commas",
+        "any node",
+        "nodes whose plain containers may join an attachable network: `node.labels.*`, `node.role` and `node.id` only",
+    ),
+    Label(
+        LabelTarget.NETWORK,
+        "skep.data-plane",
+        "`skep`, `docker`",
+        "by its first task",
+        "the kind of nodes that the overlay is for; as a driver option (`--opt`) too",
+    ),
+    Label(
+        LabelTarget.NETWORK,
+        "skep.allow-overlap",
+        "`true`",
+        "refused",
+        "take a subnet that some node already reaches by itself; as a driver option (`--opt`) too",
+    ),
+    Label(
+        LabelTarget.NODE,
+        IGNORE_PATHS,
+        "`true`",
+        "`false`",
+        "the node gets tasks on overlay networks although other nodes do not reach it",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        HEARTBEAT_GRACE,
+        "duration, at most `1h`",
+        "three heartbeats",
+        "how long a silent skep node counts as alive (`skep cluster grace`)",
+    ),
+    Label(
+        LabelTarget.CLUSTER,
+        "skep.renew-window",
+        "duration; `0`: never",
+        "`720h`",
+        "how long after its expiry the certificate of a node can be renewed",
+    ),
+    Label(LabelTarget.ENGINE, "skep.node", "`true`", "", "this is a skep node, not a Docker Engine"),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.condition.NAME",
+        "a sentence",
+        "",
+        "something is wrong with the node: `apparmor`, `disk`, `disk-full`, `images`, `manager`, `neighbours`, "
+        "`networks`, `no-manager`, `restore`, `swarm`",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.without.NAME",
+        "`true`",
+        "",
+        "the kernel lacks something: `bridge`, `ipv6-egress`, `nftables`, `overlayfs`, `route-localnet`, `seccomp`, "
+        "`tun`, `veth`, `vxlan`, `wireguard` and others",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.encryption",
+        "a method",
+        "",
+        "how the node encrypts overlays; absent: not at all",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.data-path-addr",
+        "IP address",
+        "",
+        "the address that VXLAN leaves from and arrives at",
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.data-path-addr.refused",
+        "IP address",
+        "",
+        "the same, where a manager refused it: it belongs to another node",
+    ),
+    Label(
+        LabelTarget.ENGINE, "skep.paths", "`1`", "", "the node probes other nodes and answers their probes"
+    ),
+    Label(
+        LabelTarget.ENGINE,
+        "skep.routes",
+        "`SUBNET=INTERFACE ...`",
+        "",
+        "networks that the machine reaches by itself; new overlays avoid them",
+    ),
+)
+"""In the order of the reference page."""

@@ -1,0 +1,298 @@
+"""Writes the pages of this folder that say what the code says, and the man page: ``make reference``.
+
+``PAGES`` maps a path, relative to the repository, to the function that gives its text; ``tests/test_reference.py``
+compares the files with it.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from skep import __version__
+from skep.cli.main import main
+from skep.configuration.configuration import Configuration
+from skep.configuration.settings import SETTINGS, Setting
+from skep.configuration.sources import DEFAULT_DAEMON_JSON, DEFAULT_TOML, EXAMPLES
+from skep.model.labels import LABELS, LabelTarget
+
+ROOT = Path(__file__).parents[2]
+WIDTH = 100
+_NOTICE = "<!-- Written by `make reference`; edit the code, or docs/reference/generate.py. -->\n"
+_DEFAULT_IN_HELP = re.compile(r"\s*\(([^()]+)\)$")
+
+
+def paragraph(*sentences: str) -> list[str]:
+    """Lines of a paragraph, and an empty one."""
+    wrapped = textwrap.wrap(" ".join(sentences), 130, break_long_words=False, break_on_hyphens=False)
+    return [*wrapped, ""]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a Markdown table."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+
+
+# --- configuration --------------------------------------------------------------------------------------------
+
+
+def configuration() -> str:
+    """Every setting of a node."""
+    rows = [_setting_row(setting) for setting in SETTINGS]
+    head = ("key", "flag", "`daemon.json`", "form", "default", "what it does", "restart")
+    return "\n".join(
+        [
+            "# Configuration of a node",
+            "",
+            _NOTICE,
+            *paragraph(
+                f"The daemon reads flags, then `{DEFAULT_TOML}` (`--config FILE` names another file), then Docker's",
+                f"`{DEFAULT_DAEMON_JSON}` (`--daemon-json FILE`; `--daemon-json ''` reads none).",
+                "The first of them that has a setting decides it.",
+                "A key that does not exist is refused;",
+                "keys of `daemon.json` that Skep does not use are named in the log.",
+            ),
+            *paragraph(
+                "A flag whose key is a plural may be repeated; in TOML it is a list.",
+                "*restart*: with `no`, `systemctl reload skep` (SIGHUP) takes over a change.",
+                "The daemon logs which changes it took over and which need a restart.",
+                "Containers run on during a restart of the daemon.",
+            ),
+            *table(head, rows),
+            "",
+            "## Example",
+            "",
+            "```toml",
+            "# /etc/skep/skep.toml",
+            'advertise-addr = "192.0.2.7"',
+            'data-path-addr = "10.0.0.7"',
+            'labels = ["zone=inner", "disk=ssd"]',
+            'generic-resources = ["gpu=2"]',
+            'registry-mirrors = ["https://mirror.example.com"]',
+            'store-quota = "8GiB"',
+            "```",
+            "",
+            "Settings of the cluster, not of a node, are Docker's: `docker swarm update --help`.",
+            "",
+        ]
+    )
+
+
+def _setting_row(setting: Setting) -> tuple[str, ...]:
+    short = f"`{setting.short}`, " if setting.short else ""
+    text = _DEFAULT_IN_HELP.sub("", setting.help)
+    return (
+        f"`{setting.toml_key}`",
+        f"{short}`--{setting.name}`",
+        f"`{setting.docker_key}`" if setting.docker_key else "",
+        form_of(setting),
+        default_of(setting),
+        text,
+        "no" if setting.reloads else "yes",
+    )
+
+
+def form_of(setting: Setting) -> str:
+    """How its value is written: the first sentence of the docstring of what reads it."""
+    sentence = re.split(r"\.(?:\s|$)", inspect.getdoc(setting.read) or "", maxsplit=1)[0]
+    return " ".join(sentence.replace("``", "`").split())
+
+
+def default_of(setting: Setting) -> str:
+    """In the words of its help, else as the configuration has it; empty: none."""
+    if named := _DEFAULT_IN_HELP.search(setting.help):
+        return f"`{named[1]}`" if " " not in named[1] else named[1]
+    value = getattr(Configuration(), setting.attribute)
+    if value is None or value in ("", (), {}):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+# --- labels ---------------------------------------------------------------------------------------------------
+
+
+def labels() -> str:
+    """Every label of ours."""
+    lines = [
+        "# Labels",
+        "",
+        _NOTICE,
+        *paragraph(
+            "What Docker's API has no field for is a label that begins with `skep.`,",
+            "so that every Docker client can set and read it.",
+            "A duration is written as in Docker: `500ms`, `30s`, `5m`, `2h`.",
+            "A value that cannot be read is refused with the request.",
+        ),
+    ]
+    for target in LabelTarget:
+        ours = [label for label in LABELS if label.target is target]
+        title = {"ENGINE": "Reported by nodes", "CLUSTER": "The cluster"}.get(target.name)
+        lines += [f"## {title or f'{target.name.capitalize()}s'}", "", target.value, ""]
+        if target is LabelTarget.ENGINE:
+            rows: list[Sequence[str]] = [(f"`{one.name}`", one.values, one.effect) for one in ours]
+            lines += [*table(("label", "value", "meaning"), rows), ""]
+        else:
+            rows = [(f"`{one.name}`", one.values, one.default, one.effect) for one in ours]
+            lines += [*table(("label", "values", "default", "effect"), rows), ""]
+    lines += [
+        *paragraph(
+            "`skep.publish.host-ip` and its like hold for all ports of a service, `skep.publish.8080.host-ip` for port",
+            "8080, and `skep.publish.8080/udp.host-ip` for one of two ports with that number.",
+            "More: [networks](../guide/networks.md).",
+        ),
+        *paragraph(
+            "Containers of tasks carry Docker's labels: `com.docker.swarm.node.id`, `com.docker.swarm.service.id`,",
+            "`com.docker.swarm.service.name`, `com.docker.swarm.task`, `com.docker.swarm.task.id`,",
+            "`com.docker.swarm.task.name`.",
+        ),
+    ]
+    return "\n".join(lines)
+
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+
+def commands(
+    command: click.Command = main, name: str = "skep", parent: click.Context | None = None
+) -> Iterator[click.Context]:
+    """A context of every command, parents first."""
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
+    yield context
+    if isinstance(command, click.Group):
+        for verb in command.list_commands(context):
+            child = command.get_command(context, verb)
+            assert child is not None
+            yield from commands(child, verb, context)
+
+
+def cli() -> str:
+    """Every command with its help."""
+    lines = [
+        "# The `skep` command",
+        "",
+        _NOTICE,
+        *paragraph(
+            "`skep --help` and `skep COMMAND --help` print the same.",
+            "Any other first word that the docker command knows is run by docker against the same node:",
+            "`skep service ls` is `docker service ls`.",
+        ),
+        *paragraph(
+            "Results go to stdout, everything else to stderr. The exit code is 0 on success, 1 when the command failed",
+            "or found a problem, and 2 when it was called wrongly.",
+        ),
+    ]
+    for context in commands():
+        path = context.command_path
+        lines += [
+            f"{'#' * min(path.count(' ') + 2, 4)} `{path}`",
+            "",
+            "```text",
+            *help_lines(context),
+            "```",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def help_lines(context: click.Context) -> list[str]:
+    if context.command_path == "skep daemon":
+        usage = "Usage: skep daemon [--config FILE] [--daemon-json FILE] [SETTINGS]"
+        told = "Every setting: configuration.md, or skep.toml's keys as flags."
+        return [
+            usage,
+            "",
+            "  Run this machine's node (what the systemd unit starts).",
+            "",
+            told,
+            "",
+            *EXAMPLES.splitlines(),
+        ]
+    return [line.rstrip() for line in context.command.gethelp_lines(context).splitlines()]
+
+
+def man_page() -> str:
+    """``skep.1``."""
+    lines = [
+        '.\\" Written by `make reference`.',
+        f'.TH SKEP 1 "" "skep {__version__}" "User Commands"',
+        ".SH NAME",
+        "skep \\- container orchestrator that answers the Docker Engine API",
+        ".SH SYNOPSIS",
+        ".B skep",
+        "[\\fB\\-H\\fR \\fIURL\\fR] [\\fB\\-c\\fR \\fICONTEXT\\fR] \\fICOMMAND\\fR [\\fIARGUMENTS\\fR]",
+        ".SH DESCRIPTION",
+        "Skep runs containers on many machines.",
+        "It answers the Docker Engine API of swarm mode, so docker and its libraries work against its socket.",
+        "This command does what docker has no command for.",
+        "Any other first word that docker knows is run by docker against the same node:",
+        ".B skep service ls",
+        "is",
+        '.BR "docker service ls" .',
+        ".SH COMMANDS",
+    ]
+    for context in commands():
+        lines += [f".SS {_roff(context.command_path)}", ".nf", *map(_roff, help_lines(context)), ".fi"]
+    lines += [".SH SETTINGS OF THE DAEMON", f"Keys of {_roff(str(DEFAULT_TOML))}, and flags of skep daemon."]
+    for setting in SETTINGS:
+        lines += [".TP", f".B {_roff(setting.toml_key)}, \\-\\-{_roff(setting.name)}", _roff(setting.help)]
+    for section, entries in _MAN_ENTRIES.items():
+        lines.append(f".SH {section}")
+        for entry, text in entries.items():
+            lines += [".TP", f".B {_roff(entry)}", _roff(text)]
+    lines += [".SH SEE ALSO", ".BR docker (1),", ".BR runc (8),", ".BR etcd (1)", ""]
+    return "\n".join(lines)
+
+
+_MAN_ENTRIES: Mapping[str, Mapping[str, str]] = {
+    "ENVIRONMENT": {
+        "SKEP_HOST, DOCKER_HOST": "The node to talk to when -H is not given.",
+        "DOCKER_CONTEXT": "The docker context to use when neither is given.",
+        "DOCKER_CERT_PATH, DOCKER_TLS_VERIFY": "Client certificates for tcp:// hosts, as for docker.",
+    },
+    "FILES": {
+        "/etc/skep/skep.toml": "Settings of the daemon.",
+        "/run/skep/skep.sock": "The API.",
+        "/var/lib/skep": "State of this node: its identity, tasks, images, containers, volumes; a manager's store.",
+        "/run/skep": "Sockets, secrets of running tasks, and everything else that a reboot may lose.",
+    },
+    "EXIT STATUS": {
+        "0": "Success.",
+        "1": "The command failed, or found a problem.",
+        "2": "It was called wrongly.",
+    },
+}
+
+
+def _roff(line: str) -> str:
+    text = line.replace("\\", "\\e").replace("-", "\\-")
+    return f"\\&{text}" if text.startswith((".", "'")) else text
+
+
+# --- all ------------------------------------------------------------------------------------------------------
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "docs/reference/configuration.md": configuration,
+    "docs/reference/labels.md": labels,
+    "docs/reference/cli.md": cli,
+    "packaging/skep.1": man_page,
+}
+
+
+def write() -> None:
+    """Write every page that differs, and name it."""
+    for path, text_of in PAGES.items():
+        file, text = ROOT / path, text_of()
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+            click.echo(path)
+
+
+if __name__ == "__main__":
+    write()
