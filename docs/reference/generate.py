@@ -214,7 +214,7 @@ def help_lines(context: click.Context) -> list[str]:
             "",
             *EXAMPLES.splitlines(),
         ]
-    return [line.rstrip() for line in context.command.gethelp_lines(context).splitlines()]
+    return [line.rstrip() for line in context.command.get_help(context).splitlines()]
 
 
 def man_page() -> str:
